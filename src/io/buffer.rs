@@ -1,0 +1,245 @@
+//! Guest buffers: memory that somebody else may change at any time, as the target or the
+//! source of one file operation.
+//!
+//! A buffer is a list of [`FileVolatileBuf`]s and a guard that keeps the memory behind them
+//! mapped. `FileVolatileBuf` itself pins nothing, which is why the guard stands beside it. The
+//! invariant: as long as a [`GuestBuffer`] lives, every byte it names stays mapped.
+
+#![allow(unsafe_code, reason = "raw guest memory becomes buffers here")]
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use fuse_backend_rs::file_buf::FileVolatileBuf;
+use smallvec::SmallVec;
+
+/// Keeps the memory of a [`GuestBuffer`] mapped for as long as it is held.
+pub type Guard = Arc<dyn Any + Send + Sync>;
+
+/// The most pieces the kernel takes in one vectored operation (`IOV_MAX`, uapi `linux/uio.h`).
+pub(crate) const IOV_MAX: usize = 1024;
+
+/// The `iovec`s of one operation; up to eight live on the stack.
+pub(crate) type IoVecs = SmallVec<[libc::iovec; 8]>;
+
+/// Scattered memory, shared with a guest, that one file operation reads into or writes from.
+///
+/// No byte of it is ever looked at here: the kernel moves the data straight between the file
+/// and the pieces.
+pub struct GuestBuffer {
+    pieces: SmallVec<[FileVolatileBuf; 8]>,
+    len: usize,
+    guard: Guard,
+}
+
+impl GuestBuffer {
+    /// Makes a buffer of `pieces` (address and length in bytes, in order), kept mapped by
+    /// `guard`. Pieces of length 0 are left out, and neighbours in memory become one piece.
+    ///
+    /// # Safety
+    ///
+    /// Each piece must lie in memory that is mapped readable and writable until `guard` is
+    /// dropped, and no Rust reference to that memory may exist while an operation runs.
+    pub unsafe fn from_raw_pieces(
+        pieces: impl IntoIterator<Item = (*mut u8, usize)>,
+        guard: Guard,
+    ) -> Self {
+        let mut merged: SmallVec<[(usize, usize); 8]> = SmallVec::new();
+        let mut len = 0;
+        for (start, piece_len) in pieces {
+            if piece_len == 0 {
+                continue;
+            }
+            len += piece_len;
+            match merged.last_mut() {
+                Some((last, last_len)) if *last + *last_len == start.addr() => {
+                    *last_len += piece_len;
+                }
+                _ => merged.push((start.expose_provenance(), piece_len)),
+            }
+        }
+        let pieces = merged
+            .into_iter()
+            .map(|(start, len)| {
+                let start = std::ptr::with_exposed_provenance_mut(start);
+                // SAFETY: the caller vouches that `start..start + len` stays mapped as long as
+                // `guard`, which the new buffer owns beside this piece.
+                unsafe { FileVolatileBuf::from_raw_ptr(start, len, len) }
+            })
+            .collect();
+        Self { pieces, len, guard }
+    }
+
+    /// Makes a buffer of memory of its own, for use without a guest. Read the result of an
+    /// operation back with [`copy_out`](Self::copy_out).
+    #[must_use]
+    pub fn from_vec(bytes: Vec<u8>) -> Self {
+        let len = bytes.len();
+        let memory: Arc<Owned> = Arc::new(Owned(Box::into_raw(bytes.into_boxed_slice())));
+        let start = memory.0.cast::<u8>();
+        // SAFETY: `start..start + len` is the boxed slice, whose only owner is the guard; it is
+        // reached through raw pointers alone until the guard drops it.
+        unsafe { Self::from_raw_pieces([(start, len)], memory) }
+    }
+
+    /// Bytes in the buffer.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no byte in the buffer.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Cuts the buffer off after `len` bytes, if it is longer.
+    pub fn truncate(&mut self, len: usize) {
+        let mut left = len;
+        self.pieces.retain(|piece| {
+            let keep = piece.len().min(left);
+            left -= keep;
+            // SAFETY: `keep` is at most the size the piece has, which is within its capacity.
+            unsafe { piece.set_size(keep) };
+            keep > 0
+        });
+        self.len = self.len.min(len);
+    }
+
+    /// The pieces, for a file system that wants them one by one.
+    #[must_use]
+    pub fn pieces(&self) -> &[FileVolatileBuf] {
+        &self.pieces
+    }
+
+    /// What keeps the memory mapped.
+    #[must_use]
+    pub fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    /// Copies the bytes from `offset` on into `target`, as many as there are; returns how many.
+    /// For callers without a guest: nothing on the way of a request calls this.
+    pub fn copy_out(&self, offset: usize, target: &mut [u8]) -> usize {
+        let mut done = 0;
+        for vec in self.io_vecs(offset) {
+            let n = vec.iov_len.min(target.len() - done);
+            let to = target[done..done + n].as_mut_ptr();
+            // SAFETY: `iov_base..+n` stays mapped while `self` lives; `to..+n` is `target`'s
+            // own, so the two don't overlap.
+            unsafe { std::ptr::copy_nonoverlapping(vec.iov_base.cast::<u8>(), to, n) };
+            done += n;
+        }
+        done
+    }
+
+    /// The `iovec`s of the bytes from `offset` on, in order.
+    pub(crate) fn io_vecs(&self, offset: usize) -> IoVecs {
+        let mut skip = offset;
+        let mut vecs = IoVecs::new();
+        for piece in &self.pieces {
+            let (base, len) = raw_parts(piece);
+            if skip >= len {
+                skip -= len;
+                continue;
+            }
+            vecs.push(libc::iovec {
+                iov_base: base.wrapping_add(skip).cast(),
+                iov_len: len - skip,
+            });
+            skip = 0;
+        }
+        vecs
+    }
+}
+
+impl fmt::Debug for GuestBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestBuffer")
+            .field("pieces", &self.pieces.len())
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Address and length of a piece, without a reference to the bytes, which others may change.
+fn raw_parts(piece: &FileVolatileBuf) -> (*mut u8, usize) {
+    let mut empty = *piece;
+    // SAFETY: 0 bytes are within any capacity.
+    unsafe { empty.set_size(0) };
+    (empty.io_slice().as_ptr().cast_mut(), piece.len())
+}
+
+/// Heap memory that is only reached through raw pointers until it is freed.
+struct Owned(*mut [u8]);
+
+// SAFETY: the pointer is the only one to memory that belongs to this value alone.
+unsafe impl Send for Owned {}
+// SAFETY: nothing is read or written through a shared `Owned`; users go by the raw address and
+// order their accesses themselves.
+unsafe impl Sync for Owned {}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from `Box::into_raw` and is turned back only here.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_become_one_piece_and_empty_ones_vanish() {
+        let mut memory = vec![0u8; 64];
+        let start = memory.as_mut_ptr();
+        let at = |n: usize| start.wrapping_add(n);
+        let pieces = [(at(0), 8), (at(8), 8), (at(20), 0), (at(32), 16)];
+        // SAFETY: all pieces lie in `memory`, which outlives the buffer and isn't touched.
+        let buffer = unsafe { GuestBuffer::from_raw_pieces(pieces, Arc::new(())) };
+        assert_eq!(buffer.len(), 32);
+        assert_eq!(buffer.pieces().len(), 2);
+    }
+
+    #[test]
+    fn io_vecs_start_at_the_offset() {
+        let mut memory = vec![0u8; 64];
+        let start = memory.as_mut_ptr();
+        let pieces = [(start, 10), (start.wrapping_add(20), 10)];
+        // SAFETY: all pieces lie in `memory`, which outlives the buffer and isn't touched.
+        let buffer = unsafe { GuestBuffer::from_raw_pieces(pieces, Arc::new(())) };
+        let vecs = buffer.io_vecs(13);
+        assert_eq!(vecs.len(), 1);
+        assert_eq!(vecs[0].iov_base.cast::<u8>(), start.wrapping_add(23));
+        assert_eq!(vecs[0].iov_len, 7);
+    }
+
+    #[test]
+    fn truncating_ends_within_a_piece() {
+        let mut memory = vec![0u8; 64];
+        let start = memory.as_mut_ptr();
+        let pieces = [
+            (start, 10),
+            (start.wrapping_add(20), 10),
+            (start.wrapping_add(40), 10),
+        ];
+        // SAFETY: all pieces lie in `memory`, which outlives the buffer and isn't touched.
+        let mut buffer = unsafe { GuestBuffer::from_raw_pieces(pieces, Arc::new(())) };
+        buffer.truncate(100);
+        assert_eq!(buffer.len(), 30);
+        buffer.truncate(13);
+        let lens: Vec<_> = buffer.io_vecs(0).iter().map(|vec| vec.iov_len).collect();
+        assert_eq!((buffer.len(), lens), (13, vec![10, 3]));
+    }
+
+    #[test]
+    fn own_memory_is_copied_out_from_any_offset() {
+        let buffer = GuestBuffer::from_vec((0..100).collect());
+        let mut out = [0; 10];
+        assert_eq!(buffer.copy_out(95, &mut out), 5);
+        assert_eq!(out[..5], [95, 96, 97, 98, 99]);
+    }
+}

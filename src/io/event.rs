@@ -1,0 +1,60 @@
+//! An eventfd awaited on the runtime of whoever owns it.
+
+#![allow(unsafe_code, reason = "tokio wants a promise about the descriptor")]
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// An eventfd that somebody signals, as a guest does to kick a queue.
+///
+/// It is never read: the descriptor is registered edge-triggered, and each write to an eventfd is
+/// a new edge. That saves a system call for each signal. The counter of 2⁶⁴ - 2 doesn't overflow.
+#[derive(Debug)]
+pub struct Event {
+    fd: AsyncFd<Arc<OwnedFd>>,
+}
+
+impl Event {
+    /// Waits for `eventfd` from now on, on the current runtime. What was signalled before shows
+    /// as one signal.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is of a kind that can't be waited for (`EPERM`), or there is no memory or
+    /// room for it (`ENOMEM`, `ENOSPC`).
+    ///
+    /// # Panics
+    ///
+    /// Outside of a [`Runtime`](super::Runtime).
+    pub fn new(eventfd: Arc<OwnedFd>) -> io::Result<Self> {
+        // SAFETY: the descriptor stays open as long as the `Arc`, which the `AsyncFd` holds, and
+        // an `OwnedFd` that is shared can't come to mean another file.
+        let registered = unsafe { AsyncFd::register_with_interest(eventfd, Interest::READABLE) };
+        match registered {
+            Ok(fd) => Ok(Self { fd }),
+            Err(error) => Err(error.into_parts().1),
+        }
+    }
+
+    /// Ready once for all signals since the last time. One task at a time may wait.
+    pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.fd
+            .poll_read_ready(cx)
+            .map(|ready| ready.map(|mut guard| guard.clear_ready()))
+    }
+
+    /// Signals it from this side.
+    ///
+    /// # Errors
+    ///
+    /// Those of `write(2)`.
+    pub fn signal(&self) -> io::Result<()> {
+        rustix::io::write(self.fd.get_ref(), &1u64.to_ne_bytes())?;
+        Ok(())
+    }
+}

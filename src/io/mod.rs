@@ -1,0 +1,19 @@
+//! Asynchronous files and guest buffers, over tokio-uring and tokio.
+//!
+//! This room knows files, memory and the two runtimes; it knows neither virtio nor FUSE, and
+//! is of use without them. Its invariant: whatever the kernel may still read from or write to
+//! is owned by the operation, never borrowed.
+
+mod blocking;
+mod buffer;
+mod event;
+mod file;
+mod probe;
+mod ring;
+mod runtime;
+
+pub use buffer::{Guard, GuestBuffer};
+pub use event::Event;
+pub use file::{Attempt, File, Metadata, SyncKind};
+pub use probe::{Choice, Chosen, Unavailable, choose, probe};
+pub use runtime::{DEFAULT_RING_ENTRIES, JoinHandle, Kind, Runtime, RuntimeError, spawn};

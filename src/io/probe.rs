@@ -1,0 +1,188 @@
+//! Whether this kernel, as set up for this process, has the io_uring that the server needs.
+//!
+//! Nothing is guessed from version numbers: a small ring is made and asked. The invariant:
+//! whatever the answer, it comes with a reason that fits one line of a log.
+
+use std::io;
+
+use io_uring::{IoUring, Probe, opcode};
+use thiserror::Error;
+
+use super::ring;
+use super::runtime::{DEFAULT_RING_ENTRIES, Kind, RuntimeError};
+
+/// Which runtime is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// io_uring where it can be used, else tokio.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    Uring,
+    /// tokio.
+    Tokio,
+}
+
+/// Which runtime it came to, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The runtime.
+    pub kind: Kind,
+    /// Why, for a log: part of a sentence, without a full stop.
+    pub reason: String,
+}
+
+/// Why io_uring can't be used.
+#[derive(Debug, Error)]
+pub enum Unavailable {
+    /// `io_uring_setup(2)` doesn't exist.
+    #[error("this kernel has no io_uring (it takes Linux 5.6 or later with CONFIG_IO_URING)")]
+    NotInKernel,
+    /// It exists, and a filter says it doesn't; or refuses it.
+    #[error(
+        "io_uring is refused to this process ({errno}), most likely by a seccomp filter, as \
+         container engines set by default; allow io_uring_setup, io_uring_enter and io_uring_register there"
+    )]
+    Filtered {
+        /// What the call said.
+        errno: &'static str,
+    },
+    /// The administrator switched it off.
+    #[error("io_uring is switched off: sysctl kernel.io_uring_disabled is {level}; {remedy}")]
+    SwitchedOff {
+        /// The sysctl's value.
+        level: u32,
+        /// What lets this process use it.
+        remedy: &'static str,
+    },
+    /// The ring doesn't fit the limit of locked memory (kernels before 5.12), or no memory is left.
+    #[error(
+        "no memory for a ring: on kernels before 5.12 it counts as locked memory; raise the limit \
+         (ulimit -l, LimitMEMLOCK=)"
+    )]
+    Memory,
+    /// The kernel is too old for some operation.
+    #[error("this kernel's io_uring lacks {}", .0.join(", "))]
+    Lacks(Vec<&'static str>),
+    /// Something else.
+    #[error("io_uring can't be set up")]
+    Other(#[source] io::Error),
+}
+
+/// Tries io_uring out: sets up a ring and asks whether it has every operation in use.
+///
+/// # Errors
+///
+/// Why it can't be used.
+pub fn probe() -> Result<(), Unavailable> {
+    let ring = ring::setup(DEFAULT_RING_ENTRIES)
+        .build(DEFAULT_RING_ENTRIES)
+        .map_err(|e| explain(e, sysctl()))?;
+    lacking(&ring)
+}
+
+/// Decides which runtime to take.
+///
+/// # Errors
+///
+/// io_uring was asked for by name and can't be used.
+pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
+    let chosen = |kind, reason: String| Ok(Chosen { kind, reason });
+    match choice {
+        Choice::Tokio => chosen(Kind::Tokio, "asked for".into()),
+        Choice::Uring => match probe() {
+            Ok(()) => chosen(Kind::Uring, "asked for".into()),
+            Err(e) => Err(RuntimeError::Unavailable(e)),
+        },
+        Choice::Auto => match probe() {
+            Ok(()) => chosen(Kind::Uring, "the kernel has all it needs".into()),
+            Err(Unavailable::Other(e)) => {
+                chosen(Kind::Tokio, format!("io_uring can't be set up: {e}"))
+            }
+            Err(e) => chosen(Kind::Tokio, e.to_string()),
+        },
+    }
+}
+
+fn lacking(ring: &IoUring) -> Result<(), Unavailable> {
+    let mut probe = Probe::new();
+    if ring.submitter().register_probe(&mut probe).is_err() {
+        return Err(Unavailable::Lacks(vec!["IORING_REGISTER_PROBE"]));
+    }
+    let mut lacks: Vec<_> = [
+        (opcode::Readv::CODE, "READV"),
+        (opcode::Writev::CODE, "WRITEV"),
+        (opcode::Read::CODE, "READ"),
+        (opcode::Write::CODE, "WRITE"),
+        (opcode::Fsync::CODE, "FSYNC"),
+        (opcode::Fallocate::CODE, "FALLOCATE"),
+        (opcode::AsyncCancel::CODE, "ASYNC_CANCEL"),
+    ]
+    .into_iter()
+    .filter(|&(code, _)| !probe.is_supported(code))
+    .map(|(_, name)| name)
+    .collect();
+    let params = ring.params();
+    let features = [
+        (params.is_feature_nodrop(), "FEAT_NODROP"),
+        (params.is_feature_submit_stable(), "FEAT_SUBMIT_STABLE"),
+    ];
+    lacks.extend(
+        features
+            .iter()
+            .filter(|(has, _)| !has)
+            .map(|(_, name)| name),
+    );
+    if lacks.is_empty() {
+        Ok(())
+    } else {
+        Err(Unavailable::Lacks(lacks))
+    }
+}
+
+/// The value of `kernel.io_uring_disabled`; kernels from 6.6 on have it.
+fn sysctl() -> Option<u32> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok()?;
+    text.trim().parse().ok()
+}
+
+fn explain(error: io::Error, sysctl: Option<u32>) -> Unavailable {
+    match (error.raw_os_error(), sysctl) {
+        (Some(libc::EPERM), Some(2)) => Unavailable::SwitchedOff {
+            level: 2,
+            remedy: "set it to 0, or to 1 and kernel.io_uring_group to a group of this process",
+        },
+        (Some(libc::EPERM), Some(1)) => Unavailable::SwitchedOff {
+            level: 1,
+            remedy: "run with CAP_SYS_ADMIN or in the group that kernel.io_uring_group names, or set it to 0",
+        },
+        (Some(libc::EPERM), _) => Unavailable::Filtered { errno: "EPERM" },
+        (Some(libc::EACCES), _) => Unavailable::Filtered { errno: "EACCES" },
+        // The sysctl is there, so the kernel has io_uring.
+        (Some(libc::ENOSYS), Some(_)) => Unavailable::Filtered { errno: "ENOSYS" },
+        (Some(libc::ENOSYS), None) => Unavailable::NotInKernel,
+        (Some(libc::ENOMEM), _) => Unavailable::Memory,
+        _ => Unavailable::Other(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(errno: i32, sysctl: Option<u32>) -> String {
+        explain(io::Error::from_raw_os_error(errno), sysctl).to_string()
+    }
+
+    #[test]
+    fn each_cause_is_told_from_the_others() {
+        assert!(told(libc::ENOSYS, None).contains("has no io_uring"));
+        assert!(told(libc::ENOSYS, Some(0)).contains("seccomp"));
+        assert!(told(libc::EPERM, None).contains("seccomp"));
+        assert!(told(libc::EPERM, Some(0)).contains("seccomp"));
+        assert!(told(libc::EPERM, Some(1)).contains("kernel.io_uring_group"));
+        assert!(told(libc::EPERM, Some(2)).contains("kernel.io_uring_disabled is 2"));
+        assert!(told(libc::ENOMEM, Some(0)).contains("LimitMEMLOCK"));
+        assert_eq!(told(libc::EMFILE, None), "io_uring can't be set up");
+    }
+}

@@ -1,0 +1,17 @@
+//! A virtio-fs server: gives a virtual machine a directory of its host.
+//!
+//! The crate is a library first. The rooms, upper ones use lower ones only:
+//!
+//! | room | what it does |
+//! | --- | --- |
+//! | [`worker`] | the threads, their runtimes, the loop |
+//! | [`scheduler`] | placement and spreading; knows nothing of virtio |
+//! | [`io`] | asynchronous file, guest buffers, over tokio-uring and tokio |
+//!
+//! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
+//! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
+
+pub mod io;
+pub mod scheduler;
+pub mod worker;
+
