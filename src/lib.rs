@@ -6,12 +6,16 @@
 //! | --- | --- |
 //! | [`worker`] | the threads, their runtimes, the loop |
 //! | [`scheduler`] | placement and spreading; knows nothing of virtio |
+//! | [`fs`] | the file system trait; the passthrough |
 //! | [`io`] | asynchronous file, guest buffers, over tokio-uring and tokio |
+//! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
 //! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
 
+pub mod fs;
 pub mod io;
 pub mod scheduler;
 pub mod worker;
 
+pub(crate) mod sys;

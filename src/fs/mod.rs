@@ -1,0 +1,329 @@
+//! File systems: the trait that the FUSE dispatch serves, and the file systems behind it.
+//!
+//! Metadata operations are plain calls that end soon; whatever may take long (data, `fsync`,
+//! `fallocate`, copying) goes through the [`File`] that [`FileSystem::file`] hands out, on the
+//! worker's runtime. The invariant: a file system never sees a name that is empty, `.` or `..`,
+//! has a `/` or a NUL in it or is longer than 255 bytes; the dispatch has refused it.
+
+pub mod passthrough;
+
+use std::ffi::CStr;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::io::File;
+
+/// What an operation ends with: an answer, or an errno for the guest.
+pub type Result<T> = std::result::Result<T, Errno>;
+
+/// Names an inode towards the guest; given out by the file system, valid until forgotten as
+/// often as it was looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+impl NodeId {
+    /// The shared directory itself (`FUSE_ROOT_ID`); never forgotten.
+    pub const ROOT: Self = Self(1);
+}
+
+/// Names an open file or directory towards the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Handle(pub u64);
+
+/// Who asks: the process in the guest that a request is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Caller {
+    /// File system user id, as the guest has it.
+    pub uid: u32,
+    /// File system group id, as the guest has it.
+    pub gid: u32,
+    /// Process id in the guest; 0 for the guest's kernel itself.
+    pub pid: u32,
+}
+
+/// A moment: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Timestamp {
+    /// Seconds since 1970-01-01 00:00:00 UTC.
+    pub seconds: i64,
+    /// Nanoseconds of the second.
+    pub nanoseconds: u32,
+}
+
+/// What `stat` tells of an inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Attributes {
+    /// Inode number on the host.
+    pub inode: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Allocated units of 512 bytes.
+    pub blocks: u64,
+    /// Last access.
+    pub accessed: Timestamp,
+    /// Last change of the data.
+    pub modified: Timestamp,
+    /// Last change of the inode.
+    pub changed: Timestamp,
+    /// Type and permission bits, as in `st_mode`.
+    pub mode: u32,
+    /// Hard links.
+    pub links: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of a device node: `(major << 8 | minor)` in the kernel's 32-bit encoding.
+    pub rdev: u32,
+    /// Preferred size of an operation, bytes.
+    pub block_size: u32,
+}
+
+/// An inode as LOOKUP and its relatives answer it. Each answer counts as one lookup.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The inode.
+    pub node: NodeId,
+    /// Tells a reused [`NodeId`] from its earlier meaning.
+    pub generation: u64,
+    /// Its attributes.
+    pub attributes: Attributes,
+    /// How long the guest may rely on the attributes.
+    pub attribute_ttl: Duration,
+    /// How long the guest may rely on the name.
+    pub entry_ttl: Duration,
+}
+
+/// What SETATTR changes; `None` stays as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Changes {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Bytes; more than there are adds zeroes.
+    pub size: Option<u64>,
+    /// Last access.
+    pub accessed: Option<NewTime>,
+    /// Last change of the data.
+    pub modified: Option<NewTime>,
+}
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewTime {
+    /// The host's time now.
+    Now,
+    /// This one.
+    At(Timestamp),
+}
+
+/// What a new file, directory or node is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct NewNode {
+    /// Type and permission bits as the caller gave them, the umask not yet applied.
+    pub mode: u32,
+    /// The caller's umask. Where the parent has a default ACL it doesn't apply, as on any
+    /// Linux file system.
+    pub umask: u32,
+    /// Device number, for device nodes.
+    pub rdev: u32,
+}
+
+/// An opened file or directory.
+#[derive(Clone, Copy, Debug)]
+pub struct Opened {
+    /// What the guest calls it from now on.
+    pub handle: Handle,
+    /// Keep what the guest has cached of the file (`FOPEN_KEEP_CACHE`).
+    pub keep_cache: bool,
+    /// The guest shall not cache the file (`FOPEN_DIRECT_IO`).
+    pub direct_io: bool,
+    /// The guest may cache the directory's entries (`FOPEN_CACHE_DIR`).
+    pub cache_dir: bool,
+}
+
+/// What `statfs` tells of a file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Statistics {
+    /// Blocks in all, in units of `fragment_size`.
+    pub blocks: u64,
+    /// Blocks free.
+    pub blocks_free: u64,
+    /// Blocks free for an ordinary user.
+    pub blocks_available: u64,
+    /// Inodes in all.
+    pub files: u64,
+    /// Inodes free.
+    pub files_free: u64,
+    /// Preferred size of an operation, bytes.
+    pub block_size: u32,
+    /// Unit of the block counts, bytes.
+    pub fragment_size: u32,
+    /// Longest name, bytes.
+    pub name_length: u32,
+}
+
+/// One name in a directory, as READDIR gives it.
+#[derive(Clone, Copy, Debug)]
+pub struct DirEntry<'a> {
+    /// Inode number on the host.
+    pub inode: u64,
+    /// Where the next entry begins: the `offset` to go on reading from.
+    pub next_offset: u64,
+    /// `DT_*` of `readdir(3)`.
+    pub kind: u8,
+    /// The name; `.` and `..` included.
+    pub name: &'a CStr,
+}
+
+/// Takes directory entries as long as there is room.
+pub trait DirSink {
+    /// Whether `name` still fits; asked before anything is looked up for it.
+    fn has_room(&self, name: &CStr) -> bool;
+    /// Adds one entry. For READDIRPLUS `entry` is what a LOOKUP of the name gave and counts as
+    /// one; it is `None` for READDIR, for `.` and `..`, and for names that vanished meanwhile.
+    fn add(&mut self, dir_entry: DirEntry<'_>, entry: Option<&Entry>);
+}
+
+/// What sort of thing a [`Handle`] is expected to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandleKind {
+    /// From [`FileSystem::open`] or [`FileSystem::create`].
+    File,
+    /// From [`FileSystem::opendir`].
+    Directory,
+}
+
+/// Which of the set-xattr flags of `setxattr(2)` hold.
+pub type XattrFlags = rustix::fs::XattrFlags;
+
+/// A file system as FUSE sees it.
+///
+/// All methods may be called from several threads at once. Errors are errnos for the guest:
+/// `ENOENT` for a name that is not there, `ESTALE` for a node that can't be found any more,
+/// `EBADF` for an unknown handle.
+pub trait FileSystem: Send + Sync + 'static {
+    /// Called once on each thread that will call the other methods.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses what the thread needs.
+    fn prepare_thread(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// Forgets everything that a session holds: every node but the root, every handle. Called
+    /// when a guest says INIT or DESTROY, and when the device is reset.
+    fn reset(&self);
+
+    /// LOOKUP: finds `name` in `parent`.
+    fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;
+    /// FORGET: the guest gives back `count` lookups.
+    fn forget(&self, node: NodeId, count: u64);
+    /// GETATTR, with how long the answer holds.
+    fn getattr(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Duration)>;
+    /// SETATTR: answers the attributes after the change.
+    fn setattr(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+        changes: &Changes,
+    ) -> Result<(Attributes, Duration)>;
+    /// READLINK: where a symbolic link points, without a NUL.
+    fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
+    /// SYMLINK: makes a link `name` that points to `target`.
+    fn symlink(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        target: &CStr,
+    ) -> Result<Entry>;
+    /// MKNOD: a regular file, FIFO, socket or device node.
+    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    /// MKDIR.
+    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    /// UNLINK.
+    fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()>;
+    /// RMDIR.
+    fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()>;
+    /// RENAME and RENAME2; `flags` are those of `renameat2(2)`.
+    fn rename(
+        &self,
+        caller: &Caller,
+        from: (NodeId, &CStr),
+        to: (NodeId, &CStr),
+        flags: u32,
+    ) -> Result<()>;
+    /// LINK: a second name for `node`.
+    fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry>;
+    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them.
+    fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
+    /// CREATE: makes and opens a regular file; without `O_EXCL` in `flags` one that is already
+    /// there is opened.
+    fn create(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        flags: u32,
+        new: &NewNode,
+    ) -> Result<(Entry, Opened)>;
+    /// FLUSH: a descriptor of the guest is closed; errors of earlier writes come out here.
+    fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
+    /// RELEASE: the last descriptor is closed; the handle ends.
+    fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
+    /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
+    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// STATFS.
+    fn statfs(&self, node: NodeId) -> Result<Statistics>;
+    /// SETXATTR.
+    fn setxattr(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: XattrFlags,
+    ) -> Result<()>;
+    /// GETXATTR: the value, at most `limit` bytes of it, else `ERANGE`.
+    fn getxattr(&self, caller: &Caller, node: NodeId, name: &CStr, limit: usize)
+    -> Result<Vec<u8>>;
+    /// GETXATTR with size 0: how long the value is.
+    fn getxattr_len(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<usize>;
+    /// LISTXATTR: the names, each with its NUL, at most `limit` bytes in all, else `ERANGE`.
+    fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>>;
+    /// LISTXATTR with size 0: how long the list is.
+    fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize>;
+    /// REMOVEXATTR.
+    fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()>;
+    /// OPENDIR.
+    fn opendir(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
+    /// READDIR and, with `plus`, READDIRPLUS: entries from `offset` on, 0 being the start, until
+    /// `sink` has no more room.
+    fn readdir(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Handle,
+        offset: u64,
+        plus: bool,
+        sink: &mut dyn DirSink,
+    ) -> Result<()>;
+    /// RELEASEDIR: the handle ends.
+    fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()>;
+    /// ACCESS: whether the caller may do what `mask` (`R_OK`, `W_OK`, `X_OK`) says.
+    fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()>;
+    /// LSEEK with `SEEK_DATA` or `SEEK_HOLE`: the new offset.
+    fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64>;
+}

@@ -1,0 +1,246 @@
+//! Attributes: GETATTR, SETATTR, ACCESS, and how the host's words for them become the guest's.
+//!
+//! The invariant: what is changed is the inode that the guest named, also if it is a symbolic
+//! link, has lost its name, or has been renamed.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, Statx, StatxFlags, StatxTimestamp, Timespec, Timestamps,
+    UTIME_NOW, UTIME_OMIT, Uid,
+};
+use rustix::io::Errno;
+
+use super::Passthrough;
+use super::holds::{InodeFd, stat_fd};
+use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
+use crate::io::File;
+use crate::sys;
+
+/// Permission bits of a mode, the set-id and sticky bits included.
+pub(super) const PERMISSIONS: u32 = 0o7777;
+
+/// The host's attributes in the guest's words.
+pub(super) fn attributes(stat: &Statx) -> Attributes {
+    Attributes {
+        inode: stat.stx_ino,
+        size: stat.stx_size,
+        blocks: stat.stx_blocks,
+        accessed: timestamp(stat.stx_atime),
+        modified: timestamp(stat.stx_mtime),
+        changed: timestamp(stat.stx_ctime),
+        mode: u32::from(stat.stx_mode),
+        links: stat.stx_nlink,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
+        block_size: stat.stx_blksize,
+    }
+}
+
+fn timestamp(time: StatxTimestamp) -> Timestamp {
+    Timestamp {
+        seconds: time.tv_sec,
+        nanoseconds: time.tv_nsec,
+    }
+}
+
+/// The kernel's 32-bit encoding (`new_encode_dev`, `linux/kdev_t.h`): 12 bits of major between
+/// the lower 8 and the upper 12 of minor.
+fn encode_device(major: u32, minor: u32) -> u32 {
+    minor & 0xff | (major & 0xfff) << 8 | (minor & 0xfff00) << 12
+}
+
+/// Major and minor of [`encode_device`]'s encoding.
+pub(super) fn decode_device(device: u32) -> (u32, u32) {
+    (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xfff00)
+}
+
+impl Passthrough {
+    pub(super) fn attributes_of(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Duration)> {
+        let stat = match handle {
+            Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
+            None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
+        }?;
+        Ok((attributes(&stat), self.options.attribute_ttl))
+    }
+
+    /// Owner first, as a change of owner takes set-id bits away, which a mode may give back;
+    /// times last, as a change of size sets them.
+    pub(super) fn change(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+        changes: &Changes,
+    ) -> Result<(Attributes, Duration)> {
+        let inode = self.inode(node)?;
+        let file = handle
+            .map(|handle| self.handles.any(node, handle))
+            .transpose()?;
+        let target = match &file {
+            Some(file) => Target::Open(file),
+            None => Target::Path(self.fd(&inode)?),
+        };
+        if changes.uid.is_some() || changes.gid.is_some() {
+            let uid = changes.uid.map(valid_id).transpose()?.map(Uid::from_raw);
+            let gid = changes.gid.map(valid_id).transpose()?.map(Gid::from_raw);
+            rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+        }
+        if let Some(mode) = changes.mode {
+            self.change_mode(&target, inode.kind(), mode)?;
+        }
+        if let Some(size) = changes.size {
+            self.change_size(&target, inode.kind(), size)?;
+        }
+        if changes.accessed.is_some() || changes.modified.is_some() {
+            let times = Timestamps {
+                last_access: timespec(changes.accessed),
+                last_modification: timespec(changes.modified),
+            };
+            rustix::fs::utimensat(&target, c"", &times, AtFlags::EMPTY_PATH)?;
+        }
+        let stat = stat_fd(&target, StatxFlags::BASIC_STATS)?;
+        Ok((attributes(&stat), self.options.attribute_ttl))
+    }
+
+    fn change_mode(&self, target: &Target<'_>, kind: FileType, mode: u32) -> Result<()> {
+        let mode = Mode::from_raw_mode(mode & PERMISSIONS);
+        match target {
+            // Some kernels change it on some file systems, where it means nothing.
+            _ if kind == FileType::Symlink => Err(Errno::OPNOTSUPP),
+            Target::Open(file) => rustix::fs::fchmod(file, mode),
+            Target::Path(fd) => {
+                let name = fd.proc_name();
+                rustix::fs::chmodat(&self.proc_fds, name.as_c_str(), mode, AtFlags::empty())
+            }
+        }
+    }
+
+    fn change_size(&self, target: &Target<'_>, kind: FileType, size: u64) -> Result<()> {
+        match kind {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            _ => return Err(Errno::INVAL),
+        }
+        if let Target::Open(file) = target {
+            match rustix::fs::ftruncate(file, size) {
+                // Opened for reading only.
+                Err(Errno::INVAL | Errno::BADF) => {}
+                done => return done,
+            }
+        }
+        // `"N"` is relative to `/proc/self/fd`, where prepared threads stand.
+        self.prepare()?;
+        let name = rustix::path::DecInt::from_fd(target);
+        sys::file::truncate(name.as_c_str(), size)
+    }
+
+    /// What the mode bits allow the caller. A guest asks only if it was mounted without
+    /// `default_permissions`; its supplementary groups and ACLs are not known here.
+    pub(super) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
+        let inode = self.inode(node)?;
+        let stat = stat_fd(self.fd(&inode)?, StatxFlags::BASIC_STATS)?;
+        let allowed = permissions_for(caller, &attributes(&stat));
+        if mask & 0o7 & !allowed == 0 {
+            Ok(())
+        } else {
+            Err(Errno::ACCESS)
+        }
+    }
+}
+
+/// Which of `R_OK`, `W_OK` and `X_OK` a caller has.
+fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
+    let mode = attributes.mode;
+    let directory = FileType::from_raw_mode(mode) == FileType::Directory;
+    if caller.uid == 0 {
+        // Root may do everything, except execute what nobody may.
+        let executable = directory || mode & 0o111 != 0;
+        return if executable { 0o7 } else { 0o6 };
+    }
+    let shift = if caller.uid == attributes.uid {
+        6
+    } else if caller.gid == attributes.gid {
+        3
+    } else {
+        0
+    };
+    mode >> shift & 0o7
+}
+
+/// What SETATTR works on.
+enum Target<'a> {
+    /// An open file: takes all system calls that want a descriptor.
+    Open(&'a File),
+    /// An `O_PATH` descriptor: takes those that have `AT_EMPTY_PATH`.
+    Path(InodeFd<'a>),
+}
+
+impl AsFd for Target<'_> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        match self {
+            Self::Open(file) => file.as_fd(),
+            Self::Path(fd) => fd.as_fd(),
+        }
+    }
+}
+
+/// -1 would mean "leave as it is" to the host.
+fn valid_id(id: u32) -> Result<u32> {
+    if id == u32::MAX {
+        Err(Errno::INVAL)
+    } else {
+        Ok(id)
+    }
+}
+
+fn timespec(time: Option<NewTime>) -> Timespec {
+    let (tv_sec, tv_nsec) = match time {
+        None => (0, UTIME_OMIT),
+        Some(NewTime::Now) => (0, UTIME_NOW),
+        Some(NewTime::At(at)) => (at.seconds, at.nanoseconds.into()),
+    };
+    Timespec { tv_sec, tv_nsec }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_come_back_as_they_went() {
+        for (major, minor) in [(0, 0), (8, 1), (259, 70_000), (0xfff, 0xf_ffff)] {
+            assert_eq!(decode_device(encode_device(major, minor)), (major, minor));
+        }
+        assert_eq!(encode_device(8, 1), 0x801);
+    }
+
+    #[test]
+    fn access_goes_by_the_first_class_that_fits() {
+        let attributes = |mode| Attributes {
+            mode,
+            uid: 1000,
+            gid: 100,
+            ..Attributes::default()
+        };
+        let caller = |uid, gid| Caller { uid, gid, pid: 1 };
+        let file = attributes(0o100_046);
+        assert_eq!(permissions_for(&caller(1000, 100), &file), 0);
+        assert_eq!(permissions_for(&caller(1, 100), &file), 4);
+        assert_eq!(permissions_for(&caller(1, 1), &file), 6);
+        assert_eq!(permissions_for(&caller(0, 0), &file), 6);
+        assert_eq!(permissions_for(&caller(0, 0), &attributes(0o100_010)), 7);
+        assert_eq!(permissions_for(&caller(0, 0), &attributes(0o040_000)), 7);
+    }
+
+    #[test]
+    fn a_time_that_is_not_set_is_omitted() {
+        assert_eq!(timespec(None).tv_nsec, UTIME_OMIT);
+        assert_eq!(timespec(Some(NewTime::Now)).tv_nsec, UTIME_NOW);
+    }
+}

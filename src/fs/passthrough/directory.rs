@@ -1,0 +1,196 @@
+//! Directories read: READDIR and READDIRPLUS.
+//!
+//! An open directory has one stream of entries, read from the host in large pieces. A request
+//! that goes on where the last one stopped takes what is left of the piece; any other seeks to
+//! the offset it names, which is the host's own cookie. The invariant: an entry is passed over
+//! only once it has been given to the guest.
+
+use std::ffi::CStr;
+use std::os::fd::AsFd;
+use std::sync::PoisonError;
+
+use rustix::fs::SeekFrom;
+
+use super::Passthrough;
+use super::holds::Key;
+use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
+use crate::io::File;
+use crate::sys;
+
+/// Bytes of entries read from the host at once: some thousand names, and as much as the
+/// largest READDIR of today's kernels takes in one or two requests.
+const PIECE: usize = 64 * 1024;
+
+/// Where reading a directory stands.
+#[derive(Debug, Default)]
+pub(super) struct Stream {
+    /// Raw entries as the host gave them; allocated by the first read, given back at the end.
+    piece: Vec<u8>,
+    /// Where the next entry begins in `piece`.
+    at: usize,
+    /// The cookie of that entry.
+    offset: u64,
+}
+
+impl Stream {
+    /// Makes the entry at `offset` the next one.
+    fn seek(&mut self, directory: &File, offset: u64) -> Result<()> {
+        // A start from 0 is a rewind, which promises entries as they are by now. A stream that
+        // hasn't read anything yet stands there already.
+        let rewind = offset == 0 && self.at != 0;
+        if offset == self.offset && !rewind {
+            return Ok(());
+        }
+        self.piece.clear();
+        rustix::fs::seek(directory, SeekFrom::Start(offset))?;
+        self.at = 0;
+        self.offset = offset;
+        Ok(())
+    }
+
+    /// Reads on, if the piece is used up; answers whether there is an entry.
+    fn fill(&mut self, directory: &File) -> Result<bool> {
+        if self.at < self.piece.len() {
+            return Ok(true);
+        }
+        self.at = 0;
+        self.piece.resize(PIECE, 0);
+        let read = sys::file::read_directory(directory, &mut self.piece);
+        self.piece.truncate(*read.as_ref().unwrap_or(&0));
+        if self.piece.is_empty() {
+            self.piece = Vec::new();
+        }
+        read.map(|read| read > 0)
+    }
+
+    fn peek(&self) -> Option<Raw<'_>> {
+        Raw::parse(self.piece.get(self.at..)?)
+    }
+
+    fn advance(&mut self, len: usize, next_offset: u64) {
+        self.at += len;
+        self.offset = next_offset;
+    }
+}
+
+/// A `struct linux_dirent64`.
+struct Raw<'a> {
+    inode: u64,
+    next_offset: u64,
+    /// Bytes from this entry's beginning to the next one's.
+    len: usize,
+    kind: u8,
+    name: &'a CStr,
+}
+
+impl<'a> Raw<'a> {
+    /// Takes the first entry of `bytes` apart; `None` where there isn't a whole one.
+    fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let (inode, rest) = bytes.split_first_chunk()?;
+        let (next_offset, rest) = rest.split_first_chunk()?;
+        let (len, rest) = rest.split_first_chunk()?;
+        let (&kind, _) = rest.split_first()?;
+        let len = usize::from(u16::from_ne_bytes(*len));
+        let name = bytes.get(NAME_AT..len)?;
+        Some(Self {
+            inode: u64::from_ne_bytes(*inode),
+            next_offset: u64::from_ne_bytes(*next_offset),
+            len,
+            kind,
+            name: CStr::from_bytes_until_nul(name).ok()?,
+        })
+    }
+}
+
+/// Where the name stands in an entry: behind two words, the length and the type.
+const NAME_AT: usize = 19;
+
+impl Passthrough {
+    pub(super) fn read_entries(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        offset: u64,
+        plus: bool,
+        sink: &mut dyn DirSink,
+    ) -> Result<()> {
+        let (directory, stream) = self.handles.directory(node, handle)?;
+        let inode = self.inodes.get(node);
+        let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.seek(&directory, offset)?;
+        let mut given = false;
+        loop {
+            match stream.fill(&directory) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // What there is already is answered; the error comes again if it lasts.
+                Err(_) if given => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            let Some(raw) = stream.peek() else {
+                return Err(rustix::io::Errno::IO);
+            };
+            if !sink.has_room(raw.name) {
+                return Ok(());
+            }
+            let own = matches!(raw.name.to_bytes(), b"." | b"..");
+            let entry = match &inode {
+                Some(inode) if plus && !own => self.look_up(&directory, inode.key(), &raw),
+                _ => None,
+            };
+            let root = inode.as_ref().filter(|_| own && node == NodeId::ROOT);
+            let listed = DirEntry {
+                // What lies above the shared directory is not the guest's business.
+                inode: root.map_or(raw.inode, |root| root.key().number),
+                next_offset: raw.next_offset,
+                kind: raw.kind,
+                name: raw.name,
+            };
+            sink.add(listed, entry.as_ref());
+            given = true;
+            let (len, next_offset) = (raw.len, raw.next_offset);
+            stream.advance(len, next_offset);
+        }
+    }
+
+    /// The entry of a listed name; `None` if it has vanished, or can't be looked up now: the
+    /// guest then does so itself, and gets the error where it belongs.
+    fn look_up(&self, directory: impl AsFd, key: &Key, raw: &Raw<'_>) -> Option<Entry> {
+        self.find_listed(directory, key, raw.inode, raw.name).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(name: &[u8], len: u16) -> Vec<u8> {
+        let mut bytes = 42u64.to_ne_bytes().to_vec();
+        bytes.extend(7u64.to_ne_bytes());
+        bytes.extend(len.to_ne_bytes());
+        bytes.push(libc::DT_REG);
+        bytes.extend(name);
+        bytes.resize(bytes.len().max(len.into()), 0);
+        bytes
+    }
+
+    #[test]
+    fn an_entry_is_taken_apart() {
+        let bytes = [raw(b"name\0", 24), raw(b"next\0", 24)].concat();
+        let entry = Raw::parse(&bytes).unwrap();
+        assert_eq!((entry.inode, entry.next_offset), (42, 7));
+        assert_eq!((entry.len, entry.kind), (24, libc::DT_REG));
+        assert_eq!(entry.name, c"name");
+        assert_eq!(Raw::parse(&bytes[entry.len..]).unwrap().name, c"next");
+    }
+
+    #[test]
+    fn half_an_entry_is_none() {
+        let bytes = raw(b"name\0", 24);
+        for end in 0..bytes.len() {
+            assert!(Raw::parse(&bytes[..end]).is_none(), "{end}");
+        }
+        assert!(Raw::parse(&raw(b"name", 10)).is_none());
+        assert!(Raw::parse(&raw(b"abcde", 24)).is_none());
+    }
+}

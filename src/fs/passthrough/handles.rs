@@ -1,0 +1,207 @@
+//! Open files and directories, by the handle that the guest has for them.
+//!
+//! A handle is a number that is never given out twice, so one that has been released is
+//! unknown instead of being another file. The invariant: a handle opens nothing but the inode
+//! it was opened for; with another node id it is `EBADF`.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use rustix::io::Errno;
+
+use super::directory::Stream;
+use super::inodes::Mix;
+use crate::fs::{Handle, HandleKind, NodeId, Result};
+use crate::io::File;
+
+/// One open file or directory.
+#[derive(Debug)]
+struct Open {
+    node: NodeId,
+    file: File,
+    /// Where reading stands, for a directory.
+    stream: Option<Arc<Mutex<Stream>>>,
+}
+
+impl Open {
+    fn kind(&self) -> HandleKind {
+        match self.stream {
+            None => HandleKind::File,
+            Some(_) => HandleKind::Directory,
+        }
+    }
+}
+
+/// So many that a handful of workers rarely meet.
+const SHARDS: u64 = 32;
+
+type Shard = RwLock<HashMap<u64, Open, Mix>>;
+
+/// All that the guest has open.
+#[derive(Debug)]
+pub(super) struct Handles {
+    shards: Box<[Shard]>,
+    /// The next handle. 64 bits are not used up; 0 is left for what is open without a handle.
+    next: AtomicU64,
+}
+
+impl Handles {
+    pub(super) fn new() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            next: AtomicU64::new(1),
+        }
+    }
+
+    pub(super) fn add(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Handle {
+        let handle = self.next.fetch_add(1, Ordering::Relaxed);
+        let open = Open {
+            node,
+            file: File::from_fd(fd),
+            stream: match kind {
+                HandleKind::File => None,
+                HandleKind::Directory => Some(Arc::default()),
+            },
+        };
+        self.shard(handle)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(handle, open);
+        Handle(handle)
+    }
+
+    pub(super) fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
+        self.with(node, handle, kind, |open| Ok(open.file.clone()))
+    }
+
+    /// The file behind a handle of either kind.
+    pub(super) fn any(&self, node: NodeId, handle: Handle) -> Result<File> {
+        self.file(node, handle, HandleKind::File)
+            .or_else(|_| self.file(node, handle, HandleKind::Directory))
+    }
+
+    pub(super) fn directory(
+        &self,
+        node: NodeId,
+        handle: Handle,
+    ) -> Result<(File, Arc<Mutex<Stream>>)> {
+        self.with(node, handle, HandleKind::Directory, |open| {
+            let stream = open.stream.as_ref().ok_or(Errno::BADF)?;
+            Ok((open.file.clone(), Arc::clone(stream)))
+        })
+    }
+
+    /// Ends a handle. Who still uses its file keeps that open.
+    pub(super) fn release(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<()> {
+        let released = {
+            let mut shard = self
+                .shard(handle.0)
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            let fits = |open: &Open| open.node == node && open.kind() == kind;
+            if !shard.get(&handle.0).is_some_and(fits) {
+                return Err(Errno::BADF);
+            }
+            let released = shard.remove(&handle.0);
+            if shard.capacity() > 64 && shard.len() < shard.capacity() / 4 {
+                shard.shrink_to_fit();
+            }
+            released
+        };
+        // Closing may take long, and happens outside of the lock.
+        drop(released);
+        Ok(())
+    }
+
+    pub(super) fn clear(&self) {
+        for shard in &self.shards {
+            let released = {
+                let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
+                std::mem::take(&mut *shard)
+            };
+            drop(released);
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        let len = |shard: &Shard| shard.read().unwrap_or_else(PoisonError::into_inner).len();
+        self.shards.iter().map(len).sum()
+    }
+
+    fn with<T>(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        kind: HandleKind,
+        read: impl FnOnce(&Open) -> Result<T>,
+    ) -> Result<T> {
+        let shard = self
+            .shard(handle.0)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        match shard.get(&handle.0) {
+            Some(open) if open.node == node && open.kind() == kind => read(open),
+            _ => Err(Errno::BADF),
+        }
+    }
+
+    fn shard(&self, handle: u64) -> &Shard {
+        &self.shards[usize::try_from(handle % SHARDS).unwrap_or_default()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: NodeId = NodeId(7);
+
+    fn handles() -> (Handles, Handle, Handle) {
+        let handles = Handles::new();
+        let fd = || std::fs::File::open("/dev/null").unwrap().into();
+        let file = handles.add(NODE, fd(), HandleKind::File);
+        let directory = handles.add(NODE, fd(), HandleKind::Directory);
+        (handles, file, directory)
+    }
+
+    #[test]
+    fn a_handle_of_another_inode_or_kind_is_refused() {
+        let (handles, file, directory) = handles();
+        assert!(handles.file(NODE, file, HandleKind::File).is_ok());
+        assert!(handles.any(NODE, directory).is_ok());
+        let other = NodeId(8);
+        let refused = [
+            handles.file(other, file, HandleKind::File).err(),
+            handles.file(NODE, file, HandleKind::Directory).err(),
+            handles.file(NODE, directory, HandleKind::File).err(),
+            handles.directory(NODE, file).err(),
+            handles.any(other, file).err(),
+            handles.release(other, file, HandleKind::File).err(),
+            handles.release(NODE, file, HandleKind::Directory).err(),
+        ];
+        assert_eq!(refused, [Some(Errno::BADF); 7]);
+        assert_eq!(handles.len(), 2);
+    }
+
+    #[test]
+    fn a_released_handle_is_never_given_out_again() {
+        let (handles, file, _) = handles();
+        handles.release(NODE, file, HandleKind::File).unwrap();
+        assert_eq!(
+            handles.release(NODE, file, HandleKind::File),
+            Err(Errno::BADF)
+        );
+        let fd = std::fs::File::open("/dev/null").unwrap().into();
+        assert_ne!(handles.add(NODE, fd, HandleKind::File), file);
+    }
+
+    #[test]
+    fn clear_ends_all_handles() {
+        let (handles, file, _) = handles();
+        handles.clear();
+        assert_eq!(handles.len(), 0);
+        assert!(handles.file(NODE, file, HandleKind::File).is_err());
+    }
+}

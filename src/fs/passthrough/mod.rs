@@ -1,0 +1,517 @@
+//! The passthrough file system: a directory of the host.
+//!
+//! Composition and options, and the operations too small for a file of their own. Inodes are
+//! held within reach by `holds`, known to the guest by `inodes`, found by `lookup`; open
+//! files are `handles`; `credentials` says who creates. The invariant: nothing is reached
+//! but by a descriptor or a file handle that began at the shared directory, one name at a time.
+
+mod attributes;
+mod credentials;
+mod directory;
+mod handles;
+mod holds;
+mod inodes;
+mod lookup;
+mod names;
+#[cfg(test)]
+mod tests;
+mod xattr;
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit};
+
+pub use self::holds::InodeFileHandles;
+
+use self::credentials::Wear;
+use self::handles::Handles;
+use self::holds::{Hold, Holder, IDENTITY, Identity, stat_fd};
+use self::inodes::Store;
+use super::{
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode, NodeId,
+    Opened, Result, Statistics, XattrFlags,
+};
+use crate::io::File;
+use crate::sys;
+
+/// Why a directory can't be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum PassthroughError {
+    /// The shared directory can't be opened.
+    #[error("can't open the shared directory {}", path.display())]
+    OpenShared {
+        /// The directory.
+        path: PathBuf,
+        /// What the host says.
+        source: Errno,
+    },
+    /// The shared directory has been opened, and can't be asked who it is.
+    #[error("can't read the attributes of the shared directory {}", path.display())]
+    StatShared {
+        /// The directory.
+        path: PathBuf,
+        /// What the host says.
+        source: Errno,
+    },
+    /// There is no `/proc`, through which inodes are opened.
+    #[error("can't open /proc/self/fd (is /proc mounted?)")]
+    OpenProc {
+        /// What the host says.
+        source: Errno,
+    },
+    /// File handles are mandatory and don't work.
+    #[error(
+        "can't use file handles on {}: they need CAP_DAC_READ_SEARCH and a file system that \
+         can be exported",
+        path.display()
+    )]
+    FileHandles {
+        /// The directory.
+        path: PathBuf,
+        /// What the host says.
+        source: Errno,
+    },
+}
+
+/// How a directory is shared.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// When inodes are held by file handle.
+    pub inode_file_handles: InodeFileHandles,
+    /// How many inodes may be held by descriptor before file handles take over where they
+    /// work; `None` for three quarters of what `RLIMIT_NOFILE` allows when the file system is
+    /// made. See [`raise_descriptor_limit`].
+    pub inode_descriptors: Option<usize>,
+    /// How long the guest may rely on attributes.
+    pub attribute_ttl: Duration,
+    /// How long the guest may rely on names.
+    pub entry_ttl: Duration,
+    /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
+    /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
+    pub xattr: bool,
+    /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
+    pub allow_direct_io: bool,
+    /// The guest caches writes: it then reads files that were opened for writing only, and
+    /// knows the end of a file better than `O_APPEND` on the host.
+    pub writeback: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            inode_file_handles: InodeFileHandles::default(),
+            inode_descriptors: None,
+            attribute_ttl: Duration::from_secs(1),
+            entry_ttl: Duration::from_secs(1),
+            xattr: true,
+            allow_direct_io: false,
+            writeback: false,
+        }
+    }
+}
+
+/// Raises the limit of open descriptors (`RLIMIT_NOFILE`) as far as it goes without privilege,
+/// and answers what it is then; `None` for no limit. For the server's start.
+pub fn raise_descriptor_limit() -> Option<u64> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if raised.current == limit.current {
+        return limit.current;
+    }
+    match rustix::process::setrlimit(Resource::Nofile, raised) {
+        Ok(()) => raised.current,
+        // Only a seccomp filter forbids this. What depends on the limit goes by what it is.
+        Err(error) => {
+            log::warn!("can't raise the limit of open descriptors to its maximum: {error}");
+            limit.current
+        }
+    }
+}
+
+/// Inodes that may be held by descriptor unless the options say otherwise.
+fn inode_descriptors() -> usize {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    let limit = limit.map_or(usize::MAX, |limit| {
+        usize::try_from(limit).unwrap_or(usize::MAX)
+    });
+    limit / 4 * 3
+}
+
+/// A directory of the host, as a file system for a guest.
+#[derive(Debug)]
+pub struct Passthrough {
+    options: Options,
+    /// `/proc/self/fd`, `O_PATH`.
+    proc_fds: OwnedFd,
+    inodes: Store,
+    holder: Holder,
+    handles: Handles,
+    wear: Wear,
+}
+
+impl Passthrough {
+    /// Shares `shared_dir`. To be called in the process that serves it, before that gives up
+    /// its view of `/proc`; the server may change its root or its mounts afterwards.
+    ///
+    /// # Errors
+    ///
+    /// See [`PassthroughError`].
+    pub fn new(shared_dir: &Path, options: Options) -> std::result::Result<Self, PassthroughError> {
+        let path = || shared_dir.to_path_buf();
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
+            .map_err(|source| PassthroughError::OpenProc { source })?;
+        let root = rustix::fs::open(shared_dir, directory, Mode::empty()).map_err(|source| {
+            PassthroughError::OpenShared {
+                path: path(),
+                source,
+            }
+        })?;
+        let stat = stat_fd(&root, IDENTITY).map_err(|source| PassthroughError::StatShared {
+            path: path(),
+            source,
+        })?;
+        let identity = Identity::of(&stat);
+        let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
+            path: path(),
+            source,
+        })?;
+
+        let budget = options.inode_descriptors.unwrap_or_else(inode_descriptors);
+        let mode = options.inode_file_handles;
+        let holder =
+            Holder::new(mode, budget, root.as_fd(), &identity, &proc_fds).map_err(|source| {
+                PassthroughError::FileHandles {
+                    path: path(),
+                    source,
+                }
+            })?;
+        Ok(Self {
+            options,
+            proc_fds,
+            // The root stays what it is whatever happens on the host, and is never let go of.
+            inodes: Store::new(&identity, Hold::Descriptor(root)),
+            holder,
+            handles: Handles::new(),
+            wear,
+        })
+    }
+
+    /// How many inodes the guest has looked up and not forgotten, the root included.
+    #[must_use]
+    pub fn known_inodes(&self) -> usize {
+        self.inodes.len()
+    }
+
+    /// How many of those are held by a descriptor.
+    #[must_use]
+    pub fn inode_descriptors(&self) -> usize {
+        self.inodes.descriptors()
+    }
+
+    /// How many files and directories the guest has open.
+    #[must_use]
+    pub fn open_handles(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Prepares the calling thread, if it isn't.
+    fn prepare(&self) -> Result<()> {
+        credentials::prepare_thread(&self.proc_fds)
+    }
+
+    /// The flags of the guest's `open(2)` that are passed on to the host's.
+    ///
+    /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_NOFOLLOW`, as
+    /// the way to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead
+    /// of waiting for the disk; `O_NOATIME`, which the host refuses to a server that doesn't
+    /// own the file; and all that is none of a regular file's.
+    fn file_flags(&self, flags: u32) -> OFlags {
+        let flags = OFlags::from_bits_retain(flags);
+        let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
+        let mut kept = OFlags::RWMODE | OFlags::TRUNC | OFlags::APPEND | OFlags::SYNC | dsync;
+        if self.options.allow_direct_io {
+            kept |= OFlags::DIRECT;
+        }
+        if self.options.writeback {
+            kept -= OFlags::APPEND;
+        }
+        let mut kept = flags & kept;
+        if self.options.writeback && kept & OFlags::RWMODE == OFlags::WRONLY {
+            kept = kept.difference(OFlags::RWMODE) | OFlags::RDWR;
+        }
+        kept | OFlags::NOCTTY
+    }
+
+    /// Opens a regular file. Anything else is refused, without a call that could block or act:
+    /// FIFOs, sockets and devices are the guest's own affair, and a guest's kernel never asks
+    /// for them. `ENXIO` is what Linux says to who opens a socket, or a device that isn't
+    /// there; `ELOOP` what it says to who opens a symbolic link and follows none.
+    fn open_file(&self, node: NodeId, flags: u32) -> Result<Opened> {
+        let inode = self.inode(node)?;
+        match inode.kind() {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            FileType::Symlink => return Err(Errno::LOOP),
+            _ => return Err(Errno::NXIO),
+        }
+        let fd = self.reopen(&inode, self.file_flags(flags))?;
+        Ok(self.opened(node, fd, HandleKind::File))
+    }
+
+    fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
+        Opened {
+            handle: self.handles.add(node, fd, kind),
+            keep_cache: false,
+            direct_io: false,
+            cache_dir: false,
+        }
+    }
+}
+
+/// Whether credentials may stay on a thread between two requests for this file system: not
+/// where another machine or process goes by them.
+fn wear_for(root: &OwnedFd) -> Result<Wear> {
+    /// Types of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P, Ceph,
+    /// AFS twice, Coda; and Lustre.
+    const ELSEWHERE: [u32; 11] = [
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x6573_5546,
+        0x0102_1997,
+        0x00c3_6400,
+        0x5346_414f,
+        0x6b41_4653,
+        0x7375_7245,
+        0x0bd0_0bd0,
+    ];
+    let kind = rustix::fs::fstatfs(root)?.f_type;
+    let elsewhere = ELSEWHERE
+        .iter()
+        .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
+    Ok(if elsewhere {
+        Wear::putting_back()
+    } else {
+        Wear::staying()
+    })
+}
+
+/// Narrows what the host tells; what is beyond is the largest there is.
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+impl FileSystem for Passthrough {
+    /// Gives the thread a working directory, a umask and file system ids of its own, which
+    /// belong to this file system from now on: whoever changes them breaks it. A thread that
+    /// was not prepared is prepared by its first request that needs it.
+    fn prepare_thread(&self) -> std::io::Result<()> {
+        Ok(self.prepare()?)
+    }
+
+    fn reset(&self) {
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
+        let parent = self.inode(parent)?;
+        self.find(self.fd(&parent)?, name)
+    }
+
+    fn forget(&self, node: NodeId, count: u64) {
+        self.inodes.forget(node, count);
+    }
+
+    fn getattr(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Duration)> {
+        self.attributes_of(node, handle)
+    }
+
+    fn setattr(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+        changes: &Changes,
+    ) -> Result<(Attributes, Duration)> {
+        self.change(node, handle, changes)
+    }
+
+    fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
+        let inode = self.inode(node)?;
+        if inode.kind() != FileType::Symlink {
+            return Err(Errno::INVAL);
+        }
+        let target = rustix::fs::readlinkat(self.fd(&inode)?, c"", Vec::new())?;
+        Ok(target.into_bytes())
+    }
+
+    fn symlink(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        target: &CStr,
+    ) -> Result<Entry> {
+        self.make_symlink(caller, parent, name, target)
+    }
+
+    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.make_node(caller, parent, name, new)
+    }
+
+    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.make_directory(caller, parent, name, new)
+    }
+
+    fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.remove(parent, name, AtFlags::empty())
+    }
+
+    fn rmdir(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.remove(parent, name, AtFlags::REMOVEDIR)
+    }
+
+    fn rename(
+        &self,
+        caller: &Caller,
+        from: (NodeId, &CStr),
+        to: (NodeId, &CStr),
+        flags: u32,
+    ) -> Result<()> {
+        self.move_name(caller, from, to, flags)
+    }
+
+    fn link(&self, _: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.make_link(node, parent, name)
+    }
+
+    fn open(&self, _: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
+        self.open_file(node, flags)
+    }
+
+    fn create(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        flags: u32,
+        new: &NewNode,
+    ) -> Result<(Entry, Opened)> {
+        self.create_file(caller, parent, name, flags, new)
+    }
+
+    /// Closes a duplicate, which makes network file systems say what went wrong so far.
+    fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
+        let file = self.handles.file(node, handle, HandleKind::File)?;
+        sys::file::close(rustix::io::fcntl_dupfd_cloexec(&file, 0)?)
+    }
+
+    fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.handles.release(node, handle, HandleKind::File)
+    }
+
+    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
+        self.handles.file(node, handle, kind)
+    }
+
+    fn statfs(&self, node: NodeId) -> Result<Statistics> {
+        let inode = self.inode(node)?;
+        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
+        Ok(Statistics {
+            blocks: stat.f_blocks,
+            blocks_free: stat.f_bfree,
+            blocks_available: stat.f_bavail,
+            files: stat.f_files,
+            files_free: stat.f_ffree,
+            block_size: narrow(stat.f_bsize),
+            fragment_size: narrow(stat.f_frsize),
+            name_length: narrow(stat.f_namemax),
+        })
+    }
+
+    fn setxattr(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: XattrFlags,
+    ) -> Result<()> {
+        self.set_attribute(node, name, value, flags)
+    }
+
+    fn getxattr(&self, _: &Caller, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
+        self.attribute(node, name, limit)
+    }
+
+    fn getxattr_len(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<usize> {
+        self.attribute_len(node, name)
+    }
+
+    fn listxattr(&self, _: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+        self.attribute_names(node, limit)
+    }
+
+    fn listxattr_len(&self, _: &Caller, node: NodeId) -> Result<usize> {
+        self.attribute_names_len(node)
+    }
+
+    fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+        self.remove_attribute(node, name)
+    }
+
+    fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {
+        let inode = self.inode(node)?;
+        if inode.kind() != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        let fd = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        Ok(self.opened(node, fd, HandleKind::Directory))
+    }
+
+    fn readdir(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        handle: Handle,
+        offset: u64,
+        plus: bool,
+        sink: &mut dyn DirSink,
+    ) -> Result<()> {
+        self.read_entries(node, handle, offset, plus, sink)
+    }
+
+    fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.handles.release(node, handle, HandleKind::Directory)
+    }
+
+    fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
+        self.may(caller, node, mask)
+    }
+
+    fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {
+        let file = self.handles.file(node, handle, HandleKind::File)?;
+        let to = match whence.cast_signed() {
+            libc::SEEK_DATA => SeekFrom::Data(offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(offset),
+            _ => return Err(Errno::INVAL),
+        };
+        rustix::fs::seek(&file, to)
+    }
+}

@@ -1,0 +1,220 @@
+//! The passthrough against real directories: how the suites below set it up.
+//!
+//! Each test runs once with inodes held by descriptors and once with file handles, each time
+//! on a thread of its own, which the passthrough may change as it likes. The invariant: a test
+//! that the machine can't run says so; it never passes in silence.
+
+mod attributes;
+mod credentials;
+mod directories;
+mod lookups;
+mod names;
+mod xattrs;
+
+use std::ffi::{CStr, CString};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+use super::{InodeFileHandles, Options, Passthrough};
+use crate::fs::{
+    Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, NewNode, NodeId,
+    Opened, Result,
+};
+
+const ROOT: NodeId = NodeId::ROOT;
+
+/// The user that runs the tests' guest.
+const SUPERUSER: Caller = Caller {
+    uid: 0,
+    gid: 0,
+    pid: 1,
+};
+
+/// A directory and the file system that shares it.
+struct Rig {
+    dir: TempDir,
+    fs: Passthrough,
+}
+
+/// Runs `test` in each way to hold inodes that works here.
+fn in_each_mode(test: impl Fn(&Rig) + Sync) {
+    for mode in [InodeFileHandles::Never, InodeFileHandles::Mandatory] {
+        let options = Options {
+            inode_file_handles: mode,
+            ..Options::default()
+        };
+        with(options, &test);
+    }
+}
+
+fn with(options: Options, test: impl Fn(&Rig) + Sync) {
+    let mode = options.inode_file_handles;
+    on_a_thread(|| match Rig::new(options) {
+        Some(rig) => test(&rig),
+        None => println!("SKIPPED with {mode:?}: file handles need CAP_DAC_READ_SEARCH"),
+    });
+}
+
+/// Runs `act` on a thread of its own.
+fn on_a_thread(act: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        if let Err(panic) = scope.spawn(act).join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// Whether the tests run as root; says so if not.
+fn is_root() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        println!("SKIPPED: needs root");
+    }
+    is_root
+}
+
+fn user(uid: u32) -> Caller {
+    Caller {
+        uid,
+        gid: uid,
+        pid: 1,
+    }
+}
+
+fn new(mode: u32) -> NewNode {
+    NewNode {
+        mode,
+        umask: 0o022,
+        rdev: 0,
+    }
+}
+
+fn c(name: &str) -> CString {
+    CString::new(name).unwrap()
+}
+
+const O_RDWR: u32 = libc::O_RDWR.cast_unsigned();
+const O_RDONLY: u32 = libc::O_RDONLY.cast_unsigned();
+const O_WRONLY: u32 = libc::O_WRONLY.cast_unsigned();
+const O_TRUNC: u32 = libc::O_TRUNC.cast_unsigned();
+const O_EXCL: u32 = libc::O_EXCL.cast_unsigned();
+
+impl Rig {
+    fn new(options: Options) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        match Passthrough::new(dir.path(), options) {
+            Ok(fs) => Some(Self { dir, fs }),
+            Err(super::PassthroughError::FileHandles { .. }) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes a file on the host's side.
+    fn host_file(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    fn host_dir(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir(&path).unwrap();
+        path
+    }
+
+    fn find(&self, parent: NodeId, name: &str) -> Result<Entry> {
+        self.fs.lookup(&SUPERUSER, parent, &c(name))
+    }
+
+    /// Looks up a name of the root that is there.
+    fn node(&self, name: &str) -> NodeId {
+        self.find(ROOT, name).unwrap().node
+    }
+
+    fn create(
+        &self,
+        caller: &Caller,
+        name: &str,
+        flags: u32,
+        mode: u32,
+    ) -> Result<(Entry, Opened)> {
+        self.fs.create(caller, ROOT, &c(name), flags, &new(mode))
+    }
+
+    fn attributes(&self, node: NodeId) -> Result<Attributes> {
+        self.fs.getattr(&SUPERUSER, node, None).map(|(it, _)| it)
+    }
+
+    fn change(&self, node: NodeId, handle: Option<Handle>, changes: Changes) -> Result<Attributes> {
+        let changed = self.fs.setattr(&SUPERUSER, node, handle, &changes);
+        changed.map(|(it, _)| it)
+    }
+
+    /// This process's descriptors that lead into the shared directory.
+    fn descriptors(&self) -> usize {
+        std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+            .filter(|target| target.starts_with(self.dir.path()))
+            .count()
+    }
+}
+
+/// User and group that own `path`.
+fn owner(path: &Path) -> (u32, u32) {
+    let metadata = std::fs::symlink_metadata(path).unwrap();
+    (metadata.uid(), metadata.gid())
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::symlink_metadata(path).unwrap().mode() & 0o7777
+}
+
+/// One entry that a READDIR gave.
+#[derive(Clone, Debug)]
+struct Listed {
+    name: String,
+    inode: u64,
+    kind: u8,
+    next_offset: u64,
+    entry: Option<Entry>,
+}
+
+/// Takes up to `room` entries.
+struct Listing {
+    room: usize,
+    listed: Vec<Listed>,
+}
+
+impl Listing {
+    fn new(room: usize) -> Self {
+        Self {
+            room,
+            listed: Vec::new(),
+        }
+    }
+}
+
+impl DirSink for Listing {
+    fn has_room(&self, _: &CStr) -> bool {
+        self.listed.len() < self.room
+    }
+
+    fn add(&mut self, dir_entry: DirEntry<'_>, entry: Option<&Entry>) {
+        assert!(self.listed.len() < self.room, "asked for room first");
+        self.listed.push(Listed {
+            name: dir_entry.name.to_str().unwrap().to_owned(),
+            inode: dir_entry.inode,
+            kind: dir_entry.kind,
+            next_offset: dir_entry.next_offset,
+            entry: entry.copied(),
+        });
+    }
+}

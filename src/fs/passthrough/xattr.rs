@@ -1,0 +1,81 @@
+//! Extended attributes, by the host's rules.
+//!
+//! There are no system calls for those of an `O_PATH` descriptor. `/proc/self/fd/N` leads to
+//! the very inode, be it a symbolic link, a device or a file without a name, and is reached by
+//! the path `"N"`, as `/proc/self/fd` is the working directory of a prepared thread. The
+//! invariant: no path but such a number is ever used, and only on a prepared thread.
+
+use std::ffi::CStr;
+
+use rustix::buffer::spare_capacity;
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
+
+use super::Passthrough;
+use crate::fs::{NodeId, Result};
+
+/// The longest value, and the longest list of names (`XATTR_SIZE_MAX` and `XATTR_LIST_MAX`,
+/// uapi `linux/limits.h`).
+const LONGEST: usize = 65536;
+
+impl Passthrough {
+    /// Calls `act` with a path that leads to the inode.
+    fn with_path<T>(&self, node: NodeId, act: impl FnOnce(&CStr) -> Result<T>) -> Result<T> {
+        if !self.options.xattr {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.prepare()?;
+        let inode = self.inode(node)?;
+        let fd = self.fd(&inode)?;
+        act(fd.proc_name().as_c_str())
+    }
+
+    pub(super) fn set_attribute(
+        &self,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: XattrFlags,
+    ) -> Result<()> {
+        self.with_path(node, |path| rustix::fs::setxattr(path, name, value, flags))
+    }
+
+    pub(super) fn attribute(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
+        self.with_path(node, |path| {
+            read(limit, |value| {
+                rustix::fs::getxattr(path, name, spare_capacity(value))
+            })
+        })
+    }
+
+    pub(super) fn attribute_len(&self, node: NodeId, name: &CStr) -> Result<usize> {
+        self.with_path(node, |path| rustix::fs::getxattr_query(path, name))
+    }
+
+    pub(super) fn attribute_names(&self, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+        self.with_path(node, |path| {
+            read(limit, |names| {
+                rustix::fs::listxattr(path, spare_capacity(names))
+            })
+        })
+    }
+
+    pub(super) fn attribute_names_len(&self, node: NodeId) -> Result<usize> {
+        self.with_path(node, |path| rustix::fs::listxattr_query(path))
+    }
+
+    pub(super) fn remove_attribute(&self, node: NodeId, name: &CStr) -> Result<()> {
+        self.with_path(node, |path| rustix::fs::removexattr(path, name))
+    }
+}
+
+/// Reads at most `limit` bytes. The kernel takes a limit of 0 for a question of length, but
+/// here it is one like any other.
+fn read(limit: usize, fill: impl FnOnce(&mut Vec<u8>) -> Result<usize>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(limit.clamp(1, LONGEST));
+    fill(&mut bytes)?;
+    if bytes.len() > limit {
+        return Err(Errno::RANGE);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,22 @@
+//! Thin typed wrappers over system calls that `rustix` does not have.
+//!
+//! No policy lives here: one function is one system call, with owned or borrowed descriptors
+//! for numbers and [`Errno`] for `errno`. The invariant: nothing outside this room needs
+//! `unsafe` to make a system call.
+
+#![allow(
+    unsafe_code,
+    reason = "raw system calls are made here and nowhere else"
+)]
+
+pub(crate) mod credentials;
+pub(crate) mod file;
+pub(crate) mod file_handle;
+pub(crate) mod inherit;
+
+use rustix::io::Errno;
+
+/// The `errno` that the last failed libc call of this thread left.
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
