@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`worker`] | the threads, their runtimes, the loop |
 //! | [`scheduler`] | placement and spreading; knows nothing of virtio |
+//! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
 //! | [`fs`] | the file system trait; the passthrough |
 //! | [`io`] | asynchronous file, guest buffers, over tokio-uring and tokio |
 //! | `sys` | thin typed wrappers over system calls |
@@ -14,6 +15,7 @@
 //! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
 
 pub mod fs;
+pub mod fuse;
 pub mod io;
 pub mod scheduler;
 pub mod worker;

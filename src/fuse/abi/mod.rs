@@ -1,0 +1,42 @@
+//! The FUSE ABI up to 7.45: numbers and layouts, as Linux's `uapi/linux/fuse.h` has them.
+//!
+//! Nothing here decides anything. Structures are plain integers in host byte order, so that
+//! any bytes of the right length are a valid value. The invariant: every structure has exactly
+//! the size the kernel gives it, and no padding the compiler put in; both are checked when this
+//! is compiled.
+
+mod flags;
+mod opcode;
+mod structures;
+
+pub use flags::{
+    InitFlags, attr_flags, fsync_flags, getattr_flags, open_reply_flags, setattr_valid, write_flags,
+};
+pub use opcode::Opcode;
+pub use structures::{
+    AccessIn, Attr, AttrOut, BatchForgetIn, BmapIn, BmapOut, CopyFileRangeIn, CopyFileRangeOut,
+    CreateIn, Dirent, EntryOut, ExtHeader, FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne,
+    FsyncIn, GetattrIn, GetxattrIn, GetxattrOut, InHeader, InitIn, InitOut, InterruptIn, IoctlIn,
+    IoctlIovec, IoctlOut, Kstatfs, LinkIn, LkIn, LkOut, LseekIn, LseekOut, MkdirIn, MknodIn,
+    OpenIn, OpenOut, OutHeader, PollIn, PollOut, ReadIn, ReleaseIn, RemovemappingIn,
+    RemovemappingOne, Rename2In, RenameIn, SetattrIn, SetupmappingIn, SetxattrExtIn, SetxattrIn,
+    StatfsOut, Statx, StatxIn, StatxOut, StatxTime, SuppGroups, SyncfsIn, WriteIn, WriteOut,
+};
+
+/// The major version spoken here.
+pub const MAJOR: u32 = 7;
+
+/// The newest minor version known here.
+pub const MINOR: u32 = 45;
+
+/// Length of the INIT argument before 7.36, and of the part of it every kernel sends.
+pub const INIT_IN_SHORT_LEN: usize = 16;
+
+/// Extension of a request that holds supplementary groups (`FUSE_EXT_GROUPS`).
+pub const EXT_GROUPS: u32 = 32;
+
+/// `total_extlen` in [`InHeader`] counts in units of this many bytes.
+pub const EXT_UNIT: usize = 8;
+
+/// Directory entries begin at multiples of this many bytes.
+pub const DIRENT_ALIGN: usize = 8;

@@ -1,0 +1,97 @@
+//! Replies to READDIR and READDIRPLUS.
+//!
+//! Entries as a file system hands them out become records as the guest reads them. The
+//! invariant: never more bytes than the limit given at the start, and no half record.
+
+use std::cell::Cell;
+use std::ffi::CStr;
+
+use zerocopy::IntoBytes;
+
+use super::abi::{DIRENT_ALIGN, Dirent, EntryOut};
+use super::reply::entry_out;
+use crate::fs::{DirEntry, DirSink, Entry};
+
+/// Directory entries, as many as fit.
+#[derive(Debug)]
+pub(super) struct Records {
+    bytes: Vec<u8>,
+    limit: usize,
+    plus: bool,
+    refused: Cell<bool>,
+}
+
+impl Records {
+    /// Room for `limit` bytes of records, those of READDIRPLUS if `plus`.
+    pub(super) fn new(limit: usize, plus: bool) -> Self {
+        Self {
+            bytes: Vec::with_capacity(limit),
+            limit,
+            plus,
+            refused: Cell::new(false),
+        }
+    }
+
+    /// Whether not even the first entry fitted.
+    pub(super) fn is_too_small(&self) -> bool {
+        self.refused.get() && self.bytes.is_empty()
+    }
+
+    /// Whether there is no entry.
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The records.
+    pub(super) fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
+    fn fits(&self, name: &CStr) -> bool {
+        let header = if self.plus {
+            const { size_of::<EntryOut>() + size_of::<Dirent>() }
+        } else {
+            size_of::<Dirent>()
+        };
+        header
+            .checked_add(name.count_bytes())
+            .and_then(|len| len.checked_next_multiple_of(DIRENT_ALIGN))
+            .and_then(|len| len.checked_add(self.bytes.len()))
+            .is_some_and(|len| len <= self.limit)
+    }
+}
+
+impl DirSink for Records {
+    fn has_room(&self, name: &CStr) -> bool {
+        let fits = self.fits(name);
+        if !fits {
+            self.refused.set(true);
+        }
+        fits
+    }
+
+    fn add(&mut self, dir_entry: DirEntry<'_>, entry: Option<&Entry>) {
+        let name = dir_entry.name.to_bytes();
+        let Ok(namelen) = u32::try_from(name.len()) else {
+            return;
+        };
+        if !self.fits(dir_entry.name) {
+            return;
+        }
+        if self.plus {
+            // Node 0 says that nothing was looked up.
+            let out = entry.map(entry_out).unwrap_or_default();
+            self.bytes.extend_from_slice(out.as_bytes());
+        }
+        let dirent = Dirent {
+            ino: dir_entry.inode,
+            off: dir_entry.next_offset,
+            namelen,
+            kind: u32::from(dir_entry.kind),
+        };
+        self.bytes.extend_from_slice(dirent.as_bytes());
+        self.bytes.extend_from_slice(name);
+        self.bytes
+            .resize(self.bytes.len().next_multiple_of(DIRENT_ALIGN), 0);
+    }
+}

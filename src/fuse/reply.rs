@@ -1,0 +1,175 @@
+//! Replies: from what a file system says to what a guest reads.
+//!
+//! Converts and sends; decides nothing. The invariant: a reply's header counts exactly the
+//! bytes that are sent with it.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+use zerocopy::IntoBytes;
+
+use super::abi::{
+    Attr, AttrOut, CopyFileRangeOut, EntryOut, GetxattrOut, InitOut, Kstatfs, LseekOut, OpenOut,
+    OutHeader, StatfsOut, WriteOut, open_reply_flags,
+};
+use super::request::Operation;
+use super::{Exchange, OUT_HEADER_LEN};
+use crate::fs::{Attributes, Entry, Opened, Statistics};
+
+/// What a request is answered with.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// Done, and no more to say.
+    Done,
+    Entry(EntryOut),
+    Attributes(AttrOut),
+    Opened(OpenOut),
+    Created(EntryOut, OpenOut),
+    Statistics(StatfsOut),
+    XattrLen(GetxattrOut),
+    Offset(LseekOut),
+    Written(WriteOut),
+    Copied(CopyFileRangeOut),
+    Init(InitOut),
+    Bytes(Vec<u8>),
+}
+
+impl Answer {
+    /// Sends it as the reply to `unique`.
+    pub(super) fn send<E: Exchange>(&self, exchange: E, unique: u64) {
+        let (first, second): (&[u8], &[u8]) = match self {
+            Self::Done => (&[], &[]),
+            Self::Entry(out) => (out.as_bytes(), &[]),
+            Self::Attributes(out) => (out.as_bytes(), &[]),
+            Self::Opened(out) => (out.as_bytes(), &[]),
+            Self::Created(entry, opened) => (entry.as_bytes(), opened.as_bytes()),
+            Self::Statistics(out) => (out.as_bytes(), &[]),
+            Self::XattrLen(out) => (out.as_bytes(), &[]),
+            Self::Offset(out) => (out.as_bytes(), &[]),
+            Self::Written(out) => (out.as_bytes(), &[]),
+            Self::Copied(out) => (out.as_bytes(), &[]),
+            Self::Init(out) => (out.as_bytes(), &[]),
+            Self::Bytes(bytes) => (bytes, &[]),
+        };
+        let header = header(unique, 0, first.len().saturating_add(second.len()));
+        exchange.reply(&[&header, first, second]);
+    }
+}
+
+/// Sends an error as the reply to `unique`.
+pub(super) fn send_error<E: Exchange>(exchange: E, unique: u64, errno: Errno) {
+    exchange.reply(&[&header(unique, errno.raw_os_error().saturating_neg(), 0)]);
+}
+
+/// Sends the reply to `unique` whose `filled` bytes are in place.
+pub(super) fn send_filled<E: Exchange>(exchange: E, unique: u64, filled: usize) {
+    exchange.reply_filled(&header(unique, 0, filled), filled);
+}
+
+/// The room a reply needs behind its header whatever the answer; operations that are asked for
+/// a number of bytes do with less, so they count none.
+pub(super) fn room_needed(operation: &Operation<'_>) -> usize {
+    match operation {
+        Operation::Init(_) => size_of::<InitOut>(),
+        Operation::Lookup { .. }
+        | Operation::Symlink { .. }
+        | Operation::Mknod { .. }
+        | Operation::Mkdir { .. }
+        | Operation::Link { .. } => size_of::<EntryOut>(),
+        Operation::Create { .. } => const { size_of::<EntryOut>() + size_of::<OpenOut>() },
+        Operation::Getattr { .. } | Operation::Setattr { .. } => size_of::<AttrOut>(),
+        Operation::Open { .. } | Operation::Opendir { .. } => size_of::<OpenOut>(),
+        Operation::Write(_) => size_of::<WriteOut>(),
+        Operation::CopyFileRange(_) => size_of::<CopyFileRangeOut>(),
+        Operation::Statfs => size_of::<StatfsOut>(),
+        Operation::Lseek { .. } => size_of::<LseekOut>(),
+        Operation::Getxattr { size: 0, .. } | Operation::Listxattr { size: 0 } => {
+            size_of::<GetxattrOut>()
+        }
+        _ => 0,
+    }
+}
+
+/// An inode, as LOOKUP answers it.
+pub(super) fn entry_out(entry: &Entry) -> EntryOut {
+    EntryOut {
+        nodeid: entry.node.0,
+        generation: entry.generation,
+        entry_valid: entry.entry_ttl.as_secs(),
+        attr_valid: entry.attribute_ttl.as_secs(),
+        entry_valid_nsec: entry.entry_ttl.subsec_nanos(),
+        attr_valid_nsec: entry.attribute_ttl.subsec_nanos(),
+        attr: attr(&entry.attributes),
+    }
+}
+
+/// Attributes, as GETATTR answers them.
+pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
+    AttrOut {
+        attr_valid: ttl.as_secs(),
+        attr_valid_nsec: ttl.subsec_nanos(),
+        dummy: 0,
+        attr: attr(attributes),
+    }
+}
+
+/// An opened file or directory.
+pub(super) fn open_out(opened: &Opened) -> OpenOut {
+    let flags = [
+        (opened.direct_io, open_reply_flags::DIRECT_IO),
+        (opened.keep_cache, open_reply_flags::KEEP_CACHE),
+        (opened.cache_dir, open_reply_flags::CACHE_DIR),
+    ];
+    OpenOut {
+        fh: opened.handle.0,
+        open_flags: flags
+            .iter()
+            .filter(|(set, _)| *set)
+            .fold(0, |all, (_, flag)| all | flag),
+        backing_id: 0,
+    }
+}
+
+/// Statistics of the file system.
+pub(super) fn statfs_out(statistics: &Statistics) -> StatfsOut {
+    StatfsOut {
+        st: Kstatfs {
+            blocks: statistics.blocks,
+            bfree: statistics.blocks_free,
+            bavail: statistics.blocks_available,
+            files: statistics.files,
+            ffree: statistics.files_free,
+            bsize: statistics.block_size,
+            namelen: statistics.name_length,
+            frsize: statistics.fragment_size,
+            ..Kstatfs::default()
+        },
+    }
+}
+
+fn attr(from: &Attributes) -> Attr {
+    Attr {
+        ino: from.inode,
+        size: from.size,
+        blocks: from.blocks,
+        atime: from.accessed.seconds.cast_unsigned(),
+        mtime: from.modified.seconds.cast_unsigned(),
+        ctime: from.changed.seconds.cast_unsigned(),
+        atimensec: from.accessed.nanoseconds,
+        mtimensec: from.modified.nanoseconds,
+        ctimensec: from.changed.nanoseconds,
+        mode: from.mode,
+        nlink: from.links,
+        uid: from.uid,
+        gid: from.gid,
+        rdev: from.rdev,
+        blksize: from.block_size,
+        flags: 0,
+    }
+}
+
+fn header(unique: u64, error: i32, body: usize) -> [u8; OUT_HEADER_LEN] {
+    // Longer than a `u32` counts no reply is: the transport's room ends before.
+    let len = u32::try_from(body.saturating_add(OUT_HEADER_LEN)).unwrap_or(u32::MAX);
+    zerocopy::transmute!(OutHeader { len, error, unique })
+}

@@ -1,0 +1,495 @@
+//! From bytes to a [`Request`].
+
+use zerocopy::FromBytes;
+
+use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
+use super::{Copying, DecodeError, Fault, Forgets, Operation, Range, Request};
+use crate::fs::{Caller, Changes, Handle, NewNode, NewTime, NodeId, XattrFlags};
+use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
+
+/// Length of the header that begins every request, in bytes.
+pub const HEADER_LEN: usize = size_of::<InHeader>();
+
+/// Longest value of an extended attribute, bytes (`XATTR_SIZE_MAX`).
+const XATTR_SIZE_MAX: usize = 65_536;
+
+/// Longest arguments of an operation with names: two names, or a name and a symbolic link's
+/// target, and the structure before them.
+const NAMES_MAX: usize = 8 * 1024;
+/// Longest arguments of SETXATTR.
+const SETXATTR_MAX: usize = size_of::<abi::SetxattrIn>() + 256 + XATTR_SIZE_MAX;
+/// Longest arguments of BATCH_FORGET that are worth copying: 65,535 nodes.
+const BATCH_FORGET_MAX: usize = 1024 * 1024;
+/// Longer than any argument that is one structure.
+const STRUCTURE_MAX: usize = 128;
+
+/// The flags of `open(2)` that a guest may give. What is missing here is done by the guest's
+/// kernel itself (`O_CREAT`, `O_NOCTTY`, …) or would make OPEN something else (`O_PATH`,
+/// `O_TMPFILE`, `O_ASYNC`).
+const OPEN_FLAGS: i32 = libc::O_ACCMODE
+    | libc::O_APPEND
+    | libc::O_DIRECT
+    | libc::O_DIRECTORY
+    | libc::O_DSYNC
+    | libc::O_LARGEFILE
+    | libc::O_NOATIME
+    | libc::O_NOFOLLOW
+    | libc::O_NONBLOCK
+    | libc::O_SYNC
+    | libc::O_TRUNC;
+
+/// How long the arguments of an operation may be, and what is wrong if they are longer.
+struct Limit {
+    bytes: usize,
+    beyond: Option<Fault>,
+}
+
+/// How many bytes of a request to hand to [`decode()`] beyond its `header`, which are its first
+/// [`HEADER_LEN`] bytes; `behind` bytes are there.
+///
+/// # Errors
+///
+/// The header is cut short, or counts bytes that are not there.
+pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> {
+    let (header, _) = in_header(header)?;
+    match arguments_len(&header) {
+        Ok(told) if told <= behind => Ok(told.min(limit(&header).bytes)),
+        _ => Err(DecodeError {
+            unique: Some(header.unique),
+            opcode: Some(header.opcode),
+            fault: Fault::Length(header.len),
+        }),
+    }
+}
+
+/// Decodes a request from its bytes, header first; the data of a WRITE need not be there.
+///
+/// Bytes behind those that the header counts are ignored, and so are bytes behind the
+/// arguments. Of the flags to OPEN, OPENDIR and CREATE those that are the guest's own affair
+/// are taken away.
+///
+/// # Errors
+///
+/// Whatever a guest may think up; see [`Fault`].
+pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
+    let (header, behind) = in_header(bytes)?;
+    let failed = |fault| DecodeError {
+        unique: Some(header.unique),
+        opcode: Some(header.opcode),
+        fault,
+    };
+    let operation = operation(&header, behind).map_err(failed)?;
+    if !operation.is_kernels_own() {
+        node(header.nodeid).map_err(failed)?;
+        id(header.uid).map_err(failed)?;
+        id(header.gid).map_err(failed)?;
+    }
+    Ok(Request {
+        unique: header.unique,
+        opcode: header.opcode,
+        node: NodeId(header.nodeid),
+        caller: Caller {
+            uid: header.uid,
+            gid: header.gid,
+            pid: header.pid,
+        },
+        operation,
+    })
+}
+
+impl Operation<'_> {
+    /// Whether the guest's kernel asks for itself, with no user and on no node. FORGET of node
+    /// 0 does no harm, so it belongs here.
+    fn is_kernels_own(&self) -> bool {
+        matches!(
+            self,
+            Self::Init(_)
+                | Self::Destroy
+                | Self::Interrupt { .. }
+                | Self::Forget { .. }
+                | Self::BatchForget(_)
+                | Self::Unserved
+        )
+    }
+}
+
+fn in_header(bytes: &[u8]) -> Result<(InHeader, &[u8]), DecodeError> {
+    InHeader::read_from_prefix(bytes).map_err(|_short| {
+        let unique = bytes
+            .get(8..16)
+            .and_then(|unique| u64::read_from_bytes(unique).ok());
+        DecodeError {
+            unique,
+            opcode: None,
+            fault: Fault::Header(bytes.len()),
+        }
+    })
+}
+
+/// Bytes of arguments, as the header says; the data of a WRITE and extensions included.
+fn arguments_len(header: &InHeader) -> Result<usize, Fault> {
+    usize::try_from(header.len)
+        .ok()
+        .and_then(|len| len.checked_sub(HEADER_LEN))
+        .ok_or(Fault::Length(header.len))
+}
+
+fn limit(header: &InHeader) -> Limit {
+    let Some(opcode) = Opcode::from_number(header.opcode) else {
+        return Limit {
+            bytes: 0,
+            beyond: None,
+        };
+    };
+    let (bytes, beyond) = match opcode {
+        Opcode::Write => (size_of::<abi::WriteIn>(), None),
+        Opcode::BatchForget => (BATCH_FORGET_MAX, Some(Fault::Length(header.len))),
+        Opcode::Setxattr => (SETXATTR_MAX, Some(Fault::XattrValue)),
+        Opcode::Getxattr | Opcode::Removexattr => (NAMES_MAX, Some(Fault::XattrName)),
+        Opcode::Lookup
+        | Opcode::Symlink
+        | Opcode::Mknod
+        | Opcode::Mkdir
+        | Opcode::Unlink
+        | Opcode::Rmdir
+        | Opcode::Rename
+        | Opcode::Rename2
+        | Opcode::Link
+        | Opcode::Create => (NAMES_MAX, Some(Fault::NameLength)),
+        _ => (STRUCTURE_MAX, None),
+    };
+    Limit { bytes, beyond }
+}
+
+/// Decodes what is asked for from the bytes `behind` the header.
+fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, Fault> {
+    let Some(opcode) = Opcode::from_number(header.opcode) else {
+        return Ok(Operation::Unserved);
+    };
+    let told = arguments_len(header)?;
+    let limit = limit(header);
+    if told > limit.bytes
+        && let Some(fault) = limit.beyond
+    {
+        return Err(fault);
+    }
+    let extensions = usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT);
+    let without_extensions = told.checked_sub(extensions).ok_or(Fault::Extensions)?;
+    let bytes = behind
+        .get(..told.min(limit.bytes))
+        .ok_or(Fault::Truncated)?;
+    let bytes = bytes.get(..without_extensions).unwrap_or(bytes);
+    let mut arguments = Arguments(bytes);
+    match opcode {
+        Opcode::Init => Ok(Operation::Init(arguments.init()?)),
+        Opcode::Destroy => Ok(Operation::Destroy),
+        Opcode::Interrupt => Ok(Operation::Interrupt {
+            unique: arguments.take::<abi::InterruptIn>()?.unique,
+        }),
+        Opcode::Statfs => Ok(Operation::Statfs),
+        Opcode::Read
+        | Opcode::Write
+        | Opcode::Readdir
+        | Opcode::Readdirplus
+        | Opcode::Open
+        | Opcode::Opendir
+        | Opcode::Create
+        | Opcode::Release
+        | Opcode::Releasedir
+        | Opcode::Flush
+        | Opcode::Fsync
+        | Opcode::Fsyncdir
+        | Opcode::Fallocate
+        | Opcode::Lseek
+        | Opcode::CopyFileRange
+        | Opcode::CopyFileRange64 => {
+            let data = without_extensions.saturating_sub(bytes.len());
+            on_open_file(opcode, arguments, data)
+        }
+        _ => on_node(opcode, arguments),
+    }
+}
+
+/// Operations on nodes, names and extended attributes.
+fn on_node(opcode: Opcode, mut arguments: Arguments<'_>) -> Result<Operation<'_>, Fault> {
+    Ok(match opcode {
+        Opcode::Lookup => Operation::Lookup {
+            name: arguments.name()?,
+        },
+        Opcode::Forget => Operation::Forget {
+            count: arguments.take::<abi::ForgetIn>()?.nlookup,
+        },
+        Opcode::BatchForget => {
+            let count = arguments.take::<abi::BatchForgetIn>()?.count;
+            let len = usize::try_from(count)
+                .ok()
+                .and_then(|count| count.checked_mul(size_of::<abi::ForgetOne>()))
+                .ok_or(Fault::Truncated)?;
+            Operation::BatchForget(Forgets(arguments.bytes(len)?))
+        }
+        Opcode::Getattr => {
+            let args: abi::GetattrIn = arguments.take()?;
+            let handle = given_handle(args.getattr_flags, abi::getattr_flags::FH, args.fh);
+            Operation::Getattr { handle }
+        }
+        Opcode::Setattr => {
+            let args: abi::SetattrIn = arguments.take()?;
+            let handle = given_handle(args.valid, setattr_valid::FH, args.fh);
+            Operation::Setattr {
+                handle,
+                changes: changes(&args)?,
+            }
+        }
+        Opcode::Readlink => Operation::Readlink,
+        Opcode::Symlink => Operation::Symlink {
+            name: arguments.name()?,
+            target: arguments.target()?,
+        },
+        Opcode::Mknod => {
+            let abi::MknodIn {
+                mode, rdev, umask, ..
+            } = arguments.take()?;
+            Operation::Mknod {
+                name: arguments.name()?,
+                new: NewNode { mode, umask, rdev },
+            }
+        }
+        Opcode::Mkdir => {
+            let abi::MkdirIn { mode, umask } = arguments.take()?;
+            Operation::Mkdir {
+                name: arguments.name()?,
+                new: NewNode {
+                    mode,
+                    umask,
+                    rdev: 0,
+                },
+            }
+        }
+        Opcode::Unlink => Operation::Unlink {
+            name: arguments.name()?,
+        },
+        Opcode::Rmdir => Operation::Rmdir {
+            name: arguments.name()?,
+        },
+        Opcode::Rename => {
+            let args: abi::RenameIn = arguments.take()?;
+            rename(&mut arguments, args.newdir, 0)?
+        }
+        Opcode::Rename2 => {
+            let args: abi::Rename2In = arguments.take()?;
+            rename(&mut arguments, args.newdir, args.flags)?
+        }
+        Opcode::Link => {
+            let args: abi::LinkIn = arguments.take()?;
+            Operation::Link {
+                node: node(args.oldnodeid)?,
+                name: arguments.name()?,
+            }
+        }
+        Opcode::Access => {
+            let mask = arguments.take::<abi::AccessIn>()?.mask;
+            if mask > 7 {
+                return Err(Fault::Value("mask"));
+            }
+            Operation::Access { mask }
+        }
+        Opcode::Setxattr => {
+            let args: abi::SetxattrIn = arguments.take()?;
+            let flags = xattr_flags(args.flags)?;
+            let name = arguments.xattr_name()?;
+            let size = usize::try_from(args.size).map_err(|_huge| Fault::XattrValue)?;
+            if size > XATTR_SIZE_MAX {
+                return Err(Fault::XattrValue);
+            }
+            Operation::Setxattr {
+                name,
+                value: arguments.bytes(size)?,
+                flags,
+            }
+        }
+        Opcode::Getxattr => {
+            let size = arguments.take::<abi::GetxattrIn>()?.size;
+            Operation::Getxattr {
+                name: arguments.xattr_name()?,
+                size,
+            }
+        }
+        Opcode::Listxattr => Operation::Listxattr {
+            size: arguments.take::<abi::GetxattrIn>()?.size,
+        },
+        Opcode::Removexattr => Operation::Removexattr {
+            name: arguments.xattr_name()?,
+        },
+        _ => Operation::Unserved,
+    })
+}
+
+/// Operations that open files, are on open files, or end them; `data` bytes follow the
+/// arguments, beyond those in `arguments`.
+fn on_open_file(
+    opcode: Opcode,
+    mut arguments: Arguments<'_>,
+    data: usize,
+) -> Result<Operation<'_>, Fault> {
+    Ok(match opcode {
+        Opcode::Open => Operation::Open {
+            flags: open_flags(arguments.take()?),
+        },
+        Opcode::Opendir => Operation::Opendir {
+            flags: open_flags(arguments.take()?),
+        },
+        Opcode::Create => {
+            let args: abi::CreateIn = arguments.take()?;
+            Operation::Create {
+                name: arguments.name()?,
+                flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
+                new: NewNode {
+                    mode: args.mode,
+                    umask: args.umask,
+                    rdev: 0,
+                },
+            }
+        }
+        Opcode::Read => {
+            let args: abi::ReadIn = arguments.take()?;
+            extent(args.offset, u64::from(args.size))?;
+            Operation::Read(range(args.fh, args.offset, args.size))
+        }
+        Opcode::Write => {
+            let args: abi::WriteIn = arguments.take()?;
+            extent(args.offset, u64::from(args.size))?;
+            if usize::try_from(args.size).map_or(true, |size| size > data) {
+                return Err(Fault::Truncated);
+            }
+            Operation::Write(range(args.fh, args.offset, args.size))
+        }
+        Opcode::Readdir | Opcode::Readdirplus => {
+            let args: abi::ReadIn = arguments.take()?;
+            let range = range(args.fh, args.offset, args.size);
+            Operation::Readdir {
+                range,
+                plus: opcode == Opcode::Readdirplus,
+            }
+        }
+        Opcode::Release => Operation::Release {
+            handle: released(arguments)?,
+        },
+        Opcode::Releasedir => Operation::Releasedir {
+            handle: released(arguments)?,
+        },
+        Opcode::Flush => Operation::Flush {
+            handle: Handle(arguments.take::<abi::FlushIn>()?.fh),
+        },
+        Opcode::Fsync | Opcode::Fsyncdir => {
+            let args: abi::FsyncIn = arguments.take()?;
+            Operation::Fsync {
+                handle: Handle(args.fh),
+                data_only: args.fsync_flags & abi::fsync_flags::FDATASYNC != 0,
+                directory: opcode == Opcode::Fsyncdir,
+            }
+        }
+        Opcode::Fallocate => {
+            let args: abi::FallocateIn = arguments.take()?;
+            extent(args.offset, args.length)?;
+            Operation::Fallocate {
+                handle: Handle(args.fh),
+                offset: args.offset,
+                len: args.length,
+                mode: args.mode,
+            }
+        }
+        Opcode::Lseek => {
+            let abi::LseekIn {
+                fh,
+                offset: from,
+                whence,
+                ..
+            } = arguments.take()?;
+            match whence.cast_signed() {
+                libc::SEEK_DATA | libc::SEEK_HOLE => {}
+                _ => return Err(Fault::Value("whence")),
+            }
+            Operation::Lseek {
+                handle: Handle(fh),
+                offset: offset(from)?,
+                whence,
+            }
+        }
+        Opcode::CopyFileRange | Opcode::CopyFileRange64 => {
+            let args: abi::CopyFileRangeIn = arguments.take()?;
+            offset(args.off_in)?;
+            offset(args.off_out)?;
+            if args.flags != 0 {
+                return Err(Fault::Value("flags"));
+            }
+            Operation::CopyFileRange(Copying {
+                from: Handle(args.fh_in),
+                from_offset: args.off_in,
+                to_node: node(args.nodeid_out)?,
+                to: Handle(args.fh_out),
+                to_offset: args.off_out,
+                len: args.len,
+                wide: opcode == Opcode::CopyFileRange64,
+            })
+        }
+        _ => Operation::Unserved,
+    })
+}
+
+fn rename<'a>(
+    arguments: &mut Arguments<'a>,
+    directory: u64,
+    flags: u32,
+) -> Result<Operation<'a>, Fault> {
+    let directory = node(directory)?;
+    let from = arguments.name()?;
+    Ok(Operation::Rename {
+        from,
+        to: (directory, arguments.name()?),
+        flags,
+    })
+}
+
+fn xattr_flags(bits: u32) -> Result<XattrFlags, Fault> {
+    // The type has every bit; the operation has two.
+    let flags = XattrFlags::from_bits_retain(bits);
+    if (XattrFlags::CREATE | XattrFlags::REPLACE).contains(flags) {
+        Ok(flags)
+    } else {
+        Err(Fault::Value("flags"))
+    }
+}
+
+fn range(fh: u64, offset: u64, size: u32) -> Range {
+    Range {
+        handle: Handle(fh),
+        offset,
+        size,
+    }
+}
+
+fn released(mut arguments: Arguments<'_>) -> Result<Handle, Fault> {
+    Ok(Handle(arguments.take::<abi::ReleaseIn>()?.fh))
+}
+
+fn open_flags(args: abi::OpenIn) -> u32 {
+    args.flags & OPEN_FLAGS.cast_unsigned()
+}
+
+fn changes(args: &abi::SetattrIn) -> Result<Changes, Fault> {
+    use setattr_valid::{ATIME, ATIME_NOW, GID, MODE, MTIME, MTIME_NOW, SIZE, UID};
+
+    let time = |set, now, seconds, nanoseconds| match args.valid {
+        valid if valid & set == 0 => Ok(None),
+        valid if valid & now != 0 => Ok(Some(NewTime::Now)),
+        _ => timestamp(seconds, nanoseconds).map(|time| Some(NewTime::At(time))),
+    };
+    Ok(Changes {
+        mode: given(args.valid, MODE, args.mode & 0o7777),
+        uid: given(args.valid, UID, args.uid).map(id).transpose()?,
+        gid: given(args.valid, GID, args.gid).map(id).transpose()?,
+        size: given(args.valid, SIZE, args.size).map(offset).transpose()?,
+        accessed: time(ATIME, ATIME_NOW, args.atime, args.atimensec)?,
+        modified: time(MTIME, MTIME_NOW, args.mtime, args.mtimensec)?,
+    })
+}

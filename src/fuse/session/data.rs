@@ -1,0 +1,219 @@
+//! Operations on the data of open files.
+//!
+//! READ and WRITE are tried at once, between the file and the guest's own pages; what would
+//! wait, and what always may, becomes a future. The invariant: such a future owns all that it
+//! touches, the exchange included, and answers it itself.
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::{Outcome, Session};
+use crate::fs::{FileSystem, Handle, HandleKind};
+use crate::fuse::abi::{CopyFileRangeOut, WriteOut};
+use crate::fuse::reply::{Answer, send_filled};
+use crate::fuse::request::{Copying, Range, Request};
+use crate::fuse::{Exchange, OUT_HEADER_LEN};
+use crate::io::{Attempt, SyncKind};
+
+/// Most bytes of one COPY_FILE_RANGE: what the host's kernel moves in one call at most
+/// (`MAX_RW_COUNT`), and a count that fits into the reply.
+const COPY_MAX: u64 = 0x7fff_f000;
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// READ: straight into the room of the reply.
+    pub(super) fn read<E: Exchange>(
+        self: &Arc<Self>,
+        mut exchange: E,
+        request: &Request<'_>,
+        range: Range,
+    ) -> Outcome {
+        let unique = request.unique;
+        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+        let len = usize::try_from(range.size).unwrap_or(usize::MAX).min(room);
+        let (file, mut buffer) = match self
+            .fs
+            .file(request.node, range.handle, HandleKind::File)
+            .and_then(|file| Ok((file, exchange.reply_buffer(len).ok_or(Errno::INVAL)?)))
+        {
+            Ok(both) => both,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let filled = match file.try_read_at(&mut buffer, range.offset) {
+            Ok(Attempt::Done(n)) => {
+                drop(buffer);
+                send_filled(exchange, unique, n);
+                return Outcome::Done;
+            }
+            Ok(Attempt::Partial(n)) => n,
+            Ok(Attempt::WouldBlock) => 0,
+            Err(error) => {
+                drop(buffer);
+                return self.now(exchange, unique, Err(errno(&error)));
+            }
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let (result, buffer) = file.read_at_from(buffer, filled, range.offset).await;
+            drop(buffer);
+            match result {
+                Ok(n) => send_filled(exchange, unique, n),
+                Err(error) => session.finish(exchange, unique, Err(errno(&error))),
+            }
+        })
+    }
+
+    /// WRITE: straight from where the guest has the data.
+    pub(super) fn write<E: Exchange>(
+        self: &Arc<Self>,
+        mut exchange: E,
+        request: &Request<'_>,
+        range: Range,
+    ) -> Outcome {
+        let unique = request.unique;
+        let len = usize::try_from(range.size).unwrap_or(usize::MAX);
+        let (file, buffer) = match self
+            .fs
+            .file(request.node, range.handle, HandleKind::File)
+            .and_then(|file| Ok((file, exchange.payload(len).ok_or(Errno::INVAL)?)))
+        {
+            Ok(both) => both,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let attempt = match file.try_write_at(&buffer, range.offset) {
+            Ok(attempt) => attempt,
+            Err(error) => return self.now(exchange, unique, Err(errno(&error))),
+        };
+        match attempt {
+            Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
+            Attempt::WouldBlock => {
+                let session = Arc::clone(self);
+                self.later(async move {
+                    let (result, buffer) = file.write_at(buffer, range.offset).await;
+                    drop(buffer);
+                    let answer = result.map(written).map_err(|error| errno(&error));
+                    session.finish(exchange, unique, answer);
+                })
+            }
+        }
+    }
+
+    /// FSYNC, and FSYNCDIR where `directory` is true.
+    pub(super) fn fsync<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+        (handle, directory): (Handle, bool),
+        data_only: bool,
+    ) -> Outcome {
+        let unique = request.unique;
+        let of = if directory {
+            HandleKind::Directory
+        } else {
+            HandleKind::File
+        };
+        let file = match self.fs.file(request.node, handle, of) {
+            Ok(file) => file,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let kind = if data_only {
+            SyncKind::Data
+        } else {
+            SyncKind::All
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let result = file.sync(kind).await;
+            session.finish(
+                exchange,
+                unique,
+                result.map(done).map_err(|error| errno(&error)),
+            );
+        })
+    }
+
+    /// FALLOCATE of `len` bytes from `offset` on, in a `mode` of `fallocate(2)`.
+    pub(super) fn fallocate<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+        handle: Handle,
+        (offset, len, mode): (u64, u64, u32),
+    ) -> Outcome {
+        let unique = request.unique;
+        let file = match self.fs.file(request.node, handle, HandleKind::File) {
+            Ok(file) => file,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let result = file.allocate(mode, offset, len).await;
+            session.finish(
+                exchange,
+                unique,
+                result.map(done).map_err(|error| errno(&error)),
+            );
+        })
+    }
+
+    /// COPY_FILE_RANGE and COPY_FILE_RANGE_64.
+    pub(super) fn copy<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+        copying: Copying,
+    ) -> Outcome {
+        let unique = request.unique;
+        let file = |node, handle| self.fs.file(node, handle, HandleKind::File);
+        let files = file(request.node, copying.from)
+            .and_then(|from| Ok((from, file(copying.to_node, copying.to)?)));
+        let (from, to) = match files {
+            Ok(files) => files,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
+            let result = from
+                .copy_range_to(copying.from_offset, &to, copying.to_offset, len, 0)
+                .await;
+            let answer = match result {
+                Ok(n) if copying.wide => {
+                    let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
+                    Ok(Answer::Copied(CopyFileRangeOut { bytes_copied }))
+                }
+                Ok(n) => Ok(written(n)),
+                Err(error) => Err(errno(&error)),
+            };
+            session.finish(exchange, unique, answer);
+        })
+    }
+
+    fn now<E: Exchange>(&self, exchange: E, unique: u64, answer: Result<Answer, Errno>) -> Outcome {
+        self.finish(exchange, unique, answer);
+        Outcome::Done
+    }
+
+    fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
+        self.counters.count_later();
+        Outcome::Later(Box::pin(future))
+    }
+}
+
+fn done(_: ()) -> Answer {
+    Answer::Done
+}
+
+/// The answer to a WRITE: how many bytes. What is asked for fits into a `u32`, so this does.
+fn written(n: usize) -> Answer {
+    Answer::Written(WriteOut {
+        size: u32::try_from(n).unwrap_or(u32::MAX),
+        padding: 0,
+    })
+}
+
+/// The errno for the guest. An error that the host's kernel didn't give is the server's own.
+pub(super) fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}

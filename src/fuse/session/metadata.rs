@@ -1,0 +1,156 @@
+//! Operations that end soon: names, attributes, opening and closing.
+//!
+//! Each is one call of the file system and one answer. The invariant: nothing here waits for
+//! anything but the file system's own call.
+
+use rustix::io::Errno;
+
+use super::Session;
+use crate::fs::{FileSystem, NodeId};
+use crate::fuse::abi::{GetxattrOut, LseekOut};
+use crate::fuse::directory::Records;
+use crate::fuse::reply::{Answer, attr_out, entry_out, open_out, statfs_out};
+use crate::fuse::request::{Operation, Range, Request};
+
+/// Longest reply to READDIR, bytes.
+const READDIR_MAX: usize = 1024 * 1024;
+/// Longest value, and longest list of names, of extended attributes (`XATTR_SIZE_MAX`).
+const XATTR_MAX: usize = 64 * 1024;
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// Serves `request`; `room` bytes are there behind the reply's header.
+    pub(super) fn metadata(&self, request: &Request<'_>, room: usize) -> Result<Answer, Errno> {
+        let fs = &*self.fs;
+        let (caller, node) = (&request.caller, request.node);
+        let done = |()| Answer::Done;
+        let entry = |entry| Answer::Entry(entry_out(&entry));
+        match request.operation {
+            Operation::Lookup { name } => fs.lookup(caller, node, name).map(entry),
+            Operation::Getattr { handle } => fs
+                .getattr(caller, node, handle)
+                .map(|attributes| Answer::Attributes(attr_out(&attributes))),
+            Operation::Setattr { handle, changes } => fs
+                .setattr(caller, node, handle, &changes)
+                .map(|attributes| Answer::Attributes(attr_out(&attributes))),
+            Operation::Readlink => match fs.readlink(caller, node)? {
+                target if target.len() > room => Err(Errno::NAMETOOLONG),
+                target => Ok(Answer::Bytes(target)),
+            },
+            Operation::Symlink { name, target } => {
+                fs.symlink(caller, node, name, target).map(entry)
+            }
+            Operation::Mknod { name, new } => fs.mknod(caller, node, name, &new).map(entry),
+            Operation::Mkdir { name, new } => fs.mkdir(caller, node, name, &new).map(entry),
+            Operation::Unlink { name } => fs.unlink(caller, node, name).map(done),
+            Operation::Rmdir { name } => fs.rmdir(caller, node, name).map(done),
+            Operation::Rename { from, to, flags } => {
+                fs.rename(caller, (node, from), to, flags).map(done)
+            }
+            Operation::Link {
+                node: existing,
+                name,
+            } => fs.link(caller, existing, node, name).map(entry),
+            Operation::Open { flags } => fs
+                .open(caller, node, flags)
+                .map(|opened| Answer::Opened(open_out(&opened))),
+            Operation::Opendir { flags } => fs
+                .opendir(caller, node, flags)
+                .map(|opened| Answer::Opened(open_out(&opened))),
+            Operation::Create { name, flags, new } => {
+                let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
+                Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
+            }
+            Operation::Flush { handle } => fs.flush(caller, node, handle).map(done),
+            Operation::Release { handle } => fs.release(node, handle).map(done),
+            Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),
+            Operation::Statfs => fs
+                .statfs(node)
+                .map(|statistics| Answer::Statistics(statfs_out(&statistics))),
+            Operation::Access { mask } => fs.access(caller, node, mask).map(done),
+            Operation::Readdir { range, plus } => self.readdir(request, range, plus, room),
+            Operation::Lseek {
+                handle,
+                offset,
+                whence,
+            } => fs
+                .lseek(node, handle, offset, whence)
+                .map(|offset| Answer::Offset(LseekOut { offset })),
+            _ => self.xattr(request, room),
+        }
+    }
+
+    fn xattr(&self, request: &Request<'_>, room: usize) -> Result<Answer, Errno> {
+        let fs = &*self.fs;
+        let (caller, node) = (&request.caller, request.node);
+        match request.operation {
+            Operation::Setxattr { name, value, flags } => fs
+                .setxattr(caller, node, name, value, flags)
+                .map(|()| Answer::Done),
+            Operation::Removexattr { name } => {
+                fs.removexattr(caller, node, name).map(|()| Answer::Done)
+            }
+            Operation::Getxattr { name, size: 0 } => {
+                fs.getxattr_len(caller, node, name).and_then(xattr_len)
+            }
+            Operation::Getxattr { name, size } => {
+                let limit = bounded(size, room, XATTR_MAX);
+                let value = fs.getxattr(caller, node, name, limit)?;
+                within(value, limit)
+            }
+            Operation::Listxattr { size: 0 } => fs.listxattr_len(caller, node).and_then(xattr_len),
+            Operation::Listxattr { size } => {
+                let limit = bounded(size, room, XATTR_MAX);
+                let names = fs.listxattr(caller, node, limit)?;
+                within(names, limit)
+            }
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    fn readdir(
+        &self,
+        request: &Request<'_>,
+        range: Range,
+        plus: bool,
+        room: usize,
+    ) -> Result<Answer, Errno> {
+        let Range {
+            handle,
+            offset,
+            size,
+        } = range;
+        let mut records = Records::new(bounded(size, room, READDIR_MAX), plus);
+        let node: NodeId = request.node;
+        let result = self
+            .fs
+            .readdir(&request.caller, node, handle, offset, plus, &mut records);
+        match result {
+            // What was looked up for the entries before the error counts: they go out, and the
+            // error comes again when the guest reads on.
+            Err(errno) if records.is_empty() => Err(errno),
+            _ if records.is_too_small() => Err(Errno::INVAL),
+            _ => Ok(Answer::Bytes(records.into_bytes())),
+        }
+    }
+}
+
+/// What a guest asks for, as far as there is room and sense.
+fn bounded(size: u32, room: usize, most: usize) -> usize {
+    usize::try_from(size)
+        .unwrap_or(usize::MAX)
+        .min(room)
+        .min(most)
+}
+
+fn within(bytes: Vec<u8>, limit: usize) -> Result<Answer, Errno> {
+    if bytes.len() > limit {
+        Err(Errno::RANGE)
+    } else {
+        Ok(Answer::Bytes(bytes))
+    }
+}
+
+fn xattr_len(len: usize) -> Result<Answer, Errno> {
+    let size = u32::try_from(len).map_err(|_huge| Errno::TOOBIG)?;
+    Ok(Answer::XattrLen(GetxattrOut { size, padding: 0 }))
+}

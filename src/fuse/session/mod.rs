@@ -1,0 +1,283 @@
+//! A session: one guest kernel's use of one file system, from INIT to DESTROY.
+//!
+//! [`Session::serve`] takes a request through decoding, dispatch and reply. Metadata are
+//! answered at once; what may wait becomes a future. The invariant: nothing takes effect whose
+//! reply could not be delivered, so no lookup is counted and no handle opened that the guest
+//! doesn't hear of.
+
+mod data;
+mod metadata;
+#[cfg(test)]
+mod tests;
+
+use std::error::Error;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
+use smallvec::SmallVec;
+
+use super::abi::{InitIn, Opcode};
+use super::init::{Agreement, negotiate, our_version};
+use super::reply::{Answer, room_needed, send_error};
+use super::request::{DecodeError, Forgets, HEADER_LEN, Operation, Request, bytes_wanted, decode};
+use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
+use crate::fs::FileSystem;
+
+/// Longest request that is copied without a heap: a RENAME2 with two names of 255 bytes.
+const INLINE: usize = 568;
+
+/// How serving a request ended.
+#[must_use = "a request left for later is answered only if its future is run"]
+pub enum Outcome {
+    /// The exchange is answered.
+    Done,
+    /// The exchange will be answered by this future, which has to be run to its end: the kernel
+    /// may be writing to the guest's memory for it. It belongs to the thread's own runtime.
+    Later(Pin<Box<dyn Future<Output = ()>>>),
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Done => "Done",
+            Self::Later(_) => "Later",
+        })
+    }
+}
+
+/// Serves the requests of one guest from a file system. May be shared by many threads.
+#[derive(Debug)]
+pub struct Session<F: ?Sized> {
+    options: SessionOptions,
+    /// Whether INIT was answered. A request that is served on another thread comes after the
+    /// reply to INIT, which orders it by the guest's memory; `Acquire` pairs with the `Release`
+    /// in `init` all the same, so that what `FileSystem::reset` did is seen too.
+    ready: AtomicBool,
+    negotiated: Mutex<Option<Negotiated>>,
+    counters: Counters,
+    fs: Arc<F>,
+}
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// A session that waits for INIT.
+    pub fn new(fs: Arc<F>, options: SessionOptions) -> Self {
+        Self {
+            options,
+            ready: AtomicBool::new(false),
+            negotiated: Mutex::new(None),
+            counters: Counters::default(),
+            fs,
+        }
+    }
+
+    /// The file system that is served. Each thread that calls [`serve`](Self::serve) must have
+    /// called its [`prepare_thread`](FileSystem::prepare_thread) once.
+    pub fn file_system(&self) -> &Arc<F> {
+        &self.fs
+    }
+
+    /// What was agreed on with the guest; `None` before INIT and after DESTROY.
+    pub fn negotiated(&self) -> Option<Negotiated> {
+        *self
+            .negotiated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was served.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Ends the session as DESTROY does: the device was reset, or the guest is gone. A request
+    /// that is under way on another thread may come before or after; the transport lets them
+    /// end first.
+    pub fn reset(&self) {
+        self.ready.store(false, Ordering::Release);
+        *self
+            .negotiated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+        self.fs.reset();
+    }
+
+    /// Answers one request, now or later.
+    pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
+        let mut bytes = SmallVec::new();
+        let request = match fetch(&mut exchange, &mut bytes).and_then(|()| decode(&bytes)) {
+            Ok(request) => request,
+            Err(error) => {
+                self.refuse(exchange, &error);
+                return Outcome::Done;
+            }
+        };
+        self.counters.count_request(request.opcode);
+        match request.operation {
+            Operation::Forget { count } => {
+                if self.is_ready() {
+                    self.fs.forget(request.node, count);
+                }
+                exchange.no_reply();
+                return Outcome::Done;
+            }
+            Operation::BatchForget(forgets) => {
+                self.forget_all(&forgets);
+                exchange.no_reply();
+                return Outcome::Done;
+            }
+            // A guest needs no answer to this, and the request it means goes on. Whatever waits
+            // for a guest without end, such as a lock, is to be found by `unique` here.
+            Operation::Interrupt { .. } => {
+                exchange.no_reply();
+                return Outcome::Done;
+            }
+            _ => {}
+        }
+        match self.admit(&request, exchange.writable()) {
+            Ok(()) => self.answer(exchange, &request),
+            Err(errno) => {
+                self.finish(exchange, request.unique, Err(errno));
+                Outcome::Done
+            }
+        }
+    }
+
+    /// Whether `request` may take effect: its time has come, and there is `room` for its reply.
+    fn admit(&self, request: &Request<'_>, room: usize) -> Result<(), Errno> {
+        let needed = room_needed(&request.operation).saturating_add(OUT_HEADER_LEN);
+        match request.operation {
+            _ if room < needed => Err(Errno::INVAL),
+            Operation::Init(_) | Operation::Destroy => Ok(()),
+            _ if !self.is_ready() => Err(Errno::IO),
+            Operation::Unserved => Err(Errno::NOSYS),
+            _ => Ok(()),
+        }
+    }
+
+    fn answer<E: Exchange>(self: &Arc<Self>, exchange: E, request: &Request<'_>) -> Outcome {
+        match request.operation {
+            Operation::Read(range) => return self.read(exchange, request, range),
+            Operation::Write(range) => return self.write(exchange, request, range),
+            Operation::Fsync {
+                handle,
+                data_only,
+                directory,
+            } => {
+                return self.fsync(exchange, request, (handle, directory), data_only);
+            }
+            Operation::Fallocate {
+                handle,
+                offset,
+                len,
+                mode,
+            } => {
+                return self.fallocate(exchange, request, handle, (offset, len, mode));
+            }
+            Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
+            _ => {}
+        }
+        let answer = match request.operation {
+            Operation::Init(init) => self.init(&init),
+            Operation::Destroy => {
+                self.reset();
+                Ok(Answer::Done)
+            }
+            _ => {
+                let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+                self.metadata(request, room)
+            }
+        };
+        self.finish(exchange, request.unique, answer);
+        Outcome::Done
+    }
+
+    /// INIT. A second one means that the guest has started anew.
+    fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
+        self.reset();
+        match negotiate(init, &self.options) {
+            Ok(Agreement::Agreed(negotiated)) => {
+                if worth_a_line(self.counters.requests(Opcode::Init)) {
+                    log::info!("session begins: {negotiated}");
+                }
+                *self
+                    .negotiated
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
+                self.ready.store(true, Ordering::Release);
+                Ok(Answer::Init(negotiated.reply()))
+            }
+            Ok(Agreement::NewerMajor) => Ok(Answer::Init(our_version())),
+            Err(error) => {
+                if worth_a_line(self.counters.requests(Opcode::Init)) {
+                    log::error!("no session: {error}");
+                }
+                Err(Errno::PROTO)
+            }
+        }
+    }
+
+    fn forget_all(&self, forgets: &Forgets<'_>) {
+        if self.is_ready() {
+            for (node, count) in forgets.iter() {
+                self.fs.forget(node, count);
+            }
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// Sends `answer`, and counts it if it is an error.
+    fn finish<E: Exchange>(&self, exchange: E, unique: u64, answer: Result<Answer, Errno>) {
+        match answer {
+            Ok(answer) => answer.send(exchange, unique),
+            Err(errno) => {
+                self.counters.count_error();
+                send_error(exchange, unique, errno);
+            }
+        }
+    }
+
+    /// Ends the exchange of a request that can't be decoded.
+    fn refuse<E: Exchange>(&self, exchange: E, error: &DecodeError) {
+        let count = self.counters.count_malformed();
+        if worth_a_line(count) {
+            let fault = error.source().map(ToString::to_string).unwrap_or_default();
+            log::warn!("malformed request no. {count}: {error}: {fault}");
+        }
+        match error.unique {
+            Some(unique) if !error.has_no_reply() => {
+                self.finish(exchange, unique, Err(error.errno()));
+            }
+            _ => exchange.no_reply(),
+        }
+    }
+}
+
+/// Whether the log gets a line for something that happened for the `count`th time: the first
+/// few times and then ever more seldom, so that a guest can't fill it.
+fn worth_a_line(count: u64) -> bool {
+    count <= 16 || count.is_power_of_two()
+}
+
+/// Copies of a request what [`decode()`] needs.
+fn fetch<E: Exchange>(
+    exchange: &mut E,
+    bytes: &mut SmallVec<[u8; INLINE]>,
+) -> Result<(), DecodeError> {
+    fetch_more(exchange, bytes, HEADER_LEN);
+    let wanted = bytes_wanted(bytes, exchange.readable())?;
+    fetch_more(exchange, bytes, wanted);
+    Ok(())
+}
+
+fn fetch_more<E: Exchange>(exchange: &mut E, bytes: &mut SmallVec<[u8; INLINE]>, len: usize) {
+    let start = bytes.len();
+    bytes.resize(start.saturating_add(len), 0);
+    let got = bytes.get_mut(start..).map_or(0, |room| exchange.read(room));
+    bytes.truncate(start.saturating_add(got));
+}

@@ -1,0 +1,184 @@
+//! Tests of reading, writing, and what else is done with the data of files.
+
+use rustix::io::Errno;
+use smallvec::SmallVec;
+use zerocopy::IntoBytes;
+
+use super::super::{data, fetch};
+use super::{FH, ROOM, finished, write};
+use crate::fuse::Exchange;
+use crate::fuse::abi::{self, Opcode};
+use crate::fuse::testing::{Ending, Guest, MemoryExchange, claim_len, on_root, samples};
+
+fn read(offset: u64, size: u32) -> Vec<u8> {
+    let args = abi::ReadIn {
+        fh: FH,
+        offset,
+        size,
+        ..Default::default()
+    };
+    on_root(Opcode::Read, &[args.as_bytes()])
+}
+
+fn contents(guest: &Guest) -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 16];
+    let n = rustix::io::pread(guest.fs().file_itself(), &mut bytes, 0).unwrap();
+    bytes.truncate(n);
+    bytes
+}
+
+#[test]
+fn data_are_written_and_read_at_once_where_that_cannot_wait() {
+    let guest = Guest::ready();
+    let written: abi::WriteOut = guest.say(write(2, b"data"), 24).structure();
+    assert_eq!(written.size, 4);
+    assert_eq!(contents(&guest), b"\0\0data");
+    let lengths = [
+        (0, 6, 6),
+        (0, 100, 6),
+        (4, 100, 2),
+        (6, 100, 0),
+        (1 << 40, 100, 0),
+        (0, 0, 0),
+    ];
+    for (offset, size, filled) in lengths {
+        let ending = finished(&guest, read(offset, size), ROOM);
+        let Ending::Filled(_, n) = ending else {
+            panic!("{ending:?}")
+        };
+        assert_eq!((n, ending.errno()), (filled, 0));
+    }
+}
+
+#[test]
+fn a_read_is_as_long_as_there_is_room() {
+    let guest = Guest::ready();
+    guest.say(write(0, &[1; 100]), ROOM);
+    let ending = finished(&guest, read(0, 100), 16 + 60);
+    assert!(matches!(ending, Ending::Filled(_, 60)), "{ending:?}");
+    assert_eq!(finished(&guest, read(0, 100), 15), Ending::Nothing);
+}
+
+#[test]
+fn a_write_without_all_its_data_or_room_writes_nothing() {
+    let guest = Guest::ready();
+    let mut short = write(0, b"data");
+    short.pop();
+    assert_eq!(guest.say(short.clone(), ROOM).errno(), libc::EINVAL);
+    let len = short.len();
+    claim_len(&mut short, len);
+    assert_eq!(guest.say(short, ROOM).errno(), libc::EINVAL);
+    assert_eq!(guest.say(write(0, b"data"), 23).errno(), libc::EINVAL);
+    assert_eq!(contents(&guest), b"");
+}
+
+#[test]
+fn a_handle_that_is_not_open_is_refused() {
+    let guest = Guest::ready();
+    for (opcode, mut bytes) in samples() {
+        let on_file = [
+            Opcode::Read,
+            Opcode::Write,
+            Opcode::Fsync,
+            Opcode::Fsyncdir,
+            Opcode::Fallocate,
+            Opcode::CopyFileRange,
+        ];
+        if on_file.contains(&opcode) {
+            bytes[40] ^= 0xff;
+            assert_eq!(guest.say(bytes, ROOM).errno(), libc::EBADF, "{opcode:?}");
+        }
+    }
+}
+
+#[test]
+fn what_may_wait_is_left_for_later() {
+    let guest = Guest::ready();
+    guest.say(write(0, b"0123456789"), ROOM);
+    guest.fs().calls();
+    let sync = abi::FsyncIn {
+        fh: FH,
+        fsync_flags: 1,
+        padding: 0,
+    };
+    for (opcode, call) in [
+        (Opcode::Fsync, "file File"),
+        (Opcode::Fsyncdir, "file Directory"),
+    ] {
+        let reply = guest.say_and_wait(on_root(opcode, &[sync.as_bytes()]), ROOM);
+        assert_eq!(reply.body(), b"");
+        assert_eq!(guest.fs().calls(), [call]);
+    }
+    let allocate = abi::FallocateIn {
+        fh: FH,
+        offset: 0,
+        length: 16,
+        ..Default::default()
+    };
+    let allocate = |mode| {
+        on_root(
+            Opcode::Fallocate,
+            &[abi::FallocateIn { mode, ..allocate }.as_bytes()],
+        )
+    };
+    assert_eq!(guest.say_and_wait(allocate(0), ROOM).body(), b"");
+    assert_eq!(contents(&guest).len(), 16);
+    assert_eq!(
+        guest.say_and_wait(allocate(1 << 30), ROOM).errno(),
+        libc::EOPNOTSUPP
+    );
+    assert_eq!(guest.session.counters().later(), 4);
+}
+
+#[test]
+fn a_range_is_copied_and_counted_in_both_widths() {
+    let guest = Guest::ready();
+    guest.say(write(0, b"0123456789"), ROOM);
+    let args = abi::CopyFileRangeIn {
+        fh_in: FH,
+        off_in: 2,
+        nodeid_out: 1,
+        fh_out: FH,
+        off_out: 20,
+        len: 4,
+        flags: 0,
+    };
+    let reply = guest.say_and_wait(on_root(Opcode::CopyFileRange, &[args.as_bytes()]), ROOM);
+    assert_eq!(reply.structure::<abi::WriteOut>().size, 4);
+    assert_eq!(contents(&guest)[20..], *b"2345");
+    let huge = abi::CopyFileRangeIn {
+        off_in: 8,
+        off_out: 40,
+        len: u64::MAX,
+        ..args
+    };
+    let huge = on_root(Opcode::CopyFileRange64, &[huge.as_bytes()]);
+    let copied: abi::CopyFileRangeOut = guest.say_and_wait(huge, ROOM).structure();
+    assert_eq!(copied.bytes_copied, 16);
+}
+
+#[test]
+fn an_exchange_that_a_dropped_future_holds_is_not_answered_twice() {
+    let guest = Guest::ready();
+    let sync = abi::FsyncIn {
+        fh: FH,
+        ..Default::default()
+    };
+    let (exchange, ending) = MemoryExchange::new(on_root(Opcode::Fsync, &[sync.as_bytes()]), 16);
+    drop(guest.session.serve(exchange));
+    assert_eq!(ending.take(), Some(Ending::Dropped));
+}
+
+#[test]
+fn a_write_leaves_its_data_where_they_are() {
+    let (mut exchange, _) = MemoryExchange::new(write(0, &[1; 5000]), 0);
+    let mut buffer = SmallVec::new();
+    fetch(&mut exchange, &mut buffer).unwrap();
+    assert_eq!((buffer.len(), exchange.readable()), (80, 5000));
+}
+
+#[test]
+fn an_errno_of_the_servers_own_is_eio() {
+    assert_eq!(data::errno(&std::io::Error::other("no errno")), Errno::IO);
+    assert_eq!(data::errno(&Errno::NOSPC.into()), Errno::NOSPC);
+}

@@ -1,0 +1,288 @@
+//! Tests of whole exchanges, a request in and a reply out: the life of a session, and what is
+//! true of every request.
+
+mod data;
+mod nodes;
+
+use zerocopy::IntoBytes;
+
+use super::*;
+use crate::fuse::abi::{self, InitFlags, InitOut};
+use crate::fuse::testing::{
+    Ending, Guest, HANDLE, MemoryExchange, init_of, on_root, request, samples,
+};
+
+/// Room for any reply of these tests.
+const ROOM: usize = 1 << 20;
+
+const FH: u64 = HANDLE.0;
+
+fn lookup(name: &[u8]) -> Vec<u8> {
+    on_root(Opcode::Lookup, &[name, b"\0"])
+}
+
+fn write(offset: u64, data: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(data.len()).unwrap();
+    let args = abi::WriteIn {
+        fh: FH,
+        offset,
+        size,
+        ..Default::default()
+    };
+    on_root(Opcode::Write, &[args.as_bytes(), data])
+}
+
+/// How an exchange ends, now or later.
+fn finished(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
+    let (exchange, ending) = MemoryExchange::new(request, room);
+    if let Outcome::Later(future) = guest.session.serve(exchange) {
+        crate::io::Runtime::new(crate::io::Kind::Tokio)
+            .unwrap()
+            .block_on(future);
+    }
+    ending.take().expect("an answer")
+}
+
+#[test]
+fn init_is_answered_with_what_both_have() {
+    for (minor, len) in [(27, 16), (31, 16), (36, 64), (38, 64), (41, 64), (45, 64)] {
+        let guest = Guest::new();
+        let offered = InitFlags::ASYNC_READ | InitFlags::MAX_PAGES | InitFlags::SETXATTR_EXT;
+        let init = init_of(7, minor, offered);
+        assert_eq!(init.len(), 40 + len);
+        let reply: InitOut = guest.say(init, 80).structure();
+        assert_eq!((reply.major, reply.minor), (7, minor));
+        assert_eq!(
+            reply.flags,
+            (InitFlags::ASYNC_READ | InitFlags::MAX_PAGES).halves().0
+        );
+        assert_eq!(guest.session.negotiated().unwrap().minor, minor);
+        assert_eq!(guest.fs().resets(), 1);
+    }
+}
+
+#[test]
+fn nothing_is_served_before_init() {
+    let guest = Guest::new();
+    guest.fs().put(c"name");
+    for (opcode, bytes) in samples() {
+        let ending = guest.say(bytes, ROOM);
+        match opcode {
+            Opcode::Init | Opcode::Destroy => {
+                assert_eq!(ending.errno(), 0);
+                guest.session.reset();
+            }
+            Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt => {
+                assert_eq!(ending, Ending::Nothing);
+            }
+            _ => assert_eq!(ending.errno(), libc::EIO, "{opcode:?}"),
+        }
+    }
+    assert_eq!(guest.fs().calls(), Vec::<String>::new());
+}
+
+#[test]
+fn a_guest_that_is_too_old_stays_outside() {
+    let guest = Guest::new();
+    let reply = guest.say(init_of(7, 26, InitFlags::NONE), ROOM);
+    assert_eq!(reply.errno(), libc::EPROTO);
+    assert_eq!(guest.session.negotiated(), None);
+    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
+}
+
+#[test]
+fn a_guest_that_is_too_new_is_told_our_version_and_tries_again() {
+    let guest = Guest::new();
+    let reply: InitOut = guest.say(init_of(8, 3, InitFlags::NONE), ROOM).structure();
+    assert_eq!((reply.major, reply.minor), (7, 45));
+    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
+    assert_eq!(guest.say(init_of(7, 45, InitFlags::NONE), ROOM).errno(), 0);
+    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::ENOENT);
+}
+
+#[test]
+fn a_second_init_and_destroy_forget_what_was_there() {
+    let guest = Guest::ready();
+    guest.fs().put(c"name");
+    guest.say(lookup(b"name"), ROOM);
+    assert_eq!(guest.fs().lookups(100), 1);
+    guest.say(init_of(7, 38, InitFlags::NONE), ROOM);
+    assert_eq!(guest.fs().lookups(100), 0);
+    assert_eq!(guest.session.negotiated().unwrap().minor, 38);
+    guest.say(lookup(b"name"), ROOM);
+    assert_eq!(guest.say(on_root(Opcode::Destroy, &[]), ROOM).body(), b"");
+    assert_eq!(guest.fs().lookups(100), 0);
+    assert_eq!(guest.session.negotiated(), None);
+    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
+}
+
+#[test]
+fn an_interrupt_is_not_answered() {
+    let interrupt = on_root(
+        Opcode::Interrupt,
+        &[abi::InterruptIn { unique: 9 }.as_bytes()],
+    );
+    assert_eq!(Guest::ready().say(interrupt, ROOM), Ending::Nothing);
+}
+
+#[test]
+fn a_reply_without_room_has_no_effect() {
+    let guest = Guest::ready();
+    guest.fs().put(c"name");
+    let open = on_root(Opcode::Open, &[abi::OpenIn::default().as_bytes()]);
+    let create = on_root(
+        Opcode::Create,
+        &[abi::CreateIn::default().as_bytes(), b"new\0"],
+    );
+    let unlink = on_root(Opcode::Unlink, &[b"name\0"]);
+    for (bytes, needed) in [
+        (lookup(b"name"), 16 + 128),
+        (open, 16 + 16),
+        (create, 16 + 128 + 16),
+        (unlink, 16),
+    ] {
+        for room in [0, 8, 15, 16, needed - 1]
+            .into_iter()
+            .filter(|room| *room < needed)
+        {
+            let ending = guest.say(bytes.clone(), room);
+            if room < 16 {
+                assert_eq!(ending, Ending::Nothing);
+            } else {
+                assert_eq!(ending.errno(), libc::EINVAL, "{room}");
+            }
+            assert_eq!((guest.fs().lookups(100), guest.fs().opened()), (0, 0));
+        }
+        assert_eq!(guest.say(bytes, needed).errno(), 0);
+        guest.session.reset();
+        guest.say(init_of(7, 41, InitFlags::NONE), ROOM);
+    }
+    let before = guest.fs().resets();
+    assert_eq!(
+        guest.say(init_of(7, 41, InitFlags::NONE), 79).errno(),
+        libc::EINVAL
+    );
+    assert_eq!(guest.fs().resets(), before);
+}
+
+#[test]
+fn what_is_not_served_is_enosys() {
+    let guest = Guest::ready();
+    for opcode in [
+        0,
+        7,
+        19,
+        31,
+        33,
+        37,
+        39,
+        40,
+        41,
+        48,
+        50,
+        51,
+        52,
+        54,
+        4096,
+        u32::MAX,
+    ] {
+        let ending = guest.say(request(opcode, 1, &[&[0; 64]]), ROOM);
+        assert_eq!(ending.errno(), libc::ENOSYS, "{opcode}");
+    }
+    assert_eq!(guest.session.counters().unknown(), 6);
+    assert_eq!(guest.session.counters().requests(Opcode::Setlkw), 1);
+}
+
+#[test]
+fn every_sample_is_served_and_counted() {
+    let guest = Guest::ready();
+    guest.fs().put(c"name");
+    guest.fs().put(c"there");
+    for (opcode, bytes) in samples() {
+        let before = guest.session.counters().requests(opcode);
+        let ending = finished(&guest, bytes, ROOM);
+        assert_ne!(ending, Ending::Dropped);
+        if let Ending::Reply(_) | Ending::Filled(..) = ending {
+            assert_ne!(ending.errno(), libc::ENOSYS, "{opcode:?}");
+            assert_ne!(ending.errno(), libc::EIO, "{opcode:?}");
+        }
+        assert_eq!(guest.session.counters().requests(opcode), before + 1);
+    }
+    assert_eq!(guest.session.counters().malformed(), 0);
+}
+
+#[test]
+fn requests_cut_short_at_any_length_are_answered_with_an_errno() {
+    let guest = Guest::ready();
+    for (opcode, bytes) in samples() {
+        if opcode == Opcode::Destroy {
+            continue;
+        }
+        for len in 0..bytes.len() {
+            let ending = finished(&guest, bytes[..len].to_vec(), ROOM);
+            let silent = len < 16 || len >= 40 && opcode.has_no_reply();
+            if silent {
+                assert_eq!(ending, Ending::Nothing, "{opcode:?} of {len} bytes");
+            } else {
+                assert_eq!(ending.errno(), libc::EINVAL, "{opcode:?} of {len} bytes");
+            }
+        }
+    }
+    assert_eq!(guest.session.counters().requests(Opcode::Lookup), 0);
+    assert!(guest.session.counters().malformed() > 1000);
+}
+
+#[test]
+fn every_request_is_answered_whatever_its_room() {
+    let guest = Guest::ready();
+    for (_, bytes) in samples() {
+        for room in (0..200).chain([ROOM]) {
+            let ending = finished(&guest, bytes.clone(), room);
+            assert_ne!(ending, Ending::Dropped);
+            if let Ending::Reply(_) = ending {
+                ending.errno();
+            }
+            guest.say(init_of(7, 41, InitFlags::NONE), ROOM);
+        }
+    }
+}
+
+#[test]
+fn errors_and_malformed_requests_are_counted() {
+    let guest = Guest::ready();
+    guest.say(lookup(b"nothing"), ROOM);
+    guest.say(lookup(b"a/b"), ROOM);
+    let counters = guest.session.counters();
+    assert_eq!(
+        (counters.errors(), counters.malformed(), counters.later()),
+        (2, 1, 0)
+    );
+    assert_eq!(
+        (
+            counters.requests(Opcode::Lookup),
+            counters.requests(Opcode::Init)
+        ),
+        (1, 1)
+    );
+}
+
+#[test]
+fn the_longest_rename_needs_no_heap_for_its_bytes() {
+    let name = [[b'a'; 255].as_slice(), &[0]].concat();
+    let args = abi::Rename2In {
+        newdir: 1,
+        ..Default::default()
+    };
+    let bytes = on_root(Opcode::Rename2, &[args.as_bytes(), &name, &name]);
+    let (mut exchange, _) = MemoryExchange::new(bytes, 0);
+    let mut buffer = SmallVec::new();
+    fetch(&mut exchange, &mut buffer).unwrap();
+    assert_eq!(buffer.len(), INLINE);
+    assert!(!buffer.spilled());
+}
+
+#[test]
+fn the_log_gets_fewer_lines_the_more_there_would_be() {
+    let lines = |happened: u64| (1..=happened).filter(|count| worth_a_line(*count)).count();
+    assert_eq!((lines(16), lines(1 << 20)), (16, 16 + 16));
+}

@@ -1,0 +1,363 @@
+//! Tests of names, attributes, directories, opening and closing.
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::{FH, ROOM, lookup};
+use crate::fuse::abi::{self, Opcode};
+use crate::fuse::testing::{Ending, Guest, attributes, on_root, request};
+
+fn readdir(plus: bool, offset: u64, size: u32) -> Vec<u8> {
+    let opcode = if plus {
+        Opcode::Readdirplus
+    } else {
+        Opcode::Readdir
+    };
+    let args = abi::ReadIn {
+        fh: FH,
+        offset,
+        size,
+        ..Default::default()
+    };
+    on_root(opcode, &[args.as_bytes()])
+}
+
+#[test]
+fn lookup_answers_the_entry() {
+    let guest = Guest::ready();
+    guest.fs().put(c"name");
+    let entry: abi::EntryOut = guest.say(lookup(b"name"), ROOM).structure();
+    let expected = abi::EntryOut {
+        nodeid: 100,
+        generation: 3,
+        entry_valid: 0,
+        entry_valid_nsec: 250,
+        attr_valid: 1,
+        attr_valid_nsec: 500_000_000,
+        attr: abi::Attr {
+            ino: 100,
+            size: 2,
+            blocks: 3,
+            atime: (-4i64).cast_unsigned(),
+            mtime: 5,
+            ctime: 6,
+            atimensec: 999_999_999,
+            mtimensec: 999_999_999,
+            ctimensec: 999_999_999,
+            mode: 0o100_644,
+            nlink: 7,
+            uid: 8,
+            gid: 9,
+            rdev: 10,
+            blksize: 4096,
+            flags: 0,
+        },
+    };
+    assert_eq!(entry, expected);
+    assert_eq!(guest.say(lookup(b"other"), ROOM).errno(), libc::ENOENT);
+}
+
+#[test]
+fn forgets_are_not_answered() {
+    let guest = Guest::ready();
+    guest.fs().put(c"name");
+    for _ in 0..5 {
+        guest.say(lookup(b"name"), ROOM);
+    }
+    let forget = request(2, 100, &[abi::ForgetIn { nlookup: 2 }.as_bytes()]);
+    assert_eq!(guest.say(forget, 0), Ending::Nothing);
+    assert_eq!(guest.fs().lookups(100), 3);
+    let one = |nodeid| abi::ForgetOne { nodeid, nlookup: 1 };
+    let ones = [one(100), one(0), one(5), one(100)];
+    let batch = abi::BatchForgetIn { count: 4, dummy: 0 };
+    let batch = on_root(Opcode::BatchForget, &[batch.as_bytes(), ones.as_bytes()]);
+    assert_eq!(guest.say(batch, 0), Ending::Nothing);
+    assert_eq!(guest.fs().lookups(100), 1);
+    let lying = abi::BatchForgetIn { count: 5, dummy: 0 };
+    let lying = on_root(Opcode::BatchForget, &[lying.as_bytes(), ones.as_bytes()]);
+    assert_eq!(guest.say(lying, ROOM), Ending::Nothing);
+    assert_eq!(guest.fs().lookups(100), 1);
+    assert_eq!(guest.session.counters().malformed(), 1);
+}
+
+#[test]
+fn getattr_says_who_asks_and_of_what() {
+    let guest = Guest::ready();
+    let getattr = |getattr_flags| {
+        on_root(
+            Opcode::Getattr,
+            &[abi::GetattrIn {
+                getattr_flags,
+                dummy: 0,
+                fh: 7,
+            }
+            .as_bytes()],
+        )
+    };
+    let reply: abi::AttrOut = guest.say(getattr(0), ROOM).structure();
+    assert_eq!((reply.attr_valid, reply.attr_valid_nsec), (1, 5));
+    assert_eq!(reply.attr.ino, attributes(1).inode);
+    guest.say(getattr(1), ROOM);
+    let who = "Caller { uid: 1000, gid: 100, pid: 42 }";
+    let expected = [
+        format!("getattr {who} None"),
+        format!("getattr {who} Some(Handle(7))"),
+    ];
+    assert_eq!(guest.fs().calls(), expected);
+}
+
+#[test]
+fn names_and_flags_reach_the_file_system() {
+    let guest = Guest::ready();
+    let new = abi::MknodIn {
+        mode: 0o010_666,
+        rdev: 5,
+        umask: 0o22,
+        padding: 0,
+    };
+    let rename = abi::Rename2In {
+        newdir: 4,
+        flags: 2,
+        padding: 0,
+    };
+    let requests = [
+        on_root(Opcode::Mknod, &[new.as_bytes(), b"fifo\0"]),
+        on_root(
+            Opcode::Mkdir,
+            &[
+                abi::MkdirIn {
+                    mode: 0o777,
+                    umask: 0o22,
+                }
+                .as_bytes(),
+                b"dir\0",
+            ],
+        ),
+        on_root(Opcode::Symlink, &[b"link\0", b"tar/get\0"]),
+        on_root(
+            Opcode::Link,
+            &[abi::LinkIn { oldnodeid: 100 }.as_bytes(), b"hard\0"],
+        ),
+        on_root(Opcode::Rename2, &[rename.as_bytes(), b"a\0", b"b\0"]),
+    ];
+    for request in requests {
+        assert_eq!(guest.say(request, ROOM).errno(), 0);
+    }
+    let expected = [
+        r#"mknod "fifo" NewNode { mode: 4534, umask: 18, rdev: 5 }"#,
+        r#"mkdir "dir" NewNode { mode: 511, umask: 18, rdev: 0 }"#,
+        r#"symlink "link" -> "tar/get""#,
+        r#"link NodeId(100) NodeId(1) "hard""#,
+        r#"rename (NodeId(1), "a") (NodeId(4), "b") 2"#,
+    ];
+    assert_eq!(guest.fs().calls(), expected);
+}
+
+#[test]
+fn create_answers_entry_and_handle() {
+    let guest = Guest::ready();
+    let args = abi::CreateIn {
+        flags: 0o2 | 0o200,
+        mode: 0o644,
+        umask: 0,
+        open_flags: 0,
+    };
+    let create = on_root(Opcode::Create, &[args.as_bytes(), b"new\0"]);
+    let reply = guest.say(create.clone(), ROOM);
+    let (entry, behind) = abi::EntryOut::read_from_prefix(reply.body()).unwrap();
+    let opened = abi::OpenOut::read_from_bytes(behind).unwrap();
+    assert_eq!(entry.nodeid, 100);
+    assert_eq!((opened.fh, opened.open_flags), (FH, 0b1010));
+    assert_eq!(guest.say(create, ROOM).errno(), libc::EEXIST);
+}
+
+#[test]
+fn files_and_directories_are_opened_and_closed() {
+    let guest = Guest::ready();
+    for (open, close) in [
+        (Opcode::Open, Opcode::Release),
+        (Opcode::Opendir, Opcode::Releasedir),
+    ] {
+        let opened: abi::OpenOut = guest
+            .say(on_root(open, &[abi::OpenIn::default().as_bytes()]), ROOM)
+            .structure();
+        assert_eq!(opened.fh, FH);
+        assert_eq!(guest.fs().opened(), 1);
+        let release = abi::ReleaseIn {
+            fh: FH,
+            ..Default::default()
+        };
+        assert_eq!(
+            guest
+                .say(on_root(close, &[release.as_bytes()]), ROOM)
+                .body(),
+            b""
+        );
+        assert_eq!(guest.fs().opened(), 0);
+    }
+}
+
+#[test]
+fn readlink_answers_a_path_if_there_is_room() {
+    let guest = Guest::ready();
+    let readlink = on_root(Opcode::Readlink, &[]);
+    assert_eq!(guest.say(readlink.clone(), 26).body(), b"over/there");
+    assert_eq!(guest.say(readlink, 25).errno(), libc::ENAMETOOLONG);
+}
+
+#[test]
+fn statfs_and_lseek_answer_numbers() {
+    let guest = Guest::ready();
+    let statfs: abi::StatfsOut = guest.say(on_root(Opcode::Statfs, &[]), ROOM).structure();
+    assert_eq!(
+        (statfs.st.blocks, statfs.st.bfree, statfs.st.namelen),
+        (1, 2, 255)
+    );
+    let seek = abi::LseekIn {
+        fh: FH,
+        offset: 41,
+        whence: 4,
+        padding: 0,
+    };
+    let seek: abi::LseekOut = guest
+        .say(on_root(Opcode::Lseek, &[seek.as_bytes()]), ROOM)
+        .structure();
+    assert_eq!(seek.offset, 42);
+}
+
+#[test]
+fn access_and_flush_answer_yes_or_no() {
+    let guest = Guest::ready();
+    let access = |mask| {
+        on_root(
+            Opcode::Access,
+            &[abi::AccessIn { mask, padding: 0 }.as_bytes()],
+        )
+    };
+    assert_eq!(guest.say(access(4), ROOM).body(), b"");
+    assert_eq!(guest.say(access(2), ROOM).errno(), libc::EACCES);
+    let flush = |fh| {
+        on_root(
+            Opcode::Flush,
+            &[abi::FlushIn {
+                fh,
+                ..Default::default()
+            }
+            .as_bytes()],
+        )
+    };
+    assert_eq!(guest.say(flush(FH), ROOM).body(), b"");
+    assert_eq!(guest.say(flush(8), ROOM).errno(), libc::EBADF);
+}
+
+#[test]
+fn extended_attributes_are_set_read_listed_and_removed() {
+    let guest = Guest::ready();
+    let set = |flags| {
+        let args = abi::SetxattrIn { size: 5, flags };
+        on_root(Opcode::Setxattr, &[args.as_bytes(), b"user.a\0", b"value"])
+    };
+    let get = |size| {
+        on_root(
+            Opcode::Getxattr,
+            &[abi::GetxattrIn { size, padding: 0 }.as_bytes(), b"user.a\0"],
+        )
+    };
+    let list = |size| {
+        on_root(
+            Opcode::Listxattr,
+            &[abi::GetxattrIn { size, padding: 0 }.as_bytes()],
+        )
+    };
+    assert_eq!(guest.say(get(0), ROOM).errno(), libc::ENODATA);
+    assert_eq!(guest.say(set(0), ROOM).body(), b"");
+    assert_eq!(guest.say(set(1), ROOM).errno(), libc::EEXIST);
+    assert_eq!(
+        guest.say(get(0), ROOM).structure::<abi::GetxattrOut>().size,
+        5
+    );
+    assert_eq!(guest.say(get(5), ROOM).body(), b"value");
+    assert_eq!(guest.say(get(4), ROOM).errno(), libc::ERANGE);
+    assert_eq!(guest.say(get(100), 16 + 4).errno(), libc::ERANGE);
+    assert_eq!(guest.say(get(u32::MAX), ROOM).body(), b"value");
+    assert_eq!(
+        guest
+            .say(list(0), ROOM)
+            .structure::<abi::GetxattrOut>()
+            .size,
+        7
+    );
+    assert_eq!(guest.say(list(7), ROOM).body(), b"user.a\0");
+    assert_eq!(guest.say(list(6), ROOM).errno(), libc::ERANGE);
+    let remove = on_root(Opcode::Removexattr, &[b"user.a\0"]);
+    assert_eq!(guest.say(remove.clone(), ROOM).body(), b"");
+    assert_eq!(guest.say(remove, ROOM).errno(), libc::ENODATA);
+}
+
+#[test]
+fn readdir_answers_records_that_fit() {
+    let guest = Guest::ready();
+    for name in [c"a", c"eight888", c"z"] {
+        guest.fs().put(name);
+    }
+    let reply = guest.say(readdir(false, 0, 4096), ROOM);
+    assert_eq!(reply.body().len(), 32 + 32 + 32);
+    let (first, behind) = abi::Dirent::read_from_prefix(reply.body()).unwrap();
+    assert_eq!(
+        first,
+        abi::Dirent {
+            ino: 55,
+            off: 1,
+            namelen: 1,
+            kind: 8
+        }
+    );
+    assert_eq!(behind[..8], *b"a\0\0\0\0\0\0\0");
+    assert_eq!(guest.say(readdir(false, 1, 95), ROOM).body().len(), 64);
+    assert_eq!(guest.say(readdir(false, 1, 63), ROOM).body().len(), 32);
+    assert_eq!(guest.say(readdir(false, 0, 4096), 16 + 40).body().len(), 32);
+    assert_eq!(guest.say(readdir(false, 3, 4096), ROOM).body(), b"");
+    assert_eq!(guest.say(readdir(false, 0, 31), ROOM).errno(), libc::EINVAL);
+    assert_eq!(guest.fs().lookups(100), 0);
+}
+
+#[test]
+fn readdirplus_counts_a_lookup_for_each_entry_it_answers() {
+    let guest = Guest::ready();
+    for name in [c"a", c"b", c"c"] {
+        guest.fs().put(name);
+    }
+    let record = 128 + 24 + 8;
+    let size = u32::try_from(2 * record + 100).unwrap();
+    let reply = guest.say(readdir(true, 0, size), ROOM);
+    assert_eq!(reply.body().len(), 2 * record);
+    let (entry, behind) = abi::EntryOut::read_from_prefix(reply.body()).unwrap();
+    let (dirent, _) = abi::Dirent::read_from_prefix(behind).unwrap();
+    assert_eq!((entry.nodeid, dirent.off), (100, 1));
+    let lookups = [100, 101, 102].map(|node| guest.fs().lookups(node));
+    assert_eq!(lookups, [1, 1, 0]);
+}
+
+#[test]
+fn an_error_behind_the_first_entry_does_not_lose_that_entry() {
+    let guest = Guest::ready();
+    guest.fs().put(c"a");
+    guest.fs().put(c"bad");
+    let reply = guest.say(readdir(true, 0, 4096), ROOM);
+    assert_eq!(reply.body().len(), 160);
+    assert_eq!(guest.fs().lookups(100), 1);
+    assert_eq!(guest.say(readdir(true, 1, 4096), ROOM).errno(), libc::EIO);
+}
+
+#[test]
+fn a_directory_reply_takes_no_more_memory_than_there_is_room() {
+    let guest = Guest::ready();
+    guest.fs().put(c"a");
+    assert_eq!(guest.say(readdir(false, 0, u32::MAX), 200).body().len(), 32);
+    assert_eq!(
+        guest
+            .say(readdir(false, 0, u32::MAX), 64 << 20)
+            .body()
+            .len(),
+        32
+    );
+}

@@ -1,0 +1,246 @@
+//! Doubles for the tests of this room: requests as a guest would write them, an exchange in
+//! memory, and a file system that has one directory.
+//!
+//! Without I/O but for one anonymous file in memory, as data operations go to a descriptor.
+
+mod one_directory;
+mod samples;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::abi::{InHeader, InitFlags, InitIn, Opcode, OutHeader};
+use super::{Exchange, OUT_HEADER_LEN, Outcome, Session, SessionOptions};
+use crate::io::GuestBuffer;
+
+pub(super) use one_directory::{HANDLE, OneDirectory, attributes};
+pub(super) use samples::samples;
+
+/// What every request made here is called.
+pub(super) const UNIQUE: u64 = 0x5eed;
+
+/// The bytes of a request with `arguments`, on `node`.
+pub(super) fn request(opcode: u32, node: u64, arguments: &[&[u8]]) -> Vec<u8> {
+    let arguments = arguments.concat();
+    let header = InHeader {
+        len: u32::try_from(size_of::<InHeader>() + arguments.len()).unwrap(),
+        opcode,
+        unique: UNIQUE,
+        nodeid: node,
+        uid: 1000,
+        gid: 100,
+        pid: 42,
+        total_extlen: 0,
+        padding: 0,
+    };
+    [header.as_bytes(), &arguments].concat()
+}
+
+/// The same for an opcode, on the root.
+pub(super) fn on_root(opcode: Opcode, arguments: &[&[u8]]) -> Vec<u8> {
+    request(opcode.number(), 1, arguments)
+}
+
+/// How an exchange ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// With these bytes.
+    Reply(Vec<u8>),
+    /// With a header, and so many bytes in place.
+    Filled(Vec<u8>, usize),
+    /// Without a reply.
+    Nothing,
+    /// It was dropped.
+    Dropped,
+}
+
+impl Ending {
+    /// The reply's body.
+    pub(super) fn body(&self) -> &[u8] {
+        let Self::Reply(bytes) = self else {
+            panic!("no reply: {self:?}")
+        };
+        assert_eq!(self.header().error, 0, "an error");
+        &bytes[OUT_HEADER_LEN..]
+    }
+
+    /// The reply's body as a structure; it has to have its length.
+    pub(super) fn structure<T: FromBytes + Immutable>(&self) -> T {
+        T::read_from_bytes(self.body()).expect("a reply of the structure's length")
+    }
+
+    /// The errno, 0 for none. Checks the header on the way.
+    pub(super) fn errno(&self) -> i32 {
+        -self.header().error
+    }
+
+    fn header(&self) -> OutHeader {
+        let (bytes, len) = match self {
+            Self::Reply(bytes) => (bytes, bytes.len()),
+            Self::Filled(bytes, filled) => (bytes, bytes.len() + filled),
+            _ => panic!("no reply: {self:?}"),
+        };
+        let (header, _) = OutHeader::read_from_prefix(bytes).unwrap();
+        assert_eq!(
+            usize::try_from(header.len).unwrap(),
+            len,
+            "the header's length"
+        );
+        assert_eq!(header.unique, UNIQUE, "the header's request");
+        header
+    }
+}
+
+/// An exchange in memory.
+pub(super) struct MemoryExchange {
+    request: Vec<u8>,
+    at: usize,
+    room: usize,
+    ending: Rc<RefCell<Option<Ending>>>,
+}
+
+impl MemoryExchange {
+    pub(super) fn new(request: Vec<u8>, room: usize) -> (Self, Rc<RefCell<Option<Ending>>>) {
+        let ending = Rc::new(RefCell::new(None));
+        (
+            Self {
+                request,
+                at: 0,
+                room,
+                ending: Rc::clone(&ending),
+            },
+            ending,
+        )
+    }
+
+    fn end(&self, ending: Ending) {
+        let before = self.ending.borrow_mut().replace(ending);
+        assert_eq!(before, None, "answered twice");
+    }
+}
+
+impl Exchange for MemoryExchange {
+    fn readable(&self) -> usize {
+        self.request.len() - self.at
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> usize {
+        let n = self.readable().min(into.len());
+        into[..n].copy_from_slice(&self.request[self.at..self.at + n]);
+        self.at += n;
+        n
+    }
+
+    fn payload(&mut self, len: usize) -> Option<GuestBuffer> {
+        let bytes = self.request.get(self.at..)?.get(..len)?.to_vec();
+        self.at += len;
+        Some(GuestBuffer::from_vec(bytes))
+    }
+
+    fn writable(&self) -> usize {
+        self.room
+    }
+
+    fn reply_buffer(&mut self, len: usize) -> Option<GuestBuffer> {
+        (OUT_HEADER_LEN + len <= self.room).then(|| GuestBuffer::from_vec(vec![0; len]))
+    }
+
+    fn reply(self, parts: &[&[u8]]) {
+        let bytes = parts.concat();
+        let fits = bytes.len() <= self.room;
+        self.end(if fits {
+            Ending::Reply(bytes)
+        } else {
+            Ending::Nothing
+        });
+    }
+
+    fn reply_filled(self, header: &[u8; OUT_HEADER_LEN], filled: usize) {
+        assert!(OUT_HEADER_LEN + filled <= self.room);
+        self.end(Ending::Filled(header.to_vec(), filled));
+    }
+
+    fn no_reply(self) {
+        self.end(Ending::Nothing);
+    }
+}
+
+impl Drop for MemoryExchange {
+    fn drop(&mut self) {
+        self.ending.borrow_mut().get_or_insert(Ending::Dropped);
+    }
+}
+
+/// A session with a [`OneDirectory`], and what to say to it.
+pub(super) struct Guest {
+    pub(super) session: Arc<Session<OneDirectory>>,
+}
+
+impl Guest {
+    /// A session that waits for INIT.
+    pub(super) fn new() -> Self {
+        Self::with_options(SessionOptions::default())
+    }
+
+    pub(super) fn with_options(options: SessionOptions) -> Self {
+        Self {
+            session: Arc::new(Session::new(Arc::default(), options)),
+        }
+    }
+
+    /// A session that has begun.
+    pub(super) fn ready() -> Self {
+        let guest = Self::new();
+        let reply = guest.say(init_of(7, 41, InitFlags::INIT_EXT), 4096);
+        assert_eq!(reply.errno(), 0);
+        guest
+    }
+
+    pub(super) fn fs(&self) -> &OneDirectory {
+        self.session.file_system()
+    }
+
+    /// How an exchange with `room` for the reply ends, at once.
+    pub(super) fn say(&self, request: Vec<u8>, room: usize) -> Ending {
+        let (exchange, ending) = MemoryExchange::new(request, room);
+        let outcome = self.session.serve(exchange);
+        assert!(matches!(outcome, Outcome::Done), "left for later");
+        ending.take().expect("an answer")
+    }
+
+    /// The same where the answer comes later.
+    pub(super) fn say_and_wait(&self, request: Vec<u8>, room: usize) -> Ending {
+        let (exchange, ending) = MemoryExchange::new(request, room);
+        let Outcome::Later(future) = self.session.serve(exchange) else {
+            panic!("answered at once");
+        };
+        assert_eq!(*ending.borrow(), None, "answered before it was done");
+        let runtime = crate::io::Runtime::new(crate::io::Kind::Tokio).unwrap();
+        runtime.block_on(future);
+        ending.take().expect("an answer")
+    }
+}
+
+/// An INIT as a kernel of this version sends it.
+pub(super) fn init_of(major: u32, minor: u32, flags: InitFlags) -> Vec<u8> {
+    let (flags, flags2) = flags.halves();
+    let init = InitIn {
+        major,
+        minor,
+        max_readahead: 131_072,
+        flags,
+        flags2,
+        unused: [0; 11],
+    };
+    let bytes = init.as_bytes();
+    let len = if minor < 36 { 16 } else { bytes.len() };
+    request(Opcode::Init.number(), 0, &[&bytes[..len]])
+}
+
+/// Makes the header say that the request has `len` bytes.
+pub(super) fn claim_len(request: &mut [u8], len: usize) {
+    request[..4].copy_from_slice(&u32::try_from(len).unwrap().to_ne_bytes());
+}
