@@ -5,6 +5,7 @@
 //! | room | what it does |
 //! | --- | --- |
 //! | [`worker`] | the threads, their runtimes, the loop |
+//! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
 //! | [`scheduler`] | placement and spreading; knows nothing of virtio |
 //! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
 //! | [`fs`] | the file system trait; the passthrough |
@@ -18,6 +19,7 @@ pub mod fs;
 pub mod fuse;
 pub mod io;
 pub mod scheduler;
+pub mod virtqueue;
 pub mod worker;
 
 pub(crate) mod sys;

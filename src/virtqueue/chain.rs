@@ -1,0 +1,373 @@
+//! One request: a chain of descriptors, resolved to memory, and its way back.
+//!
+//! The invariant: a chain that was taken goes back to the used ring once, by one of the
+//! answers or else when it is dropped.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::layout::{self, Descriptor};
+use super::memory::{Memory, Slice, Window};
+use super::used::{Totals, UsedRing};
+use crate::io::GuestBuffer;
+
+/// What can be wrong with a chain; the guest's fault in every case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadChain {
+    /// A head or a `next` names no descriptor of its table.
+    #[error("a descriptor index beyond its table")]
+    Index,
+    /// More descriptors than the table has: the chain runs in a circle.
+    #[error("a chain longer than its table: it runs in a circle")]
+    Loop,
+    /// INDIRECT where it was not negotiated.
+    #[error("an indirect descriptor, which was not negotiated")]
+    IndirectNotNegotiated,
+    /// An indirect table inside an indirect table.
+    #[error("an indirect table inside an indirect table")]
+    NestedIndirect,
+    /// INDIRECT together with NEXT (virtio 1.2, section 2.7.5.3.1).
+    #[error("an indirect descriptor that is not the chain's last")]
+    IndirectNext,
+    /// The length of an indirect table is 0, too large, or not whole descriptors.
+    #[error("an indirect table of an impossible length")]
+    IndirectLength,
+    /// A buffer or a table that is not all in guest memory.
+    #[error("an address outside of guest memory")]
+    Address,
+    /// A readable descriptor behind a writable one (virtio 1.2, section 2.7.4.2).
+    #[error("a readable descriptor behind a writable one")]
+    Order,
+    /// More bytes than 2³² - 1.
+    #[error("more than 4 GiB in one chain")]
+    TooLong,
+    /// More chains in flight than the queue has entries.
+    #[error("more chains in flight than the queue has entries")]
+    TooMany,
+}
+
+/// The descriptor table of a queue, and the memory its descriptors point into.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) size: u16,
+    pub(super) descriptors: Window,
+    pub(super) memory: Arc<Memory>,
+}
+
+type Slices = SmallVec<[Slice; 6]>;
+
+/// One request off the ring: bytes to read, room to write, and the duty to go back.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    /// What the device may read and has not read yet, in order.
+    readable: Slices,
+    readable_len: usize,
+    /// Where the device may write, in order, all of it.
+    writable: Slices,
+    writable_len: usize,
+    /// Of the room behind the header, what a [`GuestBuffer`] was made of.
+    lent: usize,
+    /// Bytes copied out of and into guest memory.
+    copied: usize,
+    table: Arc<Table>,
+    used: Arc<UsedRing>,
+    returned: bool,
+}
+
+impl Chain {
+    /// Walks the chain at `head`. A bad one has been returned empty when this says so.
+    pub(super) fn take(
+        table: &Arc<Table>,
+        used: &Arc<UsedRing>,
+        head: u16,
+        indirect: bool,
+    ) -> Result<Self, BadChain> {
+        let mut chain = Self {
+            head,
+            readable: Slices::new(),
+            readable_len: 0,
+            writable: Slices::new(),
+            writable_len: 0,
+            lent: 0,
+            copied: 0,
+            table: Arc::clone(table),
+            used: Arc::clone(used),
+            returned: false,
+        };
+        match chain.walk(indirect) {
+            Ok(()) => Ok(chain),
+            Err(fault) => Err(chain.refuse(fault)),
+        }
+    }
+
+    fn walk(&mut self, indirect: bool) -> Result<(), BadChain> {
+        let table = Arc::clone(&self.table);
+        let mut index = self.head;
+        for _ in 0..table.size {
+            if index >= table.size {
+                return Err(BadChain::Index);
+            }
+            let mut bytes = [0; layout::DESCRIPTOR_LEN];
+            let at = layout::descriptor_at(index);
+            table.descriptors.read(at, &mut bytes);
+            let descriptor = Descriptor::parse(bytes);
+            if descriptor.has(layout::INDIRECT) {
+                if !indirect {
+                    return Err(BadChain::IndirectNotNegotiated);
+                }
+                if descriptor.has(layout::NEXT) {
+                    return Err(BadChain::IndirectNext);
+                }
+                return self.walk_indirect(&table.memory, &descriptor);
+            }
+            self.add(&table.memory, &descriptor)?;
+            if !descriptor.has(layout::NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(BadChain::Loop)
+    }
+
+    fn walk_indirect(&mut self, memory: &Memory, table: &Descriptor) -> Result<(), BadChain> {
+        const ONE: u32 = 16;
+        let size = table.len.checked_div(ONE).unwrap_or(0);
+        if size == 0 || !table.len.is_multiple_of(ONE) || size > u32::from(u16::MAX) {
+            return Err(BadChain::IndirectLength);
+        }
+        let mut index = 0;
+        for _ in 0..size {
+            if u32::from(index) >= size {
+                return Err(BadChain::Index);
+            }
+            let mut bytes = [0; layout::DESCRIPTOR_LEN];
+            let offset = layout::descriptor_at(index) as u64;
+            let at = table.address.checked_add(offset).ok_or(BadChain::Address)?;
+            if !memory.read(at, &mut bytes) {
+                return Err(BadChain::Address);
+            }
+            let descriptor = Descriptor::parse(bytes);
+            if descriptor.has(layout::INDIRECT) {
+                return Err(BadChain::NestedIndirect);
+            }
+            self.add(memory, &descriptor)?;
+            if !descriptor.has(layout::NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(BadChain::Loop)
+    }
+
+    /// Adds what one descriptor points to.
+    fn add(&mut self, memory: &Memory, descriptor: &Descriptor) -> Result<(), BadChain> {
+        let write = descriptor.has(layout::WRITE);
+        if !write && self.writable_len != 0 {
+            return Err(BadChain::Order);
+        }
+        let (slices, len) = if write {
+            (&mut self.writable, &mut self.writable_len)
+        } else {
+            (&mut self.readable, &mut self.readable_len)
+        };
+        let more = usize::try_from(descriptor.len).map_err(|_wide| BadChain::TooLong)?;
+        *len = len.checked_add(more).ok_or(BadChain::TooLong)?;
+        if u32::try_from(*len).is_err() {
+            return Err(BadChain::TooLong);
+        }
+        let all_there = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
+            slices.push(slice);
+        });
+        if all_there {
+            Ok(())
+        } else {
+            Err(BadChain::Address)
+        }
+    }
+
+    /// Returns the chain empty for the fault in it.
+    pub(super) fn refuse(mut self, fault: BadChain) -> BadChain {
+        self.put_back(0, false);
+        self.used.publish();
+        fault
+    }
+
+    /// Bytes that were not read yet.
+    #[must_use]
+    pub fn readable(&self) -> usize {
+        self.readable_len
+    }
+
+    /// Copies the next bytes out; returns how many, fewer than asked only at the end.
+    pub fn read(&mut self, into: &mut [u8]) -> usize {
+        let mut rest = into;
+        let wanted = rest.len().min(self.readable_len);
+        let mut missing = wanted;
+        while missing != 0 {
+            let Some(part) = self.take_readable(missing) else {
+                break;
+            };
+            let (now, later) = rest.split_at_mut(part.len);
+            part.read(now);
+            rest = later;
+            missing = missing.saturating_sub(part.len);
+        }
+        self.copied = self.copied.saturating_add(wanted);
+        wanted
+    }
+
+    /// The next `len` bytes to read, left where they are. `None` if there are fewer.
+    pub fn payload(&mut self, len: usize) -> Option<GuestBuffer> {
+        if len > self.readable_len {
+            return None;
+        }
+        let mut pieces = Slices::new();
+        let mut missing = len;
+        while missing != 0 {
+            let part = self.take_readable(missing)?;
+            missing = missing.saturating_sub(part.len);
+            pieces.push(part);
+        }
+        Some(self.table.buffer(&pieces))
+    }
+
+    /// Takes up to `most` bytes of the first readable slice off the front.
+    fn take_readable(&mut self, most: usize) -> Option<Slice> {
+        loop {
+            let first = self.readable.first_mut()?;
+            if first.len == 0 {
+                self.readable.remove(0);
+                continue;
+            }
+            let count = first.len.min(most);
+            let part = first.first(count);
+            *first = first.skip(count);
+            self.readable_len = self.readable_len.saturating_sub(count);
+            return Some(part);
+        }
+    }
+
+    /// Room for the reply in bytes.
+    #[must_use]
+    pub fn writable(&self) -> usize {
+        self.writable_len
+    }
+
+    /// The room behind the first `skip` bytes, `len` bytes of it. `None` if there is less.
+    pub fn room(&mut self, skip: usize, len: usize) -> Option<GuestBuffer> {
+        let end = skip.checked_add(len)?;
+        if end > self.writable_len {
+            return None;
+        }
+        let mut pieces = Slices::new();
+        self.writable_range(skip, len, |slice| pieces.push(slice));
+        self.lent = self.lent.max(end);
+        Some(self.table.buffer(&pieces))
+    }
+
+    /// Calls `take` with the parts of the writable bytes `skip..skip + len`.
+    fn writable_range(&self, skip: usize, len: usize, mut take: impl FnMut(Slice)) {
+        let (mut skip, mut len) = (skip, len);
+        for slice in &self.writable {
+            if skip >= slice.len {
+                skip = skip.saturating_sub(slice.len);
+                continue;
+            }
+            let part = slice.skip(skip);
+            let part = part.first(part.len.min(len));
+            skip = 0;
+            len = len.saturating_sub(part.len);
+            take(part);
+            if len == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Copies `from` to the writable bytes from `skip` on; the caller has seen that they fit.
+    fn write(&mut self, skip: usize, from: &[u8]) {
+        self.copied = self.copied.saturating_add(from.len());
+        let mut rest = from;
+        self.writable_range(skip, from.len(), |slice| {
+            let (now, later) = rest.split_at(slice.len.min(rest.len()));
+            slice.write(now);
+            rest = later;
+        });
+    }
+
+    /// Answers with `parts`, one after the other; with nothing if they don't fit. The guest
+    /// sees it at the next [`UsedRing::publish`].
+    pub fn reply(mut self, parts: &[&[u8]]) {
+        let total: usize = parts
+            .iter()
+            .fold(0, |sum, part| sum.saturating_add(part.len()));
+        if total > self.writable_len {
+            self.put_back(0, false);
+            return;
+        }
+        let mut at = 0;
+        for part in parts {
+            self.write(at, part);
+            at = at.saturating_add(part.len());
+        }
+        self.put_back(total, false);
+    }
+
+    /// Answers with `header`, the `filled` bytes behind it being in place already.
+    pub fn reply_filled(mut self, header: &[u8], filled: usize) {
+        let total = header.len().saturating_add(filled);
+        if total > self.writable_len {
+            self.put_back(0, false);
+            return;
+        }
+        self.write(0, header);
+        self.put_back(total, false);
+    }
+
+    /// Goes back without an answer, as is right for FORGET.
+    pub fn no_reply(mut self) {
+        self.put_back(0, false);
+    }
+
+    /// Where this chain goes back.
+    #[must_use]
+    pub fn used(&self) -> &Arc<UsedRing> {
+        &self.used
+    }
+
+    fn put_back(&mut self, written: usize, dropped: bool) {
+        self.returned = true;
+        if self.table.memory.is_logging() {
+            // What was lent may have been written to even if the operation failed.
+            self.writable_range(0, written.max(self.lent), |slice| {
+                self.table.memory.mark_dirty(slice.guest, slice.len as u64);
+            });
+        }
+        let more = Totals {
+            chains: 1,
+            dropped: u64::from(dropped),
+            copied: self.copied as u64,
+        };
+        let written = u32::try_from(written).unwrap_or(0);
+        self.used.push(self.head, written, more);
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        if self.returned {
+            return;
+        }
+        // No one is left to publish this one with a batch.
+        self.put_back(0, true);
+        self.used.publish();
+    }
+}
+
+impl Table {
+    fn buffer(self: &Arc<Self>, pieces: &Slices) -> GuestBuffer {
+        super::memory::buffer(pieces.iter().copied(), Arc::clone(&self.memory))
+    }
+}

@@ -1,0 +1,41 @@
+//! Ring → chain → guest buffers; completion, exactly once.
+//!
+//! A [`Queue`] is the side of a split virtqueue (virtio 1.2, section 2.7) that takes chains off
+//! the ring; one task owns it. A [`Chain`] is one request: it may travel to any thread and is
+//! returned to the guest through the [`UsedRing`] that all chains of a queue share. The
+//! invariant: each chain taken is returned once, by an answer or by being dropped.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+mod chain;
+mod layout;
+pub mod memory;
+mod queue;
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    reason = "tests may fail by panicking"
+)]
+mod tests;
+mod used;
+
+pub use chain::{BadChain, Chain};
+pub use memory::{Memory, MemoryError};
+pub use queue::{Features, Queue, QueueError, RingAddresses};
+pub use used::{Call, Totals, UsedRing};
+
+/// Which queue of the device: 0 is the high-priority queue, the request queues follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueIndex(pub u16);
+
+impl QueueIndex {
+    /// FORGET and INTERRUPT come here (virtio 1.2, section 5.11.2).
+    pub const HIGH_PRIORITY: Self = Self(0);
+}
+
+impl std::fmt::Display for QueueIndex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}

@@ -1,0 +1,225 @@
+//! Taking chains off the available ring.
+//!
+//! The invariant: the ring's index is read once for each look, and an index that no right
+//! driver writes yields nothing rather than garbage.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::QueueIndex;
+use super::chain::{BadChain, Chain, Table};
+use super::layout;
+use super::memory::{Memory, Window};
+use super::used::{Call, UsedRing};
+
+/// What of virtio was negotiated that a ring must know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// `VIRTIO_F_RING_EVENT_IDX`.
+    pub event_idx: bool,
+    /// `VIRTIO_F_RING_INDIRECT_DESC`.
+    pub indirect: bool,
+}
+
+/// Where the front end says that the parts of a ring lie, in its own addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingAddresses {
+    /// The descriptor table.
+    pub descriptors: u64,
+    /// The available ring.
+    pub available: u64,
+    /// The used ring.
+    pub used: u64,
+    /// The guest address of the used ring for the dirty log, if its changes are to be logged.
+    pub log: Option<u64>,
+}
+
+/// Why a queue can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Not a power of two, or too many entries.
+    #[error("queue {0} can't have {1} entries: a power of two up to {max}", max = layout::MAX_SIZE)]
+    Size(QueueIndex, u32),
+    /// A part of the ring is not in guest memory, runs over a region's end, or is not aligned.
+    #[error("the {part} of queue {index} at {address:#x} is not aligned within guest memory")]
+    Address {
+        /// Which queue.
+        index: QueueIndex,
+        /// Which part of it.
+        part: &'static str,
+        /// The address given.
+        address: u64,
+    },
+}
+
+/// The side of a queue that takes chains off the ring; owned by one task.
+#[derive(Debug)]
+pub struct Queue {
+    size: u16,
+    features: Features,
+    next: u16,
+    table: Arc<Table>,
+    available: Arc<Window>,
+    used: Arc<UsedRing>,
+    /// The last index seen that can't be, so that one fault is reported once.
+    bad_index: Option<u16>,
+}
+
+impl Queue {
+    /// Makes the queue `index` of `size` entries ready, to go on at the available entry `next`;
+    /// the used ring goes on where its own index stands.
+    ///
+    /// # Errors
+    ///
+    /// The size can't be, or part of the ring is not in `memory`.
+    pub fn new(
+        index: QueueIndex,
+        size: u16,
+        features: Features,
+        addresses: RingAddresses,
+        memory: &Arc<Memory>,
+        next: u16,
+        call: Arc<Call>,
+    ) -> Result<Self, QueueError> {
+        Self::check_size(index, u32::from(size))?;
+        let window = |part, address, len, align| {
+            Window::new(memory, address, len, align).ok_or(QueueError::Address {
+                index,
+                part,
+                address,
+            })
+        };
+        let descriptors = window(
+            "descriptor table",
+            addresses.descriptors,
+            layout::descriptors_len(size),
+            layout::DESCRIPTOR_ALIGN,
+        )?;
+        let available = Arc::new(window(
+            "available ring",
+            addresses.available,
+            layout::available_len(size),
+            layout::AVAILABLE_ALIGN,
+        )?);
+        let used = window(
+            "used ring",
+            addresses.used,
+            layout::used_len(size),
+            layout::USED_ALIGN,
+        )?;
+        let log = addresses
+            .log
+            .filter(|_| memory.is_logging())
+            .map(|guest| (Arc::clone(memory), guest));
+        let used = UsedRing::new(
+            index,
+            size,
+            features.event_idx,
+            used,
+            Arc::clone(&available),
+            log,
+            call,
+        );
+        let table = Table {
+            size,
+            descriptors,
+            memory: Arc::clone(memory),
+        };
+        Ok(Self {
+            size,
+            features,
+            next,
+            table: Arc::new(table),
+            available,
+            used: Arc::new(used),
+            bad_index: None,
+        })
+    }
+
+    /// Whether a queue may have `size` entries.
+    ///
+    /// # Errors
+    ///
+    /// It may not.
+    pub fn check_size(index: QueueIndex, size: u32) -> Result<(), QueueError> {
+        if size.is_power_of_two() && size <= u32::from(layout::MAX_SIZE) {
+            Ok(())
+        } else {
+            Err(QueueError::Size(index, size))
+        }
+    }
+
+    /// Which queue this is.
+    #[must_use]
+    pub fn index(&self) -> QueueIndex {
+        self.used.index()
+    }
+
+    /// The available entry that comes next: what GET_VRING_BASE answers.
+    #[must_use]
+    pub fn next_available(&self) -> u16 {
+        self.next
+    }
+
+    /// Where this queue's chains go back.
+    #[must_use]
+    pub fn used(&self) -> &Arc<UsedRing> {
+        &self.used
+    }
+
+    /// Takes the next chain off the ring. A chain that can't be served has been returned
+    /// empty already and comes as the fault in it.
+    pub fn take(&mut self) -> Option<Result<Chain, BadChain>> {
+        if self.waiting() == 0 {
+            return None;
+        }
+        let entry = layout::available_entry(self.next, self.size);
+        // Relaxed: `waiting` acquired the index that covers this entry.
+        let head = self.available.load_u16(entry, Ordering::Relaxed);
+        self.next = self.next.wrapping_add(1);
+        let within = self.used.take();
+        let chain = Chain::take(&self.table, &self.used, head, self.features.indirect);
+        Some(if within {
+            chain
+        } else {
+            chain.and_then(|chain| Err(chain.refuse(BadChain::TooMany)))
+        })
+    }
+
+    /// How many entries the guest has made available that were not taken yet.
+    fn waiting(&mut self) -> u16 {
+        // Acquire: pairs with the driver's release (its write barrier) of the index; the
+        // entries and descriptors behind it are visible after.
+        let index = self.available.load_u16(layout::INDEX, Ordering::Acquire);
+        let waiting = index.wrapping_sub(self.next);
+        if waiting <= self.size {
+            return waiting;
+        }
+        if self.bad_index.replace(index) != Some(index) {
+            log::warn!(
+                "queue {}: the guest's available index jumped from {} to {index}, past all {} \
+                 entries; nothing is taken until it is right again",
+                self.index(),
+                self.next,
+                self.size,
+            );
+        }
+        0
+    }
+
+    /// Asks the guest for no kicks while chains are being taken.
+    pub fn disarm(&mut self) {
+        self.used.want_kick(None);
+    }
+
+    /// Asks the guest for a kick at the next chain. True if one has come meanwhile, for which
+    /// there may be no kick: look again.
+    #[must_use]
+    pub fn arm(&mut self) -> bool {
+        self.used.want_kick(Some(self.next));
+        // SeqCst: pairs with the driver's full barrier between its store of the index and its
+        // look at `avail_event` (or our flags): one of the two sees the other.
+        fence(Ordering::SeqCst);
+        self.waiting() != 0
+    }
+}

@@ -1,0 +1,541 @@
+//! The queue against a driver's side written here byte by byte.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::layout::{INDIRECT, NEXT, WRITE};
+use super::memory::{DirtyLog, Region};
+use super::{
+    BadChain, Call, Chain, Features, Memory, Queue, QueueError, QueueIndex, RingAddresses,
+};
+
+const SIZE: u16 = 8;
+const USER: u64 = 0x7f00_0000_0000;
+const DESCRIPTORS: u64 = 0x1000;
+const AVAILABLE: u64 = 0x2000;
+const USED: u64 = 0x3000;
+/// Where the second region begins; the third leaves a hole before it.
+const BORDER: u64 = 0x1_0000;
+const END: u64 = 0x2_0000;
+const ISLAND: u64 = 0x4_0000;
+
+/// Guest memory and the driver's side of one queue in it.
+struct Driver {
+    files: Vec<(u64, std::fs::File)>,
+    memory: Arc<Memory>,
+    log: Option<std::fs::File>,
+    available: u16,
+}
+
+impl Driver {
+    fn new(logging: bool) -> Self {
+        let mut files = Vec::new();
+        let mut regions = Vec::new();
+        for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
+            let file = memfd(len);
+            let map = file.try_clone().unwrap();
+            regions.push(Region::map(map, 0, start, USER + start, len).unwrap());
+            files.push((start, file));
+        }
+        let log = logging.then(|| memfd(0x1000));
+        let map = log
+            .as_ref()
+            .map(|file| Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000).unwrap()));
+        Self {
+            files,
+            memory: Arc::new(Memory::new(regions, map).unwrap()),
+            log,
+            available: 0,
+        }
+    }
+
+    fn queue(&self, features: Features) -> Queue {
+        let addresses = RingAddresses {
+            descriptors: USER + DESCRIPTORS,
+            available: USER + AVAILABLE,
+            used: USER + USED,
+            log: Some(USED),
+        };
+        let call = Arc::new(Call::default());
+        Queue::new(
+            QueueIndex(1),
+            SIZE,
+            features,
+            addresses,
+            &self.memory,
+            0,
+            call,
+        )
+        .unwrap()
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        let (start, file) = self.files.iter().rev().find(|(s, _)| *s <= at).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(file, bytes, at - start).unwrap();
+    }
+
+    fn read<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        assert!(self.memory.read(at, &mut bytes));
+        bytes
+    }
+
+    fn describe(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = table + 16 * u64::from(index);
+        self.write(at, &address.to_le_bytes());
+        self.write(at + 8, &len.to_le_bytes());
+        self.write(at + 12, &flags.to_le_bytes());
+        self.write(at + 14, &next.to_le_bytes());
+    }
+
+    /// Lays descriptors out from index 0 of `table` on, chained.
+    fn chain(&self, table: u64, parts: &[(u64, u32, u16)]) {
+        for (i, (address, len, flags)) in parts.iter().enumerate() {
+            let last = i + 1 == parts.len();
+            let flags = if last { *flags } else { *flags | NEXT };
+            let index = u16::try_from(i).unwrap();
+            self.describe(table, index, *address, *len, flags, index + 1);
+        }
+    }
+
+    fn offer(&mut self, head: u16) {
+        let at = AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
+        self.write(at, &head.to_le_bytes());
+        self.available = self.available.wrapping_add(1);
+        self.write(AVAILABLE + 2, &self.available.to_le_bytes());
+    }
+
+    fn take_one(&mut self, queue: &mut Queue) -> Result<Chain, BadChain> {
+        self.offer(0);
+        queue.take().unwrap()
+    }
+
+    fn used_index(&self) -> u16 {
+        u16::from_le_bytes(self.read(USED + 2))
+    }
+
+    fn used_element(&self, index: u16) -> (u32, u32) {
+        let at = USED + 4 + 8 * u64::from(index % SIZE);
+        let id = u32::from_le_bytes(self.read(at));
+        (id, u32::from_le_bytes(self.read(at + 4)))
+    }
+
+    fn dirty_pages(&self) -> Vec<u64> {
+        let mut bits = [0; 0x1000];
+        let log = self.log.as_ref().unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(log, &mut bits, 0).unwrap();
+        (0..0x8000)
+            .filter(|page| bits[usize::try_from(page / 8).unwrap()] & (1 << (page % 8)) != 0)
+            .collect()
+    }
+}
+
+fn memfd(len: u64) -> std::fs::File {
+    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = std::fs::File::from(fd);
+    file.set_len(len).unwrap();
+    file
+}
+
+const PLAIN: Features = Features {
+    event_idx: false,
+    indirect: true,
+};
+const EVENT: Features = Features {
+    event_idx: true,
+    indirect: true,
+};
+
+#[test]
+fn a_chain_is_read_in_order_across_descriptors_and_regions() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.write(0x5000, b"abc");
+    driver.write(BORDER - 2, b"de");
+    driver.write(BORDER, b"fgh");
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (BORDER - 2, 5, 0)]);
+    let mut chain = driver.take_one(&mut queue).unwrap();
+    assert_eq!(chain.readable(), 8);
+    let (mut first, mut rest) = ([0; 4], [0; 10]);
+    assert_eq!(chain.read(&mut first), 4);
+    assert_eq!(chain.read(&mut rest), 4);
+    assert_eq!((&first, &rest[..4]), (b"abcd", &b"efgh"[..]));
+    assert_eq!(chain.read(&mut rest), 0);
+}
+
+#[test]
+fn a_reply_is_spread_over_the_writable_descriptors_and_shown_once_published() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    let parts = [
+        (0x5000, 3, WRITE),
+        (0x6000, 0, WRITE),
+        (BORDER - 1, 9, WRITE),
+    ];
+    driver.chain(DESCRIPTORS, &parts);
+    let chain = driver.take_one(&mut queue).unwrap();
+    chain.reply(&[b"head", b"body"]);
+    assert_eq!(driver.used_index(), 0, "not shown before the batch is");
+    queue.used().publish();
+    assert_eq!(driver.used_index(), 1);
+    assert_eq!(driver.used_element(0), (0, 8));
+    assert_eq!(&driver.read::<3>(0x5000), b"hea");
+    assert_eq!(&driver.read::<5>(BORDER - 1), b"dbody");
+}
+
+#[test]
+fn a_reply_that_does_not_fit_writes_nothing_and_ends_empty() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+    let chain = driver.take_one(&mut queue).unwrap();
+    chain.reply(&[b"four"]);
+    queue.used().publish();
+    assert_eq!(driver.used_element(0), (0, 0));
+    assert_eq!(driver.read::<4>(0x5000), [0; 4]);
+}
+
+#[test]
+fn a_dropped_chain_goes_back_by_itself_and_is_counted() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+    drop(driver.take_one(&mut queue).unwrap());
+    assert_eq!((driver.used_index(), driver.used_element(0)), (1, (0, 0)));
+    assert_eq!(
+        (queue.used().totals().dropped, queue.used().in_flight()),
+        (1, 0)
+    );
+}
+
+#[test]
+fn an_indirect_table_is_walked() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(0x8008, &[(0x5000, 4, 0), (0x6000, 16, WRITE)]);
+    driver.chain(DESCRIPTORS, &[(0x8008, 32, INDIRECT)]);
+    let chain = driver.take_one(&mut queue).unwrap();
+    assert_eq!((chain.readable(), chain.writable()), (4, 16));
+}
+
+#[test]
+fn every_malformed_chain_goes_back_empty_with_its_fault_named() {
+    type Case = (&'static str, &'static [(u64, u32, u16)], BadChain);
+    let cases: &[Case] = &[
+        ("hole", &[(END - 4, 8, 0)], BadChain::Address),
+        ("wrap", &[(u64::MAX - 2, 8, 0)], BadChain::Address),
+        ("4 GiB", &[(0x5000, u32::MAX, WRITE)], BadChain::Address),
+        (
+            "order",
+            &[(0x5000, 4, WRITE), (0x6000, 4, 0)],
+            BadChain::Order,
+        ),
+        (
+            "no table",
+            &[(0x8000, 0, INDIRECT)],
+            BadChain::IndirectLength,
+        ),
+        (
+            "odd table",
+            &[(0x8000, 17, INDIRECT)],
+            BadChain::IndirectLength,
+        ),
+        ("table in a hole", &[(END, 16, INDIRECT)], BadChain::Address),
+        (
+            "wrapping table",
+            &[(u64::MAX - 7, 16, INDIRECT)],
+            BadChain::Address,
+        ),
+        (
+            "indirect next",
+            &[(0x8000, 16, INDIRECT), (0, 1, 0)],
+            BadChain::IndirectNext,
+        ),
+    ];
+    for (name, parts, fault) in cases {
+        let mut driver = Driver::new(false);
+        let mut queue = driver.queue(PLAIN);
+        driver.chain(DESCRIPTORS, parts);
+        assert_eq!(driver.take_one(&mut queue).unwrap_err(), *fault, "{name}");
+        assert_eq!(
+            (driver.used_index(), driver.used_element(0)),
+            (1, (0, 0)),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn circles_wild_indexes_and_nested_tables_are_named() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.describe(DESCRIPTORS, 0, 0x5000, 1, NEXT, 0);
+    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Loop);
+    driver.describe(DESCRIPTORS, 0, 0x5000, 1, NEXT, SIZE);
+    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Index);
+    driver.describe(0x8000, 0, 0x9000, 16, INDIRECT, 0);
+    driver.describe(DESCRIPTORS, 0, 0x8000, 16, INDIRECT, 0);
+    assert_eq!(
+        driver.take_one(&mut queue).unwrap_err(),
+        BadChain::NestedIndirect
+    );
+    driver.describe(0x8000, 0, 0x9000, 16, NEXT, 2);
+    driver.describe(DESCRIPTORS, 0, 0x8000, 32, INDIRECT, 0);
+    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Index);
+    driver.offer(SIZE);
+    assert_eq!(queue.take().unwrap().unwrap_err(), BadChain::Index);
+    let mut queue = driver.queue(Features::default());
+    driver.available = 0;
+    driver.describe(DESCRIPTORS, 0, 0x8000, 16, INDIRECT, 0);
+    let fault = driver.take_one(&mut queue).unwrap_err();
+    assert_eq!(fault, BadChain::IndirectNotNegotiated);
+}
+
+#[test]
+fn more_in_flight_than_the_queue_has_entries_is_refused() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+    let held: Vec<_> = (0..SIZE)
+        .map(|_| driver.take_one(&mut queue).unwrap())
+        .collect();
+    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::TooMany);
+    drop(held);
+    assert!(driver.take_one(&mut queue).is_ok());
+}
+
+#[test]
+fn an_index_that_jumps_yields_nothing_until_it_is_right_again() {
+    let driver = Driver::new(false);
+    let mut queue = driver.queue(EVENT);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+    driver.write(AVAILABLE + 2, &(SIZE + 1).to_le_bytes());
+    assert!(queue.take().is_none());
+    assert!(!queue.arm(), "waiting for a kick, not spinning");
+    driver.write(AVAILABLE + 2, &1u16.to_le_bytes());
+    assert!(queue.take().is_some());
+}
+
+#[test]
+fn the_guest_is_called_when_it_asked_to_be() {
+    let driver = Driver::new(false);
+    for (features, at, off, on) in [
+        (EVENT, AVAILABLE + 4 + 2 * u64::from(SIZE), 5u16, 1u16),
+        (PLAIN, AVAILABLE, 1, 0),
+    ] {
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        let call = Arc::new(Call::default());
+        call.set(Some(fd.try_clone().unwrap()));
+        let called = || rustix::io::read(&fd, &mut [0; 8]).is_ok();
+        let mut driver = Driver {
+            files: driver
+                .files
+                .iter()
+                .map(|(s, f)| (*s, f.try_clone().unwrap()))
+                .collect(),
+            memory: Arc::clone(&driver.memory),
+            log: None,
+            available: 0,
+        };
+        driver.write(USED + 2, &0u16.to_le_bytes());
+        let addresses = RingAddresses {
+            descriptors: USER + DESCRIPTORS,
+            available: USER + AVAILABLE,
+            used: USER + USED,
+            log: None,
+        };
+        let mut queue = Queue::new(
+            QueueIndex(1),
+            SIZE,
+            features,
+            addresses,
+            &driver.memory,
+            0,
+            call,
+        )
+        .unwrap();
+        driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+        let mut serve = |driver: &mut Driver| {
+            driver.take_one(&mut queue).unwrap().no_reply();
+            queue.used().publish();
+        };
+        driver.write(at, &0u16.to_le_bytes());
+        serve(&mut driver);
+        assert!(called(), "{features:?}: the first time");
+        driver.write(at, &off.to_le_bytes());
+        serve(&mut driver);
+        assert!(!called(), "{features:?}: not wanted");
+        driver.write(
+            at,
+            &(if features.event_idx { on + 1 } else { on }).to_le_bytes(),
+        );
+        serve(&mut driver);
+        assert!(called(), "{features:?}: wanted");
+    }
+}
+
+#[test]
+fn kicks_are_asked_for_when_armed_only() {
+    let mut driver = Driver::new(false);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
+    let mut queue = driver.queue(PLAIN);
+    queue.disarm();
+    assert_eq!(driver.read::<2>(USED), [1, 0]);
+    assert!(!queue.arm());
+    assert_eq!(driver.read::<2>(USED), [0, 0]);
+    driver.offer(0);
+    assert!(queue.arm(), "one came before");
+
+    let mut queue = driver.queue(EVENT);
+    queue.take().unwrap().unwrap().no_reply();
+    assert!(!queue.arm());
+    let event: [u8; 2] = driver.read(USED + 4 + 8 * u64::from(SIZE));
+    assert_eq!(u16::from_le_bytes(event), 1);
+}
+
+#[test]
+fn what_a_reply_changes_is_logged_and_so_is_the_ring() {
+    let mut driver = Driver::new(true);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(
+        DESCRIPTORS,
+        &[(0x5ff0, 0x20, WRITE), (BORDER - 4, 16, WRITE)],
+    );
+    let mut chain = driver.take_one(&mut queue).unwrap();
+    let room = chain.room(16, 0x18).unwrap();
+    assert_eq!(room.len(), 0x18);
+    drop(room);
+    chain.reply_filled(&[7; 16], 0x18);
+    queue.used().publish();
+    assert_eq!(
+        driver.dirty_pages(),
+        [USED >> 12, 5, 6, (BORDER - 1) >> 12, BORDER >> 12]
+    );
+}
+
+#[test]
+fn what_was_lent_is_logged_even_if_the_reply_is_an_error() {
+    let mut driver = Driver::new(true);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 16, WRITE), (0x7000, 0x2000, WRITE)]);
+    let mut chain = driver.take_one(&mut queue).unwrap();
+    drop(chain.room(16, 0x2000).unwrap());
+    chain.reply(&[&[0; 16]]);
+    assert_eq!(driver.dirty_pages(), [3, 5, 7, 8]);
+}
+
+#[test]
+fn rings_outside_of_memory_and_impossible_sizes_are_refused() {
+    let driver = Driver::new(false);
+    let make = |size, descriptors, available, used| {
+        let addresses = RingAddresses {
+            descriptors,
+            available,
+            used,
+            log: None,
+        };
+        let call = Arc::new(Call::default());
+        Queue::new(
+            QueueIndex(1),
+            size,
+            PLAIN,
+            addresses,
+            &driver.memory,
+            0,
+            call,
+        )
+        .map(|_| ())
+    };
+    let good = (USER + DESCRIPTORS, USER + AVAILABLE, USER + USED);
+    assert!(make(8, good.0, good.1, good.2).is_ok());
+    assert!(matches!(
+        make(0, good.0, good.1, good.2),
+        Err(QueueError::Size(..))
+    ));
+    assert!(matches!(
+        make(6, good.0, good.1, good.2),
+        Err(QueueError::Size(..))
+    ));
+    for (descriptors, available, used) in [
+        (0x1000, good.1, good.2),
+        (good.0 + 8, good.1, good.2),
+        (good.0, good.1 + 1, good.2),
+        (good.0, good.1, good.2 + 2),
+        (USER + END - 16, good.1, good.2),
+        (USER + BORDER - 16, good.1, good.2),
+    ] {
+        let result = make(8, descriptors, available, used);
+        assert!(
+            matches!(result, Err(QueueError::Address { .. })),
+            "{descriptors:#x}"
+        );
+    }
+}
+
+proptest! {
+    /// Whatever the layout, reading piece by piece gives the bytes in order, the payload is
+    /// what is left, and a reply fills the room in order.
+    #[test]
+    fn any_layout_is_read_and_written_in_order(
+        readable in prop::collection::vec((0u64..0x8000, 0u32..700), 0..4),
+        writable in prop::collection::vec(0u32..700, 1..4),
+        takes in prop::collection::vec(0usize..600, 0..6),
+    ) {
+        let mut driver = Driver::new(false);
+        let mut queue = driver.queue(PLAIN);
+        // Readable parts lie about the border of the regions, over a pattern; writable ones
+        // lie apart.
+        let pattern: Vec<u8> = (0..0x4200u32).map(|i| u8::try_from(i % 253).unwrap()).collect();
+        let (below, above) = pattern.split_at(0x4000);
+        driver.write(BORDER - 0x4000, below);
+        driver.write(BORDER, above);
+        let mut expected = Vec::new();
+        let mut parts = Vec::new();
+        for (offset, len) in readable {
+            parts.push((BORDER - 0x4000 + offset % 0x3f00, len, 0));
+        }
+        for (at, len, _) in &parts {
+            let mut bytes = vec![0; usize::try_from(*len).unwrap()];
+            assert!(driver.memory.read(*at, &mut bytes));
+            expected.extend(bytes);
+        }
+        let mut at = BORDER + 0x6000;
+        for len in &writable {
+            parts.push((at, *len, WRITE));
+            at += 0x400;
+        }
+        driver.chain(DESCRIPTORS, &parts);
+        let mut chain = driver.take_one(&mut queue).unwrap();
+        let mut got = Vec::new();
+        for take in takes {
+            let mut bytes = vec![0; take];
+            let n = chain.read(&mut bytes);
+            got.extend_from_slice(&bytes[..n]);
+        }
+        let rest = chain.readable();
+        prop_assert_eq!(got.len() + rest, expected.len());
+        let payload = chain.payload(rest).unwrap();
+        let mut bytes = vec![0; rest];
+        payload.copy_out(0, &mut bytes);
+        got.extend(bytes);
+        prop_assert_eq!(got, expected);
+
+        let room = chain.writable();
+        let reply: Vec<u8> = (0..room).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        let (head, body) = reply.split_at(room / 3);
+        chain.reply(&[head, body]);
+        queue.used().publish();
+        prop_assert_eq!(driver.used_element(0), (0, u32::try_from(room).unwrap()));
+        let mut written = Vec::new();
+        for (at, len, flags) in parts {
+            if flags & WRITE != 0 {
+                let mut bytes = vec![0; usize::try_from(len).unwrap()];
+                assert!(driver.memory.read(at, &mut bytes));
+                written.extend(bytes);
+            }
+        }
+        prop_assert_eq!(written, reply);
+    }
+}

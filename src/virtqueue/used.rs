@@ -1,0 +1,252 @@
+//! The used ring: where chains go back, from whatever thread.
+//!
+//! Elements are written as chains complete; the index that shows them to the guest is stored
+//! once for each batch, by [`UsedRing::publish`], which also calls the guest if it wants that.
+//! The invariant: the index never passes an element that is not written yet.
+
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::QueueIndex;
+use super::layout;
+use super::memory::{GuestAddress, Memory, Window};
+
+/// The eventfd by which the guest is told of used chains; the front end may change it at any
+/// time, also while the queue runs.
+#[derive(Debug, Default)]
+pub struct Call(Mutex<Option<std::os::fd::OwnedFd>>);
+
+impl Call {
+    /// Takes another eventfd, or none: then the guest polls.
+    pub fn set(&self, eventfd: Option<std::os::fd::OwnedFd>) {
+        *self.lock() = eventfd;
+    }
+
+    /// Calls the guest.
+    pub fn signal(&self) {
+        if let Some(fd) = self.lock().as_ref()
+            && let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes())
+        {
+            // EAGAIN is a counter at its limit: the guest has been called more than enough.
+            log::debug!("calling the guest: {error}");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<std::os::fd::OwnedFd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Display for Totals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            chains,
+            dropped,
+            copied,
+        } = self;
+        write!(
+            f,
+            "{chains} chains returned, {dropped} of them dropped, {copied} bytes copied"
+        )
+    }
+}
+
+/// The device's side of a queue's used ring, shared by all its chains.
+#[derive(Debug)]
+pub struct UsedRing {
+    index: QueueIndex,
+    size: u16,
+    event_idx: bool,
+    used: Window,
+    available: Arc<Window>,
+    /// Where the ring's own changes are logged, if the front end asked for that.
+    log: Option<(Arc<Memory>, GuestAddress)>,
+    call: Arc<Call>,
+    state: Mutex<State>,
+    drained: Condvar,
+}
+
+/// What went through a queue since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Chains returned.
+    pub chains: u64,
+    /// Chains returned without an answer, by being dropped.
+    pub dropped: u64,
+    /// Bytes that were copied between guest memory and the server's: headers, arguments and
+    /// replies, but no payload of READ and WRITE.
+    pub copied: u64,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Elements written, modulo 2¹⁶.
+    next: u16,
+    /// Elements the guest has been shown.
+    published: u16,
+    /// The index at the last decision about a call; none before the first.
+    signalled: Option<u16>,
+    /// Chains taken off the ring and not yet written back.
+    in_flight: u16,
+    totals: Totals,
+}
+
+impl UsedRing {
+    pub(super) fn new(
+        index: QueueIndex,
+        size: u16,
+        event_idx: bool,
+        used: Window,
+        available: Arc<Window>,
+        log: Option<(Arc<Memory>, GuestAddress)>,
+        call: Arc<Call>,
+    ) -> Self {
+        // Relaxed: whoever ran this ring before has been drained and joined by the front.
+        let next = used.load_u16(layout::INDEX, Ordering::Relaxed);
+        Self {
+            index,
+            size,
+            event_idx,
+            used,
+            available,
+            log,
+            call,
+            state: Mutex::new(State {
+                next,
+                published: next,
+                signalled: None,
+                in_flight: 0,
+                totals: Totals::default(),
+            }),
+            drained: Condvar::new(),
+        }
+    }
+
+    /// Which queue this is.
+    #[must_use]
+    pub fn index(&self) -> QueueIndex {
+        self.index
+    }
+
+    /// Counts a chain as taken; false if the guest has more in flight than the queue has
+    /// entries, which a right driver can't.
+    pub(super) fn take(&self) -> bool {
+        let mut state = self.lock();
+        let within = state.in_flight < self.size;
+        // A chain over the limit is returned at once by the caller: one more for a moment.
+        state.in_flight = state.in_flight.saturating_add(1);
+        within
+    }
+
+    /// Writes the element that returns the chain at `head`, `len` bytes of it written; `more`
+    /// is what that adds to the totals. The guest sees it with the next
+    /// [`publish`](Self::publish).
+    pub(super) fn push(&self, head: u16, len: u32, more: Totals) {
+        let mut state = self.lock();
+        state.totals.chains = state.totals.chains.wrapping_add(more.chains);
+        state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
+        state.totals.copied = state.totals.copied.wrapping_add(more.copied);
+        let at = layout::used_element(state.next, self.size);
+        let mut element = [0; 8];
+        let (id, length) = element.split_at_mut(4);
+        id.copy_from_slice(&u32::from(head).to_le_bytes());
+        length.copy_from_slice(&len.to_le_bytes());
+        self.used.write(at, &element);
+        self.log_change(at, element.len());
+        state.next = state.next.wrapping_add(1);
+        state.in_flight = state.in_flight.saturating_sub(1);
+        if state.in_flight == 0 {
+            self.drained.notify_all();
+        }
+    }
+
+    /// Shows the guest all elements written so far: one store of the index, and at most one
+    /// call, where the guest wants it.
+    pub fn publish(&self) {
+        let mut state = self.lock();
+        if state.next == state.published {
+            return;
+        }
+        state.published = state.next;
+        // Release: pairs with the driver's acquire load of the index; elements and replies
+        // come before it.
+        self.used
+            .store_u16(layout::INDEX, state.next, Ordering::Release);
+        self.log_change(layout::INDEX, 2);
+        if self.wants_call(&mut state) {
+            drop(state);
+            self.call.signal();
+        }
+    }
+
+    /// Whether the guest wants to be called for what was published since last asked (virtio
+    /// 1.2, section 2.7.7).
+    fn wants_call(&self, state: &mut State) -> bool {
+        let new = state.published;
+        let old = state.signalled.replace(new);
+        // SeqCst: pairs with the driver's full barrier between its store of `used_event` (or
+        // its flags) and its last look at the index: one of the two sees the other.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let event = self
+                .available
+                .load_u16(layout::used_event(self.size), Ordering::Relaxed);
+            old.is_none_or(|old| layout::passes(event, new, old))
+        } else {
+            let flags = self.available.load_u16(layout::FLAGS, Ordering::Relaxed);
+            flags & layout::NO_INTERRUPT == 0
+        }
+    }
+
+    /// Waits until every chain taken has come back, and publishes them. Whoever calls this has
+    /// made sure that no further chain is taken.
+    pub fn drain(&self) {
+        let mut state = self.lock();
+        while state.in_flight != 0 {
+            state = self
+                .drained
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        self.publish();
+    }
+
+    /// How many chains have been taken and not yet come back.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        self.lock().in_flight
+    }
+
+    /// What went through the queue so far.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.lock().totals
+    }
+
+    /// Asks the driver for kicks when its available index passes `next`, or for none.
+    pub(super) fn want_kick(&self, next: Option<u16>) {
+        // Relaxed: the caller's fence orders these before its last look at the ring.
+        if self.event_idx {
+            if let Some(next) = next {
+                let at = layout::avail_event(self.size);
+                self.used.store_u16(at, next, Ordering::Relaxed);
+                self.log_change(at, 2);
+            }
+        } else {
+            let flags = if next.is_some() { 0 } else { layout::NO_NOTIFY };
+            self.used.store_u16(layout::FLAGS, flags, Ordering::Relaxed);
+            self.log_change(layout::FLAGS, 2);
+        }
+    }
+
+    fn log_change(&self, offset: usize, len: usize) {
+        if let Some((memory, start)) = &self.log {
+            memory.mark_dirty(start.saturating_add(offset as u64), len as u64);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
