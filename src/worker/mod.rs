@@ -1,5 +1,15 @@
-//! The worker threads and their runtimes.
+//! The worker threads, their runtimes, the loop.
+//!
+//! [`Pool`] is threads and runtimes, and of use without virtio; [`Crew`] serves the queues of
+//! one session with them. The invariant: a chain is served by the worker that took it off its
+//! ring, unless that one has a backlog and another has nothing to do.
 
+mod crew;
+mod exchange;
+mod faults;
+mod later;
 mod pool;
+mod serve;
 
+pub use crew::{Crew, CrewError};
 pub use pool::{Pool, PoolError, Worker};

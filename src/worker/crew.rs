@@ -1,0 +1,180 @@
+//! The workers of one session: who serves which queue.
+//!
+//! The invariant: the high-priority queue has a thread of its own, so it never waits behind
+//! requests.
+
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use super::pool::{Pool, PoolError};
+use super::serve::{Backlog, Command, Loop};
+use crate::fs::FileSystem;
+use crate::fuse::Session;
+use crate::io::Kind;
+use crate::scheduler::{Placement, channel};
+use crate::virtqueue::{Queue, QueueIndex};
+
+/// Why a crew can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum CrewError {
+    /// A thread or its runtime can't be had.
+    #[error("starting the worker threads")]
+    Pool(#[from] PoolError),
+    /// The file system can't be used from a thread.
+    #[error("preparing a worker thread for the file system")]
+    Prepare(#[source] io::Error),
+    /// A thread ended before it was ready; it has said why.
+    #[error("a worker thread ended as it started")]
+    Ended,
+}
+
+/// The threads of one session and the queues they serve.
+pub struct Crew<F> {
+    session: Arc<Session<F>>,
+    placement: Placement,
+    /// The high-priority queue's thread first, then the workers.
+    commands: Vec<UnboundedSender<Command>>,
+    pools: Vec<Pool>,
+}
+
+impl<F: FileSystem> Crew<F> {
+    /// Starts `workers` threads with a runtime of `kind`, and one for the high-priority queue.
+    ///
+    /// # Errors
+    ///
+    /// A thread or its runtime can't be had, or the file system refuses the thread.
+    pub fn start(
+        session: Arc<Session<F>>,
+        workers: NonZeroUsize,
+        kind: Kind,
+    ) -> Result<Self, CrewError> {
+        let placement = Placement::new(workers);
+        let mut crew = Self {
+            session,
+            placement,
+            commands: Vec::new(),
+            pools: Vec::new(),
+        };
+        // FORGET and INTERRUPT wait for nothing, so this thread needs no ring.
+        crew.enlist("ringfsd-high", NonZeroUsize::MIN, Kind::Tokio, || None)?;
+        let (give, take) = channel();
+        let alone = workers == NonZeroUsize::MIN;
+        crew.enlist("ringfsd-worker", workers, kind, move || {
+            (!alone).then(|| Backlog {
+                placement,
+                give: give.clone(),
+                take: take.clone(),
+            })
+        })?;
+        Ok(crew)
+    }
+
+    fn enlist(
+        &mut self,
+        name: &str,
+        count: NonZeroUsize,
+        kind: Kind,
+        backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
+    ) -> Result<(), CrewError> {
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..count.get()).map(|_| unbounded_channel()).unzip();
+        let receivers: Vec<_> = receivers.into_iter().map(Some).collect();
+        let receivers = Arc::new(Mutex::new(receivers));
+        let session = Arc::clone(&self.session);
+        let (ready, is_ready) = mpsc::channel();
+        let pool = Pool::start_named(name, count, kind, move |worker| {
+            let commands = receivers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_mut(worker.id.0)
+                .and_then(Option::take);
+            let prepared = session.file_system().prepare_thread();
+            let go = prepared.is_ok();
+            // The starter waits for this, unless another thread has failed already.
+            let _ = ready.send(prepared);
+            let service = commands
+                .filter(|_| go)
+                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog()));
+            async move {
+                if let Some(service) = service {
+                    service.run().await;
+                }
+            }
+        })?;
+        self.commands.extend(senders);
+        self.pools.push(pool);
+        for _ in 0..count.get() {
+            match is_ready.recv() {
+                Ok(prepared) => prepared.map_err(CrewError::Prepare)?,
+                Err(mpsc::RecvError) => return Err(CrewError::Ended),
+            }
+        }
+        Ok(())
+    }
+
+    /// Which thread owns a queue.
+    fn owner(&self, index: QueueIndex) -> usize {
+        match index.0.checked_sub(1) {
+            None => 0,
+            Some(request) => 1 + self.placement.owner(usize::from(request)).0,
+        }
+    }
+
+    /// Serves `queue` from now on; `kick` tells of new chains.
+    ///
+    /// # Errors
+    ///
+    /// `kick` can't be waited for, or the thread is gone.
+    pub fn run(&self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
+        let (done, answer) = mpsc::channel();
+        let owner = self.owner(queue.index());
+        let queue = Box::new(queue);
+        let command = Command::Run { queue, kick, done };
+        let gone = || io::Error::other("the worker thread has ended");
+        self.commands[owner]
+            .send(command)
+            .map_err(|_unsent| gone())?;
+        answer.recv().map_err(|_ended| gone())?
+    }
+
+    /// Stops serving the queue and waits until all that was taken off it has been returned.
+    /// Answers the queue, `None` if it wasn't being served.
+    pub fn stop(&self, index: QueueIndex) -> Option<Queue> {
+        let (done, answer) = mpsc::channel();
+        let command = Command::Stop { index, done };
+        self.commands[self.owner(index)].send(command).ok()?;
+        let queue = answer.recv().ok()??;
+        queue.used().drain();
+        log::debug!("queue {index}: {}", queue.used().totals());
+        Some(*queue)
+    }
+
+    /// The FUSE session that this crew serves.
+    #[must_use]
+    pub fn session(&self) -> &Arc<Session<F>> {
+        &self.session
+    }
+
+    /// Ends all threads. Queues must have been stopped, or their guests wait in vain.
+    pub fn dismiss(self) {
+        drop(self.commands);
+        for pool in self.pools {
+            if let Err(error) = pool.join() {
+                log::error!("{error}");
+            }
+        }
+    }
+}
+
+impl<F> fmt::Debug for Crew<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew")
+            .field("threads", &self.commands.len())
+            .finish_non_exhaustive()
+    }
+}

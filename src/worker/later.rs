@@ -1,0 +1,85 @@
+//! Requests that a worker has under way: each is a local task, and what it completes is
+//! published together with what else completed in the same turn of the runtime.
+//!
+//! The invariant: whoever finishes leaves its used ring in the list before it wakes the
+//! publisher, so nothing completed stays unpublished.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+
+use crate::virtqueue::UsedRing;
+
+/// The requests under way on one worker.
+#[derive(Debug, Default)]
+pub(super) struct Later {
+    under_way: Cell<usize>,
+    completed: RefCell<Vec<Arc<UsedRing>>>,
+    wake: Notify,
+    idle: Notify,
+}
+
+impl Later {
+    /// How many are under way.
+    pub(super) fn under_way(&self) -> usize {
+        self.under_way.get()
+    }
+
+    /// Counts a request of `used` as under way until the ticket is dropped.
+    pub(super) fn begin(self: &Rc<Self>, used: Arc<UsedRing>) -> Ticket {
+        self.under_way.set(self.under_way.get() + 1);
+        Ticket {
+            later: Rc::clone(self),
+            used: Some(used),
+        }
+    }
+
+    /// Publishes what completes, for ever. Tasks that complete in one turn of the runtime are
+    /// all ahead of this one in its queue, so one index store and one call serve them all.
+    pub(super) async fn publish(self: Rc<Self>) {
+        loop {
+            self.wake.notified().await;
+            for used in self.completed.take() {
+                used.publish();
+            }
+        }
+    }
+
+    /// Waits until nothing is under way.
+    pub(super) async fn drained(&self) {
+        while self.under_way.get() != 0 {
+            self.idle.notified().await;
+        }
+        for used in self.completed.take() {
+            used.publish();
+        }
+    }
+}
+
+/// One request under way; dropped when its chain has been returned, however that came about.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    later: Rc<Later>,
+    used: Option<Arc<UsedRing>>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let later = &self.later;
+        if let Some(used) = self.used.take() {
+            let mut completed = later.completed.borrow_mut();
+            if completed.is_empty() {
+                later.wake.notify_one();
+            }
+            if !completed.iter().any(|known| Arc::ptr_eq(known, &used)) {
+                completed.push(used);
+            }
+        }
+        later.under_way.set(later.under_way.get() - 1);
+        if later.under_way.get() == 0 {
+            later.idle.notify_one();
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The loop of one worker: its queues' kicks, the backlog of others, the session's commands.
+//!
+//! All is one task, so that a worker offers itself for others' backlog only while its thread
+//! has nothing to do. Requests that wait are tasks of their own beside it. The invariant:
+//! what a pass completes is published at its end, before the loop waits for anything.
+
+use std::future::poll_fn;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+use std::task::Poll;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::faults::Faults;
+use super::later::Later;
+use crate::fs::FileSystem;
+use crate::fuse::{Outcome, Session};
+use crate::io::{self, Kind, Runtime, spawn};
+use crate::scheduler::{Placement, Receiver, Sender};
+use crate::virtqueue::{Chain, Queue, QueueIndex};
+
+/// Chains taken off a ring before their replies are published and other queues looked at.
+const PASS: usize = 64;
+
+/// What the session asks of a worker.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve this queue from now on.
+    Run {
+        queue: Box<Queue>,
+        kick: Arc<OwnedFd>,
+        done: mpsc::Sender<std::io::Result<()>>,
+    },
+    /// Take no more off this queue; chains under way go on.
+    Stop {
+        index: QueueIndex,
+        done: mpsc::Sender<Option<Box<Queue>>>,
+    },
+}
+
+/// How a worker gives to others and takes from them.
+#[derive(Debug)]
+pub(super) struct Backlog {
+    pub(super) placement: Placement,
+    pub(super) give: Sender<Chain>,
+    pub(super) take: Receiver<Chain>,
+}
+
+/// A queue that this worker owns.
+#[derive(Debug)]
+struct Owned {
+    queue: Box<Queue>,
+    kick: io::Event,
+    /// There may be chains on the ring.
+    ready: bool,
+}
+
+/// Why the loop goes on.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a chain is moved once, from the channel to where it is served"
+)]
+enum Event {
+    /// Some queue is ready.
+    Ready,
+    Command(Command),
+    /// Another worker's chain.
+    Chain(Chain),
+    /// The session is over.
+    End,
+}
+
+/// One worker's loop.
+pub(super) struct Loop<F> {
+    session: Arc<Session<F>>,
+    commands: UnboundedReceiver<Command>,
+    /// None where there is nobody to share with, or nothing to be shared.
+    backlog: Option<Backlog>,
+    queues: Vec<Owned>,
+    batch: Vec<Chain>,
+    later: Rc<Later>,
+    faults: Faults,
+}
+
+impl<F: FileSystem> Loop<F> {
+    pub(super) fn new(
+        session: Arc<Session<F>>,
+        commands: UnboundedReceiver<Command>,
+        backlog: Option<Backlog>,
+    ) -> Self {
+        Self {
+            session,
+            commands,
+            backlog,
+            queues: Vec::new(),
+            batch: Vec::with_capacity(PASS),
+            later: Rc::default(),
+            faults: Faults::default(),
+        }
+    }
+
+    /// Serves until the session's end of the commands is gone, then waits for what is under way.
+    pub(super) async fn run(mut self) {
+        let publisher = spawn(Rc::clone(&self.later).publish());
+        loop {
+            match self.next_event().await {
+                Event::Ready => (),
+                Event::Command(command) => self.obey(command),
+                Event::Chain(chain) => self.help(chain),
+                Event::End => break,
+            }
+            for at in 0..self.queues.len() {
+                if self.queues[at].ready {
+                    self.pass(at);
+                }
+            }
+        }
+        self.later.drained().await;
+        publisher.abort();
+    }
+
+    /// What to do next; waits if there is nothing.
+    async fn next_event(&mut self) -> Event {
+        if self.queues.iter().any(|owned| owned.ready) {
+            if let Ok(command) = self.commands.try_recv() {
+                return Event::Command(command);
+            }
+            if self.later.under_way() == 0 || Runtime::current() != Some(Kind::Uring) {
+                // Lets the tasks run, and the runtime see the other queues' kicks.
+                tokio::task::yield_now().await;
+                return Event::Ready;
+            }
+            // tokio-uring hands operations to the kernel only as its thread goes to sleep. So
+            // it shall, with a kick of our own to wake it at once.
+            for owned in self.queues.iter_mut().filter(|owned| owned.ready) {
+                match owned.kick.signal() {
+                    Ok(()) => owned.ready = false,
+                    Err(error) => log::debug!("kicking ourselves: {error}"),
+                }
+            }
+        }
+        self.wait().await
+    }
+
+    async fn wait(&mut self) -> Event {
+        let Self {
+            commands,
+            backlog,
+            queues,
+            ..
+        } = self;
+        // Waiting here, and nowhere else, shows this worker to the others as idle.
+        let mut chain = pin!(async {
+            match backlog {
+                Some(backlog) => backlog.take.recv().await,
+                None => std::future::pending().await,
+            }
+        });
+        poll_fn(|cx| {
+            match commands.poll_recv(cx) {
+                Poll::Ready(Some(command)) => return Poll::Ready(Event::Command(command)),
+                Poll::Ready(None) => return Poll::Ready(Event::End),
+                Poll::Pending => (),
+            }
+            let mut ready = false;
+            for owned in queues.iter_mut() {
+                match owned.kick.poll(cx) {
+                    Poll::Ready(Ok(())) => owned.ready = true,
+                    Poll::Ready(Err(error)) => log::error!("waiting for a kick: {error}"),
+                    Poll::Pending => (),
+                }
+                ready |= owned.ready;
+            }
+            if ready {
+                return Poll::Ready(Event::Ready);
+            }
+            chain
+                .as_mut()
+                .poll(cx)
+                .map(|chain| chain.map_or(Event::End, Event::Chain))
+        })
+        .await
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Run { queue, kick, done } => {
+                let outcome = io::Event::new(kick).map(|kick| {
+                    self.queues.push(Owned {
+                        queue,
+                        kick,
+                        // What came before the kick could be seen has no kick any more.
+                        ready: true,
+                    });
+                });
+                // The session waits for this; were it gone, so would be the need to tell.
+                let _ = done.send(outcome);
+            }
+            Command::Stop { index, done } => {
+                let at = self
+                    .queues
+                    .iter()
+                    .position(|owned| owned.queue.index() == index);
+                let queue = at.map(|at| self.queues.swap_remove(at).queue);
+                let _ = done.send(queue);
+            }
+        }
+    }
+
+    /// Takes what is on the ring of a queue, serves it, publishes the replies.
+    fn pass(&mut self, at: usize) {
+        let owned = &mut self.queues[at];
+        let index = owned.queue.index();
+        owned.queue.disarm();
+        while self.batch.len() < PASS {
+            match owned.queue.take() {
+                Some(Ok(chain)) => self.batch.push(chain),
+                Some(Err(fault)) => self.faults.report(index, fault),
+                None => break,
+            }
+        }
+        let used = Arc::clone(owned.queue.used());
+        let full = self.batch.len() == PASS;
+        let mut batch = std::mem::take(&mut self.batch);
+        if let Some(backlog) = &self.backlog {
+            let away = backlog.placement.spread(batch.len(), backlog.give.idle());
+            if away != 0 {
+                // Closed only when all workers are gone, this one included.
+                let _ = backlog.give.send_batch(batch.drain(batch.len() - away..));
+            }
+        }
+        for chain in batch.drain(..) {
+            self.serve(chain);
+        }
+        self.batch = batch;
+        used.publish();
+        let owned = &mut self.queues[at];
+        owned.ready = full || owned.queue.arm();
+    }
+
+    /// Serves chains of another worker's queue.
+    fn help(&mut self, first: Chain) {
+        let mut next = Some(first);
+        let mut done = 0;
+        let mut last: Option<Arc<_>> = None;
+        while let Some(chain) = next.take() {
+            let used = Arc::clone(chain.used());
+            if let Some(previous) = last.replace(Arc::clone(&used))
+                && !Arc::ptr_eq(&previous, &used)
+            {
+                previous.publish();
+            }
+            self.serve(chain);
+            done += 1;
+            if done < PASS && !self.queues.iter().any(|owned| owned.ready) {
+                next = self
+                    .backlog
+                    .as_ref()
+                    .and_then(|backlog| backlog.take.try_recv());
+            }
+        }
+        if let Some(used) = last {
+            used.publish();
+        }
+    }
+
+    /// Serves one chain: at once, or by a task where it must wait.
+    fn serve(&self, chain: Chain) {
+        let used = Arc::clone(chain.used());
+        let session = &self.session;
+        // Nothing a guest sends should panic; if something does, the chain has been returned
+        // by its own drop and the worker lives on.
+        match catch_unwind(AssertUnwindSafe(|| session.serve(chain))) {
+            Ok(Outcome::Done) => (),
+            Ok(Outcome::Later(request)) => {
+                let ticket = self.later.begin(used);
+                spawn(async move {
+                    request.await;
+                    drop(ticket);
+                });
+            }
+            Err(_panic) => log::error!("a request panicked; it was answered with an error"),
+        }
+    }
+}
