@@ -4,6 +4,8 @@
 //!
 //! | room | what it does |
 //! | --- | --- |
+//! | [`front`] | listening; one vhost-user session |
+//! | [`device`] | what a virtio-fs device is |
 //! | [`worker`] | the threads, their runtimes, the loop |
 //! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
 //! | [`scheduler`] | placement and spreading; knows nothing of virtio |
@@ -15,6 +17,8 @@
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
 //! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
 
+pub mod device;
+pub mod front;
 pub mod fs;
 pub mod fuse;
 pub mod io;

@@ -1,0 +1,109 @@
+//! What a virtio-fs device is: its queues, features and configuration space (virtio 1.2,
+//! section 5.11). Nothing here has state.
+
+use std::num::NonZeroU16;
+
+/// `VIRTIO_RING_F_INDIRECT_DESC`.
+pub const INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_RING_F_EVENT_IDX`.
+pub const EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1`.
+pub const VERSION_1: u64 = 1 << 32;
+/// `VHOST_F_LOG_ALL` (vhost-user specification): log all changes of guest memory.
+pub const LOG_ALL: u64 = 1 << 26;
+/// `VHOST_USER_F_PROTOCOL_FEATURES` (vhost-user specification).
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// What is offered. A VMM may accept whatever stands here, so nothing does that isn't served.
+pub const FEATURES: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | LOG_ALL | PROTOCOL_FEATURES;
+
+/// Length of `struct virtio_fs_config`, bytes.
+pub const CONFIG_LEN: usize = TAG_LEN + 4 + 4;
+
+/// Bytes of the tag's field.
+const TAG_LEN: usize = 36;
+
+/// The name by which the guest mounts the file system: 1 to 36 bytes without a NUL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tag(String);
+
+/// Why a text can't be a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TagError {
+    /// Nothing to mount by.
+    #[error("a tag can't be empty")]
+    Empty,
+    /// More than the field holds.
+    #[error("a tag can have 36 bytes, this one has {0}")]
+    TooLong(usize),
+    /// A NUL ends the tag in the guest.
+    #[error("a tag can't have a NUL byte in it")]
+    Nul,
+}
+
+impl std::str::FromStr for Tag {
+    type Err = TagError;
+
+    fn from_str(text: &str) -> Result<Self, TagError> {
+        match text.len() {
+            0 => Err(TagError::Empty),
+            len if len > TAG_LEN => Err(TagError::TooLong(len)),
+            _ if text.contains('\0') => Err(TagError::Nul),
+            _ => Ok(Self(text.to_owned())),
+        }
+    }
+}
+
+/// A virtio-fs device as the front end sees it.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// The tag in the configuration space; empty where the VMM has its own.
+    pub tag: Option<Tag>,
+    /// Request queues; the high-priority queue comes on top.
+    pub request_queues: NonZeroU16,
+}
+
+impl Device {
+    /// All queues, the high-priority one included.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        self.request_queues.get().saturating_add(1)
+    }
+
+    /// The configuration space (`struct virtio_fs_config`): tag, number of request queues, and
+    /// the size of notification buffers, of which there are none.
+    #[must_use]
+    pub fn config_space(&self) -> [u8; CONFIG_LEN] {
+        let mut space = [0; CONFIG_LEN];
+        let tag = self.tag.as_ref().map_or("", |tag| &tag.0);
+        space[..tag.len()].copy_from_slice(tag.as_bytes());
+        let queues = u32::from(self.request_queues.get());
+        space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&queues.to_le_bytes());
+        space
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_space_holds_tag_and_queues() {
+        let device = Device {
+            tag: Some("shared".parse().unwrap()),
+            request_queues: NonZeroU16::new(4).unwrap(),
+        };
+        let space = device.config_space();
+        assert_eq!(&space[..7], b"shared\0");
+        assert_eq!(space[36..], [4, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(device.queues(), 5);
+    }
+
+    #[test]
+    fn impossible_tags_are_refused() {
+        assert_eq!("".parse::<Tag>(), Err(TagError::Empty));
+        assert_eq!("x".repeat(37).parse::<Tag>(), Err(TagError::TooLong(37)));
+        assert_eq!("a\0b".parse::<Tag>(), Err(TagError::Nul));
+        assert!("x".repeat(36).parse::<Tag>().is_ok());
+    }
+}

@@ -1,0 +1,55 @@
+//! The front door: listening, and one vhost-user session at a time.
+//!
+//! The session follows the vhost-user specification as the back end of a virtio-fs device; it
+//! implements `vhost`'s request handler itself, because the ready-made daemon keeps the kick
+//! eventfds in a thread of its own, where here they belong to the workers. The invariant:
+//! while anything changes that a running queue relies on, that queue is stopped and drained.
+
+mod listener;
+mod session;
+mod vring;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+pub use listener::{ListenError, Listener};
+pub use session::{End, SessionError, serve};
+
+use crate::virtqueue::{Queue, QueueIndex};
+
+/// What runs the queues for a session.
+pub trait Runner {
+    /// Serves `queue` from now on, looking at it once without a kick.
+    ///
+    /// # Errors
+    ///
+    /// The queue's thread is gone, or can't wait for `kick`.
+    fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> std::io::Result<()>;
+
+    /// Stops serving the queue, waits until everything taken off it has been returned, and
+    /// answers the available entry that comes next; `None` if it wasn't being served.
+    fn stop(&mut self, queue: QueueIndex) -> Option<u16>;
+
+    /// Forgets what the guest held: it has been reset.
+    fn reset(&mut self);
+}
+
+/// Polls two descriptors until one of them can be read or has ended; true if it is `stop`.
+///
+/// # Errors
+///
+/// Those of `poll(2)`.
+pub fn wait_readable(fd: impl AsFd, stop: BorrowedFd<'_>) -> std::io::Result<bool> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [
+        PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(stop, PollFlags::IN),
+    ];
+    loop {
+        match poll(&mut fds, None) {
+            Ok(_) => return Ok(!fds[1].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => (),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

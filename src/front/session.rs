@@ -1,0 +1,521 @@
+//! One vhost-user session: the messages of one front end, from connect to disconnect.
+//!
+//! See the vhost-user specification, "Back-end implementation". The invariant: a queue runs
+//! exactly when it is started, enabled and described, and never while one of these changes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    BackendReqHandler, Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut,
+};
+
+use super::vring::Vring;
+use super::{Runner, wait_readable};
+use crate::device::{self, Device};
+use crate::virtqueue::memory::{DirtyLog, Region};
+use crate::virtqueue::{
+    Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
+};
+
+/// How long a front end may take over one message, once it has begun it.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The most memory regions that ADD_MEM_REG may add up to; QEMU never has more.
+const MAX_MEM_SLOTS: u64 = 512;
+
+/// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD);
+
+/// How a session ended, if well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The front end has gone.
+    Disconnected,
+    /// The server was asked to stop.
+    Stopped,
+}
+
+/// Why a session ended: the front end's fault, or the host's.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// A message that can't be, or that comes at the wrong time.
+    #[error("the front end broke the vhost-user protocol")]
+    Protocol(#[source] ProtocolError),
+    /// Features that were not offered.
+    #[error("the front end took features {taken:#x} of which {extra:#x} were not offered")]
+    Features {
+        /// What it took.
+        taken: u64,
+        /// What of that was not offered.
+        extra: u64,
+    },
+    /// A queue that the device doesn't have.
+    #[error("the front end set up queue {index}, but there are {queues}; see --request-queues")]
+    NoSuchQueue {
+        /// Asked for.
+        index: u32,
+        /// How many there are.
+        queues: u16,
+    },
+    /// A kick without an eventfd asks for polling.
+    #[error("queue {0} has no kick eventfd; polling rings is not supported")]
+    NoKick(QueueIndex),
+    /// The memory table can't be.
+    #[error("the front end's memory can't be used")]
+    Memory(#[from] MemoryError),
+    /// A ring can't be.
+    #[error("the front end's queue can't be used")]
+    Queue(#[from] QueueError),
+    /// The worker can't take the queue.
+    #[error("starting queue {index}")]
+    Run {
+        /// Which queue.
+        index: QueueIndex,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket can't be used.
+    #[error("waiting for messages of the front end")]
+    Socket(#[source] io::Error),
+}
+
+impl From<SessionError> for ProtocolError {
+    fn from(error: SessionError) -> Self {
+        Self::ReqHandlerError(io::Error::other(error))
+    }
+}
+
+/// Serves one front end until it disconnects or `stop` becomes readable. All queues are
+/// stopped and drained when this returns, however it returns.
+///
+/// # Errors
+///
+/// The front end breaks the protocol, or hands over what can't be used.
+pub fn serve<R: Runner + Send>(
+    stream: UnixStream,
+    device: &Device,
+    runner: &mut R,
+    stop: BorrowedFd<'_>,
+) -> Result<End, SessionError> {
+    // A front end that stalls within a message must not keep the server from being stopped.
+    stream
+        .set_read_timeout(Some(MESSAGE_TIMEOUT))
+        .map_err(SessionError::Socket)?;
+    let socket = stream.try_clone().map_err(SessionError::Socket)?;
+    let session = Arc::new(Mutex::new(Session::new(device, runner)));
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+    let end = loop {
+        match wait_readable(&socket, stop) {
+            Ok(true) => break Ok(End::Stopped),
+            Ok(false) => (),
+            Err(error) => break Err(SessionError::Socket(error)),
+        }
+        match handler.handle_request() {
+            Ok(()) => (),
+            Err(ProtocolError::Disconnected) => break Ok(End::Disconnected),
+            Err(ProtocolError::SocketBroken(error))
+                if error.kind() == io::ErrorKind::ConnectionReset =>
+            {
+                break Ok(End::Disconnected);
+            }
+            Err(error) => break Err(session_error(error)),
+        }
+    };
+    session
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .stop_all();
+    end
+}
+
+/// What we said ourselves comes back wrapped in the protocol's error; unwrap it.
+fn session_error(error: ProtocolError) -> SessionError {
+    match error {
+        ProtocolError::ReqHandlerError(inner) => inner
+            .downcast()
+            .unwrap_or_else(|inner| SessionError::Protocol(ProtocolError::ReqHandlerError(inner))),
+        other => SessionError::Protocol(other),
+    }
+}
+
+/// The state of a session.
+#[derive(Debug)]
+struct Session<'a, R> {
+    device: &'a Device,
+    runner: &'a mut R,
+    features: u64,
+    regions: Memory,
+    log: Option<Arc<DirtyLog>>,
+    /// `regions` with the log that is due.
+    memory: Arc<Memory>,
+    vrings: Vec<Vring>,
+}
+
+impl<'a, R: Runner> Session<'a, R> {
+    fn new(device: &'a Device, runner: &'a mut R) -> Self {
+        Self {
+            device,
+            runner,
+            features: 0,
+            regions: Memory::default(),
+            log: None,
+            memory: Arc::default(),
+            vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
+        }
+    }
+
+    fn vring(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
+        let queues = self.device.queues();
+        let missing = SessionError::NoSuchQueue { index, queues };
+        let Ok(short) = u16::try_from(index) else {
+            return Err(missing);
+        };
+        match self.vrings.get_mut(usize::from(short)) {
+            Some(vring) => Ok((QueueIndex(short), vring)),
+            None => Err(missing),
+        }
+    }
+
+    /// Changes one queue's description, the queue being stopped meanwhile.
+    fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<(), SessionError> {
+        let (index, _) = self.vring(index)?;
+        self.stop(index);
+        change(&mut self.vrings[usize::from(index.0)]);
+        self.settle(index)
+    }
+
+    /// Changes what all queues rely on, all being stopped meanwhile.
+    fn change_all(&mut self, change: impl FnOnce(&mut Self)) -> Result<(), SessionError> {
+        self.stop_all();
+        change(self);
+        let log = (self.features & device::LOG_ALL != 0)
+            .then(|| self.log.clone())
+            .flatten();
+        self.memory = Arc::new(self.regions.with_log(log));
+        for index in 0..self.device.queues() {
+            self.settle(QueueIndex(index))?;
+        }
+        Ok(())
+    }
+
+    /// Runs the queue if it is to run and doesn't.
+    fn settle(&mut self, index: QueueIndex) -> Result<(), SessionError> {
+        let implicit = self.features & device::PROTOCOL_FEATURES == 0;
+        let features = Features {
+            event_idx: self.features & device::EVENT_IDX != 0,
+            indirect: self.features & device::INDIRECT_DESC != 0,
+        };
+        let vring = &mut self.vrings[usize::from(index.0)];
+        if vring.running {
+            return Ok(());
+        }
+        let Some((addresses, kick)) = vring.ready(implicit) else {
+            return Ok(());
+        };
+        let queue = Queue::new(
+            index,
+            vring.size,
+            features,
+            addresses,
+            &self.memory,
+            vring.base,
+            Arc::clone(&vring.call),
+        )?;
+        self.runner
+            .run(queue, kick)
+            .map_err(|source| SessionError::Run { index, source })?;
+        vring.running = true;
+        log::debug!("queue {index} runs: {} entries, {features:?}", vring.size);
+        Ok(())
+    }
+
+    fn stop(&mut self, index: QueueIndex) {
+        let vring = &mut self.vrings[usize::from(index.0)];
+        if vring.running {
+            vring.running = false;
+            if let Some(next) = self.runner.stop(index) {
+                vring.base = next;
+            }
+            log::debug!("queue {index} stopped at {}", vring.base);
+        }
+    }
+
+    fn stop_all(&mut self) {
+        for index in 0..self.device.queues() {
+            self.stop(QueueIndex(index));
+        }
+    }
+
+    fn reset(&mut self) {
+        self.stop_all();
+        for vring in &mut self.vrings {
+            vring.reset();
+        }
+        self.runner.reset();
+    }
+}
+
+type Answer<T> = Result<T, ProtocolError>;
+
+/// For requests that belong to features which are not offered.
+fn not_offered<T>(what: &'static str) -> Answer<T> {
+    Err(ProtocolError::InvalidOperation(what))
+}
+
+impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
+    fn set_owner(&mut self) -> Answer<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Answer<()> {
+        self.stop_all();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Answer<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Answer<u64> {
+        Ok(device::FEATURES)
+    }
+
+    fn set_features(&mut self, taken: u64) -> Answer<()> {
+        let extra = taken & !device::FEATURES;
+        if extra != 0 {
+            return Err(SessionError::Features { taken, extra }.into());
+        }
+        if taken == self.features {
+            return Ok(());
+        }
+        Ok(self.change_all(|session| session.features = taken)?)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        table: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Answer<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let regions = table
+            .iter()
+            .zip(files)
+            .map(|(region, file)| {
+                Region::map(
+                    file,
+                    region.mmap_offset,
+                    region.guest_phys_addr,
+                    region.user_addr,
+                    region.memory_size,
+                )
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .and_then(|regions| Memory::new(regions, None))
+            .map_err(SessionError::Memory)?;
+        self.change_all(|session| session.regions = regions)?;
+        log::debug!("memory table of {} regions", self.regions.regions());
+        Ok(None)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Answer<Option<VhostUserMemoryRegionBase>> {
+        let regions = Region::map(
+            file,
+            region.mmap_offset,
+            region.guest_phys_addr,
+            region.user_addr,
+            region.memory_size,
+        )
+        .and_then(|region| self.regions.with_region(region))
+        .map_err(SessionError::Memory)?;
+        self.change_all(|session| session.regions = regions)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Answer<()> {
+        let regions = self
+            .regions
+            .without_region(region.guest_phys_addr, region.user_addr, region.memory_size)
+            .map_err(SessionError::Memory)?;
+        Ok(self.change_all(|session| session.regions = regions)?)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Answer<u64> {
+        Ok(MAX_MEM_SLOTS)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
+        let (queue, _) = self.vring(index)?;
+        Queue::check_size(queue, num).map_err(SessionError::Queue)?;
+        let size = u16::try_from(num).map_err(|_checked| ProtocolError::InvalidParam)?;
+        Ok(self.change(index, |vring| vring.size = size)?)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        log: u64,
+    ) -> Answer<()> {
+        let addresses = RingAddresses {
+            descriptors: descriptor,
+            available,
+            used,
+            log: flags
+                .contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG)
+                .then_some(log),
+        };
+        Ok(self.change(index, |vring| vring.addresses = Some(addresses))?)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Answer<()> {
+        // A split ring has its index in the low half (vhost-user specification, "A vring
+        // state description").
+        let base = u16::try_from(base & 0xffff).map_err(|_masked| ProtocolError::InvalidParam)?;
+        Ok(self.change(index, |vring| vring.base = base)?)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Answer<VhostUserVringState> {
+        self.change(index, |vring| vring.kick = None)?;
+        let (_, vring) = self.vring(index)?;
+        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+        let (queue, _) = self.vring(u32::from(index))?;
+        let kick = fd.ok_or(SessionError::NoKick(queue))?;
+        let kick = Arc::new(OwnedFd::from(kick));
+        Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.call.set(fd.map(OwnedFd::from));
+        if vring.running {
+            // What completed between the two eventfds may have called the old one.
+            vring.call.signal();
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.err = fd.map(OwnedFd::from);
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Answer<()> {
+        let (_, vring) = self.vring(index)?;
+        if vring.enabled == enable {
+            return Ok(());
+        }
+        Ok(self.change(index, |vring| vring.enabled = enable)?)
+    }
+
+    fn get_protocol_features(&mut self) -> Answer<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_FEATURES)
+    }
+
+    fn set_protocol_features(&mut self, taken: u64) -> Answer<()> {
+        let extra = taken & !PROTOCOL_FEATURES.bits();
+        if extra != 0 {
+            return Err(SessionError::Features { taken, extra }.into());
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Answer<u64> {
+        Ok(u64::from(self.device.queues()))
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Answer<Vec<u8>> {
+        let space = self.device.config_space();
+        let part = usize::try_from(offset)
+            .ok()
+            .zip(usize::try_from(size).ok())
+            .and_then(|(offset, size)| space.get(offset..offset.checked_add(size)?));
+        part.map(<[u8]>::to_vec).ok_or(ProtocolError::InvalidParam)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Answer<()> {
+        // A guest can cause this and must not end its session by it.
+        log::debug!(
+            "{} bytes written to the configuration space at {offset}, which is read-only: ignored",
+            buf.len()
+        );
+        Ok(())
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
+        log::debug!("dirty log on descriptor {}", file.as_raw_fd());
+        let log =
+            DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(SessionError::Memory)?;
+        Ok(self.change_all(|session| session.log = Some(Arc::new(log)))?)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Answer<()> {
+        not_offered("a GPU socket for a file system")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Answer<File> {
+        not_offered("SHARED_OBJECT was not offered")
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Answer<(VhostUserInflight, File)> {
+        not_offered("INFLIGHT_SHMFD was not offered")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Answer<()> {
+        not_offered("INFLIGHT_SHMFD was not offered")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Answer<Option<File>> {
+        not_offered("DEVICE_STATE was not offered")
+    }
+
+    fn check_device_state(&mut self) -> Answer<()> {
+        not_offered("DEVICE_STATE was not offered")
+    }
+
+    fn get_shmem_config(&mut self) -> Answer<VhostUserShMemConfig> {
+        not_offered("SHMEM was not offered")
+    }
+}
