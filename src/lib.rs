@@ -4,6 +4,9 @@
 //!
 //! | room | what it does |
 //! | --- | --- |
+//! | [`cli`] | options as typed |
+//! | [`server`] | composition root: the start-up order, once, top to bottom |
+//! | [`config`] | options as resolved |
 //! | [`front`] | listening; one vhost-user session |
 //! | [`device`] | what a virtio-fs device is |
 //! | [`worker`] | the threads, their runtimes, the loop |
@@ -17,12 +20,15 @@
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
 //! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
 
+pub mod cli;
+pub mod config;
 pub mod device;
 pub mod front;
 pub mod fs;
 pub mod fuse;
 pub mod io;
 pub mod scheduler;
+pub mod server;
 pub mod virtqueue;
 pub mod worker;
 
