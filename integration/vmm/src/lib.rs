@@ -1,0 +1,37 @@
+//! A virtual machine monitor and a guest's driver, without a virtual machine.
+//!
+//! It connects to a vhost-user server, hands over guest memory and virtqueues, and speaks FUSE
+//! over them, as each of the front ends that exist does. Messages and rings are encoded here by
+//! hand, so that wrong ones can be sent as well as right ones.
+//!
+//! ```no_run
+//! use vmm::{Options, Profile, fuse::ROOT};
+//!
+//! let mut vm = Profile::Qemu.connect_path("/run/fs.sock", &Options::default().request_queues(2))?;
+//! let mut fs = vmm::fuse::Client::new(&mut vm);
+//! fs.init()?;
+//! let (file, handle) = fs.create(ROOT, c"a", 0o644)?;
+//! fs.write(file.nodeid, handle, 0, b"hello")?;
+//! assert_eq!(fs.read(file.nodeid, handle, 0, 5)?, b"hello");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The rooms, each of which uses only those above it: [`event`], [`memory`], [`ring`],
+//! [`connection`], [`session`] with [`profile`], [`fuse`].
+
+#![deny(missing_docs)]
+
+pub mod connection;
+pub mod event;
+pub mod fuse;
+pub mod memory;
+pub mod profile;
+pub mod ring;
+pub mod session;
+
+pub use connection::Connection;
+pub use event::Event;
+pub use memory::{Buf, Gpa, Memory, Region};
+pub use profile::Profile;
+pub use ring::Queue;
+pub use session::{Options, Session};

@@ -1,0 +1,107 @@
+//! Each front end in its own order of messages, then a FUSE session over what it set up.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
+mod support;
+
+use support::{Server, pattern};
+use vmm::fuse::ROOT;
+use vmm::{Options, Profile};
+
+/// A guest at work: directories, files, data, names, and all of it gone again.
+fn work(profile: Profile, runtime: &str) {
+    let mut server = Server::start(&["--runtime", runtime, "--request-queues", "2"]);
+    std::fs::write(server.share().join("from the host"), "hello guest").unwrap();
+    let mut fs = server.session(profile, &Options::default());
+
+    let there = fs.lookup(ROOT, c"from the host").unwrap();
+    let handle = fs.open(there.nodeid, libc::O_RDONLY).unwrap();
+    assert_eq!(
+        fs.read(there.nodeid, handle, 0, 100).unwrap(),
+        b"hello guest"
+    );
+    fs.release(there.nodeid, handle).unwrap();
+
+    let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+    let (file, handle) = fs.create(dir.nodeid, c"file", 0o644).unwrap();
+    let data = pattern(300_000, 7);
+    assert_eq!(fs.write(file.nodeid, handle, 5, &data).unwrap(), 300_000);
+    assert_eq!(fs.read(file.nodeid, handle, 5, 300_000).unwrap(), data);
+    assert_eq!(fs.getattr(file.nodeid).unwrap().attr.size, 300_005);
+    fs.flush(file.nodeid, handle).unwrap();
+    fs.fsync(file.nodeid, handle, false).unwrap();
+    fs.release(file.nodeid, handle).unwrap();
+    let on_host = std::fs::read(server.share().join("dir/file")).unwrap();
+    assert_eq!(on_host[..5], [0; 5]);
+    assert_eq!(on_host[5..], data);
+
+    let open = fs.opendir(dir.nodeid).unwrap();
+    let names: Vec<_> = fs
+        .readdirplus_all(dir.nodeid, open)
+        .unwrap()
+        .into_iter()
+        .map(|found| found.entry.name.to_string_lossy().into_owned())
+        .collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert!(names.contains(&"file".to_owned()));
+    fs.releasedir(dir.nodeid, open).unwrap();
+
+    fs.unlink(dir.nodeid, c"file").unwrap();
+    fs.rmdir(ROOT, c"dir").unwrap();
+    assert!(!server.share().join("dir").exists());
+    fs.forget(dir.nodeid, 1).unwrap();
+
+    let bases = fs.guest().stop().unwrap();
+    assert!(
+        bases.iter().any(|base| *base > 0),
+        "requests went over some queue"
+    );
+    drop(fs);
+    server.wait_until_it_listens();
+}
+
+fn qemu(runtime: &str) {
+    work(Profile::Qemu, runtime);
+}
+
+fn cloud_hypervisor(runtime: &str) {
+    work(Profile::CloudHypervisor, runtime);
+}
+
+fn dragonball(runtime: &str) {
+    work(Profile::Dragonball, runtime);
+}
+
+fn crosvm(runtime: &str) {
+    work(Profile::Crosvm, runtime);
+}
+
+fn libkrun(runtime: &str) {
+    work(Profile::Libkrun, runtime);
+}
+
+fn simple(runtime: &str) {
+    work(Profile::Simple, runtime);
+}
+
+on_both_runtimes!(qemu, cloud_hypervisor, dragonball, crosvm, libkrun, simple);
+
+#[test]
+fn the_configuration_space_tells_tag_and_queues_to_those_who_ask() {
+    let server = Server::start(&["--tag", "my files", "--request-queues", "3"]);
+    let fs = server.session(Profile::Crosvm, &Options::default());
+    let session = fs.into_guest();
+    let config = session.config.unwrap();
+    assert_eq!(&config.tag[..9], b"my files\0");
+    assert_eq!({ config.num_request_queues }, 3);
+    assert_eq!(
+        session.queues.len(),
+        4,
+        "crosvm makes what GET_QUEUE_NUM says"
+    );
+}

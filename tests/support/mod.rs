@@ -1,0 +1,236 @@
+//! A ringfsd process under test, started as a user would.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test file uses a part of this"
+)]
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use vmm::fuse::Client;
+use vmm::{Options, Profile, Session};
+
+/// How long anything may take that should take no time at all.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the server says when a front end can connect.
+const LISTENING: &str = "Waiting for vhost-user socket connection";
+
+/// A server, its shared directory, its socket and what it says.
+pub struct Server {
+    child: Child,
+    dir: tempfile::TempDir,
+    lines: Receiver<String>,
+    said: Vec<String>,
+}
+
+impl Server {
+    /// Starts a server with these arguments besides the socket and the directory, and waits
+    /// until it listens.
+    pub fn start(args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("share")).unwrap();
+        let mut command = command();
+        command
+            .arg("--socket")
+            .arg(dir.path().join("socket"))
+            .arg("--shared-dir")
+            .arg(dir.path().join("share"))
+            .args(["--log-level", "debug"])
+            .args(args);
+        let mut server = Self::spawn(command, dir);
+        server.wait_for(LISTENING);
+        server
+    }
+
+    /// Runs a command as a server; `dir` lives as long as it.
+    pub fn spawn(mut command: Command, dir: tempfile::TempDir) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            child,
+            dir,
+            lines,
+            said: Vec::new(),
+        }
+    }
+
+    /// The directory that is shared.
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line that has `text` in it and returns it.
+    pub fn wait_for(&mut self, text: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.said.push(line.clone());
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("no line with {text:?}; the server said {:#?}", self.said)
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!(
+                        "the server ended without {text:?}; it said {:#?}",
+                        self.said
+                    )
+                }
+            }
+        }
+    }
+
+    /// Waits until the server listens again.
+    pub fn wait_until_it_listens(&mut self) {
+        self.wait_for(LISTENING);
+    }
+
+    /// All lines that [`wait_for`](Self::wait_for) went past.
+    pub fn said(&self) -> &[String] {
+        &self.said
+    }
+
+    /// Connects to the socket.
+    pub fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.socket()).unwrap()
+    }
+
+    /// A session as `profile` has it, with INIT done.
+    pub fn session(&self, profile: Profile, options: &Options) -> Client<Session> {
+        let session = profile.connect(self.connect(), options).unwrap();
+        let mut client = Client::new(session);
+        client.init().unwrap();
+        client
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = i32::try_from(self.child.id()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits for the end; a server that doesn't end fails the test.
+    pub fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            // The end of its standard error is the end of the process.
+            match self.lines.recv_timeout(end - Instant::now()) {
+                Ok(line) => self.said.push(line),
+                Err(_) => break,
+            }
+        }
+        if let Some(status) = self.child.try_wait().unwrap() {
+            return status;
+        }
+        assert!(
+            Instant::now() < end,
+            "the server doesn't end; it said {:#?}",
+            self.said
+        );
+        self.child.wait().unwrap()
+    }
+
+    /// What the process holds: descriptors, mappings, threads.
+    pub fn holdings(&self) -> Holdings {
+        let proc = Path::new("/proc").join(self.child.id().to_string());
+        let count = |what: &str| std::fs::read_dir(proc.join(what)).unwrap().count();
+        let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
+        Holdings {
+            descriptors: count("fd"),
+            threads: count("task"),
+            guest_mappings: maps.lines().filter(|line| line.contains("memfd:")).count(),
+            mappings: maps.lines().count(),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let status = self.child.wait();
+        if std::thread::panicking() {
+            self.said.extend(self.lines.try_iter());
+            let signal = status.map(|status| status.signal());
+            eprintln!("the server ({signal:?}) said: {:#?}", self.said);
+        }
+    }
+}
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    pub descriptors: usize,
+    pub threads: usize,
+    pub guest_mappings: usize,
+    pub mappings: usize,
+}
+
+/// The program under test.
+pub fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+    command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
+    command
+}
+
+/// Runs to its end a command that should end by itself.
+pub fn output(args: &[&str]) -> std::process::Output {
+    command().args(args).output().unwrap()
+}
+
+/// Bytes that differ from block to block.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(len)
+    .collect()
+}
+
+/// Makes two tests of each function, one a runtime: `fn name(runtime: &str)`.
+#[macro_export]
+macro_rules! on_both_runtimes {
+    ($($name:ident),* $(,)?) => {
+        mod uring {
+            $(#[test] fn $name() { super::$name("uring"); })*
+        }
+        mod tokio {
+            $(#[test] fn $name() { super::$name("tokio"); })*
+        }
+    };
+}
