@@ -1,6 +1,10 @@
 //! Each operation of FUSE over the socket, with what it does to the directory on the host.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 
@@ -164,7 +168,25 @@ fn a_fifo_blocks_nobody(runtime: &str) {
     fs.getattr(ROOT).unwrap();
 }
 
+fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
+    let server = Server::start(&["--runtime", runtime]);
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let (file, handle) = fs.create(ROOT, c"file", 0o777).unwrap();
+    fs.release(file.nodeid, handle).unwrap();
+    for (uid, left) in [(0, 0o6777), (1000, 0o777)] {
+        fs.chmod(file.nodeid, 0o6777).unwrap();
+        fs.act_as(uid, uid);
+        let flags = libc::O_WRONLY | libc::O_TRUNC;
+        let opened = fs.open(file.nodeid, flags).unwrap();
+        fs.release(file.nodeid, opened).unwrap();
+        let mode = fs.getattr(file.nodeid).unwrap().attr.mode;
+        assert_eq!(mode & 0o7777, left, "user {uid}");
+        fs.act_as(0, 0);
+    }
+}
+
 on_both_runtimes!(
+    truncation_by_a_user_clears_set_id_bits,
     every_operation_does_what_it_says,
     names_that_lead_elsewhere_are_refused,
     a_fifo_blocks_nobody,

@@ -255,7 +255,7 @@ impl Passthrough {
     /// FIFOs, sockets and devices are the guest's own affair, and a guest's kernel never asks
     /// for them. `ENXIO` is what Linux says to who opens a socket, or a device that isn't
     /// there; `ELOOP` what it says to who opens a symbolic link and follows none.
-    fn open_file(&self, node: NodeId, flags: u32) -> Result<Opened> {
+    fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
         let inode = self.inode(node)?;
         match inode.kind() {
             FileType::RegularFile => {}
@@ -263,7 +263,12 @@ impl Passthrough {
             FileType::Symlink => return Err(Errno::LOOP),
             _ => return Err(Errno::NXIO),
         }
-        let fd = self.reopen(&inode, self.file_flags(flags))?;
+        let flags = self.file_flags(flags);
+        let fd = if flags.contains(OFlags::TRUNC) && caller.uid != 0 {
+            credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
+        } else {
+            self.reopen(&inode, flags)?
+        };
         Ok(self.opened(node, fd, HandleKind::File))
     }
 
@@ -401,8 +406,8 @@ impl FileSystem for Passthrough {
         self.make_link(node, parent, name)
     }
 
-    fn open(&self, _: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
-        self.open_file(node, flags)
+    fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
+        self.open_file(caller, node, flags)
     }
 
     fn create(

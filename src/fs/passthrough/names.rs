@@ -107,7 +107,7 @@ impl Passthrough {
                 Err(Errno::EXIST) if !exclusive => {}
                 done => return done,
             }
-            match self.open_existing(&parent, name, flags) {
+            match self.open_existing(caller, &parent, name, flags) {
                 Err(Errno::NOENT) => {}
                 done => return done,
             }
@@ -136,12 +136,13 @@ impl Passthrough {
 
     fn open_existing(
         &self,
+        caller: &Caller,
         parent: &impl AsFd,
         name: &CStr,
         flags: u32,
     ) -> Result<(Entry, Opened)> {
         let entry = self.find(parent, name)?;
-        match self.open_file(entry.node, flags) {
+        match self.open_file(caller, entry.node, flags) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
                 self.inodes.forget(entry.node, 1);
