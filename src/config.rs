@@ -3,6 +3,7 @@
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::device::Tag;
 use crate::io::Choice;
@@ -31,6 +32,8 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// Which runtime the workers have.
     pub runtime: Choice,
+    /// How long a worker looks at its rings, at most, before it sleeps.
+    pub poll: Duration,
     /// End after the first session.
     pub once: bool,
 }

@@ -9,6 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{Config, Listen};
 use crate::device::Device;
@@ -53,6 +54,7 @@ pub struct Server {
     runtime: Chosen,
     fs: Arc<Passthrough>,
     listener: Listener,
+    poll: Duration,
     once: bool,
 }
 
@@ -89,6 +91,7 @@ impl Server {
             runtime,
             fs: Arc::new(fs),
             listener: listen()?,
+            poll: config.poll,
             once: config.once,
         })
     }
@@ -123,7 +126,12 @@ impl Server {
     fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
         log::info!("a VMM has connected");
         let session = Session::new(Arc::clone(&self.fs), SessionOptions::default());
-        let mut crew = Crew::start(Arc::new(session), self.workers, self.runtime.kind)?;
+        let mut crew = Crew::start(
+            Arc::new(session),
+            self.workers,
+            self.runtime.kind,
+            self.poll,
+        )?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
         crew.session().reset();
         crew.dismiss();
