@@ -27,4 +27,5 @@ mod testing;
 pub use counters::Counters;
 pub use exchange::{Exchange, OUT_HEADER_LEN};
 pub use init::{Negotiated, Readdirplus, SessionOptions};
+pub use reply::error_reply;
 pub use session::{Outcome, Session};

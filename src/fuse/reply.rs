@@ -58,7 +58,7 @@ impl Answer {
 
 /// Sends an error as the reply to `unique`.
 pub(super) fn send_error<E: Exchange>(exchange: E, unique: u64, errno: Errno) {
-    exchange.reply(&[&header(unique, errno.raw_os_error().saturating_neg(), 0)]);
+    exchange.reply(&[&error_reply(unique, errno)]);
 }
 
 /// Sends the reply to `unique` whose `filled` bytes are in place.
@@ -166,6 +166,13 @@ fn attr(from: &Attributes) -> Attr {
         blksize: from.block_size,
         flags: 0,
     }
+}
+
+/// The reply that fails the request `unique` with `errno`, for a transport that must answer for
+/// a request which nobody answered.
+#[must_use]
+pub fn error_reply(unique: u64, errno: Errno) -> [u8; OUT_HEADER_LEN] {
+    header(unique, errno.raw_os_error().saturating_neg(), 0)
 }
 
 fn header(unique: u64, error: i32, body: usize) -> [u8; OUT_HEADER_LEN] {

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::exchange::Request;
 use super::faults::Faults;
 use super::later::Later;
 use super::spin::Spin;
@@ -312,9 +313,9 @@ impl<F: FileSystem> Loop<F> {
     fn serve(&self, chain: Chain) {
         let used = Arc::clone(chain.used());
         let session = &self.session;
-        // Nothing a guest sends should panic; if something does, the chain has been returned
-        // by its own drop and the worker lives on.
-        match catch_unwind(AssertUnwindSafe(|| session.serve(chain))) {
+        // Nothing a guest sends should panic; if something does, the request's own drop has
+        // answered it and the worker lives on.
+        match catch_unwind(AssertUnwindSafe(|| session.serve(Request::new(chain)))) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 let ticket = self.later.begin(used);
@@ -323,7 +324,7 @@ impl<F: FileSystem> Loop<F> {
                     drop(ticket);
                 });
             }
-            Err(_panic) => log::error!("a request panicked; it was answered with an error"),
+            Err(_panic) => log::error!("serving a request panicked"),
         }
     }
 }
