@@ -1,5 +1,7 @@
 //! Options as typed, and their help.
 
+mod sharing;
+
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -9,6 +11,8 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use crate::config::{Config, Listen};
 use crate::device::Tag;
 use crate::io::Choice;
+
+pub use self::sharing::{Cache, Sharing};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -74,6 +78,10 @@ pub struct Options {
     /// filters, such as `info,ringfsd::front=debug`.
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,
+
+    /// What may be done with the directory.
+    #[command(flatten)]
+    pub sharing: Sharing,
 }
 
 /// `--runtime`.
@@ -154,6 +162,7 @@ impl From<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             once: options.once,
+            share: options.sharing.into(),
         }
     }
 }

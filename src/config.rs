@@ -5,6 +5,8 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::device::Tag;
+use crate::fs::passthrough;
+use crate::fuse::SessionOptions;
 use crate::io::Choice;
 
 /// Where front ends connect.
@@ -33,6 +35,17 @@ pub struct Config {
     pub runtime: Choice,
     /// End after the first session.
     pub once: bool,
+    /// What guests may do with the directory.
+    pub share: Share,
+}
+
+/// What guests may do with the directory, as the two rooms concerned want it told.
+#[derive(Clone, Debug, Default)]
+pub struct Share {
+    /// To the file system.
+    pub file_system: passthrough::Options,
+    /// To the FUSE session.
+    pub session: SessionOptions,
 }
 
 impl Config {

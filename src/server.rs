@@ -53,6 +53,7 @@ pub struct Server {
     runtime: Chosen,
     fs: Arc<Passthrough>,
     listener: Listener,
+    session: SessionOptions,
     once: bool,
 }
 
@@ -74,12 +75,13 @@ impl Server {
         let runtime = crate::io::choose(config.runtime)?;
         log::info!("runtime {}: {}", runtime.kind, runtime.reason);
         passthrough::raise_descriptor_limit();
-        let fs = Passthrough::new(&config.shared_dir, passthrough::Options::default()).map_err(
-            |source| ServerError::Share {
-                path: config.shared_dir.clone(),
-                source,
-            },
-        )?;
+        let fs =
+            Passthrough::new(&config.shared_dir, config.share.file_system).map_err(|source| {
+                ServerError::Share {
+                    path: config.shared_dir.clone(),
+                    source,
+                }
+            })?;
         Ok(Self {
             device: Device {
                 tag: config.tag,
@@ -89,6 +91,7 @@ impl Server {
             runtime,
             fs: Arc::new(fs),
             listener: listen()?,
+            session: config.share.session,
             once: config.once,
         })
     }
@@ -122,7 +125,7 @@ impl Server {
     /// Serves one VMM from connect to disconnect.
     fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
         log::info!("a VMM has connected");
-        let session = Session::new(Arc::clone(&self.fs), SessionOptions::default());
+        let session = Session::new(Arc::clone(&self.fs), self.session.clone());
         let mut crew = Crew::start(Arc::new(session), self.workers, self.runtime.kind)?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
         crew.session().reset();

@@ -4,6 +4,7 @@
 //! didn't offer.
 
 use std::fmt;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -52,6 +53,10 @@ pub struct SessionOptions {
     /// How many requests the guest may have under way in the background (read-ahead,
     /// write-back, direct I/O). Congestion begins at three quarters of it.
     pub max_background: u16,
+    /// How long the guest may rely on a name not being there; not at all if zero.
+    pub negative_ttl: Duration,
+    /// The guest may keep where symbolic links point, as long as their attributes hold.
+    pub cache_symlinks: bool,
 }
 
 impl SessionOptions {
@@ -65,6 +70,8 @@ impl Default for SessionOptions {
             max_write: Self::MAX_WRITE,
             readdirplus: Readdirplus::default(),
             max_background: 128,
+            negative_ttl: Duration::ZERO,
+            cache_symlinks: false,
         }
     }
 }
@@ -185,11 +192,15 @@ pub(super) fn our_version() -> InitOut {
 }
 
 fn wanted(options: &SessionOptions) -> InitFlags {
-    match options.readdirplus {
-        Readdirplus::Never => ALWAYS,
-        Readdirplus::Auto => ALWAYS | InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
-        Readdirplus::Always => ALWAYS | InitFlags::DO_READDIRPLUS,
-    }
+    let readdirplus = match options.readdirplus {
+        Readdirplus::Never => InitFlags::NONE,
+        Readdirplus::Auto => InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
+        Readdirplus::Always => InitFlags::DO_READDIRPLUS,
+    };
+    [(options.cache_symlinks, InitFlags::CACHE_SYMLINKS)]
+        .into_iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(ALWAYS | readdirplus, |all, (_, flag)| all | flag)
 }
 
 const fn union(flags: &[InitFlags]) -> InitFlags {

@@ -103,6 +103,15 @@ pub(super) fn entry_out(entry: &Entry) -> EntryOut {
     }
 }
 
+/// No inode, as LOOKUP answers it where the guest may rely on that for `ttl`.
+pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
+    EntryOut {
+        entry_valid: ttl.as_secs(),
+        entry_valid_nsec: ttl.subsec_nanos(),
+        ..EntryOut::default()
+    }
+}
+
 /// Attributes, as GETATTR answers them.
 pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
     AttrOut {

@@ -78,6 +78,32 @@ pub enum PassthroughError {
     },
 }
 
+/// What the guest may keep of the files it has opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing.
+    Never,
+    /// Names, attributes and lists of names; not the data of files.
+    Metadata,
+    /// Data until the file has changed, as its attributes tell.
+    #[default]
+    Auto,
+    /// Everything, also across close and open.
+    Always,
+}
+
+impl Cache {
+    /// How long names and attributes hold.
+    #[must_use]
+    pub fn ttl(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Never => 0,
+            Self::Auto => 1,
+            Self::Metadata | Self::Always => 24 * 60 * 60,
+        })
+    }
+}
+
 /// How a directory is shared.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -87,6 +113,8 @@ pub struct Options {
     /// work; `None` for three quarters of what `RLIMIT_NOFILE` allows when the file system is
     /// made. See [`raise_descriptor_limit`].
     pub inode_descriptors: Option<usize>,
+    /// What the guest may keep of open files and directories.
+    pub cache: Cache,
     /// How long the guest may rely on attributes.
     pub attribute_ttl: Duration,
     /// How long the guest may rely on names.
@@ -106,8 +134,9 @@ impl Default for Options {
         Self {
             inode_file_handles: InodeFileHandles::default(),
             inode_descriptors: None,
-            attribute_ttl: Duration::from_secs(1),
-            entry_ttl: Duration::from_secs(1),
+            cache: Cache::default(),
+            attribute_ttl: Cache::default().ttl(),
+            entry_ttl: Cache::default().ttl(),
             xattr: true,
             allow_direct_io: false,
             writeback: false,
@@ -273,11 +302,16 @@ impl Passthrough {
     }
 
     fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
+        let directory = kind == HandleKind::Directory;
         Opened {
             handle: self.handles.add(node, fd, kind),
-            keep_cache: false,
-            direct_io: false,
-            cache_dir: false,
+            keep_cache: match self.options.cache {
+                Cache::Never | Cache::Auto => false,
+                Cache::Metadata => directory,
+                Cache::Always => true,
+            },
+            direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
+            cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
         }
     }
 }
