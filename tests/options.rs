@@ -111,3 +111,111 @@ fn a_name_that_is_not_there_can_be_kept() {
     let refused = fs.lookup(ROOT, &long).unwrap_err();
     assert_eq!(refused.errno(), Some(libc::ENAMETOOLONG));
 }
+
+/// What the server's process has open that was opened with these flags of `open(2)`, among
+/// files named `name`.
+fn opened_with(server: &Server, name: &str) -> i32 {
+    let proc = std::path::Path::new("/proc").join(server.pid().to_string());
+    let fds = std::fs::read_dir(proc.join("fd")).unwrap();
+    let flags = fds.filter_map(|fd| {
+        let fd = fd.ok()?;
+        let target = std::fs::read_link(fd.path()).ok()?;
+        let info = proc.join("fdinfo").join(fd.file_name());
+        let info = std::fs::read_to_string(info).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = i32::from_str_radix(flags.trim(), 8).ok()?;
+        (target.ends_with(name) && flags & libc::O_PATH == 0).then_some(flags)
+    });
+    flags
+        .reduce(|all, one| all | one)
+        .expect("the file is open")
+}
+
+/// The flags that the host's file is opened with when the guest opens it with `flags`.
+fn host_flags(args: &[&str], flags: i32) -> i32 {
+    // Not every file system has O_DIRECT; that of the build has.
+    let server = Server::start(args);
+    std::fs::write(server.share().join("opened"), "").unwrap();
+    let mut fs = session(&server);
+    let file = fs.lookup(ROOT, c"opened").unwrap();
+    fs.open(file.nodeid, flags).unwrap();
+    opened_with(&server, "opened")
+}
+
+#[test]
+fn a_guest_that_collects_writes_reads_what_it_writes_and_places_appends_itself() {
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let plain = host_flags(&[], flags);
+    assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);
+    assert_ne!(plain & libc::O_APPEND, 0);
+    let collecting = host_flags(&["--writeback"], flags);
+    assert_eq!(collecting & libc::O_ACCMODE, libc::O_RDWR);
+    assert_eq!(collecting & libc::O_APPEND, 0);
+}
+
+#[test]
+fn direct_io_reaches_the_host_only_if_allowed() {
+    let flags = libc::O_RDONLY | libc::O_DIRECT;
+    assert_eq!(host_flags(&[], flags) & libc::O_DIRECT, 0);
+    assert_ne!(
+        host_flags(&["--allow-direct-io"], flags) & libc::O_DIRECT,
+        0
+    );
+}
+
+#[test]
+fn noatime_reaches_the_host_only_if_asked_for() {
+    let flags = libc::O_RDONLY | libc::O_NOATIME;
+    assert_eq!(host_flags(&[], flags) & libc::O_NOATIME, 0);
+    assert_ne!(
+        host_flags(&["--preserve-noatime"], flags) & libc::O_NOATIME,
+        0
+    );
+}
+
+/// Of these flags of INIT those that the server agrees on.
+fn agreed(args: &[&str], flags: u64) -> u64 {
+    let server = Server::start(args);
+    let fs = session(&server);
+    (0..64)
+        .map(|bit| 1 << bit)
+        .filter(|flag| flags & flag != 0 && fs.has(*flag))
+        .sum()
+}
+
+#[test]
+fn what_is_switched_on_is_agreed_on_with_the_guest() {
+    for (option, flag) in [
+        ("--writeback", init::WRITEBACK_CACHE),
+        ("--allow-mmap", init::DIRECT_IO_ALLOW_MMAP),
+    ] {
+        assert_eq!(agreed(&[], flag), 0, "without {option}");
+        assert_eq!(agreed(&[option], flag), flag, "{option}");
+    }
+    let plus = init::DO_READDIRPLUS | init::READDIRPLUS_AUTO;
+    assert_eq!(agreed(&[], plus), plus);
+    assert_eq!(agreed(&["--no-readdirplus"], plus), 0);
+}
+
+#[test]
+fn extended_attributes_are_served_unless_switched_off() {
+    for (args, served) in [
+        (&[][..], true),
+        (&["--xattr"], true),
+        (&["--no-xattr"], false),
+        (&["--no-xattr", "--xattr"], true),
+        (&["--xattr", "--no-xattr"], false),
+    ] {
+        let server = Server::start(args);
+        let mut fs = session(&server);
+        let set = fs.setxattr(ROOT, c"user.x", b"1", 0);
+        let got = fs.getxattr(ROOT, c"user.x");
+        if served {
+            set.unwrap();
+            assert_eq!(got.unwrap(), b"1");
+        } else {
+            assert_eq!(set.unwrap_err().errno(), Some(libc::EOPNOTSUPP), "{args:?}");
+            assert_eq!(got.unwrap_err().errno(), Some(libc::EOPNOTSUPP), "{args:?}");
+        }
+    }
+}

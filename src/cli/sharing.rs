@@ -35,6 +35,46 @@ pub struct Sharing {
     /// along a path ask less often; a file made on the host is seen as much later.
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "0")]
     pub negative_timeout: Duration,
+
+    /// Let the guest collect writes and send them later, in larger pieces. Faster for many small
+    /// writes; what a crash of the guest loses is what its own disk would have lost. Nobody else
+    /// may write to the same files meanwhile.
+    #[arg(long)]
+    pub writeback: bool,
+
+    /// Pass O_DIRECT of programs in the guest on to the host, so that they bypass the host's
+    /// cache too. Without it only the guest's is bypassed.
+    #[arg(long)]
+    pub allow_direct_io: bool,
+
+    /// Let programs in the guest map files shared and writable where --cache keeps no data
+    /// (never and metadata). Mapped pages are cached then, whatever --cache says.
+    #[arg(long)]
+    pub allow_mmap: bool,
+
+    /// Answer lists of names without the attributes of each file: for directories whose files
+    /// are seldom looked at, such as queues of mail.
+    #[arg(long)]
+    pub no_readdirplus: bool,
+
+    /// Keep O_NOATIME when a program in the guest opens a file with it. The host allows it only
+    /// to a server that owns the file or has CAP_FOWNER, else opening fails with EPERM.
+    #[arg(long)]
+    pub preserve_noatime: bool,
+
+    /// Serve extended attributes. They are served unless --no-xattr is given: without them
+    /// copies lose data that programs rely on (capabilities, labels, ACLs).
+    #[arg(
+        long,
+        overrides_with = "no_xattr",
+        help_heading = "Extended attributes"
+    )]
+    pub xattr: bool,
+
+    /// Serve no extended attributes; saves the guest's kernel a request with each write that
+    /// asks for security.capability.
+    #[arg(long, help_heading = "Extended attributes")]
+    pub no_xattr: bool,
 }
 
 /// `--cache`.
@@ -75,7 +115,7 @@ impl From<Sharing> for Share {
         let cache = passthrough::Cache::from(sharing.cache);
         let attribute_ttl = sharing.attr_timeout.unwrap_or(cache.ttl());
         let entry_ttl = sharing.entry_timeout.unwrap_or(cache.ttl());
-        let readdirplus = if sharing.cache == Cache::Never {
+        let readdirplus = if sharing.cache == Cache::Never || sharing.no_readdirplus {
             Readdirplus::Never
         } else {
             Readdirplus::Auto
@@ -85,11 +125,17 @@ impl From<Sharing> for Share {
                 cache,
                 attribute_ttl,
                 entry_ttl,
+                xattr: !sharing.no_xattr,
+                allow_direct_io: sharing.allow_direct_io,
+                writeback: sharing.writeback,
+                preserve_noatime: sharing.preserve_noatime,
                 ..passthrough::Options::default()
             },
             session: SessionOptions {
                 readdirplus,
                 negative_ttl: sharing.negative_timeout,
+                writeback: sharing.writeback,
+                direct_io_mmap: sharing.allow_mmap,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()
             },

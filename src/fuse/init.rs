@@ -57,6 +57,10 @@ pub struct SessionOptions {
     pub negative_ttl: Duration,
     /// The guest may keep where symbolic links point, as long as their attributes hold.
     pub cache_symlinks: bool,
+    /// The guest may collect writes.
+    pub writeback: bool,
+    /// The guest may map files shared that it opened for direct I/O.
+    pub direct_io_mmap: bool,
 }
 
 impl SessionOptions {
@@ -72,6 +76,8 @@ impl Default for SessionOptions {
             max_background: 128,
             negative_ttl: Duration::ZERO,
             cache_symlinks: false,
+            writeback: false,
+            direct_io_mmap: false,
         }
     }
 }
@@ -197,10 +203,14 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         Readdirplus::Auto => InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
         Readdirplus::Always => InitFlags::DO_READDIRPLUS,
     };
-    [(options.cache_symlinks, InitFlags::CACHE_SYMLINKS)]
-        .into_iter()
-        .filter(|(wanted, _)| *wanted)
-        .fold(ALWAYS | readdirplus, |all, (_, flag)| all | flag)
+    [
+        (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
+        (options.writeback, InitFlags::WRITEBACK_CACHE),
+        (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
+    ]
+    .into_iter()
+    .filter(|(wanted, _)| *wanted)
+    .fold(ALWAYS | readdirplus, |all, (_, flag)| all | flag)
 }
 
 const fn union(flags: &[InitFlags]) -> InitFlags {

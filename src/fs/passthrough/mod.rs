@@ -127,6 +127,8 @@ pub struct Options {
     /// The guest caches writes: it then reads files that were opened for writing only, and
     /// knows the end of a file better than `O_APPEND` on the host.
     pub writeback: bool,
+    /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
+    pub preserve_noatime: bool,
 }
 
 impl Default for Options {
@@ -140,6 +142,7 @@ impl Default for Options {
             xattr: true,
             allow_direct_io: false,
             writeback: false,
+            preserve_noatime: false,
         }
     }
 }
@@ -261,14 +264,17 @@ impl Passthrough {
     ///
     /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_NOFOLLOW`, as
     /// the way to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead
-    /// of waiting for the disk; `O_NOATIME`, which the host refuses to a server that doesn't
-    /// own the file; and all that is none of a regular file's.
+    /// of waiting for the disk; `O_NOATIME` unless asked for, as the host refuses it to a server
+    /// that doesn't own the file; and all that is none of a regular file's.
     fn file_flags(&self, flags: u32) -> OFlags {
         let flags = OFlags::from_bits_retain(flags);
         let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
         let mut kept = OFlags::RWMODE | OFlags::TRUNC | OFlags::APPEND | OFlags::SYNC | dsync;
         if self.options.allow_direct_io {
             kept |= OFlags::DIRECT;
+        }
+        if self.options.preserve_noatime {
+            kept |= OFlags::NOATIME;
         }
         if self.options.writeback {
             kept -= OFlags::APPEND;
