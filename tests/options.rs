@@ -9,6 +9,7 @@
 mod support;
 
 use support::Server;
+use vmm::fuse::FuseError;
 use vmm::fuse::wire::{fopen, init};
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
@@ -218,4 +219,51 @@ fn extended_attributes_are_served_unless_switched_off() {
             assert_eq!(got.unwrap_err().errno(), Some(libc::EOPNOTSUPP), "{args:?}");
         }
     }
+}
+
+#[test]
+fn a_readonly_share_can_be_read_and_nothing_else() {
+    let server = Server::start(&["--readonly", "--writeback"]);
+    std::fs::write(server.share().join("file"), "content").unwrap();
+    let mut fs = session(&server);
+    assert!(!fs.has(init::WRITEBACK_CACHE));
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    let handle = fs.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(fs.read(node, handle, 0, 100).unwrap(), b"content");
+    let there = fs.create_with(ROOT, c"file", 0o644, libc::O_RDONLY | libc::O_CREAT);
+    assert_eq!(there.unwrap().0.nodeid, node);
+    assert_eq!(
+        opened_with(&server, "file") & libc::O_ACCMODE,
+        libc::O_RDONLY
+    );
+    assert_ne!(opened_with(&server, "file") & libc::O_NOATIME, 0);
+
+    fn refused<T>(answer: Result<T, FuseError>) {
+        let errno = answer.map(drop).unwrap_err().errno();
+        assert_eq!(errno, Some(libc::EROFS));
+    }
+    refused(fs.open(node, libc::O_RDWR));
+    refused(fs.open(node, libc::O_WRONLY));
+    refused(fs.open(node, libc::O_RDONLY | libc::O_TRUNC));
+    refused(fs.create(ROOT, c"new", 0o644));
+    refused(fs.create(ROOT, c"file", 0o644));
+    refused(fs.mkdir(ROOT, c"new", 0o755));
+    refused(fs.mknod(ROOT, c"new", libc::S_IFREG | 0o644, 0));
+    refused(fs.symlink(ROOT, c"new", c"file"));
+    refused(fs.link(node, ROOT, c"new"));
+    refused(fs.rename(ROOT, c"file", ROOT, c"new"));
+    refused(fs.unlink(ROOT, c"file"));
+    refused(fs.rmdir(ROOT, c"file"));
+    refused(fs.chmod(node, 0o600));
+    refused(fs.chown(node, 1, 1));
+    refused(fs.truncate(node, 0));
+    refused(fs.setxattr(node, c"user.x", b"1", 0));
+    refused(fs.removexattr(node, c"user.x"));
+    refused(fs.access(node, libc::W_OK));
+    // The handle that there is doesn't let anything through either.
+    assert!(fs.write(node, handle, 0, b"changed").is_err());
+    assert!(fs.fallocate(node, handle, 0, 0..8192).is_err());
+    let on_host = std::fs::read(server.share().join("file")).unwrap();
+    assert_eq!(on_host, b"content");
+    assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 1);
 }

@@ -62,6 +62,11 @@ pub struct Sharing {
     #[arg(long)]
     pub preserve_noatime: bool,
 
+    /// Refuse with EROFS whatever would change something. The guest may mount with -o ro or
+    /// without.
+    #[arg(long)]
+    pub readonly: bool,
+
     /// Serve extended attributes. They are served unless --no-xattr is given: without them
     /// copies lose data that programs rely on (capabilities, labels, ACLs).
     #[arg(
@@ -127,14 +132,15 @@ impl From<Sharing> for Share {
                 entry_ttl,
                 xattr: !sharing.no_xattr,
                 allow_direct_io: sharing.allow_direct_io,
-                writeback: sharing.writeback,
+                writeback: sharing.writeback && !sharing.readonly,
+                readonly: sharing.readonly,
                 preserve_noatime: sharing.preserve_noatime,
                 ..passthrough::Options::default()
             },
             session: SessionOptions {
                 readdirplus,
                 negative_ttl: sharing.negative_timeout,
-                writeback: sharing.writeback,
+                writeback: sharing.writeback && !sharing.readonly,
                 direct_io_mmap: sharing.allow_mmap,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()

@@ -145,6 +145,9 @@ impl Passthrough {
     pub(super) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
         let inode = self.inode(node)?;
         let stat = stat_fd(self.fd(&inode)?, StatxFlags::BASIC_STATS)?;
+        if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
+            self.writable()?;
+        }
         let allowed = permissions_for(caller, &attributes(&stat));
         if mask & 0o7 & !allowed == 0 {
             Ok(())

@@ -129,6 +129,8 @@ pub struct Options {
     pub writeback: bool,
     /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
     pub preserve_noatime: bool,
+    /// Whatever would change something is refused with `EROFS`.
+    pub readonly: bool,
 }
 
 impl Default for Options {
@@ -143,6 +145,7 @@ impl Default for Options {
             allow_direct_io: false,
             writeback: false,
             preserve_noatime: false,
+            readonly: false,
         }
     }
 }
@@ -260,6 +263,15 @@ impl Passthrough {
         credentials::prepare_thread(&self.proc_fds)
     }
 
+    /// Asked by each operation that changes something, before it does.
+    fn writable(&self) -> Result<()> {
+        if self.options.readonly {
+            Err(Errno::ROFS)
+        } else {
+            Ok(())
+        }
+    }
+
     /// The flags of the guest's `open(2)` that are passed on to the host's.
     ///
     /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_NOFOLLOW`, as
@@ -299,7 +311,16 @@ impl Passthrough {
             _ => return Err(Errno::NXIO),
         }
         let flags = self.file_flags(flags);
-        let fd = if flags.contains(OFlags::TRUNC) && caller.uid != 0 {
+        if flags.intersects(OFlags::TRUNC) || flags & OFlags::RWMODE != OFlags::RDONLY {
+            self.writable()?;
+        }
+        let fd = if self.options.readonly {
+            // Reading leaves no trace, where the host allows that.
+            match self.reopen(&inode, flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => self.reopen(&inode, flags)?,
+                opened => opened?,
+            }
+        } else if flags.contains(OFlags::TRUNC) && caller.uid != 0 {
             credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
         } else {
             self.reopen(&inode, flags)?
@@ -394,6 +415,7 @@ impl FileSystem for Passthrough {
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
+        self.writable()?;
         self.change(node, handle, changes)
     }
 
@@ -413,22 +435,27 @@ impl FileSystem for Passthrough {
         name: &CStr,
         target: &CStr,
     ) -> Result<Entry> {
+        self.writable()?;
         self.make_symlink(caller, parent, name, target)
     }
 
     fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.writable()?;
         self.make_node(caller, parent, name, new)
     }
 
     fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.writable()?;
         self.make_directory(caller, parent, name, new)
     }
 
     fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove(parent, name, AtFlags::empty())
     }
 
     fn rmdir(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove(parent, name, AtFlags::REMOVEDIR)
     }
 
@@ -439,10 +466,12 @@ impl FileSystem for Passthrough {
         to: (NodeId, &CStr),
         flags: u32,
     ) -> Result<()> {
+        self.writable()?;
         self.move_name(caller, from, to, flags)
     }
 
     fn link(&self, _: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.writable()?;
         self.make_link(node, parent, name)
     }
 
@@ -498,6 +527,7 @@ impl FileSystem for Passthrough {
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
+        self.writable()?;
         self.set_attribute(node, name, value, flags)
     }
 
@@ -518,6 +548,7 @@ impl FileSystem for Passthrough {
     }
 
     fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove_attribute(node, name)
     }
 

@@ -100,8 +100,19 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        let mode = honest_mode(caller, &parent, new.mode)?;
         let exclusive = flags & OFlags::EXCL.bits() != 0;
+        if self.options.readonly {
+            // What is there can be opened for reading, as on any file system.
+            if exclusive {
+                return Err(Errno::ROFS);
+            }
+            let opened = self.open_existing(caller, &parent, name, flags);
+            return opened.map_err(|error| match error {
+                Errno::NOENT => Errno::ROFS,
+                error => error,
+            });
+        }
+        let mode = honest_mode(caller, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             match self.create_new(caller, &parent, name, flags, new.umask, mode) {
                 Err(Errno::EXIST) if !exclusive => {}
