@@ -8,11 +8,11 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::config::{Config, Listen};
+use crate::config::{Config, Descriptors, Listen};
 use crate::device::Tag;
 use crate::io::Choice;
 
-pub use self::sharing::{Cache, Sharing};
+pub use self::sharing::{Cache, FileHandles, Sharing};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -43,7 +43,8 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     pub fd: Option<RawFd>,
 
-    /// The directory that the guest sees. Nothing outside of it can be reached.
+    /// The directory that the guest sees; nothing outside of it can be reached. A regular file
+    /// may be given too, for guests that can mount one: see the manual.
     #[arg(long, value_name = "DIR")]
     pub shared_dir: PathBuf,
 
@@ -69,6 +70,12 @@ pub struct Options {
     /// auto takes io_uring where the kernel has it and allows it, and says in the log why not.
     #[arg(long, value_name = "RUNTIME", value_enum, default_value_t = Runtime::Auto)]
     pub runtime: Runtime,
+
+    /// How many descriptors the process may have open: inodes that the guest knows, and files
+    /// that it has open, need one each. More than the hard limit takes CAP_SYS_RESOURCE; 0
+    /// leaves both limits as they are. [default: the hard limit]
+    #[arg(long, value_name = "N")]
+    pub rlimit_nofile: Option<u64>,
 
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
@@ -162,6 +169,11 @@ impl From<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             once: options.once,
+            descriptors: match options.rlimit_nofile {
+                None => Descriptors::Most,
+                Some(0) => Descriptors::Inherited,
+                Some(limit) => Descriptors::Limit(limit),
+            },
             share: options.sharing.into(),
         }
     }

@@ -18,6 +18,17 @@ pub enum Listen {
     Inherited(RawFd),
 }
 
+/// How many descriptors the server may have open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptors {
+    /// As many as it may without privilege.
+    Most,
+    /// As many as the launcher has set.
+    Inherited,
+    /// This many.
+    Limit(u64),
+}
+
 /// All that the server goes by.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -35,6 +46,8 @@ pub struct Config {
     pub runtime: Choice,
     /// End after the first session.
     pub once: bool,
+    /// How many descriptors may be open.
+    pub descriptors: Descriptors,
     /// What guests may do with the directory.
     pub share: Share,
 }

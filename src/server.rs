@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::config::{Config, Listen};
+use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::front::{self, End, ListenError, Listener, Runner};
 use crate::fs::passthrough::{self, Passthrough};
@@ -33,6 +33,18 @@ pub enum ServerError {
         /// Why not.
         #[source]
         source: passthrough::PassthroughError,
+    },
+    /// The limit of open descriptors can't be set.
+    #[error(
+        "setting the limit of open descriptors to {limit}: beyond the hard limit (`ulimit -Hn`) \
+         it needs CAP_SYS_RESOURCE, and never goes beyond /proc/sys/fs/nr_open"
+    )]
+    Descriptors {
+        /// To what.
+        limit: u64,
+        /// Why not.
+        #[source]
+        source: rustix::io::Errno,
     },
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
@@ -74,7 +86,14 @@ impl Server {
         };
         let runtime = crate::io::choose(config.runtime)?;
         log::info!("runtime {}: {}", runtime.kind, runtime.reason);
-        passthrough::raise_descriptor_limit();
+        match config.descriptors {
+            Descriptors::Inherited => {}
+            Descriptors::Most => {
+                passthrough::raise_descriptor_limit();
+            }
+            Descriptors::Limit(limit) => passthrough::set_descriptor_limit(limit)
+                .map_err(|source| ServerError::Descriptors { limit, source })?,
+        }
         let fs =
             Passthrough::new(&config.shared_dir, config.share.file_system).map_err(|source| {
                 ServerError::Share {

@@ -8,9 +8,11 @@
 
 mod support;
 
+use std::path::Path;
+
 use support::Server;
 use vmm::fuse::FuseError;
-use vmm::fuse::wire::{fopen, init};
+use vmm::fuse::wire::{fopen, init, request_flag};
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -116,7 +118,7 @@ fn a_name_that_is_not_there_can_be_kept() {
 /// What the server's process has open that was opened with these flags of `open(2)`, among
 /// files named `name`.
 fn opened_with(server: &Server, name: &str) -> i32 {
-    let proc = std::path::Path::new("/proc").join(server.pid().to_string());
+    let proc = Path::new("/proc").join(server.pid().to_string());
     let fds = std::fs::read_dir(proc.join("fd")).unwrap();
     let flags = fds.filter_map(|fd| {
         let fd = fd.ok()?;
@@ -266,4 +268,102 @@ fn a_readonly_share_can_be_read_and_nothing_else() {
     let on_host = std::fs::read(server.share().join("file")).unwrap();
     assert_eq!(on_host, b"content");
     assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_file_system_mounted_inside_is_announced() {
+    for (args, submount) in [
+        (&[][..], request_flag::ATTR_SUBMOUNT),
+        (&["--announce-submounts"], request_flag::ATTR_SUBMOUNT),
+        (&["--no-announce-submounts"], 0),
+    ] {
+        // Each host has /proc, and the tests a directory elsewhere: no privilege is needed.
+        let server = Server::start_sharing(Path::new("/"), args);
+        let mut fs = session(&server);
+        assert_eq!(fs.has(init::SUBMOUNTS), submount != 0);
+        assert_eq!(fs.lookup(ROOT, c"proc").unwrap().attr.flags, submount);
+        assert_eq!(fs.lookup(ROOT, c"usr").unwrap().attr.flags, 0);
+        let opened = fs.opendir(ROOT).unwrap();
+        let listed = fs.readdirplus_all(ROOT, opened).unwrap();
+        let proc = listed.iter().find(|one| one.entry.name == "proc").unwrap();
+        assert_eq!(proc.node.attr.flags, submount);
+    }
+}
+
+#[test]
+fn inodes_are_held_by_file_handle_if_preferred() {
+    let inodes_open = |args: &[&str]| {
+        let server = Server::start(args);
+        let mut fs = session(&server);
+        for name in 0..50 {
+            let name = format!("file{name}");
+            std::fs::write(server.share().join(&name), "").unwrap();
+            fs.lookup(ROOT, &std::ffi::CString::new(name).unwrap())
+                .unwrap();
+        }
+        server.descriptors_of("file")
+    };
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH");
+        return;
+    }
+    assert_eq!(inodes_open(&[]), 50);
+    assert_eq!(inodes_open(&["--inode-file-handles", "never"]), 50);
+    assert_eq!(inodes_open(&["--inode-file-handles", "prefer"]), 0);
+    assert_eq!(inodes_open(&["--inode-file-handles=mandatory"]), 0);
+}
+
+#[test]
+fn the_limit_of_descriptors_is_set() {
+    let limit_of = |args: &[&str]| {
+        let server = Server::start(args);
+        let limits = format!("/proc/{}/limits", server.pid());
+        let limits = std::fs::read_to_string(limits).unwrap();
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"));
+        let words: Vec<_> = line
+            .unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        (words[3].clone(), words[4].clone())
+    };
+    let (soft, hard) = limit_of(&[]);
+    assert_eq!(soft, hard);
+    assert_eq!(
+        limit_of(&["--rlimit-nofile", "300"]),
+        ("300".to_owned(), hard)
+    );
+    let refused = support::output(&[
+        "--socket=/nowhere/s",
+        "--shared-dir=/",
+        "--rlimit-nofile=18446744073709551614",
+    ]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("CAP_SYS_RESOURCE"), "{said}");
+}
+
+#[test]
+fn a_single_file_can_be_the_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("alone");
+    std::fs::write(&path, "content").unwrap();
+    let server = Server::start_sharing(&path, &[]);
+    let mut fs = session(&server);
+    let mode = fs.getattr(ROOT).unwrap().attr.mode;
+    assert_eq!(mode & libc::S_IFMT, libc::S_IFREG);
+    let handle = fs.open(ROOT, libc::O_RDWR).unwrap();
+    assert_eq!(fs.read(ROOT, handle, 0, 100).unwrap(), b"content");
+    fs.write(ROOT, handle, 0, b"C").unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"Content");
+    let inside = fs.lookup(ROOT, c"name").unwrap_err().errno();
+    assert_eq!(inside, Some(libc::ENOTDIR));
+    assert_eq!(fs.opendir(ROOT).unwrap_err().errno(), Some(libc::ENOTDIR));
+
+    let device = support::output(&["--socket=/nowhere/s", "--shared-dir=/dev/null"]);
+    assert_eq!(device.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&device.stderr).into_owned();
+    assert!(said.contains("neither a directory nor"), "{said}");
 }

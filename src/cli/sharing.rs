@@ -67,6 +67,22 @@ pub struct Sharing {
     #[arg(long)]
     pub readonly: bool,
 
+    /// Tell the guest where another file system is mounted inside the directory, so that it shows
+    /// a mount of its own there: with a device number of its own, on which programs rely to
+    /// tell files apart. On unless --no-announce-submounts is given.
+    #[arg(long, overrides_with = "no_announce_submounts")]
+    pub announce_submounts: bool,
+
+    /// Show other file systems inside the directory as part of one.
+    #[arg(long)]
+    pub no_announce_submounts: bool,
+
+    /// Keep files within reach by file handle instead of an open descriptor each. never: only
+    /// when descriptors run short. prefer: wherever they work. mandatory: or not at all. Needs
+    /// CAP_DAC_READ_SEARCH.
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pub inode_file_handles: FileHandles,
+
     /// Serve extended attributes. They are served unless --no-xattr is given: without them
     /// copies lose data that programs rely on (capabilities, labels, ACLs).
     #[arg(
@@ -94,6 +110,28 @@ pub enum Cache {
     Auto,
     /// Everything.
     Always,
+}
+
+/// `--inode-file-handles`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum FileHandles {
+    /// When descriptors run short.
+    #[default]
+    Never,
+    /// Wherever they work.
+    Prefer,
+    /// Always, or an error.
+    Mandatory,
+}
+
+impl From<FileHandles> for passthrough::InodeFileHandles {
+    fn from(handles: FileHandles) -> Self {
+        match handles {
+            FileHandles::Never => Self::Never,
+            FileHandles::Prefer => Self::Prefer,
+            FileHandles::Mandatory => Self::Mandatory,
+        }
+    }
 }
 
 impl From<Cache> for passthrough::Cache {
@@ -134,6 +172,8 @@ impl From<Sharing> for Share {
                 allow_direct_io: sharing.allow_direct_io,
                 writeback: sharing.writeback && !sharing.readonly,
                 readonly: sharing.readonly,
+                announce_submounts: !sharing.no_announce_submounts,
+                inode_file_handles: sharing.inode_file_handles.into(),
                 preserve_noatime: sharing.preserve_noatime,
                 ..passthrough::Options::default()
             },
@@ -141,6 +181,7 @@ impl From<Sharing> for Share {
                 readdirplus,
                 negative_ttl: sharing.negative_timeout,
                 writeback: sharing.writeback && !sharing.readonly,
+                submounts: !sharing.no_announce_submounts,
                 direct_io_mmap: sharing.allow_mmap,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()

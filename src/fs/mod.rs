@@ -93,6 +93,8 @@ pub struct Entry {
     pub attribute_ttl: Duration,
     /// How long the guest may rely on the name.
     pub entry_ttl: Duration,
+    /// It is a directory on another file system than its parent.
+    pub submount: bool,
 }
 
 /// What SETATTR changes; `None` stays as it is.

@@ -57,6 +57,8 @@ pub struct SessionOptions {
     pub negative_ttl: Duration,
     /// The guest may keep where symbolic links point, as long as their attributes hold.
     pub cache_symlinks: bool,
+    /// The guest may mount by itself what is announced as a submount.
+    pub submounts: bool,
     /// The guest may collect writes.
     pub writeback: bool,
     /// The guest may map files shared that it opened for direct I/O.
@@ -76,6 +78,7 @@ impl Default for SessionOptions {
             max_background: 128,
             negative_ttl: Duration::ZERO,
             cache_symlinks: false,
+            submounts: false,
             writeback: false,
             direct_io_mmap: false,
         }
@@ -205,6 +208,7 @@ fn wanted(options: &SessionOptions) -> InitFlags {
     };
     [
         (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
+        (options.submounts, InitFlags::SUBMOUNTS),
         (options.writeback, InitFlags::WRITEBACK_CACHE),
         (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
     ]

@@ -58,6 +58,12 @@ pub enum PassthroughError {
         /// What the host says.
         source: Errno,
     },
+    /// What is to be shared can't be.
+    #[error("{} is neither a directory nor a regular file", path.display())]
+    NeitherFileNorDirectory {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// There is no `/proc`, through which inodes are opened.
     #[error("can't open /proc/self/fd (is /proc mounted?)")]
     OpenProc {
@@ -131,6 +137,8 @@ pub struct Options {
     pub preserve_noatime: bool,
     /// Whatever would change something is refused with `EROFS`.
     pub readonly: bool,
+    /// Entries say where another file system begins.
+    pub announce_submounts: bool,
 }
 
 impl Default for Options {
@@ -146,6 +154,7 @@ impl Default for Options {
             writeback: false,
             preserve_noatime: false,
             readonly: false,
+            announce_submounts: true,
         }
     }
 }
@@ -169,6 +178,20 @@ pub fn raise_descriptor_limit() -> Option<u64> {
             limit.current
         }
     }
+}
+
+/// Sets the limit of open descriptors, and raises the hard limit too if need be.
+///
+/// # Errors
+///
+/// `EPERM`: the hard limit is lower, and the process has no privilege to raise it, or nobody has.
+pub fn set_descriptor_limit(limit: u64) -> std::result::Result<(), Errno> {
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let wanted = Rlimit {
+        current: Some(limit),
+        maximum: maximum.map(|maximum| maximum.max(limit)),
+    };
+    rustix::process::setrlimit(Resource::Nofile, wanted)
 }
 
 /// Inodes that may be held by descriptor unless the options say otherwise.
@@ -204,17 +227,19 @@ impl Passthrough {
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
-        let root = rustix::fs::open(shared_dir, directory, Mode::empty()).map_err(|source| {
-            PassthroughError::OpenShared {
-                path: path(),
-                source,
-            }
+        let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let root = root.map_err(|source| PassthroughError::OpenShared {
+            path: path(),
+            source,
         })?;
         let stat = stat_fd(&root, IDENTITY).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
         })?;
         let identity = Identity::of(&stat);
+        if !matches!(identity.kind, FileType::Directory | FileType::RegularFile) {
+            return Err(PassthroughError::NeitherFileNorDirectory { path: path() });
+        }
         let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
@@ -392,7 +417,8 @@ impl FileSystem for Passthrough {
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
         let parent = self.inode(parent)?;
-        self.find(self.fd(&parent)?, name)
+        let entry = self.find(self.fd(&parent)?, name)?;
+        Ok(self.announced(parent.key(), entry))
     }
 
     fn forget(&self, node: NodeId, count: u64) {

@@ -102,6 +102,7 @@ impl OneDirectory {
             attributes: attributes(node),
             attribute_ttl: Duration::from_millis(1500),
             entry_ttl: Duration::from_nanos(250),
+            submount: false,
         })
     }
 
