@@ -12,7 +12,7 @@ use crate::config::{Config, Descriptors, Listen};
 use crate::device::Tag;
 use crate::io::Choice;
 
-pub use self::sharing::{Cache, FileHandles, Sharing};
+pub use self::sharing::{Cache, FileHandles, PosixAcl, Sharing};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///

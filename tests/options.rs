@@ -11,10 +11,13 @@ mod support;
 use std::path::Path;
 
 use support::Server;
-use vmm::fuse::FuseError;
-use vmm::fuse::wire::{fopen, init, request_flag};
-use vmm::fuse::{Client, ROOT};
+use vmm::fuse::wire::{
+    OpenIn, OpenOut, SetattrIn, SetxattrIn, WriteIn, WriteOut, fopen, init, opcode, request_flag,
+    setattr,
+};
+use vmm::fuse::{Call, Client, FuseError, ROOT};
 use vmm::{Options, Profile, Session};
+use zerocopy::IntoBytes;
 
 fn session(server: &Server) -> Client<Session> {
     server.session(Profile::Simple, &Options::default())
@@ -366,4 +369,133 @@ fn a_single_file_can_be_the_share() {
     assert_eq!(device.status.code(), Some(1));
     let said = String::from_utf8_lossy(&device.stderr).into_owned();
     assert!(said.contains("neither a directory nor"), "{said}");
+}
+
+#[test]
+fn set_id_bits_go_where_the_guest_says_so() {
+    let offered = init::HANDLE_KILLPRIV_V2;
+    assert_eq!(agreed(&[], offered), 0);
+    let server = Server::start(&["--killpriv-v2"]);
+    let mut fs = session(&server);
+    assert!(fs.has(offered));
+    let (file, handle) = fs.create(ROOT, c"file", 0o755).unwrap();
+    let node = file.nodeid;
+    let mode = |fs: &mut Client<Session>| fs.getattr(node).unwrap().attr.mode & 0o7777;
+
+    // A superuser's write keeps them, unless the guest says that it is none.
+    for (flags, left) in [(0, 0o6777), (request_flag::WRITE_KILL_SUIDGID, 0o777)] {
+        fs.chmod(node, 0o6777).unwrap();
+        let asked = WriteIn {
+            fh: handle.fh,
+            size: 4,
+            write_flags: flags,
+            ..WriteIn::default()
+        };
+        let call = Call::new(opcode::WRITE, node).arg(asked.as_bytes());
+        fs.request(call.arg(b"data").reply_of::<WriteOut>())
+            .unwrap();
+        assert_eq!(mode(&mut fs), left);
+    }
+    // Without group execution the bit means something else.
+    fs.chmod(node, 0o6767).unwrap();
+    let asked = WriteIn {
+        fh: handle.fh,
+        size: 4,
+        write_flags: request_flag::WRITE_KILL_SUIDGID,
+        ..WriteIn::default()
+    };
+    let call = Call::new(opcode::WRITE, node).arg(asked.as_bytes());
+    fs.request(call.arg(b"data").reply_of::<WriteOut>())
+        .unwrap();
+    assert_eq!(mode(&mut fs), 0o2767);
+
+    for (flag, left) in [(0, 0o6777), (setattr::KILL_SUIDGID, 0o777)] {
+        fs.chmod(node, 0o6777).unwrap();
+        let asked = SetattrIn {
+            valid: setattr::SIZE | flag,
+            size: 1,
+            ..SetattrIn::default()
+        };
+        fs.setattr(node, &asked).unwrap();
+        assert_eq!(mode(&mut fs), left);
+    }
+    for (open_flags, left) in [(0, 0o6777), (request_flag::OPEN_KILL_SUIDGID, 0o777)] {
+        fs.chmod(node, 0o6777).unwrap();
+        let asked = OpenIn {
+            flags: (libc::O_WRONLY | libc::O_TRUNC).cast_unsigned(),
+            open_flags,
+        };
+        let call = Call::new(opcode::OPEN, node).arg(asked.as_bytes());
+        fs.request(call.reply_of::<OpenOut>()).unwrap();
+        assert_eq!(mode(&mut fs), left);
+    }
+}
+
+/// An ACL that gives user 1000 all rights to a file of mode 0640.
+fn acl() -> Vec<u8> {
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, rights, id) in [
+        (1u16, 6u16, u32::MAX),
+        (2, 7, 1000),
+        (4, 4, u32::MAX),
+        (16, 7, u32::MAX),
+        (32, 0, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(rights.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    acl
+}
+
+#[test]
+fn acls_are_the_guests_if_asked_for() {
+    let both = init::POSIX_ACL | init::SETXATTR_EXT;
+    assert_eq!(agreed(&[], both), 0);
+    assert_eq!(agreed(&["--posix-acl=never"], both), 0);
+    assert_eq!(agreed(&["--posix-acl=auto"], both), both);
+    let server = Server::start(&["--posix-acl"]);
+    let mut fs = session(&server);
+    assert!(fs.has(both));
+    let (file, _) = fs.create(ROOT, c"file", 0o2750).unwrap();
+    let node = file.nodeid;
+    match fs.setxattr(node, c"system.posix_acl_access", &acl(), 0) {
+        Ok(()) => {}
+        Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
+            println!("SKIPPED: the file system of the tests has no ACLs");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    }
+    let got = fs.getxattr(node, c"system.posix_acl_access").unwrap();
+    assert_eq!(got, acl());
+    let mode = fs.getattr(node).unwrap().attr.mode;
+    assert_eq!(mode & 0o7777, 0o2670, "the group's bits are the mask's");
+
+    // One who isn't in the group can't keep its bit by an ACL.
+    let value = acl();
+    let asked = SetxattrIn {
+        size: u32::try_from(value.len()).unwrap(),
+        setxattr_flags: request_flag::SETXATTR_ACL_KILL_SGID,
+        ..SetxattrIn::default()
+    };
+    let call = Call::new(opcode::SETXATTR, node).arg(asked.as_bytes());
+    let call = call.name(c"system.posix_acl_access").arg(&value);
+    fs.request(call.reply(0)).unwrap();
+    let mode = fs.getattr(node).unwrap().attr.mode;
+    assert_eq!(mode & 0o7777, 0o670);
+}
+
+#[test]
+fn a_guest_without_acls_is_refused_where_they_are_needed() {
+    let without = vmm::fuse::LINUX_OFFERS & !init::POSIX_ACL;
+    for (option, served) in [("--posix-acl=auto", true), ("--posix-acl=always", false)] {
+        let server = Server::start(&[option]);
+        let stream = server.connect();
+        let session = Profile::Simple
+            .connect(stream, &Options::default())
+            .unwrap();
+        let mut fs = Client::new(session);
+        assert_eq!(fs.init_offering(without).is_ok(), served, "{option}");
+    }
 }

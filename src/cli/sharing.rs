@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::Share;
 use crate::fs::passthrough;
-use crate::fuse::{Readdirplus, SessionOptions};
+use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 
 /// What may be done with the shared directory.
 #[derive(Clone, Debug, Default, Args)]
@@ -67,6 +67,12 @@ pub struct Sharing {
     #[arg(long)]
     pub readonly: bool,
 
+    /// Take set-user-ID and set-group-ID bits away from a file that is written, truncated or
+    /// given away, as the guest asks for it, instead of leaving that to the guest's kernel, which
+    /// needs a request more for it.
+    #[arg(long)]
+    pub killpriv_v2: bool,
+
     /// Tell the guest where another file system is mounted inside the directory, so that it shows
     /// a mount of its own there: with a device number of its own, on which programs rely to
     /// tell files apart. On unless --no-announce-submounts is given.
@@ -96,6 +102,21 @@ pub struct Sharing {
     /// asks for security.capability.
     #[arg(long, help_heading = "Extended attributes")]
     pub no_xattr: bool,
+
+    /// Let the guest use POSIX ACLs, which the host's file system has to have. auto: if the
+    /// guest can. always: so, and an error if it can't. --posix-acl alone means always.
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t,
+        default_missing_value = "always",
+        conflicts_with = "no_xattr",
+        help_heading = "Extended attributes"
+    )]
+    pub posix_acl: PosixAcl,
 }
 
 /// `--cache`.
@@ -110,6 +131,28 @@ pub enum Cache {
     Auto,
     /// Everything.
     Always,
+}
+
+/// `--posix-acl`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PosixAcl {
+    /// Not at all.
+    #[default]
+    Never,
+    /// If the guest can.
+    Auto,
+    /// Only with guests that can.
+    Always,
+}
+
+impl From<PosixAcl> for Wanted {
+    fn from(acl: PosixAcl) -> Self {
+        match acl {
+            PosixAcl::Never => Self::No,
+            PosixAcl::Auto => Self::IfOffered,
+            PosixAcl::Always => Self::Needed,
+        }
+    }
 }
 
 /// `--inode-file-handles`.
@@ -182,6 +225,8 @@ impl From<Sharing> for Share {
                 negative_ttl: sharing.negative_timeout,
                 writeback: sharing.writeback && !sharing.readonly,
                 submounts: !sharing.no_announce_submounts,
+                kill_set_id: sharing.killpriv_v2,
+                posix_acl: sharing.posix_acl.into(),
                 direct_io_mmap: sharing.allow_mmap,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()

@@ -13,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Passthrough;
+use super::credentials;
 use super::holds::{InodeFd, stat_fd};
 use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
 use crate::io::File;
@@ -74,6 +75,7 @@ impl Passthrough {
     /// times last, as a change of size sets them.
     pub(super) fn change(
         &self,
+        caller: &Caller,
         node: NodeId,
         handle: Option<Handle>,
         changes: &Changes,
@@ -95,7 +97,12 @@ impl Passthrough {
             self.change_mode(&target, inode.kind(), mode)?;
         }
         if let Some(size) = changes.size {
-            self.change_size(&target, inode.kind(), size)?;
+            let resize = || self.change_size(&target, inode.kind(), size);
+            if caller.kill_set_id {
+                credentials::without_keeping_set_id_bits(resize)?;
+            } else {
+                resize()?;
+            }
         }
         if changes.accessed.is_some() || changes.modified.is_some() {
             let times = Timestamps {
@@ -154,6 +161,21 @@ impl Passthrough {
         } else {
             Err(Errno::ACCESS)
         }
+    }
+}
+
+/// Takes set-id bits from an open file as a write by an ordinary user does: the set-group-ID bit
+/// only where it doesn't mean mandatory locks (`S_IXGRP` not set).
+///
+/// Done before the write, so that nobody runs what is written with the bits still on, and by
+/// mode instead of by capability, as the write itself may happen in another thread.
+pub(super) fn kill_set_id(file: &File) -> Result<()> {
+    let stat = stat_fd(file, StatxFlags::MODE)?;
+    let mode = u32::from(stat.stx_mode) & PERMISSIONS;
+    let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
+    match mode & !(0o4000 | group) {
+        same if same == mode => Ok(()),
+        fewer => rustix::fs::fchmod(file, Mode::from_raw_mode(fewer)),
     }
 }
 
@@ -231,7 +253,11 @@ mod tests {
             gid: 100,
             ..Attributes::default()
         };
-        let caller = |uid, gid| Caller { uid, gid, pid: 1 };
+        let caller = |uid, gid| Caller {
+            uid,
+            gid,
+            ..Caller::default()
+        };
         let file = attributes(0o100_046);
         assert_eq!(permissions_for(&caller(1000, 100), &file), 0);
         assert_eq!(permissions_for(&caller(1, 100), &file), 4);

@@ -345,7 +345,7 @@ impl Passthrough {
                 Err(Errno::PERM) => self.reopen(&inode, flags)?,
                 opened => opened?,
             }
-        } else if flags.contains(OFlags::TRUNC) && caller.uid != 0 {
+        } else if flags.contains(OFlags::TRUNC) && (caller.kill_set_id || caller.uid != 0) {
             credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
         } else {
             self.reopen(&inode, flags)?
@@ -436,13 +436,13 @@ impl FileSystem for Passthrough {
 
     fn setattr(
         &self,
-        _: &Caller,
+        caller: &Caller,
         node: NodeId,
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
         self.writable()?;
-        self.change(node, handle, changes)
+        self.change(caller, node, handle, changes)
     }
 
     fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
@@ -526,6 +526,11 @@ impl FileSystem for Passthrough {
         self.handles.release(node, handle, HandleKind::File)
     }
 
+    fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
+        let file = self.handles.file(node, handle, HandleKind::File)?;
+        attributes::kill_set_id(&file)
+    }
+
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
         self.handles.file(node, handle, kind)
     }
@@ -547,14 +552,14 @@ impl FileSystem for Passthrough {
 
     fn setxattr(
         &self,
-        _: &Caller,
+        caller: &Caller,
         node: NodeId,
         name: &CStr,
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
         self.writable()?;
-        self.set_attribute(node, name, value, flags)
+        self.set_attribute(caller, node, name, value, flags)
     }
 
     fn getxattr(&self, _: &Caller, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {

@@ -8,17 +8,34 @@
 use std::ffi::CStr;
 
 use rustix::buffer::spare_capacity;
-use rustix::fs::XattrFlags;
+use rustix::fs::{AtFlags, Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use crate::fs::{NodeId, Result};
+use super::attributes::PERMISSIONS;
+use crate::fs::{Caller, NodeId, Result};
 
 /// The longest value, and the longest list of names (`XATTR_SIZE_MAX` and `XATTR_LIST_MAX`,
 /// uapi `linux/limits.h`).
 const LONGEST: usize = 65536;
 
+/// The ACL that decides on access to the file itself.
+const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+
 impl Passthrough {
+    /// Calls `set`, and takes the set-group-ID bit from what `path` leads to if that went well,
+    /// as `setfacl(1)` does for a user who isn't in the file's group.
+    fn without_set_group_id(&self, path: &CStr, set: impl FnOnce() -> Result<()>) -> Result<()> {
+        set()?;
+        let stat = rustix::fs::statat(&self.proc_fds, path, AtFlags::empty())?;
+        let mode = stat.st_mode & PERMISSIONS;
+        if mode & 0o2000 == 0 {
+            return Ok(());
+        }
+        let mode = Mode::from_raw_mode(mode & !0o2000);
+        rustix::fs::chmodat(&self.proc_fds, path, mode, AtFlags::empty())
+    }
+
     /// Calls `act` with a path that leads to the inode.
     fn with_path<T>(&self, node: NodeId, act: impl FnOnce(&CStr) -> Result<T>) -> Result<T> {
         if !self.options.xattr {
@@ -32,12 +49,20 @@ impl Passthrough {
 
     pub(super) fn set_attribute(
         &self,
+        caller: &Caller,
         node: NodeId,
         name: &CStr,
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
-        self.with_path(node, |path| rustix::fs::setxattr(path, name, value, flags))
+        self.with_path(node, |path| {
+            let set = || rustix::fs::setxattr(path, name, value, flags);
+            if caller.kill_set_id && name == ACCESS_ACL {
+                // The guest's kernel knows that the caller isn't in the file's group.
+                return self.without_set_group_id(path, set);
+            }
+            set()
+        })
     }
 
     pub(super) fn attribute(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {

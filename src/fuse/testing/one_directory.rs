@@ -263,6 +263,11 @@ impl FileSystem for OneDirectory {
         self.close_one()
     }
 
+    fn kill_set_id(&self, _: NodeId, _: Handle) -> Result<()> {
+        self.note("kill_set_id".to_owned());
+        Ok(())
+    }
+
     fn file(&self, _: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
         self.note(format!("file {kind:?}"));
         if handle == HANDLE {
