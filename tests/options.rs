@@ -499,3 +499,40 @@ fn a_guest_without_acls_is_refused_where_they_are_needed() {
         assert_eq!(fs.init_offering(without).is_ok(), served, "{option}");
     }
 }
+
+#[test]
+fn attributes_have_other_names_on_the_host() {
+    let server = Server::start(&["--xattrmap", ":map:trusted.:user.guest.:"]);
+    let path = server.share().join("file");
+    std::fs::write(&path, "").unwrap();
+    assert!(support::set_on_host(&path, "user.plain", b"1"));
+    support::set_on_host(&path, "trusted.hidden", b"1");
+    let mut fs = session(&server);
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    fs.setxattr(node, c"trusted.x", b"value", 0).unwrap();
+    let mut value = [0; 10];
+    let len = rustix::fs::getxattr(&path, "user.guest.trusted.x", &mut value).unwrap();
+    assert_eq!(&value[..len], b"value");
+    assert_eq!(fs.getxattr(node, c"trusted.x").unwrap(), b"value");
+    assert_eq!(fs.getxattr_size(node, c"trusted.x").unwrap(), 5);
+    let mut names = fs.listxattr(node).unwrap();
+    names.sort();
+    assert_eq!(names, [c"trusted.x", c"user.plain"]);
+    assert_eq!(fs.listxattr_size(node).unwrap(), 21);
+    let refused = fs.setxattr(node, c"user.guest.trusted.x", b"", 0);
+    assert_eq!(refused.unwrap_err().errno(), Some(libc::EPERM));
+    fs.removexattr(node, c"trusted.x").unwrap();
+    assert!(rustix::fs::getxattr(&path, "user.guest.trusted.x", &mut value).is_err());
+}
+
+#[test]
+fn a_rule_that_can_not_be_is_pointed_at() {
+    let refused = support::output(&[
+        "--socket=/nowhere/s",
+        "--shared-dir=/",
+        "--xattrmap=:ok:all:::nope:",
+    ]);
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("rule 2, at character 11"), "{said}");
+}

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::Share;
 use crate::fs::passthrough;
+use crate::fs::passthrough::XattrMap;
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 
 /// What may be done with the shared directory.
@@ -102,6 +103,17 @@ pub struct Sharing {
     /// asks for security.capability.
     #[arg(long, help_heading = "Extended attributes")]
     pub no_xattr: bool,
+
+    /// Give extended attributes other names on the host, by rules of the form
+    /// :TYPE:SCOPE:KEY:PREPEND: or :map:KEY:PREPEND:, which the manual explains. An example is
+    /// :map::user.guest.: for a server without privileges.
+    #[arg(
+        long,
+        value_name = "RULES",
+        conflicts_with_all = ["no_xattr", "killpriv_v2"],
+        help_heading = "Extended attributes"
+    )]
+    pub xattrmap: Option<XattrMap>,
 
     /// Let the guest use POSIX ACLs, which the host's file system has to have. auto: if the
     /// guest can. always: so, and an error if it can't. --posix-acl alone means always.
@@ -212,6 +224,7 @@ impl From<Sharing> for Share {
                 attribute_ttl,
                 entry_ttl,
                 xattr: !sharing.no_xattr,
+                xattr_map: sharing.xattrmap,
                 allow_direct_io: sharing.allow_direct_io,
                 writeback: sharing.writeback && !sharing.readonly,
                 readonly: sharing.readonly,

@@ -225,6 +225,11 @@ pub fn command() -> Command {
     command
 }
 
+/// Sets an extended attribute on the host's side; `false` if the host doesn't allow it.
+pub fn set_on_host(path: &Path, name: &str, value: &[u8]) -> bool {
+    rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty()).is_ok()
+}
+
 /// Runs to its end a command that should end by itself.
 pub fn output(args: &[&str]) -> std::process::Output {
     command().args(args).output().unwrap()

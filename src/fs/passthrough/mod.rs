@@ -16,6 +16,7 @@ mod names;
 #[cfg(test)]
 mod tests;
 mod xattr;
+mod xattr_map;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,6 +28,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
 pub use self::holds::InodeFileHandles;
+pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
 use self::handles::Handles;
@@ -128,6 +130,8 @@ pub struct Options {
     /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
     /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
     pub xattr: bool,
+    /// Under which names.
+    pub xattr_map: Option<XattrMap>,
     /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
     pub allow_direct_io: bool,
     /// The guest caches writes: it then reads files that were opened for writing only, and
@@ -150,6 +154,7 @@ impl Default for Options {
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),
             xattr: true,
+            xattr_map: None,
             allow_direct_io: false,
             writeback: false,
             preserve_noatime: false,

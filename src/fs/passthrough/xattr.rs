@@ -5,6 +5,7 @@
 //! the path `"N"`, as `/proc/self/fd` is the working directory of a prepared thread. The
 //! invariant: no path but such a number is ever used, and only on a prepared thread.
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 
 use rustix::buffer::spare_capacity;
@@ -47,6 +48,14 @@ impl Passthrough {
         act(fd.proc_name().as_c_str())
     }
 
+    /// What the guest's `name` is called on the host.
+    fn host_name<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
+        match &self.options.xattr_map {
+            Some(map) => map.to_host(name),
+            None => Ok(Cow::Borrowed(name)),
+        }
+    }
+
     pub(super) fn set_attribute(
         &self,
         caller: &Caller,
@@ -56,7 +65,8 @@ impl Passthrough {
         flags: XattrFlags,
     ) -> Result<()> {
         self.with_path(node, |path| {
-            let set = || rustix::fs::setxattr(path, name, value, flags);
+            let on_host = self.host_name(name)?;
+            let set = || rustix::fs::setxattr(path, &*on_host, value, flags);
             if caller.kill_set_id && name == ACCESS_ACL {
                 // The guest's kernel knows that the caller isn't in the file's group.
                 return self.without_set_group_id(path, set);
@@ -67,30 +77,48 @@ impl Passthrough {
 
     pub(super) fn attribute(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
         self.with_path(node, |path| {
+            let name = self.host_name(name)?;
             read(limit, |value| {
-                rustix::fs::getxattr(path, name, spare_capacity(value))
+                rustix::fs::getxattr(path, &*name, spare_capacity(value))
             })
         })
     }
 
     pub(super) fn attribute_len(&self, node: NodeId, name: &CStr) -> Result<usize> {
-        self.with_path(node, |path| rustix::fs::getxattr_query(path, name))
+        self.with_path(node, |path| {
+            rustix::fs::getxattr_query(path, &*self.host_name(name)?)
+        })
     }
 
     pub(super) fn attribute_names(&self, node: NodeId, limit: usize) -> Result<Vec<u8>> {
-        self.with_path(node, |path| {
+        let list = |path: &CStr, limit| {
             read(limit, |names| {
                 rustix::fs::listxattr(path, spare_capacity(names))
             })
+        };
+        self.with_path(node, |path| match &self.options.xattr_map {
+            None => list(path, limit),
+            Some(map) => {
+                let names = map.list_for_guest(&list(path, LONGEST)?);
+                if names.len() > limit {
+                    return Err(Errno::RANGE);
+                }
+                Ok(names)
+            }
         })
     }
 
     pub(super) fn attribute_names_len(&self, node: NodeId) -> Result<usize> {
+        if self.options.xattr_map.is_some() {
+            return self.attribute_names(node, LONGEST).map(|names| names.len());
+        }
         self.with_path(node, |path| rustix::fs::listxattr_query(path))
     }
 
     pub(super) fn remove_attribute(&self, node: NodeId, name: &CStr) -> Result<()> {
-        self.with_path(node, |path| rustix::fs::removexattr(path, name))
+        self.with_path(node, |path| {
+            rustix::fs::removexattr(path, &*self.host_name(name)?)
+        })
     }
 }
 
