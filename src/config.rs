@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::device::Tag;
+use crate::fs::passthrough;
+use crate::fuse::SessionOptions;
 use crate::io::Choice;
 
 /// Where front ends connect.
@@ -15,6 +17,17 @@ pub enum Listen {
     Path(PathBuf),
     /// On a listening socket that the launcher handed over.
     Inherited(RawFd),
+}
+
+/// How many descriptors the server may have open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptors {
+    /// As many as it may without privilege.
+    Most,
+    /// As many as the launcher has set.
+    Inherited,
+    /// This many.
+    Limit(u64),
 }
 
 /// All that the server goes by.
@@ -36,6 +49,19 @@ pub struct Config {
     pub poll: Duration,
     /// End after the first session.
     pub once: bool,
+    /// How many descriptors may be open.
+    pub descriptors: Descriptors,
+    /// What guests may do with the directory.
+    pub share: Share,
+}
+
+/// What guests may do with the directory, as the two rooms concerned want it told.
+#[derive(Clone, Debug, Default)]
+pub struct Share {
+    /// To the file system.
+    pub file_system: passthrough::Options,
+    /// To the FUSE session.
+    pub session: SessionOptions,
 }
 
 impl Config {

@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use super::abi::{
     Attr, AttrOut, CopyFileRangeOut, EntryOut, GetxattrOut, InitOut, Kstatfs, LseekOut, OpenOut,
-    OutHeader, StatfsOut, WriteOut, open_reply_flags,
+    OutHeader, StatfsOut, WriteOut, attr_flags, open_reply_flags,
 };
 use super::request::Operation;
 use super::{Exchange, OUT_HEADER_LEN};
@@ -99,7 +99,23 @@ pub(super) fn entry_out(entry: &Entry) -> EntryOut {
         attr_valid: entry.attribute_ttl.as_secs(),
         entry_valid_nsec: entry.entry_ttl.subsec_nanos(),
         attr_valid_nsec: entry.attribute_ttl.subsec_nanos(),
-        attr: attr(&entry.attributes),
+        attr: Attr {
+            flags: if entry.submount {
+                attr_flags::SUBMOUNT
+            } else {
+                0
+            },
+            ..attr(&entry.attributes)
+        },
+    }
+}
+
+/// No inode, as LOOKUP answers it where the guest may rely on that for `ttl`.
+pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
+    EntryOut {
+        entry_valid: ttl.as_secs(),
+        entry_valid_nsec: ttl.subsec_nanos(),
+        ..EntryOut::default()
     }
 }
 
