@@ -110,7 +110,7 @@ work='' server_pid='' server_status='' vmm='' clock='' control='' out='' err=''
 cleanup() {
     local status=$?
     trap - EXIT
-    trap '' HUP INT TERM
+    trap '' HUP INT TERM PIPE
     local process
     for process in $vmm $control $clock; do
         kill -KILL "$process" 2>/dev/null || true
@@ -126,7 +126,7 @@ cleanup() {
         : 9<>"$work/stdout" 8<>"$work/stderr"
         wait "$process" 2>/dev/null || true
     done
-    if ((status != 0)) && ! $quiet && [[ -n $logs ]]; then show_logs; fi
+    if ((status != 0)) && ! $quiet && [[ -n $logs ]]; then show_logs || true; fi
     if [[ -n $work ]]; then rm -rf "$work"; fi
     exit "$status"
 }
@@ -206,23 +206,36 @@ start_server() {
 
 start_vmm() {
     local accel device=vhost-user-fs-pci,chardev=fs,tag=$tag,num-request-queues=$queues reboot=()
+    # A comma in a path is doubled for QEMU.
+    local console=${logs//,/,,}/console.log pipes=${work//,/,,} server_socket=${socket//,/,,}
     [[ -z $queue_size ]] || device+=,queue-size=$queue_size
     [[ -n $after_reset ]] || reboot=(-no-reboot)
-    mapfile -t accel < <("$here/accel.sh")
+    accel=$("$here/accel.sh") || fail "it is not known what can run a guest"
+    mapfile -t accel <<<"$accel"
     setpriv --pdeathsig KILL qemu-system-x86_64 "${accel[@]}" \
         -machine q35,memory-backend=memory -smp "$cpus" -m "$memory" \
         -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
         -nodefaults -no-user-config -display none "${reboot[@]}" \
         -kernel "$cache/kernels/$kernel/vmlinuz" -initrd "$work/initramfs" \
         -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests tsc=reliable no_timer_check" \
-        -chardev "file,id=console,path=$logs/console.log" -serial chardev:console \
+        -chardev "file,id=console,path=$console" -serial chardev:console \
         -device virtio-serial-pci \
-        -chardev "pipe,id=control,path=$work/control" -device virtserialport,chardev=control,name=control \
-        -chardev "file,id=stdout,path=$work/stdout" -device virtserialport,chardev=stdout,name=stdout \
-        -chardev "file,id=stderr,path=$work/stderr" -device virtserialport,chardev=stderr,name=stderr \
-        -chardev "socket,id=fs,path=$socket" -device "$device" \
+        -chardev "pipe,id=control,path=$pipes/control" -device virtserialport,chardev=control,name=control \
+        -chardev "file,id=stdout,path=$pipes/stdout" -device virtserialport,chardev=stdout,name=stdout \
+        -chardev "file,id=stderr,path=$pipes/stderr" -device virtserialport,chardev=stderr,name=stderr \
+        -chardev "socket,id=fs,path=$server_socket" -device "$device" \
         "${qemu_args[@]}" </dev/null >"$logs/vmm.log" 2>&1 &
     vmm=$!
+}
+
+# What ends because the VMM has ended may be seen before it.
+vmm_ends_too() {
+    local tries
+    for ((tries = 0; tries < 50; tries++)); do
+        kill -0 "$vmm" 2>/dev/null || return 0
+        sleep 0.02
+    done
+    return 1
 }
 
 main() {
@@ -261,16 +274,8 @@ main() {
 
     local ended='' status=0
     wait -n -p ended "$control" "$vmm" "$clock" ${server_pid:+"$server_pid"} || status=$?
-    if [[ $ended == "${server_pid:-none}" ]]; then
-        # One that ends with its VMM may be seen first.
-        local server_ended=$status tries
-        for ((tries = 0; tries < 50; tries++)); do
-            kill -0 "$vmm" 2>/dev/null || break
-            sleep 0.02
-        done
-        kill -0 "$vmm" 2>/dev/null || ended=$vmm
-    fi
     if [[ ! -s $work/verdict ]]; then
+        if [[ $ended != "$clock" ]] && vmm_ends_too; then ended=$vmm; fi
         case $ended in
             "$clock")
                 say "the guest did not end within $limit seconds"
@@ -284,7 +289,7 @@ main() {
                 fi
                 fail "the VMM ended before the guest's script did"
                 ;;
-            "${server_pid:-none}") fail "the server ended ($server_ended) while the guest was running" ;;
+            "${server_pid:-none}") fail "the server ended ($status) while the guest was running" ;;
             *) fail "the guest's control port fell silent" ;;
         esac
     fi
@@ -293,7 +298,10 @@ main() {
     [[ $verdict == exit ]] || fail "$rest"
     # The guest unmounts and turns itself off.
     wait -n -p ended "$vmm" "$clock" || true
-    [[ $ended == "$vmm" ]] || say "the guest did not turn itself off"
+    if [[ $ended != "$vmm" ]]; then
+        say "the guest's script ended with $rest, and the guest did not within $limit seconds"
+        exit 124
+    fi
     exit "$rest"
 }
 

@@ -128,6 +128,9 @@ add_backports() {
     apt-cache policy | grep -q "n=$suite-backports"
 }
 
+# The version that is installed, where an attempt at a newer one has been in vain.
+vain() { printf '%s/no-newer-qemu-than-%s\n' "$cache" "$(qemu_major || echo none)"; }
+
 install_qemu() {
     local major
     if add_backports; then
@@ -145,6 +148,7 @@ install_qemu() {
     if ((major < qemu_wanted)); then
         ((major >= qemu_least)) || die "QEMU $major is too old: vhost-user-fs needs $qemu_least at least"
         say "QEMU $major is there, $qemu_wanted can't be had: going on with $major (no migration)"
+        : >"$(vain)"
     fi
 }
 
@@ -211,6 +215,7 @@ main() {
     local packages=() lacking=() series major
     mapfile -t packages < <(missing_packages | sort -u)
     major=$(qemu_major) || major=0
+    if ((major >= qemu_least)) && [[ -e $(vain) ]]; then qemu_wanted=$major; fi
     for series in "${kernels[@]}"; do
         kernel_is_there "$series" || lacking+=("$series")
     done

@@ -89,7 +89,7 @@ parse() {
 cleanup() {
     local status=$?
     trap - EXIT
-    trap '' HUP INT TERM
+    trap '' HUP INT TERM PIPE
     if [[ -n $guest ]]; then
         kill -TERM "$guest" 2>/dev/null || true
         wait "$guest" 2>/dev/null || true
