@@ -12,7 +12,7 @@ use crate::config::{Config, Descriptors, Listen};
 use crate::device::Tag;
 use crate::io::Choice;
 
-pub use self::sharing::{Cache, FileHandles, PosixAcl, Sharing};
+pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -146,8 +146,10 @@ fn workers(text: &str) -> Result<NonZeroUsize, String> {
     }
 }
 
-impl From<Options> for Config {
-    fn from(options: Options) -> Self {
+impl TryFrom<Options> for Config {
+    type Error = Contradiction;
+
+    fn try_from(options: Options) -> Result<Self, Contradiction> {
         let listen = match (options.socket, options.fd) {
             (Some(path), _) => Listen::Path(path),
             (None, fd) => Listen::Inherited(fd.unwrap_or(-1)),
@@ -157,7 +159,7 @@ impl From<Options> for Config {
             let count = u16::try_from(workers.get()).unwrap_or(u16::MAX);
             NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN)
         };
-        Self {
+        Ok(Self {
             listen,
             shared_dir: options.shared_dir,
             tag: options.tag,
@@ -174,8 +176,8 @@ impl From<Options> for Config {
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
-            share: options.sharing.into(),
-        }
+            share: options.sharing.try_into()?,
+        })
     }
 }
 
@@ -194,7 +196,10 @@ mod tests {
         for name in ["--socket", "--socket-path"] {
             let options =
                 Options::try_parse_from(["ringfsd", name, "/s", "--shared-dir", "/d"]).unwrap();
-            assert_eq!(Config::from(options).listen, Listen::Path("/s".into()));
+            assert_eq!(
+                Config::try_from(options).unwrap().listen,
+                Listen::Path("/s".into())
+            );
         }
     }
 

@@ -536,3 +536,62 @@ fn a_rule_that_can_not_be_is_pointed_at() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("rule 2, at character 11"), "{said}");
 }
+
+#[test]
+fn owners_are_translated() {
+    use std::os::unix::fs::{MetadataExt, chown};
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: needs root, to create for others");
+        return;
+    }
+    let server = Server::start(&[
+        "--translate-uid=map:0:70000:1000",
+        "--translate-uid=forbid-guest:5000:1",
+        "--translate-gid=squash-guest:100:80000:10",
+        "--translate-gid=squash-host:80000:7:1",
+    ]);
+    let owner = |name: &str| {
+        let metadata = std::fs::symlink_metadata(server.share().join(name)).unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    let mut fs = session(&server);
+    fs.act_as(5, 105);
+    let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid), (5, 7));
+    assert_eq!(owner("file"), (70005, 80000));
+    fs.symlink(ROOT, c"link", c"file").unwrap();
+    assert_eq!(owner("link"), (70005, 80000));
+    fs.act_as(0, 0);
+    let changed = fs.chown(file.nodeid, 6, 200).unwrap().attr;
+    assert_eq!((changed.uid, changed.gid), (6, 200));
+    assert_eq!(owner("file"), (70006, 200));
+    let seen = fs.fgetattr(file.nodeid, handle).unwrap().attr;
+    assert_eq!((seen.uid, seen.gid), (6, 200));
+
+    let host = server.share().join("host");
+    std::fs::write(&host, "").unwrap();
+    chown(&host, Some(70010), Some(80000)).unwrap();
+    let seen = fs.lookup(ROOT, c"host").unwrap().attr;
+    assert_eq!((seen.uid, seen.gid), (10, 7));
+
+    let eperm = Some(libc::EPERM);
+    assert_eq!(fs.chown(file.nodeid, 5000, 0).unwrap_err().errno(), eperm);
+    fs.act_as(5000, 0);
+    assert_eq!(fs.mkdir(ROOT, c"new", 0o755).unwrap_err().errno(), eperm);
+}
+
+#[test]
+fn rules_for_the_same_ids_are_refused() {
+    let refused = support::output(&[
+        "--socket=/nowhere/s",
+        "--shared-dir=/",
+        "--translate-uid=map:0:1000:10",
+        "--translate-uid=forbid-guest:3:1",
+    ]);
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        said.contains("--translate-uid: two rules for guest id 3"),
+        "{said}"
+    );
+}

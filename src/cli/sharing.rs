@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::Share;
 use crate::fs::passthrough;
-use crate::fs::passthrough::XattrMap;
+use crate::fs::passthrough::{IdMap, IdOverlap, IdRule, XattrMap};
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 
 /// What may be done with the shared directory.
@@ -89,6 +89,17 @@ pub struct Sharing {
     /// CAP_DAC_READ_SEARCH.
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     pub inode_file_handles: FileHandles,
+
+    /// Translate user ids by a rule, which may be given several times: map:GUEST:HOST:COUNT both
+    /// ways, guest:GUEST:HOST:COUNT what the guest sets, host:HOST:GUEST:COUNT what it sees;
+    /// squash-guest and squash-host make one id of COUNT; forbid-guest:GUEST:COUNT answers
+    /// EPERM. Ids without a rule stay.
+    #[arg(long, value_name = "RULE", help_heading = "Owners")]
+    pub translate_uid: Vec<IdRule>,
+
+    /// Translate group ids, as --translate-uid does user ids.
+    #[arg(long, value_name = "RULE", help_heading = "Owners")]
+    pub translate_gid: Vec<IdRule>,
 
     /// Serve extended attributes. They are served unless --no-xattr is given: without them
     /// copies lose data that programs rely on (capabilities, labels, ACLs).
@@ -208,8 +219,23 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "a number of seconds, such as 1 or 0.5".to_owned())
 }
 
-impl From<Sharing> for Share {
-    fn from(sharing: Sharing) -> Self {
+/// The rules of one option, which must not contradict each other.
+fn id_map(option: &'static str, rules: &[IdRule]) -> Result<IdMap, Contradiction> {
+    IdMap::new(rules).map_err(|overlap| Contradiction { option, overlap })
+}
+
+/// Rules of one option contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{option}: {overlap}")]
+pub struct Contradiction {
+    option: &'static str,
+    overlap: IdOverlap,
+}
+
+impl TryFrom<Sharing> for Share {
+    type Error = Contradiction;
+
+    fn try_from(sharing: Sharing) -> Result<Self, Contradiction> {
         let cache = passthrough::Cache::from(sharing.cache);
         let attribute_ttl = sharing.attr_timeout.unwrap_or(cache.ttl());
         let entry_ttl = sharing.entry_timeout.unwrap_or(cache.ttl());
@@ -218,9 +244,11 @@ impl From<Sharing> for Share {
         } else {
             Readdirplus::Auto
         };
-        Self {
+        Ok(Self {
             file_system: passthrough::Options {
                 cache,
+                users: id_map("--translate-uid", &sharing.translate_uid)?,
+                groups: id_map("--translate-gid", &sharing.translate_gid)?,
                 attribute_ttl,
                 entry_ttl,
                 xattr: !sharing.no_xattr,
@@ -244,7 +272,7 @@ impl From<Sharing> for Share {
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()
             },
-        }
+        })
     }
 }
 
@@ -263,11 +291,12 @@ mod tests {
 
     #[test]
     fn a_single_timeout_overrides_the_policy() {
-        let share = Share::from(Sharing {
+        let share = Share::try_from(Sharing {
             cache: Cache::Always,
             entry_timeout: Some(Duration::ZERO),
             ..Sharing::default()
-        });
+        })
+        .unwrap();
         assert_eq!(share.file_system.attribute_ttl, Duration::from_secs(86400));
         assert_eq!(share.file_system.entry_ttl, Duration::ZERO);
         assert!(!share.session.cache_symlinks);

@@ -23,7 +23,7 @@ use crate::sys;
 pub(super) const PERMISSIONS: u32 = 0o7777;
 
 /// The host's attributes in the guest's words.
-pub(super) fn attributes(stat: &Statx) -> Attributes {
+fn attributes(stat: &Statx) -> Attributes {
     Attributes {
         inode: stat.stx_ino,
         size: stat.stx_size,
@@ -59,6 +59,29 @@ pub(super) fn decode_device(device: u32) -> (u32, u32) {
 }
 
 impl Passthrough {
+    /// The host's attributes as the guest sees them, owners included.
+    pub(super) fn attributes(&self, stat: &Statx) -> Attributes {
+        let on_host = attributes(stat);
+        Attributes {
+            uid: self.options.users.to_guest(on_host.uid),
+            gid: self.options.groups.to_guest(on_host.gid),
+            ..on_host
+        }
+    }
+
+    /// The caller with the ids that it has on the host.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if the guest may not use them.
+    pub(super) fn on_host(&self, caller: &Caller) -> Result<Caller> {
+        Ok(Caller {
+            uid: self.options.users.to_host(caller.uid)?,
+            gid: self.options.groups.to_host(caller.gid)?,
+            ..*caller
+        })
+    }
+
     pub(super) fn attributes_of(
         &self,
         node: NodeId,
@@ -68,7 +91,7 @@ impl Passthrough {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
-        Ok((attributes(&stat), self.options.attribute_ttl))
+        Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
 
     /// Owner first, as a change of owner takes set-id bits away, which a mode may give back;
@@ -89,8 +112,10 @@ impl Passthrough {
             None => Target::Path(self.fd(&inode)?),
         };
         if changes.uid.is_some() || changes.gid.is_some() {
-            let uid = changes.uid.map(valid_id).transpose()?.map(Uid::from_raw);
-            let gid = changes.gid.map(valid_id).transpose()?.map(Gid::from_raw);
+            let user = |id| self.options.users.to_host(valid_id(id)?);
+            let group = |id| self.options.groups.to_host(valid_id(id)?);
+            let uid = changes.uid.map(user).transpose()?.map(Uid::from_raw);
+            let gid = changes.gid.map(group).transpose()?.map(Gid::from_raw);
             rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(mode) = changes.mode {
@@ -112,7 +137,7 @@ impl Passthrough {
             rustix::fs::utimensat(&target, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         let stat = stat_fd(&target, StatxFlags::BASIC_STATS)?;
-        Ok((attributes(&stat), self.options.attribute_ttl))
+        Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
 
     fn change_mode(&self, target: &Target<'_>, kind: FileType, mode: u32) -> Result<()> {
@@ -155,7 +180,7 @@ impl Passthrough {
         if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
             self.writable()?;
         }
-        let allowed = permissions_for(caller, &attributes(&stat));
+        let allowed = permissions_for(caller, &self.attributes(&stat));
         if mask & 0o7 & !allowed == 0 {
             Ok(())
         } else {

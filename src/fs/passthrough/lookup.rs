@@ -13,7 +13,6 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::attributes::attributes;
 use super::holds::{Hold, IDENTITY, Identity, InodeFd, Key, reopen_fd, stat_fd};
 use super::inodes::Inode;
 use crate::fs::{Entry, NodeId, Result};
@@ -156,7 +155,7 @@ impl Passthrough {
             node: inode.node(),
             // Node ids are never reused.
             generation: 0,
-            attributes: attributes(stat),
+            attributes: self.attributes(stat),
             attribute_ttl: self.options.attribute_ttl,
             entry_ttl: self.options.entry_ttl,
             submount: false,

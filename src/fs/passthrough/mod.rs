@@ -10,6 +10,7 @@ mod credentials;
 mod directory;
 mod handles;
 mod holds;
+mod id_map;
 mod inodes;
 mod lookup;
 mod names;
@@ -28,6 +29,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
 pub use self::holds::InodeFileHandles;
+pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
@@ -127,6 +129,10 @@ pub struct Options {
     pub attribute_ttl: Duration,
     /// How long the guest may rely on names.
     pub entry_ttl: Duration,
+    /// How user ids are translated between guest and host.
+    pub users: IdMap,
+    /// How group ids are.
+    pub groups: IdMap,
     /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
     /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
     pub xattr: bool,
@@ -153,6 +159,8 @@ impl Default for Options {
             cache: Cache::default(),
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),
+            users: IdMap::default(),
+            groups: IdMap::default(),
             xattr: true,
             xattr_map: None,
             allow_direct_io: false,
