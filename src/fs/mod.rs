@@ -242,13 +242,8 @@ pub trait FileSystem: Send + Sync + 'static {
     /// READLINK: where a symbolic link points, without a NUL.
     fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
     /// SYMLINK: makes a link `name` that points to `target`.
-    fn symlink(
-        &self,
-        caller: &Caller,
-        parent: NodeId,
-        name: &CStr,
-        target: &CStr,
-    ) -> Result<Entry>;
+    fn symlink(&self, caller: &Caller, parent: NodeId, name: &CStr, target: &CStr)
+    -> Result<Entry>;
     /// MKNOD: a regular file, FIFO, socket or device node.
     fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
     /// MKDIR.

@@ -6,6 +6,7 @@
 //! but by a descriptor or a file handle that began at the shared directory, one name at a time.
 
 mod attributes;
+mod clock;
 mod credentials;
 mod directory;
 mod handles;
@@ -13,6 +14,7 @@ mod holds;
 mod inodes;
 mod lookup;
 mod names;
+mod reach;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -30,7 +32,7 @@ pub use self::holds::InodeFileHandles;
 
 use self::credentials::Wear;
 use self::handles::Handles;
-use self::holds::{Hold, Holder, IDENTITY, Identity, stat_fd};
+use self::holds::{Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode, NodeId,
@@ -83,10 +85,10 @@ pub enum PassthroughError {
 pub struct Options {
     /// When inodes are held by file handle.
     pub inode_file_handles: InodeFileHandles,
-    /// How many inodes may be held by descriptor before file handles take over where they
-    /// work; `None` for three quarters of what `RLIMIT_NOFILE` allows when the file system is
-    /// made. See [`raise_descriptor_limit`].
-    pub inode_descriptors: Option<usize>,
+    /// How many descriptors inodes and open files may have together before inodes that are not
+    /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
+    /// file system is made, which is also the most. See [`raise_descriptor_limit`].
+    pub max_open_inodes: Option<usize>,
     /// How long the guest may rely on attributes.
     pub attribute_ttl: Duration,
     /// How long the guest may rely on names.
@@ -105,7 +107,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             inode_file_handles: InodeFileHandles::default(),
-            inode_descriptors: None,
+            max_open_inodes: None,
             attribute_ttl: Duration::from_secs(1),
             entry_ttl: Duration::from_secs(1),
             xattr: true,
@@ -136,8 +138,9 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     }
 }
 
-/// Inodes that may be held by descriptor unless the options say otherwise.
-fn inode_descriptors() -> usize {
+/// Descriptors that inodes and open files may have unless the options say less; the others are
+/// for queues, rings, sockets and operations that run.
+fn most_descriptors() -> usize {
     let limit = rustix::process::getrlimit(Resource::Nofile).current;
     let limit = limit.map_or(usize::MAX, |limit| {
         usize::try_from(limit).unwrap_or(usize::MAX)
@@ -154,6 +157,8 @@ pub struct Passthrough {
     inodes: Store,
     holder: Holder,
     handles: Handles,
+    /// Descriptors that inodes and open files may have together.
+    most: usize,
     wear: Wear,
 }
 
@@ -185,22 +190,23 @@ impl Passthrough {
             source,
         })?;
 
-        let budget = options.inode_descriptors.unwrap_or_else(inode_descriptors);
+        let most = most_descriptors();
+        let most = options.max_open_inodes.unwrap_or(most).min(most);
         let mode = options.inode_file_handles;
-        let holder =
-            Holder::new(mode, budget, root.as_fd(), &identity, &proc_fds).map_err(|source| {
-                PassthroughError::FileHandles {
-                    path: path(),
-                    source,
-                }
-            })?;
+        let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
+            PassthroughError::FileHandles {
+                path: path(),
+                source,
+            }
+        })?;
         Ok(Self {
             options,
             proc_fds,
             // The root stays what it is whatever happens on the host, and is never let go of.
-            inodes: Store::new(&identity, Hold::Descriptor(root)),
+            inodes: Store::new(&identity, root),
             holder,
             handles: Handles::new(),
+            most,
             wear,
         })
     }
@@ -211,7 +217,7 @@ impl Passthrough {
         self.inodes.len()
     }
 
-    /// How many of those are held by a descriptor.
+    /// How many of those have a descriptor at this moment.
     #[must_use]
     pub fn inode_descriptors(&self) -> usize {
         self.inodes.descriptors()
@@ -273,8 +279,10 @@ impl Passthrough {
     }
 
     fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
+        let handle = self.handles.add(node, fd, kind);
+        self.make_room();
         Opened {
-            handle: self.handles.add(node, fd, kind),
+            handle,
             keep_cache: false,
             direct_io: false,
             cache_dir: false,
