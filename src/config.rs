@@ -31,6 +31,8 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// Which runtime the workers have.
     pub runtime: Choice,
+    /// Descriptors for inodes and open files; `None` for as many as the host's limit allows.
+    pub max_open_inodes: Option<NonZeroUsize>,
     /// End after the first session.
     pub once: bool,
 }

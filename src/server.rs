@@ -74,12 +74,15 @@ impl Server {
         let runtime = crate::io::choose(config.runtime)?;
         log::info!("runtime {}: {}", runtime.kind, runtime.reason);
         passthrough::raise_descriptor_limit();
-        let fs = Passthrough::new(&config.shared_dir, passthrough::Options::default()).map_err(
-            |source| ServerError::Share {
+        let options = passthrough::Options {
+            max_open_inodes: config.max_open_inodes.map(NonZeroUsize::get),
+            ..passthrough::Options::default()
+        };
+        let fs =
+            Passthrough::new(&config.shared_dir, options).map_err(|source| ServerError::Share {
                 path: config.shared_dir.clone(),
                 source,
-            },
-        )?;
+            })?;
         Ok(Self {
             device: Device {
                 tag: config.tag,
