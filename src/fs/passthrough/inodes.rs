@@ -26,6 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
+use super::changes::{Changes, Changing, Moment};
 use super::clock::Clock;
 use super::holds::{Identity, Key, Place, Way};
 use crate::fs::NodeId;
@@ -268,6 +269,7 @@ pub(super) struct Store {
     /// Inodes in the store that have a descriptor. Orders nothing; a budget goes by it.
     descriptors: AtomicUsize,
     clock: Clock,
+    changes: Changes,
 }
 
 impl Store {
@@ -282,6 +284,7 @@ impl Store {
             next: AtomicU64::new(NodeId::ROOT.0 + 1),
             descriptors: AtomicUsize::new(0),
             clock: Clock::new(),
+            changes: Changes::new(),
         };
         store.insert(&mut store.keys(&identity.key), Arc::clone(&store.root));
         store
@@ -357,8 +360,18 @@ impl Store {
         inode
     }
 
-    /// Takes note that `inode`, which the guest has, goes by `name` in `parent`.
-    pub(super) fn see(&self, inode: &Inode, parent: &Inode, name: &CStr) {
+    /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
+    /// unless names in `parent` have changed meanwhile.
+    pub(super) fn see(&self, inode: &Inode, parent: &Inode, name: &CStr, moment: Moment) {
+        self.see_if(inode, parent, name, || moment.lasts(&self.changes));
+    }
+
+    /// As [`see`](Self::see), for who changes the name.
+    pub(super) fn rename(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
+        self.see_if(inode, parent, name, || true);
+    }
+
+    fn see_if(&self, inode: &Inode, parent: &Inode, name: &CStr, valid: impl FnOnce() -> bool) {
         let settled = match &*inode.way() {
             Way::Name(place) => place.parent == parent.node && *place.name == *name,
             Way::None => inode.node == NodeId::ROOT || inode.node == parent.node,
@@ -372,7 +385,7 @@ impl Store {
             name: name.into(),
             print: 0,
         };
-        if let Some(left) = self.put(inode, place) {
+        if let Some(left) = self.put(inode, place, valid) {
             self.leave(left);
         }
         if inode.children.load(Ordering::Relaxed) > 0 {
@@ -381,8 +394,12 @@ impl Store {
     }
 
     /// Makes `place` the way to `inode`; answers which parent has a child less now.
-    fn put(&self, inode: &Inode, place: Place) -> Option<NodeId> {
+    fn put(&self, inode: &Inode, place: Place, valid: impl FnOnce() -> bool) -> Option<NodeId> {
         let mut way = inode.way();
+        // Asked under the lock: who changes the name says so before he comes here.
+        if !valid() {
+            return Some(place.parent);
+        }
         let left = match &mut *way {
             Way::Handle { .. } | Way::Forgotten => return Some(place.parent),
             Way::Name(old) => {
@@ -402,7 +419,7 @@ impl Store {
 
     /// Takes note that `inode` has lost `name` in `parent`. If that was the way to it, its
     /// descriptor, which the caller uses, stays from now on.
-    pub(super) fn lose(&self, inode: &Inode, parent: &Inode, name: &CStr) {
+    pub(super) fn lose(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
         let left = {
             let mut way = inode.way();
             match &*way {
@@ -414,6 +431,22 @@ impl Store {
             }
         };
         self.leave(left);
+    }
+
+    /// Which changes of names were known when this was called: before the name is looked at.
+    pub(super) fn moment(&self, parent: &Inode) -> Moment {
+        self.changes.moment(parent.node)
+    }
+
+    /// Announces that names in two directories change, until the answer is dropped. To be called
+    /// while the descriptors of the inodes concerned are in use.
+    pub(super) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
+        self.changes.begin(parents.map(|parent| parent.node))
+    }
+
+    /// How many changes of names there have been.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.count()
     }
 
     /// Makes `way`, which `inode`'s guard is for, the way to it.
@@ -823,6 +856,52 @@ mod tests {
         let stale = admit(&store, &who);
         store.disown(&stale);
         assert_ne!(admit(&store, &who).node(), stale.node());
+    }
+
+    fn open() -> New {
+        New::open(std::fs::File::open("/dev/null").unwrap().into())
+    }
+
+    fn name_of(inode: &Inode) -> Option<String> {
+        match &*inode.way() {
+            Way::Name(place) => Some(place.name.to_str().unwrap().to_owned()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_name_seen_before_it_changed_is_not_gone_by() {
+        let store = store();
+        let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
+        let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+        let early = store.moment(&parent);
+        store.see(&inode, &parent, c"old", early);
+        assert_eq!(name_of(&inode).unwrap(), "old");
+        let changing = store.changing([&parent, &parent]);
+        let within = store.moment(&parent);
+        store.rename(&inode, &parent, c"new", &changing);
+        store.see(&inode, &parent, c"old", within);
+        drop(changing);
+        store.see(&inode, &parent, c"old", early);
+        assert_eq!(name_of(&inode).unwrap(), "new");
+        store.see(&inode, &parent, c"old", store.moment(&parent));
+        assert_eq!(name_of(&inode).unwrap(), "old");
+    }
+
+    #[test]
+    fn a_directory_stays_for_what_is_found_through_it() {
+        let store = store();
+        let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
+        let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+        store.see(&inode, &parent, c"name", store.moment(&parent));
+        store.forget(parent.node(), 1);
+        assert!(store.get(parent.node()).is_none(), "it is not the guest's");
+        assert!(store.any(parent.node()).is_some());
+        store.forget(parent.node(), u64::MAX);
+        assert!(store.any(parent.node()).is_some());
+        store.forget(inode.node(), 1);
+        assert!(store.any(parent.node()).is_none());
+        assert_eq!((store.len(), store.descriptors()), (1, 1));
     }
 
     #[test]

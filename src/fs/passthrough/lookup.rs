@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::attributes::attributes;
+use super::changes::Moment;
 use super::holds::{Directory, IDENTITY, Identity, Key, Way, print_of, reopen_fd, stat_fd};
 use super::inodes::{Inode, New};
 use crate::fs::{Entry, NodeId, Result};
@@ -43,10 +44,11 @@ impl Passthrough {
     /// already; three for what is not.
     pub(super) fn find(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let moment = self.inodes.moment(parent.inode());
         let stat = rustix::fs::statx(&parent, component(name)?, flags, IDENTITY)?;
         match self.inodes.find(&Identity::of(&stat)) {
             Some(inode) => {
-                self.inodes.see(&inode, parent.inode(), name);
+                self.inodes.see(&inode, parent.inode(), name, moment);
                 Ok(self.entry(&inode, &stat))
             }
             None => self.find_new(parent, name),
@@ -57,8 +59,9 @@ impl Passthrough {
     pub(super) fn find_new(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let name = component(name)?;
+        let seen = self.seen(&parent, name);
         let fd = self.with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
-        self.admit(Found::Path(fd), Some((parent.inode(), name)))
+        self.admit(Found::Path(fd), &seen)
     }
 
     /// As [`find`](Self::find), for a name of which READDIR said the inode number.
@@ -87,7 +90,7 @@ impl Passthrough {
         name: &CStr,
         file: &OwnedFd,
     ) -> Result<Entry> {
-        self.admit(Found::Open(file), Some((parent.inode(), name)))
+        self.admit(Found::Open(file), &self.seen(&parent, name))
     }
 
     /// The entry of an inode that the guest has, open as `fd`; counts one lookup more.
@@ -101,17 +104,25 @@ impl Passthrough {
         }
     }
 
-    /// Finds or adds the inode that is `found`, under the name `seen` if it has one.
-    fn admit(&self, found: Found<'_>, seen: Option<(&Inode, &CStr)>) -> Result<Entry> {
+    /// What is about to be found as `name` in `parent`.
+    fn seen<'a>(&self, parent: &'a impl Directory, name: &'a CStr) -> Seen<'a> {
+        let parent = parent.inode();
+        Seen {
+            parent,
+            name,
+            moment: self.inodes.moment(parent),
+        }
+    }
+
+    /// Finds or adds the inode that is `found` where it was `seen`.
+    fn admit(&self, found: Found<'_>, seen: &Seen<'_>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
         let inode = match self.inodes.find(&identity) {
             Some(inode) => inode,
             None => self.add(found, &identity)?,
         };
-        if let Some((parent, name)) = seen {
-            self.inodes.see(&inode, parent, name);
-        }
+        self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
         self.make_room();
         Ok(self.entry(&inode, &stat))
     }
@@ -145,6 +156,13 @@ impl Passthrough {
             entry_ttl: self.options.entry_ttl,
         }
     }
+}
+
+/// A name under which an inode was seen.
+struct Seen<'a> {
+    parent: &'a Inode,
+    name: &'a CStr,
+    moment: Moment,
 }
 
 /// An inode on its way into the store.

@@ -6,6 +6,7 @@
 //! but by a descriptor or a file handle that began at the shared directory, one name at a time.
 
 mod attributes;
+mod changes;
 mod clock;
 mod credentials;
 mod directory;
@@ -432,7 +433,8 @@ impl FileSystem for Passthrough {
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         let file = self.handles.file(node, handle, HandleKind::File)?;
-        sys::file::close(rustix::io::fcntl_dupfd_cloexec(&file, 0)?)
+        let again = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
+        sys::file::close(again)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {

@@ -165,6 +165,7 @@ impl Passthrough {
         let inode = self.inode(node)?;
         let parent = self.inode(parent)?;
         let fd = self.fd(&inode)?;
+        let moment = self.inodes.moment(&parent);
         rustix::fs::linkat(
             &self.proc_fds,
             fd.proc_name().as_c_str(),
@@ -172,7 +173,7 @@ impl Passthrough {
             component(name)?,
             AtFlags::SYMLINK_FOLLOW,
         )?;
-        self.inodes.see(&inode, &parent, name);
+        self.inodes.see(&inode, &parent, name, moment);
         self.find_again(fd)
     }
 
@@ -181,13 +182,15 @@ impl Passthrough {
         let fd = self.fd(&parent)?;
         let named = self.known(&fd, component(name)?);
         if let Some(known) = named.as_ref().filter(|known| known.links == 1) {
-            self.inodes.see(&known.inode, &parent, name);
+            let moment = self.inodes.moment(&parent);
+            self.inodes.see(&known.inode, &parent, name, moment);
         }
         // Whoever is using a descriptor keeps it from being closed before the store is told.
         let in_use = named.as_ref().map(|known| self.fd(&known.inode));
+        let changing = self.inodes.changing([&parent, &parent]);
         rustix::fs::unlinkat(&fd, name, flags)?;
         if let (Some(known), Some(Ok(_))) = (&named, in_use) {
-            self.inodes.lose(&known.inode, &parent, name);
+            self.inodes.lose(&known.inode, &parent, name, &changing);
         }
         Ok(())
     }
@@ -228,9 +231,11 @@ impl Passthrough {
         let moved = self.known(&old_fd, component(from.1)?);
         let replaced = self.known(&new_fd, component(to.1)?);
         if let Some(known) = &moved {
-            self.inodes.see(&known.inode, &old_parent, from.1);
+            let moment = self.inodes.moment(&old_parent);
+            self.inodes.see(&known.inode, &old_parent, from.1, moment);
         }
         let in_use = [&moved, &replaced].map(|known| known.as_ref().map(|it| self.fd(&it.inode)));
+        let changing = self.inodes.changing([&old_parent, &new_parent]);
         rustix::fs::renameat_with(&old_fd, from.1, &new_fd, to.1, flags)?;
         let node = |known: &Option<Known>| known.as_ref().map(|known| known.inode.node());
         if moved.is_some() && node(&moved) == node(&replaced) {
@@ -239,14 +244,18 @@ impl Passthrough {
         }
         if let Some(known) = &replaced {
             if flags.contains(RenameFlags::EXCHANGE) {
-                self.inodes.see(&known.inode, &old_parent, from.1);
+                let (parent, name) = (&old_parent, from.1);
+                self.inodes.rename(&known.inode, parent, name, &changing);
             } else {
-                self.inodes.lose(&known.inode, &new_parent, to.1);
+                let (parent, name) = (&new_parent, to.1);
+                self.inodes.lose(&known.inode, parent, name, &changing);
             }
         }
         if let Some(known) = &moved {
-            self.inodes.see(&known.inode, &new_parent, to.1);
+            let (parent, name) = (&new_parent, to.1);
+            self.inodes.rename(&known.inode, parent, name, &changing);
         }
+        drop(changing);
         drop(in_use);
         Ok(())
     }

@@ -23,6 +23,9 @@ const LEAST: usize = 16;
 /// How many inodes are closed where the host has no descriptor left.
 const SOME: usize = 32;
 
+/// How often an inode is looked for while names change.
+const TRIES: usize = 64;
+
 /// How an inode is opened at this moment.
 enum Step {
     Open(OwnedFd),
@@ -35,7 +38,7 @@ impl Passthrough {
         match inode.slot().borrow() {
             Some(fd) => Ok(InodeFd::held(inode, fd)),
             None => self
-                .open_again(inode)
+                .open_closed(inode)
                 .inspect_err(|error| self.note_stale(inode, *error)),
         }
     }
@@ -69,7 +72,22 @@ impl Passthrough {
         }
     }
 
+    fn open_closed<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
+        for _ in 0..TRIES {
+            let changes = self.inodes.changes();
+            match self.open_again(inode) {
+                // A name that is just being changed: who does so uses the inode's descriptor.
+                Err(Errno::STALE) if self.inodes.changes() != changes => {}
+                done => return done,
+            }
+        }
+        self.open_again(inode)
+    }
+
     fn open_again<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
+        if let Some(fd) = inode.slot().borrow() {
+            return Ok(InodeFd::held(inode, fd));
+        }
         let place = match self.step(inode)? {
             Step::Open(fd) => return self.keep(inode, fd),
             Step::Name(place) => place,
@@ -106,7 +124,7 @@ impl Passthrough {
                 // It was open a moment ago.
                 _ => match parent.slot().borrow() {
                     Some(fd) => InodeFd::held(parent, fd),
-                    None => return self.open_again(inode),
+                    None => return Err(Errno::STALE),
                 },
             };
             above = Some(fd);
@@ -205,7 +223,7 @@ impl Passthrough {
     }
 
     /// Takes the descriptor from `inode`, unless it was used lately or can't be missed.
-    fn close(&self, inode: &Inode) -> bool {
+    pub(super) fn close(&self, inode: &Inode) -> bool {
         if inode.slot().second_chance() {
             return false;
         }
@@ -213,14 +231,19 @@ impl Passthrough {
         let Some(fd) = inode.slot().inspect() else {
             return true;
         };
-        let Some(found) = self.way_back(inode, &way, fd.as_fd()) else {
-            return false;
+        let found = match self.way_back(inode, &way, fd.as_fd()) {
+            Found::Later => return false,
+            Found::Never => {
+                self.inodes.change_way(way, Way::None);
+                return false;
+            }
+            found => found,
         };
         let taken = self.inodes.uninstall(&way, fd);
         let closed = taken.is_some();
         match found {
             _ if !closed => drop(way),
-            Found::Same => drop(way),
+            Found::Same | Found::Later | Found::Never => drop(way),
             Found::Print(new) => {
                 if let Way::Name(Place { print, .. }) = &mut *way {
                     *print = new;
@@ -232,28 +255,35 @@ impl Passthrough {
         closed
     }
 
-    /// How `inode`, open as `fd`, will be found again; `None` if it might not be.
-    fn way_back(&self, inode: &Inode, way: &Way, fd: BorrowedFd<'_>) -> Option<Found> {
+    /// How `inode`, open as `fd`, will be found again.
+    fn way_back(&self, inode: &Inode, way: &Way, fd: BorrowedFd<'_>) -> Found {
         match way {
-            Way::None | Way::Forgotten => return None,
-            Way::Handle { .. } => return Some(Found::Same),
+            // It has no business with the clock any more.
+            Way::None | Way::Forgotten => return Found::Later,
+            Way::Handle { .. } => return Found::Same,
             Way::Name(_) => {}
         }
-        let stat = stat_fd(fd, IDENTITY).ok()?;
+        let Ok(stat) = stat_fd(fd, IDENTITY) else {
+            return Found::Later;
+        };
         let identity = Identity::of(&stat);
         // One that has lost its names behind our back stays usable too. What has another
         // number by now (overlayfs when it copies up) would not be found by it.
         if stat.stx_nlink == 0 || identity.key != *inode.key() {
-            return None;
+            return Found::Never;
         }
         if let Ok(better) = self.holder.by_handle(fd, &identity, &self.proc_fds) {
-            return Some(Found::Better(better));
+            return Found::Better(better);
         }
         inode.settle(&identity);
         if inode.is_settled() {
-            return Some(Found::Print(0));
+            return Found::Print(0);
         }
-        print_of(fd).ok().map(Found::Print)
+        match print_of(fd) {
+            Ok(print) => Found::Print(print),
+            Err(_) if identity.birth.is_some() => Found::Later,
+            Err(_) => Found::Never,
+        }
     }
 }
 
@@ -265,4 +295,8 @@ enum Found {
     Print(u64),
     /// By this instead of its name.
     Better(Way),
+    /// Not now; once it is older.
+    Later,
+    /// Not at all, until it is seen again.
+    Never,
 }

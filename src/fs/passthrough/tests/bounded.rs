@@ -333,6 +333,52 @@ fn lookups_renames_unlinks_and_forgets_race_with_closing() {
     });
 }
 
+#[test]
+fn an_inode_is_reached_while_others_rename_it_and_look_it_up() {
+    by_name(1, |rig| {
+        let dir = rig.host_dir("dir");
+        std::fs::write(dir.join("x"), "content").unwrap();
+        let top = rig.node("dir");
+        let file = rig.find(top, "x").unwrap().node;
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let running = || !done.load(std::sync::atomic::Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while running() {
+                        assert_eq!(rig.attributes(file).unwrap().size, 7);
+                    }
+                });
+            }
+            scope.spawn(|| {
+                while running() {
+                    for name in ["x", "y"] {
+                        if let Ok(found) = rig.find(top, name) {
+                            assert_eq!(found.node, file);
+                            rig.fs.forget(file, 1);
+                        }
+                        for node in [file, top] {
+                            let inode = rig.fs.inodes.get(node).unwrap();
+                            inode.slot().second_chance();
+                            rig.fs.close(&inode);
+                        }
+                    }
+                }
+            });
+            for turn in 0..2000 {
+                rename(rig, (top, "x"), (top, "y"), 0);
+                rename(rig, (top, "y"), (top, "x"), 0);
+                if turn % 2 == 0 {
+                    rename(rig, (ROOT, "dir"), (ROOT, "moved"), 0);
+                    rename(rig, (ROOT, "moved"), (ROOT, "dir"), 0);
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(rig.attributes(file).unwrap().size, 7);
+    });
+}
+
 /// Does in directory `thread` what only its owner does, and looks into the others.
 fn race(rig: &Rig, thread: u64) {
     let find_dir = |n: u64| loop {
