@@ -93,6 +93,13 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub rlimit_nofile: Option<u64>,
 
+    /// How many descriptors this program may have for what the guest knows and has open. Beyond
+    /// that, those of inodes that are not in use are closed, and opened again when needed: by
+    /// file handle with CAP_DAC_READ_SEARCH, else by name. [default, and most: three quarters
+    /// of the limit of open files]
+    #[arg(long, value_name = "N")]
+    pub max_open_inodes: Option<NonZeroUsize>,
+
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -225,6 +232,7 @@ impl TryFrom<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             poll: Duration::from_micros(u64::from(options.poll_us)),
+            max_open_inodes: options.max_open_inodes,
             once: options.once,
             descriptors: match options.rlimit_nofile {
                 None => Descriptors::Most,
@@ -266,6 +274,7 @@ mod tests {
             &["--socket", "/s", "--fd", "3", "--shared-dir", "/d"],
             &["--fd", "-1", "--shared-dir", "/d"],
             &["--fd", "3", "--shared-dir", "/d", "--workers", "0"],
+            &["--fd", "3", "--shared-dir", "/d", "--max-open-inodes", "0"],
             &[
                 "--fd",
                 "3",

@@ -166,7 +166,7 @@ script_of() {
 # machine NAME ARGUMENTS...: runs a guest on the server; every step in the array of that name that
 # it does not report has failed.
 machine() {
-    local name=$1 line start='' from status=0 gone=0
+    local name=$1 line start='' last=nothing from status=0 gone=0
     local -n expected=$1
     shift
     exec {from}< <(exec "$here/run.sh" --socket "$work/socket" --kernel "$kernel" \
@@ -177,8 +177,8 @@ machine() {
         status=0
         IFS= read -r -t 1 -u "$from" line || status=$?
         if ((status == 0)); then
-            take "$start$line"
-            start=''
+            last=$start$line start=''
+            take "$last"
         elif ((status <= 128)); then
             break
         else
@@ -195,7 +195,8 @@ machine() {
     wait "$guest" || status=$?
     guest=''
     local why="the ${name} machine ended before, with $status"
-    ((gone == 0)) || why+=", after the server"
+    ((gone == 0)) || why+=', after the server'
+    why+=" (last heard: $last)"
     for line in "${expected[@]}"; do
         [[ -n ${seen[$line]:-} ]] || failed "$line" "$why"
     done
@@ -245,6 +246,13 @@ same() {
     fi
 }
 
+not_there() {
+    [[ ! -e $1 ]] || {
+        find "$1" | head -n 3
+        return 1
+    }
+}
+
 complaints() {
     ! grep -hE 'BUG:|WARNING:|Call Trace|Oops|blocked for more than|Kernel panic|I/O error' \
         "$logs"/*/console.log
@@ -266,9 +274,15 @@ server_ends() {
     return 1
 }
 
+good_status() {
+    echo "it ended with $server_status"
+    ((server_status == 0 || server_status == 143))
+}
+
 main() {
     parse "$@"
     "$here/setup.sh"
+    [[ -d $cache/kernels/$kernel ]] || usage "there is no kernel $kernel"
     "$here/initramfs.sh" "$kernel" >/dev/null
     work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-suite.XXXXXX")
     trap cleanup EXIT
@@ -294,7 +308,7 @@ main() {
         step tree_as_written_by_the_guest same tree_as_written_by_the_guest written
         step tree_as_read_after_the_reset same tree_as_read_after_the_reset written
         step tree_written_by_the_guest_is_the_one_it_read diff -r "$share/part" "$share/written"
-        step tree_removed_by_the_guest_is_gone test ! -e "$share/removed"
+        step tree_removed_by_the_guest_is_gone not_there "$share/removed"
         machine second -- "$work/second"
         step part_as_read_by_the_second_machine same part_as_read_by_the_second_machine part
         step file_of_the_second_machine_is_here grep -qx second "$share/out/second"
@@ -302,7 +316,7 @@ main() {
         step server_ends_when_asked_to server_ends
         server_stop "$server_pid"
         server_pid=''
-        step server_ends_with_a_good_status test "$server_status" = 0 -o "$server_status" = 143
+        step server_ends_with_a_good_status good_status
         step server_has_not_panicked bash -c "! grep 'panicked at' $(printf %q "$logs/server.log")"
         if ((failed > 0)); then
             printf -- '--- server.log, the last lines\n'

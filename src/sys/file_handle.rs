@@ -35,7 +35,7 @@ impl Raw {
 
 /// Names an inode within its file system, for as long as the inode exists: the kernel's handle
 /// tells reused inode numbers apart. 12 bytes for ext4, 16 for XFS, which stay inline.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FileHandle {
     /// The handle's type in native order, and then its bytes.
     parts: SmallVec<[u8; 16]>,

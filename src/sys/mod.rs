@@ -1,7 +1,7 @@
 //! Thin typed wrappers over system calls that `rustix` does not have.
 //!
 //! No policy lives here: one function is one system call, with owned or borrowed descriptors
-//! for numbers and [`Errno`] for `errno`. The invariant: nothing outside this room needs
+//! for numbers and [`Errno`] for `errno`; `slot` is where a descriptor is owned by turns. The invariant: nothing outside this room needs
 //! `unsafe` to make a system call.
 
 #![allow(
@@ -14,6 +14,7 @@ pub(crate) mod file;
 pub(crate) mod file_handle;
 pub(crate) mod group;
 pub(crate) mod inherit;
+pub(crate) mod slot;
 
 use rustix::io::Errno;
 

@@ -6,13 +6,14 @@
 //! only once it has been given to the guest.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::PoisonError;
 
 use rustix::fs::SeekFrom;
 
 use super::Passthrough;
-use super::holds::Key;
+use super::holds::Directory;
+use super::inodes::Inode;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;
@@ -135,7 +136,7 @@ impl Passthrough {
             }
             let own = matches!(raw.name.to_bytes(), b"." | b"..");
             let entry = match &inode {
-                Some(inode) if plus && !own => self.look_up(&directory, inode.key(), &raw),
+                Some(inode) if plus && !own => self.look_up(Open(inode, &directory), &raw),
                 _ => None,
             };
             let root = inode.as_ref().filter(|_| own && node == NodeId::ROOT);
@@ -155,9 +156,25 @@ impl Passthrough {
 
     /// The entry of a listed name; `None` if it has vanished, or can't be looked up now: the
     /// guest then does so itself, and gets the error where it belongs.
-    fn look_up(&self, directory: impl AsFd, key: &Key, raw: &Raw<'_>) -> Option<Entry> {
-        let entry = self.find_listed(directory, key, raw.inode, raw.name).ok()?;
-        Some(self.announced(key, entry))
+    fn look_up(&self, directory: Open<'_>, raw: &Raw<'_>) -> Option<Entry> {
+        let key = *directory.inode().key();
+        let entry = self.find_listed(directory, raw.inode, raw.name).ok()?;
+        Some(self.announced(&key, entry))
+    }
+}
+
+/// A directory that the guest has open.
+struct Open<'a>(&'a Inode, &'a File);
+
+impl AsFd for Open<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+}
+
+impl Directory for Open<'_> {
+    fn inode(&self) -> &Inode {
+        self.0
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::io::Errno;
@@ -45,6 +45,9 @@ pub(super) struct Handles {
     shards: Box<[Shard]>,
     /// The next handle. 64 bits are not used up; 0 is left for what is open without a handle.
     next: AtomicU64,
+    /// How many there are, give or take those that come or go right now. Orders nothing; a
+    /// budget goes by it.
+    count: AtomicUsize,
 }
 
 impl Handles {
@@ -52,6 +55,7 @@ impl Handles {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             next: AtomicU64::new(1),
+            count: AtomicUsize::new(0),
         }
     }
 
@@ -69,6 +73,7 @@ impl Handles {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(handle, open);
+        self.count.fetch_add(1, Ordering::Relaxed);
         Handle(handle)
     }
 
@@ -110,6 +115,7 @@ impl Handles {
             }
             released
         };
+        self.count.fetch_sub(1, Ordering::Relaxed);
         // Closing may take long, and happens outside of the lock.
         drop(released);
         Ok(())
@@ -121,8 +127,14 @@ impl Handles {
                 let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
                 std::mem::take(&mut *shard)
             };
+            self.count.fetch_sub(released.len(), Ordering::Relaxed);
             drop(released);
         }
+    }
+
+    /// How many descriptors handles have.
+    pub(super) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
     }
 
     pub(super) fn len(&self) -> usize {

@@ -1,11 +1,14 @@
-//! What keeps an inode within reach: a descriptor, or a file handle.
+//! What keeps an inode within reach: a descriptor, a file handle, or a name.
 //!
 //! A descriptor pins the inode and costs one of a limited number; a file handle costs a few
-//! bytes, needs `CAP_DAC_READ_SEARCH` to be opened, and goes stale when the inode ends. The
-//! invariant: whatever a hold opens is the inode it was made for, never one that took over its
+//! bytes, needs `CAP_DAC_READ_SEARCH` to be opened, and goes stale when the inode ends; a name
+//! needs nothing, and leads there until somebody else on the host takes it away. The invariant:
+//! whatever is opened by them is the inode they were made for, never one that took over its
 //! name or its number.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
+use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -13,17 +16,19 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use crate::fs::Result;
+use super::inodes::{Inode, Mix};
+use crate::fs::{NodeId, Result};
 use crate::sys::file_handle::FileHandle;
+use crate::sys::slot::Borrowed;
 
 /// When inodes are held by file handle instead of by descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InodeFileHandles {
-    /// Descriptors, as long as [`Options::inode_descriptors`](super::Options) allows; beyond
-    /// that file handles where they work, and descriptors where they don't.
+    /// Descriptors, as many as [`Options::max_open_inodes`](super::Options) allows; beyond
+    /// that file handles where they work, and names where they don't.
     #[default]
     Never,
-    /// File handles where they work, descriptors elsewhere.
+    /// File handles where they work, elsewhere as with `Never`.
     Prefer,
     /// File handles; an inode whose file system has none answers `EOPNOTSUPP`.
     Mandatory,
@@ -94,67 +99,99 @@ pub(super) struct Mount {
     anchor: Option<OwnedFd>,
 }
 
-/// Keeps one inode within reach. It never changes; an inode that shall be held otherwise gets
-/// a new hold in the store, while who uses the old one keeps it.
+/// How an inode is reached while no descriptor of it is open.
 #[derive(Debug)]
-pub(super) enum Hold {
-    Descriptor(OwnedFd),
-    FileHandle {
+pub(super) enum Way {
+    /// Not at all: its descriptor is kept until the guest forgets it.
+    None,
+    /// By a file handle.
+    Handle {
         mount: Arc<Mount>,
         handle: FileHandle,
     },
+    /// By the name that it had when it was last seen.
+    Name(Place),
+    /// It is no longer in the store, and gets no descriptor any more.
+    Forgotten,
+}
+
+/// Where an inode was last seen. The parent is named by its node id, so it may be moved without
+/// its children being told; the store keeps it as long as they are there.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) parent: NodeId,
+    pub(super) name: Box<CStr>,
+    /// What tells the inode from a later one that number and birth can't tell it from; 0 where
+    /// they can. See [`print_of`].
+    pub(super) print: u64,
+}
+
+/// A digest of the file handle, which needs no privilege to be asked for and has the inode's
+/// generation in it; never 0.
+pub(super) fn print_of(fd: impl AsFd) -> Result<u64> {
+    Ok(Mix::default().hash_one(FileHandle::of(fd)?).max(1))
 }
 
 /// A descriptor of an inode for the length of one operation, `O_PATH`.
 #[derive(Debug)]
-pub(super) enum InodeFd<'a> {
-    Held(BorrowedFd<'a>),
+pub(super) struct InodeFd<'a> {
+    inode: &'a Inode,
+    fd: Either<'a>,
+}
+
+#[derive(Debug)]
+enum Either<'a> {
+    /// The inode's own.
+    Held(Borrowed<'a>),
+    /// For this operation alone.
     Opened(OwnedFd),
 }
 
-impl AsFd for InodeFd<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Held(fd) => *fd,
-            Self::Opened(fd) => fd.as_fd(),
-        }
+impl<'a> InodeFd<'a> {
+    pub(super) fn held(inode: &'a Inode, fd: Borrowed<'a>) -> Self {
+        let fd = Either::Held(fd);
+        Self { inode, fd }
     }
-}
 
-impl InodeFd<'_> {
+    pub(super) fn opened(inode: &'a Inode, fd: OwnedFd) -> Self {
+        let fd = Either::Opened(fd);
+        Self { inode, fd }
+    }
+
     /// The descriptor's name in `/proc/self/fd`.
     pub(super) fn proc_name(&self) -> DecInt {
         DecInt::from_fd(self)
     }
 }
 
-impl Hold {
-    /// An `O_PATH` descriptor of the inode.
-    pub(super) fn fd(&self) -> Result<InodeFd<'_>> {
-        match self {
-            Self::Descriptor(fd) => Ok(InodeFd::Held(fd.as_fd())),
-            Self::FileHandle { mount, handle } => mount
-                .open(handle, OFlags::PATH | OFlags::NOFOLLOW)
-                .map(InodeFd::Opened),
-        }
-    }
-
-    /// Opens the inode anew, for use. The caller has made sure that it is a regular file or a
-    /// directory: to open anything else may block, or act on a device.
-    ///
-    /// `proc_fds` is `/proc/self/fd`, whose links lead to the inode itself, whatever its name
-    /// is by now. A lease that somebody on the host holds is waited for, as by any local
-    /// process, at most for as long as `/proc/sys/fs/lease-break-time` says.
-    pub(super) fn reopen(&self, proc_fds: &OwnedFd, flags: OFlags) -> Result<OwnedFd> {
-        match self {
-            Self::Descriptor(fd) => reopen_fd(fd, proc_fds, flags),
-            Self::FileHandle { mount, handle } => mount.open(handle, flags),
+impl AsFd for InodeFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.fd {
+            Either::Held(fd) => fd.as_fd(),
+            Either::Opened(fd) => fd.as_fd(),
         }
     }
 }
 
+/// A directory in which names are looked up: an inode, and a descriptor of it.
+pub(super) trait Directory: AsFd {
+    fn inode(&self) -> &Inode;
+}
+
+impl Directory for InodeFd<'_> {
+    fn inode(&self) -> &Inode {
+        self.inode
+    }
+}
+
+impl<D: Directory> Directory for &D {
+    fn inode(&self) -> &Inode {
+        (**self).inode()
+    }
+}
+
 impl Mount {
-    fn open(&self, handle: &FileHandle, flags: OFlags) -> Result<OwnedFd> {
+    pub(super) fn open(&self, handle: &FileHandle, flags: OFlags) -> Result<OwnedFd> {
         handle.open(self.anchor.as_ref().ok_or(Errno::STALE)?, flags)
     }
 
@@ -176,8 +213,6 @@ pub(super) fn reopen_fd(fd: impl AsFd, proc_fds: &OwnedFd, flags: OFlags) -> Res
 #[derive(Debug)]
 pub(super) struct Holder {
     mode: InodeFileHandles,
-    /// Descriptors that may hold inodes; the others are for open files.
-    budget: usize,
     mounts: Mutex<HashMap<u64, Exportable>>,
     /// The mount of the shared directory stays anchored there: that is busy anyway.
     _root: Option<Arc<Mount>>,
@@ -199,7 +234,6 @@ impl Holder {
     /// They don't, and are mandatory.
     pub(super) fn new(
         mode: InodeFileHandles,
-        budget: usize,
         root: BorrowedFd<'_>,
         identity: &Identity,
         proc_fds: &OwnedFd,
@@ -214,37 +248,42 @@ impl Holder {
         };
         Ok(Self {
             mode,
-            budget,
             mounts: Mutex::new(HashMap::from([(identity.key.mount, verdict)])),
             _root: root,
         })
     }
 
-    /// The hold by file handle of the inode that `fd` is open on, while `held` inodes have a
-    /// descriptor; `None` if this one shall have a descriptor too.
-    pub(super) fn handle_hold(
+    /// The way by file handle to a new inode, which `fd` is open on; `None` if it shall be held
+    /// by a descriptor.
+    pub(super) fn way_to_new(
         &self,
         fd: BorrowedFd<'_>,
         identity: &Identity,
         proc_fds: &OwnedFd,
-        held: usize,
-    ) -> Result<Option<Hold>> {
-        if self.mode == InodeFileHandles::Never && held < self.budget {
+    ) -> Result<Option<Way>> {
+        if self.mode == InodeFileHandles::Never {
             return Ok(None);
         }
         match self.by_handle(fd, identity, proc_fds) {
-            Ok(hold) => Ok(Some(hold)),
+            Ok(way) => Ok(Some(way)),
             Err(error) if self.mode == InodeFileHandles::Mandatory => Err(error),
             Err(_) => Ok(None),
         }
     }
 
-    fn by_handle(
+    /// Whether an inode that was opened by its file handle keeps the descriptor until it is
+    /// needed elsewhere.
+    pub(super) fn keeps_opened(&self) -> bool {
+        self.mode == InodeFileHandles::Never
+    }
+
+    /// The way by file handle to the inode that `fd` is open on.
+    pub(super) fn by_handle(
         &self,
         fd: BorrowedFd<'_>,
         identity: &Identity,
         proc_fds: &OwnedFd,
-    ) -> Result<Hold> {
+    ) -> Result<Way> {
         let id = identity.key.mount;
         let known = {
             let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -273,7 +312,7 @@ impl Holder {
             mounts.insert(id, verdict);
         }
         let (mount, handle) = found?;
-        Ok(Hold::FileHandle { mount, handle })
+        Ok(Way::Handle { mount, handle })
     }
 }
 

@@ -2,28 +2,38 @@
 //!
 //! Two sets of the same inodes, by node id and by identity, each in shards with a lock of its
 //! own. A node id is never given out twice, so one that the guest has no right to any more is
-//! not found instead of being another file. The invariant: as long as an inode's count is not
-//! zero, its node id finds it; the count changes only under the lock of the inode's shard by
-//! identity, where reaching zero and being removed are one step.
+//! not found instead of being another file. An inode whose way is a name keeps the directory of
+//! that name in the store, so that it is found however often that is renamed. The invariant: as
+//! long as an inode's counts are not zero, its node id finds it; the counts change only under
+//! the lock of the inode's shard by identity, where reaching zero and being removed are one
+//! step.
 //!
-//! Order of locks: the shard by identity, then the shard by node id.
+//! Order of locks: the shard by identity, then the shard by node id, then the inode's way.
 
 #![allow(
     clippy::mutable_key_type,
     reason = "inodes are found by their node id and their key, which never change"
 )]
 
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Borrow;
 use std::collections::HashSet;
+use std::ffi::CStr;
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
-use super::holds::{Hold, Identity, Key};
+use super::changes::{Changes, Changing, Moment};
+use super::clock::Clock;
+use super::holds::{Identity, Key, Place, Way};
 use crate::fs::NodeId;
+use crate::sys::slot::{Borrowed, Slot};
 
 /// An inode that the guest knows.
 #[derive(Debug)]
@@ -33,9 +43,13 @@ pub(super) struct Inode {
     /// Lookups that the guest has not given back. Changed under the shard's lock only, which
     /// is what orders it.
     lookups: AtomicU64,
+    /// Inodes whose way leads through this one. Changed as the lookups are.
+    children: AtomicU32,
     /// Nanoseconds since 1970; `NO_BIRTH` where the file system doesn't tell.
     birth: AtomicI64,
-    hold: Hold,
+    /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
+    slot: Slot,
+    way: Mutex<Way>,
     kind: FileType,
     /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
     settled: AtomicBool,
@@ -48,13 +62,15 @@ const NO_BIRTH: i64 = i64::MIN;
 const SETTLED_AFTER: i64 = 4_000_000_000;
 
 impl Inode {
-    fn new(identity: &Identity, node: NodeId, hold: Hold) -> Self {
+    fn new(identity: &Identity, node: NodeId, slot: Slot, way: Way) -> Self {
         let inode = Self {
             key: identity.key,
             node,
             lookups: AtomicU64::new(1),
+            children: AtomicU32::new(0),
             birth: AtomicI64::new(NO_BIRTH),
-            hold,
+            slot,
+            way: Mutex::new(way),
             kind: identity.kind,
             settled: AtomicBool::new(false),
         };
@@ -70,8 +86,28 @@ impl Inode {
         &self.key
     }
 
-    pub(super) fn hold(&self) -> &Hold {
-        &self.hold
+    /// Its descriptor.
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// How to reach it without. For short: whoever looks the inode up waits.
+    pub(super) fn way(&self) -> MutexGuard<'_, Way> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody still counts on it. Asked under the shard's lock.
+    fn is_counted(&self) -> bool {
+        self.node == NodeId::ROOT
+            || self.lookups.load(Ordering::Relaxed) > 0
+            || self.children.load(Ordering::Relaxed) > 0
+    }
+
+    fn parent(&self) -> Option<NodeId> {
+        match &*self.way() {
+            Way::Name(place) => Some(place.parent),
+            _ => None,
+        }
     }
 
     /// What sort of file it is: never changes.
@@ -81,14 +117,24 @@ impl Inode {
 
     /// Whether `identity`, which has this inode's key, is this inode beyond doubt.
     fn is(&self, identity: &Identity) -> bool {
-        let same_birth = self.birth.load(Ordering::Relaxed) == birth_of(identity);
-        match &self.hold {
-            // The descriptor keeps the number from being given to another. A birth that
-            // differs all the same is either a file system that moves it (overlayfs when it
-            // copies up) or a `statx` from before the inode was there.
-            Hold::Descriptor(_) => same_birth,
-            Hold::FileHandle { .. } => same_birth && self.settled.load(Ordering::Relaxed),
-        }
+        // A descriptor keeps the number from being given to another. A birth that differs all
+        // the same is either a file system that moves it (overlayfs when it copies up) or a
+        // `statx` from before the inode was there.
+        self.has_birth_of(identity) && (self.slot.is_full() || self.is_settled())
+    }
+
+    /// Whether `identity` may be this inode, and is if [`is_settled`](Self::is_settled).
+    pub(super) fn may_be(&self, identity: &Identity) -> bool {
+        self.key == identity.key && self.has_birth_of(identity)
+    }
+
+    fn has_birth_of(&self, identity: &Identity) -> bool {
+        self.birth.load(Ordering::Relaxed) == birth_of(identity)
+    }
+
+    /// Whether number and birth are enough to tell it from all that come later.
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
     }
 
     /// Takes over what is now known for sure to describe this inode.
@@ -97,7 +143,7 @@ impl Inode {
     /// file made, removed and made again within one tick may agree in both. But once the clock
     /// is past the birth of an inode that is still there, whatever takes its number later is
     /// born later. From then on number and birth are enough; before, handles are compared.
-    fn settle(&self, identity: &Identity) {
+    pub(super) fn settle(&self, identity: &Identity) {
         let birth = birth_of(identity);
         self.birth.store(birth, Ordering::Relaxed);
         let settled =
@@ -113,6 +159,23 @@ fn birth_of(identity: &Identity) -> i64 {
 fn now() -> Option<i64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     i64::try_from(since.as_nanos()).ok()
+}
+
+/// What a new inode begins with.
+#[derive(Debug)]
+pub(super) struct New {
+    pub(super) fd: Option<OwnedFd>,
+    pub(super) way: Way,
+}
+
+impl New {
+    /// With a descriptor; the way is learned when its name is seen.
+    pub(super) fn open(fd: OwnedFd) -> Self {
+        Self {
+            fd: Some(fd),
+            way: Way::None,
+        }
+    }
 }
 
 /// An inode, found by its node id. No copy of it: a set's entry is one pointer.
@@ -195,6 +258,9 @@ type Nodes = HashSet<ByNode, Mix>;
 /// So many that a handful of workers rarely meet.
 const SHARDS: usize = 64;
 
+/// How deep a directory may lie for its names to be followed: a circle ends here.
+pub(super) const DEEPEST: usize = 1 << 17;
+
 /// All inodes that the guest knows.
 #[derive(Debug)]
 pub(super) struct Store {
@@ -203,19 +269,25 @@ pub(super) struct Store {
     root: Arc<Inode>,
     /// The next node id. 64 bits are not used up.
     next: AtomicU64,
-    /// Inodes in the store whose hold is a descriptor. Orders nothing; a budget goes by it.
+    /// Inodes in the store that have a descriptor. Orders nothing; a budget goes by it.
     descriptors: AtomicUsize,
+    clock: Clock,
+    changes: Changes,
 }
 
 impl Store {
-    pub(super) fn new(identity: &Identity, hold: Hold) -> Self {
-        let root = Arc::new(Inode::new(identity, NodeId::ROOT, hold));
+    /// A store that knows the root alone, open as `fd` for ever.
+    pub(super) fn new(identity: &Identity, fd: OwnedFd) -> Self {
+        let inode = Inode::new(identity, NodeId::ROOT, Slot::full(fd), Way::None);
+        let root = Arc::new(inode);
         let store = Self {
             by_key: (0..SHARDS).map(|_| Mutex::default()).collect(),
             by_node: (0..SHARDS).map(|_| RwLock::default()).collect(),
             root,
             next: AtomicU64::new(NodeId::ROOT.0 + 1),
             descriptors: AtomicUsize::new(0),
+            clock: Clock::new(),
+            changes: Changes::new(),
         };
         store.insert(&mut store.keys(&identity.key), Arc::clone(&store.root));
         store
@@ -223,6 +295,14 @@ impl Store {
 
     /// The inode that `node` stands for, if the guest has it.
     pub(super) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
+        let known = self.any(node)?;
+        // Those that are here for their children alone are not the guest's.
+        let had = known.node == NodeId::ROOT || known.lookups.load(Ordering::Relaxed) > 0;
+        had.then_some(known)
+    }
+
+    /// The inode that `node` stands for, also if it is here for its children alone.
+    pub(super) fn any(&self, node: NodeId) -> Option<Arc<Inode>> {
         if node == NodeId::ROOT {
             return Some(Arc::clone(&self.root));
         }
@@ -244,22 +324,29 @@ impl Store {
         Some(Arc::clone(inode))
     }
 
+    /// The inode that goes by `identity`'s key, if it may be it.
+    pub(super) fn peek(&self, identity: &Identity) -> Option<Arc<Inode>> {
+        let keys = self.keys(&identity.key);
+        let ByKey(inode) = keys.get(&identity.key)?;
+        inode.may_be(identity).then(|| Arc::clone(inode))
+    }
+
     /// Whether some inode goes by `key`: a guess for what to try first.
     pub(super) fn has(&self, key: &Key) -> bool {
         self.keys(key).contains(key)
     }
 
-    /// Finds or adds the inode that `hold` was made for, and counts one lookup of it. Where a
+    /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
     /// known inode goes by the same key, `same` tells by system calls whether it is the one.
     pub(super) fn admit(
         &self,
         identity: &Identity,
-        hold: Hold,
-        same: impl FnOnce(&Inode, &Hold) -> bool,
+        new: New,
+        same: impl FnOnce(&Inode, &New) -> bool,
     ) -> Arc<Inode> {
         let mut keys = self.keys(&identity.key);
         if let Some(ByKey(known)) = keys.get(&identity.key) {
-            if known.is(identity) || same(known, &hold) {
+            if known.is(identity) || same(known, &new) {
                 count_up(&keys, known);
                 known.settle(identity);
                 let known = Arc::clone(known);
@@ -270,9 +357,213 @@ impl Store {
             keys.remove(&identity.key);
         }
         let node = NodeId(self.next.fetch_add(1, Ordering::Relaxed));
-        let inode = Arc::new(Inode::new(identity, node, hold));
+        let slot = new.fd.map_or_else(Slot::empty, Slot::full);
+        let inode = Arc::new(Inode::new(identity, node, slot, new.way));
         self.insert(&mut keys, Arc::clone(&inode));
         inode
+    }
+
+    /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
+    /// unless names in `parent` have changed meanwhile.
+    pub(super) fn see(&self, inode: &Inode, parent: &Inode, name: &CStr, moment: Moment) {
+        self.see_if(inode, parent, name, || moment.lasts(&self.changes));
+    }
+
+    /// As [`see`](Self::see), for who changes the name.
+    pub(super) fn rename(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
+        self.see_if(inode, parent, name, || true);
+    }
+
+    fn see_if(&self, inode: &Inode, parent: &Inode, name: &CStr, valid: impl FnOnce() -> bool) {
+        let settled = match &*inode.way() {
+            Way::Name(place) => place.parent == parent.node && *place.name == *name,
+            Way::None => inode.node == NodeId::ROOT || inode.node == parent.node,
+            Way::Handle { .. } | Way::Forgotten => true,
+        };
+        if settled || !self.adopt(parent) {
+            return;
+        }
+        let place = Place {
+            parent: parent.node,
+            name: name.into(),
+            print: 0,
+        };
+        if let Some(left) = self.put(inode, place, valid) {
+            self.leave(left);
+        }
+        if inode.children.load(Ordering::Relaxed) > 0 {
+            self.unwind(inode.node, parent.node);
+        }
+    }
+
+    /// Makes `place` the way to `inode`; answers which parent has a child less now.
+    fn put(&self, inode: &Inode, place: Place, valid: impl FnOnce() -> bool) -> Option<NodeId> {
+        let mut way = inode.way();
+        // Asked under the lock: who changes the name says so before he comes here.
+        if !valid() {
+            return Some(place.parent);
+        }
+        let left = match &mut *way {
+            Way::Handle { .. } | Way::Forgotten => return Some(place.parent),
+            Way::Name(old) => {
+                let print = old.print;
+                Some(std::mem::replace(old, Place { print, ..place }).parent)
+            }
+            Way::None => {
+                *way = Way::Name(place);
+                None
+            }
+        };
+        if inode.slot.is_full() {
+            self.clock.add(inode);
+        }
+        left
+    }
+
+    /// Takes note that `inode` has lost `name` in `parent`. If that was the way to it, its
+    /// descriptor, which the caller uses, stays from now on.
+    pub(super) fn lose(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
+        let left = {
+            let mut way = inode.way();
+            match &*way {
+                Way::Name(place) if place.parent == parent.node && *place.name == *name => {
+                    *way = Way::None;
+                    parent.node
+                }
+                _ => return,
+            }
+        };
+        self.leave(left);
+    }
+
+    /// Which changes of names were known when this was called: before the name is looked at.
+    pub(super) fn moment(&self, parent: &Inode) -> Moment {
+        self.changes.moment(parent.node)
+    }
+
+    /// Announces that names in two directories change, until the answer is dropped. To be called
+    /// while the descriptors of the inodes concerned are in use.
+    pub(super) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
+        self.changes.begin(parents.map(|parent| parent.node))
+    }
+
+    /// How many changes of names there have been.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.count()
+    }
+
+    /// Makes `way`, which `inode`'s guard is for, the way to it.
+    pub(super) fn change_way(&self, mut guard: MutexGuard<'_, Way>, way: Way) {
+        let old = std::mem::replace(&mut *guard, way);
+        drop(guard);
+        if let Way::Name(place) = old {
+            self.leave(place.parent);
+        }
+    }
+
+    /// Breaks a circle of names, which can only come of names that are outdated: directories
+    /// that the host moved about. `node` is now known to be in `parent`.
+    fn unwind(&self, node: NodeId, parent: NodeId) {
+        let mut at = self.any(parent);
+        for _ in 0..DEEPEST {
+            let Some(inode) = at else {
+                return;
+            };
+            let Some(up) = inode.parent() else {
+                return;
+            };
+            if up == node {
+                let way = inode.way();
+                if matches!(&*way, Way::Name(place) if place.parent == node) {
+                    self.change_way(way, Way::None);
+                }
+                return;
+            }
+            at = self.any(up);
+        }
+    }
+
+    /// Gives `inode` a descriptor again, and borrows it.
+    ///
+    /// # Errors
+    ///
+    /// Gives `fd` back if the inode has been forgotten.
+    pub(super) fn install<'a>(
+        &self,
+        inode: &'a Inode,
+        fd: OwnedFd,
+    ) -> Result<Borrowed<'a>, OwnedFd> {
+        let way = inode.way();
+        if matches!(*way, Way::Forgotten) {
+            return Err(fd);
+        }
+        match inode.slot.fill(fd) {
+            Ok(borrowed) => {
+                self.descriptors.fetch_add(1, Ordering::Relaxed);
+                if !matches!(*way, Way::None) {
+                    self.clock.add(inode);
+                }
+                Ok(borrowed)
+            }
+            // Somebody was faster.
+            Err(fd) => inode.slot.borrow().ok_or(fd),
+        }
+    }
+
+    /// Takes the descriptor from `inode`, whose way is locked; `None` if it is in use.
+    pub(super) fn uninstall(
+        &self,
+        _way: &MutexGuard<'_, Way>,
+        fd: Borrowed<'_>,
+    ) -> Option<OwnedFd> {
+        let taken = fd.take();
+        if taken.is_some() {
+            self.descriptors.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Puts `inode` at the end of those that may be closed, if it has a descriptor and a way.
+    pub(super) fn line_up(&self, inode: &Inode) {
+        let way = inode.way();
+        if inode.slot.is_full() && !matches!(*way, Way::None | Way::Forgotten) {
+            self.clock.add(inode);
+        }
+    }
+
+    /// Which descriptors go first.
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Counts one child more of `parent`; answers whether that is still in the store.
+    fn adopt(&self, parent: &Inode) -> bool {
+        let _keys = self.keys(&parent.key);
+        let here = parent.is_counted();
+        if here {
+            parent.children.fetch_add(1, Ordering::Relaxed);
+        }
+        here
+    }
+
+    /// Counts one child less of `node`, and if that ends it, of what it was a child of.
+    fn leave(&self, node: NodeId) {
+        let mut next = Some(node);
+        while let Some(parent) = next.and_then(|node| self.any(node)) {
+            let mut keys = self.keys(&parent.key);
+            let before = parent.children.load(Ordering::Relaxed);
+            if before == 0 {
+                return;
+            }
+            parent.children.store(before - 1, Ordering::Relaxed);
+            next = None;
+            if !parent.is_counted() {
+                let removed = self.remove(&mut keys, &parent);
+                drop(keys);
+                next = self.bury(&parent);
+                drop(removed);
+            }
+        }
     }
 
     /// Counts one lookup more of an inode that the guest has.
@@ -295,15 +586,42 @@ impl Store {
         let Some(inode) = self.get(node) else {
             return;
         };
+        self.forget_inode(&inode, count);
+    }
+
+    fn forget_inode(&self, inode: &Arc<Inode>, count: u64) {
         let mut keys = self.keys(&inode.key);
         let before = inode.lookups.load(Ordering::Relaxed);
         let left = before.saturating_sub(count);
         inode.lookups.store(left, Ordering::Relaxed);
         // `before` is 0 if another thread has removed it since `get`.
-        let removed = (left == 0 && before != 0).then(|| self.remove(&mut keys, &inode));
+        if before == 0 || inode.is_counted() {
+            return;
+        }
+        let removed = self.remove(&mut keys, inode);
         drop(keys);
+        if let Some(parent) = self.bury(inode) {
+            self.leave(parent);
+        }
         // Descriptors are closed outside of the locks.
         drop(removed);
+    }
+
+    /// Ends what an inode that was removed still has; answers whose child it was.
+    fn bury(&self, inode: &Inode) -> Option<NodeId> {
+        let mut way = inode.way();
+        let old = std::mem::replace(&mut *way, Way::Forgotten);
+        if inode.slot.is_full() {
+            self.descriptors.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(way);
+        if inode.slot.mark(false) {
+            self.clock.one_is_gone(inode.node, |node| self.any(node));
+        }
+        match old {
+            Way::Name(place) => Some(place.parent),
+            _ => None,
+        }
     }
 
     /// Makes the next lookup find another inode under this one's key: it was found stale.
@@ -324,7 +642,14 @@ impl Store {
                 nodes.iter().map(|known| known.0.node).collect()
             };
             for node in nodes {
-                self.forget(node, u64::MAX);
+                if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
+                    let keys = self.keys(&inode.key);
+                    inode.children.store(0, Ordering::Relaxed);
+                    // One that is here for its children alone has no lookup to give back.
+                    inode.lookups.fetch_max(1, Ordering::Relaxed);
+                    drop(keys);
+                    self.forget_inode(&inode, u64::MAX);
+                }
             }
         }
     }
@@ -336,7 +661,7 @@ impl Store {
         self.by_node.iter().map(len).sum()
     }
 
-    /// How many of them are held by a descriptor.
+    /// How many of them have a descriptor.
     pub(super) fn descriptors(&self) -> usize {
         self.descriptors.load(Ordering::Relaxed)
     }
@@ -355,7 +680,7 @@ impl Store {
     }
 
     fn insert(&self, keys: &mut Keys, inode: Arc<Inode>) {
-        if matches!(inode.hold, Hold::Descriptor(_)) {
+        if inode.slot.is_full() {
             self.descriptors.fetch_add(1, Ordering::Relaxed);
         }
         self.nodes(inode.node)
@@ -366,9 +691,6 @@ impl Store {
     }
 
     fn remove(&self, keys: &mut Keys, inode: &Inode) -> Option<ByNode> {
-        if matches!(inode.hold, Hold::Descriptor(_)) {
-            self.descriptors.fetch_sub(1, Ordering::Relaxed);
-        }
         remove_key(keys, inode);
         let mut nodes = self
             .nodes(inode.node)
@@ -404,178 +726,4 @@ fn remove_key(keys: &mut Keys, inode: &Inode) {
 /// needed, so that a set near the limit isn't moved to and fro.
 fn roomy(len: usize, capacity: usize) -> bool {
     capacity > 64 && len < capacity / 4
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fs::passthrough::holds::Mount;
-    use crate::sys::file_handle::FileHandle;
-
-    /// Long enough ago to be settled.
-    const LONG_AGO: i64 = 1_000_000_000_000_000_000;
-
-    fn identity(number: u64, birth: Option<i64>) -> Identity {
-        let key = Key {
-            number,
-            device: 7,
-            mount: 3,
-        };
-        Identity {
-            key,
-            birth,
-            kind: FileType::RegularFile,
-        }
-    }
-
-    fn hold(bytes: &[u8]) -> Hold {
-        Hold::FileHandle {
-            mount: Mount::nowhere(),
-            handle: FileHandle::invented(bytes),
-        }
-    }
-
-    fn store() -> Store {
-        Store::new(&identity(2, Some(LONG_AGO)), hold(b"root"))
-    }
-
-    fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
-        store.admit(identity, hold(b"handle"), |_, _| false)
-    }
-
-    #[test]
-    fn an_inode_is_small() {
-        // With the two counters of its `Arc`, the allocator's header and two entries of the
-        // sets (nine bytes each, half of them empty at worst) this stays below 200.
-        assert!(size_of::<Inode>() <= 104, "{}", size_of::<Inode>());
-    }
-
-    #[test]
-    fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
-        let store = store();
-        let who = identity(10, Some(LONG_AGO));
-        let inode = admit(&store, &who);
-        assert_eq!(store.find(&who).unwrap().node(), inode.node());
-        assert_eq!(admit(&store, &who).node(), inode.node());
-        store.forget(inode.node(), 2);
-        assert!(store.get(inode.node()).is_some());
-        store.forget(inode.node(), 1);
-        assert!(store.get(inode.node()).is_none());
-        assert!(store.find(&who).is_none());
-        assert!(!store.count(&inode));
-    }
-
-    #[test]
-    fn a_node_id_is_never_given_out_again() {
-        let store = store();
-        let who = identity(10, Some(LONG_AGO));
-        let first = admit(&store, &who).node();
-        store.forget(first, 1);
-        assert_ne!(admit(&store, &who).node(), first);
-    }
-
-    #[test]
-    fn too_many_forgets_remove_once_and_no_more() {
-        let store = store();
-        let node = admit(&store, &identity(10, Some(LONG_AGO))).node();
-        store.forget(node, 100);
-        store.forget(node, 100);
-        assert_eq!(store.len(), 1);
-    }
-
-    #[test]
-    fn the_root_is_never_forgotten() {
-        let store = store();
-        let root = store.find(&identity(2, Some(LONG_AGO))).unwrap();
-        assert_eq!(root.node(), NodeId::ROOT);
-        store.forget(NodeId::ROOT, u64::MAX);
-        store.clear();
-        assert!(store.get(NodeId::ROOT).is_some());
-        assert!(store.find(&identity(2, Some(LONG_AGO))).is_some());
-    }
-
-    #[test]
-    fn a_reused_number_with_another_birth_is_another_inode() {
-        let store = store();
-        let old = admit(&store, &identity(10, Some(LONG_AGO)));
-        let later = identity(10, Some(LONG_AGO + 1));
-        assert!(store.find(&later).is_none());
-        let new = admit(&store, &later);
-        assert_ne!(new.node(), old.node());
-        // The old one is still the guest's, and its end takes nothing from the new one.
-        assert!(store.get(old.node()).is_some());
-        store.forget(old.node(), 1);
-        assert_eq!(store.find(&later).unwrap().node(), new.node());
-    }
-
-    #[test]
-    fn a_young_inode_is_not_told_by_its_birth_alone() {
-        let store = store();
-        let who = identity(10, now());
-        let inode = admit(&store, &who);
-        assert!(store.find(&who).is_none());
-        let found = store.admit(&who, hold(b"handle"), |_, _| true);
-        assert_eq!(found.node(), inode.node());
-    }
-
-    #[test]
-    fn an_inode_without_birth_is_not_told_by_its_number_alone() {
-        let store = store();
-        let who = identity(10, None);
-        admit(&store, &who);
-        assert!(store.find(&who).is_none());
-    }
-
-    #[test]
-    fn a_disowned_inode_gives_way_to_the_next_lookup() {
-        let store = store();
-        let who = identity(10, Some(LONG_AGO));
-        let stale = admit(&store, &who);
-        store.disown(&stale);
-        assert_ne!(admit(&store, &who).node(), stale.node());
-    }
-
-    #[test]
-    fn clear_leaves_the_root_alone() {
-        let store = store();
-        for number in 10..1000 {
-            admit(&store, &identity(number, Some(LONG_AGO)));
-        }
-        assert_eq!(store.len(), 991);
-        store.clear();
-        assert_eq!(store.len(), 1);
-        let capacity: usize = store
-            .by_node
-            .iter()
-            .map(|s| s.read().unwrap().capacity())
-            .sum();
-        assert!(capacity < 64 * SHARDS);
-    }
-
-    #[test]
-    fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
-        let store = store();
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for turn in 0..20_000 {
-                        let who = identity(10 + turn % 3, Some(LONG_AGO));
-                        let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
-                        // Until given back, a lookup is a right to the node id.
-                        assert!(store.get(inode.node()).is_some());
-                        store.forget(inode.node(), 1);
-                    }
-                });
-            }
-        });
-        assert_eq!(store.len(), 1);
-        assert_eq!(
-            store
-                .by_key
-                .iter()
-                .map(|s| s.lock().unwrap().len())
-                .sum::<usize>(),
-            1
-        );
-    }
 }

@@ -13,8 +13,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::holds::{Hold, IDENTITY, Identity, InodeFd, Key, reopen_fd, stat_fd};
-use super::inodes::Inode;
+use super::changes::Moment;
+use super::holds::{Directory, IDENTITY, Identity, Key, Way, print_of, reopen_fd, stat_fd};
+use super::inodes::{Inode, New};
 use crate::fs::{Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 
@@ -38,60 +39,41 @@ impl Passthrough {
         self.inodes.get(node).ok_or(Errno::STALE)
     }
 
-    /// An `O_PATH` descriptor of `inode`.
-    pub(super) fn fd<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
-        inode
-            .hold()
-            .fd()
-            .inspect_err(|error| self.note_stale(inode, *error))
-    }
-
-    /// A descriptor of `inode` for use; see [`Hold::reopen`] for what the caller must know.
-    pub(super) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        inode
-            .hold()
-            .reopen(&self.proc_fds, flags)
-            .inspect_err(|error| self.note_stale(inode, *error))
-    }
-
-    /// What a file handle leads to no more shall not be found by a lookup again: the guest
-    /// answers `ESTALE` with another lookup of the name.
-    fn note_stale(&self, inode: &Inode, error: Errno) {
-        if error == Errno::STALE {
-            self.inodes.disown(inode);
-        }
-    }
-
     /// Finds `name` in `parent` and counts one lookup. One system call for what is known
     /// already; three for what is not.
-    pub(super) fn find(&self, parent: impl AsFd, name: &CStr) -> Result<Entry> {
+    pub(super) fn find(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let moment = self.inodes.moment(parent.inode());
         let stat = rustix::fs::statx(&parent, component(name)?, flags, IDENTITY)?;
         match self.inodes.find(&Identity::of(&stat)) {
-            Some(inode) => Ok(self.entry(&inode, &stat)),
+            Some(inode) => {
+                self.inodes.see(&inode, parent.inode(), name, moment);
+                Ok(self.entry(&inode, &stat))
+            }
             None => self.find_new(parent, name),
         }
     }
 
     /// As [`find`](Self::find), for a name whose inode is likely not known: two system calls.
-    pub(super) fn find_new(&self, parent: impl AsFd, name: &CStr) -> Result<Entry> {
+    pub(super) fn find_new(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(parent, component(name)?, flags, Mode::empty())?;
-        self.admit(Found::Path(fd))
+        let name = component(name)?;
+        let seen = self.seen(&parent, name);
+        let fd = self.with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
+        self.admit(Found::Path(fd), &seen)
     }
 
     /// As [`find`](Self::find), for a name of which READDIR said the inode number.
     pub(super) fn find_listed(
         &self,
-        parent: impl AsFd,
-        directory: &Key,
+        parent: impl Directory,
         number: u64,
         name: &CStr,
     ) -> Result<Entry> {
         // A guess only (a mount point's number is another), and both ways lead to the same end.
         if self.inodes.has(&Key {
             number,
-            ..*directory
+            ..*parent.inode().key()
         }) {
             self.find(parent, name)
         } else {
@@ -99,14 +81,21 @@ impl Passthrough {
         }
     }
 
-    /// The entry of what is open as `file`; counts one lookup.
-    pub(super) fn find_opened(&self, file: &OwnedFd) -> Result<Entry> {
-        self.admit(Found::Open(file))
+    /// The entry of what was created as `name` in `parent`, and is open as `file`; counts one
+    /// lookup.
+    pub(super) fn find_created(
+        &self,
+        parent: impl Directory,
+        name: &CStr,
+        file: &OwnedFd,
+    ) -> Result<Entry> {
+        self.admit(Found::Open(file), &self.seen(&parent, name))
     }
 
     /// The entry of an inode that the guest has, open as `fd`; counts one lookup more.
-    pub(super) fn find_again(&self, inode: &Inode, fd: impl AsFd) -> Result<Entry> {
-        let stat = stat_fd(fd, IDENTITY)?;
+    pub(super) fn find_again(&self, fd: impl Directory) -> Result<Entry> {
+        let stat = stat_fd(&fd, IDENTITY)?;
+        let inode = fd.inode();
         if self.inodes.count(inode) {
             Ok(self.entry(inode, &stat))
         } else {
@@ -127,27 +116,46 @@ impl Passthrough {
         entry
     }
 
-    fn admit(&self, found: Found<'_>) -> Result<Entry> {
+    /// What is about to be found as `name` in `parent`.
+    fn seen<'a>(&self, parent: &'a impl Directory, name: &'a CStr) -> Seen<'a> {
+        let parent = parent.inode();
+        Seen {
+            parent,
+            name,
+            moment: self.inodes.moment(parent),
+        }
+    }
+
+    /// Finds or adds the inode that is `found` where it was `seen`.
+    fn admit(&self, found: Found<'_>, seen: &Seen<'_>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
-        if let Some(inode) = self.inodes.find(&identity) {
-            return Ok(self.entry(&inode, &stat));
-        }
-        let held = self.inodes.descriptors();
-        let by_handle = self
+        let inode = match self.inodes.find(&identity) {
+            Some(inode) => inode,
+            None => self.add(found, &identity)?,
+        };
+        self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
+        self.make_room();
+        Ok(self.entry(&inode, &stat))
+    }
+
+    fn add(&self, found: Found<'_>, identity: &Identity) -> Result<Arc<Inode>> {
+        let handle = self
             .holder
-            .handle_hold(found.as_fd(), &identity, &self.proc_fds, held)?;
-        let hold = match (by_handle, found) {
-            (Some(hold), _) => hold,
-            (None, Found::Path(fd)) => Hold::Descriptor(fd),
-            (None, Found::Open(fd)) => {
-                Hold::Descriptor(reopen_fd(fd, &self.proc_fds, OFlags::PATH)?)
+            .way_to_new(found.as_fd(), identity, &self.proc_fds)?;
+        let (new, spare) = match (handle, found) {
+            (Some(way), found) => (New { fd: None, way }, Some(found)),
+            (None, Found::Path(fd)) => (New::open(fd), None),
+            (None, Found::Open(file)) => {
+                let open = || reopen_fd(file, &self.proc_fds, OFlags::PATH);
+                (New::open(self.with_room(open)?), None)
             }
         };
-        let inode = self
-            .inodes
-            .admit(&identity, hold, |known, new| same(known.hold(), new));
-        Ok(self.entry(&inode, &stat))
+        Ok(self.inodes.admit(identity, new, |known, new| {
+            let fd = new.fd.as_ref().map(AsFd::as_fd);
+            fd.or(spare.as_ref().map(AsFd::as_fd))
+                .is_some_and(|fd| same(known, fd, &new.way))
+        }))
     }
 
     fn entry(&self, inode: &Inode, stat: &Statx) -> Entry {
@@ -161,6 +169,13 @@ impl Passthrough {
             submount: false,
         }
     }
+}
+
+/// A name under which an inode was seen.
+struct Seen<'a> {
+    parent: &'a Inode,
+    name: &'a CStr,
+    moment: Moment,
 }
 
 /// An inode on its way into the store.
@@ -181,22 +196,21 @@ impl AsFd for Found<'_> {
     }
 }
 
-/// Whether `known` holds what the new `hold` was made for, both having the same device, mount
-/// and inode number. Asked only where birth leaves a doubt.
-fn same(known: &Hold, hold: &Hold) -> bool {
-    match (known, hold) {
-        (Hold::FileHandle { handle: known, .. }, Hold::FileHandle { handle: new, .. }) => {
-            known == new
-        }
-        (Hold::FileHandle { handle, .. }, Hold::Descriptor(fd))
-        | (Hold::Descriptor(fd), Hold::FileHandle { handle, .. }) => {
-            FileHandle::of(fd).is_ok_and(|of_fd| of_fd == *handle)
-        }
+/// Whether `known` is what `fd` is open on and `way` leads to, both having the same device,
+/// mount and inode number. Asked only where birth leaves a doubt.
+fn same(known: &Inode, fd: BorrowedFd<'_>, way: &Way) -> bool {
+    if let Some(held) = known.slot().inspect() {
         // Both exist at this moment, so one number is one inode, unless the file system has
         // numbers that aren't unique; those differ in birth.
-        (Hold::Descriptor(known), Hold::Descriptor(new)) => {
-            let birth = |fd: &OwnedFd| stat_fd(fd, IDENTITY).map(|stat| Identity::of(&stat).birth);
-            matches!((birth(known), birth(new)), (Ok(known), Ok(new)) if known == new)
+        let birth = |fd: BorrowedFd<'_>| stat_fd(fd, IDENTITY).map(|it| Identity::of(&it).birth);
+        return matches!((birth(held.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new);
+    }
+    match (&*known.way(), way) {
+        (Way::Handle { handle: known, .. }, Way::Handle { handle: new, .. }) => known == new,
+        (Way::Handle { handle, .. }, _) => FileHandle::of(fd).is_ok_and(|new| new == *handle),
+        (Way::Name(place), _) if place.print != 0 => {
+            print_of(fd).is_ok_and(|print| print == place.print)
         }
+        _ => false,
     }
 }

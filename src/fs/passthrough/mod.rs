@@ -6,6 +6,8 @@
 //! but by a descriptor or a file handle that began at the shared directory, one name at a time.
 
 mod attributes;
+mod changes;
+mod clock;
 mod credentials;
 mod directory;
 mod handles;
@@ -14,6 +16,7 @@ mod id_map;
 mod inodes;
 mod lookup;
 mod names;
+mod reach;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -34,7 +37,7 @@ pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
 use self::handles::Handles;
-use self::holds::{Hold, Holder, IDENTITY, Identity, stat_fd};
+use self::holds::{Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode, NodeId,
@@ -119,10 +122,10 @@ impl Cache {
 pub struct Options {
     /// When inodes are held by file handle.
     pub inode_file_handles: InodeFileHandles,
-    /// How many inodes may be held by descriptor before file handles take over where they
-    /// work; `None` for three quarters of what `RLIMIT_NOFILE` allows when the file system is
-    /// made. See [`raise_descriptor_limit`].
-    pub inode_descriptors: Option<usize>,
+    /// How many descriptors inodes and open files may have together before inodes that are not
+    /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
+    /// file system is made, which is also the most. See [`raise_descriptor_limit`].
+    pub max_open_inodes: Option<usize>,
     /// What the guest may keep of open files and directories.
     pub cache: Cache,
     /// How long the guest may rely on attributes.
@@ -155,7 +158,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             inode_file_handles: InodeFileHandles::default(),
-            inode_descriptors: None,
+            max_open_inodes: None,
             cache: Cache::default(),
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),
@@ -207,8 +210,9 @@ pub fn set_descriptor_limit(limit: u64) -> std::result::Result<(), Errno> {
     rustix::process::setrlimit(Resource::Nofile, wanted)
 }
 
-/// Inodes that may be held by descriptor unless the options say otherwise.
-fn inode_descriptors() -> usize {
+/// Descriptors that inodes and open files may have unless the options say less; the others are
+/// for queues, rings, sockets and operations that run.
+fn most_descriptors() -> usize {
     let limit = rustix::process::getrlimit(Resource::Nofile).current;
     let limit = limit.map_or(usize::MAX, |limit| {
         usize::try_from(limit).unwrap_or(usize::MAX)
@@ -225,6 +229,8 @@ pub struct Passthrough {
     inodes: Store,
     holder: Holder,
     handles: Handles,
+    /// Descriptors that inodes and open files may have together.
+    most: usize,
     wear: Wear,
 }
 
@@ -258,22 +264,23 @@ impl Passthrough {
             source,
         })?;
 
-        let budget = options.inode_descriptors.unwrap_or_else(inode_descriptors);
+        let most = most_descriptors();
+        let most = options.max_open_inodes.unwrap_or(most).min(most);
         let mode = options.inode_file_handles;
-        let holder =
-            Holder::new(mode, budget, root.as_fd(), &identity, &proc_fds).map_err(|source| {
-                PassthroughError::FileHandles {
-                    path: path(),
-                    source,
-                }
-            })?;
+        let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
+            PassthroughError::FileHandles {
+                path: path(),
+                source,
+            }
+        })?;
         Ok(Self {
             options,
             proc_fds,
             // The root stays what it is whatever happens on the host, and is never let go of.
-            inodes: Store::new(&identity, Hold::Descriptor(root)),
+            inodes: Store::new(&identity, root),
             holder,
             handles: Handles::new(),
+            most,
             wear,
         })
     }
@@ -284,7 +291,7 @@ impl Passthrough {
         self.inodes.len()
     }
 
-    /// How many of those are held by a descriptor.
+    /// How many of those have a descriptor at this moment.
     #[must_use]
     pub fn inode_descriptors(&self) -> usize {
         self.inodes.descriptors()
@@ -368,8 +375,10 @@ impl Passthrough {
 
     fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
         let directory = kind == HandleKind::Directory;
+        let handle = self.handles.add(node, fd, kind);
+        self.make_room();
         Opened {
-            handle: self.handles.add(node, fd, kind),
+            handle,
             keep_cache: match self.options.cache {
                 Cache::Never | Cache::Auto => false,
                 Cache::Metadata => directory,
@@ -532,7 +541,8 @@ impl FileSystem for Passthrough {
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         let file = self.handles.file(node, handle, HandleKind::File)?;
-        sys::file::close(rustix::io::fcntl_dupfd_cloexec(&file, 0)?)
+        let again = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
+        sys::file::close(again)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {

@@ -5,6 +5,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::Errno;
@@ -12,7 +13,8 @@ use rustix::io::Errno;
 use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
-use super::holds::stat_fd;
+use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
+use super::inodes::Inode;
 use super::lookup::component;
 use crate::fs::{Caller, Entry, HandleKind, NewNode, NodeId, Opened, Result};
 
@@ -130,7 +132,7 @@ impl Passthrough {
     fn create_new(
         &self,
         caller: &Caller,
-        parent: &impl AsFd,
+        parent: &impl Directory,
         name: &CStr,
         flags: u32,
         umask: u32,
@@ -140,16 +142,17 @@ impl Passthrough {
         let creating = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = {
             let _as_caller = self.section(caller, Some(umask))?;
-            rustix::fs::openat(parent, component(name)?, flags | creating, mode)?
+            let name = component(name)?;
+            self.with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
-        let entry = self.find_opened(&fd)?;
+        let entry = self.find_created(parent, name, &fd)?;
         Ok((entry, self.opened(entry.node, fd, HandleKind::File)))
     }
 
     fn open_existing(
         &self,
         caller: &Caller,
-        parent: &impl AsFd,
+        parent: &impl Directory,
         name: &CStr,
         flags: u32,
     ) -> Result<(Entry, Opened)> {
@@ -174,6 +177,7 @@ impl Passthrough {
         let inode = self.inode(node)?;
         let parent = self.inode(parent)?;
         let fd = self.fd(&inode)?;
+        let moment = self.inodes.moment(&parent);
         rustix::fs::linkat(
             &self.proc_fds,
             fd.proc_name().as_c_str(),
@@ -181,12 +185,38 @@ impl Passthrough {
             component(name)?,
             AtFlags::SYMLINK_FOLLOW,
         )?;
-        self.find_again(&inode, fd)
+        self.inodes.see(&inode, &parent, name, moment);
+        self.find_again(fd)
     }
 
     pub(super) fn remove(&self, parent: NodeId, name: &CStr, flags: AtFlags) -> Result<()> {
         let parent = self.inode(parent)?;
-        rustix::fs::unlinkat(self.fd(&parent)?, component(name)?, flags)
+        let fd = self.fd(&parent)?;
+        let named = self.known(&fd, component(name)?);
+        if let Some(known) = named.as_ref().filter(|known| known.links == 1) {
+            let moment = self.inodes.moment(&parent);
+            self.inodes.see(&known.inode, &parent, name, moment);
+        }
+        // Whoever is using a descriptor keeps it from being closed before the store is told.
+        let in_use = named.as_ref().map(|known| self.fd(&known.inode));
+        let changing = self.inodes.changing([&parent, &parent]);
+        rustix::fs::unlinkat(&fd, name, flags)?;
+        if let (Some(known), Some(Ok(_))) = (&named, in_use) {
+            self.inodes.lose(&known.inode, &parent, name, &changing);
+        }
+        Ok(())
+    }
+
+    /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached.
+    fn known(&self, parent: &InodeFd<'_>, name: &CStr) -> Option<Known> {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
+        let inode = self.inodes.peek(&Identity::of(&stat))?;
+        let by_handle = matches!(&*inode.way(), Way::Handle { .. });
+        (!by_handle).then_some(Known {
+            inode,
+            links: stat.stx_nlink,
+        })
     }
 
     pub(super) fn move_name(
@@ -208,14 +238,45 @@ impl Passthrough {
             .contains(RenameFlags::WHITEOUT)
             .then(|| self.section(caller, None))
             .transpose()?;
-        rustix::fs::renameat_with(
-            self.fd(&old_parent)?,
-            component(from.1)?,
-            self.fd(&new_parent)?,
-            component(to.1)?,
-            flags,
-        )
+        let old_fd = self.fd(&old_parent)?;
+        let new_fd = self.fd(&new_parent)?;
+        let moved = self.known(&old_fd, component(from.1)?);
+        let replaced = self.known(&new_fd, component(to.1)?);
+        if let Some(known) = &moved {
+            let moment = self.inodes.moment(&old_parent);
+            self.inodes.see(&known.inode, &old_parent, from.1, moment);
+        }
+        let in_use = [&moved, &replaced].map(|known| known.as_ref().map(|it| self.fd(&it.inode)));
+        let changing = self.inodes.changing([&old_parent, &new_parent]);
+        rustix::fs::renameat_with(&old_fd, from.1, &new_fd, to.1, flags)?;
+        let node = |known: &Option<Known>| known.as_ref().map(|known| known.inode.node());
+        if moved.is_some() && node(&moved) == node(&replaced) {
+            // Two names of one inode: both are still there.
+            return Ok(());
+        }
+        if let Some(known) = &replaced {
+            if flags.contains(RenameFlags::EXCHANGE) {
+                let (parent, name) = (&old_parent, from.1);
+                self.inodes.rename(&known.inode, parent, name, &changing);
+            } else {
+                let (parent, name) = (&new_parent, to.1);
+                self.inodes.lose(&known.inode, parent, name, &changing);
+            }
+        }
+        if let Some(known) = &moved {
+            let (parent, name) = (&new_parent, to.1);
+            self.inodes.rename(&known.inode, parent, name, &changing);
+        }
+        drop(changing);
+        drop(in_use);
+        Ok(())
     }
+}
+
+/// An inode whose name is about to change.
+struct Known {
+    inode: Arc<Inode>,
+    links: u32,
 }
 
 /// The permission bits of a new file, without a set-group-ID bit that the caller has no right

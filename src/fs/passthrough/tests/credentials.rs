@@ -246,7 +246,7 @@ fn ids_that_cannot_be_are_refused_and_leave_nothing() {
 
 #[test]
 fn without_the_right_to_securebits_capabilities_are_taken_back() {
-    in_each_mode(|rig| {
+    by_descriptor_and_by_handle(|rig| {
         if !is_root() {
             return;
         }

@@ -142,7 +142,7 @@ fn a_magic_link_of_proc_is_a_link_like_any_other() {
 
 #[test]
 fn a_directory_that_the_host_moves_away_is_still_itself_and_leads_nowhere() {
-    in_each_mode(|rig| {
+    by_descriptor_and_by_handle(|rig| {
         let outside = tempfile::tempdir().unwrap();
         let dir = rig.host_dir("dir");
         std::fs::write(dir.join("inside"), "").unwrap();
@@ -219,7 +219,7 @@ fn a_reused_inode_number_is_never_another_file() {
 #[test]
 fn beyond_the_budget_of_descriptors_file_handles_take_over() {
     let options = Options {
-        inode_descriptors: Some(10),
+        max_open_inodes: Some(10),
         ..Options::default()
     };
     with(options, |rig| {

@@ -1,10 +1,11 @@
 //! The passthrough against real directories: how the suites below set it up.
 //!
-//! Each test runs once with inodes held by descriptors and once with file handles, each time
-//! on a thread of its own, which the passthrough may change as it likes. The invariant: a test
+//! Each test runs once with inodes held by descriptors, once with file handles, and once with
+//! names, as soon as an inode is not in use, each time on a thread of its own, which the passthrough may change as it likes. The invariant: a test
 //! that the machine can't run says so; it never passes in silence.
 
 mod attributes;
+mod bounded;
 mod credentials;
 mod directories;
 mod lookups;
@@ -42,6 +43,26 @@ struct Rig {
 
 /// Runs `test` in each way to hold inodes that works here.
 fn in_each_mode(test: impl Fn(&Rig) + Sync) {
+    by_descriptor_and_by_handle(&test);
+    by_name(1, test);
+}
+
+/// Runs `test` with at most `most` descriptors, and without the privilege to open file handles.
+fn by_name(most: usize, test: impl Fn(&Rig) + Sync) {
+    on_a_thread(|| {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let options = Options {
+            max_open_inodes: Some(most),
+            ..Options::default()
+        };
+        test(&Rig::new(options).unwrap());
+    });
+}
+
+/// Runs `test` in the ways to hold inodes that let the host move and remove names.
+fn by_descriptor_and_by_handle(test: impl Fn(&Rig) + Sync) {
     for mode in [InodeFileHandles::Never, InodeFileHandles::Mandatory] {
         let options = Options {
             inode_file_handles: mode,

@@ -1,0 +1,222 @@
+//! The store by itself: counts, names and identities, without a file system.
+
+use super::*;
+use crate::fs::passthrough::holds::Mount;
+use crate::sys::file_handle::FileHandle;
+
+/// Long enough ago to be settled.
+const LONG_AGO: i64 = 1_000_000_000_000_000_000;
+
+fn identity(number: u64, birth: Option<i64>) -> Identity {
+    let key = Key {
+        number,
+        device: 7,
+        mount: 3,
+    };
+    Identity {
+        key,
+        birth,
+        kind: FileType::RegularFile,
+    }
+}
+
+fn handle() -> New {
+    New {
+        fd: None,
+        way: Way::Handle {
+            mount: Mount::nowhere(),
+            handle: FileHandle::invented(b"handle"),
+        },
+    }
+}
+
+fn store() -> Store {
+    let fd = std::fs::File::open("/dev/null").unwrap().into();
+    Store::new(&identity(2, Some(LONG_AGO)), fd)
+}
+
+fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
+    store.admit(identity, handle(), |_, _| false)
+}
+
+#[test]
+fn an_inode_is_small() {
+    // With the two counters of its `Arc`, the allocator's header and two entries of the
+    // sets (nine bytes each, half of them empty at worst) this stays below 200.
+    assert!(size_of::<Inode>() <= 112, "{}", size_of::<Inode>());
+}
+
+#[test]
+fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
+    let store = store();
+    let who = identity(10, Some(LONG_AGO));
+    let inode = admit(&store, &who);
+    assert_eq!(store.find(&who).unwrap().node(), inode.node());
+    assert_eq!(admit(&store, &who).node(), inode.node());
+    store.forget(inode.node(), 2);
+    assert!(store.get(inode.node()).is_some());
+    store.forget(inode.node(), 1);
+    assert!(store.get(inode.node()).is_none());
+    assert!(store.find(&who).is_none());
+    assert!(!store.count(&inode));
+}
+
+#[test]
+fn a_node_id_is_never_given_out_again() {
+    let store = store();
+    let who = identity(10, Some(LONG_AGO));
+    let first = admit(&store, &who).node();
+    store.forget(first, 1);
+    assert_ne!(admit(&store, &who).node(), first);
+}
+
+#[test]
+fn too_many_forgets_remove_once_and_no_more() {
+    let store = store();
+    let node = admit(&store, &identity(10, Some(LONG_AGO))).node();
+    store.forget(node, 100);
+    store.forget(node, 100);
+    assert_eq!(store.len(), 1);
+}
+
+#[test]
+fn the_root_is_never_forgotten() {
+    let store = store();
+    let root = store.find(&identity(2, Some(LONG_AGO))).unwrap();
+    assert_eq!(root.node(), NodeId::ROOT);
+    store.forget(NodeId::ROOT, u64::MAX);
+    store.clear();
+    assert!(store.get(NodeId::ROOT).is_some());
+    assert!(store.find(&identity(2, Some(LONG_AGO))).is_some());
+}
+
+#[test]
+fn a_reused_number_with_another_birth_is_another_inode() {
+    let store = store();
+    let old = admit(&store, &identity(10, Some(LONG_AGO)));
+    let later = identity(10, Some(LONG_AGO + 1));
+    assert!(store.find(&later).is_none());
+    let new = admit(&store, &later);
+    assert_ne!(new.node(), old.node());
+    // The old one is still the guest's, and its end takes nothing from the new one.
+    assert!(store.get(old.node()).is_some());
+    store.forget(old.node(), 1);
+    assert_eq!(store.find(&later).unwrap().node(), new.node());
+}
+
+#[test]
+fn a_young_inode_is_not_told_by_its_birth_alone() {
+    let store = store();
+    let who = identity(10, now());
+    let inode = admit(&store, &who);
+    assert!(store.find(&who).is_none());
+    let found = store.admit(&who, handle(), |_, _| true);
+    assert_eq!(found.node(), inode.node());
+}
+
+#[test]
+fn an_inode_without_birth_is_not_told_by_its_number_alone() {
+    let store = store();
+    let who = identity(10, None);
+    admit(&store, &who);
+    assert!(store.find(&who).is_none());
+}
+
+#[test]
+fn a_disowned_inode_gives_way_to_the_next_lookup() {
+    let store = store();
+    let who = identity(10, Some(LONG_AGO));
+    let stale = admit(&store, &who);
+    store.disown(&stale);
+    assert_ne!(admit(&store, &who).node(), stale.node());
+}
+
+fn open() -> New {
+    New::open(std::fs::File::open("/dev/null").unwrap().into())
+}
+
+fn name_of(inode: &Inode) -> Option<String> {
+    match &*inode.way() {
+        Way::Name(place) => Some(place.name.to_str().unwrap().to_owned()),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_name_seen_before_it_changed_is_not_gone_by() {
+    let store = store();
+    let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
+    let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+    let early = store.moment(&parent);
+    store.see(&inode, &parent, c"old", early);
+    assert_eq!(name_of(&inode).unwrap(), "old");
+    let changing = store.changing([&parent, &parent]);
+    let within = store.moment(&parent);
+    store.rename(&inode, &parent, c"new", &changing);
+    store.see(&inode, &parent, c"old", within);
+    drop(changing);
+    store.see(&inode, &parent, c"old", early);
+    assert_eq!(name_of(&inode).unwrap(), "new");
+    store.see(&inode, &parent, c"old", store.moment(&parent));
+    assert_eq!(name_of(&inode).unwrap(), "old");
+}
+
+#[test]
+fn a_directory_stays_for_what_is_found_through_it() {
+    let store = store();
+    let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
+    let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+    store.see(&inode, &parent, c"name", store.moment(&parent));
+    store.forget(parent.node(), 1);
+    assert!(store.get(parent.node()).is_none(), "it is not the guest's");
+    assert!(store.any(parent.node()).is_some());
+    store.forget(parent.node(), u64::MAX);
+    assert!(store.any(parent.node()).is_some());
+    store.forget(inode.node(), 1);
+    assert!(store.any(parent.node()).is_none());
+    assert_eq!((store.len(), store.descriptors()), (1, 1));
+}
+
+#[test]
+fn clear_leaves_the_root_alone() {
+    let store = store();
+    for number in 10..1000 {
+        admit(&store, &identity(number, Some(LONG_AGO)));
+    }
+    assert_eq!(store.len(), 991);
+    store.clear();
+    assert_eq!(store.len(), 1);
+    let capacity: usize = store
+        .by_node
+        .iter()
+        .map(|s| s.read().unwrap().capacity())
+        .sum();
+    assert!(capacity < 64 * SHARDS);
+}
+
+#[test]
+fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
+    let store = store();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for turn in 0..20_000 {
+                    let who = identity(10 + turn % 3, Some(LONG_AGO));
+                    let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
+                    // Until given back, a lookup is a right to the node id.
+                    assert!(store.get(inode.node()).is_some());
+                    store.forget(inode.node(), 1);
+                }
+            });
+        }
+    });
+    assert_eq!(store.len(), 1);
+    assert_eq!(
+        store
+            .by_key
+            .iter()
+            .map(|s| s.lock().unwrap().len())
+            .sum::<usize>(),
+        1
+    );
+}

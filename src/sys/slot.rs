@@ -1,0 +1,247 @@
+//! A place for a descriptor that is closed while nobody uses it, and may be filled again.
+//!
+//! One word says which descriptor there is and how many use it, so borrowing one takes no lock
+//! and writes nothing that another slot's users read. The invariant: a descriptor leaves its
+//! slot only while nobody borrows it, and from then on somebody else owns it.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The descriptor's number and one; 0 for none.
+const FD: u64 = 0xffff_ffff;
+/// One borrower; there are never more than threads can hold.
+const USER: u64 = 1 << 32;
+const USERS: u64 = ((1 << 28) - 1) * USER;
+/// Borrowed since the last [`Slot::second_chance`].
+const USED: u64 = 1 << 62;
+/// A mark that belongs to who owns the slot, see [`Slot::mark`].
+const MARK: u64 = 1 << 63;
+
+/// Holds a descriptor, or none.
+#[derive(Debug)]
+pub(crate) struct Slot(AtomicU64);
+
+/// A descriptor in use: it stays open, and in its slot.
+#[derive(Debug)]
+pub(crate) struct Borrowed<'a> {
+    slot: &'a Slot,
+    fd: RawFd,
+}
+
+impl Slot {
+    pub(crate) fn empty() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    pub(crate) fn full(fd: OwnedFd) -> Self {
+        Self(AtomicU64::new(word(fd.into_raw_fd())))
+    }
+
+    /// The descriptor, if there is one.
+    pub(crate) fn borrow(&self) -> Option<Borrowed<'_>> {
+        self.borrow_as(USED)
+    }
+
+    /// As [`borrow`](Self::borrow), without this counting as a use.
+    pub(crate) fn inspect(&self) -> Option<Borrowed<'_>> {
+        self.borrow_as(0)
+    }
+
+    fn borrow_as(&self, used: u64) -> Option<Borrowed<'_>> {
+        let mut state = self.0.load(Ordering::Relaxed);
+        loop {
+            let fd = number(state)?;
+            // `Acquire` pairs with the `Release` of `fill`: the descriptor is open by now.
+            match self.0.compare_exchange_weak(
+                state,
+                (state + USER) | used,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(Borrowed { slot: self, fd }),
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        number(self.0.load(Ordering::Relaxed)).is_some()
+    }
+
+    /// Puts `fd` in and borrows it.
+    ///
+    /// # Errors
+    ///
+    /// Gives `fd` back if there is a descriptor already.
+    pub(crate) fn fill(&self, fd: OwnedFd) -> Result<Borrowed<'_>, OwnedFd> {
+        let word = word(fd.as_raw_fd());
+        let mut state = self.0.load(Ordering::Relaxed);
+        loop {
+            if number(state).is_some() {
+                return Err(fd);
+            }
+            match self.0.compare_exchange_weak(
+                state,
+                state & MARK | word | USER,
+                Ordering::Release,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => {
+                    return Ok(Borrowed {
+                        slot: self,
+                        fd: fd.into_raw_fd(),
+                    });
+                }
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// Whether the descriptor was borrowed since this was last asked.
+    pub(crate) fn second_chance(&self) -> bool {
+        self.0.fetch_and(!USED, Ordering::Relaxed) & USED != 0
+    }
+
+    /// Sets or takes away the mark; answers whether it was set. Orders nothing.
+    pub(crate) fn mark(&self, set: bool) -> bool {
+        let before = if set {
+            self.0.fetch_or(MARK, Ordering::Relaxed)
+        } else {
+            self.0.fetch_and(!MARK, Ordering::Relaxed)
+        };
+        before & MARK != 0
+    }
+}
+
+impl Borrowed<'_> {
+    /// Takes the descriptor out of its slot, unless somebody else borrows it or has done so
+    /// since the last [`Slot::second_chance`].
+    pub(crate) fn take(self) -> Option<OwnedFd> {
+        let mut state = self.slot.0.load(Ordering::Relaxed);
+        loop {
+            if state & USERS != USER || state & USED != 0 {
+                return None;
+            }
+            // `Acquire` pairs with the `Release` of those who gave it back: all they did with
+            // the descriptor comes before it is closed.
+            match self.slot.0.compare_exchange_weak(
+                state,
+                state & MARK,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => break,
+                Err(now) => state = now,
+            }
+        }
+        let fd = self.fd;
+        // The slot counts no borrower any more.
+        std::mem::forget(self);
+        // SAFETY: the exchange took the number out of the slot, where `into_raw_fd` had put the
+        // ownership of it, and did so while this was its only borrower.
+        Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        self.slot.0.fetch_sub(USER, Ordering::Release);
+    }
+}
+
+impl AsFd for Borrowed<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the slot closes and hands out no descriptor that is borrowed, and this is a
+        // borrower as long as it lives.
+        unsafe { BorrowedFd::borrow_raw(self.fd) }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(fd) = number(*self.0.get_mut()) {
+            // SAFETY: the slot owns the descriptor, and nobody borrows from what is dropped.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+}
+
+fn word(fd: RawFd) -> u64 {
+    u64::from(fd.cast_unsigned()) + 1
+}
+
+fn number(state: u64) -> Option<RawFd> {
+    RawFd::try_from((state & FD).checked_sub(1)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn null() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn a_descriptor_in_use_is_not_taken() {
+        let slot = Slot::full(null());
+        let user = slot.inspect().unwrap();
+        assert!(slot.inspect().unwrap().take().is_none());
+        drop(user);
+        let taken = slot.inspect().unwrap().take().unwrap();
+        assert!(!slot.is_full() && slot.borrow().is_none());
+        drop(slot.fill(taken).unwrap());
+        assert!(slot.is_full());
+    }
+
+    #[test]
+    fn a_descriptor_that_was_used_gets_a_second_chance() {
+        let slot = Slot::full(null());
+        assert!(!slot.second_chance());
+        drop(slot.borrow());
+        assert!(slot.inspect().unwrap().take().is_none());
+        assert!(slot.second_chance());
+        assert!(!slot.second_chance());
+        assert!(slot.inspect().unwrap().take().is_some());
+    }
+
+    #[test]
+    fn a_full_slot_gives_another_descriptor_back() {
+        let slot = Slot::empty();
+        drop(slot.fill(null()).unwrap());
+        assert!(slot.fill(null()).is_err());
+    }
+
+    #[test]
+    fn the_mark_survives_filling_and_taking() {
+        let slot = Slot::empty();
+        assert!(!slot.mark(true));
+        drop(slot.fill(null()).unwrap());
+        assert!(slot.inspect().unwrap().take().is_some());
+        assert!(slot.mark(false));
+        assert!(!slot.mark(true));
+    }
+
+    #[test]
+    fn racing_borrowers_never_see_a_closed_descriptor() {
+        let slot = Slot::full(null());
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..20_000 {
+                        match slot.borrow() {
+                            Some(fd) => assert!(rustix::fs::fstat(&fd).is_ok()),
+                            None => drop(slot.fill(null())),
+                        }
+                    }
+                });
+            }
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    slot.second_chance();
+                    drop(slot.inspect().and_then(Borrowed::take));
+                }
+            });
+        });
+    }
+}

@@ -1,0 +1,94 @@
+//! What an inode that the guest knows costs, and that all of it is given back.
+
+#![allow(
+    clippy::unwrap_used,
+    unsafe_code,
+    reason = "a test fails by panicking, and counts allocations"
+)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ffi::CString;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ringfsd::fs::passthrough::{Options, Passthrough};
+use ringfsd::fs::{Caller, FileSystem, NodeId};
+use rustix::thread::CapabilitySet;
+
+/// Bytes on the heap.
+static BYTES: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
+// is the one that the caller keeps; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        BYTES.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        BYTES.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// The most that an inode may cost beyond its name.
+const MOST: usize = 200;
+
+#[test]
+fn a_known_inode_is_small_and_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let names: Vec<CString> = (0..9000)
+        .map(|n| CString::new(format!("file{n}")).unwrap())
+        .collect();
+    for name in &names {
+        std::fs::write(dir.path().join(name.to_str().unwrap()), "").unwrap();
+    }
+    for by_handle in [true, false] {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        if !by_handle {
+            // On this thread alone, which ends with the test.
+            sets.effective -= CapabilitySet::DAC_READ_SEARCH;
+            rustix::thread::set_capabilities(None, sets).unwrap();
+        } else if !sets.effective.contains(CapabilitySet::DAC_READ_SEARCH) {
+            println!("SKIPPED in part: file handles need CAP_DAC_READ_SEARCH");
+            continue;
+        }
+        let options = Options {
+            max_open_inodes: Some(100),
+            ..Options::default()
+        };
+        let fs = Passthrough::new(dir.path(), options).unwrap();
+        let mut nodes = Vec::with_capacity(names.len());
+        let before = BYTES.load(Ordering::Relaxed);
+        let mut name_bytes = 0;
+        let mut worst = 0;
+        for (n, name) in (1..).zip(&names) {
+            let entry = fs.lookup(&Caller::default(), NodeId::ROOT, name).unwrap();
+            nodes.push(entry.node);
+            name_bytes += name.as_bytes_with_nul().len();
+            // Sets that have just doubled are at their emptiest.
+            if n >= 1000 && n % 50 == 0 {
+                let bytes = BYTES.load(Ordering::Relaxed) - before;
+                worst = worst.max(bytes.saturating_sub(name_bytes) / n);
+            }
+        }
+        println!("by handle {by_handle}: {worst} bytes an inode beyond its name at worst");
+        assert!(worst <= MOST, "{worst}");
+        assert!(fs.inode_descriptors() <= 100);
+        for node in nodes {
+            fs.forget(node, 1);
+        }
+        let left = BYTES.load(Ordering::Relaxed).saturating_sub(before);
+        println!("{left} bytes left");
+        // What sets and queues of a few keep, whatever they once held.
+        assert!(left < 32 * 1024, "{left}");
+        assert_eq!((fs.known_inodes(), fs.inode_descriptors()), (1, 1));
+    }
+}
