@@ -1,5 +1,7 @@
 //! Options as typed, and their help.
 
+mod operations;
+
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -8,7 +10,10 @@ use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::config::{Config, Listen};
 use crate::device::Tag;
+use crate::fuse::SessionOptions;
 use crate::io::Choice;
+
+pub use self::operations::Operations;
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -74,6 +79,10 @@ pub struct Options {
     /// filters, such as `info,ringfsd::front=debug`.
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,
+
+    /// What is served only where it is asked for.
+    #[command(flatten)]
+    pub operations: Operations,
 }
 
 /// `--runtime`.
@@ -142,6 +151,8 @@ impl From<Options> for Config {
             let count = u16::try_from(workers.get()).unwrap_or(u16::MAX);
             NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN)
         };
+        let mut session = SessionOptions::default();
+        options.operations.apply(&mut session);
         Self {
             listen,
             shared_dir: options.shared_dir,
@@ -154,6 +165,7 @@ impl From<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             once: options.once,
+            session,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::device::Tag;
+use crate::fuse::SessionOptions;
 use crate::io::Choice;
 
 /// Where front ends connect.
@@ -33,6 +34,8 @@ pub struct Config {
     pub runtime: Choice,
     /// End after the first session.
     pub once: bool,
+    /// What guests may do, as the FUSE session wants it told.
+    pub session: SessionOptions,
 }
 
 impl Config {

@@ -53,6 +53,7 @@ pub struct Server {
     runtime: Chosen,
     fs: Arc<Passthrough>,
     listener: Listener,
+    session: SessionOptions,
     once: bool,
 }
 
@@ -89,6 +90,7 @@ impl Server {
             runtime,
             fs: Arc::new(fs),
             listener: listen()?,
+            session: config.session,
             once: config.once,
         })
     }
@@ -122,7 +124,7 @@ impl Server {
     /// Serves one VMM from connect to disconnect.
     fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
         log::info!("a VMM has connected");
-        let session = Session::new(Arc::clone(&self.fs), SessionOptions::default());
+        let session = Session::new(Arc::clone(&self.fs), self.session.clone());
         let mut crew = Crew::start(Arc::new(session), self.workers, self.runtime.kind)?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
         crew.session().reset();

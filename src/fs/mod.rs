@@ -8,6 +8,7 @@
 pub mod passthrough;
 
 use std::ffi::CStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -30,6 +31,10 @@ impl NodeId {
 /// Names an open file or directory towards the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Handle(pub u64);
+
+/// Names a holder of record locks in the guest: a process, or an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockOwner(pub u64);
 
 /// Who asks: the process in the guest that a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -242,13 +247,8 @@ pub trait FileSystem: Send + Sync + 'static {
     /// READLINK: where a symbolic link points, without a NUL.
     fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
     /// SYMLINK: makes a link `name` that points to `target`.
-    fn symlink(
-        &self,
-        caller: &Caller,
-        parent: NodeId,
-        name: &CStr,
-        target: &CStr,
-    ) -> Result<Entry>;
+    fn symlink(&self, caller: &Caller, parent: NodeId, name: &CStr, target: &CStr)
+    -> Result<Entry>;
     /// MKNOD: a regular file, FIFO, socket or device node.
     fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
     /// MKDIR.
@@ -285,6 +285,18 @@ pub trait FileSystem: Send + Sync + 'static {
     fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
     /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
+    /// locks of `owner` on an open file, and of nobody else. Whoever has it keeps it the
+    /// owner's.
+    fn lock_file(&self, _node: NodeId, _handle: Handle, _owner: LockOwner) -> Result<Arc<File>> {
+        Err(Errno::NOSYS)
+    }
+    /// The same, if the owner has had locks there.
+    fn lock_file_if_any(&self, _node: NodeId, _owner: LockOwner) -> Option<Arc<File>> {
+        None
+    }
+    /// Gives up all record locks of `owner` on a file: FLUSH.
+    fn end_locks(&self, _node: NodeId, _owner: LockOwner) {}
     /// STATFS.
     fn statfs(&self, node: NodeId) -> Result<Statistics>;
     /// SETXATTR.

@@ -52,6 +52,10 @@ pub struct SessionOptions {
     /// How many requests the guest may have under way in the background (read-ahead,
     /// write-back, direct I/O). Congestion begins at three quarters of it.
     pub max_background: u16,
+    /// Record locks come here.
+    pub posix_locks: bool,
+    /// Locks on whole files come here.
+    pub flock: bool,
 }
 
 impl SessionOptions {
@@ -65,6 +69,8 @@ impl Default for SessionOptions {
             max_write: Self::MAX_WRITE,
             readdirplus: Readdirplus::default(),
             max_background: 128,
+            posix_locks: false,
+            flock: false,
         }
     }
 }
@@ -185,11 +191,18 @@ pub(super) fn our_version() -> InitOut {
 }
 
 fn wanted(options: &SessionOptions) -> InitFlags {
-    match options.readdirplus {
-        Readdirplus::Never => ALWAYS,
-        Readdirplus::Auto => ALWAYS | InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
-        Readdirplus::Always => ALWAYS | InitFlags::DO_READDIRPLUS,
-    }
+    let readdirplus = match options.readdirplus {
+        Readdirplus::Never => InitFlags::NONE,
+        Readdirplus::Auto => InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
+        Readdirplus::Always => InitFlags::DO_READDIRPLUS,
+    };
+    [
+        (options.posix_locks, InitFlags::POSIX_LOCKS),
+        (options.flock, InitFlags::FLOCK_LOCKS),
+    ]
+    .into_iter()
+    .filter(|(wanted, _)| *wanted)
+    .fold(ALWAYS | readdirplus, |all, (_, flag)| all | flag)
 }
 
 const fn union(flags: &[InitFlags]) -> InitFlags {

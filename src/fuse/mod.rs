@@ -27,4 +27,4 @@ mod testing;
 pub use counters::Counters;
 pub use exchange::{Exchange, OUT_HEADER_LEN};
 pub use init::{Negotiated, Readdirplus, SessionOptions};
-pub use session::{Outcome, Session};
+pub use session::{NoWaits, Outcome, Session};

@@ -9,12 +9,13 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::abi::{
-    Attr, AttrOut, CopyFileRangeOut, EntryOut, GetxattrOut, InitOut, Kstatfs, LseekOut, OpenOut,
-    OutHeader, StatfsOut, WriteOut, open_reply_flags,
+    Attr, AttrOut, CopyFileRangeOut, EntryOut, FileLock, GetxattrOut, InitOut, Kstatfs, LkOut,
+    LseekOut, OpenOut, OutHeader, StatfsOut, WriteOut, open_reply_flags,
 };
 use super::request::Operation;
 use super::{Exchange, OUT_HEADER_LEN};
 use crate::fs::{Attributes, Entry, Opened, Statistics};
+use crate::io::{LockKind, RecordLock};
 
 /// What a request is answered with.
 #[derive(Debug)]
@@ -28,6 +29,7 @@ pub(super) enum Answer {
     Statistics(StatfsOut),
     XattrLen(GetxattrOut),
     Offset(LseekOut),
+    Lock(LkOut),
     Written(WriteOut),
     Copied(CopyFileRangeOut),
     Init(InitOut),
@@ -46,6 +48,7 @@ impl Answer {
             Self::Statistics(out) => (out.as_bytes(), &[]),
             Self::XattrLen(out) => (out.as_bytes(), &[]),
             Self::Offset(out) => (out.as_bytes(), &[]),
+            Self::Lock(out) => (out.as_bytes(), &[]),
             Self::Written(out) => (out.as_bytes(), &[]),
             Self::Copied(out) => (out.as_bytes(), &[]),
             Self::Init(out) => (out.as_bytes(), &[]),
@@ -83,6 +86,7 @@ pub(super) fn room_needed(operation: &Operation<'_>) -> usize {
         Operation::CopyFileRange(_) => size_of::<CopyFileRangeOut>(),
         Operation::Statfs => size_of::<StatfsOut>(),
         Operation::Lseek { .. } => size_of::<LseekOut>(),
+        Operation::Getlk { .. } => size_of::<LkOut>(),
         Operation::Getxattr { size: 0, .. } | Operation::Listxattr { size: 0 } => {
             size_of::<GetxattrOut>()
         }
@@ -144,6 +148,21 @@ pub(super) fn statfs_out(statistics: &Statistics) -> StatfsOut {
             frsize: statistics.fragment_size,
             ..Kstatfs::default()
         },
+    }
+}
+
+/// A lock, as GETLK answers it.
+pub(super) fn file_lock(lock: &RecordLock) -> FileLock {
+    let kind = match lock.kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::Unlock => libc::F_UNLCK,
+    };
+    FileLock {
+        start: lock.start,
+        end: lock.end,
+        kind: kind.cast_unsigned(),
+        pid: 0,
     }
 }
 

@@ -11,6 +11,7 @@ mod directory;
 mod handles;
 mod holds;
 mod inodes;
+mod locks;
 mod lookup;
 mod names;
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod xattr;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
@@ -32,9 +34,10 @@ use self::credentials::Wear;
 use self::handles::Handles;
 use self::holds::{Hold, Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
+use self::locks::Locks;
 use super::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode, NodeId,
-    Opened, Result, Statistics, XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, LockOwner,
+    NewNode, NodeId, Opened, Result, Statistics, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -154,6 +157,7 @@ pub struct Passthrough {
     inodes: Store,
     holder: Holder,
     handles: Handles,
+    locks: Locks,
     wear: Wear,
 }
 
@@ -201,6 +205,7 @@ impl Passthrough {
             inodes: Store::new(&identity, Hold::Descriptor(root)),
             holder,
             handles: Handles::new(),
+            locks: Locks::default(),
             wear,
         })
     }
@@ -325,6 +330,7 @@ impl FileSystem for Passthrough {
     }
 
     fn reset(&self) {
+        self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
     }
@@ -428,11 +434,24 @@ impl FileSystem for Passthrough {
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.locks.released(node, handle);
         self.handles.release(node, handle, HandleKind::File)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
         self.handles.file(node, handle, kind)
+    }
+
+    fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
+        self.lock_file_of(node, handle, owner)
+    }
+
+    fn lock_file_if_any(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
+        self.locks.find(node, owner)
+    }
+
+    fn end_locks(&self, node: NodeId, owner: LockOwner) {
+        self.locks.end(node, owner);
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {

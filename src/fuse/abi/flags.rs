@@ -253,6 +253,12 @@ pub mod fsync_flags {
     pub const FDATASYNC: u32 = 1;
 }
 
+/// Flags of GETLK, SETLK and SETLKW.
+pub mod lk_flags {
+    /// A lock of `flock(2)`.
+    pub const FLOCK: u32 = 1;
+}
+
 /// Flags of attributes.
 pub mod attr_flags {
     /// The root of a submount.

@@ -3,9 +3,10 @@
 use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
-use super::{Copying, DecodeError, Fault, Forgets, Operation, Range, Request};
-use crate::fs::{Caller, Changes, Handle, NewNode, NewTime, NodeId, XattrFlags};
+use super::{Copying, DecodeError, Fault, Forgets, Locking, Operation, Range, Request};
+use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
 use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
+use crate::io::{Lock, LockKind, RecordLock};
 
 /// Length of the header that begins every request, in bytes.
 pub const HEADER_LEN: usize = size_of::<InHeader>();
@@ -197,6 +198,9 @@ fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, F
         | Opcode::Release
         | Opcode::Releasedir
         | Opcode::Flush
+        | Opcode::Getlk
+        | Opcode::Setlk
+        | Opcode::Setlkw
         | Opcode::Fsync
         | Opcode::Fsyncdir
         | Opcode::Fallocate
@@ -377,9 +381,14 @@ fn on_open_file(
         Opcode::Releasedir => Operation::Releasedir {
             handle: released(arguments)?,
         },
-        Opcode::Flush => Operation::Flush {
-            handle: Handle(arguments.take::<abi::FlushIn>()?.fh),
-        },
+        Opcode::Flush => {
+            let args: abi::FlushIn = arguments.take()?;
+            Operation::Flush {
+                handle: Handle(args.fh),
+                owner: LockOwner(args.lock_owner),
+            }
+        }
+        Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw => locking(opcode, arguments.take()?)?,
         Opcode::Fsync | Opcode::Fsyncdir => {
             let args: abi::FsyncIn = arguments.take()?;
             Operation::Fsync {
@@ -433,6 +442,43 @@ fn on_open_file(
             })
         }
         _ => Operation::Unserved,
+    })
+}
+
+fn locking(opcode: Opcode, args: abi::LkIn) -> Result<Operation<'static>, Fault> {
+    let kind = match args.lk.kind.cast_signed() {
+        libc::F_RDLCK => LockKind::Shared,
+        libc::F_WRLCK => LockKind::Exclusive,
+        libc::F_UNLCK => LockKind::Unlock,
+        _ => return Err(Fault::Value("type")),
+    };
+    let (handle, owner) = (Handle(args.fh), LockOwner(args.owner));
+    let whole = args.lk_flags & abi::lk_flags::FLOCK != 0;
+    let (start, end) = (args.lk.start, args.lk.end);
+    if !whole && (start > end || offset(end).is_err()) {
+        return Err(Fault::Value("range"));
+    }
+    let lock = RecordLock { kind, start, end };
+    if opcode != Opcode::Getlk {
+        return Ok(Operation::Setlk(Locking {
+            handle,
+            owner,
+            lock: if whole {
+                Lock::Whole(kind)
+            } else {
+                Lock::Record(lock)
+            },
+            wait: opcode == Opcode::Setlkw,
+        }));
+    }
+    // There is no asking for locks on the whole file, nor for what is in the way of none.
+    if whole || kind == LockKind::Unlock {
+        return Err(Fault::Value("type"));
+    }
+    Ok(Operation::Getlk {
+        handle,
+        owner,
+        lock,
     })
 }
 

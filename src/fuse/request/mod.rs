@@ -20,7 +20,8 @@ pub use decode::{HEADER_LEN, bytes_wanted, decode};
 pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
-use crate::fs::{Caller, Changes, Handle, NewNode, NodeId, XattrFlags};
+use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NodeId, XattrFlags};
+use crate::io::{Lock, RecordLock};
 
 /// One request of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -168,7 +169,20 @@ pub enum Operation<'a> {
     Flush {
         /// Of this file.
         handle: Handle,
+        /// Who closes it, and gives up its record locks thereby.
+        owner: LockOwner,
     },
+    /// Find a lock that is in the way.
+    Getlk {
+        /// The file.
+        handle: Handle,
+        /// Who wants the lock.
+        owner: LockOwner,
+        /// The lock, which is not one to be given up.
+        lock: RecordLock,
+    },
+    /// SETLK and SETLKW.
+    Setlk(Locking),
     /// FSYNC and FSYNCDIR.
     Fsync {
         /// The file or directory.
@@ -263,6 +277,19 @@ pub struct Copying {
     pub len: u64,
     /// Whether the reply has room for a count of 64 bits.
     pub wide: bool,
+}
+
+/// A lock to take or to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Locking {
+    /// The file.
+    pub handle: Handle,
+    /// Who takes it; for a lock on the whole file, the open file itself does.
+    pub owner: LockOwner,
+    /// The lock.
+    pub lock: Lock,
+    /// Whether to wait for it.
+    pub wait: bool,
 }
 
 /// The nodes of a BATCH_FORGET.

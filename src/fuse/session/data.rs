@@ -190,12 +190,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
-    fn now<E: Exchange>(&self, exchange: E, unique: u64, answer: Result<Answer, Errno>) -> Outcome {
+    pub(super) fn now<E: Exchange>(
+        &self,
+        exchange: E,
+        unique: u64,
+        answer: Result<Answer, Errno>,
+    ) -> Outcome {
         self.finish(exchange, unique, answer);
         Outcome::Done
     }
 
-    fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
+    pub(super) fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
         self.counters.count_later();
         Outcome::Later(Box::pin(future))
     }

@@ -60,7 +60,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
                 Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
             }
-            Operation::Flush { handle } => fs.flush(caller, node, handle).map(done),
+            Operation::Flush { handle, owner } => {
+                fs.end_locks(node, owner);
+                fs.flush(caller, node, handle).map(done)
+            }
+            Operation::Getlk {
+                handle,
+                owner,
+                lock,
+            } => self.getlk(node, handle, owner, lock),
             Operation::Release { handle } => fs.release(node, handle).map(done),
             Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),
             Operation::Statfs => fs

@@ -6,9 +6,11 @@
 //! doesn't hear of.
 
 mod data;
+mod locks;
 mod metadata;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::error::Error;
 use std::fmt;
@@ -19,6 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::io::Errno;
 use smallvec::SmallVec;
 
+pub use self::waiting::NoWaits;
+
+use self::waiting::Waiting;
 use super::abi::{InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, room_needed, send_error};
@@ -58,6 +63,7 @@ pub struct Session<F: ?Sized> {
     ready: AtomicBool,
     negotiated: Mutex<Option<Negotiated>>,
     counters: Counters,
+    waiting: Arc<Waiting>,
     fs: Arc<F>,
 }
 
@@ -69,6 +75,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             ready: AtomicBool::new(false),
             negotiated: Mutex::new(None),
             counters: Counters::default(),
+            waiting: Arc::default(),
             fs,
         }
     }
@@ -101,6 +108,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .negotiated
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
+        self.waiting.end_all(Errno::INTR);
         self.fs.reset();
     }
 
@@ -128,9 +136,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 exchange.no_reply();
                 return Outcome::Done;
             }
-            // A guest needs no answer to this, and the request it means goes on. Whatever waits
-            // for a guest without end, such as a lock, is to be found by `unique` here.
-            Operation::Interrupt { .. } => {
+            // A guest needs no answer to this. What doesn't wait for a guest without end, as a
+            // lock may, goes on.
+            Operation::Interrupt { unique } => {
+                self.waiting.interrupt(unique);
                 exchange.no_reply();
                 return Outcome::Done;
             }
@@ -153,7 +162,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Init(_) | Operation::Destroy => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
             Operation::Unserved => Err(Errno::NOSYS),
-            _ => Ok(()),
+            ref operation => self.admit_lock(operation),
         }
     }
 
@@ -177,6 +186,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return self.fallocate(exchange, request, handle, (offset, len, mode));
             }
             Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
+            Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
             _ => {}
         }
         let answer = match request.operation {
