@@ -20,6 +20,7 @@ const PAGE: u32 = 4096;
 const ALWAYS: InitFlags = union(&[
     InitFlags::ASYNC_READ,
     InitFlags::ATOMIC_O_TRUNC,
+    InitFlags::EXPORT_SUPPORT,
     InitFlags::BIG_WRITES,
     InitFlags::DONT_MASK,
     InitFlags::AUTO_INVAL_DATA,
@@ -326,7 +327,6 @@ mod tests {
         for flag in [
             InitFlags::POSIX_LOCKS,
             InitFlags::FLOCK_LOCKS,
-            InitFlags::EXPORT_SUPPORT,
             InitFlags::WRITEBACK_CACHE,
             InitFlags::NO_OPEN_SUPPORT,
             InitFlags::HANDLE_KILLPRIV,

@@ -13,6 +13,7 @@ pub(crate) mod credentials;
 pub(crate) mod file;
 pub(crate) mod file_handle;
 pub(crate) mod inherit;
+pub(crate) mod inode_flags;
 pub(crate) mod lock;
 
 use rustix::io::Errno;

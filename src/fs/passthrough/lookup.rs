@@ -100,6 +100,11 @@ impl Passthrough {
         }
     }
 
+    /// The entry of what `fd`, an `O_PATH` descriptor, is of; counts one lookup.
+    pub(super) fn find_held(&self, fd: OwnedFd) -> Result<Entry> {
+        self.admit(Found::Path(fd))
+    }
+
     /// The entry of what is open as `file`; counts one lookup.
     pub(super) fn find_opened(&self, file: &OwnedFd) -> Result<Entry> {
         self.admit(Found::Open(file))

@@ -13,6 +13,7 @@ mod holds;
 mod inodes;
 mod locks;
 mod lookup;
+mod more;
 mod names;
 #[cfg(test)]
 mod tests;
@@ -36,8 +37,8 @@ use self::holds::{Hold, Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
 use self::locks::Locks;
 use super::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, LockOwner,
-    NewNode, NodeId, Opened, Result, Statistics, XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    LockOwner, NewNode, NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -340,6 +341,14 @@ impl FileSystem for Passthrough {
         self.find(self.fd(&parent)?, name)
     }
 
+    fn lookup_self(&self, node: NodeId) -> Result<Entry> {
+        self.find_self(node)
+    }
+
+    fn lookup_parent(&self, node: NodeId) -> Result<Entry> {
+        self.find_parent(node)
+    }
+
     fn forget(&self, node: NodeId, count: u64) {
         self.inodes.forget(node, count);
     }
@@ -351,6 +360,14 @@ impl FileSystem for Passthrough {
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
         self.attributes_of(node, handle)
+    }
+
+    fn statx(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        self.attributes_with_birth(node, handle)
     }
 
     fn setattr(
@@ -427,6 +444,16 @@ impl FileSystem for Passthrough {
         self.create_file(caller, parent, name, flags, new)
     }
 
+    fn tmpfile(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        flags: u32,
+        new: &NewNode,
+    ) -> Result<(Entry, Opened)> {
+        self.make_nameless(caller, parent, flags, new)
+    }
+
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         let file = self.handles.file(node, handle, HandleKind::File)?;
@@ -452,6 +479,31 @@ impl FileSystem for Passthrough {
 
     fn end_locks(&self, node: NodeId, owner: LockOwner) {
         self.locks.end(node, owner);
+    }
+
+    fn whole_file_system(&self, node: NodeId) -> Result<File> {
+        self.whole(node)
+    }
+
+    fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {
+        self.flags_of(node, handle)
+    }
+
+    fn set_inode_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
+        self.change_flags(node, handle, flags)
+    }
+
+    fn extended_inode_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
+        self.extended_flags(node, handle)
+    }
+
+    fn set_extended_inode_flags(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        flags: &InodeFlags,
+    ) -> Result<()> {
+        self.change_extended_flags(node, handle, flags)
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {

@@ -259,6 +259,12 @@ pub mod lk_flags {
     pub const FLOCK: u32 = 1;
 }
 
+/// Flags of IOCTL.
+pub mod ioctl_flags {
+    /// The server may ask for any memory of the caller; of CUSE only.
+    pub const UNRESTRICTED: u32 = 1 << 1;
+}
+
 /// Flags of attributes.
 pub mod attr_flags {
     /// The root of a submount.

@@ -3,7 +3,7 @@
 use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
-use super::{Copying, DecodeError, Fault, Forgets, Locking, Operation, Range, Request};
+use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
 use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
 use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
 use crate::io::{Lock, LockKind, RecordLock};
@@ -156,7 +156,8 @@ fn limit(header: &InHeader) -> Limit {
         | Opcode::Rename
         | Opcode::Rename2
         | Opcode::Link
-        | Opcode::Create => (NAMES_MAX, Some(Fault::NameLength)),
+        | Opcode::Create
+        | Opcode::Tmpfile => (NAMES_MAX, Some(Fault::NameLength)),
         _ => (STRUCTURE_MAX, None),
     };
     Limit { bytes, beyond }
@@ -188,6 +189,10 @@ fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, F
             unique: arguments.take::<abi::InterruptIn>()?.unique,
         }),
         Opcode::Statfs => Ok(Operation::Statfs),
+        Opcode::Syncfs => {
+            arguments.take::<abi::SyncfsIn>()?;
+            Ok(Operation::Syncfs)
+        }
         Opcode::Read
         | Opcode::Write
         | Opcode::Readdir
@@ -195,6 +200,8 @@ fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, F
         | Opcode::Open
         | Opcode::Opendir
         | Opcode::Create
+        | Opcode::Tmpfile
+        | Opcode::Ioctl
         | Opcode::Release
         | Opcode::Releasedir
         | Opcode::Flush
@@ -217,8 +224,12 @@ fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, F
 /// Operations on nodes, names and extended attributes.
 fn on_node(opcode: Opcode, mut arguments: Arguments<'_>) -> Result<Operation<'_>, Fault> {
     Ok(match opcode {
-        Opcode::Lookup => Operation::Lookup {
-            name: arguments.name()?,
+        Opcode::Lookup => match arguments.0 {
+            [b'.', 0, ..] => Operation::LookupSelf,
+            [b'.', b'.', 0, ..] => Operation::LookupParent,
+            _ => Operation::Lookup {
+                name: arguments.name()?,
+            },
         },
         Opcode::Forget => Operation::Forget {
             count: arguments.take::<abi::ForgetIn>()?.nlookup,
@@ -235,6 +246,11 @@ fn on_node(opcode: Opcode, mut arguments: Arguments<'_>) -> Result<Operation<'_>
             let args: abi::GetattrIn = arguments.take()?;
             let handle = given_handle(args.getattr_flags, abi::getattr_flags::FH, args.fh);
             Operation::Getattr { handle }
+        }
+        Opcode::Statx => {
+            let args: abi::StatxIn = arguments.take()?;
+            let handle = given_handle(args.getattr_flags, abi::getattr_flags::FH, args.fh);
+            Operation::Statx { handle }
         }
         Opcode::Setattr => {
             let args: abi::SetattrIn = arguments.take()?;
@@ -354,6 +370,26 @@ fn on_open_file(
                 },
             }
         }
+        Opcode::Tmpfile => {
+            let args: abi::CreateIn = arguments.take()?;
+            // The name is for show.
+            arguments.name()?;
+            Operation::Tmpfile {
+                flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
+                new: NewNode {
+                    mode: args.mode,
+                    umask: args.umask,
+                    rdev: 0,
+                },
+            }
+        }
+        Opcode::Ioctl => {
+            let args: abi::IoctlIn = arguments.take()?;
+            Operation::Ioctl {
+                handle: Handle(args.fh),
+                ioctl: ioctl(&args, arguments)?,
+            }
+        }
         Opcode::Read => {
             let args: abi::ReadIn = arguments.take()?;
             extent(args.offset, u64::from(args.size))?;
@@ -442,6 +478,27 @@ fn on_open_file(
             })
         }
         _ => Operation::Unserved,
+    })
+}
+
+/// Numbers are of uapi `linux/fs.h`. The plain flags are a long by their numbers and an int in
+/// truth; kernels send either.
+fn ioctl(args: &abi::IoctlIn, mut data: Arguments<'_>) -> Result<Ioctl, Fault> {
+    const GET_FLAGS: u32 = 0x8008_6601;
+    const SET_FLAGS: u32 = 0x4008_6602;
+    const GET_EXTENDED: u32 = 0x801c_581f;
+    const SET_EXTENDED: u32 = 0x401c_5820;
+
+    if args.flags & abi::ioctl_flags::UNRESTRICTED != 0 {
+        return Ok(Ioctl::Other);
+    }
+    Ok(match (args.cmd, args.in_size, args.out_size) {
+        (GET_FLAGS, _, 4) => Ioctl::GetFlags { size: 4 },
+        (GET_FLAGS, _, 8) => Ioctl::GetFlags { size: 8 },
+        (SET_FLAGS, 4 | 8, _) => Ioctl::SetFlags(data.take()?),
+        (GET_EXTENDED, _, 28) => Ioctl::GetExtended,
+        (SET_EXTENDED, 28, _) => Ioctl::SetExtended(data.take()?),
+        _ => Ioctl::Other,
     })
 }
 

@@ -20,7 +20,7 @@ pub use decode::{HEADER_LEN, bytes_wanted, decode};
 pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
-use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NodeId, XattrFlags};
+use crate::fs::{Caller, Changes, Handle, InodeFlags, LockOwner, NewNode, NodeId, XattrFlags};
 use crate::io::{Lock, RecordLock};
 
 /// One request of a guest.
@@ -55,6 +55,10 @@ pub enum Operation<'a> {
         /// The name.
         name: &'a CStr,
     },
+    /// LOOKUP of `.`.
+    LookupSelf,
+    /// LOOKUP of `..`.
+    LookupParent,
     /// Give back lookups.
     Forget {
         /// How many.
@@ -64,6 +68,11 @@ pub enum Operation<'a> {
     BatchForget(Forgets<'a>),
     /// Read attributes.
     Getattr {
+        /// Of this open file, if it is given.
+        handle: Option<Handle>,
+    },
+    /// Read attributes as `statx` has them.
+    Statx {
         /// Of this open file, if it is given.
         handle: Option<Handle>,
     },
@@ -141,6 +150,22 @@ pub enum Operation<'a> {
         flags: u32,
         /// What it is made with.
         new: NewNode,
+    },
+    /// Make and open a file without a name.
+    Tmpfile {
+        /// As for [`Create`](Self::Create).
+        flags: u32,
+        /// What it is made with.
+        new: NewNode,
+    },
+    /// Write the whole file system back to disk.
+    Syncfs,
+    /// Device control, as far as it is about inodes.
+    Ioctl {
+        /// The file or directory.
+        handle: Handle,
+        /// What is asked for.
+        ioctl: Ioctl,
     },
     /// Read data.
     Read(Range),
@@ -277,6 +302,24 @@ pub struct Copying {
     pub len: u64,
     /// Whether the reply has room for a count of 64 bits.
     pub wide: bool,
+}
+
+/// What IOCTL asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ioctl {
+    /// `FS_IOC_GETFLAGS`.
+    GetFlags {
+        /// Bytes that the guest wants of them: 4 or 8.
+        size: usize,
+    },
+    /// `FS_IOC_SETFLAGS`.
+    SetFlags(u32),
+    /// `FS_IOC_FSGETXATTR`.
+    GetExtended,
+    /// `FS_IOC_FSSETXATTR`.
+    SetExtended(InodeFlags),
+    /// Anything else.
+    Other,
 }
 
 /// A lock to take or to give up.

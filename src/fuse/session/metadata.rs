@@ -9,7 +9,7 @@ use super::Session;
 use crate::fs::{FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, LseekOut};
 use crate::fuse::directory::Records;
-use crate::fuse::reply::{Answer, attr_out, entry_out, open_out, statfs_out};
+use crate::fuse::reply::{Answer, attr_out, entry_out, open_out, statfs_out, statx_out};
 use crate::fuse::request::{Operation, Range, Request};
 
 /// Longest reply to READDIR, bytes.
@@ -26,6 +26,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let entry = |entry| Answer::Entry(entry_out(&entry));
         match request.operation {
             Operation::Lookup { name } => fs.lookup(caller, node, name).map(entry),
+            Operation::LookupSelf => fs.lookup_self(node).map(entry),
+            Operation::LookupParent => fs.lookup_parent(node).map(entry),
+            Operation::Statx { handle } => fs
+                .statx(node, handle)
+                .map(|attributes| Answer::Statx(statx_out(&attributes))),
+            Operation::Tmpfile { flags, new } => {
+                let (entry, opened) = fs.tmpfile(caller, node, flags, &new)?;
+                Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
+            }
+            Operation::Ioctl { handle, ioctl } => self.ioctl(node, handle, ioctl, room),
             Operation::Getattr { handle } => fs
                 .getattr(caller, node, handle)
                 .map(|attributes| Answer::Attributes(attr_out(&attributes))),

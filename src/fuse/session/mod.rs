@@ -6,6 +6,7 @@
 //! doesn't hear of.
 
 mod data;
+mod inode_flags;
 mod locks;
 mod metadata;
 #[cfg(test)]
@@ -186,6 +187,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return self.fallocate(exchange, request, handle, (offset, len, mode));
             }
             Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
+            Operation::Syncfs => return self.syncfs(exchange, request),
             Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
             _ => {}
         }
