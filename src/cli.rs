@@ -1,19 +1,21 @@
 //! Options as typed, and their help.
 
 mod operations;
+mod sharing;
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::config::{Config, Listen};
+use crate::config::{Config, Descriptors, Listen, Share};
 use crate::device::Tag;
-use crate::fuse::SessionOptions;
 use crate::io::Choice;
 
 pub use self::operations::Operations;
+pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -44,7 +46,8 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     pub fd: Option<RawFd>,
 
-    /// The directory that the guest sees. Nothing outside of it can be reached.
+    /// The directory that the guest sees; nothing outside of it can be reached. A regular file
+    /// may be given too, for guests that can mount one: see the manual.
     #[arg(long, value_name = "DIR")]
     pub shared_dir: PathBuf,
 
@@ -71,6 +74,18 @@ pub struct Options {
     #[arg(long, value_name = "RUNTIME", value_enum, default_value_t = Runtime::Auto)]
     pub runtime: Runtime,
 
+    /// Look at the rings for up to N microseconds before sleeping, where the guest has lately
+    /// been quick to ask again; saves the wake-up that costs a request more than its work. A
+    /// guest that is idle costs nothing. 0 never looks.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub poll_us: u32,
+
+    /// How many descriptors the process may have open: inodes that the guest knows, and files
+    /// that it has open, need one each. More than the hard limit takes CAP_SYS_RESOURCE; 0
+    /// leaves both limits as they are. [default: the hard limit]
+    #[arg(long, value_name = "N")]
+    pub rlimit_nofile: Option<u64>,
+
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -79,6 +94,10 @@ pub struct Options {
     /// filters, such as `info,ringfsd::front=debug`.
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,
+
+    /// What may be done with the directory.
+    #[command(flatten)]
+    pub sharing: Sharing,
 
     /// What is served only where it is asked for.
     #[command(flatten)]
@@ -140,8 +159,10 @@ fn workers(text: &str) -> Result<NonZeroUsize, String> {
     }
 }
 
-impl From<Options> for Config {
-    fn from(options: Options) -> Self {
+impl TryFrom<Options> for Config {
+    type Error = Contradiction;
+
+    fn try_from(options: Options) -> Result<Self, Contradiction> {
         let listen = match (options.socket, options.fd) {
             (Some(path), _) => Listen::Path(path),
             (None, fd) => Listen::Inherited(fd.unwrap_or(-1)),
@@ -151,9 +172,9 @@ impl From<Options> for Config {
             let count = u16::try_from(workers.get()).unwrap_or(u16::MAX);
             NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN)
         };
-        let mut session = SessionOptions::default();
-        options.operations.apply(&mut session);
-        Self {
+        let mut share = Share::try_from(options.sharing)?;
+        options.operations.apply(&mut share.session);
+        Ok(Self {
             listen,
             shared_dir: options.shared_dir,
             tag: options.tag,
@@ -164,9 +185,15 @@ impl From<Options> for Config {
                 Runtime::Uring => Choice::Uring,
                 Runtime::Tokio => Choice::Tokio,
             },
+            poll: Duration::from_micros(u64::from(options.poll_us)),
             once: options.once,
-            session,
-        }
+            descriptors: match options.rlimit_nofile {
+                None => Descriptors::Most,
+                Some(0) => Descriptors::Inherited,
+                Some(limit) => Descriptors::Limit(limit),
+            },
+            share,
+        })
     }
 }
 
@@ -185,7 +212,10 @@ mod tests {
         for name in ["--socket", "--socket-path"] {
             let options =
                 Options::try_parse_from(["ringfsd", name, "/s", "--shared-dir", "/d"]).unwrap();
-            assert_eq!(Config::from(options).listen, Listen::Path("/s".into()));
+            assert_eq!(
+                Config::try_from(options).unwrap().listen,
+                Listen::Path("/s".into())
+            );
         }
     }
 

@@ -3,8 +3,10 @@
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::device::Tag;
+use crate::fs::passthrough;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
 
@@ -15,6 +17,17 @@ pub enum Listen {
     Path(PathBuf),
     /// On a listening socket that the launcher handed over.
     Inherited(RawFd),
+}
+
+/// How many descriptors the server may have open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptors {
+    /// As many as it may without privilege.
+    Most,
+    /// As many as the launcher has set.
+    Inherited,
+    /// This many.
+    Limit(u64),
 }
 
 /// All that the server goes by.
@@ -32,9 +45,22 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// Which runtime the workers have.
     pub runtime: Choice,
+    /// How long a worker looks at its rings, at most, before it sleeps.
+    pub poll: Duration,
     /// End after the first session.
     pub once: bool,
-    /// What guests may do, as the FUSE session wants it told.
+    /// How many descriptors may be open.
+    pub descriptors: Descriptors,
+    /// What guests may do with the directory.
+    pub share: Share,
+}
+
+/// What guests may do with the directory, as the two rooms concerned want it told.
+#[derive(Clone, Debug, Default)]
+pub struct Share {
+    /// To the file system.
+    pub file_system: passthrough::Options,
+    /// To the FUSE session.
     pub session: SessionOptions,
 }
 

@@ -9,8 +9,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::config::{Config, Listen};
+use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::front::{self, End, ListenError, Listener, Runner};
 use crate::fs::passthrough::{self, Passthrough};
@@ -34,6 +35,18 @@ pub enum ServerError {
         #[source]
         source: passthrough::PassthroughError,
     },
+    /// The limit of open descriptors can't be set.
+    #[error(
+        "setting the limit of open descriptors to {limit}: beyond the hard limit (`ulimit -Hn`) \
+         it needs CAP_SYS_RESOURCE, and never goes beyond /proc/sys/fs/nr_open"
+    )]
+    Descriptors {
+        /// To what.
+        limit: u64,
+        /// Why not.
+        #[source]
+        source: rustix::io::Errno,
+    },
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
@@ -53,6 +66,7 @@ pub struct Server {
     runtime: Chosen,
     fs: Arc<Passthrough>,
     listener: Listener,
+    poll: Duration,
     session: SessionOptions,
     once: bool,
 }
@@ -74,13 +88,21 @@ impl Server {
         };
         let runtime = crate::io::choose(config.runtime)?;
         log::info!("runtime {}: {}", runtime.kind, runtime.reason);
-        passthrough::raise_descriptor_limit();
-        let fs = Passthrough::new(&config.shared_dir, passthrough::Options::default()).map_err(
-            |source| ServerError::Share {
-                path: config.shared_dir.clone(),
-                source,
-            },
-        )?;
+        match config.descriptors {
+            Descriptors::Inherited => {}
+            Descriptors::Most => {
+                passthrough::raise_descriptor_limit();
+            }
+            Descriptors::Limit(limit) => passthrough::set_descriptor_limit(limit)
+                .map_err(|source| ServerError::Descriptors { limit, source })?,
+        }
+        let fs =
+            Passthrough::new(&config.shared_dir, config.share.file_system).map_err(|source| {
+                ServerError::Share {
+                    path: config.shared_dir.clone(),
+                    source,
+                }
+            })?;
         Ok(Self {
             device: Device {
                 tag: config.tag,
@@ -90,7 +112,8 @@ impl Server {
             runtime,
             fs: Arc::new(fs),
             listener: listen()?,
-            session: config.session,
+            poll: config.poll,
+            session: config.share.session,
             once: config.once,
         })
     }
@@ -125,7 +148,12 @@ impl Server {
     fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
         log::info!("a VMM has connected");
         let session = Session::new(Arc::clone(&self.fs), self.session.clone());
-        let mut crew = Crew::start(Arc::new(session), self.workers, self.runtime.kind)?;
+        let mut crew = Crew::start(
+            Arc::new(session),
+            self.workers,
+            self.runtime.kind,
+            self.poll,
+        )?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
         crew.session().reset();
         crew.dismiss();

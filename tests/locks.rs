@@ -272,6 +272,30 @@ fn each_sort_of_lock_has_its_option(runtime: &str) {
     }
 }
 
+fn a_readonly_share_has_locks_of_files_open_for_reading(runtime: &str) {
+    let args = ["--runtime", runtime, "--posix-locks", "--flock"];
+    let server = Server::start(&[&args[..], &["--readonly"]].concat());
+    std::fs::write(server.share().join("file"), "").unwrap();
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    let handle = fs.open(node, libc::O_RDONLY).unwrap();
+    let host = host_file(&server);
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+
+    fs.setlk(node, handle, ALICE, lock(libc::F_RDLCK, 0, END))
+        .unwrap();
+    assert!(rustix::fs::fcntl_lock(&host, exclusive).is_err());
+    // What a lock belongs to on the host is open for reading only.
+    let refused = fs.setlk(node, handle, ALICE, lock(libc::F_WRLCK, 0, END));
+    assert_eq!(errno(refused), Some(libc::EBADF));
+    flush(&mut fs, node, handle, ALICE);
+    rustix::fs::fcntl_lock(&host, exclusive).unwrap();
+
+    let set = flock(&mut fs, opcode::SETLK, node, handle, libc::F_WRLCK);
+    fs.collect(set).unwrap();
+    assert!(rustix::fs::flock(&host, exclusive).is_err());
+}
+
 on_both_runtimes!(
     owners_in_the_guest_are_told_apart,
     locks_of_guest_and_host_conflict,
@@ -281,4 +305,5 @@ on_both_runtimes!(
     locks_on_whole_files_belong_to_the_open_file,
     locks_of_an_open_file_end_with_it,
     each_sort_of_lock_has_its_option,
+    a_readonly_share_has_locks_of_files_open_for_reading,
 );

@@ -9,19 +9,28 @@
 mod support;
 
 use support::Server;
-use vmm::fuse::wire::{IoctlIn, IoctlOut, init, opcode};
+use vmm::fuse::wire::{IoctlIn, IoctlOut, init, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
 use zerocopy::{FromBytes, IntoBytes};
 
 type Guest = Client<Session>;
 
+const GET: u32 = 0x8008_6601;
+const SET: u32 = 0x4008_6602;
+const GET_EXTENDED: u32 = 0x801c_581f;
+const SET_EXTENDED: u32 = 0x401c_5820;
+
 fn errno<T: std::fmt::Debug>(result: Result<T, FuseError>) -> Option<i32> {
     result.unwrap_err().errno()
 }
 
 fn start(runtime: &str) -> (Server, Guest) {
-    let server = Server::start(&["--runtime", runtime]);
+    start_with(&["--runtime", runtime])
+}
+
+fn start_with(args: &[&str]) -> (Server, Guest) {
+    let server = Server::start(args);
     let fs = server.session(Profile::Simple, &Options::default());
     (server, fs)
 }
@@ -94,10 +103,6 @@ fn ioctl(fs: &mut Guest, node: u64, fh: Handle, cmd: u32, data: &[u8], out: u32)
 type Answer = Result<Vec<u8>, FuseError>;
 
 fn inode_flags_are_read_and_set_and_no_other_control(runtime: &str) {
-    const GET: u32 = 0x8008_6601;
-    const SET: u32 = 0x4008_6602;
-    const GET_EXTENDED: u32 = 0x801c_581f;
-    const SET_EXTENDED: u32 = 0x401c_5820;
     const NO_DUMP: u32 = 0x40;
 
     let (_server, mut fs) = start(runtime);
@@ -176,6 +181,120 @@ fn polling_is_left_to_the_guest(runtime: &str) {
     assert_eq!(errno(fs.request(call)), Some(libc::ENOSYS));
 }
 
+fn a_readonly_share_makes_nothing_and_sets_no_flags(runtime: &str) {
+    let (server, mut fs) = start_with(&["--runtime", runtime, "--readonly"]);
+    std::fs::write(server.share().join("file"), "content").unwrap();
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    let handle = fs.open(node, libc::O_RDONLY).unwrap();
+    let erofs = Some(libc::EROFS);
+    assert_eq!(errno(fs.tmpfile(ROOT, 0o600)), erofs);
+    // Not even those that are set already, which would change the time.
+    let flags = ioctl(&mut fs, node, handle, GET, b"", 4).unwrap_or(vec![0; 4]);
+    let extended = ioctl(&mut fs, node, handle, GET_EXTENDED, b"", 28).unwrap_or(vec![0; 28]);
+    for (cmd, data) in [(SET, flags), (SET_EXTENDED, extended)] {
+        let refused = ioctl(&mut fs, node, handle, cmd, &data, 0);
+        assert_eq!(errno(refused), erofs, "{cmd:#x}");
+    }
+    assert_eq!(fs.statx(node, 0xfff).unwrap().stat.size, 7);
+    fs.syncfs(ROOT).unwrap();
+    assert_eq!(fs.lookup(ROOT, c"..").unwrap().nodeid, ROOT);
+}
+
+fn owners_are_translated(runtime: &str) {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: needs root, to create for others");
+        return;
+    }
+    let (server, mut fs) = start_with(&[
+        "--runtime",
+        runtime,
+        "--translate-uid=map:0:70000:1000",
+        "--translate-uid=forbid-guest:5000:1",
+        "--translate-gid=squash-guest:100:80000:10",
+        "--translate-gid=squash-host:80000:7:1",
+    ]);
+    fs.act_as(5, 105);
+    let (file, _) = fs.tmpfile(ROOT, 0o640).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid), (5, 7));
+    fs.link(file.nodeid, ROOT, c"named").unwrap();
+    let named = std::fs::metadata(server.share().join("named")).unwrap();
+    assert_eq!((named.uid(), named.gid()), (70005, 80000));
+    let told = fs.statx(file.nodeid, 0xfff).unwrap().stat;
+    assert_eq!((told.uid, told.gid), (5, 7));
+
+    let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+    let below = fs.mkdir(dir.nodeid, c"below", 0o755).unwrap();
+    for (node, name) in [(below.nodeid, c".."), (dir.nodeid, c".")] {
+        let found = fs.lookup(node, name).unwrap();
+        assert_eq!(found.nodeid, dir.nodeid);
+        assert_eq!((found.attr.uid, found.attr.gid), (5, 7));
+    }
+
+    // Who is in the group of a set-group-ID directory is told by the host's ids.
+    let host = server.share().join("dir");
+    chown(&host, None, Some(80000)).unwrap();
+    std::fs::set_permissions(&host, PermissionsExt::from_mode(0o2777)).unwrap();
+    for (gid, mode) in [(105, 0o2750), (7, 0o750)] {
+        fs.act_as(5, gid);
+        let (file, _) = fs.tmpfile(dir.nodeid, 0o2750).unwrap();
+        assert_eq!((file.attr.mode & 0o7777, file.attr.gid), (mode, 7));
+    }
+
+    fs.act_as(5000, 0);
+    assert_eq!(errno(fs.tmpfile(ROOT, 0o600)), Some(libc::EPERM));
+}
+
+fn a_file_without_a_name_has_the_mode_of_one_with(runtime: &str) {
+    // A user's and a group's rights, a mask, and none for others.
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, rights) in [(1u16, 7u16), (4, 5), (16, 6), (32, 0)] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(rights.to_le_bytes());
+        acl.extend(u32::MAX.to_le_bytes());
+    }
+    let (server, mut fs) = start_with(&["--runtime", runtime, "--posix-acl", "--killpriv-v2"]);
+    fs.act_as(1000, 100);
+    fs.set_umask(0o027);
+    for with_acl in [false, true] {
+        let set = |acl| support::set_on_host(&server.share(), "system.posix_acl_default", acl);
+        if with_acl && !set(&acl) {
+            println!("SKIPPED: the file system of the tests has no ACLs");
+            return;
+        }
+        for mode in [0o666, 0o777, 0o4755, 0o2775] {
+            let (file, _) = fs.create(ROOT, c"file", mode).unwrap();
+            let (nameless, _) = fs.tmpfile(ROOT, mode).unwrap();
+            let expected = if with_acl {
+                mode & 0o7760
+            } else {
+                mode & !0o027
+            };
+            assert_eq!(file.attr.mode & 0o7777, expected, "{mode:o}");
+            assert_eq!(nameless.attr.mode, file.attr.mode, "{mode:o}");
+            fs.unlink(ROOT, c"file").unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_dot_or_two_lead_to_no_submount() {
+    // A guest asks from within the mount that it shows there; a mark would make it another.
+    let server = Server::start_sharing(std::path::Path::new("/"), &[]);
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let proc = fs.lookup(ROOT, c"proc").unwrap();
+    assert_eq!(proc.attr.flags, request_flag::ATTR_SUBMOUNT);
+    let below = fs.lookup(proc.nodeid, c"sys").unwrap();
+    for (from, name, to) in [
+        (proc.nodeid, c".", proc.nodeid),
+        (below.nodeid, c"..", proc.nodeid),
+        (proc.nodeid, c"..", ROOT),
+    ] {
+        let found = fs.lookup(from, name).unwrap();
+        assert_eq!((found.nodeid, found.attr.flags), (to, 0));
+    }
+}
+
 on_both_runtimes!(
     a_file_without_a_name_is_written_and_linked,
     statx_tells_when_a_file_was_made,
@@ -183,4 +302,7 @@ on_both_runtimes!(
     inode_flags_are_read_and_set_and_no_other_control,
     a_dot_and_two_are_looked_up_for_export,
     polling_is_left_to_the_guest,
+    a_readonly_share_makes_nothing_and_sets_no_flags,
+    owners_are_translated,
+    a_file_without_a_name_has_the_mode_of_one_with,
 );

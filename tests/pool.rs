@@ -46,7 +46,7 @@ fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
         pool.join().unwrap();
         let mut all: Vec<_> = all.iter().collect();
         all.sort();
-        let expected = [0, 1, 2].map(|n| (n, format!("ringfsd-worker-{n}")));
+        let expected = [0, 1, 2].map(|n| (n, format!("ringfsd-work-{n}")));
         assert_eq!(all, expected);
     }
 }

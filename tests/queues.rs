@@ -53,7 +53,7 @@ fn any_features_and_sizes_work(runtime: &str) {
                 .queue_size(size)
                 .without_features(without);
             let mut fs = server.session(Profile::Simple, &options);
-            fs.set_layout(if without & feature::INDIRECT_DESC == 0 || size > 128 {
+            fs.set_layout(if size > 128 {
                 Layout::linux()
             } else {
                 Layout::default()

@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// Upper rooms first, as in docs/architecture.md; each with the rooms that it may use.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["config", "device", "fuse", "io"]),
+    ("cli", &["config", "device", "fuse", "fs", "io"]),
     (
         "server",
         &[
@@ -25,7 +25,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "io",
         ],
     ),
-    ("config", &["device", "fuse", "io"]),
+    ("config", &["device", "fuse", "fs", "io"]),
     ("front", &["device", "virtqueue", "sys"]),
     ("device", &[]),
     ("worker", &["scheduler", "virtqueue", "fuse", "fs", "io"]),

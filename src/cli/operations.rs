@@ -6,6 +6,7 @@ use crate::fuse::SessionOptions;
 
 /// What guests may do beyond what every file system lets them.
 #[derive(Clone, Copy, Debug, Default, Args)]
+#[command(next_help_heading = "Locks")]
 pub struct Operations {
     /// Carry the guest's record locks (fcntl, lockf) to the host, where they conflict with
     /// those of the host's programs and of other guests. Without this they hold within the

@@ -45,6 +45,9 @@ pub struct Caller {
     pub gid: u32,
     /// Process id in the guest; 0 for the guest's kernel itself.
     pub pid: u32,
+    /// It is not privileged to keep the set-user-ID and set-group-ID bits of a file that it
+    /// changes (`CAP_FSETID`), says the guest's kernel, and the file system shall take them away.
+    pub kill_set_id: bool,
 }
 
 /// A moment: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
@@ -98,6 +101,8 @@ pub struct Entry {
     pub attribute_ttl: Duration,
     /// How long the guest may rely on the name.
     pub entry_ttl: Duration,
+    /// It is a directory on another file system than its parent.
+    pub submount: bool,
 }
 
 /// What SETATTR changes; `None` stays as it is.
@@ -312,6 +317,9 @@ pub trait FileSystem: Send + Sync + 'static {
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
     /// RELEASE: the last descriptor is closed; the handle ends.
     fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
+    /// Takes the set-user-ID and set-group-ID bits from a file that is about to be written for a
+    /// caller that may not keep them.
+    fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
     /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
     /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record

@@ -4,6 +4,7 @@
 //! didn't offer.
 
 use std::fmt;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -42,6 +43,18 @@ pub enum Readdirplus {
     Always,
 }
 
+/// Whether the guest shall do something that not every guest can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Wanted {
+    /// No.
+    #[default]
+    No,
+    /// If it can.
+    IfOffered,
+    /// It must, or there is no session.
+    Needed,
+}
+
 /// What of a session can be chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
@@ -53,6 +66,20 @@ pub struct SessionOptions {
     /// How many requests the guest may have under way in the background (read-ahead,
     /// write-back, direct I/O). Congestion begins at three quarters of it.
     pub max_background: u16,
+    /// How long the guest may rely on a name not being there; not at all if zero.
+    pub negative_ttl: Duration,
+    /// The guest may keep where symbolic links point, as long as their attributes hold.
+    pub cache_symlinks: bool,
+    /// The guest may mount by itself what is announced as a submount.
+    pub submounts: bool,
+    /// The server takes set-user-ID bits away where the guest asks for it.
+    pub kill_set_id: bool,
+    /// The guest goes by POSIX ACLs.
+    pub posix_acl: Wanted,
+    /// The guest may collect writes.
+    pub writeback: bool,
+    /// The guest may map files shared that it opened for direct I/O.
+    pub direct_io_mmap: bool,
     /// Record locks come here.
     pub posix_locks: bool,
     /// Locks on whole files come here.
@@ -70,6 +97,13 @@ impl Default for SessionOptions {
             max_write: Self::MAX_WRITE,
             readdirplus: Readdirplus::default(),
             max_background: 128,
+            negative_ttl: Duration::ZERO,
+            cache_symlinks: false,
+            submounts: false,
+            kill_set_id: false,
+            posix_acl: Wanted::No,
+            writeback: false,
+            direct_io_mmap: false,
             posix_locks: false,
             flock: false,
         }
@@ -138,23 +172,25 @@ pub(super) enum Agreement {
     NewerMajor,
 }
 
-/// A guest that is too old.
+/// Why there is no session with this guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error(
-    "the guest speaks FUSE {major}.{minor}; 7.27 (Linux 4.18) is the oldest that is served here"
-)]
-pub(super) struct TooOld {
-    major: u32,
-    minor: u32,
+pub(super) enum Unserved {
+    #[error(
+        "the guest speaks FUSE {major}.{minor}; 7.27 (Linux 4.18) is the oldest that is served \
+         here"
+    )]
+    TooOld { major: u32, minor: u32 },
+    #[error("the guest has no POSIX ACLs, without which it is not to be served")]
+    NoAcl,
 }
 
 /// Decides on an INIT.
-pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agreement, TooOld> {
+pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agreement, Unserved> {
     if init.major > abi::MAJOR {
         return Ok(Agreement::NewerMajor);
     }
     if init.major < abi::MAJOR || init.minor < OLDEST_MINOR {
-        return Err(TooOld {
+        return Err(Unserved::TooOld {
             major: init.major,
             minor: init.minor,
         });
@@ -166,6 +202,9 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
         offered
     };
     let flags = offered & wanted(options);
+    if options.posix_acl == Wanted::Needed && !flags.contains(InitFlags::POSIX_ACL) {
+        return Err(Unserved::NoAcl);
+    }
     let max_write = options.max_write.clamp(PAGE, SessionOptions::MAX_WRITE);
     let max_pages = if flags.contains(InitFlags::MAX_PAGES) {
         u16::try_from(max_write.div_ceil(PAGE)).unwrap_or(u16::MAX)
@@ -198,6 +237,13 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         Readdirplus::Always => InitFlags::DO_READDIRPLUS,
     };
     [
+        (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
+        (options.submounts, InitFlags::SUBMOUNTS),
+        (options.kill_set_id, InitFlags::HANDLE_KILLPRIV_V2),
+        (options.posix_acl != Wanted::No, InitFlags::POSIX_ACL),
+        (options.posix_acl != Wanted::No, InitFlags::SETXATTR_EXT),
+        (options.writeback, InitFlags::WRITEBACK_CACHE),
+        (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
         (options.posix_locks, InitFlags::POSIX_LOCKS),
         (options.flock, InitFlags::FLOCK_LOCKS),
     ]

@@ -26,5 +26,6 @@ mod testing;
 
 pub use counters::Counters;
 pub use exchange::{Exchange, OUT_HEADER_LEN};
-pub use init::{Negotiated, Readdirplus, SessionOptions};
+pub use init::{Negotiated, Readdirplus, SessionOptions, Wanted};
+pub use reply::error_reply;
 pub use session::{NoWaits, Outcome, Session};

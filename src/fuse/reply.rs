@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use super::abi::{
     Attr, AttrOut, CopyFileRangeOut, EntryOut, FileLock, GetxattrOut, InitOut, Kstatfs, LkOut,
-    LseekOut, OpenOut, OutHeader, StatfsOut, Statx, StatxOut, StatxTime, WriteOut,
+    LseekOut, OpenOut, OutHeader, StatfsOut, Statx, StatxOut, StatxTime, WriteOut, attr_flags,
     open_reply_flags,
 };
 use super::request::Operation;
@@ -64,7 +64,7 @@ impl Answer {
 
 /// Sends an error as the reply to `unique`.
 pub(super) fn send_error<E: Exchange>(exchange: E, unique: u64, errno: Errno) {
-    exchange.reply(&[&header(unique, errno.raw_os_error().saturating_neg(), 0)]);
+    exchange.reply(&[&error_reply(unique, errno)]);
 }
 
 /// Sends the reply to `unique` whose `filled` bytes are in place.
@@ -110,7 +110,23 @@ pub(super) fn entry_out(entry: &Entry) -> EntryOut {
         attr_valid: entry.attribute_ttl.as_secs(),
         entry_valid_nsec: entry.entry_ttl.subsec_nanos(),
         attr_valid_nsec: entry.attribute_ttl.subsec_nanos(),
-        attr: attr(&entry.attributes),
+        attr: Attr {
+            flags: if entry.submount {
+                attr_flags::SUBMOUNT
+            } else {
+                0
+            },
+            ..attr(&entry.attributes)
+        },
+    }
+}
+
+/// No inode, as LOOKUP answers it where the guest may rely on that for `ttl`.
+pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
+    EntryOut {
+        entry_valid: ttl.as_secs(),
+        entry_valid_nsec: ttl.subsec_nanos(),
+        ..EntryOut::default()
     }
 }
 
@@ -229,6 +245,13 @@ fn attr(from: &Attributes) -> Attr {
         // No file is for DAX, and none is where another file system begins.
         flags: 0,
     }
+}
+
+/// The reply that fails the request `unique` with `errno`, for a transport that must answer for
+/// a request which nobody answered.
+#[must_use]
+pub fn error_reply(unique: u64, errno: Errno) -> [u8; OUT_HEADER_LEN] {
+    header(unique, errno.raw_os_error().saturating_neg(), 0)
 }
 
 fn header(unique: u64, error: i32, body: usize) -> [u8; OUT_HEADER_LEN] {

@@ -17,7 +17,7 @@ mod queue;
     clippy::indexing_slicing,
     reason = "tests may fail by panicking"
 )]
-mod tests;
+pub(crate) mod tests;
 mod used;
 
 pub use chain::{BadChain, Chain};

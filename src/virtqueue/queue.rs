@@ -186,6 +186,12 @@ impl Queue {
         })
     }
 
+    /// Whether there is a chain to take.
+    #[must_use]
+    pub fn has_more(&mut self) -> bool {
+        self.waiting() != 0
+    }
+
     /// How many entries the guest has made available that were not taken yet.
     fn waiting(&mut self) -> u16 {
         // Acquire: pairs with the driver's release (its write barrier) of the index; the

@@ -13,7 +13,7 @@ use super::{
 
 const SIZE: u16 = 8;
 const USER: u64 = 0x7f00_0000_0000;
-const DESCRIPTORS: u64 = 0x1000;
+pub(crate) const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
 /// Where the second region begins; the third leaves a hole before it.
@@ -22,7 +22,7 @@ const END: u64 = 0x2_0000;
 const ISLAND: u64 = 0x4_0000;
 
 /// Guest memory and the driver's side of one queue in it.
-struct Driver {
+pub(crate) struct Driver {
     files: Vec<(u64, std::fs::File)>,
     memory: Arc<Memory>,
     log: Option<std::fs::File>,
@@ -30,7 +30,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(logging: bool) -> Self {
+    pub(crate) fn new(logging: bool) -> Self {
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
@@ -51,7 +51,7 @@ impl Driver {
         }
     }
 
-    fn queue(&self, features: Features) -> Queue {
+    pub(crate) fn queue(&self, features: Features) -> Queue {
         let addresses = RingAddresses {
             descriptors: USER + DESCRIPTORS,
             available: USER + AVAILABLE,
@@ -71,12 +71,12 @@ impl Driver {
         .unwrap()
     }
 
-    fn write(&self, at: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
         let (start, file) = self.files.iter().rev().find(|(s, _)| *s <= at).unwrap();
         std::os::unix::fs::FileExt::write_all_at(file, bytes, at - start).unwrap();
     }
 
-    fn read<const N: usize>(&self, at: u64) -> [u8; N] {
+    pub(crate) fn read<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut bytes = [0; N];
         assert!(self.memory.read(at, &mut bytes));
         bytes
@@ -91,7 +91,7 @@ impl Driver {
     }
 
     /// Lays descriptors out from index 0 of `table` on, chained.
-    fn chain(&self, table: u64, parts: &[(u64, u32, u16)]) {
+    pub(crate) fn chain(&self, table: u64, parts: &[(u64, u32, u16)]) {
         for (i, (address, len, flags)) in parts.iter().enumerate() {
             let last = i + 1 == parts.len();
             let flags = if last { *flags } else { *flags | NEXT };
@@ -107,16 +107,16 @@ impl Driver {
         self.write(AVAILABLE + 2, &self.available.to_le_bytes());
     }
 
-    fn take_one(&mut self, queue: &mut Queue) -> Result<Chain, BadChain> {
+    pub(crate) fn take_one(&mut self, queue: &mut Queue) -> Result<Chain, BadChain> {
         self.offer(0);
         queue.take().unwrap()
     }
 
-    fn used_index(&self) -> u16 {
+    pub(crate) fn used_index(&self) -> u16 {
         u16::from_le_bytes(self.read(USED + 2))
     }
 
-    fn used_element(&self, index: u16) -> (u32, u32) {
+    pub(crate) fn used_element(&self, index: u16) -> (u32, u32) {
         let at = USED + 4 + 8 * u64::from(index % SIZE);
         let id = u32::from_le_bytes(self.read(at));
         (id, u32::from_le_bytes(self.read(at + 4)))
@@ -139,7 +139,7 @@ fn memfd(len: u64) -> std::fs::File {
     file
 }
 
-const PLAIN: Features = Features {
+pub(crate) const PLAIN: Features = Features {
     event_idx: false,
     indirect: true,
 };

@@ -8,6 +8,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -44,6 +45,7 @@ pub struct Crew<F> {
 
 impl<F: FileSystem> Crew<F> {
     /// Starts `workers` threads with a runtime of `kind`, and one for the high-priority queue.
+    /// Workers look at their rings for up to `poll` before they sleep.
     ///
     /// # Errors
     ///
@@ -52,6 +54,7 @@ impl<F: FileSystem> Crew<F> {
         session: Arc<Session<F>>,
         workers: NonZeroUsize,
         kind: Kind,
+        poll: Duration,
     ) -> Result<Self, CrewError> {
         let placement = Placement::new(workers);
         let mut crew = Self {
@@ -61,10 +64,16 @@ impl<F: FileSystem> Crew<F> {
             pools: Vec::new(),
         };
         // FORGET and INTERRUPT wait for nothing, so this thread needs no ring.
-        crew.enlist("ringfsd-high", NonZeroUsize::MIN, Kind::Tokio, || None)?;
+        crew.enlist(
+            "ringfsd-high",
+            NonZeroUsize::MIN,
+            Kind::Tokio,
+            Duration::ZERO,
+            || None,
+        )?;
         let (give, take) = channel();
         let alone = workers == NonZeroUsize::MIN;
-        crew.enlist("ringfsd-worker", workers, kind, move || {
+        crew.enlist("ringfsd-work", workers, kind, poll, move || {
             (!alone).then(|| Backlog {
                 placement,
                 give: give.clone(),
@@ -79,6 +88,7 @@ impl<F: FileSystem> Crew<F> {
         name: &str,
         count: NonZeroUsize,
         kind: Kind,
+        poll: Duration,
         backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
     ) -> Result<(), CrewError> {
         let (senders, receivers): (Vec<_>, Vec<_>) =
@@ -99,7 +109,7 @@ impl<F: FileSystem> Crew<F> {
             let _ = ready.send(prepared);
             let service = commands
                 .filter(|_| go)
-                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog()));
+                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog(), poll));
             async move {
                 if let Some(service) = service {
                     service.run().await;

@@ -10,6 +10,7 @@ mod faults;
 mod later;
 mod pool;
 mod serve;
+mod spin;
 
 pub use crew::{Crew, CrewError};
 pub use pool::{Pool, PoolError, Worker};

@@ -57,7 +57,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts `workers` threads called `ringfsd-worker-N`, each with a runtime of `kind`, and
+    /// Starts `workers` threads called `ringfsd-work-N`, each with a runtime of `kind`, and
     /// runs on each the future that `body` makes there. No body is called before every runtime
     /// is there.
     ///
@@ -69,7 +69,7 @@ impl Pool {
         B: Fn(Worker) -> F + Clone + Send + 'static,
         F: Future<Output = ()> + 'static,
     {
-        Self::start_named("ringfsd-worker", workers, kind, body)
+        Self::start_named("ringfsd-work", workers, kind, body)
     }
 
     /// As [`start`](Self::start), the threads called `name-N`.

@@ -11,11 +11,14 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::exchange::Request;
 use super::faults::Faults;
 use super::later::Later;
+use super::spin::Spin;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
 use crate::io::{self, Kind, Runtime, spawn};
@@ -56,6 +59,8 @@ struct Owned {
     kick: io::Event,
     /// There may be chains on the ring.
     ready: bool,
+    /// The guest has been asked for a kick at the next chain.
+    armed: bool,
 }
 
 /// Why the loop goes on.
@@ -83,6 +88,7 @@ pub(super) struct Loop<F> {
     batch: Vec<Chain>,
     later: Rc<Later>,
     faults: Faults,
+    spin: Spin,
 }
 
 impl<F: FileSystem> Loop<F> {
@@ -90,6 +96,7 @@ impl<F: FileSystem> Loop<F> {
         session: Arc<Session<F>>,
         commands: UnboundedReceiver<Command>,
         backlog: Option<Backlog>,
+        poll: Duration,
     ) -> Self {
         Self {
             session,
@@ -99,6 +106,7 @@ impl<F: FileSystem> Loop<F> {
             batch: Vec::with_capacity(PASS),
             later: Rc::default(),
             faults: Faults::default(),
+            spin: Spin::new(poll),
         }
     }
 
@@ -124,25 +132,55 @@ impl<F: FileSystem> Loop<F> {
 
     /// What to do next; waits if there is nothing.
     async fn next_event(&mut self) -> Event {
-        if self.queues.iter().any(|owned| owned.ready) {
-            if let Ok(command) = self.commands.try_recv() {
-                return Event::Command(command);
-            }
-            if self.later.under_way() == 0 || Runtime::current() != Some(Kind::Uring) {
-                // Lets the tasks run, and the runtime see the other queues' kicks.
-                tokio::task::yield_now().await;
+        if !self.queues.iter().any(|owned| owned.ready) {
+            if self.rest() {
                 return Event::Ready;
             }
-            // tokio-uring hands operations to the kernel only as its thread goes to sleep. So
-            // it shall, with a kick of our own to wake it at once.
-            for owned in self.queues.iter_mut().filter(|owned| owned.ready) {
-                match owned.kick.signal() {
-                    Ok(()) => owned.ready = false,
-                    Err(error) => log::debug!("kicking ourselves: {error}"),
-                }
+            let event = self.wait().await;
+            if matches!(event, Event::Ready) {
+                self.spin.woken();
+            }
+            return event;
+        }
+        if let Ok(command) = self.commands.try_recv() {
+            return Event::Command(command);
+        }
+        if self.later.under_way() == 0 || Runtime::current() != Some(Kind::Uring) {
+            // Lets the tasks run, and the runtime see the other queues' kicks.
+            tokio::task::yield_now().await;
+            return Event::Ready;
+        }
+        // tokio-uring hands operations to the kernel only as its thread goes to sleep. So it
+        // shall, with a kick of our own to wake it at once.
+        for owned in self.queues.iter_mut().filter(|owned| owned.ready) {
+            match owned.kick.signal() {
+                Ok(()) => owned.ready = false,
+                Err(error) => log::debug!("kicking ourselves: {error}"),
             }
         }
         self.wait().await
+    }
+
+    /// Gets ready to sleep: looks at the rings for a moment, then asks for kicks. True if there
+    /// is something to do instead.
+    fn rest(&mut self) -> bool {
+        let queues = &mut self.queues;
+        if self.later.under_way() == 0 && !queues.is_empty() {
+            let found = self.spin.look(|| {
+                queues.iter_mut().fold(false, |any, owned| {
+                    owned.ready |= !owned.armed && owned.queue.has_more();
+                    any | owned.ready
+                })
+            });
+            if found {
+                return true;
+            }
+        }
+        for owned in queues.iter_mut().filter(|owned| !owned.armed) {
+            owned.armed = true;
+            owned.ready |= owned.queue.arm();
+        }
+        queues.iter().any(|owned| owned.ready)
     }
 
     async fn wait(&mut self) -> Event {
@@ -194,6 +232,7 @@ impl<F: FileSystem> Loop<F> {
                         kick,
                         // What came before the kick could be seen has no kick any more.
                         ready: true,
+                        armed: true,
                     });
                 });
                 // The session waits for this; were it gone, so would be the need to tell.
@@ -214,7 +253,10 @@ impl<F: FileSystem> Loop<F> {
     fn pass(&mut self, at: usize) {
         let owned = &mut self.queues[at];
         let index = owned.queue.index();
-        owned.queue.disarm();
+        if owned.armed {
+            owned.armed = false;
+            owned.queue.disarm();
+        }
         while self.batch.len() < PASS {
             match owned.queue.take() {
                 Some(Ok(chain)) => self.batch.push(chain),
@@ -238,7 +280,7 @@ impl<F: FileSystem> Loop<F> {
         self.batch = batch;
         used.publish();
         let owned = &mut self.queues[at];
-        owned.ready = full || owned.queue.arm();
+        owned.ready = full || owned.queue.has_more();
     }
 
     /// Serves chains of another worker's queue.
@@ -271,9 +313,9 @@ impl<F: FileSystem> Loop<F> {
     fn serve(&self, chain: Chain) {
         let used = Arc::clone(chain.used());
         let session = &self.session;
-        // Nothing a guest sends should panic; if something does, the chain has been returned
-        // by its own drop and the worker lives on.
-        match catch_unwind(AssertUnwindSafe(|| session.serve(chain))) {
+        // Nothing a guest sends should panic; if something does, the request's own drop has
+        // answered it and the worker lives on.
+        match catch_unwind(AssertUnwindSafe(|| session.serve(Request::new(chain)))) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 let ticket = self.later.begin(used);
@@ -282,7 +324,7 @@ impl<F: FileSystem> Loop<F> {
                     drop(ticket);
                 });
             }
-            Err(_panic) => log::error!("a request panicked; it was answered with an error"),
+            Err(_panic) => log::error!("serving a request panicked"),
         }
     }
 }

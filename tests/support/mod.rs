@@ -36,13 +36,23 @@ impl Server {
     /// until it listens.
     pub fn start(args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("share")).unwrap();
+        let share = dir.path().join("share");
+        std::fs::create_dir(&share).unwrap();
+        Self::start_in(dir, &share, args)
+    }
+
+    /// As [`start`](Self::start), with something else as the share.
+    pub fn start_sharing(share: &Path, args: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), share, args)
+    }
+
+    fn start_in(dir: tempfile::TempDir, share: &Path, args: &[&str]) -> Self {
         let mut command = command();
         command
             .arg("--socket")
             .arg(dir.path().join("socket"))
             .arg("--shared-dir")
-            .arg(dir.path().join("share"))
+            .arg(share)
             .args(["--log-level", "debug"])
             .args(args);
         let mut server = Self::spawn(command, dir);
@@ -133,6 +143,18 @@ impl Server {
         client
     }
 
+    /// How many descriptors the process has of files whose path begins like this in the share.
+    pub fn descriptors_of(&self, name: &str) -> usize {
+        let prefix = self.share().join(name);
+        let prefix = prefix.to_str().unwrap().to_owned();
+        let fds = format!("/proc/{}/fd", self.child.id());
+        std::fs::read_dir(fds)
+            .unwrap()
+            .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+            .filter(|target| target.to_str().is_some_and(|it| it.starts_with(&prefix)))
+            .count()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();
@@ -201,6 +223,11 @@ pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
     command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
     command
+}
+
+/// Sets an extended attribute on the host's side; `false` if the host doesn't allow it.
+pub fn set_on_host(path: &Path, name: &str, value: &[u8]) -> bool {
+    rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty()).is_ok()
 }
 
 /// Runs to its end a command that should end by itself.

@@ -13,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Passthrough;
+use super::credentials;
 use super::holds::{InodeFd, stat_fd};
 use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
 use crate::io::File;
@@ -22,7 +23,7 @@ use crate::sys;
 pub(super) const PERMISSIONS: u32 = 0o7777;
 
 /// The host's attributes in the guest's words.
-pub(super) fn attributes(stat: &Statx) -> Attributes {
+fn attributes(stat: &Statx) -> Attributes {
     Attributes {
         inode: stat.stx_ino,
         size: stat.stx_size,
@@ -58,6 +59,29 @@ pub(super) fn decode_device(device: u32) -> (u32, u32) {
 }
 
 impl Passthrough {
+    /// The host's attributes as the guest sees them, owners included.
+    pub(super) fn attributes(&self, stat: &Statx) -> Attributes {
+        let on_host = attributes(stat);
+        Attributes {
+            uid: self.options.users.to_guest(on_host.uid),
+            gid: self.options.groups.to_guest(on_host.gid),
+            ..on_host
+        }
+    }
+
+    /// The caller with the ids that it has on the host.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if the guest may not use them.
+    pub(super) fn on_host(&self, caller: &Caller) -> Result<Caller> {
+        Ok(Caller {
+            uid: self.options.users.to_host(caller.uid)?,
+            gid: self.options.groups.to_host(caller.gid)?,
+            ..*caller
+        })
+    }
+
     pub(super) fn attributes_of(
         &self,
         node: NodeId,
@@ -67,13 +91,14 @@ impl Passthrough {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
-        Ok((attributes(&stat), self.options.attribute_ttl))
+        Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
 
     /// Owner first, as a change of owner takes set-id bits away, which a mode may give back;
     /// times last, as a change of size sets them.
     pub(super) fn change(
         &self,
+        caller: &Caller,
         node: NodeId,
         handle: Option<Handle>,
         changes: &Changes,
@@ -87,15 +112,22 @@ impl Passthrough {
             None => Target::Path(self.fd(&inode)?),
         };
         if changes.uid.is_some() || changes.gid.is_some() {
-            let uid = changes.uid.map(valid_id).transpose()?.map(Uid::from_raw);
-            let gid = changes.gid.map(valid_id).transpose()?.map(Gid::from_raw);
+            let user = |id| self.options.users.to_host(valid_id(id)?);
+            let group = |id| self.options.groups.to_host(valid_id(id)?);
+            let uid = changes.uid.map(user).transpose()?.map(Uid::from_raw);
+            let gid = changes.gid.map(group).transpose()?.map(Gid::from_raw);
             rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(mode) = changes.mode {
             self.change_mode(&target, inode.kind(), mode)?;
         }
         if let Some(size) = changes.size {
-            self.change_size(&target, inode.kind(), size)?;
+            let resize = || self.change_size(&target, inode.kind(), size);
+            if caller.kill_set_id {
+                credentials::without_keeping_set_id_bits(resize)?;
+            } else {
+                resize()?;
+            }
         }
         if changes.accessed.is_some() || changes.modified.is_some() {
             let times = Timestamps {
@@ -105,7 +137,7 @@ impl Passthrough {
             rustix::fs::utimensat(&target, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         let stat = stat_fd(&target, StatxFlags::BASIC_STATS)?;
-        Ok((attributes(&stat), self.options.attribute_ttl))
+        Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
 
     fn change_mode(&self, target: &Target<'_>, kind: FileType, mode: u32) -> Result<()> {
@@ -145,12 +177,30 @@ impl Passthrough {
     pub(super) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
         let inode = self.inode(node)?;
         let stat = stat_fd(self.fd(&inode)?, StatxFlags::BASIC_STATS)?;
-        let allowed = permissions_for(caller, &attributes(&stat));
+        if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
+            self.writable()?;
+        }
+        let allowed = permissions_for(caller, &self.attributes(&stat));
         if mask & 0o7 & !allowed == 0 {
             Ok(())
         } else {
             Err(Errno::ACCESS)
         }
+    }
+}
+
+/// Takes set-id bits from an open file as a write by an ordinary user does: the set-group-ID bit
+/// only where it doesn't mean mandatory locks (`S_IXGRP` not set).
+///
+/// Done before the write, so that nobody runs what is written with the bits still on, and by
+/// mode instead of by capability, as the write itself may happen in another thread.
+pub(super) fn kill_set_id(file: &File) -> Result<()> {
+    let stat = stat_fd(file, StatxFlags::MODE)?;
+    let mode = u32::from(stat.stx_mode) & PERMISSIONS;
+    let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
+    match mode & !(0o4000 | group) {
+        same if same == mode => Ok(()),
+        fewer => rustix::fs::fchmod(file, Mode::from_raw_mode(fewer)),
     }
 }
 
@@ -228,7 +278,11 @@ mod tests {
             gid: 100,
             ..Attributes::default()
         };
-        let caller = |uid, gid| Caller { uid, gid, pid: 1 };
+        let caller = |uid, gid| Caller {
+            uid,
+            gid,
+            ..Caller::default()
+        };
         let file = attributes(0o100_046);
         assert_eq!(permissions_for(&caller(1000, 100), &file), 0);
         assert_eq!(permissions_for(&caller(1, 100), &file), 4);

@@ -156,7 +156,8 @@ impl Passthrough {
     /// The entry of a listed name; `None` if it has vanished, or can't be looked up now: the
     /// guest then does so itself, and gets the error where it belongs.
     fn look_up(&self, directory: impl AsFd, key: &Key, raw: &Raw<'_>) -> Option<Entry> {
-        self.find_listed(directory, key, raw.inode, raw.name).ok()
+        let entry = self.find_listed(directory, key, raw.inode, raw.name).ok()?;
+        Some(self.announced(key, entry))
     }
 }
 

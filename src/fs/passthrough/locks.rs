@@ -5,8 +5,8 @@
 //! has locked, opened for nothing else, and locks belong to its open file description
 //! (`F_OFD_SETLK`): they conflict with other owners' and with those of the host's processes. A
 //! lock that one guest process takes for writing needs a descriptor for writing, so that is
-//! tried first, whatever the guest has open. The host does not look for deadlocks among such
-//! locks, as it does for those of processes.
+//! tried first, whatever the guest has open, unless the share is read-only. The host does not
+//! look for deadlocks among such locks, as it does for those of processes.
 //!
 //! The invariant: as long as somebody may use an owner's descriptor, it stays the owner's one
 //! and only of that file.
@@ -133,7 +133,12 @@ impl Passthrough {
         if let Some(file) = self.locks.find_with(node, handle, owner) {
             return Ok(file);
         }
-        let opened = match self.reopen(&inode, OFlags::RDWR) {
+        let most = if self.options.readonly {
+            OFlags::RDONLY
+        } else {
+            OFlags::RDWR
+        };
+        let opened = match self.reopen(&inode, most) {
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
                 self.reopen(&inode, OFlags::RDONLY)
             }

@@ -9,11 +9,10 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, Statx};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::attributes::attributes;
 use super::holds::{Hold, IDENTITY, Identity, InodeFd, Key, reopen_fd, stat_fd};
 use super::inodes::Inode;
 use crate::fs::{Entry, NodeId, Result};
@@ -120,6 +119,19 @@ impl Passthrough {
         }
     }
 
+    /// `entry`, which was found in `parent`, with the word on whether something is mounted there.
+    pub(super) fn announced(&self, parent: &Key, mut entry: Entry) -> Entry {
+        let kind = FileType::from_raw_mode(entry.attributes.mode);
+        if self.options.announce_submounts
+            && kind == FileType::Directory
+            && let Some(inode) = self.inodes.get(entry.node)
+        {
+            let key = inode.key();
+            entry.submount = (key.device, key.mount) != (parent.device, parent.mount);
+        }
+        entry
+    }
+
     fn admit(&self, found: Found<'_>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
@@ -148,9 +160,10 @@ impl Passthrough {
             node: inode.node(),
             // Node ids are never reused.
             generation: 0,
-            attributes: attributes(stat),
+            attributes: self.attributes(stat),
             attribute_ttl: self.options.attribute_ttl,
             entry_ttl: self.options.entry_ttl,
+            submount: false,
         }
     }
 }

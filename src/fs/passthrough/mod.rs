@@ -10,6 +10,7 @@ mod credentials;
 mod directory;
 mod handles;
 mod holds;
+mod id_map;
 mod inodes;
 mod locks;
 mod lookup;
@@ -18,6 +19,7 @@ mod names;
 #[cfg(test)]
 mod tests;
 mod xattr;
+mod xattr_map;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,6 +32,8 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
 pub use self::holds::InodeFileHandles;
+pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
+pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
 use self::handles::Handles;
@@ -62,6 +66,12 @@ pub enum PassthroughError {
         /// What the host says.
         source: Errno,
     },
+    /// What is to be shared can't be.
+    #[error("{} is neither a directory nor a regular file", path.display())]
+    NeitherFileNorDirectory {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// There is no `/proc`, through which inodes are opened.
     #[error("can't open /proc/self/fd (is /proc mounted?)")]
     OpenProc {
@@ -82,6 +92,32 @@ pub enum PassthroughError {
     },
 }
 
+/// What the guest may keep of the files it has opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing.
+    Never,
+    /// Names, attributes and lists of names; not the data of files.
+    Metadata,
+    /// Data until the file has changed, as its attributes tell.
+    #[default]
+    Auto,
+    /// Everything, also across close and open.
+    Always,
+}
+
+impl Cache {
+    /// How long names and attributes hold.
+    #[must_use]
+    pub fn ttl(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Never => 0,
+            Self::Auto => 1,
+            Self::Metadata | Self::Always => 24 * 60 * 60,
+        })
+    }
+}
+
 /// How a directory is shared.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -91,18 +127,32 @@ pub struct Options {
     /// work; `None` for three quarters of what `RLIMIT_NOFILE` allows when the file system is
     /// made. See [`raise_descriptor_limit`].
     pub inode_descriptors: Option<usize>,
+    /// What the guest may keep of open files and directories.
+    pub cache: Cache,
     /// How long the guest may rely on attributes.
     pub attribute_ttl: Duration,
     /// How long the guest may rely on names.
     pub entry_ttl: Duration,
+    /// How user ids are translated between guest and host.
+    pub users: IdMap,
+    /// How group ids are.
+    pub groups: IdMap,
     /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
     /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
     pub xattr: bool,
+    /// Under which names.
+    pub xattr_map: Option<XattrMap>,
     /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
     pub allow_direct_io: bool,
     /// The guest caches writes: it then reads files that were opened for writing only, and
     /// knows the end of a file better than `O_APPEND` on the host.
     pub writeback: bool,
+    /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
+    pub preserve_noatime: bool,
+    /// Whatever would change something is refused with `EROFS`.
+    pub readonly: bool,
+    /// Entries say where another file system begins.
+    pub announce_submounts: bool,
 }
 
 impl Default for Options {
@@ -110,11 +160,18 @@ impl Default for Options {
         Self {
             inode_file_handles: InodeFileHandles::default(),
             inode_descriptors: None,
-            attribute_ttl: Duration::from_secs(1),
-            entry_ttl: Duration::from_secs(1),
+            cache: Cache::default(),
+            attribute_ttl: Cache::default().ttl(),
+            entry_ttl: Cache::default().ttl(),
+            users: IdMap::default(),
+            groups: IdMap::default(),
             xattr: true,
+            xattr_map: None,
             allow_direct_io: false,
             writeback: false,
+            preserve_noatime: false,
+            readonly: false,
+            announce_submounts: true,
         }
     }
 }
@@ -138,6 +195,20 @@ pub fn raise_descriptor_limit() -> Option<u64> {
             limit.current
         }
     }
+}
+
+/// Sets the limit of open descriptors, and raises the hard limit too if need be.
+///
+/// # Errors
+///
+/// `EPERM`: the hard limit is lower, and the process has no privilege to raise it, or nobody has.
+pub fn set_descriptor_limit(limit: u64) -> std::result::Result<(), Errno> {
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let wanted = Rlimit {
+        current: Some(limit),
+        maximum: maximum.map(|maximum| maximum.max(limit)),
+    };
+    rustix::process::setrlimit(Resource::Nofile, wanted)
 }
 
 /// Inodes that may be held by descriptor unless the options say otherwise.
@@ -174,17 +245,19 @@ impl Passthrough {
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
-        let root = rustix::fs::open(shared_dir, directory, Mode::empty()).map_err(|source| {
-            PassthroughError::OpenShared {
-                path: path(),
-                source,
-            }
+        let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let root = root.map_err(|source| PassthroughError::OpenShared {
+            path: path(),
+            source,
         })?;
         let stat = stat_fd(&root, IDENTITY).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
         })?;
         let identity = Identity::of(&stat);
+        if !matches!(identity.kind, FileType::Directory | FileType::RegularFile) {
+            return Err(PassthroughError::NeitherFileNorDirectory { path: path() });
+        }
         let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
@@ -234,18 +307,30 @@ impl Passthrough {
         credentials::prepare_thread(&self.proc_fds)
     }
 
+    /// Asked by each operation that changes something, before it does.
+    fn writable(&self) -> Result<()> {
+        if self.options.readonly {
+            Err(Errno::ROFS)
+        } else {
+            Ok(())
+        }
+    }
+
     /// The flags of the guest's `open(2)` that are passed on to the host's.
     ///
     /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_NOFOLLOW`, as
     /// the way to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead
-    /// of waiting for the disk; `O_NOATIME`, which the host refuses to a server that doesn't
-    /// own the file; and all that is none of a regular file's.
+    /// of waiting for the disk; `O_NOATIME` unless asked for, as the host refuses it to a server
+    /// that doesn't own the file; and all that is none of a regular file's.
     fn file_flags(&self, flags: u32) -> OFlags {
         let flags = OFlags::from_bits_retain(flags);
         let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
         let mut kept = OFlags::RWMODE | OFlags::TRUNC | OFlags::APPEND | OFlags::SYNC | dsync;
         if self.options.allow_direct_io {
             kept |= OFlags::DIRECT;
+        }
+        if self.options.preserve_noatime {
+            kept |= OFlags::NOATIME;
         }
         if self.options.writeback {
             kept -= OFlags::APPEND;
@@ -270,7 +355,16 @@ impl Passthrough {
             _ => return Err(Errno::NXIO),
         }
         let flags = self.file_flags(flags);
-        let fd = if flags.contains(OFlags::TRUNC) && caller.uid != 0 {
+        if flags.intersects(OFlags::TRUNC) || flags & OFlags::RWMODE != OFlags::RDONLY {
+            self.writable()?;
+        }
+        let fd = if self.options.readonly {
+            // Reading leaves no trace, where the host allows that.
+            match self.reopen(&inode, flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => self.reopen(&inode, flags)?,
+                opened => opened?,
+            }
+        } else if flags.contains(OFlags::TRUNC) && (caller.kill_set_id || caller.uid != 0) {
             credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
         } else {
             self.reopen(&inode, flags)?
@@ -279,11 +373,16 @@ impl Passthrough {
     }
 
     fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
+        let directory = kind == HandleKind::Directory;
         Opened {
             handle: self.handles.add(node, fd, kind),
-            keep_cache: false,
-            direct_io: false,
-            cache_dir: false,
+            keep_cache: match self.options.cache {
+                Cache::Never | Cache::Auto => false,
+                Cache::Metadata => directory,
+                Cache::Always => true,
+            },
+            direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
+            cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
         }
     }
 }
@@ -338,7 +437,8 @@ impl FileSystem for Passthrough {
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
         let parent = self.inode(parent)?;
-        self.find(self.fd(&parent)?, name)
+        let entry = self.find(self.fd(&parent)?, name)?;
+        Ok(self.announced(parent.key(), entry))
     }
 
     fn lookup_self(&self, node: NodeId) -> Result<Entry> {
@@ -372,12 +472,13 @@ impl FileSystem for Passthrough {
 
     fn setattr(
         &self,
-        _: &Caller,
+        caller: &Caller,
         node: NodeId,
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
-        self.change(node, handle, changes)
+        self.writable()?;
+        self.change(caller, node, handle, changes)
     }
 
     fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
@@ -396,22 +497,27 @@ impl FileSystem for Passthrough {
         name: &CStr,
         target: &CStr,
     ) -> Result<Entry> {
+        self.writable()?;
         self.make_symlink(caller, parent, name, target)
     }
 
     fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.writable()?;
         self.make_node(caller, parent, name, new)
     }
 
     fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+        self.writable()?;
         self.make_directory(caller, parent, name, new)
     }
 
     fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove(parent, name, AtFlags::empty())
     }
 
     fn rmdir(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove(parent, name, AtFlags::REMOVEDIR)
     }
 
@@ -422,10 +528,12 @@ impl FileSystem for Passthrough {
         to: (NodeId, &CStr),
         flags: u32,
     ) -> Result<()> {
+        self.writable()?;
         self.move_name(caller, from, to, flags)
     }
 
     fn link(&self, _: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.writable()?;
         self.make_link(node, parent, name)
     }
 
@@ -451,6 +559,7 @@ impl FileSystem for Passthrough {
         flags: u32,
         new: &NewNode,
     ) -> Result<(Entry, Opened)> {
+        self.writable()?;
         self.make_nameless(caller, parent, flags, new)
     }
 
@@ -463,6 +572,11 @@ impl FileSystem for Passthrough {
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.locks.released(node, handle);
         self.handles.release(node, handle, HandleKind::File)
+    }
+
+    fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
+        let file = self.handles.file(node, handle, HandleKind::File)?;
+        attributes::kill_set_id(&file)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
@@ -490,6 +604,7 @@ impl FileSystem for Passthrough {
     }
 
     fn set_inode_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
+        self.writable()?;
         self.change_flags(node, handle, flags)
     }
 
@@ -503,6 +618,7 @@ impl FileSystem for Passthrough {
         handle: Handle,
         flags: &InodeFlags,
     ) -> Result<()> {
+        self.writable()?;
         self.change_extended_flags(node, handle, flags)
     }
 
@@ -523,13 +639,14 @@ impl FileSystem for Passthrough {
 
     fn setxattr(
         &self,
-        _: &Caller,
+        caller: &Caller,
         node: NodeId,
         name: &CStr,
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
-        self.set_attribute(node, name, value, flags)
+        self.writable()?;
+        self.set_attribute(caller, node, name, value, flags)
     }
 
     fn getxattr(&self, _: &Caller, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
@@ -549,6 +666,7 @@ impl FileSystem for Passthrough {
     }
 
     fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
         self.remove_attribute(node, name)
     }
 

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::Passthrough;
-use super::attributes::{attributes, timestamp};
+use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, stat_fd};
 use super::names::honest_mode;
 use crate::fs::{
@@ -38,7 +38,7 @@ impl Passthrough {
         }?;
         let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         let born = known.then(|| timestamp(stat.stx_btime));
-        Ok((attributes(&stat), born, self.options.attribute_ttl))
+        Ok((self.attributes(&stat), born, self.options.attribute_ttl))
     }
 
     /// A file without a name. The guest's kernel has it linked by LINK, as any other.
@@ -51,7 +51,7 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        let mode = honest_mode(caller, &parent, new.mode)?;
+        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
@@ -114,7 +114,9 @@ impl Passthrough {
     }
 
     /// `..` of a directory. The shared directory is its own parent; a directory that was moved
-    /// out of it on the host has none that the guest could see.
+    /// out of it on the host has none that the guest could see. It is never announced as a
+    /// submount: the guest asks from within the mount that it has made of one, where a mark
+    /// would make another of its root.
     pub(super) fn find_parent(&self, node: NodeId) -> Result<Entry> {
         if node == NodeId::ROOT {
             return self.find_self(node);

@@ -24,7 +24,8 @@ const GROUP_EXECUTE: u32 = 0o0010;
 
 impl Passthrough {
     pub(super) fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<Section> {
-        self.wear.section(&self.proc_fds, caller, umask)
+        self.wear
+            .section(&self.proc_fds, &self.on_host(caller)?, umask)
     }
 
     pub(super) fn make_symlink(
@@ -60,7 +61,7 @@ impl Passthrough {
             }
             kind => kind,
         };
-        let mode = honest_mode(caller, &parent, new.mode)?;
+        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         let (major, minor) = decode_device(new.rdev);
         let device = rustix::fs::makedev(major, minor);
         {
@@ -100,8 +101,19 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        let mode = honest_mode(caller, &parent, new.mode)?;
         let exclusive = flags & OFlags::EXCL.bits() != 0;
+        if self.options.readonly {
+            // What is there can be opened for reading, as on any file system.
+            if exclusive {
+                return Err(Errno::ROFS);
+            }
+            let opened = self.open_existing(caller, &parent, name, flags);
+            return opened.map_err(|error| match error {
+                Errno::NOENT => Errno::ROFS,
+                error => error,
+            });
+        }
+        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             match self.create_new(caller, &parent, name, flags, new.umask, mode) {
                 Err(Errno::EXIST) if !exclusive => {}

@@ -5,20 +5,38 @@
 //! the path `"N"`, as `/proc/self/fd` is the working directory of a prepared thread. The
 //! invariant: no path but such a number is ever used, and only on a prepared thread.
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 
 use rustix::buffer::spare_capacity;
-use rustix::fs::XattrFlags;
+use rustix::fs::{AtFlags, Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use crate::fs::{NodeId, Result};
+use super::attributes::PERMISSIONS;
+use crate::fs::{Caller, NodeId, Result};
 
 /// The longest value, and the longest list of names (`XATTR_SIZE_MAX` and `XATTR_LIST_MAX`,
 /// uapi `linux/limits.h`).
 const LONGEST: usize = 65536;
 
+/// The ACL that decides on access to the file itself.
+const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+
 impl Passthrough {
+    /// Calls `set`, and takes the set-group-ID bit from what `path` leads to if that went well,
+    /// as `setfacl(1)` does for a user who isn't in the file's group.
+    fn without_set_group_id(&self, path: &CStr, set: impl FnOnce() -> Result<()>) -> Result<()> {
+        set()?;
+        let stat = rustix::fs::statat(&self.proc_fds, path, AtFlags::empty())?;
+        let mode = stat.st_mode & PERMISSIONS;
+        if mode & 0o2000 == 0 {
+            return Ok(());
+        }
+        let mode = Mode::from_raw_mode(mode & !0o2000);
+        rustix::fs::chmodat(&self.proc_fds, path, mode, AtFlags::empty())
+    }
+
     /// Calls `act` with a path that leads to the inode.
     fn with_path<T>(&self, node: NodeId, act: impl FnOnce(&CStr) -> Result<T>) -> Result<T> {
         if !self.options.xattr {
@@ -30,42 +48,77 @@ impl Passthrough {
         act(fd.proc_name().as_c_str())
     }
 
+    /// What the guest's `name` is called on the host.
+    fn host_name<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
+        match &self.options.xattr_map {
+            Some(map) => map.to_host(name),
+            None => Ok(Cow::Borrowed(name)),
+        }
+    }
+
     pub(super) fn set_attribute(
         &self,
+        caller: &Caller,
         node: NodeId,
         name: &CStr,
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
-        self.with_path(node, |path| rustix::fs::setxattr(path, name, value, flags))
+        self.with_path(node, |path| {
+            let on_host = self.host_name(name)?;
+            let set = || rustix::fs::setxattr(path, &*on_host, value, flags);
+            if caller.kill_set_id && name == ACCESS_ACL {
+                // The guest's kernel knows that the caller isn't in the file's group.
+                return self.without_set_group_id(path, set);
+            }
+            set()
+        })
     }
 
     pub(super) fn attribute(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
         self.with_path(node, |path| {
+            let name = self.host_name(name)?;
             read(limit, |value| {
-                rustix::fs::getxattr(path, name, spare_capacity(value))
+                rustix::fs::getxattr(path, &*name, spare_capacity(value))
             })
         })
     }
 
     pub(super) fn attribute_len(&self, node: NodeId, name: &CStr) -> Result<usize> {
-        self.with_path(node, |path| rustix::fs::getxattr_query(path, name))
+        self.with_path(node, |path| {
+            rustix::fs::getxattr_query(path, &*self.host_name(name)?)
+        })
     }
 
     pub(super) fn attribute_names(&self, node: NodeId, limit: usize) -> Result<Vec<u8>> {
-        self.with_path(node, |path| {
+        let list = |path: &CStr, limit| {
             read(limit, |names| {
                 rustix::fs::listxattr(path, spare_capacity(names))
             })
+        };
+        self.with_path(node, |path| match &self.options.xattr_map {
+            None => list(path, limit),
+            Some(map) => {
+                let names = map.list_for_guest(&list(path, LONGEST)?);
+                if names.len() > limit {
+                    return Err(Errno::RANGE);
+                }
+                Ok(names)
+            }
         })
     }
 
     pub(super) fn attribute_names_len(&self, node: NodeId) -> Result<usize> {
+        if self.options.xattr_map.is_some() {
+            return self.attribute_names(node, LONGEST).map(|names| names.len());
+        }
         self.with_path(node, |path| rustix::fs::listxattr_query(path))
     }
 
     pub(super) fn remove_attribute(&self, node: NodeId, name: &CStr) -> Result<()> {
-        self.with_path(node, |path| rustix::fs::removexattr(path, name))
+        self.with_path(node, |path| {
+            rustix::fs::removexattr(path, &*self.host_name(name)?)
+        })
     }
 }
 

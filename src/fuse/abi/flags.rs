@@ -237,6 +237,18 @@ pub mod getattr_flags {
     pub const FH: u32 = 1;
 }
 
+/// Flags of OPEN and CREATE beside those of `open(2)`.
+pub mod open_flags {
+    /// Clear set-user-ID bits of a file that is truncated.
+    pub const KILL_SUIDGID: u32 = 1;
+}
+
+/// Flags of SETXATTR in its long form.
+pub mod setxattr_flags {
+    /// Clear the set-group-ID bit, an ACL being set.
+    pub const ACL_KILL_SGID: u32 = 1;
+}
+
 /// Flags of WRITE.
 pub mod write_flags {
     /// From the page cache, the handle being guessed.

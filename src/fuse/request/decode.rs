@@ -18,7 +18,7 @@ const XATTR_SIZE_MAX: usize = 65_536;
 /// target, and the structure before them.
 const NAMES_MAX: usize = 8 * 1024;
 /// Longest arguments of SETXATTR.
-const SETXATTR_MAX: usize = size_of::<abi::SetxattrIn>() + 256 + XATTR_SIZE_MAX;
+const SETXATTR_MAX: usize = size_of::<abi::SetxattrExtIn>() + 256 + XATTR_SIZE_MAX;
 /// Longest arguments of BATCH_FORGET that are worth copying: 65,535 nodes.
 const BATCH_FORGET_MAX: usize = 1024 * 1024;
 /// Longer than any argument that is one structure.
@@ -73,13 +73,23 @@ pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> 
 ///
 /// Whatever a guest may think up; see [`Fault`].
 pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
+    decode_as(bytes, false)
+}
+
+/// As [`decode()`], for a guest that speaks the protocol's dialect in which SETXATTR has a longer
+/// argument (`SETXATTR_EXT`) if `setxattr_ext`.
+///
+/// # Errors
+///
+/// As [`decode()`].
+pub fn decode_as(bytes: &[u8], setxattr_ext: bool) -> Result<Request<'_>, DecodeError> {
     let (header, behind) = in_header(bytes)?;
     let failed = |fault| DecodeError {
         unique: Some(header.unique),
         opcode: Some(header.opcode),
         fault,
     };
-    let operation = operation(&header, behind).map_err(failed)?;
+    let operation = operation(&header, behind, setxattr_ext).map_err(failed)?;
     if !operation.is_kernels_own() {
         node(header.nodeid).map_err(failed)?;
         id(header.uid).map_err(failed)?;
@@ -93,9 +103,42 @@ pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
             uid: header.uid,
             gid: header.gid,
             pid: header.pid,
+            kill_set_id: kill_set_id(&header, behind, setxattr_ext),
         },
         operation,
     })
+}
+
+/// Whether a request says that its caller may not keep set-id bits. The flag stands with the
+/// arguments of each operation that has it; no kernel sets it unless that was agreed on.
+fn kill_set_id(header: &InHeader, arguments: &[u8], setxattr_ext: bool) -> bool {
+    let mut arguments = Arguments(arguments);
+    let (flags, flag) = match Opcode::from_number(header.opcode) {
+        Some(Opcode::Open) => (
+            arguments.take().map(|args: abi::OpenIn| args.open_flags),
+            abi::open_flags::KILL_SUIDGID,
+        ),
+        Some(Opcode::Create | Opcode::Tmpfile) => (
+            arguments.take().map(|args: abi::CreateIn| args.open_flags),
+            abi::open_flags::KILL_SUIDGID,
+        ),
+        Some(Opcode::Write) => (
+            arguments.take().map(|args: abi::WriteIn| args.write_flags),
+            abi::write_flags::KILL_SUIDGID,
+        ),
+        Some(Opcode::Setattr) => (
+            arguments.take().map(|args: abi::SetattrIn| args.valid),
+            setattr_valid::KILL_SUIDGID,
+        ),
+        Some(Opcode::Setxattr) if setxattr_ext => (
+            arguments
+                .take()
+                .map(|args: abi::SetxattrExtIn| args.setxattr_flags),
+            abi::setxattr_flags::ACL_KILL_SGID,
+        ),
+        _ => return false,
+    };
+    flags.is_ok_and(|flags| flags & flag != 0)
 }
 
 impl Operation<'_> {
@@ -164,7 +207,11 @@ fn limit(header: &InHeader) -> Limit {
 }
 
 /// Decodes what is asked for from the bytes `behind` the header.
-fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, Fault> {
+fn operation<'a>(
+    header: &InHeader,
+    behind: &'a [u8],
+    setxattr_ext: bool,
+) -> Result<Operation<'a>, Fault> {
     let Some(opcode) = Opcode::from_number(header.opcode) else {
         return Ok(Operation::Unserved);
     };
@@ -217,12 +264,16 @@ fn operation<'a>(header: &InHeader, behind: &'a [u8]) -> Result<Operation<'a>, F
             let data = without_extensions.saturating_sub(bytes.len());
             on_open_file(opcode, arguments, data)
         }
-        _ => on_node(opcode, arguments),
+        _ => on_node(opcode, arguments, setxattr_ext),
     }
 }
 
 /// Operations on nodes, names and extended attributes.
-fn on_node(opcode: Opcode, mut arguments: Arguments<'_>) -> Result<Operation<'_>, Fault> {
+fn on_node(
+    opcode: Opcode,
+    mut arguments: Arguments<'_>,
+    setxattr_ext: bool,
+) -> Result<Operation<'_>, Fault> {
     Ok(match opcode {
         Opcode::Lookup => match arguments.0 {
             [b'.', 0, ..] => Operation::LookupSelf,
@@ -315,6 +366,10 @@ fn on_node(opcode: Opcode, mut arguments: Arguments<'_>) -> Result<Operation<'_>
         }
         Opcode::Setxattr => {
             let args: abi::SetxattrIn = arguments.take()?;
+            if setxattr_ext {
+                let rest = const { size_of::<abi::SetxattrExtIn>() - size_of::<abi::SetxattrIn>() };
+                arguments.bytes(rest)?;
+            }
             let flags = xattr_flags(args.flags)?;
             let name = arguments.xattr_name()?;
             let size = usize::try_from(args.size).map_err(|_huge| Fault::XattrValue)?;

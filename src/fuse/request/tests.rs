@@ -34,7 +34,8 @@ fn the_header_says_who_asks_and_for_what() {
         Caller {
             uid: 1000,
             gid: 100,
-            pid: 42
+            pid: 42,
+            kill_set_id: false,
         }
     );
     assert!(matches!(request.operation, Operation::Lookup { name } if name == c"name"));

@@ -73,11 +73,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
-        let (file, buffer) = match self
-            .fs
-            .file(request.node, range.handle, HandleKind::File)
-            .and_then(|file| Ok((file, exchange.payload(len).ok_or(Errno::INVAL)?)))
-        {
+        let opened = self.fs.file(request.node, range.handle, HandleKind::File);
+        let (file, buffer) = match opened.and_then(|file| {
+            let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
+            if request.caller.kill_set_id {
+                self.fs.kill_set_id(request.node, range.handle)?;
+            }
+            Ok((file, payload))
+        }) {
             Ok(both) => both,
             Err(errno) => return self.now(exchange, unique, Err(errno)),
         };

@@ -9,7 +9,9 @@ use super::Session;
 use crate::fs::{FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, LseekOut};
 use crate::fuse::directory::Records;
-use crate::fuse::reply::{Answer, attr_out, entry_out, open_out, statfs_out, statx_out};
+use crate::fuse::reply::{
+    Answer, attr_out, entry_out, no_entry_out, open_out, statfs_out, statx_out,
+};
 use crate::fuse::request::{Operation, Range, Request};
 
 /// Longest reply to READDIR, bytes.
@@ -25,7 +27,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let done = |()| Answer::Done;
         let entry = |entry| Answer::Entry(entry_out(&entry));
         match request.operation {
-            Operation::Lookup { name } => fs.lookup(caller, node, name).map(entry),
+            Operation::Lookup { name } => match fs.lookup(caller, node, name) {
+                Err(Errno::NOENT) if !self.options.negative_ttl.is_zero() => {
+                    Ok(Answer::Entry(no_entry_out(self.options.negative_ttl)))
+                }
+                found => found.map(entry),
+            },
             Operation::LookupSelf => fs.lookup_self(node).map(entry),
             Operation::LookupParent => fs.lookup_parent(node).map(entry),
             Operation::Statx { handle } => fs

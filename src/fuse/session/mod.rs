@@ -25,10 +25,12 @@ use smallvec::SmallVec;
 pub use self::waiting::NoWaits;
 
 use self::waiting::Waiting;
-use super::abi::{InitIn, Opcode};
+use super::abi::{InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, room_needed, send_error};
-use super::request::{DecodeError, Forgets, HEADER_LEN, Operation, Request, bytes_wanted, decode};
+use super::request::{
+    DecodeError, Forgets, HEADER_LEN, Operation, Request, bytes_wanted, decode_as,
+};
 use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
 use crate::fs::FileSystem;
 
@@ -62,6 +64,8 @@ pub struct Session<F: ?Sized> {
     /// reply to INIT, which orders it by the guest's memory; `Acquire` pairs with the `Release`
     /// in `init` all the same, so that what `FileSystem::reset` did is seen too.
     ready: AtomicBool,
+    /// Whether SETXATTR is in its long form. Set before `ready`.
+    setxattr_ext: AtomicBool,
     negotiated: Mutex<Option<Negotiated>>,
     counters: Counters,
     waiting: Arc<Waiting>,
@@ -74,6 +78,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Self {
             options,
             ready: AtomicBool::new(false),
+            setxattr_ext: AtomicBool::new(false),
             negotiated: Mutex::new(None),
             counters: Counters::default(),
             waiting: Arc::default(),
@@ -116,7 +121,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Answers one request, now or later.
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
         let mut bytes = SmallVec::new();
-        let request = match fetch(&mut exchange, &mut bytes).and_then(|()| decode(&bytes)) {
+        let request = match fetch(&mut exchange, &mut bytes)
+            .and_then(|()| decode_as(&bytes, self.setxattr_ext.load(Ordering::Relaxed)))
+        {
             Ok(request) => request,
             Err(error) => {
                 self.refuse(exchange, &error);
@@ -218,6 +225,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     .negotiated
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
+                let ext = negotiated.flags.contains(InitFlags::SETXATTR_EXT);
+                self.setxattr_ext.store(ext, Ordering::Relaxed);
                 self.ready.store(true, Ordering::Release);
                 Ok(Answer::Init(negotiated.reply()))
             }
@@ -276,7 +285,7 @@ fn worth_a_line(count: u64) -> bool {
     count <= 16 || count.is_power_of_two()
 }
 
-/// Copies of a request what [`decode()`] needs.
+/// Copies of a request what [`decode_as()`] needs.
 fn fetch<E: Exchange>(
     exchange: &mut E,
     bytes: &mut SmallVec<[u8; INLINE]>,

@@ -102,6 +102,7 @@ impl OneDirectory {
             attributes: attributes(node),
             attribute_ttl: Duration::from_millis(1500),
             entry_ttl: Duration::from_nanos(250),
+            submount: false,
         })
     }
 
@@ -260,6 +261,11 @@ impl FileSystem for OneDirectory {
 
     fn release(&self, _: NodeId, _: Handle) -> Result<()> {
         self.close_one()
+    }
+
+    fn kill_set_id(&self, _: NodeId, _: Handle) -> Result<()> {
+        self.note("kill_set_id".to_owned());
+        Ok(())
     }
 
     fn file(&self, _: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {

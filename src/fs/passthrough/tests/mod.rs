@@ -31,6 +31,7 @@ const SUPERUSER: Caller = Caller {
     uid: 0,
     gid: 0,
     pid: 1,
+    kill_set_id: false,
 };
 
 /// A directory and the file system that shares it.
@@ -80,7 +81,7 @@ fn user(uid: u32) -> Caller {
     Caller {
         uid,
         gid: uid,
-        pid: 1,
+        ..SUPERUSER
     }
 }
 

@@ -1,0 +1,316 @@
+#!/usr/bin/env bash
+# Proves a server with real guests: guest-suite in a guest; trees read and written there compared
+# with what the host sees; unmount and mount; a hard reset of the guest in the middle of work; a
+# second machine on the same server after the first has gone; the server's own end. Prints a line
+# for each step, and for each check of guest-suite that failed, and at the end "N passed, N failed",
+# which counts both. Exit status 1 if anything failed, 2 for options that can't be.
+#
+#   suite.sh [OPTION...]
+#
+#   --runtime NAME      given to the server as --runtime NAME
+#   --queues N          request queues (1); the guest gets as many CPUs, two at least
+#   --kernel 6.1|6.12   the guest's kernel (6.12)
+#   --server COMMAND    how the server is started, as for run.sh
+#   --full              guest-suite with its full sizes: minutes instead of seconds
+#   --verbose           a line for each check of guest-suite that passed, too
+#   --log-dir DIR       keep all logs there
+#
+# Environment: RINGFSD_GUEST_CACHE (see setup.sh).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
+guest_suite=$cache/suite/x86_64-unknown-linux-gnu/release/guest-suite
+# shellcheck source=server.sh
+source "$here/server.sh"
+
+runtime='' server='' queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=300
+work='' share='' server_pid='' server_status='' guest='' passed=0 failed=0
+declare -A seen=() value=()
+
+# What each machine has to report.
+# shellcheck disable=SC2034 # used by name
+first=(
+    guest_suite
+    ten_thousand_entries_made_by_the_host_are_listed_once
+    every_request_queue_is_used
+    overlay_on_the_share_works
+    tree_is_copied_by_the_guest
+    tree_is_removed_by_the_guest
+    mount_again_after_umount
+    file_synced_before_the_reset_is_there
+    files_written_at_the_reset_are_whole
+    file_held_at_the_reset_is_written
+    guest_suite_after_the_reset
+)
+# shellcheck disable=SC2034 # used by name
+second=(
+    file_of_the_first_machine_is_there
+    guest_suite_in_the_second_machine
+    file_is_written_by_the_second_machine
+)
+
+usage() {
+    printf 'suite: %s\n' "$*" >&2
+    exit 2
+}
+
+parse() {
+    while (($# > 0)); do
+        case $1 in
+            --help | -h)
+                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+                exit 0
+                ;;
+            --full) quick='' limit=1200 ;;
+            --verbose) verbose=true ;;
+            --runtime | --queues | --kernel | --server | --log-dir)
+                (($# >= 2)) || usage "$1 wants a value"
+                case $1 in
+                    --runtime) runtime=$2 ;;
+                    --queues) queues=$2 ;;
+                    --kernel) kernel=$2 ;;
+                    --server) server=$2 ;;
+                    --log-dir) logs=$2 ;;
+                esac
+                shift
+                ;;
+            *) usage "no such option: $1 (--help lists them)" ;;
+        esac
+        shift
+    done
+    [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is no number of queues"
+    [[ -n $server ]] || server_default "$repo" "$queues"
+    [[ -z $runtime ]] || printf -v server '%s --runtime %q' "$server" "$runtime"
+}
+
+# shellcheck disable=SC2317 # called by the trap
+cleanup() {
+    local status=$?
+    trap - EXIT
+    trap '' HUP INT TERM PIPE
+    if [[ -n $guest ]]; then
+        kill -TERM "$guest" 2>/dev/null || true
+        wait "$guest" 2>/dev/null || true
+    fi
+    if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
+    if [[ -n $work ]]; then rm -rf "$work"; fi
+    exit "$status"
+}
+
+ok() {
+    passed=$((passed + 1))
+    seen[${1%% *}]=1
+    printf 'ok %s\n' "$1"
+}
+
+failed() {
+    failed=$((failed + 1))
+    seen[$1]=1
+    printf 'FAILED %s: %s\n' "$1" "$2"
+}
+
+# step NAME COMMAND...: what the command says is the reason if it fails.
+step() {
+    local name=$1 why
+    shift
+    if why=$("$@" 2>&1); then
+        ok "$name"
+    else
+        why=${why//$'\n'/ }
+        failed "$name" "${why:0:400}"
+    fi
+}
+
+# Counts what a guest says and passes on what there is to see of it.
+block='' block_passed=0 block_failed=0
+take() {
+    local line=$1
+    case $line in
+        'step ok '*) ok "${line#step ok }" ;;
+        'step FAILED '*)
+            line=${line#step FAILED }
+            failed "${line%%:*}" "${line#*: }"
+            ;;
+        'value '*)
+            read -r _ line rest <<<"$line"
+            value[$line]=$rest
+            ;;
+        'checks '*) block=${line#checks } block_passed=0 block_failed=0 ;;
+        *' passed, '*' failed')
+            if ((block_failed == 0)); then
+                ok "$block ($block_passed checks)"
+            else
+                failed "$block" "$block_failed of $((block_passed + block_failed)) checks"
+            fi
+            ;;
+        'ok '*)
+            block_passed=$((block_passed + 1)) passed=$((passed + 1))
+            if $verbose; then printf '  %s\n' "$line"; fi
+            ;;
+        'FAILED '*)
+            block_failed=$((block_failed + 1)) failed=$((failed + 1))
+            printf '  %s\n' "$line"
+            ;;
+        *) printf '  %s\n' "$line" ;;
+    esac
+}
+
+# The script of a boot: settings, then the common text.
+script_of() {
+    printf '#!/bin/sh\nPHASE=%s QUICK=%s QUEUES=%s\n' "$1" "$quick" "$queues"
+    cat "$here/steps.sh"
+}
+
+# machine NAME ARGUMENTS...: runs a guest on the server; every step in the array of that name that
+# it does not report has failed.
+machine() {
+    local name=$1 line start='' from status=0 gone=0
+    local -n expected=$1
+    shift
+    exec {from}< <(exec "$here/run.sh" --socket "$work/socket" --kernel "$kernel" \
+        --queues "$queues" --cpus "$((queues > 2 ? queues : 2))" --timeout "$limit" \
+        --log-dir "$logs/$name" "$@" 2>"$logs/$name.run")
+    guest=$!
+    while true; do
+        status=0
+        IFS= read -r -t 1 -u "$from" line || status=$?
+        if ((status == 0)); then
+            take "$start$line"
+            start=''
+        elif ((status <= 128)); then
+            break
+        else
+            # The second is over, with a part of a line at the most.
+            start+=$line
+            if ! kill -0 "$server_pid" 2>/dev/null && ((++gone == 10)); then
+                # A guest without its server would only wait for its time to be up.
+                kill -TERM "$guest"
+            fi
+        fi
+    done
+    exec {from}<&-
+    status=0
+    wait "$guest" || status=$?
+    guest=''
+    local why="the ${name} machine ended before, with $status"
+    ((gone == 0)) || why+=", after the server"
+    for line in "${expected[@]}"; do
+        [[ -n ${seen[$line]:-} ]] || failed "$line" "$why"
+    done
+    if ((status != 0)); then
+        failed "the_${name}_machine_ends_well" "status $status"
+        cat "$logs/$name.run"
+    else
+        ok "the_${name}_machine_ends_well"
+    fi
+}
+
+make_share() {
+    mkdir "$share" "$share"/{doc,part,many,out}
+    chmod 755 "$share"
+    # Real files: many small ones, of several owners of packages, with links among them.
+    (
+        cd / && { find usr/share/doc usr/include usr/share -xdev \
+            \( -type f -size -33k -o -type l \) -print0 2>/dev/null || true; } |
+            head -z -n 3000 | cpio --null --quiet -pdm "$share/doc"
+    )
+    (
+        cd "$share/doc" && { find . -type f -print0 || true; } | head -z -n 200 |
+            cpio --null --quiet -pdm "$share/part"
+    )
+    cp -a "$share/part" "$share/removed"
+    (cd "$share/many" && seq -f 'entry-%05.0f' 1 10000 | xargs touch)
+}
+
+digest() {
+    "$guest_suite" --digest "$share/$1" >"$work/digest"
+    sha256sum <"$work/digest" | cut -c 1-64
+}
+
+# same NAME FOLDER: whether the guest has seen in a folder what the host sees.
+same() {
+    local here_is
+    [[ -n ${value[$1]:-} ]] || {
+        echo "the guest did not get so far"
+        return 1
+    }
+    here_is=$(digest "$2")
+    if [[ ${value[$1]} != "$here_is" ]]; then
+        cp "$work/digest" "$logs/$1.host"
+        cp "$share/out/$1" "$logs/$1.guest" || true
+        diff "$logs/$1.host" "$logs/$1.guest" | head -n 5
+        return 1
+    fi
+}
+
+complaints() {
+    ! grep -hE 'BUG:|WARNING:|Call Trace|Oops|blocked for more than|Kernel panic|I/O error' \
+        "$logs"/*/console.log
+}
+
+# Ends with 0, or is ended by the signal that asked it to.
+server_ends() {
+    kill -0 "$server_pid" 2>/dev/null || {
+        echo "it has ended already"
+        return 1
+    }
+    kill -TERM "$server_pid"
+    local tries
+    for ((tries = 0; tries < 250; tries++)); do
+        kill -0 "$server_pid" 2>/dev/null || return 0
+        sleep 0.02
+    done
+    echo "it does not end within 5 seconds"
+    return 1
+}
+
+main() {
+    parse "$@"
+    "$here/setup.sh"
+    "$here/initramfs.sh" "$kernel" >/dev/null
+    work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-suite.XXXXXX")
+    trap cleanup EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    chmod 755 "$work"
+    logs=${logs:-$work/logs} share=$work/share
+    mkdir -p "$logs"/{first,second}
+    make_share
+    script_of first >"$work/first"
+    script_of after_reset >"$work/after_reset"
+    script_of second_machine >"$work/second"
+
+    server_start "$server" "$work/socket" "$share" "$logs/server.log"
+    if ! server_wait "$work/socket" 20 "$server_pid"; then
+        failed server_listens "$server"
+        cat "$logs/server.log"
+    else
+        ok server_listens
+        machine first --after-reset "$work/after_reset" -- "$work/first"
+        step doc_as_read_by_the_guest same doc_as_read_by_the_guest doc
+        step tree_as_written_by_the_guest same tree_as_written_by_the_guest written
+        step tree_as_read_after_the_reset same tree_as_read_after_the_reset written
+        step tree_written_by_the_guest_is_the_one_it_read diff -r "$share/part" "$share/written"
+        step tree_removed_by_the_guest_is_gone test ! -e "$share/removed"
+        machine second -- "$work/second"
+        step part_as_read_by_the_second_machine same part_as_read_by_the_second_machine part
+        step file_of_the_second_machine_is_here grep -qx second "$share/out/second"
+        step kernels_have_no_complaint complaints
+        step server_ends_when_asked_to server_ends
+        server_stop "$server_pid"
+        server_pid=''
+        step server_ends_with_a_good_status test "$server_status" = 0 -o "$server_status" = 143
+        step server_has_not_panicked bash -c "! grep 'panicked at' $(printf %q "$logs/server.log")"
+        if ((failed > 0)); then
+            printf -- '--- server.log, the last lines\n'
+            tail -n 20 "$logs/server.log"
+        fi
+    fi
+    printf '%d passed, %d failed\n' "$passed" "$failed"
+    ((failed == 0))
+}
+
+main "$@"
