@@ -1,7 +1,9 @@
 //! Options as typed, and their help.
 
+mod launcher;
 mod operations;
 mod sharing;
+mod syslog;
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
@@ -14,8 +16,10 @@ use crate::config::{Config, Descriptors, Listen, Share};
 use crate::device::Tag;
 use crate::io::Choice;
 
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, expand};
 pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
+pub use self::syslog::{Syslog, head as syslog_head};
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -26,6 +30,7 @@ pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 #[command(
     name = "ringfsd",
     version,
+    args_override_self = true,
     group(ArgGroup::new("listen").required(true).args(["socket", "fd"])),
     after_help = "Example, with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
@@ -45,6 +50,10 @@ pub struct Options {
     /// for this program.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     pub fd: Option<RawFd>,
+
+    /// Let the members of GROUP, a name or a number, connect to the new socket too.
+    #[arg(long, value_name = "GROUP", requires = "socket")]
+    pub socket_group: Option<String>,
 
     /// The directory that the guest sees; nothing outside of it can be reached. A regular file
     /// may be given too, for guests that can mount one: see the manual.
@@ -95,6 +104,31 @@ pub struct Options {
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,
 
+    /// Log to syslog instead.
+    #[arg(long)]
+    pub syslog: bool,
+
+    /// As --log-level debug.
+    #[arg(short = 'd')]
+    pub debug: bool,
+
+    /// Does nothing: the server always stays in the foreground.
+    #[arg(short = 'f')]
+    pub foreground: bool,
+
+    /// Does nothing: see --workers.
+    #[arg(long, value_name = "N")]
+    pub thread_pool_size: Option<usize>,
+
+    /// An older spelling of the long options, without their dashes, source= being
+    /// --shared-dir: -o source=/srv/vm1,cache=auto,no_xattr.
+    #[arg(short = 'o', value_name = "OPTION[=VALUE],…")]
+    pub older: Option<String>,
+
+    /// Say as JSON what this server is, for libvirt, and end.
+    #[arg(long, exclusive = true)]
+    pub print_capabilities: bool,
+
     /// What may be done with the directory.
     #[command(flatten)]
     pub sharing: Sharing,
@@ -115,8 +149,20 @@ pub enum Runtime {
     Tokio,
 }
 
+impl Options {
+    /// What to log, of all that says something of it.
+    #[must_use]
+    pub fn level(&self) -> LogLevel {
+        if self.debug {
+            self.log_level.max(LogLevel::Debug)
+        } else {
+            self.log_level
+        }
+    }
+}
+
 /// `--log-level`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum LogLevel {
     /// Nothing.
     Off,
@@ -177,6 +223,7 @@ impl TryFrom<Options> for Config {
         Ok(Self {
             listen,
             shared_dir: options.shared_dir,
+            socket_group: options.socket_group,
             tag: options.tag,
             request_queues: options.request_queues.unwrap_or_else(as_workers),
             workers,

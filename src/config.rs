@@ -35,6 +35,8 @@ pub enum Descriptors {
 pub struct Config {
     /// Where front ends connect.
     pub listen: Listen,
+    /// Who may connect to a socket that the server makes, beside its own user.
+    pub socket_group: Option<String>,
     /// The directory that guests see.
     pub shared_dir: PathBuf,
     /// The tag in the configuration space, for front ends that ask there.

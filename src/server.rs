@@ -78,8 +78,14 @@ impl Server {
     ///
     /// Something that the configuration asks for is not to be had on this host.
     pub fn new(config: Config) -> Result<Self, ServerError> {
-        let listen: Box<dyn FnOnce() -> _> = match config.listen {
-            Listen::Path(path) => Box::new(move || Listener::bind(&path)),
+        let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match config.listen {
+            Listen::Path(path) => Box::new(move || {
+                let listener = Listener::bind(&path)?;
+                if let Some(group) = config.socket_group {
+                    listener.admit_group(&group)?;
+                }
+                Ok(listener)
+            }),
             Listen::Inherited(fd) => {
                 // At once, before something of ours could get the number.
                 let listener = Listener::inherited(fd)?;

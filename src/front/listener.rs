@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -27,6 +27,20 @@ pub enum ListenError {
     Bind {
         /// Where.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no such group.
+    #[error("there is no group {0}, given with --socket-group")]
+    NoGroup(String),
+    /// The socket can't be given to a group.
+    #[error("giving the socket {path} to group {group}")]
+    Group {
+        /// Which socket.
+        path: PathBuf,
+        /// Whom to.
+        group: String,
         /// Why not.
         #[source]
         source: io::Error,
@@ -95,6 +109,31 @@ impl Listener {
                 inode: made.ino(),
             }),
         })
+    }
+
+    /// Lets the members of `group`, a name or a number, connect to a socket that we made.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or the server may not give files to it.
+    pub fn admit_group(&self, group: &str) -> Result<(), ListenError> {
+        let Some(SocketFile { path, .. }) = &self.file else {
+            return Ok(());
+        };
+        let fail = |source| ListenError::Group {
+            path: path.clone(),
+            group: group.to_owned(),
+            source,
+        };
+        let id = match group.parse() {
+            Ok(id) => id,
+            Err(_) => sys::group::id_of(group)
+                .map_err(|error| fail(error.into()))?
+                .ok_or_else(|| ListenError::NoGroup(group.to_owned()))?,
+        };
+        std::os::unix::fs::lchown(path, None, Some(id)).map_err(fail)?;
+        let mode = std::fs::Permissions::from_mode(0o660);
+        std::fs::set_permissions(path, mode).map_err(fail)
     }
 
     /// Takes over the listening socket that the launcher left open as descriptor `fd`; its file

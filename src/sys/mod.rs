@@ -12,6 +12,7 @@
 pub(crate) mod credentials;
 pub(crate) mod file;
 pub(crate) mod file_handle;
+pub(crate) mod group;
 pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;

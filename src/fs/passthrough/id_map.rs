@@ -111,7 +111,7 @@ impl FromStr for IdRule {
             .map(|number| {
                 number
                     .parse()
-                    .map_err(|_unparsed| IdRuleError::Number(number.to_owned()))
+                    .map_err(|_other| IdRuleError::Number(number.to_owned()))
             })
             .collect::<std::result::Result<_, _>>()?;
         let (mut guest, mut host) = (None, None);

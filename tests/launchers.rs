@@ -1,0 +1,127 @@
+//! The command lines of the programs that start the server, and the manual's word on each option.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod support;
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use clap::CommandFactory;
+use support::Server;
+use vmm::fuse::ROOT;
+use vmm::fuse::wire::init;
+use vmm::{Options, Profile};
+
+#[test]
+fn kata_starts_it_with_what_it_knows() {
+    let server = Server::start(&[
+        "--cache",
+        "never",
+        "--thread-pool-size=1",
+        "-o",
+        "announce_submounts",
+        "--xattr",
+    ]);
+    let fs = server.session(Profile::Dragonball, &Options::default());
+    assert!(fs.has(init::SUBMOUNTS));
+    assert!(!fs.has(init::DO_READDIRPLUS));
+}
+
+#[test]
+fn a_list_of_options_is_as_good_as_each_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("share")).unwrap();
+    let mut command = support::command();
+    let source = format!(
+        "source={},cache=always,no_xattr,no_posix_lock,readonly",
+        dir.path().join("share").display()
+    );
+    command
+        .arg("--socket-path")
+        .arg(dir.path().join("socket"))
+        .args(["-o", &source, "-f", "-d"]);
+    let mut server = Server::spawn(command, dir);
+    server.wait_until_it_listens();
+    let mut fs = server.session(Profile::Qemu, &Options::default());
+    assert_eq!(fs.getattr(ROOT).unwrap().attr_valid, 86400);
+    let refused = fs.mkdir(ROOT, c"dir", 0o755).unwrap_err();
+    assert_eq!(refused.errno(), Some(libc::EROFS));
+    let refused = fs.listxattr(ROOT).unwrap_err();
+    assert_eq!(refused.errno(), Some(libc::EOPNOTSUPP));
+
+    let unknown = support::output(&["--fd=3", "-o", "source=/,unheard_of"]);
+    assert_eq!(unknown.status.code(), Some(2));
+}
+
+#[test]
+fn libvirt_is_told_what_it_is() {
+    let told = support::output(&["--print-capabilities"]);
+    assert!(told.status.success());
+    let text = String::from_utf8(told.stdout).unwrap();
+    assert!(text.contains("\"type\": \"fs\""), "{text}");
+}
+
+#[test]
+fn the_socket_is_for_its_group() {
+    let mode = |server: &Server| {
+        let metadata = std::fs::metadata(server.socket()).unwrap();
+        (metadata.permissions().mode() & 0o777, metadata.gid())
+    };
+    if rustix::process::geteuid().is_root() {
+        let server = Server::start(&["--socket-group", "12345"]);
+        assert_eq!(mode(&server), (0o660, 12345));
+        let server = Server::start(&["--socket-group", "daemon"]);
+        assert_eq!(mode(&server), (0o660, 1));
+    } else {
+        println!("SKIPPED: needs root");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let socket = socket.to_str().unwrap();
+    let none = support::output(&[
+        "--socket",
+        socket,
+        "--shared-dir=/",
+        "--socket-group=no such group",
+    ]);
+    assert_eq!(none.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&none.stderr).into_owned();
+    assert!(said.contains("there is no group no such group"), "{said}");
+}
+
+#[test]
+fn the_log_goes_to_syslog_if_asked() {
+    if std::path::Path::new("/dev/log").exists() {
+        println!("SKIPPED: this host has a syslog, which is not to be written to");
+        return;
+    }
+    let refused = support::output(&["--socket=/nowhere/s", "--shared-dir=/", "--syslog"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("/dev/log"), "{said}");
+}
+
+#[test]
+fn the_manual_has_a_paragraph_for_each_option() {
+    let manual = include_str!("../docs/manual.md");
+    for argument in ringfsd::cli::Options::command().get_arguments() {
+        let name = match (argument.get_long(), argument.get_short()) {
+            (Some("help" | "version"), _) => continue,
+            (Some(long), _) => format!("--{long}"),
+            (None, Some(short)) => format!("-{short}"),
+            (None, None) => continue,
+        };
+        let heading = |line: &&str| {
+            line.starts_with("### ")
+                && line
+                    .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+                    .any(|word| word == name)
+        };
+        assert!(manual.lines().any(|line| heading(&line)), "{name}");
+        assert!(argument.get_help().is_some(), "{name}");
+    }
+}
