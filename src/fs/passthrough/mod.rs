@@ -575,6 +575,7 @@ impl FileSystem for Passthrough {
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.writable()?;
         let file = self.handles.file(node, handle, HandleKind::File)?;
         attributes::kill_set_id(&file)
     }
