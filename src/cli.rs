@@ -1,6 +1,7 @@
 //! Options as typed, and their help.
 
 mod launcher;
+mod operations;
 mod sharing;
 mod syslog;
 
@@ -11,11 +12,12 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::config::{Config, Descriptors, Listen};
+use crate::config::{Config, Descriptors, Listen, Share};
 use crate::device::Tag;
 use crate::io::Choice;
 
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, expand};
+pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 pub use self::syslog::{Syslog, head as syslog_head};
 
@@ -137,6 +139,10 @@ pub struct Options {
     /// What may be done with the directory.
     #[command(flatten)]
     pub sharing: Sharing,
+
+    /// What is served only where it is asked for.
+    #[command(flatten)]
+    pub operations: Operations,
 }
 
 /// `--runtime`.
@@ -219,6 +225,8 @@ impl TryFrom<Options> for Config {
             let count = u16::try_from(workers.get()).unwrap_or(u16::MAX);
             NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN)
         };
+        let mut share = Share::try_from(options.sharing)?;
+        options.operations.apply(&mut share.session);
         Ok(Self {
             listen,
             shared_dir: options.shared_dir,
@@ -239,7 +247,7 @@ impl TryFrom<Options> for Config {
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
-            share: options.sharing.try_into()?,
+            share,
         })
     }
 }

@@ -112,9 +112,6 @@ fn every_operation_does_what_it_says(runtime: &str) {
         fs.setlk(file.nodeid, handle, 1, lock).unwrap_err().errno(),
         enosys
     );
-    assert_eq!(fs.tmpfile(ROOT, 0o600).unwrap_err().errno(), enosys);
-    assert_eq!(fs.statx(ROOT, 0xfff).unwrap_err().errno(), enosys);
-    assert_eq!(fs.syncfs(ROOT).unwrap_err().errno(), enosys);
     let unknown = fs
         .request(vmm::fuse::Call::new(4711, ROOT).reply(0))
         .unwrap_err();
@@ -137,8 +134,11 @@ fn names_that_lead_elsewhere_are_refused(runtime: &str) {
     std::os::unix::fs::symlink("/etc", server.share().join("link")).unwrap();
     let mut fs = server.session(Profile::Simple, &Options::default());
     for name in [c"..", c".", c"", c"a/b", c"../share", c"/etc"] {
-        let refused = fs.lookup(ROOT, name).unwrap_err().errno();
-        assert_eq!(refused, Some(libc::EINVAL), "{name:?}");
+        match fs.lookup(ROOT, name) {
+            // A guest asks so for file handles.
+            Ok(entry) => assert!([c"..", c"."].contains(&name) && entry.nodeid == ROOT),
+            Err(refused) => assert_eq!(refused.errno(), Some(libc::EINVAL), "{name:?}"),
+        }
         assert!(
             fs.mkdir(ROOT, name, 0o755).unwrap_err().errno().is_some(),
             "{name:?}"

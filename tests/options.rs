@@ -265,6 +265,18 @@ fn a_readonly_share_can_be_read_and_nothing_else() {
     refused(fs.setxattr(node, c"user.x", b"1", 0));
     refused(fs.removexattr(node, c"user.x"));
     refused(fs.access(node, libc::W_OK));
+    // Nor do set-ID bits go before a write that is refused.
+    let set_id = std::os::unix::fs::PermissionsExt::from_mode(0o6755);
+    std::fs::set_permissions(server.share().join("file"), set_id).unwrap();
+    let asked = WriteIn {
+        fh: handle.fh,
+        size: 4,
+        write_flags: request_flag::WRITE_KILL_SUIDGID,
+        ..WriteIn::default()
+    };
+    let call = Call::new(opcode::WRITE, node).arg(asked.as_bytes());
+    refused(fs.request(call.arg(b"data").reply_of::<WriteOut>()));
+    assert_eq!(fs.getattr(node).unwrap().attr.mode & 0o7777, 0o6755);
     // The handle that there is doesn't let anything through either.
     assert!(fs.write(node, handle, 0, b"changed").is_err());
     assert!(fs.fallocate(node, handle, 0, 0..8192).is_err());

@@ -67,6 +67,7 @@ fn long(item: &[u8]) -> Option<OsString> {
     let name: &[u8] = match &dashed[..] {
         b"source" => b"shared-dir",
         b"ro" => b"readonly",
+        b"posix-lock" => b"posix-locks",
         // What is so unless said otherwise.
         b"readdirplus"
         | b"no-writeback"
@@ -110,6 +111,10 @@ mod tests {
             ["p", "--announce-submounts"]
         );
         assert_eq!(expanded(&["p", "-o", "no_flock,,once"]), ["p", "--once"]);
+        assert_eq!(
+            expanded(&["p", "-o", "posix_lock,flock"]),
+            ["p", "--posix-locks", "--flock"]
+        );
         assert_eq!(
             expanded(&["p", "-o", "unheard_of=1"]),
             ["p", "--unheard-of=1"]

@@ -8,6 +8,7 @@
 pub mod passthrough;
 
 use std::ffi::CStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -30,6 +31,10 @@ impl NodeId {
 /// Names an open file or directory towards the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Handle(pub u64);
+
+/// Names a holder of record locks in the guest: a process, or an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockOwner(pub u64);
 
 /// Who asks: the process in the guest that a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -206,6 +211,9 @@ pub enum HandleKind {
 /// Which of the set-xattr flags of `setxattr(2)` hold.
 pub type XattrFlags = rustix::fs::XattrFlags;
 
+/// What FSGETXATTR reads and FSSETXATTR sets: `struct fsxattr`, byte for byte.
+pub type InodeFlags = [u8; 28];
+
 /// A file system as FUSE sees it.
 ///
 /// All methods may be called from several threads at once. Errors are errnos for the guest:
@@ -227,6 +235,14 @@ pub trait FileSystem: Send + Sync + 'static {
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;
+    /// LOOKUP of `.`: the node itself, counted once more.
+    fn lookup_self(&self, _node: NodeId) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+    /// LOOKUP of `..`: the directory above, never one above the root.
+    fn lookup_parent(&self, _node: NodeId) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
     /// FORGET: the guest gives back `count` lookups.
     fn forget(&self, node: NodeId, count: u64);
     /// GETATTR, with how long the answer holds.
@@ -236,6 +252,14 @@ pub trait FileSystem: Send + Sync + 'static {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)>;
+    /// STATX: as GETATTR, and when the inode was made, where that is known.
+    fn statx(
+        &self,
+        _node: NodeId,
+        _handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        Err(Errno::NOSYS)
+    }
     /// SETATTR: answers the attributes after the change.
     fn setattr(
         &self,
@@ -279,6 +303,16 @@ pub trait FileSystem: Send + Sync + 'static {
         flags: u32,
         new: &NewNode,
     ) -> Result<(Entry, Opened)>;
+    /// TMPFILE: makes and opens a regular file on the file system of `parent`, without a name.
+    fn tmpfile(
+        &self,
+        _caller: &Caller,
+        _parent: NodeId,
+        _flags: u32,
+        _new: &NewNode,
+    ) -> Result<(Entry, Opened)> {
+        Err(Errno::NOSYS)
+    }
     /// FLUSH: a descriptor of the guest is closed; errors of earlier writes come out here.
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
     /// RELEASE: the last descriptor is closed; the handle ends.
@@ -288,6 +322,43 @@ pub trait FileSystem: Send + Sync + 'static {
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
     /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
+    /// locks of `owner` on an open file, and of nobody else. Whoever has it keeps it the
+    /// owner's.
+    fn lock_file(&self, _node: NodeId, _handle: Handle, _owner: LockOwner) -> Result<Arc<File>> {
+        Err(Errno::NOSYS)
+    }
+    /// The same, if the owner has had locks there.
+    fn lock_file_if_any(&self, _node: NodeId, _owner: LockOwner) -> Option<Arc<File>> {
+        None
+    }
+    /// Gives up all record locks of `owner` on a file: FLUSH.
+    fn end_locks(&self, _node: NodeId, _owner: LockOwner) {}
+    /// For SYNCFS: any file of the file system that `node` is on.
+    fn whole_file_system(&self, _node: NodeId) -> Result<File> {
+        Err(Errno::NOSYS)
+    }
+    /// IOCTL `FS_IOC_GETFLAGS`.
+    fn inode_flags(&self, _node: NodeId, _handle: Handle) -> Result<u32> {
+        Err(Errno::NOTTY)
+    }
+    /// IOCTL `FS_IOC_SETFLAGS`.
+    fn set_inode_flags(&self, _node: NodeId, _handle: Handle, _flags: u32) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
+    /// IOCTL `FS_IOC_FSGETXATTR`.
+    fn extended_inode_flags(&self, _node: NodeId, _handle: Handle) -> Result<InodeFlags> {
+        Err(Errno::NOTTY)
+    }
+    /// IOCTL `FS_IOC_FSSETXATTR`.
+    fn set_extended_inode_flags(
+        &self,
+        _node: NodeId,
+        _handle: Handle,
+        _flags: &InodeFlags,
+    ) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
     /// STATFS.
     fn statfs(&self, node: NodeId) -> Result<Statistics>;
     /// SETXATTR.

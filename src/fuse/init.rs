@@ -21,6 +21,7 @@ const PAGE: u32 = 4096;
 const ALWAYS: InitFlags = union(&[
     InitFlags::ASYNC_READ,
     InitFlags::ATOMIC_O_TRUNC,
+    InitFlags::EXPORT_SUPPORT,
     InitFlags::BIG_WRITES,
     InitFlags::DONT_MASK,
     InitFlags::AUTO_INVAL_DATA,
@@ -79,6 +80,10 @@ pub struct SessionOptions {
     pub writeback: bool,
     /// The guest may map files shared that it opened for direct I/O.
     pub direct_io_mmap: bool,
+    /// Record locks come here.
+    pub posix_locks: bool,
+    /// Locks on whole files come here.
+    pub flock: bool,
 }
 
 impl SessionOptions {
@@ -99,6 +104,8 @@ impl Default for SessionOptions {
             posix_acl: Wanted::No,
             writeback: false,
             direct_io_mmap: false,
+            posix_locks: false,
+            flock: false,
         }
     }
 }
@@ -237,6 +244,8 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         (options.posix_acl != Wanted::No, InitFlags::SETXATTR_EXT),
         (options.writeback, InitFlags::WRITEBACK_CACHE),
         (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
+        (options.posix_locks, InitFlags::POSIX_LOCKS),
+        (options.flock, InitFlags::FLOCK_LOCKS),
     ]
     .into_iter()
     .filter(|(wanted, _)| *wanted)
@@ -364,7 +373,6 @@ mod tests {
         for flag in [
             InitFlags::POSIX_LOCKS,
             InitFlags::FLOCK_LOCKS,
-            InitFlags::EXPORT_SUPPORT,
             InitFlags::WRITEBACK_CACHE,
             InitFlags::NO_OPEN_SUPPORT,
             InitFlags::HANDLE_KILLPRIV,

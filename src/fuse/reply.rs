@@ -9,12 +9,14 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::abi::{
-    Attr, AttrOut, CopyFileRangeOut, EntryOut, GetxattrOut, InitOut, Kstatfs, LseekOut, OpenOut,
-    OutHeader, StatfsOut, WriteOut, attr_flags, open_reply_flags,
+    Attr, AttrOut, CopyFileRangeOut, EntryOut, FileLock, GetxattrOut, InitOut, Kstatfs, LkOut,
+    LseekOut, OpenOut, OutHeader, StatfsOut, Statx, StatxOut, StatxTime, WriteOut, attr_flags,
+    open_reply_flags,
 };
 use super::request::Operation;
 use super::{Exchange, OUT_HEADER_LEN};
-use crate::fs::{Attributes, Entry, Opened, Statistics};
+use crate::fs::{Attributes, Entry, Opened, Statistics, Timestamp};
+use crate::io::{LockKind, RecordLock};
 
 /// What a request is answered with.
 #[derive(Debug)]
@@ -23,11 +25,13 @@ pub(super) enum Answer {
     Done,
     Entry(EntryOut),
     Attributes(AttrOut),
+    Statx(Box<StatxOut>),
     Opened(OpenOut),
     Created(EntryOut, OpenOut),
     Statistics(StatfsOut),
     XattrLen(GetxattrOut),
     Offset(LseekOut),
+    Lock(LkOut),
     Written(WriteOut),
     Copied(CopyFileRangeOut),
     Init(InitOut),
@@ -41,11 +45,13 @@ impl Answer {
             Self::Done => (&[], &[]),
             Self::Entry(out) => (out.as_bytes(), &[]),
             Self::Attributes(out) => (out.as_bytes(), &[]),
+            Self::Statx(out) => (out.as_bytes(), &[]),
             Self::Opened(out) => (out.as_bytes(), &[]),
             Self::Created(entry, opened) => (entry.as_bytes(), opened.as_bytes()),
             Self::Statistics(out) => (out.as_bytes(), &[]),
             Self::XattrLen(out) => (out.as_bytes(), &[]),
             Self::Offset(out) => (out.as_bytes(), &[]),
+            Self::Lock(out) => (out.as_bytes(), &[]),
             Self::Written(out) => (out.as_bytes(), &[]),
             Self::Copied(out) => (out.as_bytes(), &[]),
             Self::Init(out) => (out.as_bytes(), &[]),
@@ -76,13 +82,18 @@ pub(super) fn room_needed(operation: &Operation<'_>) -> usize {
         | Operation::Mknod { .. }
         | Operation::Mkdir { .. }
         | Operation::Link { .. } => size_of::<EntryOut>(),
-        Operation::Create { .. } => const { size_of::<EntryOut>() + size_of::<OpenOut>() },
+        Operation::LookupSelf | Operation::LookupParent => size_of::<EntryOut>(),
+        Operation::Statx { .. } => size_of::<StatxOut>(),
+        Operation::Create { .. } | Operation::Tmpfile { .. } => {
+            const { size_of::<EntryOut>() + size_of::<OpenOut>() }
+        }
         Operation::Getattr { .. } | Operation::Setattr { .. } => size_of::<AttrOut>(),
         Operation::Open { .. } | Operation::Opendir { .. } => size_of::<OpenOut>(),
         Operation::Write(_) => size_of::<WriteOut>(),
         Operation::CopyFileRange(_) => size_of::<CopyFileRangeOut>(),
         Operation::Statfs => size_of::<StatfsOut>(),
         Operation::Lseek { .. } => size_of::<LseekOut>(),
+        Operation::Getlk { .. } => size_of::<LkOut>(),
         Operation::Getxattr { size: 0, .. } | Operation::Listxattr { size: 0 } => {
             size_of::<GetxattrOut>()
         }
@@ -129,6 +140,42 @@ pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
     }
 }
 
+/// Attributes, as STATX answers them.
+pub(super) fn statx_out(
+    (from, born, ttl): &(Attributes, Option<Timestamp>, Duration),
+) -> Box<StatxOut> {
+    let time = |at: Timestamp| StatxTime {
+        tv_sec: at.seconds,
+        tv_nsec: at.nanoseconds,
+        reserved: 0,
+    };
+    let born_bit = if born.is_some() { libc::STATX_BTIME } else { 0 };
+    Box::new(StatxOut {
+        attr_valid: ttl.as_secs(),
+        attr_valid_nsec: ttl.subsec_nanos(),
+        stat: Statx {
+            mask: libc::STATX_BASIC_STATS | born_bit,
+            blksize: from.block_size,
+            nlink: from.links,
+            uid: from.uid,
+            gid: from.gid,
+            // Types and permissions are 16 bits.
+            mode: u16::try_from(from.mode & 0xffff).unwrap_or_default(),
+            ino: from.inode,
+            size: from.size,
+            blocks: from.blocks,
+            atime: time(from.accessed),
+            btime: time(born.unwrap_or_default()),
+            ctime: time(from.changed),
+            mtime: time(from.modified),
+            rdev_major: from.rdev >> 8 & 0xfff,
+            rdev_minor: from.rdev & 0xff | from.rdev >> 12 & 0xfff00,
+            ..Statx::default()
+        },
+        ..StatxOut::default()
+    })
+}
+
 /// An opened file or directory.
 pub(super) fn open_out(opened: &Opened) -> OpenOut {
     let flags = [
@@ -163,6 +210,21 @@ pub(super) fn statfs_out(statistics: &Statistics) -> StatfsOut {
     }
 }
 
+/// A lock, as GETLK answers it.
+pub(super) fn file_lock(lock: &RecordLock) -> FileLock {
+    let kind = match lock.kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::Unlock => libc::F_UNLCK,
+    };
+    FileLock {
+        start: lock.start,
+        end: lock.end,
+        kind: kind.cast_unsigned(),
+        pid: 0,
+    }
+}
+
 fn attr(from: &Attributes) -> Attr {
     Attr {
         ino: from.inode,
@@ -180,6 +242,7 @@ fn attr(from: &Attributes) -> Attr {
         gid: from.gid,
         rdev: from.rdev,
         blksize: from.block_size,
+        // No file is for DAX, and none is where another file system begins.
         flags: 0,
     }
 }

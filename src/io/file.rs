@@ -296,6 +296,22 @@ impl File {
         .map_err(io::Error::from)
     }
 
+    /// Makes all of the file system that the file is on durable, as `syncfs(2)`.
+    ///
+    /// # Errors
+    ///
+    /// Those of `syncfs(2)`.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a runtime.
+    pub async fn sync_file_system(&self) -> io::Result<()> {
+        let file = self.clone();
+        blocking::run(move || rustix::fs::syncfs(&file))
+            .await?
+            .map_err(io::Error::from)
+    }
+
     /// Reserves or frees space, as `fallocate(2)`; `mode` are its `FALLOC_FL_*` flags.
     ///
     /// # Errors

@@ -14,6 +14,8 @@ pub(crate) mod file;
 pub(crate) mod file_handle;
 pub(crate) mod group;
 pub(crate) mod inherit;
+pub(crate) mod inode_flags;
+pub(crate) mod lock;
 pub(crate) mod slot;
 
 use rustix::io::Errno;

@@ -88,6 +88,8 @@ struct State {
     signalled: Option<u16>,
     /// Chains taken off the ring and not yet written back.
     in_flight: u16,
+    /// Somebody waits for `in_flight` to become 0.
+    draining: bool,
     totals: Totals,
 }
 
@@ -116,6 +118,7 @@ impl UsedRing {
                 published: next,
                 signalled: None,
                 in_flight: 0,
+                draining: false,
                 totals: Totals::default(),
             }),
             drained: Condvar::new(),
@@ -155,7 +158,8 @@ impl UsedRing {
         self.log_change(at, element.len());
         state.next = state.next.wrapping_add(1);
         state.in_flight = state.in_flight.saturating_sub(1);
-        if state.in_flight == 0 {
+        // To notify is a system call, also where nobody waits.
+        if state.in_flight == 0 && state.draining {
             self.drained.notify_all();
         }
     }
@@ -202,12 +206,14 @@ impl UsedRing {
     /// made sure that no further chain is taken.
     pub fn drain(&self) {
         let mut state = self.lock();
+        state.draining = true;
         while state.in_flight != 0 {
             state = self
                 .drained
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        state.draining = false;
         drop(state);
         self.publish();
     }

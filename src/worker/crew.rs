@@ -159,6 +159,8 @@ impl<F: FileSystem> Crew<F> {
         let command = Command::Stop { index, done };
         self.commands[self.owner(index)].send(command).ok()?;
         let queue = answer.recv().ok()??;
+        // What waits for another process of the guest would wait on.
+        let _no_waits = self.session.end_waits();
         queue.used().drain();
         log::debug!("queue {index}: {}", queue.used().totals());
         Some(*queue)

@@ -40,7 +40,7 @@ fn attributes(stat: &Statx) -> Attributes {
     }
 }
 
-fn timestamp(time: StatxTimestamp) -> Timestamp {
+pub(super) fn timestamp(time: StatxTimestamp) -> Timestamp {
     Timestamp {
         seconds: time.tv_sec,
         nanoseconds: time.tv_nsec,

@@ -60,7 +60,7 @@ impl Passthrough {
         let name = component(name)?;
         let seen = self.seen(&parent, name);
         let fd = self.with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
-        self.admit(Found::Path(fd), &seen)
+        self.admit(Found::Path(fd), Some(&seen))
     }
 
     /// As [`find`](Self::find), for a name of which READDIR said the inode number.
@@ -89,7 +89,17 @@ impl Passthrough {
         name: &CStr,
         file: &OwnedFd,
     ) -> Result<Entry> {
-        self.admit(Found::Open(file), &self.seen(&parent, name))
+        self.admit(Found::Open(file), Some(&self.seen(&parent, name)))
+    }
+
+    /// The entry of what `fd`, an `O_PATH` descriptor, is of; counts one lookup.
+    pub(super) fn find_held(&self, fd: OwnedFd) -> Result<Entry> {
+        self.admit(Found::Path(fd), None)
+    }
+
+    /// The entry of a file without a name, open as `file`; counts one lookup.
+    pub(super) fn find_opened(&self, file: &OwnedFd) -> Result<Entry> {
+        self.admit(Found::Open(file), None)
     }
 
     /// The entry of an inode that the guest has, open as `fd`; counts one lookup more.
@@ -126,15 +136,18 @@ impl Passthrough {
         }
     }
 
-    /// Finds or adds the inode that is `found` where it was `seen`.
-    fn admit(&self, found: Found<'_>, seen: &Seen<'_>) -> Result<Entry> {
+    /// Finds or adds the inode that is `found` where it was `seen`; `None` where no name led to
+    /// it.
+    fn admit(&self, found: Found<'_>, seen: Option<&Seen<'_>>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
         let inode = match self.inodes.find(&identity) {
             Some(inode) => inode,
             None => self.add(found, &identity)?,
         };
-        self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
+        if let Some(seen) = seen {
+            self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
+        }
         self.make_room();
         Ok(self.entry(&inode, &stat))
     }

@@ -14,7 +14,9 @@ mod handles;
 mod holds;
 mod id_map;
 mod inodes;
+mod locks;
 mod lookup;
+mod more;
 mod names;
 mod reach;
 #[cfg(test)]
@@ -25,6 +27,7 @@ mod xattr_map;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
@@ -39,9 +42,10 @@ use self::credentials::Wear;
 use self::handles::Handles;
 use self::holds::{Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
+use self::locks::Locks;
 use super::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode, NodeId,
-    Opened, Result, Statistics, XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    LockOwner, NewNode, NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -231,6 +235,7 @@ pub struct Passthrough {
     handles: Handles,
     /// Descriptors that inodes and open files may have together.
     most: usize,
+    locks: Locks,
     wear: Wear,
 }
 
@@ -281,6 +286,7 @@ impl Passthrough {
             holder,
             handles: Handles::new(),
             most,
+            locks: Locks::default(),
             wear,
         })
     }
@@ -433,6 +439,7 @@ impl FileSystem for Passthrough {
     }
 
     fn reset(&self) {
+        self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
     }
@@ -441,6 +448,14 @@ impl FileSystem for Passthrough {
         let parent = self.inode(parent)?;
         let entry = self.find(self.fd(&parent)?, name)?;
         Ok(self.announced(parent.key(), entry))
+    }
+
+    fn lookup_self(&self, node: NodeId) -> Result<Entry> {
+        self.find_self(node)
+    }
+
+    fn lookup_parent(&self, node: NodeId) -> Result<Entry> {
+        self.find_parent(node)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
@@ -454,6 +469,14 @@ impl FileSystem for Passthrough {
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
         self.attributes_of(node, handle)
+    }
+
+    fn statx(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        self.attributes_with_birth(node, handle)
     }
 
     fn setattr(
@@ -538,6 +561,17 @@ impl FileSystem for Passthrough {
         self.create_file(caller, parent, name, flags, new)
     }
 
+    fn tmpfile(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        flags: u32,
+        new: &NewNode,
+    ) -> Result<(Entry, Opened)> {
+        self.writable()?;
+        self.make_nameless(caller, parent, flags, new)
+    }
+
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         let file = self.handles.file(node, handle, HandleKind::File)?;
@@ -546,16 +580,57 @@ impl FileSystem for Passthrough {
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.locks.released(node, handle);
         self.handles.release(node, handle, HandleKind::File)
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.writable()?;
         let file = self.handles.file(node, handle, HandleKind::File)?;
         attributes::kill_set_id(&file)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
         self.handles.file(node, handle, kind)
+    }
+
+    fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
+        self.lock_file_of(node, handle, owner)
+    }
+
+    fn lock_file_if_any(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
+        self.locks.find(node, owner)
+    }
+
+    fn end_locks(&self, node: NodeId, owner: LockOwner) {
+        self.locks.end(node, owner);
+    }
+
+    fn whole_file_system(&self, node: NodeId) -> Result<File> {
+        self.whole(node)
+    }
+
+    fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {
+        self.flags_of(node, handle)
+    }
+
+    fn set_inode_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
+        self.writable()?;
+        self.change_flags(node, handle, flags)
+    }
+
+    fn extended_inode_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
+        self.extended_flags(node, handle)
+    }
+
+    fn set_extended_inode_flags(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        flags: &InodeFlags,
+    ) -> Result<()> {
+        self.writable()?;
+        self.change_extended_flags(node, handle, flags)
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {

@@ -25,7 +25,7 @@ const SET_GROUP_ID: u32 = 0o2000;
 const GROUP_EXECUTE: u32 = 0o0010;
 
 impl Passthrough {
-    fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<Section> {
+    pub(super) fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<Section> {
         self.wear
             .section(&self.proc_fds, &self.on_host(caller)?, umask)
     }
@@ -284,7 +284,7 @@ struct Known {
 /// from an executable file whose creator isn't in that group, but it would not from the server,
 /// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; a member by a
 /// supplementary group, whom the server can't tell, may set it afterwards.
-fn honest_mode(caller: &Caller, parent: &impl AsFd, mode: u32) -> Result<Mode> {
+pub(super) fn honest_mode(caller: &Caller, parent: &impl AsFd, mode: u32) -> Result<Mode> {
     let mut mode = mode & PERMISSIONS;
     let group_program = SET_GROUP_ID | GROUP_EXECUTE;
     if caller.uid != 0 && mode & group_program == group_program {

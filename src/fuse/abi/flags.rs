@@ -265,6 +265,18 @@ pub mod fsync_flags {
     pub const FDATASYNC: u32 = 1;
 }
 
+/// Flags of GETLK, SETLK and SETLKW.
+pub mod lk_flags {
+    /// A lock of `flock(2)`.
+    pub const FLOCK: u32 = 1;
+}
+
+/// Flags of IOCTL.
+pub mod ioctl_flags {
+    /// The server may ask for any memory of the caller; of CUSE only.
+    pub const UNRESTRICTED: u32 = 1 << 1;
+}
+
 /// Flags of attributes.
 pub mod attr_flags {
     /// The root of a submount.

@@ -10,8 +10,8 @@ mod opcode;
 mod structures;
 
 pub use flags::{
-    InitFlags, attr_flags, fsync_flags, getattr_flags, open_flags, open_reply_flags, setattr_valid,
-    setxattr_flags, write_flags,
+    InitFlags, attr_flags, fsync_flags, getattr_flags, ioctl_flags, lk_flags, open_flags,
+    open_reply_flags, setattr_valid, setxattr_flags, write_flags,
 };
 pub use opcode::Opcode;
 pub use structures::{

@@ -3,9 +3,10 @@
 use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
-use super::{Copying, DecodeError, Fault, Forgets, Operation, Range, Request};
-use crate::fs::{Caller, Changes, Handle, NewNode, NewTime, NodeId, XattrFlags};
+use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
+use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
 use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
+use crate::io::{Lock, LockKind, RecordLock};
 
 /// Length of the header that begins every request, in bytes.
 pub const HEADER_LEN: usize = size_of::<InHeader>();
@@ -117,7 +118,7 @@ fn kill_set_id(header: &InHeader, arguments: &[u8], setxattr_ext: bool) -> bool 
             arguments.take().map(|args: abi::OpenIn| args.open_flags),
             abi::open_flags::KILL_SUIDGID,
         ),
-        Some(Opcode::Create) => (
+        Some(Opcode::Create | Opcode::Tmpfile) => (
             arguments.take().map(|args: abi::CreateIn| args.open_flags),
             abi::open_flags::KILL_SUIDGID,
         ),
@@ -198,7 +199,8 @@ fn limit(header: &InHeader) -> Limit {
         | Opcode::Rename
         | Opcode::Rename2
         | Opcode::Link
-        | Opcode::Create => (NAMES_MAX, Some(Fault::NameLength)),
+        | Opcode::Create
+        | Opcode::Tmpfile => (NAMES_MAX, Some(Fault::NameLength)),
         _ => (STRUCTURE_MAX, None),
     };
     Limit { bytes, beyond }
@@ -234,6 +236,10 @@ fn operation<'a>(
             unique: arguments.take::<abi::InterruptIn>()?.unique,
         }),
         Opcode::Statfs => Ok(Operation::Statfs),
+        Opcode::Syncfs => {
+            arguments.take::<abi::SyncfsIn>()?;
+            Ok(Operation::Syncfs)
+        }
         Opcode::Read
         | Opcode::Write
         | Opcode::Readdir
@@ -241,9 +247,14 @@ fn operation<'a>(
         | Opcode::Open
         | Opcode::Opendir
         | Opcode::Create
+        | Opcode::Tmpfile
+        | Opcode::Ioctl
         | Opcode::Release
         | Opcode::Releasedir
         | Opcode::Flush
+        | Opcode::Getlk
+        | Opcode::Setlk
+        | Opcode::Setlkw
         | Opcode::Fsync
         | Opcode::Fsyncdir
         | Opcode::Fallocate
@@ -264,8 +275,12 @@ fn on_node(
     setxattr_ext: bool,
 ) -> Result<Operation<'_>, Fault> {
     Ok(match opcode {
-        Opcode::Lookup => Operation::Lookup {
-            name: arguments.name()?,
+        Opcode::Lookup => match arguments.0 {
+            [b'.', 0, ..] => Operation::LookupSelf,
+            [b'.', b'.', 0, ..] => Operation::LookupParent,
+            _ => Operation::Lookup {
+                name: arguments.name()?,
+            },
         },
         Opcode::Forget => Operation::Forget {
             count: arguments.take::<abi::ForgetIn>()?.nlookup,
@@ -282,6 +297,11 @@ fn on_node(
             let args: abi::GetattrIn = arguments.take()?;
             let handle = given_handle(args.getattr_flags, abi::getattr_flags::FH, args.fh);
             Operation::Getattr { handle }
+        }
+        Opcode::Statx => {
+            let args: abi::StatxIn = arguments.take()?;
+            let handle = given_handle(args.getattr_flags, abi::getattr_flags::FH, args.fh);
+            Operation::Statx { handle }
         }
         Opcode::Setattr => {
             let args: abi::SetattrIn = arguments.take()?;
@@ -405,6 +425,26 @@ fn on_open_file(
                 },
             }
         }
+        Opcode::Tmpfile => {
+            let args: abi::CreateIn = arguments.take()?;
+            // The name is for show.
+            arguments.name()?;
+            Operation::Tmpfile {
+                flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
+                new: NewNode {
+                    mode: args.mode,
+                    umask: args.umask,
+                    rdev: 0,
+                },
+            }
+        }
+        Opcode::Ioctl => {
+            let args: abi::IoctlIn = arguments.take()?;
+            Operation::Ioctl {
+                handle: Handle(args.fh),
+                ioctl: ioctl(&args, arguments)?,
+            }
+        }
         Opcode::Read => {
             let args: abi::ReadIn = arguments.take()?;
             extent(args.offset, u64::from(args.size))?;
@@ -432,9 +472,14 @@ fn on_open_file(
         Opcode::Releasedir => Operation::Releasedir {
             handle: released(arguments)?,
         },
-        Opcode::Flush => Operation::Flush {
-            handle: Handle(arguments.take::<abi::FlushIn>()?.fh),
-        },
+        Opcode::Flush => {
+            let args: abi::FlushIn = arguments.take()?;
+            Operation::Flush {
+                handle: Handle(args.fh),
+                owner: LockOwner(args.lock_owner),
+            }
+        }
+        Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw => locking(opcode, arguments.take()?)?,
         Opcode::Fsync | Opcode::Fsyncdir => {
             let args: abi::FsyncIn = arguments.take()?;
             Operation::Fsync {
@@ -488,6 +533,64 @@ fn on_open_file(
             })
         }
         _ => Operation::Unserved,
+    })
+}
+
+/// Numbers are of uapi `linux/fs.h`. The plain flags are a long by their numbers and an int in
+/// truth; kernels send either.
+fn ioctl(args: &abi::IoctlIn, mut data: Arguments<'_>) -> Result<Ioctl, Fault> {
+    const GET_FLAGS: u32 = 0x8008_6601;
+    const SET_FLAGS: u32 = 0x4008_6602;
+    const GET_EXTENDED: u32 = 0x801c_581f;
+    const SET_EXTENDED: u32 = 0x401c_5820;
+
+    if args.flags & abi::ioctl_flags::UNRESTRICTED != 0 {
+        return Ok(Ioctl::Other);
+    }
+    Ok(match (args.cmd, args.in_size, args.out_size) {
+        (GET_FLAGS, _, 4) => Ioctl::GetFlags { size: 4 },
+        (GET_FLAGS, _, 8) => Ioctl::GetFlags { size: 8 },
+        (SET_FLAGS, 4 | 8, _) => Ioctl::SetFlags(data.take()?),
+        (GET_EXTENDED, _, 28) => Ioctl::GetExtended,
+        (SET_EXTENDED, 28, _) => Ioctl::SetExtended(data.take()?),
+        _ => Ioctl::Other,
+    })
+}
+
+fn locking(opcode: Opcode, args: abi::LkIn) -> Result<Operation<'static>, Fault> {
+    let kind = match args.lk.kind.cast_signed() {
+        libc::F_RDLCK => LockKind::Shared,
+        libc::F_WRLCK => LockKind::Exclusive,
+        libc::F_UNLCK => LockKind::Unlock,
+        _ => return Err(Fault::Value("type")),
+    };
+    let (handle, owner) = (Handle(args.fh), LockOwner(args.owner));
+    let whole = args.lk_flags & abi::lk_flags::FLOCK != 0;
+    let (start, end) = (args.lk.start, args.lk.end);
+    if !whole && (start > end || offset(end).is_err()) {
+        return Err(Fault::Value("range"));
+    }
+    let lock = RecordLock { kind, start, end };
+    if opcode != Opcode::Getlk {
+        return Ok(Operation::Setlk(Locking {
+            handle,
+            owner,
+            lock: if whole {
+                Lock::Whole(kind)
+            } else {
+                Lock::Record(lock)
+            },
+            wait: opcode == Opcode::Setlkw,
+        }));
+    }
+    // There is no asking for locks on the whole file, nor for what is in the way of none.
+    if whole || kind == LockKind::Unlock {
+        return Err(Fault::Value("type"));
+    }
+    Ok(Operation::Getlk {
+        handle,
+        owner,
+        lock,
     })
 }
 

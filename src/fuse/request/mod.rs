@@ -20,7 +20,8 @@ pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
-use crate::fs::{Caller, Changes, Handle, NewNode, NodeId, XattrFlags};
+use crate::fs::{Caller, Changes, Handle, InodeFlags, LockOwner, NewNode, NodeId, XattrFlags};
+use crate::io::{Lock, RecordLock};
 
 /// One request of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +55,10 @@ pub enum Operation<'a> {
         /// The name.
         name: &'a CStr,
     },
+    /// LOOKUP of `.`.
+    LookupSelf,
+    /// LOOKUP of `..`.
+    LookupParent,
     /// Give back lookups.
     Forget {
         /// How many.
@@ -63,6 +68,11 @@ pub enum Operation<'a> {
     BatchForget(Forgets<'a>),
     /// Read attributes.
     Getattr {
+        /// Of this open file, if it is given.
+        handle: Option<Handle>,
+    },
+    /// Read attributes as `statx` has them.
+    Statx {
         /// Of this open file, if it is given.
         handle: Option<Handle>,
     },
@@ -141,6 +151,22 @@ pub enum Operation<'a> {
         /// What it is made with.
         new: NewNode,
     },
+    /// Make and open a file without a name.
+    Tmpfile {
+        /// As for [`Create`](Self::Create).
+        flags: u32,
+        /// What it is made with.
+        new: NewNode,
+    },
+    /// Write the whole file system back to disk.
+    Syncfs,
+    /// Device control, as far as it is about inodes.
+    Ioctl {
+        /// The file or directory.
+        handle: Handle,
+        /// What is asked for.
+        ioctl: Ioctl,
+    },
     /// Read data.
     Read(Range),
     /// Write data, which follow the request.
@@ -168,7 +194,20 @@ pub enum Operation<'a> {
     Flush {
         /// Of this file.
         handle: Handle,
+        /// Who closes it, and gives up its record locks thereby.
+        owner: LockOwner,
     },
+    /// Find a lock that is in the way.
+    Getlk {
+        /// The file.
+        handle: Handle,
+        /// Who wants the lock.
+        owner: LockOwner,
+        /// The lock, which is not one to be given up.
+        lock: RecordLock,
+    },
+    /// SETLK and SETLKW.
+    Setlk(Locking),
     /// FSYNC and FSYNCDIR.
     Fsync {
         /// The file or directory.
@@ -263,6 +302,37 @@ pub struct Copying {
     pub len: u64,
     /// Whether the reply has room for a count of 64 bits.
     pub wide: bool,
+}
+
+/// What IOCTL asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ioctl {
+    /// `FS_IOC_GETFLAGS`.
+    GetFlags {
+        /// Bytes that the guest wants of them: 4 or 8.
+        size: usize,
+    },
+    /// `FS_IOC_SETFLAGS`.
+    SetFlags(u32),
+    /// `FS_IOC_FSGETXATTR`.
+    GetExtended,
+    /// `FS_IOC_FSSETXATTR`.
+    SetExtended(InodeFlags),
+    /// Anything else.
+    Other,
+}
+
+/// A lock to take or to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Locking {
+    /// The file.
+    pub handle: Handle,
+    /// Who takes it; for a lock on the whole file, the open file itself does.
+    pub owner: LockOwner,
+    /// The lock.
+    pub lock: Lock,
+    /// Whether to wait for it.
+    pub wait: bool,
 }
 
 /// The nodes of a BATCH_FORGET.

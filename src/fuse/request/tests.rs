@@ -178,8 +178,13 @@ fn names_that_no_directory_takes_are_refused_everywhere() {
     };
     let link = abi::LinkIn { oldnodeid: 1 };
     for &(name, expected) in names {
+        // LOOKUP of these is for file handles, and a matter of its own.
+        let looked_up = match name {
+            b".\0" | b"..\0" => b"./\0",
+            name => name,
+        };
         let requests = [
-            lookup(name),
+            lookup(looked_up),
             on_root(Opcode::Unlink, &[name]),
             on_root(Opcode::Rmdir, &[name]),
             on_root(Opcode::Mknod, &[mknod.as_bytes(), name]),

@@ -136,6 +136,28 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
+    /// SYNCFS.
+    pub(super) fn syncfs<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+    ) -> Outcome {
+        let unique = request.unique;
+        let file = match self.fs.whole_file_system(request.node) {
+            Ok(file) => file,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let result = file.sync_file_system().await;
+            session.finish(
+                exchange,
+                unique,
+                result.map(done).map_err(|error| errno(&error)),
+            );
+        })
+    }
+
     /// FALLOCATE of `len` bytes from `offset` on, in a `mode` of `fallocate(2)`.
     pub(super) fn fallocate<E: Exchange>(
         self: &Arc<Self>,
@@ -193,12 +215,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
-    fn now<E: Exchange>(&self, exchange: E, unique: u64, answer: Result<Answer, Errno>) -> Outcome {
+    pub(super) fn now<E: Exchange>(
+        &self,
+        exchange: E,
+        unique: u64,
+        answer: Result<Answer, Errno>,
+    ) -> Outcome {
         self.finish(exchange, unique, answer);
         Outcome::Done
     }
 
-    fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
+    pub(super) fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
         self.counters.count_later();
         Outcome::Later(Box::pin(future))
     }

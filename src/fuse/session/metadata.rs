@@ -9,7 +9,9 @@ use super::Session;
 use crate::fs::{FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, LseekOut};
 use crate::fuse::directory::Records;
-use crate::fuse::reply::{Answer, attr_out, entry_out, no_entry_out, open_out, statfs_out};
+use crate::fuse::reply::{
+    Answer, attr_out, entry_out, no_entry_out, open_out, statfs_out, statx_out,
+};
 use crate::fuse::request::{Operation, Range, Request};
 
 /// Longest reply to READDIR, bytes.
@@ -31,6 +33,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 }
                 found => found.map(entry),
             },
+            Operation::LookupSelf => fs.lookup_self(node).map(entry),
+            Operation::LookupParent => fs.lookup_parent(node).map(entry),
+            Operation::Statx { handle } => fs
+                .statx(node, handle)
+                .map(|attributes| Answer::Statx(statx_out(&attributes))),
+            Operation::Tmpfile { flags, new } => {
+                let (entry, opened) = fs.tmpfile(caller, node, flags, &new)?;
+                Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
+            }
+            Operation::Ioctl { handle, ioctl } => self.ioctl(node, handle, ioctl, room),
             Operation::Getattr { handle } => fs
                 .getattr(caller, node, handle)
                 .map(|attributes| Answer::Attributes(attr_out(&attributes))),
@@ -65,7 +77,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
                 Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
             }
-            Operation::Flush { handle } => fs.flush(caller, node, handle).map(done),
+            Operation::Flush { handle, owner } => {
+                fs.end_locks(node, owner);
+                fs.flush(caller, node, handle).map(done)
+            }
+            Operation::Getlk {
+                handle,
+                owner,
+                lock,
+            } => self.getlk(node, handle, owner, lock),
             Operation::Release { handle } => fs.release(node, handle).map(done),
             Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),
             Operation::Statfs => fs

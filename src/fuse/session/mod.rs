@@ -6,9 +6,12 @@
 //! doesn't hear of.
 
 mod data;
+mod inode_flags;
+mod locks;
 mod metadata;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::error::Error;
 use std::fmt;
@@ -19,6 +22,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::io::Errno;
 use smallvec::SmallVec;
 
+pub use self::waiting::NoWaits;
+
+use self::waiting::Waiting;
 use super::abi::{InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, room_needed, send_error};
@@ -62,6 +68,7 @@ pub struct Session<F: ?Sized> {
     setxattr_ext: AtomicBool,
     negotiated: Mutex<Option<Negotiated>>,
     counters: Counters,
+    waiting: Arc<Waiting>,
     fs: Arc<F>,
 }
 
@@ -74,6 +81,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             setxattr_ext: AtomicBool::new(false),
             negotiated: Mutex::new(None),
             counters: Counters::default(),
+            waiting: Arc::default(),
             fs,
         }
     }
@@ -106,6 +114,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .negotiated
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
+        self.waiting.end_all(Errno::INTR);
         self.fs.reset();
     }
 
@@ -135,9 +144,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 exchange.no_reply();
                 return Outcome::Done;
             }
-            // A guest needs no answer to this, and the request it means goes on. Whatever waits
-            // for a guest without end, such as a lock, is to be found by `unique` here.
-            Operation::Interrupt { .. } => {
+            // A guest needs no answer to this. What doesn't wait for a guest without end, as a
+            // lock may, goes on.
+            Operation::Interrupt { unique } => {
+                self.waiting.interrupt(unique);
                 exchange.no_reply();
                 return Outcome::Done;
             }
@@ -160,7 +170,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Init(_) | Operation::Destroy => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
             Operation::Unserved => Err(Errno::NOSYS),
-            _ => Ok(()),
+            ref operation => self.admit_lock(operation),
         }
     }
 
@@ -184,6 +194,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return self.fallocate(exchange, request, handle, (offset, len, mode));
             }
             Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
+            Operation::Syncfs => return self.syncfs(exchange, request),
+            Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
             _ => {}
         }
         let answer = match request.operation {
@@ -253,10 +265,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Ends the exchange of a request that can't be decoded.
     fn refuse<E: Exchange>(&self, exchange: E, error: &DecodeError) {
-        let count = self.counters.count_malformed();
-        if worth_a_line(count) {
-            let fault = error.source().map(ToString::to_string).unwrap_or_default();
-            log::warn!("malformed request no. {count}: {error}: {fault}");
+        // Any program in the guest can ask for a name that is too long, and its kernel passes it
+        // on: nothing is malformed about that.
+        if error.errno() != Errno::NAMETOOLONG {
+            let count = self.counters.count_malformed();
+            if worth_a_line(count) {
+                let fault = error.source().map(ToString::to_string).unwrap_or_default();
+                log::warn!("malformed request no. {count}: {error}: {fault}");
+            }
         }
         match error.unique {
             Some(unique) if !error.has_no_reply() => {

@@ -35,6 +35,10 @@ pub(in crate::fuse) fn samples() -> Vec<(Opcode, Vec<u8>)> {
         whence: 3,
         ..Default::default()
     };
+    let lock = abi::LkIn {
+        fh,
+        ..Default::default()
+    };
     let write = abi::WriteIn {
         fh,
         size: 4,
@@ -114,6 +118,16 @@ pub(in crate::fuse) fn samples() -> Vec<(Opcode, Vec<u8>)> {
             }
             .as_bytes()],
         ),
+        sample(Opcode::Statx, &[abi::StatxIn::default().as_bytes()]),
+        sample(
+            Opcode::Tmpfile,
+            &[abi::CreateIn::default().as_bytes(), b"tmpfile\0"],
+        ),
+        sample(Opcode::Syncfs, &[abi::SyncfsIn::default().as_bytes()]),
+        sample(Opcode::Ioctl, &[abi::IoctlIn::default().as_bytes()]),
+        sample(Opcode::Getlk, &[lock.as_bytes()]),
+        sample(Opcode::Setlk, &[lock.as_bytes()]),
+        sample(Opcode::Setlkw, &[lock.as_bytes()]),
         sample(
             Opcode::Fsync,
             &[abi::FsyncIn {

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# fsx (crates.io's): random operations on one file, mapped memory among them, each read checked.
+# Options: those of with.sh, --ops N (20,000 for each of four mixes, of the large one a tenth),
+# --seed S. What takes time is the disk, at each msync: TMPDIR=/dev/shm is ten times as fast.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
+need_crate fsx 0.3.2
+own='ops seed'
+on_mount "$@"
+
+ops=${ops:-20000} seed=${seed:-$RANDOM}
+echo "seed $seed"
+config=$(mktemp -d)
+trap 'rm -rf "$config"' EXIT
+
+# mix NAME OPS TOML...: one run with these settings.
+mix() {
+    local name=$1 count=$2
+    shift 2
+    printf '%s\n' "$@" >"$config/$name.toml"
+    check "fsx $name, $count operations" $((60 + count / 50)) \
+        fsx -q -f "$config/$name.toml" -N "$count" -S "$seed" -P "$config" "$MNT/fsx-$name"
+}
+
+everything=('[weights]' 'close_open = 1' 'invalidate = 1' 'fsync = 0.2' 'fdatasync = 0.2'
+    'punch_hole = 2' 'sendfile = 5' 'posix_fadvise = 1' 'copy_file_range = 2')
+mix default "$ops" 'flen = 262144'
+mix everything "$ops" 'flen = 262144' "${everything[@]}" 'posix_fallocate = 2'
+mix large $((ops / 10)) 'flen = 16777216' '[opsize]' 'max = 2097152' "${everything[@]}" \
+    'posix_fallocate = 2'
+# fsx itself gets posix_fallocate wrong where it aligns: it asks for no bytes.
+mix pages "$ops" 'flen = 1048576' '[opsize]' 'align = 4096' 'max = 131072' "${everything[@]}"
+summary

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# pjdfstest (crates.io's) on the mount and on the plain directory beside it: what the mount fails
+# and the host's own file system does not. Options: those of with.sh.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
+need_crate pjdfstest 0.2.2
+if ! getent passwd tests >/dev/null; then
+    useradd --system --no-create-home --user-group --shell /usr/sbin/nologin tests
+fi
+on_mount "$@"
+
+results=$(mktemp -d)
+trap 'rm -rf "$results"; umount "$PLAIN/../other" 2>/dev/null || true' EXIT
+mkdir -p "$PLAIN/../other"
+mount -t tmpfs other "$PLAIN/../other"
+chmod 777 "$PLAIN/../other"
+cat >"$results/config.toml" <<'CONFIG'
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+stat_st_birthtime = {}
+utime_now = {}
+utimensat = {}
+[settings]
+naptime = 0.01
+allow_remount = false
+[dummy_auth]
+entries = [["nobody", "nogroup"], ["tests", "tests"]]
+CONFIG
+
+# failures DIRECTORY RESULT: runs the suite, and lists what failed there, sorted.
+failures() {
+    timeout --kill-after=10 600 pjdfstest --configuration-file "$results/config.toml" \
+        --path "$1" --secondary-fs "$PLAIN/../other" >"$results/$2.full" 2>&1 || true
+    if ! grep -q '^Summary' "$results/$2.full"; then
+        echo "pjdfstest did not come to its end on $1:"
+        tail -n 5 "$results/$2.full"
+        return 1
+    fi
+    sed -n 's/^\([^ ]*\) *FAILED$/\1/p' "$results/$2.full" | sort >"$results/$2"
+    grep '^Summary' "$results/$2.full"
+}
+
+failures "$PLAIN" plain
+failures "$MNT" mount
+for name in $(comm -13 "$results/plain" "$results/mount"); do
+    echo "FAILED only on the mount: $name"
+    grep -F -A 12 -- "$name " "$results/mount.full" | sed -n '2,12{/^[a-z].* \(ok\|FAILED\|skipped\)$/q;s/^/    /p}'
+    failed=$((failed + 1))
+done
+passed=$(grep -c ' ok$' "$results/mount.full")
+summary

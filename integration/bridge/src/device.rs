@@ -1,0 +1,144 @@
+//! `/dev/fuse`: opened, mounted, cloned for further threads, unmounted.
+//!
+//! It knows nothing of requests. The invariant: a [`Device`] that exists belongs to a mount, so
+//! reading it never fails for want of one.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Setter, ioctl, opcode};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+/// FUSE_DEV_IOC_CLONE.
+const CLONE: rustix::ioctl::Opcode = opcode::read::<u32>(229, 0);
+
+/// What can go wrong with the device and the mount.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeviceError {
+    /// The device is not there, or may not be used.
+    #[error("can't open /dev/fuse")]
+    Open(#[source] io::Error),
+    /// mount(2) said no.
+    #[error("can't mount on {mountpoint}")]
+    Mount {
+        /// Where.
+        mountpoint: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No second descriptor for the same mount.
+    #[error("can't clone /dev/fuse")]
+    Clone(#[source] io::Error),
+    /// The mount stays.
+    #[error("can't unmount {mountpoint}")]
+    Unmount {
+        /// Where.
+        mountpoint: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One descriptor of a mount's `/dev/fuse`. The reply to a request must go to the descriptor that
+/// it was read from.
+#[derive(Debug)]
+pub(crate) struct Device {
+    fd: OwnedFd,
+}
+
+impl Device {
+    /// Mounts a file system, whose requests can be read from then on: the first is INIT.
+    ///
+    /// Permissions are checked by the kernel and everybody may use the mount, as it is on
+    /// virtio-fs; and as there, device nodes and set-user-ID bits count.
+    pub(crate) fn mount(mountpoint: &Path) -> Result<Self, DeviceError> {
+        let fd = open().map_err(DeviceError::Open)?;
+        let data = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other",
+            fd.as_raw_fd()
+        );
+        let failed = |source| DeviceError::Mount {
+            mountpoint: mountpoint.to_owned(),
+            source,
+        };
+        let data = CString::new(data).map_err(|nul| failed(nul.into()))?;
+        mount(
+            source(),
+            mountpoint,
+            "fuse.virtiofs-bridge",
+            MountFlags::empty(),
+            data.as_c_str(),
+        )
+        .map_err(|errno| failed(errno.into()))?;
+        Ok(Self { fd })
+    }
+
+    /// A second descriptor for the same mount, with requests of its own under way.
+    pub(crate) fn clone_for_thread(&self) -> Result<Self, DeviceError> {
+        let fd = open().map_err(DeviceError::Open)?;
+        let mounted = self.fd.as_raw_fd().cast_unsigned();
+        clone_into(fd.as_fd(), mounted).map_err(|errno| DeviceError::Clone(errno.into()))?;
+        Ok(Self { fd })
+    }
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Unmounts once nobody uses the mount. False where somebody does.
+pub(crate) fn unmount_idle(mountpoint: &Path) -> Result<bool, DeviceError> {
+    match unmount(mountpoint, UnmountFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::BUSY) => Ok(false),
+        Err(errno) => Err(unmount_error(mountpoint, errno)),
+    }
+}
+
+/// Ends the mount at once, where there still is one: requests under way and those that come fail.
+pub(crate) fn unmount_by_force(mountpoint: &Path) -> Result<(), DeviceError> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let ours = format!("{} ", source());
+    if !mounts.lines().any(|line| line.starts_with(&ours)) {
+        return Ok(());
+    }
+    match unmount(mountpoint, UnmountFlags::FORCE | UnmountFlags::DETACH) {
+        // Unmounted meanwhile.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(errno) => Err(unmount_error(mountpoint, errno)),
+    }
+}
+
+/// What is mounted, by which our mount is told from one that it covered.
+fn source() -> String {
+    format!("bridge-{}", std::process::id())
+}
+
+fn unmount_error(mountpoint: &Path, errno: Errno) -> DeviceError {
+    DeviceError::Unmount {
+        mountpoint: mountpoint.to_owned(),
+        source: errno.into(),
+    }
+}
+
+fn open() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    Ok(rustix::fs::open("/dev/fuse", flags, Mode::empty())?)
+}
+
+#[expect(unsafe_code, reason = "an ioctl has the type that its number says")]
+fn clone_into(fresh: BorrowedFd<'_>, mounted: u32) -> rustix::io::Result<()> {
+    // SAFETY: FUSE_DEV_IOC_CLONE reads one `u32` through its pointer, which is what a `Setter` of
+    // a `u32` passes.
+    let request = unsafe { Setter::<CLONE, u32>::new(mounted) };
+    // SAFETY: the request is the one for a `/dev/fuse`, which `fresh` is, and writes no memory.
+    unsafe { ioctl(fresh, request) }
+}

@@ -1,0 +1,337 @@
+//! A lane: one descriptor of `/dev/fuse`, one request queue, one thread.
+//!
+//! It passes requests on and replies back and never waits for one of them: it sleeps only when
+//! there is neither a request nor a reply, so a request that blocks in the server stops nobody.
+//! Nothing is copied but headers: `/dev/fuse` is read to guest memory and written from there. The
+//! invariant: a slot is free, or in exactly one chain in flight.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use vmm::fuse::wire::{OutHeader, opcode};
+use vmm::fuse::{Client, Lane as Guest};
+use vmm::memory::MemoryError;
+use vmm::ring::{RingError, Used};
+use vmm::{Buf, Event, Memory, Queue};
+
+use crate::counters::Counters;
+use crate::device::Device;
+use crate::init;
+use crate::request::{IN_HEADER, OUT_HEADER, Request};
+use crate::slot::{MOST_BUFFERS, Slot};
+use crate::urgent::Urgent;
+
+/// Requests that a lane may have under way. Beyond, the kernel waits.
+pub(crate) const SLOTS: u16 = 256;
+
+/// How long the server may take for what is under way when the file system is unmounted.
+const CLOSING: Duration = Duration::from_secs(10);
+
+/// What ends a lane before its time.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaneError {
+    /// The device can't be read.
+    #[error("can't read /dev/fuse")]
+    Read(#[source] io::Error),
+    /// Waiting failed.
+    #[error("can't wait for requests")]
+    Wait(#[source] io::Error),
+    /// The server does with the ring what it may not.
+    #[error("a virtqueue failed")]
+    Ring(#[from] RingError),
+    /// An address was not in guest memory.
+    #[error("guest memory failed")]
+    Memory(#[from] MemoryError),
+}
+
+/// What all lanes of a mount share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) memory: Memory,
+    pub(crate) urgent: Urgent,
+    pub(crate) counters: Counters,
+    /// Signalled by a lane when INIT is answered, and when it ends.
+    pub(crate) news: Event,
+    /// Tells lanes to end, whatever is under way.
+    pub(crate) stop: Event,
+}
+
+/// How a lane ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The file system was unmounted, and all that was under way is back.
+    Unmounted,
+    /// The lane was told to stop.
+    Stopped,
+}
+
+/// One thread's part of a mount.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    device: Device,
+    queue: Queue,
+    shared: Arc<Shared>,
+    epoll: OwnedFd,
+    slots: Vec<Slot>,
+    /// What is in each slot, where there is something.
+    under_way: Vec<Option<Request>>,
+    free: Vec<usize>,
+    /// Whether the device is in the epoll set: not while no slot is free.
+    listens: bool,
+    readable: Vec<Buf>,
+    writable: Vec<Buf>,
+}
+
+/// What `/dev/fuse` had.
+enum Taken {
+    Request,
+    Nothing,
+    Unmounted,
+}
+
+impl Lane {
+    /// Makes a lane of this device and this request queue.
+    pub(crate) fn new(
+        device: Device,
+        queue: Queue,
+        shared: Arc<Shared>,
+    ) -> Result<Self, LaneError> {
+        let slots: Result<Vec<_>, _> = (0..SLOTS).map(|_| Slot::new(&shared.memory)).collect();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(wait_error)?;
+        // Edge-triggered and never read: what matters is on the ring.
+        let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        add(&epoll, queue.call_event(), edge)?;
+        add(&epoll, &shared.stop, epoll::EventFlags::IN)?;
+        let mut lane = Self {
+            device,
+            queue,
+            shared,
+            epoll,
+            slots: slots?,
+            under_way: vec![None; usize::from(SLOTS)],
+            free: (0..usize::from(SLOTS)).rev().collect(),
+            listens: false,
+            readable: Vec::with_capacity(MOST_BUFFERS),
+            writable: Vec::with_capacity(MOST_BUFFERS),
+        };
+        lane.listen(true)?;
+        Ok(lane)
+    }
+
+    /// Works until the file system is unmounted or the lane is stopped.
+    ///
+    /// The device is closed then; with its last descriptor the kernel fails what is left. The
+    /// guest's end of the queue comes back.
+    pub(crate) fn run(mut self) -> (Result<End, LaneError>, Guest) {
+        let end = self.work();
+        let guest = Guest {
+            memory: self.shared.memory.clone(),
+            queue: self.queue,
+        };
+        (end, guest)
+    }
+
+    fn work(&mut self) -> Result<End, LaneError> {
+        loop {
+            let mut idle = !self.return_replies()?;
+            while !self.free.is_empty() {
+                match self.take_request()? {
+                    Taken::Request => idle = false,
+                    Taken::Nothing => break,
+                    Taken::Unmounted => return self.drain(),
+                }
+            }
+            if idle {
+                self.queue.ask_for_call(1);
+                if self.queue.ready()? == 0 && self.sleep()? {
+                    return Ok(End::Stopped);
+                }
+            }
+        }
+    }
+
+    /// Passes one request on.
+    fn take_request(&mut self) -> Result<Taken, LaneError> {
+        let Some(&token) = self.free.last() else {
+            return Ok(Taken::Nothing);
+        };
+        let Shared { memory, urgent, .. } = &*self.shared;
+        let slot = &mut self.slots[token];
+        match memory.read_from(self.device.as_fd(), slot.request.incoming()) {
+            Ok(_) => {}
+            Err(MemoryError::Transfer(error)) => {
+                return match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => Ok(Taken::Nothing),
+                    // ECONNABORTED where ABORT_ERROR is negotiated.
+                    Some(Errno::NODEV | Errno::CONNABORTED) => Ok(Taken::Unmounted),
+                    // The request was withdrawn while it was read.
+                    Some(Errno::NOENT | Errno::INTR) => Ok(Taken::Request),
+                    _ => Err(LaneError::Read(error)),
+                };
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let start = slot.request.incoming().gpa;
+        let request = Request::parse(memory, start)?;
+        self.shared.counters.count_request();
+        if request.is_urgent() {
+            urgent.send(&request, &mut slot.request)?;
+            return Ok(Taken::Request);
+        }
+        if request.opcode == opcode::INIT {
+            init::limit_offer(memory, start.offset(IN_HEADER.into()))?;
+        }
+        slot.request.readable(&request, &mut self.readable);
+        slot.writable(request.reply, &mut self.writable);
+        self.queue
+            .push(&self.readable, &self.writable, token as u64)?;
+        self.queue.kick()?;
+        self.free.pop();
+        self.under_way[token] = Some(request);
+        Ok(Taken::Request)
+    }
+
+    /// Passes all replies back that are there. False if there were none.
+    fn return_replies(&mut self) -> Result<bool, LaneError> {
+        let mut some = false;
+        while let Some(used) = self.queue.pop()? {
+            some = true;
+            self.return_reply(used)?;
+        }
+        if some && !self.listens {
+            self.listen(true)?;
+        }
+        Ok(some)
+    }
+
+    fn return_reply(&mut self, used: Used) -> Result<(), LaneError> {
+        let token = usize::try_from(used.token).unwrap_or(usize::MAX);
+        let Some(request) = self.under_way.get_mut(token).and_then(Option::take) else {
+            return Ok(());
+        };
+        self.free.push(token);
+        if request.reply.is_none() {
+            return Ok(());
+        }
+        let memory = &self.shared.memory;
+        let at = self.slots[token].reply();
+        let Request { opcode, unique, .. } = request;
+        let fault = |what| {
+            self.shared
+                .counters
+                .count_fault(format_args!("opcode {opcode}: {what}"));
+        };
+        let header: OutHeader = memory.read_obj(at)?;
+        if used.len < OUT_HEADER {
+            fault(format!("{} bytes in the place of a reply", used.len));
+        } else if header.len != used.len || header.unique != unique {
+            fault(format!(
+                "request {unique} has a reply of {} bytes for request {}, {} bytes used",
+                header.len, header.unique, used.len
+            ));
+        } else {
+            if opcode == opcode::INIT {
+                if header.error == 0 {
+                    init::limit_answer(memory, at.offset(OUT_HEADER.into()))?;
+                }
+                self.shared.news.signal().map_err(LaneError::Wait)?;
+            }
+            match self.write(token, used.len)? {
+                None => return Ok(()),
+                Some(error) => fault(format!(
+                    "the kernel does not take a reply of {} bytes, error {}: {error}",
+                    header.len, header.error
+                )),
+            }
+        }
+        let failure = OutHeader {
+            len: OUT_HEADER,
+            error: -libc::EIO,
+            unique,
+        };
+        memory.write_obj(at, &failure)?;
+        self.write(token, OUT_HEADER)?;
+        Ok(())
+    }
+
+    /// Writes the reply in this slot to the device. Gives what the kernel has against it.
+    fn write(&self, token: usize, len: u32) -> Result<Option<io::Error>, LaneError> {
+        let reply = Buf::new(self.slots[token].reply(), len);
+        match self.shared.memory.write_to(self.device.as_fd(), reply) {
+            Ok(_) => Ok(None),
+            Err(MemoryError::Transfer(error)) => match Errno::from_io_error(&error) {
+                // Nobody waits for it any longer.
+                Some(Errno::NOENT | Errno::NODEV) => Ok(None),
+                _ => Ok(Some(error)),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for a request, a reply, or the end. True for the end.
+    fn sleep(&mut self) -> Result<bool, LaneError> {
+        if self.listens == self.free.is_empty() {
+            self.listen(!self.free.is_empty())?;
+        }
+        let mut events = [epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        }; 4];
+        match epoll::wait(&self.epoll, &mut events, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(wait_error(errno)),
+        }
+        let stop = self.shared.stop.wait(Duration::ZERO);
+        stop.map_err(LaneError::Wait)
+    }
+
+    /// Waits for what is under way when the file system is gone.
+    fn drain(&mut self) -> Result<End, LaneError> {
+        let deadline = Instant::now() + CLOSING;
+        while self.queue.in_flight() > 0 {
+            let stopped = self.shared.stop.wait(Duration::ZERO);
+            if stopped.map_err(LaneError::Wait)? || Instant::now() > deadline {
+                return Ok(End::Stopped);
+            }
+            match self.queue.wait(Duration::from_millis(100)) {
+                Ok(()) | Err(RingError::TimedOut { .. }) => self.return_replies()?,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(End::Unmounted)
+    }
+
+    /// Takes the device into the epoll set or out of it. Of all lanes that sleep one is woken.
+    fn listen(&mut self, on: bool) -> Result<(), LaneError> {
+        if on {
+            let exclusive = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
+            add(&self.epoll, &self.device, exclusive)?;
+        } else {
+            epoll::delete(&self.epoll, &self.device).map_err(wait_error)?;
+        }
+        self.listens = on;
+        Ok(())
+    }
+}
+
+/// Says DESTROY for a file system that is unmounted, which the kernel does on virtio-fs and not
+/// for `/dev/fuse`.
+pub(crate) fn destroy(guest: Guest) {
+    let mut client = Client::new(guest);
+    client.set_timeout(CLOSING);
+    if let Err(error) = client.destroy() {
+        eprintln!("bridge: DESTROY failed: {error}");
+    }
+}
+
+fn add(epoll: &OwnedFd, fd: &impl AsFd, flags: epoll::EventFlags) -> Result<(), LaneError> {
+    epoll::add(epoll, fd, epoll::EventData::new_u64(0), flags).map_err(wait_error)
+}
+
+fn wait_error(errno: Errno) -> LaneError {
+    LaneError::Wait(errno.into())
+}

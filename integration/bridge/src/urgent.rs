@@ -1,0 +1,84 @@
+//! The high-priority queue, which all lanes share.
+//!
+//! What goes over it has no reply, so nobody waits for it: an area that the server has given back
+//! is found when the next one is needed. The invariant: an area is in the hands of a lane, of the
+//! server, or spare.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use vmm::memory::MemoryError;
+use vmm::ring::RingError;
+use vmm::{Buf, Memory, Queue};
+
+use crate::request::Request;
+use crate::slot::Area;
+
+/// Requests that may be on the queue.
+pub(crate) const AREAS: u16 = 64;
+
+/// How long the server may take for one.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The high-priority queue.
+#[derive(Debug)]
+pub(crate) struct Urgent {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    queue: Queue,
+    /// What the server may have, by token.
+    lent: Vec<Option<Area>>,
+    spare: Vec<Area>,
+    bufs: Vec<Buf>,
+}
+
+impl Urgent {
+    /// Sends over this queue.
+    pub(crate) fn new(memory: &Memory, queue: Queue) -> Result<Self, MemoryError> {
+        let spare: Result<_, _> = (0..AREAS).map(|_| Area::new(memory)).collect();
+        let inner = Inner {
+            queue,
+            lent: vec![None; usize::from(AREAS)],
+            spare: spare?,
+            bufs: Vec::new(),
+        };
+        Ok(Self {
+            inner: Mutex::new(inner),
+        })
+    }
+
+    /// Sends the request that lies in `area`, and puts another area in its place.
+    pub(crate) fn send(&self, request: &Request, area: &mut Area) -> Result<(), RingError> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = &mut *inner;
+        inner.take_back()?;
+        if inner.spare.is_empty() {
+            inner.queue.wait(TIMEOUT)?;
+            inner.take_back()?;
+        }
+        let free = inner.lent.iter().position(Option::is_none);
+        let (Some(spare), Some(token)) = (inner.spare.pop(), free) else {
+            let in_flight = inner.queue.in_flight();
+            return Err(RingError::TimedOut { in_flight });
+        };
+        area.readable(request, &mut inner.bufs);
+        inner.queue.push(&inner.bufs, &[], token as u64)?;
+        inner.queue.kick()?;
+        inner.lent[token] = Some(std::mem::replace(area, spare));
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn take_back(&mut self) -> Result<(), RingError> {
+        while let Some(used) = self.queue.pop()? {
+            let token = usize::try_from(used.token).unwrap_or(usize::MAX);
+            self.spare
+                .extend(self.lent.get_mut(token).and_then(Option::take));
+        }
+        Ok(())
+    }
+}

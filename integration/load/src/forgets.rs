@@ -1,0 +1,179 @@
+//! FORGET, over the high-priority queue, where nobody waits for it.
+//!
+//! As Linux does it: one request for each inode, sent and not waited for; but after a listing,
+//! whose ten thousand inodes are forgotten in batches so that the listing is what is measured.
+//! The invariant: a request's place in guest memory is used again only once its chain is back.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm::Queue;
+use vmm::fuse::wire::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, opcode};
+use vmm::fuse::{Call, Client, FuseError, Guest, Prepared};
+use vmm::ring::RingError;
+use zerocopy::IntoBytes;
+
+/// Inodes in one BATCH_FORGET.
+pub(crate) const BATCH: usize = 64;
+
+/// Requests that can be on their way.
+const SINGLES: usize = 256;
+const BATCHES: usize = 32;
+
+/// How long the server may take to give one back.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Uniques of other requests don't have this bit.
+const MARK: u64 = 1 << 62;
+
+/// The high-priority queue and what is sent over it. Threads share it.
+#[derive(Debug)]
+pub(crate) struct Forgets {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    queue: Queue,
+    requests: Vec<Prepared>,
+    /// Numbers of requests that are not on their way.
+    singles: Vec<usize>,
+    batches: Vec<usize>,
+    sent: u64,
+}
+
+impl Forgets {
+    /// Makes the requests. `queue` is the high-priority queue.
+    pub(crate) fn new<G: Guest>(
+        client: &mut Client<G>,
+        mut queue: Queue,
+    ) -> Result<Self, FuseError> {
+        queue.suppress_calls();
+        let one = ForgetIn::default();
+        let single = Call::new(opcode::FORGET, 0).arg(one.as_bytes());
+        let head = BatchForgetIn {
+            count: u32::try_from(BATCH).unwrap_or(0),
+            dummy: 0,
+        };
+        let ones = [ForgetOne::default(); BATCH];
+        let batch = Call::new(opcode::BATCH_FORGET, 0)
+            .arg(head.as_bytes())
+            .arg(ones.as_bytes());
+        let mut requests = Vec::with_capacity(SINGLES + BATCHES);
+        for _ in 0..SINGLES {
+            requests.push(client.prepare(&single)?);
+        }
+        for _ in 0..BATCHES {
+            requests.push(client.prepare(&batch)?);
+        }
+        Ok(Self {
+            inner: Mutex::new(Inner {
+                queue,
+                requests,
+                singles: (0..SINGLES).collect(),
+                batches: (SINGLES..SINGLES + BATCHES).collect(),
+                sent: 0,
+            }),
+        })
+    }
+
+    /// Forgets one lookup of an inode.
+    pub(crate) fn one(&self, nodeid: u64) -> Result<(), FuseError> {
+        let mut inner = self.lock();
+        let number = inner.take(|inner| inner.singles.pop())?;
+        let nodeid_at = std::mem::offset_of!(InHeader, nodeid);
+        inner.send(number, |request| {
+            request.patch(nodeid_at, &nodeid)?;
+            request.patch(Prepared::ARGUMENTS, &ForgetIn { nlookup: 1 })
+        })
+    }
+
+    /// Forgets these lookups.
+    pub(crate) fn batch(&self, ones: &[ForgetOne; BATCH]) -> Result<(), FuseError> {
+        let mut inner = self.lock();
+        let number = inner.take(|inner| inner.batches.pop())?;
+        let ones_at = Prepared::ARGUMENTS + size_of::<BatchForgetIn>();
+        inner.send(number, |request| request.patch(ones_at, ones))
+    }
+
+    /// Wakes the server where it wants to be woken.
+    pub(crate) fn kick(&self) -> Result<(), FuseError> {
+        self.lock().queue.kick()?;
+        Ok(())
+    }
+
+    /// Waits until the server has taken all of it, and gives the queue back.
+    pub(crate) fn finish(self) -> (Queue, Result<(), FuseError>) {
+        let inner = self.inner.into_inner();
+        let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
+        let mut result = Ok(());
+        while result.is_ok() && inner.queue.in_flight() > 0 {
+            result = inner.wait();
+        }
+        (inner.queue, result)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Takes the number of a request that is not on its way; waits for one if need be.
+    fn take(
+        &mut self,
+        mut pick: impl FnMut(&mut Self) -> Option<usize>,
+    ) -> Result<usize, FuseError> {
+        loop {
+            if let Some(number) = pick(self) {
+                return Ok(number);
+            }
+            if self.collect()? == 0 {
+                self.wait()?;
+            }
+        }
+    }
+
+    fn send(
+        &mut self,
+        number: usize,
+        patch: impl FnOnce(&Prepared) -> Result<(), FuseError>,
+    ) -> Result<(), FuseError> {
+        let Some(request) = self.requests.get(number) else {
+            return Err(FuseError::Stray(number as u64));
+        };
+        patch(request)?;
+        self.sent += 1;
+        let unique = MARK | self.sent << 16 | (number as u64) << 1;
+        request.stage(&mut self.queue, unique)
+    }
+
+    /// Takes what has come back. Returns how many.
+    fn collect(&mut self) -> Result<usize, FuseError> {
+        let mut count = 0;
+        while let Some(used) = self.queue.pop()? {
+            let number = usize::try_from((used.token & 0xffff) >> 1).unwrap_or(usize::MAX);
+            if number < SINGLES {
+                self.singles.push(number);
+            } else {
+                self.batches.push(number);
+            }
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Waits until something has come back.
+    fn wait(&mut self) -> Result<(), FuseError> {
+        self.queue.kick()?;
+        let deadline = Instant::now() + TIMEOUT;
+        while self.collect()? == 0 {
+            if Instant::now() >= deadline {
+                let in_flight = self.queue.in_flight();
+                return Err(FuseError::Ring(RingError::TimedOut { in_flight }));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+}

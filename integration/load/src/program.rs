@@ -1,0 +1,219 @@
+//! What a slot does: the requests of one operation, one after the other.
+//!
+//! A [`Program`] keeps its requests ready in guest memory and patches what changes. It knows
+//! nothing of queues and of time. The invariant: one request of a program is on its way at a
+//! time, and neither `begin` nor `reply` allocates.
+
+mod attributes;
+mod data;
+mod files;
+mod listing;
+mod mixed;
+
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vmm::Memory;
+use vmm::fuse::wire::InHeader;
+use vmm::fuse::{Call, Client, FuseError, Guest, Prepared};
+use vmm::ring::RingError;
+
+use crate::forgets::Forgets;
+use crate::scene::Scene;
+use crate::share::{COLD_FILES, KNOWN_FILES};
+use crate::spec::{Kind, PAGE, Spec};
+pub(crate) use attributes::{Getattr, Lookup};
+pub(crate) use data::{Read, Write, Written};
+pub(crate) use files::{Create, Visit};
+pub(crate) use listing::Listing;
+pub(crate) use mixed::Mixed;
+
+/// Why a case can't go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The server refused a request, or broke the protocol.
+    #[error("a request failed")]
+    Request(#[from] FuseError),
+    /// The ring failed, or nothing came back in time.
+    #[error("a queue failed")]
+    Queue(#[from] RingError),
+    /// A chain came back that is not ours.
+    #[error("chain {0:#x} came back and is not of this queue")]
+    Stray(u64),
+    /// A transfer was shorter than asked for.
+    #[error("{done} bytes of {asked} were transferred at offset {offset}")]
+    Short { offset: u64, asked: u32, done: u32 },
+    /// A file does not contain what it should.
+    #[error("the content at offset {offset} is wrong")]
+    Content { offset: u64 },
+    /// A name led to another file, or to none.
+    #[error("name number {number} led to node {found} instead of {wanted}")]
+    Node {
+        number: u32,
+        found: u64,
+        wanted: u64,
+    },
+    /// A directory was not listed as it is.
+    #[error("{found} entries were listed instead of {wanted}, of which {known} by their names")]
+    Listing { found: u32, wanted: u32, known: u32 },
+    /// An entry does not fit in its reply, or its name is none that is there.
+    #[error("entry number {0} of a listing is wrong")]
+    Entry(u32),
+}
+
+/// A chain that came back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Returned {
+    /// The request's number.
+    pub(crate) unique: u64,
+    /// Bytes that the server says it has written.
+    pub(crate) used: u32,
+}
+
+/// One operation after the other.
+pub(crate) trait Program: Send {
+    /// Begins an operation: its first request.
+    fn begin(&mut self) -> Result<&Prepared, Failure>;
+
+    /// Takes what came back. The operation's next request, or none where it is done.
+    fn reply(
+        &mut self,
+        returned: Returned,
+        forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure>;
+}
+
+/// Where in a request the node is that it is about.
+const NODEID: usize = offset_of!(InHeader, nodeid);
+/// Where in a request the arguments begin, and in a reply what follows its header.
+const ARGUMENTS: usize = Prepared::ARGUMENTS;
+const BODY: usize = 16;
+
+/// How cases are to be carried out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Manner {
+    pub(crate) verify: bool,
+    pub(crate) flush: bool,
+}
+
+/// Makes the programs of a case's slots.
+pub(crate) struct Builder<'a, G> {
+    /// Prepares the requests.
+    pub(crate) client: Client<G>,
+    pub(crate) memory: Memory,
+    pub(crate) scene: &'a Scene,
+    pub(crate) spec: Spec,
+    pub(crate) manner: Manner,
+    /// Pages that were written, where that is to be verified.
+    pub(crate) written: Option<Arc<Written>>,
+    cursor: Arc<AtomicU64>,
+    /// The number of the next slot.
+    slot: u32,
+}
+
+impl<'a, G: Guest> Builder<'a, G> {
+    /// For this case.
+    pub(crate) fn new(
+        client: Client<G>,
+        memory: Memory,
+        scene: &'a Scene,
+        spec: Spec,
+        manner: Manner,
+    ) -> Self {
+        let writes = matches!(spec.kind, Kind::Data(transfer) if transfer.write);
+        let pages = scene.file_size / u64::from(PAGE);
+        Self {
+            client,
+            memory,
+            scene,
+            spec,
+            manner,
+            written: (manner.verify && writes).then(|| Arc::new(Written::new(pages))),
+            cursor: Arc::default(),
+            slot: 0,
+        }
+    }
+
+    /// The next slot's program.
+    pub(crate) fn build(&mut self) -> Result<Box<dyn Program>, Failure> {
+        self.slot += 1;
+        Ok(match self.spec.kind {
+            Kind::Getattr | Kind::Idle => Box::new(self.getattr()?),
+            Kind::Lookup => Box::new(Lookup::known(self)?),
+            Kind::LookupNew => Box::new(Lookup::new_names(self)?),
+            Kind::LookupAbsent => Box::new(Lookup::absent(self)?),
+            Kind::Data(transfer) if transfer.write => Box::new(Write::new(self, transfer)?),
+            Kind::Data(transfer) => Box::new(Read::new(self, transfer)?),
+            Kind::Create => Box::new(Create::new(self)?),
+            Kind::OpenReadClose => Box::new(Visit::known(self)?),
+            Kind::Cold => Box::new(Visit::cold(self)?),
+            Kind::Readdirplus => Box::new(Listing::new(self)?),
+            Kind::Mixed => Box::new(Mixed::new(self)?),
+        })
+    }
+
+    fn getattr(&mut self) -> Result<Getattr, Failure> {
+        Getattr::new(self)
+    }
+
+    fn prepare(&mut self, call: &Call<'_>) -> Result<Prepared, Failure> {
+        Ok(self.client.prepare(call)?)
+    }
+
+    fn slot(&self) -> u64 {
+        self.slot.into()
+    }
+
+    /// Small files in turn, over all slots, so that no two slots are at the same one.
+    fn turns(&self) -> Turns {
+        Turns {
+            cursor: Arc::clone(&self.cursor),
+            count: u64::from(COLD_FILES),
+        }
+    }
+}
+
+/// Numbers in turn.
+#[derive(Debug)]
+struct Turns {
+    cursor: Arc<AtomicU64>,
+    count: u64,
+}
+
+impl Turns {
+    fn next(&self) -> u64 {
+        // Relaxed: only the number itself matters.
+        self.cursor.fetch_add(1, Ordering::Relaxed) % self.count
+    }
+
+    fn next_file(&self) -> u32 {
+        u32::try_from(self.next()).unwrap_or(0)
+    }
+}
+
+/// Reads a value from a reply, `at` bytes after its header.
+fn read_u64(request: &Prepared, at: usize) -> Result<u64, FuseError> {
+    let mut bytes = [0; 8];
+    request.read_reply(BODY + at, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// How many operations' worth of items a case's operation is: the entries of a listing.
+pub(crate) fn items(kind: Kind) -> u32 {
+    match kind {
+        Kind::Readdirplus => COLD_FILES,
+        _ => 1,
+    }
+}
+
+/// Bytes that a case's operation transfers.
+pub(crate) fn bytes(spec: Spec) -> u32 {
+    match spec.kind {
+        Kind::Data(_) => spec.size,
+        Kind::OpenReadClose | Kind::Cold => crate::share::SMALL,
+        _ => 0,
+    }
+}
+
+const _: () = assert!(KNOWN_FILES > 128, "slots should rarely be at the same file");

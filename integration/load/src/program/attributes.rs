@@ -1,0 +1,167 @@
+//! GETATTR and LOOKUP.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use vmm::fuse::wire::{AttrOut, EntryOut, GetattrIn, opcode};
+use vmm::fuse::{Call, Errno, FuseError, Guest, Prepared};
+use zerocopy::IntoBytes;
+
+use super::{ARGUMENTS, Builder, Failure, NODEID, Program, Returned, Turns, read_u64};
+use crate::forgets::Forgets;
+use crate::random::Random;
+use crate::share::{KNOWN_FILES, SMALL, name};
+
+/// Bytes of a small file's name with its NUL.
+const NAME: [u8; 7] = *b"f00000\0";
+
+/// GETATTR of known files.
+pub(crate) struct Getattr {
+    request: Prepared,
+    nodes: Arc<[u64]>,
+    random: Random,
+    verify: bool,
+}
+
+impl Getattr {
+    pub(super) fn new<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let asked = GetattrIn::default();
+        let call = Call::new(opcode::GETATTR, 0).arg(asked.as_bytes());
+        Ok(Self {
+            request: builder.prepare(&call.reply_of::<AttrOut>())?,
+            nodes: Arc::clone(&builder.scene.known),
+            random: Random::new(builder.slot()),
+            verify: builder.manner.verify,
+        })
+    }
+}
+
+impl Program for Getattr {
+    fn begin(&mut self) -> Result<&Prepared, Failure> {
+        let number = self.random.below(KNOWN_FILES) as usize;
+        let nodeid = self.nodes.get(number).copied().unwrap_or(0);
+        self.request.patch(NODEID, &nodeid)?;
+        Ok(&self.request)
+    }
+
+    fn reply(
+        &mut self,
+        returned: Returned,
+        _forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure> {
+        self.request.check(returned.unique, returned.used)?;
+        if self.verify {
+            let at = offset_of!(AttrOut, attr) + offset_of!(vmm::fuse::wire::Attr, size);
+            let size = read_u64(&self.request, at)?;
+            if size != u64::from(SMALL) {
+                return Err(Failure::Content { offset: size });
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// LOOKUP.
+pub(crate) struct Lookup {
+    request: Prepared,
+    of: Of,
+    number: u32,
+    verify: bool,
+}
+
+/// Which names are looked up.
+enum Of {
+    /// Names of known files: the nodes are these.
+    Known(Random, Arc<[u64]>),
+    /// Names whose files are forgotten again.
+    New(Turns),
+    /// Names that lead nowhere.
+    Absent(Random),
+}
+
+impl Lookup {
+    /// Of names whose files are known.
+    pub(super) fn known<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let nodes = Arc::clone(&builder.scene.known);
+        let of = Of::Known(Random::new(builder.slot()), nodes);
+        Self::in_folder(builder, builder.scene.known_folder, of)
+    }
+
+    /// Of names whose files are not known.
+    pub(super) fn new_names<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let of = Of::New(builder.turns());
+        Self::in_folder(builder, builder.scene.cold_folder, of)
+    }
+
+    /// Of names that don't exist.
+    pub(super) fn absent<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let of = Of::Absent(Random::new(builder.slot()));
+        Self::in_folder(builder, builder.scene.known_folder, of)
+    }
+
+    fn in_folder<G: Guest>(
+        builder: &mut Builder<'_, G>,
+        folder: u64,
+        of: Of,
+    ) -> Result<Self, Failure> {
+        let call = Call::new(opcode::LOOKUP, folder).arg(&NAME);
+        Ok(Self {
+            request: builder.prepare(&call.reply_of::<EntryOut>())?,
+            of,
+            number: 0,
+            verify: builder.manner.verify,
+        })
+    }
+}
+
+impl Program for Lookup {
+    fn begin(&mut self) -> Result<&Prepared, Failure> {
+        self.number = match &mut self.of {
+            Of::Known(random, _) => random.below(KNOWN_FILES),
+            Of::New(turns) => turns.next_file(),
+            Of::Absent(random) => 90_000 + random.below(10_000),
+        };
+        self.request.patch(ARGUMENTS, &name(self.number))?;
+        Ok(&self.request)
+    }
+
+    fn reply(
+        &mut self,
+        returned: Returned,
+        forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure> {
+        let wrong = |found, wanted| Failure::Node {
+            number: self.number,
+            found,
+            wanted,
+        };
+        let checked = self.request.check(returned.unique, returned.used);
+        if let Of::Absent(_) = self.of {
+            return match checked {
+                Err(FuseError::Refused {
+                    errno: Errno(libc::ENOENT),
+                    ..
+                }) => Ok(None),
+                Err(error) => Err(error.into()),
+                // A node of 0 says the same, and that it may be cached.
+                Ok(_) => match read_u64(&self.request, 0)? {
+                    0 => Ok(None),
+                    found => Err(wrong(found, 0)),
+                },
+            };
+        }
+        checked?;
+        let found = read_u64(&self.request, offset_of!(EntryOut, nodeid))?;
+        match &self.of {
+            Of::Known(_, nodes) if self.verify => {
+                let wanted = nodes.get(self.number as usize).copied().unwrap_or(0);
+                if found != wanted {
+                    return Err(wrong(found, wanted));
+                }
+            }
+            Of::New(_) => forgets.one(found)?,
+            _ => {}
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,255 @@
+//! READ and WRITE of a large file, at random places or in order.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vmm::fuse::wire::{ReadIn, WriteIn, WriteOut, opcode};
+use vmm::fuse::{Call, Guest, Prepared};
+use vmm::{Buf, Memory};
+use zerocopy::IntoBytes;
+
+use super::{ARGUMENTS, BODY, Builder, Failure, Program, Returned, Turns};
+use crate::forgets::Forgets;
+use crate::pattern::Seed;
+use crate::random::Random;
+use crate::spec::{Kind, PAGE, Transfer};
+
+/// Which place is next.
+enum Places {
+    Random(Random, u32),
+    InOrder(Turns),
+}
+
+impl Places {
+    fn new<G: Guest>(builder: &Builder<'_, G>, size: u32, sequential: bool) -> Self {
+        let count = builder.scene.file_size / u64::from(size);
+        if sequential {
+            Self::InOrder(Turns {
+                cursor: Arc::clone(&builder.cursor),
+                count,
+            })
+        } else {
+            let count = u32::try_from(count).unwrap_or(u32::MAX);
+            Self::Random(Random::new(builder.slot()), count)
+        }
+    }
+
+    fn next(&mut self, size: u32) -> u64 {
+        let place = match self {
+            Self::Random(random, count) => random.below(*count).into(),
+            Self::InOrder(turns) => turns.next(),
+        };
+        place * u64::from(size)
+    }
+}
+
+/// The pages that were written.
+#[derive(Debug)]
+pub(crate) struct Written(Box<[AtomicU64]>);
+
+impl Written {
+    pub(super) fn new(pages: u64) -> Self {
+        Self((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn insert(&self, offset: u64, size: u32) {
+        let first = offset / u64::from(PAGE);
+        for page in first..first + u64::from(size / PAGE) {
+            if let Some(word) = self.word(page) {
+                // Relaxed: it is read after the threads were joined.
+                word.fetch_or(1 << (page % 64), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether the page at this offset was written.
+    pub(crate) fn contains(&self, offset: u64) -> bool {
+        let page = offset / u64::from(PAGE);
+        let word = self
+            .word(page)
+            .map_or(0, |word| word.load(Ordering::Relaxed));
+        word >> (page % 64) & 1 != 0
+    }
+
+    fn word(&self, page: u64) -> Option<&AtomicU64> {
+        self.0.get(usize::try_from(page / 64).ok()?)
+    }
+}
+
+/// READ.
+pub(crate) struct Read {
+    request: Prepared,
+    places: Places,
+    size: u32,
+    offset: u64,
+    /// What a reply is copied to, where it is to be verified.
+    scratch: Option<Box<[u8]>>,
+}
+
+impl Read {
+    /// Of the large file that this transfer is about.
+    pub(super) fn new<G: Guest>(
+        builder: &mut Builder<'_, G>,
+        transfer: Transfer,
+    ) -> Result<Self, Failure> {
+        let size = builder.spec.size;
+        let open = builder.scene.file(transfer);
+        let asked = ReadIn {
+            fh: open.fh,
+            size,
+            flags: open.flags,
+            ..ReadIn::default()
+        };
+        let call = Call::new(opcode::READ, open.nodeid).arg(asked.as_bytes());
+        let scratch = || vec![0; size as usize].into();
+        Ok(Self {
+            request: builder.prepare(&call.reply(size))?,
+            places: Places::new(builder, size, transfer.sequential),
+            size,
+            offset: 0,
+            scratch: builder.manner.verify.then(scratch),
+        })
+    }
+}
+
+impl Program for Read {
+    fn begin(&mut self) -> Result<&Prepared, Failure> {
+        self.offset = self.places.next(self.size);
+        let at = ARGUMENTS + offset_of!(ReadIn, offset);
+        self.request.patch(at, &self.offset)?;
+        Ok(&self.request)
+    }
+
+    fn reply(
+        &mut self,
+        returned: Returned,
+        _forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure> {
+        let (offset, asked) = (self.offset, self.size);
+        let done = self.request.check(returned.unique, returned.used)?;
+        if done != asked {
+            return Err(Failure::Short {
+                offset,
+                asked,
+                done,
+            });
+        }
+        if let Some(scratch) = &mut self.scratch {
+            self.request
+                .read_reply(BODY, scratch)
+                .map_err(Failure::Request)?;
+            if let Some(offset) = Seed::MADE.difference(offset, scratch) {
+                return Err(Failure::Content { offset });
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// WRITE.
+pub(crate) struct Write {
+    request: Prepared,
+    memory: Memory,
+    places: Places,
+    size: u32,
+    offset: u64,
+    seed: Seed,
+    /// What is to be written is made here, where it is to be verified.
+    scratch: Option<Box<[u8]>>,
+    written: Option<Arc<Written>>,
+}
+
+impl Write {
+    /// To the large file that this transfer is about.
+    pub(super) fn new<G: Guest>(
+        builder: &mut Builder<'_, G>,
+        transfer: Transfer,
+    ) -> Result<Self, Failure> {
+        let size = builder.spec.size;
+        let open = builder.scene.file(transfer);
+        let asked = WriteIn {
+            fh: open.fh,
+            size,
+            flags: open.flags,
+            ..WriteIn::default()
+        };
+        // What mixed writes is what its reads expect.
+        let seed = match builder.spec.kind {
+            Kind::Mixed => Seed::MADE,
+            _ => Seed::WRITTEN,
+        };
+        let mut payload = vec![0; size as usize];
+        seed.fill(0, &mut payload);
+        let call = Call::new(opcode::WRITE, open.nodeid)
+            .arg(asked.as_bytes())
+            .arg(&payload);
+        Ok(Self {
+            request: builder.prepare(&call.reply_of::<WriteOut>())?,
+            memory: builder.memory.clone(),
+            places: Places::new(builder, size, transfer.sequential),
+            size,
+            offset: 0,
+            seed,
+            scratch: builder.manner.verify.then(|| payload.into()),
+            written: builder.written.clone(),
+        })
+    }
+
+    /// The buffers of what is written, past the header and the arguments.
+    fn payload(&self) -> impl Iterator<Item = Buf> {
+        let mut skip = ARGUMENTS + size_of::<WriteIn>();
+        self.request.readable().iter().filter_map(move |buf| {
+            let len = buf.len as usize;
+            let from = skip.min(len);
+            skip -= from;
+            let left = u32::try_from(len - from).ok().filter(|&left| left > 0)?;
+            Some(Buf::new(buf.gpa.offset(from as u64), left))
+        })
+    }
+}
+
+impl Program for Write {
+    fn begin(&mut self) -> Result<&Prepared, Failure> {
+        self.offset = self.places.next(self.size);
+        let at = ARGUMENTS + offset_of!(WriteIn, offset);
+        self.request.patch(at, &self.offset)?;
+        if let Some(mut scratch) = self.scratch.take() {
+            self.seed.fill(self.offset, &mut scratch);
+            let mut left = &scratch[..];
+            for buf in self.payload() {
+                let (now, later) = left.split_at(left.len().min(buf.len as usize));
+                let copied = self.memory.write(buf.gpa, now);
+                copied.map_err(|error| Failure::Request(error.into()))?;
+                left = later;
+            }
+            self.scratch = Some(scratch);
+        }
+        Ok(&self.request)
+    }
+
+    fn reply(
+        &mut self,
+        returned: Returned,
+        _forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure> {
+        self.request.check(returned.unique, returned.used)?;
+        let mut done = [0; 4];
+        self.request
+            .read_reply(BODY, &mut done)
+            .map_err(Failure::Request)?;
+        let done = u32::from_le_bytes(done);
+        let (offset, asked) = (self.offset, self.size);
+        if done != asked {
+            return Err(Failure::Short {
+                offset,
+                asked,
+                done,
+            });
+        }
+        if let Some(written) = &self.written {
+            written.insert(offset, asked);
+        }
+        Ok(None)
+    }
+}

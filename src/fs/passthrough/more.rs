@@ -1,0 +1,148 @@
+//! Operations that few programs use: STATX, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
+//!
+//! The invariant: `..` leads to nothing outside of the shared directory, and no flag is passed
+//! on that concerns more than the file.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::fs::{FileType, IFlags, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::Passthrough;
+use super::attributes::timestamp;
+use super::holds::{IDENTITY, Identity, stat_fd};
+use super::names::honest_mode;
+use crate::fs::{
+    Attributes, Caller, Entry, Handle, HandleKind, InodeFlags, NewNode, NodeId, Opened, Result,
+    Timestamp,
+};
+use crate::io::File;
+use crate::sys::inode_flags::{self, ExtendedFlags};
+
+/// How deep below the shared directory a `..` is believed to be: the depth of a path of
+/// `PATH_MAX` bytes, and more.
+const DEEPEST: usize = 4096;
+
+impl Passthrough {
+    pub(super) fn attributes_with_birth(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let stat = match handle {
+            Some(handle) => stat_fd(self.handles.any(node, handle)?, mask),
+            None => stat_fd(self.fd(&*self.inode(node)?)?, mask),
+        }?;
+        let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        let born = known.then(|| timestamp(stat.stx_btime));
+        Ok((self.attributes(&stat), born, self.options.attribute_ttl))
+    }
+
+    /// A file without a name. The guest's kernel has it linked by LINK, as any other.
+    pub(super) fn make_nameless(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        flags: u32,
+        new: &NewNode,
+    ) -> Result<(Entry, Opened)> {
+        let parent = self.inode(parent)?;
+        let parent = self.fd(&parent)?;
+        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
+        let flags = self.file_flags(flags).difference(OFlags::TRUNC);
+        let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
+        let fd = {
+            let _as_caller = self.section(caller, Some(new.umask))?;
+            rustix::fs::openat(&parent, c".", flags | making, mode)?
+        };
+        let entry = self.find_opened(&fd)?;
+        Ok((entry, self.opened(entry.node, fd, HandleKind::File)))
+    }
+
+    /// A descriptor of the file system that `node` is on.
+    pub(super) fn whole(&self, node: NodeId) -> Result<File> {
+        let inode = self.inode(node)?;
+        match inode.kind() {
+            FileType::Directory | FileType::RegularFile => {
+                Ok(File::from_fd(self.reopen(&inode, OFlags::RDONLY)?))
+            }
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    pub(super) fn flags_of(&self, node: NodeId, handle: Handle) -> Result<u32> {
+        let file = self.handles.any(node, handle)?;
+        Ok(rustix::fs::ioctl_getflags(file)?.bits())
+    }
+
+    pub(super) fn extended_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
+        let flags = inode_flags::get(self.handles.any(node, handle)?)?;
+        let mut bytes = InodeFlags::default();
+        bytes.copy_from_slice(flags.as_bytes());
+        Ok(bytes)
+    }
+
+    pub(super) fn change_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
+        let file = self.handles.any(node, handle)?;
+        rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags))
+    }
+
+    /// A project is what the host accounts the file to, so a guest can't choose it.
+    pub(super) fn change_extended_flags(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        flags: &InodeFlags,
+    ) -> Result<()> {
+        let file = self.handles.any(node, handle)?;
+        let flags = ExtendedFlags::read_from_bytes(flags).or(Err(Errno::INVAL))?;
+        if inode_flags::get(&file)?.project != flags.project {
+            return Err(Errno::PERM);
+        }
+        inode_flags::set(file, &flags)
+    }
+
+    /// `.`: the node itself, which the guest's kernel asks for when it has a file handle whose
+    /// inode it has dropped from its cache. One that it has forgotten altogether is `ESTALE`.
+    pub(super) fn find_self(&self, node: NodeId) -> Result<Entry> {
+        let inode = self.inode(node)?;
+        self.find_again(self.fd(&inode)?)
+    }
+
+    /// `..` of a directory. The shared directory is its own parent; a directory that was moved
+    /// out of it on the host has none that the guest could see. It is never announced as a
+    /// submount: the guest asks from within the mount that it has made of one, where a mark
+    /// would make another of its root.
+    pub(super) fn find_parent(&self, node: NodeId) -> Result<Entry> {
+        if node == NodeId::ROOT {
+            return self.find_self(node);
+        }
+        let inode = self.inode(node)?;
+        if inode.kind() != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let up = |fd: &dyn AsFd| rustix::fs::openat(fd.as_fd(), c"..", flags, Mode::empty());
+        let identity = |fd: &dyn AsFd| Ok::<_, Errno>(Identity::of(&stat_fd(fd, IDENTITY)?).key);
+        let root = *self.inode(NodeId::ROOT)?.key();
+        let parent = up(&self.fd(&inode)?)?;
+        let mut at = rustix::io::fcntl_dupfd_cloexec(&parent, 0)?;
+        let mut key = identity(&at)?;
+        for _ in 0..DEEPEST {
+            if key == root {
+                return self.find_held(parent);
+            }
+            let above = up(&at)?;
+            let above_key = identity(&above)?;
+            if above_key == key {
+                break;
+            }
+            (at, key) = (above, above_key);
+        }
+        Err(Errno::STALE)
+    }
+}

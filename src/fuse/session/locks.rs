@@ -1,0 +1,115 @@
+//! GETLK, SETLK, SETLKW, and `flock` which comes as the latter two.
+//!
+//! A lock is tried at once; what has to be waited for becomes a future, which blocks nobody.
+//! The invariant: a lock is never held for an owner who was told that it is not.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::data::errno;
+use super::waiting::NoWaits;
+use super::{Outcome, Session};
+use crate::fs::{FileSystem, Handle, HandleKind, LockOwner, NodeId, Result};
+use crate::fuse::Exchange;
+use crate::fuse::abi::{InitFlags, LkOut};
+use crate::fuse::reply::{Answer, file_lock};
+use crate::fuse::request::{Locking, Operation, Request};
+use crate::io::{File, Lock, LockKind, RecordLock};
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// Ends all that waits for the guest itself, and lets nothing wait so as long as the answer
+    /// lives. For the time in which a queue is stopped: whatever was taken off it then ends.
+    pub fn end_waits(&self) -> NoWaits {
+        NoWaits::new(&self.waiting)
+    }
+
+    /// Whether the guest may ask for this lock at all.
+    pub(super) fn admit_lock(&self, operation: &Operation<'_>) -> Result<()> {
+        let needed = match operation {
+            Operation::Getlk { .. } => InitFlags::POSIX_LOCKS,
+            Operation::Setlk(locking) => match locking.lock {
+                Lock::Record(_) => InitFlags::POSIX_LOCKS,
+                Lock::Whole(_) => InitFlags::FLOCK_LOCKS,
+            },
+            _ => return Ok(()),
+        };
+        match self.negotiated() {
+            Some(negotiated) if negotiated.flags.contains(needed) => Ok(()),
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    /// GETLK. Who holds the lock in the way is a number that means nothing to the guest, so it
+    /// is told 0: nobody that it could name.
+    pub(super) fn getlk(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        owner: LockOwner,
+        lock: RecordLock,
+    ) -> Result<Answer> {
+        let open = self.fs.file(node, handle, HandleKind::File)?;
+        let found = match self.fs.lock_file_if_any(node, owner) {
+            Some(own) => own.lock_in_the_way(lock),
+            None => open.lock_in_the_way(lock),
+        };
+        let found = found.map_err(|error| errno(&error))?;
+        let unlocked = RecordLock {
+            kind: LockKind::Unlock,
+            ..lock
+        };
+        Ok(Answer::Lock(LkOut {
+            lk: file_lock(&found.unwrap_or(unlocked)),
+        }))
+    }
+
+    /// SETLK, SETLKW and `flock`.
+    pub(super) fn setlk<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+        locking: Locking,
+    ) -> Outcome {
+        let unique = request.unique;
+        let waits = match self.lock_or_wait(request, &locking) {
+            Ok(None) => return self.now(exchange, unique, Ok(Answer::Done)),
+            Ok(Some(file)) => self.waiting.begin(unique).map(|wait| (file, wait)),
+            Err(errno) => Err(errno),
+        };
+        let (file, mut wait) = match waits {
+            Ok(both) => both,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        let session = Arc::clone(self);
+        self.later(async move {
+            let result = file.lock(locking.lock, wait.ended()).await;
+            // Both before the guest hears of it: it may use the name again, and close the file.
+            drop((wait, file));
+            let answer = result.map(|()| Answer::Done).map_err(|error| errno(&error));
+            session.finish(exchange, unique, answer);
+        })
+    }
+
+    /// Sets a lock at once, or answers what to wait with.
+    fn lock_or_wait(&self, request: &Request<'_>, locking: &Locking) -> Result<Option<Arc<File>>> {
+        let (node, handle) = (request.node, locking.handle);
+        let file = match locking.lock {
+            Lock::Whole(_) => Arc::new(self.fs.file(node, handle, HandleKind::File)?),
+            Lock::Record(RecordLock {
+                kind: LockKind::Unlock,
+                ..
+            }) => match self.fs.lock_file_if_any(node, locking.owner) {
+                Some(file) => file,
+                // Who has no locks gives none up.
+                None => return Ok(None),
+            },
+            Lock::Record(_) => self.fs.lock_file(node, handle, locking.owner)?,
+        };
+        match file.try_lock(locking.lock).map_err(|error| errno(&error)) {
+            Ok(()) => Ok(None),
+            Err(Errno::AGAIN) if locking.wait => Ok(Some(file)),
+            Err(errno) => Err(errno),
+        }
+    }
+}
