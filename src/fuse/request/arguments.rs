@@ -77,7 +77,8 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    fn string(&mut self) -> Result<&'a CStr, Fault> {
+    /// The next string, whatever is in it.
+    pub(super) fn string(&mut self) -> Result<&'a CStr, Fault> {
         let string = CStr::from_bytes_until_nul(self.0).map_err(|_endless| Fault::Unterminated)?;
         self.bytes(string.to_bytes_with_nul().len())?;
         Ok(string)

@@ -427,8 +427,8 @@ fn on_open_file(
         }
         Opcode::Tmpfile => {
             let args: abi::CreateIn = arguments.take()?;
-            // The name is for show.
-            arguments.name()?;
+            // The name is for show; Linux says "/", which no entry could have.
+            arguments.string()?;
             Operation::Tmpfile {
                 flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
                 new: NewNode {

@@ -121,7 +121,7 @@ pub(in crate::fuse) fn samples() -> Vec<(Opcode, Vec<u8>)> {
         sample(Opcode::Statx, &[abi::StatxIn::default().as_bytes()]),
         sample(
             Opcode::Tmpfile,
-            &[abi::CreateIn::default().as_bytes(), b"tmpfile\0"],
+            &[abi::CreateIn::default().as_bytes(), b"/\0"],
         ),
         sample(Opcode::Syncfs, &[abi::SyncfsIn::default().as_bytes()]),
         sample(Opcode::Ioctl, &[abi::IoctlIn::default().as_bytes()]),

@@ -70,9 +70,9 @@ impl<G: Guest> Client<G> {
         self.create_as(opcode::CREATE, parent, name, mode, flags)
     }
 
-    /// TMPFILE for reading and writing. The kernel sends a name for show.
+    /// TMPFILE for reading and writing. Linux sends the name `/` for show.
     pub fn tmpfile(&mut self, parent: u64, mode: u32) -> Result<(EntryOut, Handle), FuseError> {
-        self.create_as(opcode::TMPFILE, parent, c"tmpfile", mode, libc::O_RDWR)
+        self.create_as(opcode::TMPFILE, parent, c"/", mode, libc::O_RDWR)
     }
 
     /// READ.
