@@ -76,12 +76,17 @@ impl Passthrough {
         for _ in 0..TRIES {
             let changes = self.inodes.changes();
             match self.open_again(inode) {
+                // A directory on the way was closed to make room for another thread.
+                Err(Errno::AGAIN) => {}
                 // A name that is just being changed: who does so uses the inode's descriptor.
                 Err(Errno::STALE) if self.inodes.changes() != changes => {}
                 done => return done,
             }
         }
-        self.open_again(inode)
+        match self.open_again(inode) {
+            Err(Errno::AGAIN) => Err(Errno::STALE),
+            done => done,
+        }
     }
 
     fn open_again<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
@@ -124,7 +129,7 @@ impl Passthrough {
                 // It was open a moment ago.
                 _ => match parent.slot().borrow() {
                     Some(fd) => InodeFd::held(parent, fd),
-                    None => return Err(Errno::STALE),
+                    None => return Err(Errno::AGAIN),
                 },
             };
             above = Some(fd);
