@@ -73,6 +73,17 @@ fn a_vmm_that_stalls_within_a_message_keeps_nobody_from_stopping_the_server() {
 }
 
 #[test]
+fn a_vmm_that_stalls_within_a_message_loses_its_session_and_the_next_is_served() {
+    use std::io::Write;
+    let mut server = Server::start(&[]);
+    let mut stream = server.connect();
+    stream.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    server.wait_for("stopped within a message, of which 5 bytes");
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    fs.getattr(ROOT).unwrap();
+}
+
+#[test]
 fn the_socket_of_a_killed_server_is_replaced() {
     let mut server = Server::start(&[]);
     server.signal(Signal::KILL);

@@ -5,6 +5,7 @@
 //! eventfds in a thread of its own, where here they belong to the workers. The invariant:
 //! while anything changes that a running queue relies on, that queue is stopped and drained.
 
+mod arrival;
 mod listener;
 mod session;
 mod vring;

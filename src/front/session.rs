@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -20,16 +19,14 @@ use vhost::vhost_user::{
     BackendReqHandler, Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut,
 };
 
+use super::Runner;
+use super::arrival::{self, Arrival};
 use super::vring::Vring;
-use super::{Runner, wait_readable};
 use crate::device::{self, Device};
 use crate::virtqueue::memory::{DirtyLog, Region};
 use crate::virtqueue::{
     Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
 };
-
-/// How long a front end may take over one message, once it has begun it.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The most memory regions that ADD_MEM_REG may add up to; QEMU never has more.
 const MAX_MEM_SLOTS: u64 = 512;
@@ -57,6 +54,12 @@ pub enum SessionError {
     /// A message that can't be, or that comes at the wrong time.
     #[error("the front end broke the vhost-user protocol")]
     Protocol(#[source] ProtocolError),
+    /// Part of a message, and nothing more.
+    #[error("the front end stopped within a message, of which {have} bytes have come")]
+    Stalled {
+        /// Bytes that have come.
+        have: usize,
+    },
     /// Features that were not offered.
     #[error("the front end took features {taken:#x} of which {extra:#x} were not offered")]
     Features {
@@ -114,17 +117,14 @@ pub fn serve<R: Runner + Send>(
     runner: &mut R,
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
-    // A front end that stalls within a message must not keep the server from being stopped.
-    stream
-        .set_read_timeout(Some(MESSAGE_TIMEOUT))
-        .map_err(SessionError::Socket)?;
     let socket = stream.try_clone().map_err(SessionError::Socket)?;
     let session = Arc::new(Mutex::new(Session::new(device, runner)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
-        match wait_readable(&socket, stop) {
-            Ok(true) => break Ok(End::Stopped),
-            Ok(false) => (),
+        match arrival::wait(&socket, stop) {
+            Ok(Arrival::Message) => (),
+            Ok(Arrival::Stop) => break Ok(End::Stopped),
+            Ok(Arrival::Stalled { have }) => break Err(SessionError::Stalled { have }),
             Err(error) => break Err(SessionError::Socket(error)),
         }
         match handler.handle_request() {

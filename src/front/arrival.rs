@@ -1,0 +1,166 @@
+//! Waits until a message of the front end is there as a whole.
+//!
+//! `vhost` reads a message with calls that block and that it repeats for ever, so a front end
+//! that stalls within one would keep the server from being stopped. Here the message is only
+//! looked at: nothing is taken off the socket, and what makes no sense is left to `vhost` to
+//! refuse. The invariant: `Arrival::Message` is answered only when reading the message can't block.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+/// How long a front end may take over one message, once it has begun it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a message that is not whole is looked at; a socket doesn't tell of the rest coming.
+const INTERVAL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
+
+/// Request, flags and size, four bytes each (vhost-user specification, "Header").
+const HEADER: usize = 12;
+
+/// The largest size that `vhost` accepts; it refuses a header with more without reading on.
+const MAX_BODY: usize = 0x1000;
+
+/// What came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arrival {
+    /// A message is there as a whole, or its front end has gone.
+    Message,
+    /// The server is to stop.
+    Stop,
+    /// Part of a message is there and the rest doesn't come.
+    Stalled {
+        /// Bytes of it that are there.
+        have: usize,
+    },
+}
+
+/// Waits on `socket` for the next message, or until `stop` is readable.
+///
+/// # Errors
+///
+/// Those of `poll(2)`, and of looking at the socket.
+pub(super) fn wait(socket: &UnixStream, stop: BorrowedFd<'_>) -> std::io::Result<Arrival> {
+    let mut begun = None;
+    loop {
+        let mut fds = [
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+        ];
+        // Once a part is there the socket is readable all the time and can't be waited for.
+        let polled = match begun {
+            None => poll(&mut fds, None),
+            Some(_) => poll(&mut fds[..1], Some(&INTERVAL)),
+        };
+        match polled {
+            Ok(_) => (),
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        if !fds[0].revents().is_empty() {
+            return Ok(Arrival::Stop);
+        }
+        if is_whole(socket)? {
+            return Ok(Arrival::Message);
+        }
+        if begun.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+            let have = queued(socket)?;
+            return Ok(Arrival::Stalled { have });
+        }
+    }
+}
+
+/// Whether reading the next message can't block: it is there, can't be one, or nothing comes after.
+fn is_whole(socket: &UnixStream) -> std::io::Result<bool> {
+    let mut header = [0; HEADER];
+    let (have, _) = match rustix::net::recv(
+        socket,
+        &mut header[..],
+        RecvFlags::PEEK | RecvFlags::DONTWAIT,
+    ) {
+        Ok(have) => have,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
+        // `vhost` meets the same error and names it.
+        Err(_) => return Ok(true),
+    };
+    if have == 0 || has_hung_up(socket)? {
+        return Ok(true);
+    }
+    let size = header
+        .last_chunk()
+        .map_or(0, |size| u32::from_ne_bytes(*size));
+    let body = usize::try_from(size).unwrap_or(usize::MAX);
+    Ok(have == HEADER && (body > MAX_BODY || queued(socket)? >= HEADER + body))
+}
+
+/// How many bytes wait to be read, over all that was sent.
+fn queued(socket: &UnixStream) -> std::io::Result<usize> {
+    let bytes = rustix::io::ioctl_fionread(socket)?;
+    Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+}
+
+fn has_hung_up(socket: &UnixStream) -> std::io::Result<bool> {
+    let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default()))?;
+    Ok(!fds[0].revents().is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn pair() -> (UnixStream, UnixStream) {
+        UnixStream::pair().unwrap()
+    }
+
+    fn message(size: u32, sent: usize) -> Vec<u8> {
+        let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
+        bytes.extend(size.to_ne_bytes());
+        bytes.resize(HEADER + sent, 7);
+        bytes
+    }
+
+    #[test]
+    fn a_message_is_there_when_its_last_byte_is() {
+        let (ours, mut theirs) = pair();
+        theirs.write_all(&message(8, 7)).unwrap();
+        assert!(!is_whole(&ours).unwrap());
+        theirs.write_all(&[7]).unwrap();
+        assert!(is_whole(&ours).unwrap());
+    }
+
+    #[test]
+    fn part_of_a_header_is_no_message_until_its_sender_goes() {
+        let (ours, mut theirs) = pair();
+        theirs.write_all(&message(0, 0)[..5]).unwrap();
+        assert!(!is_whole(&ours).unwrap());
+        drop(theirs);
+        assert!(is_whole(&ours).unwrap());
+    }
+
+    #[test]
+    fn a_size_that_nobody_accepts_is_not_waited_for() {
+        let (ours, mut theirs) = pair();
+        theirs.write_all(&message(0x1001, 0)).unwrap();
+        assert!(is_whole(&ours).unwrap());
+    }
+
+    #[test]
+    fn stop_ends_the_wait_within_a_message() {
+        let (ours, mut theirs) = pair();
+        let (stop, mut stopper) = pair();
+        theirs.write_all(&message(8, 1)).unwrap();
+        let waiting = std::thread::spawn(move || wait(&ours, stop.as_fd()).unwrap());
+        stopper.write_all(&[0]).unwrap();
+        assert_eq!(waiting.join().unwrap(), Arrival::Stop);
+    }
+}
