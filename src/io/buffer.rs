@@ -28,7 +28,7 @@ pub(crate) type IoVecs = SmallVec<[libc::iovec; 8]>;
 /// No byte of it is ever looked at here: the kernel moves the data straight between the file
 /// and the pieces.
 pub struct GuestBuffer {
-    pieces: SmallVec<[FileVolatileBuf; 8]>,
+    pieces: SmallVec<[FileVolatileBuf; 4]>,
     len: usize,
     guard: Guard,
 }
@@ -45,30 +45,45 @@ impl GuestBuffer {
         pieces: impl IntoIterator<Item = (*mut u8, usize)>,
         guard: Guard,
     ) -> Self {
-        let mut merged: SmallVec<[(usize, usize); 8]> = SmallVec::new();
-        let mut len = 0;
-        for (start, piece_len) in pieces {
-            if piece_len == 0 {
+        let mut buffer = Self {
+            pieces: SmallVec::new(),
+            len: 0,
+            guard,
+        };
+        let (mut start, mut len) = (std::ptr::null_mut::<u8>(), 0);
+        for (next, next_len) in pieces {
+            if next_len == 0 {
                 continue;
             }
-            len += piece_len;
-            match merged.last_mut() {
-                Some((last, last_len)) if *last + *last_len == start.addr() => {
-                    *last_len += piece_len;
-                }
-                _ => merged.push((start.expose_provenance(), piece_len)),
+            if next.addr() == start.addr() + len {
+                len += next_len;
+                continue;
             }
+            // SAFETY: the caller vouches for the pieces that this one was joined of.
+            unsafe { buffer.push(start, len) };
+            (start, len) = (next, next_len);
         }
-        let pieces = merged
-            .into_iter()
-            .map(|(start, len)| {
-                let start = std::ptr::with_exposed_provenance_mut(start);
-                // SAFETY: the caller vouches that `start..start + len` stays mapped as long as
-                // `guard`, which the new buffer owns beside this piece.
-                unsafe { FileVolatileBuf::from_raw_ptr(start, len, len) }
-            })
-            .collect();
-        Self { pieces, len, guard }
+        // SAFETY: as above.
+        unsafe { buffer.push(start, len) };
+        buffer
+    }
+
+    /// Adds a piece.
+    ///
+    /// # Safety
+    ///
+    /// As for [`from_raw_pieces`](Self::from_raw_pieces).
+    unsafe fn push(&mut self, start: *mut u8, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.len += len;
+        // Neighbours may come of two mappings, so what is joined goes by its address.
+        let start = std::ptr::with_exposed_provenance_mut(start.expose_provenance());
+        // SAFETY: the caller vouches that `start..start + len` stays mapped as long as the
+        // guard, which the buffer owns beside this piece.
+        self.pieces
+            .push(unsafe { FileVolatileBuf::from_raw_ptr(start, len, len) });
     }
 
     /// Makes a buffer of memory of its own, for use without a guest. Read the result of an

@@ -47,53 +47,54 @@ pub enum BadChain {
     TooMany,
 }
 
-/// The descriptor table of a queue, and the memory its descriptors point into.
+/// The descriptor table of a queue, the memory its descriptors point into, and where its chains
+/// go back.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) size: u16,
     pub(super) descriptors: Window,
     pub(super) memory: Arc<Memory>,
+    pub(super) used: Arc<UsedRing>,
 }
 
-type Slices = SmallVec<[Slice; 6]>;
-
 /// One request off the ring: bytes to read, room to write, and the duty to go back.
+///
+/// It is moved from hand to hand, so it is kept small.
 #[derive(Debug)]
 pub struct Chain {
-    head: u16,
-    /// What the device may read and has not read yet, in order.
-    readable: Slices,
+    /// First what the device may read, then where it may write, in order. Six are what a guest
+    /// needs for any request without a payload of several pages.
+    slices: SmallVec<[Slice; 6]>,
+    /// The first slice that is writable.
+    first_writable: usize,
+    /// The first that was not read to its end.
+    next_readable: usize,
+    /// Bytes that were not read yet.
     readable_len: usize,
-    /// Where the device may write, in order, all of it.
-    writable: Slices,
+    /// Bytes of room to write, whether or not they were written.
     writable_len: usize,
     /// Of the room behind the header, what a [`GuestBuffer`] was made of.
     lent: usize,
     /// Bytes copied out of and into guest memory.
     copied: usize,
     table: Arc<Table>,
-    used: Arc<UsedRing>,
+    head: u16,
     returned: bool,
 }
 
 impl Chain {
     /// Walks the chain at `head`. A bad one has been returned empty when this says so.
-    pub(super) fn take(
-        table: &Arc<Table>,
-        used: &Arc<UsedRing>,
-        head: u16,
-        indirect: bool,
-    ) -> Result<Self, BadChain> {
+    pub(super) fn take(table: &Arc<Table>, head: u16, indirect: bool) -> Result<Self, BadChain> {
         let mut chain = Self {
-            head,
-            readable: Slices::new(),
+            slices: SmallVec::new(),
+            first_writable: 0,
+            next_readable: 0,
             readable_len: 0,
-            writable: Slices::new(),
             writable_len: 0,
             lent: 0,
             copied: 0,
             table: Arc::clone(table),
-            used: Arc::clone(used),
+            head,
             returned: false,
         };
         match chain.walk(indirect) {
@@ -167,19 +168,23 @@ impl Chain {
         if !write && self.writable_len != 0 {
             return Err(BadChain::Order);
         }
-        let (slices, len) = if write {
-            (&mut self.writable, &mut self.writable_len)
+        let len = if write {
+            &mut self.writable_len
         } else {
-            (&mut self.readable, &mut self.readable_len)
+            &mut self.readable_len
         };
         let more = usize::try_from(descriptor.len).map_err(|_wide| BadChain::TooLong)?;
         *len = len.checked_add(more).ok_or(BadChain::TooLong)?;
         if u32::try_from(*len).is_err() {
             return Err(BadChain::TooLong);
         }
+        let slices = &mut self.slices;
         let all_there = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
             slices.push(slice);
         });
+        if !write {
+            self.first_writable = self.slices.len();
+        }
         if all_there {
             Ok(())
         } else {
@@ -190,7 +195,7 @@ impl Chain {
     /// Returns the chain empty for the fault in it.
     pub(super) fn refuse(mut self, fault: BadChain) -> BadChain {
         self.put_back(0, false);
-        self.used.publish();
+        self.used().publish();
         fault
     }
 
@@ -223,30 +228,32 @@ impl Chain {
         if len > self.readable_len {
             return None;
         }
-        let mut pieces = Slices::new();
+        let memory = Arc::clone(&self.table.memory);
         let mut missing = len;
-        while missing != 0 {
-            let part = self.take_readable(missing)?;
+        let pieces = std::iter::from_fn(|| {
+            let part = (missing != 0).then(|| self.take_readable(missing))??;
             missing = missing.saturating_sub(part.len);
-            pieces.push(part);
-        }
-        Some(self.table.buffer(&pieces))
+            Some(part)
+        });
+        Some(super::memory::buffer(pieces, memory))
     }
 
-    /// Takes up to `most` bytes of the first readable slice off the front.
+    /// Takes up to `most` bytes, and at least one, of what is to be read next.
     fn take_readable(&mut self, most: usize) -> Option<Slice> {
-        loop {
-            let first = self.readable.first_mut()?;
-            if first.len == 0 {
-                self.readable.remove(0);
-                continue;
-            }
+        while self.next_readable < self.first_writable {
+            let first = self.slices.get_mut(self.next_readable)?;
             let count = first.len.min(most);
             let part = first.first(count);
             *first = first.skip(count);
-            self.readable_len = self.readable_len.saturating_sub(count);
-            return Some(part);
+            if first.len == 0 {
+                self.next_readable = self.next_readable.saturating_add(1);
+            }
+            if count != 0 {
+                self.readable_len = self.readable_len.saturating_sub(count);
+                return Some(part);
+            }
         }
+        None
     }
 
     /// Room for the reply in bytes.
@@ -261,40 +268,40 @@ impl Chain {
         if end > self.writable_len {
             return None;
         }
-        let mut pieces = Slices::new();
-        self.writable_range(skip, len, |slice| pieces.push(slice));
         self.lent = self.lent.max(end);
-        Some(self.table.buffer(&pieces))
+        let memory = Arc::clone(&self.table.memory);
+        Some(super::memory::buffer(
+            self.writable_range(skip, len),
+            memory,
+        ))
     }
 
-    /// Calls `take` with the parts of the writable bytes `skip..skip + len`.
-    fn writable_range(&self, skip: usize, len: usize, mut take: impl FnMut(Slice)) {
+    /// The parts of the writable bytes `skip..skip + len`, in order.
+    fn writable_range(&self, skip: usize, len: usize) -> impl Iterator<Item = Slice> {
         let (mut skip, mut len) = (skip, len);
-        for slice in &self.writable {
-            if skip >= slice.len {
-                skip = skip.saturating_sub(slice.len);
-                continue;
-            }
-            let part = slice.skip(skip);
-            let part = part.first(part.len.min(len));
-            skip = 0;
-            len = len.saturating_sub(part.len);
-            take(part);
+        let writable = self.slices.get(self.first_writable..).unwrap_or_default();
+        writable.iter().map_while(move |slice| {
             if len == 0 {
-                return;
+                return None;
             }
-        }
+            let skipped = skip.min(slice.len);
+            skip = skip.saturating_sub(skipped);
+            let part = slice.skip(skipped);
+            let part = part.first(part.len.min(len));
+            len = len.saturating_sub(part.len);
+            Some(part)
+        })
     }
 
     /// Copies `from` to the writable bytes from `skip` on; the caller has seen that they fit.
     fn write(&mut self, skip: usize, from: &[u8]) {
         self.copied = self.copied.saturating_add(from.len());
         let mut rest = from;
-        self.writable_range(skip, from.len(), |slice| {
+        for slice in self.writable_range(skip, from.len()) {
             let (now, later) = rest.split_at(slice.len.min(rest.len()));
             slice.write(now);
             rest = later;
-        });
+        }
     }
 
     /// Answers with `parts`, one after the other; with nothing if they don't fit. The guest
@@ -334,16 +341,16 @@ impl Chain {
     /// Where this chain goes back.
     #[must_use]
     pub fn used(&self) -> &Arc<UsedRing> {
-        &self.used
+        &self.table.used
     }
 
     fn put_back(&mut self, written: usize, dropped: bool) {
         self.returned = true;
         if self.table.memory.is_logging() {
             // What was lent may have been written to even if the operation failed.
-            self.writable_range(0, written.max(self.lent), |slice| {
+            for slice in self.writable_range(0, written.max(self.lent)) {
                 self.table.memory.mark_dirty(slice.guest, slice.len as u64);
-            });
+            }
         }
         let more = Totals {
             chains: 1,
@@ -351,7 +358,7 @@ impl Chain {
             copied: self.copied as u64,
         };
         let written = u32::try_from(written).unwrap_or(0);
-        self.used.push(self.head, written, more);
+        self.used().push(self.head, written, more);
     }
 }
 
@@ -362,12 +369,6 @@ impl Drop for Chain {
         }
         // No one is left to publish this one with a batch.
         self.put_back(0, true);
-        self.used.publish();
-    }
-}
-
-impl Table {
-    fn buffer(self: &Arc<Self>, pieces: &Slices) -> GuestBuffer {
-        super::memory::buffer(pieces.iter().copied(), Arc::clone(&self.memory))
+        self.used().publish();
     }
 }

@@ -120,10 +120,12 @@ impl Queue {
             log,
             call,
         );
+        let used = Arc::new(used);
         let table = Table {
             size,
             descriptors,
             memory: Arc::clone(memory),
+            used: Arc::clone(&used),
         };
         Ok(Self {
             size,
@@ -131,7 +133,7 @@ impl Queue {
             next,
             table: Arc::new(table),
             available,
-            used: Arc::new(used),
+            used,
             bad_index: None,
         })
     }
@@ -170,7 +172,7 @@ impl Queue {
     /// Takes the next chain off the ring. A chain that can't be served has been returned
     /// empty already and comes as the fault in it.
     pub fn take(&mut self) -> Option<Result<Chain, BadChain>> {
-        if self.waiting() == 0 {
+        if !self.has_more() {
             return None;
         }
         let entry = layout::available_entry(self.next, self.size);
@@ -178,7 +180,7 @@ impl Queue {
         let head = self.available.load_u16(entry, Ordering::Relaxed);
         self.next = self.next.wrapping_add(1);
         let within = self.used.take();
-        let chain = Chain::take(&self.table, &self.used, head, self.features.indirect);
+        let chain = Chain::take(&self.table, head, self.features.indirect);
         Some(if within {
             chain
         } else {
@@ -192,8 +194,9 @@ impl Queue {
         self.waiting() != 0
     }
 
-    /// How many entries the guest has made available that were not taken yet.
-    fn waiting(&mut self) -> u16 {
+    /// How many chains there are to take.
+    #[must_use]
+    pub fn waiting(&mut self) -> u16 {
         // Acquire: pairs with the driver's release (its write barrier) of the index; the
         // entries and descriptors behind it are visible after.
         let index = self.available.load_u16(layout::INDEX, Ordering::Acquire);

@@ -85,6 +85,7 @@ pub(super) struct Loop<F> {
     /// None where there is nobody to share with, or nothing to be shared.
     backlog: Option<Backlog>,
     queues: Vec<Owned>,
+    /// Chains on their way to other workers.
     batch: Vec<Chain>,
     later: Rc<Later>,
     faults: Faults,
@@ -103,7 +104,7 @@ impl<F: FileSystem> Loop<F> {
             commands,
             backlog,
             queues: Vec::new(),
-            batch: Vec::with_capacity(PASS),
+            batch: Vec::new(),
             later: Rc::default(),
             faults: Faults::default(),
             spin: Spin::new(poll),
@@ -257,30 +258,44 @@ impl<F: FileSystem> Loop<F> {
             owned.armed = false;
             owned.queue.disarm();
         }
-        while self.batch.len() < PASS {
-            match owned.queue.take() {
+        let used = Arc::clone(owned.queue.used());
+        let there = usize::from(owned.queue.waiting()).min(PASS);
+        let away = self.backlog.as_ref().map_or(0, |backlog| {
+            backlog.placement.spread(there, backlog.give.idle())
+        });
+        if away != 0 {
+            self.give_away(at, away);
+        }
+        let mut taken = away;
+        while taken < PASS
+            && let Some(chain) = self.queues[at].queue.take()
+        {
+            taken += 1;
+            match chain {
+                Ok(chain) => self.serve(chain),
+                Err(fault) => self.faults.report(index, fault),
+            }
+        }
+        used.publish();
+        let owned = &mut self.queues[at];
+        owned.ready = owned.queue.has_more();
+    }
+
+    /// Takes `count` chains off a queue and lets other workers serve them.
+    fn give_away(&mut self, at: usize, count: usize) {
+        let Some(backlog) = &self.backlog else {
+            return;
+        };
+        let queue = &mut self.queues[at].queue;
+        for _ in 0..count {
+            match queue.take() {
                 Some(Ok(chain)) => self.batch.push(chain),
-                Some(Err(fault)) => self.faults.report(index, fault),
+                Some(Err(fault)) => self.faults.report(queue.index(), fault),
                 None => break,
             }
         }
-        let used = Arc::clone(owned.queue.used());
-        let full = self.batch.len() == PASS;
-        let mut batch = std::mem::take(&mut self.batch);
-        if let Some(backlog) = &self.backlog {
-            let away = backlog.placement.spread(batch.len(), backlog.give.idle());
-            if away != 0 {
-                // Closed only when all workers are gone, this one included.
-                let _ = backlog.give.send_batch(batch.drain(batch.len() - away..));
-            }
-        }
-        for chain in batch.drain(..) {
-            self.serve(chain);
-        }
-        self.batch = batch;
-        used.publish();
-        let owned = &mut self.queues[at];
-        owned.ready = full || owned.queue.has_more();
+        // Closed only when all workers are gone, this one included.
+        let _ = backlog.give.send_batch(self.batch.drain(..));
     }
 
     /// Serves chains of another worker's queue.

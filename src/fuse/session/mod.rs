@@ -20,7 +20,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
-use smallvec::SmallVec;
 
 pub use self::waiting::NoWaits;
 
@@ -120,9 +119,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Answers one request, now or later.
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
-        let mut bytes = SmallVec::new();
-        let request = match fetch(&mut exchange, &mut bytes)
-            .and_then(|()| decode_as(&bytes, self.setxattr_ext.load(Ordering::Relaxed)))
+        let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
+        let request = match fetch(&mut exchange, &mut inline, &mut spilled)
+            .and_then(|bytes| decode_as(bytes, self.setxattr_ext.load(Ordering::Relaxed)))
         {
             Ok(request) => request,
             Err(error) => {
@@ -289,20 +288,25 @@ fn worth_a_line(count: u64) -> bool {
     count <= 16 || count.is_power_of_two()
 }
 
-/// Copies of a request what [`decode_as()`] needs.
-fn fetch<E: Exchange>(
+/// Copies of a request what [`decode_as()`] needs to `inline`, or to `spilled` where it is too
+/// long for that; answers where it is.
+fn fetch<'a, E: Exchange>(
     exchange: &mut E,
-    bytes: &mut SmallVec<[u8; INLINE]>,
-) -> Result<(), DecodeError> {
-    fetch_more(exchange, bytes, HEADER_LEN);
-    let wanted = bytes_wanted(bytes, exchange.readable())?;
-    fetch_more(exchange, bytes, wanted);
-    Ok(())
-}
-
-fn fetch_more<E: Exchange>(exchange: &mut E, bytes: &mut SmallVec<[u8; INLINE]>, len: usize) {
-    let start = bytes.len();
-    bytes.resize(start.saturating_add(len), 0);
-    let got = bytes.get_mut(start..).map_or(0, |room| exchange.read(room));
-    bytes.truncate(start.saturating_add(got));
+    inline: &'a mut [u8; INLINE],
+    spilled: &'a mut Vec<u8>,
+) -> Result<&'a [u8], DecodeError> {
+    let (header, rest) = inline.split_at_mut(HEADER_LEN);
+    let got = exchange.read(header);
+    let wanted = bytes_wanted(header.get(..got).unwrap_or_default(), exchange.readable())?;
+    if let Some(rest) = rest.get_mut(..wanted) {
+        let more = exchange.read(rest);
+        return Ok(inline.get(..got.saturating_add(more)).unwrap_or_default());
+    }
+    spilled.reserve_exact(HEADER_LEN.saturating_add(wanted));
+    spilled.extend_from_slice(header);
+    spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
+    let room = spilled.get_mut(HEADER_LEN..).unwrap_or_default();
+    let more = exchange.read(room);
+    spilled.truncate(HEADER_LEN.saturating_add(more));
+    Ok(spilled)
 }

@@ -1,7 +1,6 @@
 //! Tests of reading, writing, and what else is done with the data of files.
 
 use rustix::io::Errno;
-use smallvec::SmallVec;
 use zerocopy::IntoBytes;
 
 use super::super::{data, fetch};
@@ -172,9 +171,9 @@ fn an_exchange_that_a_dropped_future_holds_is_not_answered_twice() {
 #[test]
 fn a_write_leaves_its_data_where_they_are() {
     let (mut exchange, _) = MemoryExchange::new(write(0, &[1; 5000]), 0);
-    let mut buffer = SmallVec::new();
-    fetch(&mut exchange, &mut buffer).unwrap();
-    assert_eq!((buffer.len(), exchange.readable()), (80, 5000));
+    let (mut inline, mut spilled) = ([0; super::super::INLINE], Vec::new());
+    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
+    assert_eq!((fetched.len(), exchange.readable()), (80, 5000));
 }
 
 #[test]

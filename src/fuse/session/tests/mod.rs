@@ -263,10 +263,24 @@ fn the_longest_rename_needs_no_heap_for_its_bytes() {
     };
     let bytes = on_root(Opcode::Rename2, &[args.as_bytes(), &name, &name]);
     let (mut exchange, _) = MemoryExchange::new(bytes, 0);
-    let mut buffer = SmallVec::new();
-    fetch(&mut exchange, &mut buffer).unwrap();
-    assert_eq!(buffer.len(), INLINE);
-    assert!(!buffer.spilled());
+    let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
+    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
+    assert_eq!(fetched.len(), INLINE);
+    assert_eq!(spilled.capacity(), 0);
+}
+
+#[test]
+fn a_request_too_long_for_the_stack_is_fetched_whole() {
+    let value: Vec<u8> = (0..4000).map(|at: u16| at.to_le_bytes()[0]).collect();
+    let args = abi::SetxattrIn {
+        size: 4000,
+        ..Default::default()
+    };
+    let bytes = on_root(Opcode::Setxattr, &[args.as_bytes(), b"user.x\0", &value]);
+    let (mut exchange, _) = MemoryExchange::new(bytes.clone(), 0);
+    let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
+    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
+    assert_eq!(fetched, bytes);
 }
 
 #[test]
