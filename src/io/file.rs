@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, StatxFlags};
 
 use super::buffer::{GuestBuffer, IOV_MAX};
 use super::ring::Transfer;
@@ -76,6 +76,22 @@ impl Facts {
     /// The file system doesn't know `RWF_NOWAIT`.
     const NO_NOWAIT: u8 = 1 << 5;
 
+    fn of(kind: FileType, flags: OFlags) -> u8 {
+        let mut facts = match kind {
+            FileType::RegularFile => Self::SEEKABLE | Self::REGULAR,
+            FileType::BlockDevice => Self::SEEKABLE,
+            _ => 0,
+        };
+        if flags.contains(OFlags::DIRECT) {
+            facts |= Self::DIRECT;
+        }
+        // O_SYNC has the bit of O_DSYNC in it; rustix has one name too many for O_SYNC.
+        if flags.bits() & libc::O_DSYNC.cast_unsigned() != 0 {
+            facts |= Self::SYNCED;
+        }
+        facts
+    }
+
     fn has(self, bit: u8) -> bool {
         self.0 & bit != 0
     }
@@ -91,6 +107,16 @@ impl File {
                 facts: AtomicU8::new(0),
             }),
         }
+    }
+
+    /// Takes over a descriptor that was opened with `flags` on a file of this `kind`, which is
+    /// then not asked for again.
+    #[must_use]
+    pub fn opened(fd: OwnedFd, kind: FileType, flags: OFlags) -> Self {
+        let file = Self::from_fd(fd);
+        let facts = Facts::KNOWN | Facts::of(kind, flags);
+        file.inner.facts.store(facts, Ordering::Relaxed);
+        file
     }
 
     /// Opens `path` as `options` say. Opening may wait (for a disk, for the other end of a
@@ -388,19 +414,7 @@ impl File {
     fn look_up(&self) -> rustix::io::Result<u8> {
         let flags = rustix::fs::fcntl_getfl(self)?;
         let mode = rustix::fs::fstat(self)?.st_mode;
-        let mut facts = match rustix::fs::FileType::from_raw_mode(mode) {
-            rustix::fs::FileType::RegularFile => Facts::SEEKABLE | Facts::REGULAR,
-            rustix::fs::FileType::BlockDevice => Facts::SEEKABLE,
-            _ => 0,
-        };
-        if flags.contains(OFlags::DIRECT) {
-            facts |= Facts::DIRECT;
-        }
-        // O_SYNC has the bit of O_DSYNC in it; rustix has one name too many for O_SYNC.
-        if flags.bits() & libc::O_DSYNC.cast_unsigned() != 0 {
-            facts |= Facts::SYNCED;
-        }
-        Ok(facts)
+        Ok(Facts::of(FileType::from_raw_mode(mode), flags))
     }
 
     /// Whether nothing is left to read after a read that filled the buffer up to `filled`.

@@ -2,6 +2,7 @@
 //!
 //! The invariant: a [`FileHandle`] holds what the kernel once gave, byte for byte.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use rustix::fs::OFlags;
@@ -51,19 +52,32 @@ impl FileHandle {
     ///
     /// `EOPNOTSUPP` if the file system has no handles.
     pub(crate) fn of(fd: impl AsFd) -> Result<Self, Errno> {
+        Self::ask(fd, c"", libc::AT_EMPTY_PATH)
+    }
+
+    /// The handle of what goes by `name` in `directory`, itself if that is a symbolic link.
+    ///
+    /// # Errors
+    ///
+    /// As for [`of`](Self::of); `ENOENT` if there is no such name.
+    pub(crate) fn at(directory: impl AsFd, name: &CStr) -> Result<Self, Errno> {
+        Self::ask(directory, name, 0)
+    }
+
+    fn ask(fd: impl AsFd, path: &CStr, flags: libc::c_int) -> Result<Self, Errno> {
         let mut raw = Raw::empty();
         raw.header.handle_bytes = u32::try_from(MAX_BYTES).or(Err(Errno::OVERFLOW))?;
         let mut mount_id = 0;
         // SAFETY: `raw` is a `file_handle` with `handle_bytes` writable bytes behind it, and
-        // it and `mount_id` are exclusively borrowed during the call; the path is a literal
-        // with its NUL; the descriptor is open as long as `fd` is borrowed.
+        // it and `mount_id` are exclusively borrowed during the call; the path ends with its
+        // NUL; the descriptor is open as long as `fd` is borrowed.
         let answer = unsafe {
             libc::name_to_handle_at(
                 fd.as_fd().as_raw_fd(),
-                c"".as_ptr(),
+                path.as_ptr(),
                 (&raw mut raw).cast(),
                 &raw mut mount_id,
-                libc::AT_EMPTY_PATH,
+                flags,
             )
         };
         if answer != 0 {

@@ -158,7 +158,7 @@ impl Passthrough {
     /// guest then does so itself, and gets the error where it belongs.
     fn look_up(&self, directory: Open<'_>, raw: &Raw<'_>) -> Option<Entry> {
         let key = *directory.inode().key();
-        let entry = self.find_listed(directory, raw.inode, raw.name).ok()?;
+        let entry = self.find_listed(directory, raw.name).ok()?;
         Some(self.announced(&key, entry))
     }
 }

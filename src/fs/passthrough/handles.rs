@@ -5,7 +5,6 @@
 //! it was opened for; with another node id it is `EBADF`.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -59,11 +58,11 @@ impl Handles {
         }
     }
 
-    pub(super) fn add(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Handle {
+    pub(super) fn add(&self, node: NodeId, file: File, kind: HandleKind) -> Handle {
         let handle = self.next.fetch_add(1, Ordering::Relaxed);
         let open = Open {
             node,
-            file: File::from_fd(fd),
+            file,
             stream: match kind {
                 HandleKind::File => None,
                 HandleKind::Directory => Some(Arc::default()),
@@ -170,11 +169,14 @@ mod tests {
 
     const NODE: NodeId = NodeId(7);
 
+    fn null() -> File {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
     fn handles() -> (Handles, Handle, Handle) {
         let handles = Handles::new();
-        let fd = || std::fs::File::open("/dev/null").unwrap().into();
-        let file = handles.add(NODE, fd(), HandleKind::File);
-        let directory = handles.add(NODE, fd(), HandleKind::Directory);
+        let file = handles.add(NODE, null(), HandleKind::File);
+        let directory = handles.add(NODE, null(), HandleKind::Directory);
         (handles, file, directory)
     }
 
@@ -205,8 +207,7 @@ mod tests {
             handles.release(NODE, file, HandleKind::File),
             Err(Errno::BADF)
         );
-        let fd = std::fs::File::open("/dev/null").unwrap().into();
-        assert_ne!(handles.add(NODE, fd, HandleKind::File), file);
+        assert_ne!(handles.add(NODE, null(), HandleKind::File), file);
     }
 
     #[test]

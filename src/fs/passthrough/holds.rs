@@ -129,7 +129,16 @@ pub(super) struct Place {
 /// A digest of the file handle, which needs no privilege to be asked for and has the inode's
 /// generation in it; never 0.
 pub(super) fn print_of(fd: impl AsFd) -> Result<u64> {
-    Ok(Mix::default().hash_one(FileHandle::of(fd)?).max(1))
+    FileHandle::of(fd).map(|handle| digest(&handle))
+}
+
+/// As [`print_of`], of what goes by `name` in `directory`.
+pub(super) fn print_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
+    FileHandle::at(directory, name).map(|handle| digest(&handle))
+}
+
+fn digest(handle: &FileHandle) -> u64 {
+    Mix::default().hash_one(handle).max(1)
 }
 
 /// A descriptor of an inode for the length of one operation, `O_PATH`.

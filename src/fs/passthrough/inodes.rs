@@ -146,9 +146,17 @@ impl Inode {
     pub(super) fn settle(&self, identity: &Identity) {
         let birth = birth_of(identity);
         self.birth.store(birth, Ordering::Relaxed);
-        let settled =
-            birth != NO_BIRTH && now().is_some_and(|now| now.saturating_sub(birth) > SETTLED_AFTER);
-        self.settled.store(settled, Ordering::Relaxed);
+        self.settled.store(identity.is_settled(), Ordering::Relaxed);
+    }
+}
+
+impl Identity {
+    /// Whether whatever takes this number later is born later. See [`Inode::settle`].
+    pub(super) fn is_settled(&self) -> bool {
+        let age = |birth| now().map(|now| now.saturating_sub(birth));
+        self.birth
+            .and_then(age)
+            .is_some_and(|age| age > SETTLED_AFTER)
     }
 }
 
@@ -331,9 +339,17 @@ impl Store {
         inode.may_be(identity).then(|| Arc::clone(inode))
     }
 
-    /// Whether some inode goes by `key`: a guess for what to try first.
-    pub(super) fn has(&self, key: &Key) -> bool {
-        self.keys(key).contains(key)
+    /// Finds or adds an inode without opening it, and counts one lookup of it. `None` if it may
+    /// be known, and it takes more than `identity` to tell. A new one can't be reached before
+    /// [`see_new`](Self::see_new).
+    pub(super) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
+        let mut keys = self.keys(&identity.key);
+        if let Some(ByKey(known)) = keys.get(&identity.key) {
+            let known = known.is(identity).then_some(known)?;
+            count_up(&keys, known);
+            return Some(Arc::clone(known));
+        }
+        Some(self.add(&mut keys, identity, None, Way::None))
     }
 
     /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
@@ -356,25 +372,56 @@ impl Store {
             // What had this number before is no more. Its node id stays with who has it.
             keys.remove(&identity.key);
         }
+        self.add(&mut keys, identity, new.fd, new.way)
+    }
+
+    fn add(
+        &self,
+        keys: &mut Keys,
+        identity: &Identity,
+        fd: Option<OwnedFd>,
+        way: Way,
+    ) -> Arc<Inode> {
         let node = NodeId(self.next.fetch_add(1, Ordering::Relaxed));
-        let slot = new.fd.map_or_else(Slot::empty, Slot::full);
-        let inode = Arc::new(Inode::new(identity, node, slot, new.way));
-        self.insert(&mut keys, Arc::clone(&inode));
+        let slot = fd.map_or_else(Slot::empty, Slot::full);
+        let inode = Arc::new(Inode::new(identity, node, slot, way));
+        self.insert(keys, Arc::clone(&inode));
         inode
     }
 
     /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
     /// unless names in `parent` have changed meanwhile.
     pub(super) fn see(&self, inode: &Inode, parent: &Inode, name: &CStr, moment: Moment) {
-        self.see_if(inode, parent, name, || moment.lasts(&self.changes));
+        self.see_if(inode, parent, name, 0, || moment.lasts(&self.changes));
+    }
+
+    /// As [`see`](Self::see), for an inode that was just added without being opened; `print` is
+    /// as in [`Place`]. Answers whether it can be reached now.
+    pub(super) fn see_new(
+        &self,
+        inode: &Inode,
+        parent: &Inode,
+        name: &CStr,
+        print: u64,
+        moment: Moment,
+    ) -> bool {
+        self.see_if(inode, parent, name, print, || moment.lasts(&self.changes));
+        inode.slot.is_full() || !matches!(&*inode.way(), Way::None)
     }
 
     /// As [`see`](Self::see), for who changes the name.
     pub(super) fn rename(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
-        self.see_if(inode, parent, name, || true);
+        self.see_if(inode, parent, name, 0, || true);
     }
 
-    fn see_if(&self, inode: &Inode, parent: &Inode, name: &CStr, valid: impl FnOnce() -> bool) {
+    fn see_if(
+        &self,
+        inode: &Inode,
+        parent: &Inode,
+        name: &CStr,
+        print: u64,
+        valid: impl FnOnce() -> bool,
+    ) {
         let settled = match &*inode.way() {
             Way::Name(place) => place.parent == parent.node && *place.name == *name,
             Way::None => inode.node == NodeId::ROOT || inode.node == parent.node,
@@ -386,7 +433,7 @@ impl Store {
         let place = Place {
             parent: parent.node,
             name: name.into(),
-            print: 0,
+            print,
         };
         if let Some(left) = self.put(inode, place, valid) {
             self.leave(left);

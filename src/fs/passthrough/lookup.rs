@@ -14,7 +14,9 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::changes::Moment;
-use super::holds::{Directory, IDENTITY, Identity, Key, Way, print_of, reopen_fd, stat_fd};
+use super::holds::{
+    Directory, IDENTITY, Identity, Key, Way, print_at, print_of, reopen_fd, stat_fd,
+};
 use super::inodes::{Inode, New};
 use crate::fs::{Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
@@ -42,9 +44,8 @@ impl Passthrough {
     /// Finds `name` in `parent` and counts one lookup. One system call for what is known
     /// already; three for what is not.
     pub(super) fn find(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
-        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let moment = self.inodes.moment(parent.inode());
-        let stat = rustix::fs::statx(&parent, component(name)?, flags, IDENTITY)?;
+        let stat = stat_name(&parent, name)?;
         match self.inodes.find(&Identity::of(&stat)) {
             Some(inode) => {
                 self.inodes.see(&inode, parent.inode(), name, moment);
@@ -63,22 +64,51 @@ impl Passthrough {
         self.admit(Found::Path(fd), Some(&seen))
     }
 
-    /// As [`find`](Self::find), for a name of which READDIR said the inode number.
-    pub(super) fn find_listed(
-        &self,
-        parent: impl Directory,
-        number: u64,
-        name: &CStr,
-    ) -> Result<Entry> {
-        // A guess only (a mount point's number is another), and both ways lead to the same end.
-        if self.inodes.has(&Key {
-            number,
-            ..*parent.inode().key()
-        }) {
-            self.find(parent, name)
-        } else {
-            self.find_new(parent, name)
+    /// As [`find`](Self::find), for a name that is one of many and may never be used: an inode
+    /// that is not known yet is only noted, and opened when it is needed.
+    pub(super) fn find_listed(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
+        if !self.holder.keeps_opened() {
+            return self.find(parent, name);
         }
+        let seen = self.seen(&parent, name);
+        let stat = stat_name(&parent, name)?;
+        let identity = Identity::of(&stat);
+        if let Some(inode) = self.inodes.find(&identity) {
+            self.inodes.see(&inode, seen.parent, name, seen.moment);
+            return Ok(self.entry(&inode, &stat));
+        }
+        match self.note(&parent, &seen, &identity) {
+            Some(inode) => Ok(self.entry(&inode, &stat)),
+            None => self.find_new(parent, name),
+        }
+    }
+
+    /// Adds an inode that is reached by the name under which it was `seen`, without opening it;
+    /// counts one lookup. `None` where it has to be opened: nothing would tell it from another of
+    /// its name later, or it may be known, or the name may have changed meanwhile.
+    fn note(
+        &self,
+        parent: &impl Directory,
+        seen: &Seen<'_>,
+        identity: &Identity,
+    ) -> Option<Arc<Inode>> {
+        let print = if identity.is_settled() {
+            0
+        } else {
+            // An inode without a birth would be taken for none that it isn't; but handles are
+            // where births are.
+            identity.birth?;
+            print_at(parent, seen.name).ok()?
+        };
+        let inode = self.inodes.add_unopened(identity)?;
+        let noted = self
+            .inodes
+            .see_new(&inode, seen.parent, seen.name, print, seen.moment);
+        if noted {
+            return Some(inode);
+        }
+        self.inodes.forget(inode.node(), 1);
+        None
     }
 
     /// The entry of what was created as `name` in `parent`, and is open as `file`; counts one
@@ -182,6 +212,12 @@ impl Passthrough {
             submount: false,
         }
     }
+}
+
+/// `statx` of what goes by `name` in `parent`.
+fn stat_name(parent: &impl Directory, name: &CStr) -> Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(parent, component(name)?, flags, IDENTITY)
 }
 
 /// A name under which an inode was seen.

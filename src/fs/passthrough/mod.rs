@@ -376,12 +376,12 @@ impl Passthrough {
         } else {
             self.reopen(&inode, flags)?
         };
-        Ok(self.opened(node, fd, HandleKind::File))
+        Ok(self.opened(node, regular(fd, flags), HandleKind::File))
     }
 
-    fn opened(&self, node: NodeId, fd: OwnedFd, kind: HandleKind) -> Opened {
+    fn opened(&self, node: NodeId, file: File, kind: HandleKind) -> Opened {
         let directory = kind == HandleKind::Directory;
-        let handle = self.handles.add(node, fd, kind);
+        let handle = self.handles.add(node, file, kind);
         self.make_room();
         Opened {
             handle,
@@ -394,6 +394,11 @@ impl Passthrough {
             cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
         }
     }
+}
+
+/// A regular file that was opened with `flags`.
+fn regular(fd: OwnedFd, flags: OFlags) -> File {
+    File::opened(fd, FileType::RegularFile, flags)
 }
 
 /// Whether credentials may stay on a thread between two requests for this file system: not
@@ -687,7 +692,7 @@ impl FileSystem for Passthrough {
             return Err(Errno::NOTDIR);
         }
         let fd = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        Ok(self.opened(node, fd, HandleKind::Directory))
+        Ok(self.opened(node, File::from_fd(fd), HandleKind::Directory))
     }
 
     fn readdir(

@@ -10,10 +10,10 @@ use rustix::fs::{FileType, IFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, stat_fd};
 use super::names::honest_mode;
+use super::{Passthrough, regular};
 use crate::fs::{
     Attributes, Caller, Entry, Handle, HandleKind, InodeFlags, NewNode, NodeId, Opened, Result,
     Timestamp,
@@ -60,7 +60,8 @@ impl Passthrough {
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
         let entry = self.find_opened(&fd)?;
-        Ok((entry, self.opened(entry.node, fd, HandleKind::File)))
+        let file = regular(fd, flags);
+        Ok((entry, self.opened(entry.node, file, HandleKind::File)))
     }
 
     /// A descriptor of the file system that `node` is on.

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inodes::Inode;
 use super::lookup::component;
+use super::{Passthrough, regular};
 use crate::fs::{Caller, Entry, HandleKind, NewNode, NodeId, Opened, Result};
 
 /// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
@@ -146,7 +146,8 @@ impl Passthrough {
             self.with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
         let entry = self.find_created(parent, name, &fd)?;
-        Ok((entry, self.opened(entry.node, fd, HandleKind::File)))
+        let file = regular(fd, flags);
+        Ok((entry, self.opened(entry.node, file, HandleKind::File)))
     }
 
     fn open_existing(

@@ -203,3 +203,54 @@ fn two_handles_of_one_directory_read_each_for_itself() {
         assert_eq!(first.len() + rest.len(), 102);
     });
 }
+
+/// Lists the root with one lookup of each entry; answers the node that goes by `name`.
+fn listed_node(rig: &Rig, name: &str) -> NodeId {
+    let listed = Directory::open(rig, ROOT).read_all(0, 100, true);
+    let found = listed.iter().find(|it| it.name == name).unwrap();
+    found.entry.as_ref().unwrap().node
+}
+
+#[test]
+fn what_is_only_listed_is_not_opened() {
+    with(Options::default(), |rig| {
+        for n in 0..100 {
+            rig.host_file(&n.to_string(), "");
+        }
+        let before = rig.fs.inode_descriptors();
+        let node = listed_node(rig, "7");
+        assert_eq!(rig.fs.known_inodes(), 101);
+        assert_eq!(rig.fs.inode_descriptors(), before);
+        let ino = std::fs::metadata(rig.path("7")).unwrap().ino();
+        assert_eq!(rig.attributes(node).unwrap().inode, ino);
+        assert_eq!(rig.fs.inode_descriptors(), before + 1);
+        assert_eq!(listed_node(rig, "7"), node);
+    });
+}
+
+#[test]
+fn what_took_the_place_of_a_listed_file_is_not_it() {
+    with(Options::default(), |rig| {
+        rig.host_file("a", "old");
+        rig.host_file("b", "new");
+        let node = listed_node(rig, "a");
+        std::fs::rename(rig.path("b"), rig.path("a")).unwrap();
+        assert_eq!(rig.attributes(node).err(), Some(Errno::STALE));
+        let found = rig.find(ROOT, "a").unwrap();
+        assert_ne!(found.node, node);
+        assert!(rig.attributes(found.node).is_ok());
+    });
+}
+
+#[test]
+fn a_listed_file_is_followed_through_the_guests_renames_and_unlinks() {
+    with(Options::default(), |rig| {
+        rig.host_file("a", "text");
+        let node = listed_node(rig, "a");
+        let (from, to) = (c("a"), c("b"));
+        let rename = rig.fs.rename(&SUPERUSER, (ROOT, &from), (ROOT, &to), 0);
+        rename.unwrap();
+        rig.fs.unlink(&SUPERUSER, ROOT, &to).unwrap();
+        assert_eq!(rig.attributes(node).unwrap().links, 0);
+    });
+}
