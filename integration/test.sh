@@ -45,8 +45,12 @@ if wanted unit; then
 fi
 
 if wanted loom; then
-    step 'loom: every interleaving of the channel'
-    CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS='--cfg ringfsd_loom' cargo test --locked --release --test loom --target-dir target/loom
+    step 'loom: every interleaving of the channel and of the used ring'
+    loom=(cargo test --locked --release --target-dir target/loom)
+    export CARGO_PROFILE_RELEASE_LTO=off
+    RUSTFLAGS='--cfg ringfsd_loom' "${loom[@]}" --test loom
+    RUSTFLAGS='--cfg ringfsd_loom' "${loom[@]}" --lib every_order
+    unset CARGO_PROFILE_RELEASE_LTO
 fi
 
 if wanted guest; then

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::layout::{self, Descriptor};
-use super::memory::{Memory, Slice, Window};
+use super::memory::{Memory, Slice};
+use super::sync::Window;
 use super::used::{Totals, UsedRing};
 use crate::io::GuestBuffer;
 

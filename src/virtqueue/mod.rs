@@ -11,6 +11,7 @@ mod chain;
 mod layout;
 pub mod memory;
 mod queue;
+mod sync;
 #[cfg(test)]
 #[allow(
     clippy::arithmetic_side_effects,

@@ -4,12 +4,13 @@
 //! driver writes yields nothing rather than garbage.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use super::QueueIndex;
 use super::chain::{BadChain, Chain, Table};
 use super::layout;
-use super::memory::{Memory, Window};
+use super::memory::Memory;
+use super::sync::Window;
 use super::used::{Call, UsedRing};
 
 /// What of virtio was negotiated that a ring must know.
@@ -226,9 +227,6 @@ impl Queue {
     #[must_use]
     pub fn arm(&mut self) -> bool {
         self.used.want_kick(Some(self.next));
-        // SeqCst: pairs with the driver's full barrier between its store of the index and its
-        // look at `avail_event` (or our flags): one of the two sees the other.
-        fence(Ordering::SeqCst);
         self.waiting() != 0
     }
 }

@@ -4,12 +4,16 @@
 //! once for each batch, by [`UsedRing::publish`], which also calls the guest if it wants that.
 //! The invariant: the index never passes an element that is not written yet.
 
-use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(all(test, ringfsd_loom))]
+mod every_order;
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use super::QueueIndex;
 use super::layout;
-use super::memory::{GuestAddress, Memory, Window};
+use super::memory::{GuestAddress, Memory};
+use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
 
 /// The eventfd by which the guest is told of used chains; the front end may change it at any
 /// time, also while the queue runs.
@@ -167,9 +171,16 @@ impl UsedRing {
     /// Shows the guest all elements written so far: one store of the index, and at most one
     /// call, where the guest wants it.
     pub fn publish(&self) {
+        if self.show() {
+            self.call.signal();
+        }
+    }
+
+    /// Stores the index; answers whether the guest wants to be called for that.
+    fn show(&self) -> bool {
         let mut state = self.lock();
         if state.next == state.published {
-            return;
+            return false;
         }
         state.published = state.next;
         // Release: pairs with the driver's acquire load of the index; elements and replies
@@ -177,10 +188,7 @@ impl UsedRing {
         self.used
             .store_u16(layout::INDEX, state.next, Ordering::Release);
         self.log_change(layout::INDEX, 2);
-        if self.wants_call(&mut state) {
-            drop(state);
-            self.call.signal();
-        }
+        self.wants_call(&mut state)
     }
 
     /// Whether the guest wants to be called for what was published since last asked (virtio
@@ -205,6 +213,11 @@ impl UsedRing {
     /// Waits until every chain taken has come back, and publishes them. Whoever calls this has
     /// made sure that no further chain is taken.
     pub fn drain(&self) {
+        self.wait_until_drained();
+        self.publish();
+    }
+
+    fn wait_until_drained(&self) {
         let mut state = self.lock();
         state.draining = true;
         while state.in_flight != 0 {
@@ -214,8 +227,6 @@ impl UsedRing {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.draining = false;
-        drop(state);
-        self.publish();
     }
 
     /// How many chains have been taken and not yet come back.
@@ -230,9 +241,10 @@ impl UsedRing {
         self.lock().totals
     }
 
-    /// Asks the driver for kicks when its available index passes `next`, or for none.
+    /// Asks the driver for a kick when its available index passes `next`, or for none. Who asks
+    /// for one looks at the ring afterwards: there may be no kick for what came before.
     pub(super) fn want_kick(&self, next: Option<u16>) {
-        // Relaxed: the caller's fence orders these before its last look at the ring.
+        // Relaxed: the fence below orders these before that look.
         if self.event_idx {
             if let Some(next) = next {
                 let at = layout::avail_event(self.size);
@@ -243,6 +255,11 @@ impl UsedRing {
             let flags = if next.is_some() { 0 } else { layout::NO_NOTIFY };
             self.used.store_u16(layout::FLAGS, flags, Ordering::Relaxed);
             self.log_change(layout::FLAGS, 2);
+        }
+        if next.is_some() {
+            // SeqCst: pairs with the driver's full barrier between its store of the index and its
+            // look at `avail_event` (or our flags): one of the two sees the other.
+            fence(Ordering::SeqCst);
         }
     }
 
