@@ -1,0 +1,198 @@
+//! What the rooms on the way of each request cost by themselves: `cargo bench --bench hot_rooms`.
+//!
+//! A ring in shared memory is driven as a guest's driver does; only the server's half of the work
+//! is timed. Numbers are for one request, of which thirty-two come at once.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
+use ringfsd::fuse::{OUT_HEADER_LEN, request};
+use ringfsd::scheduler;
+use ringfsd::virtqueue::memory::Region;
+use ringfsd::virtqueue::{Call, Chain, Features, Memory, Queue, QueueIndex, RingAddresses};
+use vmm::memory::{Buf, Gpa};
+use vmm::ring::QueueOptions;
+use zerocopy::IntoBytes;
+
+/// Requests in flight.
+const DEPTH: u16 = 32;
+
+/// A request's header and arguments.
+const REQUEST: u32 = 80;
+
+/// Where the server looks for guest memory, and how much there is.
+const MEMORY: u64 = 16 << 20;
+
+/// Both sides of one queue.
+struct Ring {
+    driver: vmm::Queue,
+    device: Queue,
+    readable: Vec<Buf>,
+    writable: Vec<Buf>,
+}
+
+impl Ring {
+    /// Requests of two readable pieces; `reply` are the lengths of the writable ones.
+    fn new(reply: &[u32]) -> Self {
+        let memory = vmm::Memory::new(&[vmm::Region::new(0, MEMORY)]).expect("guest memory");
+        let options = QueueOptions {
+            event_idx: true,
+            ..QueueOptions::new(1024)
+        };
+        let driver = vmm::Queue::new(&memory, &options).expect("a queue");
+        let mapped = &memory.regions()[0];
+        let file = mapped.fd().try_clone_to_owned().expect("a descriptor");
+        let user = mapped.user_address();
+        let region = Region::map(file.into(), 0, 0, user, MEMORY).expect("a region");
+        let ours = Arc::new(Memory::new(vec![region], None).expect("a memory table"));
+        let at = driver.addresses();
+        let user = |gpa: Gpa| memory.user_address(gpa).expect("an address");
+        let addresses = RingAddresses {
+            descriptors: user(at.descriptors),
+            available: user(at.available),
+            used: user(at.used),
+            log: None,
+        };
+        let features = Features {
+            event_idx: true,
+            indirect: false,
+        };
+        let call = Arc::<Call>::default();
+        let index = QueueIndex(1);
+        let device = Queue::new(index, 1024, features, addresses, &ours, 0, call);
+        let alloc = |len: u32| {
+            let align = if len < 4096 { 16 } else { 4096 };
+            let gpa = memory.alloc(u64::from(len), align).expect("guest memory");
+            Buf::new(gpa, len)
+        };
+        Self {
+            driver,
+            device: device.expect("a device"),
+            readable: vec![alloc(40), alloc(REQUEST - 40)],
+            writable: reply.iter().copied().map(alloc).collect(),
+        }
+    }
+
+    /// Times `serve` on each of `count` chains, in rounds of [`DEPTH`].
+    fn time(&mut self, count: u64, serve: impl Fn(Chain)) -> Duration {
+        let mut spent = Duration::ZERO;
+        for _ in 0..count.div_ceil(DEPTH.into()) {
+            for token in 0..DEPTH {
+                let staged = self
+                    .driver
+                    .stage(&self.readable, &self.writable, token.into());
+                staged.expect("room on the ring");
+            }
+            self.driver.publish();
+            let start = Instant::now();
+            while let Some(chain) = self.device.take() {
+                serve(chain.expect("a good chain"));
+            }
+            self.device.used().publish();
+            spent += start.elapsed();
+            while self.driver.pop().expect("a used element").is_some() {}
+        }
+        spent
+    }
+}
+
+fn chains(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("chain");
+    let mut getattr = Ring::new(&[16, 104]);
+    group.bench_function("take and return", |bench| {
+        bench.iter_custom(|count| getattr.time(count, Chain::no_reply));
+    });
+    group.bench_function("take, read 80 bytes, reply 120", |bench| {
+        bench.iter_custom(|count| {
+            getattr.time(count, |mut chain| {
+                let mut bytes = [0; 80];
+                chain.read(&mut bytes);
+                black_box(&bytes);
+                chain.reply(&[&[0; OUT_HEADER_LEN], &[0; 104]]);
+            })
+        });
+    });
+    for pages in [1, 32] {
+        let mut lens = vec![16];
+        lens.resize(pages + 1, 4096);
+        let mut read = Ring::new(&lens);
+        let bytes = pages * 4096;
+        group.bench_function(format!("buffer of {pages} pages for a READ"), |bench| {
+            bench.iter_custom(|count| {
+                read.time(count, |mut chain| {
+                    black_box(chain.room(OUT_HEADER_LEN, bytes));
+                    chain.reply_filled(&[0; OUT_HEADER_LEN], bytes);
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+fn message(opcode: Opcode, args: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(size_of::<InHeader>() + args.len()).expect("a short request");
+    let header = InHeader {
+        len,
+        opcode: opcode as u32,
+        unique: 7,
+        nodeid: 1,
+        ..Default::default()
+    };
+    [header.as_bytes(), args].concat()
+}
+
+fn decoding(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("decode");
+    let requests = [
+        (
+            "GETATTR",
+            message(Opcode::Getattr, GetattrIn::default().as_bytes()),
+        ),
+        (
+            "LOOKUP",
+            message(Opcode::Lookup, b"a-name-of-some-length\0"),
+        ),
+        (
+            "READ",
+            message(
+                Opcode::Read,
+                ReadIn {
+                    size: 4096,
+                    ..Default::default()
+                }
+                .as_bytes(),
+            ),
+        ),
+    ];
+    for (name, bytes) in &requests {
+        request::decode(bytes).expect("a good request");
+        group.bench_function(*name, |bench| {
+            bench.iter(|| black_box(request::decode(black_box(bytes)).is_ok()));
+        });
+    }
+    group.finish();
+}
+
+fn channel(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("channel");
+    let (sender, receiver) = scheduler::channel();
+    group.bench_function("send and receive, one thread", |bench| {
+        bench.iter(|| {
+            sender.send(black_box(7_u64)).expect("an open channel");
+            receiver.try_recv()
+        });
+    });
+    group.bench_function("a batch of 32", |bench| {
+        bench.iter(|| {
+            sender.send_batch(0..32).expect("an open channel");
+            while receiver.try_recv().is_some() {}
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(hot_rooms, chains, decoding, channel);
+criterion_main!(hot_rooms);
