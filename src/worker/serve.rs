@@ -21,7 +21,7 @@ use super::later::Later;
 use super::spin::Spin;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
-use crate::io::{self, Kind, Runtime, spawn};
+use crate::io::{self, spawn};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{Chain, Queue, QueueIndex};
 
@@ -145,20 +145,9 @@ impl<F: FileSystem> Loop<F> {
         if let Ok(command) = self.commands.try_recv() {
             return Event::Command(command);
         }
-        if self.later.under_way() == 0 || Runtime::current() != Some(Kind::Uring) {
-            // Lets the tasks run, and the runtime see the other queues' kicks.
-            tokio::task::yield_now().await;
-            return Event::Ready;
-        }
-        // tokio-uring hands operations to the kernel only as its thread goes to sleep. So it
-        // shall, with a kick of our own to wake it at once.
-        for owned in self.queues.iter_mut().filter(|owned| owned.ready) {
-            match owned.kick.signal() {
-                Ok(()) => owned.ready = false,
-                Err(error) => log::debug!("kicking ourselves: {error}"),
-            }
-        }
-        self.wait().await
+        // Lets the tasks run, and the runtime see the other queues' kicks.
+        tokio::task::yield_now().await;
+        Event::Ready
     }
 
     /// Gets ready to sleep: looks at the rings for a moment, then asks for kicks. True if there
