@@ -12,6 +12,7 @@
     reason = "ring entries hold raw addresses of guest memory"
 )]
 
+mod alarm;
 mod driver;
 pub(super) mod setup;
 mod slots;
@@ -22,12 +23,15 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
 use tokio::io::unix::AsyncFd;
 use tokio::task::LocalSet;
 
+use self::alarm::Alarm;
 use self::driver::{Driver, Watched};
 use self::slots::Held;
 use super::buffer::{GuestBuffer, IOV_MAX};
@@ -87,10 +91,20 @@ impl Uring {
         };
         let _restore = Restore(CURRENT.replace(Some(Rc::clone(&self.driver))));
         let mut work = pin!(tasks.run_until(future));
+        let mut known = None;
         self.tokio.block_on(poll_fn(|cx| {
-            let polled = work.as_mut().poll(cx);
-            self.driver.turn(watched, cx);
-            polled
+            // Who blocks on a future wakes it by the same waker each time.
+            let (alarm, waker) = known.get_or_insert_with(|| {
+                let alarm = Alarm::new(cx.waker().clone());
+                let waker = Waker::from(Arc::clone(&alarm));
+                (alarm, waker)
+            });
+            let mut cx = Context::from_waker(waker);
+            alarm.run(|| {
+                let polled = work.as_mut().poll(&mut cx);
+                self.driver.turn(watched, &mut cx);
+                polled
+            })
         }))
     }
 }

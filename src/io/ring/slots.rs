@@ -61,7 +61,7 @@ pub(super) enum Leftover {
     /// Somebody to be woken.
     Waiter(Waker),
     /// What nobody waits for.
-    Memory(#[allow(dead_code, reason = "to be dropped")] Held),
+    Memory(#[allow(dead_code, reason = "to be dropped")] Box<Held>),
 }
 
 /// The operations of one ring.
@@ -112,7 +112,7 @@ impl Slots {
             };
         }
         match self.release(key) {
-            Slot::Done { held, .. } => Some(Leftover::Memory(held)),
+            Slot::Done { held, .. } => Some(Leftover::Memory(Box::new(held))),
             Slot::Free | Slot::UnderWay { .. } => None,
         }
     }
@@ -130,7 +130,7 @@ impl Slots {
                 }
                 None => {
                     self.free.push(key);
-                    Some(Leftover::Memory(held))
+                    Some(Leftover::Memory(Box::new(held)))
                 }
             },
             // The kernel completes an operation once.
