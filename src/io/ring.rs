@@ -43,12 +43,22 @@ thread_local! {
 }
 
 /// A runtime with a ring.
+///
+/// It is dropped in this order: the tasks first, then what they leave to the kernel.
 pub(super) struct Uring {
-    /// None only while it is dropped.
-    tasks: Option<LocalSet>,
-    driver: Rc<Driver>,
-    watched: Option<AsyncFd<Watched>>,
+    tasks: LocalSet,
+    watched: AsyncFd<Watched>,
+    driver: Closing,
     tokio: tokio::runtime::Runtime,
+}
+
+/// A ring that is closed with its runtime.
+struct Closing(Rc<Driver>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// What a runtime with a ring could not have.
@@ -73,24 +83,22 @@ impl Uring {
             .build()
             .map_err(Refused::EventLoop)?;
         let entered = tokio.enter();
-        // SAFETY: dropped in `drop` before the driver is closed.
+        // SAFETY: the field stands before the driver's, so it is dropped before that is closed.
         let watched = unsafe { driver.watch() }.map_err(Refused::EventLoop)?;
         drop(entered);
         Ok(Self {
-            tasks: Some(LocalSet::new()),
-            driver,
-            watched: Some(watched),
+            tasks: LocalSet::new(),
+            watched,
+            driver: Closing(driver),
             tokio,
         })
     }
 
     /// Runs `future`, and what it spawns, until `future` ends.
     pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
-        let (Some(tasks), Some(watched)) = (&self.tasks, &self.watched) else {
-            unreachable!("the runtime is being dropped");
-        };
-        let _restore = Restore(CURRENT.replace(Some(Rc::clone(&self.driver))));
-        let mut work = pin!(tasks.run_until(future));
+        let driver = &self.driver.0;
+        let _restore = Restore(CURRENT.replace(Some(Rc::clone(driver))));
+        let mut work = pin!(self.tasks.run_until(future));
         let mut known = None;
         self.tokio.block_on(poll_fn(|cx| {
             // Who blocks on a future wakes it by the same waker each time.
@@ -102,19 +110,10 @@ impl Uring {
             let mut cx = Context::from_waker(waker);
             alarm.run(|| {
                 let polled = work.as_mut().poll(&mut cx);
-                self.driver.turn(watched, &mut cx);
+                driver.turn(&self.watched, &mut cx);
                 polled
             })
         }))
-    }
-}
-
-impl Drop for Uring {
-    fn drop(&mut self) {
-        // Tasks first, then what they leave to the kernel, then the ring.
-        self.tasks = None;
-        self.watched = None;
-        self.driver.close();
     }
 }
 

@@ -5,8 +5,12 @@
 //! comes while nothing runs, or that nobody sees in the end, is passed on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(not(ringfsd_loom))]
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::task::{Poll, Wake, Waker};
+
+#[cfg(ringfsd_loom)]
+use loom::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// Polls of one turn, before the runtime's other business has its turn.
 const ROUNDS: usize = 4;
@@ -15,9 +19,10 @@ const ROUNDS: usize = 4;
 #[derive(Debug)]
 pub(super) struct Alarm {
     runtime: Waker,
-    /// SeqCst, both: a waker sets `woken` and then looks at `running`, and the end of a run
-    /// resets `running` and then looks at `woken`, so one of them sees the other.
+    /// A waker sets `woken` and then looks at this; the end of a run resets this and then looks
+    /// at `woken`. Both have a SeqCst fence in between, so one of them sees the other.
     running: AtomicBool,
+    /// Set with Release and reset with Acquire, so that a poll sees what it was woken for.
     woken: AtomicBool,
 }
 
@@ -33,17 +38,18 @@ impl Alarm {
 
     /// Polls by `poll` while it is woken by what it does, a few times at most.
     pub(super) fn run<R>(&self, mut poll: impl FnMut() -> Poll<R>) -> Poll<R> {
-        self.running.store(true, Ordering::SeqCst);
+        self.running.store(true, Ordering::Relaxed);
         let mut polled = Poll::Pending;
         for _ in 0..ROUNDS {
-            self.woken.store(false, Ordering::SeqCst);
+            self.woken.swap(false, Ordering::AcqRel);
             polled = poll();
-            if polled.is_ready() || !self.woken.load(Ordering::SeqCst) {
+            if polled.is_ready() || !self.woken.load(Ordering::Relaxed) {
                 break;
             }
         }
-        self.running.store(false, Ordering::SeqCst);
-        if self.woken.load(Ordering::SeqCst) {
+        self.running.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.woken.load(Ordering::Relaxed) {
             self.runtime.wake_by_ref();
         }
         polled
@@ -56,14 +62,15 @@ impl Wake for Alarm {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.woken.store(true, Ordering::SeqCst);
-        if !self.running.load(Ordering::SeqCst) {
+        self.woken.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if !self.running.load(Ordering::Relaxed) {
             self.runtime.wake_by_ref();
         }
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(ringfsd_loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;

@@ -88,18 +88,23 @@ impl Slots {
     /// The result and what the operation owned, if it is complete; else `waker` is kept.
     /// Answers also a waker that is not needed any more.
     pub(super) fn poll(&mut self, key: Key, waker: &Waker) -> Result<(i32, Held), Option<Waker>> {
-        if let Slot::UnderWay { waiter, .. } = self.at(key) {
-            return Err(match waiter {
-                Some(Waiter::Waker(known)) if known.will_wake(waker) => None,
-                _ => match waiter.replace(Waiter::Waker(waker.clone())) {
-                    Some(Waiter::Waker(old)) => Some(old),
-                    Some(Waiter::Silent) | None => None,
-                },
-            });
+        match self.at(key) {
+            Slot::Done { .. } => (),
+            Slot::UnderWay { waiter, .. } => {
+                return Err(match waiter {
+                    Some(Waiter::Waker(known)) if known.will_wake(waker) => None,
+                    _ => match waiter.replace(Waiter::Waker(waker.clone())) {
+                        Some(Waiter::Waker(old)) => Some(old),
+                        Some(Waiter::Silent) | None => None,
+                    },
+                });
+            }
+            // Only who waits frees it.
+            Slot::Free => return Err(None),
         }
         match self.release(key) {
             Slot::Done { held, result } => Ok((result, held)),
-            Slot::Free | Slot::UnderWay { .. } => unreachable!("a slot is freed by its waiter"),
+            Slot::Free | Slot::UnderWay { .. } => Err(None),
         }
     }
 
