@@ -82,11 +82,7 @@ impl Driver {
     /// Ends a turn: hands what has come together to the kernel, and takes what is complete.
     /// `watched` wakes the runtime for what comes later.
     pub(super) fn turn(&self, watched: &AsyncFd<Watched>, cx: &mut Context<'_>) {
-        let handed_over = self.inner.borrow_mut().submit();
-        if !handed_over {
-            // The kernel is short of memory for now.
-            cx.waker().wake_by_ref();
-        }
+        self.inner.borrow_mut().submit();
         self.reap();
         if self.inner.borrow().on_ring == 0 {
             return;
@@ -94,6 +90,10 @@ impl Driver {
         while let Poll::Ready(Ok(mut ready)) = watched.poll_read_ready(cx) {
             ready.clear_ready();
             self.reap();
+        }
+        if self.inner.borrow_mut().has_entries() {
+            // The kernel is short of memory for now.
+            cx.waker().wake_by_ref();
         }
     }
 
@@ -197,23 +197,20 @@ impl Inner {
         false
     }
 
-    /// Hands all entries to the kernel; false if it won't take them now.
-    fn submit(&mut self) -> bool {
-        let Some(ring) = &mut self.ring else {
-            return true;
-        };
+    /// Hands all entries to the kernel, as far as it takes them now.
+    fn submit(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
         while !ring.submission().is_empty() {
             match ring.submit() {
-                Ok(0) => return false,
+                Ok(0) => return,
                 Ok(_) => (),
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => (),
                 Err(e) => {
                     log::debug!("handing operations to the kernel: {e}");
-                    return false;
+                    return;
                 }
             }
         }
-        true
     }
 
     fn reap(&mut self, leftovers: &mut Vec<Leftover>) {
@@ -243,6 +240,13 @@ impl Inner {
             }
         }
         self.submit();
+    }
+
+    /// Whether there is something that the kernel hasn't taken.
+    fn has_entries(&mut self) -> bool {
+        self.ring
+            .as_mut()
+            .is_some_and(|ring| !ring.submission().is_empty())
     }
 
     fn has_completions(&mut self) -> bool {
