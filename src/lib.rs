@@ -14,7 +14,7 @@
 //! | [`scheduler`] | placement and spreading; knows nothing of virtio |
 //! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
 //! | [`fs`] | the file system trait; the passthrough |
-//! | [`io`] | asynchronous file, guest buffers, over tokio-uring and tokio |
+//! | [`io`] | asynchronous file, guest buffers, over io_uring and tokio |
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and

@@ -1,15 +1,23 @@
-//! The scheduler's channel under every order of events:
+//! What threads share by atomics of our own, the scheduler's channel and the ring's alarm, under
+//! every order of events:
 //! `RUSTFLAGS="--cfg ringfsd_loom" cargo test --release --test loom`.
 
 #![cfg(ringfsd_loom)]
 
 use std::future::Future;
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
 
 use loom::future::block_on;
+use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use ringfsd::scheduler::{Receiver, channel};
+
+#[path = "../src/io/ring/alarm.rs"]
+mod alarm;
+
+use alarm::Alarm;
 
 /// Runs `model` in every order of events with at most two preemptions, which is where nearly all
 /// known faults of this kind lie; without a bound the larger models take hours.
@@ -132,5 +140,43 @@ fn close_from_the_receiving_end_races_with_send() {
         let sent = sending.join().unwrap();
         let received = received.or_else(|| receiver.try_recv());
         assert_eq!(received.is_some(), sent);
+    });
+}
+
+/// A runtime that remembers whether it was woken.
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn a_wake_while_a_future_is_polled_is_seen_or_passed_on() {
+    every_order(|| {
+        let runtime = Arc::new(Woken(AtomicBool::new(false)));
+        let alarm = Alarm::new(Waker::from(Arc::clone(&runtime)));
+        let work = loom::sync::Arc::new(AtomicBool::new(false));
+        let other = {
+            let (work, waker) = (work.clone(), Waker::from(Arc::clone(&alarm)));
+            thread::spawn(move || {
+                work.store(true, Ordering::Relaxed);
+                waker.wake();
+            })
+        };
+        let mut seen = false;
+        assert!(
+            alarm
+                .run(|| {
+                    seen = work.load(Ordering::Relaxed);
+                    Poll::<()>::Pending
+                })
+                .is_pending()
+        );
+        if !seen {
+            other.join().unwrap();
+            assert!(runtime.0.load(Ordering::Acquire), "the wake is lost");
+        }
     });
 }

@@ -47,14 +47,4 @@ impl Event {
             .poll_read_ready(cx)
             .map(|ready| ready.map(|mut guard| guard.clear_ready()))
     }
-
-    /// Signals it from this side.
-    ///
-    /// # Errors
-    ///
-    /// Those of `write(2)`.
-    pub fn signal(&self) -> io::Result<()> {
-        rustix::io::write(self.fd.get_ref(), &1u64.to_ne_bytes())?;
-        Ok(())
-    }
 }

@@ -1,4 +1,4 @@
-//! Asynchronous files and guest buffers, over tokio-uring and tokio.
+//! Asynchronous files and guest buffers, over io_uring and tokio.
 //!
 //! This room knows files, memory and the two runtimes; it knows neither virtio nor FUSE, and
 //! is of use without them. Its invariant: whatever the kernel may still read from or write to
@@ -18,4 +18,6 @@ pub use event::Event;
 pub use file::{Attempt, File, Metadata, SyncKind};
 pub use lock::{Lock, LockKind, RecordLock};
 pub use probe::{Choice, Chosen, Unavailable, choose, probe};
-pub use runtime::{DEFAULT_RING_ENTRIES, JoinHandle, Kind, Runtime, RuntimeError, spawn};
+pub use runtime::{
+    DEFAULT_RING_ENTRIES, JoinHandle, Kind, Runtime, RuntimeError, has_completions, spawn,
+};

@@ -5,10 +5,10 @@
 
 use std::io;
 
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{IoUring, Probe};
 use thiserror::Error;
 
-use super::ring;
+use super::ring::setup;
 use super::runtime::{DEFAULT_RING_ENTRIES, Kind, RuntimeError};
 
 /// Which runtime is wanted.
@@ -36,7 +36,7 @@ pub struct Chosen {
 #[derive(Debug, Error)]
 pub enum Unavailable {
     /// `io_uring_setup(2)` doesn't exist.
-    #[error("this kernel has no io_uring (it takes Linux 5.6 or later with CONFIG_IO_URING)")]
+    #[error("this kernel has no io_uring (it takes Linux 5.10 or later with CONFIG_IO_URING)")]
     NotInKernel,
     /// It exists, and a filter says it doesn't; or refuses it.
     #[error(
@@ -75,10 +75,13 @@ pub enum Unavailable {
 ///
 /// Why it can't be used.
 pub fn probe() -> Result<(), Unavailable> {
-    let ring = ring::setup(DEFAULT_RING_ENTRIES)
-        .build(DEFAULT_RING_ENTRIES)
-        .map_err(|e| explain(e, sysctl()))?;
-    lacking(&ring)
+    let ring = setup::disabled(DEFAULT_RING_ENTRIES).map_err(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => Unavailable::Lacks(vec!["IORING_SETUP_R_DISABLED"]),
+        _ => explain(e, sysctl()),
+    })?;
+    lacking(&ring)?;
+    setup::close_and_enable(&ring)
+        .map_err(|_refused| Unavailable::Lacks(vec!["IORING_REGISTER_RESTRICTIONS"]))
 }
 
 /// Decides which runtime to take.
@@ -109,19 +112,11 @@ fn lacking(ring: &IoUring) -> Result<(), Unavailable> {
     if ring.submitter().register_probe(&mut probe).is_err() {
         return Err(Unavailable::Lacks(vec!["IORING_REGISTER_PROBE"]));
     }
-    let mut lacks: Vec<_> = [
-        (opcode::Readv::CODE, "READV"),
-        (opcode::Writev::CODE, "WRITEV"),
-        (opcode::Read::CODE, "READ"),
-        (opcode::Write::CODE, "WRITE"),
-        (opcode::Fsync::CODE, "FSYNC"),
-        (opcode::Fallocate::CODE, "FALLOCATE"),
-        (opcode::AsyncCancel::CODE, "ASYNC_CANCEL"),
-    ]
-    .into_iter()
-    .filter(|&(code, _)| !probe.is_supported(code))
-    .map(|(_, name)| name)
-    .collect();
+    let mut lacks: Vec<_> = setup::OPERATIONS
+        .into_iter()
+        .filter(|&(code, _)| !probe.is_supported(code))
+        .map(|(_, name)| name)
+        .collect();
     let params = ring.params();
     let features = [
         (params.is_feature_nodrop(), "FEAT_NODROP"),

@@ -1,48 +1,142 @@
-//! File operations on the ring of the tokio-uring runtime that the caller runs on.
+//! tokio's current-thread runtime with an io_uring beside it, and the file operations on that.
 //!
-//! tokio-uring's own file isn't `Send` and closes itself behind one's back, so the entries are
-//! made here, and its driver carries them. The invariant: what an entry points to is owned by
-//! the operation at an address that doesn't change, and is freed only after the kernel has
-//! completed the operation, also when its future or the runtime is dropped before.
+//! The runtime sleeps in tokio's epoll instance, which the ring's own descriptor is part of: that
+//! costs no more than to sleep in the ring itself, and leaves timers and readiness to tokio. All
+//! runs within the future that tokio is given to block on, so that each turn of it ends with one
+//! look at the ring: entries in, completions out. The invariant: what an entry points to is
+//! owned by the operation at an address that doesn't change, and is freed only after the kernel
+//! has completed the operation, also when its future or the runtime is dropped before.
 
 #![allow(
     unsafe_code,
     reason = "ring entries hold raw addresses of guest memory"
 )]
 
-use std::any::Any;
-use std::cell::{Cell, RefCell};
+mod alarm;
+mod driver;
+pub(super) mod setup;
+mod slots;
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::marker::PhantomData;
-use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use io_uring::squeue::{Entry, Flags};
-use io_uring::{cqueue, opcode, types};
-use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
+use io_uring::{opcode, types};
+use tokio::io::unix::AsyncFd;
+use tokio::task::LocalSet;
 
+use self::alarm::Alarm;
+use self::driver::{Driver, Watched};
+use self::slots::Held;
 use super::buffer::{GuestBuffer, IOV_MAX};
 use super::file::{File, SyncKind, position};
 
-/// Completions the kernel keeps for each entry of the submission ring, so that a burst of
-/// operations doesn't overflow into its slow list.
-const COMPLETIONS_PER_ENTRY: u32 = 4;
-
-/// Sets up a runtime with a ring of `entries`.
-pub(super) fn runtime(entries: u32) -> io::Result<tokio_uring::Runtime> {
-    let mut builder = tokio_uring::builder();
-    builder.entries(entries).uring_builder(&setup(entries));
-    tokio_uring::Runtime::new(&builder)
+thread_local! {
+    /// The ring of the runtime that runs on this thread, if any does.
+    static CURRENT: RefCell<Option<Rc<Driver>>> = const { RefCell::new(None) };
 }
 
-/// How rings are set up.
-pub(super) fn setup(entries: u32) -> io_uring::Builder {
-    let mut setup = io_uring::IoUring::builder();
-    setup
-        .dontfork()
-        .setup_clamp()
-        .setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY));
-    setup
+/// A runtime with a ring.
+///
+/// It is dropped in this order: the tasks first, then what they leave to the kernel.
+pub(super) struct Uring {
+    tasks: LocalSet,
+    watched: AsyncFd<Watched>,
+    driver: Closing,
+    tokio: tokio::runtime::Runtime,
+}
+
+/// A ring that is closed with its runtime.
+struct Closing(Rc<Driver>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// What a runtime with a ring could not have.
+pub(super) enum Refused {
+    EventLoop(io::Error),
+    Ring(io::Error),
+}
+
+impl Uring {
+    /// Sets up a runtime with a ring of `entries`.
+    pub(super) fn new(entries: u32) -> Result<Self, Refused> {
+        let driver = Rc::new(Driver::new(entries).map_err(Refused::Ring)?);
+        let tokio = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name("ringfsd-blocking")
+            // A completion may wake the thread out of its sleep without waking any task.
+            .on_thread_unpark(|| {
+                if let Some(driver) = current() {
+                    driver.reap();
+                }
+            })
+            .build()
+            .map_err(Refused::EventLoop)?;
+        let entered = tokio.enter();
+        // SAFETY: the field stands before the driver's, so it is dropped before that is closed.
+        let watched = unsafe { driver.watch() }.map_err(Refused::EventLoop)?;
+        drop(entered);
+        Ok(Self {
+            tasks: LocalSet::new(),
+            watched,
+            driver: Closing(driver),
+            tokio,
+        })
+    }
+
+    /// Runs `future`, and what it spawns, until `future` ends.
+    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        let driver = &self.driver.0;
+        let _restore = Restore(CURRENT.replace(Some(Rc::clone(driver))));
+        let mut work = pin!(self.tasks.run_until(future));
+        let mut known = None;
+        self.tokio.block_on(poll_fn(|cx| {
+            // Who blocks on a future wakes it by the same waker each time.
+            let (alarm, waker) = known.get_or_insert_with(|| {
+                let alarm = Alarm::new(cx.waker().clone());
+                let waker = Waker::from(Arc::clone(&alarm));
+                (alarm, waker)
+            });
+            let mut cx = Context::from_waker(waker);
+            alarm.run(|| {
+                let polled = work.as_mut().poll(&mut cx);
+                driver.turn(&self.watched, &mut cx);
+                polled
+            })
+        }))
+    }
+}
+
+/// Puts back what was current before, also when `block_on` unwinds.
+struct Restore(Option<Rc<Driver>>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        CURRENT.set(self.0.take());
+    }
+}
+
+fn current() -> Option<Rc<Driver>> {
+    CURRENT.with_borrow(Clone::clone)
+}
+
+/// Whether operations of the current runtime are complete that it hasn't seen yet.
+pub(super) fn has_completions() -> bool {
+    CURRENT.with_borrow(|driver| {
+        driver
+            .as_ref()
+            .is_some_and(|driver| driver.has_completions())
+    })
 }
 
 /// Which way a transfer goes.
@@ -80,7 +174,6 @@ pub(super) async fn transfer(
         };
         (entry, Vec::new())
     } else {
-        // On the heap, where it stays when the operation moves.
         let vecs = vecs.into_vec();
         let count = u32::try_from(vecs.len().min(IOV_MAX)).unwrap_or_default();
         let entry = match way {
@@ -97,15 +190,16 @@ pub(super) async fn transfer(
         Transfer::WriteBuffered => entry.flags(Flags::ASYNC),
         Transfer::Read | Transfer::Write => entry,
     };
-    let memory = Memory {
-        buffer,
+    let held = Held {
+        buffer: Some(buffer),
         _vecs: vecs,
         _file: file.clone(),
     };
     // SAFETY: the entry names the descriptor, the vector's heap memory and the buffer's pieces,
-    // all of which `memory` owns and none of which moves with it.
-    let (result, memory) = unsafe { perform(entry, memory) }.await;
-    (result.map(|n| n as usize), memory.buffer)
+    // all of which `held` owns and none of which moves with it.
+    let (result, held) = unsafe { perform(entry, held) }.await;
+    let buffer = held.buffer.expect("invariant: it was put in above");
+    (result, buffer)
 }
 
 /// `fsync` or `fdatasync`.
@@ -117,9 +211,7 @@ pub(super) async fn sync(file: &File, kind: SyncKind) -> io::Result<()> {
     let entry = opcode::Fsync::new(types::Fd(file.as_raw_fd()))
         .flags(flags)
         .build();
-    // SAFETY: the entry names nothing but the descriptor, which the clone keeps open.
-    let (result, _) = unsafe { perform(entry, file.clone()) }.await;
-    result.map(drop)
+    on_descriptor(entry, file).await
 }
 
 /// `fallocate`.
@@ -128,16 +220,19 @@ pub(super) async fn allocate(file: &File, mode: u32, offset: u64, len: u64) -> i
         .offset(offset)
         .mode(mode.cast_signed())
         .build();
-    // SAFETY: the entry names nothing but the descriptor, which the clone keeps open.
-    let (result, _) = unsafe { perform(entry, file.clone()) }.await;
-    result.map(drop)
+    on_descriptor(entry, file).await
 }
 
-/// What a transfer owns while the kernel works on it.
-struct Memory {
-    buffer: GuestBuffer,
-    _vecs: Vec<libc::iovec>,
-    _file: File,
+/// An operation that takes nothing but the descriptor of `file`.
+async fn on_descriptor(entry: Entry, file: &File) -> io::Result<()> {
+    let held = Held {
+        buffer: None,
+        _vecs: Vec::new(),
+        _file: file.clone(),
+    };
+    // SAFETY: the entry names nothing but the descriptor, which the clone keeps open.
+    let (result, _) = unsafe { perform(entry, held) }.await;
+    result.map(drop)
 }
 
 /// Puts `entry` on the ring and waits for its completion; hands `held` back after it.
@@ -145,83 +240,14 @@ struct Memory {
 /// # Safety
 ///
 /// Whatever the entry points to must be owned by `held`, at an address that stays the same when
-/// `held` moves, and `held` must not touch it before it comes back.
+/// `held` moves.
 ///
 /// # Panics
 ///
-/// When the caller doesn't run on tokio-uring's runtime.
-async unsafe fn perform<H: Unpin + 'static>(entry: Entry, held: H) -> (io::Result<u32>, H) {
-    let finish = Finish(PhantomData);
-    UnsubmittedOneshot::new(Held(Some(held)), finish, entry)
-        .submit()
-        .await
-}
-
-/// Turns a completion into a result.
-struct Finish<H>(PhantomData<fn() -> H>);
-
-impl<H: 'static> OneshotOutputTransform for Finish<H> {
-    type Output = (io::Result<u32>, H);
-    type StoredData = Held<H>;
-
-    fn transform_oneshot_output(self, mut data: Held<H>, entry: cqueue::Entry) -> Self::Output {
-        let result = u32::try_from(entry.result())
-            .map_err(|_negative| io::Error::from_raw_os_error(-entry.result()));
-        let held = data.0.take().expect("invariant: taken here only");
-        (result, held)
-    }
-}
-
-/// What an operation owns, dropped when it is complete, or else kept until the ring is gone.
-///
-/// tokio-uring's driver keeps this until the completion when a future is dropped, but drops it
-/// at once when the driver itself goes, before it has waited for the kernel.
-struct Held<H: 'static>(Option<H>);
-
-impl<H: 'static> Drop for Held<H> {
-    fn drop(&mut self) {
-        let Some(held) = self.0.take() else { return };
-        if SHUTTING_DOWN.get() > 0 {
-            keep(Box::new(held));
-        }
-    }
-}
-
-thread_local! {
-    /// How many rings are being shut down on this thread.
-    static SHUTTING_DOWN: Cell<usize> = const { Cell::new(0) };
-    /// What their operations own.
-    static KEPT: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Keeps what an operation owns until the last ring of this thread that is being shut down is
-/// gone; for ever, if the thread itself is going.
-fn keep(held: Box<dyn Any>) {
-    let mut held = Some(held);
-    if KEPT
-        .try_with(|kept| kept.borrow_mut().extend(held.take()))
-        .is_err()
-    {
-        std::mem::forget(held);
-    }
-}
-
-/// Ends a runtime: drops its tasks, cancels what is in flight, waits for the kernel, and frees
-/// then what the operations owned.
-///
-/// # Safety
-///
-/// `uring` must not be used any more.
-pub(super) unsafe fn shut_down(uring: &mut ManuallyDrop<tokio_uring::Runtime>) {
-    // If this unwinds, the count stays, and what would be freed is leaked from then on: the
-    // kernel may not be done with it.
-    SHUTTING_DOWN.set(SHUTTING_DOWN.get() + 1);
-    // SAFETY: the caller doesn't use it any more.
-    unsafe { ManuallyDrop::drop(uring) };
-    SHUTTING_DOWN.set(SHUTTING_DOWN.get() - 1);
-    if SHUTTING_DOWN.get() == 0 {
-        // An owner may itself end a runtime when it is dropped, so it isn't borrowed meanwhile.
-        let kept = KEPT.try_with(RefCell::take);
-        drop(kept);
-    }
+/// When the caller doesn't run on a runtime with a ring.
+async unsafe fn perform(entry: Entry, held: Held) -> (io::Result<usize>, Held) {
+    let driver = current().expect("an operation on the ring takes a runtime with a ring");
+    // SAFETY: the caller vouches for it.
+    let operation = unsafe { driver.start(entry, held) };
+    operation.await
 }

@@ -1,21 +1,14 @@
-//! One face for two single-threaded runtimes: tokio's, and tokio-uring's on top of it.
+//! One face for two single-threaded runtimes: tokio's, and the same with an io_uring beside it.
 //!
 //! What runs on a [`Runtime`] needs not know which it is: tasks, timers and descriptor
 //! readiness are tokio's on both, and a [`File`](super::File) asks [`Runtime::current`]. The
 //! invariant: dropping a runtime returns only when the kernel touches no memory of its
 //! operations any more, and frees none of that memory before.
-//!
-//! Operations on the ring are handed to the kernel when the thread is about to sleep. A task
-//! that never lets its thread sleep (a loop over `yield_now`) keeps them from starting, so a
-//! busy poll must be bounded.
-
-#![allow(unsafe_code, reason = "one runtime's drop is taken apart")]
 
 use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::mem::ManuallyDrop;
 
 use thiserror::Error;
 use tokio::task::LocalSet;
@@ -23,9 +16,9 @@ use tokio::task::LocalSet;
 pub use tokio::task::JoinHandle;
 
 use super::probe::Unavailable;
-use super::ring;
+use super::ring::{self, Refused, Uring};
 
-/// Operations a ring takes in before it must be flushed, unless said otherwise.
+/// Operations that a ring hands over at once, unless said otherwise.
 pub const DEFAULT_RING_ENTRIES: u32 = 256;
 
 /// Which runtime.
@@ -33,7 +26,7 @@ pub const DEFAULT_RING_ENTRIES: u32 = 256;
 pub enum Kind {
     /// tokio's current-thread runtime; file operations that wait run on its blocking threads.
     Tokio,
-    /// The same with an io_uring of its own, from tokio-uring.
+    /// The same with an io_uring of its own.
     Uring,
 }
 
@@ -84,7 +77,7 @@ enum Inner {
         tasks: LocalSet,
         tokio: tokio::runtime::Runtime,
     },
-    Uring(ManuallyDrop<tokio_uring::Runtime>),
+    Uring(Uring),
 }
 
 impl Runtime {
@@ -98,8 +91,8 @@ impl Runtime {
         Self::with_ring_entries(kind, DEFAULT_RING_ENTRIES)
     }
 
-    /// Makes a runtime whose ring, if it has one, takes `entries` operations between two flushes.
-    /// More may be in flight: they are flushed when the ring is full.
+    /// Makes a runtime whose ring, if it has one, hands up to `entries` operations to the kernel
+    /// at once. More may be in flight.
     ///
     /// # Errors
     ///
@@ -114,9 +107,10 @@ impl Runtime {
                     .build()
                     .map_err(RuntimeError::EventLoop)?,
             },
-            Kind::Uring => Inner::Uring(ManuallyDrop::new(
-                ring::runtime(entries).map_err(|source| RuntimeError::Ring { entries, source })?,
-            )),
+            Kind::Uring => Inner::Uring(Uring::new(entries).map_err(|refused| match refused {
+                Refused::EventLoop(source) => RuntimeError::EventLoop(source),
+                Refused::Ring(source) => RuntimeError::Ring { entries, source },
+            })?),
         };
         Ok(Self { inner })
     }
@@ -151,21 +145,19 @@ impl Runtime {
     }
 }
 
-impl Drop for Runtime {
-    fn drop(&mut self) {
-        if let Inner::Uring(uring) = &mut self.inner {
-            // SAFETY: the runtime is being dropped, nothing uses it after this.
-            unsafe { ring::shut_down(uring) };
-        }
-    }
-}
-
 impl fmt::Debug for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Runtime")
             .field("kind", &self.kind())
             .finish_non_exhaustive()
     }
+}
+
+/// Whether operations of the runtime that the caller runs on are complete that it hasn't seen yet:
+/// something to look at, beside one's own work, before one sleeps.
+#[must_use]
+pub fn has_completions() -> bool {
+    ring::has_completions()
 }
 
 /// Starts a task on the runtime that the caller runs on; the task needs not be `Send`. Keep

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::virtqueue::UsedRing;
 
@@ -41,20 +42,28 @@ impl Later {
     pub(super) async fn publish(self: Rc<Self>) {
         loop {
             self.wake.notified().await;
-            for used in self.completed.take() {
-                used.publish();
-            }
+            self.publish_now();
         }
+    }
+
+    /// Publishes what is complete.
+    pub(super) fn publish_now(&self) {
+        for used in self.completed.take() {
+            used.publish();
+        }
+    }
+
+    /// Ends when nothing is under way any more, after something was.
+    pub(super) fn idle(&self) -> Notified<'_> {
+        self.idle.notified()
     }
 
     /// Waits until nothing is under way.
     pub(super) async fn drained(&self) {
         while self.under_way.get() != 0 {
-            self.idle.notified().await;
+            self.idle().await;
         }
-        for used in self.completed.take() {
-            used.publish();
-        }
+        self.publish_now();
     }
 }
 

@@ -4,7 +4,7 @@
 //! has nothing to do. Requests that wait are tasks of their own beside it. The invariant:
 //! what a pass completes is published at its end, before the loop waits for anything.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -21,12 +21,16 @@ use super::later::Later;
 use super::spin::Spin;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
-use crate::io::{self, Kind, Runtime, spawn};
+use crate::io::{self, spawn};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{Chain, Queue, QueueIndex};
 
 /// Chains taken off a ring before their replies are published and other queues looked at.
 const PASS: usize = 64;
+
+/// How long to look for what the disk does, at most: about as long as it takes to sleep and be
+/// woken, which costs processor time too. Most disks take longer.
+const DISK_POLL: Duration = Duration::from_micros(10);
 
 /// What the session asks of a worker.
 #[derive(Debug)]
@@ -74,6 +78,8 @@ enum Event {
     Command(Command),
     /// Another worker's chain.
     Chain(Chain),
+    /// Nothing is under way any more.
+    Idle,
     /// The session is over.
     End,
 }
@@ -89,7 +95,10 @@ pub(super) struct Loop<F> {
     batch: Vec<Chain>,
     later: Rc<Later>,
     faults: Faults,
+    /// For the guest's next request, with nothing under way.
     spin: Spin,
+    /// For the disk.
+    wait_spin: Spin,
 }
 
 impl<F: FileSystem> Loop<F> {
@@ -108,6 +117,7 @@ impl<F: FileSystem> Loop<F> {
             later: Rc::default(),
             faults: Faults::default(),
             spin: Spin::new(poll),
+            wait_spin: Spin::new(poll.min(DISK_POLL)),
         }
     }
 
@@ -117,6 +127,8 @@ impl<F: FileSystem> Loop<F> {
         loop {
             match self.next_event().await {
                 Event::Ready => (),
+                // What completes may be one by one; the guest waits for it.
+                Event::Idle => self.later.publish_now(),
                 Event::Command(command) => self.obey(command),
                 Event::Chain(chain) => self.help(chain),
                 Event::End => break,
@@ -133,50 +145,69 @@ impl<F: FileSystem> Loop<F> {
 
     /// What to do next; waits if there is nothing.
     async fn next_event(&mut self) -> Event {
-        if !self.queues.iter().any(|owned| owned.ready) {
-            if self.rest() {
-                return Event::Ready;
+        if self.queues.iter().any(|owned| owned.ready) {
+            if let Ok(command) = self.commands.try_recv() {
+                return Event::Command(command);
             }
-            let event = self.wait().await;
-            if matches!(event, Event::Ready) {
-                self.spin.woken();
-            }
-            return event;
-        }
-        if let Ok(command) = self.commands.try_recv() {
-            return Event::Command(command);
-        }
-        if self.later.under_way() == 0 || Runtime::current() != Some(Kind::Uring) {
             // Lets the tasks run, and the runtime see the other queues' kicks.
             tokio::task::yield_now().await;
             return Event::Ready;
         }
-        // tokio-uring hands operations to the kernel only as its thread goes to sleep. So it
-        // shall, with a kick of our own to wake it at once.
-        for owned in self.queues.iter_mut().filter(|owned| owned.ready) {
-            match owned.kick.signal() {
-                Ok(()) => owned.ready = false,
-                Err(error) => log::debug!("kicking ourselves: {error}"),
-            }
+        let waits = self.later.under_way() != 0;
+        if waits && self.wait_spin.pays() {
+            // Hands to the kernel what is looked for then.
+            tokio::task::yield_now().await;
         }
-        self.wait().await
+        if self.look() {
+            if !self.queues.iter().any(|owned| owned.ready) {
+                // Lets the tasks run whose operations are complete.
+                tokio::task::yield_now().await;
+            }
+            return Event::Ready;
+        }
+        if self.arm() {
+            return Event::Ready;
+        }
+        let event = self.wait().await;
+        match event {
+            Event::Ready => self.spin.woken(),
+            Event::Idle if waits => self.wait_spin.woken(),
+            _ => (),
+        }
+        event
     }
 
-    /// Gets ready to sleep: looks at the rings for a moment, then asks for kicks. True if there
-    /// is something to do instead.
-    fn rest(&mut self) -> bool {
+    /// Looks at the rings for a moment, and at what the kernel has completed. True if there is
+    /// something to do.
+    fn look(&mut self) -> bool {
         let queues = &mut self.queues;
-        if self.later.under_way() == 0 && !queues.is_empty() {
-            let found = self.spin.look(|| {
-                queues.iter_mut().fold(false, |any, owned| {
-                    owned.ready |= !owned.armed && owned.queue.has_more();
-                    any | owned.ready
-                })
-            });
-            if found {
-                return true;
+        if queues.is_empty() {
+            return false;
+        }
+        let waits = self.later.under_way() != 0;
+        let spin = if waits {
+            &mut self.wait_spin
+        } else {
+            &mut self.spin
+        };
+        if spin.pays() {
+            for owned in queues.iter_mut().filter(|owned| owned.armed) {
+                owned.armed = false;
+                owned.queue.disarm();
             }
         }
+        spin.look(|| {
+            let any = queues.iter_mut().fold(false, |any, owned| {
+                owned.ready |= owned.queue.has_more();
+                any | owned.ready
+            });
+            any || (waits && io::has_completions())
+        })
+    }
+
+    /// Asks for kicks. True if there is something to do instead.
+    fn arm(&mut self) -> bool {
+        let queues = &mut self.queues;
         for owned in queues.iter_mut().filter(|owned| !owned.armed) {
             owned.armed = true;
             owned.ready |= owned.queue.arm();
@@ -189,6 +220,7 @@ impl<F: FileSystem> Loop<F> {
             commands,
             backlog,
             queues,
+            later,
             ..
         } = self;
         // Waiting here, and nowhere else, shows this worker to the others as idle.
@@ -198,6 +230,7 @@ impl<F: FileSystem> Loop<F> {
                 None => std::future::pending().await,
             }
         });
+        let mut idle = pin!(later.idle());
         poll_fn(|cx| {
             match commands.poll_recv(cx) {
                 Poll::Ready(Some(command)) => return Poll::Ready(Event::Command(command)),
@@ -215,6 +248,9 @@ impl<F: FileSystem> Loop<F> {
             }
             if ready {
                 return Poll::Ready(Event::Ready);
+            }
+            if idle.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Idle);
             }
             chain
                 .as_mut()

@@ -28,6 +28,11 @@ impl Spin {
         }
     }
 
+    /// Whether looking has paid lately.
+    pub(super) fn pays(&self) -> bool {
+        !self.window.is_zero()
+    }
+
     /// Looks, by `found`, for as long as has paid lately. True if something was found.
     pub(super) fn look(&mut self, mut found: impl FnMut() -> bool) -> bool {
         if self.limit.is_zero() {

@@ -52,6 +52,7 @@ suite! {
     waiting_to_open_holds_up_no_other_task
     a_dropped_read_keeps_its_memory_until_it_is_complete
     thousands_of_operations_are_in_flight_at_once
+    operations_go_on_while_the_thread_never_sleeps
     a_nonblocking_descriptor_reads_like_any_other
     files_are_synced_allocated_and_copied
     tasks_and_timers_run
@@ -339,6 +340,35 @@ async fn thousands_of_operations_are_in_flight_at_once() {
     for task in tasks {
         task.await.unwrap();
     }
+}
+
+#[test]
+fn a_ring_of_two_entries_carries_thousands_of_operations() {
+    if let Err(reason) = probe() {
+        eprintln!("skipped: {reason}");
+        return;
+    }
+    let runtime = Runtime::with_ring_entries(Kind::Uring, 2).unwrap();
+    runtime.block_on(thousands_of_operations_are_in_flight_at_once());
+}
+
+async fn operations_go_on_while_the_thread_never_sleeps() {
+    let dir = scratch();
+    let path = file_of(&dir, "f", &pattern(0..5000));
+    let file = File::open(&path, &read_write()).await.unwrap();
+    let done = Rc::new(Cell::new(false));
+    let task = spawn({
+        let done = Rc::clone(&done);
+        async move {
+            file.sync(SyncKind::All).await.unwrap();
+            assert_eq!(read(&file, 5000, 0).await.0.unwrap(), 5000);
+            done.set(true);
+        }
+    });
+    while !done.get() {
+        tokio::task::yield_now().await;
+    }
+    task.await.unwrap();
 }
 
 async fn a_nonblocking_descriptor_reads_like_any_other() {
