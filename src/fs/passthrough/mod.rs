@@ -247,15 +247,30 @@ impl Passthrough {
     ///
     /// See [`PassthroughError`].
     pub fn new(shared_dir: &Path, options: Options) -> std::result::Result<Self, PassthroughError> {
-        let path = || shared_dir.to_path_buf();
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
         let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
         let root = root.map_err(|source| PassthroughError::OpenShared {
-            path: path(),
+            path: shared_dir.to_path_buf(),
             source,
         })?;
+        Self::of(root, proc_fds, shared_dir, options)
+    }
+
+    /// Shares what `root` is open on, `O_PATH`, where there may be no `/proc` any more: `proc_fds`
+    /// is what was `/proc/self/fd`. `shared_dir` is what messages call it.
+    ///
+    /// # Errors
+    ///
+    /// See [`PassthroughError`].
+    pub fn of(
+        root: OwnedFd,
+        proc_fds: OwnedFd,
+        shared_dir: &Path,
+        options: Options,
+    ) -> std::result::Result<Self, PassthroughError> {
+        let path = || shared_dir.to_path_buf();
         let stat = stat_fd(&root, IDENTITY).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
