@@ -119,16 +119,19 @@ impl Server {
     /// Something that the configuration asks for is not to be had on this host. Either process
     /// may get one; the other has ended then, or tells so by the way it ends.
     pub fn start(config: Config, log: Option<BorrowedFd<'_>>) -> Result<Started, ServerError> {
-        let mut listener = match config.listen {
-            Listen::Path(path) => {
+        let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match config.listen {
+            Listen::Path(path) => Box::new(move || {
                 let listener = Listener::bind(&path)?;
                 if let Some(group) = config.socket_group {
                     listener.admit_group(&group)?;
                 }
-                listener
+                Ok(listener)
+            }),
+            Listen::Inherited(fd) => {
+                // At once, before something of ours could get the number.
+                let listener = Listener::inherited(fd)?;
+                Box::new(move || Ok(listener))
             }
-            // Before something of ours could get the number.
-            Listen::Inherited(fd) => Listener::inherited(fd)?,
         };
         let runtime = crate::io::choose(config.runtime)?;
         log::info!("runtime {}: {}", runtime.kind, runtime.reason);
@@ -143,6 +146,12 @@ impl Server {
         let mut options = config.share.file_system;
         options.max_open_inodes = config.max_open_inodes.map(NonZeroUsize::get);
 
+        // What can be known beforehand to fail leaves no socket.
+        passthrough::check_shared(&config.shared_dir).map_err(|source| ServerError::Share {
+            path: config.shared_dir.clone(),
+            source,
+        })?;
+        let mut listener = listen()?;
         let keep: Vec<_> = log.into_iter().chain([listener.as_fd()]).collect();
         let inside = match sandbox::begin(&config.sandbox, &keep)? {
             Begun::Outside(guardian) => {

@@ -68,8 +68,21 @@ fn a_vmm_that_stalls_within_a_message_keeps_nobody_from_stopping_the_server() {
     let mut stream = server.connect();
     server.wait_for("connected");
     stream.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    // Until the server has begun to read it.
+    while unread_by_peer(&stream) > 0 {
+        std::thread::yield_now();
+    }
     server.signal(Signal::TERM);
     assert!(server.wait().success());
+}
+
+/// How much of what was written to a socket its other end has not read yet.
+fn unread_by_peer(stream: &UnixStream) -> i32 {
+    let mut count = 0;
+    // SAFETY: the request writes an int, to one that is exclusively borrowed during the call.
+    let done = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    assert_eq!(done, 0);
+    count
 }
 
 #[test]

@@ -53,3 +53,14 @@ pub fn wait_readable(fd: impl AsFd, stop: BorrowedFd<'_>) -> std::io::Result<boo
         }
     }
 }
+
+/// Whether `fd` can be read, or has ended, at this moment.
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}

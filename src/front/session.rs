@@ -5,11 +5,13 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
 
+use rustix::event::{EventfdFlags, eventfd};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -21,15 +23,12 @@ use vhost::vhost_user::{
 };
 
 use super::vring::Vring;
-use super::{Runner, wait_readable};
+use super::{Runner, is_readable, wait_readable};
 use crate::device::{self, Device};
 use crate::virtqueue::memory::{DirtyLog, Region};
 use crate::virtqueue::{
     Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
 };
-
-/// How long a front end may take over one message, once it has begun it.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The most memory regions that ADD_MEM_REG may add up to; QEMU never has more.
 const MAX_MEM_SLOTS: u64 = 512;
@@ -114,30 +113,44 @@ pub fn serve<R: Runner + Send>(
     runner: &mut R,
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
-    // A front end that stalls within a message must not keep the server from being stopped.
-    stream
-        .set_read_timeout(Some(MESSAGE_TIMEOUT))
-        .map_err(SessionError::Socket)?;
     let socket = stream.try_clone().map_err(SessionError::Socket)?;
     let session = Arc::new(Mutex::new(Session::new(device, runner)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
-    let end = loop {
-        match wait_readable(&socket, stop) {
-            Ok(true) => break Ok(End::Stopped),
-            Ok(false) => (),
-            Err(error) => break Err(SessionError::Socket(error)),
-        }
-        match handler.handle_request() {
-            Ok(()) => (),
-            Err(ProtocolError::Disconnected) => break Ok(End::Disconnected),
-            Err(ProtocolError::SocketBroken(error))
-                if error.kind() == io::ErrorKind::ConnectionReset =>
-            {
-                break Ok(End::Disconnected);
+    let over = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| SessionError::Socket(e.into()))?;
+    let end = thread::scope(|scope| {
+        let watch = || {
+            // Where either can't be waited for, neither can it by the loop below.
+            if let Ok(true) = wait_readable(&over, stop) {
+                // Nothing more comes from a front end that has stalled within a message.
+                let _ = socket.shutdown(Shutdown::Read);
             }
-            Err(error) => break Err(session_error(error)),
-        }
-    };
+        };
+        let watcher = thread::Builder::new().name("ringfsd-stop".to_owned());
+        watcher
+            .spawn_scoped(scope, watch)
+            .map_err(SessionError::Socket)?;
+        let end = loop {
+            match wait_readable(&socket, stop) {
+                Ok(true) => break Ok(End::Stopped),
+                Ok(false) => (),
+                Err(error) => break Err(SessionError::Socket(error)),
+            }
+            match handler.handle_request() {
+                Ok(()) => (),
+                Err(_) if is_readable(stop) => break Ok(End::Stopped),
+                Err(ProtocolError::Disconnected) => break Ok(End::Disconnected),
+                Err(ProtocolError::SocketBroken(error))
+                    if error.kind() == io::ErrorKind::ConnectionReset =>
+                {
+                    break Ok(End::Disconnected);
+                }
+                Err(error) => break Err(session_error(error)),
+            }
+        };
+        // Writing to an eventfd fails only if it is full.
+        let _ = rustix::io::write(&over, &1_u64.to_ne_bytes());
+        end
+    });
     session
         .lock()
         .unwrap_or_else(PoisonError::into_inner)

@@ -60,6 +60,29 @@ impl Server {
         server
     }
 
+    /// As [`start`](Self::start), as another user where the tests run as root, with the share
+    /// being that user's; the server logs what `--log-level info` says.
+    pub fn start_as(user: Option<u32>, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let share = dir.path().join("share");
+        std::fs::create_dir(&share).unwrap();
+        let mut command = command_as(user, dir.path());
+        if let Some(user) = user {
+            for path in [dir.path(), &share] {
+                std::os::unix::fs::chown(path, Some(user), Some(user)).unwrap();
+            }
+        }
+        command
+            .arg("--socket")
+            .arg(dir.path().join("socket"))
+            .arg("--shared-dir")
+            .arg(&share)
+            .args(args);
+        let mut server = Self::spawn(command, dir);
+        server.wait_for(LISTENING);
+        server
+    }
+
     /// Runs a command as a server; `dir` lives as long as it.
     pub fn spawn(mut command: Command, dir: tempfile::TempDir) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -239,6 +262,23 @@ pub struct Holdings {
 pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
     command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
+    command
+}
+
+/// The program under test, run as another user, from a copy in `dir` that any user gets at.
+pub fn command_as(user: Option<u32>, dir: &Path) -> Command {
+    let Some(user) = user else { return command() };
+    let program = dir.join("ringfsd");
+    std::fs::copy(env!("CARGO_BIN_EXE_ringfsd"), &program).unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(dir, open).unwrap();
+    let mut command = Command::new("setpriv");
+    let user = user.to_string();
+    command
+        .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+        .arg(program)
+        .env_remove("RINGFSD_LOG")
+        .stdin(Stdio::null());
     command
 }
 
