@@ -27,8 +27,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, CWD, RenameFlags, Timespec, Timestamps};
 use rustix::process::Signal;
 use support::Server;
-use vmm::fuse::wire::Credentials;
-use vmm::fuse::{Call, Client, FuseError, ROOT, wire};
+use vmm::fuse::{Client, FuseError, ROOT};
 use vmm::{Options, Profile, Session};
 
 /// An ordinary user.
@@ -115,9 +114,8 @@ fn is_untouched(outside: &Path) -> bool {
 
 #[test]
 fn the_process_that_serves_is_where_it_says() {
-    let namespace = |pid: u32, name: &str| {
-        std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap()
-    };
+    let namespace =
+        |pid: u32, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
     for way in ways() {
         let server = way.start(&[]);
         std::fs::write(server.share().join("marker"), "").unwrap();
@@ -279,7 +277,9 @@ fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
             let dir = share.join(format!("dir{n}"));
             std::fs::create_dir(&dir).unwrap();
             std::fs::write(dir.join("secret"), "inside").unwrap();
-            std::os::unix::fs::chown(&dir, way.user, way.user).unwrap();
+            for path in [&dir, &dir.join("secret")] {
+                std::os::unix::fs::chown(path, way.user, way.user).unwrap();
+            }
             symlink(&outside, share.join(format!("swap{n}"))).unwrap();
         }
         let over = AtomicBool::new(false);
@@ -288,7 +288,10 @@ fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
                 let mut swaps = 0_u64;
                 while !over.load(Ordering::Relaxed) {
                     let n = swaps % 24;
-                    let (dir, swap) = (share.join(format!("dir{n}")), share.join(format!("swap{n}")));
+                    let (dir, swap) = (
+                        share.join(format!("dir{n}")),
+                        share.join(format!("swap{n}")),
+                    );
                     let flags = RenameFlags::EXCHANGE;
                     rustix::fs::renameat_with(CWD, &dir, CWD, &swap, flags).unwrap();
                     swaps += 1;
@@ -312,10 +315,13 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut read, mut round) = (0, 0_u64);
     while Instant::now() < end || read <= 100 {
+        assert!(Instant::now() < end + support::PATIENCE, "{read}");
         round += 1;
         let name = |kind: &str| CString::new(format!("{kind}{}", round % 24)).unwrap();
         for dir in [name("dir"), name("swap")] {
-            let Ok(dir) = fs.lookup(ROOT, &dir) else { continue };
+            let Ok(dir) = fs.lookup(ROOT, &dir) else {
+                continue;
+            };
             let node = dir.nodeid;
             if let Ok(secret) = fs.lookup(node, c"secret") {
                 if let Ok(handle) = fs.open(secret.nodeid, libc::O_RDWR) {
@@ -363,7 +369,10 @@ fn device_nodes_and_set_user_id_files_give_the_guest_nothing_of_the_host() {
             assert_eq!(errno(device), Some(libc::EPERM));
         }
         let fifo = fs.mknod(ROOT, c"fifo", libc::S_IFIFO | 0o666, 0).unwrap();
-        assert_eq!(errno(fs.open(fifo.nodeid, libc::O_RDONLY)), Some(libc::ENXIO));
+        assert_eq!(
+            errno(fs.open(fifo.nodeid, libc::O_RDONLY)),
+            Some(libc::ENXIO)
+        );
 
         let (program, _) = fs.create(ROOT, c"program", 0o755).unwrap();
         fs.chmod(program.nodeid, 0o4755).unwrap();
@@ -382,7 +391,12 @@ fn ids_can_be_mapped_to_others_of_the_host() {
     if !is_root() {
         return;
     }
-    let maps = ["--uid-map", ":0:100000:1000:", "--gid-map", ":0:100000:1000:"];
+    let maps = [
+        "--uid-map",
+        ":0:100000:1000:",
+        "--gid-map",
+        ":0:100000:1000:",
+    ];
     let server = Server::start_as(Some(0), &maps);
     std::os::unix::fs::chown(server.share(), Some(100_000), Some(100_000)).unwrap();
     std::fs::write(server.share().join("roots"), "").unwrap();
@@ -392,31 +406,30 @@ fn ids_can_be_mapped_to_others_of_the_host() {
     fs.create(ROOT, c"by root", 0o644).unwrap();
     assert_eq!(owner("by root"), 100_000);
     let by = |fs: &mut Client<Session>, name: &CStr, uid| {
-        let credentials = Credentials {
-            uid,
-            gid: uid,
-            pid: 1,
-        };
-        let arguments = wire::MkdirIn {
-            mode: 0o755,
-            umask: 0,
-        };
-        let call = Call::new(wire::opcode::MKDIR, ROOT)
-            .arg(zerocopy::IntoBytes::as_bytes(&arguments))
-            .name(name)
-            .by(credentials);
-        fs.request(call.reply_of::<wire::EntryOut>())
+        fs.act_as(uid, uid);
+        let made = fs.mkdir(ROOT, name, 0o755);
+        fs.act_as(0, 0);
+        made
     };
     by(&mut fs, c"by a user", 7).unwrap();
     assert_eq!(owner("by a user"), 100_007);
-    assert_eq!(errno(by(&mut fs, c"by a stranger", 1000)), Some(libc::EPERM));
+    assert_eq!(
+        errno(by(&mut fs, c"by a stranger", 1000)),
+        Some(libc::EPERM)
+    );
     // The host's superuser is nobody there, and keeps what is hers.
     let roots = fs.lookup(ROOT, c"roots").unwrap();
     assert_eq!(roots.attr.uid, 65534);
     assert_eq!(errno(fs.chmod(roots.nodeid, 0o777)), Some(libc::EPERM));
-    assert_eq!(errno(fs.open(roots.nodeid, libc::O_WRONLY)), Some(libc::EACCES));
+    assert_eq!(
+        errno(fs.open(roots.nodeid, libc::O_WRONLY)),
+        Some(libc::EACCES)
+    );
     // Nor is the process hers.
-    assert_eq!(status(server.pid(), "Uid"), "100000\t100000\t100000\t100000");
+    assert_eq!(
+        status(server.pid(), "Uid"),
+        "100000\t100000\t100000\t100000"
+    );
 
     let needless = support::output(&[
         "--socket=/nowhere/s",
@@ -437,7 +450,11 @@ fn a_user_maps_no_ids_that_are_not_his() {
     let mut command = support::command_as(Some(USER), dir.path());
     let socket = dir.path().join("socket");
     std::os::unix::fs::chown(dir.path(), Some(USER), Some(USER)).unwrap();
-    command.arg("--socket").arg(&socket).arg("--shared-dir").arg(dir.path());
+    command
+        .arg("--socket")
+        .arg(&socket)
+        .arg("--shared-dir")
+        .arg(dir.path());
     let refused = command.args(["--uid-map", ":0:0:1000:"]).output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{said}");
@@ -509,7 +526,10 @@ fn capabilities_are_kept_and_dropped_as_told() {
     let server = Server::start(&["-o", "modcaps=-mknod:-setfcap,sandbox=chroot"]);
     let setfcap = 1 << 31;
     assert_eq!(capabilities(server.pid()), needed & !mknod & !setfcap);
-    assert_eq!(errno(session(&server).setxattr(ROOT, c"trusted.x", b"1", 0)), Some(libc::EPERM));
+    assert_eq!(
+        errno(session(&server).setxattr(ROOT, c"trusted.x", b"1", 0)),
+        Some(libc::EPERM)
+    );
 
     // CAP_DAC_OVERRIDE and CAP_FOWNER.
     let server = Server::start(&["--readonly"]);
@@ -547,7 +567,10 @@ fn a_sandbox_that_can_not_be_had_is_an_error_that_says_what_to_do() {
         assert!(!dir.path().join("socket").exists());
     }
     // What it says helps.
-    let mut server = Server::spawn(without("-sys_admin", "chroot"), tempfile::tempdir().unwrap());
+    let mut server = Server::spawn(
+        without("-sys_admin", "chroot"),
+        tempfile::tempdir().unwrap(),
+    );
     server.wait_until_it_listens();
     drop(server);
     let mut server = Server::spawn(without("-all", "none"), tempfile::tempdir().unwrap());
