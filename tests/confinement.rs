@@ -205,7 +205,7 @@ impl Handle {
     }
 }
 
-/// Whether what the server does goes on: a thread, memory, a file.
+/// Whether what the server does goes on: a thread, memory, a file, also after a panic.
 fn lives(place: &Place) -> bool {
     let thread = std::thread::spawn(|| vec![1_u8; 10 << 20].len());
     let made = rustix::fs::openat(
@@ -214,7 +214,11 @@ fn lives(place: &Place) -> bool {
         OFlags::CREATE | OFlags::WRONLY,
         Mode::from_raw_mode(0o600),
     );
-    thread.join().unwrap() == 10 << 20 && made.is_ok_and(|fd| rustix::io::write(fd, b"x") == Ok(1))
+    // One that tells where it was, which looks for more than it finds here.
+    let panicked = std::thread::spawn(|| panic!("a panic that is survived")).join();
+    panicked.is_err()
+        && thread.join().unwrap() == 10 << 20
+        && made.is_ok_and(|fd| rustix::io::write(fd, b"x") == Ok(1))
 }
 
 /// Tries one of [`ESCAPES`]; answers whether it has come through.
@@ -378,6 +382,7 @@ impl Scene {
             .arg(self.dir.path().join("share"))
             .arg(self.dir.path().join("secret"))
             .arg(what)
+            .env("RUST_BACKTRACE", "1")
             .env("CONFINEMENT_PORT", self.port.to_string())
             .env("CONFINEMENT_PID", std::process::id().to_string());
         if let Some(user) = user {

@@ -587,6 +587,39 @@ fn the_filter_is_there_unless_it_is_not_wanted() {
 }
 
 #[test]
+fn no_message_of_a_vmm_meets_the_filter() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut server = Server::start(&[]);
+    let (sent, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    // With a descriptor and without, whether it belongs to the message or not.
+    for request in 0..48_u32 {
+        for (size, with_fd) in [(0_u32, true), (8, true), (8, false), (40, true)] {
+            let stream = server.connect();
+            // The version of the protocol, and that a reply is wanted.
+            let head = [
+                request.to_ne_bytes(),
+                9_u32.to_ne_bytes(),
+                size.to_ne_bytes(),
+            ];
+            let message = [head.concat(), vec![0; size as usize]].concat();
+            let fds = [std::os::fd::AsFd::as_fd(&sent)];
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if with_fd {
+                ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+            }
+            let bytes = [std::io::IoSlice::new(&message)];
+            sendmsg(&stream, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+            drop(stream);
+        }
+    }
+    // Those that still wait in line are served before this one.
+    session(&server).getattr(ROOT).unwrap();
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+}
+
+#[test]
 fn neither_process_outlives_the_other() {
     for way in ways() {
         // Its own end: the socket goes, and the launcher is told how it was.

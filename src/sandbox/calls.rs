@@ -64,17 +64,13 @@ const CREDENTIALS: &[libc::c_long] = &[
 /// The VMM's socket (`front`), syslog's, and waiting for them.
 const SOCKETS: &[libc::c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
-    libc::SYS_getsockname,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_ppoll,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_poll,
+    // `vhost` looks at sockets that a front end hands over, wanted or not.
+    libc::SYS_getsockopt,
 ];
 
 /// The runtimes' way of waiting (`io`).
@@ -82,9 +78,10 @@ const EVENTS: &[libc::c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
-    libc::SYS_epoll_pwait,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_epoll_wait,
+    #[cfg(not(target_arch = "x86_64"))]
+    libc::SYS_epoll_pwait,
 ];
 
 /// Threads, memory, signals and time: the C library and Rust's.
@@ -113,8 +110,17 @@ const PROCESS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
+/// A panic that tells where it was, which a worker survives: the program and its files are looked
+/// for, mostly in vain.
+const PANIC: &[libc::c_long] = &[
+    libc::SYS_getcwd,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+];
+
 /// Allowed whatever the server was asked for.
-pub(super) const ALWAYS: &[&[libc::c_long]] = &[FILES, CREDENTIALS, SOCKETS, EVENTS, PROCESS];
+pub(super) const ALWAYS: &[&[libc::c_long]] =
+    &[FILES, CREDENTIALS, SOCKETS, EVENTS, PROCESS, PANIC];
 
 /// The runtime on `io_uring`. What is done by way of a ring is seen by no filter: the ring itself
 /// is restricted.

@@ -110,8 +110,6 @@ const CONDITIONS: &[(libc::c_long, u8, Only)] = &[
     (libc::SYS_mprotect, 2, Only::Bits(bits(libc::PROT_EXEC), 0)),
     (libc::SYS_prctl, 0, Only::OneOf(PROPERTIES)),
     (libc::SYS_ioctl, 1, Only::OneOf(REQUESTS)),
-    // Limits are read.
-    (libc::SYS_prlimit64, 2, Only::OneOf(&[0])),
 ];
 
 impl Filter {
