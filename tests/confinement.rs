@@ -311,12 +311,14 @@ fn forbidden(call: &str) {
         // SAFETY: asks for nothing that is allowed.
         "ptrace" => drop(unsafe { libc::ptrace(libc::PTRACE_ATTACH, 1, 0, 0) }),
         "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
-        // SAFETY: the child, should there be one, ends at once.
-        "fork" => match unsafe { libc::fork() } {
-            // SAFETY: takes a number.
-            0 => unsafe { libc::_exit(0) },
-            _ => {}
-        },
+        "fork" => {
+            // SAFETY: the child, should there be one, ends at once.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: takes a number.
+                unsafe { libc::_exit(0) }
+            }
+        }
         "unshare" => {
             // SAFETY: namespaces don't change what descriptors mean.
             let made =
