@@ -57,11 +57,12 @@ if wanted guest; then
     step 'real guests'
     integration/guest/setup.sh
     cargo build --release --locked
-    # Each runtime, 1 and 4 request queues, an old kernel and one that spreads over the queues.
-    integration/guest/suite.sh --runtime uring --queues 1 --kernel 6.1
-    integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1
-    integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12
-    integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12
+    # Each runtime, 1 and 4 request queues, an old kernel and one that spreads over the queues; each
+    # sandbox, as root and not. What a server never calls kills it in all of them.
+    integration/guest/suite.sh --runtime uring --queues 1 --kernel 6.1 --sandbox namespace
+    integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
+    integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
+    integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
 fi
 
 step 'all passed'

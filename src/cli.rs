@@ -1,5 +1,6 @@
 //! Options as typed, and their help.
 
+mod confinement;
 mod launcher;
 mod operations;
 mod sharing;
@@ -16,6 +17,7 @@ use crate::config::{Config, Descriptors, Listen, Share};
 use crate::device::Tag;
 use crate::io::Choice;
 
+pub use self::confinement::{Confinement, Sandbox, Seccomp};
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, expand};
 pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
@@ -143,6 +145,10 @@ pub struct Options {
     /// What is served only where it is asked for.
     #[command(flatten)]
     pub operations: Operations,
+
+    /// What keeps the server in.
+    #[command(flatten)]
+    pub confinement: Confinement,
 }
 
 /// `--runtime`.
@@ -247,6 +253,7 @@ impl TryFrom<Options> for Config {
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
+            sandbox: options.confinement.into(),
             share,
         })
     }

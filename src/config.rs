@@ -9,6 +9,7 @@ use crate::device::Tag;
 use crate::fs::passthrough;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
+use crate::sandbox;
 
 /// Where front ends connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +56,8 @@ pub struct Config {
     pub once: bool,
     /// How many descriptors may be open.
     pub descriptors: Descriptors,
+    /// What keeps the server in.
+    pub sandbox: sandbox::Options,
     /// What guests may do with the directory.
     pub share: Share,
 }

@@ -15,6 +15,7 @@
 //! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
 //! | [`fs`] | the file system trait; the passthrough |
 //! | [`io`] | asynchronous file, guest buffers, over io_uring and tokio |
+//! | [`sandbox`] | what keeps the server in |
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
@@ -27,6 +28,7 @@ pub mod front;
 pub mod fs;
 pub mod fuse;
 pub mod io;
+pub mod sandbox;
 pub mod scheduler;
 pub mod server;
 pub mod virtqueue;

@@ -1,11 +1,13 @@
 //! Composition root: the start-up order, top to bottom, once.
 //!
+//! The process is split in two on the way, before it has a second thread: what lies outside of the
+//! sandbox is had before, and what serves a guest after. `docs/sandbox.md` says why in this order.
 //! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
 //! the next one begins.
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,10 +15,11 @@ use std::time::Duration;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
-use crate::front::{self, End, ListenError, Listener, Runner};
-use crate::fs::passthrough::{self, Passthrough};
+use crate::front::{self, End, ListenError, Listener, Runner, SocketFile};
+use crate::fs::passthrough::{self, InodeFileHandles, Passthrough};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
+use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
 use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Crew, CrewError};
 
@@ -50,12 +53,46 @@ pub enum ServerError {
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
+    /// The server can't be kept in.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The server can't be kept to its system calls.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),
     /// A session's threads can't be had.
     #[error("starting to serve the VMM that has connected")]
     Crew(#[from] CrewError),
+}
+
+/// Which of the two processes this is from now on.
+#[derive(Debug)]
+pub enum Started {
+    /// The one that the launcher knows.
+    Outside(Outside),
+    /// The one that serves.
+    Inside(Box<Server>),
+}
+
+/// What stays outside of the sandbox: the guardian, and the socket's file, which is removed at
+/// the end.
+#[derive(Debug)]
+pub struct Outside {
+    guardian: Guardian,
+    _socket: Option<SocketFile>,
+}
+
+impl Outside {
+    /// Waits until the server has ended, and removes its socket.
+    ///
+    /// # Errors
+    ///
+    /// Whatever a seccomp filter of the launcher says.
+    pub fn watch(self) -> io::Result<Ending> {
+        self.guardian.watch()
+    }
 }
 
 /// A server: one shared directory, one session at a time.
@@ -69,15 +106,19 @@ pub struct Server {
     poll: Duration,
     session: SessionOptions,
     once: bool,
+    filter: Filter,
 }
 
 impl Server {
-    /// Gets everything ready, the socket last: whoever sees it can connect.
+    /// Gets everything ready, and splits the process in two; see [`sandbox::begin`] for when this
+    /// may be called. The one that serves keeps `log`, which its log is written to, if that is
+    /// not standard error.
     ///
     /// # Errors
     ///
-    /// Something that the configuration asks for is not to be had on this host.
-    pub fn new(config: Config) -> Result<Self, ServerError> {
+    /// Something that the configuration asks for is not to be had on this host. Either process
+    /// may get one; the other has ended then, or tells so by the way it ends.
+    pub fn start(config: Config, log: Option<BorrowedFd<'_>>) -> Result<Started, ServerError> {
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match config.listen {
             Listen::Path(path) => Box::new(move || {
                 let listener = Listener::bind(&path)?;
@@ -104,12 +145,37 @@ impl Server {
         }
         let mut options = config.share.file_system;
         options.max_open_inodes = config.max_open_inodes.map(NonZeroUsize::get);
-        let fs =
-            Passthrough::new(&config.shared_dir, options).map_err(|source| ServerError::Share {
+
+        // What can be known beforehand to fail leaves no socket.
+        passthrough::check_shared(&config.shared_dir).map_err(|source| ServerError::Share {
+            path: config.shared_dir.clone(),
+            source,
+        })?;
+        let mut listener = listen()?;
+        let keep: Vec<_> = log.into_iter().chain([listener.as_fd()]).collect();
+        let inside = match sandbox::begin(&config.sandbox, &keep)? {
+            Begun::Outside(guardian) => {
+                return Ok(Started::Outside(Outside {
+                    guardian,
+                    _socket: listener.into_file(),
+                }));
+            }
+            Begun::Inside(inside) => inside,
+        };
+        listener.leave_file();
+        let needs = Needs {
+            readonly: options.readonly,
+            file_handles: options.inode_file_handles != InodeFileHandles::Never,
+        };
+        let place = inside.enter(&config.shared_dir, needs)?;
+        let fs = Passthrough::of(place.root, place.proc_fds, &config.shared_dir, options).map_err(
+            |source| ServerError::Share {
                 path: config.shared_dir.clone(),
                 source,
-            })?;
-        Ok(Self {
+            },
+        )?;
+        let filter = Filter::new(config.sandbox.seccomp, runtime.kind, place.file_handles)?;
+        Ok(Started::Inside(Box::new(Self {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
@@ -117,21 +183,33 @@ impl Server {
             workers: config.workers,
             runtime,
             fs: Arc::new(fs),
-            listener: listen()?,
+            listener,
             poll: config.poll,
             session: config.share.session,
             once: config.once,
-        })
+            filter,
+        })))
+    }
+
+    /// Lets the signals come that end a server, which [`start`](Self::start) holds: to be called
+    /// once they make the descriptor readable that [`run`](Self::run) is given.
+    ///
+    /// # Errors
+    ///
+    /// Whatever a seccomp filter of the launcher says.
+    pub fn release_signals(&self) -> io::Result<()> {
+        sandbox::release_signals()
     }
 
     /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
-    /// the first.
+    /// the first. From here on the calling thread makes the server's system calls and no others.
     ///
     /// # Errors
     ///
     /// Connections can't be taken any more, or the host has no threads for a session. What a
     /// VMM does wrong ends its session and is logged.
     pub fn run(&self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
+        self.filter.install()?;
         loop {
             // Launchers wait for these very words.
             log::info!(

@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// Upper rooms first, as in docs/architecture.md; each with the rooms that it may use.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["config", "device", "fuse", "fs", "io"]),
+    ("cli", &["config", "device", "fuse", "fs", "io", "sandbox"]),
     (
         "server",
         &[
@@ -22,10 +22,11 @@ const ROOMS: &[(&str, &[&str])] = &[
             "virtqueue",
             "fuse",
             "fs",
+            "sandbox",
             "io",
         ],
     ),
-    ("config", &["device", "fuse", "fs", "io"]),
+    ("config", &["device", "fuse", "fs", "io", "sandbox"]),
     ("front", &["device", "virtqueue", "sys"]),
     ("device", &[]),
     ("worker", &["scheduler", "virtqueue", "fuse", "fs", "io"]),
@@ -33,6 +34,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("scheduler", &[]),
     ("fuse", &["fs", "io"]),
     ("fs", &["io", "sys"]),
+    ("sandbox", &["io", "sys"]),
     ("io", &["sys"]),
     ("sys", &[]),
 ];

@@ -26,6 +26,7 @@ declare -A package_of=(
     [xz]=xz-utils
     [setfattr]=attr
     [setpriv]=util-linux
+    [newuidmap]=uidmap
     [flock]=util-linux
     [cc]=gcc
 )

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The guest's part of suite.sh, which puts a line of settings before it: PHASE (first,
-# after_reset, second_machine), QUICK (--quick or nothing), QUEUES. Prints "step ok NAME" or
+# after_reset, second_machine), QUICK (options of guest-suite), QUEUES. Prints "step ok NAME" or
 # "step FAILED NAME: why" for each step, "value NAME ..." for what the host compares, and what
 # guest-suite prints.
 set -u
@@ -25,7 +25,7 @@ digest() {
 checks() {
     echo "checks $1"
     mkdir "/mnt/$1" && chmod 755 "/mnt/$1"
-    # shellcheck disable=SC2086 # nothing, or one word
+    # shellcheck disable=SC2086 # several words, or none
     guest-suite $QUICK "/mnt/$1" ${2:+"$2"}
 }
 

@@ -10,6 +10,10 @@
 #   --runtime NAME      given to the server as --runtime NAME
 #   --queues N          request queues (1); the guest gets as many CPUs, two at least
 #   --kernel 6.1|6.12   the guest's kernel (6.12)
+#   --sandbox KIND      given to the server as --sandbox KIND
+#   --ordinary-user     the server is not root: it is run by the user daemon, with a range of ids of
+#                       its own, which the namespace sandbox maps itself, and which for the others
+#                       a user namespace around the server has, as in a container without root
 #   --server COMMAND    how the server is started, as for run.sh
 #   --full              guest-suite with its full sizes: minutes instead of seconds
 #   --verbose           a line for each check of guest-suite that passed, too
@@ -25,7 +29,7 @@ guest_suite=$cache/suite/x86_64-unknown-linux-gnu/release/guest-suite
 # shellcheck source=server.sh
 source "$here/server.sh"
 
-runtime='' server='' queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=300
+runtime='' server='' sandbox='' ordinary=false queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=300
 work='' share='' server_pid='' server_status='' guest='' passed=0 failed=0
 declare -A seen=() value=()
 
@@ -65,9 +69,11 @@ parse() {
                 ;;
             --full) quick='' limit=1200 ;;
             --verbose) verbose=true ;;
-            --runtime | --queues | --kernel | --server | --log-dir)
+            --ordinary-user) ordinary=true ;;
+            --sandbox | --runtime | --queues | --kernel | --server | --log-dir)
                 (($# >= 2)) || usage "$1 wants a value"
                 case $1 in
+                    --sandbox) sandbox=$2 ;;
                     --runtime) runtime=$2 ;;
                     --queues) queues=$2 ;;
                     --kernel) kernel=$2 ;;
@@ -81,8 +87,37 @@ parse() {
         shift
     done
     [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is no number of queues"
+    if $ordinary; then
+        [[ $(id -u) == 0 ]] || usage "--ordinary-user takes root, to become that user"
+        [[ -z $server ]] || usage "--ordinary-user and --server exclude each other"
+    fi
     [[ -n $server ]] || server_default "$repo" "$queues"
     [[ -z $runtime ]] || printf -v server '%s --runtime %q' "$server" "$runtime"
+    [[ -z $sandbox ]] || printf -v server '%s --sandbox %q' "$server" "$sandbox"
+}
+
+# Has the server started by an ordinary user, who owns the share. Its ids are told to newuidmap in
+# files that only the server's mount namespace has in the place of the host's.
+make_ordinary() {
+    local user
+    user=$(id -u daemon):$(id -g daemon)
+    cp "$repo/target/release/ringfsd" "$work/ringfsd"
+    server=${server//"$repo/target/release/ringfsd"/"$work/ringfsd"}
+    echo 'daemon:100000:65535' >"$work/subids"
+    touch /etc/subuid /etc/subgid
+    chown "$user" "$work/run"
+    chown -hR "$user" "$share"
+    if [[ ${sandbox:-namespace} == namespace ]]; then
+        server+=" --uid-map :0:${user%:*}:1: --uid-map :1:100000:65535:"
+        server+=" --gid-map :0:${user#*:}:1: --gid-map :1:100000:65535:"
+    else
+        server="unshare --map-root-user --map-users=100000,1,65535 --map-groups=100000,1,65535 $server"
+    fi
+    server="exec setpriv --reuid ${user%:*} --regid ${user#*:} --clear-groups $server"
+    server="mount --bind $work/subids /etc/subuid; mount --bind $work/subids /etc/subgid; $server"
+    printf -v server 'exec unshare --mount bash -ec %q' "$server"
+    # Devices are the host's superuser's to make.
+    quick="${quick:+$quick }--no-devices"
 }
 
 # shellcheck disable=SC2317 # called by the trap
@@ -159,7 +194,7 @@ take() {
 
 # The script of a boot: settings, then the common text.
 script_of() {
-    printf '#!/bin/sh\nPHASE=%s QUICK=%s QUEUES=%s\n' "$1" "$quick" "$queues"
+    printf '#!/bin/sh\nPHASE=%s QUICK=%q QUEUES=%s\n' "$1" "$quick" "$queues"
     cat "$here/steps.sh"
 }
 
@@ -169,7 +204,7 @@ machine() {
     local name=$1 line start='' last=nothing from status=0 gone=0
     local -n expected=$1
     shift
-    exec {from}< <(exec "$here/run.sh" --socket "$work/socket" --kernel "$kernel" \
+    exec {from}< <(exec "$here/run.sh" --socket "$work/run/socket" --kernel "$kernel" \
         --queues "$queues" --cpus "$((queues > 2 ? queues : 2))" --timeout "$limit" \
         --log-dir "$logs/$name" "$@" 2>"$logs/$name.run")
     guest=$!
@@ -225,8 +260,11 @@ make_share() {
     (cd "$share/many" && seq -f 'entry-%05.0f' 1 10000 | xargs touch)
 }
 
+# A tree's digest, its owners being what they are to the server.
 digest() {
-    "$guest_suite" --digest "$share/$1" >"$work/digest"
+    local view=()
+    ! $ordinary || view=(nsenter --user --preserve-credentials --target "$server_pid")
+    "${view[@]}" "$guest_suite" --digest "$share/$1" >"$work/digest"
     sha256sum <"$work/digest" | cut -c 1-64
 }
 
@@ -291,14 +329,15 @@ main() {
     trap 'exit 143' TERM
     chmod 755 "$work"
     logs=${logs:-$work/logs} share=$work/share
-    mkdir -p "$logs"/{first,second}
+    mkdir -p "$logs"/{first,second} "$work/run"
     make_share
+    if $ordinary; then make_ordinary; fi
     script_of first >"$work/first"
     script_of after_reset >"$work/after_reset"
     script_of second_machine >"$work/second"
 
-    server_start "$server" "$work/socket" "$share" "$logs/server.log"
-    if ! server_wait "$work/socket" 20 "$server_pid"; then
+    server_start "$server" "$work/run/socket" "$share" "$logs/server.log"
+    if ! server_wait "$work/run/socket" 20 "$server_pid"; then
         failed server_listens "$server"
         cat "$logs/server.log"
     else

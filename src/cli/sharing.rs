@@ -84,8 +84,8 @@ pub struct Sharing {
     #[arg(long)]
     pub no_announce_submounts: bool,
 
-    /// Keep files within reach by file handle instead of an open descriptor each. never: only
-    /// when descriptors run short. prefer: wherever they work. mandatory: or not at all. Needs
+    /// Keep files within reach by file handle instead of an open descriptor each. never: not even
+    /// when descriptors run short (names serve then). prefer: wherever they work. mandatory: or not at all. Needs
     /// CAP_DAC_READ_SEARCH.
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     pub inode_file_handles: FileHandles,

@@ -4,7 +4,9 @@
 //! invariant: a log that nobody reads never makes the server wait.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
 
 /// Where syslog listens.
 const SOCKET: &str = "/dev/log";
@@ -12,10 +14,10 @@ const SOCKET: &str = "/dev/log";
 /// The facility for daemons, times 8 (RFC 3164, 4.1.1).
 const DAEMON: u8 = 3 << 3;
 
-/// A connection to syslog.
-#[derive(Debug)]
+/// A connection to syslog; clones share it.
+#[derive(Clone, Debug)]
 pub struct Syslog {
-    socket: UnixDatagram,
+    socket: Arc<UnixDatagram>,
 }
 
 impl Syslog {
@@ -28,20 +30,29 @@ impl Syslog {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
         socket.connect(SOCKET)?;
-        Ok(Self { socket })
+        Ok(Self {
+            socket: Arc::new(socket),
+        })
     }
 }
 
-/// What stands before a record of this level.
+impl AsFd for Syslog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What stands before a record of this level; `pid` is the number by which the host knows the
+/// server.
 #[must_use]
-pub fn head(level: log::Level) -> String {
+pub fn head(level: log::Level, pid: u32) -> String {
     let severity = match level {
         log::Level::Error => 3,
         log::Level::Warn => 4,
         log::Level::Info => 6,
         log::Level::Debug | log::Level::Trace => 7,
     };
-    format!("<{}>ringfsd[{}]: ", DAEMON | severity, std::process::id())
+    format!("<{}>ringfsd[{pid}]: ", DAEMON | severity)
 }
 
 impl io::Write for Syslog {
@@ -64,14 +75,14 @@ mod tests {
     #[test]
     fn a_record_is_a_datagram_with_its_severity() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
-        let mut syslog = Syslog { socket: ours };
-        let line = format!("{}it listens\n", head(log::Level::Info));
+        let mut syslog = Syslog {
+            socket: Arc::new(ours),
+        };
+        let line = format!("{}it listens\n", head(log::Level::Info, 17));
         syslog.write_all(line.as_bytes()).unwrap();
         let mut bytes = [0; 100];
         let len = theirs.recv(&mut bytes).unwrap();
-        let pid = std::process::id();
-        let expected = format!("<30>ringfsd[{pid}]: it listens");
-        assert_eq!(&bytes[..len], expected.as_bytes());
-        assert!(head(log::Level::Error).starts_with("<27>"));
+        assert_eq!(&bytes[..len], b"<30>ringfsd[17]: it listens");
+        assert!(head(log::Level::Error, 1).starts_with("<27>"));
     }
 }

@@ -63,12 +63,13 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
+    name: String,
     file: Option<SocketFile>,
 }
 
-/// The file of a socket that we made.
+/// The file of a socket that we made; removed when this is dropped.
 #[derive(Debug)]
-struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -103,6 +104,7 @@ impl Listener {
         let made = std::fs::symlink_metadata(path).map_err(fail)?;
         Ok(Self {
             socket,
+            name: path.display().to_string(),
             file: Some(SocketFile {
                 path: path.to_owned(),
                 device: made.dev(),
@@ -158,8 +160,14 @@ impl Listener {
         if !listening {
             return Err(ListenError::NotListening(fd.as_raw_fd()));
         }
+        let socket = UnixListener::from(fd);
+        let name = match socket.local_addr().ok().as_ref() {
+            Some(address) if let Some(path) = address.as_pathname() => path.display().to_string(),
+            _ => "an inherited socket".to_owned(),
+        };
         Ok(Self {
-            socket: UnixListener::from(fd),
+            socket,
+            name,
             file: None,
         })
     }
@@ -175,16 +183,19 @@ impl Listener {
 
     /// Where it listens, for people.
     #[must_use]
-    pub fn name(&self) -> String {
-        match &self.file {
-            Some(file) => file.path.display().to_string(),
-            None => match self.socket.local_addr().ok().as_ref() {
-                Some(address) if let Some(path) = address.as_pathname() => {
-                    path.display().to_string()
-                }
-                _ => "an inherited socket".to_owned(),
-            },
-        }
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Stops listening here and keeps the file, which another process listens on.
+    #[must_use]
+    pub fn into_file(self) -> Option<SocketFile> {
+        self.file
+    }
+
+    /// Leaves the file to another process, which has it by [`into_file`](Self::into_file).
+    pub fn leave_file(&mut self) {
+        std::mem::forget(self.file.take());
     }
 }
 

@@ -13,7 +13,7 @@ mod vring;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-pub use listener::{ListenError, Listener};
+pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError, serve};
 
 use crate::virtqueue::{Queue, QueueIndex};

@@ -3,6 +3,10 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+use rustix::io::Errno;
+
+use super::last_errno;
+
 /// Takes over the descriptor `fd`, which the launcher named on the command line.
 ///
 /// Must be called at the start, before other descriptors are made: a number that the launcher
@@ -24,4 +28,47 @@ pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd)
+}
+
+/// Closes every descriptor that the process has, but standard input, output and error and `keep`:
+/// what a launcher has left open unknowingly may lead out of a sandbox.
+///
+/// Must be called at the start, while whoever has descriptors is named in `keep`.
+///
+/// # Errors
+///
+/// Before Linux 5.9: the descriptors can't be listed.
+pub(crate) fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+    let mut keep = keep.to_vec();
+    keep.retain(|fd| *fd > libc::STDERR_FILENO);
+    keep.sort_unstable();
+    let mut first = libc::STDERR_FILENO + 1;
+    for fd in keep {
+        close_range(first, fd - 1)?;
+        first = fd + 1;
+    }
+    close_range(first, RawFd::MAX)
+}
+
+/// Closes the descriptors from `first` to `last`.
+fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
+    if first > last {
+        return Ok(());
+    }
+    // SAFETY: takes numbers; by the caller's promise nobody owns a descriptor among these.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+        0 => return Ok(()),
+        _ if last_errno() == Errno::NOSYS => {}
+        _ => return Err(io::Error::last_os_error()),
+    }
+    // The listing's own descriptor is among them, and is closed by the time they are.
+    let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|fd| (first..=last).contains(fd))
+        .collect();
+    for fd in open {
+        // SAFETY: as above.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
 }

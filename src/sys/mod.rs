@@ -16,6 +16,7 @@ pub(crate) mod group;
 pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;
+pub(crate) mod process;
 pub(crate) mod slot;
 
 use rustix::io::Errno;

@@ -60,6 +60,29 @@ impl Server {
         server
     }
 
+    /// As [`start`](Self::start), as another user where the tests run as root, with the share
+    /// being that user's; the server logs what `--log-level info` says.
+    pub fn start_as(user: Option<u32>, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let share = dir.path().join("share");
+        std::fs::create_dir(&share).unwrap();
+        let mut command = command_as(user, dir.path());
+        if let Some(user) = user {
+            for path in [dir.path(), &share] {
+                std::os::unix::fs::chown(path, Some(user), Some(user)).unwrap();
+            }
+        }
+        command
+            .arg("--socket")
+            .arg(dir.path().join("socket"))
+            .arg("--shared-dir")
+            .arg(&share)
+            .args(args);
+        let mut server = Self::spawn(command, dir);
+        server.wait_for(LISTENING);
+        server
+    }
+
     /// Runs a command as a server; `dir` lives as long as it.
     pub fn spawn(mut command: Command, dir: tempfile::TempDir) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -90,8 +113,20 @@ impl Server {
         self.dir.path().join("socket")
     }
 
-    /// The process.
+    /// The process that serves, once the server listens. The one that was started waits for it.
     pub fn pid(&self) -> u32 {
+        let guardian = self.child.id();
+        let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+            (parent.trim().parse() == Ok(guardian)).then_some(pid)
+        });
+        serving.next().expect("a process that serves")
+    }
+
+    /// The process that was started.
+    pub fn guardian(&self) -> u32 {
         self.child.id()
     }
 
@@ -145,17 +180,22 @@ impl Server {
 
     /// How many descriptors the process has of files whose path begins like this in the share.
     pub fn descriptors_of(&self, name: &str) -> usize {
-        let prefix = self.share().join(name);
-        let prefix = prefix.to_str().unwrap().to_owned();
-        let fds = format!("/proc/{}/fd", self.child.id());
+        // A server in a mount namespace of its own has the share as its root.
+        let prefixes = [self.share(), "/".into()].map(|share| share.join(name));
+        let prefixes = prefixes.map(|prefix| prefix.to_str().unwrap().to_owned());
+        let begins = |target: &Path| {
+            let target = target.to_str().unwrap_or_default();
+            prefixes.iter().any(|prefix| target.starts_with(prefix))
+        };
+        let fds = format!("/proc/{}/fd", self.pid());
         std::fs::read_dir(fds)
             .unwrap()
             .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
-            .filter(|target| target.to_str().is_some_and(|it| it.starts_with(&prefix)))
+            .filter(|target| begins(target))
             .count()
     }
 
-    /// Sends a signal.
+    /// Sends a signal, as a launcher would: to the process that it has started.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
@@ -185,7 +225,7 @@ impl Server {
 
     /// What the process holds: descriptors, mappings, threads.
     pub fn holdings(&self) -> Holdings {
-        let proc = Path::new("/proc").join(self.child.id().to_string());
+        let proc = Path::new("/proc").join(self.pid().to_string());
         let count = |what: &str| std::fs::read_dir(proc.join(what)).unwrap().count();
         let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
         Holdings {
@@ -222,6 +262,23 @@ pub struct Holdings {
 pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
     command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
+    command
+}
+
+/// The program under test, run as another user, from a copy in `dir` that any user gets at.
+pub fn command_as(user: Option<u32>, dir: &Path) -> Command {
+    let Some(user) = user else { return command() };
+    let program = dir.join("ringfsd");
+    std::fs::copy(env!("CARGO_BIN_EXE_ringfsd"), &program).unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(dir, open).unwrap();
+    let mut command = Command::new("setpriv");
+    let user = user.to_string();
+    command
+        .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+        .arg(program)
+        .env_remove("RINGFSD_LOG")
+        .stdin(Stdio::null());
     command
 }
 

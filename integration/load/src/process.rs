@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::unix::fs::MetadataExt;
 
 /// What can go wrong with reading a process.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +60,10 @@ pub(crate) struct Usage {
 }
 
 impl Process {
-    /// The process of this number.
+    /// The process of this number, or its child, if it has one that runs the same program: a
+    /// server in a sandbox is two processes, of which the child serves.
     pub(crate) fn new(pid: i32) -> Result<Self, ProcessError> {
+        let pid = serving_child(pid).unwrap_or(pid);
         let mut clock = 0;
         // SAFETY: the pointer is to a live local of the type that the function writes.
         let code = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
@@ -135,13 +138,21 @@ impl Process {
         Ok(switches)
     }
 
-    /// Whether it has a descriptor of `file` with these flags.
+    /// Whether it has a descriptor of `file` with these flags; by number, as a process may have
+    /// another root.
     pub(crate) fn has_open(&self, file: &std::path::Path, flags: i32) -> bool {
+        let number_of = |path: &std::path::Path| {
+            let there = fs::metadata(path).ok()?;
+            Some((there.dev(), there.ino()))
+        };
+        let Some(file) = number_of(file) else {
+            return false;
+        };
         let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else {
             return false;
         };
         entries.flatten().any(|entry| {
-            let same = fs::read_link(entry.path()).is_ok_and(|target| target == file);
+            let same = number_of(&entry.path()) == Some(file);
             let number = entry.file_name();
             same && number.to_str().is_some_and(|number| {
                 let info = self.read(&format!("fdinfo/{number}")).unwrap_or_default();
@@ -156,6 +167,18 @@ impl Process {
         let path = format!("/proc/{}/{name}", self.pid);
         fs::read_to_string(&path).map_err(|source| ProcessError::Read { path, source })
     }
+}
+
+/// The child of `pid` that runs the same program.
+fn serving_child(pid: i32) -> Option<i32> {
+    let program = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let own = program(pid)?;
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let child = entry.file_name().to_str()?.parse().ok()?;
+        let status = fs::read_to_string(format!("/proc/{child}/status")).ok()?;
+        let parent = u64::try_from(pid).ok()?;
+        (field(&status, "PPid:") == parent && program(child)? == own).then_some(child)
+    })
 }
 
 /// The number after this name at the beginning of a line.

@@ -116,7 +116,11 @@ impl Passthrough {
             let group = |id| self.options.groups.to_host(valid_id(id)?);
             let uid = changes.uid.map(user).transpose()?.map(Uid::from_raw);
             let gid = changes.gid.map(group).transpose()?.map(Gid::from_raw);
-            rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            match rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH) {
+                // The server's user namespace has no such id, so it may not give files to it.
+                Err(Errno::INVAL) => return Err(Errno::PERM),
+                done => done?,
+            }
         }
         if let Some(mode) = changes.mode {
             self.change_mode(&target, inode.kind(), mode)?;

@@ -41,7 +41,7 @@ pub use self::xattr_map::{XattrMap, XattrMapError};
 use self::credentials::Wear;
 use self::handles::Handles;
 use self::holds::{Holder, IDENTITY, Identity, stat_fd};
-use self::inodes::Store;
+use self::inodes::{Inode, Store};
 use self::locks::Locks;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
@@ -247,23 +247,27 @@ impl Passthrough {
     ///
     /// See [`PassthroughError`].
     pub fn new(shared_dir: &Path, options: Options) -> std::result::Result<Self, PassthroughError> {
-        let path = || shared_dir.to_path_buf();
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
-        let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-        let root = root.map_err(|source| PassthroughError::OpenShared {
-            path: path(),
-            source,
-        })?;
-        let stat = stat_fd(&root, IDENTITY).map_err(|source| PassthroughError::StatShared {
-            path: path(),
-            source,
-        })?;
-        let identity = Identity::of(&stat);
-        if !matches!(identity.kind, FileType::Directory | FileType::RegularFile) {
-            return Err(PassthroughError::NeitherFileNorDirectory { path: path() });
-        }
+        let root = open_shared(shared_dir)?;
+        Self::of(root, proc_fds, shared_dir, options)
+    }
+
+    /// Shares what `root` is open on, `O_PATH`, where there may be no `/proc` any more: `proc_fds`
+    /// is what was `/proc/self/fd`. `shared_dir` is what messages call it.
+    ///
+    /// # Errors
+    ///
+    /// See [`PassthroughError`].
+    pub fn of(
+        root: OwnedFd,
+        proc_fds: OwnedFd,
+        shared_dir: &Path,
+        options: Options,
+    ) -> std::result::Result<Self, PassthroughError> {
+        let path = || shared_dir.to_path_buf();
+        let identity = identity_of_shared(&root, shared_dir)?;
         let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
@@ -366,17 +370,25 @@ impl Passthrough {
             self.writable()?;
         }
         let fd = if self.options.readonly {
-            // Reading leaves no trace, where the host allows that.
-            match self.reopen(&inode, flags | OFlags::NOATIME) {
-                Err(Errno::PERM) => self.reopen(&inode, flags)?,
-                opened => opened?,
-            }
+            self.reopen_to_read(&inode, flags)?
         } else if flags.contains(OFlags::TRUNC) && (caller.kill_set_id || caller.uid != 0) {
             credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
         } else {
             self.reopen(&inode, flags)?
         };
         Ok(self.opened(node, regular(fd, flags), HandleKind::File))
+    }
+
+    /// As [`reopen`](Self::reopen); reading a share that is read-only leaves no trace, where the
+    /// host allows that.
+    fn reopen_to_read(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
+        if !self.options.readonly {
+            return self.reopen(inode, flags);
+        }
+        match self.reopen(inode, flags | OFlags::NOATIME) {
+            Err(Errno::PERM) => self.reopen(inode, flags),
+            opened => opened,
+        }
     }
 
     fn opened(&self, node: NodeId, file: File, kind: HandleKind) -> Opened {
@@ -399,6 +411,39 @@ impl Passthrough {
 /// A regular file that was opened with `flags`.
 fn regular(fd: OwnedFd, flags: OFlags) -> File {
     File::opened(fd, FileType::RegularFile, flags)
+}
+
+/// Finds out whether `shared_dir` is there and can be shared, before somebody relies on it.
+///
+/// # Errors
+///
+/// See [`PassthroughError`].
+pub fn check_shared(shared_dir: &Path) -> std::result::Result<(), PassthroughError> {
+    let root = open_shared(shared_dir)?;
+    identity_of_shared(&root, shared_dir).map(|_| ())
+}
+
+fn open_shared(shared_dir: &Path) -> std::result::Result<OwnedFd, PassthroughError> {
+    let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    root.map_err(|source| PassthroughError::OpenShared {
+        path: shared_dir.to_path_buf(),
+        source,
+    })
+}
+
+fn identity_of_shared(
+    root: &OwnedFd,
+    shared_dir: &Path,
+) -> std::result::Result<Identity, PassthroughError> {
+    let path = shared_dir.to_path_buf();
+    let identity = match stat_fd(root, IDENTITY) {
+        Ok(stat) => Identity::of(&stat),
+        Err(source) => return Err(PassthroughError::StatShared { path, source }),
+    };
+    match identity.kind {
+        FileType::Directory | FileType::RegularFile => Ok(identity),
+        _ => Err(PassthroughError::NeitherFileNorDirectory { path }),
+    }
 }
 
 /// Whether credentials may stay on a thread between two requests for this file system: not
@@ -691,7 +736,7 @@ impl FileSystem for Passthrough {
         if inode.kind() != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let fd = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let fd = self.reopen_to_read(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
         Ok(self.opened(node, File::from_fd(fd), HandleKind::Directory))
     }
 

@@ -127,7 +127,11 @@ impl Passthrough {
             return Err(Errno::NOTDIR);
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let up = |fd: &dyn AsFd| rustix::fs::openat(fd.as_fd(), c"..", flags, Mode::empty());
+        let up = |fd: &dyn AsFd| match rustix::fs::openat(fd.as_fd(), c"..", flags, Mode::empty()) {
+            // Outside of the mount, which is all that a server in a sandbox sees.
+            Err(Errno::NOENT) => Err(Errno::STALE),
+            opened => opened,
+        };
         let identity = |fd: &dyn AsFd| Ok::<_, Errno>(Identity::of(&stat_fd(fd, IDENTITY)?).key);
         let root = *self.inode(NodeId::ROOT)?.key();
         let parent = up(&self.fd(&inode)?)?;

@@ -24,6 +24,19 @@ pub(crate) fn is_quick() -> bool {
     QUICK.load(Ordering::Relaxed)
 }
 
+static NO_DEVICES: AtomicBool = AtomicBool::new(false);
+
+/// From now on device nodes can't be made: the server isn't the host's superuser.
+pub(crate) fn expect_no_devices() {
+    // Relaxed: as for QUICK.
+    NO_DEVICES.store(true, Ordering::Relaxed);
+}
+
+/// Whether device nodes can be made.
+pub(crate) fn has_devices() -> bool {
+    !NO_DEVICES.load(Ordering::Relaxed)
+}
+
 /// How much of something a check does: `quick` is for where each request is slow.
 pub(crate) fn size(full: usize, quick: usize) -> usize {
     if is_quick() { quick } else { full }

@@ -17,9 +17,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: guest-suite [--quick] DIR [FILTER]
+usage: guest-suite [--quick] [--no-devices] DIR [FILTER]
            run the checks whose names contain FILTER, each in a fresh folder below DIR; exit 1
-           if one fails. With --quick each does less, and the folders are left behind
+           if one fails. With --quick each does less, and the folders are left behind; with
+           --no-devices nobody, not even root, may make a device node
        guest-suite --list
            print the names of the checks
        guest-suite --digest DIR
@@ -29,9 +30,12 @@ usage: guest-suite [--quick] DIR [FILTER]
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    if words.first() == Some(&"--quick") {
+    while let Some(word @ (&"--quick" | &"--no-devices")) = words.first() {
+        match *word {
+            "--quick" => fixture::be_quick(),
+            _ => fixture::expect_no_devices(),
+        }
         words.remove(0);
-        fixture::be_quick();
     }
     let done = match words[..] {
         ["--list"] => {

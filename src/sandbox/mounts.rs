@@ -1,0 +1,175 @@
+//! Leaving the host's file systems: mount namespace and `pivot_root`, or `chroot`.
+//!
+//! The invariant: what is answered as the root was opened where the server lives from now on.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use rustix::thread::UnshareFlags;
+
+use super::SandboxError;
+use crate::sys::process;
+
+/// Of a mount through which nothing is changed (uapi `linux/mount.h`).
+const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
+/// Of a mount on which nothing is run, no device opened: what the guest makes is its own affair.
+const INERT: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+
+/// What is left of the host's file systems.
+#[derive(Debug)]
+pub(super) struct View {
+    pub(super) root: OwnedFd,
+    pub(super) proc_fds: OwnedFd,
+}
+
+/// A step of one kind of sandbox that fails.
+fn namespace_step(act: &'static str) -> impl Fn(Errno) -> SandboxError {
+    move |source| SandboxError::Mounts {
+        kind: "namespace",
+        act,
+        other: "chroot",
+        source,
+    }
+}
+
+fn chroot_step(act: &'static str) -> impl Fn(Errno) -> SandboxError {
+    move |source| SandboxError::Mounts {
+        kind: "chroot",
+        act,
+        other: "none",
+        source,
+    }
+}
+
+/// Namespaces for mounts, network and IPC; the PID namespace has begun with the process.
+pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxError> {
+    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
+    process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
+    // What is mounted here stays here; what the host mounts in the shared directory comes along.
+    let slaves = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slaves)
+        .map_err(namespace_step("can't make the mounts its own"))?;
+    let proc_fds = clone_proc_fds().map_err(namespace_step(
+        "can't keep /proc/self/fd (is /proc mounted?)",
+    ))?;
+    let tree = clone_share(share, readonly).map_err(|source| SandboxError::Share {
+        path: share.to_owned(),
+        source,
+    })?;
+    let unusable = namespace_step("can't make the shared directory the root of mounts");
+    let root = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
+        // Any directory would do: it is gone with the rest.
+        rustix::mount::move_mount(
+            &tree,
+            c"",
+            CWD,
+            c"/proc",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .map_err(&unusable)?;
+        rustix::process::fchdir(&tree).map_err(&unusable)?;
+        None
+    } else {
+        // A single file can't be a root; it is shared beside an empty one.
+        let flags =
+            MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount(c"none", c"/proc", c"tmpfs", flags, c"size=4k").map_err(&unusable)?;
+        rustix::process::chdir(c"/proc").map_err(&unusable)?;
+        Some(tree)
+    };
+    let leave =
+        namespace_step("can't leave the host's root (pivot_root fails where that is an initramfs)");
+    // The old root comes to lie on the new one, and is taken away from there.
+    rustix::process::pivot_root(c".", c".").map_err(&leave)?;
+    rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(&leave)?;
+    rustix::process::chdir(c"/").map_err(&leave)?;
+    let root = match root {
+        Some(file) => file,
+        None => open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)?,
+    };
+    Ok(View { root, proc_fds })
+}
+
+/// Another root, and nothing else.
+pub(super) fn chroot(share: &Path, readonly: bool) -> Result<View, SandboxError> {
+    let place = none(share, readonly)?;
+    let change = chroot_step("can't change the root, which takes CAP_SYS_CHROOT");
+    if kind_of(&place.root).map_err(&change)? != FileType::Directory {
+        return Err(SandboxError::NotADirectory(share.to_owned()));
+    }
+    rustix::process::fchdir(&place.root).map_err(&change)?;
+    rustix::process::chroot(c".").map_err(&change)?;
+    rustix::process::chdir(c"/").map_err(&change)?;
+    Ok(place)
+}
+
+/// The host's own mounts; a read-only copy of the share's where the server has the privilege.
+pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
+    let failed = |source| SandboxError::Share {
+        path: share.to_owned(),
+        source,
+    };
+    // Without the privilege there is a way up from it, to what the host lets the server see.
+    let proc_fds = clone_proc_fds()
+        .or_else(|_without| open(Path::new("/proc/self/fd"), OFlags::DIRECTORY))
+        .map_err(failed)?;
+    let root = if readonly {
+        clone_share(share, true).or_else(|error| {
+            if matches!(error, Errno::PERM | Errno::NOSYS | Errno::INVAL) {
+                log::info!(
+                    "--readonly: kept by the server alone, as mounts can't be made ({error})"
+                );
+                open(share, OFlags::empty())
+            } else {
+                Err(error)
+            }
+        })
+    } else {
+        open(share, OFlags::empty())
+    };
+    Ok(View {
+        root: root.map_err(failed)?,
+        proc_fds,
+    })
+}
+
+/// `/proc/self/fd` as a mount without a parent, from which no `..` leads up.
+fn clone_proc_fds() -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(CWD, c"/proc/self/fd", flags)
+}
+
+/// A copy of what is mounted at and below the shared directory.
+fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, share, flags)?;
+    match process::add_mount_attributes(&tree, INERT | libc::MOUNT_ATTR_NOSYMFOLLOW) {
+        Ok(()) => {}
+        // The last one is younger than the rest.
+        Err(Errno::INVAL) => process::add_mount_attributes(&tree, INERT)?,
+        Err(Errno::NOSYS) if !readonly => {
+            log::info!("this kernel can't set flags of mounts: the share's stay as they are");
+        }
+        Err(error) => return Err(error),
+    }
+    if readonly {
+        process::add_mount_attributes(&tree, READ_ONLY)?;
+    }
+    Ok(tree)
+}
+
+fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
+
+fn kind_of(fd: impl AsFd) -> Result<FileType, Errno> {
+    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
+    Ok(FileType::from_raw_mode(u32::from(stat.stx_mode)))
+}

@@ -1,0 +1,294 @@
+//! Processes: forking, their signals, their ids' maps, and how they end.
+//!
+//! The invariant: a process is forked only while it has one thread, so the child may do whatever
+//! its parent could.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::UnshareFlags;
+
+use super::last_errno;
+
+/// Which of the two processes this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fork {
+    /// The old one; the new one's number.
+    Parent(Pid),
+    /// The new one.
+    Child,
+}
+
+/// Makes another process of this one (`fork(2)`).
+///
+/// # Errors
+///
+/// `EBUSY` if the process has more threads than the calling one, `EAGAIN` and `ENOMEM` as the
+/// system call.
+pub(crate) fn fork() -> Result<Fork, Errno> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(|_no_proc| Errno::NOENT)?;
+    if threads.count() != 1 {
+        return Err(Errno::BUSY);
+    }
+    // SAFETY: the process has one thread, so no lock is held by a thread that the child hasn't
+    // got, and the child may go on as its parent would.
+    match unsafe { libc::fork() } {
+        -1 => Err(last_errno()),
+        0 => Ok(Fork::Child),
+        child => Pid::from_raw(child).map(Fork::Parent).ok_or(Errno::SRCH),
+    }
+}
+
+/// Ends the process at once: neither destructors nor handlers of the exit are run, which are the
+/// parent's to run.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: takes a number, and never returns.
+    unsafe { libc::_exit(code) }
+}
+
+/// Moves the process into new namespaces (`unshare(2)`); `flags` says which, and nothing else.
+///
+/// # Errors
+///
+/// As the system call.
+pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
+    let namespaces = UnshareFlags::NEWUSER
+        | UnshareFlags::NEWPID
+        | UnshareFlags::NEWNS
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWIPC;
+    if !namespaces.contains(flags) {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: none of these flags is `CLONE_FILES`, so descriptors go on meaning the same.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
+/// The signals that end the server, and the one that tells of a child's end.
+const WATCHED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
+
+fn watched() -> libc::sigset_t {
+    // SAFETY: all zeroes is a valid set of signals.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is exclusively borrowed during the call.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in WATCHED {
+        // SAFETY: as before; the signal's number is valid.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    set
+}
+
+fn mask(how: libc::c_int) -> Result<(), Errno> {
+    let set = watched();
+    // SAFETY: the kernel reads `set`, and no earlier set is asked for.
+    match unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        errno => Err(Errno::from_raw_os_error(errno)),
+    }
+}
+
+/// Keeps `SIGTERM`, `SIGINT` and `SIGCHLD` until they are asked for, and makes sure that a child
+/// that ends is waited for, whatever the launcher has left.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn hold_signals() -> Result<(), Errno> {
+    set_default(libc::SIGCHLD)?;
+    mask(libc::SIG_BLOCK)
+}
+
+/// Lets them come again.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn release_signals() -> Result<(), Errno> {
+    mask(libc::SIG_UNBLOCK)
+}
+
+/// Waits for one of the signals that are held, and answers which.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
+    let set = watched();
+    loop {
+        // SAFETY: the kernel reads `set`, and no information on the signal is asked for.
+        match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {
+            -1 => match last_errno() {
+                Errno::INTR => {}
+                errno => return Err(errno),
+            },
+            signal => return Ok(signal),
+        }
+    }
+}
+
+fn set_default(signal: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: the default action runs no code of this process.
+    match unsafe { libc::signal(signal, libc::SIG_DFL) } {
+        libc::SIG_ERR => Err(last_errno()),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the process by `signal`, as another process has ended; comes back only if the signal
+/// ends nobody.
+pub(crate) fn end_by(signal: libc::c_int) {
+    // SIGKILL's action can't be set, and needs not be.
+    let _ = set_default(signal);
+    // The parent tells of it; a core would show nothing of the process that is meant.
+    let no_core = rustix::process::Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
+    let _ = release_signals();
+    // SAFETY: takes a number; the signal's action is the default one.
+    unsafe { libc::raise(signal) };
+}
+
+/// `mount_setattr(2)` on the mount that `tree` is of, and all below it: sets `attributes`
+/// (`MOUNT_ATTR_*`), and clears none.
+///
+/// # Errors
+///
+/// As the system call; `ENOSYS` before Linux 5.12.
+pub(crate) fn add_mount_attributes(tree: impl AsFd, attributes: u64) -> Result<(), Errno> {
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: all zeroes is a valid `mount_attr`.
+    let mut wanted: libc::mount_attr = unsafe { std::mem::zeroed() };
+    wanted.attr_set = attributes;
+    let path: &CStr = c"";
+    // SAFETY: `path` ends with a NUL, the kernel reads as many bytes of `wanted` as it is told,
+    // and `tree` is open as long as it is borrowed.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            &raw const wanted,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// Set once the handler of `SIGSYS` has begun, so that it tells of one system call. Orders nothing.
+static TRAPPED: AtomicBool = AtomicBool::new(false);
+
+/// Lets a system call that a seccomp filter traps end the process with 1, after its number was
+/// written to standard error.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn tell_of_trapped_calls() -> Result<(), Errno> {
+    // SAFETY: all zeroes is a valid `sigaction`.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO;
+    action.sa_sigaction =
+        trapped as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
+    // SAFETY: the handler makes only system calls, which may be made at any moment; the kernel
+    // reads `action`, and no earlier one is asked for.
+    match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(last_errno()),
+    }
+}
+
+/// What the kernel tells of a `SIGSYS` by seccomp: `_sigsys` of `siginfo_t`, which `libc` lacks.
+#[repr(C)]
+struct SigsysInfo {
+    signal: libc::c_int,
+    errno: libc::c_int,
+    code: libc::c_int,
+    address: *const libc::c_void,
+    number: libc::c_int,
+    architecture: libc::c_uint,
+}
+
+const _: () = assert!(size_of::<SigsysInfo>() <= size_of::<libc::siginfo_t>());
+
+extern "C" fn trapped(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel hands over a `siginfo_t` of SIGSYS, whose beginning is laid out so.
+    let number = unsafe { (*info.cast::<SigsysInfo>()).number };
+    if !TRAPPED.swap(true, Ordering::Relaxed) {
+        let mut line = Line::default();
+        line.text(b"ringfsd: system call ");
+        line.number(number.unsigned_abs());
+        line.text(b" is not among those that the server makes (--seccomp trap): ended\n");
+        // SAFETY: the bytes are borrowed during the call, which may be made in a handler.
+        unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len) };
+    }
+    exit_now(1)
+}
+
+/// A line put together without allocating, for a signal handler.
+struct Line {
+    bytes: [u8; 128],
+    len: usize,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 128],
+            len: 0,
+        }
+    }
+}
+
+impl Line {
+    fn text(&mut self, text: &[u8]) {
+        for (to, from) in self.bytes.iter_mut().skip(self.len).zip(text) {
+            *to = *from;
+            self.len += 1;
+        }
+    }
+
+    fn number(&mut self, number: u32) {
+        let digits = [1_000_000_000, 100_000_000, 10_000_000, 1_000_000, 100_000];
+        let digits = digits.into_iter().chain([10_000, 1_000, 100, 10, 1]);
+        for digit in digits.filter(|digit| number >= *digit || *digit == 1) {
+            let value = u8::try_from(number / digit % 10).unwrap_or(0);
+            self.text(&[b'0' + value]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_of_several_threads_is_not_forked() {
+        // The tests have a thread each, and one that waits for them.
+        assert_eq!(fork(), Err(Errno::BUSY));
+    }
+
+    #[test]
+    fn only_namespaces_are_unshared() {
+        let files = unshare_namespaces(UnshareFlags::FILES);
+        assert_eq!(files, Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn numbers_are_written_without_the_help_of_a_library() {
+        let mut line = Line::default();
+        for number in [0, 7, 101, 4_294_967_295] {
+            line.number(number);
+            line.text(b" ");
+        }
+        assert_eq!(&line.bytes[..line.len], b"0 7 101 4294967295 ");
+        line.text(&[b'x'; 200]);
+        assert_eq!(line.len, 128);
+    }
+}
