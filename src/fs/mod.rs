@@ -214,6 +214,18 @@ pub type XattrFlags = rustix::fs::XattrFlags;
 /// What FSGETXATTR reads and FSSETXATTR sets: `struct fsxattr`, byte for byte.
 pub type InodeFlags = [u8; 28];
 
+/// What was agreed on with the guest's kernel, as far as a file system has to go by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Terms {
+    /// The guest collects writes: it reads files that it has opened for writing only, and knows
+    /// the end of a file better than the host.
+    pub collects_writes: bool,
+    /// Files may be used without OPEN; the handle then is 0, and there is no RELEASE.
+    pub no_open: bool,
+    /// Directories may be, likewise.
+    pub no_opendir: bool,
+}
+
 /// A file system as FUSE sees it.
 ///
 /// All methods may be called from several threads at once. Errors are errnos for the guest:
@@ -232,6 +244,8 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Forgets everything that a session holds: every node but the root, every handle. Called
     /// when a guest says INIT or DESTROY, and when the device is reset.
     fn reset(&self);
+    /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
+    fn begin(&self, _terms: &Terms) {}
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;
@@ -291,7 +305,8 @@ pub trait FileSystem: Send + Sync + 'static {
     ) -> Result<()>;
     /// LINK: a second name for `node`.
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry>;
-    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them.
+    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them. `ENOSYS`
+    /// says that it isn't needed, where that was agreed on.
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
     /// CREATE: makes and opens a regular file; without `O_EXCL` in `flags` one that is already
     /// there is opened.
@@ -320,8 +335,12 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Takes the set-user-ID and set-group-ID bits from a file that is about to be written for a
     /// caller that may not keep them.
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
-    /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
+    /// The host's file behind a handle: for READ, FSYNC, and to copy from.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// The same for changing it: for WRITE, FALLOCATE, and to copy to.
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+        self.file(node, handle, HandleKind::File)
+    }
     /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
     /// locks of `owner` on an open file, and of nobody else. Whoever has it keeps it the
     /// owner's.

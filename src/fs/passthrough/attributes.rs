@@ -87,7 +87,7 @@ impl Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        let stat = match handle {
+        let stat = match self.told(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
@@ -104,7 +104,8 @@ impl Passthrough {
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
         let inode = self.inode(node)?;
-        let file = handle
+        let file = self
+            .told(handle)
             .map(|handle| self.handles.any(node, handle))
             .transpose()?;
         let target = match &file {

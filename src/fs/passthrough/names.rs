@@ -203,8 +203,18 @@ impl Passthrough {
         rustix::fs::unlinkat(&fd, name, flags)?;
         if let (Some(known), Some(Ok(_))) = (&named, in_use) {
             self.inodes.lose(&known.inode, &parent, name, &changing);
+            self.pin_nameless(known);
         }
         Ok(())
+    }
+
+    /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
+    /// lead nowhere from now on. It is in use, and so it is there.
+    fn pin_nameless(&self, known: &Known) {
+        let way = known.inode.way();
+        if known.links == 1 && known.inode.slot().is_full() && matches!(*way, Way::Handle { .. }) {
+            self.inodes.change_way(way, Way::None);
+        }
     }
 
     /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached.
@@ -213,7 +223,8 @@ impl Passthrough {
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
         let inode = self.inodes.peek(&Identity::of(&stat))?;
         let by_handle = matches!(&*inode.way(), Way::Handle { .. });
-        (!by_handle).then_some(Known {
+        // An open file keeps itself, but of these nobody knows whether they are open.
+        (!by_handle || self.terms.no_open()).then_some(Known {
             inode,
             links: stat.stx_nlink,
         })
@@ -261,6 +272,7 @@ impl Passthrough {
             } else {
                 let (parent, name) = (&new_parent, to.1);
                 self.inodes.lose(&known.inode, parent, name, &changing);
+                self.pin_nameless(known);
             }
         }
         if let Some(known) = &moved {

@@ -6,7 +6,7 @@ use super::arguments::{Arguments, extent, given, given_handle, id, node, offset,
 use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
 use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
 use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
-use crate::io::{Lock, LockKind, RecordLock};
+use crate::io::{Lock, LockKind, RecordLock, SyncKind, WriteMode};
 
 /// Length of the header that begins every request, in bytes.
 pub const HEADER_LEN: usize = size_of::<InHeader>();
@@ -456,7 +456,10 @@ fn on_open_file(
             if usize::try_from(args.size).map_or(true, |size| size > data) {
                 return Err(Fault::Truncated);
             }
-            Operation::Write(range(args.fh, args.offset, args.size))
+            Operation::Write {
+                range: range(args.fh, args.offset, args.size),
+                mode: write_mode(args.flags.cast_signed()),
+            }
         }
         Opcode::Readdir | Opcode::Readdirplus => {
             let args: abi::ReadIn = arguments.take()?;
@@ -615,6 +618,18 @@ fn xattr_flags(bits: u32) -> Result<XattrFlags, Fault> {
         Ok(flags)
     } else {
         Err(Fault::Value("flags"))
+    }
+}
+
+/// What the flags of `open(2)` mean for a write. `O_SYNC` has the bit of `O_DSYNC` in it.
+fn write_mode(flags: i32) -> WriteMode {
+    WriteMode {
+        append: flags & libc::O_APPEND != 0,
+        durable: match flags & libc::O_SYNC {
+            libc::O_SYNC => Some(SyncKind::All),
+            libc::O_DSYNC => Some(SyncKind::Data),
+            _ => None,
+        },
     }
 }
 

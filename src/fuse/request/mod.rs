@@ -21,7 +21,7 @@ pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
 use crate::fs::{Caller, Changes, Handle, InodeFlags, LockOwner, NewNode, NodeId, XattrFlags};
-use crate::io::{Lock, RecordLock};
+use crate::io::{Lock, RecordLock, WriteMode};
 
 /// One request of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -170,7 +170,12 @@ pub enum Operation<'a> {
     /// Read data.
     Read(Range),
     /// Write data, which follow the request.
-    Write(Range),
+    Write {
+        /// Where.
+        range: Range,
+        /// What the guest has opened the file for, as far as a write goes by it.
+        mode: WriteMode,
+    },
     /// READDIR and READDIRPLUS.
     Readdir {
         /// The open directory, where to go on in it, and how many bytes of entries to answer.

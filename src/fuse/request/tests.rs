@@ -8,6 +8,7 @@ use super::*;
 use crate::fs::{NewTime, Timestamp};
 use crate::fuse::abi::{self, Opcode, setattr_valid};
 use crate::fuse::testing::{UNIQUE, claim_len, on_root, request, samples};
+use crate::io::SyncKind;
 
 fn fault(bytes: &[u8]) -> Fault {
     decode(bytes).expect_err("a fault").fault
@@ -384,6 +385,27 @@ fn a_write_has_the_data_it_counts() {
 }
 
 #[test]
+fn a_write_says_what_the_file_is_open_for() {
+    let mode = |flags: i32| {
+        let args = abi::WriteIn {
+            flags: flags.cast_unsigned(),
+            ..Default::default()
+        };
+        match decode(&on_root(Opcode::Write, &[args.as_bytes()]))
+            .unwrap()
+            .operation
+        {
+            Operation::Write { mode, .. } => (mode.append, mode.durable),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(mode(libc::O_WRONLY), (false, None));
+    assert_eq!(mode(libc::O_RDWR | libc::O_APPEND), (true, None));
+    assert_eq!(mode(libc::O_DSYNC), (false, Some(SyncKind::Data)));
+    assert_eq!(mode(libc::O_SYNC), (false, Some(SyncKind::All)));
+}
+
+#[test]
 fn a_batch_of_forgets_is_whole() {
     let batch = |count, ones: &[ForgetOne]| {
         let argument = abi::BatchForgetIn { count, dummy: 0 };
@@ -696,7 +718,7 @@ fn check(request: &Request<'_>) {
             name_is_good(from);
             name_is_good(to);
         }
-        Operation::Read(range) | Operation::Write(range) => {
+        Operation::Read(range) | Operation::Write { range, .. } => {
             assert!(range.offset + u64::from(range.size) <= i64::MAX as u64);
         }
         Operation::Unserved
