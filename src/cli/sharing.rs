@@ -129,6 +129,16 @@ pub struct Sharing {
     #[arg(long, help_heading = "Extended attributes")]
     pub no_xattr: bool,
 
+    /// Give what the guest makes the security label (SELinux) that the guest's kernel says,
+    /// from its beginning. Needs CAP_SYS_ADMIN, or --xattrmap to store labels under other
+    /// names.
+    #[arg(
+        long,
+        conflicts_with = "no_xattr",
+        help_heading = "Extended attributes"
+    )]
+    pub security_label: bool,
+
     /// Give extended attributes other names on the host, by rules of the form
     /// :TYPE:SCOPE:KEY:PREPEND: or :map:KEY:PREPEND:, which the manual explains. An example is
     /// :map::user.guest.: for a server without privileges.
@@ -336,6 +346,7 @@ impl TryFrom<Sharing> for Share {
                 writeback: sharing.writeback && !sharing.readonly,
                 submounts: !sharing.no_announce_submounts,
                 kill_set_id: sharing.killpriv_v2,
+                security_label: sharing.security_label,
                 posix_acl: sharing.posix_acl.into(),
                 no_open: sharing.no_open,
                 no_opendir: sharing.no_opendir,

@@ -48,6 +48,18 @@ pub struct Caller {
     /// It is not privileged to keep the set-user-ID and set-group-ID bits of a file that it
     /// changes (`CAP_FSETID`), says the guest's kernel, and the file system shall take them away.
     pub kill_set_id: bool,
+    /// Where something is created: the directory's group, if the caller is in that beside its
+    /// own, as the guest's kernel says.
+    pub group: Option<u32>,
+}
+
+/// A security label: an extended attribute that a new inode has from its beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label<'a> {
+    /// As the guest calls it; begins with `security.`.
+    pub name: &'a CStr,
+    /// What it says.
+    pub value: &'a [u8],
 }
 
 /// A moment: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
@@ -133,7 +145,7 @@ pub enum NewTime {
 
 /// What a new file, directory or node is made with.
 #[derive(Clone, Copy, Debug)]
-pub struct NewNode {
+pub struct NewNode<'a> {
     /// Type and permission bits as the caller gave them, the umask not yet applied.
     pub mode: u32,
     /// The caller's umask. Where the parent has a default ACL it doesn't apply, as on any
@@ -141,6 +153,8 @@ pub struct NewNode {
     pub umask: u32,
     /// Device number, for device nodes.
     pub rdev: u32,
+    /// What it is labelled with.
+    pub label: Option<Label<'a>>,
 }
 
 /// An opened file or directory.
@@ -285,12 +299,30 @@ pub trait FileSystem: Send + Sync + 'static {
     /// READLINK: where a symbolic link points, without a NUL.
     fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
     /// SYMLINK: makes a link `name` that points to `target`.
-    fn symlink(&self, caller: &Caller, parent: NodeId, name: &CStr, target: &CStr)
-    -> Result<Entry>;
+    fn symlink(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        target: &CStr,
+        label: Option<Label<'_>>,
+    ) -> Result<Entry>;
     /// MKNOD: a regular file, FIFO, socket or device node.
-    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    fn mknod(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry>;
     /// MKDIR.
-    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    fn mkdir(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry>;
     /// UNLINK.
     fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()>;
     /// RMDIR.
@@ -316,7 +348,7 @@ pub trait FileSystem: Send + Sync + 'static {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)>;
     /// TMPFILE: makes and opens a regular file on the file system of `parent`, without a name.
     fn tmpfile(
@@ -324,7 +356,7 @@ pub trait FileSystem: Send + Sync + 'static {
         _caller: &Caller,
         _parent: NodeId,
         _flags: u32,
-        _new: &NewNode,
+        _new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         Err(Errno::NOSYS)
     }

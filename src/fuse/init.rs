@@ -29,6 +29,7 @@ const ALWAYS: InitFlags = union(&[
     InitFlags::PARALLEL_DIROPS,
     InitFlags::MAX_PAGES,
     InitFlags::INIT_EXT,
+    InitFlags::CREATE_SUPP_GROUP,
 ]);
 
 /// When directory entries come with what a LOOKUP of each would say.
@@ -74,6 +75,8 @@ pub struct SessionOptions {
     pub submounts: bool,
     /// The server takes set-user-ID bits away where the guest asks for it.
     pub kill_set_id: bool,
+    /// New inodes come with a security label.
+    pub security_label: bool,
     /// The guest goes by POSIX ACLs.
     pub posix_acl: Wanted,
     /// The guest may collect writes.
@@ -105,6 +108,7 @@ impl Default for SessionOptions {
             cache_symlinks: false,
             submounts: false,
             kill_set_id: false,
+            security_label: false,
             posix_acl: Wanted::No,
             writeback: false,
             no_open: false,
@@ -256,6 +260,7 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
         (options.submounts, InitFlags::SUBMOUNTS),
         (options.kill_set_id, InitFlags::HANDLE_KILLPRIV_V2),
+        (options.security_label, InitFlags::SECURITY_CTX),
         (options.posix_acl != Wanted::No, InitFlags::POSIX_ACL),
         (options.posix_acl != Wanted::No, InitFlags::SETXATTR_EXT),
         (options.writeback, InitFlags::WRITEBACK_CACHE),
@@ -398,7 +403,6 @@ mod tests {
             InitFlags::POSIX_ACL,
             InitFlags::SETXATTR_EXT,
             InitFlags::SECURITY_CTX,
-            InitFlags::CREATE_SUPP_GROUP,
             InitFlags::MAP_ALIGNMENT,
             InitFlags::HAS_RESEND,
             InitFlags::ALLOW_IDMAP,

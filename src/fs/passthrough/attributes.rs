@@ -78,6 +78,10 @@ impl Passthrough {
         Ok(Caller {
             uid: self.options.users.to_host(caller.uid)?,
             gid: self.options.groups.to_host(caller.gid)?,
+            // One that it may not use is none that it is in.
+            group: caller
+                .group
+                .and_then(|group| self.options.groups.to_host(group).ok()),
             ..*caller
         })
     }

@@ -14,6 +14,7 @@ mod handles;
 mod holds;
 mod id_map;
 mod inodes;
+mod labels;
 mod locks;
 mod lookup;
 mod more;
@@ -48,7 +49,7 @@ use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use super::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
     LockOwner, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
 };
 use crate::io::File;
@@ -239,6 +240,10 @@ pub struct Passthrough {
     most: usize,
     locks: Locks,
     wear: Wear,
+    /// Labels of SELinux are this host's business.
+    selinux: bool,
+    /// What handles of this run are told from those of another by.
+    generation: u64,
 }
 
 impl Passthrough {
@@ -292,6 +297,8 @@ impl Passthrough {
             most,
             locks: Locks::default(),
             wear,
+            selinux: labels::host_has_selinux(),
+            generation: lookup::new_generation(),
         })
     }
 
@@ -446,19 +453,38 @@ impl FileSystem for Passthrough {
         parent: NodeId,
         name: &CStr,
         target: &CStr,
+        label: Option<Label<'_>>,
     ) -> Result<Entry> {
         self.writable()?;
-        self.make_symlink(caller, parent, name, target)
+        self.labelled(label, Some((parent, name)), || {
+            self.make_symlink(caller, parent, name, target)
+        })
     }
 
-    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mknod(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
         self.writable()?;
-        self.make_node(caller, parent, name, new)
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_node(caller, parent, name, new)
+        })
     }
 
-    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mkdir(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
         self.writable()?;
-        self.make_directory(caller, parent, name, new)
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_directory(caller, parent, name, new)
+        })
     }
 
     fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
@@ -500,7 +526,7 @@ impl FileSystem for Passthrough {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.create_file(caller, parent, name, flags, new)
     }
@@ -510,10 +536,12 @@ impl FileSystem for Passthrough {
         caller: &Caller,
         parent: NodeId,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.writable()?;
-        self.make_nameless(caller, parent, flags, new)
+        self.labelled(new.label, None, || {
+            self.make_nameless(caller, parent, flags, new)
+        })
     }
 
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
@@ -622,12 +650,12 @@ impl FileSystem for Passthrough {
         self.attribute_len(node, name)
     }
 
-    fn listxattr(&self, _: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
-        self.attribute_names(node, limit)
+    fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+        self.attribute_names(caller, node, limit)
     }
 
-    fn listxattr_len(&self, _: &Caller, node: NodeId) -> Result<usize> {
-        self.attribute_names_len(node)
+    fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
+        self.attribute_names_len(caller, node)
     }
 
     fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {

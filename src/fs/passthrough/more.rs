@@ -47,7 +47,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;

@@ -51,7 +51,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         name: &CStr,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -78,7 +78,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         name: &CStr,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -99,7 +99,7 @@ impl Passthrough {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -117,7 +117,8 @@ impl Passthrough {
         }
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
-            match self.create_new(caller, &parent, name, flags, new.umask, mode) {
+            let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
+            match self.labelled(new.label, Some((parent.inode().node(), name)), create) {
                 Err(Errno::EXIST) if !exclusive => {}
                 done => return done,
             }
@@ -294,15 +295,17 @@ struct Known {
 /// The permission bits of a new file, without a set-group-ID bit that the caller has no right
 /// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
 /// from an executable file whose creator isn't in that group, but it would not from the server,
-/// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; a member by a
-/// supplementary group, whom the server can't tell, may set it afterwards.
+/// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
+/// say of a member by a supplementary group that it is one, and before that it may set the bit
+/// afterwards.
 pub(super) fn honest_mode(caller: &Caller, parent: &impl AsFd, mode: u32) -> Result<Mode> {
     let mut mode = mode & PERMISSIONS;
     let group_program = SET_GROUP_ID | GROUP_EXECUTE;
     if caller.uid != 0 && mode & group_program == group_program {
         let stat = stat_fd(parent, StatxFlags::BASIC_STATS)?;
         let inherits = u32::from(stat.stx_mode) & SET_GROUP_ID != 0;
-        if inherits && stat.stx_gid != caller.gid {
+        let is_member = stat.stx_gid == caller.gid || caller.group == Some(stat.stx_gid);
+        if inherits && !is_member {
             mode &= !SET_GROUP_ID;
         }
     }

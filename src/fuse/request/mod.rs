@@ -8,6 +8,7 @@
 
 mod arguments;
 mod decode;
+mod extensions;
 mod fault;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,9 @@ pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
-use crate::fs::{Caller, Changes, Handle, InodeFlags, LockOwner, NewNode, NodeId, XattrFlags};
+use crate::fs::{
+    Caller, Changes, Handle, InodeFlags, Label, LockOwner, NewNode, NodeId, XattrFlags,
+};
 use crate::io::{Lock, RecordLock, WriteMode};
 
 /// One request of a guest.
@@ -91,20 +94,22 @@ pub enum Operation<'a> {
         name: &'a CStr,
         /// Where it points.
         target: &'a CStr,
+        /// What it is labelled with.
+        label: Option<Label<'a>>,
     },
     /// Make a file, FIFO, socket or device node.
     Mknod {
         /// Its name.
         name: &'a CStr,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Make a directory.
     Mkdir {
         /// Its name.
         name: &'a CStr,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Remove a name.
     Unlink {
@@ -149,14 +154,14 @@ pub enum Operation<'a> {
         /// As for [`Open`](Self::Open), and `O_EXCL`.
         flags: u32,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Make and open a file without a name.
     Tmpfile {
         /// As for [`Create`](Self::Create).
         flags: u32,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Write the whole file system back to disk.
     Syncfs,

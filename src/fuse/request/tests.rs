@@ -1,5 +1,7 @@
 //! Tests of decoding: what is right comes out as it went in, and nothing that is wrong does.
 
+mod extensions;
+
 use proptest::prelude::*;
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
@@ -37,6 +39,7 @@ fn the_header_says_who_asks_and_for_what() {
             gid: 100,
             pid: 42,
             kill_set_id: false,
+            group: None,
         }
     );
     assert!(matches!(request.operation, Operation::Lookup { name } if name == c"name"));

@@ -122,7 +122,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
         let mut bytes = SmallVec::new();
         let request = match fetch(&mut exchange, &mut bytes)
-            .and_then(|()| decode_as(&bytes, self.has_agreed(InitFlags::SETXATTR_EXT)))
+            .and_then(|()| decode_as(&bytes, self.agreed()))
         {
             Ok(request) => request,
             Err(error) => {
@@ -257,7 +257,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Whether INIT has agreed on these flags.
     fn has_agreed(&self, flags: InitFlags) -> bool {
-        InitFlags::from_bits(self.agreed.load(Ordering::Relaxed)).contains(flags)
+        self.agreed().contains(flags)
+    }
+
+    fn agreed(&self) -> InitFlags {
+        InitFlags::from_bits(self.agreed.load(Ordering::Relaxed))
     }
 
     fn is_ready(&self) -> bool {

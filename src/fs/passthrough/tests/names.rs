@@ -193,7 +193,7 @@ fn a_symbolic_link_reads_as_it_was_made() {
         for (name, target) in [("short", "target"), ("up", "../../etc"), ("long", &long)] {
             let made = rig
                 .fs
-                .symlink(&SUPERUSER, ROOT, &c(name), &c(target))
+                .symlink(&SUPERUSER, ROOT, &c(name), &c(target), None)
                 .unwrap();
             let read = rig.fs.readlink(&SUPERUSER, made.node).unwrap();
             assert_eq!(read, target.as_bytes());
