@@ -1,6 +1,7 @@
 //! Tests of decoding: what is right comes out as it went in, and nothing that is wrong does.
 
 mod extensions;
+mod open_files;
 
 use proptest::prelude::*;
 use rustix::io::Errno;
