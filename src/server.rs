@@ -102,12 +102,12 @@ impl Server {
             Descriptors::Limit(limit) => passthrough::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
-        let mut options = config.share.file_system;
-        options.max_open_inodes = config.max_open_inodes.map(NonZeroUsize::get);
         let fs =
-            Passthrough::new(&config.shared_dir, options).map_err(|source| ServerError::Share {
-                path: config.shared_dir.clone(),
-                source,
+            Passthrough::new(&config.shared_dir, config.share.file_system).map_err(|source| {
+                ServerError::Share {
+                    path: config.shared_dir.clone(),
+                    source,
+                }
             })?;
         Ok(Self {
             device: Device {
