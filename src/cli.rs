@@ -56,7 +56,7 @@ pub struct Options {
     pub socket_group: Option<String>,
 
     /// The directory that the guest sees; nothing outside of it can be reached. A regular file
-    /// may be given too, for guests that can mount one: see the manual.
+    /// may be given too, for guests that can use one, as Linux can't: see the manual.
     #[arg(long, value_name = "DIR")]
     pub shared_dir: PathBuf,
 
