@@ -1,4 +1,4 @@
-//! The file system ids of a thread, and a file system context of its own.
+//! The file system ids and groups of a thread, and a file system context of its own.
 //!
 //! The ids are set by raw system calls, which change the calling thread alone. The invariant:
 //! nothing here changes another thread.
