@@ -58,7 +58,7 @@ pub struct Options {
     pub socket_group: Option<String>,
 
     /// The directory that the guest sees; nothing outside of it can be reached. A regular file
-    /// may be given too, for guests that can mount one: see the manual.
+    /// may be given too, for guests that can use one, as Linux can't: see the manual.
     #[arg(long, value_name = "DIR")]
     pub shared_dir: PathBuf,
 
@@ -232,6 +232,7 @@ impl TryFrom<Options> for Config {
             NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN)
         };
         let mut share = Share::try_from(options.sharing)?;
+        share.file_system.max_open_inodes = options.max_open_inodes.map(NonZeroUsize::get);
         options.operations.apply(&mut share.session);
         Ok(Self {
             listen,
@@ -246,7 +247,6 @@ impl TryFrom<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             poll: Duration::from_micros(u64::from(options.poll_us)),
-            max_open_inodes: options.max_open_inodes,
             once: options.once,
             descriptors: match options.rlimit_nofile {
                 None => Descriptors::Most,
@@ -282,6 +282,24 @@ mod tests {
     }
 
     #[test]
+    fn a_number_is_taken_as_it_is_given() {
+        let config = |args: &[&str]| {
+            let common = ["ringfsd", "--fd=3", "--shared-dir=/d"];
+            let options = Options::try_parse_from(common.iter().chain(args)).unwrap();
+            Config::try_from(options).unwrap()
+        };
+        let poll = |args: &[&str]| config(args).poll.as_micros();
+        assert_eq!((poll(&[]), poll(&["--poll-us=7"])), (50, 7));
+        assert_eq!(poll(&["--poll-us", "0"]), 0);
+        let most = |args: &[&str]| config(args).share.file_system.max_open_inodes;
+        assert_eq!((most(&[]), most(&["--max-open-inodes=7"])), (None, Some(7)));
+        let workers = config(&["--workers=3", "--thread-pool-size=9"]);
+        let queues = workers.request_queues.get();
+        assert_eq!((workers.workers.get(), queues), (3, 3));
+        assert_eq!(config(&["--request-queues=5"]).request_queues.get(), 5);
+    }
+
+    #[test]
     fn options_that_can_not_be_are_refused() {
         for bad in [
             &["--shared-dir", "/d"][..],
@@ -299,6 +317,7 @@ mod tests {
                 "1025",
             ],
             &["--fd", "3", "--shared-dir", "/d", "--tag", ""],
+            &["--fd", "3", "--shared-dir", "/d", "--poll-us", "1001"],
             &["--fd", "3", "--shared-dir", "/d", "--runtime", "epoll"],
         ] {
             let args = std::iter::once(&"ringfsd").chain(bad);

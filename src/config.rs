@@ -50,8 +50,6 @@ pub struct Config {
     pub runtime: Choice,
     /// How long a worker looks at its rings, at most, before it sleeps.
     pub poll: Duration,
-    /// Descriptors for inodes and open files; `None` for as many as the host's limit allows.
-    pub max_open_inodes: Option<NonZeroUsize>,
     /// End after the first session.
     pub once: bool,
     /// How many descriptors may be open.

@@ -143,9 +143,7 @@ impl Server {
             Descriptors::Limit(limit) => passthrough::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
-        let mut options = config.share.file_system;
-        options.max_open_inodes = config.max_open_inodes.map(NonZeroUsize::get);
-
+        let options = config.share.file_system;
         // What can be known beforehand to fail leaves no socket.
         passthrough::check_shared(&config.shared_dir).map_err(|source| ServerError::Share {
             path: config.shared_dir.clone(),

@@ -14,8 +14,10 @@ use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 
 use support::{Server, pattern};
-use vmm::fuse::{Client, Cut, Handle, Layout, ROOT};
+use vmm::fuse::wire::{WriteIn, WriteOut, opcode};
+use vmm::fuse::{Call, Client, Cut, Handle, Layout, ROOT};
 use vmm::{Options, Profile, Session};
+use zerocopy::IntoBytes;
 
 /// A server and a guest that has a file of this content open, with its nodeid.
 fn with_file(runtime: &str, content: &[u8]) -> (Server, Client<Session>, u64, Handle) {
@@ -194,14 +196,69 @@ fn many_reads_and_writes_in_flight_are_all_right(runtime: &str) {
     assert!(std::fs::read(server.share().join("file")).unwrap() == expected);
 }
 
+/// A WRITE by who has the file open with these flags of `open(2)` by now.
+fn write_as(fs: &mut Client<Session>, node: u64, handle: Handle, flags: i32, data: &[u8]) {
+    let asked = WriteIn {
+        fh: handle.fh,
+        offset: 1,
+        size: data.len() as u32,
+        flags: flags.cast_unsigned(),
+        ..WriteIn::default()
+    };
+    let call = Call::new(opcode::WRITE, node).arg(asked.as_bytes());
+    let written = fs.request(call.arg(data).reply_of::<WriteOut>()).unwrap();
+    let written: WriteOut = written.value().unwrap();
+    assert_eq!(written.size as usize, data.len());
+}
+
 fn an_append_lands_at_the_end_whatever_the_offset(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"begin");
-    let append = fs.open(node, libc::O_WRONLY | libc::O_APPEND).unwrap();
-    fs.write(node, append, 0, b" end").unwrap();
-    assert_eq!(
-        std::fs::read(server.share().join("file")).unwrap(),
-        b"begin end"
-    );
+    let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let handle = fs.open(node, flags).unwrap();
+    write_as(&mut fs, node, handle, flags, b" end");
+    assert_eq!(content(), "begin end");
+    // Durable ones are written elsewhere in the server.
+    write_as(&mut fs, node, handle, flags | libc::O_DSYNC, b"!");
+    assert_eq!(content(), "begin end!");
+    // The guest has taken the flag away by fcntl, or writes mapped pages back.
+    write_as(&mut fs, node, handle, libc::O_WRONLY, b"E");
+    write_as(&mut fs, node, handle, libc::O_WRONLY | libc::O_SYNC, b"EG");
+    assert_eq!(content(), "bEGin end!");
+}
+
+fn a_guest_that_collects_writes_places_appends_itself(runtime: &str) {
+    let server = Server::start(&["--runtime", runtime, "--writeback"]);
+    std::fs::write(server.share().join("file"), "begin").unwrap();
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let handle = fs.open(node, flags).unwrap();
+    write_as(&mut fs, node, handle, flags, b"E");
+    let content = std::fs::read(server.share().join("file")).unwrap();
+    assert_eq!(content, b"bEgin");
+}
+
+fn a_file_for_appending_only_is_appended_to(runtime: &str) {
+    let (server, mut fs, node, _) = with_file(runtime, b"log");
+    let path = server.share().join("file");
+    let append_only = |on| {
+        let file = std::fs::File::open(&path).unwrap();
+        let mut flags = rustix::fs::ioctl_getflags(&file)?;
+        flags.set(rustix::fs::IFlags::APPEND, on);
+        rustix::fs::ioctl_setflags(&file, flags)
+    };
+    if let Err(error) = append_only(true) {
+        println!("SKIPPED: can't mark a file as for appending only: {error}");
+        return;
+    }
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let refused = fs.open(node, libc::O_WRONLY).unwrap_err().errno();
+    let handle = fs.open(node, flags).unwrap();
+    write_as(&mut fs, node, handle, flags, b"ged");
+    append_only(false).unwrap();
+    assert_eq!(refused, Some(libc::EPERM));
+    assert_eq!(std::fs::read(&path).unwrap(), b"logged");
 }
 
 fn no_byte_of_a_payload_is_copied(runtime: &str) {
@@ -307,6 +364,8 @@ on_both_runtimes!(
     more_pieces_than_the_kernel_takes_at_once_are_right,
     many_reads_and_writes_in_flight_are_all_right,
     an_append_lands_at_the_end_whatever_the_offset,
+    a_guest_that_collects_writes_places_appends_itself,
+    a_file_for_appending_only_is_appended_to,
     no_byte_of_a_payload_is_copied,
     what_a_guest_reads_and_its_ring_are_in_the_dirty_log,
 );

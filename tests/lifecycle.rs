@@ -36,6 +36,42 @@ fn when_the_vmm_goes_the_next_one_is_served() {
 }
 
 #[test]
+fn it_logs_what_it_is_told_to() {
+    let said = |args: &[&str], finer: Option<&str>| {
+        let mut command = command();
+        command.args(["--socket=/nowhere/s", "--shared-dir=/"]);
+        if let Some(finer) = finer {
+            command.env("RINGFSD_LOG", finer);
+        }
+        let output = command.args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let line = "INFO  ringfsd::server";
+    assert!(said(&[], None).contains(line));
+    assert!(said(&["--log-level", "info"], None).contains(line));
+    for quieter in ["off", "error", "warn"] {
+        assert!(
+            !said(&["--log-level", quieter], None).contains(line),
+            "{quieter}"
+        );
+    }
+    assert!(said(&["--log-level", "off", "-d"], None).contains(line));
+    let finer = Some("ringfsd::server=info");
+    assert!(said(&["--log-level", "off"], finer).contains(line));
+}
+
+#[test]
+fn it_runs_on_what_it_is_told_to() {
+    for runtime in ["uring", "tokio"] {
+        let server = Server::start(&["--runtime", runtime]);
+        let line = format!("runtime {runtime}: ");
+        let mut said = server.said().iter();
+        assert!(said.any(|said| said.contains(&line)), "{runtime}");
+    }
+}
+
+#[test]
 fn once_means_one_session() {
     let mut server = Server::start(&["--once"]);
     let mut fs = server.session(Profile::Simple, &Options::default());

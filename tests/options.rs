@@ -12,8 +12,8 @@ use std::path::Path;
 
 use support::Server;
 use vmm::fuse::wire::{
-    OpenIn, OpenOut, SetattrIn, SetxattrIn, WriteIn, WriteOut, fopen, init, opcode, request_flag,
-    setattr,
+    CopyFileRangeIn, OpenIn, OpenOut, SetattrIn, SetxattrIn, WriteIn, WriteOut, fopen, init,
+    opcode, request_flag, setattr,
 };
 use vmm::fuse::{Call, Client, FuseError, ROOT};
 use vmm::{Options, Profile, Session};
@@ -149,14 +149,24 @@ fn host_flags(args: &[&str], flags: i32) -> i32 {
 }
 
 #[test]
-fn a_guest_that_collects_writes_reads_what_it_writes_and_places_appends_itself() {
-    let flags = libc::O_WRONLY | libc::O_APPEND;
+fn a_guest_that_collects_writes_reads_what_it_writes() {
+    let flags = libc::O_WRONLY;
     let plain = host_flags(&[], flags);
     assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);
-    assert_ne!(plain & libc::O_APPEND, 0);
     let collecting = host_flags(&["--writeback"], flags);
     assert_eq!(collecting & libc::O_ACCMODE, libc::O_RDWR);
-    assert_eq!(collecting & libc::O_APPEND, 0);
+
+    // It goes by what the guest has agreed to, not by the option alone.
+    let server = Server::start(&["--writeback"]);
+    std::fs::write(server.share().join("opened"), "").unwrap();
+    let guest = Profile::Simple.connect(server.connect(), &Options::default());
+    let mut fs = Client::new(guest.unwrap());
+    fs.init_offering(vmm::fuse::LINUX_OFFERS & !init::WRITEBACK_CACHE)
+        .unwrap();
+    let file = fs.lookup(ROOT, c"opened").unwrap();
+    fs.open(file.nodeid, flags).unwrap();
+    let plain = opened_with(&server, "opened");
+    assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);
 }
 
 #[test]
@@ -194,6 +204,8 @@ fn what_is_switched_on_is_agreed_on_with_the_guest() {
     for (option, flag) in [
         ("--writeback", init::WRITEBACK_CACHE),
         ("--allow-mmap", init::DIRECT_IO_ALLOW_MMAP),
+        ("--posix-locks", init::POSIX_LOCKS),
+        ("--flock", init::FLOCK_LOCKS),
     ] {
         assert_eq!(agreed(&[], flag), 0, "without {option}");
         assert_eq!(agreed(&[option], flag), flag, "{option}");
@@ -350,6 +362,19 @@ fn the_limit_of_descriptors_is_set() {
         limit_of(&["--rlimit-nofile", "300"]),
         ("300".to_owned(), hard)
     );
+    // 0 leaves what the launcher has set.
+    let dir = tempfile::tempdir().unwrap();
+    let program = support::command();
+    let mut shell = std::process::Command::new("sh");
+    let script = "ulimit -Sn 200; exec \"$0\" --rlimit-nofile 0 --shared-dir / --socket \"$1\"";
+    shell.args(["-c", script]).arg(program.get_program());
+    shell.arg(dir.path().join("socket"));
+    let mut server = Server::spawn(shell, dir);
+    server.wait_until_it_listens();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open"));
+    assert_eq!(line.unwrap().split_whitespace().nth(3), Some("200"));
+
     let refused = support::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
@@ -440,6 +465,37 @@ fn set_id_bits_go_where_the_guest_says_so() {
         let call = Call::new(opcode::OPEN, node).arg(asked.as_bytes());
         fs.request(call.reply_of::<OpenOut>()).unwrap();
         assert_eq!(mode(&mut fs), left);
+    }
+}
+
+#[test]
+fn set_id_bits_go_where_the_guest_does_not_say_so() {
+    for (args, left) in [(&[][..], 0o6777), (&["--killpriv-v2"], 0o777)] {
+        let server = Server::start(args);
+        let mut fs = session(&server);
+        let (file, handle) = fs.create(ROOT, c"file", 0o755).unwrap();
+        let node = file.nodeid;
+        fs.write(node, handle, 0, b"data").unwrap();
+        let copy = CopyFileRangeIn {
+            fh_in: handle.fh,
+            nodeid_out: node,
+            fh_out: handle.fh,
+            off_out: 4,
+            len: 4,
+            ..CopyFileRangeIn::default()
+        };
+        for (uid, left) in [(0, 0o6777), (1000, left)] {
+            let mode = |fs: &mut Client<Session>| fs.getattr(node).unwrap().attr.mode & 0o7777;
+            fs.chmod(node, 0o6777).unwrap();
+            fs.act_as(uid, uid);
+            fs.fallocate(node, handle, 0, 0..100).unwrap();
+            assert_eq!(mode(&mut fs), left, "{args:?} {uid}");
+            fs.act_as(0, 0);
+            fs.chmod(node, 0o6777).unwrap();
+            fs.act_as(uid, uid);
+            assert_eq!(fs.copy_file_range(node, &copy).unwrap(), 4);
+            assert_eq!(mode(&mut fs), left, "{args:?} {uid}");
+        }
     }
 }
 

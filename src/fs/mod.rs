@@ -48,6 +48,18 @@ pub struct Caller {
     /// It is not privileged to keep the set-user-ID and set-group-ID bits of a file that it
     /// changes (`CAP_FSETID`), says the guest's kernel, and the file system shall take them away.
     pub kill_set_id: bool,
+    /// Where something is created: the directory's group, if the caller is in that beside its
+    /// own, as the guest's kernel says.
+    pub group: Option<u32>,
+}
+
+/// A security label: an extended attribute that a new inode has from its beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label<'a> {
+    /// As the guest calls it; begins with `security.`.
+    pub name: &'a CStr,
+    /// What it says.
+    pub value: &'a [u8],
 }
 
 /// A moment: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
@@ -133,7 +145,7 @@ pub enum NewTime {
 
 /// What a new file, directory or node is made with.
 #[derive(Clone, Copy, Debug)]
-pub struct NewNode {
+pub struct NewNode<'a> {
     /// Type and permission bits as the caller gave them, the umask not yet applied.
     pub mode: u32,
     /// The caller's umask. Where the parent has a default ACL it doesn't apply, as on any
@@ -141,6 +153,8 @@ pub struct NewNode {
     pub umask: u32,
     /// Device number, for device nodes.
     pub rdev: u32,
+    /// What it is labelled with.
+    pub label: Option<Label<'a>>,
 }
 
 /// An opened file or directory.
@@ -214,6 +228,18 @@ pub type XattrFlags = rustix::fs::XattrFlags;
 /// What FSGETXATTR reads and FSSETXATTR sets: `struct fsxattr`, byte for byte.
 pub type InodeFlags = [u8; 28];
 
+/// What was agreed on with the guest's kernel, as far as a file system has to go by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Terms {
+    /// The guest collects writes: it reads files that it has opened for writing only, and knows
+    /// the end of a file better than the host.
+    pub collects_writes: bool,
+    /// Files may be used without OPEN; the handle then is 0, and there is no RELEASE.
+    pub no_open: bool,
+    /// Directories may be, likewise.
+    pub no_opendir: bool,
+}
+
 /// A file system as FUSE sees it.
 ///
 /// All methods may be called from several threads at once. Errors are errnos for the guest:
@@ -232,6 +258,8 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Forgets everything that a session holds: every node but the root, every handle. Called
     /// when a guest says INIT or DESTROY, and when the device is reset.
     fn reset(&self);
+    /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
+    fn begin(&self, _terms: &Terms) {}
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;
@@ -271,12 +299,30 @@ pub trait FileSystem: Send + Sync + 'static {
     /// READLINK: where a symbolic link points, without a NUL.
     fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
     /// SYMLINK: makes a link `name` that points to `target`.
-    fn symlink(&self, caller: &Caller, parent: NodeId, name: &CStr, target: &CStr)
-    -> Result<Entry>;
+    fn symlink(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        target: &CStr,
+        label: Option<Label<'_>>,
+    ) -> Result<Entry>;
     /// MKNOD: a regular file, FIFO, socket or device node.
-    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    fn mknod(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry>;
     /// MKDIR.
-    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry>;
+    fn mkdir(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry>;
     /// UNLINK.
     fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()>;
     /// RMDIR.
@@ -291,7 +337,8 @@ pub trait FileSystem: Send + Sync + 'static {
     ) -> Result<()>;
     /// LINK: a second name for `node`.
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry>;
-    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them.
+    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them. `ENOSYS`
+    /// says that it isn't needed, where that was agreed on.
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
     /// CREATE: makes and opens a regular file; without `O_EXCL` in `flags` one that is already
     /// there is opened.
@@ -301,7 +348,7 @@ pub trait FileSystem: Send + Sync + 'static {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)>;
     /// TMPFILE: makes and opens a regular file on the file system of `parent`, without a name.
     fn tmpfile(
@@ -309,7 +356,7 @@ pub trait FileSystem: Send + Sync + 'static {
         _caller: &Caller,
         _parent: NodeId,
         _flags: u32,
-        _new: &NewNode,
+        _new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         Err(Errno::NOSYS)
     }
@@ -320,8 +367,12 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Takes the set-user-ID and set-group-ID bits from a file that is about to be written for a
     /// caller that may not keep them.
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
-    /// The host's file behind a handle: for READ, WRITE, FSYNC, FALLOCATE, COPY_FILE_RANGE.
+    /// The host's file behind a handle: for READ, FSYNC, and to copy from.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// The same for changing it: for WRITE, FALLOCATE, and to copy to.
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+        self.file(node, handle, HandleKind::File)
+    }
     /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
     /// locks of `owner` on an open file, and of nobody else. Whoever has it keeps it the
     /// owner's.

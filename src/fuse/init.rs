@@ -29,6 +29,7 @@ const ALWAYS: InitFlags = union(&[
     InitFlags::PARALLEL_DIROPS,
     InitFlags::MAX_PAGES,
     InitFlags::INIT_EXT,
+    InitFlags::CREATE_SUPP_GROUP,
 ]);
 
 /// When directory entries come with what a LOOKUP of each would say.
@@ -74,10 +75,16 @@ pub struct SessionOptions {
     pub submounts: bool,
     /// The server takes set-user-ID bits away where the guest asks for it.
     pub kill_set_id: bool,
+    /// New inodes come with a security label.
+    pub security_label: bool,
     /// The guest goes by POSIX ACLs.
     pub posix_acl: Wanted,
     /// The guest may collect writes.
     pub writeback: bool,
+    /// Files need no OPEN.
+    pub no_open: bool,
+    /// Directories need no OPENDIR.
+    pub no_opendir: bool,
     /// The guest may map files shared that it opened for direct I/O.
     pub direct_io_mmap: bool,
     /// Record locks come here.
@@ -101,8 +108,11 @@ impl Default for SessionOptions {
             cache_symlinks: false,
             submounts: false,
             kill_set_id: false,
+            security_label: false,
             posix_acl: Wanted::No,
             writeback: false,
+            no_open: false,
+            no_opendir: false,
             direct_io_mmap: false,
             posix_locks: false,
             flock: false,
@@ -201,7 +211,7 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
     } else {
         offered
     };
-    let flags = offered & wanted(options);
+    let flags = without_lost_truncation(offered & wanted(options));
     if options.posix_acl == Wanted::Needed && !flags.contains(InitFlags::POSIX_ACL) {
         return Err(Unserved::NoAcl);
     }
@@ -219,6 +229,16 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
         max_pages,
         max_background: options.max_background.max(1),
     }))
+}
+
+/// A guest that opens files without OPEN would truncate none, if it were told that OPEN does so:
+/// it then doesn't ask for it by SETATTR.
+fn without_lost_truncation(flags: InitFlags) -> InitFlags {
+    if flags.contains(InitFlags::NO_OPEN_SUPPORT) {
+        flags.without(InitFlags::ATOMIC_O_TRUNC)
+    } else {
+        flags
+    }
 }
 
 /// The reply to a guest whose protocol is newer: it looks at the version only.
@@ -240,9 +260,12 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
         (options.submounts, InitFlags::SUBMOUNTS),
         (options.kill_set_id, InitFlags::HANDLE_KILLPRIV_V2),
+        (options.security_label, InitFlags::SECURITY_CTX),
         (options.posix_acl != Wanted::No, InitFlags::POSIX_ACL),
         (options.posix_acl != Wanted::No, InitFlags::SETXATTR_EXT),
         (options.writeback, InitFlags::WRITEBACK_CACHE),
+        (options.no_open, InitFlags::NO_OPEN_SUPPORT),
+        (options.no_opendir, InitFlags::NO_OPENDIR_SUPPORT),
         (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
         (options.posix_locks, InitFlags::POSIX_LOCKS),
         (options.flock, InitFlags::FLOCK_LOCKS),
@@ -380,7 +403,6 @@ mod tests {
             InitFlags::POSIX_ACL,
             InitFlags::SETXATTR_EXT,
             InitFlags::SECURITY_CTX,
-            InitFlags::CREATE_SUPP_GROUP,
             InitFlags::MAP_ALIGNMENT,
             InitFlags::HAS_RESEND,
             InitFlags::ALLOW_IDMAP,
@@ -390,6 +412,25 @@ mod tests {
         ] {
             assert!(!flags.contains(flag), "{flag}");
         }
+    }
+
+    #[test]
+    fn truncation_is_not_left_to_an_open_that_there_is_not() {
+        let options = SessionOptions {
+            no_open: true,
+            no_opendir: true,
+            ..SessionOptions::default()
+        };
+        let both = InitFlags::NO_OPEN_SUPPORT | InitFlags::NO_OPENDIR_SUPPORT;
+        let flags = agreed(&offer(41), &options).flags;
+        assert!(flags.contains(both) && !flags.contains(InitFlags::ATOMIC_O_TRUNC));
+        let old = InitIn {
+            flags: offer(41).flags & !(1 << 17),
+            ..offer(41)
+        };
+        let flags = agreed(&old, &options).flags;
+        assert!(!flags.contains(InitFlags::NO_OPEN_SUPPORT));
+        assert!(flags.contains(InitFlags::ATOMIC_O_TRUNC));
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub(super) fn room_needed(operation: &Operation<'_>) -> usize {
         }
         Operation::Getattr { .. } | Operation::Setattr { .. } => size_of::<AttrOut>(),
         Operation::Open { .. } | Operation::Opendir { .. } => size_of::<OpenOut>(),
-        Operation::Write(_) => size_of::<WriteOut>(),
+        Operation::Write { .. } => size_of::<WriteOut>(),
         Operation::CopyFileRange(_) => size_of::<CopyFileRangeOut>(),
         Operation::Statfs => size_of::<StatfsOut>(),
         Operation::Lseek { .. } => size_of::<LseekOut>(),

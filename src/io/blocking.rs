@@ -31,12 +31,14 @@ pub(super) fn read(
     })
 }
 
-/// One `pwritev` of the buffer from its byte `done` on; tried again when a signal comes between.
+/// One `pwritev2` with `flags` of the buffer from its byte `done` on; tried again when a signal
+/// comes between.
 pub(super) fn write(
     fd: BorrowedFd<'_>,
     buffer: &GuestBuffer,
     done: usize,
     offset: u64,
+    flags: libc::c_int,
 ) -> io::Result<usize> {
     let position = position(offset, done)?;
     let vecs = buffer.io_vecs(done);
@@ -44,7 +46,7 @@ pub(super) fn write(
     until_not_interrupted(|| {
         // SAFETY: `vecs` holds at least `count` entries that name memory which stays mapped
         // while `buffer` is borrowed; `fd` is open while it is borrowed.
-        unsafe { libc::pwritev(fd.as_raw_fd(), vecs.as_ptr(), count, position) }
+        unsafe { libc::pwritev2(fd.as_raw_fd(), vecs.as_ptr(), count, position, flags) }
     })
 }
 

@@ -43,6 +43,28 @@ pub enum SyncKind {
     Data,
 }
 
+/// What a write shall do beyond what the descriptor's own flags say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteMode {
+    /// Write at the end of the file, wherever that is then, instead of at the offset.
+    pub append: bool,
+    /// Be durable when it is answered, as with `O_SYNC` or `O_DSYNC`.
+    pub durable: Option<SyncKind>,
+}
+
+impl WriteMode {
+    /// As flags of `pwritev2(2)`.
+    fn flags(self) -> libc::c_int {
+        let append = if self.append { libc::RWF_APPEND } else { 0 };
+        append
+            | match self.durable {
+                None => 0,
+                Some(SyncKind::Data) => libc::RWF_DSYNC,
+                Some(SyncKind::All) => libc::RWF_SYNC,
+            }
+    }
+}
+
 /// A host file for asynchronous vectored operations. Clones share one descriptor, which is
 /// closed with the last of them and of the operations still running.
 #[derive(Clone, Debug)]
@@ -219,7 +241,7 @@ impl File {
     ) -> (io::Result<usize>, GuestBuffer) {
         let facts = self.facts();
         if !facts.has(Facts::SEEKABLE) || !on_ring() {
-            return self.write_blocking(buffer, offset).await;
+            return self.write_blocking(buffer, offset, 0).await;
         }
         let way = if facts.has(Facts::DIRECT) {
             Transfer::Write
@@ -241,10 +263,31 @@ impl File {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
-                    return self.write_blocking(buffer, offset).await;
+                    return self.write_blocking(buffer, offset, 0).await;
                 }
                 Err(e) => return (ok_if_any(done, e), buffer),
             }
+        }
+    }
+
+    /// As [`write_at`](Self::write_at), in this `mode`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at).
+    ///
+    /// # Panics
+    ///
+    /// Outside of a runtime.
+    pub async fn write_as(
+        &self,
+        mode: WriteMode,
+        buffer: GuestBuffer,
+        offset: u64,
+    ) -> (io::Result<usize>, GuestBuffer) {
+        match self.mode_beyond(mode).flags() {
+            0 => self.write_at(buffer, offset).await,
+            flags => self.write_blocking(buffer, offset, flags).await,
         }
     }
 
@@ -292,12 +335,27 @@ impl File {
     ///
     /// As for [`write_at`](Self::write_at).
     pub fn try_write_at(&self, buffer: &GuestBuffer, offset: u64) -> io::Result<Attempt> {
+        self.try_write_as(WriteMode::default(), buffer, offset)
+    }
+
+    /// As [`try_write_at`](Self::try_write_at), in this `mode`; what shall be durable would
+    /// block.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at).
+    pub fn try_write_as(
+        &self,
+        mode: WriteMode,
+        buffer: &GuestBuffer,
+        offset: u64,
+    ) -> io::Result<Attempt> {
         let facts = self.facts();
         let avoid = Facts::DIRECT | Facts::SYNCED;
-        if !facts.has(Facts::REGULAR) || facts.has(avoid) {
+        if mode.durable.is_some() || !facts.has(Facts::REGULAR) || facts.has(avoid) {
             return Ok(Attempt::WouldBlock);
         }
-        write_all_pieces(self.as_fd(), buffer, offset).map(Attempt::Done)
+        write_all_pieces(self.as_fd(), buffer, offset, mode.flags()).map(Attempt::Done)
     }
 
     /// Makes what was written durable.
@@ -400,6 +458,11 @@ impl File {
         .map_err(io::Error::from)
     }
 
+    /// How many clones there are, and operations under way.
+    pub(crate) fn users(&self) -> usize {
+        Arc::strong_count(&self.inner)
+    }
+
     /// What is known of the descriptor, looked up at the first call. A descriptor whose flags
     /// can't be had is treated as one that may wait for ever.
     fn facts(&self) -> Facts {
@@ -454,14 +517,21 @@ impl File {
         })
     }
 
+    /// What of `mode` the descriptor doesn't do by itself.
+    fn mode_beyond(&self, mode: WriteMode) -> WriteMode {
+        let durable = mode.durable.filter(|_| !self.facts().has(Facts::SYNCED));
+        WriteMode { durable, ..mode }
+    }
+
     fn write_blocking(
         &self,
         buffer: GuestBuffer,
         offset: u64,
+        flags: libc::c_int,
     ) -> impl Future<Output = (io::Result<usize>, GuestBuffer)> + Send + use<> {
         let file = self.clone();
         blocking::run_on_buffer(buffer, move |buffer| {
-            write_all_pieces(file.as_fd(), buffer, offset)
+            write_all_pieces(file.as_fd(), buffer, offset, flags)
         })
     }
 }
@@ -509,11 +579,16 @@ fn one_operation(buffer: &GuestBuffer, done: usize) -> usize {
     pieces.iter().take(IOV_MAX).map(|piece| piece.iov_len).sum()
 }
 
-/// One `pwritev`, or as few as take all pieces.
-fn write_all_pieces(fd: BorrowedFd<'_>, buffer: &GuestBuffer, offset: u64) -> io::Result<usize> {
+/// One `pwritev2`, or as few as take all pieces.
+fn write_all_pieces(
+    fd: BorrowedFd<'_>,
+    buffer: &GuestBuffer,
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<usize> {
     let mut done = 0;
     loop {
-        match blocking::write(fd, buffer, done, offset) {
+        match blocking::write(fd, buffer, done, offset, flags) {
             Ok(n) => {
                 done += n;
                 if done == buffer.len() || n < one_operation(buffer, done - n) {

@@ -13,7 +13,8 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_preadv2,
-    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_pwrite64,
     libc::SYS_lseek,
     libc::SYS_getdents64,
     libc::SYS_statx,
@@ -53,6 +54,8 @@ const FILES: &[libc::c_long] = &[
 const CREDENTIALS: &[libc::c_long] = &[
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
+    libc::SYS_getgroups,
+    libc::SYS_setgroups,
     libc::SYS_umask,
     libc::SYS_fchdir,
     libc::SYS_capget,

@@ -1,8 +1,9 @@
-//! The file system ids of a thread, and a file system context of its own.
+//! The file system ids and groups of a thread, and a file system context of its own.
 //!
 //! The ids are set by raw system calls, which change the calling thread alone. The invariant:
 //! nothing here changes another thread.
 
+use rustix::fs::Gid;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
@@ -30,6 +31,21 @@ pub(crate) fn set_fs_uid(uid: u32) -> Result<(), Errno> {
     // SAFETY: takes a number; changes nothing but the calling thread's credentials.
     let _previous = unsafe { libc::syscall(libc::SYS_setfsuid, uid) };
     verify(fs_uid()?, uid)
+}
+
+/// Sets the supplementary groups of the calling thread alone.
+///
+/// # Errors
+///
+/// `EPERM` if the thread may not.
+pub(crate) fn set_groups(groups: &[Gid]) -> Result<(), Errno> {
+    let ids: Vec<u32> = groups.iter().map(|group| group.as_raw()).collect();
+    // SAFETY: the kernel reads as many ids as are told from `ids`, which is borrowed during
+    // the call; the system call, unlike libc's function, concerns the calling thread alone.
+    match unsafe { libc::syscall(libc::SYS_setgroups, ids.len(), ids.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(last_errno()),
+    }
 }
 
 /// Sets the file system group id of the calling thread, and reads back whether that was done.

@@ -78,6 +78,10 @@ impl Passthrough {
         Ok(Caller {
             uid: self.options.users.to_host(caller.uid)?,
             gid: self.options.groups.to_host(caller.gid)?,
+            // One that it may not use is none that it is in.
+            group: caller
+                .group
+                .and_then(|group| self.options.groups.to_host(group).ok()),
             ..*caller
         })
     }
@@ -87,7 +91,7 @@ impl Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        let stat = match handle {
+        let stat = match self.told(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
@@ -104,7 +108,8 @@ impl Passthrough {
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
         let inode = self.inode(node)?;
-        let file = handle
+        let file = self
+            .told(handle)
             .map(|handle| self.handles.any(node, handle))
             .transpose()?;
         let target = match &file {

@@ -30,7 +30,7 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::Mode;
+use rustix::fs::{Gid, Mode};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use crate::fs::{Caller, Result};
@@ -117,10 +117,21 @@ impl Wear {
             gid: caller.gid,
         };
         // Made first, so that it puts back what a change gone wrong half-way leaves.
-        let section = Section {
+        let mut section = Section {
             put_back: (self.put_back || !thread.overriding).then_some(thread.own),
+            groups: None,
             stays_here: PhantomData,
         };
+        // Where the ids decide what is allowed, that the caller is in the directory's group may
+        // be all that lets it create there.
+        if let Some(group) = caller.group
+            && section.put_back.is_some()
+            && !matches!(thread.power, Power::None)
+        {
+            let own = rustix::process::getgroups()?;
+            sys::set_groups(&[Gid::from_raw(group)])?;
+            section.groups = Some(own);
+        }
         change(&mut thread, ids)?;
         Ok(section)
     }
@@ -131,6 +142,7 @@ impl Wear {
 #[must_use]
 pub(super) struct Section {
     put_back: Option<Ids>,
+    groups: Option<Vec<Gid>>,
     stays_here: PhantomData<*const ()>,
 }
 
@@ -142,6 +154,11 @@ impl Drop for Section {
             if let Err(error) = change(&mut thread, own) {
                 log::error!("can't take the server's own file system ids back: {error}");
             }
+        }
+        if let Some(own) = &self.groups
+            && let Err(error) = sys::set_groups(own)
+        {
+            log::error!("can't take the server's own groups back: {error}");
         }
     }
 }

@@ -115,7 +115,7 @@ impl Passthrough {
         plus: bool,
         sink: &mut dyn DirSink,
     ) -> Result<()> {
-        let (directory, stream) = self.handles.directory(node, handle)?;
+        let (directory, stream) = self.directory_of(node, handle)?;
         let inode = self.inodes.get(node);
         let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.seek(&directory, offset)?;

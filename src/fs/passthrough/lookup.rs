@@ -6,10 +6,11 @@
 //! that it is then held by, or from a `statx` that matches an inode already held.
 
 use std::ffi::CStr;
+use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
 
 use super::Passthrough;
@@ -201,11 +202,22 @@ impl Passthrough {
         }))
     }
 
+    /// Within a run node ids are never reused, and so an inode's generation never changes. Linux
+    /// gives the root of a mount, a submount of its own making included, generation 0, and
+    /// takes an answer that says otherwise for another inode with the same node id.
+    fn generation_of(&self, inode: &Inode, stat: &Statx) -> u64 {
+        let root = StatxAttributes::MOUNT_ROOT.bits();
+        if inode.node() == NodeId::ROOT || stat.stx_attributes.bits() & root != 0 {
+            0
+        } else {
+            self.generation
+        }
+    }
+
     fn entry(&self, inode: &Inode, stat: &Statx) -> Entry {
         Entry {
             node: inode.node(),
-            // Node ids are never reused.
-            generation: 0,
+            generation: self.generation_of(inode, stat),
             attributes: self.attributes(stat),
             attribute_ttl: self.options.attribute_ttl,
             entry_ttl: self.options.entry_ttl,
@@ -218,6 +230,14 @@ impl Passthrough {
 fn stat_name(parent: &impl Directory, name: &CStr) -> Result<Statx> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
     rustix::fs::statx(parent, component(name)?, flags, IDENTITY)
+}
+
+/// What makes node ids of this run other inodes than those of another: a number that no run has
+/// twice. Linux takes 32 bits of it.
+pub(super) fn new_generation() -> u64 {
+    // Nothing else of the standard library is random.
+    let random = std::hash::RandomState::new().hash_one(std::process::id());
+    (random & u64::from(u32::MAX)).max(1)
 }
 
 /// A name under which an inode was seen.

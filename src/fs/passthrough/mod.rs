@@ -14,10 +14,13 @@ mod handles;
 mod holds;
 mod id_map;
 mod inodes;
+mod labels;
 mod locks;
 mod lookup;
 mod more;
 mod names;
+mod on_demand;
+mod opening;
 mod reach;
 #[cfg(test)]
 mod tests;
@@ -41,11 +44,13 @@ pub use self::xattr_map::{XattrMap, XattrMapError};
 use self::credentials::Wear;
 use self::handles::Handles;
 use self::holds::{Holder, IDENTITY, Identity, stat_fd};
-use self::inodes::{Inode, Store};
+use self::inodes::Store;
 use self::locks::Locks;
+use self::on_demand::OnDemand;
+use self::opening::AgreedTerms;
 use super::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
-    LockOwner, NewNode, NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
+    LockOwner, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -147,9 +152,6 @@ pub struct Options {
     pub xattr_map: Option<XattrMap>,
     /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
     pub allow_direct_io: bool,
-    /// The guest caches writes: it then reads files that were opened for writing only, and
-    /// knows the end of a file better than `O_APPEND` on the host.
-    pub writeback: bool,
     /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
     pub preserve_noatime: bool,
     /// Whatever would change something is refused with `EROFS`.
@@ -171,7 +173,6 @@ impl Default for Options {
             xattr: true,
             xattr_map: None,
             allow_direct_io: false,
-            writeback: false,
             preserve_noatime: false,
             readonly: false,
             announce_submounts: true,
@@ -233,10 +234,16 @@ pub struct Passthrough {
     inodes: Store,
     holder: Holder,
     handles: Handles,
+    on_demand: OnDemand,
+    terms: AgreedTerms,
     /// Descriptors that inodes and open files may have together.
     most: usize,
     locks: Locks,
     wear: Wear,
+    /// Labels of SELinux are this host's business.
+    selinux: bool,
+    /// What handles of this run are told from those of another by.
+    generation: u64,
 }
 
 impl Passthrough {
@@ -289,9 +296,13 @@ impl Passthrough {
             inodes: Store::new(&identity, root),
             holder,
             handles: Handles::new(),
+            on_demand: OnDemand::new(most),
+            terms: AgreedTerms::default(),
             most,
             locks: Locks::default(),
             wear,
+            selinux: labels::host_has_selinux(),
+            generation: lookup::new_generation(),
         })
     }
 
@@ -326,91 +337,6 @@ impl Passthrough {
             Ok(())
         }
     }
-
-    /// The flags of the guest's `open(2)` that are passed on to the host's.
-    ///
-    /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_NOFOLLOW`, as
-    /// the way to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead
-    /// of waiting for the disk; `O_NOATIME` unless asked for, as the host refuses it to a server
-    /// that doesn't own the file; and all that is none of a regular file's.
-    fn file_flags(&self, flags: u32) -> OFlags {
-        let flags = OFlags::from_bits_retain(flags);
-        let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
-        let mut kept = OFlags::RWMODE | OFlags::TRUNC | OFlags::APPEND | OFlags::SYNC | dsync;
-        if self.options.allow_direct_io {
-            kept |= OFlags::DIRECT;
-        }
-        if self.options.preserve_noatime {
-            kept |= OFlags::NOATIME;
-        }
-        if self.options.writeback {
-            kept -= OFlags::APPEND;
-        }
-        let mut kept = flags & kept;
-        if self.options.writeback && kept & OFlags::RWMODE == OFlags::WRONLY {
-            kept = kept.difference(OFlags::RWMODE) | OFlags::RDWR;
-        }
-        kept | OFlags::NOCTTY
-    }
-
-    /// Opens a regular file. Anything else is refused, without a call that could block or act:
-    /// FIFOs, sockets and devices are the guest's own affair, and a guest's kernel never asks
-    /// for them. `ENXIO` is what Linux says to who opens a socket, or a device that isn't
-    /// there; `ELOOP` what it says to who opens a symbolic link and follows none.
-    fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
-        let inode = self.inode(node)?;
-        match inode.kind() {
-            FileType::RegularFile => {}
-            FileType::Directory => return Err(Errno::ISDIR),
-            FileType::Symlink => return Err(Errno::LOOP),
-            _ => return Err(Errno::NXIO),
-        }
-        let flags = self.file_flags(flags);
-        if flags.intersects(OFlags::TRUNC) || flags & OFlags::RWMODE != OFlags::RDONLY {
-            self.writable()?;
-        }
-        let fd = if self.options.readonly {
-            self.reopen_to_read(&inode, flags)?
-        } else if flags.contains(OFlags::TRUNC) && (caller.kill_set_id || caller.uid != 0) {
-            credentials::without_keeping_set_id_bits(|| self.reopen(&inode, flags))?
-        } else {
-            self.reopen(&inode, flags)?
-        };
-        Ok(self.opened(node, regular(fd, flags), HandleKind::File))
-    }
-
-    /// As [`reopen`](Self::reopen); reading a share that is read-only leaves no trace, where the
-    /// host allows that.
-    fn reopen_to_read(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        if !self.options.readonly {
-            return self.reopen(inode, flags);
-        }
-        match self.reopen(inode, flags | OFlags::NOATIME) {
-            Err(Errno::PERM) => self.reopen(inode, flags),
-            opened => opened,
-        }
-    }
-
-    fn opened(&self, node: NodeId, file: File, kind: HandleKind) -> Opened {
-        let directory = kind == HandleKind::Directory;
-        let handle = self.handles.add(node, file, kind);
-        self.make_room();
-        Opened {
-            handle,
-            keep_cache: match self.options.cache {
-                Cache::Never | Cache::Auto => false,
-                Cache::Metadata => directory,
-                Cache::Always => true,
-            },
-            direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
-            cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
-        }
-    }
-}
-
-/// A regular file that was opened with `flags`.
-fn regular(fd: OwnedFd, flags: OFlags) -> File {
-    File::opened(fd, FileType::RegularFile, flags)
 }
 
 /// Finds out whether `shared_dir` is there and can be shared, before somebody relies on it.
@@ -491,7 +417,13 @@ impl FileSystem for Passthrough {
     fn reset(&self) {
         self.locks.clear();
         self.handles.clear();
+        self.on_demand.clear();
+        self.terms.set(&Terms::default());
         self.inodes.clear();
+    }
+
+    fn begin(&self, terms: &Terms) {
+        self.terms.set(terms);
     }
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
@@ -510,6 +442,9 @@ impl FileSystem for Passthrough {
 
     fn forget(&self, node: NodeId, count: u64) {
         self.inodes.forget(node, count);
+        if self.on_demand.count() > 0 && self.inodes.get(node).is_none() {
+            self.on_demand.forget(node);
+        }
     }
 
     fn getattr(
@@ -555,19 +490,38 @@ impl FileSystem for Passthrough {
         parent: NodeId,
         name: &CStr,
         target: &CStr,
+        label: Option<Label<'_>>,
     ) -> Result<Entry> {
         self.writable()?;
-        self.make_symlink(caller, parent, name, target)
+        self.labelled(label, Some((parent, name)), || {
+            self.make_symlink(caller, parent, name, target)
+        })
     }
 
-    fn mknod(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mknod(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
         self.writable()?;
-        self.make_node(caller, parent, name, new)
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_node(caller, parent, name, new)
+        })
     }
 
-    fn mkdir(&self, caller: &Caller, parent: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mkdir(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
         self.writable()?;
-        self.make_directory(caller, parent, name, new)
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_directory(caller, parent, name, new)
+        })
     }
 
     fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
@@ -597,6 +551,9 @@ impl FileSystem for Passthrough {
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
+        if self.terms.no_open() {
+            return Err(Errno::NOSYS);
+        }
         self.open_file(caller, node, flags)
     }
 
@@ -606,7 +563,7 @@ impl FileSystem for Passthrough {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.create_file(caller, parent, name, flags, new)
     }
@@ -616,32 +573,44 @@ impl FileSystem for Passthrough {
         caller: &Caller,
         parent: NodeId,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.writable()?;
-        self.make_nameless(caller, parent, flags, new)
+        self.labelled(new.label, None, || {
+            self.make_nameless(caller, parent, flags, new)
+        })
     }
 
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_untold(handle, HandleKind::File) {
+            // What nobody has opened nobody closes, and the guest needn't ask again.
+            return Err(Errno::NOSYS);
+        }
         let file = self.handles.file(node, handle, HandleKind::File)?;
         let again = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
         sys::file::close(again)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_untold(handle, HandleKind::File) {
+            return Ok(());
+        }
         self.locks.released(node, handle);
         self.handles.release(node, handle, HandleKind::File)
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
-        let file = self.handles.file(node, handle, HandleKind::File)?;
-        attributes::kill_set_id(&file)
+        attributes::kill_set_id(&self.file_to_change(node, handle)?)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
-        self.handles.file(node, handle, kind)
+        self.file_of(node, handle, kind, false)
+    }
+
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+        self.file_of(node, handle, HandleKind::File, true)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
@@ -718,12 +687,12 @@ impl FileSystem for Passthrough {
         self.attribute_len(node, name)
     }
 
-    fn listxattr(&self, _: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
-        self.attribute_names(node, limit)
+    fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+        self.attribute_names(caller, node, limit)
     }
 
-    fn listxattr_len(&self, _: &Caller, node: NodeId) -> Result<usize> {
-        self.attribute_names_len(node)
+    fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
+        self.attribute_names_len(caller, node)
     }
 
     fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
@@ -732,11 +701,10 @@ impl FileSystem for Passthrough {
     }
 
     fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {
-        let inode = self.inode(node)?;
-        if inode.kind() != FileType::Directory {
-            return Err(Errno::NOTDIR);
+        if self.terms.no_opendir() {
+            return Err(Errno::NOSYS);
         }
-        let fd = self.reopen_to_read(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let fd = self.open_directory(&*self.inode(node)?)?;
         Ok(self.opened(node, File::from_fd(fd), HandleKind::Directory))
     }
 
@@ -753,6 +721,9 @@ impl FileSystem for Passthrough {
     }
 
     fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_untold(handle, HandleKind::Directory) {
+            return Ok(());
+        }
         self.handles.release(node, handle, HandleKind::Directory)
     }
 
@@ -761,7 +732,7 @@ impl FileSystem for Passthrough {
     }
 
     fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {
-        let file = self.handles.file(node, handle, HandleKind::File)?;
+        let file = self.file(node, handle, HandleKind::File)?;
         let to = match whence.cast_signed() {
             libc::SEEK_DATA => SeekFrom::Data(offset),
             libc::SEEK_HOLE => SeekFrom::Hole(offset),

@@ -13,7 +13,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, stat_fd};
 use super::names::honest_mode;
-use super::{Passthrough, regular};
+use super::Passthrough;
+use super::opening::regular_file;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, HandleKind, InodeFlags, NewNode, NodeId, Opened, Result,
     Timestamp,
@@ -32,7 +33,7 @@ impl Passthrough {
         handle: Option<Handle>,
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = match handle {
+        let stat = match self.told(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, mask),
             None => stat_fd(self.fd(&*self.inode(node)?)?, mask),
         }?;
@@ -47,7 +48,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -60,7 +61,7 @@ impl Passthrough {
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
         let entry = self.find_opened(&fd)?;
-        let file = regular(fd, flags);
+        let file = regular_file(fd, flags);
         Ok((entry, self.opened(entry.node, file, HandleKind::File)))
     }
 
@@ -76,19 +77,19 @@ impl Passthrough {
     }
 
     pub(super) fn flags_of(&self, node: NodeId, handle: Handle) -> Result<u32> {
-        let file = self.handles.any(node, handle)?;
+        let file = self.any_of(node, handle)?;
         Ok(rustix::fs::ioctl_getflags(file)?.bits())
     }
 
     pub(super) fn extended_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
-        let flags = inode_flags::get(self.handles.any(node, handle)?)?;
+        let flags = inode_flags::get(self.any_of(node, handle)?)?;
         let mut bytes = InodeFlags::default();
         bytes.copy_from_slice(flags.as_bytes());
         Ok(bytes)
     }
 
     pub(super) fn change_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
-        let file = self.handles.any(node, handle)?;
+        let file = self.any_of(node, handle)?;
         rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags))
     }
 
@@ -99,7 +100,7 @@ impl Passthrough {
         handle: Handle,
         flags: &InodeFlags,
     ) -> Result<()> {
-        let file = self.handles.any(node, handle)?;
+        let file = self.any_of(node, handle)?;
         let flags = ExtendedFlags::read_from_bytes(flags).or(Err(Errno::INVAL))?;
         if inode_flags::get(&file)?.project != flags.project {
             return Err(Errno::PERM);

@@ -15,7 +15,8 @@ use super::credentials::Section;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inodes::Inode;
 use super::lookup::component;
-use super::{Passthrough, regular};
+use super::Passthrough;
+use super::opening::regular_file;
 use crate::fs::{Caller, Entry, HandleKind, NewNode, NodeId, Opened, Result};
 
 /// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
@@ -51,7 +52,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         name: &CStr,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -78,7 +79,7 @@ impl Passthrough {
         caller: &Caller,
         parent: NodeId,
         name: &CStr,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -99,7 +100,7 @@ impl Passthrough {
         parent: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
@@ -117,7 +118,8 @@ impl Passthrough {
         }
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
-            match self.create_new(caller, &parent, name, flags, new.umask, mode) {
+            let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
+            match self.labelled(new.label, Some((parent.inode().node(), name)), create) {
                 Err(Errno::EXIST) if !exclusive => {}
                 done => return done,
             }
@@ -146,7 +148,7 @@ impl Passthrough {
             self.with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
         let entry = self.find_created(parent, name, &fd)?;
-        let file = regular(fd, flags);
+        let file = regular_file(fd, flags);
         Ok((entry, self.opened(entry.node, file, HandleKind::File)))
     }
 
@@ -204,8 +206,18 @@ impl Passthrough {
         rustix::fs::unlinkat(&fd, name, flags)?;
         if let (Some(known), Some(Ok(_))) = (&named, in_use) {
             self.inodes.lose(&known.inode, &parent, name, &changing);
+            self.pin_nameless(known);
         }
         Ok(())
+    }
+
+    /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
+    /// lead nowhere from now on. It is in use, and so it is there.
+    fn pin_nameless(&self, known: &Known) {
+        let way = known.inode.way();
+        if known.links == 1 && known.inode.slot().is_full() && matches!(*way, Way::Handle { .. }) {
+            self.inodes.change_way(way, Way::None);
+        }
     }
 
     /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached.
@@ -214,7 +226,8 @@ impl Passthrough {
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
         let inode = self.inodes.peek(&Identity::of(&stat))?;
         let by_handle = matches!(&*inode.way(), Way::Handle { .. });
-        (!by_handle).then_some(Known {
+        // An open file keeps itself, but of these nobody knows whether they are open.
+        (!by_handle || self.terms.no_open()).then_some(Known {
             inode,
             links: stat.stx_nlink,
         })
@@ -262,6 +275,7 @@ impl Passthrough {
             } else {
                 let (parent, name) = (&new_parent, to.1);
                 self.inodes.lose(&known.inode, parent, name, &changing);
+                self.pin_nameless(known);
             }
         }
         if let Some(known) = &moved {
@@ -283,15 +297,17 @@ struct Known {
 /// The permission bits of a new file, without a set-group-ID bit that the caller has no right
 /// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
 /// from an executable file whose creator isn't in that group, but it would not from the server,
-/// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; a member by a
-/// supplementary group, whom the server can't tell, may set it afterwards.
+/// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
+/// say of a member by a supplementary group that it is one, and before that it may set the bit
+/// afterwards.
 pub(super) fn honest_mode(caller: &Caller, parent: &impl AsFd, mode: u32) -> Result<Mode> {
     let mut mode = mode & PERMISSIONS;
     let group_program = SET_GROUP_ID | GROUP_EXECUTE;
     if caller.uid != 0 && mode & group_program == group_program {
         let stat = stat_fd(parent, StatxFlags::BASIC_STATS)?;
         let inherits = u32::from(stat.stx_mode) & SET_GROUP_ID != 0;
-        if inherits && stat.stx_gid != caller.gid {
+        let is_member = stat.stx_gid == caller.gid || caller.group == Some(stat.stx_gid);
+        if inherits && !is_member {
             mode &= !SET_GROUP_ID;
         }
     }

@@ -188,7 +188,8 @@ impl Passthrough {
     pub(super) fn make_room(&self) {
         let too_many = || {
             let open = self.inodes.descriptors();
-            open > LEAST.min(self.most) && open + self.handles.count() > self.most
+            let files = self.handles.count() + self.on_demand.count();
+            open > LEAST.min(self.most) && open + files > self.most
         };
         if too_many() {
             self.close_some(too_many);
@@ -199,10 +200,14 @@ impl Passthrough {
     pub(super) fn with_room<T>(&self, open: impl Fn() -> Result<T>) -> Result<T> {
         match open() {
             Err(error @ (Errno::MFILE | Errno::NFILE)) => {
+                let kept = self.on_demand.count();
+                let enough = kept.saturating_sub(SOME);
+                self.on_demand
+                    .close_some(|| self.on_demand.count() > enough);
                 let before = self.inodes.descriptors();
                 let most = before.saturating_sub(SOME);
                 self.close_some(|| self.inodes.descriptors() > most);
-                if self.inodes.descriptors() < before {
+                if self.inodes.descriptors() < before || self.on_demand.count() < kept {
                     open()
                 } else {
                     Err(error)

@@ -20,6 +20,9 @@ use crate::fs::{Caller, NodeId, Result};
 /// uapi `linux/limits.h`).
 const LONGEST: usize = 65536;
 
+/// What attributes begin with that are there for a superuser alone.
+const TRUSTED: &[u8] = b"trusted.";
+
 /// The ACL that decides on access to the file itself.
 const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
@@ -38,7 +41,11 @@ impl Passthrough {
     }
 
     /// Calls `act` with a path that leads to the inode.
-    fn with_path<T>(&self, node: NodeId, act: impl FnOnce(&CStr) -> Result<T>) -> Result<T> {
+    pub(super) fn with_path<T>(
+        &self,
+        node: NodeId,
+        act: impl FnOnce(&CStr) -> Result<T>,
+    ) -> Result<T> {
         if !self.options.xattr {
             return Err(Errno::OPNOTSUPP);
         }
@@ -49,7 +56,7 @@ impl Passthrough {
     }
 
     /// What the guest's `name` is called on the host.
-    fn host_name<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
+    pub(super) fn host_name<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
         match &self.options.xattr_map {
             Some(map) => map.to_host(name),
             None => Ok(Cow::Borrowed(name)),
@@ -90,7 +97,31 @@ impl Passthrough {
         })
     }
 
-    pub(super) fn attribute_names(&self, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+    /// Only to a superuser `trusted.` attributes are listed, as on any local file system. The
+    /// guest's kernel doesn't see to that, and of the caller says the user id alone.
+    pub(super) fn attribute_names(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        limit: usize,
+    ) -> Result<Vec<u8>> {
+        if caller.uid == 0 {
+            return self.all_attribute_names(node, limit);
+        }
+        let all = self.all_attribute_names(node, LONGEST)?;
+        let names = all.split_inclusive(|byte| *byte == 0);
+        let names: Vec<u8> = names
+            .filter(|name| !name.starts_with(TRUSTED))
+            .flatten()
+            .copied()
+            .collect();
+        if names.len() > limit {
+            return Err(Errno::RANGE);
+        }
+        Ok(names)
+    }
+
+    fn all_attribute_names(&self, node: NodeId, limit: usize) -> Result<Vec<u8>> {
         let list = |path: &CStr, limit| {
             read(limit, |names| {
                 rustix::fs::listxattr(path, spare_capacity(names))
@@ -108,9 +139,10 @@ impl Passthrough {
         })
     }
 
-    pub(super) fn attribute_names_len(&self, node: NodeId) -> Result<usize> {
-        if self.options.xattr_map.is_some() {
-            return self.attribute_names(node, LONGEST).map(|names| names.len());
+    pub(super) fn attribute_names_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
+        if caller.uid != 0 || self.options.xattr_map.is_some() {
+            let names = self.attribute_names(caller, node, LONGEST);
+            return names.map(|names| names.len());
         }
         self.with_path(node, |path| rustix::fs::listxattr_query(path))
     }

@@ -110,6 +110,18 @@ impl InitFlags {
     /// No flag.
     pub const NONE: Self = Self(0);
 
+    /// All of them in one word.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The flags of such a word.
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
     /// Puts the two halves together.
     #[must_use]
     pub fn from_halves(flags: u32, flags2: u32) -> Self {

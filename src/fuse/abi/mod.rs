@@ -20,8 +20,9 @@ pub use structures::{
     FsyncIn, GetattrIn, GetxattrIn, GetxattrOut, InHeader, InitIn, InitOut, InterruptIn, IoctlIn,
     IoctlIovec, IoctlOut, Kstatfs, LinkIn, LkIn, LkOut, LseekIn, LseekOut, MkdirIn, MknodIn,
     OpenIn, OpenOut, OutHeader, PollIn, PollOut, ReadIn, ReleaseIn, RemovemappingIn,
-    RemovemappingOne, Rename2In, RenameIn, SetattrIn, SetupmappingIn, SetxattrExtIn, SetxattrIn,
-    StatfsOut, Statx, StatxIn, StatxOut, StatxTime, SuppGroups, SyncfsIn, WriteIn, WriteOut,
+    RemovemappingOne, Rename2In, RenameIn, Secctx, SetattrIn, SetupmappingIn, SetxattrExtIn,
+    SetxattrIn, StatfsOut, Statx, StatxIn, StatxOut, StatxTime, SuppGroups, SyncfsIn, WriteIn,
+    WriteOut,
 };
 
 /// The major version spoken here.
@@ -35,6 +36,10 @@ pub const INIT_IN_SHORT_LEN: usize = 16;
 
 /// Extension of a request that holds supplementary groups (`FUSE_EXT_GROUPS`).
 pub const EXT_GROUPS: u32 = 32;
+
+/// The most labels that an extension may hold (`FUSE_MAX_NR_SECCTX`), whose number stands where
+/// the sort of others does.
+pub const MAX_SECURITY_CONTEXTS: u32 = 31;
 
 /// `total_extlen` in [`InHeader`] counts in units of this many bytes.
 pub const EXT_UNIT: usize = 8;

@@ -46,6 +46,9 @@ layouts! {
     ExtHeader[8] { size: u32, kind: u32, }
     /// Behind an [`ExtHeader`]: this many group ids follow.
     SuppGroups[4] { nr_groups: u32, }
+    /// Behind an [`ExtHeader`] whose kind is the number of labels: one of them; its name and
+    /// `size` bytes follow.
+    Secctx[8] { size: u32, padding: u32, }
     /// Attributes.
     Attr[88] {
         ino: u64, size: u64, blocks: u64, atime: u64, mtime: u64, ctime: u64, atimensec: u32,

@@ -3,10 +3,11 @@
 use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
+use super::extensions::{EXTENSIONS_MAX, Extensions, behind_names, may_follow};
 use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
-use crate::fs::{Caller, Changes, Handle, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
-use crate::fuse::abi::{self, InHeader, Opcode, setattr_valid};
-use crate::io::{Lock, LockKind, RecordLock};
+use crate::fs::{Caller, Changes, Handle, Label, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
+use crate::fuse::abi::{self, InHeader, InitFlags, Opcode, setattr_valid};
+use crate::io::{Lock, LockKind, RecordLock, SyncKind, WriteMode};
 
 /// Length of the header that begins every request, in bytes.
 pub const HEADER_LEN: usize = size_of::<InHeader>();
@@ -73,28 +74,31 @@ pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> 
 ///
 /// Whatever a guest may think up; see [`Fault`].
 pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
-    decode_as(bytes, false)
+    decode_as(bytes, InitFlags::NONE)
 }
 
-/// As [`decode()`], for a guest that speaks the protocol's dialect in which SETXATTR has a longer
-/// argument (`SETXATTR_EXT`) if `setxattr_ext`.
+/// As [`decode()`], for a guest with which these flags of INIT were `agreed` on: some make
+/// arguments longer (`SETXATTR_EXT`) or add to them (`SECURITY_CTX`, `CREATE_SUPP_GROUP`).
 ///
 /// # Errors
 ///
 /// As [`decode()`].
-pub fn decode_as(bytes: &[u8], setxattr_ext: bool) -> Result<Request<'_>, DecodeError> {
+pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeError> {
+    let setxattr_ext = agreed.contains(InitFlags::SETXATTR_EXT);
     let (header, behind) = in_header(bytes)?;
     let failed = |fault| DecodeError {
         unique: Some(header.unique),
         opcode: Some(header.opcode),
         fault,
     };
-    let operation = operation(&header, behind, setxattr_ext).map_err(failed)?;
+    let mut operation = operation(&header, behind, setxattr_ext).map_err(failed)?;
     if !operation.is_kernels_own() {
         node(header.nodeid).map_err(failed)?;
         id(header.uid).map_err(failed)?;
         id(header.gid).map_err(failed)?;
     }
+    let extensions = extensions(&header, behind, agreed).map_err(failed)?;
+    operation.set_label(extensions.label);
     Ok(Request {
         unique: header.unique,
         opcode: header.opcode,
@@ -104,6 +108,7 @@ pub fn decode_as(bytes: &[u8], setxattr_ext: bool) -> Result<Request<'_>, Decode
             gid: header.gid,
             pid: header.pid,
             kill_set_id: kill_set_id(&header, behind, setxattr_ext),
+            group: extensions.group,
         },
         operation,
     })
@@ -141,7 +146,55 @@ fn kill_set_id(header: &InHeader, arguments: &[u8], setxattr_ext: bool) -> bool 
     flags.is_ok_and(|flags| flags & flag != 0)
 }
 
-impl Operation<'_> {
+/// What a request says behind its arguments, if that was agreed on.
+fn extensions<'a>(
+    header: &InHeader,
+    behind: &'a [u8],
+    agreed: InitFlags,
+) -> Result<Extensions<'a>, Fault> {
+    let Some(opcode) = Opcode::from_number(header.opcode).filter(|one| may_follow(*one)) else {
+        return Ok(Extensions::default());
+    };
+    let told = behind
+        .get(..arguments_len(header)?)
+        .ok_or(Fault::Truncated)?;
+    let (arguments, counted) = told
+        .len()
+        .checked_sub(extensions_len(header))
+        .and_then(|at| told.split_at_checked(at))
+        .ok_or(Fault::Extensions)?;
+    let labels = agreed.contains(InitFlags::SECURITY_CTX);
+    let groups = agreed.contains(InitFlags::CREATE_SUPP_GROUP);
+    let all = if !counted.is_empty() && (labels || groups) {
+        Extensions::parse(counted)?
+    } else if counted.is_empty() && labels {
+        Extensions::parse(behind_names(opcode, arguments))?
+    } else {
+        Extensions::default()
+    };
+    Ok(Extensions {
+        label: all.label.filter(|_| labels),
+        group: all.group.filter(|_| groups),
+    })
+}
+
+/// Bytes of extensions, as the header says.
+fn extensions_len(header: &InHeader) -> usize {
+    usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT)
+}
+
+impl<'a> Operation<'a> {
+    fn set_label(&mut self, of_new: Option<Label<'a>>) {
+        match self {
+            Self::Symlink { label, .. } => *label = of_new,
+            Self::Mknod { new, .. }
+            | Self::Mkdir { new, .. }
+            | Self::Create { new, .. }
+            | Self::Tmpfile { new, .. } => new.label = of_new,
+            _ => {}
+        }
+    }
+
     /// Whether the guest's kernel asks for itself, with no user and on no node. FORGET of node
     /// 0 does no harm, so it belongs here.
     fn is_kernels_own(&self) -> bool {
@@ -190,17 +243,13 @@ fn limit(header: &InHeader) -> Limit {
         Opcode::BatchForget => (BATCH_FORGET_MAX, Some(Fault::Length(header.len))),
         Opcode::Setxattr => (SETXATTR_MAX, Some(Fault::XattrValue)),
         Opcode::Getxattr | Opcode::Removexattr => (NAMES_MAX, Some(Fault::XattrName)),
+        made if may_follow(made) => (NAMES_MAX + EXTENSIONS_MAX, Some(Fault::NameLength)),
         Opcode::Lookup
-        | Opcode::Symlink
-        | Opcode::Mknod
-        | Opcode::Mkdir
         | Opcode::Unlink
         | Opcode::Rmdir
         | Opcode::Rename
         | Opcode::Rename2
-        | Opcode::Link
-        | Opcode::Create
-        | Opcode::Tmpfile => (NAMES_MAX, Some(Fault::NameLength)),
+        | Opcode::Link => (NAMES_MAX, Some(Fault::NameLength)),
         _ => (STRUCTURE_MAX, None),
     };
     Limit { bytes, beyond }
@@ -222,8 +271,9 @@ fn operation<'a>(
     {
         return Err(fault);
     }
-    let extensions = usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT);
-    let without_extensions = told.checked_sub(extensions).ok_or(Fault::Extensions)?;
+    let without_extensions = told
+        .checked_sub(extensions_len(header))
+        .ok_or(Fault::Extensions)?;
     let bytes = behind
         .get(..told.min(limit.bytes))
         .ok_or(Fault::Truncated)?;
@@ -315,6 +365,7 @@ fn on_node(
         Opcode::Symlink => Operation::Symlink {
             name: arguments.name()?,
             target: arguments.target()?,
+            label: None,
         },
         Opcode::Mknod => {
             let abi::MknodIn {
@@ -322,7 +373,12 @@ fn on_node(
             } = arguments.take()?;
             Operation::Mknod {
                 name: arguments.name()?,
-                new: NewNode { mode, umask, rdev },
+                new: NewNode {
+                    mode,
+                    umask,
+                    rdev,
+                    label: None,
+                },
             }
         }
         Opcode::Mkdir => {
@@ -333,6 +389,7 @@ fn on_node(
                     mode,
                     umask,
                     rdev: 0,
+                    label: None,
                 },
             }
         }
@@ -422,6 +479,7 @@ fn on_open_file(
                     mode: args.mode,
                     umask: args.umask,
                     rdev: 0,
+                    label: None,
                 },
             }
         }
@@ -435,6 +493,7 @@ fn on_open_file(
                     mode: args.mode,
                     umask: args.umask,
                     rdev: 0,
+                    label: None,
                 },
             }
         }
@@ -456,7 +515,10 @@ fn on_open_file(
             if usize::try_from(args.size).map_or(true, |size| size > data) {
                 return Err(Fault::Truncated);
             }
-            Operation::Write(range(args.fh, args.offset, args.size))
+            Operation::Write {
+                range: range(args.fh, args.offset, args.size),
+                mode: write_mode(args.flags.cast_signed()),
+            }
         }
         Opcode::Readdir | Opcode::Readdirplus => {
             let args: abi::ReadIn = arguments.take()?;
@@ -615,6 +677,18 @@ fn xattr_flags(bits: u32) -> Result<XattrFlags, Fault> {
         Ok(flags)
     } else {
         Err(Fault::Value("flags"))
+    }
+}
+
+/// What the flags of `open(2)` mean for a write. `O_SYNC` has the bit of `O_DSYNC` in it.
+fn write_mode(flags: i32) -> WriteMode {
+    WriteMode {
+        append: flags & libc::O_APPEND != 0,
+        durable: match flags & libc::O_SYNC {
+            libc::O_SYNC => Some(SyncKind::All),
+            libc::O_DSYNC => Some(SyncKind::Data),
+            _ => None,
+        },
     }
 }
 

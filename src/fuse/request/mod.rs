@@ -8,6 +8,7 @@
 
 mod arguments;
 mod decode;
+mod extensions;
 mod fault;
 #[cfg(test)]
 mod tests;
@@ -20,8 +21,10 @@ pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn};
-use crate::fs::{Caller, Changes, Handle, InodeFlags, LockOwner, NewNode, NodeId, XattrFlags};
-use crate::io::{Lock, RecordLock};
+use crate::fs::{
+    Caller, Changes, Handle, InodeFlags, Label, LockOwner, NewNode, NodeId, XattrFlags,
+};
+use crate::io::{Lock, RecordLock, WriteMode};
 
 /// One request of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -91,20 +94,22 @@ pub enum Operation<'a> {
         name: &'a CStr,
         /// Where it points.
         target: &'a CStr,
+        /// What it is labelled with.
+        label: Option<Label<'a>>,
     },
     /// Make a file, FIFO, socket or device node.
     Mknod {
         /// Its name.
         name: &'a CStr,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Make a directory.
     Mkdir {
         /// Its name.
         name: &'a CStr,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Remove a name.
     Unlink {
@@ -149,14 +154,14 @@ pub enum Operation<'a> {
         /// As for [`Open`](Self::Open), and `O_EXCL`.
         flags: u32,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Make and open a file without a name.
     Tmpfile {
         /// As for [`Create`](Self::Create).
         flags: u32,
         /// What it is made with.
-        new: NewNode,
+        new: NewNode<'a>,
     },
     /// Write the whole file system back to disk.
     Syncfs,
@@ -170,7 +175,12 @@ pub enum Operation<'a> {
     /// Read data.
     Read(Range),
     /// Write data, which follow the request.
-    Write(Range),
+    Write {
+        /// Where.
+        range: Range,
+        /// What the guest has opened the file for, as far as a write goes by it.
+        mode: WriteMode,
+    },
     /// READDIR and READDIRPLUS.
     Readdir {
         /// The open directory, where to go on in it, and how many bytes of entries to answer.

@@ -1,5 +1,8 @@
 //! Tests of decoding: what is right comes out as it went in, and nothing that is wrong does.
 
+mod extensions;
+mod open_files;
+
 use proptest::prelude::*;
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
@@ -8,6 +11,7 @@ use super::*;
 use crate::fs::{NewTime, Timestamp};
 use crate::fuse::abi::{self, Opcode, setattr_valid};
 use crate::fuse::testing::{UNIQUE, claim_len, on_root, request, samples};
+use crate::io::SyncKind;
 
 fn fault(bytes: &[u8]) -> Fault {
     decode(bytes).expect_err("a fault").fault
@@ -36,6 +40,7 @@ fn the_header_says_who_asks_and_for_what() {
             gid: 100,
             pid: 42,
             kill_set_id: false,
+            group: None,
         }
     );
     assert!(matches!(request.operation, Operation::Lookup { name } if name == c"name"));
@@ -384,6 +389,27 @@ fn a_write_has_the_data_it_counts() {
 }
 
 #[test]
+fn a_write_says_what_the_file_is_open_for() {
+    let mode = |flags: i32| {
+        let args = abi::WriteIn {
+            flags: flags.cast_unsigned(),
+            ..Default::default()
+        };
+        match decode(&on_root(Opcode::Write, &[args.as_bytes()]))
+            .unwrap()
+            .operation
+        {
+            Operation::Write { mode, .. } => (mode.append, mode.durable),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(mode(libc::O_WRONLY), (false, None));
+    assert_eq!(mode(libc::O_RDWR | libc::O_APPEND), (true, None));
+    assert_eq!(mode(libc::O_DSYNC), (false, Some(SyncKind::Data)));
+    assert_eq!(mode(libc::O_SYNC), (false, Some(SyncKind::All)));
+}
+
+#[test]
 fn a_batch_of_forgets_is_whole() {
     let batch = |count, ones: &[ForgetOne]| {
         let argument = abi::BatchForgetIn { count, dummy: 0 };
@@ -696,7 +722,7 @@ fn check(request: &Request<'_>) {
             name_is_good(from);
             name_is_good(to);
         }
-        Operation::Read(range) | Operation::Write(range) => {
+        Operation::Read(range) | Operation::Write { range, .. } => {
             assert!(range.offset + u64::from(range.size) <= i64::MAX as u64);
         }
         Operation::Unserved

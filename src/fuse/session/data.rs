@@ -10,12 +10,12 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::{Outcome, Session};
-use crate::fs::{FileSystem, Handle, HandleKind};
-use crate::fuse::abi::{CopyFileRangeOut, WriteOut};
+use crate::fs::{FileSystem, Handle, HandleKind, NodeId};
+use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
 use crate::fuse::reply::{Answer, send_filled};
 use crate::fuse::request::{Copying, Range, Request};
 use crate::fuse::{Exchange, OUT_HEADER_LEN};
-use crate::io::{Attempt, SyncKind};
+use crate::io::{Attempt, File, SyncKind, WriteMode};
 
 /// Most bytes of one COPY_FILE_RANGE: what the host's kernel moves in one call at most
 /// (`MAX_RW_COUNT`), and a count that fits into the reply.
@@ -70,10 +70,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
         mut exchange: E,
         request: &Request<'_>,
         range: Range,
+        mode: WriteMode,
     ) -> Outcome {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
-        let opened = self.fs.file(request.node, range.handle, HandleKind::File);
+        let opened = self.fs.file_to_change(request.node, range.handle);
         let (file, buffer) = match opened.and_then(|file| {
             let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
             if request.caller.kill_set_id {
@@ -84,21 +85,22 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok(both) => both,
             Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
-        let attempt = match file.try_write_at(&buffer, range.offset) {
+        let mode = WriteMode {
+            // A guest that collects writes has found the end of the file already.
+            append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
+            ..mode
+        };
+        let attempt = match file.try_write_as(mode, &buffer, range.offset) {
             Ok(attempt) => attempt,
             Err(error) => return self.now(exchange, unique, Err(errno(&error))),
         };
         match attempt {
             Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
-            Attempt::WouldBlock => {
-                let session = Arc::clone(self);
-                self.later(async move {
-                    let (result, buffer) = file.write_at(buffer, range.offset).await;
-                    drop(buffer);
-                    let answer = result.map(written).map_err(|error| errno(&error));
-                    session.finish(exchange, unique, answer);
-                })
-            }
+            Attempt::WouldBlock => self.after(exchange, request, Ok(()), async move |()| {
+                let (result, buffer) = file.write_as(mode, buffer, range.offset).await;
+                drop(buffer);
+                result.map(written)
+            }),
         }
     }
 
@@ -110,29 +112,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
         (handle, directory): (Handle, bool),
         data_only: bool,
     ) -> Outcome {
-        let unique = request.unique;
         let of = if directory {
             HandleKind::Directory
         } else {
             HandleKind::File
-        };
-        let file = match self.fs.file(request.node, handle, of) {
-            Ok(file) => file,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
         let kind = if data_only {
             SyncKind::Data
         } else {
             SyncKind::All
         };
-        let session = Arc::clone(self);
-        self.later(async move {
-            let result = file.sync(kind).await;
-            session.finish(
-                exchange,
-                unique,
-                result.map(done).map_err(|error| errno(&error)),
-            );
+        let file = self.fs.file(request.node, handle, of);
+        self.after(exchange, request, file, async move |file: File| {
+            file.sync(kind).await.map(done)
         })
     }
 
@@ -142,19 +134,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         exchange: E,
         request: &Request<'_>,
     ) -> Outcome {
-        let unique = request.unique;
-        let file = match self.fs.whole_file_system(request.node) {
-            Ok(file) => file,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
-        };
-        let session = Arc::clone(self);
-        self.later(async move {
-            let result = file.sync_file_system().await;
-            session.finish(
-                exchange,
-                unique,
-                result.map(done).map_err(|error| errno(&error)),
-            );
+        let file = self.fs.whole_file_system(request.node);
+        self.after(exchange, request, file, async |file: File| {
+            file.sync_file_system().await.map(done)
         })
     }
 
@@ -166,19 +148,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         handle: Handle,
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
-        let unique = request.unique;
-        let file = match self.fs.file(request.node, handle, HandleKind::File) {
-            Ok(file) => file,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
-        };
-        let session = Arc::clone(self);
-        self.later(async move {
-            let result = file.allocate(mode, offset, len).await;
-            session.finish(
-                exchange,
-                unique,
-                result.map(done).map_err(|error| errno(&error)),
-            );
+        let file = self.file_to_change(request, request.node, handle);
+        self.after(exchange, request, file, async move |file: File| {
+            file.allocate(mode, offset, len).await.map(done)
         })
     }
 
@@ -189,28 +161,61 @@ impl<F: FileSystem + ?Sized> Session<F> {
         request: &Request<'_>,
         copying: Copying,
     ) -> Outcome {
+        let from = self.fs.file(request.node, copying.from, HandleKind::File);
+        let files = from.and_then(|from| {
+            let to = self.file_to_change(request, copying.to_node, copying.to)?;
+            Ok((from, to))
+        });
+        self.after(
+            exchange,
+            request,
+            files,
+            async move |(from, to): (File, File)| {
+                let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
+                let n = from
+                    .copy_range_to(copying.from_offset, &to, copying.to_offset, len, 0)
+                    .await?;
+                Ok(if copying.wide {
+                    let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
+                    Answer::Copied(CopyFileRangeOut { bytes_copied })
+                } else {
+                    written(n)
+                })
+            },
+        )
+    }
+
+    /// A file that is about to be changed by something in which a guest's kernel doesn't say
+    /// whether its caller may keep set-user-ID bits: only a superuser may.
+    fn file_to_change(
+        &self,
+        request: &Request<'_>,
+        node: NodeId,
+        handle: Handle,
+    ) -> Result<File, Errno> {
+        let file = self.fs.file_to_change(node, handle)?;
+        if request.caller.uid != 0 && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
+            self.fs.kill_set_id(node, handle)?;
+        }
+        Ok(file)
+    }
+
+    /// Does `act` with what is `ready`, and answers then; at once if nothing is.
+    fn after<E: Exchange, T: 'static>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+        ready: Result<T, Errno>,
+        act: impl AsyncFnOnce(T) -> io::Result<Answer> + 'static,
+    ) -> Outcome {
         let unique = request.unique;
-        let file = |node, handle| self.fs.file(node, handle, HandleKind::File);
-        let files = file(request.node, copying.from)
-            .and_then(|from| Ok((from, file(copying.to_node, copying.to)?)));
-        let (from, to) = match files {
-            Ok(files) => files,
+        let ready = match ready {
+            Ok(ready) => ready,
             Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
         let session = Arc::clone(self);
         self.later(async move {
-            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
-            let result = from
-                .copy_range_to(copying.from_offset, &to, copying.to_offset, len, 0)
-                .await;
-            let answer = match result {
-                Ok(n) if copying.wide => {
-                    let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
-                    Ok(Answer::Copied(CopyFileRangeOut { bytes_copied }))
-                }
-                Ok(n) => Ok(written(n)),
-                Err(error) => Err(errno(&error)),
-            };
+            let answer = act(ready).await.map_err(|error| errno(&error));
             session.finish(exchange, unique, answer);
         })
     }

@@ -53,9 +53,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 target if target.len() > room => Err(Errno::NAMETOOLONG),
                 target => Ok(Answer::Bytes(target)),
             },
-            Operation::Symlink { name, target } => {
-                fs.symlink(caller, node, name, target).map(entry)
-            }
+            Operation::Symlink {
+                name,
+                target,
+                label,
+            } => fs.symlink(caller, node, name, target, label).map(entry),
             Operation::Mknod { name, new } => fs.mknod(caller, node, name, &new).map(entry),
             Operation::Mkdir { name, new } => fs.mkdir(caller, node, name, &new).map(entry),
             Operation::Unlink { name } => fs.unlink(caller, node, name).map(done),

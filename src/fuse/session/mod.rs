@@ -16,7 +16,7 @@ mod waiting;
 use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -31,7 +31,7 @@ use super::request::{
     DecodeError, Forgets, HEADER_LEN, Operation, Request, bytes_wanted, decode_as,
 };
 use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
-use crate::fs::FileSystem;
+use crate::fs::{FileSystem, Terms};
 
 /// Longest request that is copied without a heap: a RENAME2 with two names of 255 bytes.
 const INLINE: usize = 568;
@@ -63,8 +63,8 @@ pub struct Session<F: ?Sized> {
     /// reply to INIT, which orders it by the guest's memory; `Acquire` pairs with the `Release`
     /// in `init` all the same, so that what `FileSystem::reset` did is seen too.
     ready: AtomicBool,
-    /// Whether SETXATTR is in its long form. Set before `ready`.
-    setxattr_ext: AtomicBool,
+    /// The flags of `negotiated`, for the requests that go by them. Set before `ready`.
+    agreed: AtomicU64,
     negotiated: Mutex<Option<Negotiated>>,
     counters: Counters,
     waiting: Arc<Waiting>,
@@ -77,7 +77,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Self {
             options,
             ready: AtomicBool::new(false),
-            setxattr_ext: AtomicBool::new(false),
+            agreed: AtomicU64::new(0),
             negotiated: Mutex::new(None),
             counters: Counters::default(),
             waiting: Arc::default(),
@@ -121,7 +121,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
         let request = match fetch(&mut exchange, &mut inline, &mut spilled)
-            .and_then(|bytes| decode_as(bytes, self.setxattr_ext.load(Ordering::Relaxed)))
+            .and_then(|bytes| decode_as(bytes, self.agreed()))
         {
             Ok(request) => request,
             Err(error) => {
@@ -176,7 +176,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     fn answer<E: Exchange>(self: &Arc<Self>, exchange: E, request: &Request<'_>) -> Outcome {
         match request.operation {
             Operation::Read(range) => return self.read(exchange, request, range),
-            Operation::Write(range) => return self.write(exchange, request, range),
+            Operation::Write { range, mode } => {
+                return self.write(exchange, request, range, mode);
+            }
             Operation::Fsync {
                 handle,
                 data_only,
@@ -224,8 +226,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     .negotiated
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
-                let ext = negotiated.flags.contains(InitFlags::SETXATTR_EXT);
-                self.setxattr_ext.store(ext, Ordering::Relaxed);
+                let flags = negotiated.flags;
+                self.agreed.store(flags.bits(), Ordering::Relaxed);
+                self.fs.begin(&Terms {
+                    collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
+                    no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
+                    no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
+                });
                 self.ready.store(true, Ordering::Release);
                 Ok(Answer::Init(negotiated.reply()))
             }
@@ -245,6 +252,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 self.fs.forget(node, count);
             }
         }
+    }
+
+    /// Whether INIT has agreed on these flags.
+    fn has_agreed(&self, flags: InitFlags) -> bool {
+        self.agreed().contains(flags)
+    }
+
+    fn agreed(&self) -> InitFlags {
+        InitFlags::from_bits(self.agreed.load(Ordering::Relaxed))
     }
 
     fn is_ready(&self) -> bool {

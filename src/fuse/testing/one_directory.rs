@@ -8,8 +8,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::fs::{
-    Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, HandleKind, NewNode,
-    NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
+    Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, HandleKind, Label,
+    NewNode, NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 
@@ -189,17 +189,24 @@ impl FileSystem for OneDirectory {
         Ok(b"over/there".to_vec())
     }
 
-    fn symlink(&self, _: &Caller, _: NodeId, name: &CStr, target: &CStr) -> Result<Entry> {
+    fn symlink(
+        &self,
+        _: &Caller,
+        _: NodeId,
+        name: &CStr,
+        target: &CStr,
+        _: Option<Label<'_>>,
+    ) -> Result<Entry> {
         self.note(format!("symlink {name:?} -> {target:?}"));
         self.make(name)
     }
 
-    fn mknod(&self, _: &Caller, _: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mknod(&self, _: &Caller, _: NodeId, name: &CStr, new: &NewNode<'_>) -> Result<Entry> {
         self.note(format!("mknod {name:?} {new:?}"));
         self.make(name)
     }
 
-    fn mkdir(&self, _: &Caller, _: NodeId, name: &CStr, new: &NewNode) -> Result<Entry> {
+    fn mkdir(&self, _: &Caller, _: NodeId, name: &CStr, new: &NewNode<'_>) -> Result<Entry> {
         self.note(format!("mkdir {name:?} {new:?}"));
         self.make(name)
     }
@@ -245,7 +252,7 @@ impl FileSystem for OneDirectory {
         _: NodeId,
         name: &CStr,
         flags: u32,
-        new: &NewNode,
+        new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.note(format!("create {flags:#o} {new:?}"));
         Ok((self.make(name)?, self.open_one()))

@@ -27,7 +27,7 @@ fn make_one_of_each(rig: &Rig, caller: &Caller) {
     let fs = &rig.fs;
     rig.create(caller, "file", O_RDWR, 0o644).unwrap();
     fs.mkdir(caller, ROOT, c"dir", &new(0o755)).unwrap();
-    fs.symlink(caller, ROOT, c"link", c"target").unwrap();
+    fs.symlink(caller, ROOT, c"link", c"target", None).unwrap();
     let fifo = new(libc::S_IFIFO | 0o644);
     fs.mknod(caller, ROOT, c"fifo", &fifo).unwrap();
 }
@@ -104,6 +104,7 @@ fn the_ids_that_a_creation_leaves_take_no_right_away() {
             mode: libc::S_IFCHR | 0o600,
             umask: 0,
             rdev: 0x103,
+            label: None,
         };
         match fs.mknod(&user(1000), ROOT, c"null", &device) {
             Ok(entry) => assert_eq!(entry.attributes.rdev, 0x103),
@@ -141,6 +142,7 @@ fn the_umask_masks_what_is_created() {
                 mode: 0o777,
                 umask,
                 rdev: 0,
+                label: None,
             };
             let name = format!("{umask:o}");
             rig.fs
@@ -168,6 +170,7 @@ fn a_default_acl_stands_in_the_umasks_place() {
             mode: 0o666,
             umask: 0o077,
             rdev: 0,
+            label: None,
         };
         let parent = rig.node("dir");
         rig.fs
@@ -207,6 +210,41 @@ fn a_set_group_id_directory_gives_its_group_but_no_set_group_id_program() {
         fs.create(&member, parent, c"member's", O_RDWR, &program)
             .unwrap();
         assert_eq!(mode(&dir.join("member's")), 0o2755);
+        let member = Caller {
+            group: Some(2000),
+            ..user(1000)
+        };
+        fs.create(&member, parent, c"another's", O_RDWR, &program)
+            .unwrap();
+        assert_eq!(mode(&dir.join("another's")), 0o2755);
+        assert_eq!(owner(&dir.join("another's")), (1000, 2000));
+    });
+}
+
+#[test]
+fn where_ids_decide_a_member_by_a_supplementary_group_may_create() {
+    with(Options::default(), |rig| {
+        if !is_root() {
+            return;
+        }
+        let shared = rig.host_dir("shared");
+        chown(&shared, Some(0), Some(2000)).unwrap();
+        set_mode(&shared, 0o2770);
+        set_mode(rig.dir.path(), 0o777);
+        let parent = rig.node("shared");
+        drop_capabilities(CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);
+        let own = rustix::process::getgroups().unwrap();
+        let fs = &rig.fs;
+        let refused = fs.mkdir(&user(1000), parent, c"dir", &new(0o755));
+        assert_eq!(refused.err(), Some(Errno::ACCESS));
+        let member = Caller {
+            group: Some(2000),
+            ..user(1000)
+        };
+        fs.mkdir(&member, parent, c"dir", &new(0o755)).unwrap();
+        assert_eq!(owner(&shared.join("dir")), (1000, 2000));
+        assert_eq!((fs_uid().unwrap(), fs_gid().unwrap()), (0, 0));
+        assert_eq!(rustix::process::getgroups().unwrap(), own);
     });
 }
 

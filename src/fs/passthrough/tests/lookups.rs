@@ -188,7 +188,7 @@ fn a_reused_inode_number_is_never_another_file() {
         ..Options::default()
     };
     with(options, |rig| {
-        let mut reused = 0;
+        let (mut reused, mut stale) = (0, 0);
         for _ in 0..50 {
             let path = rig.host_file("old", "old");
             let old = rig.find(ROOT, "old").unwrap();
@@ -206,10 +206,21 @@ fn a_reused_inode_number_is_never_another_file() {
                 std::fs::remove_file(path).unwrap();
                 rig.fs.forget(found.node, 1);
             }
-            assert_eq!(rig.attributes(old.node).err(), Some(Errno::STALE));
-            let opened = rig.fs.open(&SUPERUSER, old.node, O_RDONLY);
-            assert_eq!(opened.err(), Some(Errno::STALE));
+            // Others may keep the inode for a moment longer: a child that has not begun its
+            // program yet has all our descriptors, and a sync holds what it waits for.
+            match rig.attributes(old.node) {
+                Err(error) => {
+                    assert_eq!(error, Errno::STALE);
+                    stale += 1;
+                    let opened = rig.fs.open(&SUPERUSER, old.node, O_RDONLY);
+                    assert_eq!(opened.err(), Some(Errno::STALE));
+                }
+                Ok(still) => {
+                    assert_eq!((still.inode, still.links), (old.attributes.inode, 0));
+                }
+            }
         }
+        assert_ne!(stale, 0, "nobody keeps all of them");
         if reused == 0 {
             println!("SKIPPED in part: this file system reused no inode number");
         }

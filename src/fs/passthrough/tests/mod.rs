@@ -33,6 +33,7 @@ const SUPERUSER: Caller = Caller {
     gid: 0,
     pid: 1,
     kill_set_id: false,
+    group: None,
 };
 
 /// A directory and the file system that shares it.
@@ -106,11 +107,12 @@ fn user(uid: u32) -> Caller {
     }
 }
 
-fn new(mode: u32) -> NewNode {
+fn new(mode: u32) -> NewNode<'static> {
     NewNode {
         mode,
         umask: 0o022,
         rdev: 0,
+        label: None,
     }
 }
 

@@ -91,6 +91,33 @@ fn links_and_special_files_have_their_own() {
 }
 
 #[test]
+fn only_a_superuser_is_told_of_what_only_a_superuser_may_read() {
+    in_each_mode(|rig| {
+        if !is_root() || !has_attributes(rig) {
+            return;
+        }
+        rig.host_file("file", "");
+        let node = rig.node("file");
+        for name in ["trusted.x", "user.one", "trusted.y", "user.two"] {
+            set(rig, node, name, b"value", XattrFlags::empty()).unwrap();
+        }
+        let listed = |caller: &Caller, prefix: &[u8]| {
+            let len = rig.fs.listxattr_len(caller, node).unwrap();
+            let list = rig.fs.listxattr(caller, node, len).unwrap();
+            assert_eq!(list.len(), len);
+            let short = rig.fs.listxattr(caller, node, len - 1);
+            assert_eq!(short, Err(Errno::RANGE));
+            let names = list.split_inclusive(|&byte| byte == 0);
+            names.filter(|name| name.starts_with(prefix)).count()
+        };
+        assert_eq!(listed(&SUPERUSER, b"trusted."), 2);
+        assert_eq!(listed(&SUPERUSER, b"user."), 2);
+        assert_eq!(listed(&user(1000), b"trusted."), 0);
+        assert_eq!(listed(&user(1000), b"user."), 2);
+    });
+}
+
+#[test]
 fn a_file_without_a_name_has_attributes() {
     in_each_mode(|rig| {
         if !has_attributes(rig) {

@@ -97,7 +97,7 @@ fn getattr_says_who_asks_and_of_what() {
     assert_eq!((reply.attr_valid, reply.attr_valid_nsec), (1, 5));
     assert_eq!(reply.attr.ino, attributes(1).inode);
     guest.say(getattr(1), ROOM);
-    let who = "Caller { uid: 1000, gid: 100, pid: 42, kill_set_id: false }";
+    let who = "Caller { uid: 1000, gid: 100, pid: 42, kill_set_id: false, group: None }";
     let expected = [
         format!("getattr {who} None"),
         format!("getattr {who} Some(Handle(7))"),
@@ -143,8 +143,8 @@ fn names_and_flags_reach_the_file_system() {
         assert_eq!(guest.say(request, ROOM).errno(), 0);
     }
     let expected = [
-        r#"mknod "fifo" NewNode { mode: 4534, umask: 18, rdev: 5 }"#,
-        r#"mkdir "dir" NewNode { mode: 511, umask: 18, rdev: 0 }"#,
+        r#"mknod "fifo" NewNode { mode: 4534, umask: 18, rdev: 5, label: None }"#,
+        r#"mkdir "dir" NewNode { mode: 511, umask: 18, rdev: 0, label: None }"#,
         r#"symlink "link" -> "tar/get""#,
         r#"link NodeId(100) NodeId(1) "hard""#,
         r#"rename (NodeId(1), "a") (NodeId(4), "b") 2"#,

@@ -1,0 +1,172 @@
+//! Opening: which of the guest's flags count on the host, and what of a file may be opened.
+//!
+//! The invariant: nothing but regular files and directories is opened, and whatever opens a
+//! file for changing has asked whether that is allowed.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::inodes::Inode;
+use super::on_demand::UNTOLD;
+use super::{Cache, Passthrough, credentials};
+use crate::fs::{Caller, HandleKind, NodeId, Opened, Result, Terms};
+use crate::io::File;
+
+/// The [`Terms`] that hold now. They change while no request is under way, so no access orders
+/// anything.
+#[derive(Debug, Default)]
+pub(super) struct AgreedTerms {
+    collects_writes: AtomicBool,
+    no_open: AtomicBool,
+    no_opendir: AtomicBool,
+}
+
+impl AgreedTerms {
+    pub(super) fn set(&self, terms: &Terms) {
+        self.collects_writes
+            .store(terms.collects_writes, Ordering::Relaxed);
+        self.no_open.store(terms.no_open, Ordering::Relaxed);
+        self.no_opendir.store(terms.no_opendir, Ordering::Relaxed);
+    }
+
+    pub(super) fn collects_writes(&self) -> bool {
+        self.collects_writes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn no_open(&self) -> bool {
+        self.no_open.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn no_opendir(&self) -> bool {
+        self.no_opendir.load(Ordering::Relaxed)
+    }
+}
+
+impl Passthrough {
+    /// The flags of the guest's `open(2)` that are passed on to the host's.
+    ///
+    /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_APPEND`, which the
+    /// guest may take back without telling, and says with each write; `O_NOFOLLOW`, as the way
+    /// to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead of waiting
+    /// for the disk; `O_NOATIME` unless asked for, as the host refuses it to a server that
+    /// doesn't own the file; and all that is none of a regular file's. What is kept for all that
+    /// use a file without OPEN is opened as none of them in particular.
+    pub(super) fn file_flags(&self, flags: u32) -> OFlags {
+        let flags = OFlags::from_bits_retain(flags);
+        let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
+        let mut kept = OFlags::RWMODE | OFlags::TRUNC;
+        if !self.terms.no_open() {
+            kept |= OFlags::SYNC | dsync;
+            if self.options.allow_direct_io {
+                kept |= OFlags::DIRECT;
+            }
+            if self.options.preserve_noatime {
+                kept |= OFlags::NOATIME;
+            }
+        }
+        let mut kept = flags & kept;
+        let read_too = self.terms.collects_writes() || self.terms.no_open();
+        if read_too && kept & OFlags::RWMODE == OFlags::WRONLY {
+            kept = kept.difference(OFlags::RWMODE) | OFlags::RDWR;
+        }
+        kept | OFlags::NOCTTY
+    }
+
+    /// The inode of a regular file. Anything else is refused, without a call that could block or
+    /// act: FIFOs, sockets and devices are the guest's own affair, and a guest's kernel never
+    /// asks for them. `ENXIO` is what Linux says to who opens a socket, or a device that isn't
+    /// there; `ELOOP` what it says to who opens a symbolic link and follows none.
+    pub(super) fn regular(&self, node: NodeId) -> Result<Arc<Inode>> {
+        let inode = self.inode(node)?;
+        match inode.kind() {
+            FileType::RegularFile => Ok(inode),
+            FileType::Directory => Err(Errno::ISDIR),
+            FileType::Symlink => Err(Errno::LOOP),
+            _ => Err(Errno::NXIO),
+        }
+    }
+
+    /// Opens a regular file, as OPEN.
+    pub(super) fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
+        let inode = self.regular(node)?;
+        let appends = flags & OFlags::APPEND.bits() != 0;
+        let flags = self.file_flags(flags);
+        let truncates = flags.contains(OFlags::TRUNC);
+        let fd = if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
+            self.open_for_reading(&inode, flags)?
+        } else {
+            self.writable()?;
+            let open = || self.open_appendable(&inode, flags, appends);
+            if truncates && (caller.kill_set_id || caller.uid != 0) {
+                credentials::without_keeping_set_id_bits(open)?
+            } else {
+                open()?
+            }
+        };
+        Ok(self.opened(node, regular_file(fd, flags), HandleKind::File))
+    }
+
+    pub(super) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
+        if self.options.readonly {
+            // Reading leaves no trace, where the host allows that.
+            match self.reopen(inode, flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => {}
+                opened => return opened,
+            }
+        }
+        self.reopen(inode, flags)
+    }
+
+    /// Opens a file that the caller `appends` to, or not. A file that may be appended to only
+    /// (`chattr +a`) can't be opened without `O_APPEND`, and no change of flags makes it be
+    /// written elsewhere.
+    pub(super) fn open_appendable(
+        &self,
+        inode: &Inode,
+        flags: OFlags,
+        appends: bool,
+    ) -> Result<OwnedFd> {
+        match self.reopen(inode, flags) {
+            Err(Errno::PERM) if appends => self.reopen(inode, flags | OFlags::APPEND),
+            opened => opened,
+        }
+    }
+
+    pub(super) fn open_directory(&self, inode: &Inode) -> Result<OwnedFd> {
+        if inode.kind() != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        self.open_for_reading(inode, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    pub(super) fn opened(&self, node: NodeId, file: File, kind: HandleKind) -> Opened {
+        let directory = kind == HandleKind::Directory;
+        let handle = if self.is_untold(UNTOLD, kind) {
+            self.keep_created(node, file);
+            UNTOLD
+        } else {
+            let handle = self.handles.add(node, file, kind);
+            self.make_room();
+            handle
+        };
+        Opened {
+            handle,
+            keep_cache: match self.options.cache {
+                Cache::Never | Cache::Auto => false,
+                Cache::Metadata => directory,
+                Cache::Always => true,
+            },
+            direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
+            cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
+        }
+    }
+}
+
+/// A regular file that was opened with `flags`.
+pub(super) fn regular_file(fd: OwnedFd, flags: OFlags) -> File {
+    File::opened(fd, FileType::RegularFile, flags)
+}
