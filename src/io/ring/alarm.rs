@@ -6,24 +6,27 @@
 
 use std::sync::Arc;
 #[cfg(not(ringfsd_loom))]
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Poll, Wake, Waker};
 
 #[cfg(ringfsd_loom)]
-use loom::sync::atomic::{AtomicBool, Ordering, fence};
+use loom::sync::atomic::{AtomicU8, Ordering};
 
 /// Polls of one turn, before the runtime's other business has its turn.
 const ROUNDS: usize = 4;
+
+/// The future is being polled, and will be again if it is woken.
+const RUNNING: u8 = 1;
+/// It was woken since its last poll began.
+const WOKEN: u8 = 2;
 
 /// One future's waker.
 #[derive(Debug)]
 pub(super) struct Alarm {
     runtime: Waker,
-    /// A waker sets `woken` and then looks at this; the end of a run resets this and then looks
-    /// at `woken`. Both have a SeqCst fence in between, so one of them sees the other.
-    running: AtomicBool,
-    /// Set with Release and reset with Acquire, so that a poll sees what it was woken for.
-    woken: AtomicBool,
+    /// [`RUNNING`] and [`WOKEN`]. One word, so that a wake and the end of a run come one after
+    /// the other; all changes are `AcqRel`, so a poll sees what it was woken for.
+    state: AtomicU8,
 }
 
 impl Alarm {
@@ -31,25 +34,21 @@ impl Alarm {
     pub(super) fn new(runtime: Waker) -> Arc<Self> {
         Arc::new(Self {
             runtime,
-            running: AtomicBool::new(false),
-            woken: AtomicBool::new(false),
+            state: AtomicU8::new(0),
         })
     }
 
     /// Polls by `poll` while it is woken by what it does, a few times at most.
     pub(super) fn run<R>(&self, mut poll: impl FnMut() -> Poll<R>) -> Poll<R> {
-        self.running.store(true, Ordering::Relaxed);
         let mut polled = Poll::Pending;
         for _ in 0..ROUNDS {
-            self.woken.swap(false, Ordering::AcqRel);
+            self.state.swap(RUNNING, Ordering::AcqRel);
             polled = poll();
-            if polled.is_ready() || !self.woken.load(Ordering::Relaxed) {
+            if polled.is_ready() || self.state.load(Ordering::Relaxed) & WOKEN == 0 {
                 break;
             }
         }
-        self.running.store(false, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if self.woken.load(Ordering::Relaxed) {
+        if self.state.swap(0, Ordering::AcqRel) & WOKEN != 0 {
             self.runtime.wake_by_ref();
         }
         polled
@@ -62,9 +61,7 @@ impl Wake for Alarm {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.woken.store(true, Ordering::Release);
-        fence(Ordering::SeqCst);
-        if !self.running.load(Ordering::Relaxed) {
+        if self.state.fetch_or(WOKEN, Ordering::AcqRel) & RUNNING == 0 {
             self.runtime.wake_by_ref();
         }
     }
