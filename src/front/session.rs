@@ -23,16 +23,13 @@ use vhost::vhost_user::{
 use super::vring::Vring;
 use super::{Runner, wait_readable};
 use crate::device::{self, Device};
-use crate::virtqueue::memory::{DirtyLog, Region};
+use crate::virtqueue::memory::{Alarm, DirtyLog, GuestAddress, Region};
 use crate::virtqueue::{
     Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
 };
 
 /// How long a front end may take over one message, once it has begun it.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// The most memory regions that ADD_MEM_REG may add up to; QEMU never has more.
-const MAX_MEM_SLOTS: u64 = 512;
 
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -79,6 +76,18 @@ pub enum SessionError {
     /// The memory table can't be.
     #[error("the front end's memory can't be used")]
     Memory(#[from] MemoryError),
+    /// Memory that was handed over is no longer there.
+    #[error(
+        "the guest's memory at {0:#x} is gone: the file behind it was truncated, or the hardware \
+         has lost it"
+    )]
+    MemoryGone(GuestAddress),
+    /// The log that was handed over is no longer there.
+    #[error("the dirty log is gone: the file behind it was truncated")]
+    LogGone,
+    /// There is nothing to notice that with.
+    #[error("watching over the guest's memory")]
+    Watch(#[source] io::Error),
     /// A ring can't be.
     #[error("the front end's queue can't be used")]
     Queue(#[from] QueueError),
@@ -108,10 +117,11 @@ impl From<SessionError> for ProtocolError {
 /// # Errors
 ///
 /// The front end breaks the protocol, or hands over what can't be used.
-pub fn serve<R: Runner + Send>(
+pub(super) fn serve<R: Runner + Send>(
     stream: UnixStream,
     device: &Device,
     runner: &mut R,
+    alarm: &Arc<Alarm>,
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
     // A front end that stalls within a message must not keep the server from being stopped.
@@ -119,7 +129,7 @@ pub fn serve<R: Runner + Send>(
         .set_read_timeout(Some(MESSAGE_TIMEOUT))
         .map_err(SessionError::Socket)?;
     let socket = stream.try_clone().map_err(SessionError::Socket)?;
-    let session = Arc::new(Mutex::new(Session::new(device, runner)));
+    let session = Arc::new(Mutex::new(Session::new(device, runner, alarm)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
         match wait_readable(&socket, stop) {
@@ -160,6 +170,8 @@ fn session_error(error: ProtocolError) -> SessionError {
 struct Session<'a, R> {
     device: &'a Device,
     runner: &'a mut R,
+    /// Raised when memory that was handed over is gone.
+    alarm: Arc<Alarm>,
     features: u64,
     regions: Memory,
     log: Option<Arc<DirtyLog>>,
@@ -169,10 +181,11 @@ struct Session<'a, R> {
 }
 
 impl<'a, R: Runner> Session<'a, R> {
-    fn new(device: &'a Device, runner: &'a mut R) -> Self {
+    fn new(device: &'a Device, runner: &'a mut R, alarm: &Arc<Alarm>) -> Self {
         Self {
             device,
             runner,
+            alarm: Arc::clone(alarm),
             features: 0,
             regions: Memory::default(),
             log: None,
@@ -325,6 +338,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
                     region.guest_phys_addr,
                     region.user_addr,
                     region.memory_size,
+                    &self.alarm,
                 )
             })
             .collect::<Result<Vec<_>, _>>()
@@ -347,6 +361,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
             region.guest_phys_addr,
             region.user_addr,
             region.memory_size,
+            &self.alarm,
         )
         .and_then(|region| self.regions.with_region(region))
         .map_err(SessionError::Memory)?;
@@ -363,7 +378,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     }
 
     fn get_max_mem_slots(&mut self) -> Answer<u64> {
-        Ok(MAX_MEM_SLOTS)
+        Ok(Memory::MOST_REGIONS as u64)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
@@ -478,8 +493,8 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
         log::debug!("dirty log on descriptor {}", file.as_raw_fd());
-        let log =
-            DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(SessionError::Memory)?;
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.alarm)
+            .map_err(SessionError::Memory)?;
         Ok(self.change_all(|session| session.log = Some(Arc::new(log)))?)
     }
 

@@ -31,18 +31,19 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(logging: bool) -> Self {
+        let alarm = Arc::new(super::memory::Alarm::new().unwrap());
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
             let file = memfd(len);
             let map = file.try_clone().unwrap();
-            regions.push(Region::map(map, 0, start, USER + start, len).unwrap());
+            regions.push(Region::map(map, 0, start, USER + start, len, &alarm).unwrap());
             files.push((start, file));
         }
         let log = logging.then(|| memfd(0x1000));
-        let map = log
-            .as_ref()
-            .map(|file| Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000).unwrap()));
+        let map = log.as_ref().map(|file| {
+            Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000, &alarm).unwrap())
+        });
         Self {
             files,
             memory: Arc::new(Memory::new(regions, map).unwrap()),
