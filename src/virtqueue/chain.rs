@@ -42,10 +42,24 @@ pub enum BadChain {
     /// More bytes than 2³² - 1.
     #[error("more than 4 GiB in one chain")]
     TooLong,
+    /// More pieces of memory than any request needs.
+    #[error("a chain of more than {MOST_PIECES} pieces of memory")]
+    Pieces,
+    /// Chains in flight with more pieces of memory than any driver needs.
+    #[error("chains in flight with more than {MOST_IN_FLIGHT} pieces of memory")]
+    PiecesInFlight,
     /// More chains in flight than the queue has entries.
     #[error("more chains in flight than the queue has entries")]
     TooMany,
 }
+
+/// The most pieces of memory that a chain may be made of; a request of 1 MiB in pages has 260.
+/// Each piece costs the server 24 bytes as long as the chain is in flight.
+const MOST_PIECES: usize = 1 << 16;
+
+/// The most pieces that the chains in flight of one queue may have together: 1,024 requests of
+/// 1 MiB, twice.
+pub(super) const MOST_IN_FLIGHT: usize = 1 << 19;
 
 /// The descriptor table of a queue, and the memory its descriptors point into.
 #[derive(Debug)]
@@ -64,6 +78,8 @@ pub struct Chain {
     /// What the device may read and has not read yet, in order.
     readable: Slices,
     readable_len: usize,
+    /// How many of `readable` have been read to their end.
+    read: usize,
     /// Where the device may write, in order, all of it.
     writable: Slices,
     writable_len: usize,
@@ -71,6 +87,8 @@ pub struct Chain {
     lent: usize,
     /// Bytes copied out of and into guest memory.
     copied: usize,
+    /// Pieces that the used ring counts as in flight.
+    held: usize,
     table: Arc<Table>,
     used: Arc<UsedRing>,
     returned: bool,
@@ -88,18 +106,24 @@ impl Chain {
             head,
             readable: Slices::new(),
             readable_len: 0,
+            read: 0,
             writable: Slices::new(),
             writable_len: 0,
             lent: 0,
             copied: 0,
+            held: 0,
             table: Arc::clone(table),
             used: Arc::clone(used),
             returned: false,
         };
-        match chain.walk(indirect) {
-            Ok(()) => Ok(chain),
-            Err(fault) => Err(chain.refuse(fault)),
+        if let Err(fault) = chain.walk(indirect) {
+            return Err(chain.refuse(fault));
         }
+        if !used.hold(chain.pieces()) {
+            return Err(chain.refuse(BadChain::PiecesInFlight));
+        }
+        chain.held = chain.pieces();
+        Ok(chain)
     }
 
     fn walk(&mut self, indirect: bool) -> Result<(), BadChain> {
@@ -180,11 +204,19 @@ impl Chain {
         let all_there = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
             slices.push(slice);
         });
+        if self.pieces() > MOST_PIECES {
+            return Err(BadChain::Pieces);
+        }
         if all_there {
             Ok(())
         } else {
             Err(BadChain::Address)
         }
+    }
+
+    /// Of how many pieces of memory it is made.
+    pub(super) fn pieces(&self) -> usize {
+        self.readable.len().saturating_add(self.writable.len())
     }
 
     /// Returns the chain empty for the fault in it.
@@ -233,12 +265,12 @@ impl Chain {
         Some(self.table.buffer(&pieces))
     }
 
-    /// Takes up to `most` bytes of the first readable slice off the front.
+    /// Takes up to `most` bytes off the first readable slice that has any.
     fn take_readable(&mut self, most: usize) -> Option<Slice> {
         loop {
-            let first = self.readable.first_mut()?;
+            let first = self.readable.get_mut(self.read)?;
             if first.len == 0 {
-                self.readable.remove(0);
+                self.read = self.read.saturating_add(1);
                 continue;
             }
             let count = first.len.min(most);
@@ -351,7 +383,7 @@ impl Chain {
             copied: self.copied as u64,
         };
         let written = u32::try_from(written).unwrap_or(0);
-        self.used.push(self.head, written, more);
+        self.used.push(self.head, written, more, self.held);
     }
 }
 

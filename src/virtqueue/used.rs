@@ -8,6 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::QueueIndex;
+use super::chain::MOST_IN_FLIGHT;
 use super::layout;
 use super::memory::{GuestAddress, Memory, Window};
 
@@ -88,6 +89,8 @@ struct State {
     signalled: Option<u16>,
     /// Chains taken off the ring and not yet written back.
     in_flight: u16,
+    /// Pieces of memory that they are made of.
+    pieces: usize,
     /// Somebody waits for `in_flight` to become 0.
     draining: bool,
     totals: Totals,
@@ -118,6 +121,7 @@ impl UsedRing {
                 published: next,
                 signalled: None,
                 in_flight: 0,
+                pieces: 0,
                 draining: false,
                 totals: Totals::default(),
             }),
@@ -141,11 +145,24 @@ impl UsedRing {
         within
     }
 
-    /// Writes the element that returns the chain at `head`, `len` bytes of it written; `more`
-    /// is what that adds to the totals. The guest sees it with the next
-    /// [`publish`](Self::publish).
-    pub(super) fn push(&self, head: u16, len: u32, more: Totals) {
+    /// Counts the `pieces` of a chain as in flight; false, and not counted, where they would be
+    /// too many.
+    pub(super) fn hold(&self, pieces: usize) -> bool {
         let mut state = self.lock();
+        let all = state.pieces.saturating_add(pieces);
+        let within = all <= MOST_IN_FLIGHT;
+        if within {
+            state.pieces = all;
+        }
+        within
+    }
+
+    /// Writes the element that returns the chain at `head`, `len` bytes of it written; `more`
+    /// is what that adds to the totals, `pieces` what was [held](Self::hold) for it. The guest sees it with the next
+    /// [`publish`](Self::publish).
+    pub(super) fn push(&self, head: u16, len: u32, more: Totals, pieces: usize) {
+        let mut state = self.lock();
+        state.pieces = state.pieces.saturating_sub(pieces);
         state.totals.chains = state.totals.chains.wrapping_add(more.chains);
         state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
         state.totals.copied = state.totals.copied.wrapping_add(more.copied);
