@@ -51,6 +51,10 @@ pub struct Config {
     pub poll: Duration,
     /// Descriptors for inodes and open files; `None` for as many as the host's limit allows.
     pub max_open_inodes: Option<NonZeroUsize>,
+    /// How many inodes a guest may know.
+    pub max_inodes: NonZeroUsize,
+    /// How many files it may have open; `None` for as many as the host's limit allows.
+    pub max_handles: Option<NonZeroUsize>,
     /// End after the first session.
     pub once: bool,
     /// How many descriptors may be open.

@@ -104,6 +104,8 @@ impl Server {
         }
         let mut options = config.share.file_system;
         options.max_open_inodes = config.max_open_inodes.map(NonZeroUsize::get);
+        options.max_inodes = config.max_inodes.get();
+        options.max_handles = config.max_handles.map(NonZeroUsize::get);
         let fs =
             Passthrough::new(&config.shared_dir, options).map_err(|source| ServerError::Share {
                 path: config.shared_dir.clone(),

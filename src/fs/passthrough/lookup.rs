@@ -153,6 +153,7 @@ impl Passthrough {
     }
 
     fn add(&self, found: Found<'_>, identity: &Identity) -> Result<Arc<Inode>> {
+        self.room_for_inode()?;
         let handle = self
             .holder
             .way_to_new(found.as_fd(), identity, &self.proc_fds)?;
