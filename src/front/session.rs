@@ -73,6 +73,9 @@ pub enum SessionError {
     /// A kick without an eventfd asks for polling.
     #[error("queue {0} has no kick eventfd; polling rings is not supported")]
     NoKick(QueueIndex),
+    /// Something else than an eventfd, to which a write might wait or do who knows what.
+    #[error("what queue {0} was given to be called or kicked by is not an eventfd")]
+    NotAnEventfd(QueueIndex),
     /// The memory table can't be.
     #[error("the front end's memory can't be used")]
     Memory(#[from] MemoryError),
@@ -285,6 +288,16 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 }
 
+/// `fd`, if it may be an eventfd. The kernel tells files, pipes, sockets and devices from what
+/// has no place in any file system; nothing else of that kind takes a write and lets it wait.
+fn eventfd(queue: QueueIndex, fd: File) -> Result<OwnedFd, SessionError> {
+    let fd = OwnedFd::from(fd);
+    match rustix::fs::fstat(&fd) {
+        Ok(stat) if stat.st_mode & libc::S_IFMT == 0 => Ok(fd),
+        _ => Err(SessionError::NotAnEventfd(queue)),
+    }
+}
+
 type Answer<T> = Result<T, ProtocolError>;
 
 /// For requests that belong to features which are not offered.
@@ -424,13 +437,14 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
         let (queue, _) = self.vring(u32::from(index))?;
         let kick = fd.ok_or(SessionError::NoKick(queue))?;
-        let kick = Arc::new(OwnedFd::from(kick));
+        let kick = Arc::new(eventfd(queue, kick)?);
         Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
-        let (_, vring) = self.vring(u32::from(index))?;
-        vring.call.set(fd.map(OwnedFd::from));
+        let (queue, vring) = self.vring(u32::from(index))?;
+        let fd = fd.map(|fd| eventfd(queue, fd)).transpose()?;
+        vring.call.set(fd);
         if vring.running {
             // What completed between the two eventfds may have called the old one.
             vring.call.signal();

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "tokio wants a promise about the descriptor")]
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -17,6 +17,8 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub struct Event {
     fd: AsyncFd<Arc<OwnedFd>>,
+    /// Signalling may wait.
+    blocks: bool,
 }
 
 impl Event {
@@ -32,11 +34,12 @@ impl Event {
     ///
     /// Outside of a [`Runtime`](super::Runtime).
     pub fn new(eventfd: Arc<OwnedFd>) -> io::Result<Self> {
+        let blocks = writing_blocks(&eventfd);
         // SAFETY: the descriptor stays open as long as the `Arc`, which the `AsyncFd` holds, and
         // an `OwnedFd` that is shared can't come to mean another file.
         let registered = unsafe { AsyncFd::register_with_interest(eventfd, Interest::READABLE) };
         match registered {
-            Ok(fd) => Ok(Self { fd }),
+            Ok(fd) => Ok(Self { fd, blocks }),
             Err(error) => Err(error.into_parts().1),
         }
     }
@@ -52,9 +55,29 @@ impl Event {
     ///
     /// # Errors
     ///
-    /// Those of `write(2)`.
+    /// Those of `write(2)`; `EAGAIN` where the counter is full.
     pub fn signal(&self) -> io::Result<()> {
+        if self.blocks && !takes_writing(self.fd.get_ref()) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         rustix::io::write(self.fd.get_ref(), &1u64.to_ne_bytes())?;
         Ok(())
     }
+}
+
+/// Whether a write to `fd` waits until there is room: some front ends make their eventfds so.
+pub(crate) fn writing_blocks(fd: impl AsFd) -> bool {
+    let flags = rustix::fs::fcntl_getfl(fd);
+    flags.map_or(true, |flags| !flags.contains(rustix::fs::OFlags::NONBLOCK))
+}
+
+/// Whether a write to `fd` would not wait at this moment.
+pub(crate) fn takes_writing(fd: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::OUT)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }

@@ -53,9 +53,10 @@ pub enum BadChain {
     TooMany,
 }
 
-/// The most pieces of memory that a chain may be made of; a request of 1 MiB in pages has 260.
+/// The most pieces of memory that a chain may be made of: no queue has more entries, and no chain
+/// may be longer than its queue (virtio 1.2, section 2.7.5.3.1). A request of 1 MiB in pages has 260.
 /// Each piece costs the server 24 bytes as long as the chain is in flight.
-const MOST_PIECES: usize = 1 << 16;
+const MOST_PIECES: usize = 1 << 15;
 
 /// The most pieces that the chains in flight of one queue may have together: 1,024 requests of
 /// 1 MiB, twice.
@@ -67,6 +68,17 @@ pub(super) struct Table {
     pub(super) size: u16,
     pub(super) descriptors: Window,
     pub(super) memory: Arc<Memory>,
+}
+
+/// How a chain ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As whoever served it wished.
+    Answered,
+    /// Nobody has answered it.
+    Dropped,
+    /// There is a fault in it.
+    Refused,
 }
 
 type Slices = SmallVec<[Slice; 6]>;
@@ -221,7 +233,7 @@ impl Chain {
 
     /// Returns the chain empty for the fault in it.
     pub(super) fn refuse(mut self, fault: BadChain) -> BadChain {
-        self.put_back(0, false);
+        self.put_back(0, End::Refused);
         self.used.publish();
         fault
     }
@@ -336,7 +348,7 @@ impl Chain {
             .iter()
             .fold(0, |sum, part| sum.saturating_add(part.len()));
         if total > self.writable_len {
-            self.put_back(0, false);
+            self.put_back(0, End::Answered);
             return;
         }
         let mut at = 0;
@@ -344,23 +356,23 @@ impl Chain {
             self.write(at, part);
             at = at.saturating_add(part.len());
         }
-        self.put_back(total, false);
+        self.put_back(total, End::Answered);
     }
 
     /// Answers with `header`, the `filled` bytes behind it being in place already.
     pub fn reply_filled(mut self, header: &[u8], filled: usize) {
         let total = header.len().saturating_add(filled);
         if total > self.writable_len {
-            self.put_back(0, false);
+            self.put_back(0, End::Answered);
             return;
         }
         self.write(0, header);
-        self.put_back(total, false);
+        self.put_back(total, End::Answered);
     }
 
     /// Goes back without an answer, as is right for FORGET.
     pub fn no_reply(mut self) {
-        self.put_back(0, false);
+        self.put_back(0, End::Answered);
     }
 
     /// Where this chain goes back.
@@ -369,7 +381,7 @@ impl Chain {
         &self.used
     }
 
-    fn put_back(&mut self, written: usize, dropped: bool) {
+    fn put_back(&mut self, written: usize, end: End) {
         self.returned = true;
         if self.table.memory.is_logging() {
             // What was lent may have been written to even if the operation failed.
@@ -379,7 +391,8 @@ impl Chain {
         }
         let more = Totals {
             chains: 1,
-            dropped: u64::from(dropped),
+            dropped: u64::from(end == End::Dropped),
+            refused: u64::from(end == End::Refused),
             copied: self.copied as u64,
         };
         let written = u32::try_from(written).unwrap_or(0);
@@ -393,7 +406,7 @@ impl Drop for Chain {
             return;
         }
         // No one is left to publish this one with a batch.
-        self.put_back(0, true);
+        self.put_back(0, End::Dropped);
         self.used.publish();
     }
 }

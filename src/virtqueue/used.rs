@@ -15,25 +15,40 @@ use super::memory::{GuestAddress, Memory, Window};
 /// The eventfd by which the guest is told of used chains; the front end may change it at any
 /// time, also while the queue runs.
 #[derive(Debug, Default)]
-pub struct Call(Mutex<Option<std::os::fd::OwnedFd>>);
+pub struct Call(Mutex<Option<Eventfd>>);
+
+#[derive(Debug)]
+struct Eventfd {
+    fd: std::os::fd::OwnedFd,
+    /// Writing may wait: where the front end has filled the counter up, for ever.
+    blocks: bool,
+}
 
 impl Call {
     /// Takes another eventfd, or none: then the guest polls.
     pub fn set(&self, eventfd: Option<std::os::fd::OwnedFd>) {
-        *self.lock() = eventfd;
+        *self.lock() = eventfd.map(|fd| Eventfd {
+            blocks: crate::io::writing_blocks(&fd),
+            fd,
+        });
     }
 
     /// Calls the guest.
     pub fn signal(&self) {
-        if let Some(fd) = self.lock().as_ref()
-            && let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes())
-        {
+        let eventfd = self.lock();
+        let Some(Eventfd { fd, blocks }) = eventfd.as_ref() else {
+            return;
+        };
+        if *blocks && !crate::io::takes_writing(fd) {
+            return;
+        }
+        if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
             // EAGAIN is a counter at its limit: the guest has been called more than enough.
             log::debug!("calling the guest: {error}");
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<std::os::fd::OwnedFd>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Eventfd>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -43,11 +58,13 @@ impl std::fmt::Display for Totals {
         let Self {
             chains,
             dropped,
+            refused,
             copied,
         } = self;
         write!(
             f,
-            "{chains} chains returned, {dropped} of them dropped, {copied} bytes copied"
+            "{chains} chains returned, {dropped} of them dropped, {refused} faulty, {copied} bytes \
+             copied"
         )
     }
 }
@@ -74,6 +91,8 @@ pub struct Totals {
     pub chains: u64,
     /// Chains returned without an answer, by being dropped.
     pub dropped: u64,
+    /// Chains returned empty because of a fault in them.
+    pub refused: u64,
     /// Bytes that were copied between guest memory and the server's: headers, arguments and
     /// replies, but no payload of READ and WRITE.
     pub copied: u64,
@@ -165,6 +184,7 @@ impl UsedRing {
         state.pieces = state.pieces.saturating_sub(pieces);
         state.totals.chains = state.totals.chains.wrapping_add(more.chains);
         state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
+        state.totals.refused = state.totals.refused.wrapping_add(more.refused);
         state.totals.copied = state.totals.copied.wrapping_add(more.copied);
         let at = layout::used_element(state.next, self.size);
         let mut element = [0; 8];
