@@ -308,6 +308,23 @@ fn more_in_flight_than_the_queue_has_entries_is_refused() {
 }
 
 #[test]
+fn pieces_of_memory_in_flight_are_bounded() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);
+    let others = super::chain::MOST_IN_FLIGHT - 2;
+    assert!(queue.used().hold(others));
+    let held = driver.take_one(&mut queue).unwrap();
+    let refused = driver.take_one(&mut queue).unwrap_err();
+    assert_eq!(refused, BadChain::PiecesInFlight);
+    drop(held);
+    assert!(
+        driver.take_one(&mut queue).is_ok(),
+        "what is returned makes room"
+    );
+}
+
+#[test]
 fn an_index_that_jumps_yields_nothing_until_it_is_right_again() {
     let driver = Driver::new(false);
     let mut queue = driver.queue(EVENT);

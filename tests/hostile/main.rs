@@ -25,8 +25,9 @@ mod sessions;
 mod taken;
 
 use bounds::{
-    inodes_beyond_the_bound_are_enfile, locks_beyond_the_bound_are_enolck,
-    open_files_beyond_the_bound_are_enfile, waiting_locks_are_bounded,
+    half_read_directories_are_bounded, inodes_beyond_the_bound_are_enfile,
+    locks_beyond_the_bound_are_enolck, open_files_beyond_the_bound_are_enfile,
+    waiting_locks_are_bounded,
 };
 use messages::{messages_end_their_session_alone, stalled_eventfds_keep_nobody};
 use names::{names_lead_nowhere, names_that_change_while_they_are_read_lead_nowhere};
@@ -45,6 +46,7 @@ use taken::{
 on_both_runtimes!(
     a_log_that_is_taken_away_ends_the_session,
     chains_are_refused_one_by_one,
+    half_read_directories_are_bounded,
     headers_and_numbers_get_an_errno,
     indexes_that_jump_take_nothing,
     init_again_begins_anew_whatever_is_under_way,
