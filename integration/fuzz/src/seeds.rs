@@ -48,11 +48,16 @@ fn ring() -> Seeds {
     vec![
         (
             "plain",
-            round(0, 0x80, &[own.clone()], &[0, 7, 40, 0, 1, 0, 1]),
+            round(0, 0x80, std::slice::from_ref(&own), &[0, 7, 40, 0, 1, 0, 1]),
         ),
         (
             "event-idx",
-            round(1, 0x80, &[own.clone()], &[0, 0x0f, 40, 9, 0, 9, 0]),
+            round(
+                1,
+                0x80,
+                std::slice::from_ref(&own),
+                &[0, 0x0f, 40, 9, 0, 9, 0],
+            ),
         ),
         ("circle", round(0, 0x81, &[circle], &[0, 1])),
         (
