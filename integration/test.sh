@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
-# formatting, lints, documentation, unit and loom tests, the tests over a socket, and real guests.
+# formatting, lints, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
+# target, and real guests.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom guest
+#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz guest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 started=$SECONDS
+skipped=0
 steps=("${@:-all}")
 
 wanted() {
@@ -26,12 +28,14 @@ if wanted format; then
     step 'formatting'
     cargo fmt --all --check
     cargo fmt --manifest-path integration/guest/suite/Cargo.toml --check
+    cargo fmt --manifest-path integration/fuzz/Cargo.toml --check
 fi
 
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
+    cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
 
 if wanted doc; then
@@ -53,6 +57,16 @@ if wanted loom; then
     unset CARGO_PROFILE_RELEASE_LTO
 fi
 
+if wanted fuzz; then
+    step 'fuzzing: each target for a minute'
+    if rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
+        integration/fuzz/run.sh 60
+    else
+        echo 'skipped: fuzzing needs a nightly compiler (rustup toolchain install nightly)'
+        skipped=$((skipped + 1))
+    fi
+fi
+
 if wanted guest; then
     step 'real guests'
     integration/guest/setup.sh
@@ -65,4 +79,8 @@ if wanted guest; then
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
 fi
 
-step 'all passed'
+if ((skipped)); then
+    step "all passed, $skipped skipped"
+else
+    step 'all passed'
+fi

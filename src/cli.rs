@@ -104,6 +104,19 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub max_open_inodes: Option<NonZeroUsize>,
 
+    /// How many inodes the guest may know at the same time; beyond that LOOKUP and all that
+    /// makes something new is ENFILE. One costs this program 200 to 400 bytes of memory, and
+    /// the guest's kernel some four times that, which is what bounds a guest that is none too
+    /// large.
+    #[arg(long, value_name = "N", default_value = "16777216")]
+    pub max_inodes: NonZeroUsize,
+
+    /// How many files and directories the guest may have open at the same time, those included
+    /// that its locks need; beyond that opening is ENFILE, and locking ENOLCK. [default, and
+    /// most: three quarters of the limit of open files]
+    #[arg(long, value_name = "N")]
+    pub max_handles: Option<NonZeroUsize>,
+
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -233,6 +246,8 @@ impl TryFrom<Options> for Config {
         };
         let mut share = Share::try_from(options.sharing)?;
         share.file_system.max_open_inodes = options.max_open_inodes.map(NonZeroUsize::get);
+        share.file_system.max_inodes = options.max_inodes.get();
+        share.file_system.max_handles = options.max_handles.map(NonZeroUsize::get);
         options.operations.apply(&mut share.session);
         Ok(Self {
             listen,

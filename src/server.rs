@@ -238,6 +238,10 @@ impl Server {
         )?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
         crew.session().reset();
+        let malformed = crew.session().counters().malformed();
+        if malformed != 0 {
+            log::warn!("the guest has sent {malformed} malformed requests");
+        }
         crew.dismiss();
         match end {
             Ok(End::Disconnected) => log::info!("the VMM has disconnected"),

@@ -30,7 +30,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("front", &["device", "virtqueue", "sys"]),
     ("device", &[]),
     ("worker", &["scheduler", "virtqueue", "fuse", "fs", "io"]),
-    ("virtqueue", &["io"]),
+    ("virtqueue", &["io", "sys"]),
     ("scheduler", &[]),
     ("fuse", &["fs", "io"]),
     ("fs", &["io", "sys"]),

@@ -9,12 +9,14 @@ mod arrival;
 mod listener;
 mod session;
 mod vring;
+mod watched;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 pub use listener::{ListenError, Listener, SocketFile};
-pub use session::{End, SessionError, serve};
+pub use session::{End, SessionError};
+pub use watched::serve;
 
 use crate::virtqueue::{Queue, QueueIndex};
 

@@ -23,13 +23,11 @@ use super::Runner;
 use super::arrival::{self, Arrival};
 use super::vring::Vring;
 use crate::device::{self, Device};
-use crate::virtqueue::memory::{DirtyLog, Region};
+use crate::virtqueue::memory::{Alarm, DirtyLog, GuestAddress, Region};
 use crate::virtqueue::{
     Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
 };
 
-/// The most memory regions that ADD_MEM_REG may add up to; QEMU never has more.
-const MAX_MEM_SLOTS: u64 = 512;
 
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -79,9 +77,24 @@ pub enum SessionError {
     /// A kick without an eventfd asks for polling.
     #[error("queue {0} has no kick eventfd; polling rings is not supported")]
     NoKick(QueueIndex),
+    /// Something else than an eventfd, to which a write might wait or do who knows what.
+    #[error("what queue {0} was given to be called or kicked by is not an eventfd")]
+    NotAnEventfd(QueueIndex),
     /// The memory table can't be.
     #[error("the front end's memory can't be used")]
     Memory(#[from] MemoryError),
+    /// Memory that was handed over is no longer there.
+    #[error(
+        "the guest's memory at {0:#x} is gone: the file behind it was truncated, or the hardware \
+         has lost it"
+    )]
+    MemoryGone(GuestAddress),
+    /// The log that was handed over is no longer there.
+    #[error("the dirty log is gone: the file behind it was truncated")]
+    LogGone,
+    /// There is nothing to notice that with.
+    #[error("watching over the guest's memory")]
+    Watch(#[source] io::Error),
     /// A ring can't be.
     #[error("the front end's queue can't be used")]
     Queue(#[from] QueueError),
@@ -111,14 +124,15 @@ impl From<SessionError> for ProtocolError {
 /// # Errors
 ///
 /// The front end breaks the protocol, or hands over what can't be used.
-pub fn serve<R: Runner + Send>(
+pub(super) fn serve<R: Runner + Send>(
     stream: UnixStream,
     device: &Device,
     runner: &mut R,
+    alarm: &Arc<Alarm>,
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
     let socket = stream.try_clone().map_err(SessionError::Socket)?;
-    let session = Arc::new(Mutex::new(Session::new(device, runner)));
+    let session = Arc::new(Mutex::new(Session::new(device, runner, alarm)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
         match arrival::wait(&socket, stop) {
@@ -160,6 +174,8 @@ fn session_error(error: ProtocolError) -> SessionError {
 struct Session<'a, R> {
     device: &'a Device,
     runner: &'a mut R,
+    /// Raised when memory that was handed over is gone.
+    alarm: Arc<Alarm>,
     features: u64,
     regions: Memory,
     log: Option<Arc<DirtyLog>>,
@@ -169,10 +185,11 @@ struct Session<'a, R> {
 }
 
 impl<'a, R: Runner> Session<'a, R> {
-    fn new(device: &'a Device, runner: &'a mut R) -> Self {
+    fn new(device: &'a Device, runner: &'a mut R, alarm: &Arc<Alarm>) -> Self {
         Self {
             device,
             runner,
+            alarm: Arc::clone(alarm),
             features: 0,
             regions: Memory::default(),
             log: None,
@@ -272,6 +289,16 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 }
 
+/// `fd`, if it may be an eventfd. The kernel tells files, pipes, sockets and devices from what
+/// has no place in any file system; nothing else of that kind takes a write and lets it wait.
+fn eventfd(queue: QueueIndex, fd: File) -> Result<OwnedFd, SessionError> {
+    let fd = OwnedFd::from(fd);
+    match rustix::fs::fstat(&fd) {
+        Ok(stat) if stat.st_mode & libc::S_IFMT == 0 => Ok(fd),
+        _ => Err(SessionError::NotAnEventfd(queue)),
+    }
+}
+
 type Answer<T> = Result<T, ProtocolError>;
 
 /// For requests that belong to features which are not offered.
@@ -325,6 +352,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
                     region.guest_phys_addr,
                     region.user_addr,
                     region.memory_size,
+                    &self.alarm,
                 )
             })
             .collect::<Result<Vec<_>, _>>()
@@ -347,6 +375,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
             region.guest_phys_addr,
             region.user_addr,
             region.memory_size,
+            &self.alarm,
         )
         .and_then(|region| self.regions.with_region(region))
         .map_err(SessionError::Memory)?;
@@ -363,7 +392,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     }
 
     fn get_max_mem_slots(&mut self) -> Answer<u64> {
-        Ok(MAX_MEM_SLOTS)
+        Ok(Memory::MOST_REGIONS as u64)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
@@ -409,13 +438,14 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
         let (queue, _) = self.vring(u32::from(index))?;
         let kick = fd.ok_or(SessionError::NoKick(queue))?;
-        let kick = Arc::new(OwnedFd::from(kick));
+        let kick = Arc::new(eventfd(queue, kick)?);
         Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
-        let (_, vring) = self.vring(u32::from(index))?;
-        vring.call.set(fd.map(OwnedFd::from));
+        let (queue, vring) = self.vring(u32::from(index))?;
+        let fd = fd.map(|fd| eventfd(queue, fd)).transpose()?;
+        vring.call.set(fd);
         if vring.running {
             // What completed between the two eventfds may have called the old one.
             vring.call.signal();
@@ -478,8 +508,8 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
         log::debug!("dirty log on descriptor {}", file.as_raw_fd());
-        let log =
-            DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(SessionError::Memory)?;
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.alarm)
+            .map_err(SessionError::Memory)?;
         Ok(self.change_all(|session| session.log = Some(Arc::new(log)))?)
     }
 

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "tokio wants a promise about the descriptor")]
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -15,9 +15,7 @@ use tokio::io::unix::AsyncFd;
 /// It is never read: the descriptor is registered edge-triggered, and each write to an eventfd is
 /// a new edge. That saves a system call for each signal. The counter of 2⁶⁴ - 2 doesn't overflow.
 #[derive(Debug)]
-pub struct Event {
-    fd: AsyncFd<Arc<OwnedFd>>,
-}
+pub struct Event(AsyncFd<Arc<OwnedFd>>);
 
 impl Event {
     /// Waits for `eventfd` from now on, on the current runtime. What was signalled before shows
@@ -36,15 +34,32 @@ impl Event {
         // an `OwnedFd` that is shared can't come to mean another file.
         let registered = unsafe { AsyncFd::register_with_interest(eventfd, Interest::READABLE) };
         match registered {
-            Ok(fd) => Ok(Self { fd }),
+            Ok(fd) => Ok(Self(fd)),
             Err(error) => Err(error.into_parts().1),
         }
     }
 
     /// Ready once for all signals since the last time. One task at a time may wait.
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.fd
+        self.0
             .poll_read_ready(cx)
             .map(|ready| ready.map(|mut guard| guard.clear_ready()))
     }
+}
+
+/// Whether a write to `fd` waits until there is room: some front ends make their eventfds so.
+pub(crate) fn writing_blocks(fd: impl AsFd) -> bool {
+    let flags = rustix::fs::fcntl_getfl(fd);
+    flags.map_or(true, |flags| !flags.contains(rustix::fs::OFlags::NONBLOCK))
+}
+
+/// Whether a write to `fd` would not wait at this moment.
+pub(crate) fn takes_writing(fd: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::OUT)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }

@@ -15,6 +15,7 @@ mod runtime;
 
 pub use buffer::{Guard, GuestBuffer};
 pub use event::Event;
+pub(crate) use event::{takes_writing, writing_blocks};
 pub use file::{Attempt, File, Metadata, SyncKind, WriteMode};
 pub use lock::{Lock, LockKind, RecordLock};
 pub use probe::{Choice, Chosen, Unavailable, choose, probe};

@@ -9,6 +9,7 @@
     reason = "raw system calls are made here and nowhere else"
 )]
 
+pub(crate) mod bus;
 pub(crate) mod credentials;
 pub(crate) mod file;
 pub(crate) mod file_handle;

@@ -43,10 +43,25 @@ pub enum BadChain {
     /// More bytes than 2³² - 1.
     #[error("more than 4 GiB in one chain")]
     TooLong,
+    /// More pieces of memory than any request needs.
+    #[error("a chain of more than {MOST_PIECES} pieces of memory")]
+    Pieces,
+    /// Chains in flight with more pieces of memory than any driver needs.
+    #[error("chains in flight with more than {MOST_IN_FLIGHT} pieces of memory")]
+    PiecesInFlight,
     /// More chains in flight than the queue has entries.
     #[error("more chains in flight than the queue has entries")]
     TooMany,
 }
+
+/// The most pieces of memory that a chain may be made of: no queue has more entries, and no chain
+/// may be longer than its queue (virtio 1.2, section 2.7.5.3.1). A request of 1 MiB in pages has 260.
+/// Each piece costs the server 24 bytes as long as the chain is in flight.
+const MOST_PIECES: usize = 1 << 15;
+
+/// The most pieces that the chains in flight of one queue may have together: 1,024 requests of
+/// 1 MiB, twice.
+pub(super) const MOST_IN_FLIGHT: usize = 1 << 19;
 
 /// The descriptor table of a queue, the memory its descriptors point into, and where its chains
 /// go back.
@@ -56,6 +71,17 @@ pub(super) struct Table {
     pub(super) descriptors: Window,
     pub(super) memory: Arc<Memory>,
     pub(super) used: Arc<UsedRing>,
+}
+
+/// How a chain ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As whoever served it wished.
+    Answered,
+    /// Nobody has answered it.
+    Dropped,
+    /// There is a fault in it.
+    Refused,
 }
 
 /// One request off the ring: bytes to read, room to write, and the duty to go back.
@@ -78,6 +104,8 @@ pub struct Chain {
     lent: usize,
     /// Bytes copied out of and into guest memory.
     copied: usize,
+    /// Pieces that the used ring counts as in flight.
+    held: usize,
     table: Arc<Table>,
     head: u16,
     returned: bool,
@@ -94,11 +122,18 @@ impl Chain {
             writable_len: 0,
             lent: 0,
             copied: 0,
+            held: 0,
             table: Arc::clone(table),
             head,
             returned: false,
         };
-        match chain.walk(indirect) {
+        let walked = chain.walk(indirect);
+        let pieces = chain.slices.len();
+        let counted = chain.used().take(pieces);
+        if counted.is_ok() {
+            chain.held = pieces;
+        }
+        match walked.and(counted) {
             Ok(()) => Ok(chain),
             Err(fault) => Err(chain.refuse(fault)),
         }
@@ -186,6 +221,9 @@ impl Chain {
         if !write {
             self.first_writable = self.slices.len();
         }
+        if self.slices.len() > MOST_PIECES {
+            return Err(BadChain::Pieces);
+        }
         if all_there {
             Ok(())
         } else {
@@ -195,7 +233,7 @@ impl Chain {
 
     /// Returns the chain empty for the fault in it.
     pub(super) fn refuse(mut self, fault: BadChain) -> BadChain {
-        self.put_back(0, false);
+        self.put_back(0, End::Refused);
         self.used().publish();
         fault
     }
@@ -312,7 +350,7 @@ impl Chain {
             .iter()
             .fold(0, |sum, part| sum.saturating_add(part.len()));
         if total > self.writable_len {
-            self.put_back(0, false);
+            self.put_back(0, End::Answered);
             return;
         }
         let mut at = 0;
@@ -320,23 +358,23 @@ impl Chain {
             self.write(at, part);
             at = at.saturating_add(part.len());
         }
-        self.put_back(total, false);
+        self.put_back(total, End::Answered);
     }
 
     /// Answers with `header`, the `filled` bytes behind it being in place already.
     pub fn reply_filled(mut self, header: &[u8], filled: usize) {
         let total = header.len().saturating_add(filled);
         if total > self.writable_len {
-            self.put_back(0, false);
+            self.put_back(0, End::Answered);
             return;
         }
         self.write(0, header);
-        self.put_back(total, false);
+        self.put_back(total, End::Answered);
     }
 
     /// Goes back without an answer, as is right for FORGET.
     pub fn no_reply(mut self) {
-        self.put_back(0, false);
+        self.put_back(0, End::Answered);
     }
 
     /// Where this chain goes back.
@@ -345,7 +383,7 @@ impl Chain {
         &self.table.used
     }
 
-    fn put_back(&mut self, written: usize, dropped: bool) {
+    fn put_back(&mut self, written: usize, end: End) {
         self.returned = true;
         if self.table.memory.is_logging() {
             // What was lent may have been written to even if the operation failed.
@@ -355,11 +393,12 @@ impl Chain {
         }
         let more = Totals {
             chains: 1,
-            dropped: u64::from(dropped),
+            dropped: u64::from(end == End::Dropped),
+            refused: u64::from(end == End::Refused),
             copied: self.copied as u64,
         };
         let written = u32::try_from(written).unwrap_or(0);
-        self.used().push(self.head, written, more);
+        self.used().push(self.head, written, more, self.held);
     }
 }
 
@@ -369,7 +408,7 @@ impl Drop for Chain {
             return;
         }
         // No one is left to publish this one with a batch.
-        self.put_back(0, true);
+        self.put_back(0, End::Dropped);
         self.used().publish();
     }
 }

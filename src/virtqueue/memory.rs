@@ -5,6 +5,9 @@
 //! invariant: a pointer that leaves this file lies, with its whole length, in a mapping that
 //! the same snapshot keeps alive.
 //!
+//! Whoever handed the memory over may take it away again, by truncating its file. All mappings
+//! are therefore watched: what is gone reads as zeros from then on, and the [`Alarm`] tells.
+//!
 //! This is not `vm-memory`'s `GuestMemoryMmap` because the rings need the addresses once and
 //! not at each access, and because the dirty log of `vhost-user-backend`, which would be its
 //! bitmap, can't be made from outside that crate; the mapping itself is `vm-memory`'s.
@@ -27,6 +30,8 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::io::GuestBuffer;
+pub use crate::sys::bus::Alarm;
+use crate::sys::bus::Watch;
 
 /// An address in the guest's physical memory.
 pub type GuestAddress = u64;
@@ -67,6 +72,21 @@ pub enum MemoryError {
         /// Guest address of the upper region.
         second: GuestAddress,
     },
+    /// More regions than there may be.
+    #[error("more than {most} memory regions")]
+    TooMany {
+        /// How many there may be.
+        most: usize,
+    },
+    /// The mapping can't be watched.
+    #[error("watching over {len:#x} bytes of memory, in case that its file is truncated")]
+    Watch {
+        /// Length of the mapping in bytes.
+        len: u64,
+        /// Why not.
+        #[source]
+        source: rustix::io::Errno,
+    },
     /// A region to remove is not there.
     #[error("there is no memory region at {guest:#x} with {len:#x} bytes to remove")]
     Unknown {
@@ -94,12 +114,54 @@ pub struct Region {
     guest: GuestAddress,
     user: u64,
     len: u64,
-    mapping: Arc<MmapRegion<()>>,
+    mapping: Arc<Mapping>,
+}
+
+/// A mapping that is watched. The watch ends before it is unmapped.
+#[derive(Debug)]
+struct Mapping {
+    _watch: Watch,
+    bytes: MmapRegion<()>,
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` from `offset` on; `base` is what `alarm` calls the first.
+    fn new(
+        file: File,
+        (offset, len): (u64, usize),
+        base: u64,
+        alarm: &Arc<Alarm>,
+    ) -> Result<Self, MapFault> {
+        let unit = check_file(&file, offset, len)?;
+        let bytes = MmapRegion::from_file(FileOffset::new(file, offset), len)?;
+        // SAFETY: the bytes are one mapping, which was made just now and is unmapped when the
+        // watch has ended (fields are dropped in order); all access to it is by raw pointers;
+        // and a mapping begins at a multiple of the size of its pages.
+        let watch = unsafe { Watch::new((bytes.as_ptr(), len), unit, base, alarm) };
+        let watch = watch.map_err(MapFault::Watch)?;
+        Ok(Self {
+            _watch: watch,
+            bytes,
+        })
+    }
+}
+
+/// Why a file can't be mapped.
+enum MapFault {
+    Map(MmapRegionError),
+    Watch(rustix::io::Errno),
+}
+
+impl From<MmapRegionError> for MapFault {
+    fn from(error: MmapRegionError) -> Self {
+        Self::Map(error)
+    }
 }
 
 impl Region {
     /// Maps `len` bytes of `file` from `offset` on as the guest's memory at `guest`; `user` is
-    /// the address by which the front end names the same memory in ring addresses.
+    /// the address by which the front end names the same memory in ring addresses. `alarm` tells
+    /// the guest address that was found gone, should the file be truncated later.
     ///
     /// # Errors
     ///
@@ -111,6 +173,7 @@ impl Region {
         guest: GuestAddress,
         user: u64,
         len: u64,
+        alarm: &Arc<Alarm>,
     ) -> Result<Self, MemoryError> {
         let shape = MemoryError::Shape { guest, len };
         let Ok(size) = usize::try_from(len) else {
@@ -119,14 +182,16 @@ impl Region {
         if size == 0 || guest.checked_add(len).is_none() || user.checked_add(len).is_none() {
             return Err(shape);
         }
-        let fail = |source| MemoryError::Map {
-            guest,
-            len,
-            offset,
-            source,
-        };
-        check_length(&file, offset, len).map_err(fail)?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size).map_err(fail)?;
+        let mapping =
+            Mapping::new(file, (offset, size), guest, alarm).map_err(|fault| match fault {
+                MapFault::Map(source) => MemoryError::Map {
+                    guest,
+                    len,
+                    offset,
+                    source,
+                },
+                MapFault::Watch(source) => MemoryError::Watch { len, source },
+            })?;
         Ok(Self {
             guest,
             user,
@@ -139,7 +204,7 @@ impl Region {
     fn pointer(&self, offset: u64) -> *mut u8 {
         debug_assert!(offset < self.len);
         let offset = usize::try_from(offset).expect("invariant: a mapped length fits usize");
-        self.mapping.as_ptr().wrapping_add(offset)
+        self.mapping.bytes.as_ptr().wrapping_add(offset)
     }
 }
 
@@ -164,12 +229,21 @@ pub(crate) struct Slice {
 unsafe impl Send for Slice {}
 
 impl Memory {
+    /// The most regions that there may be; QEMU never has more. Each costs a mapping and a
+    /// descriptor.
+    pub const MOST_REGIONS: usize = 512;
+
     /// A snapshot of `regions`, in any order.
     ///
     /// # Errors
     ///
-    /// Two of them overlap.
+    /// Two of them overlap, or they are too many.
     pub fn new(mut regions: Vec<Region>, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
+        if regions.len() > Self::MOST_REGIONS {
+            return Err(MemoryError::TooMany {
+                most: Self::MOST_REGIONS,
+            });
+        }
         regions.sort_by_key(|region| region.guest);
         for pair in regions.windows(2) {
             if let [lower, upper] = pair
@@ -389,17 +463,31 @@ impl Window {
     }
 }
 
-/// Refuses a file that ends before the mapping would: touching the rest is a SIGBUS. Devices
-/// have no length to check.
-fn check_length(file: &File, offset: u64, len: u64) -> Result<(), MmapRegionError> {
+/// Refuses a file that ends before the mapping would: touching the rest is a SIGBUS. Answers the
+/// size of the pages that it is mapped in.
+fn check_file(file: &File, offset: u64, len: usize) -> Result<usize, MapFault> {
     let metadata = file.metadata().map_err(MmapRegionError::Mmap)?;
-    match offset.checked_add(len) {
-        None => Err(MmapRegionError::InvalidOffsetLength),
-        Some(end) if metadata.is_file() && end > metadata.len() => {
-            Err(MmapRegionError::MappingPastEof)
-        }
-        Some(_) => Ok(()),
+    let wide = len as u64;
+    let end = offset
+        .checked_add(wide)
+        .ok_or(MmapRegionError::InvalidOffsetLength)?;
+    if !metadata.is_file() {
+        // A device has no length to check, and tells nobody how large its pages are.
+        return Ok(len.next_multiple_of(rustix::param::page_size()));
     }
+    if end > metadata.len() {
+        return Err(MmapRegionError::MappingPastEof.into());
+    }
+    let kind = rustix::fs::fstatfs(file).map_err(|error| MmapRegionError::Mmap(error.into()))?;
+    if kind.f_type != libc::HUGETLBFS_MAGIC {
+        return Ok(rustix::param::page_size());
+    }
+    let unit = usize::try_from(kind.f_bsize).unwrap_or(usize::MAX);
+    // The kernel maps whole pages, and unmaps nothing else.
+    if unit == 0 || !len.is_multiple_of(unit) {
+        return Err(MmapRegionError::InvalidOffsetLength.into());
+    }
+    Ok(unit)
 }
 
 /// Makes a buffer for the kernel of slices of one snapshot, which `guard` keeps mapped.
@@ -414,26 +502,32 @@ pub(super) fn buffer(slices: impl Iterator<Item = Slice>, guard: Arc<Memory>) ->
 /// "Migration").
 #[derive(Debug)]
 pub struct DirtyLog {
-    mapping: MmapRegion<()>,
+    mapping: Mapping,
 }
 
 impl DirtyLog {
+    /// What an [`Alarm`] calls a log that is gone.
+    pub const GONE: u64 = u64::MAX - 1;
+
     /// Maps the log: `len` bytes of `file` from `offset` on, a bit for each [`LOG_PAGE`].
+    /// `alarm` tells [`GONE`](Self::GONE) should the file be truncated later.
     ///
     /// # Errors
     ///
     /// The file is too short or can't be mapped.
-    pub fn map(file: File, offset: u64, len: u64) -> Result<Self, MemoryError> {
-        let fail = |source| MemoryError::MapLog {
-            len,
-            offset,
-            source,
+    pub fn map(file: File, offset: u64, len: u64, alarm: &Arc<Alarm>) -> Result<Self, MemoryError> {
+        let fail = |fault| match fault {
+            MapFault::Map(source) => MemoryError::MapLog {
+                len,
+                offset,
+                source,
+            },
+            MapFault::Watch(source) => MemoryError::Watch { len, source },
         };
         let size = usize::try_from(len)
-            .map_err(|_too_large| fail(MmapRegionError::InvalidOffsetLength))?;
+            .map_err(|_too_large| fail(MmapRegionError::InvalidOffsetLength.into()))?;
         log::debug!("dirty log of {len} bytes on fd {}", file.as_raw_fd());
-        check_length(&file, offset, len).map_err(fail)?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size).map_err(fail)?;
+        let mapping = Mapping::new(file, (offset, size), Self::GONE, alarm).map_err(fail)?;
         Ok(Self { mapping })
     }
 
@@ -446,13 +540,14 @@ impl DirtyLog {
         for page in guest / LOG_PAGE..=last / LOG_PAGE {
             let Some(byte) = usize::try_from(page / 8)
                 .ok()
-                .filter(|b| *b < self.mapping.size())
+                .filter(|b| *b < self.mapping.bytes.size())
             else {
                 return;
             };
             // SAFETY: `byte` is below the mapping's size, and bytes need no alignment; the
             // mapping lives as long as `self`.
-            let byte = unsafe { AtomicU8::from_ptr(self.mapping.as_ptr().wrapping_add(byte)) };
+            let byte =
+                unsafe { AtomicU8::from_ptr(self.mapping.bytes.as_ptr().wrapping_add(byte)) };
             // Release: pairs with the front end's atomic exchange when it collects the log;
             // the page's new contents come before its bit.
             byte.fetch_or(1 << (page % 8), Ordering::Release);
@@ -465,12 +560,16 @@ mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
 
+    fn alarm() -> Arc<Alarm> {
+        Arc::new(Alarm::new().unwrap())
+    }
+
     fn region(guest: u64, len: u64) -> Region {
         let fd: OwnedFd =
             rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(len).unwrap();
-        Region::map(file, 0, guest, 0x7000_0000 + guest, len).unwrap()
+        Region::map(file, 0, guest, 0x7000_0000 + guest, len, &alarm()).unwrap()
     }
 
     #[test]
@@ -485,9 +584,38 @@ mod tests {
         let file = File::from(fd);
         file.set_len(0x1000).unwrap();
         assert!(matches!(
-            Region::map(file, 0, 0, 0, 0x2000),
+            Region::map(file, 0, 0, 0, 0x2000, &alarm()),
             Err(MemoryError::Map { .. })
         ));
+    }
+
+    #[test]
+    fn memory_that_is_taken_away_reads_as_zeros_and_is_told() {
+        let fd = rustix::fs::memfd_create("taken", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.set_len(0x3000).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 0x3000], 0).unwrap();
+        let alarm = alarm();
+        let again = file.try_clone().unwrap();
+        let region = Region::map(again, 0x1000, 0x8000, 0, 0x2000, &alarm).unwrap();
+        let memory = Memory::new(vec![region], None).unwrap();
+        let mut byte = [0];
+        assert!(memory.read(0x9123, &mut byte));
+        assert_eq!((byte, alarm.place()), ([7], None));
+        file.set_len(0x2000).unwrap();
+        assert!(memory.read(0x9123, &mut byte));
+        assert_eq!((byte, alarm.place()), ([0], Some(0x9123)));
+        assert!(memory.read(0x8fff, &mut byte));
+        assert_eq!(byte, [7], "what is still there is not touched");
+    }
+
+    #[test]
+    fn there_are_only_so_many_regions() {
+        let regions = |count| (0..count).map(|i| region(i * 0x1000, 0x1000)).collect();
+        let most = Memory::MOST_REGIONS as u64;
+        assert!(Memory::new(regions(most), None).is_ok());
+        let error = Memory::new(regions(most + 1), None);
+        assert!(matches!(error, Err(MemoryError::TooMany { most: 512 })));
     }
 
     #[test]
@@ -527,7 +655,7 @@ mod tests {
         let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(4096).unwrap();
-        let log = DirtyLog::map(file.try_clone().unwrap(), 0, 2).unwrap();
+        let log = DirtyLog::map(file.try_clone().unwrap(), 0, 2, &alarm()).unwrap();
         log.mark(0xfff, 2);
         log.mark(0xf000, 0x10_0000);
         log.mark(0x5000, 0);

@@ -180,13 +180,7 @@ impl Queue {
         // Relaxed: `waiting` acquired the index that covers this entry.
         let head = self.available.load_u16(entry, Ordering::Relaxed);
         self.next = self.next.wrapping_add(1);
-        let within = self.used.take();
-        let chain = Chain::take(&self.table, head, self.features.indirect);
-        Some(if within {
-            chain
-        } else {
-            chain.and_then(|chain| Err(chain.refuse(BadChain::TooMany)))
-        })
+        Some(Chain::take(&self.table, head, self.features.indirect))
     }
 
     /// Whether there is a chain to take.

@@ -31,18 +31,19 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(logging: bool) -> Self {
+        let alarm = Arc::new(super::memory::Alarm::new().unwrap());
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
             let file = memfd(len);
             let map = file.try_clone().unwrap();
-            regions.push(Region::map(map, 0, start, USER + start, len).unwrap());
+            regions.push(Region::map(map, 0, start, USER + start, len, &alarm).unwrap());
             files.push((start, file));
         }
         let log = logging.then(|| memfd(0x1000));
-        let map = log
-            .as_ref()
-            .map(|file| Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000).unwrap()));
+        let map = log.as_ref().map(|file| {
+            Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000, &alarm).unwrap())
+        });
         Self {
             files,
             memory: Arc::new(Memory::new(regions, map).unwrap()),
@@ -304,6 +305,23 @@ fn more_in_flight_than_the_queue_has_entries_is_refused() {
     assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::TooMany);
     drop(held);
     assert!(driver.take_one(&mut queue).is_ok());
+}
+
+#[test]
+fn pieces_of_memory_in_flight_are_bounded() {
+    let mut driver = Driver::new(false);
+    let mut queue = driver.queue(PLAIN);
+    driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);
+    let others = super::chain::MOST_IN_FLIGHT - 2;
+    queue.used().take(others).unwrap();
+    let held = driver.take_one(&mut queue).unwrap();
+    let refused = driver.take_one(&mut queue).unwrap_err();
+    assert_eq!(refused, BadChain::PiecesInFlight);
+    drop(held);
+    assert!(
+        driver.take_one(&mut queue).is_ok(),
+        "what is returned makes room"
+    );
 }
 
 #[test]

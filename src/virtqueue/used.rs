@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::QueueIndex;
+use super::chain::{BadChain, MOST_IN_FLIGHT};
 use super::layout;
 use super::memory::{GuestAddress, Memory};
 use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
@@ -18,25 +19,40 @@ use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
 /// The eventfd by which the guest is told of used chains; the front end may change it at any
 /// time, also while the queue runs.
 #[derive(Debug, Default)]
-pub struct Call(Mutex<Option<std::os::fd::OwnedFd>>);
+pub struct Call(Mutex<Option<Eventfd>>);
+
+#[derive(Debug)]
+struct Eventfd {
+    fd: std::os::fd::OwnedFd,
+    /// Writing may wait: where the front end has filled the counter up, for ever.
+    blocks: bool,
+}
 
 impl Call {
     /// Takes another eventfd, or none: then the guest polls.
     pub fn set(&self, eventfd: Option<std::os::fd::OwnedFd>) {
-        *self.lock() = eventfd;
+        *self.lock() = eventfd.map(|fd| Eventfd {
+            blocks: crate::io::writing_blocks(&fd),
+            fd,
+        });
     }
 
     /// Calls the guest.
     pub fn signal(&self) {
-        if let Some(fd) = self.lock().as_ref()
-            && let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes())
-        {
+        let eventfd = self.lock();
+        let Some(Eventfd { fd, blocks }) = eventfd.as_ref() else {
+            return;
+        };
+        if *blocks && !crate::io::takes_writing(fd) {
+            return;
+        }
+        if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
             // EAGAIN is a counter at its limit: the guest has been called more than enough.
             log::debug!("calling the guest: {error}");
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<std::os::fd::OwnedFd>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Eventfd>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -46,11 +62,13 @@ impl std::fmt::Display for Totals {
         let Self {
             chains,
             dropped,
+            refused,
             copied,
         } = self;
         write!(
             f,
-            "{chains} chains returned, {dropped} of them dropped, {copied} bytes copied"
+            "{chains} chains returned, {dropped} of them dropped, {refused} faulty, {copied} bytes \
+             copied"
         )
     }
 }
@@ -77,6 +95,8 @@ pub struct Totals {
     pub chains: u64,
     /// Chains returned without an answer, by being dropped.
     pub dropped: u64,
+    /// Chains returned empty because of a fault in them.
+    pub refused: u64,
     /// Bytes that were copied between guest memory and the server's: headers, arguments and
     /// replies, but no payload of READ and WRITE.
     pub copied: u64,
@@ -92,6 +112,8 @@ struct State {
     signalled: Option<u16>,
     /// Chains taken off the ring and not yet written back.
     in_flight: u16,
+    /// Pieces of memory that they are made of.
+    pieces: usize,
     /// Somebody waits for `in_flight` to become 0.
     draining: bool,
     totals: Totals,
@@ -122,6 +144,7 @@ impl UsedRing {
                 published: next,
                 signalled: None,
                 in_flight: 0,
+                pieces: 0,
                 draining: false,
                 totals: Totals::default(),
             }),
@@ -135,23 +158,36 @@ impl UsedRing {
         self.index
     }
 
-    /// Counts a chain as taken; false if the guest has more in flight than the queue has
-    /// entries, which a right driver can't.
-    pub(super) fn take(&self) -> bool {
+    /// Counts a chain of `pieces` as taken.
+    ///
+    /// # Errors
+    ///
+    /// More than the queue may have in flight, which a right driver never has: the pieces are not
+    /// counted then, and the chain is to be returned at once.
+    pub(super) fn take(&self, pieces: usize) -> Result<(), BadChain> {
         let mut state = self.lock();
-        let within = state.in_flight < self.size;
-        // A chain over the limit is returned at once by the caller: one more for a moment.
-        state.in_flight = state.in_flight.saturating_add(1);
-        within
+        let before = state.in_flight;
+        state.in_flight = before.saturating_add(1);
+        if before >= self.size {
+            return Err(BadChain::TooMany);
+        }
+        let all = state.pieces.saturating_add(pieces);
+        if all > MOST_IN_FLIGHT {
+            return Err(BadChain::PiecesInFlight);
+        }
+        state.pieces = all;
+        Ok(())
     }
 
     /// Writes the element that returns the chain at `head`, `len` bytes of it written; `more`
-    /// is what that adds to the totals. The guest sees it with the next
-    /// [`publish`](Self::publish).
-    pub(super) fn push(&self, head: u16, len: u32, more: Totals) {
+    /// is what that adds to the totals, `pieces` what [`take`](Self::take) has counted of it. The
+    /// guest sees it with the next [`publish`](Self::publish).
+    pub(super) fn push(&self, head: u16, len: u32, more: Totals, pieces: usize) {
         let mut state = self.lock();
+        state.pieces = state.pieces.saturating_sub(pieces);
         state.totals.chains = state.totals.chains.wrapping_add(more.chains);
         state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
+        state.totals.refused = state.totals.refused.wrapping_add(more.refused);
         state.totals.copied = state.totals.copied.wrapping_add(more.copied);
         let at = layout::used_element(state.next, self.size);
         let mut element = [0; 8];

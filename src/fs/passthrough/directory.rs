@@ -7,11 +7,13 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::SeekFrom;
 
 use super::Passthrough;
+use super::bounds::PIECES;
 use super::holds::Directory;
 use super::inodes::Inode;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
@@ -31,6 +33,32 @@ pub(super) struct Stream {
     at: usize,
     /// The cookie of that entry.
     offset: u64,
+    /// The piece is kept from one request to the next, as few are.
+    kept: Option<Kept>,
+}
+
+/// The right to keep a piece.
+#[derive(Debug)]
+struct Kept(Pieces);
+
+/// How many pieces are kept.
+pub(super) type Pieces = Arc<AtomicUsize>;
+
+impl Kept {
+    /// `None` where `PIECES` are kept already.
+    fn one_of(pieces: &Pieces) -> Option<Self> {
+        // Relaxed: it only counts.
+        let kept = pieces.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+            (count < PIECES).then_some(count + 1)
+        });
+        kept.is_ok().then(|| Self(Arc::clone(pieces)))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Stream {
@@ -59,9 +87,31 @@ impl Stream {
         let read = sys::file::read_directory(directory, &mut self.piece);
         self.piece.truncate(*read.as_ref().unwrap_or(&0));
         if self.piece.is_empty() {
-            self.piece = Vec::new();
+            self.let_go();
         }
         read.map(|read| read > 0)
+    }
+
+    /// A request has ended: keeps what is left of the piece, if it may.
+    fn rest(&mut self, directory: &File, pieces: &Pieces) {
+        if self.at >= self.piece.len() {
+            self.let_go();
+        } else if self.kept.is_none() {
+            self.kept = Kept::one_of(pieces);
+            // Without, the host is asked again from here on. One that can't go there says so at
+            // the next read.
+            if self.kept.is_none()
+                && rustix::fs::seek(directory, SeekFrom::Start(self.offset)).is_ok()
+            {
+                self.let_go();
+            }
+        }
+    }
+
+    fn let_go(&mut self) {
+        self.piece = Vec::new();
+        self.at = 0;
+        self.kept = None;
     }
 
     fn peek(&self) -> Option<Raw<'_>> {
@@ -119,9 +169,22 @@ impl Passthrough {
         let inode = self.inodes.get(node);
         let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.seek(&directory, offset)?;
+        let entries = (&directory, node, plus);
+        let result = self.read_stream(&mut stream, entries, inode.as_deref(), sink);
+        stream.rest(&directory, &self.pieces);
+        result
+    }
+
+    fn read_stream(
+        &self,
+        stream: &mut Stream,
+        (directory, node, plus): (&File, NodeId, bool),
+        inode: Option<&Inode>,
+        sink: &mut dyn DirSink,
+    ) -> Result<()> {
         let mut given = false;
         loop {
-            match stream.fill(&directory) {
+            match stream.fill(directory) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // What there is already is answered; the error comes again if it lasts.
@@ -135,11 +198,11 @@ impl Passthrough {
                 return Ok(());
             }
             let own = matches!(raw.name.to_bytes(), b"." | b"..");
-            let entry = match &inode {
-                Some(inode) if plus && !own => self.look_up(Open(inode, &directory), &raw),
+            let entry = match inode {
+                Some(inode) if plus && !own => self.look_up(Open(inode, directory), &raw),
                 _ => None,
             };
-            let root = inode.as_ref().filter(|_| own && node == NodeId::ROOT);
+            let root = inode.filter(|_| own && node == NodeId::ROOT);
             let listed = DirEntry {
                 // What lies above the shared directory is not the guest's business.
                 inode: root.map_or(raw.inode, |root| root.key().number),

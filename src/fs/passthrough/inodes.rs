@@ -279,6 +279,8 @@ pub(super) struct Store {
     next: AtomicU64,
     /// Inodes in the store that have a descriptor. Orders nothing; a budget goes by it.
     descriptors: AtomicUsize,
+    /// Inodes in the store, the root included. Orders nothing; a bound goes by it.
+    count: AtomicUsize,
     clock: Clock,
     changes: Changes,
 }
@@ -294,6 +296,7 @@ impl Store {
             root,
             next: AtomicU64::new(NodeId::ROOT.0 + 1),
             descriptors: AtomicUsize::new(0),
+            count: AtomicUsize::new(0),
             clock: Clock::new(),
             changes: Changes::new(),
         };
@@ -708,6 +711,11 @@ impl Store {
         self.by_node.iter().map(len).sum()
     }
 
+    /// As [`len`](Self::len), give or take those that come or go right now.
+    pub(super) fn known(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// How many of them have a descriptor.
     pub(super) fn descriptors(&self) -> usize {
         self.descriptors.load(Ordering::Relaxed)
@@ -727,6 +735,7 @@ impl Store {
     }
 
     fn insert(&self, keys: &mut Keys, inode: Arc<Inode>) {
+        self.count.fetch_add(1, Ordering::Relaxed);
         if inode.slot.is_full() {
             self.descriptors.fetch_add(1, Ordering::Relaxed);
         }
@@ -744,6 +753,9 @@ impl Store {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let removed = nodes.take(&inode.node);
+        if removed.is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
         if roomy(nodes.len(), nodes.capacity()) {
             nodes.shrink_to_fit();
         }

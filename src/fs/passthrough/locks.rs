@@ -12,6 +12,7 @@
 //! and only of that file.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
@@ -42,6 +43,8 @@ struct Owned {
 #[derive(Debug, Default)]
 pub(super) struct Locks {
     nodes: Mutex<HashMap<NodeId, Vec<Owned>, Mix>>,
+    /// How many there are. Changed under the lock; a bound goes by it.
+    count: AtomicUsize,
 }
 
 impl Locks {
@@ -75,6 +78,7 @@ impl Locks {
             file: Arc::clone(&file),
             handle,
         });
+        self.count.fetch_add(1, Ordering::Relaxed);
         file
     }
 
@@ -91,7 +95,17 @@ impl Locks {
     }
 
     pub(super) fn clear(&self) {
-        drop(std::mem::take(&mut *self.nodes()));
+        let ended = {
+            let mut nodes = self.nodes();
+            self.count.store(0, Ordering::Relaxed);
+            std::mem::take(&mut *nodes)
+        };
+        drop(ended);
+    }
+
+    /// How many descriptors locks have.
+    pub(super) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
     }
 
     fn end_where(&self, node: NodeId, ends: impl Fn(&Owned) -> bool) {
@@ -99,6 +113,7 @@ impl Locks {
         let Some(of_node) = nodes.get_mut(&node) else {
             return;
         };
+        let before = of_node.len();
         of_node.retain(|one| {
             if !ends(one) {
                 return true;
@@ -109,6 +124,8 @@ impl Locks {
             // A request that is under way, or waits, goes on and may lock again.
             Arc::strong_count(&one.file) > 1
         });
+        self.count
+            .fetch_sub(before - of_node.len(), Ordering::Relaxed);
         if of_node.is_empty() {
             nodes.remove(&node);
         }
@@ -133,6 +150,7 @@ impl Passthrough {
         if let Some(file) = self.locks.find_with(node, handle, owner) {
             return Ok(file);
         }
+        self.room_for_handle().map_err(|_full| Errno::NOLCK)?;
         let most = if self.options.readonly {
             OFlags::RDONLY
         } else {

@@ -101,6 +101,7 @@ impl Passthrough {
             identity.birth?;
             print_at(parent, seen.name).ok()?
         };
+        self.room_for_inode().ok()?;
         let inode = self.inodes.add_unopened(identity)?;
         let noted = self
             .inodes
@@ -184,6 +185,7 @@ impl Passthrough {
     }
 
     fn add(&self, found: Found<'_>, identity: &Identity) -> Result<Arc<Inode>> {
+        self.room_for_inode()?;
         let handle = self
             .holder
             .way_to_new(found.as_fd(), identity, &self.proc_fds)?;

@@ -6,6 +6,7 @@
 //! but by a descriptor or a file handle that began at the shared directory, one name at a time.
 
 mod attributes;
+mod bounds;
 mod changes;
 mod clock;
 mod credentials;
@@ -42,6 +43,7 @@ pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
+use self::directory::Pieces;
 use self::handles::Handles;
 use self::holds::{Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
@@ -135,6 +137,13 @@ pub struct Options {
     /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
     /// file system is made, which is also the most. See [`raise_descriptor_limit`].
     pub max_open_inodes: Option<usize>,
+    /// How many inodes the guest may know at the same time, besides the root; beyond that what
+    /// would make one known is `ENFILE`. The host's memory is what this is about.
+    pub max_inodes: usize,
+    /// How many files and directories it may have open, those included that locks need; beyond
+    /// that opening is `ENFILE`, and locking `ENOLCK`. `None` for three quarters of what
+    /// `RLIMIT_NOFILE` allows, which is also the most.
+    pub max_handles: Option<usize>,
     /// What the guest may keep of open files and directories.
     pub cache: Cache,
     /// How long the guest may rely on attributes.
@@ -165,6 +174,8 @@ impl Default for Options {
         Self {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
+            max_inodes: bounds::INODES,
+            max_handles: None,
             cache: Cache::default(),
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),
@@ -238,6 +249,10 @@ pub struct Passthrough {
     terms: AgreedTerms,
     /// Descriptors that inodes and open files may have together.
     most: usize,
+    /// How many of them the guest's open files may have.
+    max_handles: usize,
+    /// Pieces of directories that are kept.
+    pieces: Pieces,
     locks: Locks,
     wear: Wear,
     /// Labels of SELinux are this host's business.
@@ -281,6 +296,7 @@ impl Passthrough {
         })?;
 
         let most = most_descriptors();
+        let max_handles = options.max_handles.unwrap_or(most).min(most);
         let most = options.max_open_inodes.unwrap_or(most).min(most);
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
@@ -299,6 +315,8 @@ impl Passthrough {
             on_demand: OnDemand::new(most),
             terms: AgreedTerms::default(),
             most,
+            max_handles,
+            pieces: Pieces::default(),
             locks: Locks::default(),
             wear,
             selinux: labels::host_has_selinux(),
@@ -704,6 +722,7 @@ impl FileSystem for Passthrough {
         if self.terms.no_opendir() {
             return Err(Errno::NOSYS);
         }
+        self.room_for_handle()?;
         let fd = self.open_directory(&*self.inode(node)?)?;
         Ok(self.opened(node, File::from_fd(fd), HandleKind::Directory))
     }

@@ -56,6 +56,8 @@ impl Passthrough {
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
+        self.room_for_inode()?;
+        self.room_for_handle()?;
         let fd = {
             let _as_caller = self.section(caller, Some(new.umask))?;
             rustix::fs::openat(&parent, c".", flags | making, mode)?

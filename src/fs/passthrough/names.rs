@@ -40,6 +40,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.room_for_inode()?;
         {
             let _as_caller = self.section(caller, None)?;
             rustix::fs::symlinkat(target, &parent, component(name)?)?;
@@ -65,6 +66,7 @@ impl Passthrough {
             kind => kind,
         };
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        self.room_for_inode()?;
         let (major, minor) = decode_device(new.rdev);
         let device = rustix::fs::makedev(major, minor);
         {
@@ -84,6 +86,7 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
+        self.room_for_inode()?;
         {
             let _as_caller = self.section(caller, Some(new.umask))?;
             rustix::fs::mkdirat(&parent, component(name)?, mode)?;
@@ -142,6 +145,8 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let creating = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.room_for_inode()?;
+        self.room_for_handle()?;
         let fd = {
             let _as_caller = self.section(caller, Some(umask))?;
             let name = component(name)?;

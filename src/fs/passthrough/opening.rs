@@ -93,6 +93,7 @@ impl Passthrough {
     /// Opens a regular file, as OPEN.
     pub(super) fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
         let inode = self.regular(node)?;
+        self.room_for_handle()?;
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);

@@ -6,6 +6,7 @@
 //! doesn't hear of.
 
 mod data;
+mod gate;
 mod inode_flags;
 mod locks;
 mod metadata;
@@ -23,6 +24,7 @@ use rustix::io::Errno;
 
 pub use self::waiting::NoWaits;
 
+use self::gate::{Closed, Gate};
 use self::waiting::Waiting;
 use super::abi::{InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
@@ -67,6 +69,8 @@ pub struct Session<F: ?Sized> {
     agreed: AtomicU64,
     negotiated: Mutex<Option<Negotiated>>,
     counters: Counters,
+    /// Requests are in it while they are served; sessions begin and end while nobody is.
+    gate: Gate,
     waiting: Arc<Waiting>,
     fs: Arc<F>,
 }
@@ -80,6 +84,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             agreed: AtomicU64::new(0),
             negotiated: Mutex::new(None),
             counters: Counters::default(),
+            gate: Gate::default(),
             waiting: Arc::default(),
             fs,
         }
@@ -104,10 +109,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         &self.counters
     }
 
-    /// Ends the session as DESTROY does: the device was reset, or the guest is gone. A request
-    /// that is under way on another thread may come before or after; the transport lets them
-    /// end first.
+    /// Ends the session as DESTROY does: the device was reset, or the guest is gone. Requests
+    /// that other threads are serving end first.
     pub fn reset(&self) {
+        self.end(&self.gate.close());
+    }
+
+    fn end(&self, _closed: &Closed<'_>) {
         self.ready.store(false, Ordering::Release);
         *self
             .negotiated
@@ -130,6 +138,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
         };
         self.counters.count_request(request.opcode);
+        if matches!(request.operation, Operation::Init(_) | Operation::Destroy) {
+            return self.begin_or_end(exchange, &request);
+        }
+        let _inside = self.gate.enter();
         match request.operation {
             Operation::Forget { count } => {
                 if self.is_ready() {
@@ -199,24 +211,28 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
             _ => {}
         }
-        let answer = match request.operation {
-            Operation::Init(init) => self.init(&init),
-            Operation::Destroy => {
-                self.reset();
-                Ok(Answer::Done)
-            }
-            _ => {
-                let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
-                self.metadata(request, room)
-            }
-        };
-        self.finish(exchange, request.unique, answer);
-        Outcome::Done
+        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+        self.now(exchange, request.unique, self.metadata(request, room))
+    }
+
+    /// INIT and DESTROY, which other requests are kept apart from.
+    fn begin_or_end<E: Exchange>(&self, exchange: E, request: &Request<'_>) -> Outcome {
+        let answer =
+            self.admit(request, exchange.writable())
+                .and_then(|()| match request.operation {
+                    Operation::Init(init) => self.init(&init),
+                    _ => {
+                        self.reset();
+                        Ok(Answer::Done)
+                    }
+                });
+        self.now(exchange, request.unique, answer)
     }
 
     /// INIT. A second one means that the guest has started anew.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
-        self.reset();
+        let closed = self.gate.close();
+        self.end(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {
                 if worth_a_line(self.counters.requests(Opcode::Init)) {

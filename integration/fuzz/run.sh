@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Fuzzes each target under AddressSanitizer, from the seeds and what earlier runs have found.
+#
+#   run.sh SECONDS [TARGET...]
+#
+# Needs a nightly compiler; installs cargo-fuzz if it is missing. Says for each target how many
+# requests it has made. A find ends the run, and lies in artifacts/TARGET.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+if (($# < 1)); then
+    echo 'usage: run.sh SECONDS [TARGET...]' >&2
+    exit 2
+fi
+seconds=$1
+targets=("${@:2}")
+if ((${#targets[@]} == 0)); then
+    targets=(ring decode request vhost_user)
+fi
+
+if ! cargo fuzz --version >/dev/null 2>&1; then
+    cargo install cargo-fuzz --locked
+fi
+cargo +nightly fuzz build --fuzz-dir .
+for target in "${targets[@]}"; do
+    mkdir -p "corpus/$target" "artifacts/$target"
+    log=$(mktemp)
+    printf '%s: ' "$target"
+    if ! cargo +nightly fuzz run --fuzz-dir . "$target" "corpus/$target" "seeds/$target" -- \
+        -max_total_time="$seconds" -max_len=8192 -timeout=30 -rss_limit_mb=2048 \
+        -artifact_prefix="artifacts/$target/" >"$log" 2>&1; then
+        tail -n 60 "$log"
+        exit 1
+    fi
+    # Edges covered, as last said; then the inputs and the requests of the run.
+    cover=$(grep -o 'cov: [0-9]*' "$log" | tail -n 1)
+    echo "${cover:-cov: none}, $(grep -o '^Done [0-9]* runs' "$log"), $(grep '^fuzzed requests' "$log")"
+    rm -f "$log"
+done

@@ -1,0 +1,251 @@
+//! Writes the seed corpus: `seeds DIR` makes a directory for each target in DIR.
+//!
+//! The seeds are right requests and messages, from which a fuzzer finds wrong ones sooner than
+//! from nothing. `integration/fuzz/seeds` is what this writes.
+
+use std::path::Path;
+
+fn main() -> std::io::Result<()> {
+    let dir = std::env::args_os().nth(1);
+    let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
+    let targets: [(&str, Seeds); 4] = [
+        ("ring", ring()),
+        ("decode", decode()),
+        ("request", request()),
+        ("vhost_user", vhost_user()),
+    ];
+    for (target, seeds) in targets {
+        let dir = Path::new(&dir).join(target);
+        std::fs::create_dir_all(&dir)?;
+        for (name, bytes) in seeds {
+            std::fs::write(dir.join(name), bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Names and contents.
+type Seeds = Vec<(&'static str, Vec<u8>)>;
+
+/// A table's descriptors as the target `ring` takes them: place, offset, length, flags, next.
+fn table(first: &[[u8; 5]]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = first.concat();
+    bytes.resize(16 * 5, 0);
+    bytes
+}
+
+fn ring() -> Seeds {
+    let request = [[4, 0, 3, 1, 1], [5, 0, 4, 3, 2], [5, 0, 5, 2, 0]];
+    let round = |flags: u8, what: u8, tables: &[Vec<u8>], rest: &[u8]| {
+        let mut bytes = vec![flags, what];
+        tables.iter().for_each(|table| bytes.extend(table));
+        bytes.extend(rest);
+        bytes
+    };
+    let own = table(&request);
+    let circle = table(&[[4, 0, 3, 1, 1], [4, 0, 3, 1, 0]]);
+    let indirect = table(&[[5, 0, 0x0b, 4, 0]]);
+    vec![
+        (
+            "plain",
+            round(0, 0x80, std::slice::from_ref(&own), &[0, 7, 40, 0, 1, 0, 1]),
+        ),
+        (
+            "event-idx",
+            round(
+                1,
+                0x80,
+                std::slice::from_ref(&own),
+                &[0, 0x0f, 40, 9, 0, 9, 0],
+            ),
+        ),
+        ("circle", round(0, 0x81, &[circle], &[0, 1])),
+        (
+            "indirect",
+            round(2, 0xc0, &[indirect, own], &[0, 7, 40, 0, 1]),
+        ),
+        ("jump", round(0, 0x3f, &[], &[0, 0x80])),
+    ]
+}
+
+/// One request as the target `request` takes it.
+fn record(opcode: u8, node: u8, handle: u8, arguments: &[u8]) -> Vec<u8> {
+    record_laid(opcode, node, handle, 0, arguments)
+}
+
+fn record_laid(opcode: u8, node: u8, handle: u8, layout: u8, arguments: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![opcode, node, handle, layout];
+    let len = u16::try_from(arguments.len()).unwrap_or_default();
+    bytes.extend(len.to_le_bytes());
+    bytes.extend(arguments);
+    bytes
+}
+
+/// Numbers of four bytes each, and bytes behind them.
+fn words(words: &[u32], behind: &[u8]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.extend(behind);
+    bytes
+}
+
+const NONE: u8 = 0xff;
+
+/// Sessions, each a list of requests.
+fn sessions() -> Vec<(&'static str, Vec<Vec<u8>>)> {
+    let create = |name: &[u8]| record(35, 0, NONE, &words(&[2, 0o100_644, 0o22, 0], name));
+    let write = [
+        &words(&[0, 0, 0, 0, 100, 0, 0, 0, 0, 0], &[])[..],
+        &[7; 100],
+    ]
+    .concat();
+    let read = words(&[0, 0, 0, 0, 0x800, 0, 0, 0, 0, 0], &[]);
+    let lock = |kind: u32| words(&[0, 0, 1, 0, 0, 0, 0, 0, 99, 0, kind, 1, 0, 0], &[]);
+    vec![
+        (
+            "files",
+            vec![
+                create(b"file\0"),
+                record(16, 1, 1, &write),
+                record(15, 1, 1, &read),
+                record_laid(15, 1, 1, 2 | 2 << 2, &read),
+                record(20, 1, 1, &words(&[0, 0, 0, 0], &[])),
+                record(25, 1, 1, &words(&[0, 0, 0, 0, 0, 0], &[])),
+                record(3, 1, 1, &words(&[1, 0, 0, 0], &[])),
+                record(
+                    4,
+                    1,
+                    NONE,
+                    &words(
+                        &[
+                            8, 0, 0, 0, 50, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                        ],
+                        &[],
+                    ),
+                ),
+                record(18, 1, 1, &words(&[0, 0, 0, 0, 0, 0], &[])),
+                record(14, 1, NONE, &words(&[2, 0], &[])),
+                record(10, 0, NONE, b"file\0"),
+                record(2, 1, NONE, &words(&[1, 0], &[])),
+            ],
+        ),
+        (
+            "directories",
+            vec![
+                record(9, 0, NONE, &words(&[0o755, 0o22], b"dir\0")),
+                record(1, 0, NONE, b"dir\0"),
+                record_laid(1, 1, NONE, 3, b"nothing\0"),
+                record(6, 1, NONE, b"link\0../../outside\0"),
+                record(8, 1, NONE, &words(&[0o010_644, 0, 0o22, 0], b"fifo\0")),
+                record(5, 2, NONE, &[]),
+                record(27, 0, NONE, &words(&[0, 0], &[])),
+                record(28, 0, 1, &read),
+                record(44, 0, 1, &read),
+                record(29, 0, 1, &words(&[0, 0, 0, 0, 0, 0], &[])),
+                record(12, 0, 0, &words(&[1, 0], b"dir\0other\0")),
+                record(45, 0, 0, &words(&[1, 0, 1, 0], b"other\0dir\0")),
+                record(13, 0, 3, &words(&[1, 0], b"second\0")),
+                record(11, 0, NONE, b"dir\0"),
+                record(1, 1, NONE, b"..\0"),
+                record(17, 0, NONE, &[]),
+                record(34, 0, NONE, &words(&[7, 0], &[])),
+            ],
+        ),
+        (
+            "attributes",
+            vec![
+                create(b"file\0"),
+                record(21, 1, NONE, &words(&[5, 0], b"user.x\0value")),
+                record(22, 1, NONE, &words(&[100, 0], b"user.x\0")),
+                record(23, 1, NONE, &words(&[100, 0], &[])),
+                record(24, 1, NONE, b"user.x\0"),
+                record(52, 1, 1, &words(&[0, 0, 0, 0, 0, 0xfff], &[])),
+                record(39, 1, 1, &words(&[0, 0, 0, 0x8008_6601, 0, 0, 0, 8], &[])),
+            ],
+        ),
+        (
+            "further",
+            vec![
+                create(b"one\0"),
+                create(b"two\0"),
+                record(16, 1, 1, &write),
+                record(43, 1, 1, &words(&[0, 0, 0, 0, 0x1000, 0, 0, 0], &[])),
+                record(46, 1, 1, &words(&[0, 0, 0, 0, 3, 0], &[])),
+                record(
+                    47,
+                    1,
+                    1,
+                    &words(&[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 200, 0, 50, 0, 0, 0], &[]),
+                ),
+                record(32, 1, 1, &lock(1)),
+                record(33, 1, 2, &lock(1)),
+                record(31, 1, 1, &lock(0)),
+                record(36, 0, NONE, &words(&[4, 0], &[])),
+                record(51, 0, NONE, &words(&[2, 0o100_600, 0o22, 0], b"/\0")),
+                record(50, 0, NONE, &words(&[0, 0], &[])),
+                record(42, 0, 1, &words(&[1, 0, 1, 0, 1, 0], &[])),
+                record(38, 0, NONE, &[]),
+            ],
+        ),
+    ]
+}
+
+fn request() -> Seeds {
+    let session = |(name, records): (_, Vec<Vec<u8>>)| (name, [vec![3], records.concat()].concat());
+    sessions().into_iter().map(session).collect()
+}
+
+/// The same requests, as the target `decode` takes them: how, opcode, length, body.
+fn decode() -> Seeds {
+    let one = |record: Vec<u8>| {
+        let body = &record[6..];
+        let len = u16::try_from(body.len()).unwrap_or_default();
+        let mut bytes = vec![8, record[0]];
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(body);
+        bytes
+    };
+    let all =
+        |(name, records): (_, Vec<Vec<u8>>)| (name, records.into_iter().flat_map(one).collect());
+    sessions().into_iter().map(all).collect()
+}
+
+fn vhost_user() -> Seeds {
+    const EVENT: u8 = 0x11;
+    const MEMORY: u8 = 0x02;
+    let message = |number: u8, fds: u8, body: &[u8]| {
+        let len = u8::try_from(body.len()).unwrap_or_default();
+        [&[number, 0, fds, len][..], body].concat()
+    };
+    let set_up = [
+        message(1, 0, &[]),
+        message(15, 0, &[]),
+        message(16, 0, &[2]),
+        message(3, 0, &[]),
+        message(17, 0, &[]),
+        message(2, 0, &[0]),
+        message(36, 0, &[]),
+        message(5, MEMORY, &[2, 0, 0]),
+        message(8, 0, &[0, 16, 0]),
+        message(10, 0, &[0]),
+        message(9, 0, &[0, 0, 1, 2]),
+        message(13, EVENT, &[0; 8]),
+        message(12, EVENT, &[0; 8]),
+        message(18, 0, &[0, 1, 0]),
+    ];
+    let end = [
+        message(24, 0, &words(&[0, 40, 0], &[0; 40])),
+        message(18, 0, &[0, 0, 0]),
+        message(11, 0, &[0]),
+        message(34, 0, &[]),
+    ];
+    let add = [
+        message(37, 0x01, &[1]),
+        message(38, 0, &[1]),
+        message(6, 0x01, &words(&[0x1000, 0, 0, 0], &[])),
+    ];
+    let hello = set_up[..6].concat();
+    vec![
+        ("session", [set_up.concat(), end.concat()].concat()),
+        ("regions", [hello, add.concat()].concat()),
+    ]
+}
