@@ -11,7 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::fuse::{OUT_HEADER_LEN, request};
 use ringfsd::scheduler;
-use ringfsd::virtqueue::memory::Region;
+use ringfsd::virtqueue::memory::{Alarm, Region};
 use ringfsd::virtqueue::{Call, Chain, Features, Memory, Queue, QueueIndex, RingAddresses};
 use vmm::memory::{Buf, Gpa};
 use vmm::ring::QueueOptions;
@@ -46,8 +46,10 @@ impl Ring {
         let mapped = &memory.regions()[0];
         let file = mapped.fd().try_clone_to_owned().expect("a descriptor");
         let user = mapped.user_address();
-        let region = Region::map(file.into(), 0, 0, user, MEMORY).expect("a region");
-        let ours = Arc::new(Memory::new(vec![region], None).expect("a memory table"));
+        let alarm = Arc::new(Alarm::new().expect("an alarm"));
+        let region = Region::map(file.into(), 0, 0, user, MEMORY, &alarm);
+        let regions = vec![region.expect("a region")];
+        let ours = Arc::new(Memory::new(regions, None).expect("a memory table"));
         let at = driver.addresses();
         let user = |gpa: Gpa| memory.user_address(gpa).expect("an address");
         let addresses = RingAddresses {

@@ -28,7 +28,6 @@ use crate::virtqueue::{
     Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
 };
 
-
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)

@@ -10,10 +10,10 @@ use rustix::fs::{FileType, IFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, stat_fd};
 use super::names::honest_mode;
-use super::Passthrough;
 use super::opening::regular_file;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, HandleKind, InodeFlags, NewNode, NodeId, Opened, Result,

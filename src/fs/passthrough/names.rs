@@ -10,12 +10,12 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::Errno;
 
+use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inodes::Inode;
 use super::lookup::component;
-use super::Passthrough;
 use super::opening::regular_file;
 use crate::fs::{Caller, Entry, HandleKind, NewNode, NodeId, Opened, Result};
 
