@@ -463,6 +463,49 @@ fn a_user_maps_no_ids_that_are_not_his() {
 }
 
 #[test]
+fn a_user_maps_the_ids_that_the_host_gives() {
+    let there = |program: &str| Path::new("/usr/bin").join(program).exists();
+    if !is_root() || !there("newuidmap") || !Path::new("/etc/subgid").exists() {
+        println!("SKIPPED: needs newuidmap (package uidmap)");
+        return;
+    }
+    // daemon, who has a name on each host; told of in files that only this mount namespace has.
+    let dir = tempfile::tempdir().unwrap();
+    let (share, socket) = (dir.path().join("share"), dir.path().join("socket"));
+    std::fs::create_dir(&share).unwrap();
+    let program = dir.path().join("ringfsd");
+    std::fs::copy(env!("CARGO_BIN_EXE_ringfsd"), &program).unwrap();
+    let ids = dir.path().join("ids");
+    std::fs::write(&ids, "daemon:200000:1000\n").unwrap();
+    for path in [dir.path(), &share] {
+        std::os::unix::fs::chown(path, Some(1), Some(1)).unwrap();
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let script = format!(
+        "mount --bind {ids} /etc/subuid; mount --bind {ids} /etc/subgid; \
+         exec setpriv --reuid 1 --regid 1 --clear-groups {program} --socket {socket} \
+         --shared-dir {share} --uid-map :0:1:1: --uid-map :1:200000:999: \
+         --gid-map :0:1:1: --gid-map /1/200000/999/",
+        ids = ids.display(),
+        program = program.display(),
+        socket = socket.display(),
+        share = share.display(),
+    );
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "bash", "-ec", &script]);
+    let mut server = Server::spawn(command, dir);
+    server.wait_until_it_listens();
+    let mut fs = session(&server);
+    fs.mkdir(ROOT, c"roots", 0o755).unwrap();
+    fs.act_as(5, 5);
+    fs.mkdir(ROOT, c"a user's", 0o755).unwrap();
+    let owner = |name: &str| std::fs::metadata(share.join(name)).unwrap();
+    assert_eq!((owner("roots").uid(), owner("roots").gid()), (1, 1));
+    let users = owner("a user's");
+    assert_eq!((users.uid(), users.gid()), (200_004, 200_004));
+}
+
+#[test]
 fn a_share_that_is_read_only_is_left_without_a_trace() {
     for way in ways() {
         let server = way.start(&["--readonly"]);

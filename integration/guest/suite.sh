@@ -116,8 +116,7 @@ make_ordinary() {
     server="exec setpriv --reuid ${user%:*} --regid ${user#*:} --clear-groups $server"
     server="mount --bind $work/subids /etc/subuid; mount --bind $work/subids /etc/subgid; $server"
     printf -v server 'exec unshare --mount bash -ec %q' "$server"
-    # Devices are the host's superuser's to make.
-    quick="${quick:+$quick }--no-devices"
+    quick="${quick:+$quick }--user-namespace"
 }
 
 # shellcheck disable=SC2317 # called by the trap

@@ -150,17 +150,16 @@ fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, share, flags)?;
-    match process::add_mount_attributes(&tree, INERT | libc::MOUNT_ATTR_NOSYMFOLLOW) {
-        Ok(()) => {}
+    let wanted = if readonly { INERT | READ_ONLY } else { INERT };
+    let set = |attributes| process::add_mount_attributes(&tree, attributes);
+    match set(wanted | libc::MOUNT_ATTR_NOSYMFOLLOW) {
         // The last one is younger than the rest.
-        Err(Errno::INVAL) => process::add_mount_attributes(&tree, INERT)?,
-        Err(Errno::NOSYS) if !readonly => {
-            log::info!("this kernel can't set flags of mounts: the share's stay as they are");
+        Err(Errno::INVAL) => set(wanted)?,
+        // What they refuse the server itself refuses too.
+        Err(Errno::NOSYS) => {
+            log::info!("the flags of the share's mount stay as they are: Linux 5.12 can set them");
         }
-        Err(error) => return Err(error),
-    }
-    if readonly {
-        process::add_mount_attributes(&tree, READ_ONLY)?;
+        done => done?,
     }
     Ok(tree)
 }

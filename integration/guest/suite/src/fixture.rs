@@ -24,17 +24,18 @@ pub(crate) fn is_quick() -> bool {
     QUICK.load(Ordering::Relaxed)
 }
 
-static NO_DEVICES: AtomicBool = AtomicBool::new(false);
+static USER_NAMESPACE: AtomicBool = AtomicBool::new(false);
 
-/// From now on device nodes can't be made: the server isn't the host's superuser.
-pub(crate) fn expect_no_devices() {
+/// From now on the server is in a user namespace, and not the host's superuser.
+pub(crate) fn expect_user_namespace() {
     // Relaxed: as for QUICK.
-    NO_DEVICES.store(true, Ordering::Relaxed);
+    USER_NAMESPACE.store(true, Ordering::Relaxed);
 }
 
-/// Whether device nodes can be made.
-pub(crate) fn has_devices() -> bool {
-    !NO_DEVICES.load(Ordering::Relaxed)
+/// Whether the host denies what takes a capability in its first user namespace: to make a device
+/// node, and to write without set-ID bits being cleared.
+pub(crate) fn in_user_namespace() -> bool {
+    USER_NAMESPACE.load(Ordering::Relaxed)
 }
 
 /// How much of something a check does: `quick` is for where each request is slow.

@@ -17,10 +17,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: guest-suite [--quick] [--no-devices] DIR [FILTER]
+usage: guest-suite [--quick] [--user-namespace] DIR [FILTER]
            run the checks whose names contain FILTER, each in a fresh folder below DIR; exit 1
            if one fails. With --quick each does less, and the folders are left behind; with
-           --no-devices nobody, not even root, may make a device node
+           --user-namespace the server is in one, where some of root's rights are missing
        guest-suite --list
            print the names of the checks
        guest-suite --digest DIR
@@ -30,10 +30,10 @@ usage: guest-suite [--quick] [--no-devices] DIR [FILTER]
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    while let Some(word @ (&"--quick" | &"--no-devices")) = words.first() {
+    while let Some(word @ (&"--quick" | &"--user-namespace")) = words.first() {
         match *word {
             "--quick" => fixture::be_quick(),
-            _ => fixture::expect_no_devices(),
+            _ => fixture::expect_user_namespace(),
         }
         words.remove(0);
     }
