@@ -13,6 +13,8 @@ if (($# < 1)); then
     exit 2
 fi
 seconds=$1
+# Whole paths: a thread that serves a share has a working directory of its own.
+here=$PWD
 targets=("${@:2}")
 if ((${#targets[@]} == 0)); then
     targets=(ring decode request vhost_user)
@@ -26,9 +28,9 @@ for target in "${targets[@]}"; do
     mkdir -p "corpus/$target" "artifacts/$target"
     log=$(mktemp)
     printf '%s: ' "$target"
-    if ! cargo +nightly fuzz run --fuzz-dir . "$target" "corpus/$target" "seeds/$target" -- \
+    if ! cargo +nightly fuzz run --fuzz-dir . "$target" "$here/corpus/$target" "$here/seeds/$target" -- \
         -max_total_time="$seconds" -max_len=8192 -timeout=30 -rss_limit_mb=2048 \
-        -artifact_prefix="artifacts/$target/" >"$log" 2>&1; then
+        -artifact_prefix="$here/artifacts/$target/" >"$log" 2>&1; then
         tail -n 60 "$log"
         exit 1
     fi
