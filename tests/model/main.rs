@@ -128,12 +128,12 @@ fn answers_and_leaves_the_same(arguments: &[&str], usual: u32) {
 }
 
 fn every_answer_is_the_hosts(runtime: &str) {
-    answers_and_leaves_the_same(&["--runtime", runtime], 60);
+    answers_and_leaves_the_same(&["--runtime", runtime], 100);
 }
 
 fn every_answer_is_the_hosts_with_few_descriptors(runtime: &str) {
     let arguments = ["--runtime", runtime, "--max-open-inodes", "8"];
-    answers_and_leaves_the_same(&arguments, 30);
+    answers_and_leaves_the_same(&arguments, 50);
 }
 
 fn clients_at_once_disturb_nobody(runtime: &str) {
