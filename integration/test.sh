@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
-# formatting, lints, documentation, unit and loom tests, the tests over a socket, and real guests.
+# formatting, lints, documentation, unit and loom tests, the tests over a socket, others' suites on a
+# mount of this machine's own, and real guests.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom guest
+#   test.sh [STEP...]     only these steps: format lint doc unit loom bridge guest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -47,6 +48,11 @@ fi
 if wanted loom; then
     step 'loom: every interleaving of the channel'
     CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS='--cfg ringfsd_loom' cargo test --locked --release --test loom --target-dir target/loom
+fi
+
+if wanted bridge; then
+    step "others' suites through the bridge"
+    integration/bridge/all.sh
 fi
 
 if wanted guest; then
