@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
 # formatting, lints, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
-# target, and real guests.
+# target, others' suites on a mount of this machine's own, and real guests.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz guest
+#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge guest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -65,6 +65,11 @@ if wanted fuzz; then
         echo 'skipped: fuzzing needs a nightly compiler (rustup toolchain install nightly)'
         skipped=$((skipped + 1))
     fi
+fi
+
+if wanted bridge; then
+    step "others' suites through the bridge"
+    integration/bridge/all.sh
 fi
 
 if wanted guest; then

@@ -51,6 +51,27 @@ fn a_file_without_a_name_is_written_and_linked(runtime: &str) {
     assert_eq!(errno(fs.tmpfile(file.nodeid, 0o600)), Some(libc::ENOTDIR));
 }
 
+fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
+    let (server, mut fs) = start(runtime);
+    let (file, _) = fs.create(ROOT, c"file", 0o600).unwrap();
+    let path = server.share().join("file");
+    if !support::set_on_host(&path, "trusted.host", b"one") {
+        eprintln!("skipped: trusted attributes take CAP_SYS_ADMIN and a file system that has them");
+        return;
+    }
+    assert_eq!(fs.getxattr(file.nodeid, c"trusted.host").unwrap(), b"one");
+    fs.setxattr(file.nodeid, c"trusted.guest", b"two", 0)
+        .unwrap();
+    let mut names = fs.listxattr(file.nodeid).unwrap();
+    names.sort();
+    assert_eq!(names, [c"trusted.guest", c"trusted.host"]);
+    let mut value = [0; 8];
+    let length = rustix::fs::getxattr(&path, "trusted.guest", &mut value[..]).unwrap();
+    assert_eq!(value[..length], *b"two");
+    fs.removexattr(file.nodeid, c"trusted.host").unwrap();
+    assert_eq!(fs.listxattr(file.nodeid).unwrap(), [c"trusted.guest"]);
+}
+
 fn statx_tells_when_a_file_was_made(runtime: &str) {
     let (server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -298,6 +319,7 @@ fn a_dot_or_two_lead_to_no_submount() {
 on_both_runtimes!(
     a_file_without_a_name_is_written_and_linked,
     statx_tells_when_a_file_was_made,
+    trusted_attributes_are_read_set_and_listed,
     the_whole_file_system_is_synced,
     inode_flags_are_read_and_set_and_no_other_control,
     a_dot_and_two_are_looked_up_for_export,

@@ -22,6 +22,9 @@ pub(crate) enum DeviceError {
     /// The device is not there, or may not be used.
     #[error("can't open /dev/fuse")]
     Open(#[source] io::Error),
+    /// Not an option of mounts in general.
+    #[error("no mount option {0} is known here")]
+    Option(String),
     /// mount(2) said no.
     #[error("can't mount on {mountpoint}")]
     Mount {
@@ -56,8 +59,13 @@ impl Device {
     /// Mounts a file system, whose requests can be read from then on: the first is INIT.
     ///
     /// Permissions are checked by the kernel and everybody may use the mount, as it is on
-    /// virtio-fs; and as there, device nodes and set-user-ID bits count.
-    pub(crate) fn mount(mountpoint: &Path) -> Result<Self, DeviceError> {
+    /// virtio-fs; and as there, device nodes and set-user-ID bits count unless `flags` say
+    /// otherwise.
+    pub(crate) fn mount(
+        source: &str,
+        mountpoint: &Path,
+        flags: MountFlags,
+    ) -> Result<Self, DeviceError> {
         let fd = open().map_err(DeviceError::Open)?;
         let data = format!(
             "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other",
@@ -68,14 +76,8 @@ impl Device {
             source,
         };
         let data = CString::new(data).map_err(|nul| failed(nul.into()))?;
-        mount(
-            source(),
-            mountpoint,
-            "fuse.virtiofs-bridge",
-            MountFlags::empty(),
-            data.as_c_str(),
-        )
-        .map_err(|errno| failed(errno.into()))?;
+        mount(source, mountpoint, "fuse", flags, data.as_c_str())
+            .map_err(|errno| failed(errno.into()))?;
         Ok(Self { fd })
     }
 
@@ -94,6 +96,35 @@ impl AsFd for Device {
     }
 }
 
+/// The flags of mount(2) for what mount(8) calls `options`, with commas between them.
+pub(crate) fn flags(options: &str) -> Result<MountFlags, DeviceError> {
+    let mut flags = MountFlags::empty();
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        match option {
+            "rw" => flags -= MountFlags::RDONLY,
+            "ro" => flags |= MountFlags::RDONLY,
+            "suid" => flags -= MountFlags::NOSUID,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "dev" => flags -= MountFlags::NODEV,
+            "nodev" => flags |= MountFlags::NODEV,
+            "exec" => flags -= MountFlags::NOEXEC,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            "async" => flags -= MountFlags::SYNCHRONOUS,
+            "sync" => flags |= MountFlags::SYNCHRONOUS,
+            "dirsync" => flags |= MountFlags::DIRSYNC,
+            "atime" => flags -= MountFlags::NOATIME,
+            "noatime" => flags |= MountFlags::NOATIME,
+            "nodiratime" => flags |= MountFlags::NODIRATIME,
+            "relatime" => flags |= MountFlags::RELATIME,
+            "strictatime" => flags |= MountFlags::STRICTATIME,
+            "lazytime" => flags |= MountFlags::LAZYTIME,
+            "defaults" => {}
+            other => return Err(DeviceError::Option(other.to_owned())),
+        }
+    }
+    Ok(flags)
+}
+
 /// Unmounts once nobody uses the mount. False where somebody does.
 pub(crate) fn unmount_idle(mountpoint: &Path) -> Result<bool, DeviceError> {
     match unmount(mountpoint, UnmountFlags::empty()) {
@@ -104,9 +135,10 @@ pub(crate) fn unmount_idle(mountpoint: &Path) -> Result<bool, DeviceError> {
 }
 
 /// Ends the mount at once, where there still is one: requests under way and those that come fail.
-pub(crate) fn unmount_by_force(mountpoint: &Path) -> Result<(), DeviceError> {
+/// By its source our mount is told from one that it covered.
+pub(crate) fn unmount_by_force(source: &str, mountpoint: &Path) -> Result<(), DeviceError> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let ours = format!("{} ", source());
+    let ours = format!("{source} ");
     if !mounts.lines().any(|line| line.starts_with(&ours)) {
         return Ok(());
     }
@@ -115,11 +147,6 @@ pub(crate) fn unmount_by_force(mountpoint: &Path) -> Result<(), DeviceError> {
         Ok(()) | Err(Errno::INVAL) => Ok(()),
         Err(errno) => Err(unmount_error(mountpoint, errno)),
     }
-}
-
-/// What is mounted, by which our mount is told from one that it covered.
-fn source() -> String {
-    format!("bridge-{}", std::process::id())
 }
 
 fn unmount_error(mountpoint: &Path, errno: Errno) -> DeviceError {

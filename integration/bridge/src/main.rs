@@ -57,6 +57,14 @@ struct Options {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     request_queues: u16,
 
+    /// What the list of mounts calls its source (`bridge-` and the process id).
+    #[arg(long, value_name = "NAME")]
+    source: Option<String>,
+
+    /// Options of mounts in general, as mount(8) takes them: ro, nosuid, noexec, noatime, ...
+    #[arg(short = 'o', value_name = "OPTION,...", default_value = "")]
+    options: String,
+
     /// Where to mount.
     mountpoint: PathBuf,
 }
@@ -105,6 +113,9 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), BridgeError> {
+    let flags = device::flags(&options.options)?;
+    let source = options.source.clone();
+    let source = source.unwrap_or_else(|| format!("bridge-{}", std::process::id()));
     let signals = signals().map_err(host("take signals"))?;
     let mut session = connect(options)?;
     let mut queues = std::mem::take(&mut session.queues).into_iter();
@@ -118,8 +129,9 @@ fn run(options: &Options) -> Result<(), BridgeError> {
         stop: Event::new().map_err(host("make an eventfd"))?,
     });
 
-    let device = Device::mount(&options.mountpoint)?;
+    let device = Device::mount(&source, &options.mountpoint, flags)?;
     let mut mount = Mount {
+        source: &source,
         mountpoint: &options.mountpoint,
         shared: Arc::clone(&shared),
         lanes: Vec::new(),
@@ -140,6 +152,7 @@ fn run(options: &Options) -> Result<(), BridgeError> {
 
 /// A mount, with the threads that pass its requests on.
 struct Mount<'a> {
+    source: &'a str,
     mountpoint: &'a Path,
     shared: Arc<Shared>,
     lanes: Vec<JoinHandle<(Result<End, LaneError>, vmm::fuse::Lane)>>,
@@ -212,7 +225,7 @@ impl Mount<'_> {
     fn unmount(&mut self, mut signals: &UnixStream) -> Result<(), BridgeError> {
         // One byte for each signal.
         signals.read_exact(&mut [0]).map_err(host("read signals"))?;
-        let mountpoint = self.mountpoint.to_owned();
+        let (source, mountpoint) = (self.source.to_owned(), self.mountpoint.to_owned());
         let thread = std::thread::Builder::new().name("unmount".to_owned());
         let thread = thread.spawn(move || {
             if !unmount_idle(&mountpoint)? {
@@ -220,7 +233,7 @@ impl Mount<'_> {
                     "bridge: {} is in use; unmounted all the same",
                     mountpoint.display()
                 );
-                unmount_by_force(&mountpoint)?;
+                unmount_by_force(&source, &mountpoint)?;
             }
             Ok(())
         });
@@ -253,7 +266,10 @@ impl Mount<'_> {
         {
             unmounted?;
         }
-        unmount_by_force(self.mountpoint)?;
+        // Gone already, where all lanes have seen it end; another may be in its place by now.
+        if guests.len() < lanes {
+            unmount_by_force(self.source, self.mountpoint)?;
+        }
         result?;
         Ok(guests.pop().filter(|_| guests.len() + 1 == lanes))
     }

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The suites here on both runtimes, each short enough that all of them take some minutes: for the
+# gate. What they need is installed; without /dev/fuse all are skipped, and counted so.
+#
+#   all.sh [RUNTIME...]    only on these: uring, tokio
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+suites=(
+    'pjdfstest'
+    'fsx --ops 2000'
+    'fio --size 4M'
+    'stress --seconds 1 --only access chmod copy-file dentry dir fallocate fpunch link rename seek symlink utime xattr'
+    'git --commits 100 --files 200'
+)
+runtimes=("${@:-uring}")
+(($#)) || runtimes=(uring tokio)
+passed=0 failed=0 skipped=0 began=$SECONDS
+
+# Somebody's modules are not loaded before they are asked for.
+[[ -c /dev/fuse ]] || modprobe fuse 2>/dev/null || true
+if [[ ! -c /dev/fuse ]]; then
+    skipped=$((${#suites[@]} * ${#runtimes[@]}))
+    echo "0 suites passed, 0 failed, $skipped skipped: there is no /dev/fuse"
+    exit 0
+fi
+
+# run RUNTIME SUITE [OPTION VALUE]...: one suite, whose lines are shown if it fails.
+run() {
+    local runtime=$1 suite=$2 output status=0 start=$SECONDS
+    shift 2
+    output=$(mktemp)
+    timeout --kill-after=30 600 "$here/$suite.sh" --runtime "$runtime" "$@" >"$output" 2>&1 || status=$?
+    if ((status)); then
+        failed=$((failed + 1))
+        echo "FAILED $suite on $runtime: status $status"
+        sed 's/^/    /' "$output"
+    else
+        passed=$((passed + 1))
+        echo "passed $suite on $runtime ($((SECONDS - start)) s): $(grep -E ' passed, ' "$output" | tail -n 1)"
+    fi
+    rm -f "$output"
+}
+
+for runtime in "${runtimes[@]}"; do
+    for suite in "${suites[@]}"; do
+        read -ra words <<<"$suite"
+        # All after --only is one value.
+        if [[ $suite == *' --only '* ]]; then
+            read -ra words <<<"${suite%% --only *}"
+            words+=(--only "${suite#* --only }")
+        fi
+        run "$runtime" "${words[@]}"
+    done
+done
+echo "$passed suites passed, $failed failed, $skipped skipped ($((SECONDS - began)) s)"
+((failed == 0))

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# xfstests through the bridge: test and scratch file system are each a server of their own, started
+# by mount(8) and ended by umount(8), on ext4 images in $TMPDIR. The tests see no processes but their own
+# and a /tmp of their own, so several runs may go on at once, and nothing named here may lie in /tmp.
+# By hand only, as it takes an hour.
+#
+#   xfstests.sh --checkout DIR [OPTION...] [-- ARGUMENT...]
+#
+#   --checkout DIR       xfstests, built
+#   --server S           ringfsd (default), virtiofsd, or none: the images alone, for comparison
+#   --runtime R          of ringfsd: auto (default), uring, tokio
+#   --server-arg A       a further argument for ringfsd or virtiofsd; may be repeated
+#   --results DIR        where all that the tests say is kept
+#
+# The arguments are those of xfstests' `check` (`-g generic/quick`). $RINGFSD, $VIRTIOFSD and $BRIDGE
+# name the programs, which are not built here.
+set -euo pipefail
+
+if [[ ${1:-} != --inside ]]; then
+    for user in fsgqa fsgqa2; do
+        getent passwd $user >/dev/null || useradd --create-home --user-group $user
+    done
+    exec unshare --mount --pid --fork --kill-child --mount-proc -- "$(realpath "$0")" --inside "$@"
+fi
+shift
+
+checkout='' server=ringfsd runtime=auto results='' arguments=()
+while (($#)); do
+    case $1 in
+    --checkout) checkout=$(realpath "$2") ;;
+    --server) server=$2 ;;
+    --runtime) runtime=$2 ;;
+    --server-arg) arguments+=("$2") ;;
+    --results) results=$2 ;;
+    --) shift && break ;;
+    *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
+    esac
+    shift 2
+done
+((!$#)) && set -- -g generic/quick
+work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-xfstests.XXXXXX")
+results=${results:-$work/results}
+mkdir -p "$results"
+results=$(realpath "$results")
+chmod 755 "$work"
+mkdir --mode 1777 "$work/tmp"
+mount --bind "$work/tmp" /tmp
+
+case $server in
+ringfsd)
+    command=("${RINGFSD:?}" --socket %SOCKET% --shared-dir %SHARE% --runtime "$runtime"
+        --request-queues 2 "${arguments[@]}")
+    queues=2
+    ;;
+virtiofsd)
+    command=("${VIRTIOFSD:?}" --socket-path %SOCKET% --shared-dir %SHARE% --sandbox none
+        --seccomp none "${arguments[@]}")
+    queues=1
+    ;;
+none) ;;
+*) echo "xfstests.sh: no server $server" >&2 && exit 2 ;;
+esac
+
+# What mount(8) calls, at the only place where it looks for it.
+type=bridge-${work##*.}
+helper=/sbin/mount.fuse.$type
+
+# shellcheck disable=SC2317 # reached by the trap
+cleanup() {
+    local name
+    for name in test scratch share/test share/scratch; do
+        # A server that still ends holds on to its share.
+        for ((tries = 0; tries < 50; tries++)); do
+            mountpoint -q "$work/$name" || break
+            umount -q "$work/$name" 2>/dev/null || sleep 0.1
+        done
+        if mountpoint -q "$work/$name"; then umount -l "$work/$name"; fi
+    done
+    umount /tmp
+    rm -f "$helper" "$work"/*.img
+    rm -rf --one-file-system "$work"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+mkdir "$work"/{test,scratch,share,share/test,share/scratch}
+for name in test scratch; do
+    truncate --size 12G "$work/$name.img"
+    mkfs.ext4 -q "$work/$name.img"
+    if [[ $server != none ]]; then
+        mount -o loop "$work/$name.img" "$work/share/$name"
+        rmdir "$work/share/$name/lost+found"
+    fi
+done
+
+if [[ $server == none ]]; then
+    cat >"$work/config" <<CONFIG
+export FSTYP=ext4
+export TEST_DEV=$(losetup --find --show --direct-io=off "$work/test.img")
+export SCRATCH_DEV=$(losetup --find --show --direct-io=off "$work/scratch.img")
+CONFIG
+else
+    # The server lives as long as its mount.
+    cat >"$helper" <<HELPER
+#!/usr/bin/env bash
+set -euo pipefail
+source=\$1 directory=\$2 options=''
+shift 2
+while getopts o:svn option; do [[ \$option != o ]] || options=\$OPTARG; done
+if [[ ,\$options, == *,remount,* ]]; then exec mount -i -o "\$options" "\$source" "\$directory"; fi
+work=$work
+socket=\$(mktemp -u "\$work/\$source.XXXXXX")
+command=(${command[*]@Q})
+command=("\${command[@]/\\%SOCKET%/\$socket}")
+command=("\${command[@]/\\%SHARE%/\$work/share/\$source}")
+log=$results/\$source.server.log
+(
+    "\${command[@]}" >>"\$log" 2>&1 </dev/null &
+    server=\$!
+    until [[ -S \$socket ]]; do kill -0 \$server || exit 1; sleep 0.02; done
+    status=0
+    ${BRIDGE:?} --socket "\$socket" --request-queues $queues --source "\$source" -o "\$options" \
+        "\$directory" >"\$socket.log" 2>&1 || status=\$?
+    kill \$server || true
+    ended=0
+    wait \$server || ended=\$?
+    echo "bridge \$status, server \$ended: \$(tail -n 1 "\$socket.log")" >>"\$log"
+    rm -f "\$socket" "\$socket.pid"
+) >/dev/null 2>&1 </dev/null &
+bridge=\$!
+until grep -qs 'mounted on' "\$socket.log"; do
+    if ! kill -0 "\$bridge" 2>/dev/null; then
+        cat "\$socket.log" "\$log" >&2 || true
+        exit 32
+    fi
+    sleep 0.02
+done
+HELPER
+    chmod 755 "$helper"
+    cat >"$work/config" <<CONFIG
+export FSTYP=fuse
+export FUSE_SUBTYP=.$type
+export TEST_DEV=test
+export SCRATCH_DEV=scratch
+CONFIG
+fi
+cat >>"$work/config" <<CONFIG
+export TEST_DIR=$work/test
+export SCRATCH_MNT=$work/scratch
+export RESULT_BASE=$results
+export DUMP_CORRUPT_FS=0
+CONFIG
+
+status=0
+(cd "$checkout" && TMPDIR=/tmp HOST_OPTIONS=$work/config ./check "$@") 2>&1 | tee "$results/check.full" || status=$?
+grep -hE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
+exit "$status"
