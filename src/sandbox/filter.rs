@@ -87,8 +87,12 @@ const REQUESTS: &[u64] = &[
     libc::FIONREAD,
 ];
 
-/// A thread's name, and whether it keeps its capabilities.
+/// PR_GET_AUXV (uapi `linux/prctl.h`): where the size of a page stands.
+const GET_AUXV: u64 = 0x4155_5856;
+
+/// A thread's name, whether it keeps its capabilities, and the size of a page.
 const PROPERTIES: &[u64] = &[
+    GET_AUXV,
     bits(libc::PR_SET_NAME),
     bits(libc::PR_GET_SECUREBITS),
     bits(libc::PR_SET_SECUREBITS),
