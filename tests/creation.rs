@@ -135,7 +135,8 @@ fn what_is_made_has_its_label(runtime: &str) {
     if !is_root() {
         return;
     }
-    let (server, mut fs) = start(runtime, &["--security-label"]);
+    let args = ["--security-label", "--modcaps=+sys_admin"];
+    let (server, mut fs) = start(runtime, &args);
     assert!(fs.has(init::SECURITY_CTX));
     // The host's own SELinux would have a say in it.
     let extension = label(c"security.ringfsd", LABEL);

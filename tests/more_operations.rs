@@ -52,7 +52,7 @@ fn a_file_without_a_name_is_written_and_linked(runtime: &str) {
 }
 
 fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
-    let (server, mut fs) = start(runtime);
+    let (server, mut fs) = start_with(&["--runtime", runtime, "--modcaps=+sys_admin"]);
     let (file, _) = fs.create(ROOT, c"file", 0o600).unwrap();
     let path = server.share().join("file");
     if !support::set_on_host(&path, "trusted.host", b"one") {

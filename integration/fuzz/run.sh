@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Fuzzes each target under AddressSanitizer, from the seeds and what earlier runs have found.
 #
-#   run.sh SECONDS [TARGET...]
+#   run.sh SECONDS [TARGET...]    all targets at the same time
 #
 # Needs a nightly compiler; installs cargo-fuzz if it is missing. Says for each target how many
-# requests it has made. A find ends the run, and lies in artifacts/TARGET.
+# requests it has made. A find ends its run, and lies in artifacts/TARGET.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -24,18 +24,32 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
     cargo install cargo-fuzz --locked
 fi
 cargo +nightly fuzz build --fuzz-dir .
-for target in "${targets[@]}"; do
+
+# fuzz TARGET: runs one, and says in a line what it has done.
+fuzz() {
+    local target=$1 log cover
     mkdir -p "corpus/$target" "artifacts/$target"
     log=$(mktemp)
-    printf '%s: ' "$target"
     if ! cargo +nightly fuzz run --fuzz-dir . "$target" "$here/corpus/$target" "$here/seeds/$target" -- \
         -max_total_time="$seconds" -max_len=8192 -timeout=30 -rss_limit_mb=2048 \
         -artifact_prefix="$here/artifacts/$target/" >"$log" 2>&1; then
+        echo "$target: failed"
         tail -n 60 "$log"
-        exit 1
+        return 1
     fi
     # Edges covered, as last said; then the inputs and the requests of the run.
     cover=$(grep -o 'cov: [0-9]*' "$log" | tail -n 1)
-    echo "${cover:-cov: none}, $(grep -o '^Done [0-9]* runs' "$log"), $(grep '^fuzzed requests' "$log")"
+    echo "$target: ${cover:-cov: none}, $(grep -o '^Done [0-9]* runs' "$log"), $(grep '^fuzzed requests' "$log")"
     rm -f "$log"
+}
+
+running=()
+for target in "${targets[@]}"; do
+    fuzz "$target" &
+    running+=($!)
 done
+failed=0
+for one in "${running[@]}"; do
+    wait "$one" || failed=1
+done
+exit "$failed"

@@ -142,7 +142,9 @@ pub fn locks_beyond_the_bound_are_enolck(runtime: &str) {
 }
 
 pub fn waiting_locks_are_bounded(runtime: &str) {
-    let server = Server::start(&["--runtime", runtime, "--posix-locks"]);
+    // One worker takes them in order.
+    let args = ["--runtime", runtime, "--posix-locks", "--workers", "1"];
+    let server = Server::start(&args);
     let options = Options::default().queue_size(1024);
     let mut fs = server.session(Profile::Simple, &options);
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();

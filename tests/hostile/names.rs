@@ -79,7 +79,9 @@ pub fn names_lead_nowhere(runtime: &str) {
             if handle {
                 assert!(matches!(back, Back::Reply(_)), "{case}: {back:?}");
             } else {
-                assert_eq!(back, Back::Errno(errno), "{case}");
+                // What has no end is too long, or none: more than names may follow some of them.
+                let endless = unended && back == Back::Errno(libc::EINVAL);
+                assert!(endless || back == Back::Errno(errno), "{case}: {back:?}");
             }
             kinds += 1;
         }
