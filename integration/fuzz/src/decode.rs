@@ -2,6 +2,7 @@
 //!
 //! What must hold: no panic, and what comes out is what the room promises of it.
 
+use ringfsd::fuse::abi::InitFlags;
 use ringfsd::fuse::request::{HEADER_LEN, Operation, bytes_wanted, decode_as};
 
 use crate::count;
@@ -42,19 +43,21 @@ pub fn run(data: &[u8]) {
         // Each request also without its last bytes.
         for cut in [0, 1, 8] {
             requests += 1;
-            one(&bytes[..bytes.len().saturating_sub(cut)], how & 8 != 0);
+            // With all that a guest may have agreed on, or nothing.
+            let agreed = InitFlags::from_bits(if how & 8 != 0 { u64::MAX } else { 0 });
+            one(&bytes[..bytes.len().saturating_sub(cut)], agreed);
         }
     }
     count::add(requests);
 }
 
-fn one(bytes: &[u8], setxattr_ext: bool) {
+fn one(bytes: &[u8], agreed: InitFlags) {
     let (header, behind) = bytes.split_at(bytes.len().min(HEADER_LEN));
     let Ok(wanted) = bytes_wanted(header, behind.len()) else {
         return;
     };
     assert!(wanted <= behind.len());
-    let Ok(request) = decode_as(&bytes[..header.len() + wanted], setxattr_ext) else {
+    let Ok(request) = decode_as(&bytes[..header.len() + wanted], agreed) else {
         return;
     };
     match request.operation {
@@ -73,7 +76,7 @@ fn one(bytes: &[u8], setxattr_ext: bool) {
         Operation::BatchForget(forgets) => {
             assert!(forgets.iter().count() * 16 <= wanted);
         }
-        Operation::Read(range) | Operation::Write(range) => {
+        Operation::Read(range) | Operation::Write { range, .. } => {
             assert!(i64::try_from(range.offset + u64::from(range.size)).is_ok());
         }
         Operation::Setxattr { value, .. } => assert!(value.len() <= 65_536),
