@@ -96,8 +96,7 @@ impl Passthrough {
         let print = if identity.is_settled() {
             0
         } else {
-            // An inode without a birth would be taken for none that it isn't; but handles are
-            // where births are.
+            // Without a birth there is too little to compare when it is opened later.
             identity.birth?;
             print_at(parent, seen.name).ok()?
         };
