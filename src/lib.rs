@@ -15,6 +15,7 @@
 //! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
 //! | [`fs`] | the file system trait; the passthrough |
 //! | [`io`] | asynchronous file, guest buffers, over io_uring and tokio |
+//! | [`state`] | the one table of what a session holds |
 //! | [`sandbox`] | what keeps the server in |
 //! | `sys` | thin typed wrappers over system calls |
 //!
@@ -31,6 +32,7 @@ pub mod io;
 pub mod sandbox;
 pub mod scheduler;
 pub mod server;
+pub mod state;
 pub mod virtqueue;
 pub mod worker;
 

@@ -18,6 +18,7 @@ pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;
 pub(crate) mod process;
+pub(crate) mod shared;
 pub(crate) mod slot;
 
 use rustix::io::Errno;

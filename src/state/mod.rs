@@ -1,0 +1,203 @@
+//! The one table of what a session holds: inodes, open files, locks, agreements.
+//!
+//! It lies in a file that is mapped shared (`memfd_create(2)`, or one that the operator names), and
+//! is changed in place as requests change it, so that whoever maps the file after the server was
+//! killed goes on from there. Three uses: a new process after a crash, a new program after an
+//! upgrade, another host after a migration. It knows nothing of what it remembers but its shape.
+//!
+//! What is written down is complete before it is shown, by one store; so the table is right after
+//! each store, wherever the process is killed. A record carries the number of the request that has
+//! changed it last: a request that was under way then can be told from one that has taken effect.
+//! The invariant: a table that [`Table::open`] accepts is used without further doubt, and one that
+//! it refuses has not been changed.
+
+mod handles;
+mod header;
+mod inodes;
+mod locks;
+mod slabs;
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+
+pub use self::handles::{HandleFields, HandleRecord};
+pub use self::header::{Agreement, Limits, QueuePart};
+pub use self::inodes::{InodeFields, InodeRecord};
+pub use self::locks::{LockFields, LockRecord, Range};
+
+use self::header::Layout;
+use self::slabs::{Kind, Slabs};
+use crate::sys::shared::SharedWords;
+
+/// Why there is no table.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file can't be made as long as it has to be.
+    #[error("making room for the table of what a session holds ({bytes} bytes, mostly holes)")]
+    Grow {
+        /// How long.
+        bytes: u64,
+        /// Why not.
+        source: Errno,
+    },
+    /// The file can't be mapped.
+    #[error("mapping the table of what a session holds")]
+    Map(#[source] Errno),
+    /// Its length can't be asked for.
+    #[error("reading how long the state file is")]
+    Length(#[source] Errno),
+    /// The file is something else.
+    #[error("this is no state file of ringfsd")]
+    Foreign,
+    /// Another program's version.
+    #[error(
+        "the state has version {found}, and this program reads {known}: start the version that \
+         wrote it, or remove the file if no VMM is to go on from it"
+    )]
+    Version {
+        /// That of the file.
+        found: u64,
+        /// The one that is understood.
+        known: u64,
+    },
+    /// Part of the file is missing.
+    #[error("the state file has been cut: {found} bytes of {wanted} are there")]
+    Cut {
+        /// Bytes that are there.
+        found: u64,
+        /// Bytes that were written.
+        wanted: u64,
+    },
+    /// Something in it can't be.
+    #[error("the state is damaged: {what} at word {at}")]
+    Damaged {
+        /// What.
+        what: &'static str,
+        /// Where, in words of 64 bits from the beginning.
+        at: usize,
+    },
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Table {
+    words: SharedWords,
+    layout: Layout,
+    slabs: Slabs,
+}
+
+/// A place in the table that something is written to.
+type Place = u32;
+
+impl Table {
+    /// A new table, in a file of this process's own that no name leads to.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for one, or no room for its addresses.
+    pub fn in_memory(limits: &Limits) -> Result<Arc<Self>, StateError> {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = rustix::fs::memfd_create(c"ringfsd-state", flags).map_err(StateError::Map)?;
+        Self::create(file, limits)
+    }
+
+    /// A new table in `file`, which is empty, and which nobody cuts while the table is there.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be as long as it has to be, or can't be mapped.
+    pub fn create(file: OwnedFd, limits: &Limits) -> Result<Arc<Self>, StateError> {
+        let layout = Layout::of(limits);
+        let bytes = layout.bytes();
+        rustix::fs::ftruncate(&file, bytes).map_err(|source| StateError::Grow { bytes, source })?;
+        let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        header::write(&words, &layout);
+        Ok(Arc::new(Self {
+            slabs: Slabs::new(&layout),
+            words,
+            layout,
+        }))
+    }
+
+    /// The table that is in `file`.
+    ///
+    /// # Errors
+    ///
+    /// See [`StateError`]; the file is as it was then.
+    pub fn open(file: OwnedFd) -> Result<Arc<Self>, StateError> {
+        let stat = rustix::fs::fstat(&file).map_err(StateError::Length)?;
+        let found = u64::try_from(stat.st_size).unwrap_or(0);
+        let layout = header::read(&file, found)?;
+        let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        let slabs = Slabs::found(&words, &layout)?;
+        let table = Self {
+            words,
+            layout,
+            slabs,
+        };
+        table.check()?;
+        Ok(Arc::new(table))
+    }
+
+    /// The file that it is in.
+    #[must_use]
+    pub fn file(&self) -> &OwnedFd {
+        self.words.file()
+    }
+
+    /// Bytes that records and what belongs to them have at this moment.
+    #[must_use]
+    pub fn bytes_in_use(&self) -> usize {
+        self.slabs.bytes_in_use()
+    }
+
+    /// Forgets all but the number of what was given out, and what the front end has said.
+    pub fn clear(&self) {
+        self.set_agreement(None);
+    }
+
+    /// The word at `index`, which the layout says is there.
+    #[inline]
+    fn word(&self, index: usize) -> &AtomicU64 {
+        static BEYOND: AtomicU64 = AtomicU64::new(0);
+        debug_assert!(index < self.words.len());
+        self.words.get(index).unwrap_or(&BEYOND)
+    }
+
+    #[inline]
+    fn load(&self, index: usize) -> u64 {
+        // Acquire: pairs with `store`; what was written before a word is seen with it.
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store(&self, index: usize, value: u64) {
+        self.word(index).store(value, Ordering::Release);
+    }
+
+    /// Takes a place for something of `kind`; `None` if the table is full.
+    fn take(&self, kind: Kind) -> Option<Place> {
+        self.slabs.take(&self.words, kind)
+    }
+
+    /// Gives a place back whose first word, or state, says already that nothing is there.
+    fn give_back(&self, place: Place) {
+        self.slabs.give_back(&self.words, place);
+    }
+
+    /// Whether each record is one that this program could have written.
+    fn check(&self) -> Result<(), StateError> {
+        self.check_inodes()?;
+        self.check_handles()?;
+        self.check_locks()?;
+        // Texts that no record refers to any more go back.
+        self.slabs.settle(&self.words);
+        Ok(())
+    }
+}

@@ -1,0 +1,224 @@
+//! Tables written, lost at any moment, and opened again.
+
+use super::*;
+
+fn limits() -> Limits {
+    Limits {
+        inodes: 10_000,
+        handles: 1000,
+        queues: 2,
+    }
+}
+
+fn table() -> Arc<Table> {
+    Table::in_memory(&limits()).unwrap()
+}
+
+/// The same table as another process would find it.
+fn opened(table: &Table) -> Result<Arc<Table>, StateError> {
+    Table::open(table.file().try_clone().unwrap())
+}
+
+fn inode(table: &Table, number: u64) -> InodeFields {
+    let (node, _) = table.more_nodes();
+    InodeFields {
+        node,
+        number,
+        device: 7,
+        mount: 3,
+        birth: -5,
+        sort: libc::S_IFREG,
+        lookups: 1,
+    }
+}
+
+#[test]
+fn what_was_written_is_found_again() {
+    let table = table();
+    let fields = inode(&table, 10);
+    let record = table.new_inode(&fields, 42).unwrap();
+    assert!(record.set_name(Some((1, b"name", 9))));
+    assert!(record.set_handle(b"a handle"));
+    record.set_descriptor(Some(0));
+    let open = HandleFields {
+        handle: table.more_handles().0,
+        node: fields.node,
+        directory: true,
+        flags: 2,
+        fd: 17,
+    };
+    let handle = table.new_handle(&open, 44).unwrap();
+    handle.set_position(1 << 63);
+    let owner = LockFields {
+        owner: 99,
+        node: fields.node,
+        handle: open.handle,
+        fd: 18,
+    };
+    let lock = table.new_lock(&owner).unwrap();
+    let ranges = [(true, 0, 9), (false, 20, u64::MAX)];
+    let ranges = ranges.map(|(exclusive, start, end)| Range {
+        exclusive,
+        start,
+        end,
+    });
+    assert!(lock.set_ranges(&ranges));
+    table.set_agreement(Some([1, 2, 3, 4, 5, 6, 7, 8]));
+    table.set_front(b"what the VMM has said");
+
+    let again = opened(&table).unwrap();
+    let inodes = again.take_inodes();
+    assert_eq!(inodes.len(), 1);
+    let found = &inodes[0];
+    assert_eq!((found.node(), found.number()), (fields.node, 10));
+    assert_eq!((found.device(), found.mount()), (7, 3));
+    assert_eq!((found.birth(), found.sort()), (-5, libc::S_IFREG));
+    assert_eq!(found.name(), Some((1, b"name".to_vec(), 9)));
+    assert_eq!(found.handle(), Some(b"a handle".to_vec()));
+    assert_eq!((found.lookups(), found.descriptor()), (1, Some(0)));
+    assert!(found.was_counted_by(42, true) && !found.was_counted_by(42, false));
+    let handles = again.take_handles();
+    assert_eq!(handles[0].fields(), open);
+    assert_eq!(
+        (handles[0].opened_by(), handles[0].position()),
+        (44, 1 << 63)
+    );
+    let locks = again.take_locks();
+    assert_eq!(
+        (locks[0].fields(), locks[0].ranges()),
+        (owner, ranges.to_vec())
+    );
+    assert_eq!(again.agreement(), Some([1, 2, 3, 4, 5, 6, 7, 8]));
+    assert_eq!(again.front().unwrap(), b"what the VMM has said");
+    assert!(again.more_nodes().0 > fields.node);
+    assert!(again.more_handles().0 > open.handle);
+    assert_eq!(again.bytes_in_use(), table.bytes_in_use());
+    // They stand for the same records, which can end once.
+    std::mem::forget((record, handle, lock));
+}
+
+#[test]
+fn all_is_given_back() {
+    let table = table();
+    let keep = table.new_inode(&inode(&table, 1), 0).unwrap();
+    let before = table.bytes_in_use();
+    for _ in 0..3 {
+        let records: Vec<_> = (0..5000)
+            .map(|number| {
+                let record = table.new_inode(&inode(&table, number), 0).unwrap();
+                let name = format!("name {number}");
+                assert!(record.set_name(Some((1, name.as_bytes(), 0))));
+                record
+            })
+            .collect();
+        assert!(table.bytes_in_use() > before + 5000 * 64);
+        drop(records);
+        assert_eq!(table.bytes_in_use(), before);
+    }
+    assert_eq!(opened(&table).unwrap().take_inodes().len(), 1);
+    let stat = rustix::fs::fstat(table.file()).unwrap();
+    assert!(stat.st_blocks * 512 < 1 << 20, "{}", stat.st_blocks);
+    drop(keep);
+}
+
+#[test]
+fn a_full_table_says_so() {
+    let small = Limits {
+        inodes: 0,
+        handles: 0,
+        queues: 1,
+    };
+    let table = Table::in_memory(&small).unwrap();
+    let mut records = Vec::new();
+    while let Some(record) = table.new_inode(&inode(&table, 1), 0) {
+        records.push(record);
+    }
+    assert_eq!(records.len(), 64 * 1024);
+    assert!(!records[0].set_name(Some((1, b"name", 0))));
+    records.truncate(32 * 1024);
+    assert!(records[0].set_name(Some((1, b"name", 0))));
+    assert_eq!(records[0].name().unwrap().1, b"name");
+}
+
+#[test]
+fn a_name_is_replaced_by_one_store() {
+    let table = table();
+    let record = table.new_inode(&inode(&table, 1), 0).unwrap();
+    let before = table.bytes_in_use();
+    for name in ["short", &"long".repeat(60), "x"] {
+        assert!(record.set_name(Some((1, name.as_bytes(), 0))));
+        assert_eq!(record.name().unwrap().1, name.as_bytes());
+    }
+    assert!(record.set_name(None));
+    assert_eq!((record.name(), table.bytes_in_use()), (None, before));
+}
+
+#[test]
+fn what_is_no_table_is_refused() {
+    let memfd = |bytes: &[u8]| {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = rustix::fs::memfd_create(c"test", flags).unwrap();
+        rustix::io::write(&file, bytes).unwrap();
+        file
+    };
+    assert!(matches!(Table::open(memfd(b"")), Err(StateError::Foreign)));
+    let text = b"once upon a time there was a file that was quite long enough";
+    assert!(matches!(Table::open(memfd(text)), Err(StateError::Foreign)));
+
+    let table = table();
+    table.store(1, 77);
+    let error = opened(&table).unwrap_err();
+    assert!(
+        matches!(error, StateError::Version { found: 77, .. }),
+        "{error}"
+    );
+    table.store(1, 1);
+    let bytes = table.layout.bytes();
+    rustix::fs::ftruncate(table.file(), bytes - 1).unwrap();
+    assert!(matches!(opened(&table), Err(StateError::Cut { .. })));
+    rustix::fs::ftruncate(table.file(), bytes).unwrap();
+    assert!(opened(&table).is_ok());
+    table.store(2, 1);
+    assert!(matches!(opened(&table), Err(StateError::Damaged { .. })));
+}
+
+#[test]
+fn damaged_records_are_refused() {
+    let table = table();
+    let record = table.new_inode(&inode(&table, 1), 0).unwrap();
+    assert!(record.set_name(Some((1, b"name", 0))));
+    let first = slabs::word_of({
+        let mut at = 0;
+        table.slabs.each(Kind::Inode, |place| at = place);
+        at
+    });
+    // Node id, texts, state; and what the chunk is for.
+    for (at, bad) in [
+        (first, 0),
+        (first, 1 << 40),
+        (first + 6, 1),
+        (first + 6, u64::from(u32::MAX)),
+        (first + 7, 9),
+        (table.layout.kinds, 5),
+    ] {
+        let good = table.load(at);
+        table.store(at, bad);
+        let error = opened(&table).unwrap_err();
+        assert!(matches!(error, StateError::Damaged { .. }), "{at}: {error}");
+        table.store(at, good);
+        assert!(opened(&table).is_ok());
+    }
+}
+
+#[test]
+fn the_front_ends_block_is_whole_or_not_there() {
+    let table = table();
+    assert_eq!(table.front(), None);
+    for len in [1, 7, 8, 9, 1000, Table::MOST_FRONT] {
+        let bytes: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        table.set_front(&bytes);
+        assert_eq!(table.front().unwrap(), bytes);
+    }
+    table.set_front(&[]);
+    assert_eq!(table.front(), None);
+}
