@@ -16,10 +16,11 @@ use std::time::Duration;
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::front::{self, End, ListenError, Listener, Runner, SocketFile};
-use crate::fs::passthrough::{self, InodeFileHandles, Passthrough};
+use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
+use crate::state::{StateError, Table};
 use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Crew, CrewError};
 
@@ -59,6 +60,9 @@ pub enum ServerError {
     /// The server can't be kept to its system calls.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// What the guest holds can't be written down.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),
@@ -166,12 +170,18 @@ impl Server {
             file_handles: options.inode_file_handles != InodeFileHandles::Never,
         };
         let place = inside.enter(&config.shared_dir, needs)?;
-        let fs = Passthrough::of(place.root, place.proc_fds, &config.shared_dir, options).map_err(
-            |source| ServerError::Share {
+        let queues = config.request_queues.get().saturating_add(1);
+        let table = Table::in_memory(&options.limits(queues))?;
+        let shared = Shared {
+            root: place.root,
+            proc_fds: place.proc_fds,
+            path: config.shared_dir.clone(),
+        };
+        let (fs, _) =
+            Passthrough::of(shared, options, table, None).map_err(|source| ServerError::Share {
                 path: config.shared_dir.clone(),
                 source,
-            },
-        )?;
+            })?;
         let filter = Filter::new(config.sandbox.seccomp, runtime.kind, place.file_handles)?;
         Ok(Started::Inside(Box::new(Self {
             device: Device {

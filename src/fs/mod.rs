@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::io::File;
+use crate::io::{File, Lock};
 
 /// What an operation ends with: an answer, or an errno for the guest.
 pub type Result<T> = std::result::Result<T, Errno>;
@@ -260,6 +260,13 @@ pub trait FileSystem: Send + Sync + 'static {
     fn reset(&self);
     /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
     fn begin(&self, _terms: &Terms) {}
+
+    /// The calling thread serves the request `unique` from now on: what the methods below change
+    /// belongs to it, should another process have to go on from there.
+    fn serving(&self, _unique: u64) {}
+    /// A lock was taken, or given up, with what [`file`](Self::file) or
+    /// [`lock_file`](Self::lock_file) has handed out.
+    fn note_lock(&self, _node: NodeId, _handle: Handle, _owner: LockOwner, _lock: Lock) {}
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;

@@ -121,6 +121,21 @@ impl FileHandle {
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
+    /// What it is made of, for [`from_bytes`](Self::from_bytes).
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.parts
+    }
+
+    /// A handle of which [`bytes`](Self::bytes) were written down. What never was one leads
+    /// nowhere, or to what whoever wrote it could name.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        (TYPE_LEN..=TYPE_LEN + MAX_BYTES)
+            .contains(&bytes.len())
+            .then(|| Self {
+                parts: SmallVec::from_slice(bytes),
+            })
+    }
+
     /// A handle that leads nowhere, for tests.
     #[cfg(test)]
     pub(crate) fn invented(bytes: &[u8]) -> Self {

@@ -30,6 +30,21 @@ pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Takes over the descriptor `fd`, which the process before this one, whose descriptors this one has,
+/// wrote down as its own.
+///
+/// Must be called once for a number, before other descriptors are made that could get it.
+///
+/// # Errors
+///
+/// `EBADF` if it isn't open, or is one of the standard three.
+pub(crate) fn bequeathed_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= libc::STDERR_FILENO {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    inherited_fd(fd)
+}
+
 /// Closes every descriptor that the process has, but standard input, output and error and `keep`:
 /// what a launcher has left open unknowingly may lead out of a sandbox.
 ///

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::inodes::Inode;
+use super::inode::Inode;
 use crate::fs::NodeId;
 
 /// So many that a handful of workers rarely meet.

@@ -15,7 +15,7 @@ use rustix::fs::SeekFrom;
 use super::Passthrough;
 use super::bounds::PIECES;
 use super::holds::Directory;
-use super::inodes::Inode;
+use super::inode::Inode;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;

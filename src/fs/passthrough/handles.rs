@@ -5,19 +5,25 @@
 //! it was opened for; with another node id it is `EBADF`.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::current;
 use super::directory::Stream;
 use super::inodes::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
+use crate::state::{HandleFields, HandleRecord, Table};
 
 /// One open file or directory.
 #[derive(Debug)]
 struct Open {
+    /// What outlives this process. It ends before the file is closed.
+    record: HandleRecord,
     node: NodeId,
     file: File,
     /// Where reading stands, for a directory.
@@ -42,38 +48,85 @@ type Shard = RwLock<HashMap<u64, Open, Mix>>;
 #[derive(Debug)]
 pub(super) struct Handles {
     shards: Box<[Shard]>,
-    /// The next handle. 64 bits are not used up; 0 is left for what is open without a handle.
-    next: AtomicU64,
+    table: Arc<Table>,
+    /// The next handle, and how many there are from there on before the table has to be asked
+    /// again. 64 bits are not used up; 0 is left for what is open without a handle.
+    next: Mutex<(u64, u64)>,
     /// How many there are, give or take those that come or go right now. Orders nothing; a
     /// budget goes by it.
     count: AtomicUsize,
 }
 
 impl Handles {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(table: &Arc<Table>) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
-            next: AtomicU64::new(1),
+            table: Arc::clone(table),
+            next: Mutex::new((0, 0)),
             count: AtomicUsize::new(0),
         }
     }
 
-    pub(super) fn add(&self, node: NodeId, file: File, kind: HandleKind) -> Handle {
-        let handle = self.next.fetch_add(1, Ordering::Relaxed);
-        let open = Open {
-            node,
-            file,
-            stream: match kind {
-                HandleKind::File => None,
-                HandleKind::Directory => Some(Arc::default()),
-            },
+    fn next_handle(&self) -> u64 {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.1 == 0 {
+            *next = self.table.more_handles();
+        }
+        let handle = next.0;
+        *next = (handle + 1, next.1 - 1);
+        handle
+    }
+
+    /// A handle for `file`, which was opened with `flags`.
+    ///
+    /// # Errors
+    ///
+    /// `ENFILE` if there is no room in the table.
+    pub(super) fn add(
+        &self,
+        node: NodeId,
+        file: File,
+        flags: OFlags,
+        kind: HandleKind,
+    ) -> Result<Handle> {
+        let fields = HandleFields {
+            handle: self.next_handle(),
+            node: node.0,
+            directory: kind == HandleKind::Directory,
+            flags: flags.bits(),
+            fd: file.as_fd().as_raw_fd(),
         };
-        self.shard(handle)
+        let record = self.table.new_handle(&fields, current::unique());
+        Ok(self.put(record.ok_or(Errno::NFILE)?, file))
+    }
+
+    /// Puts in what a record tells of, open as `file`.
+    pub(super) fn put(&self, record: HandleRecord, file: File) -> Handle {
+        let fields = record.fields();
+        let open = Open {
+            record,
+            node: NodeId(fields.node),
+            file,
+            stream: fields.directory.then(Arc::default),
+        };
+        self.shard(fields.handle)
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(handle, open);
+            .insert(fields.handle, open);
         self.count.fetch_add(1, Ordering::Relaxed);
-        Handle(handle)
+        Handle(fields.handle)
+    }
+
+    /// Takes note of what the whole file is locked for by a handle: a number that means something
+    /// to who locks.
+    pub(super) fn note_lock(&self, node: NodeId, handle: Handle, kind: u64) {
+        let noted = self.with(node, handle, HandleKind::File, |open| {
+            open.record.set_lock(kind);
+            Ok(())
+        });
+        if noted.is_err() {
+            log::debug!("a lock of handle {} that is no more", handle.0);
+        }
     }
 
     pub(super) fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
@@ -166,6 +219,7 @@ impl Handles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Limits;
 
     const NODE: NodeId = NodeId(7);
 
@@ -174,10 +228,19 @@ mod tests {
     }
 
     fn handles() -> (Handles, Handle, Handle) {
-        let handles = Handles::new();
-        let file = handles.add(NODE, null(), HandleKind::File);
-        let directory = handles.add(NODE, null(), HandleKind::Directory);
+        let limits = Limits {
+            inodes: 0,
+            handles: 10,
+            queues: 1,
+        };
+        let handles = Handles::new(&Table::in_memory(&limits).unwrap());
+        let file = add(&handles, HandleKind::File);
+        let directory = add(&handles, HandleKind::Directory);
         (handles, file, directory)
+    }
+
+    fn add(handles: &Handles, kind: HandleKind) -> Handle {
+        handles.add(NODE, null(), OFlags::RDONLY, kind).unwrap()
     }
 
     #[test]
@@ -207,7 +270,7 @@ mod tests {
             handles.release(NODE, file, HandleKind::File),
             Err(Errno::BADF)
         );
-        assert_ne!(handles.add(NODE, null(), HandleKind::File), file);
+        assert_ne!(add(&handles, HandleKind::File), file);
     }
 
     #[test]

@@ -16,7 +16,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use super::inodes::{Inode, Mix};
+use super::inode::Inode;
+use super::inodes::Mix;
 use crate::fs::{NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Borrowed;
@@ -277,6 +278,15 @@ impl Holder {
             Ok(way) => Ok(Some(way)),
             Err(error) if self.mode == InodeFileHandles::Mandatory => Err(error),
             Err(_) => Ok(None),
+        }
+    }
+
+    /// The mount with the number `id`, if file handles are opened in it already.
+    pub(super) fn mount(&self, id: u64) -> Option<Arc<Mount>> {
+        let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
+        match mounts.get(&id)? {
+            Exportable::Yes(mount) => mount.upgrade(),
+            Exportable::No => None,
         }
     }
 

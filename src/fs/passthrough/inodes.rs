@@ -22,152 +22,18 @@ use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use rustix::fs::FileType;
 
 use super::changes::{Changes, Changing, Moment};
 use super::clock::Clock;
+use super::current;
 use super::holds::{Identity, Key, Place, Way};
+use super::inode::Inode;
 use crate::fs::NodeId;
-use crate::sys::slot::{Borrowed, Slot};
-
-/// An inode that the guest knows.
-#[derive(Debug)]
-pub(super) struct Inode {
-    key: Key,
-    node: NodeId,
-    /// Lookups that the guest has not given back. Changed under the shard's lock only, which
-    /// is what orders it.
-    lookups: AtomicU64,
-    /// Inodes whose way leads through this one. Changed as the lookups are.
-    children: AtomicU32,
-    /// Nanoseconds since 1970; `NO_BIRTH` where the file system doesn't tell.
-    birth: AtomicI64,
-    /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
-    slot: Slot,
-    way: Mutex<Way>,
-    kind: FileType,
-    /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
-    settled: AtomicBool,
-}
-
-const NO_BIRTH: i64 = i64::MIN;
-
-/// How much older than now a birth must be to tell inodes apart: more than a tick of the clock
-/// that file systems stamp with, and than the coarsest stamp (two seconds, FAT).
-const SETTLED_AFTER: i64 = 4_000_000_000;
-
-impl Inode {
-    fn new(identity: &Identity, node: NodeId, slot: Slot, way: Way) -> Self {
-        let inode = Self {
-            key: identity.key,
-            node,
-            lookups: AtomicU64::new(1),
-            children: AtomicU32::new(0),
-            birth: AtomicI64::new(NO_BIRTH),
-            slot,
-            way: Mutex::new(way),
-            kind: identity.kind,
-            settled: AtomicBool::new(false),
-        };
-        inode.settle(identity);
-        inode
-    }
-
-    pub(super) fn node(&self) -> NodeId {
-        self.node
-    }
-
-    pub(super) fn key(&self) -> &Key {
-        &self.key
-    }
-
-    /// Its descriptor.
-    pub(super) fn slot(&self) -> &Slot {
-        &self.slot
-    }
-
-    /// How to reach it without. For short: whoever looks the inode up waits.
-    pub(super) fn way(&self) -> MutexGuard<'_, Way> {
-        self.way.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether somebody still counts on it. Asked under the shard's lock.
-    fn is_counted(&self) -> bool {
-        self.node == NodeId::ROOT
-            || self.lookups.load(Ordering::Relaxed) > 0
-            || self.children.load(Ordering::Relaxed) > 0
-    }
-
-    fn parent(&self) -> Option<NodeId> {
-        match &*self.way() {
-            Way::Name(place) => Some(place.parent),
-            _ => None,
-        }
-    }
-
-    /// What sort of file it is: never changes.
-    pub(super) fn kind(&self) -> FileType {
-        self.kind
-    }
-
-    /// Whether `identity`, which has this inode's key, is this inode beyond doubt.
-    fn is(&self, identity: &Identity) -> bool {
-        // A descriptor keeps the number from being given to another. A birth that differs all
-        // the same is either a file system that moves it (overlayfs when it copies up) or a
-        // `statx` from before the inode was there.
-        self.has_birth_of(identity) && (self.slot.is_full() || self.is_settled())
-    }
-
-    /// Whether `identity` may be this inode, and is if [`is_settled`](Self::is_settled).
-    pub(super) fn may_be(&self, identity: &Identity) -> bool {
-        self.key == identity.key && self.has_birth_of(identity)
-    }
-
-    fn has_birth_of(&self, identity: &Identity) -> bool {
-        self.birth.load(Ordering::Relaxed) == birth_of(identity)
-    }
-
-    /// Whether number and birth are enough to tell it from all that come later.
-    pub(super) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Relaxed)
-    }
-
-    /// Takes over what is now known for sure to describe this inode.
-    ///
-    /// Inode numbers are reused, and births come from a clock with ticks of milliseconds: a
-    /// file made, removed and made again within one tick may agree in both. But once the clock
-    /// is past the birth of an inode that is still there, whatever takes its number later is
-    /// born later. From then on number and birth are enough; before, handles are compared.
-    pub(super) fn settle(&self, identity: &Identity) {
-        let birth = birth_of(identity);
-        self.birth.store(birth, Ordering::Relaxed);
-        self.settled.store(identity.is_settled(), Ordering::Relaxed);
-    }
-}
-
-impl Identity {
-    /// Whether whatever takes this number later is born later. See [`Inode::settle`].
-    pub(super) fn is_settled(&self) -> bool {
-        let age = |birth| now().map(|now| now.saturating_sub(birth));
-        self.birth
-            .and_then(age)
-            .is_some_and(|age| age > SETTLED_AFTER)
-    }
-}
-
-fn birth_of(identity: &Identity) -> i64 {
-    identity.birth.unwrap_or(NO_BIRTH)
-}
-
-fn now() -> Option<i64> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-    i64::try_from(since.as_nanos()).ok()
-}
+use crate::state::Table;
+use crate::sys::slot::Borrowed;
 
 /// What a new inode begins with.
 #[derive(Debug)]
@@ -275,8 +141,10 @@ pub(super) struct Store {
     by_key: Box<[Mutex<Keys>]>,
     by_node: Box<[RwLock<Nodes>]>,
     root: Arc<Inode>,
-    /// The next node id. 64 bits are not used up.
-    next: AtomicU64,
+    table: Arc<Table>,
+    /// The next node id, and how many there are from there on before the table has to be asked
+    /// again. 64 bits are not used up.
+    next: Mutex<(u64, u64)>,
     /// Inodes in the store that have a descriptor. Orders nothing; a budget goes by it.
     descriptors: AtomicUsize,
     /// Inodes in the store, the root included. Orders nothing; a bound goes by it.
@@ -286,29 +154,79 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// A store that knows the root alone, open as `fd` for ever.
-    pub(super) fn new(identity: &Identity, fd: OwnedFd) -> Self {
-        let inode = Inode::new(identity, NodeId::ROOT, Slot::full(fd), Way::None);
-        let root = Arc::new(inode);
+    /// A store that knows the root alone, open as `fd` for ever. `None` if there is no room for it
+    /// in `table`.
+    pub(super) fn new(identity: &Identity, fd: OwnedFd, table: &Arc<Table>) -> Option<Self> {
+        let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), Way::None)?;
+        Some(Self::of(inode, table))
+    }
+
+    /// A store that knows `root` alone.
+    pub(super) fn of(root: Inode, table: &Arc<Table>) -> Self {
+        let root = Arc::new(root);
         let store = Self {
             by_key: (0..SHARDS).map(|_| Mutex::default()).collect(),
             by_node: (0..SHARDS).map(|_| RwLock::default()).collect(),
             root,
-            next: AtomicU64::new(NodeId::ROOT.0 + 1),
+            table: Arc::clone(table),
+            next: Mutex::new((0, 0)),
             descriptors: AtomicUsize::new(0),
             count: AtomicUsize::new(0),
             clock: Clock::new(),
             changes: Changes::new(),
         };
-        store.insert(&mut store.keys(&identity.key), Arc::clone(&store.root));
+        store.insert(&mut store.keys(&store.root.key), Arc::clone(&store.root));
         store
+    }
+
+    pub(super) fn root_key(&self) -> Key {
+        self.root.key
+    }
+
+    /// The table that outlives this process.
+    pub(super) fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    fn next_node(&self) -> NodeId {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.1 == 0 {
+            *next = self.table.more_nodes();
+        }
+        let node = next.0;
+        *next = (node + 1, next.1 - 1);
+        NodeId(node)
+    }
+
+    /// Takes in inodes that a table has told of, each with its own way, which may lead through
+    /// others of them.
+    pub(super) fn take_in(&self, inodes: Vec<Inode>) {
+        let inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
+        for inode in &inodes {
+            self.insert(&mut self.keys(&inode.key), Arc::clone(inode));
+        }
+        for inode in &inodes {
+            if let Some(parent) = inode.parent().and_then(|node| self.any(node)) {
+                parent.children.fetch_add(1, Ordering::Relaxed);
+            }
+            self.line_up(inode);
+        }
+        // Those that nobody counts on any more: what was given back as the other process ended.
+        for inode in &inodes {
+            if !inode.is_counted() {
+                let removed = self.remove(&mut self.keys(&inode.key), inode);
+                if let Some(parent) = removed.as_ref().and_then(|_| self.bury(inode)) {
+                    self.leave(parent);
+                }
+            }
+        }
     }
 
     /// The inode that `node` stands for, if the guest has it.
     pub(super) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
         // Those that are here for their children alone are not the guest's.
-        let had = known.node == NodeId::ROOT || known.lookups.load(Ordering::Relaxed) > 0;
+        let had = known.node == NodeId::ROOT || known.lookups() > 0;
         had.then_some(known)
     }
 
@@ -352,17 +270,18 @@ impl Store {
             count_up(&keys, known);
             return Some(Arc::clone(known));
         }
-        Some(self.add(&mut keys, identity, None, Way::None))
+        self.add(&mut keys, identity, None, Way::None)
     }
 
     /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
     /// known inode goes by the same key, `same` tells by system calls whether it is the one.
+    /// `None` if the table is full.
     pub(super) fn admit(
         &self,
         identity: &Identity,
         new: New,
         same: impl FnOnce(&Inode, &New) -> bool,
-    ) -> Arc<Inode> {
+    ) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
         if let Some(ByKey(known)) = keys.get(&identity.key) {
             if known.is(identity) || same(known, &new) {
@@ -370,7 +289,7 @@ impl Store {
                 known.settle(identity);
                 let known = Arc::clone(known);
                 drop(keys);
-                return known;
+                return Some(known);
             }
             // What had this number before is no more. Its node id stays with who has it.
             keys.remove(&identity.key);
@@ -384,12 +303,11 @@ impl Store {
         identity: &Identity,
         fd: Option<OwnedFd>,
         way: Way,
-    ) -> Arc<Inode> {
-        let node = NodeId(self.next.fetch_add(1, Ordering::Relaxed));
-        let slot = fd.map_or_else(Slot::empty, Slot::full);
-        let inode = Arc::new(Inode::new(identity, node, slot, way));
+    ) -> Option<Arc<Inode>> {
+        let inode = Inode::new(&self.table, identity, self.next_node(), fd, way)?;
+        let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
-        inode
+        Some(inode)
     }
 
     /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
@@ -464,6 +382,7 @@ impl Store {
                 None
             }
         };
+        inode.write_way(&way);
         if inode.slot.is_full() {
             self.clock.add(inode);
         }
@@ -478,6 +397,7 @@ impl Store {
             match &*way {
                 Way::Name(place) if place.parent == parent.node && *place.name == *name => {
                     *way = Way::None;
+                    inode.write_way(&way);
                     parent.node
                 }
                 _ => return,
@@ -502,9 +422,10 @@ impl Store {
         self.changes.count()
     }
 
-    /// Makes `way`, which `inode`'s guard is for, the way to it.
-    pub(super) fn change_way(&self, mut guard: MutexGuard<'_, Way>, way: Way) {
+    /// Makes `way`, which `guard` is for, the way to `inode`.
+    pub(super) fn change_way(&self, inode: &Inode, mut guard: MutexGuard<'_, Way>, way: Way) {
         let old = std::mem::replace(&mut *guard, way);
+        inode.write_way(&guard);
         drop(guard);
         if let Way::Name(place) = old {
             self.leave(place.parent);
@@ -525,7 +446,7 @@ impl Store {
             if up == node {
                 let way = inode.way();
                 if matches!(&*way, Way::Name(place) if place.parent == node) {
-                    self.change_way(way, Way::None);
+                    self.change_way(&inode, way, Way::None);
                 }
                 return;
             }
@@ -549,6 +470,8 @@ impl Store {
         }
         match inode.slot.fill(fd) {
             Ok(borrowed) => {
+                let number = borrowed.as_fd().as_raw_fd();
+                inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
                 if !matches!(*way, Way::None) {
                     self.clock.add(inode);
@@ -563,11 +486,13 @@ impl Store {
     /// Takes the descriptor from `inode`, whose way is locked; `None` if it is in use.
     pub(super) fn uninstall(
         &self,
+        inode: &Inode,
         _way: &MutexGuard<'_, Way>,
         fd: Borrowed<'_>,
     ) -> Option<OwnedFd> {
         let taken = fd.take();
         if taken.is_some() {
+            inode.record.set_descriptor(None);
             self.descriptors.fetch_sub(1, Ordering::Relaxed);
         }
         taken
@@ -621,7 +546,7 @@ impl Store {
     /// Answers whether it still has it: another thread may have forgotten it meanwhile.
     pub(super) fn count(&self, inode: &Inode) -> bool {
         let keys = self.keys(&inode.key);
-        let had = inode.node == NodeId::ROOT || inode.lookups.load(Ordering::Relaxed) > 0;
+        let had = inode.node == NodeId::ROOT || inode.lookups() > 0;
         if had {
             count_up(&keys, inode);
         }
@@ -641,9 +566,9 @@ impl Store {
 
     fn forget_inode(&self, inode: &Arc<Inode>, count: u64) {
         let mut keys = self.keys(&inode.key);
-        let before = inode.lookups.load(Ordering::Relaxed);
+        let before = inode.lookups();
         let left = before.saturating_sub(count);
-        inode.lookups.store(left, Ordering::Relaxed);
+        inode.record.set_lookups(left, current::unique(), false);
         // `before` is 0 if another thread has removed it since `get`.
         if before == 0 || inode.is_counted() {
             return;
@@ -696,7 +621,7 @@ impl Store {
                     let keys = self.keys(&inode.key);
                     inode.children.store(0, Ordering::Relaxed);
                     // One that is here for its children alone has no lookup to give back.
-                    inode.lookups.fetch_max(1, Ordering::Relaxed);
+                    inode.record.set_lookups(inode.lookups().max(1), 0, false);
                     drop(keys);
                     self.forget_inode(&inode, u64::MAX);
                 }
@@ -765,7 +690,8 @@ impl Store {
 
 /// The lock's guard is asked for to show that it is held.
 fn count_up(_keys: &MutexGuard<'_, Keys>, inode: &Inode) {
-    inode.lookups.fetch_add(1, Ordering::Relaxed);
+    let lookups = inode.lookups().saturating_add(1);
+    inode.record.set_lookups(lookups, current::unique(), true);
 }
 
 fn remove_key(keys: &mut Keys, inode: &Inode) {

@@ -12,6 +12,7 @@
 //! and only of that file.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,9 +20,11 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Passthrough;
+use super::inode::Inode;
 use super::inodes::Mix;
 use crate::fs::{Handle, HandleKind, LockOwner, NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
+use crate::state::{LockFields, LockRecord, Range, Table};
 
 /// All that may be locked of a file.
 const EVERYTHING: Lock = Lock::Record(RecordLock {
@@ -33,6 +36,8 @@ const EVERYTHING: Lock = Lock::Record(RecordLock {
 /// What an owner has of one file.
 #[derive(Debug)]
 struct Owned {
+    /// What outlives this process. It ends before the file is closed.
+    record: LockRecord,
     owner: LockOwner,
     file: Arc<File>,
     /// What the last lock was asked for with.
@@ -40,14 +45,23 @@ struct Owned {
 }
 
 /// The descriptors that record locks belong to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Locks {
+    table: Arc<Table>,
     nodes: Mutex<HashMap<NodeId, Vec<Owned>, Mix>>,
     /// How many there are. Changed under the lock; a bound goes by it.
     count: AtomicUsize,
 }
 
 impl Locks {
+    pub(super) fn new(table: &Arc<Table>) -> Self {
+        Self {
+            table: Arc::clone(table),
+            nodes: Mutex::default(),
+            count: AtomicUsize::new(0),
+        }
+    }
+
     /// The descriptor of an owner that has one.
     pub(super) fn find(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
         let nodes = self.nodes();
@@ -60,26 +74,62 @@ impl Locks {
         let mut nodes = self.nodes();
         let of_node = nodes.get_mut(&node)?;
         let owned = of_node.iter_mut().find(|one| one.owner == owner)?;
-        owned.handle = handle;
+        owned.used_with(handle);
         Some(Arc::clone(&owned.file))
     }
 
-    fn add(&self, node: NodeId, handle: Handle, owner: LockOwner, file: File) -> Arc<File> {
+    fn add(&self, node: NodeId, handle: Handle, owner: LockOwner, file: File) -> Result<Arc<File>> {
         let mut nodes = self.nodes();
         let of_node = nodes.entry(node).or_default();
         // Another thread of the same owner may have come first.
         if let Some(owned) = of_node.iter_mut().find(|one| one.owner == owner) {
-            owned.handle = handle;
-            return Arc::clone(&owned.file);
+            owned.used_with(handle);
+            return Ok(Arc::clone(&owned.file));
         }
+        let fields = LockFields {
+            owner: owner.0,
+            node: node.0,
+            handle: handle.0,
+            fd: file.as_fd().as_raw_fd(),
+        };
+        let record = self.table.new_lock(&fields).ok_or(Errno::NOLCK)?;
+        Ok(self.put_in(of_node, record, file))
+    }
+
+    fn put_in(&self, of_node: &mut Vec<Owned>, record: LockRecord, file: File) -> Arc<File> {
+        let fields = record.fields();
         let file = Arc::new(file);
         of_node.push(Owned {
-            owner,
+            record,
+            owner: LockOwner(fields.owner),
             file: Arc::clone(&file),
-            handle,
+            handle: Handle(fields.handle),
         });
         self.count.fetch_add(1, Ordering::Relaxed);
         file
+    }
+
+    /// Puts in what a record tells of; `file` has its locks.
+    pub(super) fn put(&self, record: LockRecord, file: File) {
+        let node = NodeId(record.fields().node);
+        let mut nodes = self.nodes();
+        self.put_in(nodes.entry(node).or_default(), record, file);
+    }
+
+    /// Takes note that an owner has got a lock, or given it up.
+    pub(super) fn note(&self, node: NodeId, owner: LockOwner, lock: RecordLock) {
+        let nodes = self.nodes();
+        let of_node = nodes.get(&node);
+        let Some(owned) = of_node.and_then(|all| all.iter().find(|one| one.owner == owner)) else {
+            return;
+        };
+        let ranges = after(owned.record.ranges(), lock);
+        if !owned.record.set_ranges(&ranges) {
+            log::warn!(
+                "node {}: more locks than the state table has room for",
+                node.0
+            );
+        }
     }
 
     /// Gives up an owner's locks on a file: it has closed a descriptor of it.
@@ -121,6 +171,7 @@ impl Locks {
             if let Err(error) = one.file.try_lock(EVERYTHING) {
                 log::debug!("giving up locks: {error}");
             }
+            one.record.set_ranges(&[]);
             // A request that is under way, or waits, goes on and may lock again.
             Arc::strong_count(&one.file) > 1
         });
@@ -134,6 +185,50 @@ impl Locks {
     fn nodes(&self) -> MutexGuard<'_, HashMap<NodeId, Vec<Owned>, Mix>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Owned {
+    fn used_with(&mut self, handle: Handle) {
+        self.handle = handle;
+        self.record.set_handle(handle.0);
+    }
+}
+
+/// `ranges`, after `lock` was set: it takes the place of what it covers, and what touches it and is of
+/// its kind becomes one with it, as in the kernel.
+fn after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
+    let exclusive = lock.kind == LockKind::Exclusive;
+    let (mut start, mut end) = (lock.start, lock.end);
+    let mut left = Vec::with_capacity(ranges.len() + 2);
+    for range in ranges {
+        let alike = lock.kind != LockKind::Unlock && range.exclusive == exclusive;
+        let touches = range.start <= end.saturating_add(1) && start <= range.end.saturating_add(1);
+        let covers = range.start <= lock.end && lock.start <= range.end;
+        if alike && touches {
+            start = start.min(range.start);
+            end = end.max(range.end);
+        } else if covers {
+            if range.start < lock.start {
+                let end = lock.start - 1;
+                left.push(Range { end, ..range });
+            }
+            if range.end > lock.end {
+                let start = lock.end + 1;
+                left.push(Range { start, ..range });
+            }
+        } else {
+            left.push(range);
+        }
+    }
+    if lock.kind != LockKind::Unlock {
+        left.push(Range {
+            exclusive,
+            start,
+            end,
+        });
+    }
+    left.sort_unstable_by_key(|range| range.start);
+    left
 }
 
 impl Passthrough {
@@ -151,21 +246,67 @@ impl Passthrough {
             return Ok(file);
         }
         self.room_for_handle().map_err(|_full| Errno::NOLCK)?;
+        match self.open_to_lock(&inode) {
+            Ok(fd) => self.locks.add(node, handle, owner, File::from_fd(fd)),
+            Err(Errno::MFILE | Errno::NFILE) => Err(Errno::NOLCK),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A descriptor of `inode` for locks of both kinds, where that can be had.
+    pub(super) fn open_to_lock(&self, inode: &Inode) -> Result<OwnedFd> {
         let most = if self.options.readonly {
             OFlags::RDONLY
         } else {
             OFlags::RDWR
         };
-        let opened = match self.reopen(&inode, most) {
+        match self.reopen(inode, most) {
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
-                self.reopen(&inode, OFlags::RDONLY)
+                self.reopen(inode, OFlags::RDONLY)
             }
             opened => opened,
-        };
-        match opened {
-            Ok(fd) => Ok(self.locks.add(node, handle, owner, File::from_fd(fd))),
-            Err(Errno::MFILE | Errno::NFILE) => Err(Errno::NOLCK),
-            Err(error) => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: LockKind = LockKind::Shared;
+    const WRITE: LockKind = LockKind::Exclusive;
+
+    fn ranges(locks: &[(LockKind, u64, u64)]) -> Vec<(bool, u64, u64)> {
+        let mut ranges = Vec::new();
+        for &(kind, start, end) in locks {
+            ranges = after(ranges, RecordLock { kind, start, end });
+        }
+        let plain = |range: Range| (range.exclusive, range.start, range.end);
+        ranges.into_iter().map(plain).collect()
+    }
+
+    #[test]
+    fn ranges_are_what_the_kernel_would_have() {
+        assert_eq!(ranges(&[(READ, 0, 9), (READ, 10, 19)]), [(false, 0, 19)]);
+        assert_eq!(
+            ranges(&[(READ, 0, 9), (WRITE, 3, 5)]),
+            [(false, 0, 2), (true, 3, 5), (false, 6, 9)]
+        );
+        assert_eq!(
+            ranges(&[(WRITE, 0, 99), (LockKind::Unlock, 10, 19)]),
+            [(true, 0, 9), (true, 20, 99)]
+        );
+        assert_eq!(
+            ranges(&[(READ, 0, 4), (WRITE, 10, 14), (READ, 3, 20)]),
+            [(false, 0, 20)]
+        );
+        assert_eq!(
+            ranges(&[(WRITE, 5, u64::MAX), (LockKind::Unlock, 0, u64::MAX)]),
+            []
+        );
+        assert_eq!(
+            ranges(&[(READ, 0, 4), (WRITE, 5, 9)]),
+            [(false, 0, 4), (true, 5, 9)]
+        );
     }
 }

@@ -18,7 +18,8 @@ use super::changes::Moment;
 use super::holds::{
     Directory, IDENTITY, Identity, Key, Way, print_at, print_of, reopen_fd, stat_fd,
 };
-use super::inodes::{Inode, New};
+use super::inode::Inode;
+use super::inodes::New;
 use crate::fs::{Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 
@@ -196,11 +197,12 @@ impl Passthrough {
                 (New::open(self.with_room(open)?), None)
             }
         };
-        Ok(self.inodes.admit(identity, new, |known, new| {
+        let admitted = self.inodes.admit(identity, new, |known, new| {
             let fd = new.fd.as_ref().map(AsFd::as_fd);
             fd.or(spare.as_ref().map(AsFd::as_fd))
                 .is_some_and(|fd| same(known, fd, &new.way))
-        }))
+        });
+        admitted.ok_or(Errno::NFILE)
     }
 
     /// Within a run node ids are never reused, and so an inode's generation never changes. Linux

@@ -10,10 +10,12 @@ mod bounds;
 mod changes;
 mod clock;
 mod credentials;
+mod current;
 mod directory;
 mod handles;
 mod holds;
 mod id_map;
+mod inode;
 mod inodes;
 mod labels;
 mod locks;
@@ -22,7 +24,9 @@ mod more;
 mod names;
 mod on_demand;
 mod opening;
+mod options;
 mod reach;
+mod restore;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -36,25 +40,30 @@ use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit};
 
 pub use self::holds::InodeFileHandles;
 pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
+pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
+pub use self::restore::{Past, Restored};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::credentials::Wear;
 use self::directory::Pieces;
 use self::handles::Handles;
 use self::holds::{Holder, IDENTITY, Identity, stat_fd};
+use self::inode::Inode;
 use self::inodes::Store;
 use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
+use self::options::most_descriptors;
+use self::restore::Records;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
     LockOwner, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
 };
-use crate::io::File;
+use crate::io::{File, Lock, LockKind};
+use crate::state::{StateError, Table};
 use crate::sys;
 
 /// Why a directory can't be shared.
@@ -88,6 +97,22 @@ pub enum PassthroughError {
         /// What the host says.
         source: Errno,
     },
+    /// The state that was to be gone on from is of something else.
+    #[error(
+        "the state is of another directory than {}: give the one that it was made for, or remove \
+         the state file",
+        path.display()
+    )]
+    AnotherShare {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There is no table of what the guest knows.
+    #[error("making the table of what the guest knows")]
+    State(#[source] StateError),
+    /// There is no room in it.
+    #[error("the table of what the guest knows has no room")]
+    NoRoom,
     /// File handles are mandatory and don't work.
     #[error(
         "can't use file handles on {}: they need CAP_DAC_READ_SEARCH and a file system that \
@@ -102,138 +127,15 @@ pub enum PassthroughError {
     },
 }
 
-/// What the guest may keep of the files it has opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cache {
-    /// Nothing.
-    Never,
-    /// Names, attributes and lists of names; not the data of files.
-    Metadata,
-    /// Data until the file has changed, as its attributes tell.
-    #[default]
-    Auto,
-    /// Everything, also across close and open.
-    Always,
-}
-
-impl Cache {
-    /// How long names and attributes hold.
-    #[must_use]
-    pub fn ttl(self) -> Duration {
-        Duration::from_secs(match self {
-            Self::Never => 0,
-            Self::Auto => 1,
-            Self::Metadata | Self::Always => 24 * 60 * 60,
-        })
-    }
-}
-
-/// How a directory is shared.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// When inodes are held by file handle.
-    pub inode_file_handles: InodeFileHandles,
-    /// How many descriptors inodes and open files may have together before inodes that are not
-    /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
-    /// file system is made, which is also the most. See [`raise_descriptor_limit`].
-    pub max_open_inodes: Option<usize>,
-    /// How many inodes the guest may know at the same time, besides the root; beyond that what
-    /// would make one known is `ENFILE`. The host's memory is what this is about.
-    pub max_inodes: usize,
-    /// How many files and directories it may have open, those included that locks need; beyond
-    /// that opening is `ENFILE`, and locking `ENOLCK`. `None` for three quarters of what
-    /// `RLIMIT_NOFILE` allows, which is also the most.
-    pub max_handles: Option<usize>,
-    /// What the guest may keep of open files and directories.
-    pub cache: Cache,
-    /// How long the guest may rely on attributes.
-    pub attribute_ttl: Duration,
-    /// How long the guest may rely on names.
-    pub entry_ttl: Duration,
-    /// How user ids are translated between guest and host.
-    pub users: IdMap,
-    /// How group ids are.
-    pub groups: IdMap,
-    /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
-    /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
-    pub xattr: bool,
-    /// Under which names.
-    pub xattr_map: Option<XattrMap>,
-    /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
-    pub allow_direct_io: bool,
-    /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
-    pub preserve_noatime: bool,
-    /// Whatever would change something is refused with `EROFS`.
-    pub readonly: bool,
-    /// Entries say where another file system begins.
-    pub announce_submounts: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            inode_file_handles: InodeFileHandles::default(),
-            max_open_inodes: None,
-            max_inodes: bounds::INODES,
-            max_handles: None,
-            cache: Cache::default(),
-            attribute_ttl: Cache::default().ttl(),
-            entry_ttl: Cache::default().ttl(),
-            users: IdMap::default(),
-            groups: IdMap::default(),
-            xattr: true,
-            xattr_map: None,
-            allow_direct_io: false,
-            preserve_noatime: false,
-            readonly: false,
-            announce_submounts: true,
-        }
-    }
-}
-
-/// Raises the limit of open descriptors (`RLIMIT_NOFILE`) as far as it goes without privilege,
-/// and answers what it is then; `None` for no limit. For the server's start.
-pub fn raise_descriptor_limit() -> Option<u64> {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    if raised.current == limit.current {
-        return limit.current;
-    }
-    match rustix::process::setrlimit(Resource::Nofile, raised) {
-        Ok(()) => raised.current,
-        // Only a seccomp filter forbids this. What depends on the limit goes by what it is.
-        Err(error) => {
-            log::warn!("can't raise the limit of open descriptors to its maximum: {error}");
-            limit.current
-        }
-    }
-}
-
-/// Sets the limit of open descriptors, and raises the hard limit too if need be.
-///
-/// # Errors
-///
-/// `EPERM`: the hard limit is lower, and the process has no privilege to raise it, or nobody has.
-pub fn set_descriptor_limit(limit: u64) -> std::result::Result<(), Errno> {
-    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
-    let wanted = Rlimit {
-        current: Some(limit),
-        maximum: maximum.map(|maximum| maximum.max(limit)),
-    };
-    rustix::process::setrlimit(Resource::Nofile, wanted)
-}
-
-/// Descriptors that inodes and open files may have unless the options say less; the others are
-/// for queues, rings, sockets and operations that run.
-fn most_descriptors() -> usize {
-    let limit = rustix::process::getrlimit(Resource::Nofile).current;
-    let limit = limit.map_or(usize::MAX, |limit| {
-        usize::try_from(limit).unwrap_or(usize::MAX)
-    });
-    limit / 4 * 3
+/// A directory that is about to be shared.
+#[derive(Debug)]
+pub struct Shared {
+    /// What is open on it, `O_PATH`.
+    pub root: OwnedFd,
+    /// What was `/proc/self/fd`, `O_PATH`, where there may be no `/proc` any more.
+    pub proc_fds: OwnedFd,
+    /// What messages call it.
+    pub path: PathBuf,
 }
 
 /// A directory of the host, as a file system for a guest.
@@ -273,27 +175,46 @@ impl Passthrough {
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
         let root = open_shared(shared_dir)?;
-        Self::of(root, proc_fds, shared_dir, options)
+        let table = Table::in_memory(&options.limits(1)).map_err(PassthroughError::State)?;
+        let place = Shared {
+            root,
+            proc_fds,
+            path: shared_dir.to_path_buf(),
+        };
+        Self::of(place, options, table, None).map(|(fs, _)| fs)
     }
 
-    /// Shares what `root` is open on, `O_PATH`, where there may be no `/proc` any more: `proc_fds`
-    /// is what was `/proc/self/fd`. `shared_dir` is what messages call it.
+    /// Shares `shared`, with what the guest holds in `table`: from its beginning, or going on from
+    /// the `past`.
     ///
     /// # Errors
     ///
     /// See [`PassthroughError`].
     pub fn of(
-        root: OwnedFd,
-        proc_fds: OwnedFd,
-        shared_dir: &Path,
+        shared: Shared,
         options: Options,
-    ) -> std::result::Result<Self, PassthroughError> {
-        let path = || shared_dir.to_path_buf();
-        let identity = identity_of_shared(&root, shared_dir)?;
-        let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
-            path: path(),
+        table: Arc<Table>,
+        past: Option<&Past>,
+    ) -> std::result::Result<(Self, Restored), PassthroughError> {
+        let Shared {
+            root,
+            proc_fds,
+            path,
+        } = shared;
+        // What is there and is not gone on from ends here.
+        let records = Records::of(&table).filter(|_| past.is_some());
+        let root = match (&records, past) {
+            (Some(records), Some(past)) if past.bequeathed => {
+                restore::bequeathed(records.root.descriptor(), &records.root).unwrap_or(root)
+            }
+            _ => root,
+        };
+        let identity = identity_of_shared(&root, &path)?;
+        let of_share = |source| PassthroughError::StatShared {
+            path: path.clone(),
             source,
-        })?;
+        };
+        let wear = wear_for(&root).map_err(of_share)?;
 
         let most = most_descriptors();
         let max_handles = options.max_handles.unwrap_or(most).min(most);
@@ -301,27 +222,56 @@ impl Passthrough {
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
             PassthroughError::FileHandles {
-                path: path(),
+                path: path.clone(),
                 source,
             }
         })?;
-        Ok(Self {
+        let (store, rest) = match records {
+            None => {
+                let store = Store::new(&identity, root, &table);
+                (store.ok_or(PassthroughError::NoRoom)?, None)
+            }
+            Some(Records {
+                root: record,
+                others,
+            }) => {
+                let old = restore::key_of(&record);
+                let root = Inode::root_again(record, &identity, root)
+                    .ok_or(PassthroughError::AnotherShare { path })?;
+                (Store::of(root, &table), Some((old, others)))
+            }
+        };
+        if table.generation() == 0 || rest.is_none() {
+            table.set_generation(lookup::new_generation());
+        }
+        let fs = Self {
             options,
             proc_fds,
             // The root stays what it is whatever happens on the host, and is never let go of.
-            inodes: Store::new(&identity, root),
+            inodes: store,
             holder,
-            handles: Handles::new(),
+            handles: Handles::new(&table),
             on_demand: OnDemand::new(most),
             terms: AgreedTerms::default(),
             most,
             max_handles,
             pieces: Pieces::default(),
-            locks: Locks::default(),
+            locks: Locks::new(&table),
             wear,
             selinux: labels::host_has_selinux(),
-            generation: lookup::new_generation(),
-        })
+            generation: table.generation(),
+        };
+        let restored = match (rest, past) {
+            (Some((old, records)), Some(past)) => fs.restore(records, old, past),
+            _ => Restored::default(),
+        };
+        Ok((fs, restored))
+    }
+
+    /// The table of what the guest holds.
+    #[must_use]
+    pub fn table(&self) -> &Arc<Table> {
+        self.inodes.table()
     }
 
     /// How many inodes the guest has looked up and not forgotten, the root included.
@@ -442,6 +392,24 @@ impl FileSystem for Passthrough {
 
     fn begin(&self, terms: &Terms) {
         self.terms.set(terms);
+    }
+
+    fn serving(&self, unique: u64) {
+        current::set(unique);
+    }
+
+    fn note_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {
+        match lock {
+            Lock::Record(lock) => self.locks.note(node, owner, lock),
+            Lock::Whole(kind) => {
+                let kind = match kind {
+                    LockKind::Unlock => 0,
+                    LockKind::Shared => 1,
+                    LockKind::Exclusive => 2,
+                };
+                self.handles.note_lock(node, handle, kind);
+            }
+        }
     }
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
@@ -724,7 +692,7 @@ impl FileSystem for Passthrough {
         }
         self.room_for_handle()?;
         let fd = self.open_directory(&*self.inode(node)?)?;
-        Ok(self.opened(node, File::from_fd(fd), HandleKind::Directory))
+        self.opened(node, fd, OFlags::RDONLY, HandleKind::Directory)
     }
 
     fn readdir(

@@ -14,10 +14,8 @@ use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, stat_fd};
 use super::names::honest_mode;
-use super::opening::regular_file;
 use crate::fs::{
-    Attributes, Caller, Entry, Handle, HandleKind, InodeFlags, NewNode, NodeId, Opened, Result,
-    Timestamp,
+    Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
 };
 use crate::io::File;
 use crate::sys::inode_flags::{self, ExtendedFlags};
@@ -63,8 +61,7 @@ impl Passthrough {
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
         let entry = self.find_opened(&fd)?;
-        let file = regular_file(fd, flags);
-        Ok((entry, self.opened(entry.node, file, HandleKind::File)))
+        self.opened_entry(entry, fd, flags)
     }
 
     /// A descriptor of the file system that `node` is on.

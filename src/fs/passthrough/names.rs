@@ -14,10 +14,9 @@ use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
-use super::inodes::Inode;
+use super::inode::Inode;
 use super::lookup::component;
-use super::opening::regular_file;
-use crate::fs::{Caller, Entry, HandleKind, NewNode, NodeId, Opened, Result};
+use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 
 /// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
 const CREATE_TRIES: usize = 16;
@@ -153,8 +152,7 @@ impl Passthrough {
             self.with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
         let entry = self.find_created(parent, name, &fd)?;
-        let file = regular_file(fd, flags);
-        Ok((entry, self.opened(entry.node, file, HandleKind::File)))
+        self.opened_entry(entry, fd, flags)
     }
 
     fn open_existing(
@@ -221,7 +219,7 @@ impl Passthrough {
     fn pin_nameless(&self, known: &Known) {
         let way = known.inode.way();
         if known.links == 1 && known.inode.slot().is_full() && matches!(*way, Way::Handle { .. }) {
-            self.inodes.change_way(way, Way::None);
+            self.inodes.change_way(&known.inode, way, Way::None);
         }
     }
 

@@ -16,7 +16,8 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::directory::Stream;
-use super::inodes::{Inode, Mix};
+use super::inode::Inode;
+use super::inodes::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::inodes::Inode;
+use super::inode::Inode;
 use super::on_demand::UNTOLD;
 use super::{Cache, Passthrough, credentials};
-use crate::fs::{Caller, HandleKind, NodeId, Opened, Result, Terms};
+use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result, Terms};
 use crate::io::File;
 
 /// The [`Terms`] that hold now. They change while no request is under way, so no access orders
@@ -108,7 +108,7 @@ impl Passthrough {
                 open()?
             }
         };
-        Ok(self.opened(node, regular_file(fd, flags), HandleKind::File))
+        self.opened(node, fd, flags, HandleKind::File)
     }
 
     pub(super) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
@@ -144,17 +144,46 @@ impl Passthrough {
         self.open_for_reading(inode, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
-    pub(super) fn opened(&self, node: NodeId, file: File, kind: HandleKind) -> Opened {
+    /// What the guest knows and has open from now on: `entry`, counted already, and `fd`, which was
+    /// opened with `flags`.
+    pub(super) fn opened_entry(
+        &self,
+        entry: Entry,
+        fd: OwnedFd,
+        flags: OFlags,
+    ) -> Result<(Entry, Opened)> {
+        match self.opened(entry.node, fd, flags, HandleKind::File) {
+            Ok(opened) => Ok((entry, opened)),
+            Err(error) => {
+                self.inodes.forget(entry.node, 1);
+                Err(error)
+            }
+        }
+    }
+
+    /// What the guest has open from now on: `fd`, which was opened with `flags`.
+    pub(super) fn opened(
+        &self,
+        node: NodeId,
+        fd: OwnedFd,
+        flags: OFlags,
+        kind: HandleKind,
+    ) -> Result<Opened> {
         let directory = kind == HandleKind::Directory;
+        let file = if directory {
+            File::from_fd(fd)
+        } else {
+            regular_file(fd, flags)
+        };
         let handle = if self.is_untold(UNTOLD, kind) {
             self.keep_created(node, file);
             UNTOLD
         } else {
-            let handle = self.handles.add(node, file, kind);
+            let handle = self.handles.add(node, file, flags, kind)?;
             self.make_room();
             handle
         };
-        Opened {
+        Ok(Opened {
             handle,
             keep_cache: match self.options.cache {
                 Cache::Never | Cache::Auto => false,
@@ -163,7 +192,7 @@ impl Passthrough {
             },
             direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
             cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
-        }
+        })
     }
 }
 

@@ -13,7 +13,8 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::holds::{IDENTITY, Identity, InodeFd, Place, Way, print_of, reopen_fd, stat_fd};
-use super::inodes::{DEEPEST, Inode};
+use super::inode::Inode;
+use super::inodes::DEEPEST;
 use crate::fs::Result;
 
 /// Descriptors of inodes that are left to those however many files are open: a few for each
@@ -244,22 +245,24 @@ impl Passthrough {
         let found = match self.way_back(inode, &way, fd.as_fd()) {
             Found::Later => return false,
             Found::Never => {
-                self.inodes.change_way(way, Way::None);
+                self.inodes.change_way(inode, way, Way::None);
                 return false;
             }
             found => found,
         };
-        let taken = self.inodes.uninstall(&way, fd);
+        let taken = self.inodes.uninstall(inode, &way, fd);
         let closed = taken.is_some();
         match found {
             _ if !closed => drop(way),
             Found::Same | Found::Later | Found::Never => drop(way),
             Found::Print(new) => {
-                if let Way::Name(Place { print, .. }) = &mut *way {
-                    *print = new;
+                if let Way::Name(Place { print, .. }) = &mut *way
+                    && std::mem::replace(print, new) != new
+                {
+                    inode.write_way(&way);
                 }
             }
-            Found::Better(better) => self.inodes.change_way(way, better),
+            Found::Better(better) => self.inodes.change_way(inode, way, better),
         }
         drop(taken);
         closed

@@ -82,8 +82,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
         let session = Arc::clone(self);
+        let node = request.node;
         self.later(async move {
             let result = file.lock(locking.lock, wait.ended()).await;
+            if result.is_ok() {
+                let Locking { handle, owner, .. } = locking;
+                session.fs.note_lock(node, handle, owner, locking.lock);
+            }
             // Both before the guest hears of it: it may use the name again, and close the file.
             drop((wait, file));
             let answer = result.map(|()| Answer::Done).map_err(|error| errno(&error));
@@ -107,7 +112,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Lock::Record(_) => self.fs.lock_file(node, handle, locking.owner)?,
         };
         match file.try_lock(locking.lock).map_err(|error| errno(&error)) {
-            Ok(()) => Ok(None),
+            Ok(()) => {
+                self.fs.note_lock(node, handle, locking.owner, locking.lock);
+                Ok(None)
+            }
             Err(Errno::AGAIN) if locking.wait => Ok(Some(file)),
             Err(errno) => Err(errno),
         }

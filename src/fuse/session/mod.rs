@@ -142,6 +142,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             return self.begin_or_end(exchange, &request);
         }
         let _inside = self.gate.enter();
+        self.fs.serving(request.unique);
         match request.operation {
             Operation::Forget { count } => {
                 if self.is_ready() {

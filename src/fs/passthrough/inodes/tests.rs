@@ -1,7 +1,11 @@
 //! The store by itself: counts, names and identities, without a file system.
 
+use rustix::fs::FileType;
+
 use super::*;
 use crate::fs::passthrough::holds::Mount;
+use crate::fs::passthrough::inode::now;
+use crate::state::Limits;
 use crate::sys::file_handle::FileHandle;
 
 /// Long enough ago to be settled.
@@ -32,11 +36,17 @@ fn handle() -> New {
 
 fn store() -> Store {
     let fd = std::fs::File::open("/dev/null").unwrap().into();
-    Store::new(&identity(2, Some(LONG_AGO)), fd)
+    let limits = Limits {
+        inodes: 100,
+        handles: 0,
+        queues: 1,
+    };
+    let table = Table::in_memory(&limits).unwrap();
+    Store::new(&identity(2, Some(LONG_AGO)), fd, &table).unwrap()
 }
 
 fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
-    store.admit(identity, handle(), |_, _| false)
+    store.admit(identity, handle(), |_, _| false).unwrap()
 }
 
 #[test]
@@ -110,7 +120,7 @@ fn a_young_inode_is_not_told_by_its_birth_alone() {
     let who = identity(10, now());
     let inode = admit(&store, &who);
     assert!(store.find(&who).is_none());
-    let found = store.admit(&who, handle(), |_, _| true);
+    let found = store.admit(&who, handle(), |_, _| true).unwrap();
     assert_eq!(found.node(), inode.node());
 }
 
@@ -145,8 +155,12 @@ fn name_of(inode: &Inode) -> Option<String> {
 #[test]
 fn a_name_seen_before_it_changed_is_not_gone_by() {
     let store = store();
-    let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
-    let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+    let parent = store
+        .admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
+        .unwrap();
+    let inode = store
+        .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
+        .unwrap();
     let early = store.moment(&parent);
     store.see(&inode, &parent, c"old", early);
     assert_eq!(name_of(&inode).unwrap(), "old");
@@ -164,8 +178,12 @@ fn a_name_seen_before_it_changed_is_not_gone_by() {
 #[test]
 fn a_directory_stays_for_what_is_found_through_it() {
     let store = store();
-    let parent = store.admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false);
-    let inode = store.admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false);
+    let parent = store
+        .admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
+        .unwrap();
+    let inode = store
+        .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
+        .unwrap();
     store.see(&inode, &parent, c"name", store.moment(&parent));
     store.forget(parent.node(), 1);
     assert!(store.get(parent.node()).is_none(), "it is not the guest's");

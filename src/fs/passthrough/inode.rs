@@ -1,0 +1,229 @@
+//! One inode that the guest knows: who it is, its descriptor, the way to it, and its record.
+//!
+//! The invariant: what is in the record is what holds, or held before the step that is being
+//! taken; a descriptor stands there only while it is open.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::FileType;
+
+use super::current;
+use super::holds::{Identity, Key, Way};
+use crate::fs::NodeId;
+use crate::state::{InodeFields, InodeRecord, Table};
+use crate::sys::slot::Slot;
+
+/// An inode that the guest knows.
+#[derive(Debug)]
+pub(super) struct Inode {
+    /// What outlives this process: lookups that the guest has not given back, changed under the
+    /// shard's lock only, which is what orders them; birth, sort; name, file handle, and the
+    /// descriptor's number, changed under the lock of the way. It ends before the descriptor.
+    pub(super) record: InodeRecord,
+    pub(super) key: Key,
+    pub(super) node: NodeId,
+    /// Inodes whose way leads through this one. Changed as the lookups are.
+    pub(super) children: AtomicU32,
+    /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
+    pub(super) slot: Slot,
+    way: Mutex<Way>,
+    /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
+    settled: AtomicBool,
+}
+
+const NO_BIRTH: i64 = i64::MIN;
+
+/// How much older than now a birth must be to tell inodes apart: more than a tick of the clock
+/// that file systems stamp with, and than the coarsest stamp (two seconds, FAT).
+const SETTLED_AFTER: i64 = 4_000_000_000;
+
+impl Inode {
+    /// `None` if the table is full.
+    pub(super) fn new(
+        table: &Arc<Table>,
+        identity: &Identity,
+        node: NodeId,
+        fd: Option<OwnedFd>,
+        way: Way,
+    ) -> Option<Self> {
+        let fields = InodeFields {
+            node: node.0,
+            number: identity.key.number,
+            device: identity.key.device,
+            mount: identity.key.mount,
+            birth: birth_of(identity),
+            sort: identity.kind.as_raw_mode(),
+            lookups: 1,
+        };
+        let record = table.new_inode(&fields, current::unique())?;
+        if let Some(fd) = &fd {
+            record.set_descriptor(Some(fd.as_raw_fd()));
+        }
+        let inode = Self::recorded(record, identity.key, fd, way);
+        inode.write_way(&inode.way());
+        inode
+            .settled
+            .store(identity.is_settled(), Ordering::Relaxed);
+        Some(inode)
+    }
+
+    /// The root that has `record` of the process before, open as `fd`; `None` if it is another.
+    pub(super) fn root_again(
+        record: InodeRecord,
+        identity: &Identity,
+        fd: OwnedFd,
+    ) -> Option<Self> {
+        if (record.number(), record.birth()) != (identity.key.number, birth_of(identity)) {
+            return None;
+        }
+        record.set_location(identity.key.device, identity.key.mount);
+        record.set_descriptor(Some(fd.as_raw_fd()));
+        let root = Self::recorded(record, identity.key, Some(fd), Way::None);
+        root.settle_by_record();
+        Some(root)
+    }
+
+    /// An inode that has a record, which says the rest.
+    pub(super) fn recorded(record: InodeRecord, key: Key, fd: Option<OwnedFd>, way: Way) -> Self {
+        Self {
+            key,
+            node: NodeId(record.node()),
+            record,
+            children: AtomicU32::new(0),
+            slot: fd.map_or_else(Slot::empty, Slot::full),
+            way: Mutex::new(way),
+            settled: AtomicBool::new(false),
+        }
+    }
+
+    /// Finds out by the record whether number and birth are enough to tell it.
+    pub(super) fn settle_by_record(&self) {
+        let birth = self.record.birth();
+        let settled = birth != NO_BIRTH && is_old(birth);
+        self.settled.store(settled, Ordering::Relaxed);
+    }
+
+    /// Writes into the record what leads to the inode.
+    pub(super) fn write_way(&self, way: &Way) {
+        let written = match way {
+            Way::None => self.record.set_name(None),
+            // The name stays: another host may have to go by it.
+            Way::Handle { handle, .. } => self.record.set_handle(handle.bytes()),
+            Way::Name(place) => {
+                let name = place.name.to_bytes();
+                self.record
+                    .set_name(Some((place.parent.0, name, place.print)))
+            }
+            Way::Forgotten => true,
+        };
+        if !written {
+            log::warn!(
+                "the state table is full: node {} has no name there",
+                self.node.0
+            );
+        }
+    }
+
+    pub(super) fn lookups(&self) -> u64 {
+        self.record.lookups()
+    }
+
+    /// What of it outlives this process.
+    pub(super) fn record(&self) -> &InodeRecord {
+        &self.record
+    }
+
+    pub(super) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub(super) fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// Its descriptor.
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// How to reach it without. For short: whoever looks the inode up waits.
+    pub(super) fn way(&self) -> MutexGuard<'_, Way> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody still counts on it. Asked under the shard's lock.
+    pub(super) fn is_counted(&self) -> bool {
+        self.node == NodeId::ROOT || self.lookups() > 0 || self.children.load(Ordering::Relaxed) > 0
+    }
+
+    pub(super) fn parent(&self) -> Option<NodeId> {
+        match &*self.way() {
+            Way::Name(place) => Some(place.parent),
+            _ => None,
+        }
+    }
+
+    /// What sort of file it is: never changes.
+    pub(super) fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.record.sort())
+    }
+
+    /// Whether `identity`, which has this inode's key, is this inode beyond doubt.
+    pub(super) fn is(&self, identity: &Identity) -> bool {
+        // A descriptor keeps the number from being given to another. A birth that differs all
+        // the same is either a file system that moves it (overlayfs when it copies up) or a
+        // `statx` from before the inode was there.
+        self.has_birth_of(identity) && (self.slot.is_full() || self.is_settled())
+    }
+
+    /// Whether `identity` may be this inode, and is if [`is_settled`](Self::is_settled).
+    pub(super) fn may_be(&self, identity: &Identity) -> bool {
+        self.key == identity.key && self.has_birth_of(identity)
+    }
+
+    fn has_birth_of(&self, identity: &Identity) -> bool {
+        self.record.birth() == birth_of(identity)
+    }
+
+    /// Whether number and birth are enough to tell it from all that come later.
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
+    }
+
+    /// Takes over what is now known for sure to describe this inode.
+    ///
+    /// Inode numbers are reused, and births come from a clock with ticks of milliseconds: a
+    /// file made, removed and made again within one tick may agree in both. But once the clock
+    /// is past the birth of an inode that is still there, whatever takes its number later is
+    /// born later. From then on number and birth are enough; before, handles are compared.
+    pub(super) fn settle(&self, identity: &Identity) {
+        let birth = birth_of(identity);
+        if birth != self.record.birth() {
+            self.record.set_birth(birth);
+        }
+        self.settled.store(identity.is_settled(), Ordering::Relaxed);
+    }
+}
+
+impl Identity {
+    /// Whether whatever takes this number later is born later. See [`Inode::settle`].
+    pub(super) fn is_settled(&self) -> bool {
+        self.birth.is_some_and(is_old)
+    }
+}
+
+fn is_old(birth: i64) -> bool {
+    now().is_some_and(|now| now.saturating_sub(birth) > SETTLED_AFTER)
+}
+
+fn birth_of(identity: &Identity) -> i64 {
+    identity.birth.unwrap_or(NO_BIRTH)
+}
+
+pub(super) fn now() -> Option<i64> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    i64::try_from(since.as_nanos()).ok()
+}

@@ -1,0 +1,162 @@
+//! How a directory is shared: the options, and how many descriptors there are for it.
+//!
+//! The invariant: the default suits every guest, and takes no more than the limits that the process
+//! has.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit};
+
+use super::bounds;
+use super::holds::InodeFileHandles;
+use super::id_map::IdMap;
+use super::xattr_map::XattrMap;
+use crate::state::Limits;
+
+/// What the guest may keep of the files it has opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing.
+    Never,
+    /// Names, attributes and lists of names; not the data of files.
+    Metadata,
+    /// Data until the file has changed, as its attributes tell.
+    #[default]
+    Auto,
+    /// Everything, also across close and open.
+    Always,
+}
+
+impl Cache {
+    /// How long names and attributes hold.
+    #[must_use]
+    pub fn ttl(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Never => 0,
+            Self::Auto => 1,
+            Self::Metadata | Self::Always => 24 * 60 * 60,
+        })
+    }
+}
+
+/// How a directory is shared.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// When inodes are held by file handle.
+    pub inode_file_handles: InodeFileHandles,
+    /// How many descriptors inodes and open files may have together before inodes that are not
+    /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
+    /// file system is made, which is also the most. See [`raise_descriptor_limit`].
+    pub max_open_inodes: Option<usize>,
+    /// How many inodes the guest may know at the same time, besides the root; beyond that what
+    /// would make one known is `ENFILE`. The host's memory is what this is about.
+    pub max_inodes: usize,
+    /// How many files and directories it may have open, those included that locks need; beyond
+    /// that opening is `ENFILE`, and locking `ENOLCK`. `None` for three quarters of what
+    /// `RLIMIT_NOFILE` allows, which is also the most.
+    pub max_handles: Option<usize>,
+    /// What the guest may keep of open files and directories.
+    pub cache: Cache,
+    /// How long the guest may rely on attributes.
+    pub attribute_ttl: Duration,
+    /// How long the guest may rely on names.
+    pub entry_ttl: Duration,
+    /// How user ids are translated between guest and host.
+    pub users: IdMap,
+    /// How group ids are.
+    pub groups: IdMap,
+    /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
+    /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
+    pub xattr: bool,
+    /// Under which names.
+    pub xattr_map: Option<XattrMap>,
+    /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
+    pub allow_direct_io: bool,
+    /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
+    pub preserve_noatime: bool,
+    /// Whatever would change something is refused with `EROFS`.
+    pub readonly: bool,
+    /// Entries say where another file system begins.
+    pub announce_submounts: bool,
+}
+
+impl Options {
+    /// How large a table has to be for all that a guest may hold, of a device with so many queues.
+    #[must_use]
+    pub fn limits(&self, queues: u16) -> Limits {
+        let handles = self.max_handles.unwrap_or_else(most_descriptors);
+        Limits {
+            inodes: self.max_inodes,
+            handles: handles.min(1 << 24),
+            queues,
+        }
+    }
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            inode_file_handles: InodeFileHandles::default(),
+            max_open_inodes: None,
+            max_inodes: bounds::INODES,
+            max_handles: None,
+            cache: Cache::default(),
+            attribute_ttl: Cache::default().ttl(),
+            entry_ttl: Cache::default().ttl(),
+            users: IdMap::default(),
+            groups: IdMap::default(),
+            xattr: true,
+            xattr_map: None,
+            allow_direct_io: false,
+            preserve_noatime: false,
+            readonly: false,
+            announce_submounts: true,
+        }
+    }
+}
+
+/// Raises the limit of open descriptors (`RLIMIT_NOFILE`) as far as it goes without privilege,
+/// and answers what it is then; `None` for no limit. For the server's start.
+pub fn raise_descriptor_limit() -> Option<u64> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if raised.current == limit.current {
+        return limit.current;
+    }
+    match rustix::process::setrlimit(Resource::Nofile, raised) {
+        Ok(()) => raised.current,
+        // Only a seccomp filter forbids this. What depends on the limit goes by what it is.
+        Err(error) => {
+            log::warn!("can't raise the limit of open descriptors to its maximum: {error}");
+            limit.current
+        }
+    }
+}
+
+/// Sets the limit of open descriptors, and raises the hard limit too if need be.
+///
+/// # Errors
+///
+/// `EPERM`: the hard limit is lower, and the process has no privilege to raise it, or nobody has.
+pub fn set_descriptor_limit(limit: u64) -> Result<(), Errno> {
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let wanted = Rlimit {
+        current: Some(limit),
+        maximum: maximum.map(|maximum| maximum.max(limit)),
+    };
+    rustix::process::setrlimit(Resource::Nofile, wanted)
+}
+
+/// Descriptors that inodes and open files may have unless the options say less; the others are
+/// for queues, rings, sockets and operations that run.
+pub(super) fn most_descriptors() -> usize {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    let limit = limit.map_or(usize::MAX, |limit| {
+        usize::try_from(limit).unwrap_or(usize::MAX)
+    });
+    limit / 4 * 3
+}
