@@ -117,6 +117,13 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub max_handles: Option<NonZeroUsize>,
 
+    /// Keep what the guest knows, has open and has locked in FILE, and go on from it: if this
+    /// program is killed or stopped while a VMM is connected that comes back by itself (Cloud
+    /// Hypervisor), the next one with the same FILE serves the guest as if nothing had been. A
+    /// file on /run costs memory alone, and is gone when the host restarts, as the guest is.
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -262,6 +269,7 @@ impl TryFrom<Options> for Config {
                 Runtime::Tokio => Choice::Tokio,
             },
             poll: Duration::from_micros(u64::from(options.poll_us)),
+            state: options.state,
             once: options.once,
             descriptors: match options.rlimit_nofile {
                 None => Descriptors::Most,

@@ -50,6 +50,8 @@ pub struct Config {
     pub runtime: Choice,
     /// How long a worker looks at its rings, at most, before it sleeps.
     pub poll: Duration,
+    /// The file in which what the guest holds outlives this process.
+    pub state: Option<PathBuf>,
     /// End after the first session.
     pub once: bool,
     /// How many descriptors may be open.

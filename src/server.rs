@@ -9,18 +9,21 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::front::{self, End, ListenError, Listener, Runner, SocketFile};
-use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Shared};
+use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Past, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
-use crate::state::{StateError, Table};
+use crate::state::{Limits, StateError, Table};
 use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Crew, CrewError};
 
@@ -49,7 +52,7 @@ pub enum ServerError {
         limit: u64,
         /// Why not.
         #[source]
-        source: rustix::io::Errno,
+        source: Errno,
     },
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
@@ -60,6 +63,36 @@ pub enum ServerError {
     /// The server can't be kept to its system calls.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// The state file can't be used.
+    #[error("--state: can't open {path}")]
+    StateFile {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: Errno,
+    },
+    /// Another process uses it.
+    #[error("--state: {0} is another server's, which is still running: give each its own")]
+    StateInUse(PathBuf),
+    /// It is no table, or a damaged one.
+    #[error(
+        "--state: can't go on from {path}; where no guest is to go on from it, remove it and start \
+         again"
+    )]
+    InStateFile {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: StateError,
+    },
+    /// It was made for another device.
+    #[error("--state: {path} was made with --request-queues {queues}: give that, or remove it")]
+    StateQueues {
+        /// Which file.
+        path: PathBuf,
+        /// For how many.
+        queues: usize,
+    },
     /// What the guest holds can't be written down.
     #[error(transparent)]
     State(#[from] StateError),
@@ -110,7 +143,50 @@ pub struct Server {
     poll: Duration,
     session: SessionOptions,
     once: bool,
+    /// What the guest holds outlives this process.
+    keeps: bool,
     filter: Filter,
+}
+
+/// A state file, and what it tells of.
+struct Kept {
+    table: Arc<Table>,
+    /// If there is something to go on from.
+    past: Option<Past>,
+}
+
+impl Kept {
+    fn open(path: &Path, limits: &Limits) -> Result<Self, ServerError> {
+        let failed = |source: Errno| ServerError::StateFile {
+            path: path.to_owned(),
+            source,
+        };
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
+        // As long as the file is open, in whichever process.
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) => return Err(ServerError::StateInUse(path.to_owned())),
+            locked => locked.map_err(failed)?,
+        }
+        let in_file = |source| ServerError::InStateFile {
+            path: path.to_owned(),
+            source,
+        };
+        if rustix::fs::fstat(&file).map_err(failed)?.st_size == 0 {
+            let table = Table::create(file, limits).map_err(in_file)?;
+            return Ok(Self { table, past: None });
+        }
+        let table = Table::open(file).map_err(in_file)?;
+        let wanted = usize::from(limits.queues);
+        if table.queue_count() < wanted {
+            return Err(ServerError::StateQueues {
+                path: path.to_owned(),
+                queues: table.queue_count().saturating_sub(1),
+            });
+        }
+        let past = table.is_in_use().then(Past::default);
+        Ok(Self { table, past })
+    }
 }
 
 impl Server {
@@ -153,8 +229,18 @@ impl Server {
             path: config.shared_dir.clone(),
             source,
         })?;
+        let queues = config.request_queues.get().saturating_add(1);
+        let kept = match &config.state {
+            Some(path) => Some(Kept::open(path, &options.limits(queues))?),
+            None => None,
+        };
         let mut listener = listen()?;
-        let keep: Vec<_> = log.into_iter().chain([listener.as_fd()]).collect();
+        let table_file = kept.as_ref().map(|kept| kept.table.file().as_fd());
+        let keep: Vec<_> = log
+            .into_iter()
+            .chain([listener.as_fd()])
+            .chain(table_file)
+            .collect();
         let inside = match sandbox::begin(&config.sandbox, &keep)? {
             Begun::Outside(guardian) => {
                 return Ok(Started::Outside(Outside {
@@ -170,18 +256,25 @@ impl Server {
             file_handles: options.inode_file_handles != InodeFileHandles::Never,
         };
         let place = inside.enter(&config.shared_dir, needs)?;
-        let queues = config.request_queues.get().saturating_add(1);
-        let table = Table::in_memory(&options.limits(queues))?;
+        let (table, past) = match kept {
+            Some(Kept { table, past }) => (table, past),
+            None => (Table::in_memory(&options.limits(queues))?, None),
+        };
         let shared = Shared {
             root: place.root,
             proc_fds: place.proc_fds,
             path: config.shared_dir.clone(),
         };
-        let (fs, _) =
-            Passthrough::of(shared, options, table, None).map_err(|source| ServerError::Share {
-                path: config.shared_dir.clone(),
-                source,
+        let (fs, restored) =
+            Passthrough::of(shared, options, &table, past.as_ref()).map_err(|source| {
+                ServerError::Share {
+                    path: config.shared_dir.clone(),
+                    source,
+                }
             })?;
+        if past.is_some() {
+            log::info!("going on from where another process ended: {restored}");
+        }
         let filter = Filter::new(config.sandbox.seccomp, runtime.kind, place.file_handles)?;
         Ok(Started::Inside(Box::new(Self {
             device: Device {
@@ -195,6 +288,7 @@ impl Server {
             poll: config.poll,
             session: config.share.session,
             once: config.once,
+            keeps: config.state.is_some(),
             filter,
         })))
     }
@@ -239,7 +333,11 @@ impl Server {
     /// Serves one VMM from connect to disconnect.
     fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
         log::info!("a VMM has connected");
-        let session = Session::new(Arc::clone(&self.fs), self.session.clone());
+        let session = Session::new(Arc::clone(&self.fs), self.session.clone())
+            .remembering(Arc::clone(self.fs.table()));
+        if let Some(negotiated) = session.negotiated() {
+            log::info!("the guest's session goes on: {negotiated}");
+        }
         let mut crew = Crew::start(
             Arc::new(session),
             self.workers,
@@ -247,7 +345,10 @@ impl Server {
             self.poll,
         )?;
         let end = front::serve(stream, &self.device, &mut crew, stop);
-        crew.session().reset();
+        // Who is asked to stop leaves to the next one what the guest holds.
+        if !(self.keeps && matches!(end, Ok(End::Stopped))) {
+            crew.session().reset();
+        }
         let malformed = crew.session().counters().malformed();
         if malformed != 0 {
             log::warn!("the guest has sent {malformed} malformed requests");

@@ -264,6 +264,15 @@ pub trait FileSystem: Send + Sync + 'static {
     /// The calling thread serves the request `unique` from now on: what the methods below change
     /// belongs to it, should another process have to go on from there.
     fn serving(&self, _unique: u64) {}
+    /// Whether a process before this one has given lookups of `node` back for the request `unique`.
+    fn was_forgotten(&self, _node: NodeId, _unique: u64) -> bool {
+        false
+    }
+    /// Whether a process before this one has done this RENAME; makes sure that what it moved is
+    /// known by its new name.
+    fn was_renamed(&self, _from: (NodeId, &CStr), _to: (NodeId, &CStr)) -> bool {
+        false
+    }
     /// A lock was taken, or given up, with what [`file`](Self::file) or
     /// [`lock_file`](Self::lock_file) has handed out.
     fn note_lock(&self, _node: NodeId, _handle: Handle, _owner: LockOwner, _lock: Lock) {}

@@ -5,12 +5,28 @@ use crate::io::GuestBuffer;
 /// Length of `fuse_out_header` in bytes; every reply begins with one.
 pub const OUT_HEADER_LEN: usize = 16;
 
+/// What a request that can't be done twice has said before it took effect. All words are 0 where
+/// nothing was said.
+pub type Intent = [u64; 4];
+
 /// One request on its transport: bytes to read in order, room for the reply.
 ///
 /// Each byte of the request is read once only, as the guest may change it meanwhile. One of
 /// the three ways to answer must be taken; an exchange that is dropped instead answers an
 /// error by itself, so that the guest never waits for ever.
 pub trait Exchange: Sized + 'static {
+    /// Notes which request this is, where that outlives the process: before it takes effect.
+    fn note(&mut self, _unique: u64) {}
+
+    /// Says what the request intends, where that outlives the process: before it takes effect.
+    fn intend(&mut self, _intent: Intent) {}
+
+    /// Whether a process that is no more has begun this request and not answered it; then, what
+    /// it had said.
+    fn begun(&self) -> Option<Intent> {
+        None
+    }
+
     /// Bytes of the request that have not been read yet.
     fn readable(&self) -> usize;
 

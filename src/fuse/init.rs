@@ -138,6 +138,35 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
+    /// As words for [`from_words`](Self::from_words), in whatever process.
+    pub(super) fn words(&self) -> [u64; 8] {
+        let pages = u64::from(self.max_pages) | u64::from(self.max_background) << 16;
+        [
+            u64::from(self.minor),
+            self.flags.bits(),
+            u64::from(self.max_readahead),
+            u64::from(self.max_write),
+            pages,
+            0,
+            0,
+            0,
+        ]
+    }
+
+    pub(super) fn from_words(words: [u64; 8]) -> Self {
+        let [minor, flags, max_readahead, max_write, pages, ..] = words;
+        let narrow = |word: u64| u32::try_from(word).unwrap_or(u32::MAX);
+        let half = |word: u64| u16::try_from(word & 0xffff).unwrap_or(u16::MAX);
+        Self {
+            minor: narrow(minor),
+            flags: InitFlags::from_bits(flags),
+            max_readahead: narrow(max_readahead),
+            max_write: narrow(max_write),
+            max_pages: half(pages),
+            max_background: half(pages >> 16),
+        }
+    }
+
     /// The reply that says so.
     pub(super) fn reply(&self) -> InitOut {
         let (flags, flags2) = self.flags.halves();

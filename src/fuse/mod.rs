@@ -25,7 +25,7 @@ mod session;
 mod testing;
 
 pub use counters::Counters;
-pub use exchange::{Exchange, OUT_HEADER_LEN};
+pub use exchange::{Exchange, Intent, OUT_HEADER_LEN};
 pub use init::{Negotiated, Readdirplus, SessionOptions, Wanted};
 pub use reply::error_reply;
 pub use session::{NoWaits, Outcome, Session};

@@ -95,6 +95,15 @@ impl Layout {
         self.chunks + self.chunk_count * CHUNK
     }
 
+    /// What is used from the beginning: where, and how many words.
+    pub(super) fn always_used(&self) -> impl Iterator<Item = (usize, usize)> {
+        let head = (0, self.queues);
+        let kinds = (self.kinds, self.chunk_count);
+        // As many requests in flight as queues have entries, as a rule.
+        let queues = (0..self.queue_count).map(|queue| (self.queues + queue * QUEUE, 1024 * 8));
+        [head, kinds].into_iter().chain(queues)
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         (self.words() * WORD) as u64
     }

@@ -24,6 +24,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 pub use self::handles::{HandleFields, HandleRecord};
@@ -33,7 +34,7 @@ pub use self::locks::{LockFields, LockRecord, Range};
 
 use self::header::Layout;
 use self::slabs::{Kind, Slabs};
-use crate::sys::shared::SharedWords;
+use crate::sys::shared::{SharedWords, WORD};
 
 /// Why there is no table.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +93,15 @@ pub struct Table {
     slabs: Slabs,
 }
 
+/// Reserves the room of some words on the file system, where that can be had.
+fn reserve(file: &OwnedFd, first: usize, words: usize) -> Result<(), Errno> {
+    let (offset, len) = ((first * WORD) as u64, (words * WORD) as u64);
+    match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        done => done,
+    }
+}
+
 /// A place in the table that something is written to.
 type Place = u32;
 
@@ -104,22 +114,33 @@ impl Table {
     pub fn in_memory(limits: &Limits) -> Result<Arc<Self>, StateError> {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = rustix::fs::memfd_create(c"ringfsd-state", flags).map_err(StateError::Map)?;
-        Self::create(file, limits)
+        Self::made(file, limits, false)
     }
 
-    /// A new table in `file`, which is empty, and which nobody cuts while the table is there.
+    /// A new table in `file`, which is empty, and which nobody cuts while the table is there. The
+    /// room that the table takes of its file system is reserved before it is used.
     ///
     /// # Errors
     ///
     /// The file can't be as long as it has to be, or can't be mapped.
     pub fn create(file: OwnedFd, limits: &Limits) -> Result<Arc<Self>, StateError> {
+        Self::made(file, limits, true)
+    }
+
+    fn made(file: OwnedFd, limits: &Limits, reserved: bool) -> Result<Arc<Self>, StateError> {
         let layout = Layout::of(limits);
         let bytes = layout.bytes();
-        rustix::fs::ftruncate(&file, bytes).map_err(|source| StateError::Grow { bytes, source })?;
+        let grow = |source| StateError::Grow { bytes, source };
+        rustix::fs::ftruncate(&file, bytes).map_err(grow)?;
+        if reserved {
+            for (first, words) in layout.always_used() {
+                reserve(&file, first, words).map_err(grow)?;
+            }
+        }
         let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
         header::write(&words, &layout);
         Ok(Arc::new(Self {
-            slabs: Slabs::new(&layout),
+            slabs: Slabs::new(&layout, reserved),
             words,
             layout,
         }))
@@ -135,6 +156,7 @@ impl Table {
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         let layout = header::read(&file, found)?;
         let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        // Whether room has to be reserved is not written down: it does no harm.
         let slabs = Slabs::found(&words, &layout)?;
         let table = Self {
             words,

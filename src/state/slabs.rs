@@ -8,7 +8,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::header::Layout;
-use super::{Place, StateError};
+use super::{Place, StateError, reserve};
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Words of a chunk: 64 KiB.
@@ -164,16 +164,19 @@ pub(super) struct Slabs {
     start: usize,
     /// How many there may be.
     most: usize,
+    /// Room of a chunk is reserved on the file system before it is used.
+    reserved: bool,
     state: Mutex<State>,
 }
 
 impl Slabs {
     /// Of a new table.
-    pub(super) fn new(layout: &Layout) -> Self {
+    pub(super) fn new(layout: &Layout, reserved: bool) -> Self {
         Self {
             kinds: layout.kinds,
             start: layout.chunks,
             most: layout.chunk_count,
+            reserved,
             state: Mutex::default(),
         }
     }
@@ -181,7 +184,7 @@ impl Slabs {
     /// Of a table that is there: chunks with their kinds, and no place taken yet but those of
     /// records. See [`claim`](Self::claim).
     pub(super) fn found(words: &SharedWords, layout: &Layout) -> Result<Self, StateError> {
-        let slabs = Self::new(layout);
+        let slabs = Self::new(layout, true);
         let mut state = slabs.lock();
         for number in 0..layout.chunk_count {
             let at = slabs.kinds + number;
@@ -291,6 +294,13 @@ impl Slabs {
             }
             None => return None,
         };
+        if self.reserved
+            && let Err(error) = reserve(words.file(), self.start + number * CHUNK, CHUNK)
+        {
+            log::error!("no room for the state table: {error}");
+            state.free.extend(u32::try_from(number));
+            return None;
+        }
         state.chunks[number] = Some(Chunk::new(kind));
         words
             .get(self.kinds + number)?

@@ -242,6 +242,19 @@ impl Store {
         nodes.get(&node).map(|found| Arc::clone(&found.0))
     }
 
+    /// The inode whose way is `name` in `parent`: looks at all of them.
+    pub(super) fn by_name(&self, parent: NodeId, name: &CStr) -> Option<Arc<Inode>> {
+        let goes_by = |inode: &Inode| match &*inode.way() {
+            Way::Name(place) => place.parent == parent && *place.name == *name,
+            _ => false,
+        };
+        self.by_node.iter().find_map(|shard| {
+            let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let found = nodes.iter().find(|known| goes_by(&known.0));
+            found.map(|found| Arc::clone(&found.0))
+        })
+    }
+
     /// Finds an inode that is known already, and counts one lookup of it. `None` also if it
     /// takes more than `identity` to tell.
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {

@@ -230,7 +230,7 @@ impl Passthrough {
 }
 
 /// `statx` of what goes by `name` in `parent`.
-fn stat_name(parent: &impl Directory, name: &CStr) -> Result<Statx> {
+pub(super) fn stat_name(parent: &impl Directory, name: &CStr) -> Result<Statx> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
     rustix::fs::statx(parent, component(name)?, flags, IDENTITY)
 }

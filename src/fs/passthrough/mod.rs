@@ -181,7 +181,7 @@ impl Passthrough {
             proc_fds,
             path: shared_dir.to_path_buf(),
         };
-        Self::of(place, options, table, None).map(|(fs, _)| fs)
+        Self::of(place, options, &table, None).map(|(fs, _)| fs)
     }
 
     /// Shares `shared`, with what the guest holds in `table`: from its beginning, or going on from
@@ -193,7 +193,7 @@ impl Passthrough {
     pub fn of(
         shared: Shared,
         options: Options,
-        table: Arc<Table>,
+        table: &Arc<Table>,
         past: Option<&Past>,
     ) -> std::result::Result<(Self, Restored), PassthroughError> {
         let Shared {
@@ -202,7 +202,7 @@ impl Passthrough {
             path,
         } = shared;
         // What is there and is not gone on from ends here.
-        let records = Records::of(&table).filter(|_| past.is_some());
+        let records = Records::of(table).filter(|_| past.is_some());
         let root = match (&records, past) {
             (Some(records), Some(past)) if past.bequeathed => {
                 restore::bequeathed(records.root.descriptor(), &records.root).unwrap_or(root)
@@ -228,7 +228,7 @@ impl Passthrough {
         })?;
         let (store, rest) = match records {
             None => {
-                let store = Store::new(&identity, root, &table);
+                let store = Store::new(&identity, root, table);
                 (store.ok_or(PassthroughError::NoRoom)?, None)
             }
             Some(Records {
@@ -238,7 +238,7 @@ impl Passthrough {
                 let old = restore::key_of(&record);
                 let root = Inode::root_again(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
-                (Store::of(root, &table), Some((old, others)))
+                (Store::of(root, table), Some((old, others)))
             }
         };
         if table.generation() == 0 || rest.is_none() {
@@ -250,13 +250,13 @@ impl Passthrough {
             // The root stays what it is whatever happens on the host, and is never let go of.
             inodes: store,
             holder,
-            handles: Handles::new(&table),
+            handles: Handles::new(table),
             on_demand: OnDemand::new(most),
             terms: AgreedTerms::default(),
             most,
             max_handles,
             pieces: Pieces::default(),
-            locks: Locks::new(&table),
+            locks: Locks::new(table),
             wear,
             selinux: labels::host_has_selinux(),
             generation: table.generation(),
@@ -396,6 +396,18 @@ impl FileSystem for Passthrough {
 
     fn serving(&self, unique: u64) {
         current::set(unique);
+    }
+
+    fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
+        match self.inodes.any(node) {
+            Some(inode) => inode.record().was_counted_by(unique, false),
+            // Forgotten altogether: there is nothing to give back.
+            None => true,
+        }
+    }
+
+    fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr)) -> bool {
+        self.has_moved(from, to)
     }
 
     fn note_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {

@@ -13,7 +13,8 @@
 //! be moved.
 
 use std::collections::HashSet;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::ops::Not;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use rustix::io::Errno;
 use super::Passthrough;
 use super::holds::{IDENTITY, Identity, Key, Place, Way, stat_fd};
 use super::inode::Inode;
+use super::lookup::stat_name;
 use super::opening::regular_file;
 use crate::fs::{NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
@@ -126,8 +128,14 @@ impl Passthrough {
             .into_iter()
             .map(|record| self.restored_inode(record, (&known, &under_way), old_root, past))
             .collect();
+        // Of young ones number and birth tell too little later on; at this moment they do.
+        let unsure = |inode: &&Inode| !inode.is_settled() && !inode.slot().is_full();
+        let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
         self.inodes.take_in(inodes);
         restored.inodes = self.inodes.len();
+        for inode in young.into_iter().filter_map(|node| self.inodes.any(node)) {
+            self.make_sure(&inode);
+        }
         for record in records.handles {
             match self.restored_file(&record, &under_way, past) {
                 Ok(Some(file)) => {
@@ -157,6 +165,13 @@ impl Passthrough {
         }
         self.make_room();
         restored
+    }
+
+    /// Opens an inode, so that what a lookup finds can be compared with it.
+    fn make_sure(&self, inode: &Inode) {
+        if let Err(error) = self.fd(inode) {
+            log::debug!("node {} can't be reached: {error}", inode.node().0);
+        }
     }
 
     fn restored_inode(
@@ -287,5 +302,45 @@ impl Passthrough {
             taken.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         }
         Ok(file)
+    }
+
+    /// Whether what the guest knew as `from` goes by `to` now, as after a RENAME by the process
+    /// before, which did not come to write it down. It is known by its new name from here on.
+    pub(super) fn has_moved(&self, from: (NodeId, &CStr), to: (NodeId, &CStr)) -> bool {
+        let key_at = |(parent, name): (NodeId, &CStr)| {
+            let parent = self.inode(parent)?;
+            let stat = stat_name(&self.fd(&parent)?, name)?;
+            Ok::<_, Errno>(Identity::of(&stat))
+        };
+        let Ok(there) = key_at(to) else {
+            return false;
+        };
+        let left = key_at(from);
+        match self.inodes.by_name(from.0, from.1) {
+            Some(moved) => {
+                let has_moved = moved.may_be(&there)
+                    && left.as_ref().is_ok_and(|left| left.key == there.key).not();
+                if has_moved && let (Ok(old), Ok(new)) = (self.inode(from.0), self.inode(to.0)) {
+                    let replaced = self.inodes.by_name(to.0, to.1);
+                    let changing = self.inodes.changing([&old, &new]);
+                    self.inodes.rename(&moved, &new, to.1, &changing);
+                    match (replaced, left) {
+                        // They have changed places.
+                        (Some(other), Ok(left)) if other.may_be(&left) => {
+                            self.inodes.rename(&other, &old, from.1, &changing);
+                        }
+                        (Some(other), _) => {
+                            self.inodes.lose(&other, &new, to.1, &changing);
+                        }
+                        _ => {}
+                    }
+                    drop(changing);
+                    self.make_sure(&moved);
+                }
+                has_moved
+            }
+            // Of what is reached by file handle no name is known, nor of what has been told already.
+            None => matches!(left, Err(Errno::NOENT)),
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::again::appended;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
@@ -90,6 +91,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
         };
+        if mode.append
+            && let Some(n) = appended(&mut exchange, &file, len)
+        {
+            return self.now(exchange, unique, Ok(written(n)));
+        }
         let attempt = match file.try_write_as(mode, &buffer, range.offset) {
             Ok(attempt) => attempt,
             Err(error) => return self.now(exchange, unique, Err(errno(&error))),

@@ -5,6 +5,7 @@
 //! reply could not be delivered, so no lookup is counted and no handle opened that the guest
 //! doesn't hear of.
 
+mod again;
 mod data;
 mod gate;
 mod inode_flags;
@@ -29,11 +30,10 @@ use self::waiting::Waiting;
 use super::abi::{InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, room_needed, send_error};
-use super::request::{
-    DecodeError, Forgets, HEADER_LEN, Operation, Request, bytes_wanted, decode_as,
-};
+use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
 use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
-use crate::fs::{FileSystem, Terms};
+use crate::fs::{FileSystem, NodeId, Terms};
+use crate::state::{Agreement as Words, Table};
 
 /// Longest request that is copied without a heap: a RENAME2 with two names of 255 bytes.
 const INLINE: usize = 568;
@@ -72,6 +72,8 @@ pub struct Session<F: ?Sized> {
     /// Requests are in it while they are served; sessions begin and end while nobody is.
     gate: Gate,
     waiting: Arc<Waiting>,
+    /// Where what was agreed on is written down for a process after this one.
+    table: Option<Arc<Table>>,
     fs: Arc<F>,
 }
 
@@ -86,8 +88,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
             counters: Counters::default(),
             gate: Gate::default(),
             waiting: Arc::default(),
+            table: None,
             fs,
         }
+    }
+
+    /// The same, with what is agreed on written down in `table`. If something stands there
+    /// already, the session goes on with that.
+    #[must_use]
+    pub fn remembering(mut self, table: Arc<Table>) -> Self {
+        if let Some(words) = table.agreement() {
+            self.agree(Negotiated::from_words(words));
+        }
+        self.table = Some(table);
+        self
     }
 
     /// The file system that is served. Each thread that calls [`serve`](Self::serve) must have
@@ -117,6 +131,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     fn end(&self, _closed: &Closed<'_>) {
         self.ready.store(false, Ordering::Release);
+        self.remember(None);
         *self
             .negotiated
             .lock()
@@ -142,17 +157,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
             return self.begin_or_end(exchange, &request);
         }
         let _inside = self.gate.enter();
+        exchange.note(request.unique);
         self.fs.serving(request.unique);
         match request.operation {
             Operation::Forget { count } => {
-                if self.is_ready() {
-                    self.fs.forget(request.node, count);
-                }
+                self.forget(&exchange, request.unique, (request.node, count));
                 exchange.no_reply();
                 return Outcome::Done;
             }
             Operation::BatchForget(forgets) => {
-                self.forget_all(&forgets);
+                for one in forgets.iter() {
+                    self.forget(&exchange, request.unique, one);
+                }
                 exchange.no_reply();
                 return Outcome::Done;
             }
@@ -186,7 +202,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    fn answer<E: Exchange>(self: &Arc<Self>, exchange: E, request: &Request<'_>) -> Outcome {
+    fn answer<E: Exchange>(self: &Arc<Self>, mut exchange: E, request: &Request<'_>) -> Outcome {
         match request.operation {
             Operation::Read(range) => return self.read(exchange, request, range),
             Operation::Write { range, mode } => {
@@ -213,7 +229,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
             _ => {}
         }
         let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
-        self.now(exchange, request.unique, self.metadata(request, room))
+        let answer = match exchange.begun() {
+            Some(intent) => self.metadata_again(request, intent, room),
+            None => {
+                self.intend(&mut exchange, request);
+                self.metadata(request, room)
+            }
+        };
+        self.now(exchange, request.unique, answer)
     }
 
     /// INIT and DESTROY, which other requests are kept apart from.
@@ -239,18 +262,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 if worth_a_line(self.counters.requests(Opcode::Init)) {
                     log::info!("session begins: {negotiated}");
                 }
-                *self
-                    .negotiated
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
-                let flags = negotiated.flags;
-                self.agreed.store(flags.bits(), Ordering::Relaxed);
-                self.fs.begin(&Terms {
-                    collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
-                    no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
-                    no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
-                });
-                self.ready.store(true, Ordering::Release);
+                self.agree(negotiated);
+                self.remember(Some(negotiated.words()));
                 Ok(Answer::Init(negotiated.reply()))
             }
             Ok(Agreement::NewerMajor) => Ok(Answer::Init(our_version())),
@@ -263,11 +276,33 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    fn forget_all(&self, forgets: &Forgets<'_>) {
-        if self.is_ready() {
-            for (node, count) in forgets.iter() {
-                self.fs.forget(node, count);
-            }
+    fn remember(&self, agreement: Option<Words>) {
+        if let Some(table) = &self.table {
+            table.set_agreement(agreement);
+        }
+    }
+
+    /// Goes by what was agreed on from here on.
+    fn agree(&self, negotiated: Negotiated) {
+        *self
+            .negotiated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
+        let flags = negotiated.flags;
+        self.agreed.store(flags.bits(), Ordering::Relaxed);
+        self.fs.begin(&Terms {
+            collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
+            no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
+            no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
+        });
+        self.ready.store(true, Ordering::Release);
+    }
+
+    fn forget<E: Exchange>(&self, exchange: &E, unique: u64, (node, count): (NodeId, u64)) {
+        match exchange.begun() {
+            _ if !self.is_ready() => {}
+            Some(_) => self.forget_again(unique, node, count),
+            None => self.fs.forget(node, count),
         }
     }
 

@@ -10,6 +10,7 @@ mod credentials;
 mod directories;
 mod lookups;
 mod names;
+mod restored;
 mod xattrs;
 
 use std::ffi::{CStr, CString};

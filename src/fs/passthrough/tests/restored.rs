@@ -1,0 +1,320 @@
+//! A file system that goes on from the table of another, which ended without a word.
+
+use std::mem::ManuallyDrop;
+
+use rustix::fs::AtFlags;
+
+use super::*;
+use crate::fs::HandleKind;
+use crate::fs::passthrough::{Past, Restored, Shared};
+use crate::io::{Lock, LockKind, RecordLock};
+use crate::state::Table;
+
+/// A file system whose process was killed: nothing of it is dropped.
+struct Killed {
+    dir: TempDir,
+    fs: ManuallyDrop<Passthrough>,
+}
+
+fn killed(rig: Rig) -> Killed {
+    let Rig { dir, fs } = rig;
+    Killed {
+        dir,
+        fs: ManuallyDrop::new(fs),
+    }
+}
+
+impl Killed {
+    /// The next one, with the descriptors of this one or without.
+    fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
+        let table = Table::open(self.fs.table().file().try_clone().unwrap()).unwrap();
+        let open = |path: &Path| std::fs::File::open(path).unwrap().into();
+        let shared = Shared {
+            root: open(self.dir.path()),
+            proc_fds: open(Path::new("/proc/self/fd")),
+            path: self.dir.path().to_owned(),
+        };
+        let past = Past {
+            bequeathed,
+            under_way: under_way.to_vec(),
+        };
+        let options = self.fs.options.clone();
+        let (fs, restored) = Passthrough::of(shared, options, &table, Some(&past)).unwrap();
+        (Rig { dir: self.dir, fs }, restored)
+    }
+}
+
+/// Runs `test` with descriptors that are still there, and with such as are not.
+fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
+    for bequeathed in [true, false] {
+        on_a_thread(|| match Rig::new(options.clone()) {
+            Some(rig) => test(rig, bequeathed),
+            None => println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH"),
+        });
+    }
+}
+
+fn read(rig: &Rig, node: NodeId, handle: Handle) -> Vec<u8> {
+    let file = rig.fs.file(node, handle, HandleKind::File).unwrap();
+    let mut bytes = [0; 64];
+    let len = rustix::io::pread(&file, &mut bytes, 0).unwrap();
+    bytes[..len].to_vec()
+}
+
+#[test]
+fn inodes_and_open_files_are_what_they_were() {
+    let modes = [InodeFileHandles::Never, InodeFileHandles::Mandatory];
+    for inode_file_handles in modes {
+        let options = Options {
+            inode_file_handles,
+            ..Options::default()
+        };
+        either_way(&options, |rig, bequeathed| {
+            rig.host_dir("dir");
+            rig.host_file("dir/file", "content");
+            let dir = rig.node("dir");
+            let file = rig.find(dir, "file").unwrap();
+            let again = rig.find(dir, "file").unwrap();
+            assert_eq!(file.node, again.node);
+            let opened = rig.fs.open(&SUPERUSER, file.node, O_RDWR).unwrap();
+            let listing = rig.fs.opendir(&SUPERUSER, dir, 0).unwrap();
+            // Renamed by the guest, the directory too.
+            let to = |name: &str| c(name);
+            rig.fs
+                .rename(&SUPERUSER, (dir, &to("file")), (ROOT, &to("moved")), 0)
+                .unwrap();
+            rig.fs
+                .rename(&SUPERUSER, (ROOT, &to("dir")), (ROOT, &to("other")), 0)
+                .unwrap();
+
+            let (rig, restored) = killed(rig).next(bequeathed, &[]);
+            let expected = Restored {
+                inodes: 3,
+                files: 2,
+                locks: 0,
+                lost: 0,
+            };
+            assert_eq!(restored, expected, "{inode_file_handles:?} {bequeathed}");
+            assert_eq!(read(&rig, file.node, opened.handle), b"content");
+            let attributes = rig.attributes(file.node).unwrap();
+            assert_eq!(attributes.inode, file.attributes.inode);
+            // The same inode by its name, and a new one is another.
+            let found = rig.find(ROOT, "moved").unwrap();
+            assert_eq!((found.node, found.generation), (file.node, file.generation));
+            assert_eq!(rig.node("other"), dir);
+            let (new, _) = rig.create(&SUPERUSER, "new", O_RDWR, 0o600).unwrap();
+            assert!(new.node > file.node && new.node > dir);
+            let mut names = Listing::new(100);
+            rig.fs
+                .readdir(&SUPERUSER, dir, listing.handle, 0, false, &mut names)
+                .unwrap();
+            assert_eq!(names.listed.len(), 2, "what was moved is gone from there");
+            // Twice before, and once now.
+            rig.fs.forget(file.node, 2);
+            assert!(rig.attributes(file.node).is_ok());
+            rig.fs.release(file.node, opened.handle).unwrap();
+            rig.fs.forget(file.node, 1);
+            assert_eq!(rig.attributes(file.node), Err(Errno::STALE));
+        });
+    }
+}
+
+#[test]
+fn an_unlinked_file_lives_on_with_its_descriptor() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o600).unwrap();
+        let file = rig
+            .fs
+            .file(entry.node, opened.handle, HandleKind::File)
+            .unwrap();
+        rustix::io::pwrite(&file, b"precious", 0).unwrap();
+        drop(file);
+        rig.fs.unlink(&SUPERUSER, ROOT, &c("file")).unwrap();
+        let other = rig.host_file("file", "another file of its name");
+        let (rig, restored) = killed(rig).next(bequeathed, &[]);
+        if bequeathed {
+            assert_eq!((restored.files, restored.lost), (1, 0));
+            assert_eq!(read(&rig, entry.node, opened.handle), b"precious");
+            assert_eq!(rig.attributes(entry.node).unwrap().links, 0);
+        } else {
+            // The host has it no more, as far as this process can reach it.
+            assert_eq!((restored.files, restored.lost), (0, 1));
+            assert_eq!(rig.attributes(entry.node), Err(Errno::STALE));
+        }
+        assert_eq!(std::fs::read(other).unwrap(), b"another file of its name");
+    });
+}
+
+#[test]
+fn locks_are_held_still_or_again() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        let path = rig.host_file("file", "content");
+        let node = rig.node("file");
+        let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+        let owner = crate::fs::LockOwner(77);
+        let lock = |kind, start, end| RecordLock { kind, start, end };
+        let file = rig.fs.lock_file(node, opened.handle, owner).unwrap();
+        for one in [
+            lock(LockKind::Exclusive, 0, 9),
+            lock(LockKind::Shared, 20, 29),
+            lock(LockKind::Unlock, 5, 9),
+        ] {
+            file.try_lock(Lock::Record(one)).unwrap();
+            rig.fs
+                .note_lock(node, opened.handle, owner, Lock::Record(one));
+        }
+        drop(file);
+        let whole = Lock::Whole(LockKind::Exclusive);
+        let open = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+        open.try_lock(whole).unwrap();
+        rig.fs.note_lock(node, opened.handle, owner, whole);
+        drop(open);
+        let rig = killed(rig);
+        if !bequeathed {
+            // What a process holds goes with it.
+            let old = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+            old.try_lock(Lock::Whole(LockKind::Unlock)).unwrap();
+            let old = rig.fs.lock_file(node, opened.handle, owner).unwrap();
+            let all = lock(LockKind::Unlock, 0, i64::MAX.cast_unsigned());
+            old.try_lock(Lock::Record(all)).unwrap();
+        }
+        let (_rig, restored) = rig.next(bequeathed, &[]);
+        assert_eq!((restored.files, restored.locks, restored.lost), (1, 1, 0));
+        let somebody = crate::io::File::from(std::fs::File::open(path).unwrap());
+        let in_the_way = |start, end| {
+            let wanted = lock(LockKind::Exclusive, start, end);
+            somebody.lock_in_the_way(wanted).unwrap()
+        };
+        assert_eq!(in_the_way(0, 19), Some(lock(LockKind::Exclusive, 0, 4)));
+        assert_eq!(in_the_way(5, 19), None);
+        assert_eq!(in_the_way(5, 99), Some(lock(LockKind::Shared, 20, 29)));
+        assert!(somebody.try_lock(Lock::Whole(LockKind::Shared)).is_err());
+    });
+}
+
+#[test]
+fn what_was_not_answered_does_not_count() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        rig.host_file("file", "content");
+        rig.fs.serving(2);
+        let node = rig.node("file");
+        rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+        rig.fs.serving(4);
+        rig.find(ROOT, "file").unwrap();
+        rig.fs.serving(6);
+        let unheard = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+        rig.host_file("new", "");
+        rig.fs.serving(8);
+        let new = rig.node("new");
+        rig.fs.serving(0);
+        // The guest has heard of the first two alone.
+        let (rig, restored) = killed(rig).next(bequeathed, &[4, 6, 8]);
+        assert_eq!((restored.inodes, restored.files), (2, 1));
+        assert!(rig.fs.file(node, unheard.handle, HandleKind::File).is_err());
+        assert_eq!(rig.attributes(new), Err(Errno::STALE));
+        rig.fs.forget(node, 1);
+        assert_eq!(rig.attributes(node), Err(Errno::STALE));
+    });
+}
+
+#[test]
+fn a_forget_counts_once() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        rig.host_file("file", "content");
+        let node = rig.node("file");
+        rig.find(ROOT, "file").unwrap();
+        rig.fs.serving(10);
+        rig.fs.forget(node, 1);
+        let (rig, _) = killed(rig).next(bequeathed, &[10]);
+        assert!(rig.fs.was_forgotten(node, 10));
+        assert!(!rig.fs.was_forgotten(node, 12));
+        assert!(rig.fs.was_forgotten(NodeId(4711), 12), "long forgotten");
+        assert!(rig.attributes(node).is_ok());
+    });
+}
+
+#[test]
+fn a_rename_that_was_done_is_recognised() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        for name in ["a", "b", "c"] {
+            rig.host_file(name, name);
+        }
+        let [a, b, _] = ["a", "b", "c"].map(|name| rig.node(name));
+        // The process was killed between the system call and its writing down.
+        let path = |name: &str| rig.path(name);
+        std::fs::rename(path("a"), path("moved")).unwrap();
+        let (rig, _) = killed(rig).next(bequeathed, &[]);
+        let (old, new) = (c("a"), c("moved"));
+        assert!(rig.fs.was_renamed((ROOT, &old), (ROOT, &new)));
+        assert_eq!(rig.node("moved"), a);
+        assert!(rig.attributes(a).is_ok());
+        // Not done: it is there under its old name, whatever the new one is.
+        assert!(!rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("c"))));
+        assert!(!rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("nothing"))));
+        // Changed places.
+        rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            rig.path("b"),
+            rustix::fs::CWD,
+            rig.path("c"),
+            rustix::fs::RenameFlags::EXCHANGE,
+        )
+        .unwrap();
+        assert!(rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("c"))));
+        assert_eq!(rig.node("c"), b);
+    });
+}
+
+#[test]
+fn another_directory_is_refused() {
+    on_a_thread(|| {
+        let rig = killed(Rig::new(Options::default()).unwrap());
+        let other = tempfile::tempdir().unwrap();
+        let table = Table::open(rig.fs.table().file().try_clone().unwrap()).unwrap();
+        let open = |path: &Path| std::fs::File::open(path).unwrap().into();
+        let shared = Shared {
+            root: open(other.path()),
+            proc_fds: open(Path::new("/proc/self/fd")),
+            path: other.path().to_owned(),
+        };
+        let options = Options::default();
+        let refused = Passthrough::of(shared, options, &table, Some(&Past::default()));
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("another directory"), "{error}");
+    });
+}
+
+#[test]
+fn a_tree_that_is_known_by_name_alone_comes_back() {
+    on_a_thread(|| {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let options = Options {
+            max_open_inodes: Some(20),
+            ..Options::default()
+        };
+        let rig = Rig::new(options).unwrap();
+        let mut nodes = Vec::new();
+        for dir in 0..20 {
+            let name = format!("dir{dir}");
+            rig.host_dir(&name);
+            let parent = rig.node(&name);
+            for file in 0..20 {
+                rig.host_file(&format!("{name}/file{file}"), &format!("{dir} {file}"));
+                let entry = rig.find(parent, &format!("file{file}")).unwrap();
+                nodes.push((entry.node, format!("{dir} {file}")));
+            }
+        }
+        let (rig, restored) = killed(rig).next(false, &[]);
+        assert_eq!(restored.inodes, 1 + 20 + 400);
+        assert!(rig.fs.unlink(&SUPERUSER, ROOT, &c("absent")).is_err());
+        for (node, content) in nodes {
+            let opened = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
+            assert_eq!(read(&rig, node, opened.handle), content.as_bytes());
+            rig.fs.release(node, opened.handle).unwrap();
+        }
+        let stat = rustix::fs::statat(rustix::fs::CWD, rig.path("dir0"), AtFlags::empty());
+        assert!(stat.is_ok());
+    });
+}
