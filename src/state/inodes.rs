@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::slabs::{Kind, STATE, word_of};
+use super::text::Name;
 use super::{Place, StateError, Table};
 
 const NODE: usize = 0;
@@ -102,9 +103,9 @@ impl Table {
                 "the state of an inode"
             } else if node == 0 || node >= known || !nodes.insert(node) {
                 "the node id of an inode"
-            } else if name != 0 && !self.claim_text::<2>(name) {
+            } else if name != 0 && !self.claim_text(name) {
                 "the name of an inode"
-            } else if handle != 0 && !self.claim_text::<0>(handle) {
+            } else if handle != 0 && !self.claim_text(handle) {
                 "the file handle of an inode"
             } else {
                 return;
@@ -200,41 +201,59 @@ impl InodeRecord {
         unique != 0 && self.get(LOOKUPS) & !COUNT == mark(unique, added)
     }
 
-    /// Where it was last seen: the node id of the directory, the name, and a print of the file
-    /// handle or 0.
+    /// Where it was last seen.
     #[must_use]
-    pub fn name(&self) -> Option<(u64, Vec<u8>, u64)> {
+    pub fn name(&self) -> Option<Name> {
         let (name, _) = halves(self.get(TEXTS));
-        (name != 0).then(|| {
-            let ([parent, print], bytes) = self.table.text(name);
-            (parent, bytes, print)
-        })
+        (name != 0).then(|| self.table.name(name))
     }
 
-    /// Sets where it was last seen, or that it has no name that is known. False if the table is
-    /// full: then it has none.
-    pub fn set_name(&self, name: Option<(u64, &[u8], u64)>) -> bool {
+    /// The node id of the directory where it was last seen.
+    #[must_use]
+    pub fn parent(&self) -> Option<u64> {
+        let (name, _) = halves(self.get(TEXTS));
+        (name != 0).then(|| self.table.parent_of(name))
+    }
+
+    /// Whether this is where it was last seen.
+    #[must_use]
+    pub fn goes_by(&self, parent: u64, name: &[u8]) -> bool {
+        let (place, _) = halves(self.get(TEXTS));
+        place != 0 && self.table.is_name(place, parent, name)
+    }
+
+    /// Sets where it was last seen: the node id of the directory, the name, and a print of the file
+    /// handle or 0. False if the table is full: then that is not known.
+    pub fn set_name(&self, parent: u64, name: &[u8], print: u64) -> bool {
+        let new = self.table.new_name(parent, name, print);
+        self.replace_name(new.unwrap_or(0));
+        new.is_some()
+    }
+
+    /// Where it was last seen is not known any more.
+    pub fn end_name(&self) {
+        self.replace_name(0);
+    }
+
+    fn replace_name(&self, new: Place) {
         let (old, handle) = halves(self.get(TEXTS));
-        let new =
-            name.and_then(|(parent, bytes, print)| self.table.new_text([parent, print], bytes));
-        if new.unwrap_or(0) != old {
-            self.set(TEXTS, u64::from(new.unwrap_or(0)) | u64::from(handle) << 32);
+        if new != old {
+            self.set(TEXTS, u64::from(new) | u64::from(handle) << 32);
             self.table.end_text(old);
         }
-        new.is_some() == name.is_some()
     }
 
     /// Its file handle, as `holds` wrote it down.
     #[must_use]
     pub fn handle(&self) -> Option<Vec<u8>> {
         let (_, handle) = halves(self.get(TEXTS));
-        (handle != 0).then(|| self.table.text::<0>(handle).1)
+        (handle != 0).then(|| self.table.text(handle))
     }
 
     /// Sets its file handle. False if the table is full.
     pub fn set_handle(&self, handle: &[u8]) -> bool {
         let (name, old) = halves(self.get(TEXTS));
-        let new = self.table.new_text([], handle);
+        let new = self.table.new_text(handle);
         self.set(TEXTS, u64::from(name) | u64::from(new.unwrap_or(0)) << 32);
         self.table.end_text(old);
         new.is_some()

@@ -87,7 +87,7 @@ impl Table {
             let what = if self.load(at + STATE) & 0xff != LIVE {
                 "the state of a lock owner"
             } else if ranges != 0
-                && !Place::try_from(ranges).is_ok_and(|place| self.claim_text::<0>(place))
+                && !Place::try_from(ranges).is_ok_and(|place| self.claim_text(place))
             {
                 "the ranges of a lock owner"
             } else {
@@ -135,7 +135,7 @@ impl LockRecord {
         let Some(place) = Place::try_from(self.get(RANGES)).ok().filter(|it| *it != 0) else {
             return Vec::new();
         };
-        let (_, bytes) = self.table.text::<0>(place);
+        let bytes = self.table.text(place);
         let word = |bytes: &[u8], at: usize| {
             let word = bytes
                 .get(at..at + 8)
@@ -165,7 +165,7 @@ impl LockRecord {
         let new = if ranges.is_empty() {
             Some(0)
         } else {
-            self.table.new_text([], &bytes)
+            self.table.new_text(&bytes)
         };
         let Some(new) = new else {
             return false;

@@ -31,6 +31,7 @@ pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
+pub use self::text::Name;
 
 use self::header::Layout;
 use self::slabs::{Kind, Slabs};

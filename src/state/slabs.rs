@@ -20,11 +20,8 @@ pub(super) const RECORD: usize = 8;
 /// The word of a record that says whether it is one. Not 0 if so.
 pub(super) const STATE: usize = RECORD - 1;
 
-/// Words that a [`Place`] counts in.
-const UNIT: usize = 2;
-
 /// Words of the texts that there are.
-const TEXTS: [usize; 11] = [4, 6, 8, 12, 16, 24, 40, 64, 256, 1024, CHUNK];
+const TEXTS: [usize; 14] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 64, 256, 1024, CHUNK];
 
 /// What a chunk is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +91,7 @@ const LISTS: usize = 3 + TEXTS.len();
 
 /// The first word of a place.
 pub(super) fn word_of(place: Place) -> usize {
-    place as usize * UNIT
+    place as usize
 }
 
 /// A chunk that is in use.
@@ -276,7 +273,7 @@ impl Slabs {
             if let Some(at) = place {
                 state.words += kind.words();
                 let word = self.start + number * CHUNK + at * kind.words();
-                return u32::try_from(word / UNIT).ok();
+                return u32::try_from(word).ok();
             }
             state.with_room[kind.list()].pop();
             if let Some(chunk) = state.chunks[number].as_mut().filter(|it| it.kind == kind) {
@@ -378,7 +375,7 @@ impl Slabs {
                     });
                     taken.map(move |at| self.start + number * CHUNK + at * RECORD)
                 })
-                .filter_map(|word| u32::try_from(word / UNIT).ok())
+                .filter_map(|word| u32::try_from(word).ok())
                 .collect()
         };
         taken.into_iter().for_each(&mut each);

@@ -37,7 +37,7 @@ fn what_was_written_is_found_again() {
     let table = table();
     let fields = inode(&table, 10);
     let record = table.new_inode(&fields, 42).unwrap();
-    assert!(record.set_name(Some((1, b"name", 9))));
+    assert!(record.set_name(1, b"name", 9));
     assert!(record.set_handle(b"a handle"));
     record.set_descriptor(Some(0));
     let open = HandleFields {
@@ -73,7 +73,13 @@ fn what_was_written_is_found_again() {
     assert_eq!((found.node(), found.number()), (fields.node, 10));
     assert_eq!((found.device(), found.mount()), (7, 3));
     assert_eq!((found.birth(), found.sort()), (-5, libc::S_IFREG));
-    assert_eq!(found.name(), Some((1, b"name".to_vec(), 9)));
+    let name = Name {
+        parent: 1,
+        bytes: b"name".to_vec(),
+        print: 9,
+    };
+    assert_eq!(found.name(), Some(name));
+    assert!(found.goes_by(1, b"name") && !found.goes_by(2, b"name") && !found.goes_by(1, b"nam"));
     assert_eq!(found.handle(), Some(b"a handle".to_vec()));
     assert_eq!((found.lookups(), found.descriptor()), (1, Some(0)));
     assert!(found.was_counted_by(42, true) && !found.was_counted_by(42, false));
@@ -107,7 +113,7 @@ fn all_is_given_back() {
             .map(|number| {
                 let record = table.new_inode(&inode(&table, number), 0).unwrap();
                 let name = format!("name {number}");
-                assert!(record.set_name(Some((1, name.as_bytes(), 0))));
+                assert!(record.set_name(1, name.as_bytes(), 0));
                 record
             })
             .collect();
@@ -134,10 +140,10 @@ fn a_full_table_says_so() {
         records.push(record);
     }
     assert_eq!(records.len(), 64 * 1024);
-    assert!(!records[0].set_name(Some((1, b"name", 0))));
+    assert!(!records[0].set_name(1, b"name", 0));
     records.truncate(32 * 1024);
-    assert!(records[0].set_name(Some((1, b"name", 0))));
-    assert_eq!(records[0].name().unwrap().1, b"name");
+    assert!(records[0].set_name(1, b"name", 0));
+    assert_eq!(records[0].name().unwrap().bytes, b"name");
 }
 
 #[test]
@@ -146,10 +152,10 @@ fn a_name_is_replaced_by_one_store() {
     let record = table.new_inode(&inode(&table, 1), 0).unwrap();
     let before = table.bytes_in_use();
     for name in ["short", &"long".repeat(60), "x"] {
-        assert!(record.set_name(Some((1, name.as_bytes(), 0))));
-        assert_eq!(record.name().unwrap().1, name.as_bytes());
+        assert!(record.set_name(1, name.as_bytes(), 0));
+        assert_eq!(record.name().unwrap().bytes, name.as_bytes());
     }
-    assert!(record.set_name(None));
+    record.end_name();
     assert_eq!((record.name(), table.bytes_in_use()), (None, before));
 }
 
@@ -186,7 +192,7 @@ fn what_is_no_table_is_refused() {
 fn damaged_records_are_refused() {
     let table = table();
     let record = table.new_inode(&inode(&table, 1), 0).unwrap();
-    assert!(record.set_name(Some((1, b"name", 0))));
+    assert!(record.set_name(1, b"name", 0));
     let first = slabs::word_of({
         let mut at = 0;
         table.slabs.each(Kind::Inode, |place| at = place);

@@ -220,7 +220,7 @@ impl Passthrough {
     /// The entry of a listed name; `None` if it has vanished, or can't be looked up now: the
     /// guest then does so itself, and gets the error where it belongs.
     fn look_up(&self, directory: Open<'_>, raw: &Raw<'_>) -> Option<Entry> {
-        let key = *directory.inode().key();
+        let key = directory.inode().key();
         let entry = self.find_listed(directory, raw.name).ok()?;
         Some(self.announced(&key, entry))
     }

@@ -3,6 +3,7 @@
 //! The invariant: what is in the record is what holds, or held before the step that is being
 //! taken; a descriptor stands there only while it is open.
 
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,27 +12,35 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::FileType;
 
 use super::current;
-use super::holds::{Identity, Key, Way};
+use super::holds::{Identity, Key, Mount, Place, Way};
 use crate::fs::NodeId;
 use crate::state::{InodeFields, InodeRecord, Table};
+use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Slot;
 
 /// An inode that the guest knows.
 #[derive(Debug)]
 pub(super) struct Inode {
-    /// What outlives this process: lookups that the guest has not given back, changed under the
-    /// shard's lock only, which is what orders them; birth, sort; name, file handle, and the
+    /// What outlives this process: who it is; lookups that the guest has not given back, changed
+    /// under the shard's lock only, which is what orders them; name, file handle, and the
     /// descriptor's number, changed under the lock of the way. It ends before the descriptor.
     pub(super) record: InodeRecord,
-    pub(super) key: Key,
-    pub(super) node: NodeId,
-    /// Inodes whose way leads through this one. Changed as the lookups are.
-    pub(super) children: AtomicU32,
     /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
     pub(super) slot: Slot,
-    way: Mutex<Way>,
+    held: Mutex<Held>,
+    /// Inodes whose way leads through this one. Changed as the lookups are.
+    pub(super) children: AtomicU32,
     /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
     settled: AtomicBool,
+}
+
+/// Which [`Way`] leads to an inode; what there is to it stands in the record.
+#[derive(Debug)]
+pub(super) enum Held {
+    Nothing,
+    Handle(Arc<Mount>),
+    Name,
+    Forgotten,
 }
 
 const NO_BIRTH: i64 = i64::MIN;
@@ -62,8 +71,8 @@ impl Inode {
         if let Some(fd) = &fd {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
-        let inode = Self::recorded(record, identity.key, fd, way);
-        inode.write_way(&inode.way());
+        let inode = Self::recorded(record, fd, Held::Nothing);
+        inode.set_way(&mut inode.held(), way);
         inode
             .settled
             .store(identity.is_settled(), Ordering::Relaxed);
@@ -81,20 +90,18 @@ impl Inode {
         }
         record.set_location(identity.key.device, identity.key.mount);
         record.set_descriptor(Some(fd.as_raw_fd()));
-        let root = Self::recorded(record, identity.key, Some(fd), Way::None);
+        let root = Self::recorded(record, Some(fd), Held::Nothing);
         root.settle_by_record();
         Some(root)
     }
 
     /// An inode that has a record, which says the rest.
-    pub(super) fn recorded(record: InodeRecord, key: Key, fd: Option<OwnedFd>, way: Way) -> Self {
+    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, held: Held) -> Self {
         Self {
-            key,
-            node: NodeId(record.node()),
             record,
-            children: AtomicU32::new(0),
             slot: fd.map_or_else(Slot::empty, Slot::full),
-            way: Mutex::new(way),
+            held: Mutex::new(held),
+            children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
         }
     }
@@ -106,25 +113,88 @@ impl Inode {
         self.settled.store(settled, Ordering::Relaxed);
     }
 
-    /// Writes into the record what leads to the inode.
-    pub(super) fn write_way(&self, way: &Way) {
-        let written = match way {
-            Way::None => self.record.set_name(None),
-            // The name stays: another host may have to go by it.
-            Way::Handle { handle, .. } => self.record.set_handle(handle.bytes()),
+    /// Which way leads to it. For short: whoever looks the inode up waits.
+    pub(super) fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How to reach it without its descriptor.
+    pub(super) fn way(&self) -> Way {
+        match &*self.held() {
+            Held::Nothing => Way::None,
+            Held::Forgotten => Way::Forgotten,
+            held @ Held::Name => self.place(held).map_or(Way::None, Way::Name),
+            Held::Handle(mount) => {
+                let handle = self.record.handle();
+                match handle.and_then(|bytes| FileHandle::from_bytes(&bytes)) {
+                    Some(handle) => Way::Handle {
+                        mount: Arc::clone(mount),
+                        handle,
+                    },
+                    None => Way::None,
+                }
+            }
+        }
+    }
+
+    /// The name that leads to it.
+    fn place(&self, held: &Held) -> Option<Place> {
+        if !matches!(held, Held::Name) {
+            return None;
+        }
+        let name = self.record.name()?;
+        Some(Place {
+            parent: NodeId(name.parent),
+            name: CString::new(name.bytes).ok()?.into(),
+            print: name.print,
+        })
+    }
+
+    /// Whether this is the name that leads to it.
+    pub(super) fn goes_by(&self, held: &Held, parent: NodeId, name: &CStr) -> bool {
+        matches!(held, Held::Name) && self.record.goes_by(parent.0, name.to_bytes())
+    }
+
+    /// Makes `way` what leads to it; answers in which directory the name was that did so before.
+    pub(super) fn set_way(&self, held: &mut Held, way: Way) -> Option<NodeId> {
+        let left = self.parent_by(held);
+        *held = match way {
+            Way::None => {
+                self.record.end_name();
+                Held::Nothing
+            }
+            Way::Forgotten => Held::Forgotten,
             Way::Name(place) => {
                 let name = place.name.to_bytes();
-                self.record
-                    .set_name(Some((place.parent.0, name, place.print)))
+                if self.record.set_name(place.parent.0, name, place.print) {
+                    Held::Name
+                } else {
+                    Held::Nothing
+                }
             }
-            Way::Forgotten => true,
+            Way::Handle { mount, handle } => {
+                self.record.end_name();
+                if self.record.set_handle(handle.bytes()) {
+                    Held::Handle(mount)
+                } else {
+                    Held::Nothing
+                }
+            }
         };
-        if !written {
-            log::warn!(
-                "the state table is full: node {} has no name there",
-                self.node.0
-            );
+        left
+    }
+
+    /// Sets what tells it from another of its name.
+    pub(super) fn set_print(&self, held: &mut Held, print: u64) {
+        if let Some(place) = self.place(held).filter(|place| place.print != print) {
+            self.set_way(held, Way::Name(Place { print, ..place }));
         }
+    }
+
+    /// The directory of the name that leads to it.
+    pub(super) fn parent_by(&self, held: &Held) -> Option<NodeId> {
+        let parent = matches!(held, Held::Name).then(|| self.record.parent());
+        parent.flatten().map(NodeId)
     }
 
     pub(super) fn lookups(&self) -> u64 {
@@ -137,11 +207,15 @@ impl Inode {
     }
 
     pub(super) fn node(&self) -> NodeId {
-        self.node
+        NodeId(self.record.node())
     }
 
-    pub(super) fn key(&self) -> &Key {
-        &self.key
+    pub(super) fn key(&self) -> Key {
+        Key {
+            number: self.record.number(),
+            device: self.record.device(),
+            mount: self.record.mount(),
+        }
     }
 
     /// Its descriptor.
@@ -149,21 +223,15 @@ impl Inode {
         &self.slot
     }
 
-    /// How to reach it without. For short: whoever looks the inode up waits.
-    pub(super) fn way(&self) -> MutexGuard<'_, Way> {
-        self.way.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether somebody still counts on it. Asked under the shard's lock.
     pub(super) fn is_counted(&self) -> bool {
-        self.node == NodeId::ROOT || self.lookups() > 0 || self.children.load(Ordering::Relaxed) > 0
+        self.node() == NodeId::ROOT
+            || self.lookups() > 0
+            || self.children.load(Ordering::Relaxed) > 0
     }
 
     pub(super) fn parent(&self) -> Option<NodeId> {
-        match &*self.way() {
-            Way::Name(place) => Some(place.parent),
-            _ => None,
-        }
+        self.parent_by(&self.held())
     }
 
     /// What sort of file it is: never changes.
@@ -181,7 +249,7 @@ impl Inode {
 
     /// Whether `identity` may be this inode, and is if [`is_settled`](Self::is_settled).
     pub(super) fn may_be(&self, identity: &Identity) -> bool {
-        self.key == identity.key && self.has_birth_of(identity)
+        self.key() == identity.key && self.has_birth_of(identity)
     }
 
     fn has_birth_of(&self, identity: &Identity) -> bool {

@@ -10,27 +10,22 @@
 //!
 //! Order of locks: the shard by identity, then the shard by node id, then the inode's way.
 
-#![allow(
-    clippy::mutable_key_type,
-    reason = "inodes are found by their node id and their key, which never change"
-)]
-
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Borrow;
-use std::collections::HashSet;
 use std::ffi::CStr;
-use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use hashbrown::HashTable;
 
 use super::changes::{Changes, Changing, Moment};
 use super::clock::Clock;
 use super::current;
 use super::holds::{Identity, Key, Place, Way};
-use super::inode::Inode;
+use super::inode::{Held, Inode};
 use crate::fs::NodeId;
 use crate::state::Table;
 use crate::sys::slot::Borrowed;
@@ -51,53 +46,6 @@ impl New {
         }
     }
 }
-
-/// An inode, found by its node id. No copy of it: a set's entry is one pointer.
-#[derive(Debug)]
-struct ByNode(Arc<Inode>);
-
-/// An inode, found by its identity.
-#[derive(Debug)]
-struct ByKey(Arc<Inode>);
-
-impl Borrow<NodeId> for ByNode {
-    fn borrow(&self) -> &NodeId {
-        &self.0.node
-    }
-}
-
-impl Borrow<Key> for ByKey {
-    fn borrow(&self) -> &Key {
-        &self.0.key
-    }
-}
-
-impl Hash for ByNode {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.node.hash(state);
-    }
-}
-
-impl Hash for ByKey {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.key.hash(state);
-    }
-}
-
-impl PartialEq for ByNode {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.node == other.0.node
-    }
-}
-
-impl PartialEq for ByKey {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.key == other.0.key
-    }
-}
-
-impl Eq for ByNode {}
-impl Eq for ByKey {}
 
 /// Mixes a few integers. The numbers come from the host's file systems and from a counter, so
 /// nobody can choose them to collide on purpose.
@@ -126,8 +74,30 @@ impl Hasher for Mixer {
 /// Hashes with [`Mixer`].
 pub(super) type Mix = BuildHasherDefault<Mixer>;
 
-type Keys = HashSet<ByKey, Mix>;
-type Nodes = HashSet<ByNode, Mix>;
+/// A set of inodes by what their records say of them: its entry is one pointer.
+type Keys = HashTable<Arc<Inode>>;
+type Nodes = HashTable<Arc<Inode>>;
+
+fn hash_of_key(key: &Key) -> u64 {
+    Mix::default().hash_one(key)
+}
+
+fn hash_of_node(node: NodeId) -> u64 {
+    Mix::default().hash_one(node)
+}
+
+fn key_hash(inode: &Arc<Inode>) -> u64 {
+    hash_of_key(&inode.key())
+}
+
+fn node_hash(inode: &Arc<Inode>) -> u64 {
+    hash_of_node(inode.node())
+}
+
+/// The inode that goes by `key`.
+fn by_key<'a>(keys: &'a Keys, key: &Key) -> Option<&'a Arc<Inode>> {
+    keys.find(hash_of_key(key), |known| known.key() == *key)
+}
 
 /// So many that a handful of workers rarely meet.
 const SHARDS: usize = 64;
@@ -175,12 +145,12 @@ impl Store {
             clock: Clock::new(),
             changes: Changes::new(),
         };
-        store.insert(&mut store.keys(&store.root.key), Arc::clone(&store.root));
+        store.insert(&mut store.keys(&store.root.key()), Arc::clone(&store.root));
         store
     }
 
     pub(super) fn root_key(&self) -> Key {
-        self.root.key
+        self.root.key()
     }
 
     /// The table that outlives this process.
@@ -203,7 +173,7 @@ impl Store {
     pub(super) fn take_in(&self, inodes: Vec<Inode>) {
         let inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
         for inode in &inodes {
-            self.insert(&mut self.keys(&inode.key), Arc::clone(inode));
+            self.insert(&mut self.keys(&inode.key()), Arc::clone(inode));
         }
         for inode in &inodes {
             if let Some(parent) = inode.parent().and_then(|node| self.any(node)) {
@@ -214,7 +184,7 @@ impl Store {
         // Those that nobody counts on any more: what was given back as the other process ended.
         for inode in &inodes {
             if !inode.is_counted() {
-                let removed = self.remove(&mut self.keys(&inode.key), inode);
+                let removed = self.remove(&mut self.keys(&inode.key()), inode);
                 if let Some(parent) = removed.as_ref().and_then(|_| self.bury(inode)) {
                     self.leave(parent);
                 }
@@ -226,7 +196,7 @@ impl Store {
     pub(super) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
         // Those that are here for their children alone are not the guest's.
-        let had = known.node == NodeId::ROOT || known.lookups() > 0;
+        let had = known.node() == NodeId::ROOT || known.lookups() > 0;
         had.then_some(known)
     }
 
@@ -239,19 +209,17 @@ impl Store {
             .nodes(node)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        nodes.get(&node).map(|found| Arc::clone(&found.0))
+        nodes
+            .find(hash_of_node(node), |known| known.node() == node)
+            .map(Arc::clone)
     }
 
     /// The inode whose way is `name` in `parent`: looks at all of them.
     pub(super) fn by_name(&self, parent: NodeId, name: &CStr) -> Option<Arc<Inode>> {
-        let goes_by = |inode: &Inode| match &*inode.way() {
-            Way::Name(place) => place.parent == parent && *place.name == *name,
-            _ => false,
-        };
+        let goes_by = |inode: &Inode| inode.goes_by(&inode.held(), parent, name);
         self.by_node.iter().find_map(|shard| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let found = nodes.iter().find(|known| goes_by(&known.0));
-            found.map(|found| Arc::clone(&found.0))
+            nodes.iter().find(|known| goes_by(known)).map(Arc::clone)
         })
     }
 
@@ -259,9 +227,7 @@ impl Store {
     /// takes more than `identity` to tell.
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
-        let ByKey(inode) = keys
-            .get(&identity.key)
-            .filter(|known| known.0.is(identity))?;
+        let inode = by_key(&keys, &identity.key).filter(|known| known.is(identity))?;
         count_up(&keys, inode);
         Some(Arc::clone(inode))
     }
@@ -269,7 +235,7 @@ impl Store {
     /// The inode that goes by `identity`'s key, if it may be it.
     pub(super) fn peek(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
-        let ByKey(inode) = keys.get(&identity.key)?;
+        let inode = by_key(&keys, &identity.key)?;
         inode.may_be(identity).then(|| Arc::clone(inode))
     }
 
@@ -278,7 +244,7 @@ impl Store {
     /// [`see_new`](Self::see_new).
     pub(super) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
-        if let Some(ByKey(known)) = keys.get(&identity.key) {
+        if let Some(known) = by_key(&keys, &identity.key) {
             let known = known.is(identity).then_some(known)?;
             count_up(&keys, known);
             return Some(Arc::clone(known));
@@ -296,7 +262,7 @@ impl Store {
         same: impl FnOnce(&Inode, &New) -> bool,
     ) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
-        if let Some(ByKey(known)) = keys.get(&identity.key) {
+        if let Some(known) = by_key(&keys, &identity.key) {
             if known.is(identity) || same(known, &new) {
                 count_up(&keys, known);
                 known.settle(identity);
@@ -305,7 +271,8 @@ impl Store {
                 return Some(known);
             }
             // What had this number before is no more. Its node id stays with who has it.
-            keys.remove(&identity.key);
+            let known = Arc::clone(known);
+            remove_key(&mut keys, &known);
         }
         self.add(&mut keys, identity, new.fd, new.way)
     }
@@ -340,7 +307,7 @@ impl Store {
         moment: Moment,
     ) -> bool {
         self.see_if(inode, parent, name, print, || moment.lasts(&self.changes));
-        inode.slot.is_full() || !matches!(&*inode.way(), Way::None)
+        inode.slot.is_full() || !matches!(&*inode.held(), Held::Nothing)
     }
 
     /// As [`see`](Self::see), for who changes the name.
@@ -356,16 +323,19 @@ impl Store {
         print: u64,
         valid: impl FnOnce() -> bool,
     ) {
-        let settled = match &*inode.way() {
-            Way::Name(place) => place.parent == parent.node && *place.name == *name,
-            Way::None => inode.node == NodeId::ROOT || inode.node == parent.node,
-            Way::Handle { .. } | Way::Forgotten => true,
+        let settled = {
+            let held = inode.held();
+            match &*held {
+                Held::Name => inode.goes_by(&held, parent.node(), name),
+                Held::Nothing => inode.node() == NodeId::ROOT || inode.node() == parent.node(),
+                Held::Handle(_) | Held::Forgotten => true,
+            }
         };
         if settled || !self.adopt(parent) {
             return;
         }
         let place = Place {
-            parent: parent.node,
+            parent: parent.node(),
             name: name.into(),
             print,
         };
@@ -373,29 +343,27 @@ impl Store {
             self.leave(left);
         }
         if inode.children.load(Ordering::Relaxed) > 0 {
-            self.unwind(inode.node, parent.node);
+            self.unwind(inode.node(), parent.node());
         }
     }
 
     /// Makes `place` the way to `inode`; answers which parent has a child less now.
     fn put(&self, inode: &Inode, place: Place, valid: impl FnOnce() -> bool) -> Option<NodeId> {
-        let mut way = inode.way();
+        let mut held = inode.held();
         // Asked under the lock: who changes the name says so before he comes here.
-        if !valid() {
+        if !valid() || matches!(*held, Held::Handle(_) | Held::Forgotten) {
             return Some(place.parent);
         }
-        let left = match &mut *way {
-            Way::Handle { .. } | Way::Forgotten => return Some(place.parent),
-            Way::Name(old) => {
-                let print = old.print;
-                Some(std::mem::replace(old, Place { print, ..place }).parent)
+        let parent = place.parent;
+        let left = inode.set_way(&mut held, Way::Name(place));
+        if !matches!(*held, Held::Name) {
+            // The table is full; nothing leads there through the parent.
+            drop(held);
+            if let Some(left) = left {
+                self.leave(left);
             }
-            Way::None => {
-                *way = Way::Name(place);
-                None
-            }
-        };
-        inode.write_way(&way);
+            return Some(parent);
+        }
         if inode.slot.is_full() {
             self.clock.add(inode);
         }
@@ -406,28 +374,26 @@ impl Store {
     /// descriptor, which the caller uses, stays from now on.
     pub(super) fn lose(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
         let left = {
-            let mut way = inode.way();
-            match &*way {
-                Way::Name(place) if place.parent == parent.node && *place.name == *name => {
-                    *way = Way::None;
-                    inode.write_way(&way);
-                    parent.node
-                }
-                _ => return,
+            let mut held = inode.held();
+            if !inode.goes_by(&held, parent.node(), name) {
+                return;
             }
+            inode.set_way(&mut held, Way::None)
         };
-        self.leave(left);
+        if let Some(left) = left {
+            self.leave(left);
+        }
     }
 
     /// Which changes of names were known when this was called: before the name is looked at.
     pub(super) fn moment(&self, parent: &Inode) -> Moment {
-        self.changes.moment(parent.node)
+        self.changes.moment(parent.node())
     }
 
     /// Announces that names in two directories change, until the answer is dropped. To be called
     /// while the descriptors of the inodes concerned are in use.
     pub(super) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
-        self.changes.begin(parents.map(|parent| parent.node))
+        self.changes.begin(parents.map(Inode::node))
     }
 
     /// How many changes of names there have been.
@@ -435,13 +401,12 @@ impl Store {
         self.changes.count()
     }
 
-    /// Makes `way`, which `guard` is for, the way to `inode`.
-    pub(super) fn change_way(&self, inode: &Inode, mut guard: MutexGuard<'_, Way>, way: Way) {
-        let old = std::mem::replace(&mut *guard, way);
-        inode.write_way(&guard);
-        drop(guard);
-        if let Way::Name(place) = old {
-            self.leave(place.parent);
+    /// Makes `way` what leads to `inode`, whose guard `held` is.
+    pub(super) fn change_way(&self, inode: &Inode, mut held: MutexGuard<'_, Held>, way: Way) {
+        let left = inode.set_way(&mut held, way);
+        drop(held);
+        if let Some(left) = left {
+            self.leave(left);
         }
     }
 
@@ -457,9 +422,9 @@ impl Store {
                 return;
             };
             if up == node {
-                let way = inode.way();
-                if matches!(&*way, Way::Name(place) if place.parent == node) {
-                    self.change_way(&inode, way, Way::None);
+                let held = inode.held();
+                if inode.parent_by(&held) == Some(node) {
+                    self.change_way(&inode, held, Way::None);
                 }
                 return;
             }
@@ -477,8 +442,8 @@ impl Store {
         inode: &'a Inode,
         fd: OwnedFd,
     ) -> Result<Borrowed<'a>, OwnedFd> {
-        let way = inode.way();
-        if matches!(*way, Way::Forgotten) {
+        let held = inode.held();
+        if matches!(*held, Held::Forgotten) {
             return Err(fd);
         }
         match inode.slot.fill(fd) {
@@ -486,7 +451,7 @@ impl Store {
                 let number = borrowed.as_fd().as_raw_fd();
                 inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*way, Way::None) {
+                if !matches!(*held, Held::Nothing) {
                     self.clock.add(inode);
                 }
                 Ok(borrowed)
@@ -500,7 +465,7 @@ impl Store {
     pub(super) fn uninstall(
         &self,
         inode: &Inode,
-        _way: &MutexGuard<'_, Way>,
+        _held: &MutexGuard<'_, Held>,
         fd: Borrowed<'_>,
     ) -> Option<OwnedFd> {
         let taken = fd.take();
@@ -513,8 +478,8 @@ impl Store {
 
     /// Puts `inode` at the end of those that may be closed, if it has a descriptor and a way.
     pub(super) fn line_up(&self, inode: &Inode) {
-        let way = inode.way();
-        if inode.slot.is_full() && !matches!(*way, Way::None | Way::Forgotten) {
+        let held = inode.held();
+        if inode.slot.is_full() && !matches!(*held, Held::Nothing | Held::Forgotten) {
             self.clock.add(inode);
         }
     }
@@ -526,7 +491,7 @@ impl Store {
 
     /// Counts one child more of `parent`; answers whether that is still in the store.
     fn adopt(&self, parent: &Inode) -> bool {
-        let _keys = self.keys(&parent.key);
+        let _keys = self.keys(&parent.key());
         let here = parent.is_counted();
         if here {
             parent.children.fetch_add(1, Ordering::Relaxed);
@@ -538,7 +503,7 @@ impl Store {
     fn leave(&self, node: NodeId) {
         let mut next = Some(node);
         while let Some(parent) = next.and_then(|node| self.any(node)) {
-            let mut keys = self.keys(&parent.key);
+            let mut keys = self.keys(&parent.key());
             let before = parent.children.load(Ordering::Relaxed);
             if before == 0 {
                 return;
@@ -558,8 +523,8 @@ impl Store {
     ///
     /// Answers whether it still has it: another thread may have forgotten it meanwhile.
     pub(super) fn count(&self, inode: &Inode) -> bool {
-        let keys = self.keys(&inode.key);
-        let had = inode.node == NodeId::ROOT || inode.lookups() > 0;
+        let keys = self.keys(&inode.key());
+        let had = inode.node() == NodeId::ROOT || inode.lookups() > 0;
         if had {
             count_up(&keys, inode);
         }
@@ -578,7 +543,7 @@ impl Store {
     }
 
     fn forget_inode(&self, inode: &Arc<Inode>, count: u64) {
-        let mut keys = self.keys(&inode.key);
+        let mut keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
         inode.record.set_lookups(left, current::unique(), false);
@@ -597,25 +562,22 @@ impl Store {
 
     /// Ends what an inode that was removed still has; answers whose child it was.
     fn bury(&self, inode: &Inode) -> Option<NodeId> {
-        let mut way = inode.way();
-        let old = std::mem::replace(&mut *way, Way::Forgotten);
+        let mut held = inode.held();
+        let left = inode.set_way(&mut held, Way::Forgotten);
         if inode.slot.is_full() {
             self.descriptors.fetch_sub(1, Ordering::Relaxed);
         }
-        drop(way);
+        drop(held);
         if inode.slot.mark(false) {
-            self.clock.one_is_gone(inode.node, |node| self.any(node));
+            self.clock.one_is_gone(inode.node(), |node| self.any(node));
         }
-        match old {
-            Way::Name(place) => Some(place.parent),
-            _ => None,
-        }
+        left
     }
 
     /// Makes the next lookup find another inode under this one's key: it was found stale.
     pub(super) fn disown(&self, inode: &Inode) {
-        if inode.node != NodeId::ROOT {
-            let mut keys = self.keys(&inode.key);
+        if inode.node() != NodeId::ROOT {
+            let mut keys = self.keys(&inode.key());
             remove_key(&mut keys, inode);
         }
     }
@@ -627,11 +589,11 @@ impl Store {
             // are taken out one by one, so that the sets agree at each moment.
             let nodes: Vec<NodeId> = {
                 let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-                nodes.iter().map(|known| known.0.node).collect()
+                nodes.iter().map(|known| known.node()).collect()
             };
             for node in nodes {
                 if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
-                    let keys = self.keys(&inode.key);
+                    let keys = self.keys(&inode.key());
                     inode.children.store(0, Ordering::Relaxed);
                     // One that is here for its children alone has no lookup to give back.
                     inode.record.set_lookups(inode.lookups().max(1), 0, false);
@@ -661,7 +623,7 @@ impl Store {
 
     fn keys(&self, key: &Key) -> MutexGuard<'_, Keys> {
         // The set takes the lowest and the highest bits of the same hash.
-        let shard = Mix::default().hash_one(key) >> 40 & (SHARDS as u64 - 1);
+        let shard = hash_of_key(key) >> 40 & (SHARDS as u64 - 1);
         self.by_key[usize::try_from(shard).unwrap_or_default()]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -677,25 +639,29 @@ impl Store {
         if inode.slot.is_full() {
             self.descriptors.fetch_add(1, Ordering::Relaxed);
         }
-        self.nodes(inode.node)
+        self.nodes(inode.node())
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(ByNode(Arc::clone(&inode)));
-        keys.insert(ByKey(inode));
+            .insert_unique(node_hash(&inode), Arc::clone(&inode), node_hash);
+        keys.insert_unique(key_hash(&inode), inode, key_hash);
     }
 
-    fn remove(&self, keys: &mut Keys, inode: &Inode) -> Option<ByNode> {
+    fn remove(&self, keys: &mut Keys, inode: &Inode) -> Option<Arc<Inode>> {
         remove_key(keys, inode);
         let mut nodes = self
-            .nodes(inode.node)
+            .nodes(inode.node())
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        let removed = nodes.take(&inode.node);
+        let node = inode.node();
+        let removed = nodes
+            .find_entry(hash_of_node(node), |known| known.node() == node)
+            .map(|entry| entry.remove().0)
+            .ok();
         if removed.is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
         if roomy(nodes.len(), nodes.capacity()) {
-            nodes.shrink_to_fit();
+            nodes.shrink_to_fit(node_hash);
         }
         removed
     }
@@ -709,13 +675,11 @@ fn count_up(_keys: &MutexGuard<'_, Keys>, inode: &Inode) {
 
 fn remove_key(keys: &mut Keys, inode: &Inode) {
     // Another inode may have taken over the key.
-    let own = keys
-        .get(&inode.key)
-        .is_some_and(|known| known.0.node == inode.node);
-    if own {
-        keys.remove(&inode.key);
+    let own = |known: &Arc<Inode>| std::ptr::eq(&**known, inode);
+    if let Ok(entry) = keys.find_entry(hash_of_key(&inode.key()), own) {
+        entry.remove();
         if roomy(keys.len(), keys.capacity()) {
-            keys.shrink_to_fit();
+            keys.shrink_to_fit(key_hash);
         }
     }
 }

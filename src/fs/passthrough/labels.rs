@@ -126,7 +126,7 @@ impl Passthrough {
         let directory = self.inode(parent)?;
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let there = rustix::fs::statx(self.fd(&directory)?, name, flags, IDENTITY)?;
-        if Identity::of(&there).key != *made.key() {
+        if Identity::of(&there).key != made.key() {
             return Err(Errno::STALE);
         }
         let flags = match made.kind() {

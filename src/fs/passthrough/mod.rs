@@ -427,7 +427,7 @@ impl FileSystem for Passthrough {
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let entry = self.find(self.fd(&parent)?, name)?;
-        Ok(self.announced(parent.key(), entry))
+        Ok(self.announced(&parent.key(), entry))
     }
 
     fn lookup_self(&self, node: NodeId) -> Result<Entry> {

@@ -133,7 +133,7 @@ impl Passthrough {
             opened => opened,
         };
         let identity = |fd: &dyn AsFd| Ok::<_, Errno>(Identity::of(&stat_fd(fd, IDENTITY)?).key);
-        let root = *self.inode(NodeId::ROOT)?.key();
+        let root = self.inode(NodeId::ROOT)?.key();
         let parent = up(&self.fd(&inode)?)?;
         let mut at = rustix::io::fcntl_dupfd_cloexec(&parent, 0)?;
         let mut key = identity(&at)?;

@@ -14,7 +14,7 @@ use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
-use super::inode::Inode;
+use super::inode::{Held, Inode};
 use super::lookup::component;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 
@@ -217,9 +217,9 @@ impl Passthrough {
     /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
     /// lead nowhere from now on. It is in use, and so it is there.
     fn pin_nameless(&self, known: &Known) {
-        let way = known.inode.way();
-        if known.links == 1 && known.inode.slot().is_full() && matches!(*way, Way::Handle { .. }) {
-            self.inodes.change_way(&known.inode, way, Way::None);
+        let held = known.inode.held();
+        if known.links == 1 && known.inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
+            self.inodes.change_way(&known.inode, held, Way::None);
         }
     }
 
@@ -228,7 +228,7 @@ impl Passthrough {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
         let inode = self.inodes.peek(&Identity::of(&stat))?;
-        let by_handle = matches!(&*inode.way(), Way::Handle { .. });
+        let by_handle = matches!(&*inode.held(), Held::Handle(_));
         // An open file keeps itself, but of these nobody knows whether they are open.
         (!by_handle || self.terms.no_open()).then_some(Known {
             inode,

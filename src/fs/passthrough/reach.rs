@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::holds::{IDENTITY, Identity, InodeFd, Place, Way, print_of, reopen_fd, stat_fd};
-use super::inode::Inode;
+use super::inode::{Held, Inode};
 use super::inodes::DEEPEST;
 use crate::fs::Result;
 
@@ -51,11 +51,7 @@ impl Passthrough {
     /// for as long as `/proc/sys/fs/lease-break-time` says.
     pub(super) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
         if !inode.slot().is_full() {
-            let handle = match &*inode.way() {
-                Way::Handle { mount, handle } => Some((Arc::clone(mount), handle.clone())),
-                _ => None,
-            };
-            if let Some((mount, handle)) = handle {
+            if let Way::Handle { mount, handle } = inode.way() {
                 return self
                     .with_room(|| mount.open(&handle, flags))
                     .inspect_err(|error| self.note_stale(inode, *error));
@@ -68,7 +64,7 @@ impl Passthrough {
     /// What can't be reached any more shall not be found by a lookup again, unless that sees
     /// for sure that it is the same: the guest answers `ESTALE` with another lookup of the name.
     fn note_stale(&self, inode: &Inode, error: Errno) {
-        if error == Errno::STALE && !matches!(&*inode.way(), Way::Name(_)) {
+        if error == Errno::STALE && !matches!(&*inode.held(), Held::Name) {
             self.inodes.disown(inode);
         }
     }
@@ -140,9 +136,9 @@ impl Passthrough {
     }
 
     fn step(&self, inode: &Inode) -> Result<Step> {
-        let (mount, handle) = match &*inode.way() {
-            Way::Name(place) => return Ok(Step::Name(place.clone())),
-            Way::Handle { mount, handle } => (Arc::clone(mount), handle.clone()),
+        let (mount, handle) = match inode.way() {
+            Way::Name(place) => return Ok(Step::Name(place)),
+            Way::Handle { mount, handle } => (mount, handle),
             Way::None | Way::Forgotten => return Err(Errno::STALE),
         };
         self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))
@@ -174,7 +170,7 @@ impl Passthrough {
 
     /// Makes `fd` the inode's own, where inodes have descriptors of their own.
     fn keep<'a>(&self, inode: &'a Inode, fd: OwnedFd) -> Result<InodeFd<'a>> {
-        if !self.holder.keeps_opened() && matches!(&*inode.way(), Way::Handle { .. }) {
+        if !self.holder.keeps_opened() && matches!(&*inode.held(), Held::Handle(_)) {
             return Ok(InodeFd::opened(inode, fd));
         }
         let kept = match self.inodes.install(inode, fd) {
@@ -238,43 +234,37 @@ impl Passthrough {
         if inode.slot().second_chance() {
             return false;
         }
-        let mut way = inode.way();
+        let mut held = inode.held();
         let Some(fd) = inode.slot().inspect() else {
             return true;
         };
-        let found = match self.way_back(inode, &way, fd.as_fd()) {
+        let found = match self.way_back(inode, &held, fd.as_fd()) {
             Found::Later => return false,
             Found::Never => {
-                self.inodes.change_way(inode, way, Way::None);
+                self.inodes.change_way(inode, held, Way::None);
                 return false;
             }
             found => found,
         };
-        let taken = self.inodes.uninstall(inode, &way, fd);
+        let taken = self.inodes.uninstall(inode, &held, fd);
         let closed = taken.is_some();
         match found {
-            _ if !closed => drop(way),
-            Found::Same | Found::Later | Found::Never => drop(way),
-            Found::Print(new) => {
-                if let Way::Name(Place { print, .. }) = &mut *way
-                    && std::mem::replace(print, new) != new
-                {
-                    inode.write_way(&way);
-                }
-            }
-            Found::Better(better) => self.inodes.change_way(inode, way, better),
+            _ if !closed => drop(held),
+            Found::Same | Found::Later | Found::Never => drop(held),
+            Found::Print(print) => inode.set_print(&mut held, print),
+            Found::Better(better) => self.inodes.change_way(inode, held, better),
         }
         drop(taken);
         closed
     }
 
     /// How `inode`, open as `fd`, will be found again.
-    fn way_back(&self, inode: &Inode, way: &Way, fd: BorrowedFd<'_>) -> Found {
-        match way {
+    fn way_back(&self, inode: &Inode, held: &Held, fd: BorrowedFd<'_>) -> Found {
+        match held {
             // It has no business with the clock any more.
-            Way::None | Way::Forgotten => return Found::Later,
-            Way::Handle { .. } => return Found::Same,
-            Way::Name(_) => {}
+            Held::Nothing | Held::Forgotten => return Found::Later,
+            Held::Handle(_) => return Found::Same,
+            Held::Name => {}
         }
         let Ok(stat) = stat_fd(fd, IDENTITY) else {
             return Found::Later;
@@ -282,7 +272,7 @@ impl Passthrough {
         let identity = Identity::of(&stat);
         // One that has lost its names behind our back stays usable too. What has another
         // number by now (overlayfs when it copies up) would not be found by it.
-        if stat.stx_nlink == 0 || identity.key != *inode.key() {
+        if stat.stx_nlink == 0 || identity.key != inode.key() {
             return Found::Never;
         }
         if let Ok(better) = self.holder.by_handle(fd, &identity, &self.proc_fds) {

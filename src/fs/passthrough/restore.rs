@@ -13,7 +13,7 @@
 //! be moved.
 
 use std::collections::HashSet;
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::ops::Not;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -22,8 +22,8 @@ use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::holds::{IDENTITY, Identity, Key, Place, Way, stat_fd};
-use super::inode::Inode;
+use super::holds::{IDENTITY, Identity, Key, stat_fd};
+use super::inode::{Held, Inode};
 use super::lookup::stat_name;
 use super::opening::regular_file;
 use crate::fs::{NodeId, Result};
@@ -202,26 +202,21 @@ impl Passthrough {
         if fd.is_none() {
             record.set_descriptor(None);
         }
-        let key = key_of(&record);
-        let name = record.name().and_then(|(parent, bytes, print)| {
-            let place = Place {
-                parent: NodeId(parent),
-                name: CString::new(bytes).ok()?.into(),
-                print,
-            };
-            let has_parent = parent == NodeId::ROOT.0 || known.contains(&parent);
-            (has_parent && parent != record.node()).then_some(Way::Name(place))
+        let parent = record.parent();
+        let name = parent.is_some_and(|parent| {
+            let is_there = parent == NodeId::ROOT.0 || known.contains(&parent);
+            is_there && parent != record.node()
         });
         let handle = || {
-            let handle = FileHandle::from_bytes(&record.handle()?)?;
-            let mount = self.holder.mount(key.mount)?;
-            Some(Way::Handle { mount, handle })
+            FileHandle::from_bytes(&record.handle()?)?;
+            Some(Held::Handle(self.holder.mount(record.mount())?))
         };
-        let way = match (&fd, name) {
+        let name = name.then_some(Held::Name);
+        let held = match (&fd, name) {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
         };
-        let inode = Inode::recorded(record, key, fd, way.unwrap_or(Way::None));
+        let inode = Inode::recorded(record, fd, held.unwrap_or(Held::Nothing));
         inode.settle_by_record();
         inode
     }
