@@ -50,12 +50,12 @@ impl Passthrough {
     /// A lease that somebody on the host holds is waited for, as by any local process, at most
     /// for as long as `/proc/sys/fs/lease-break-time` says.
     pub(super) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        if !inode.slot().is_full() {
-            if let Way::Handle { mount, handle } = inode.way() {
-                return self
-                    .with_room(|| mount.open(&handle, flags))
-                    .inspect_err(|error| self.note_stale(inode, *error));
-            }
+        if !inode.slot().is_full()
+            && let Way::Handle { mount, handle } = inode.way()
+        {
+            return self
+                .with_room(|| mount.open(&handle, flags))
+                .inspect_err(|error| self.note_stale(inode, *error));
         }
         let fd = self.fd(inode)?;
         self.with_room(|| reopen_fd(&fd, &self.proc_fds, flags))
