@@ -25,7 +25,8 @@ use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::virtqueue::memory::{Alarm, DirtyLog, GuestAddress, Region};
 use crate::virtqueue::{
-    Features, Memory, MemoryError, Queue, QueueError, QueueIndex, RingAddresses,
+    Features, InflightError, InflightRegion, Memory, MemoryError, Queue, QueueError, QueueIndex,
+    RingAddresses, Setup, Tracking,
 };
 
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
@@ -33,6 +34,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::LOG_SHMFD);
 
@@ -88,6 +90,12 @@ pub enum SessionError {
          has lost it"
     )]
     MemoryGone(GuestAddress),
+    /// What is in flight can't be kept where the front end wants it.
+    #[error("the front end's memory of what is in flight can't be used")]
+    Inflight(#[from] InflightError),
+    /// It is no longer there.
+    #[error("the memory of what is in flight is gone: the file behind it was truncated")]
+    InflightGone,
     /// The log that was handed over is no longer there.
     #[error("the dirty log is gone: the file behind it was truncated")]
     LogGone,
@@ -178,6 +186,8 @@ struct Session<'a, R> {
     features: u64,
     regions: Memory,
     log: Option<Arc<DirtyLog>>,
+    /// Where the front end keeps what is in flight.
+    inflight: Option<InflightRegion>,
     /// `regions` with the log that is due.
     memory: Arc<Memory>,
     vrings: Vec<Vring>,
@@ -192,6 +202,7 @@ impl<'a, R: Runner> Session<'a, R> {
             features: 0,
             regions: Memory::default(),
             log: None,
+            inflight: None,
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
         }
@@ -245,15 +256,20 @@ impl<'a, R: Runner> Session<'a, R> {
         let Some((addresses, kick)) = vring.ready(implicit) else {
             return Ok(());
         };
-        let queue = Queue::new(
+        let setup = Setup {
             index,
-            vring.size,
+            size: vring.size,
             features,
             addresses,
-            &self.memory,
-            vring.base,
-            Arc::clone(&vring.call),
-        )?;
+            next: vring.base,
+        };
+        let part = self.inflight.as_ref().and_then(|region| region.part(index));
+        let tracking = part.map(|inflight| Tracking {
+            inflight,
+            journal: None,
+        });
+        let call = Arc::clone(&vring.call);
+        let queue = Queue::tracked(&setup, &self.memory, call, tracking)?;
         self.runner
             .run(queue, kick)
             .map_err(|source| SessionError::Run { index, source })?;
@@ -284,6 +300,8 @@ impl<'a, R: Runner> Session<'a, R> {
         for vring in &mut self.vrings {
             vring.reset();
         }
+        // Nothing is in flight any more; the front end hands over another, or this one again.
+        self.inflight = None;
         self.runner.reset();
     }
 }
@@ -520,15 +538,32 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         not_offered("SHARED_OBJECT was not offered")
     }
 
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> Answer<(VhostUserInflight, File)> {
-        not_offered("INFLIGHT_SHMFD was not offered")
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Answer<(VhostUserInflight, File)> {
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        let most = self.device.queues();
+        if queues > most {
+            let index = u32::from(queues.saturating_sub(1));
+            return Err(SessionError::NoSuchQueue {
+                index,
+                queues: most,
+            }
+            .into());
+        }
+        let (file, len) = InflightRegion::create(queues, size).map_err(SessionError::Inflight)?;
+        Ok((VhostUserInflight::new(len, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Answer<()> {
-        not_offered("INFLIGHT_SHMFD was not offered")
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Answer<()> {
+        let region = InflightRegion::map(
+            file,
+            (given.mmap_offset, given.mmap_size),
+            (given.num_queues, given.queue_size),
+            &self.alarm,
+        )
+        .map_err(SessionError::Inflight)?;
+        let (queues, size) = (given.num_queues, given.queue_size);
+        log::debug!("in flight: {queues} queues of {size} entries");
+        Ok(self.change_all(|session| session.inflight = Some(region))?)
     }
 
     fn set_device_state_fd(

@@ -14,6 +14,7 @@ use rustix::event::epoll;
 use super::Runner;
 use super::session::{self, End, SessionError};
 use crate::device::Device;
+use crate::virtqueue::InflightRegion;
 use crate::virtqueue::memory::{Alarm, DirtyLog};
 
 /// Serves one front end until it disconnects or `stop` becomes readable. All queues are
@@ -34,6 +35,8 @@ pub fn serve<R: Runner + Send>(
     match alarm.place() {
         None => end,
         Some(DirtyLog::GONE) => Err(SessionError::LogGone),
+        // Counted on from the first byte's.
+        Some(place) if place >= InflightRegion::GONE => Err(SessionError::InflightGone),
         Some(place) => Err(SessionError::MemoryGone(place)),
     }
 }

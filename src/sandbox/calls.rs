@@ -94,6 +94,8 @@ const PROCESS: &[libc::c_long] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
+    // Where a front end keeps what is in flight.
+    libc::SYS_memfd_create,
     libc::SYS_futex,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,

@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::inflight::Resumed;
+use super::journal::{INTENT, Journal, Previous};
 use super::layout::{self, Descriptor};
 use super::memory::{Memory, Slice};
 use super::sync::Window;
-use super::used::{Totals, UsedRing};
+use super::used::{Return, Totals, UsedRing};
 use crate::io::GuestBuffer;
 
 /// What can be wrong with a chain; the guest's fault in every case.
@@ -52,6 +54,9 @@ pub enum BadChain {
     /// More chains in flight than the queue has entries.
     #[error("more chains in flight than the queue has entries")]
     TooMany,
+    /// The head of a chain that is in flight, made available once more.
+    #[error("a chain that is in flight already")]
+    Twice,
 }
 
 /// The most pieces of memory that a chain may be made of: no queue has more entries, and no chain
@@ -108,12 +113,22 @@ pub struct Chain {
     held: usize,
     table: Arc<Table>,
     head: u16,
+    /// The head is marked as in flight for this chain.
+    marked: bool,
+    /// A server that is no more had taken it.
+    resumed: bool,
     returned: bool,
 }
 
 impl Chain {
-    /// Walks the chain at `head`. A bad one has been returned empty when this says so.
-    pub(super) fn take(table: &Arc<Table>, head: u16, indirect: bool) -> Result<Self, BadChain> {
+    /// Walks the chain at `head`, which a server before this one may have taken. A bad one has been
+    /// returned empty when this says so.
+    pub(super) fn take(
+        table: &Arc<Table>,
+        head: u16,
+        indirect: bool,
+        resumed: bool,
+    ) -> Result<Self, BadChain> {
         let mut chain = Self {
             slices: SmallVec::new(),
             first_writable: 0,
@@ -125,11 +140,14 @@ impl Chain {
             held: 0,
             table: Arc::clone(table),
             head,
+            marked: false,
+            resumed,
             returned: false,
         };
         let walked = chain.walk(indirect);
         let pieces = chain.slices.len();
-        let counted = chain.used().take(pieces);
+        let (marked, counted) = chain.used().take(head, pieces, resumed);
+        chain.marked = marked;
         if counted.is_ok() {
             chain.held = pieces;
         }
@@ -137,6 +155,28 @@ impl Chain {
             Ok(()) => Ok(chain),
             Err(fault) => Err(chain.refuse(fault)),
         }
+    }
+
+    /// Takes a chain once more that was in flight as its server ended; `None` if it had been
+    /// answered: it has gone back with that answer.
+    pub(super) fn resume(
+        table: &Arc<Table>,
+        from: Resumed,
+        indirect: bool,
+    ) -> Option<Result<Self, BadChain>> {
+        let mut chain = match Self::take(table, from.head, indirect, true) {
+            Ok(chain) => chain,
+            Err(fault) => return Some(Err(fault)),
+        };
+        if let Some(journal) = table.used.journal() {
+            if !journal.is_of(from.head, from.counter) {
+                journal.begin(from.head, from.counter);
+            } else if let Some(len) = journal.outcome(from.head) {
+                chain.put_back(usize::try_from(len).unwrap_or(0), End::Answered);
+                return None;
+            }
+        }
+        Some(Ok(chain))
     }
 
     fn walk(&mut self, indirect: bool) -> Result<(), BadChain> {
@@ -377,6 +417,48 @@ impl Chain {
         self.put_back(0, End::Answered);
     }
 
+    /// The first of its descriptors, by which the guest knows it.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the journal holds of the chain, if a server before this one had taken it and ended
+    /// before it was answered. To be asked for before anything is noted.
+    #[must_use]
+    pub fn previous(&self) -> Option<Previous> {
+        self.resumed.then(|| match self.used().journal() {
+            Some(journal) => journal.previous(self.head),
+            None => Previous::default(),
+        })
+    }
+
+    /// Notes which request this is.
+    pub fn note_unique(&self, unique: u64) {
+        if let Some(journal) = self.journal() {
+            journal.note_unique(self.head, unique);
+        }
+    }
+
+    /// Notes what is about to be done for the request, in words of which the first is not 0; or,
+    /// by one that is, that what was noted means nothing any more.
+    pub fn set_intent(&self, intent: [u64; INTENT]) {
+        if let Some(journal) = self.journal() {
+            journal.set_intent(self.head, intent);
+        }
+    }
+
+    /// Whether what is noted is kept.
+    #[must_use]
+    pub fn has_journal(&self) -> bool {
+        self.journal().is_some()
+    }
+
+    /// The journal, if the chain has a slot in it.
+    fn journal(&self) -> Option<&Journal> {
+        self.table.used.journal().filter(|_| self.marked)
+    }
+
     /// Where this chain goes back.
     #[must_use]
     pub fn used(&self) -> &Arc<UsedRing> {
@@ -397,8 +479,18 @@ impl Chain {
             refused: u64::from(end == End::Refused),
             copied: self.copied as u64,
         };
-        let written = u32::try_from(written).unwrap_or(0);
-        self.used().push(self.head, written, more, self.held);
+        let len = u32::try_from(written).unwrap_or(0);
+        if let Some(journal) = self.journal() {
+            // The reply is in place; whoever finds this mark need not serve the request again.
+            journal.done(self.head, len);
+        }
+        let back = Return {
+            head: self.head,
+            len,
+            pieces: self.held,
+            marked: self.marked,
+        };
+        self.used().push(back, more);
     }
 }
 

@@ -24,7 +24,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
@@ -95,6 +95,17 @@ pub enum MemoryError {
         /// Length asked for.
         len: u64,
     },
+    /// What is in flight can't be mapped.
+    #[error("mapping what is in flight, {len:#x} bytes at file offset {offset:#x}")]
+    MapInflight {
+        /// Length in bytes.
+        len: u64,
+        /// Where in the file it begins.
+        offset: u64,
+        /// What `vm-memory` says.
+        #[source]
+        source: MmapRegionError,
+    },
     /// The log can't be mapped.
     #[error("mapping the dirty log, {len:#x} bytes at file offset {offset:#x}")]
     MapLog {
@@ -119,7 +130,7 @@ pub struct Region {
 
 /// A mapping that is watched. The watch ends before it is unmapped.
 #[derive(Debug)]
-struct Mapping {
+pub(super) struct Mapping {
     _watch: Watch,
     bytes: MmapRegion<()>,
 }
@@ -143,6 +154,46 @@ impl Mapping {
             _watch: watch,
             bytes,
         })
+    }
+
+    /// Maps words of 64 bits: `len` bytes of `file` from `offset` on.
+    pub(super) fn of_words(
+        file: File,
+        offset: u64,
+        len: usize,
+        base: u64,
+        alarm: &Arc<Alarm>,
+    ) -> Result<Self, MemoryError> {
+        let wide = len as u64;
+        Self::new(file, (offset, len), base, alarm).map_err(|fault| match fault {
+            MapFault::Map(source) => MemoryError::MapInflight {
+                len: wide,
+                offset,
+                source,
+            },
+            MapFault::Watch(source) => MemoryError::Watch { len: wide, source },
+        })
+    }
+
+    /// The little-endian word at `index`, of which there must be as many.
+    #[inline]
+    pub(super) fn load(&self, index: usize, order: Ordering) -> u64 {
+        u64::from_le(self.word(index).load(order))
+    }
+
+    /// Sets the little-endian word at `index`, of which there must be as many.
+    #[inline]
+    pub(super) fn store(&self, index: usize, value: u64, order: Ordering) {
+        self.word(index).store(value.to_le(), order);
+    }
+
+    #[inline]
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.bytes.size() / 8);
+        let pointer = self.bytes.as_ptr().wrapping_add(8 * index).cast::<u64>();
+        // SAFETY: within the mapping by the assertion, which lives as long as `self`, and aligned
+        // as a mapping begins at a page.
+        unsafe { AtomicU64::from_ptr(pointer) }
     }
 }
 
@@ -386,6 +437,10 @@ impl Slice {
     /// Copies `from` over the first bytes; `from` must not be longer than the slice.
     pub(crate) fn write(&self, from: &[u8]) {
         assert!(from.len() <= self.len);
+        #[cfg(test)]
+        if !super::kill::is_alive() {
+            return;
+        }
         // SAFETY: the slice's holder keeps its snapshot, so `pointer..+len` is mapped, and the
         // assertion keeps within; `from` is the server's own memory, so they don't overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.pointer, from.len()) };
@@ -451,6 +506,10 @@ impl Window {
 
     /// Sets the 16-bit little-endian number at `offset`.
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        #[cfg(test)]
+        if !super::kill::is_alive() {
+            return;
+        }
         self.atomic_u16(offset).store(value.to_le(), order);
     }
 

@@ -3,11 +3,20 @@
 //! A [`Queue`] is the side of a split virtqueue (virtio 1.2, section 2.7) that takes chains off
 //! the ring; one task owns it. A [`Chain`] is one request: it may travel to any thread and is
 //! returned to the guest through the [`UsedRing`] that all chains of a queue share. The
-//! invariant: each chain taken is returned once, by an answer or by being dropped.
+//! invariant: each chain taken is returned once, by an answer or by being dropped; and where a queue is
+//! tracked, once by this process and those that come after it together.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 mod chain;
+pub mod inflight;
+pub mod journal;
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    reason = "tests may fail by panicking"
+)]
+mod kill;
 mod layout;
 pub mod memory;
 mod queue;
@@ -20,10 +29,13 @@ mod sync;
 )]
 pub(crate) mod tests;
 mod used;
+mod words;
 
 pub use chain::{BadChain, Chain};
+pub use inflight::{InflightError, InflightPart, InflightRegion};
+pub use journal::{Journal, Previous};
 pub use memory::{Memory, MemoryError};
-pub use queue::{Features, Queue, QueueError, RingAddresses};
+pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::{Call, Totals, UsedRing};
 
 /// Which queue of the device: 0 is the high-priority queue, the request queues follow.

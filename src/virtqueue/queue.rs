@@ -1,13 +1,16 @@
 //! Taking chains off the available ring.
 //!
 //! The invariant: the ring's index is read once for each look, and an index that no right
-//! driver writes yields nothing rather than garbage.
+//! driver writes yields nothing rather than garbage. Where a server before this one has left
+//! chains in flight, they come first.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::QueueIndex;
 use super::chain::{BadChain, Chain, Table};
+use super::inflight::{InflightError, InflightPart, Resumed};
+use super::journal::Journal;
 use super::layout;
 use super::memory::Memory;
 use super::sync::Window;
@@ -51,6 +54,40 @@ pub enum QueueError {
         /// The address given.
         address: u64,
     },
+    /// What is said to be in flight can't be.
+    #[error("what was in flight of queue {index}")]
+    Inflight {
+        /// Which queue.
+        index: QueueIndex,
+        /// Why not.
+        #[source]
+        source: InflightError,
+    },
+}
+
+/// A queue as it is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Which queue.
+    pub index: QueueIndex,
+    /// Entries.
+    pub size: u16,
+    /// What a ring must know of what was negotiated.
+    pub features: Features,
+    /// Where its parts are.
+    pub addresses: RingAddresses,
+    /// The available entry to go on at, unless the past of the queue says another.
+    pub next: u16,
+}
+
+/// By what a queue is tracked, so that another server can go on where this one ends, however it
+/// ends.
+#[derive(Clone, Debug)]
+pub struct Tracking {
+    /// Where heads in flight are marked.
+    pub inflight: InflightPart,
+    /// What became of each, if that is kept.
+    pub journal: Option<Journal>,
 }
 
 /// The side of a queue that takes chains off the ring; owned by one task.
@@ -62,6 +99,8 @@ pub struct Queue {
     table: Arc<Table>,
     available: Arc<Window>,
     used: Arc<UsedRing>,
+    /// What was in flight as the server before ended, the last one first.
+    resumed: Vec<Resumed>,
     /// The last index seen that can't be, so that one fault is reported once.
     bad_index: Option<u16>,
 }
@@ -82,6 +121,36 @@ impl Queue {
         next: u16,
         call: Arc<Call>,
     ) -> Result<Self, QueueError> {
+        let setup = Setup {
+            index,
+            size,
+            features,
+            addresses,
+            next,
+        };
+        Self::tracked(&setup, memory, call, None)
+    }
+
+    /// Makes a queue ready that is tracked. If it has a past, chains in flight come once more, in
+    /// the order in which they were taken, and before what is new; and the guest is called for
+    /// what it may have been shown last.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); and what is said to be in flight can't be.
+    pub fn tracked(
+        setup: &Setup,
+        memory: &Arc<Memory>,
+        call: Arc<Call>,
+        tracking: Option<Tracking>,
+    ) -> Result<Self, QueueError> {
+        let Setup {
+            index,
+            size,
+            features,
+            addresses,
+            mut next,
+        } = *setup;
         Self::check_size(index, u32::from(size))?;
         let window = |part, address, len, align| {
             Window::new(memory, address, len, align).ok_or(QueueError::Address {
@@ -112,7 +181,7 @@ impl Queue {
             .log
             .filter(|_| memory.is_logging())
             .map(|guest| (Arc::clone(memory), guest));
-        let used = UsedRing::new(
+        let mut used = UsedRing::new(
             index,
             size,
             features.event_idx,
@@ -121,6 +190,27 @@ impl Queue {
             log,
             call,
         );
+        let mut resumed = Vec::new();
+        if let Some(Tracking { inflight, journal }) = tracking.filter(|it| it.reaches(index, size))
+        {
+            // Acquire: as in `on_ring`.
+            let there = available.load_u16(layout::INDEX, Ordering::Acquire);
+            let found = inflight
+                .recover(size, used.returned(), there)
+                .map_err(|source| QueueError::Inflight { index, source })?;
+            used.track(found.inflight, journal);
+            if let Some(past) = found.past {
+                // No more heads than entries.
+                let in_flight = u16::try_from(past.len()).unwrap_or(size);
+                next = used.returned().wrapping_add(in_flight);
+                resumed = past;
+                resumed.reverse();
+                used.call_again();
+                if in_flight != 0 {
+                    log::info!("queue {index} goes on with {in_flight} requests in flight");
+                }
+            }
+        }
         let used = Arc::new(used);
         let table = Table {
             size,
@@ -135,6 +225,7 @@ impl Queue {
             table: Arc::new(table),
             available,
             used,
+            resumed,
             bad_index: None,
         })
     }
@@ -173,14 +264,25 @@ impl Queue {
     /// Takes the next chain off the ring. A chain that can't be served has been returned
     /// empty already and comes as the fault in it.
     pub fn take(&mut self) -> Option<Result<Chain, BadChain>> {
-        if !self.has_more() {
+        while let Some(resumed) = self.resumed.pop() {
+            let chain = Chain::resume(&self.table, resumed, self.features.indirect);
+            if chain.is_some() {
+                return chain;
+            }
+        }
+        if self.on_ring() == 0 {
             return None;
         }
         let entry = layout::available_entry(self.next, self.size);
-        // Relaxed: `waiting` acquired the index that covers this entry.
+        // Relaxed: `on_ring` acquired the index that covers this entry.
         let head = self.available.load_u16(entry, Ordering::Relaxed);
         self.next = self.next.wrapping_add(1);
-        Some(Chain::take(&self.table, head, self.features.indirect))
+        Some(Chain::take(
+            &self.table,
+            head,
+            self.features.indirect,
+            false,
+        ))
     }
 
     /// Whether there is a chain to take.
@@ -189,9 +291,22 @@ impl Queue {
         self.waiting() != 0
     }
 
+    /// Whether there are chains to take that were in flight as the server before ended. As they are
+    /// in flight all the time, a queue that stops has to be rid of them.
+    #[must_use]
+    pub fn is_resuming(&self) -> bool {
+        !self.resumed.is_empty()
+    }
+
     /// How many chains there are to take.
     #[must_use]
     pub fn waiting(&mut self) -> u16 {
+        let resumed = u16::try_from(self.resumed.len()).unwrap_or(u16::MAX);
+        self.on_ring().saturating_add(resumed)
+    }
+
+    /// How many chains there are on the ring.
+    fn on_ring(&mut self) -> u16 {
         // Acquire: pairs with the driver's release (its write barrier) of the index; the
         // entries and descriptors behind it are visible after.
         let index = self.available.load_u16(layout::INDEX, Ordering::Acquire);
@@ -222,5 +337,19 @@ impl Queue {
     pub fn arm(&mut self) -> bool {
         self.used.want_kick(Some(self.next));
         self.waiting() != 0
+    }
+}
+
+impl Tracking {
+    /// Whether a queue of `size` can be tracked by it.
+    fn reaches(&self, index: QueueIndex, size: u16) -> bool {
+        let entries = self.inflight.entries();
+        if size > entries {
+            log::warn!(
+                "queue {index} has {size} entries, and there is room for {entries} in flight: it \
+                 is not tracked, and what is in flight is lost if the server ends"
+            );
+        }
+        size <= entries
     }
 }

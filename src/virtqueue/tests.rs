@@ -8,14 +8,15 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::layout::{INDIRECT, NEXT, WRITE};
 use super::memory::{DirtyLog, Region};
 use super::{
-    BadChain, Call, Chain, Features, Memory, Queue, QueueError, QueueIndex, RingAddresses,
+    BadChain, Call, Chain, Features, Memory, Queue, QueueError, QueueIndex, RingAddresses, Setup,
+    Tracking,
 };
 
-const SIZE: u16 = 8;
+pub(super) const SIZE: u16 = 8;
 const USER: u64 = 0x7f00_0000_0000;
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
+pub(super) const AVAILABLE: u64 = 0x2000;
+pub(super) const USED: u64 = 0x3000;
 /// Where the second region begins; the third leaves a hole before it.
 const BORDER: u64 = 0x1_0000;
 const END: u64 = 0x2_0000;
@@ -72,6 +73,40 @@ impl Driver {
         .unwrap()
     }
 
+    /// A queue that is tracked; what the front end gives as the next entry is `next`.
+    pub(super) fn tracked(
+        &self,
+        next: u16,
+        call: Arc<Call>,
+        tracking: Tracking,
+    ) -> Result<Queue, QueueError> {
+        let setup = Setup {
+            index: QueueIndex(1),
+            size: SIZE,
+            features: PLAIN,
+            addresses: RingAddresses {
+                descriptors: USER + DESCRIPTORS,
+                available: USER + AVAILABLE,
+                used: USER + USED,
+                log: None,
+            },
+            next,
+        };
+        Queue::tracked(&setup, &self.memory, call, Some(tracking))
+    }
+
+    /// Takes everything back that was made available.
+    pub(super) fn reset(&mut self) {
+        self.available = 0;
+        self.write(AVAILABLE + 2, &[0; 2]);
+        self.write(USED + 2, &[0; 2]);
+    }
+
+    /// Entries made available so far.
+    pub(super) fn available(&self) -> u16 {
+        self.available
+    }
+
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
         let (start, file) = self.files.iter().rev().find(|(s, _)| *s <= at).unwrap();
         std::os::unix::fs::FileExt::write_all_at(file, bytes, at - start).unwrap();
@@ -83,7 +118,15 @@ impl Driver {
         bytes
     }
 
-    fn describe(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+    pub(super) fn describe(
+        &self,
+        table: u64,
+        index: u16,
+        address: u64,
+        len: u32,
+        flags: u16,
+        next: u16,
+    ) {
         let at = table + 16 * u64::from(index);
         self.write(at, &address.to_le_bytes());
         self.write(at + 8, &len.to_le_bytes());
@@ -101,7 +144,7 @@ impl Driver {
         }
     }
 
-    fn offer(&mut self, head: u16) {
+    pub(super) fn offer(&mut self, head: u16) {
         let at = AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
         self.write(at, &head.to_le_bytes());
         self.available = self.available.wrapping_add(1);
@@ -313,7 +356,7 @@ fn pieces_of_memory_in_flight_are_bounded() {
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);
     let others = super::chain::MOST_IN_FLIGHT - 2;
-    queue.used().take(others).unwrap();
+    queue.used().take(0, others, false).1.unwrap();
     let held = driver.take_one(&mut queue).unwrap();
     let refused = driver.take_one(&mut queue).unwrap_err();
     assert_eq!(refused, BadChain::PiecesInFlight);

@@ -3,6 +3,10 @@
 //! Elements are written as chains complete; the index that shows them to the guest is stored
 //! once for each batch, by [`UsedRing::publish`], which also calls the guest if it wants that.
 //! The invariant: the index never passes an element that is not written yet.
+//!
+//! Where the queue is tracked, what is in flight is marked under the same lock: a head is marked as
+//! its chain is taken, linked to the batch as its element is written, and unmarked once the guest
+//! has been shown the index.
 
 #[cfg(all(test, ringfsd_loom))]
 mod every_order;
@@ -12,6 +16,8 @@ use std::sync::{Arc, PoisonError};
 
 use super::QueueIndex;
 use super::chain::{BadChain, MOST_IN_FLIGHT};
+use super::inflight::Inflight;
+use super::journal::Journal;
 use super::layout;
 use super::memory::{GuestAddress, Memory};
 use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
@@ -84,6 +90,8 @@ pub struct UsedRing {
     /// Where the ring's own changes are logged, if the front end asked for that.
     log: Option<(Arc<Memory>, GuestAddress)>,
     call: Arc<Call>,
+    /// What became of each head in flight.
+    journal: Option<Journal>,
     state: Mutex<State>,
     drained: Condvar,
 }
@@ -117,6 +125,20 @@ struct State {
     /// Somebody waits for `in_flight` to become 0.
     draining: bool,
     totals: Totals,
+    /// Where heads in flight are marked, if the queue is tracked.
+    inflight: Option<Inflight>,
+}
+
+/// A chain's way back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Return {
+    pub(super) head: u16,
+    /// Bytes written.
+    pub(super) len: u32,
+    /// Pieces that [`UsedRing::take`] has counted.
+    pub(super) pieces: usize,
+    /// The head is marked as in flight for this chain.
+    pub(super) marked: bool,
 }
 
 impl UsedRing {
@@ -139,6 +161,7 @@ impl UsedRing {
             available,
             log,
             call,
+            journal: None,
             state: Mutex::new(State {
                 next,
                 published: next,
@@ -147,9 +170,31 @@ impl UsedRing {
                 pieces: 0,
                 draining: false,
                 totals: Totals::default(),
+                inflight: None,
             }),
             drained: Condvar::new(),
         }
+    }
+
+    /// Marks what is in flight from now on, and keeps a journal of it.
+    pub(super) fn track(&mut self, inflight: Inflight, journal: Option<Journal>) {
+        self.lock().inflight = Some(inflight);
+        self.journal = journal;
+    }
+
+    /// The used ring's index: how many chains were ever returned, modulo 2¹⁶.
+    pub(super) fn returned(&self) -> u16 {
+        self.lock().published
+    }
+
+    /// Calls the guest for what it may have been shown before, without having been called.
+    pub(super) fn call_again(&self) {
+        self.call.signal();
+    }
+
+    /// What became of each head in flight, if that is kept.
+    pub(super) fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
     }
 
     /// Which queue this is.
@@ -158,42 +203,71 @@ impl UsedRing {
         self.index
     }
 
-    /// Counts a chain of `pieces` as taken.
+    /// Counts a chain of `pieces` as taken, and marks its head as in flight unless it is so
+    /// from before: `again`. Answers whether it is marked now, for this chain.
     ///
     /// # Errors
     ///
-    /// More than the queue may have in flight, which a right driver never has: the pieces are not
-    /// counted then, and the chain is to be returned at once.
-    pub(super) fn take(&self, pieces: usize) -> Result<(), BadChain> {
+    /// More than the queue may have in flight, or a head that is in flight, which a right driver
+    /// never has: the pieces are not counted then, and the chain is to be returned at once.
+    pub(super) fn take(
+        &self,
+        head: u16,
+        pieces: usize,
+        again: bool,
+    ) -> (bool, Result<(), BadChain>) {
         let mut state = self.lock();
         let before = state.in_flight;
         state.in_flight = before.saturating_add(1);
+        let mut marked = again;
+        if !again && let Some(inflight) = &mut state.inflight {
+            // What has no entry is refused by who walks the chain.
+            if head < self.size && !inflight.is_free(head) {
+                return (false, Err(BadChain::Twice));
+            }
+            if head < self.size {
+                if let Some(journal) = &self.journal {
+                    journal.begin(head, inflight.counter());
+                }
+                inflight.mark(head);
+                marked = true;
+            }
+        }
         if before >= self.size {
-            return Err(BadChain::TooMany);
+            return (marked, Err(BadChain::TooMany));
         }
         let all = state.pieces.saturating_add(pieces);
         if all > MOST_IN_FLIGHT {
-            return Err(BadChain::PiecesInFlight);
+            return (marked, Err(BadChain::PiecesInFlight));
         }
         state.pieces = all;
-        Ok(())
+        (marked, Ok(()))
     }
 
-    /// Writes the element that returns the chain at `head`, `len` bytes of it written; `more`
-    /// is what that adds to the totals, `pieces` what [`take`](Self::take) has counted of it. The
-    /// guest sees it with the next [`publish`](Self::publish).
-    pub(super) fn push(&self, head: u16, len: u32, more: Totals, pieces: usize) {
+    /// Writes the element that returns a chain; `more` is what that adds to the totals. The guest
+    /// sees it with the next [`publish`](Self::publish).
+    pub(super) fn push(&self, chain: Return, more: Totals) {
         let mut state = self.lock();
-        state.pieces = state.pieces.saturating_sub(pieces);
+        state.pieces = state.pieces.saturating_sub(chain.pieces);
         state.totals.chains = state.totals.chains.wrapping_add(more.chains);
         state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
         state.totals.refused = state.totals.refused.wrapping_add(more.refused);
         state.totals.copied = state.totals.copied.wrapping_add(more.copied);
+        if !chain.marked && state.inflight.is_some() && state.next != state.published {
+            self.store_index(&mut state);
+        }
+        if let Some(inflight) = &mut state.inflight {
+            if chain.marked {
+                inflight.link(chain.head);
+            } else {
+                inflight.cut();
+            }
+        }
         let at = layout::used_element(state.next, self.size);
         let mut element = [0; 8];
         let (id, length) = element.split_at_mut(4);
-        id.copy_from_slice(&u32::from(head).to_le_bytes());
-        length.copy_from_slice(&len.to_le_bytes());
+        id.copy_from_slice(&u32::from(chain.head).to_le_bytes());
+        length.copy_from_slice(&chain.len.to_le_bytes());
         self.used.write(at, &element);
         self.log_change(at, element.len());
         state.next = state.next.wrapping_add(1);
@@ -218,13 +292,21 @@ impl UsedRing {
         if state.next == state.published {
             return false;
         }
-        state.published = state.next;
+        self.store_index(&mut state);
+        self.wants_call(&mut state)
+    }
+
+    fn store_index(&self, state: &mut State) {
+        let next = state.next;
+        state.published = next;
         // Release: pairs with the driver's acquire load of the index; elements and replies
         // come before it.
-        self.used
-            .store_u16(layout::INDEX, state.next, Ordering::Release);
+        self.used.store_u16(layout::INDEX, next, Ordering::Release);
         self.log_change(layout::INDEX, 2);
-        self.wants_call(&mut state)
+        // Behind the index, which says that the marks are out of date.
+        if let Some(inflight) = &mut state.inflight {
+            inflight.shown(next);
+        }
     }
 
     /// Whether the guest wants to be called for what was published since last asked (virtio

@@ -303,7 +303,7 @@ impl<F: FileSystem> Loop<F> {
             self.give_away(at, away);
         }
         let mut taken = away;
-        while taken < PASS
+        while (taken < PASS || self.queues[at].queue.is_resuming())
             && let Some(chain) = self.queues[at].queue.take()
         {
             taken += 1;

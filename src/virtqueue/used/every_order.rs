@@ -31,7 +31,17 @@ fn ring(event_idx: bool) -> Arc<UsedRing> {
 }
 
 fn complete(ring: &UsedRing, head: u16) {
-    ring.push(head, 0, Totals::default(), 0);
+    let back = Return {
+        head,
+        len: 0,
+        pieces: 0,
+        marked: false,
+    };
+    ring.push(back, Totals::default());
+}
+
+fn take(ring: &UsedRing) {
+    ring.take(0, 0, false).1.unwrap();
 }
 
 fn used_index(ring: &UsedRing) -> u16 {
@@ -61,7 +71,7 @@ fn a_driver_that_sleeps_is_called() {
     for event_idx in [false, true] {
         every_order(move || {
             let ring = ring(event_idx);
-            ring.take(0).unwrap();
+            take(&ring);
             complete(&ring, 1);
             ring.show();
             let no_call = layout::NO_INTERRUPT;
@@ -71,7 +81,7 @@ fn a_driver_that_sleeps_is_called() {
             let worker = {
                 let (ring, call) = (Arc::clone(&ring), Arc::clone(&call));
                 thread::spawn(move || {
-                    ring.take(0).unwrap();
+                    take(&ring);
                     complete(&ring, 2);
                     if ring.show() {
                         call.notify();
@@ -92,7 +102,7 @@ fn two_workers_lose_no_element_and_show_none_too_early() {
         let workers = [1, 2].map(|head| {
             let ring = Arc::clone(&ring);
             thread::spawn(move || {
-                ring.take(0).unwrap();
+                take(&ring);
                 complete(&ring, head);
                 ring.show();
             })
@@ -110,8 +120,8 @@ fn two_workers_lose_no_element_and_show_none_too_early() {
 fn draining_ends_with_the_last_chain_and_shows_it() {
     every_order(|| {
         let ring = ring(true);
-        ring.take(0).unwrap();
-        ring.take(0).unwrap();
+        take(&ring);
+        take(&ring);
         let workers = [1, 2].map(|head| {
             let ring = Arc::clone(&ring);
             thread::spawn(move || complete(&ring, head))

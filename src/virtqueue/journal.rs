@@ -1,0 +1,139 @@
+//! What became of each request in flight, beside the in-flight region: a slot for each head.
+//!
+//! The region tells a server that comes after this one which heads are in flight, and nothing of
+//! what was done for them. A slot says which request is at the head, what its server intended, and
+//! whether its reply is in the guest's memory already: then it goes back with that reply and is not
+//! served again. The invariant: a slot means something only as long as its head is in flight, and
+//! only to the one taking that its counter names.
+
+use super::words::Words;
+use crate::state::QueuePart;
+
+/// Words of a slot: as many as lie in a line of a processor's cache.
+const SLOT: usize = 8;
+
+/// Of a slot's words, by what is stored in them.
+mod at {
+    pub(super) const UNIQUE: usize = 0;
+    pub(super) const OUTCOME: usize = 1;
+    pub(super) const INTENT: usize = 2;
+    /// The counter of the in-flight region's entry, and one more: 0 is a slot never used.
+    pub(super) const COUNTER: usize = 6;
+}
+
+/// The reply is in place; its length lies in the low half.
+const DONE: u64 = 1 << 63;
+
+/// Words of an intent.
+pub const INTENT: usize = 4;
+
+/// What a slot holds of a request that was in flight as its server ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Previous {
+    /// The number of the FUSE request; 0 if it was not noted, so nothing was done for it.
+    pub unique: u64,
+    /// As [`Chain::set_intent`](super::Chain::set_intent) has left it; the first word is 0 where
+    /// there was none.
+    pub intent: [u64; INTENT],
+}
+
+/// The slots of one queue.
+#[derive(Clone, Debug)]
+pub struct Journal(Words);
+
+impl Journal {
+    /// Where the slots begin in what is kept of a queue.
+    const FIRST: usize = 0;
+
+    /// How many words of what is kept of a queue are the journal's: a slot for each head that
+    /// there may be.
+    pub const WORDS: usize = SLOT * (super::layout::MAX_SIZE as usize);
+
+    /// The journal that is in the words of a queue.
+    #[must_use]
+    pub fn new(part: QueuePart) -> Self {
+        Self(Words::kept(part, Self::FIRST, Self::WORDS))
+    }
+
+    #[inline]
+    fn load(&self, head: u16, word: usize) -> u64 {
+        self.0.load(place(head, word))
+    }
+
+    #[inline]
+    fn store(&self, head: u16, word: usize, value: u64) {
+        self.0.store(place(head, word), value);
+    }
+
+    /// Begins the slot anew for a head about to be marked as in flight with `counter`.
+    pub(super) fn begin(&self, head: u16, counter: u64) {
+        self.store(head, at::COUNTER, 0);
+        self.store(head, at::UNIQUE, 0);
+        self.store(head, at::OUTCOME, 0);
+        // What is behind the first word of an intent means nothing without it.
+        self.store(head, at::INTENT, 0);
+        self.store(head, at::COUNTER, stamp(counter));
+    }
+
+    /// Whether the slot is that of the taking that `counter` names.
+    pub(super) fn is_of(&self, head: u16, counter: u64) -> bool {
+        self.load(head, at::COUNTER) == stamp(counter)
+    }
+
+    pub(super) fn note_unique(&self, head: u16, unique: u64) {
+        self.store(head, at::UNIQUE, unique);
+    }
+
+    /// The reply of `len` bytes is in the guest's memory.
+    pub(super) fn done(&self, head: u16, len: u32) {
+        self.store(head, at::OUTCOME, DONE | u64::from(len));
+    }
+
+    /// The length of the reply, if it is in the guest's memory.
+    pub(super) fn outcome(&self, head: u16) -> Option<u32> {
+        let outcome = self.load(head, at::OUTCOME);
+        if outcome & DONE == 0 {
+            return None;
+        }
+        u32::try_from(outcome ^ DONE).ok()
+    }
+
+    pub(super) fn set_intent(&self, head: u16, intent: [u64; INTENT]) {
+        let [first, second, third, fourth] = intent;
+        self.store(head, at::INTENT, 0);
+        if first != 0 {
+            for (word, value) in (at::INTENT..).zip([0, second, third, fourth]).skip(1) {
+                self.store(head, word, value);
+            }
+            // Last: it shows the others.
+            self.store(head, at::INTENT, first);
+        }
+    }
+
+    pub(super) fn previous(&self, head: u16) -> Previous {
+        let mut intent = [0; INTENT];
+        for (word, value) in (at::INTENT..).zip(&mut intent) {
+            *value = self.load(head, word);
+        }
+        if intent.first() == Some(&0) {
+            intent = [0; INTENT];
+        }
+        Previous {
+            unique: self.load(head, at::UNIQUE),
+            intent,
+        }
+    }
+}
+
+#[allow(
+    clippy::arithmetic_side_effects,
+    reason = "a head has 16 bits, a slot few words"
+)]
+#[inline]
+fn place(head: u16, word: usize) -> usize {
+    SLOT * usize::from(head) + word
+}
+
+fn stamp(counter: u64) -> u64 {
+    counter.wrapping_add(1)
+}
