@@ -24,7 +24,7 @@ use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
 use crate::state::{Limits, StateError, Table};
-use crate::virtqueue::{Queue, QueueIndex};
+use crate::virtqueue::{self, Queue, QueueIndex};
 use crate::worker::{Crew, CrewError};
 
 /// Why the server can't start, or can't go on.
@@ -184,7 +184,10 @@ impl Kept {
                 queues: table.queue_count().saturating_sub(1),
             });
         }
-        let past = table.is_in_use().then(Past::default);
+        let past = table.is_in_use().then(|| Past {
+            bequeathed: false,
+            under_way: virtqueue::under_way(&table),
+        });
         Ok(Self { table, past })
     }
 }
@@ -344,7 +347,7 @@ impl Server {
             self.runtime.kind,
             self.poll,
         )?;
-        let end = front::serve(stream, &self.device, &mut crew, stop);
+        let end = front::serve(stream, &self.device, &mut crew, self.fs.table(), stop);
         // Who is asked to stop leaves to the next one what the guest holds.
         if !(self.keeps && matches!(end, Ok(End::Stopped))) {
             crew.session().reset();

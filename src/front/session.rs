@@ -23,10 +23,11 @@ use super::Runner;
 use super::arrival::{self, Arrival};
 use super::vring::Vring;
 use crate::device::{self, Device};
+use crate::state::Table;
 use crate::virtqueue::memory::{Alarm, DirtyLog, GuestAddress, Region};
 use crate::virtqueue::{
-    Features, InflightError, InflightRegion, Memory, MemoryError, Queue, QueueError, QueueIndex,
-    RingAddresses, Setup, Tracking,
+    Features, InflightError, InflightPart, InflightRegion, Journal, Memory, MemoryError, Queue,
+    QueueError, QueueIndex, RingAddresses, Setup, Tracking,
 };
 
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
@@ -135,11 +136,11 @@ pub(super) fn serve<R: Runner + Send>(
     stream: UnixStream,
     device: &Device,
     runner: &mut R,
-    alarm: &Arc<Alarm>,
+    (table, alarm): (&Arc<Table>, &Arc<Alarm>),
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
     let socket = stream.try_clone().map_err(SessionError::Socket)?;
-    let session = Arc::new(Mutex::new(Session::new(device, runner, alarm)));
+    let session = Arc::new(Mutex::new(Session::new(device, runner, table, alarm)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
         match arrival::wait(&socket, stop) {
@@ -181,6 +182,8 @@ fn session_error(error: ProtocolError) -> SessionError {
 struct Session<'a, R> {
     device: &'a Device,
     runner: &'a mut R,
+    /// What outlives this process.
+    table: Arc<Table>,
     /// Raised when memory that was handed over is gone.
     alarm: Arc<Alarm>,
     features: u64,
@@ -194,8 +197,12 @@ struct Session<'a, R> {
 }
 
 impl<'a, R: Runner> Session<'a, R> {
-    fn new(device: &'a Device, runner: &'a mut R, alarm: &Arc<Alarm>) -> Self {
+    fn new(device: &'a Device, runner: &'a mut R, table: &Arc<Table>, alarm: &Arc<Alarm>) -> Self {
+        if table.agreement().is_none() {
+            forget_in_flight(table);
+        }
         Self {
+            table: Arc::clone(table),
             device,
             runner,
             alarm: Arc::clone(alarm),
@@ -263,10 +270,12 @@ impl<'a, R: Runner> Session<'a, R> {
             addresses,
             next: vring.base,
         };
-        let part = self.inflight.as_ref().and_then(|region| region.part(index));
+        let kept = self.table.queue(index.0);
+        let handed = self.inflight.as_ref().and_then(|region| region.part(index));
+        let part = handed.or_else(|| kept.clone().map(InflightPart::kept));
         let tracking = part.map(|inflight| Tracking {
             inflight,
-            journal: None,
+            journal: kept.map(Journal::new),
         });
         let call = Arc::clone(&vring.call);
         let queue = Queue::tracked(&setup, &self.memory, call, tracking)?;
@@ -302,8 +311,15 @@ impl<'a, R: Runner> Session<'a, R> {
         }
         // Nothing is in flight any more; the front end hands over another, or this one again.
         self.inflight = None;
+        forget_in_flight(&self.table);
         self.runner.reset();
     }
+}
+
+/// Nothing is in flight, as far as the table says.
+fn forget_in_flight(table: &Arc<Table>) {
+    let parts = (0..=u16::MAX).map_while(|index| table.queue(index));
+    parts.for_each(|part| InflightPart::kept(part).clear());
 }
 
 /// `fd`, if it may be an eventfd. The kernel tells files, pipes, sockets and devices from what

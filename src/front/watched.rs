@@ -14,11 +14,13 @@ use rustix::event::epoll;
 use super::Runner;
 use super::session::{self, End, SessionError};
 use crate::device::Device;
+use crate::state::Table;
 use crate::virtqueue::InflightRegion;
 use crate::virtqueue::memory::{Alarm, DirtyLog};
 
 /// Serves one front end until it disconnects or `stop` becomes readable. All queues are
-/// stopped and drained when this returns, however it returns.
+/// stopped and drained when this returns, however it returns. What is in flight is kept in `table`,
+/// where the front end doesn't keep it.
 ///
 /// # Errors
 ///
@@ -27,11 +29,12 @@ pub fn serve<R: Runner + Send>(
     stream: UnixStream,
     device: &Device,
     runner: &mut R,
+    table: &Arc<Table>,
     stop: BorrowedFd<'_>,
 ) -> Result<End, SessionError> {
     let alarm = Arc::new(Alarm::new().map_err(SessionError::Watch)?);
     let either = either(stop, alarm.as_fd()).map_err(SessionError::Watch)?;
-    let end = session::serve(stream, device, runner, &alarm, either.as_fd());
+    let end = session::serve(stream, device, runner, (table, &alarm), either.as_fd());
     match alarm.place() {
         None => end,
         Some(DirtyLog::GONE) => Err(SessionError::LogGone),

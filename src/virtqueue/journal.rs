@@ -6,8 +6,10 @@
 //! served again. The invariant: a slot means something only as long as its head is in flight, and
 //! only to the one taking that its counter names.
 
+use std::sync::Arc;
+
 use super::words::Words;
-use crate::state::QueuePart;
+use crate::state::{QueuePart, Table};
 
 /// Words of a slot: as many as lie in a line of a processor's cache.
 const SLOT: usize = 8;
@@ -41,7 +43,38 @@ pub struct Previous {
 #[derive(Clone, Debug)]
 pub struct Journal(Words);
 
+/// How many slots are looked at at once. Drivers use the lower heads first.
+const SOME: u16 = 1024;
+
+/// The requests that were under way, and not yet answered, as the process before ended: of all
+/// queues that `table` keeps a journal of.
+#[must_use]
+pub fn under_way(table: &Arc<Table>) -> Vec<u64> {
+    let parts = (0..=u16::MAX).map_while(|index| table.queue(index));
+    parts
+        .flat_map(|part| Journal::new(part).under_way())
+        .collect()
+}
+
 impl Journal {
+    fn under_way(&self) -> Vec<u64> {
+        let mut requests = Vec::new();
+        for first in (0..super::layout::MAX_SIZE).step_by(usize::from(SOME)) {
+            let mut used = false;
+            for head in first..first.saturating_add(SOME) {
+                used |= self.load(head, at::COUNTER) != 0;
+                let unique = self.load(head, at::UNIQUE);
+                if unique != 0 && self.outcome(head).is_none() {
+                    requests.push(unique);
+                }
+            }
+            if !used {
+                break;
+            }
+        }
+        requests
+    }
+
     /// Where the slots begin in what is kept of a queue.
     const FIRST: usize = 0;
 

@@ -33,7 +33,7 @@ mod words;
 
 pub use chain::{BadChain, Chain};
 pub use inflight::{InflightError, InflightPart, InflightRegion};
-pub use journal::{Journal, Previous};
+pub use journal::{Journal, Previous, under_way};
 pub use memory::{Memory, MemoryError};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::{Call, Totals, UsedRing};

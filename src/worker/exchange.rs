@@ -4,7 +4,7 @@
 //! dropped, is answered with EIO. An empty used element would look to the guest like a success
 //! without content.
 
-use crate::fuse::{Exchange, OUT_HEADER_LEN, error_reply};
+use crate::fuse::{Exchange, Intent, OUT_HEADER_LEN, error_reply};
 use crate::io::GuestBuffer;
 use crate::virtqueue::Chain;
 
@@ -18,11 +18,16 @@ pub(super) struct Request {
     /// The first bytes of the request, as far as they were read: length, opcode, `unique`.
     start: [u8; UNIQUE_END],
     started: usize,
+    /// A server before this one has begun it, and had said this.
+    begun: Option<Intent>,
 }
 
 impl Request {
     pub(super) fn new(chain: Chain) -> Self {
+        // Where nothing was noted nothing was done.
+        let previous = chain.previous().filter(|it| it.unique != 0);
         Self {
+            begun: previous.map(|it| it.intent),
             chain: Some(chain),
             start: [0; UNIQUE_END],
             started: 0,
@@ -36,6 +41,22 @@ impl Request {
 }
 
 impl Exchange for Request {
+    fn note(&mut self, unique: u64) {
+        if let Some(chain) = &self.chain {
+            chain.note_unique(unique);
+        }
+    }
+
+    fn intend(&mut self, intent: Intent) {
+        if let Some(chain) = &self.chain {
+            chain.set_intent(intent);
+        }
+    }
+
+    fn begun(&self) -> Option<Intent> {
+        self.begun
+    }
+
     fn readable(&self) -> usize {
         self.chain.as_ref().map_or(0, Chain::readable)
     }

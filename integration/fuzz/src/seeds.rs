@@ -8,11 +8,12 @@ use std::path::Path;
 fn main() -> std::io::Result<()> {
     let dir = std::env::args_os().nth(1);
     let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
-    let targets: [(&str, Seeds); 4] = [
+    let targets: [(&str, Seeds); 5] = [
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
         ("vhost_user", vhost_user()),
+        ("state", state()),
     ];
     for (target, seeds) in targets {
         let dir = Path::new(&dir).join(target);
@@ -32,6 +33,26 @@ fn table(first: &[[u8; 5]]) -> Vec<u8> {
     let mut bytes: Vec<u8> = first.concat();
     bytes.resize(16 * 5, 0);
     bytes
+}
+
+/// Stores into a table that are right, or nearly so.
+fn state() -> Seeds {
+    let store = |part: u8, word: u16, how: u8, value: u64| {
+        let mut bytes = vec![part];
+        bytes.extend(word.to_le_bytes());
+        bytes.push(how);
+        bytes.extend(value.to_le_bytes());
+        bytes
+    };
+    let under_way = 4u64.to_le_bytes().to_vec();
+    vec![
+        ("whole", under_way.clone()),
+        ("count", [under_way.clone(), store(0x60, 9, 0, 3)].concat()),
+        (
+            "elsewhere",
+            [under_way, store(0x60, 14, 3, 0x0101)].concat(),
+        ),
+    ]
 }
 
 fn ring() -> Seeds {

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use ringfsd::device::Device;
 use ringfsd::front::{self, Runner};
+use ringfsd::state::{Limits, Table};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
@@ -37,8 +38,18 @@ struct Descriptors {
     _other_end: OwnedFd,
     null: OwnedFd,
     socket: OwnedFd,
+    table: Arc<Table>,
     /// Never readable, as its other end stays open and silent.
     silent: (UnixStream, UnixStream),
+}
+
+fn table() -> Arc<Table> {
+    let limits = Limits {
+        inodes: 0,
+        handles: 0,
+        queues: 2,
+    };
+    Table::in_memory(&limits).expect("a table")
 }
 
 impl Descriptors {
@@ -59,6 +70,7 @@ impl Descriptors {
             _other_end: other_end,
             null: File::open("/dev/null").expect("/dev/null").into(),
             socket: UnixStream::pair().expect("sockets").0.into(),
+            table: table(),
             silent: UnixStream::pair().expect("sockets"),
         }
     }
@@ -150,7 +162,8 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
         request_queues: std::num::NonZeroU16::MIN,
     };
     let mut runner = Taking::default();
-    let end = front::serve(theirs, &device, &mut runner, descriptors.silent.0.as_fd());
+    let silent = descriptors.silent.0.as_fd();
+    let end = front::serve(theirs, &device, &mut runner, &descriptors.table, silent);
     assert!(runner.queues.is_empty(), "stopped at the end: {end:?}");
     count::add(messages);
 }
