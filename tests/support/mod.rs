@@ -64,9 +64,35 @@ impl Server {
     /// being that user's; the server logs what `--log-level info` says.
     pub fn start_as(user: Option<u32>, args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let command = command_as(user, dir.path());
+        Self::start_command(command, dir, user, args)
+    }
+
+    /// As [`start_as`](Self::start_as), from another file, which that user can run.
+    pub fn start_program(program: &Path, user: Option<u32>, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = match user {
+            Some(user) => {
+                let mut command = Command::new("setpriv");
+                let user = user.to_string();
+                command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+                command.arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
+        Self::start_command(command, dir, user, args)
+    }
+
+    fn start_command(
+        mut command: Command,
+        dir: tempfile::TempDir,
+        user: Option<u32>,
+        args: &[&str],
+    ) -> Self {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).unwrap();
-        let mut command = command_as(user, dir.path());
         if let Some(user) = user {
             for path in [dir.path(), &share] {
                 std::os::unix::fs::chown(path, Some(user), Some(user)).unwrap();
@@ -115,6 +141,11 @@ impl Server {
 
     /// The process that serves, once the server listens. The one that was started waits for it.
     pub fn pid(&self) -> u32 {
+        self.child().expect("a process that serves")
+    }
+
+    /// As [`pid`](Self::pid), if there is one.
+    pub fn child(&self) -> Option<u32> {
         let guardian = self.child.id();
         let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
             let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
@@ -122,7 +153,7 @@ impl Server {
             let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
             (parent.trim().parse() == Ok(guardian)).then_some(pid)
         });
-        serving.next().expect("a process that serves")
+        serving.next()
     }
 
     /// The process that was started.
@@ -200,6 +231,11 @@ impl Server {
         let pid = i32::try_from(self.child.id()).unwrap();
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// Waits for the end; a server that doesn't end fails the test.
