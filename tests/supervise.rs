@@ -66,15 +66,142 @@ fn crash(server: &mut Server) {
     assert_ne!(server.pid(), before);
 }
 
-/// Whether requests are answered on the connection that there has been.
+/// Whether requests are answered on the connection that there has been, and mean what they meant.
 fn goes_on(fs: &mut Client<Session>, server: &Server, round: u32) {
-    // The guest's kernel would not have to: what it has agreed on is not known yet any more.
-    fs.init().unwrap();
     let name = std::ffi::CString::new(format!("made{round}")).unwrap();
     let (file, handle) = fs.create(ROOT, &name, 0o644).unwrap();
     fs.write(file.nodeid, handle, 0, b"written").unwrap();
     let path = server.share().join(format!("made{round}"));
     assert_eq!(std::fs::read(path).unwrap(), b"written");
+    fs.release(file.nodeid, handle).unwrap();
+    fs.forget(file.nodeid, 1).unwrap();
+}
+
+/// What a guest holds.
+struct Held {
+    file: u64,
+    handle: vmm::fuse::Handle,
+    gone: u64,
+    gone_handle: vmm::fuse::Handle,
+    dir: u64,
+    listing: vmm::fuse::Handle,
+}
+
+impl Held {
+    fn take(fs: &mut Client<Session>) -> Self {
+        let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+        fs.write(file.nodeid, handle, 0, b"before").unwrap();
+        let (gone, gone_handle) = fs.create(ROOT, c"gone", 0o644).unwrap();
+        fs.write(gone.nodeid, gone_handle, 0, b"without a name").unwrap();
+        fs.unlink(ROOT, c"gone").unwrap();
+        let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap().nodeid;
+        let listing = fs.opendir(dir).unwrap();
+        Self {
+            file: file.nodeid,
+            handle,
+            gone: gone.nodeid,
+            gone_handle,
+            dir,
+            listing,
+        }
+    }
+
+    /// Uses all of it, together with what is looked up anew.
+    fn check(&self, fs: &mut Client<Session>, server: &Server) {
+        assert_eq!(fs.read(self.file, self.handle, 0, 6).unwrap(), b"before");
+        fs.write(self.file, self.handle, 6, b" and after").unwrap();
+        let path = server.share().join("file");
+        assert_eq!(std::fs::read(&path).unwrap(), b"before and after");
+        let read = fs.read(self.gone, self.gone_handle, 0, 100).unwrap();
+        assert_eq!(read, b"without a name");
+        // The same mounts: names move between what was there before and what comes now.
+        let new = fs.mkdir(ROOT, c"new", 0o755).unwrap().nodeid;
+        fs.rename(ROOT, c"file", new, c"moved").unwrap();
+        fs.rename(new, c"moved", self.dir, c"moved").unwrap();
+        let names = fs.readdir_all(self.dir, self.listing).unwrap();
+        assert!(names.iter().any(|entry| entry.name == "moved"), "{names:?}");
+        fs.link(self.file, new, c"link").unwrap();
+        fs.unlink(new, c"link").unwrap();
+        fs.rename(self.dir, c"moved", ROOT, c"file").unwrap();
+        fs.rmdir(ROOT, c"new").unwrap();
+        fs.forget(self.file, 1).unwrap();
+        fs.forget(new, 1).unwrap();
+        let again = fs.lookup(ROOT, c"file").unwrap();
+        assert_eq!(again.nodeid, self.file);
+    }
+}
+
+#[test]
+fn what_a_guest_holds_is_there_in_the_next_process() {
+    for way in ways() {
+        let mut server = start(way, &[]);
+        let mut fs = session(&server, Profile::Qemu);
+        let held = Held::take(&mut fs);
+        for _ in 0..2 {
+            crash(&mut server);
+            held.check(&mut fs, &server);
+            let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), server.guardian());
+            assert!(output.status.success(), "{}", said(&output));
+            server.wait_for("upgraded to");
+            held.check(&mut fs, &server);
+        }
+    }
+}
+
+/// A guest that makes, writes, renames, links and removes, each of which fails if it is done twice or
+/// not at all.
+fn work(fs: &mut Client<Session>, share: &Path, round: u32) {
+    let name = |kind: &str| std::ffi::CString::new(format!("{kind}{round}")).unwrap();
+    let (made, handle) = fs
+        .create_with(ROOT, &name("made"), 0o644, libc::O_RDWR | libc::O_EXCL)
+        .unwrap();
+    let node = made.nodeid;
+    fs.write(node, handle, 0, round.to_string().as_bytes()).unwrap();
+    fs.rename(ROOT, &name("made"), ROOT, &name("renamed")).unwrap();
+    fs.link(node, ROOT, &name("linked")).unwrap();
+    let dir = fs.mkdir(ROOT, &name("dir"), 0o755).unwrap();
+    fs.symlink(dir.nodeid, c"link", c"target").unwrap();
+    fs.unlink(dir.nodeid, c"link").unwrap();
+    fs.rmdir(ROOT, &name("dir")).unwrap();
+    fs.release(node, handle).unwrap();
+    assert_eq!(fs.getattr(node).unwrap().attr.nlink, 2);
+    fs.unlink(ROOT, &name("linked")).unwrap();
+    let path = share.join(format!("renamed{round}"));
+    let there = std::fs::read_to_string(path).unwrap();
+    assert_eq!(there, round.to_string());
+}
+
+#[test]
+fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let kills = std::env::var("RINGFSD_KILLS").map_or(20, |text| text.parse().unwrap());
+    let mut server = start(("namespace", None), &[]);
+    let mut fs = session(&server, Profile::Qemu);
+    let over = AtomicBool::new(false);
+    let guardian = server.guardian();
+    let share = server.share();
+    let mut round = 0;
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            let mut random = 1_u32;
+            for _ in 0..kills {
+                let before = support::child_of(guardian).unwrap();
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                std::thread::sleep(std::time::Duration::from_micros(20_000 + u64::from(random >> 18)));
+                kill(before, Signal::KILL);
+                server.wait_for(AGAIN);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        while !over.load(Ordering::Relaxed) && !killer.is_finished() {
+            round += 1;
+            work(&mut fs, &share, round);
+        }
+    });
+    let names = std::fs::read_dir(&share).unwrap();
+    let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), round as usize, "{names:?}");
+    println!("{kills} kills, {round} rounds");
 }
 
 #[test]
@@ -236,6 +363,13 @@ fn a_hangup_runs_the_program_anew_from_its_path() {
     }
 }
 
+/// By another process: a descriptor to write with that a child of another test has would keep the file
+/// from being run.
+fn copy_file(from: &Path, to: &Path) {
+    let done = Command::new("cp").arg(from).arg(to).status().unwrap();
+    assert!(done.success());
+}
+
 /// Programs that are none, made to ask for an upgrade as `ringfsd upgrade` does.
 #[test]
 fn a_program_that_can_not_take_over_changes_nothing() {
@@ -248,13 +382,13 @@ fn a_program_that_can_not_take_over_changes_nothing() {
         for program in [Path::new("/bin/false"), Path::new("/bin/true"), &text] {
             // It is found by the path that the server was started by.
             let copy = dir.path().join("ringfsd");
-            std::fs::copy(env!("CARGO_BIN_EXE_ringfsd"), &copy).unwrap();
+            copy_file(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &copy);
             let mut server =
                 Server::start_program(&copy, way.1, &["--supervise", "--sandbox", way.0]);
             let mut fs = session(&server, Profile::Simple);
             let serving = server.pid();
             std::fs::remove_file(&copy).unwrap();
-            std::fs::copy(program, &copy).unwrap();
+            copy_file(program, &copy);
             server.signal(Signal::HUP);
             server.wait_for("not upgraded");
             assert_eq!(server.pid(), serving);

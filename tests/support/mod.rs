@@ -146,14 +146,7 @@ impl Server {
 
     /// As [`pid`](Self::pid), if there is one.
     pub fn child(&self) -> Option<u32> {
-        let guardian = self.child.id();
-        let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
-            let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-            (parent.trim().parse() == Ok(guardian)).then_some(pid)
-        });
-        serving.next()
+        child_of(self.child.id())
     }
 
     /// The process that was started.
@@ -283,6 +276,17 @@ impl Drop for Server {
             eprintln!("the server ({signal:?}) said: {:#?}", self.said);
         }
     }
+}
+
+/// The process that serves, of a server that was started as that.
+pub fn child_of(guardian: u32) -> Option<u32> {
+    let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        (parent.trim().parse() == Ok(guardian)).then_some(pid)
+    });
+    serving.next()
 }
 
 /// What a process holds.
