@@ -92,7 +92,8 @@ impl Held {
         let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
         fs.write(file.nodeid, handle, 0, b"before").unwrap();
         let (gone, gone_handle) = fs.create(ROOT, c"gone", 0o644).unwrap();
-        fs.write(gone.nodeid, gone_handle, 0, b"without a name").unwrap();
+        fs.write(gone.nodeid, gone_handle, 0, b"without a name")
+            .unwrap();
         fs.unlink(ROOT, c"gone").unwrap();
         let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap().nodeid;
         let listing = fs.opendir(dir).unwrap();
@@ -156,8 +157,10 @@ fn work(fs: &mut Client<Session>, share: &Path, round: u32) {
         .create_with(ROOT, &name("made"), 0o644, libc::O_RDWR | libc::O_EXCL)
         .unwrap();
     let node = made.nodeid;
-    fs.write(node, handle, 0, round.to_string().as_bytes()).unwrap();
-    fs.rename(ROOT, &name("made"), ROOT, &name("renamed")).unwrap();
+    fs.write(node, handle, 0, round.to_string().as_bytes())
+        .unwrap();
+    fs.rename(ROOT, &name("made"), ROOT, &name("renamed"))
+        .unwrap();
     fs.link(node, ROOT, &name("linked")).unwrap();
     let dir = fs.mkdir(ROOT, &name("dir"), 0o755).unwrap();
     fs.symlink(dir.nodeid, c"link", c"target").unwrap();
@@ -187,7 +190,9 @@ fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
             for _ in 0..kills {
                 let before = support::child_of(guardian).unwrap();
                 random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                std::thread::sleep(std::time::Duration::from_micros(20_000 + u64::from(random >> 18)));
+                std::thread::sleep(std::time::Duration::from_micros(
+                    20_000 + u64::from(random >> 18),
+                ));
                 kill(before, Signal::KILL);
                 server.wait_for(AGAIN);
             }

@@ -299,7 +299,7 @@ impl Supervisor {
     /// # Errors
     ///
     /// Whatever a seccomp filter of the launcher says.
-    pub fn next(&mut self) -> std::io::Result<Event> {
+    pub fn next_event(&mut self) -> std::io::Result<Event> {
         loop {
             if let Some(event) = self.look()? {
                 return Ok(event);
@@ -318,7 +318,7 @@ impl Supervisor {
         }
     }
 
-    /// As [`next`](Self::next), for as long as `patience` allows; signals but that of a child's end
+    /// As [`next_event`](Self::next_event), for as long as `patience` allows; signals but that of a child's end
     /// stay held.
     ///
     /// # Errors
@@ -486,7 +486,7 @@ impl Report {
 }
 
 /// By which the serving process tells its guardian, if it is supervised, that it serves.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Serving {
     pub(super) pipe: Option<OwnedFd>,
     pub(super) root: RawFd,

@@ -165,7 +165,7 @@ impl Supervising {
     fn watch(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
         loop {
             let event = match &self.trial {
-                None => Some(self.supervisor.next().map_err(ServerError::Watch)?),
+                None => Some(self.supervisor.next_event().map_err(ServerError::Watch)?),
                 Some(_) => {
                     let event = self.supervisor.next_within(PATIENCE);
                     event.map_err(ServerError::Watch)?
