@@ -5,6 +5,7 @@ mod launcher;
 mod operations;
 mod sharing;
 mod syslog;
+mod upgrade;
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
@@ -18,10 +19,11 @@ use crate::device::Tag;
 use crate::io::Choice;
 
 pub use self::confinement::{Confinement, Sandbox, Seccomp};
-pub use self::launcher::{CAPABILITIES, asks_for_capabilities, expand};
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade, expand};
 pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 pub use self::syslog::{Syslog, head as syslog_head};
+pub use self::upgrade::Upgrade;
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
 ///
@@ -34,7 +36,8 @@ pub use self::syslog::{Syslog, head as syslog_head};
     version,
     args_override_self = true,
     group(ArgGroup::new("listen").required(true).args(["socket", "fd"])),
-    after_help = "Example, with QEMU (the guest's memory must be shared):\n  \
+    after_help = "To replace a running server by this program: ringfsd upgrade --help\n\n\
+        Example, with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
         qemu-system-x86_64 … -m 4G \\\n    \
         -object memory-backend-memfd,id=mem,size=4G,share=on -numa node,memdev=mem \\\n    \
@@ -127,6 +130,12 @@ pub struct Options {
     /// End when the first VMM has disconnected, instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
+
+    /// Go on, should the process that serves be killed: another one takes its place, and the VMM
+    /// and the guest notice a pause. The program can then be replaced while it serves, see
+    /// `ringfsd upgrade --help`.
+    #[arg(long)]
+    pub supervise: bool,
 
     /// What to log to standard error. The environment variable RINGFSD_LOG takes finer
     /// filters, such as `info,ringfsd::front=debug`.
@@ -271,6 +280,7 @@ impl TryFrom<Options> for Config {
             poll: Duration::from_micros(u64::from(options.poll_us)),
             state: options.state,
             once: options.once,
+            supervise: options.supervise,
             descriptors: match options.rlimit_nofile {
                 None => Descriptors::Most,
                 Some(0) => Descriptors::Inherited,

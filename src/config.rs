@@ -54,6 +54,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// End after the first session.
     pub once: bool,
+    /// Go on with another process when the serving one has been killed.
+    pub supervise: bool,
     /// How many descriptors may be open.
     pub descriptors: Descriptors,
     /// What keeps the server in.

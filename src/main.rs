@@ -1,22 +1,28 @@
 //! The `ringfsd` program: parse, run, print the error chain, return the exit code.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use ringfsd::cli::{self, LogLevel, Options, Syslog};
+use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
 use ringfsd::sandbox::Ending;
-use ringfsd::server::{Server, Started, chain};
+use ringfsd::server::{self, HandOver, Over, Server, Started, Watched, chain};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
     if cli::asks_for_capabilities(&arguments) {
         println!("{}", cli::CAPABILITIES);
         return ExitCode::SUCCESS;
+    }
+    if cli::asks_for_upgrade(&arguments) {
+        return upgrade(&arguments);
     }
     let options = Options::parse_from(cli::expand(arguments));
     let (level, syslog) = (options.level(), options.syslog);
@@ -26,6 +32,14 @@ fn main() -> ExitCode {
             .error(ErrorKind::ValueValidation, error)
             .exit(),
     };
+    match server::check_for_upgrade() {
+        None => {}
+        Some(Ok(ready)) => return ExitCode::from(ready),
+        Some(Err(reason)) => {
+            eprintln!("ringfsd: {reason}");
+            return ExitCode::FAILURE;
+        }
+    }
     let told = begin_to_log(level, syslog).and_then(|log| run(config, log.as_ref()));
     match told {
         Ok(code) => code,
@@ -35,6 +49,21 @@ fn main() -> ExitCode {
                 log::error!("{error}");
             }
             eprintln!("ringfsd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Has a running server replaced by this program.
+fn upgrade(arguments: &[OsString]) -> ExitCode {
+    let pid = Upgrade::parse_from(arguments.iter().skip(1)).pid;
+    match server::ask(pid) {
+        Ok(said) => {
+            println!("{said}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("ringfsd: {}", chain(&error));
             ExitCode::FAILURE
         }
     }
@@ -67,22 +96,53 @@ fn begin_to_log(
 
 /// Goes on as two processes: one serves, and the one that the launcher has started waits for it.
 fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let server = match Server::start(config, log.map(AsFd::as_fd))? {
+    let past = HandOver::take()?;
+    let log = log.map(AsFd::as_fd);
+    let server = match Server::start(config, log, past)? {
         Started::Inside(server) => server,
-        Started::Outside(outside) => {
-            let ending = outside.watch()?;
-            if matches!(ending, Ending::Signal(_)) {
-                log::error!("{ending}");
+        Started::Outside(outside) => match outside.watch(log)? {
+            Watched::Inside(server) => server,
+            Watched::Ended(ending) => {
+                if matches!(ending, Ending::Signal(_)) {
+                    log::error!("{ending}");
+                }
+                return Ok(ExitCode::from(ending.pass_on()));
             }
-            return Ok(ExitCode::from(ending.pass_on()));
-        }
+        },
     };
-    // From here on SIGTERM and SIGINT only make `stop` readable.
+    serve(*server)
+}
+
+fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    // From here on these signals only make `stop` readable.
     let (stop, signalled) = UnixStream::pair()?;
+    let leave = Arc::new(AtomicBool::new(false));
+    if server.is_supervised() {
+        die_of_panics();
+        let hangup = signal_hook::consts::SIGHUP;
+        // What is registered first is done first.
+        signal_hook::flag::register(hangup, Arc::clone(&leave))?;
+        signal_hook::low_level::pipe::register(hangup, signalled.try_clone()?)?;
+    }
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
     server.release_signals()?;
-    server.run(stop.as_fd())?;
-    Ok(ExitCode::SUCCESS)
+    match server.run(stop.as_fd(), &leave)? {
+        Over::Ended => Ok(ExitCode::SUCCESS),
+        Over::Left => server.leave(),
+    }
+}
+
+/// Lets a panic of this thread end the process before anything is given back: another process goes
+/// on with it. Those of workers are caught, each with the request that it was about.
+fn die_of_panics() {
+    let this = std::thread::current().id();
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        if std::thread::current().id() == this {
+            std::process::abort();
+        }
+    }));
 }

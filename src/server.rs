@@ -3,29 +3,39 @@
 //! The process is split in two on the way, before it has a second thread: what lies outside of the
 //! sandbox is had before, and what serves a guest after. `docs/sandbox.md` says why in this order.
 //! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
-//! the next one begins.
+//! the next one begins, unless it is left to another process.
+
+mod hand_over;
+mod kept;
+mod outside;
+mod upgrade;
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
-use crate::front::{self, End, ListenError, Listener, Runner, SocketFile};
-use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Past, Shared};
+use crate::front::{self, End, ListenError, Listener, Record, Runner, SessionError, Stop};
+use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
-use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
-use crate::state::{Limits, StateError, Table};
-use crate::virtqueue::{self, Queue, QueueIndex};
+use crate::sandbox::{self, Begun, Filter, FilterError, Inside, Needs, SandboxError, Serving};
+use crate::state::{StateError, Table};
+use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Crew, CrewError};
+
+pub use self::hand_over::{HandOver, HandOverError};
+pub use self::outside::{Outside, Watched};
+pub use self::upgrade::{AskError, ask, check_for_upgrade};
+
+use self::kept::{Kept, State};
 
 /// Why the server can't start, or can't go on.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +106,18 @@ pub enum ServerError {
     /// What the guest holds can't be written down.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The table has no second descriptor.
+    #[error("keeping the table of what a session holds for the next process")]
+    Keep(#[source] io::Error),
+    /// What an earlier process has left can't be sorted.
+    #[error("closing what the process that served before has left open")]
+    Leftovers(#[source] io::Error),
+    /// What an earlier program in this process has left is not there.
+    #[error("taking over from the program that ran before")]
+    HandOver(#[from] HandOverError),
+    /// The guardian can't wait.
+    #[error("waiting for the process that serves")]
+    Watch(#[source] io::Error),
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),
@@ -113,23 +135,13 @@ pub enum Started {
     Inside(Box<Server>),
 }
 
-/// What stays outside of the sandbox: the guardian, and the socket's file, which is removed at
-/// the end.
-#[derive(Debug)]
-pub struct Outside {
-    guardian: Guardian,
-    _socket: Option<SocketFile>,
-}
-
-impl Outside {
-    /// Waits until the server has ended, and removes its socket.
-    ///
-    /// # Errors
-    ///
-    /// Whatever a seccomp filter of the launcher says.
-    pub fn watch(self) -> io::Result<Ending> {
-        self.guardian.watch()
-    }
+/// How a server's run is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// It has served.
+    Ended,
+    /// Another process goes on. All has to stay open: [`Server::leave`] is what is to be done.
+    Left,
 }
 
 /// A server: one shared directory, one session at a time.
@@ -146,78 +158,204 @@ pub struct Server {
     /// What the guest holds outlives this process.
     keeps: bool,
     filter: Filter,
+    /// Another process goes on should this one be killed.
+    supervised: bool,
+    /// The session that the process before has left.
+    left: Option<Record>,
+    serving: Serving,
 }
 
-/// A state file, and what it tells of.
-struct Kept {
-    table: Arc<Table>,
-    /// If there is something to go on from.
-    past: Option<Past>,
-}
-
-impl Kept {
-    fn open(path: &Path, limits: &Limits) -> Result<Self, ServerError> {
-        let failed = |source: Errno| ServerError::StateFile {
-            path: path.to_owned(),
-            source,
-        };
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
-        // As long as the file is open, in whichever process.
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) => return Err(ServerError::StateInUse(path.to_owned())),
-            locked => locked.map_err(failed)?,
-        }
-        let in_file = |source| ServerError::InStateFile {
-            path: path.to_owned(),
-            source,
-        };
-        if rustix::fs::fstat(&file).map_err(failed)?.st_size == 0 {
-            let table = Table::create(file, limits).map_err(in_file)?;
-            return Ok(Self { table, past: None });
-        }
-        let table = Table::open(file).map_err(in_file)?;
-        let wanted = usize::from(limits.queues);
-        if table.queue_count() < wanted {
-            return Err(ServerError::StateQueues {
-                path: path.to_owned(),
-                queues: table.queue_count().saturating_sub(1),
-            });
-        }
-        let past = table.is_in_use().then(|| Past {
-            bequeathed: false,
-            under_way: virtqueue::under_way(&table),
-        });
-        Ok(Self { table, past })
-    }
+/// What is had before the process is split: for each process that serves, if one follows the other.
+#[derive(Debug)]
+struct Outfit {
+    config: Config,
+    runtime: Chosen,
+    listener: Listener,
+    state: State,
 }
 
 impl Server {
     /// Gets everything ready, and splits the process in two; see [`sandbox::begin`] for when this
     /// may be called. The one that serves keeps `log`, which its log is written to, if that is
-    /// not standard error.
+    /// not standard error. `past` is what an earlier program in this process has left.
     ///
     /// # Errors
     ///
     /// Something that the configuration asks for is not to be had on this host. Either process
     /// may get one; the other has ended then, or tells so by the way it ends.
-    pub fn start(config: Config, log: Option<BorrowedFd<'_>>) -> Result<Started, ServerError> {
-        let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match config.listen {
-            Listen::Path(path) => Box::new(move || {
-                let listener = Listener::bind(&path)?;
-                if let Some(group) = config.socket_group {
-                    listener.admit_group(&group)?;
-                }
-                Ok(listener)
-            }),
+    pub fn start(
+        config: Config,
+        log: Option<BorrowedFd<'_>>,
+        past: Option<HandOver>,
+    ) -> Result<Started, ServerError> {
+        if let Some(past) = past {
+            return Outside::take_over(config, log, past);
+        }
+        let outfit = Outfit::new(config)?;
+        if outfit.config.supervise {
+            return Outside::supervise(outfit, log);
+        }
+        match sandbox::begin(&outfit.config.sandbox, &outfit.keep(log))? {
+            Begun::Outside(guardian) => Ok(Started::Outside(Outside::waiting(
+                guardian,
+                outfit.listener.into_file(),
+            ))),
+            Begun::Inside(inside) => outfit.serve(inside).map(Box::new).map(Started::Inside),
+        }
+    }
+
+    /// Lets the signals come that end a server, which [`start`](Self::start) holds: to be called
+    /// once they make the descriptor readable that [`run`](Self::run) is given.
+    ///
+    /// # Errors
+    ///
+    /// Whatever a seccomp filter of the launcher says.
+    pub fn release_signals(&self) -> io::Result<()> {
+        if self.is_supervised() {
+            sandbox::release_hangup()?;
+        }
+        sandbox::release_signals()
+    }
+
+    /// Whether another process goes on should this one be killed. It asks this one to leave by
+    /// `SIGHUP`.
+    #[must_use]
+    pub fn is_supervised(&self) -> bool {
+        self.supervised
+    }
+
+    /// Ends the process, after a [`run`](Self::run) that is [`Over::Left`].
+    pub fn leave(self) -> ! {
+        sandbox::leave(outside::LEFT)
+    }
+
+    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
+    /// the first; beginning with the one that an earlier process has left. From here on the calling
+    /// thread makes the server's system calls and no others. `leave` says that, when `stop` becomes
+    /// readable, another process is to go on.
+    ///
+    /// # Errors
+    ///
+    /// Connections can't be taken any more, or the host has no threads for a session. What a
+    /// VMM does wrong ends its session and is logged.
+    pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Over, ServerError> {
+        self.filter.install()?;
+        let stop = Stop { asked: stop, leave };
+        if let Some(record) = self.left.take() {
+            let end = self.serve(stop, |device, service, table, stop| {
+                front::resume(record, device, service, table, stop)
+            })?;
+            if let Some(over) = self.is_over(end) {
+                return Ok(over);
+            }
+        }
+        loop {
+            self.serving.tell();
+            // Launchers wait for these very words.
+            log::info!(
+                "Waiting for vhost-user socket connection on {}",
+                self.listener.name()
+            );
+            if front::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
+                log::info!("asked to stop");
+                let leaves = leave.load(std::sync::atomic::Ordering::Acquire);
+                return Ok(if leaves { Over::Left } else { Over::Ended });
+            }
+            let stream = self.listener.accept().map_err(ServerError::Accept)?;
+            log::info!("a VMM has connected");
+            let end = self.serve(stop, |device, service, table, stop| {
+                front::serve(stream, device, service, table, stop)
+            })?;
+            if let Some(over) = self.is_over(end) {
+                return Ok(over);
+            }
+        }
+    }
+
+    fn is_over(&self, end: End) -> Option<Over> {
+        match end {
+            End::Left => Some(Over::Left),
+            End::Stopped => Some(Over::Ended),
+            End::Disconnected => self.once.then_some(Over::Ended),
+        }
+    }
+
+    /// Serves one VMM until it disconnects, with a crew of its own.
+    fn serve<'a>(
+        &'a self,
+        stop: Stop<'a>,
+        talk: impl FnOnce(
+            &'a Device,
+            &mut Service<'a, Passthrough>,
+            &'a Arc<Table>,
+            Stop<'a>,
+        ) -> Result<End, SessionError>,
+    ) -> Result<End, ServerError> {
+        let session = Session::new(Arc::clone(&self.fs), self.session.clone())
+            .remembering(Arc::clone(self.fs.table()));
+        if let Some(negotiated) = session.negotiated() {
+            log::info!("the guest's session goes on: {negotiated}");
+        }
+        let crew = Crew::start(
+            Arc::new(session),
+            self.workers,
+            self.runtime.kind,
+            self.poll,
+        )?;
+        let mut service = Service {
+            crew,
+            serving: &self.serving,
+        };
+        let end = talk(&self.device, &mut service, self.fs.table(), stop);
+        let crew = service.crew;
+        if matches!(end, Ok(End::Left)) {
+            log::info!("asked to leave; all requests are answered");
+            // Its threads end with the process.
+            std::mem::forget(crew);
+            return Ok(End::Left);
+        }
+        // Who is asked to stop leaves to the next one what the guest holds.
+        if !(self.keeps && matches!(end, Ok(End::Stopped))) {
+            crew.session().reset();
+        }
+        let malformed = crew.session().counters().malformed();
+        if malformed != 0 {
+            log::warn!("the guest has sent {malformed} malformed requests");
+        }
+        crew.dismiss();
+        match end {
+            Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
+            Ok(_) => log::info!("the VMM has disconnected"),
+            Err(error) => {
+                log::error!("the session is ended: {}", chain(&error));
+                return Ok(End::Disconnected);
+            }
+        }
+        Ok(end.unwrap_or(End::Disconnected))
+    }
+}
+
+impl Outfit {
+    fn new(config: Config) -> Result<Self, ServerError> {
+        let group = config.socket_group.clone();
+        let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
+            Listen::Path(path) => {
+                let path = path.clone();
+                Box::new(move || {
+                    let listener = Listener::bind(&path)?;
+                    if let Some(group) = group {
+                        listener.admit_group(&group)?;
+                    }
+                    Ok(listener)
+                })
+            }
             Listen::Inherited(fd) => {
                 // At once, before something of ours could get the number.
-                let listener = Listener::inherited(fd)?;
+                let listener = Listener::inherited(*fd)?;
                 Box::new(move || Ok(listener))
             }
         };
-        let runtime = crate::io::choose(config.runtime)?;
-        log::info!("runtime {}: {}", runtime.kind, runtime.reason);
+        let runtime = choose(&config)?;
         match config.descriptors {
             Descriptors::Inherited => {}
             Descriptors::Most => {
@@ -226,42 +364,43 @@ impl Server {
             Descriptors::Limit(limit) => passthrough::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
-        let options = config.share.file_system;
         // What can be known beforehand to fail leaves no socket.
         passthrough::check_shared(&config.shared_dir).map_err(|source| ServerError::Share {
             path: config.shared_dir.clone(),
             source,
         })?;
-        let queues = config.request_queues.get().saturating_add(1);
-        let kept = match &config.state {
-            Some(path) => Some(Kept::open(path, &options.limits(queues))?),
-            None => None,
-        };
-        let mut listener = listen()?;
-        let table_file = kept.as_ref().map(|kept| kept.table.file().as_fd());
-        let keep: Vec<_> = log
-            .into_iter()
-            .chain([listener.as_fd()])
-            .chain(table_file)
-            .collect();
-        let inside = match sandbox::begin(&config.sandbox, &keep)? {
-            Begun::Outside(guardian) => {
-                return Ok(Started::Outside(Outside {
-                    guardian,
-                    _socket: listener.into_file(),
-                }));
-            }
-            Begun::Inside(inside) => inside,
-        };
-        listener.leave_file();
+        let state = State::new(&config)?;
+        Ok(Self {
+            listener: listen()?,
+            config,
+            runtime,
+            state,
+        })
+    }
+
+    /// What every serving process has from the beginning.
+    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
+        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        all.into_iter().flatten().collect()
+    }
+
+    /// What follows in the process that serves.
+    fn serve(mut self, inside: Inside) -> Result<Server, ServerError> {
+        self.listener.leave_file();
+        let config = self.config;
+        let limits = kept::limits(&config);
+        let options = config.share.file_system;
         let needs = Needs {
             readonly: options.readonly,
             file_handles: options.inode_file_handles != InodeFileHandles::Never,
         };
+        let (supervised, again) = (inside.is_supervised(), inside.is_again());
         let place = inside.enter(&config.shared_dir, needs)?;
-        let (table, past) = match kept {
-            Some(Kept { table, past }) => (table, past),
-            None => (Table::in_memory(&options.limits(queues))?, None),
+        let Kept { table, past } = self.state.open(&limits, again)?;
+        let left = if again {
+            sort_leftovers(&table, &place.descriptors)?
+        } else {
+            None
         };
         let shared = Shared {
             root: place.root,
@@ -278,108 +417,82 @@ impl Server {
         if past.is_some() {
             log::info!("going on from where another process ended: {restored}");
         }
-        let filter = Filter::new(config.sandbox.seccomp, runtime.kind, place.file_handles)?;
-        Ok(Started::Inside(Box::new(Self {
+        let action = config.sandbox.seccomp;
+        let filter = Filter::new(action, self.runtime.kind, place.file_handles)?;
+        Ok(Server {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
             },
             workers: config.workers,
-            runtime,
+            runtime: self.runtime,
             fs: Arc::new(fs),
-            listener,
+            listener: self.listener,
             poll: config.poll,
             session: config.share.session,
             once: config.once,
             keeps: config.state.is_some(),
             filter,
-        })))
-    }
-
-    /// Lets the signals come that end a server, which [`start`](Self::start) holds: to be called
-    /// once they make the descriptor readable that [`run`](Self::run) is given.
-    ///
-    /// # Errors
-    ///
-    /// Whatever a seccomp filter of the launcher says.
-    pub fn release_signals(&self) -> io::Result<()> {
-        sandbox::release_signals()
-    }
-
-    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
-    /// the first. From here on the calling thread makes the server's system calls and no others.
-    ///
-    /// # Errors
-    ///
-    /// Connections can't be taken any more, or the host has no threads for a session. What a
-    /// VMM does wrong ends its session and is logged.
-    pub fn run(&self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
-        self.filter.install()?;
-        loop {
-            // Launchers wait for these very words.
-            log::info!(
-                "Waiting for vhost-user socket connection on {}",
-                self.listener.name()
-            );
-            if front::wait_readable(&self.listener, stop).map_err(ServerError::Accept)? {
-                log::info!("asked to stop");
-                return Ok(());
-            }
-            let stream = self.listener.accept().map_err(ServerError::Accept)?;
-            let end = self.serve(stream, stop)?;
-            if self.once || end == End::Stopped {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Serves one VMM from connect to disconnect.
-    fn serve(&self, stream: UnixStream, stop: BorrowedFd<'_>) -> Result<End, ServerError> {
-        log::info!("a VMM has connected");
-        let session = Session::new(Arc::clone(&self.fs), self.session.clone())
-            .remembering(Arc::clone(self.fs.table()));
-        if let Some(negotiated) = session.negotiated() {
-            log::info!("the guest's session goes on: {negotiated}");
-        }
-        let mut crew = Crew::start(
-            Arc::new(session),
-            self.workers,
-            self.runtime.kind,
-            self.poll,
-        )?;
-        let end = front::serve(stream, &self.device, &mut crew, self.fs.table(), stop);
-        // Who is asked to stop leaves to the next one what the guest holds.
-        if !(self.keeps && matches!(end, Ok(End::Stopped))) {
-            crew.session().reset();
-        }
-        let malformed = crew.session().counters().malformed();
-        if malformed != 0 {
-            log::warn!("the guest has sent {malformed} malformed requests");
-        }
-        crew.dismiss();
-        match end {
-            Ok(End::Disconnected) => log::info!("the VMM has disconnected"),
-            Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
-            Err(error) => {
-                log::error!("the session is ended: {}", chain(&error));
-                return Ok(End::Disconnected);
-            }
-        }
-        Ok(end.unwrap_or(End::Disconnected))
+            supervised,
+            left,
+            serving: place.serving,
+        })
     }
 }
 
-impl<F: crate::fs::FileSystem> Runner for Crew<F> {
+fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
+    let runtime = crate::io::choose(config.runtime)?;
+    log::info!("runtime {}: {}", runtime.kind, runtime.reason);
+    Ok(runtime)
+}
+
+/// What the process before has left of its session, if it had one; everything else that it has left,
+/// but `own` and what the table tells of, is closed. Done here, where the process has nothing any
+/// more that it could be tricked out of: what it reads may have been written by a guest that had
+/// taken the other one over.
+fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<Record>, ServerError> {
+    let record = table
+        .front()
+        .and_then(|block| match Record::decode(&block) {
+            Ok(record) if record.descriptors().iter().any(|fd| own.contains(fd)) => {
+                log::error!("the session can't go on: it names a descriptor of the server's own");
+                None
+            }
+            Ok(record) => Some(record),
+            Err(error) => {
+                log::error!("the session can't go on: {error}");
+                None
+            }
+        });
+    let mut keep = own.to_vec();
+    keep.extend(table.descriptors());
+    keep.extend(record.iter().flat_map(Record::descriptors));
+    sandbox::close_all_but(&keep).map_err(ServerError::Leftovers)?;
+    Ok(record)
+}
+
+/// The workers, seen from the front.
+struct Service<'a, F> {
+    crew: Crew<F>,
+    serving: &'a Serving,
+}
+
+impl<F: crate::fs::FileSystem> Runner for Service<'_, F> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
-        Self::run(self, queue, kick)
+        self.crew.run(queue, kick)
     }
 
     fn stop(&mut self, index: QueueIndex) -> Option<u16> {
-        Self::stop(self, index).map(|queue| queue.next_available())
+        self.crew.stop(index).map(|queue| queue.next_available())
     }
 
     fn reset(&mut self) {
-        self.session().reset();
+        self.crew.session().reset();
+    }
+
+    fn resumed(&mut self) {
+        log::info!("the session goes on");
+        self.serving.tell();
     }
 }
 

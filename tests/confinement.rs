@@ -133,6 +133,8 @@ fn attempt(attempt: &Attempt) -> ExitCode {
             root: open(&attempt.share),
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
+            serving: sandbox::Serving::default(),
+            descriptors: Vec::new(),
         };
         let out = gets_out(attempt, &place, handle.as_ref());
         return ExitCode::from(if out { OUT } else { HELD });

@@ -22,6 +22,12 @@ pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
         .any(|argument| argument == "--print-capabilities")
 }
 
+/// Whether a running server is to be replaced: by the first word, which no option is.
+#[must_use]
+pub fn asks_for_upgrade(arguments: &[OsString]) -> bool {
+    arguments.get(1).is_some_and(|first| first == "upgrade")
+}
+
 /// The arguments with every `-o LIST` replaced by the options that it names.
 #[must_use]
 pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
@@ -142,5 +148,8 @@ mod tests {
         assert!(asks(&["p", "--fd=3", "--print-capabilities"]));
         assert!(!asks(&["--print-capabilities"]));
         assert!(!asks(&["p", "--", "--print-capabilities"]));
+        let upgrade = ["p", "upgrade", "--pid=1"].map(OsString::from);
+        assert!(asks_for_upgrade(&upgrade));
+        assert!(!asks_for_upgrade(&upgrade[1..]));
     }
 }

@@ -3,7 +3,7 @@
 //! `vhost` reads a message with calls that block and that it repeats for ever, so a front end
 //! that stalls within one would keep the server from being stopped. Here the message is only
 //! looked at: nothing is taken off the socket, and what makes no sense is left to `vhost` to
-//! refuse. The invariant: `Arrival::Message` is answered only when reading the message can't block.
+//! refuse. The invariant: what `Arrival::Message` says can be taken without waiting.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -31,8 +31,14 @@ const MAX_BODY: usize = 0x1000;
 /// What came first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrival {
-    /// A message is there as a whole, or its front end has gone.
-    Message,
+    /// Something is there that can be taken.
+    Message {
+        /// How many bytes: a message, or its beginning, if that is for `vhost` to refuse, or if its
+        /// front end has gone; 0 if there is nothing more.
+        len: usize,
+        /// Nothing comes after it.
+        last: bool,
+    },
     /// The server is to stop.
     Stop,
     /// Part of a message is there and the rest doesn't come.
@@ -67,8 +73,8 @@ pub(super) fn wait(socket: &UnixStream, stop: BorrowedFd<'_>) -> std::io::Result
         if !fds[0].revents().is_empty() {
             return Ok(Arrival::Stop);
         }
-        if is_whole(socket)? {
-            return Ok(Arrival::Message);
+        if let Some((len, last)) = is_whole(socket)? {
+            return Ok(Arrival::Message { len, last });
         }
         if begun.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
             let have = queued(socket)?;
@@ -77,8 +83,9 @@ pub(super) fn wait(socket: &UnixStream, stop: BorrowedFd<'_>) -> std::io::Result
     }
 }
 
-/// Whether reading the next message can't block: it is there, can't be one, or nothing comes after.
-fn is_whole(socket: &UnixStream) -> std::io::Result<bool> {
+/// How many bytes can be taken without waiting for more, if that is a message, can't become one, or
+/// is all that comes; and whether it is that.
+fn is_whole(socket: &UnixStream) -> std::io::Result<Option<(usize, bool)>> {
     let mut header = [0; HEADER];
     let (have, _) = match rustix::net::recv(
         socket,
@@ -86,18 +93,27 @@ fn is_whole(socket: &UnixStream) -> std::io::Result<bool> {
         RecvFlags::PEEK | RecvFlags::DONTWAIT,
     ) {
         Ok(have) => have,
-        Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
-        // `vhost` meets the same error and names it.
-        Err(_) => return Ok(true),
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(Errno::CONNRESET) => return Ok(Some((0, true))),
+        Err(error) => return Err(error.into()),
     };
-    if have == 0 || has_hung_up(socket)? {
-        return Ok(true);
+    if have == 0 {
+        return Ok(Some((0, true)));
     }
     let size = header
         .last_chunk()
         .map_or(0, |size| u32::from_ne_bytes(*size));
     let body = usize::try_from(size).unwrap_or(usize::MAX);
-    Ok(have == HEADER && (body > MAX_BODY || queued(socket)? >= HEADER + body))
+    if have == HEADER && body > MAX_BODY {
+        return Ok(Some((HEADER, false)));
+    }
+    // In this order: what was sent before the front end went is there by then.
+    let gone = has_hung_up(socket)?;
+    let there = queued(socket)?;
+    if have == HEADER && there >= HEADER + body {
+        return Ok(Some((HEADER + body, false)));
+    }
+    Ok(gone.then_some((there, true)))
 }
 
 /// How many bytes wait to be read, over all that was sent.
@@ -133,25 +149,25 @@ mod tests {
     fn a_message_is_there_when_its_last_byte_is() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(8, 7)).unwrap();
-        assert!(!is_whole(&ours).unwrap());
-        theirs.write_all(&[7]).unwrap();
-        assert!(is_whole(&ours).unwrap());
+        assert_eq!(is_whole(&ours).unwrap(), None);
+        theirs.write_all(&[7, 7]).unwrap();
+        assert_eq!(is_whole(&ours).unwrap(), Some((HEADER + 8, false)));
     }
 
     #[test]
     fn part_of_a_header_is_no_message_until_its_sender_goes() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(0, 0)[..5]).unwrap();
-        assert!(!is_whole(&ours).unwrap());
+        assert_eq!(is_whole(&ours).unwrap(), None);
         drop(theirs);
-        assert!(is_whole(&ours).unwrap());
+        assert_eq!(is_whole(&ours).unwrap(), Some((5, true)));
     }
 
     #[test]
     fn a_size_that_nobody_accepts_is_not_waited_for() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(0x1001, 0)).unwrap();
-        assert!(is_whole(&ours).unwrap());
+        assert_eq!(is_whole(&ours).unwrap(), Some((HEADER, false)));
     }
 
     #[test]

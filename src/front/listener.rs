@@ -172,6 +172,26 @@ impl Listener {
         })
     }
 
+    /// Goes on with a listening socket that an earlier program in this process has left open.
+    ///
+    /// # Errors
+    ///
+    /// It is none.
+    pub fn left(fd: OwnedFd, file: Option<SocketFile>) -> Result<Self, ListenError> {
+        let mut listener = Self::from_fd(fd)?;
+        if let Some(file) = &file {
+            listener.name = file.path.display().to_string();
+        }
+        listener.file = file;
+        Ok(listener)
+    }
+
+    /// The file of a socket that we made.
+    #[must_use]
+    pub fn file(&self) -> Option<&SocketFile> {
+        self.file.as_ref()
+    }
+
     /// Takes the next connection; waits for one.
     ///
     /// # Errors
@@ -193,9 +213,33 @@ impl Listener {
         self.file
     }
 
-    /// Leaves the file to another process, which has it by [`into_file`](Self::into_file).
+    /// Goes on listening, and gives the file away.
+    pub fn take_file(&mut self) -> Option<SocketFile> {
+        self.file.take()
+    }
+
+    /// Leaves the file to another process, which has it by [`into_file`](Self::into_file) or
+    /// [`take_file`](Self::take_file).
     pub fn leave_file(&mut self) {
         std::mem::forget(self.file.take());
+    }
+}
+
+impl SocketFile {
+    /// Where it is, its device and its inode.
+    #[must_use]
+    pub fn place(&self) -> (&Path, u64, u64) {
+        (&self.path, self.device, self.inode)
+    }
+
+    /// What an earlier program in this process has made.
+    #[must_use]
+    pub fn left(path: PathBuf, device: u64, inode: u64) -> Self {
+        Self {
+            path,
+            device,
+            inode,
+        }
     }
 }
 

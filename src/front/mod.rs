@@ -6,17 +6,23 @@
 //! while anything changes that a running queue relies on, that queue is stopped and drained.
 
 mod arrival;
+mod conversation;
 mod listener;
+mod record;
+mod relay;
+mod restore;
 mod session;
 mod vring;
 mod watched;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use listener::{ListenError, Listener, SocketFile};
+pub use record::{Record, RecordError, VERSION};
 pub use session::{End, SessionError};
-pub use watched::serve;
+pub use watched::{resume, serve};
 
 use crate::virtqueue::{Queue, QueueIndex};
 
@@ -35,6 +41,25 @@ pub trait Runner {
 
     /// Forgets what the guest held: it has been reset.
     fn reset(&mut self);
+
+    /// All queues run again that ran in the process that served before.
+    fn resumed(&mut self) {}
+}
+
+/// How a session is told to end.
+#[derive(Clone, Copy, Debug)]
+pub struct Stop<'a> {
+    /// Readable when it is to.
+    pub asked: BorrowedFd<'a>,
+    /// Whether another process is to go on with it: then nothing of it is closed.
+    pub leave: &'a AtomicBool,
+}
+
+impl Stop<'_> {
+    fn leaves(&self) -> bool {
+        // Acquire: pairs with the store before `asked` became readable.
+        self.leave.load(Ordering::Acquire)
+    }
 }
 
 /// Polls two descriptors until one of them can be read or has ended; true if it is `stop`.

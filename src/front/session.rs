@@ -1,13 +1,12 @@
-//! One vhost-user session: the messages of one front end, from connect to disconnect.
+//! One vhost-user session: what the messages of one front end do, from connect to disconnect.
 //!
 //! See the vhost-user specification, "Back-end implementation". The invariant: a queue runs
 //! exactly when it is started, enabled and described, and never while one of these changes.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -15,12 +14,9 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    BackendReqHandler, Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut,
-};
+use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::Runner;
-use super::arrival::{self, Arrival};
 use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::state::Table;
@@ -46,6 +42,8 @@ pub enum End {
     Disconnected,
     /// The server was asked to stop.
     Stopped,
+    /// The server was asked to leave it to another process, for which all has stayed open.
+    Left,
 }
 
 /// Why a session ended: the front end's fault, or the host's.
@@ -115,6 +113,23 @@ pub enum SessionError {
         #[source]
         source: io::Error,
     },
+    /// The device is another than it was.
+    #[error("the session has {there} queues, and this server {queues}; see --request-queues")]
+    OtherDevice {
+        /// That the session has.
+        there: usize,
+        /// That there are.
+        queues: u16,
+    },
+    /// Something that an earlier process should have left.
+    #[error("going on with descriptor {fd} of the session")]
+    NotLeft {
+        /// Its number.
+        fd: std::os::fd::RawFd,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The socket can't be used.
     #[error("waiting for messages of the front end")]
     Socket(#[source] io::Error),
@@ -126,93 +141,61 @@ impl From<SessionError> for ProtocolError {
     }
 }
 
-/// Serves one front end until it disconnects or `stop` becomes readable. All queues are
-/// stopped and drained when this returns, however it returns.
-///
-/// # Errors
-///
-/// The front end breaks the protocol, or hands over what can't be used.
-pub(super) fn serve<R: Runner + Send>(
-    stream: UnixStream,
-    device: &Device,
-    runner: &mut R,
-    (table, alarm): (&Arc<Table>, &Arc<Alarm>),
-    stop: BorrowedFd<'_>,
-) -> Result<End, SessionError> {
-    let socket = stream.try_clone().map_err(SessionError::Socket)?;
-    let session = Arc::new(Mutex::new(Session::new(device, runner, table, alarm)));
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
-    let end = loop {
-        match arrival::wait(&socket, stop) {
-            Ok(Arrival::Message) => (),
-            Ok(Arrival::Stop) => break Ok(End::Stopped),
-            Ok(Arrival::Stalled { have }) => break Err(SessionError::Stalled { have }),
-            Err(error) => break Err(SessionError::Socket(error)),
-        }
-        match handler.handle_request() {
-            Ok(()) => (),
-            Err(ProtocolError::Disconnected) => break Ok(End::Disconnected),
-            Err(ProtocolError::SocketBroken(error))
-                if error.kind() == io::ErrorKind::ConnectionReset =>
-            {
-                break Ok(End::Disconnected);
-            }
-            Err(error) => break Err(session_error(error)),
-        }
-    };
-    session
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .stop_all();
-    end
-}
-
-/// What we said ourselves comes back wrapped in the protocol's error; unwrap it.
-fn session_error(error: ProtocolError) -> SessionError {
-    match error {
-        ProtocolError::ReqHandlerError(inner) => inner
-            .downcast()
-            .unwrap_or_else(|inner| SessionError::Protocol(ProtocolError::ReqHandlerError(inner))),
-        other => SessionError::Protocol(other),
-    }
-}
-
 /// The state of a session.
 #[derive(Debug)]
-struct Session<'a, R> {
-    device: &'a Device,
+pub(super) struct Session<'a, R> {
+    pub(super) device: &'a Device,
     runner: &'a mut R,
     /// What outlives this process.
     table: Arc<Table>,
     /// Raised when memory that was handed over is gone.
-    alarm: Arc<Alarm>,
-    features: u64,
-    regions: Memory,
-    log: Option<Arc<DirtyLog>>,
+    pub(super) alarm: Arc<Alarm>,
+    /// GET_FEATURES has come.
+    pub(super) asked: bool,
+    pub(super) features: Option<u64>,
+    pub(super) protocol: Option<u64>,
+    pub(super) regions: Memory,
+    pub(super) log: Option<Arc<DirtyLog>>,
     /// Where the front end keeps what is in flight.
-    inflight: Option<InflightRegion>,
+    pub(super) inflight: Option<InflightRegion>,
     /// `regions` with the log that is due.
     memory: Arc<Memory>,
-    vrings: Vec<Vring>,
+    pub(super) vrings: Vec<Vring>,
 }
 
 impl<'a, R: Runner> Session<'a, R> {
-    fn new(device: &'a Device, runner: &'a mut R, table: &Arc<Table>, alarm: &Arc<Alarm>) -> Self {
-        if table.agreement().is_none() {
-            forget_in_flight(table);
-        }
+    pub(super) fn new(
+        device: &'a Device,
+        runner: &'a mut R,
+        table: &Arc<Table>,
+        alarm: &Arc<Alarm>,
+    ) -> Self {
         Self {
             table: Arc::clone(table),
             device,
             runner,
             alarm: Arc::clone(alarm),
-            features: 0,
+            asked: false,
+            features: None,
+            protocol: None,
             regions: Memory::default(),
             log: None,
             inflight: None,
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
         }
+    }
+
+    /// A front end that has just connected: what was in flight before the guest's session is none of
+    /// its.
+    pub(super) fn begin(&self) {
+        if self.table.agreement().is_none() {
+            forget_in_flight(&self.table);
+        }
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features.unwrap_or(0) & feature != 0
     }
 
     fn vring(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
@@ -236,12 +219,14 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 
     /// Changes what all queues rely on, all being stopped meanwhile.
-    fn change_all(&mut self, change: impl FnOnce(&mut Self)) -> Result<(), SessionError> {
+    pub(super) fn change_all(
+        &mut self,
+        change: impl FnOnce(&mut Self),
+    ) -> Result<(), SessionError> {
         self.stop_all();
         change(self);
-        let log = (self.features & device::LOG_ALL != 0)
-            .then(|| self.log.clone())
-            .flatten();
+        let log = self.has(device::LOG_ALL).then(|| self.log.clone());
+        let log = log.flatten();
         self.memory = Arc::new(self.regions.with_log(log));
         for index in 0..self.device.queues() {
             self.settle(QueueIndex(index))?;
@@ -251,10 +236,10 @@ impl<'a, R: Runner> Session<'a, R> {
 
     /// Runs the queue if it is to run and doesn't.
     fn settle(&mut self, index: QueueIndex) -> Result<(), SessionError> {
-        let implicit = self.features & device::PROTOCOL_FEATURES == 0;
+        let implicit = !self.has(device::PROTOCOL_FEATURES);
         let features = Features {
-            event_idx: self.features & device::EVENT_IDX != 0,
-            indirect: self.features & device::INDIRECT_DESC != 0,
+            event_idx: self.has(device::EVENT_IDX),
+            indirect: self.has(device::INDIRECT_DESC),
         };
         let vring = &mut self.vrings[usize::from(index.0)];
         if vring.running {
@@ -298,10 +283,14 @@ impl<'a, R: Runner> Session<'a, R> {
         }
     }
 
-    fn stop_all(&mut self) {
+    pub(super) fn stop_all(&mut self) {
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
+    }
+
+    pub(super) fn resumed(&mut self) {
+        self.runner.resumed();
     }
 
     fn reset(&mut self) {
@@ -324,10 +313,13 @@ fn forget_in_flight(table: &Arc<Table>) {
 
 /// `fd`, if it may be an eventfd. The kernel tells files, pipes, sockets and devices from what
 /// has no place in any file system; nothing else of that kind takes a write and lets it wait.
-fn eventfd(queue: QueueIndex, fd: File) -> Result<OwnedFd, SessionError> {
-    let fd = OwnedFd::from(fd);
+pub(super) fn eventfd(
+    queue: QueueIndex,
+    fd: impl Into<OwnedFd>,
+) -> Result<Arc<OwnedFd>, SessionError> {
+    let fd = fd.into();
     match rustix::fs::fstat(&fd) {
-        Ok(stat) if stat.st_mode & libc::S_IFMT == 0 => Ok(fd),
+        Ok(stat) if stat.st_mode & libc::S_IFMT == 0 => Ok(Arc::new(fd)),
         _ => Err(SessionError::NotAnEventfd(queue)),
     }
 }
@@ -355,6 +347,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     }
 
     fn get_features(&mut self) -> Answer<u64> {
+        self.asked = true;
         Ok(device::FEATURES)
     }
 
@@ -363,10 +356,10 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         if extra != 0 {
             return Err(SessionError::Features { taken, extra }.into());
         }
-        if taken == self.features {
+        if Some(taken) == self.features {
             return Ok(());
         }
-        Ok(self.change_all(|session| session.features = taken)?)
+        Ok(self.change_all(|session| session.features = Some(taken))?)
     }
 
     fn set_mem_table(
@@ -392,7 +385,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
             .and_then(|regions| Memory::new(regions, None))
             .map_err(SessionError::Memory)?;
         self.change_all(|session| session.regions = regions)?;
-        log::debug!("memory table of {} regions", self.regions.regions());
+        log::debug!("memory table of {} regions", self.regions.regions().len());
         Ok(None)
     }
 
@@ -471,14 +464,15 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
         let (queue, _) = self.vring(u32::from(index))?;
         let kick = fd.ok_or(SessionError::NoKick(queue))?;
-        let kick = Arc::new(eventfd(queue, kick)?);
+        let kick = eventfd(queue, kick)?;
         Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
         let (queue, vring) = self.vring(u32::from(index))?;
         let fd = fd.map(|fd| eventfd(queue, fd)).transpose()?;
-        vring.call.set(fd);
+        vring.call.set(fd.clone());
+        vring.call_fd = fd;
         if vring.running {
             // What completed between the two eventfds may have called the old one.
             vring.call.signal();
@@ -488,7 +482,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
         let (_, vring) = self.vring(u32::from(index))?;
-        vring.err = fd.map(OwnedFd::from);
+        vring.err = fd.map(|fd| Arc::new(fd.into()));
         Ok(())
     }
 
@@ -509,6 +503,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         if extra != 0 {
             return Err(SessionError::Features { taken, extra }.into());
         }
+        self.protocol = Some(taken);
         Ok(())
     }
 

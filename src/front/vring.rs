@@ -18,9 +18,11 @@ pub(super) struct Vring {
     /// There from SET_VRING_KICK until GET_VRING_BASE: the ring is started.
     pub(super) kick: Option<Arc<OwnedFd>>,
     pub(super) call: Arc<Call>,
+    /// What `call` signals on.
+    pub(super) call_fd: Option<Arc<OwnedFd>>,
     /// Kept for the front end's sake; nothing is ever signalled on it, because a guest's
     /// faults are answered on the ring.
-    pub(super) err: Option<OwnedFd>,
+    pub(super) err: Option<Arc<OwnedFd>>,
     pub(super) enabled: bool,
     pub(super) running: bool,
 }
@@ -40,6 +42,7 @@ impl Vring {
     pub(super) fn reset(&mut self) {
         *self = Self {
             call: Arc::clone(&self.call),
+            call_fd: self.call_fd.take(),
             err: self.err.take(),
             ..Self::default()
         };

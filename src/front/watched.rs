@@ -11,16 +11,18 @@ use std::sync::Arc;
 
 use rustix::event::epoll;
 
-use super::Runner;
-use super::session::{self, End, SessionError};
+use super::conversation::Conversation;
+use super::session::{End, Session, SessionError};
+use super::{Record, Runner, Stop, restore};
 use crate::device::Device;
 use crate::state::Table;
 use crate::virtqueue::InflightRegion;
 use crate::virtqueue::memory::{Alarm, DirtyLog};
 
-/// Serves one front end until it disconnects or `stop` becomes readable. All queues are
-/// stopped and drained when this returns, however it returns. What is in flight is kept in `table`,
-/// where the front end doesn't keep it.
+/// Serves one front end until it disconnects or is to be stopped. All queues are stopped and
+/// drained when this returns, however it returns; and `table` knows of no session any more, unless
+/// it is left to another process. What is in flight is kept there, where the front end doesn't
+/// keep it.
 ///
 /// # Errors
 ///
@@ -30,11 +32,51 @@ pub fn serve<R: Runner + Send>(
     device: &Device,
     runner: &mut R,
     table: &Arc<Table>,
-    stop: BorrowedFd<'_>,
+    stop: Stop<'_>,
+) -> Result<End, SessionError> {
+    watch(runner, stop, |runner, alarm, stop| {
+        let session = Session::new(device, runner, table, alarm);
+        session.begin();
+        let conversation = Conversation::new(stream, session, table)?;
+        conversation.hold(None, stop)
+    })
+}
+
+/// Goes on with a session that another process has left behind, however it ended. Its queues go on
+/// where their rings stand, and messages where they were.
+///
+/// To be called when nobody in this process owns a descriptor that the record names.
+///
+/// # Errors
+///
+/// As [`serve`]; and what the record says is not there.
+pub fn resume<R: Runner + Send>(
+    record: Record,
+    device: &Device,
+    runner: &mut R,
+    table: &Arc<Table>,
+    stop: Stop<'_>,
+) -> Result<End, SessionError> {
+    watch(runner, stop, |runner, alarm, stop| {
+        let stream = restore::socket(&record)?;
+        let session = Session::new(device, runner, table, alarm);
+        let conversation = Conversation::new(stream, session, table)?;
+        conversation.hold(Some(record), stop)
+    })
+}
+
+fn watch<R>(
+    runner: &mut R,
+    stop: Stop<'_>,
+    serve: impl FnOnce(&mut R, &Arc<Alarm>, Stop<'_>) -> Result<End, SessionError>,
 ) -> Result<End, SessionError> {
     let alarm = Arc::new(Alarm::new().map_err(SessionError::Watch)?);
-    let either = either(stop, alarm.as_fd()).map_err(SessionError::Watch)?;
-    let end = session::serve(stream, device, runner, (table, &alarm), either.as_fd());
+    let either = either(stop.asked, alarm.as_fd()).map_err(SessionError::Watch)?;
+    let watched = Stop {
+        asked: either.as_fd(),
+        ..stop
+    };
+    let end = serve(runner, &alarm, watched);
     match alarm.place() {
         None => end,
         Some(DirtyLog::GONE) => Err(SessionError::LogGone),

@@ -109,6 +109,8 @@ const CONDITIONS: &[(libc::c_long, u8, Only)] = &[
             bits(libc::CLONE_THREAD),
         ),
     ),
+    // Between the front end's socket and the library that reads its messages.
+    (libc::SYS_socketpair, 0, Only::OneOf(&[bits(libc::AF_UNIX)])),
     // Each thread has a working directory of its own.
     (libc::SYS_unshare, 0, Only::OneOf(&[bits(libc::CLONE_FS)])),
     // No memory is run that was written.

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
 use crate::sys::process;
 
@@ -45,10 +45,8 @@ impl Guardian {
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
-                    if let Some(code) = status.exit_status() {
-                        return Ok(Ending::Status(u8::try_from(code).unwrap_or(1)));
-                    } else if let Some(signal) = status.terminating_signal() {
-                        return Ok(Ending::Signal(signal));
+                    if let Some(ending) = ending(status) {
+                        return Ok(ending);
                     }
                 }
                 Err(Errno::INTR) => {}
@@ -64,6 +62,14 @@ impl Guardian {
             }
         }
     }
+}
+
+/// How a process has ended, if it has.
+pub(super) fn ending(status: WaitStatus) -> Option<Ending> {
+    if let Some(code) = status.exit_status() {
+        return Some(Ending::Status(u8::try_from(code).unwrap_or(1)));
+    }
+    status.terminating_signal().map(Ending::Signal)
 }
 
 impl Ending {
@@ -106,6 +112,11 @@ pub(super) fn leash() -> Result<(Leash, OwnedFd), Errno> {
 }
 
 impl Leash {
+    /// One that becomes readable when the guardian ends.
+    pub(super) fn of(end: OwnedFd) -> Self {
+        Self(end)
+    }
+
     /// Has the process killed when its guardian ends. To be called after the last change of
     /// credentials, which would undo it.
     pub(super) fn fasten(&self) -> Result<(), Errno> {

@@ -13,7 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions};
 use rustix::thread::UnshareFlags;
 
-use super::SandboxError;
+use super::{Kind, Options, SandboxError, privileges};
 use crate::sys::process::{self, Fork};
 
 /// Ids that follow each other, in the namespace and on the host.
@@ -92,6 +92,16 @@ enum Whose {
 }
 
 impl Maps {
+    /// Those of the user namespace that is needed, if one is.
+    pub(super) fn wanted(options: &Options) -> Result<Option<Self>, SandboxError> {
+        let mapped = !options.users.is_empty() || !options.groups.is_empty();
+        if mapped && options.kind != Kind::Namespace {
+            return Err(SandboxError::MapsWithoutNamespace);
+        }
+        let wanted = options.kind == Kind::Namespace && (mapped || privileges::is_ordinary_user());
+        Ok(wanted.then(|| Self::new(&options.users, &options.groups)))
+    }
+
     /// As told; where nothing is, the server's own id alone, which stays what it is.
     pub(super) fn new(users: &[IdRange], groups: &[IdRange]) -> Self {
         let or_own = |ranges: &[IdRange], own: u32| match ranges {
@@ -197,9 +207,9 @@ fn own_id(ranges: &[IdRange], own: u32) -> u32 {
         .unwrap_or(own)
 }
 
-/// Moves the process into a user namespace with these maps, and what it forks from now on into a
-/// PID namespace.
-pub(super) fn enter_user_namespace(maps: &Maps) -> Result<(), SandboxError> {
+/// Moves the process into a user namespace with these maps, and, with `own_pids`, what it forks from
+/// now on into a PID namespace.
+pub(super) fn enter_user_namespace(maps: &Maps, own_pids: bool) -> Result<(), SandboxError> {
     let no_writer = |error| SandboxError::Map(MapError::Writer(error));
     let (go, told) = pipe_with(PipeFlags::CLOEXEC).map_err(no_writer)?;
     let this = rustix::process::getpid();
@@ -216,7 +226,8 @@ pub(super) fn enter_user_namespace(maps: &Maps) -> Result<(), SandboxError> {
         }
     };
     drop(go);
-    let namespaces = UnshareFlags::NEWUSER | UnshareFlags::NEWPID;
+    let mut namespaces = UnshareFlags::NEWUSER;
+    namespaces.set(UnshareFlags::NEWPID, own_pids);
     let entered = process::unshare_namespaces(namespaces);
     if entered.is_ok() {
         // Should the writer be gone, its status says so.

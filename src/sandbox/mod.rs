@@ -13,6 +13,8 @@ mod id_map;
 mod mounts;
 mod paths;
 mod privileges;
+pub mod successor;
+mod supervisor;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -25,9 +27,12 @@ pub use self::guardian::{Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 
+pub use self::supervisor::{Event, Haven, Identity, Ids, Noted, Past, Serving, Supervisor, now};
+
 use self::guardian::Leash;
 use self::id_map::Maps;
 use self::mounts::View;
+use self::supervisor::Taken;
 use crate::sys::process::{self, Fork};
 
 /// How the server is kept to the shared directory.
@@ -129,6 +134,21 @@ pub enum SandboxError {
     /// Descriptors that others left.
     #[error("closing the descriptors that the launcher has left open")]
     Descriptors(#[source] std::io::Error),
+    /// A descriptor that isn't what it was.
+    #[error(
+        "descriptor {0} is not what it was when the server began: the process that served has \
+         replaced it"
+    )]
+    Replaced(RawFd),
+    /// A step of going back to where the earlier process was.
+    #[error("going back to the mounts of the process that served before: {act}")]
+    Back {
+        /// What was being done.
+        act: &'static str,
+        /// Why not.
+        #[source]
+        source: Errno,
+    },
     /// Landlock is there and refuses.
     #[error("restricting the server to the shared directory with Landlock")]
     Landlock(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -152,6 +172,12 @@ pub struct Inside {
     /// There are other ids than the server's own.
     change_ids: bool,
     leash: Leash,
+    /// To tell the guardian by, if it is a supervisor.
+    report: Option<OwnedFd>,
+    /// The numbers of what both processes have.
+    common: Vec<RawFd>,
+    /// Where an earlier process has served, if one has.
+    taken: Option<Taken>,
 }
 
 /// What the server has of the host once it is in.
@@ -163,6 +189,11 @@ pub struct Place {
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle there.
     pub file_handles: bool,
+    /// To be told once the server serves.
+    pub serving: Serving,
+    /// The numbers of all descriptors that the process has, but those that an earlier one has left
+    /// and that are not its own for long: see [`close_all_but`].
+    pub descriptors: Vec<RawFd>,
 }
 
 /// Splits the process in two. Of descriptors beyond standard error the one that serves keeps
@@ -174,17 +205,12 @@ pub struct Place {
 ///
 /// See [`SandboxError`]; no second process is left then.
 pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<Begun, SandboxError> {
-    let mapped = !options.users.is_empty() || !options.groups.is_empty();
-    if mapped && options.kind != Kind::Namespace {
-        return Err(SandboxError::MapsWithoutNamespace);
-    }
+    let maps = Maps::wanted(options)?;
     process::hold_signals().map_err(SandboxError::Fork)?;
-    let maps = (options.kind == Kind::Namespace && (mapped || privileges::is_ordinary_user()))
-        .then(|| Maps::new(&options.users, &options.groups));
     // What is forked from here on is in the PID namespace.
     let ids = maps.as_ref().map(Maps::own_ids);
     if let Some(maps) = &maps {
-        id_map::enter_user_namespace(maps)?;
+        id_map::enter_user_namespace(maps, true)?;
     } else if options.kind == Kind::Namespace {
         process::unshare_namespaces(UnshareFlags::NEWPID).map_err(SandboxError::Privilege)?;
     }
@@ -201,24 +227,49 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<Begun, Sandbo
                 ids,
                 change_ids: maps.is_none_or(|maps| !maps.is_single()),
                 leash,
+                report: None,
+                common: numbers,
+                taken: None,
             }))
         }
     }
 }
 
 impl Inside {
+    /// Whether an earlier process has served.
+    #[must_use]
+    pub fn is_again(&self) -> bool {
+        self.taken.is_some()
+    }
+
+    /// Whether another process goes on should this one be killed.
+    #[must_use]
+    pub fn is_supervised(&self) -> bool {
+        self.report.is_some()
+    }
+
     /// Leaves everything of the host but `share`, and all privileges that `needs` doesn't name.
     /// The process ends from now on if its guardian does.
     ///
     /// # Errors
     ///
     /// See [`SandboxError`].
-    pub fn enter(&self, share: &Path, needs: Needs) -> Result<Place, SandboxError> {
-        let View { root, proc_fds } = match self.options.kind {
-            Kind::Namespace => mounts::namespace(share, needs.readonly)?,
-            Kind::Chroot => mounts::chroot(share, needs.readonly)?,
-            Kind::None => mounts::none(share, needs.readonly)?,
+    pub fn enter(self, share: &Path, needs: Needs) -> Result<Place, SandboxError> {
+        let kind = self.options.kind;
+        let again = self.taken.is_some();
+        let View {
+            root,
+            proc_fds,
+            mounts,
+        } = match (self.taken, kind) {
+            (Some(taken), Kind::Namespace) => mounts::namespace_again(taken)?,
+            (Some(taken), Kind::Chroot) => mounts::chroot_again(taken)?,
+            (Some(taken), Kind::None) => mounts::none_again(taken)?,
+            (None, Kind::Namespace) => mounts::namespace(share, needs.readonly)?,
+            (None, Kind::Chroot) => mounts::chroot(share, needs.readonly)?,
+            (None, Kind::None) => mounts::none(share, needs.readonly)?,
         };
+        let supervised = self.report.is_some();
         if let Some((uid, gid)) = self.ids {
             privileges::take_ids(uid, gid).map_err(SandboxError::Ids)?;
         }
@@ -233,12 +284,63 @@ impl Inside {
         } else {
             paths::restrict_to(&root)?;
         }
+        let mut descriptors = self.common;
+        descriptors.push(root.as_raw_fd());
+        let root = if again {
+            // What goes on from a table finds the one that has been there in it, and takes it over.
+            let another = root.try_clone().map_err(SandboxError::Descriptors)?;
+            std::mem::forget(root);
+            another
+        } else {
+            root
+        };
+        let serving = Serving {
+            pipe: self.report,
+            root: root.as_raw_fd(),
+            mounts: mounts.filter(|_| supervised),
+        };
+        descriptors.extend([root.as_raw_fd(), proc_fds.as_raw_fd()]);
+        descriptors.extend(serving.mounts.as_ref().map(AsRawFd::as_raw_fd));
         Ok(Place {
             root,
             proc_fds,
             file_handles: kept.file_handles,
+            serving,
+            descriptors,
         })
     }
+}
+
+/// Closes whatever an earlier process has left open, but `keep` and standard input, output and error.
+///
+/// # Errors
+///
+/// Before Linux 5.9: the descriptors can't be listed.
+pub fn close_all_but(keep: &[RawFd]) -> std::io::Result<()> {
+    crate::sys::inherit::close_all_but(keep)
+}
+
+/// Takes over a descriptor that an earlier program in this process has left open.
+///
+/// # Errors
+///
+/// It isn't open.
+pub fn left_open(fd: RawFd) -> std::io::Result<OwnedFd> {
+    crate::sys::inherit::inherited_fd(fd)
+}
+
+/// Ends the process at once, leaving all open that an other one goes on with.
+pub fn leave(code: u8) -> ! {
+    process::exit_now(code.into())
+}
+
+/// Lets `SIGHUP` come, by which a supervisor asks for all requests to be given back.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub fn release_hangup() -> std::io::Result<()> {
+    Ok(process::release_hangup()?)
 }
 
 /// Lets the signals come that [`begin`] has held.

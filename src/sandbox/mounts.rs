@@ -10,9 +10,10 @@ use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::SandboxError;
+use super::supervisor::Taken;
 use crate::sys::process;
 
 /// Of a mount through which nothing is changed (uapi `linux/mount.h`).
@@ -25,6 +26,8 @@ const INERT: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUN
 pub(super) struct View {
     pub(super) root: OwnedFd,
     pub(super) proc_fds: OwnedFd,
+    /// The mount namespace, if it is not the guardian's.
+    pub(super) mounts: Option<OwnedFd>,
 }
 
 /// A step of one kind of sandbox that fails.
@@ -56,6 +59,14 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
         .map_err(namespace_step("can't make the mounts its own"))?;
     let proc_fds = clone_proc_fds().map_err(namespace_step(
         "can't keep /proc/self/fd (is /proc mounted?)",
+    ))?;
+    let mounts = rustix::fs::open(
+        c"/proc/self/ns/mnt",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(namespace_step(
+        "can't keep its mount namespace (is /proc mounted?)",
     ))?;
     let tree = clone_share(share, readonly).map_err(|source| SandboxError::Share {
         path: share.to_owned(),
@@ -92,7 +103,35 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
         Some(file) => file,
         None => open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)?,
     };
-    Ok(View { root, proc_fds })
+    Ok(View {
+        root,
+        proc_fds,
+        mounts: Some(mounts),
+    })
+}
+
+fn back(act: &'static str) -> impl Fn(Errno) -> SandboxError {
+    move |source| SandboxError::Back { act, source }
+}
+
+/// Back into the mount namespace that an earlier process has made: what it has opened there can be
+/// linked and renamed with what is opened now only if the mounts are the same. Network and IPC are
+/// new.
+pub(super) fn namespace_again(taken: Taken) -> Result<View, SandboxError> {
+    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
+    process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
+    // There is no /proc where it goes.
+    let proc_fds =
+        clone_proc_fds().map_err(back("can't keep /proc/self/fd (is /proc mounted?)"))?;
+    let lost = back("can't enter its mount namespace")(Errno::BADF);
+    let mounts = taken.mounts.ok_or(lost)?;
+    rustix::thread::move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))
+        .map_err(back("can't enter its mount namespace"))?;
+    Ok(View {
+        root: taken.root,
+        proc_fds,
+        mounts: Some(mounts),
+    })
 }
 
 /// Another root, and nothing else.
@@ -102,10 +141,23 @@ pub(super) fn chroot(share: &Path, readonly: bool) -> Result<View, SandboxError>
     if kind_of(&place.root).map_err(&change)? != FileType::Directory {
         return Err(SandboxError::NotADirectory(share.to_owned()));
     }
-    rustix::process::fchdir(&place.root).map_err(&change)?;
-    rustix::process::chroot(c".").map_err(&change)?;
-    rustix::process::chdir(c"/").map_err(&change)?;
+    change_root(&place.root).map_err(&change)?;
     Ok(place)
+}
+
+/// To the root that an earlier process has had.
+pub(super) fn chroot_again(taken: Taken) -> Result<View, SandboxError> {
+    let place = none_again(taken)?;
+    change_root(&place.root).map_err(chroot_step(
+        "can't change the root, which takes CAP_SYS_CHROOT",
+    ))?;
+    Ok(place)
+}
+
+fn change_root(root: &OwnedFd) -> Result<(), Errno> {
+    rustix::process::fchdir(root)?;
+    rustix::process::chroot(c".")?;
+    rustix::process::chdir(c"/")
 }
 
 /// The host's own mounts; a read-only copy of the share's where the server has the privilege.
@@ -114,10 +166,7 @@ pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
         path: share.to_owned(),
         source,
     };
-    // Without the privilege there is a way up from it, to what the host lets the server see.
-    let proc_fds = clone_proc_fds()
-        .or_else(|_without| open(Path::new("/proc/self/fd"), OFlags::DIRECTORY))
-        .map_err(failed)?;
+    let proc_fds = any_proc_fds().map_err(failed)?;
     let root = if readonly {
         clone_share(share, true).or_else(|error| {
             if matches!(error, Errno::PERM | Errno::NOSYS | Errno::INVAL) {
@@ -135,7 +184,23 @@ pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     Ok(View {
         root: root.map_err(failed)?,
         proc_fds,
+        mounts: None,
     })
+}
+
+/// The same, with the root that an earlier process has had.
+pub(super) fn none_again(taken: Taken) -> Result<View, SandboxError> {
+    let proc_fds = any_proc_fds().map_err(back("can't keep /proc/self/fd (is /proc mounted?)"))?;
+    Ok(View {
+        root: taken.root,
+        proc_fds,
+        mounts: None,
+    })
+}
+
+/// Without the privilege there is a way up from it, to what the host lets the server see.
+fn any_proc_fds() -> Result<OwnedFd, Errno> {
+    clone_proc_fds().or_else(|_without| open(Path::new("/proc/self/fd"), OFlags::DIRECTORY))
 }
 
 /// `/proc/self/fd` as a mount without a parent, from which no `..` leads up.

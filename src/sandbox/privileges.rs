@@ -105,6 +105,25 @@ fn keep_over_changes_of_ids() -> Result<(), Errno> {
     rustix::thread::set_capabilities_secure_bits(present | bits)
 }
 
+/// Lets the capabilities that the process has be those of the program that is run in its place: where
+/// it has them by a user namespace, and no id there of a superuser, they would be lost.
+pub(super) fn keep_over_exec() -> Result<(), Errno> {
+    let mut sets = rustix::thread::capabilities(None)?;
+    sets.inheritable = sets.permitted;
+    match rustix::thread::set_capabilities(None, sets) {
+        // Of a superuser whose bounding set is smaller; such a one needs it not.
+        Ok(()) | Err(Errno::PERM) => {}
+        Err(error) => return Err(error),
+    }
+    for capability in sets.permitted {
+        match rustix::thread::configure_capability_in_ambient_set(capability, true) {
+            Ok(()) | Err(Errno::PERM | Errno::INVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Drops all capabilities but those that are needed, for ever.
 pub(super) fn drop_capabilities(
     needs: Needs,

@@ -14,7 +14,7 @@ use crate::sys::shared::{SharedWords, WORD};
 /// The first word of a table.
 const MAGIC: u64 = u64::from_le_bytes(*b"ringfsd\0");
 /// What this program writes and reads. Whatever moves or gets another meaning needs another.
-const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 1;
 
 /// Words of a page: what is given back to the system is whole pages.
 const PAGE: usize = 512;

@@ -107,6 +107,9 @@ fn reserve(file: &OwnedFd, first: usize, words: usize) -> Result<(), Errno> {
 type Place = u32;
 
 impl Table {
+    /// Of the form that this program writes and reads.
+    pub const VERSION: u64 = header::VERSION;
+
     /// A new table, in a file of this process's own that no name leads to.
     ///
     /// # Errors
@@ -183,6 +186,19 @@ impl Table {
     /// Forgets all but the number of what was given out, and what the front end has said.
     pub fn clear(&self) {
         self.set_agreement(None);
+    }
+
+    /// The numbers of all descriptors that records name.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<i32> {
+        let mut fds = Vec::new();
+        for kind in [Kind::Inode, Kind::Handle, Kind::Lock] {
+            self.slabs.each(kind, |place| {
+                let state = self.load(slabs::word_of(place) + slabs::STATE);
+                fds.extend(inodes::descriptor(state));
+            });
+        }
+        fds
     }
 
     /// The word at `index`, which the layout says is there.

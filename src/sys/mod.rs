@@ -20,6 +20,7 @@ pub(crate) mod lock;
 pub(crate) mod process;
 pub(crate) mod shared;
 pub(crate) mod slot;
+pub(crate) mod supervision;
 
 use rustix::io::Errno;
 

@@ -29,8 +29,7 @@ pub(crate) enum Fork {
 /// `EBUSY` if the process has more threads than the calling one, `EAGAIN` and `ENOMEM` as the
 /// system call.
 pub(crate) fn fork() -> Result<Fork, Errno> {
-    let threads = std::fs::read_dir("/proc/self/task").map_err(|_no_proc| Errno::NOENT)?;
-    if threads.count() != 1 {
+    if !has_one_thread()? {
         return Err(Errno::BUSY);
     }
     // SAFETY: the process has one thread, so no lock is held by a thread that the child hasn't
@@ -40,6 +39,16 @@ pub(crate) fn fork() -> Result<Fork, Errno> {
         0 => Ok(Fork::Child),
         child => Pid::from_raw(child).map(Fork::Parent).ok_or(Errno::SRCH),
     }
+}
+
+/// Whether the calling thread is the only one.
+///
+/// # Errors
+///
+/// `ENOENT`: there is no `/proc`.
+pub(super) fn has_one_thread() -> Result<bool, Errno> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(|_no_proc| Errno::NOENT)?;
+    Ok(threads.count() == 1)
 }
 
 /// Ends the process at once: neither destructors nor handlers of the exit are run, which are the
@@ -70,20 +79,31 @@ pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
 /// The signals that end the server, and the one that tells of a child's end.
 const WATCHED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
 
-fn watched() -> libc::sigset_t {
+/// What a supervisor waits for: these, the one that asks for an upgrade, and the one that tells of
+/// what the serving process reports.
+pub(crate) const SUPERVISED: [libc::c_int; 5] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGCHLD,
+    libc::SIGHUP,
+    libc::SIGIO,
+];
+
+/// The set of these signals.
+pub(super) fn signal_set(signals: &[libc::c_int]) -> libc::sigset_t {
     // SAFETY: all zeroes is a valid set of signals.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: `set` is exclusively borrowed during the call.
     unsafe { libc::sigemptyset(&raw mut set) };
-    for signal in WATCHED {
+    for signal in signals {
         // SAFETY: as before; the signal's number is valid.
-        unsafe { libc::sigaddset(&raw mut set, signal) };
+        unsafe { libc::sigaddset(&raw mut set, *signal) };
     }
     set
 }
 
-fn mask(how: libc::c_int) -> Result<(), Errno> {
-    let set = watched();
+fn mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), Errno> {
+    let set = signal_set(signals);
     // SAFETY: the kernel reads `set`, and no earlier set is asked for.
     match unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) } {
         0 => Ok(()),
@@ -99,7 +119,24 @@ fn mask(how: libc::c_int) -> Result<(), Errno> {
 /// Whatever a seccomp filter says.
 pub(crate) fn hold_signals() -> Result<(), Errno> {
     set_default(libc::SIGCHLD)?;
-    mask(libc::SIG_BLOCK)
+    mask(libc::SIG_BLOCK, &WATCHED)
+}
+
+/// Keeps also those that a supervisor goes by: [`SUPERVISED`]. For `SIGHUP` there is a handler, which
+/// never runs: others see by it (`/proc/PID/status`) that the signal ends nobody here.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn hold_supervisors_signals() -> Result<(), Errno> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    mask(libc::SIG_BLOCK, &SUPERVISED)?;
+    let nothing: extern "C" fn(libc::c_int) = nothing;
+    // SAFETY: the handler does nothing.
+    match unsafe { libc::signal(libc::SIGHUP, nothing as libc::sighandler_t) } {
+        libc::SIG_ERR => Err(last_errno()),
+        _ => Ok(()),
+    }
 }
 
 /// Lets them come again.
@@ -108,7 +145,16 @@ pub(crate) fn hold_signals() -> Result<(), Errno> {
 ///
 /// Whatever a seccomp filter says.
 pub(crate) fn release_signals() -> Result<(), Errno> {
-    mask(libc::SIG_UNBLOCK)
+    mask(libc::SIG_UNBLOCK, &WATCHED)
+}
+
+/// Lets `SIGHUP` come again.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn release_hangup() -> Result<(), Errno> {
+    mask(libc::SIG_UNBLOCK, &[libc::SIGHUP])
 }
 
 /// Waits for one of the signals that are held, and answers which.
@@ -117,7 +163,7 @@ pub(crate) fn release_signals() -> Result<(), Errno> {
 ///
 /// Whatever a seccomp filter says.
 pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
-    let set = watched();
+    let set = signal_set(&WATCHED);
     loop {
         // SAFETY: the kernel reads `set`, and no information on the signal is asked for.
         match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {

@@ -12,6 +12,7 @@
 //! the one before it in the batch in its top 16 bits, and a word that counts.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::QueueIndex;
@@ -156,6 +157,19 @@ impl InflightRegion {
             queues,
             size,
         })
+    }
+
+    /// What is mapped: the file, where in it the region begins, and how long it is.
+    #[must_use]
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
+        let (file, offset) = self.mapping.file()?;
+        Some((file, offset, region_len(self.queues, self.size).ok()?))
+    }
+
+    /// For how many queues it is, of how many entries each.
+    #[must_use]
+    pub fn shape(&self) -> (u16, u16) {
+        (self.queues, self.size)
     }
 
     /// The part of a queue; `None` if the region is for fewer queues.

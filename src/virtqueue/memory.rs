@@ -22,7 +22,7 @@
 )]
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
@@ -197,6 +197,13 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    pub(super) fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        let offset = self.bytes.file_offset()?;
+        Some((offset.file().as_fd(), offset.start()))
+    }
+}
+
 /// Why a file can't be mapped.
 enum MapFault {
     Map(MmapRegionError),
@@ -249,6 +256,19 @@ impl Region {
             len,
             mapping: Arc::new(mapping),
         })
+    }
+
+    /// Where it was said to be: guest address, front end's address, bytes.
+    #[must_use]
+    pub fn place(&self) -> (GuestAddress, u64, u64) {
+        (self.guest, self.user, self.len)
+    }
+
+    /// What is mapped: the file, which stays open as long as the region is there, and where in it
+    /// the region begins.
+    #[must_use]
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.mapping.file()
     }
 
     /// The pointer to the byte `offset` into the region; `offset` must be below the length.
@@ -349,10 +369,10 @@ impl Memory {
         }
     }
 
-    /// How many regions there are.
+    /// The regions, by guest addresses.
     #[must_use]
-    pub fn regions(&self) -> usize {
-        self.regions.len()
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
     }
 
     /// The guest address of what the front end calls `user`.
@@ -588,6 +608,13 @@ impl DirtyLog {
         log::debug!("dirty log of {len} bytes on fd {}", file.as_raw_fd());
         let mapping = Mapping::new(file, (offset, size), Self::GONE, alarm).map_err(fail)?;
         Ok(Self { mapping })
+    }
+
+    /// What is mapped: the file, where in it the log begins, and how long it is.
+    #[must_use]
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
+        let (file, offset) = self.mapping.file()?;
+        Some((file, offset, self.mapping.bytes.size() as u64))
     }
 
     /// Sets the bits of all pages that `guest..guest + len` touches; what lies past the end of

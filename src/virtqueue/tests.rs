@@ -388,7 +388,7 @@ fn the_guest_is_called_when_it_asked_to_be() {
     ] {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         let call = Arc::new(Call::default());
-        call.set(Some(fd.try_clone().unwrap()));
+        call.set(Some(Arc::new(fd.try_clone().unwrap())));
         let called = || rustix::io::read(&fd, &mut [0; 8]).is_ok();
         let mut driver = Driver {
             files: driver

@@ -29,14 +29,14 @@ pub struct Call(Mutex<Option<Eventfd>>);
 
 #[derive(Debug)]
 struct Eventfd {
-    fd: std::os::fd::OwnedFd,
+    fd: Arc<std::os::fd::OwnedFd>,
     /// Writing may wait: where the front end has filled the counter up, for ever.
     blocks: bool,
 }
 
 impl Call {
     /// Takes another eventfd, or none: then the guest polls.
-    pub fn set(&self, eventfd: Option<std::os::fd::OwnedFd>) {
+    pub fn set(&self, eventfd: Option<Arc<std::os::fd::OwnedFd>>) {
         *self.lock() = eventfd.map(|fd| Eventfd {
             blocks: crate::io::writing_blocks(&fd),
             fd,

@@ -64,9 +64,35 @@ impl Server {
     /// being that user's; the server logs what `--log-level info` says.
     pub fn start_as(user: Option<u32>, args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let command = command_as(user, dir.path());
+        Self::start_command(command, dir, user, args)
+    }
+
+    /// As [`start_as`](Self::start_as), from another file, which that user can run.
+    pub fn start_program(program: &Path, user: Option<u32>, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = match user {
+            Some(user) => {
+                let mut command = Command::new("setpriv");
+                let user = user.to_string();
+                command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+                command.arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
+        Self::start_command(command, dir, user, args)
+    }
+
+    fn start_command(
+        mut command: Command,
+        dir: tempfile::TempDir,
+        user: Option<u32>,
+        args: &[&str],
+    ) -> Self {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).unwrap();
-        let mut command = command_as(user, dir.path());
         if let Some(user) = user {
             for path in [dir.path(), &share] {
                 std::os::unix::fs::chown(path, Some(user), Some(user)).unwrap();
@@ -115,14 +141,12 @@ impl Server {
 
     /// The process that serves, once the server listens. The one that was started waits for it.
     pub fn pid(&self) -> u32 {
-        let guardian = self.child.id();
-        let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
-            let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-            (parent.trim().parse() == Ok(guardian)).then_some(pid)
-        });
-        serving.next().expect("a process that serves")
+        self.child().expect("a process that serves")
+    }
+
+    /// As [`pid`](Self::pid), if there is one.
+    pub fn child(&self) -> Option<u32> {
+        child_of(self.child.id())
     }
 
     /// The process that was started.
@@ -202,6 +226,11 @@ impl Server {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Waits for the end; a server that doesn't end fails the test.
     pub fn wait(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
@@ -247,6 +276,17 @@ impl Drop for Server {
             eprintln!("the server ({signal:?}) said: {:#?}", self.said);
         }
     }
+}
+
+/// The process that serves, of a server that was started as that.
+pub fn child_of(guardian: u32) -> Option<u32> {
+    let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        (parent.trim().parse() == Ok(guardian)).then_some(pid)
+    });
+    serving.next()
 }
 
 /// What a process holds.

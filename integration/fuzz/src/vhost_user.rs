@@ -162,8 +162,13 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
         request_queues: std::num::NonZeroU16::MIN,
     };
     let mut runner = Taking::default();
-    let silent = descriptors.silent.0.as_fd();
-    let end = front::serve(theirs, &device, &mut runner, &descriptors.table, silent);
+    let leave = std::sync::atomic::AtomicBool::new(false);
+    let stop = front::Stop {
+        asked: descriptors.silent.0.as_fd(),
+        leave: &leave,
+    };
+    let end = front::serve(theirs, &device, &mut runner, &descriptors.table, stop);
+    assert!(descriptors.table.front().is_none(), "forgotten at the end");
     assert!(runner.queues.is_empty(), "stopped at the end: {end:?}");
     count::add(messages);
 }

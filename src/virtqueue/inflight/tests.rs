@@ -500,7 +500,7 @@ fn a_guest_is_called_for_what_it_may_have_missed() {
         }
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         let call = Arc::new(Call::default());
-        call.set(Some(fd.try_clone().unwrap()));
+        call.set(Some(Arc::new(fd.try_clone().unwrap())));
         let inflight = guest.part();
         let tracking = Tracking {
             inflight,

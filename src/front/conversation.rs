@@ -1,0 +1,252 @@
+//! The messages of one session, one after the other, and what is kept of them.
+//!
+//! Whatever a message changes is written down before it is answered, and the message itself before
+//! it is taken off the socket. So a process that goes on with the session after this one was
+//! killed deals with each message once, and a front end that waits for an answer gets it. (One
+//! system call remains: a kill between an answer's being sent and that being written down lets it
+//! be sent twice.) The invariant: a descriptor that the table's block names is open.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+
+use super::arrival::{self, Arrival};
+use super::record::{Pending, Record};
+use super::relay::{Parcel, Relay};
+use super::restore::{self, Held};
+use super::session::{End, Session, SessionError};
+use super::{Runner, Stop};
+use crate::state::Table;
+
+/// `VHOST_USER_NEED_REPLY_MASK`, in a message's flags.
+const NEED_REPLY: u32 = 1 << 3;
+
+/// `VHOST_USER_ADD_MEM_REG`.
+const ADD_MEM_REG: u32 = 37;
+
+/// One front end and its session.
+pub(super) struct Conversation<'a, R: Runner> {
+    relay: Relay,
+    session: Arc<Mutex<Session<'a, R>>>,
+    handler: BackendReqHandler<Mutex<Session<'a, R>>>,
+    table: &'a Arc<Table>,
+    /// What the block in the table names.
+    held: Held,
+}
+
+impl<'a, R: Runner + Send> Conversation<'a, R> {
+    pub(super) fn new(
+        stream: UnixStream,
+        session: Session<'a, R>,
+        table: &'a Arc<Table>,
+    ) -> Result<Self, SessionError> {
+        let (relay, theirs) = Relay::new(stream).map_err(SessionError::Socket)?;
+        let session = Arc::new(Mutex::new(session));
+        let handler = BackendReqHandler::from_stream(theirs, Arc::clone(&session));
+        Ok(Self {
+            relay,
+            session,
+            handler,
+            table,
+            held: Held::default(),
+        })
+    }
+
+    /// Talks until the front end goes or `stop` says so; from the beginning, or from where
+    /// `record` says that it was.
+    pub(super) fn hold(
+        mut self,
+        record: Option<Record>,
+        stop: Stop<'_>,
+    ) -> Result<End, SessionError> {
+        let begun = match record {
+            None => {
+                self.save(Pending::Nothing);
+                Ok(None)
+            }
+            Some(record) => self.go_on(record),
+        };
+        let end = match begun {
+            Ok(None) => self.talk(stop),
+            Ok(Some(end)) => Ok(end),
+            Err(error) => Err(error),
+        };
+        self.session
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .stop_all();
+        if matches!(end, Ok(End::Stopped)) && stop.leaves() {
+            // Whoever goes on has the same descriptors, and wants them open.
+            std::mem::forget(self);
+            return Ok(End::Left);
+        }
+        self.table.set_front(&[]);
+        end
+    }
+
+    fn talk(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
+        loop {
+            let (len, last) = match arrival::wait(&self.relay.socket, stop.asked) {
+                Ok(Arrival::Message { len: 0, .. }) => return Ok(End::Disconnected),
+                Ok(Arrival::Message { len, last }) => (len, last),
+                Ok(Arrival::Stop) => return Ok(End::Stopped),
+                Ok(Arrival::Stalled { have }) => return Err(SessionError::Stalled { have }),
+                Err(error) => return Err(SessionError::Socket(error)),
+            };
+            let seen = self.relay.look(len).map_err(SessionError::Socket)?;
+            if let Some(seen) = &seen {
+                self.save(Pending::message(seen));
+            }
+            let message = self.relay.take(len).map_err(SessionError::Socket)?;
+            if seen.is_none_or(|seen| seen.fds.len() != message.fds.len()) {
+                self.save(Pending::message(&message));
+            }
+            if let Some(end) = self.deal_with(message, last)? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Does what a message says, and answers it.
+    fn deal_with(&mut self, message: Parcel, last: bool) -> Result<Option<End>, SessionError> {
+        self.relay
+            .forward(&message, last)
+            .map_err(SessionError::Socket)?;
+        let outcome = self.handler.handle_request();
+        let sent = match self.relay.answer().map_err(SessionError::Socket)? {
+            None => Ok(None),
+            Some(answer) => {
+                self.save(Pending::reply(&answer));
+                self.answer(&answer)
+            }
+        };
+        self.save(Pending::Nothing);
+        // What came with it is named no more.
+        drop(message);
+        match outcome {
+            Ok(()) => sent,
+            Err(ProtocolError::Disconnected) => Ok(Some(End::Disconnected)),
+            Err(error) => Err(session_error(error)),
+        }
+    }
+
+    fn answer(&self, answer: &Parcel) -> Result<Option<End>, SessionError> {
+        match self.relay.reply(answer) {
+            Ok(()) => Ok(None),
+            Err(error) => match error.kind() {
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                    Ok(Some(End::Disconnected))
+                }
+                _ => Err(SessionError::Socket(error)),
+            },
+        }
+    }
+
+    /// Writes down how things stand. What is named no more is closed only after that.
+    fn save(&mut self, pending: Pending) {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut record, held) = session.record();
+        drop(session);
+        record.socket = self.relay.socket.as_raw_fd();
+        record.pending = pending;
+        self.table.set_front(&record.encode());
+        self.held = held;
+    }
+
+    /// Brings `vhost` and the session to where the record says that they were.
+    fn go_on(&mut self, mut record: Record) -> Result<Option<End>, SessionError> {
+        for message in restore::agreement(&record) {
+            let parcel = Parcel {
+                bytes: message,
+                fds: Vec::new(),
+            };
+            self.relay
+                .forward(&parcel, false)
+                .map_err(SessionError::Socket)?;
+            self.handler.handle_request().map_err(session_error)?;
+            // The front end has had it.
+            self.relay.answer().map_err(SessionError::Socket)?;
+        }
+        let pending = std::mem::take(&mut record.pending);
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        session.restore(&record)?;
+        session.resumed();
+        drop(session);
+        match pending {
+            Pending::Nothing => {
+                self.save(Pending::Nothing);
+                Ok(None)
+            }
+            Pending::Message(bytes, fds) => {
+                let kept = Parcel {
+                    bytes,
+                    fds: restore::adopt_all(&fds)?,
+                };
+                self.save(Pending::message(&kept));
+                let message = match self.twin(&kept)? {
+                    Some(twin) => twin,
+                    None => kept,
+                };
+                self.deal_with(message, false)
+            }
+            Pending::Reply(bytes, fds) => {
+                let answer = Parcel {
+                    bytes,
+                    fds: restore::adopt_all(&fds)?,
+                };
+                self.save(Pending::reply(&answer));
+                let sent = self.answer(&answer)?;
+                self.save(Pending::Nothing);
+                Ok(sent)
+            }
+        }
+    }
+
+    /// Takes off the socket what has been kept of it already. Of two messages that look the same,
+    /// none of which waits for an answer, the second may carry other descriptors: doing one twice
+    /// then does no harm.
+    fn twin(&self, message: &Parcel) -> Result<Option<Parcel>, SessionError> {
+        let len = message.bytes.len();
+        let next = match self.relay.look(len) {
+            Ok(next) => next,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => return Err(SessionError::Socket(error)),
+        };
+        let word = |at: usize| {
+            let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
+            bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
+        };
+        let once = message.fds.is_empty() || word(4) & NEED_REPLY != 0 || word(0) == ADD_MEM_REG;
+        if once && next.is_some_and(|next| next.bytes == message.bytes) {
+            return self.relay.take(len).map(Some).map_err(SessionError::Socket);
+        }
+        Ok(None)
+    }
+}
+
+impl Pending {
+    fn message(parcel: &Parcel) -> Self {
+        Self::Message(parcel.bytes.clone(), numbers(parcel))
+    }
+
+    fn reply(parcel: &Parcel) -> Self {
+        Self::Reply(parcel.bytes.clone(), numbers(parcel))
+    }
+}
+
+fn numbers(parcel: &Parcel) -> Vec<std::os::fd::RawFd> {
+    parcel.fds.iter().map(AsRawFd::as_raw_fd).collect()
+}
+
+/// What we said ourselves comes back wrapped in the protocol's error; unwrap it.
+fn session_error(error: ProtocolError) -> SessionError {
+    match error {
+        ProtocolError::ReqHandlerError(inner) => inner
+            .downcast()
+            .unwrap_or_else(|inner| SessionError::Protocol(ProtocolError::ReqHandlerError(inner))),
+        other => SessionError::Protocol(other),
+    }
+}

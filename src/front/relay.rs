@@ -1,0 +1,204 @@
+//! Between the front end's socket and `vhost`: messages in, replies out, each a whole.
+//!
+//! `vhost` reads from the socket it is given, and what it has read is gone when the process is
+//! killed. So it is given one end of a pair, and here a message is looked at, with the descriptors
+//! that it carries, before it is taken off the front end's socket; what is to be kept of it can be
+//! kept in between. The invariant: a message leaves the front end's socket only after it was
+//! shown to whoever keeps it.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg,
+};
+
+/// As many descriptors as the kernel lets one message carry (SCM_MAX_FD).
+const MOST_FDS: usize = 253;
+
+/// Bytes and the descriptors that came with them.
+#[derive(Debug, Default)]
+pub(super) struct Parcel {
+    pub(super) bytes: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// The front end's socket, and our end of the pair that `vhost` has the other of.
+#[derive(Debug)]
+pub(super) struct Relay {
+    pub(super) socket: UnixStream,
+    inner: UnixStream,
+}
+
+impl Relay {
+    /// Answers also the end for `vhost`.
+    pub(super) fn new(socket: UnixStream) -> io::Result<(Self, UnixStream)> {
+        let (inner, theirs) = UnixStream::pair()?;
+        inner.set_nonblocking(true)?;
+        Ok((Self { socket, inner }, theirs))
+    }
+
+    /// What the next `len` bytes are, which are there, if they can be had as a whole: descriptors
+    /// that come with the first of them may keep the rest from being seen. With bytes that carry none
+    /// the kernel may show those of the message that follows.
+    pub(super) fn look(&self, len: usize) -> io::Result<Option<Parcel>> {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let parcel = receive(&self.socket, len, flags)?;
+        Ok(Some(parcel).filter(|parcel| parcel.bytes.len() == len))
+    }
+
+    /// Takes `len` bytes that are there off the front end's socket.
+    pub(super) fn take(&self, len: usize) -> io::Result<Parcel> {
+        let mut whole = Parcel::default();
+        while whole.bytes.len() < len {
+            let missing = len - whole.bytes.len();
+            let part = receive(&self.socket, missing, RecvFlags::empty())?;
+            if part.bytes.is_empty() {
+                break;
+            }
+            whole.bytes.extend(part.bytes);
+            whole.fds.extend(part.fds);
+        }
+        Ok(whole)
+    }
+
+    /// Hands a message to `vhost`; `last` says that no more will come.
+    pub(super) fn forward(&self, message: &Parcel, last: bool) -> io::Result<()> {
+        send(&self.inner, message)?;
+        if last {
+            rustix::net::shutdown(&self.inner, Shutdown::Write)?;
+        }
+        Ok(())
+    }
+
+    /// What `vhost` has answered, if anything.
+    pub(super) fn answer(&self) -> io::Result<Option<Parcel>> {
+        let mut whole = Parcel::default();
+        loop {
+            match receive(&self.inner, 1 << 13, RecvFlags::DONTWAIT) {
+                Ok(part) if part.bytes.is_empty() => break,
+                Ok(part) => {
+                    whole.bytes.extend(part.bytes);
+                    whole.fds.extend(part.fds);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(whole).filter(|whole| !whole.bytes.is_empty()))
+    }
+
+    /// Sends an answer to the front end.
+    pub(super) fn reply(&self, answer: &Parcel) -> io::Result<()> {
+        send(&self.socket, answer)
+    }
+}
+
+fn receive(socket: &UnixStream, len: usize, flags: RecvFlags) -> io::Result<Parcel> {
+    let mut bytes = vec![0; len];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let got = loop {
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        match recvmsg(socket, &mut slices, &mut control, flags) {
+            Ok(got) => break got.bytes,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    bytes.truncate(got);
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    Ok(Parcel { bytes, fds })
+}
+
+fn send(socket: &UnixStream, parcel: &Parcel) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(Errno::TOOBIG.into());
+    }
+    let mut left = &parcel.bytes[..];
+    while !left.is_empty() {
+        match sendmsg(
+            socket,
+            &[IoSlice::new(left)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        ) {
+            Ok(sent) => {
+                left = left.get(sent..).unwrap_or_default();
+                control.clear();
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parcel(bytes: &[u8], fds: usize) -> Parcel {
+        let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        Parcel {
+            bytes: bytes.to_vec(),
+            fds: (0..fds).map(|_| open()).collect(),
+        }
+    }
+
+    #[test]
+    fn a_message_that_was_looked_at_is_still_there() {
+        let (front, socket) = UnixStream::pair().unwrap();
+        let (relay, vhost) = Relay::new(socket).unwrap();
+        send(&front, &parcel(b"one", 2)).unwrap();
+        send(&front, &parcel(b"two", 0)).unwrap();
+        for _ in 0..2 {
+            let seen = relay.look(3).unwrap().unwrap();
+            assert_eq!((&seen.bytes[..], seen.fds.len()), (&b"one"[..], 2));
+        }
+        assert_eq!(relay.take(3).unwrap().fds.len(), 2);
+        let second = relay.look(3).unwrap().unwrap();
+        assert_eq!(second.bytes, b"two");
+        relay.forward(&parcel(b"on", 1), true).unwrap();
+        let got = receive(&vhost, 10, RecvFlags::empty()).unwrap();
+        assert_eq!((&got.bytes[..], got.fds.len()), (&b"on"[..], 1));
+        let end = receive(&vhost, 10, RecvFlags::empty()).unwrap();
+        assert!(end.bytes.is_empty());
+    }
+
+    #[test]
+    fn descriptors_within_a_message_are_taken_with_it() {
+        let (front, socket) = UnixStream::pair().unwrap();
+        let (relay, _vhost) = Relay::new(socket).unwrap();
+        send(&front, &parcel(b"head", 1)).unwrap();
+        send(&front, &parcel(b"body", 1)).unwrap();
+        assert!(relay.look(8).unwrap().is_none());
+        let whole = relay.take(8).unwrap();
+        assert_eq!((&whole.bytes[..], whole.fds.len()), (&b"headbody"[..], 2));
+    }
+
+    #[test]
+    fn answers_go_the_other_way() {
+        let (front, socket) = UnixStream::pair().unwrap();
+        let (relay, vhost) = Relay::new(socket).unwrap();
+        assert!(relay.answer().unwrap().is_none());
+        send(&vhost, &parcel(b"yes", 1)).unwrap();
+        let answer = relay.answer().unwrap().unwrap();
+        relay.reply(&answer).unwrap();
+        let got = receive(&front, 10, RecvFlags::empty()).unwrap();
+        assert_eq!((&got.bytes[..], got.fds.len()), (&b"yes"[..], 1));
+    }
+}

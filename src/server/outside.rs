@@ -1,0 +1,271 @@
+//! The process that the launcher knows: it waits for the one that serves, and, if so asked for,
+//! makes another when that one was killed.
+//!
+//! The invariant: a server that can't be brought to serve is not tried for ever.
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::hand_over::HandOver;
+use super::kept::State;
+use super::upgrade::{Trial, Wish};
+use super::{Outfit, Server, ServerError, Started};
+use crate::front::SocketFile;
+use crate::sandbox::{self, Ending, Event, Guardian, Supervisor};
+
+/// The status with which a serving process ends that leaves its session to another.
+pub(super) const LEFT: u8 = 98;
+
+/// So many processes one after the other that never served are enough.
+const MOST_FAILURES: u32 = 5;
+
+/// One that served, but for less than [`SERVED`], counts as less than one that never did.
+const HARDLY: u32 = 20;
+
+/// One that serves for so long has done so.
+const SERVED: Duration = Duration::from_millis(20);
+
+/// How long giving all requests back may take, or getting to serve.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What stays outside of the sandbox: the guardian, and the socket's file, which is removed at
+/// the end.
+#[derive(Debug)]
+pub struct Outside(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Waiting {
+        guardian: Guardian,
+        _socket: Option<SocketFile>,
+    },
+    Supervising(Box<Supervising>),
+}
+
+/// What has come of waiting.
+#[derive(Debug)]
+pub enum Watched {
+    /// The server has ended.
+    Ended(Ending),
+    /// This is a new process, which serves.
+    Inside(Box<Server>),
+}
+
+/// Which process this is.
+enum Either {
+    Guardian(Box<Supervising>),
+    Serving(Box<Server>),
+}
+
+/// A supervisor, and what it makes servers of.
+#[derive(Debug)]
+pub(super) struct Supervising {
+    pub(super) supervisor: Supervisor,
+    pub(super) outfit: Outfit,
+    /// An upgrade of which it isn't known yet whether it is one.
+    pub(super) trial: Option<Trial>,
+    /// Where the program lies that runs here.
+    program: PathBuf,
+    failures: u32,
+    /// Since when nobody serves.
+    down: Option<Duration>,
+    serving: Option<Duration>,
+}
+
+impl Outside {
+    pub(super) fn waiting(guardian: Guardian, socket: Option<SocketFile>) -> Self {
+        Self(Kind::Waiting {
+            guardian,
+            _socket: socket,
+        })
+    }
+
+    /// Goes on as a supervisor and the first process that serves.
+    pub(super) fn supervise(
+        outfit: Outfit,
+        log: Option<BorrowedFd<'_>>,
+    ) -> Result<Started, ServerError> {
+        let keep = outfit.keep(log);
+        let supervisor = Supervisor::begin(&outfit.config.sandbox, &keep, None)?;
+        Supervising::new(supervisor, outfit, None).start(log)
+    }
+
+    /// Goes on where another program in this process has been.
+    pub(super) fn take_over(
+        config: crate::config::Config,
+        log: Option<BorrowedFd<'_>>,
+        past: HandOver,
+    ) -> Result<Started, ServerError> {
+        let runtime = super::choose(&config)?;
+        let (past, trial, parts) = past.open()?;
+        let outfit = Outfit {
+            config,
+            runtime,
+            listener: parts.listener,
+            state: State::Common(parts.state),
+        };
+        let keep = outfit.keep(log);
+        let supervisor = Supervisor::begin(&outfit.config.sandbox, &keep, Some(past))?;
+        Supervising::new(supervisor, outfit, Some(trial)).start(log)
+    }
+
+    /// Waits until the server has ended, and removes its socket. If so configured, goes on as another
+    /// process when the serving one was killed.
+    ///
+    /// # Errors
+    ///
+    /// Whatever a seccomp filter of the launcher says; and in the other process, that it can't serve.
+    pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
+        match self.0 {
+            Kind::Waiting { guardian, .. } => {
+                let ending = guardian.watch().map_err(ServerError::Watch)?;
+                Ok(Watched::Ended(ending))
+            }
+            Kind::Supervising(supervising) => supervising.watch(log),
+        }
+    }
+}
+
+impl Supervising {
+    fn new(supervisor: Supervisor, outfit: Outfit, trial: Option<Trial>) -> Self {
+        Self {
+            supervisor,
+            outfit,
+            down: trial.as_ref().map(Trial::since),
+            trial,
+            // Asked now, as the file may be another later.
+            program: std::env::current_exe().unwrap_or_default(),
+            failures: 0,
+            serving: None,
+        }
+    }
+
+    fn start(self, log: Option<BorrowedFd<'_>>) -> Result<Started, ServerError> {
+        match Box::new(self).another(log)? {
+            Either::Guardian(this) => Ok(Started::Outside(Outside(Kind::Supervising(this)))),
+            Either::Serving(server) => Ok(Started::Inside(server)),
+        }
+    }
+
+    /// Makes a process that serves.
+    fn another(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Either, ServerError> {
+        let own = self.trial.as_ref().map(Trial::descriptors);
+        let keep = self.outfit.keep(log);
+        let started = self.supervisor.start(&keep, &own.unwrap_or_default());
+        let Some(inside) = started? else {
+            return Ok(Either::Guardian(self));
+        };
+        // The guardian's.
+        std::mem::forget(self.trial);
+        let server = self.outfit.serve(inside)?;
+        Ok(Either::Serving(Box::new(server)))
+    }
+
+    fn watch(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
+        loop {
+            let event = match &self.trial {
+                None => Some(self.supervisor.next_event().map_err(ServerError::Watch)?),
+                Some(_) => {
+                    let event = self.supervisor.next_within(PATIENCE);
+                    event.map_err(ServerError::Watch)?
+                }
+            };
+            let again = match event {
+                Some(Event::Serving(since)) => {
+                    self.served(since);
+                    false
+                }
+                Some(Event::Upgrade(value)) => match Wish::of(value, &self.program) {
+                    Ok(wish) => match self.upgrade(wish)? {
+                        Some(ending) => return Ok(self.end(ending)),
+                        None => !self.supervisor.has_child(),
+                    },
+                    Err(error) => {
+                        log::error!("not upgraded: finding the new program: {error}");
+                        false
+                    }
+                },
+                Some(Event::Ended(ending)) => match self.ended(ending)? {
+                    Some(ending) => return Ok(self.end(ending)),
+                    None => true,
+                },
+                None => {
+                    let reason = "the new program did not get as far as serving";
+                    self.fall_back(reason).map_err(ServerError::Watch)?;
+                    true
+                }
+            };
+            if again {
+                self = match self.another(log)? {
+                    Either::Guardian(this) => this,
+                    Either::Serving(server) => return Ok(Watched::Inside(server)),
+                };
+            }
+        }
+    }
+
+    /// The server's end.
+    fn end(mut self: Box<Self>, ending: Ending) -> Watched {
+        drop(self.outfit.listener.take_file());
+        // Numbers of descriptors, which the process that served may have closed.
+        std::mem::forget(self);
+        Watched::Ended(ending)
+    }
+
+    /// A process serves, since then.
+    fn served(&mut self, since: Duration) {
+        let pause = self.down.take().map(|down| since.saturating_sub(down));
+        if let Some(trial) = self.trial.take() {
+            trial.tell(pause.unwrap_or_default());
+        } else if let Some(pause) = pause {
+            log::warn!("serving again, after {:.1} ms", milliseconds(pause));
+        }
+        self.serving = Some(since);
+    }
+
+    /// What to end with, if the end of the serving process is the server's.
+    fn ended(&mut self, ending: Ending) -> Result<Option<Ending>, ServerError> {
+        let now = sandbox::now();
+        let served = self.serving.take();
+        if self.trial.is_some() {
+            self.fall_back(&ending.to_string())
+                .map_err(ServerError::Watch)?;
+        }
+        match ending {
+            Ending::Signal(libc::SIGSYS) => return Ok(Some(ending)),
+            // It was asked to leave, by somebody else than its guardian.
+            Ending::Status(LEFT) | Ending::Signal(_) => {}
+            Ending::Status(_) => return Ok(Some(ending)),
+        }
+        if self.supervisor.is_to_stop().map_err(ServerError::Watch)? {
+            return Ok(Some(ending));
+        }
+        self.failures = match served {
+            None => self.failures + HARDLY,
+            Some(since) if now.saturating_sub(since) < SERVED => self.failures + 1,
+            Some(_) => 0,
+        };
+        if self.failures >= MOST_FAILURES * HARDLY {
+            log::error!("{ending}; so have all of late, before they could serve: giving up");
+            return Ok(Some(ending));
+        }
+        if self.supervisor.haven().is_none() {
+            // The first has never served.
+            return Ok(Some(ending));
+        }
+        log::error!("{ending}; another one takes its place");
+        self.down.get_or_insert(now);
+        Ok(None)
+    }
+
+    /// From now on nobody serves.
+    pub(super) fn is_down(&mut self, since: Duration) {
+        self.serving = None;
+        self.down.get_or_insert(since);
+    }
+}
+
+pub(super) fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
