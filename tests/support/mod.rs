@@ -195,6 +195,26 @@ impl Server {
             .count()
     }
 
+    /// Kills the process that serves, and starts another one on the same socket and share with
+    /// these arguments, which listens when this returns.
+    pub fn replace_killed(&mut self, args: &[&str]) {
+        let pid = i32::try_from(self.pid()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        self.wait();
+        let mut command = command();
+        command
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--shared-dir")
+            .arg(self.share())
+            .args(["--log-level", "debug"])
+            .args(args);
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
+        *self = Self::spawn(command, dir);
+        self.wait_for(LISTENING);
+    }
+
     /// Sends a signal, as a launcher would: to the process that it has started.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();
