@@ -1,0 +1,706 @@
+//! One of the guest's threads: an operation at a time, each with the one answer that is right.
+//!
+//! The invariant: what an operation has to answer is known before it is made.
+
+use std::ffi::CString;
+
+use vmm::Session;
+use vmm::fuse::wire::{
+    AttrOut, CreateIn, Dirent, EntryOut, FileLock, ForgetIn, GetattrIn, LinkIn, LkIn, LkOut,
+    MkdirIn, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, SetattrIn, WriteIn, WriteOut, opcode,
+    setattr,
+};
+use vmm::fuse::{Call, Client, FuseError, Pending, ROOT, Reply};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::model::{Key, Kind, Model, Name, Node, Open};
+use crate::{Dice, Failure};
+
+/// Names in each directory that come up.
+const NAMES: u64 = 10;
+
+/// The longest file.
+const LONGEST: usize = 96 << 10;
+
+/// Open files at the same time.
+const OPEN: usize = 6;
+
+/// Something that the guest does.
+#[derive(Clone, Debug)]
+enum Act {
+    Create(Name, u32, bool),
+    Mkdir(Name, u32),
+    Symlink(Name, Vec<u8>),
+    Link(Key, Name),
+    Unlink(Name),
+    Rmdir(Name),
+    Rename(Name, Name),
+    Lookup(Name),
+    Getattr(Key),
+    Chmod(Key, u32),
+    Truncate(Key, usize),
+    Readlink(Key),
+    List(usize),
+    Opened(Key, bool),
+    Read(Open, usize, u32),
+    Write(Open, usize, Vec<u8>),
+    Release(Open),
+    Lock(Open, bool),
+    TestLock(Open),
+    Forget(Key),
+    /// Asks for a node that was forgotten.
+    Gone(u64),
+}
+
+/// An act under way.
+#[derive(Debug)]
+struct UnderWay {
+    act: Act,
+    /// What it has to be refused with; nothing, if it has to go well.
+    refused: Option<i32>,
+    pending: Pending,
+}
+
+/// One of the guest's threads.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    pub(crate) number: u32,
+    pub(crate) model: Model,
+    dice: Dice,
+    /// Handles of the directories, open from the beginning to the end.
+    listings: [u64; 2],
+    under_way: Option<UnderWay>,
+    /// Node ids that were forgotten and not yet asked for.
+    forgotten: Vec<u64>,
+}
+
+impl Guest {
+    /// A thread with two directories of its own.
+    pub(crate) fn new(fs: &mut Client<Session>, number: u32, seed: u64) -> Result<Self, FuseError> {
+        let mut model = Model::default();
+        let mut listings = [0; 2];
+        for (at, (dir, listing)) in model.dirs.iter_mut().zip(&mut listings).enumerate() {
+            let name = CString::new(directory(number, at)).unwrap_or_default();
+            *dir = fs.mkdir(ROOT, &name, 0o755)?.nodeid;
+            *listing = fs.opendir(*dir)?.fh;
+        }
+        Ok(Self {
+            number,
+            model,
+            dice: Dice(seed),
+            listings,
+            under_way: None,
+            forgotten: Vec::new(),
+        })
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.under_way.is_none()
+    }
+
+    pub(crate) fn waits_for(&self, pending: Pending) -> bool {
+        self.under_way
+            .as_ref()
+            .is_some_and(|it| it.pending == pending)
+    }
+
+    /// What it waits for, for people.
+    pub(crate) fn waiting(&self) -> Option<String> {
+        let it = self.under_way.as_ref()?;
+        let unique = it.pending.unique();
+        Some(format!(
+            "{unique:#x} of guest {}: {}",
+            self.number,
+            told(&it.act)
+        ))
+    }
+
+    /// Makes the next request.
+    pub(crate) fn submit(&mut self, fs: &mut Client<Session>) -> Result<(), FuseError> {
+        let act = self.choose();
+        let refused = self.refusal(&act);
+        let pending = self.send(fs, &act)?;
+        self.under_way = Some(UnderWay {
+            act,
+            refused,
+            pending,
+        });
+        Ok(())
+    }
+
+    fn choose(&mut self) -> Act {
+        if let Some(nodeid) = self.forgotten.pop() {
+            return Act::Gone(nodeid);
+        }
+        if let Some(key) = self.model.forgettable() {
+            return Act::Forget(key);
+        }
+        loop {
+            if let Some(act) = self.propose() {
+                return act;
+            }
+        }
+    }
+
+    fn name(&mut self) -> Name {
+        Name {
+            dir: self.dice.index(2),
+            number: self.dice.below(NAMES),
+        }
+    }
+
+    fn node(&mut self, good: impl Fn(&Node) -> bool) -> Option<Key> {
+        let nodes = self.model.nodes.iter().filter(|(_, node)| good(node));
+        let keys: Vec<_> = nodes.map(|(key, _)| *key).collect();
+        keys.get(self.dice.index(keys.len())).copied()
+    }
+
+    fn open(&mut self) -> Option<Open> {
+        let at = self.dice.index(self.model.open.len());
+        self.model.open.get(at).copied()
+    }
+
+    /// An act, if the dice name one that can be.
+    fn propose(&mut self) -> Option<Act> {
+        let is_file = |node: &Node| matches!(node.kind, Kind::File(_));
+        let mode = 0o600 | u32::try_from(self.dice.below(0o100)).unwrap_or(0);
+        let has_room = self.model.open.len() < OPEN;
+        Some(match self.dice.below(26) {
+            0..=2 if has_room => Act::Create(self.name(), mode, self.dice.below(2) == 0),
+            3 => Act::Mkdir(self.name(), mode | 0o100),
+            4 => {
+                let target = format!("to/{}", self.dice.below(1 << 40));
+                Act::Symlink(self.name(), target.into_bytes())
+            }
+            5 => Act::Link(
+                self.node(|node| is_file(node) && node.links > 0)?,
+                self.name(),
+            ),
+            6 | 7 => Act::Unlink(self.name()),
+            8 => Act::Rmdir(self.name()),
+            9 | 10 => {
+                let from = self.name();
+                let to = self.name();
+                // A directory in the place of something else, and the like, is another's test.
+                let plain =
+                    |kind: Option<&Node>| !matches!(kind, Some(n) if n.kind == Kind::Directory);
+                if !plain(self.model.at(from)) || !plain(self.model.at(to)) || from == to {
+                    return None;
+                }
+                Act::Rename(from, to)
+            }
+            11 | 12 => Act::Lookup(self.name()),
+            13 => Act::Getattr(self.node(|_| true)?),
+            14 => Act::Chmod(self.node(is_file)?, mode),
+            15 => Act::Truncate(self.node(is_file)?, self.dice.index(LONGEST)),
+            16 => Act::Readlink(self.node(|node| matches!(node.kind, Kind::Link(_)))?),
+            17 => Act::List(self.dice.index(2)),
+            18 if has_room => {
+                let append = self.dice.below(2) == 0;
+                Act::Opened(self.node(|node| is_file(node) && node.links > 0)?, append)
+            }
+            19 => Act::Read(self.open()?, self.dice.index(LONGEST), 16 << 10),
+            20..=22 => {
+                let open = self.open()?;
+                let len = 1 + self.dice.index(9000);
+                let seed = self.dice.next();
+                let bytes = (0..len).map(|at| seed.wrapping_mul(at as u64 | 1).to_le_bytes()[7]);
+                let bytes: Vec<_> = bytes.collect();
+                let end = self.content(open.key).len();
+                let offset = if open.append {
+                    end
+                } else {
+                    self.dice.index(LONGEST - bytes.len())
+                };
+                if offset + bytes.len() > LONGEST {
+                    return Some(Act::Truncate(open.key, 0));
+                }
+                Act::Write(open, offset, bytes)
+            }
+            23 => {
+                let open = self.open()?;
+                let locked = self.model.nodes.get(&open.key)?.locked;
+                if locked {
+                    Act::Lock(open, false)
+                } else {
+                    Act::Release(open)
+                }
+            }
+            24 => Act::Lock(self.open()?, self.dice.below(2) == 0),
+            _ => Act::TestLock(self.open()?),
+        })
+    }
+
+    fn content(&self, key: Key) -> &[u8] {
+        match self.model.nodes.get(&key).map(|node| &node.kind) {
+            Some(Kind::File(content)) => content,
+            _ => &[],
+        }
+    }
+
+    /// What an act has to be refused with.
+    fn refusal(&self, act: &Act) -> Option<i32> {
+        let exists = |name: &Name| self.model.at(*name).is_some();
+        let is_dir = |name: &Name| {
+            let node = self.model.at(*name);
+            node.is_some_and(|node| node.kind == Kind::Directory)
+        };
+        match act {
+            Act::Create(name, ..) | Act::Mkdir(name, _) | Act::Symlink(name, _) => {
+                exists(name).then_some(libc::EEXIST)
+            }
+            Act::Link(_, name) => exists(name).then_some(libc::EEXIST),
+            Act::Unlink(name) if is_dir(name) => Some(libc::EISDIR),
+            Act::Rmdir(name) if exists(name) && !is_dir(name) => Some(libc::ENOTDIR),
+            Act::Unlink(name) | Act::Rmdir(name) | Act::Lookup(name) | Act::Rename(name, _) => {
+                (!exists(name)).then_some(libc::ENOENT)
+            }
+            _ => None,
+        }
+    }
+
+    fn nodeid(&self, key: Key) -> u64 {
+        self.model.nodes.get(&key).map_or(0, |node| node.nodeid)
+    }
+
+    fn dir(&self, name: Name) -> u64 {
+        self.model.dirs.get(name.dir).copied().unwrap_or(0)
+    }
+
+    fn lock(&self, open: &Open, locks: bool, owner: u64) -> LkIn {
+        let kind = if locks { libc::F_WRLCK } else { libc::F_UNLCK };
+        LkIn {
+            fh: open.fh,
+            owner,
+            lk: FileLock {
+                start: 0,
+                end: i64::MAX.cast_unsigned(),
+                r#type: kind.cast_unsigned(),
+                pid: self.number + 1,
+            },
+            lk_flags: 0,
+            padding: 0,
+        }
+    }
+
+    fn owner(&self) -> u64 {
+        0x1000 + u64::from(self.number)
+    }
+
+    fn send(&self, fs: &mut Client<Session>, act: &Act) -> Result<Pending, FuseError> {
+        let flags = |append: bool| {
+            let append = if append { libc::O_APPEND } else { 0 };
+            (libc::O_RDWR | append).cast_unsigned()
+        };
+        match act {
+            Act::Create(name, mode, append) => {
+                let create = CreateIn {
+                    flags: flags(*append) | (libc::O_CREAT | libc::O_EXCL).cast_unsigned(),
+                    mode: libc::S_IFREG | mode,
+                    umask: 0,
+                    open_flags: 0,
+                };
+                let call = Call::new(opcode::CREATE, self.dir(*name)).arg(create.as_bytes());
+                let room = size_of::<EntryOut>() + size_of::<OpenOut>();
+                fs.submit(call.name(&name.c()).reply(u32::try_from(room).unwrap_or(0)))
+            }
+            Act::Mkdir(name, mode) => {
+                let mkdir = MkdirIn {
+                    mode: *mode,
+                    umask: 0,
+                };
+                let call = Call::new(opcode::MKDIR, self.dir(*name)).arg(mkdir.as_bytes());
+                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
+            }
+            Act::Symlink(name, target) => {
+                let target = CString::new(target.as_slice()).unwrap_or_default();
+                let link = name.c();
+                let call = Call::new(opcode::SYMLINK, self.dir(*name)).name(&link);
+                fs.submit(call.name(&target).reply_of::<EntryOut>())
+            }
+            Act::Link(key, name) => {
+                let link = LinkIn {
+                    oldnodeid: self.nodeid(*key),
+                };
+                let call = Call::new(opcode::LINK, self.dir(*name)).arg(link.as_bytes());
+                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
+            }
+            Act::Unlink(name) => fs.submit(
+                Call::new(opcode::UNLINK, self.dir(*name))
+                    .name(&name.c())
+                    .reply(0),
+            ),
+            Act::Rmdir(name) => fs.submit(
+                Call::new(opcode::RMDIR, self.dir(*name))
+                    .name(&name.c())
+                    .reply(0),
+            ),
+            Act::Rename(from, to) => {
+                let rename = Rename2In {
+                    newdir: self.dir(*to),
+                    flags: 0,
+                    padding: 0,
+                };
+                let call = Call::new(opcode::RENAME2, self.dir(*from)).arg(rename.as_bytes());
+                fs.submit(call.name(&from.c()).name(&to.c()).reply(0))
+            }
+            Act::Lookup(name) => {
+                let call = Call::new(opcode::LOOKUP, self.dir(*name));
+                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
+            }
+            Act::Getattr(key) => getattr(fs, self.nodeid(*key)),
+            Act::Gone(nodeid) => getattr(fs, *nodeid),
+            Act::Chmod(key, mode) => {
+                let setattr = SetattrIn {
+                    valid: setattr::MODE,
+                    mode: *mode,
+                    ..SetattrIn::default()
+                };
+                let call = Call::new(opcode::SETATTR, self.nodeid(*key));
+                fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
+            }
+            Act::Truncate(key, size) => {
+                let setattr = SetattrIn {
+                    valid: setattr::SIZE,
+                    size: *size as u64,
+                    ..SetattrIn::default()
+                };
+                let call = Call::new(opcode::SETATTR, self.nodeid(*key));
+                fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
+            }
+            Act::Readlink(key) => {
+                fs.submit(Call::new(opcode::READLINK, self.nodeid(*key)).reply(4096))
+            }
+            Act::List(dir) => {
+                let nodeid = self.model.dirs.get(*dir).copied().unwrap_or(0);
+                let read = ReadIn {
+                    fh: self.listings.get(*dir).copied().unwrap_or(0),
+                    size: 16 << 10,
+                    ..ReadIn::default()
+                };
+                fs.submit(
+                    Call::new(opcode::READDIR, nodeid)
+                        .arg(read.as_bytes())
+                        .reply(16 << 10),
+                )
+            }
+            Act::Opened(key, append) => {
+                let open = OpenIn {
+                    flags: flags(*append),
+                    open_flags: 0,
+                };
+                let call = Call::new(opcode::OPEN, self.nodeid(*key)).arg(open.as_bytes());
+                fs.submit(call.reply_of::<OpenOut>())
+            }
+            Act::Read(open, offset, size) => {
+                let read = ReadIn {
+                    fh: open.fh,
+                    offset: *offset as u64,
+                    size: *size,
+                    ..ReadIn::default()
+                };
+                let call = Call::new(opcode::READ, self.nodeid(open.key));
+                fs.submit(call.arg(read.as_bytes()).reply(*size))
+            }
+            Act::Write(open, offset, bytes) => {
+                let write = WriteIn {
+                    fh: open.fh,
+                    offset: *offset as u64,
+                    size: u32::try_from(bytes.len()).unwrap_or(0),
+                    flags: flags(open.append),
+                    ..WriteIn::default()
+                };
+                let call = Call::new(opcode::WRITE, self.nodeid(open.key)).arg(write.as_bytes());
+                fs.submit(call.arg(bytes).reply_of::<WriteOut>())
+            }
+            Act::Release(open) => {
+                let release = ReleaseIn {
+                    fh: open.fh,
+                    flags: flags(open.append),
+                    release_flags: 0,
+                    lock_owner: 0,
+                };
+                let call = Call::new(opcode::RELEASE, self.nodeid(open.key));
+                fs.submit(call.arg(release.as_bytes()).reply(0))
+            }
+            Act::Lock(open, locks) => {
+                let lock = self.lock(open, *locks, self.owner());
+                let call = Call::new(opcode::SETLK, self.nodeid(open.key)).arg(lock.as_bytes());
+                fs.submit(call.reply(0))
+            }
+            Act::TestLock(open) => {
+                let lock = self.lock(open, true, 0x77);
+                let call = Call::new(opcode::GETLK, self.nodeid(open.key)).arg(lock.as_bytes());
+                fs.submit(call.reply_of::<LkOut>())
+            }
+            Act::Forget(key) => {
+                let nlookup = self.model.nodes.get(key).map_or(0, |node| node.lookups);
+                let forget = ForgetIn { nlookup };
+                fs.submit(Call::new(opcode::FORGET, self.nodeid(*key)).arg(forget.as_bytes()))
+            }
+        }
+    }
+
+    /// Takes an answer.
+    pub(crate) fn finish(&mut self, reply: Result<Reply, FuseError>) -> Result<(), Failure> {
+        let Some(it) = self.under_way.take() else {
+            return Ok(());
+        };
+        let unique = it.pending.unique();
+        let noticed = |what: String| {
+            let act = told(&it.act);
+            let guest = self.number;
+            Failure::Noticed(format!(
+                "request {unique:#x} of guest {guest}, {act}: {what}"
+            ))
+        };
+        if matches!(it.act, Act::Gone(_)) {
+            let errno = reply.as_ref().err().and_then(FuseError::errno);
+            if !matches!(errno, Some(libc::ESTALE | libc::ENOENT | libc::EINVAL)) {
+                return Err(noticed(format!("it is still known: {reply:?}")));
+            }
+            return Ok(());
+        }
+        let reply = match (reply, it.refused) {
+            (Ok(reply), None) => reply,
+            (Err(error), Some(errno)) if error.errno() == Some(errno) => return Ok(()),
+            (reply, refused) => {
+                let wanted = refused.map_or("success".to_owned(), |errno| {
+                    std::io::Error::from_raw_os_error(errno).to_string()
+                });
+                let reply = reply.map(|_| "success");
+                return Err(noticed(format!("{reply:?} instead of {wanted}")));
+            }
+        };
+        let wrong = self.take_effect(&it.act, &reply);
+        wrong.map_or(Ok(()), |what| {
+            let act = told(&it.act);
+            let guest = self.number;
+            let what = format!("request {unique:#x} of guest {guest}, {act}: {what}");
+            Err(Failure::Noticed(what))
+        })
+    }
+
+    /// Changes the model by what was answered; what is wrong with that.
+    fn take_effect(&mut self, act: &Act, reply: &Reply) -> Option<String> {
+        let model = &mut self.model;
+        match act {
+            Act::Create(name, mode, append) => {
+                let Ok((entry, open)) = reply.values::<EntryOut, OpenOut>() else {
+                    return Some("not an entry and a handle".to_owned());
+                };
+                let key = model.made(*name, entry.nodeid, Kind::File(Vec::new()), *mode);
+                model.open.push(Open {
+                    key,
+                    fh: open.fh,
+                    append: *append,
+                });
+                self.is_as(key, entry.nodeid, &entry.attr)
+            }
+            Act::Mkdir(name, mode) => {
+                let entry = reply.value::<EntryOut>().unwrap_or_default();
+                model.made(*name, entry.nodeid, Kind::Directory, *mode);
+                None
+            }
+            Act::Symlink(name, target) => {
+                let entry = reply.value::<EntryOut>().unwrap_or_default();
+                model.made(*name, entry.nodeid, Kind::Link(target.clone()), 0o777);
+                None
+            }
+            Act::Link(key, name) => {
+                let entry = reply.value::<EntryOut>().unwrap_or_default();
+                model.names.insert(*name, *key);
+                if let Some(node) = model.nodes.get_mut(key) {
+                    node.links += 1;
+                    node.lookups += 1;
+                }
+                self.is_as(*key, entry.nodeid, &entry.attr)
+            }
+            Act::Unlink(name) | Act::Rmdir(name) => {
+                model.unnamed(*name);
+                None
+            }
+            Act::Rename(from, to) => {
+                let key = model.names.get(from).copied();
+                // Two names of one file: nothing is done then (rename(2)).
+                if model.names.get(to).copied() != key {
+                    model.unnamed(*to);
+                    if let Some(key) = model.names.remove(from) {
+                        model.names.insert(*to, key);
+                    }
+                }
+                None
+            }
+            Act::Lookup(name) => {
+                let entry = reply.value::<EntryOut>().unwrap_or_default();
+                let key = model.names.get(name).copied()?;
+                if let Some(node) = model.nodes.get_mut(&key) {
+                    node.lookups += 1;
+                }
+                self.is_as(key, entry.nodeid, &entry.attr)
+            }
+            Act::Getattr(key) => {
+                let out = reply.value::<AttrOut>().unwrap_or_default();
+                self.is_as(*key, self.nodeid(*key), &out.attr)
+            }
+            Act::Chmod(key, mode) => {
+                let out = reply.value::<AttrOut>().unwrap_or_default();
+                if let Some(node) = model.nodes.get_mut(key) {
+                    node.mode = *mode;
+                }
+                self.is_as(*key, self.nodeid(*key), &out.attr)
+            }
+            Act::Truncate(key, size) => {
+                let out = reply.value::<AttrOut>().unwrap_or_default();
+                if let Some(Node {
+                    kind: Kind::File(content),
+                    ..
+                }) = model.nodes.get_mut(key)
+                {
+                    content.resize(*size, 0);
+                }
+                self.is_as(*key, self.nodeid(*key), &out.attr)
+            }
+            Act::Readlink(key) => {
+                let node = model.nodes.get(key)?;
+                let wrong = node.kind != Kind::Link(reply.bytes.clone());
+                wrong.then(|| "it leads elsewhere".to_owned())
+            }
+            Act::List(dir) => {
+                let found = listed(&reply.bytes);
+                let wanted = model.listed(*dir);
+                (found != wanted).then(|| format!("{found:?} instead of {wanted:?}"))
+            }
+            Act::Opened(key, append) => {
+                let open = reply.value::<OpenOut>().unwrap_or_default();
+                model.open.push(Open {
+                    key: *key,
+                    fh: open.fh,
+                    append: *append,
+                });
+                None
+            }
+            Act::Read(open, offset, size) => {
+                let content = self.content(open.key);
+                let end = content.len().min(*offset + *size as usize);
+                let wanted = content.get(*offset..end).unwrap_or_default();
+                (reply.bytes != wanted).then(|| differs(&reply.bytes, wanted))
+            }
+            Act::Write(open, offset, bytes) => {
+                let out = reply.value::<WriteOut>().unwrap_or_default();
+                if out.size as usize != bytes.len() {
+                    return Some(format!("{} bytes written", out.size));
+                }
+                if let Some(Node {
+                    kind: Kind::File(content),
+                    ..
+                }) = model.nodes.get_mut(&open.key)
+                {
+                    let end = offset + bytes.len();
+                    content.resize(content.len().max(end), 0);
+                    if let Some(place) = content.get_mut(*offset..end) {
+                        place.copy_from_slice(bytes);
+                    }
+                }
+                None
+            }
+            Act::Release(open) => {
+                model.open.retain(|other| other.fh != open.fh);
+                None
+            }
+            Act::Lock(open, locks) => {
+                if let Some(node) = model.nodes.get_mut(&open.key) {
+                    node.locked = *locks;
+                }
+                None
+            }
+            Act::TestLock(open) => {
+                let out = reply.value::<LkOut>().unwrap_or_default();
+                let locked = out.lk.r#type != libc::F_UNLCK.cast_unsigned();
+                let wanted = model.nodes.get(&open.key)?.locked;
+                (locked != wanted).then(|| format!("locked: {locked}"))
+            }
+            Act::Forget(key) => {
+                self.forgotten
+                    .extend(model.nodes.remove(key).map(|node| node.nodeid));
+                None
+            }
+            Act::Gone(_) => None,
+        }
+    }
+
+    /// What is wrong with a node's attributes.
+    pub(crate) fn is_as(
+        &self,
+        key: Key,
+        nodeid: u64,
+        attr: &vmm::fuse::wire::Attr,
+    ) -> Option<String> {
+        let node = self.model.nodes.get(&key)?;
+        if node.nodeid != nodeid {
+            return Some(format!("it is node {nodeid}, and was node {}", node.nodeid));
+        }
+        if node.kind == Kind::Directory {
+            return None;
+        }
+        let size = match &node.kind {
+            Kind::File(content) => content.len() as u64,
+            Kind::Link(target) => target.len() as u64,
+            Kind::Directory => 0,
+        };
+        let found = (attr.size, attr.mode & 0o7777, attr.nlink);
+        let wanted = (size, node.mode, node.links);
+        (found != wanted).then(|| format!("size, mode, links {found:?} instead of {wanted:?}"))
+    }
+}
+
+/// The name of one of a guest's directories.
+pub(crate) fn directory(guest: u32, dir: usize) -> String {
+    format!("guest{guest}-{dir}")
+}
+
+fn getattr(fs: &mut Client<Session>, nodeid: u64) -> Result<Pending, FuseError> {
+    let asked = GetattrIn::default();
+    let call = Call::new(opcode::GETATTR, nodeid).arg(asked.as_bytes());
+    fs.submit(call.reply_of::<AttrOut>())
+}
+
+/// The names in what READDIR has answered.
+fn listed(bytes: &[u8]) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut rest = bytes;
+    while let Ok((entry, after)) = Dirent::read_from_prefix(rest) {
+        let len = entry.namelen as usize;
+        let name = String::from_utf8_lossy(after.get(..len).unwrap_or_default()).into_owned();
+        if name != "." && name != ".." {
+            names.push(name);
+        }
+        rest = after.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    names.sort();
+    names
+}
+
+/// Where bytes differ.
+pub(crate) fn differs(found: &[u8], wanted: &[u8]) -> String {
+    let at = found
+        .iter()
+        .zip(wanted)
+        .position(|(one, other)| one != other);
+    let (found, wanted) = (found.len(), wanted.len());
+    match at {
+        Some(at) => format!("other bytes from {at} on, of {found} and {wanted}"),
+        None => format!("{found} bytes instead of {wanted}"),
+    }
+}
+
+/// An act in short.
+fn told(act: &Act) -> String {
+    match act {
+        Act::Write(open, offset, bytes) => {
+            let how = if open.append { "append" } else { "write" };
+            format!("{how} of {} bytes at {offset} to {open:?}", bytes.len())
+        }
+        other => format!("{other:?}"),
+    }
+}
