@@ -95,6 +95,12 @@ fn on_host(guest: &Guest, dir: usize, share: &Path) -> Result<(), Failure> {
                 }
             }
             Some(Kind::Directory) => drop(std::fs::read_dir(&path)?),
+            Some(Kind::Pipe) => {
+                let found = std::fs::symlink_metadata(&path)?.file_type();
+                if !std::os::unix::fs::FileTypeExt::is_fifo(&found) {
+                    return Err(wrong("it is no pipe"));
+                }
+            }
             None => return Err(wrong("it is of no node")),
         }
     }

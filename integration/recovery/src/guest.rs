@@ -5,14 +5,11 @@
 use std::ffi::CString;
 
 use vmm::Session;
-use vmm::fuse::wire::{
-    AttrOut, CreateIn, Dirent, EntryOut, FileLock, ForgetIn, GetattrIn, LinkIn, LkIn, LkOut,
-    MkdirIn, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, SetattrIn, WriteIn, WriteOut, opcode,
-    setattr,
-};
-use vmm::fuse::{Call, Client, FuseError, Pending, ROOT, Reply};
-use zerocopy::{FromBytes, IntoBytes};
+use vmm::fuse::wire::{AttrOut, Dirent, EntryOut, FileLock, LkIn, LkOut, OpenOut, WriteOut};
+use vmm::fuse::{Client, FuseError, Pending, ROOT, Reply};
+use zerocopy::FromBytes;
 
+use crate::act::Act;
 use crate::model::{Key, Kind, Model, Name, Node, Open};
 use crate::{Dice, Failure};
 
@@ -22,35 +19,12 @@ const NAMES: u64 = 10;
 /// The longest file.
 const LONGEST: usize = 96 << 10;
 
+/// Flags of RENAME2.
+const NOREPLACE: u32 = libc::RENAME_NOREPLACE;
+const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
+
 /// Open files at the same time.
 const OPEN: usize = 6;
-
-/// Something that the guest does.
-#[derive(Clone, Debug)]
-enum Act {
-    Create(Name, u32, bool),
-    Mkdir(Name, u32),
-    Symlink(Name, Vec<u8>),
-    Link(Key, Name),
-    Unlink(Name),
-    Rmdir(Name),
-    Rename(Name, Name),
-    Lookup(Name),
-    Getattr(Key),
-    Chmod(Key, u32),
-    Truncate(Key, usize),
-    Readlink(Key),
-    List(usize),
-    Opened(Key, bool),
-    Read(Open, usize, u32),
-    Write(Open, usize, Vec<u8>),
-    Release(Open),
-    Lock(Open, bool),
-    TestLock(Open),
-    Forget(Key),
-    /// Asks for a node that was forgotten.
-    Gone(u64),
-}
 
 /// An act under way.
 #[derive(Debug)]
@@ -68,7 +42,7 @@ pub(crate) struct Guest {
     pub(crate) model: Model,
     dice: Dice,
     /// Handles of the directories, open from the beginning to the end.
-    listings: [u64; 2],
+    pub(crate) listings: [u64; 2],
     under_way: Option<UnderWay>,
     /// Node ids that were forgotten and not yet asked for.
     forgotten: Vec<u64>,
@@ -111,7 +85,7 @@ impl Guest {
         Some(format!(
             "{unique:#x} of guest {}: {}",
             self.number,
-            told(&it.act)
+            it.act.told()
         ))
     }
 
@@ -119,7 +93,7 @@ impl Guest {
     pub(crate) fn submit(&mut self, fs: &mut Client<Session>) -> Result<(), FuseError> {
         let act = self.choose();
         let refused = self.refusal(&act);
-        let pending = self.send(fs, &act)?;
+        let pending = act.send(self, fs)?;
         self.under_way = Some(UnderWay {
             act,
             refused,
@@ -133,7 +107,7 @@ impl Guest {
             return Act::Gone(nodeid);
         }
         if let Some(key) = self.model.forgettable() {
-            return Act::Forget(key);
+            return Act::Forget(key, self.dice.below(2) == 0);
         }
         loop {
             if let Some(act) = self.propose() {
@@ -165,7 +139,7 @@ impl Guest {
         let is_file = |node: &Node| matches!(node.kind, Kind::File(_));
         let mode = 0o600 | u32::try_from(self.dice.below(0o100)).unwrap_or(0);
         let has_room = self.model.open.len() < OPEN;
-        Some(match self.dice.below(26) {
+        Some(match self.dice.below(30) {
             0..=2 if has_room => Act::Create(self.name(), mode, self.dice.below(2) == 0),
             3 => Act::Mkdir(self.name(), mode | 0o100),
             4 => {
@@ -187,7 +161,7 @@ impl Guest {
                 if !plain(self.model.at(from)) || !plain(self.model.at(to)) || from == to {
                     return None;
                 }
-                Act::Rename(from, to)
+                Act::Rename(from, to, [0, NOREPLACE, EXCHANGE][self.dice.index(3)])
             }
             11 | 12 => Act::Lookup(self.name()),
             13 => Act::Getattr(self.node(|_| true)?),
@@ -197,7 +171,8 @@ impl Guest {
             17 => Act::List(self.dice.index(2)),
             18 if has_room => {
                 let append = self.dice.below(2) == 0;
-                Act::Opened(self.node(|node| is_file(node) && node.links > 0)?, append)
+                let key = self.node(|node| is_file(node) && node.links > 0)?;
+                Act::Opened(key, append, self.dice.below(3) == 0)
             }
             19 => Act::Read(self.open()?, self.dice.index(LONGEST), 16 << 10),
             20..=22 => {
@@ -226,7 +201,10 @@ impl Guest {
                     Act::Release(open)
                 }
             }
-            24 => Act::Lock(self.open()?, self.dice.below(2) == 0),
+            24 => Act::ListPlus(self.dice.index(2)),
+            25 => Act::Mknod(self.name(), mode),
+            26 if has_room => Act::Tmpfile(self.dice.index(2), mode),
+            27 => Act::Lock(self.open()?, self.dice.below(2) == 0),
             _ => Act::TestLock(self.open()?),
         })
     }
@@ -246,28 +224,31 @@ impl Guest {
             node.is_some_and(|node| node.kind == Kind::Directory)
         };
         match act {
-            Act::Create(name, ..) | Act::Mkdir(name, _) | Act::Symlink(name, _) => {
-                exists(name).then_some(libc::EEXIST)
-            }
-            Act::Link(_, name) => exists(name).then_some(libc::EEXIST),
+            Act::Create(name, ..)
+            | Act::Mkdir(name, _)
+            | Act::Mknod(name, _)
+            | Act::Symlink(name, _)
+            | Act::Link(_, name) => exists(name).then_some(libc::EEXIST),
+            Act::Rename(from, to, NOREPLACE) if exists(from) && exists(to) => Some(libc::EEXIST),
+            Act::Rename(_, to, EXCHANGE) if !exists(to) => Some(libc::ENOENT),
             Act::Unlink(name) if is_dir(name) => Some(libc::EISDIR),
             Act::Rmdir(name) if exists(name) && !is_dir(name) => Some(libc::ENOTDIR),
-            Act::Unlink(name) | Act::Rmdir(name) | Act::Lookup(name) | Act::Rename(name, _) => {
+            Act::Unlink(name) | Act::Rmdir(name) | Act::Lookup(name) | Act::Rename(name, ..) => {
                 (!exists(name)).then_some(libc::ENOENT)
             }
             _ => None,
         }
     }
 
-    fn nodeid(&self, key: Key) -> u64 {
+    pub(crate) fn nodeid(&self, key: Key) -> u64 {
         self.model.nodes.get(&key).map_or(0, |node| node.nodeid)
     }
 
-    fn dir(&self, name: Name) -> u64 {
+    pub(crate) fn dir(&self, name: Name) -> u64 {
         self.model.dirs.get(name.dir).copied().unwrap_or(0)
     }
 
-    fn lock(&self, open: &Open, locks: bool, owner: u64) -> LkIn {
+    pub(crate) fn lock(&self, open: &Open, locks: bool, owner: u64) -> LkIn {
         let kind = if locks { libc::F_WRLCK } else { libc::F_UNLCK };
         LkIn {
             fh: open.fh,
@@ -283,162 +264,8 @@ impl Guest {
         }
     }
 
-    fn owner(&self) -> u64 {
+    pub(crate) fn owner(&self) -> u64 {
         0x1000 + u64::from(self.number)
-    }
-
-    fn send(&self, fs: &mut Client<Session>, act: &Act) -> Result<Pending, FuseError> {
-        let flags = |append: bool| {
-            let append = if append { libc::O_APPEND } else { 0 };
-            (libc::O_RDWR | append).cast_unsigned()
-        };
-        match act {
-            Act::Create(name, mode, append) => {
-                let create = CreateIn {
-                    flags: flags(*append) | (libc::O_CREAT | libc::O_EXCL).cast_unsigned(),
-                    mode: libc::S_IFREG | mode,
-                    umask: 0,
-                    open_flags: 0,
-                };
-                let call = Call::new(opcode::CREATE, self.dir(*name)).arg(create.as_bytes());
-                let room = size_of::<EntryOut>() + size_of::<OpenOut>();
-                fs.submit(call.name(&name.c()).reply(u32::try_from(room).unwrap_or(0)))
-            }
-            Act::Mkdir(name, mode) => {
-                let mkdir = MkdirIn {
-                    mode: *mode,
-                    umask: 0,
-                };
-                let call = Call::new(opcode::MKDIR, self.dir(*name)).arg(mkdir.as_bytes());
-                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
-            }
-            Act::Symlink(name, target) => {
-                let target = CString::new(target.as_slice()).unwrap_or_default();
-                let link = name.c();
-                let call = Call::new(opcode::SYMLINK, self.dir(*name)).name(&link);
-                fs.submit(call.name(&target).reply_of::<EntryOut>())
-            }
-            Act::Link(key, name) => {
-                let link = LinkIn {
-                    oldnodeid: self.nodeid(*key),
-                };
-                let call = Call::new(opcode::LINK, self.dir(*name)).arg(link.as_bytes());
-                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
-            }
-            Act::Unlink(name) => fs.submit(
-                Call::new(opcode::UNLINK, self.dir(*name))
-                    .name(&name.c())
-                    .reply(0),
-            ),
-            Act::Rmdir(name) => fs.submit(
-                Call::new(opcode::RMDIR, self.dir(*name))
-                    .name(&name.c())
-                    .reply(0),
-            ),
-            Act::Rename(from, to) => {
-                let rename = Rename2In {
-                    newdir: self.dir(*to),
-                    flags: 0,
-                    padding: 0,
-                };
-                let call = Call::new(opcode::RENAME2, self.dir(*from)).arg(rename.as_bytes());
-                fs.submit(call.name(&from.c()).name(&to.c()).reply(0))
-            }
-            Act::Lookup(name) => {
-                let call = Call::new(opcode::LOOKUP, self.dir(*name));
-                fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
-            }
-            Act::Getattr(key) => getattr(fs, self.nodeid(*key)),
-            Act::Gone(nodeid) => getattr(fs, *nodeid),
-            Act::Chmod(key, mode) => {
-                let setattr = SetattrIn {
-                    valid: setattr::MODE,
-                    mode: *mode,
-                    ..SetattrIn::default()
-                };
-                let call = Call::new(opcode::SETATTR, self.nodeid(*key));
-                fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
-            }
-            Act::Truncate(key, size) => {
-                let setattr = SetattrIn {
-                    valid: setattr::SIZE,
-                    size: *size as u64,
-                    ..SetattrIn::default()
-                };
-                let call = Call::new(opcode::SETATTR, self.nodeid(*key));
-                fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
-            }
-            Act::Readlink(key) => {
-                fs.submit(Call::new(opcode::READLINK, self.nodeid(*key)).reply(4096))
-            }
-            Act::List(dir) => {
-                let nodeid = self.model.dirs.get(*dir).copied().unwrap_or(0);
-                let read = ReadIn {
-                    fh: self.listings.get(*dir).copied().unwrap_or(0),
-                    size: 16 << 10,
-                    ..ReadIn::default()
-                };
-                fs.submit(
-                    Call::new(opcode::READDIR, nodeid)
-                        .arg(read.as_bytes())
-                        .reply(16 << 10),
-                )
-            }
-            Act::Opened(key, append) => {
-                let open = OpenIn {
-                    flags: flags(*append),
-                    open_flags: 0,
-                };
-                let call = Call::new(opcode::OPEN, self.nodeid(*key)).arg(open.as_bytes());
-                fs.submit(call.reply_of::<OpenOut>())
-            }
-            Act::Read(open, offset, size) => {
-                let read = ReadIn {
-                    fh: open.fh,
-                    offset: *offset as u64,
-                    size: *size,
-                    ..ReadIn::default()
-                };
-                let call = Call::new(opcode::READ, self.nodeid(open.key));
-                fs.submit(call.arg(read.as_bytes()).reply(*size))
-            }
-            Act::Write(open, offset, bytes) => {
-                let write = WriteIn {
-                    fh: open.fh,
-                    offset: *offset as u64,
-                    size: u32::try_from(bytes.len()).unwrap_or(0),
-                    flags: flags(open.append),
-                    ..WriteIn::default()
-                };
-                let call = Call::new(opcode::WRITE, self.nodeid(open.key)).arg(write.as_bytes());
-                fs.submit(call.arg(bytes).reply_of::<WriteOut>())
-            }
-            Act::Release(open) => {
-                let release = ReleaseIn {
-                    fh: open.fh,
-                    flags: flags(open.append),
-                    release_flags: 0,
-                    lock_owner: 0,
-                };
-                let call = Call::new(opcode::RELEASE, self.nodeid(open.key));
-                fs.submit(call.arg(release.as_bytes()).reply(0))
-            }
-            Act::Lock(open, locks) => {
-                let lock = self.lock(open, *locks, self.owner());
-                let call = Call::new(opcode::SETLK, self.nodeid(open.key)).arg(lock.as_bytes());
-                fs.submit(call.reply(0))
-            }
-            Act::TestLock(open) => {
-                let lock = self.lock(open, true, 0x77);
-                let call = Call::new(opcode::GETLK, self.nodeid(open.key)).arg(lock.as_bytes());
-                fs.submit(call.reply_of::<LkOut>())
-            }
-            Act::Forget(key) => {
-                let nlookup = self.model.nodes.get(key).map_or(0, |node| node.lookups);
-                let forget = ForgetIn { nlookup };
-                fs.submit(Call::new(opcode::FORGET, self.nodeid(*key)).arg(forget.as_bytes()))
-            }
-        }
     }
 
     /// Takes an answer.
@@ -448,7 +275,7 @@ impl Guest {
         };
         let unique = it.pending.unique();
         let noticed = |what: String| {
-            let act = told(&it.act);
+            let act = it.act.told();
             let guest = self.number;
             Failure::Noticed(format!(
                 "request {unique:#x} of guest {guest}, {act}: {what}"
@@ -474,7 +301,7 @@ impl Guest {
         };
         let wrong = self.take_effect(&it.act, &reply);
         wrong.map_or(Ok(()), |what| {
-            let act = told(&it.act);
+            let act = it.act.told();
             let guest = self.number;
             let what = format!("request {unique:#x} of guest {guest}, {act}: {what}");
             Err(Failure::Noticed(what))
@@ -502,6 +329,29 @@ impl Guest {
                 model.made(*name, entry.nodeid, Kind::Directory, *mode);
                 None
             }
+            Act::Mknod(name, mode) => {
+                let entry = reply.value::<EntryOut>().unwrap_or_default();
+                let key = model.made(*name, entry.nodeid, Kind::Pipe, *mode);
+                self.is_as(key, entry.nodeid, &entry.attr)
+            }
+            Act::Tmpfile(dir, mode) => {
+                let Ok((entry, open)) = reply.values::<EntryOut, OpenOut>() else {
+                    return Some("not an entry and a handle".to_owned());
+                };
+                // As if it had had a name, and lost it.
+                let name = Name {
+                    dir: *dir,
+                    number: u64::MAX,
+                };
+                let key = model.made(name, entry.nodeid, Kind::File(Vec::new()), *mode);
+                model.unnamed(name);
+                model.open.push(Open {
+                    key,
+                    fh: open.fh,
+                    append: false,
+                });
+                self.is_as(key, entry.nodeid, &entry.attr)
+            }
             Act::Symlink(name, target) => {
                 let entry = reply.value::<EntryOut>().unwrap_or_default();
                 model.made(*name, entry.nodeid, Kind::Link(target.clone()), 0o777);
@@ -520,7 +370,13 @@ impl Guest {
                 model.unnamed(*name);
                 None
             }
-            Act::Rename(from, to) => {
+            Act::Rename(from, to, EXCHANGE) => {
+                let (one, other) = (model.names.remove(from), model.names.remove(to));
+                model.names.extend(one.map(|key| (*to, key)));
+                model.names.extend(other.map(|key| (*from, key)));
+                None
+            }
+            Act::Rename(from, to, _) => {
                 let key = model.names.get(from).copied();
                 // Two names of one file: nothing is done then (rename(2)).
                 if model.names.get(to).copied() != key {
@@ -571,8 +427,12 @@ impl Guest {
                 let wanted = model.listed(*dir);
                 (found != wanted).then(|| format!("{found:?} instead of {wanted:?}"))
             }
-            Act::Opened(key, append) => {
+            Act::ListPlus(dir) => self.listed_plus(*dir, &reply.bytes),
+            Act::Opened(key, append, truncate) => {
                 let open = reply.value::<OpenOut>().unwrap_or_default();
+                if *truncate && let Some(node) = model.nodes.get_mut(key) {
+                    node.kind = Kind::File(Vec::new());
+                }
                 model.open.push(Open {
                     key: *key,
                     fh: open.fh,
@@ -620,13 +480,48 @@ impl Guest {
                 let wanted = model.nodes.get(&open.key)?.locked;
                 (locked != wanted).then(|| format!("locked: {locked}"))
             }
-            Act::Forget(key) => {
+            Act::Forget(key, _) => {
                 self.forgotten
                     .extend(model.nodes.remove(key).map(|node| node.nodeid));
                 None
             }
             Act::Gone(_) => None,
         }
+    }
+
+    /// What is wrong with what READDIRPLUS has answered; each entry counts as a lookup.
+    fn listed_plus(&mut self, dir: usize, bytes: &[u8]) -> Option<String> {
+        let mut found = 0;
+        let mut rest = bytes;
+        while let Ok((entry, after)) = EntryOut::read_from_prefix(rest) {
+            let (dirent, after) = Dirent::read_from_prefix(after).ok()?;
+            let len = dirent.namelen as usize;
+            let text = String::from_utf8_lossy(after.get(..len).unwrap_or_default()).into_owned();
+            rest = after.get(len.next_multiple_of(8)..).unwrap_or_default();
+            if text == "." || text == ".." {
+                continue;
+            }
+            found += 1;
+            let number = text
+                .strip_prefix('n')
+                .and_then(|number| number.parse().ok());
+            let name = number.map(|number| Name { dir, number });
+            let key = name.and_then(|name| self.model.names.get(&name).copied());
+            let Some(key) = key else {
+                return Some(format!("there is no {text}"));
+            };
+            // No node id: the name alone, not looked up.
+            if entry.nodeid != 0 {
+                if let Some(node) = self.model.nodes.get_mut(&key) {
+                    node.lookups += 1;
+                }
+                if let Some(wrong) = self.is_as(key, entry.nodeid, &entry.attr) {
+                    return Some(format!("{text}: {wrong}"));
+                }
+            }
+        }
+        let wanted = self.model.listed(dir).len();
+        (found != wanted).then(|| format!("{found} names instead of {wanted}"))
     }
 
     /// What is wrong with a node's attributes.
@@ -646,7 +541,7 @@ impl Guest {
         let size = match &node.kind {
             Kind::File(content) => content.len() as u64,
             Kind::Link(target) => target.len() as u64,
-            Kind::Directory => 0,
+            Kind::Directory | Kind::Pipe => 0,
         };
         let found = (attr.size, attr.mode & 0o7777, attr.nlink);
         let wanted = (size, node.mode, node.links);
@@ -657,12 +552,6 @@ impl Guest {
 /// The name of one of a guest's directories.
 pub(crate) fn directory(guest: u32, dir: usize) -> String {
     format!("guest{guest}-{dir}")
-}
-
-fn getattr(fs: &mut Client<Session>, nodeid: u64) -> Result<Pending, FuseError> {
-    let asked = GetattrIn::default();
-    let call = Call::new(opcode::GETATTR, nodeid).arg(asked.as_bytes());
-    fs.submit(call.reply_of::<AttrOut>())
 }
 
 /// The names in what READDIR has answered.
@@ -691,16 +580,5 @@ pub(crate) fn differs(found: &[u8], wanted: &[u8]) -> String {
     match at {
         Some(at) => format!("other bytes from {at} on, of {found} and {wanted}"),
         None => format!("{found} bytes instead of {wanted}"),
-    }
-}
-
-/// An act in short.
-fn told(act: &Act) -> String {
-    match act {
-        Act::Write(open, offset, bytes) => {
-            let how = if open.append { "append" } else { "write" };
-            format!("{how} of {} bytes at {offset} to {open:?}", bytes.len())
-        }
-        other => format!("{other:?}"),
     }
 }

@@ -7,6 +7,7 @@
 //! twice, and nothing may be forgotten. How long the guest waits is measured. The invariant: what
 //! fails once is told with all it takes to do it again, and ends the run.
 
+mod act;
 mod check;
 mod guest;
 mod model;

@@ -32,6 +32,7 @@ pub(crate) enum Kind {
     File(Vec<u8>),
     Link(Vec<u8>),
     Directory,
+    Pipe,
 }
 
 /// An inode.
