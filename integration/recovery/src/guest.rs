@@ -41,6 +41,8 @@ pub(crate) struct Guest {
     pub(crate) number: u32,
     pub(crate) model: Model,
     dice: Dice,
+    /// Whether files may lose their last name while they are open.
+    nameless: bool,
     /// Handles of the directories, open from the beginning to the end.
     pub(crate) listings: [u64; 2],
     under_way: Option<UnderWay>,
@@ -50,7 +52,12 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// A thread with two directories of its own.
-    pub(crate) fn new(fs: &mut Client<Session>, number: u32, seed: u64) -> Result<Self, FuseError> {
+    pub(crate) fn new(
+        fs: &mut Client<Session>,
+        number: u32,
+        seed: u64,
+        nameless: bool,
+    ) -> Result<Self, FuseError> {
         let mut model = Model::default();
         let mut listings = [0; 2];
         for (at, (dir, listing)) in model.dirs.iter_mut().zip(&mut listings).enumerate() {
@@ -62,6 +69,7 @@ impl Guest {
             number,
             model,
             dice: Dice(seed),
+            nameless,
             listings,
             under_way: None,
             forgotten: Vec::new(),
@@ -110,10 +118,24 @@ impl Guest {
             return Act::Forget(key, self.dice.below(2) == 0);
         }
         loop {
-            if let Some(act) = self.propose() {
+            if let Some(act) = self.propose()
+                && (self.nameless || !self.takes_a_last_name(&act))
+            {
                 return act;
             }
         }
+    }
+
+    /// Whether a file that is open would have no name afterwards.
+    fn takes_a_last_name(&self, act: &Act) -> bool {
+        let name = match act {
+            Act::Tmpfile(..) => return true,
+            Act::Unlink(name) | Act::Rename(_, name, _) => *name,
+            _ => return false,
+        };
+        let is_open = |key| self.model.open.iter().any(|open| open.key == key);
+        let key = self.model.names.get(&name).copied();
+        key.is_some_and(is_open) && self.model.at(name).is_some_and(|node| node.links == 1)
     }
 
     fn name(&mut self) -> Name {

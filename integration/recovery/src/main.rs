@@ -158,7 +158,9 @@ fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
     let mut dice = Dice(seed);
     let mut guests = Vec::new();
     for number in 0..cli.guests {
-        guests.push(Guest::new(&mut fs, number, dice.next())?);
+        // What has no name can't be opened again by a server that had to be started by hand.
+        let nameless = cli.mode != Mode::State;
+        guests.push(Guest::new(&mut fs, number, dice.next(), nameless)?);
     }
     let queues = usize::from(cli.queues);
     let mut run = Run {
@@ -327,6 +329,9 @@ impl Run {
             let pause = self.pauses.get(most * percent / 100);
             pause.map_or(0.0, |pause| pause.as_secs_f64() * 1e3)
         };
+        if self.pauses.is_empty() {
+            return;
+        }
         println!(
             "kill: from the kill to the next reply: p50 {:.2} ms, p99 {:.2} ms, at most {:.2} ms",
             at(50),
