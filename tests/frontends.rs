@@ -105,3 +105,23 @@ fn the_configuration_space_tells_tag_and_queues_to_those_who_ask() {
         "crosvm makes what GET_QUEUE_NUM says"
     );
 }
+
+#[test]
+fn what_is_in_flight_is_kept_for_those_who_ask_for_that() {
+    let server = Server::start(&["--request-queues", "2"]);
+    let options = Options::default().request_queues(2).queue_size(256);
+    let mut session = server
+        .session(Profile::CloudHypervisor, &options)
+        .into_guest();
+    let (layout, file) = session.inflight().unwrap();
+    assert_eq!((layout.num_queues, layout.queue_size), (3, 256));
+    assert_eq!(layout.mmap_offset, 0);
+    let len = rustix::fs::fstat(file).unwrap().st_size;
+    assert_eq!(layout.mmap_size, u64::try_from(len).unwrap());
+    let shorten = rustix::fs::ftruncate(file, 0);
+    assert!(shorten.is_err(), "not even by the front end");
+    // Queues that stop and go on do so with the same memory.
+    let bases = session.stop().unwrap();
+    session.restart(&bases).unwrap();
+    vmm::fuse::Client::new(session).getattr(ROOT).unwrap();
+}

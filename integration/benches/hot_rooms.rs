@@ -11,8 +11,12 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::fuse::{OUT_HEADER_LEN, request};
 use ringfsd::scheduler;
+use ringfsd::state::{Limits, Table};
 use ringfsd::virtqueue::memory::{Alarm, Region};
-use ringfsd::virtqueue::{Call, Chain, Features, Memory, Queue, QueueIndex, RingAddresses};
+use ringfsd::virtqueue::{
+    Call, Chain, Features, InflightPart, Journal, Memory, Queue, QueueIndex, RingAddresses, Setup,
+    Tracking,
+};
 use vmm::memory::{Buf, Gpa};
 use vmm::ring::QueueOptions;
 use zerocopy::IntoBytes;
@@ -37,6 +41,26 @@ struct Ring {
 impl Ring {
     /// Requests of two readable pieces; `reply` are the lengths of the writable ones.
     fn new(reply: &[u32]) -> Self {
+        Self::tracked_by(None, reply)
+    }
+
+    /// As [`new`](Self::new), the queue being tracked, with a journal.
+    fn tracked(reply: &[u32]) -> Self {
+        let limits = Limits {
+            inodes: 1,
+            handles: 1,
+            queues: 2,
+        };
+        let table = Table::in_memory(&limits).expect("a table");
+        let part = || table.queue(1).expect("a queue");
+        let tracking = Tracking {
+            inflight: InflightPart::kept(part()),
+            journal: Some(Journal::new(part())),
+        };
+        Self::tracked_by(Some(tracking), reply)
+    }
+
+    fn tracked_by(tracking: Option<Tracking>, reply: &[u32]) -> Self {
         let memory = vmm::Memory::new(&[vmm::Region::new(0, MEMORY)]).expect("guest memory");
         let options = QueueOptions {
             event_idx: true,
@@ -63,8 +87,14 @@ impl Ring {
             indirect: false,
         };
         let call = Arc::<Call>::default();
-        let index = QueueIndex(1);
-        let device = Queue::new(index, 1024, features, addresses, &ours, 0, call);
+        let setup = Setup {
+            index: QueueIndex(1),
+            size: 1024,
+            features,
+            addresses,
+            next: 0,
+        };
+        let device = Queue::tracked(&setup, &ours, call, tracking);
         let alloc = |len: u32| {
             let align = if len < 4096 { 16 } else { 4096 };
             let gpa = memory.alloc(u64::from(len), align).expect("guest memory");
@@ -106,6 +136,10 @@ fn chains(criterion: &mut Criterion) {
     let mut getattr = Ring::new(&[16, 104]);
     group.bench_function("take and return", |bench| {
         bench.iter_custom(|count| getattr.time(count, Chain::no_reply));
+    });
+    let mut tracked = Ring::tracked(&[16, 104]);
+    group.bench_function("take and return, tracked", |bench| {
+        bench.iter_custom(|count| tracked.time(count, Chain::no_reply));
     });
     group.bench_function("take, read 80 bytes, reply 120", |bench| {
         bench.iter_custom(|count| {

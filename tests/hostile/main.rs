@@ -41,6 +41,7 @@ use sessions::{
 };
 use taken::{
     a_log_that_is_taken_away_ends_the_session, memory_that_is_taken_away_ends_the_session,
+    what_is_in_flight_may_be_taken_away_too,
 };
 
 on_both_runtimes!(
@@ -63,4 +64,5 @@ on_both_runtimes!(
     unknown_things_get_an_errno,
     waiting_locks_are_bounded,
     without_indirect_descriptors_none_is_followed,
+    what_is_in_flight_may_be_taken_away_too,
 );

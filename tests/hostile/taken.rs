@@ -135,3 +135,25 @@ pub fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
     let mut fs = server.session(Profile::Simple, &Options::default());
     fs.getattr(ROOT).unwrap();
 }
+
+pub fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
+    let mut server = crate::support::Server::start(&["--runtime", runtime]);
+    let mut fs = server.session(Profile::CloudHypervisor, &Options::default());
+    let session = fs.guest();
+    let (layout, _) = session.inflight().unwrap();
+    // Not the file that the server has made, which nobody can shorten.
+    let file = rustix::fs::memfd_create("in flight", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, layout.mmap_size).unwrap();
+    session
+        .connection
+        .set_inflight_fd(layout, file.as_fd())
+        .unwrap();
+    fs.getattr(ROOT).unwrap();
+    rustix::fs::ftruncate(&file, 0).unwrap();
+    let _answered_or_not = fs.submit(vmm::fuse::Call::new(opcode::STATFS, ROOT).reply(80));
+    let line = server.wait_for("the session is ended: ");
+    assert!(line.contains("in flight is gone"), "{line}");
+    server.wait_until_it_listens();
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    fs.getattr(ROOT).unwrap();
+}

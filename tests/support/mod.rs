@@ -219,6 +219,26 @@ impl Server {
             .count()
     }
 
+    /// Kills the process that serves, and starts another one on the same socket and share with
+    /// these arguments, which listens when this returns.
+    pub fn replace_killed(&mut self, args: &[&str]) {
+        let pid = i32::try_from(self.pid()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        self.wait();
+        let mut command = command();
+        command
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--shared-dir")
+            .arg(self.share())
+            .args(["--log-level", "debug"])
+            .args(args);
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
+        *self = Self::spawn(command, dir);
+        self.wait_for(LISTENING);
+    }
+
     /// Sends a signal, as a launcher would: to the process that it has started.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();
@@ -260,7 +280,7 @@ impl Server {
         Holdings {
             descriptors: count("fd"),
             threads: count("task"),
-            guest_mappings: maps.lines().filter(|line| line.contains("memfd:")).count(),
+            guest_mappings: maps.lines().filter(of_a_guest).count(),
             mappings: maps.lines().count(),
         }
     }
@@ -287,6 +307,12 @@ pub fn child_of(guardian: u32) -> Option<u32> {
         (parent.trim().parse() == Ok(guardian)).then_some(pid)
     });
     serving.next()
+}
+
+/// Whether a mapping is of what a front end has handed over.
+fn of_a_guest(line: &&str) -> bool {
+    // The table of what a session holds is the server's own, and outlives sessions.
+    line.contains("memfd:") && !line.contains("memfd:ringfsd-state")
 }
 
 /// What a process holds.

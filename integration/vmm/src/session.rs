@@ -11,16 +11,21 @@ mod state;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::connection::message::{FsConfig, InflightLayout, feature, protocol};
-use crate::connection::{Connection, ConnectionError};
+use crate::connection::{Connection, ConnectionError, DEFAULT_TIMEOUT};
 use crate::event::Event;
 use crate::memory::{Memory, MemoryError};
 use crate::profile::Profile;
 use crate::ring::{Queue, QueueOptions, RingError};
 pub use log::DirtyLog;
 pub use options::Options;
+
+/// How long to wait before another try to connect.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// What can go wrong with a session.
 #[derive(Debug, thiserror::Error)]
@@ -230,6 +235,26 @@ impl Session {
         self.connection.set_need_reply(true);
         let bases: Vec<_> = self.queues.iter().map(Queue::avail_idx).collect();
         Profile::CloudHypervisor.activate(self, &bases)
+    }
+
+    /// As [`reconnect`](Self::reconnect), to whatever listens on the socket at `path`, as soon as
+    /// something does; tries every 10 ms, where Cloud Hypervisor does every 100.
+    ///
+    /// # Errors
+    /// [`SessionError::Connection`]; nothing has listened for as long as a reply may take.
+    pub fn reconnect_path(&mut self, path: impl AsRef<Path>) -> Result<(), SessionError> {
+        let path = path.as_ref();
+        let end = Instant::now() + DEFAULT_TIMEOUT;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return self.reconnect(stream),
+                Err(_) if Instant::now() < end => std::thread::sleep(RETRY),
+                Err(source) => {
+                    let path = path.to_owned();
+                    return Err(ConnectionError::Connect { path, source }.into());
+                }
+            }
+        }
     }
 
     /// Asks for an inflight buffer unless there is one, and hands it to the back end.

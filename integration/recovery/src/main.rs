@@ -1,0 +1,342 @@
+//! Kills a server in the middle of its work, again and again, and looks whether a guest notices.
+//!
+//! Several guests' threads make requests all the time, each in directories of its own, and each
+//! knows what must be there: what an operation answers, which names there are, what files hold,
+//! which node is which, what is open, what is locked. The process that serves gets SIGKILL at
+//! random moments; another goes on in its place. No request may be lost, none may take effect
+//! twice, and nothing may be forgotten. How long the guest waits is measured. The invariant: what
+//! fails once is told with all it takes to do it again, and ends the run.
+
+mod act;
+mod check;
+mod guest;
+mod model;
+mod server;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use vmm::fuse::{Client, FuseError, ROOT};
+use vmm::{Options, Profile, Session};
+
+use guest::Guest;
+use server::{Server, ServerError};
+
+/// How long a request may take, restarts included.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long to sleep for completions of one queue before the others are looked at.
+const NAP: Duration = Duration::from_micros(200);
+
+#[derive(Debug, Parser)]
+#[command(about = "Kills a server in the middle of its work, and looks whether a guest notices")]
+struct Cli {
+    /// The server's program.
+    #[arg(long, default_value = "target/release/ringfsd")]
+    server: PathBuf,
+    /// How the next server comes to be.
+    #[arg(long, value_enum, default_value = "supervised")]
+    mode: Mode,
+    /// How often it is killed.
+    #[arg(long, default_value_t = 30)]
+    kills: u32,
+    /// Threads of the guest that make requests.
+    #[arg(long, default_value_t = 8)]
+    guests: u32,
+    /// Request queues.
+    #[arg(long, default_value_t = 2)]
+    queues: u16,
+    /// At most so many requests come back between two kills.
+    #[arg(long, default_value_t = 400)]
+    between: u64,
+    /// Where the random numbers begin; by the clock if it is not given.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Further options of the server.
+    #[arg(last = true)]
+    further: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// `--supervise`: the guardian starts it, and the front end notices nothing.
+    Supervised,
+    /// `--state`: all of the server is killed, another one is started by hand, and the front end
+    /// reconnects as Cloud Hypervisor does.
+    State,
+    /// The server is never killed: for the model's sake.
+    Never,
+}
+
+/// Why a run ends early.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("the server")]
+    Server(#[from] ServerError),
+    #[error("the vhost-user session")]
+    Session(#[from] vmm::session::SessionError),
+    #[error("a request")]
+    Fuse(#[from] FuseError),
+    /// The guest noticed.
+    #[error("{0}")]
+    Noticed(String),
+    /// It was not answered.
+    #[error("{0} requests are not answered: {1}")]
+    Unanswered(usize, String),
+    #[error("what the host sees")]
+    Host(#[from] std::io::Error),
+}
+
+/// Numbers that look random (splitmix64).
+#[derive(Clone, Debug)]
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+
+    fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.below(len as u64)).unwrap_or(0)
+    }
+}
+
+/// A run.
+struct Run {
+    server: Server,
+    fs: Client<Session>,
+    guests: Vec<Guest>,
+    queues: usize,
+    dice: Dice,
+    answered: u64,
+    pauses: Vec<Duration>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let by_clock = || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |now| u64::from(now.subsec_nanos()) ^ now.as_secs())
+    };
+    let seed = cli.seed.unwrap_or_else(by_clock);
+    println!("kill: seed {seed}");
+    match run(&cli, seed) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("kill: seed {seed}: {failure}");
+            let mut source = std::error::Error::source(&failure);
+            while let Some(error) = source {
+                eprintln!("  because: {error}");
+                source = error.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
+    let server = Server::start(cli)?;
+    let options = Options::default()
+        .request_queues(cli.queues)
+        .queue_size(128)
+        .memory(&[vmm::Region::new(0, 64 << 20)]);
+    let session = Profile::CloudHypervisor.connect_path(server.socket(), &options)?;
+    let mut fs = Client::new(session);
+    fs.set_timeout(PATIENCE);
+    fs.set_umask(0);
+    fs.init()?;
+    let mut dice = Dice(seed);
+    let mut guests = Vec::new();
+    for number in 0..cli.guests {
+        // What has no name can't be opened again by a server that had to be started by hand.
+        let nameless = cli.mode != Mode::State;
+        guests.push(Guest::new(&mut fs, number, dice.next(), nameless)?);
+    }
+    let queues = usize::from(cli.queues);
+    let mut run = Run {
+        server,
+        fs,
+        guests,
+        queues,
+        dice,
+        answered: 0,
+        pauses: Vec::new(),
+    };
+    let begun = Instant::now();
+    for round in 0..cli.kills {
+        let count = run.dice.below(cli.between);
+        let result = run
+            .work(count)
+            .and_then(|()| run.kill(cli.mode))
+            .and_then(|()| run.rest())
+            .and_then(|()| run.check());
+        if let Err(failure) = result {
+            eprintln!(
+                "kill: after {round} kills, in directory {}",
+                run.server.keep()
+            );
+            return Err(failure);
+        }
+    }
+    let took = begun.elapsed();
+    run.end()?;
+    run.report(cli, took);
+    Ok(())
+}
+
+impl Run {
+    /// Lets `count` requests come back.
+    fn work(&mut self, count: u64) -> Result<(), Failure> {
+        let end = self.answered + count;
+        let mut since = Instant::now();
+        while self.answered < end {
+            self.submit()?;
+            if self.collect()? != 0 {
+                since = Instant::now();
+            } else if since.elapsed() > PATIENCE {
+                return Err(self.unanswered());
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills the server, and measures how long the guest waits for the next reply.
+    fn kill(&mut self, mode: Mode) -> Result<(), Failure> {
+        if mode == Mode::Never {
+            return Ok(());
+        }
+        self.submit()?;
+        let killed = Instant::now();
+        self.server.kill(mode)?;
+        // What is back by now was answered by the one that is dead.
+        self.take_back()?;
+        self.submit()?;
+        if mode == Mode::State {
+            self.server.start_again()?;
+            let socket = self.server.socket();
+            self.fs.guest().reconnect_path(socket)?;
+        }
+        while self.collect()? == 0 {
+            if killed.elapsed() > PATIENCE {
+                return Err(self.unanswered());
+            }
+        }
+        self.pauses.push(killed.elapsed());
+        Ok(())
+    }
+
+    /// Lets all that is in flight come back.
+    fn rest(&mut self) -> Result<(), Failure> {
+        let begun = Instant::now();
+        while self.guests.iter().any(|guest| !guest.is_idle()) {
+            self.collect()?;
+            if begun.elapsed() > PATIENCE {
+                return Err(self.unanswered());
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<(), Failure> {
+        let share = self.server.share();
+        for guest in &mut self.guests {
+            check::guest(&mut self.fs, guest, &share)?;
+        }
+        Ok(())
+    }
+
+    /// Gives everything back, and sees that it is gone.
+    fn end(&mut self) -> Result<(), Failure> {
+        self.rest()?;
+        for guest in &mut self.guests {
+            check::forget(&mut self.fs, guest)?;
+        }
+        self.fs.getattr(ROOT)?;
+        Ok(())
+    }
+
+    fn submit(&mut self) -> Result<(), Failure> {
+        for (at, guest) in self.guests.iter_mut().enumerate() {
+            if guest.is_idle() {
+                self.fs.use_queue(1 + at % self.queues);
+                guest.submit(&mut self.fs)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has come back, without waiting.
+    fn take_back(&mut self) -> Result<u64, Failure> {
+        let mut count = 0;
+        for pending in self.fs.returned()? {
+            let guest = self
+                .guests
+                .iter_mut()
+                .find(|guest| guest.waits_for(pending));
+            let Some(guest) = guest else {
+                let what = format!("request {:#x} of nobody came back", pending.unique());
+                return Err(Failure::Noticed(what));
+            };
+            let reply = self.fs.collect(pending);
+            guest.finish(reply)?;
+            count += 1;
+        }
+        self.answered += count;
+        Ok(count)
+    }
+
+    /// Takes what has come back; waits for a moment if there is nothing.
+    fn collect(&mut self) -> Result<u64, Failure> {
+        let count = self.take_back()?;
+        if count == 0 {
+            let queues = &mut self.fs.guest().queues;
+            let at = 1 + self.dice.index(self.queues);
+            if let Some(queue) = queues.get_mut(at) {
+                match queue.wait(NAP) {
+                    Ok(()) | Err(vmm::ring::RingError::TimedOut { .. }) => (),
+                    Err(error) => return Err(FuseError::from(error).into()),
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    fn unanswered(&self) -> Failure {
+        let waiting: Vec<_> = self.guests.iter().filter_map(Guest::waiting).collect();
+        Failure::Unanswered(waiting.len(), waiting.join("; "))
+    }
+
+    fn report(&mut self, cli: &Cli, took: Duration) {
+        println!(
+            "kill: {} kills, {} requests in {:.1} s, none lost, none done twice, nothing forgotten",
+            cli.kills,
+            self.answered,
+            took.as_secs_f64()
+        );
+        self.pauses.sort_unstable();
+        let most = self.pauses.len().saturating_sub(1);
+        let at = |percent: usize| {
+            let pause = self.pauses.get(most * percent / 100);
+            pause.map_or(0.0, |pause| pause.as_secs_f64() * 1e3)
+        };
+        if self.pauses.is_empty() {
+            return;
+        }
+        println!(
+            "kill: from the kill to the next reply: p50 {:.2} ms, p99 {:.2} ms, at most {:.2} ms",
+            at(50),
+            at(99),
+            at(100)
+        );
+    }
+}

@@ -1,0 +1,176 @@
+//! The server: started, killed, started again.
+//!
+//! The invariant: `kill` returns when the process is gone, not when it has been asked to go.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use crate::{Cli, Mode, PATIENCE};
+
+/// What can go wrong with it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServerError {
+    #[error("can't make a directory for it")]
+    Directory(#[source] io::Error),
+    #[error("can't start {program}")]
+    Start {
+        program: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("it doesn't listen; see {log}")]
+    Silent { log: PathBuf },
+    #[error("no process of it serves; see {log}")]
+    NoProcess { log: PathBuf },
+    #[error("can't kill it")]
+    Kill(#[source] rustix::io::Errno),
+}
+
+/// A server with a directory of its own.
+pub(crate) struct Server {
+    directory: tempfile::TempDir,
+    program: PathBuf,
+    arguments: Vec<String>,
+    child: Child,
+}
+
+impl Server {
+    pub(crate) fn start(cli: &Cli) -> Result<Self, ServerError> {
+        let directory = tempfile::tempdir().map_err(ServerError::Directory)?;
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        std::fs::create_dir(path("share")).map_err(ServerError::Directory)?;
+        let mut arguments = vec![
+            format!("--socket={}", path("socket")),
+            format!("--shared-dir={}", path("share")),
+            format!("--request-queues={}", cli.queues),
+            "--posix-locks".to_owned(),
+            "--log-level=info".to_owned(),
+        ];
+        match cli.mode {
+            Mode::Supervised => arguments.push("--supervise".to_owned()),
+            Mode::State => arguments.push(format!("--state={}", path("state"))),
+            Mode::Never => (),
+        }
+        arguments.extend(cli.further.iter().cloned());
+        let child = launch(&directory, &cli.server, &arguments)?;
+        let server = Self {
+            directory,
+            program: cli.server.clone(),
+            arguments,
+            child,
+        };
+        server.wait_until_it_listens()?;
+        Ok(server)
+    }
+
+    /// Another one in the place of the one that was killed; it may not listen yet.
+    pub(crate) fn start_again(&mut self) -> Result<(), ServerError> {
+        self.child = launch(&self.directory, &self.program, &self.arguments)?;
+        Ok(())
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    pub(crate) fn share(&self) -> PathBuf {
+        self.directory.path().join("share")
+    }
+
+    /// Leaves the directory as it is; where that is.
+    pub(crate) fn keep(&mut self) -> String {
+        self.directory.disable_cleanup(true);
+        self.directory.path().display().to_string()
+    }
+
+    /// Kills the process that serves, and without a guardian that starts another one, all of it.
+    pub(crate) fn kill(&mut self, mode: Mode) -> Result<(), ServerError> {
+        let serving = self.serving()?;
+        let handle = rustix::process::pidfd_open(serving, PidfdFlags::empty());
+        let handle = handle.map_err(ServerError::Kill)?;
+        let kill = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+        kill.map_err(ServerError::Kill)?;
+        let mut ends = [PollFd::new(&handle, PollFlags::IN)];
+        while poll(&mut ends, None).map_err(ServerError::Kill)? == 0 {}
+        if mode == Mode::State {
+            let _gone_with_it = self.child.kill();
+            let _status = self.child.wait();
+        }
+        Ok(())
+    }
+
+    /// The process that serves: the guardian's child.
+    fn serving(&self) -> Result<Pid, ServerError> {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            if let Some(pid) = self.childs_child() {
+                return Ok(pid);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let log = self.log();
+        Err(ServerError::NoProcess { log })
+    }
+
+    fn childs_child(&self) -> Option<Pid> {
+        let guardian = self.child.id();
+        let children = format!("/proc/{guardian}/task/{guardian}/children");
+        let children = std::fs::read_to_string(children).ok()?;
+        Pid::from_raw(children.split_whitespace().next()?.parse().ok()?)
+    }
+
+    fn wait_until_it_listens(&self) -> Result<(), ServerError> {
+        let end = Instant::now() + PATIENCE;
+        let said = || std::fs::read_to_string(self.log()).unwrap_or_default();
+        while !said().contains("Waiting for vhost-user socket connection") {
+            if Instant::now() > end {
+                let log = self.log();
+                return Err(ServerError::Silent { log });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.path().join("log")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let serving = self.childs_child();
+        let _gone_already = self.child.kill();
+        let _status = self.child.wait();
+        if let Some(pid) = serving {
+            let _gone_with_it = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+fn launch(
+    directory: &tempfile::TempDir,
+    program: &PathBuf,
+    arguments: &[String],
+) -> Result<Child, ServerError> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(directory.path().join("log"))
+        .map_err(ServerError::Directory)?;
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .map_err(|source| ServerError::Start {
+            program: program.clone(),
+            source,
+        })
+}
