@@ -28,13 +28,10 @@ use crate::virtqueue::{Chain, Queue, QueueIndex};
 /// Chains taken off a ring before their replies are published and other queues looked at.
 const PASS: usize = 64;
 
-/// How long replies lie before they are published, in a pass that takes longer. A guest that
-/// sleeps needs 10–50 µs to wake up, and is better off doing so while the rest of the pass is
-/// served than after it; who is awake costs no call.
-const SHOWN_AFTER: Duration = Duration::from_micros(15);
-
-/// Chains between two looks at the clock.
-const LOOK_EVERY: usize = 2;
+/// How long half a pass has to take for its replies to be published by themselves. A guest that
+/// sleeps needs 10–50 µs to wake up, and does so while the other half is served instead of after
+/// it; one that wakes up faster costs a call more.
+const WORTH_WAKING: Duration = Duration::from_micros(20);
 
 /// How long to look for what the disk does, at most: about as long as it takes to sleep and be
 /// woken, which costs processor time too. Most disks take longer.
@@ -311,7 +308,8 @@ impl<F: FileSystem> Loop<F> {
             self.give_away(at, away);
         }
         let mut taken = away;
-        let mut shown = (there > LOOK_EVERY).then(Instant::now);
+        let half = there / 2;
+        let began = (half != 0).then(Instant::now);
         while (taken < PASS || self.queues[at].queue.is_resuming())
             && let Some(chain) = self.queues[at].queue.take()
         {
@@ -320,12 +318,8 @@ impl<F: FileSystem> Loop<F> {
                 Ok(chain) => self.serve(chain),
                 Err(fault) => self.faults.report(index, fault),
             }
-            if taken.is_multiple_of(LOOK_EVERY)
-                && let Some(since) = &mut shown
-                && since.elapsed() >= SHOWN_AFTER
-            {
+            if taken == half && began.is_some_and(|began| began.elapsed() >= WORTH_WAKING) {
                 used.publish();
-                *since = Instant::now();
             }
         }
         used.publish();
