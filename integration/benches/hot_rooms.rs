@@ -20,6 +20,9 @@ use zerocopy::IntoBytes;
 /// Requests in flight.
 const DEPTH: u16 = 32;
 
+/// Entries of the ring: room for as many requests of 35 pieces.
+const ENTRIES: u16 = 2048;
+
 /// A request's header and arguments.
 const REQUEST: u32 = 80;
 
@@ -40,7 +43,7 @@ impl Ring {
         let memory = vmm::Memory::new(&[vmm::Region::new(0, MEMORY)]).expect("guest memory");
         let options = QueueOptions {
             event_idx: true,
-            ..QueueOptions::new(1024)
+            ..QueueOptions::new(ENTRIES)
         };
         let driver = vmm::Queue::new(&memory, &options).expect("a queue");
         let mapped = &memory.regions()[0];
@@ -64,7 +67,7 @@ impl Ring {
         };
         let call = Arc::<Call>::default();
         let index = QueueIndex(1);
-        let device = Queue::new(index, 1024, features, addresses, &ours, 0, call);
+        let device = Queue::new(index, ENTRIES, features, addresses, &ours, 0, call);
         let alloc = |len: u32| {
             let align = if len < 4096 { 16 } else { 4096 };
             let gpa = memory.alloc(u64::from(len), align).expect("guest memory");
