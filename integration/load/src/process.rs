@@ -35,6 +35,9 @@ pub(crate) enum ProcessError {
     },
 }
 
+/// What `vmm` calls the file that is the guest's memory.
+const GUEST_MEMORY: &str = "/memfd:guest";
+
 /// A process to be measured, with those that it has started.
 #[derive(Clone, Debug)]
 pub(crate) struct Process {
@@ -151,9 +154,7 @@ impl Part {
     /// Threads, and KiB of memory.
     fn size(&self) -> Result<(u64, u64), ProcessError> {
         let threads = field(&self.read("status")?, "Threads:");
-        let memory = self.read("smaps_rollup")?;
-        let shared = field(&memory, "Pss_Shmem:");
-        Ok((threads, field(&memory, "Pss:").saturating_sub(shared)))
+        Ok((threads, memory(&self.read("smaps")?)))
     }
 
     fn cpu(&self) -> Result<u64, ProcessError> {
@@ -241,6 +242,23 @@ fn children() -> HashMap<i32, Vec<i32>> {
     children
 }
 
+/// KiB of all mappings (`/proc/PID/smaps`) but the guest's memory; of what other processes map too,
+/// this one's part.
+fn memory(smaps: &str) -> u64 {
+    let (mut sum, mut guests) = (0, false);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if !first.ends_with(':') {
+            // Of a new mapping: addresses, access, offset, device, inode, path.
+            guests = words.nth(4) == Some(GUEST_MEMORY);
+        } else if first == "Pss:" && !guests {
+            sum += words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
+        }
+    }
+    sum
+}
+
 /// The number after this name at the beginning of a line.
 fn field(status: &str, name: &str) -> u64 {
     let value = status.lines().find_map(|line| line.strip_prefix(name));
@@ -264,6 +282,21 @@ mod tests {
         let used = process.since(&before).unwrap();
         assert!(used.cpu > 1_000_000, "{used:?}");
         assert!(used.threads >= 1 && used.memory > 0, "{used:?}");
+    }
+
+    #[test]
+    fn the_guests_memory_is_not_the_servers() {
+        let smaps = "\
+7f0000000000-7f0000001000 rw-s 00000000 00:01 2048 /memfd:guest (deleted)
+Rss:                  40 kB
+Pss:                  20 kB
+7f0000001000-7f0000002000 rw-s 00000000 00:01 2049 /memfd:state (deleted)
+Pss:                   4 kB
+Pss_Dirty:             4 kB
+7f0000002000-7f0000003000 rw-p 00000000 00:00 0
+Pss:                   8 kB
+";
+        assert_eq!(memory(smaps), 12);
     }
 
     #[test]
