@@ -386,6 +386,30 @@ fn the_limit_of_descriptors_is_set() {
 }
 
 #[test]
+fn closed_files_are_kept_open_as_far_as_allowed() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: only a server that may open whatever is there keeps closed files");
+        return;
+    }
+    let left_open = |args: &[&str]| {
+        let server = Server::start(args);
+        std::fs::write(server.share().join("closed"), "content").unwrap();
+        let mut fs = session(&server);
+        let node = fs.lookup(ROOT, c"closed").unwrap().nodeid;
+        let known = server.descriptors_of("closed");
+        let handle = fs.open(node, libc::O_RDONLY).unwrap();
+        fs.release(node, handle).unwrap();
+        let left = server.descriptors_of("closed") - known;
+        let again = fs.open(node, libc::O_RDONLY).unwrap();
+        assert_eq!(fs.read(node, again, 0, 100).unwrap(), b"content");
+        assert_eq!(server.descriptors_of("closed"), known + 1);
+        left
+    };
+    assert_eq!(left_open(&[]), 1);
+    assert_eq!(left_open(&["--max-spare-files", "0"]), 0);
+}
+
+#[test]
 fn a_single_file_can_be_the_share() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("alone");

@@ -24,6 +24,9 @@ use zerocopy::IntoBytes;
 /// Requests in flight.
 const DEPTH: u16 = 32;
 
+/// Entries of the ring: room for as many requests of 35 pieces.
+const ENTRIES: u16 = 2048;
+
 /// A request's header and arguments.
 const REQUEST: u32 = 80;
 
@@ -64,7 +67,7 @@ impl Ring {
         let memory = vmm::Memory::new(&[vmm::Region::new(0, MEMORY)]).expect("guest memory");
         let options = QueueOptions {
             event_idx: true,
-            ..QueueOptions::new(1024)
+            ..QueueOptions::new(ENTRIES)
         };
         let driver = vmm::Queue::new(&memory, &options).expect("a queue");
         let mapped = &memory.regions()[0];
@@ -89,7 +92,7 @@ impl Ring {
         let call = Arc::<Call>::default();
         let setup = Setup {
             index: QueueIndex(1),
-            size: 1024,
+            size: ENTRIES,
             features,
             addresses,
             next: 0,

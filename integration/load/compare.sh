@@ -8,8 +8,8 @@
 #   --seconds S       time that a case is measured for (3)
 #   --warm-up S       time that it runs before (0.5)
 #   --cases A,B       cases, as load has them (those of docs/benchmarks.md)
-#   --servers A,B     of ringfsd-uring, ringfsd-tokio, virtiofsd-N with a pool of N threads,
-#                     c-virtiofsd, bare, fio (all, with pools of 0, 4 and 16)
+#   --servers A,B     of ringfsd-uring, ringfsd-tokio, ringfsd-default, virtiofsd-N with a pool of
+#                     N threads, c-virtiofsd, bare, fio (all, with pools of 0, 4 and 16)
 #   --quick           one round, half a second each
 #   --ringfsd PATH    this program instead of one built here
 #   --ringfsd-args A  more arguments for ringfsd
@@ -22,9 +22,10 @@
 #   --dir DIR         where the share is made; not on tmpfs (the target directory)
 #   --results FILE    leave the single results there, a line of JSON each
 #
-# Every server runs as root, with logs for errors only. virtiofsd runs with --sandbox none,
-# --seccomp none and --allow-direct-io. The C virtiofsd can't do without a sandbox: it runs with
-# sandbox=chroot, its system-call filter, and allow_direct_io.
+# Every server runs as root, with logs for errors only. ringfsd and virtiofsd run with --sandbox
+# none, --seccomp none and --allow-direct-io. ringfsd-default is ringfsd as it comes, with its
+# sandbox and its system-call filter, so that it shows what these cost. The C virtiofsd can't do
+# without: it runs with sandbox=chroot, its system-call filter, and allow_direct_io.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -41,7 +42,7 @@ warm_up=0.5
 cases=getattr@1,getattr@32,lookup@32,lookup-new@8,lookup-absent@8,read/4k@1,read/4k@32
 cases+=,read/64k@8,read-direct/4k@1,read-direct/4k@32,write/4k@32,read-seq/1m@8,write-seq/1m@8
 cases+=,create@8,open-read-close@8,cold@8,readdirplus/32k@1,mixed/4k@32,read/4k@8x4
-servers='ringfsd-uring,ringfsd-tokio,virtiofsd-0,virtiofsd-4,virtiofsd-16,c-virtiofsd,bare,fio'
+servers='ringfsd-uring,ringfsd-tokio,ringfsd-default,virtiofsd-0,virtiofsd-4,virtiofsd-16,c-virtiofsd,bare,fio'
 ringfsd=
 ringfsd_args=
 server_cpus=
@@ -113,7 +114,7 @@ IFS=, read -ra server_list <<<"$servers"
 
 for name in "${server_list[@]}"; do
     case $name in
-        ringfsd-uring | ringfsd-tokio | virtiofsd-[0-9]* | c-virtiofsd | bare | fio) ;;
+        ringfsd-uring | ringfsd-tokio | ringfsd-default | virtiofsd-[0-9]* | c-virtiofsd | bare | fio) ;;
         *) [[ -n ${more_servers[$name]:-} ]] || fail "there is no server $name" ;;
     esac
 done
@@ -236,7 +237,10 @@ command_of() {
     case $name in
         ringfsd-*)
             printf -v line '%q --socket %%SOCKET%% --shared-dir %%SHARE%%' "$ringfsd"
-            line+=" --once --log-level error --runtime ${name#ringfsd-}"
+            line+=' --once --log-level error'
+            if [[ $name != ringfsd-default ]]; then
+                line+=" --runtime ${name#ringfsd-}$ringfsd_open"
+            fi
             ((queues == 1)) || line+=" --request-queues $queues"
             line+=" $ringfsd_direct $ringfsd_args"
             ;;
@@ -253,6 +257,11 @@ command_of() {
     pinned "$line"
 }
 
+# Without a sandbox and a filter, as virtiofsd runs; an older one has neither.
+ringfsd_open=
+if wanted ringfsd- && "$ringfsd" --help | grep -q -e --sandbox; then
+    ringfsd_open=' --sandbox none --seccomp none'
+fi
 ringfsd_direct=
 if wanted ringfsd- && "$ringfsd" --help | grep -q -e --allow-direct-io; then
     ringfsd_direct=--allow-direct-io

@@ -1,7 +1,9 @@
-//! What a process uses: CPU time, threads, context switches, memory.
+//! What a server uses: CPU time, threads, context switches, memory.
 //!
-//! CPU time is the kernel's own count of nanoseconds for the whole process, threads that have
-//! ended included. The invariant: a [`Process`] is read, never touched.
+//! A server may be several processes (one that waits and one that serves, in a sandbox): all that
+//! the given one has started are counted with it. CPU time is the kernel's own count of nanoseconds
+//! for each whole process, threads that have ended included. The invariant: a [`Process`] is read,
+//! never touched.
 
 #![expect(
     unsafe_code,
@@ -33,9 +35,19 @@ pub(crate) enum ProcessError {
     },
 }
 
-/// A process to be measured.
-#[derive(Clone, Copy, Debug)]
+/// What `vmm` calls the file that is the guest's memory.
+const GUEST_MEMORY: &str = "/memfd:guest";
+
+/// A process to be measured, with those that it has started.
+#[derive(Clone, Debug)]
 pub(crate) struct Process {
+    first: Part,
+    others: Vec<Part>,
+}
+
+/// One of the processes.
+#[derive(Clone, Copy, Debug)]
+struct Part {
     pid: i32,
     clock: libc::clockid_t,
 }
@@ -55,33 +67,41 @@ pub(crate) struct Usage {
     pub(crate) cpu: u64,
     pub(crate) switches: u64,
     pub(crate) threads: u64,
-    /// KiB, the guest's memory not counted.
+    /// KiB, the guest's memory not counted; of what several processes share, this one's part.
     pub(crate) memory: u64,
 }
 
 impl Process {
-    /// The process of this number, or its child, if it has one that runs the same program: a
-    /// server in a sandbox is two processes, of which the child serves.
+    /// The process of this number, and all that it has started up to now.
     pub(crate) fn new(pid: i32) -> Result<Self, ProcessError> {
-        let pid = serving_child(pid).unwrap_or(pid);
-        let mut clock = 0;
-        // SAFETY: the pointer is to a live local of the type that the function writes.
-        let code = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
-        if code != 0 {
-            let source = io::Error::from_raw_os_error(code);
-            return Err(ProcessError::Clock { pid, source });
+        let first = Part::new(pid)?;
+        let children = children();
+        let of = |parent| children.get(&parent).into_iter().flatten().copied();
+        let mut found: Vec<i32> = of(pid).collect();
+        let mut next = 0;
+        while let Some(child) = found.get(next) {
+            found.extend(of(*child));
+            next += 1;
         }
-        let process = Self { pid, clock };
+        // One that has ended meanwhile is left out.
+        let others = found.into_iter().filter_map(|child| Part::new(child).ok());
+        let process = Self {
+            first,
+            others: others.collect(),
+        };
         process.moment()?;
         Ok(process)
     }
 
     /// How it is now.
     pub(crate) fn moment(&self) -> Result<Moment, ProcessError> {
-        Ok(Moment {
-            cpu: self.cpu()?,
-            switches: self.switches()?,
-        })
+        let mut moment = self.first.moment()?;
+        // What any of the others has used is gone with it.
+        for other in self.others.iter().filter_map(|other| other.moment().ok()) {
+            moment.cpu += other.cpu;
+            moment.switches.extend(other.switches);
+        }
+        Ok(moment)
     }
 
     /// What it has used since.
@@ -91,14 +111,50 @@ impl Process {
             let earlier = before.switches.get(thread).copied().unwrap_or(0);
             count.saturating_sub(earlier)
         });
-        let status = self.read("status")?;
-        let resident = field(&status, "VmRSS:");
+        let (mut threads, mut memory) = self.first.size()?;
+        for other in self.others.iter().filter_map(|other| other.size().ok()) {
+            threads += other.0;
+            memory += other.1;
+        }
         Ok(Usage {
             cpu: now.cpu.saturating_sub(before.cpu),
             switches: switches.sum(),
-            threads: field(&status, "Threads:"),
-            memory: resident.saturating_sub(field(&status, "RssShmem:")),
+            threads,
+            memory,
         })
+    }
+
+    /// Whether it has a descriptor of `file` with these flags; by number, as a process may have
+    /// another root.
+    pub(crate) fn has_open(&self, file: &std::path::Path, flags: i32) -> bool {
+        let mut parts = std::iter::once(&self.first).chain(&self.others);
+        parts.any(|part| part.has_open(file, flags))
+    }
+}
+
+impl Part {
+    fn new(pid: i32) -> Result<Self, ProcessError> {
+        let mut clock = 0;
+        // SAFETY: the pointer is to a live local of the type that the function writes.
+        let code = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+        if code != 0 {
+            let source = io::Error::from_raw_os_error(code);
+            return Err(ProcessError::Clock { pid, source });
+        }
+        Ok(Self { pid, clock })
+    }
+
+    fn moment(&self) -> Result<Moment, ProcessError> {
+        Ok(Moment {
+            cpu: self.cpu()?,
+            switches: self.switches()?,
+        })
+    }
+
+    /// Threads, and KiB of memory.
+    fn size(&self) -> Result<(u64, u64), ProcessError> {
+        let threads = field(&self.read("status")?, "Threads:");
+        Ok((threads, memory(&self.read("smaps")?)))
     }
 
     fn cpu(&self) -> Result<u64, ProcessError> {
@@ -138,9 +194,7 @@ impl Process {
         Ok(switches)
     }
 
-    /// Whether it has a descriptor of `file` with these flags; by number, as a process may have
-    /// another root.
-    pub(crate) fn has_open(&self, file: &std::path::Path, flags: i32) -> bool {
+    fn has_open(&self, file: &std::path::Path, flags: i32) -> bool {
         let number_of = |path: &std::path::Path| {
             let there = fs::metadata(path).ok()?;
             Some((there.dev(), there.ino()))
@@ -169,16 +223,40 @@ impl Process {
     }
 }
 
-/// The child of `pid` that runs the same program.
-fn serving_child(pid: i32) -> Option<i32> {
-    let program = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
-    let own = program(pid)?;
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
-        let child = entry.file_name().to_str()?.parse().ok()?;
-        let status = fs::read_to_string(format!("/proc/{child}/status")).ok()?;
-        let parent = u64::try_from(pid).ok()?;
-        (field(&status, "PPid:") == parent && program(child)? == own).then_some(child)
-    })
+/// The processes that each has started and that run now.
+fn children() -> HashMap<i32, Vec<i32>> {
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        if let Ok(parent) = i32::try_from(field(&status, "PPid:")) {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    children
+}
+
+/// KiB of all mappings (`/proc/PID/smaps`) but the guest's memory; of what other processes map too,
+/// this one's part.
+fn memory(smaps: &str) -> u64 {
+    let (mut sum, mut guests) = (0, false);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if !first.ends_with(':') {
+            // Of a new mapping: addresses, access, offset, device, inode, path.
+            guests = words.nth(4) == Some(GUEST_MEMORY);
+        } else if first == "Pss:" && !guests {
+            sum += words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
+        }
+    }
+    sum
 }
 
 /// The number after this name at the beginning of a line.
@@ -204,6 +282,36 @@ mod tests {
         let used = process.since(&before).unwrap();
         assert!(used.cpu > 1_000_000, "{used:?}");
         assert!(used.threads >= 1 && used.memory > 0, "{used:?}");
+    }
+
+    #[test]
+    fn the_guests_memory_is_not_the_servers() {
+        let smaps = "\
+7f0000000000-7f0000001000 rw-s 00000000 00:01 2048 /memfd:guest (deleted)
+Rss:                  40 kB
+Pss:                  20 kB
+7f0000001000-7f0000002000 rw-s 00000000 00:01 2049 /memfd:state (deleted)
+Pss:                   4 kB
+Pss_Dirty:             4 kB
+7f0000002000-7f0000003000 rw-p 00000000 00:00 0
+Pss:                   8 kB
+";
+        assert_eq!(memory(smaps), 12);
+    }
+
+    #[test]
+    fn a_child_counts_with_its_parent() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Process::new(own).unwrap();
+        let number = i32::try_from(child.id()).unwrap();
+        let counted = process.others.iter().any(|part| part.pid == number);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(counted, "{process:?}");
     }
 
     #[test]

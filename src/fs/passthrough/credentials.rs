@@ -41,6 +41,12 @@ const OVERRIDING: CapabilitySet = CapabilitySet::DAC_OVERRIDE
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::CHOWN);
 
+/// Whether this process may open whatever is there, whoever owns it.
+pub(super) fn overrides() -> Result<bool> {
+    let sets = rustix::thread::capabilities(None)?;
+    Ok(sets.effective.contains(OVERRIDING))
+}
+
 /// File system ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ids {

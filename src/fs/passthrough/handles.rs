@@ -39,6 +39,16 @@ impl Open {
     }
 }
 
+/// What a handle stood for that has ended.
+#[derive(Debug)]
+pub(super) struct Released {
+    pub(super) file: File,
+    /// What it was opened with.
+    pub(super) flags: OFlags,
+    /// The whole file is locked by it.
+    pub(super) locked: bool,
+}
+
 /// So many that a handful of workers rarely meet.
 const SHARDS: u64 = 32;
 
@@ -151,7 +161,12 @@ impl Handles {
     }
 
     /// Ends a handle. Who still uses its file keeps that open.
-    pub(super) fn release(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<()> {
+    pub(super) fn release(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        kind: HandleKind,
+    ) -> Result<Released> {
         let released = {
             let mut shard = self
                 .shard(handle.0)
@@ -161,7 +176,7 @@ impl Handles {
             if !shard.get(&handle.0).is_some_and(fits) {
                 return Err(Errno::BADF);
             }
-            let released = shard.remove(&handle.0);
+            let released = shard.remove(&handle.0).ok_or(Errno::BADF)?;
             if shard.capacity() > 64 && shard.len() < shard.capacity() / 4 {
                 shard.shrink_to_fit();
             }
@@ -169,8 +184,12 @@ impl Handles {
         };
         self.count.fetch_sub(1, Ordering::Relaxed);
         // Closing may take long, and happens outside of the lock.
-        drop(released);
-        Ok(())
+        let Open { record, file, .. } = released;
+        Ok(Released {
+            file,
+            flags: OFlags::from_bits_retain(record.fields().flags),
+            locked: record.lock() != 0,
+        })
     }
 
     pub(super) fn clear(&self) {
@@ -267,8 +286,8 @@ mod tests {
         let (handles, file, _) = handles();
         handles.release(NODE, file, HandleKind::File).unwrap();
         assert_eq!(
-            handles.release(NODE, file, HandleKind::File),
-            Err(Errno::BADF)
+            handles.release(NODE, file, HandleKind::File).err(),
+            Some(Errno::BADF)
         );
         assert_ne!(add(&handles, HandleKind::File), file);
     }

@@ -27,6 +27,7 @@ mod opening;
 mod options;
 mod reach;
 mod restore;
+mod spare;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -58,6 +59,7 @@ use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use self::options::most_descriptors;
 use self::restore::Records;
+use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
     LockOwner, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
@@ -148,6 +150,7 @@ pub struct Passthrough {
     holder: Holder,
     handles: Handles,
     on_demand: OnDemand,
+    spares: Spares,
     terms: AgreedTerms,
     /// Descriptors that inodes and open files may have together.
     most: usize,
@@ -219,6 +222,8 @@ impl Passthrough {
         let most = most_descriptors();
         let max_handles = options.max_handles.unwrap_or(most).min(most);
         let most = options.max_open_inodes.unwrap_or(most).min(most);
+        let spares = options.max_spare_files.min(most / 4);
+        let spares = Spares::new(&root, &identity.key, spares).map_err(of_share)?;
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
             PassthroughError::FileHandles {
@@ -252,6 +257,7 @@ impl Passthrough {
             holder,
             handles: Handles::new(table),
             on_demand: OnDemand::new(most),
+            spares,
             terms: AgreedTerms::default(),
             most,
             max_handles,
@@ -386,6 +392,7 @@ impl FileSystem for Passthrough {
         self.locks.clear();
         self.handles.clear();
         self.on_demand.clear();
+        self.spares.clear();
         self.terms.set(&Terms::default());
         self.inodes.clear();
     }
@@ -440,8 +447,10 @@ impl FileSystem for Passthrough {
 
     fn forget(&self, node: NodeId, count: u64) {
         self.inodes.forget(node, count);
-        if self.on_demand.count() > 0 && self.inodes.get(node).is_none() {
+        let kept = self.on_demand.count() > 0 || self.spares.count() > 0;
+        if kept && self.inodes.get(node).is_none() {
             self.on_demand.forget(node);
+            self.spares.forget(node);
         }
     }
 
@@ -595,7 +604,9 @@ impl FileSystem for Passthrough {
             return Ok(());
         }
         self.locks.released(node, handle);
-        self.handles.release(node, handle, HandleKind::File)
+        let released = self.handles.release(node, handle, HandleKind::File)?;
+        self.put_by(node, released);
+        Ok(())
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
@@ -723,7 +734,9 @@ impl FileSystem for Passthrough {
         if self.is_untold(handle, HandleKind::Directory) {
             return Ok(());
         }
-        self.handles.release(node, handle, HandleKind::Directory)
+        self.handles
+            .release(node, handle, HandleKind::Directory)
+            .map(drop)
     }
 
     fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {

@@ -97,6 +97,9 @@ impl Passthrough {
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
+        if let Some(file) = self.spare(node, flags) {
+            return self.opened_as(node, file, flags, HandleKind::File);
+        }
         let fd = if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
             self.open_for_reading(&inode, flags)?
         } else {
@@ -169,12 +172,22 @@ impl Passthrough {
         flags: OFlags,
         kind: HandleKind,
     ) -> Result<Opened> {
-        let directory = kind == HandleKind::Directory;
-        let file = if directory {
+        let file = if kind == HandleKind::Directory {
             File::from_fd(fd)
         } else {
             regular_file(fd, flags)
         };
+        self.opened_as(node, file, flags, kind)
+    }
+
+    fn opened_as(
+        &self,
+        node: NodeId,
+        file: File,
+        flags: OFlags,
+        kind: HandleKind,
+    ) -> Result<Opened> {
+        let directory = kind == HandleKind::Directory;
         let handle = if self.is_untold(UNTOLD, kind) {
             self.keep_created(node, file);
             UNTOLD

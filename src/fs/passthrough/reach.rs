@@ -185,10 +185,11 @@ impl Passthrough {
     pub(super) fn make_room(&self) {
         let too_many = || {
             let open = self.inodes.descriptors();
-            let files = self.handles.count() + self.on_demand.count();
+            let files = self.handles.count() + self.on_demand.count() + self.spares.count();
             open > LEAST.min(self.most) && open + files > self.most
         };
         if too_many() {
+            self.spares.clear();
             self.close_some(too_many);
         }
     }
@@ -197,6 +198,8 @@ impl Passthrough {
     pub(super) fn with_room<T>(&self, open: impl Fn() -> Result<T>) -> Result<T> {
         match open() {
             Err(error @ (Errno::MFILE | Errno::NFILE)) => {
+                let spare = self.spares.count();
+                self.spares.clear();
                 let kept = self.on_demand.count();
                 let enough = kept.saturating_sub(SOME);
                 self.on_demand
@@ -204,7 +207,8 @@ impl Passthrough {
                 let before = self.inodes.descriptors();
                 let most = before.saturating_sub(SOME);
                 self.close_some(|| self.inodes.descriptors() > most);
-                if self.inodes.descriptors() < before || self.on_demand.count() < kept {
+                let fewer = self.inodes.descriptors() < before || self.on_demand.count() < kept;
+                if fewer || spare > 0 {
                     open()
                 } else {
                     Err(error)

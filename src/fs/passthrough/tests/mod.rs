@@ -11,6 +11,7 @@ mod directories;
 mod lookups;
 mod names;
 mod restored;
+mod spares;
 mod xattrs;
 
 use std::ffi::{CStr, CString};

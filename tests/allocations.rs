@@ -1,0 +1,142 @@
+//! From ring to ring without the heap: what each of the hottest requests takes of it.
+//!
+//! A worker that asked the allocator for each request would wait for other workers there. The
+//! server's threads run in this process, and whatever they allocate is counted.
+
+#![allow(
+    unsafe_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "an allocator can't be written without; a test fails by panicking"
+)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use ringfsd::device::Device;
+use ringfsd::front;
+use ringfsd::fs::passthrough::{Options, Passthrough};
+use ringfsd::fuse::{Session, SessionOptions};
+use ringfsd::io::{Kind, probe};
+use ringfsd::worker::Crew;
+use vmm::Profile;
+use vmm::fuse::{self, Client, ROOT};
+
+thread_local! {
+    /// The guest's side and the harness are not counted.
+    static COUNTED: Cell<bool> = const { Cell::new(true) };
+}
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
+// is the one that the caller keeps; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if COUNTED.try_with(Cell::get).unwrap_or(false) {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Requests of each sort.
+const MANY: usize = 100;
+
+/// What the server's threads allocate while `act` is done [`MANY`] times. The least of several
+/// times: what is allocated once, when a thread first has to yield or to sleep, is in none but one.
+fn allocations(mut act: impl FnMut(usize)) -> usize {
+    let once = |_| {
+        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        for n in 0..MANY {
+            act(n);
+        }
+        ALLOCATIONS.load(Ordering::SeqCst) - before
+    };
+    (0..5).map(once).min().unwrap_or_default()
+}
+
+/// Serves a directory with a file of 64 KiB to `guest`.
+fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("file"), vec![7; 1 << 16]).unwrap();
+    let fs = Arc::new(Passthrough::new(dir.path(), Options::default()).unwrap());
+    let table = Arc::clone(fs.table());
+    let session = Arc::new(Session::new(fs, SessionOptions::default()));
+    let one = NonZeroUsize::MIN;
+    let mut crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
+    let device = Device {
+        tag: None,
+        request_queues: NonZeroU16::MIN,
+    };
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (_stop, never) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| front::serve(ours, &device, &mut crew, &table, never.as_fd()));
+        let options = vmm::Options::default();
+        let mut client = Client::new(Profile::Simple.connect(theirs, &options).unwrap());
+        client.init().unwrap();
+        client.set_layout(fuse::Layout::linux());
+        guest(&mut client);
+        drop(client);
+        served.join().unwrap().unwrap();
+    });
+    crew.dismiss();
+}
+
+#[test]
+fn reads_writes_attributes_and_lookups_take_nothing_from_the_heap() {
+    COUNTED.set(false);
+    let mut kinds = vec![Kind::Tokio];
+    match probe() {
+        Ok(()) => kinds.push(Kind::Uring),
+        Err(reason) => eprintln!("skipped on uring: {reason}"),
+    }
+    for kind in kinds {
+        serve_to(kind, |fs| {
+            let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+            let file = fs.open(node, libc::O_RDWR).unwrap();
+            let offset = |n: usize| (n as u64 % 16) * 4096;
+            let read = allocations(|n| {
+                assert_eq!(fs.read(node, file, offset(n), 4096).unwrap().len(), 4096);
+            });
+            let write = allocations(|n| {
+                assert_eq!(fs.write(node, file, offset(n), &[9; 4096]).unwrap(), 4096);
+            });
+            let getattr = allocations(|_| {
+                assert_eq!(fs.getattr(node).unwrap().attr.size, 1 << 16);
+            });
+            let lookup = allocations(|_| {
+                assert_eq!(fs.lookup(ROOT, c"file").unwrap().nodeid, node);
+            });
+            let none = [read, write, getattr, lookup];
+            assert_eq!(
+                none, [0; 4],
+                "of {MANY} READ, WRITE, GETATTR, LOOKUP, {kind:?}"
+            );
+
+            // The measure measures: an answer of unknown length is made on the heap.
+            let listing = allocations(|_| {
+                fs.listxattr(node).unwrap();
+            });
+            assert!(listing >= MANY, "{listing} allocations were seen");
+        });
+    }
+}
