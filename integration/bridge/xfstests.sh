@@ -89,7 +89,7 @@ for name in test scratch; do
     truncate --size 12G "$work/$name.img"
     mkfs.ext4 -q "$work/$name.img"
     if [[ $server != none ]]; then
-        mount -o loop "$work/$name.img" "$work/share/$name"
+        mount -o loop,discard "$work/$name.img" "$work/share/$name"
         rmdir "$work/share/$name/lost+found"
     fi
 done

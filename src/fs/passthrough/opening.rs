@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::inodes::Inode;
 use super::on_demand::UNTOLD;
-use super::{Cache, Passthrough, credentials};
+use super::{Cache, Passthrough};
 use crate::fs::{Caller, HandleKind, NodeId, Opened, Result, Terms};
 use crate::io::File;
 
@@ -97,18 +97,20 @@ impl Passthrough {
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
-        let fd = if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
-            self.open_for_reading(&inode, flags)?
+        let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
+            self.writable()?;
+            let flags = flags.difference(OFlags::TRUNC);
+            let file = regular_file(self.open_appendable(&inode, flags, appends)?, flags);
+            self.kill_set_id_of_open(&file)?;
+            self.empty(&file)?;
+            file
+        } else if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
+            regular_file(self.open_for_reading(&inode, flags)?, flags)
         } else {
             self.writable()?;
-            let open = || self.open_appendable(&inode, flags, appends);
-            if truncates && (caller.kill_set_id || caller.uid != 0) {
-                credentials::without_keeping_set_id_bits(open)?
-            } else {
-                open()?
-            }
+            regular_file(self.open_appendable(&inode, flags, appends)?, flags)
         };
-        Ok(self.opened(node, regular_file(fd, flags), HandleKind::File))
+        Ok(self.opened(node, file, HandleKind::File))
     }
 
     pub(super) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
