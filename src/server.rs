@@ -166,12 +166,14 @@ impl Server {
             file_handles: options.inode_file_handles != InodeFileHandles::Never,
         };
         let place = inside.enter(&config.shared_dir, needs)?;
-        let fs = Passthrough::of(place.root, place.proc_fds, &config.shared_dir, options).map_err(
-            |source| ServerError::Share {
+        let mut fs = Passthrough::of(place.root, place.proc_fds, &config.shared_dir, options)
+            .map_err(|source| ServerError::Share {
                 path: config.shared_dir.clone(),
                 source,
-            },
-        )?;
+            })?;
+        if let Some(file) = place.file {
+            fs.is_for(file);
+        }
         let filter = Filter::new(config.sandbox.seccomp, runtime.kind, place.file_handles)?;
         Ok(Started::Inside(Box::new(Self {
             device: Device {

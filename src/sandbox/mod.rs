@@ -115,9 +115,10 @@ pub enum SandboxError {
         #[source]
         source: Errno,
     },
-    /// Something that can't be a root.
+    /// A single file, where no directory can be made for it.
     #[error(
-        "--sandbox chroot takes a directory, and {0} is none: share it with --sandbox namespace"
+        "{0} is a single file, which is shared in a directory of its own that only --sandbox \
+         namespace can make: take that, or share a directory with a hard link to the file in it"
     )]
     NotADirectory(PathBuf),
     /// Taking on ids of the namespace.
@@ -159,6 +160,8 @@ pub struct Inside {
 pub struct Place {
     /// What is shared, `O_PATH`.
     pub root: OwnedFd,
+    /// The single file, `O_PATH`, that the root was made for, where it was.
+    pub file: Option<OwnedFd>,
     /// `/proc/self/fd`, `O_PATH`, without a way up from there where that can be had.
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle there.
@@ -214,7 +217,11 @@ impl Inside {
     ///
     /// See [`SandboxError`].
     pub fn enter(&self, share: &Path, needs: Needs) -> Result<Place, SandboxError> {
-        let View { root, proc_fds } = match self.options.kind {
+        let View {
+            root,
+            proc_fds,
+            file,
+        } = match self.options.kind {
             Kind::Namespace => mounts::namespace(share, needs.readonly)?,
             Kind::Chroot => mounts::chroot(share, needs.readonly)?,
             Kind::None => mounts::none(share, needs.readonly)?,
@@ -235,6 +242,7 @@ impl Inside {
         }
         Ok(Place {
             root,
+            file,
             proc_fds,
             file_handles: kept.file_handles,
         })

@@ -82,6 +82,12 @@ pub enum PassthroughError {
         /// What it is called.
         path: PathBuf,
     },
+    /// A single file is shared in a directory that is made for it, and not by itself.
+    #[error("{} is not a directory", path.display())]
+    NotADirectory {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// There is no `/proc`, through which inodes are opened.
     #[error("can't open /proc/self/fd (is /proc mounted?)")]
     OpenProc {
@@ -244,6 +250,8 @@ pub struct Passthrough {
     proc_fds: OwnedFd,
     inodes: Store,
     holder: Holder,
+    /// What the root was made for, if it is a directory for a single file.
+    only: Option<OwnedFd>,
     handles: Handles,
     on_demand: OnDemand,
     terms: AgreedTerms,
@@ -290,6 +298,9 @@ impl Passthrough {
     ) -> std::result::Result<Self, PassthroughError> {
         let path = || shared_dir.to_path_buf();
         let identity = identity_of_shared(&root, shared_dir)?;
+        if identity.kind != FileType::Directory {
+            return Err(PassthroughError::NotADirectory { path: path() });
+        }
         let wear = wear_for(&root).map_err(|source| PassthroughError::StatShared {
             path: path(),
             source,
@@ -311,6 +322,7 @@ impl Passthrough {
             // The root stays what it is whatever happens on the host, and is never let go of.
             inodes: Store::new(&identity, root),
             holder,
+            only: None,
             handles: Handles::new(),
             on_demand: OnDemand::new(most),
             terms: AgreedTerms::default(),
@@ -322,6 +334,12 @@ impl Passthrough {
             selinux: labels::host_has_selinux(),
             generation: lookup::new_generation(),
         })
+    }
+
+    /// Says that the root is a directory that was made for `file`, `O_PATH`, which is on another
+    /// file system: to sync the root is to sync that.
+    pub fn is_for(&mut self, file: OwnedFd) {
+        self.only = Some(file);
     }
 
     /// How many inodes the guest has looked up and not forgotten, the root included.
@@ -357,7 +375,8 @@ impl Passthrough {
     }
 }
 
-/// Finds out whether `shared_dir` is there and can be shared, before somebody relies on it.
+/// Finds out whether `shared_dir`, a directory or a single file, is there and can be shared, before
+/// somebody relies on it.
 ///
 /// # Errors
 ///
