@@ -60,8 +60,8 @@ pub struct Options {
     #[arg(long, value_name = "GROUP", requires = "socket")]
     pub socket_group: Option<String>,
 
-    /// The directory that the guest sees; nothing outside of it can be reached. A regular file
-    /// may be given too, for guests that can use one, as Linux can't: see the manual.
+    /// The directory that the guest sees; nothing outside of it can be reached. A single file may
+    /// be given too: the guest sees a directory with that file in it.
     #[arg(long, value_name = "DIR")]
     pub shared_dir: PathBuf,
 

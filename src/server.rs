@@ -407,7 +407,7 @@ impl Outfit {
             proc_fds: place.proc_fds,
             path: config.shared_dir.clone(),
         };
-        let (fs, restored) =
+        let (mut fs, restored) =
             Passthrough::of(shared, options, &table, past.as_ref()).map_err(|source| {
                 ServerError::Share {
                     path: config.shared_dir.clone(),
@@ -416,6 +416,9 @@ impl Outfit {
             })?;
         if past.is_some() {
             log::info!("going on from where another process ended: {restored}");
+        }
+        if let Some(file) = place.file {
+            fs.is_for(file);
         }
         let action = config.sandbox.seccomp;
         let filter = Filter::new(action, self.runtime.kind, place.file_handles)?;

@@ -131,6 +131,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         let open = |name: &Path| rustix::fs::open(name, path, Mode::empty()).unwrap();
         let place = Place {
             root: open(&attempt.share),
+            file: None,
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
             serving: sandbox::Serving::default(),

@@ -47,6 +47,10 @@ fn every_operation_does_what_it_says(runtime: &str) {
         fs.lseek(file.nodeid, handle, 0, libc::SEEK_DATA).unwrap(),
         0
     );
+    for whence in [libc::SEEK_DATA, libc::SEEK_HOLE] {
+        let before = fs.lseek(file.nodeid, handle, u64::MAX, whence);
+        assert_eq!(before.unwrap_err().errno(), Some(libc::ENXIO));
+    }
     let (copy, copied) = fs.create(ROOT, c"copy", 0o644).unwrap();
     let range = CopyFileRangeIn {
         fh_in: handle.fh,

@@ -8,6 +8,7 @@
 
 mod support;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use support::Server;
@@ -410,22 +411,76 @@ fn closed_files_are_kept_open_as_far_as_allowed() {
 }
 
 #[test]
-fn a_single_file_can_be_the_share() {
+fn a_single_file_is_shared_in_a_directory_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("alone");
     std::fs::write(&path, "content").unwrap();
-    let server = Server::start_sharing(&path, &[]);
-    let mut fs = session(&server);
-    let mode = fs.getattr(ROOT).unwrap().attr.mode;
-    assert_eq!(mode & libc::S_IFMT, libc::S_IFREG);
-    let handle = fs.open(ROOT, libc::O_RDWR).unwrap();
-    assert_eq!(fs.read(ROOT, handle, 0, 100).unwrap(), b"content");
-    fs.write(ROOT, handle, 0, b"C").unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), b"Content");
-    let inside = fs.lookup(ROOT, c"name").unwrap_err().errno();
-    assert_eq!(inside, Some(libc::ENOTDIR));
-    assert_eq!(fs.opendir(ROOT).unwrap_err().errno(), Some(libc::ENOTDIR));
+    std::fs::write(dir.path().join("beside"), "").unwrap();
+    for args in [
+        &[][..],
+        &["--inode-file-handles", "prefer"],
+        &["--readonly"],
+    ] {
+        let server = Server::start_sharing(&path, args);
+        let mut fs = session(&server);
+        let root = fs.getattr(ROOT).unwrap().attr;
+        assert_eq!(root.mode & libc::S_IFMT, libc::S_IFDIR);
+        let listing = fs.opendir(ROOT).unwrap();
+        let mut names = fs.readdir_all(ROOT, listing).unwrap();
+        names.retain(|entry| entry.name != "." && entry.name != "..");
+        assert_eq!(names.len(), 1);
+        assert_eq!(names[0].name, "alone");
 
+        let file = fs.lookup(ROOT, c"alone").unwrap();
+        let on_host = std::fs::metadata(&path).unwrap();
+        assert_eq!((file.attr.ino, file.attr.size), (on_host.ino(), 7));
+        if args == ["--readonly"] {
+            let open = fs.open(file.nodeid, libc::O_RDWR).unwrap_err();
+            assert_eq!(open.errno(), Some(libc::EROFS));
+            continue;
+        }
+        let handle = fs.open(file.nodeid, libc::O_RDWR).unwrap();
+        assert_eq!(fs.read(file.nodeid, handle, 0, 100).unwrap(), b"content");
+        fs.write(file.nodeid, handle, 0, b"C").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"Content");
+        fs.write(file.nodeid, handle, 0, b"c").unwrap();
+        fs.syncfs(ROOT).unwrap();
+
+        // What is beside it is not there, and nothing comes to be.
+        let beside = fs.lookup(ROOT, c"beside").unwrap_err().errno();
+        assert_eq!(beside, Some(libc::ENOENT));
+        let made = fs.mkdir(ROOT, c"new", 0o755).unwrap_err().errno();
+        assert_eq!(made, Some(libc::EROFS));
+        let removed = fs.unlink(ROOT, c"alone").unwrap_err().errno();
+        assert!(matches!(removed, Some(libc::EROFS | libc::EBUSY)));
+    }
+}
+
+#[test]
+fn a_single_file_needs_the_sandbox_that_makes_a_directory_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("alone");
+    std::fs::write(&path, "content").unwrap();
+    let (socket, shared) = (dir.path().join("socket"), path.to_str().unwrap());
+    for sandbox in ["chroot", "none"] {
+        let socket = socket.to_str().unwrap();
+        let all = [
+            "--socket",
+            socket,
+            "--shared-dir",
+            shared,
+            "--sandbox",
+            sandbox,
+        ];
+        let refused = support::output(&all);
+        assert_eq!(refused.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains("only --sandbox namespace can make"), "{said}");
+    }
+}
+
+#[test]
+fn neither_a_device_nor_a_socket_can_be_the_share() {
     let device = support::output(&["--socket=/nowhere/s", "--shared-dir=/dev/null"]);
     assert_eq!(device.status.code(), Some(1));
     let said = String::from_utf8_lossy(&device.stderr).into_owned();

@@ -43,17 +43,7 @@ failures() {
 
 failures "$PLAIN" plain
 failures "$MNT" mount
-# That a file is being executed escapes the kernel's FUSE client now and then, whichever the server.
-again=open::etxtbsy
 for name in $(comm -13 "$results/plain" "$results/mount"); do
-    if [[ $name == "$again" ]]; then
-        echo "$name failed, and is run again"
-        for _ in 1 2 3; do
-            timeout 60 pjdfstest --configuration-file "$results/config.toml" --path "$MNT" \
-                --secondary-fs "$PLAIN/../other" "$name" >"$results/again" 2>&1 || true
-            if grep -q '^Summary: 0 failed' "$results/again"; then continue 2; fi
-        done
-    fi
     echo "FAILED only on the mount: $name"
     grep -F -A 12 -- "$name " "$results/mount.full" | sed -n '2,12{/^[a-z].* \(ok\|FAILED\|skipped\)$/q;s/^/    /p}'
     failed=$((failed + 1))

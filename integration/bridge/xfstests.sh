@@ -89,7 +89,7 @@ for name in test scratch; do
     truncate --size 12G "$work/$name.img"
     mkfs.ext4 -q "$work/$name.img"
     if [[ $server != none ]]; then
-        mount -o loop "$work/$name.img" "$work/share/$name"
+        mount -o loop,discard "$work/$name.img" "$work/share/$name"
         rmdir "$work/share/$name/lost+found"
     fi
 done
@@ -113,7 +113,7 @@ work=$work
 socket=\$(mktemp -u "\$work/\$source.XXXXXX")
 command=(${command[*]@Q})
 command=("\${command[@]/\\%SOCKET%/\$socket}")
-command=("\${command[@]/\\%SHARE%/\$work/share/\$source}")
+command=("\${command[@]/\\%SHARE%/\$work/share/\${source#bridge-}}")
 log=$results/\$source.server.log
 (
     "\${command[@]}" >>"\$log" 2>&1 </dev/null &
@@ -141,8 +141,8 @@ HELPER
     cat >"$work/config" <<CONFIG
 export FSTYP=fuse
 export FUSE_SUBTYP=.$type
-export TEST_DEV=test
-export SCRATCH_DEV=scratch
+export TEST_DEV=bridge-test
+export SCRATCH_DEV=bridge-scratch
 CONFIG
 fi
 cat >>"$work/config" <<CONFIG

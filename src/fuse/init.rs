@@ -18,9 +18,14 @@ const OLDEST_MINOR: u32 = 27;
 const PAGE: u32 = 4096;
 
 /// What is taken of a guest's offer whatever the options say.
+///
+/// Not so `ATOMIC_O_TRUNC`, by which OPEN truncates. Linux sends OPEN before it has asked whether
+/// the file may be truncated: one that is being executed and was opened by `O_RDONLY | O_TRUNC`,
+/// or one that Landlock keeps from being truncated, would be empty by the time that `open(2)`
+/// fails; and it leaves set-id bits to the server, who can't know what groups the caller is in.
+/// Without it the guest's kernel asks, and then truncates by SETATTR.
 const ALWAYS: InitFlags = union(&[
     InitFlags::ASYNC_READ,
-    InitFlags::ATOMIC_O_TRUNC,
     InitFlags::EXPORT_SUPPORT,
     InitFlags::BIG_WRITES,
     InitFlags::DONT_MASK,
@@ -240,7 +245,7 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
     } else {
         offered
     };
-    let flags = without_lost_truncation(offered & wanted(options));
+    let flags = offered & wanted(options);
     if options.posix_acl == Wanted::Needed && !flags.contains(InitFlags::POSIX_ACL) {
         return Err(Unserved::NoAcl);
     }
@@ -258,16 +263,6 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
         max_pages,
         max_background: options.max_background.max(1),
     }))
-}
-
-/// A guest that opens files without OPEN would truncate none, if it were told that OPEN does so:
-/// it then doesn't ask for it by SETATTR.
-fn without_lost_truncation(flags: InitFlags) -> InitFlags {
-    if flags.contains(InitFlags::NO_OPEN_SUPPORT) {
-        flags.without(InitFlags::ATOMIC_O_TRUNC)
-    } else {
-        flags
-    }
 }
 
 /// The reply to a guest whose protocol is newer: it looks at the version only.
@@ -444,22 +439,16 @@ mod tests {
     }
 
     #[test]
-    fn truncation_is_not_left_to_an_open_that_there_is_not() {
-        let options = SessionOptions {
-            no_open: true,
-            no_opendir: true,
-            ..SessionOptions::default()
-        };
-        let both = InitFlags::NO_OPEN_SUPPORT | InitFlags::NO_OPENDIR_SUPPORT;
-        let flags = agreed(&offer(41), &options).flags;
-        assert!(flags.contains(both) && !flags.contains(InitFlags::ATOMIC_O_TRUNC));
-        let old = InitIn {
-            flags: offer(41).flags & !(1 << 17),
-            ..offer(41)
-        };
-        let flags = agreed(&old, &options).flags;
-        assert!(!flags.contains(InitFlags::NO_OPEN_SUPPORT));
-        assert!(flags.contains(InitFlags::ATOMIC_O_TRUNC));
+    fn truncation_is_never_left_to_open() {
+        for no_open in [false, true] {
+            let options = SessionOptions {
+                no_open,
+                ..SessionOptions::default()
+            };
+            let flags = agreed(&offer(41), &options).flags;
+            assert_eq!(flags.contains(InitFlags::NO_OPEN_SUPPORT), no_open);
+            assert!(!flags.contains(InitFlags::ATOMIC_O_TRUNC));
+        }
     }
 
     #[test]

@@ -120,9 +120,10 @@ pub enum SandboxError {
         #[source]
         source: Errno,
     },
-    /// Something that can't be a root.
+    /// A single file, where no directory can be made for it.
     #[error(
-        "--sandbox chroot takes a directory, and {0} is none: share it with --sandbox namespace"
+        "{0} is a single file, which is shared in a directory of its own that only --sandbox \
+         namespace can make: take that, or share a directory with a hard link to the file in it"
     )]
     NotADirectory(PathBuf),
     /// Taking on ids of the namespace.
@@ -185,6 +186,8 @@ pub struct Inside {
 pub struct Place {
     /// What is shared, `O_PATH`.
     pub root: OwnedFd,
+    /// The single file, `O_PATH`, that the root was made for, where it was.
+    pub file: Option<OwnedFd>,
     /// `/proc/self/fd`, `O_PATH`, without a way up from there where that can be had.
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle there.
@@ -261,6 +264,7 @@ impl Inside {
             root,
             proc_fds,
             mounts,
+            file,
         } = match (self.taken, kind) {
             (Some(taken), Kind::Namespace) => mounts::namespace_again(taken)?,
             (Some(taken), Kind::Chroot) => mounts::chroot_again(taken)?,
@@ -303,6 +307,7 @@ impl Inside {
         descriptors.extend(serving.mounts.as_ref().map(AsRawFd::as_raw_fd));
         Ok(Place {
             root,
+            file,
             proc_fds,
             file_handles: kept.file_handles,
             serving,

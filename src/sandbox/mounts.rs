@@ -2,7 +2,9 @@
 //!
 //! The invariant: what is answered as the root was opened where the server lives from now on.
 
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
@@ -28,6 +30,8 @@ pub(super) struct View {
     pub(super) proc_fds: OwnedFd,
     /// The mount namespace, if it is not the guardian's.
     pub(super) mounts: Option<OwnedFd>,
+    /// What is shared, where that is a single file: the root then is a directory with it alone.
+    pub(super) file: Option<OwnedFd>,
 }
 
 /// A step of one kind of sandbox that fails.
@@ -73,23 +77,13 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
         source,
     })?;
     let unusable = namespace_step("can't make the shared directory the root of mounts");
-    let root = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
-        // Any directory would do: it is gone with the rest.
-        rustix::mount::move_mount(
-            &tree,
-            c"",
-            CWD,
-            c"/proc",
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-        .map_err(&unusable)?;
+    // Any directory would do: it is gone with the rest.
+    let file = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
+        move_to(&tree, c"/proc").map_err(&unusable)?;
         rustix::process::fchdir(&tree).map_err(&unusable)?;
         None
     } else {
-        // A single file can't be a root; it is shared beside an empty one.
-        let flags =
-            MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount(c"none", c"/proc", c"tmpfs", flags, c"size=4k").map_err(&unusable)?;
+        furnish(c"/proc", share, &tree).map_err(&unusable)?;
         rustix::process::chdir(c"/proc").map_err(&unusable)?;
         Some(tree)
     };
@@ -99,14 +93,11 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
     rustix::process::pivot_root(c".", c".").map_err(&leave)?;
     rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(&leave)?;
     rustix::process::chdir(c"/").map_err(&leave)?;
-    let root = match root {
-        Some(file) => file,
-        None => open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)?,
-    };
     Ok(View {
-        root,
+        root: open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)?,
         proc_fds,
         mounts: Some(mounts),
+        file,
     })
 }
 
@@ -131,16 +122,34 @@ pub(super) fn namespace_again(taken: Taken) -> Result<View, SandboxError> {
         root: taken.root,
         proc_fds,
         mounts: Some(mounts),
+        file: None,
     })
+}
+
+/// Mounts a directory at `place` that nothing can be changed in, and in it, under the name that
+/// it has as `share`, the single file that `tree` is.
+fn furnish(place: &CStr, share: &Path, tree: &OwnedFd) -> Result<(), Errno> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount(c"none", place, c"tmpfs", flags, c"size=4k,mode=755")?;
+    let directory = rustix::fs::open(place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let name = CString::new(share.file_name().ok_or(Errno::INVAL)?.as_bytes())
+        .map_err(|_nul| Errno::INVAL)?;
+    let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(&directory, &name, new, Mode::empty())?;
+    let onto = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree, c"", &directory, &name, onto)?;
+    rustix::mount::mount_remount(place, flags | MountFlags::RDONLY, c"")
+}
+
+fn move_to(tree: &OwnedFd, place: &CStr) -> Result<(), Errno> {
+    let from_itself = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree, c"", CWD, place, from_itself)
 }
 
 /// Another root, and nothing else.
 pub(super) fn chroot(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     let place = none(share, readonly)?;
     let change = chroot_step("can't change the root, which takes CAP_SYS_CHROOT");
-    if kind_of(&place.root).map_err(&change)? != FileType::Directory {
-        return Err(SandboxError::NotADirectory(share.to_owned()));
-    }
     change_root(&place.root).map_err(&change)?;
     Ok(place)
 }
@@ -181,10 +190,15 @@ pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     } else {
         open(share, OFlags::empty())
     };
+    let root = root.map_err(failed)?;
+    if kind_of(&root).map_err(failed)? != FileType::Directory {
+        return Err(SandboxError::NotADirectory(share.to_owned()));
+    }
     Ok(View {
-        root: root.map_err(failed)?,
+        root,
         proc_fds,
         mounts: None,
+        file: None,
     })
 }
 
@@ -195,6 +209,7 @@ pub(super) fn none_again(taken: Taken) -> Result<View, SandboxError> {
         root: taken.root,
         proc_fds,
         mounts: None,
+        file: None,
     })
 }
 

@@ -10,7 +10,6 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
-use rustix::fs::{AtFlags, FileType, StatxFlags};
 
 use super::SandboxError;
 
@@ -47,15 +46,9 @@ fn restrict(root: impl AsFd) -> Result<RulesetStatus, RulesetError> {
         .handle_access(AccessNet::from_all(BEST))?
         .scope(Scope::from_all(BEST))?
         .create()?;
-    let is_file = rustix::fs::statx(&root, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory);
-    let allowed = if is_file {
-        AccessFs::from_file(BEST)
-    } else {
-        AccessFs::from_all(BEST)
-    };
+    let allowed = AccessFs::from_all(BEST) & !AccessFs::Execute;
     let status = ruleset
-        .add_rule(PathBeneath::new(root, allowed & !AccessFs::Execute))?
+        .add_rule(PathBeneath::new(root, allowed))?
         .restrict_self()?;
     Ok(status.ruleset)
 }

@@ -195,7 +195,7 @@ fn values(scene: &mut Scene) {
             "LSEEK beyond",
             opcode::LSEEK,
             words(&[fh, far, 3]),
-            libc::EINVAL,
+            libc::ENXIO,
         ),
         (
             "SETATTR to 2^63 bytes",

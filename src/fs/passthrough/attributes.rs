@@ -13,7 +13,6 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::credentials;
 use super::holds::{InodeFd, stat_fd};
 use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
 use crate::io::File;
@@ -131,12 +130,10 @@ impl Passthrough {
             self.change_mode(&target, inode.kind(), mode)?;
         }
         if let Some(size) = changes.size {
-            let resize = || self.change_size(&target, inode.kind(), size);
             if caller.kill_set_id {
-                credentials::without_keeping_set_id_bits(resize)?;
-            } else {
-                resize()?;
+                self.kill_set_id_of(&target, inode.kind())?;
             }
+            self.change_size(&target, inode.kind(), size)?;
         }
         if changes.accessed.is_some() || changes.modified.is_some() {
             let times = Timestamps {
@@ -160,6 +157,30 @@ impl Passthrough {
                 rustix::fs::chmodat(&self.proc_fds, name.as_c_str(), mode, AtFlags::empty())
             }
         }
+    }
+
+    /// Takes set-id bits from an open file as a write or a truncation by an ordinary user does:
+    /// the set-group-ID bit only where others than the owner may execute it by their group
+    /// (`S_IXGRP`), as else it goes by whether the caller is in that group, which nobody tells.
+    ///
+    /// Done before the change, so that nobody runs what is written with the bits still on, and by
+    /// mode instead of by capability, as a write itself may happen in another thread.
+    pub(super) fn kill_set_id_of_open(&self, file: &File) -> Result<()> {
+        self.kill_set_id_of(&Target::Open(file), FileType::RegularFile)
+    }
+
+    fn kill_set_id_of(&self, target: &Target<'_>, kind: FileType) -> Result<()> {
+        let stat = stat_fd(target, StatxFlags::MODE)?;
+        let mode = u32::from(stat.stx_mode) & PERMISSIONS;
+        match without_set_id(mode) {
+            same if same == mode => Ok(()),
+            fewer => self.change_mode(target, kind, fewer),
+        }
+    }
+
+    /// Empties an open file, which need not be open for writing.
+    pub(super) fn empty(&self, file: &File) -> Result<()> {
+        self.change_size(&Target::Open(file), FileType::RegularFile, 0)
     }
 
     fn change_size(&self, target: &Target<'_>, kind: FileType, size: u64) -> Result<()> {
@@ -198,21 +219,6 @@ impl Passthrough {
     }
 }
 
-/// Takes set-id bits from an open file as a write by an ordinary user does: the set-group-ID bit
-/// only where it doesn't mean mandatory locks (`S_IXGRP` not set).
-///
-/// Done before the write, so that nobody runs what is written with the bits still on, and by
-/// mode instead of by capability, as the write itself may happen in another thread.
-pub(super) fn kill_set_id(file: &File) -> Result<()> {
-    let stat = stat_fd(file, StatxFlags::MODE)?;
-    let mode = u32::from(stat.stx_mode) & PERMISSIONS;
-    let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
-    match mode & !(0o4000 | group) {
-        same if same == mode => Ok(()),
-        fewer => rustix::fs::fchmod(file, Mode::from_raw_mode(fewer)),
-    }
-}
-
 /// Which of `R_OK`, `W_OK` and `X_OK` a caller has.
 fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
     let mode = attributes.mode;
@@ -230,6 +236,12 @@ fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
         0
     };
     mode >> shift & 0o7
+}
+
+/// What a mode is after a change by somebody who may not keep set-id bits.
+fn without_set_id(mode: u32) -> u32 {
+    let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
+    mode & !(0o4000 | group)
 }
 
 /// What SETATTR works on.

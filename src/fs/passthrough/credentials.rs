@@ -193,29 +193,6 @@ fn change(thread: &mut Thread, ids: Ids) -> Result<()> {
     Ok(())
 }
 
-/// Runs `act` as somebody on whose change of a file the kernel clears its set-user-ID and
-/// set-group-ID bits, which it leaves where a superuser truncates.
-///
-/// # Errors
-///
-/// Those of `act`.
-pub(super) fn without_keeping_set_id_bits<T>(act: impl FnOnce() -> Result<T>) -> Result<T> {
-    let sets = rustix::thread::capabilities(None)?;
-    if !sets.effective.contains(CapabilitySet::FSETID) {
-        return act();
-    }
-    let fewer = CapabilitySets {
-        effective: sets.effective.difference(CapabilitySet::FSETID),
-        ..sets
-    };
-    rustix::thread::set_capabilities(None, fewer)?;
-    let done = act();
-    if let Err(error) = rustix::thread::set_capabilities(None, sets) {
-        log::error!("can't take the capability to keep set-user-ID bits back: {error}");
-    }
-    done
-}
-
 /// Gives the calling thread an umask and a working directory of its own, the latter being
 /// `/proc/self/fd`, and finds out what it may do about its ids. Does nothing the second time.
 ///

@@ -93,6 +93,12 @@ pub enum PassthroughError {
         /// What it is called.
         path: PathBuf,
     },
+    /// A single file is shared in a directory that is made for it, and not by itself.
+    #[error("{} is not a directory", path.display())]
+    NotADirectory {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// There is no `/proc`, through which inodes are opened.
     #[error("can't open /proc/self/fd (is /proc mounted?)")]
     OpenProc {
@@ -148,6 +154,8 @@ pub struct Passthrough {
     proc_fds: OwnedFd,
     inodes: Store,
     holder: Holder,
+    /// What the root was made for, if it is a directory for a single file.
+    only: Option<OwnedFd>,
     handles: Handles,
     on_demand: OnDemand,
     spares: Spares,
@@ -213,6 +221,9 @@ impl Passthrough {
             _ => root,
         };
         let identity = identity_of_shared(&root, &path)?;
+        if identity.kind != FileType::Directory {
+            return Err(PassthroughError::NotADirectory { path });
+        }
         let of_share = |source| PassthroughError::StatShared {
             path: path.clone(),
             source,
@@ -255,6 +266,7 @@ impl Passthrough {
             // The root stays what it is whatever happens on the host, and is never let go of.
             inodes: store,
             holder,
+            only: None,
             handles: Handles::new(table),
             on_demand: OnDemand::new(most),
             spares,
@@ -278,6 +290,12 @@ impl Passthrough {
     #[must_use]
     pub fn table(&self) -> &Arc<Table> {
         self.inodes.table()
+    }
+
+    /// Says that the root is a directory that was made for `file`, `O_PATH`, which is on another
+    /// file system: to sync the root is to sync that.
+    pub fn is_for(&mut self, file: OwnedFd) {
+        self.only = Some(file);
     }
 
     /// How many inodes the guest has looked up and not forgotten, the root included.
@@ -313,7 +331,8 @@ impl Passthrough {
     }
 }
 
-/// Finds out whether `shared_dir` is there and can be shared, before somebody relies on it.
+/// Finds out whether `shared_dir`, a directory or a single file, is there and can be shared, before
+/// somebody relies on it.
 ///
 /// # Errors
 ///
@@ -611,7 +630,7 @@ impl FileSystem for Passthrough {
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
-        attributes::kill_set_id(&self.file_to_change(node, handle)?)
+        self.kill_set_id_of_open(&self.file_to_change(node, handle)?)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Passthrough;
 use super::attributes::timestamp;
-use super::holds::{IDENTITY, Identity, stat_fd};
+use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
 use super::names::honest_mode;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
@@ -66,6 +66,10 @@ impl Passthrough {
 
     /// A descriptor of the file system that `node` is on.
     pub(super) fn whole(&self, node: NodeId) -> Result<File> {
+        if let (NodeId::ROOT, Some(only)) = (node, &self.only) {
+            let file = reopen_fd(only, &self.proc_fds, OFlags::RDONLY)?;
+            return Ok(File::from_fd(file));
+        }
         let inode = self.inode(node)?;
         match inode.kind() {
             FileType::Directory | FileType::RegularFile => {

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::inode::Inode;
 use super::on_demand::UNTOLD;
-use super::{Cache, Passthrough, credentials};
+use super::{Cache, Passthrough};
 use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result, Terms};
 use crate::io::File;
 
@@ -100,18 +100,20 @@ impl Passthrough {
         if let Some(file) = self.spare(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
-        let fd = if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
-            self.open_for_reading(&inode, flags)?
+        let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
+            self.writable()?;
+            let flags = flags.difference(OFlags::TRUNC);
+            let file = regular_file(self.open_appendable(&inode, flags, appends)?, flags);
+            self.kill_set_id_of_open(&file)?;
+            self.empty(&file)?;
+            file
+        } else if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
+            regular_file(self.open_for_reading(&inode, flags)?, flags)
         } else {
             self.writable()?;
-            let open = || self.open_appendable(&inode, flags, appends);
-            if truncates && (caller.kill_set_id || caller.uid != 0) {
-                credentials::without_keeping_set_id_bits(open)?
-            } else {
-                open()?
-            }
+            regular_file(self.open_appendable(&inode, flags, appends)?, flags)
         };
-        self.opened(node, fd, flags, HandleKind::File)
+        self.opened_as(node, file, flags, HandleKind::File)
     }
 
     pub(super) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {

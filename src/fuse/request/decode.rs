@@ -562,10 +562,7 @@ fn on_open_file(
         }
         Opcode::Lseek => {
             let abi::LseekIn {
-                fh,
-                offset: from,
-                whence,
-                ..
+                fh, offset, whence, ..
             } = arguments.take()?;
             match whence.cast_signed() {
                 libc::SEEK_DATA | libc::SEEK_HOLE => {}
@@ -573,7 +570,8 @@ fn on_open_file(
             }
             Operation::Lseek {
                 handle: Handle(fh),
-                offset: offset(from)?,
+                // Any program may ask for what is before the beginning: the host answers.
+                offset,
                 whence,
             }
         }

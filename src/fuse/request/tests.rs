@@ -344,15 +344,13 @@ fn offsets_beyond_what_a_file_can_have_are_refused() {
             Errno::INVAL
         );
     }
+    // The kernel passes this on unlooked at; what is wrong with it is the host's to say.
     let seek = abi::LseekIn {
         offset: beyond,
         whence: 3,
         ..Default::default()
     };
-    assert_eq!(
-        errno(&on_root(Opcode::Lseek, &[seek.as_bytes()])),
-        Errno::INVAL
-    );
+    assert!(decode(&on_root(Opcode::Lseek, &[seek.as_bytes()])).is_ok());
     let copy = abi::CopyFileRangeIn {
         nodeid_out: 1,
         off_out: beyond,

@@ -7,6 +7,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::checks;
@@ -21,6 +22,7 @@ checks![
     write_past_the_end_fills_the_gap_with_zeros,
     overwrite_in_the_middle_leaves_the_rest,
     truncating_open_empties_the_file,
+    truncating_open_that_is_refused_leaves_the_file,
     exclusive_create_refuses_what_exists,
     exclusive_create_refuses_a_dangling_link,
     open_refuses_what_does_not_fit,
@@ -71,10 +73,10 @@ fn append_flag_set_later_takes_effect(dir: &Path) -> Outcome {
     fs::write(&path, b"0123456789")?;
     let mut file = OpenOptions::new().write(true).open(&path)?;
     file.write_all(b"ab")?;
-    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::APPEND)?;
+    rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
     file.write_all(b"cd")?;
     ensure_eq!(fs::read(&path)?, b"ab23456789cd");
-    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty())?;
+    rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
     file.seek(SeekFrom::Start(4))?;
     file.write_all(b"ef")?;
     ensure_eq!(fs::read(&path)?, b"ab23ef6789cd");
@@ -147,6 +149,26 @@ fn truncating_open_empties_the_file(dir: &Path) -> Outcome {
     // With O_CREAT too, as a shell's redirection does it.
     fs::write(&path, b"new")?;
     ensure_eq!(fs::read(&path)?, b"new");
+    Ok(())
+}
+
+fn truncating_open_that_is_refused_leaves_the_file(dir: &Path) -> Outcome {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    let path = dir.join("program");
+    fs::copy("/bin/sleep", &path)?;
+    let content = fs::read(&path)?;
+    let mut running = Command::new(&path).arg0("sleep").arg("60").spawn()?;
+    let truncating = OFlags::RDONLY | OFlags::TRUNC | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(&path, truncating, Mode::empty());
+    running.kill()?;
+    running.wait()?;
+    // Linux 6.11 and 6.12 let everybody write to what is being executed.
+    if opened.is_ok() {
+        return Ok(());
+    }
+    refused(opened, Errno::TXTBSY)?;
+    ensure!(fs::read(&path)? == content, "the program is another");
     Ok(())
 }
 

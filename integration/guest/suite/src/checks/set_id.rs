@@ -112,6 +112,17 @@ fn group_bit_without_execute_is_no_set_id_bit(dir: &Path) -> Outcome {
     file_of(&path, b"data", 0o2666, (1000, 1000))?;
     as_user(ALICE, || Ok(read_write(&path)?.write_all_at(b"D", 0)?))?;
     has_mode(&path, 0o2666)?;
+    // Nor is it for who is in the file's group, by whatever membership.
+    let others = dir.join("others");
+    file_of(&others, b"data", 0o2666, (0, 3000))?;
+    let member = User {
+        groups: &[3000],
+        ..ALICE
+    };
+    for (user, path) in [(ALICE, &path), (member, &others)] {
+        as_user(user, || Ok(fs::write(path, b"")?))?;
+        has_mode(path, 0o2666)?;
+    }
     Ok(())
 }
 
