@@ -18,8 +18,10 @@ use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
-use crate::front::{self, End, ListenError, Listener, Runner, SocketFile};
-use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Past, Shared};
+use crate::front::{self, DeviceState, End, ListenError, Listener, Runner, SocketFile};
+use crate::fs::passthrough::{
+    self, InodeFileHandles, MigrationMode, Passthrough, Past, Shared,
+};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};
@@ -253,7 +255,8 @@ impl Server {
         listener.leave_file();
         let needs = Needs {
             readonly: options.readonly,
-            file_handles: options.inode_file_handles != InodeFileHandles::Never,
+            file_handles: options.inode_file_handles != InodeFileHandles::Never
+                || options.migration.mode == MigrationMode::FileHandles,
         };
         let place = inside.enter(&config.shared_dir, needs)?;
         let (table, past) = match kept {
@@ -366,8 +369,10 @@ impl Server {
     }
 }
 
-impl<F: crate::fs::FileSystem> Runner for Crew<F> {
+impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Crew<F> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
+        // The guest goes on here, perhaps after all.
+        self.session().take_back();
         Self::run(self, queue, kick)
     }
 
@@ -377,6 +382,28 @@ impl<F: crate::fs::FileSystem> Runner for Crew<F> {
 
     fn reset(&mut self) {
         self.session().reset();
+    }
+
+    fn device_state(&self) -> Arc<dyn DeviceState> {
+        Arc::new(Movable(Arc::clone(self.session())))
+    }
+}
+
+/// A guest's session, as `front` saves and loads it.
+#[derive(Debug)]
+struct Movable<F>(Arc<Session<F>>);
+
+impl<F: crate::fs::FileSystem + std::fmt::Debug> DeviceState for Movable<F> {
+    fn save(&self) -> Result<Vec<u8>, front::Cause> {
+        Ok(self.0.save()?)
+    }
+
+    fn saved(&self) {
+        self.0.lend();
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), front::Cause> {
+        Ok(self.0.load(bytes)?)
     }
 }
 

@@ -6,6 +6,7 @@
 //! while anything changes that a running queue relies on, that queue is stopped and drained.
 
 mod arrival;
+mod device_state;
 mod listener;
 mod session;
 mod vring;
@@ -14,6 +15,7 @@ mod watched;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+pub use device_state::{Cause, DeviceState};
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use watched::serve;
@@ -35,6 +37,9 @@ pub trait Runner {
 
     /// Forgets what the guest held: it has been reset.
     fn reset(&mut self);
+
+    /// What the guest's session is saved and loaded by.
+    fn device_state(&self) -> Arc<dyn DeviceState>;
 }
 
 /// Polls two descriptors until one of them can be read or has ended; true if it is `stop`.

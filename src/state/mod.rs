@@ -18,6 +18,7 @@ mod locks;
 mod slabs;
 #[cfg(test)]
 mod tests;
+pub mod stream;
 mod text;
 
 use std::os::fd::OwnedFd;

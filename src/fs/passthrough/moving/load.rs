@@ -1,0 +1,303 @@
+//! At the destination: each inode is found, each file opened again.
+//!
+//! Whether source and destination share one file system is told by the shared directory itself: only
+//! then does a name that is missing mean that somebody has taken it away, and do numbers of inodes
+//! mean something. The invariant: a node id leads to the inode that it was described as, or to none.
+
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::super::Passthrough;
+use super::super::holds::{IDENTITY, Identity, Key, Mount, Place, Way, stat_fd};
+use super::super::opening::regular_file;
+use super::OnMigrationError;
+use super::locks::record_of;
+use crate::fs::{MoveError, NodeId};
+use crate::io::File;
+use crate::state::HandleFields;
+use crate::state::stream::{Find, Inode, Open, Snapshot};
+use crate::sys::file_handle::FileHandle;
+
+/// What is known of the migration as a whole.
+struct Circumstances {
+    /// Both sides share one file system.
+    shared: bool,
+    /// Nodes that are open, or locked.
+    in_use: HashSet<u64>,
+}
+
+/// An inode that was found.
+struct Found {
+    fd: OwnedFd,
+    way: Way,
+}
+
+impl Passthrough {
+    pub(in super::super) fn go_on_from(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
+        let opens = snapshot.opens.iter().map(|open| open.node);
+        let locked = snapshot.locks.iter().map(|locks| locks.node);
+        let circumstances = Circumstances {
+            shared: self.is_shared_with(snapshot),
+            in_use: opens.chain(locked).collect(),
+        };
+        self.table().set_generation(snapshot.generation);
+        self.inodes.skip_to_node(snapshot.next_node);
+        self.handles.skip_to_handle(snapshot.next_handle);
+        let mut lost = 0_usize;
+        for inode in &snapshot.inodes {
+            match self.find_again_as(inode, &circumstances) {
+                Ok(Some(found)) => self.bring(inode, found)?,
+                Ok(None) => self.bring_lost(inode),
+                Err(source) => {
+                    let error = MoveError::Inode {
+                        node: inode.node,
+                        how: inode.find.to_string(),
+                        source,
+                    };
+                    self.tolerate(error, &mut lost)?;
+                    self.bring_lost(inode);
+                }
+            }
+        }
+        for open in &snapshot.opens {
+            if let Err(source) = self.open_as(open) {
+                let error = MoveError::Open {
+                    node: open.node,
+                    flags: open.flags,
+                    source,
+                };
+                self.tolerate(error, &mut lost)?;
+            }
+        }
+        self.bring_locks(snapshot, &mut lost)?;
+        log::info!(
+            "migration: {} inodes, {} open files, {} lock owners; {lost} of them lost; {}",
+            snapshot.inodes.len(),
+            snapshot.opens.len(),
+            snapshot.locks.len(),
+            if circumstances.shared {
+                "the same file system"
+            } else {
+                "another file system"
+            }
+        );
+        Ok(())
+    }
+
+    /// What becomes of a loss.
+    pub(super) fn tolerate(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
+        if self.options.migration.on_error == OnMigrationError::Abort {
+            return Err(error);
+        }
+        *lost += 1;
+        if *lost <= 16 || lost.is_power_of_two() {
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            let source = source.unwrap_or_default();
+            log::warn!("migration: {error}: {source}; the guest will get errors");
+        }
+        Ok(())
+    }
+
+    /// Whether the source's shared directory is this one.
+    fn is_shared_with(&self, snapshot: &Snapshot) -> bool {
+        let own = self.inodes.any(NodeId::ROOT).and_then(|root| {
+            let fd = self.fd(&root).ok()?;
+            let identity = Identity::of(&stat_fd(&fd, IDENTITY).ok()?);
+            let handle = FileHandle::of(&fd).map_or_else(
+                |_none| Vec::new(),
+                |handle| handle.bytes().to_vec(),
+            );
+            Some((handle, identity.key.number, identity.birth))
+        });
+        let root = &snapshot.root;
+        let knows = !root.handle.is_empty() || root.birth.is_some();
+        knows && own == Some((root.handle.clone(), root.number, root.birth))
+    }
+
+    /// Finds an inode; `None` if it has ended, so that it is missed by nobody.
+    fn find_again_as(
+        &self,
+        inode: &Inode,
+        circumstances: &Circumstances,
+    ) -> Result<Option<Found>, Errno> {
+        let found = match &inode.find {
+            Find::Gone => return Ok(None),
+            Find::Lost => Err(Errno::STALE),
+            Find::Handle => self.by_bytes(&inode.handle),
+            Find::Path { from, path, verify } => {
+                self.by_path(inode, NodeId(*from), path, *verify, circumstances.shared)
+            }
+            Find::Nameless(nameless) => {
+                // While the source has it open, its handle leads to it.
+                let same = |found: &Found| {
+                    stat_fd(&found.fd, IDENTITY).is_ok_and(|stat| {
+                        stat.stx_ino == inode.number && Identity::of(&stat).birth == inode.birth
+                    })
+                };
+                match self.by_bytes(&inode.handle) {
+                    Ok(found) if circumstances.shared && same(&found) => Ok(found),
+                    _ => {
+                        let kind = FileType::from_raw_mode(inode.kind);
+                        self.make_again(kind, nameless).map(|fd| Found {
+                            fd,
+                            way: Way::None,
+                        })
+                    }
+                }
+            }
+        };
+        match found {
+            Ok(found) => {
+                let stat = stat_fd(&found.fd, IDENTITY)?;
+                let kind = FileType::from_raw_mode(u32::from(stat.stx_mode));
+                if kind.as_raw_mode() == inode.kind {
+                    Ok(Some(found))
+                } else {
+                    missing(Errno::STALE, inode, circumstances)
+                }
+            }
+            Err(error) => missing(error, inode, circumstances),
+        }
+    }
+
+    fn by_path(
+        &self,
+        inode: &Inode,
+        from: NodeId,
+        path: &[u8],
+        verify: bool,
+        shared: bool,
+    ) -> Result<Found, Errno> {
+        let parent = self.inodes.any(from).ok_or(Errno::STALE)?;
+        let fd = self.follow(self.fd(&parent)?.as_fd(), path)?;
+        if verify {
+            let handle = FileHandle::of(&fd)?;
+            if handle.bytes() != inode.handle {
+                return Err(Errno::STALE);
+            }
+        }
+        if shared {
+            let identity = Identity::of(&stat_fd(&fd, IDENTITY)?);
+            if (identity.key.number, identity.birth) != (inode.number, inode.birth) {
+                return Err(Errno::STALE);
+            }
+        }
+        let way = if path.contains(&b'/') {
+            // It will be learned when the name is seen.
+            Way::None
+        } else {
+            Way::Name(Place {
+                parent: from,
+                name: CString::new(path)
+                    .map_err(|_nul| Errno::INVAL)?
+                    .into_boxed_c_str(),
+                print: 0,
+            })
+        };
+        Ok(Found { fd, way })
+    }
+
+    fn by_bytes(&self, bytes: &[u8]) -> Result<Found, Errno> {
+        let handle = FileHandle::from_bytes(bytes).ok_or(Errno::STALE)?;
+        let mount: Arc<Mount> = self.holder.shared_mount().ok_or(Errno::OPNOTSUPP)?;
+        let fd = self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
+        let way = Way::Handle { mount, handle };
+        Ok(Found { fd, way })
+    }
+
+    /// Gives the guest's name to what was found.
+    fn bring(&self, inode: &Inode, found: Found) -> Result<(), MoveError> {
+        let node = NodeId(inode.node);
+        let fail = |source| MoveError::Inode {
+            node: inode.node,
+            how: inode.find.to_string(),
+            source,
+        };
+        let stat = stat_fd(&found.fd, IDENTITY).map_err(fail)?;
+        let identity = Identity::of(&stat);
+        let held = self
+            .holder
+            .way_to_new(found.fd.as_fd(), &identity, &self.proc_fds)
+            .map_err(fail)?;
+        let (fd, way) = match (held, found.way) {
+            // Without a name, it ends when nobody has it open.
+            (Some(way), _) if stat.stx_nlink > 0 => (None, way),
+            (_, way) => (Some(found.fd), way),
+        };
+        let brought = self
+            .inodes
+            .bring(node, inode.lookups, &identity, fd, way);
+        if !brought {
+            return Err(fail(Errno::EXIST));
+        }
+        self.make_room();
+        Ok(())
+    }
+
+    /// The guest has it and gets `ESTALE`.
+    fn bring_lost(&self, inode: &Inode) {
+        let identity = Identity {
+            // Nothing has this key.
+            key: Key {
+                number: inode.node,
+                device: u64::MAX,
+                mount: u64::MAX,
+            },
+            birth: None,
+            kind: FileType::from_raw_mode(inode.kind),
+        };
+        let node = NodeId(inode.node);
+        self.inodes
+            .bring(node, inode.lookups, &identity, None, Way::None);
+    }
+
+    /// Opens what the guest has open.
+    fn open_as(&self, open: &Open) -> Result<(), Errno> {
+        let node = NodeId(open.node);
+        let inode = self.inodes.any(node).ok_or(Errno::STALE)?;
+        let file = if open.directory {
+            File::from_fd(self.open_directory(&inode)?)
+        } else {
+            if inode.kind() != FileType::RegularFile {
+                return Err(Errno::STALE);
+            }
+            let flags = OFlags::from_bits_retain(open.flags) | OFlags::NOCTTY;
+            let fd = match flags & OFlags::RWMODE {
+                OFlags::RDONLY => self.open_for_reading(&inode, flags)?,
+                _ => {
+                    self.writable()?;
+                    self.open_appendable(&inode, flags, true)?
+                }
+            };
+            regular_file(fd, flags)
+        };
+        let fields = HandleFields {
+            handle: open.handle,
+            node: open.node,
+            directory: open.directory,
+            flags: open.flags,
+            fd: file.as_fd().as_raw_fd(),
+        };
+        self.handles.bring(&fields, record_of(open.flock), file)
+    }
+}
+
+/// What a failure to find an inode comes to.
+fn missing(
+    error: Errno,
+    inode: &Inode,
+    circumstances: &Circumstances,
+) -> Result<Option<Found>, Errno> {
+    let ended = matches!(error, Errno::NOENT | Errno::NOTDIR | Errno::STALE);
+    let missed = circumstances.in_use.contains(&inode.node) || matches!(inode.find, Find::Lost);
+    if ended && circumstances.shared && !missed {
+        // Somebody on the host has taken it away, or put another in its place.
+        return Ok(None);
+    }
+    Err(error)
+}
