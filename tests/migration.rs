@@ -131,10 +131,7 @@ fn a_file_without_a_name_goes_along(args: &[&str], same: bool) {
     let read = moved.read(node, handle, 5_000_000, 300_000).unwrap();
     assert_eq!(read, behind);
     moved.write(node, handle, 0, b"and is written").unwrap();
-    assert_eq!(
-        moved.read(node, handle, 0, 14).unwrap(),
-        b"and is written"
-    );
+    assert_eq!(moved.read(node, handle, 0, 14).unwrap(), b"and is written");
     assert_eq!(std::fs::read_dir(share.path()).unwrap().count(), 0);
 }
 
@@ -165,14 +162,8 @@ fn a_directory_without_a_name_goes_along() {
     let mut moved = move_to(&to, &mut guest);
     assert_eq!(moved.getattr(node).unwrap().attr.mode & 0o7777, 0o755);
     // As on any Linux.
-    assert_eq!(
-        errno(moved.readdir_all(node, handle)),
-        Some(libc::ENOENT)
-    );
-    assert_eq!(
-        errno(moved.create(node, c"new", 0o600)),
-        Some(libc::ENOENT)
-    );
+    assert_eq!(errno(moved.readdir_all(node, handle)), Some(libc::ENOENT));
+    assert_eq!(errno(moved.create(node, c"new", 0o600)), Some(libc::ENOENT));
     assert_eq!(std::fs::read_dir(share.path()).unwrap().count(), 0);
 }
 
@@ -185,7 +176,10 @@ fn names_that_are_no_text_and_renamed_directories_lead_to_their_files() {
     let mut parent = ROOT;
     for name in names {
         let directory = guest.mkdir(parent, name, 0o755).unwrap().nodeid;
-        nodes.push((directory, file(&mut guest, directory, name, name.to_bytes())));
+        nodes.push((
+            directory,
+            file(&mut guest, directory, name, name.to_bytes()),
+        ));
         parent = directory;
     }
     guest.rename(ROOT, names[0], ROOT, c"renamed").unwrap();
@@ -276,7 +270,9 @@ fn a_guest_moves_to_and_fro() {
     let mut servers = [from, to];
     for round in 0_u64..6 {
         let text = format!("round {round} ");
-        guest.write(node, handle, round * 8, text.as_bytes()).unwrap();
+        guest
+            .write(node, handle, round * 8, text.as_bytes())
+            .unwrap();
         let (name, target) = (format!("new-{round}\0"), &mut servers[1]);
         let name = CStr::from_bytes_with_nul(name.as_bytes()).unwrap();
         let made = file(&mut guest, ROOT, name, b"new");
@@ -299,7 +295,12 @@ fn a_source_goes_on_when_nothing_comes_of_it() {
         let (bases, state) = save(&mut guest);
         let mut damaged = state.clone();
         damaged[40] ^= 1;
-        for bad in [&damaged[..], &state[..state.len() - 1], b"", b"something else"] {
+        for bad in [
+            &damaged[..],
+            &state[..state.len() - 1],
+            b"",
+            b"something else",
+        ] {
             assert!(load(&to, bad).is_err());
         }
         guest.guest().restart(&bases).unwrap();
@@ -448,7 +449,9 @@ fn flock(guest: &mut Guest, node: u64, handle: Handle, kind: i32) -> Result<(), 
         lk_flags: request_flag::LK_FLOCK,
         padding: 0,
     };
-    let call = Call::new(opcode::SETLK, node).arg(asked.as_bytes()).reply(0);
+    let call = Call::new(opcode::SETLK, node)
+        .arg(asked.as_bytes())
+        .reply(0);
     guest.request(call).map(|_| ())
 }
 
@@ -490,7 +493,9 @@ fn locks_go_along_and_come_back() {
         errno(moved.setlk(node, handle, 8, another)),
         Some(libc::EAGAIN)
     );
-    moved.setlk(node, handle, 7, lock(libc::F_UNLCK, 10, 19)).unwrap();
+    moved
+        .setlk(node, handle, 7, lock(libc::F_UNLCK, 10, 19))
+        .unwrap();
     flock(&mut moved, node, handle, libc::F_UNLCK).unwrap();
     assert_eq!(host_may_lock(&path), [true; 2]);
     assert_eq!(std::fs::metadata(&path).unwrap().nlink(), 1);

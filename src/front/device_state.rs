@@ -142,9 +142,7 @@ impl Transfer {
     /// Waits for the end of the one that was begun, and answers how it went.
     pub(super) fn end(&mut self) -> Result<(), TransferError> {
         let thread = self.thread.take().ok_or(TransferError::None)?;
-        thread
-            .join()
-            .unwrap_or(Err(TransferError::Panicked))
+        thread.join().unwrap_or(Err(TransferError::Panicked))
     }
 }
 
@@ -273,7 +271,11 @@ mod tests {
 
         fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
             *self.got.lock().unwrap() = Some(bytes.to_vec());
-            if bytes == b"bad" { Err("it is bad".into()) } else { Ok(()) }
+            if bytes == b"bad" {
+                Err("it is bad".into())
+            } else {
+                Ok(())
+            }
         }
     }
 

@@ -16,9 +16,9 @@ mod header;
 mod inodes;
 mod locks;
 mod slabs;
+pub mod stream;
 #[cfg(test)]
 mod tests;
-pub mod stream;
 mod text;
 
 use std::os::fd::OwnedFd;

@@ -725,8 +725,11 @@ mod tests {
             Just(Find::Lost),
             Just(Find::Gone),
             nameless().prop_map(Find::Nameless),
-            (any::<u64>(), bytes(), any::<bool>())
-                .prop_map(|(from, path, verify)| Find::Path { from, path, verify }),
+            (any::<u64>(), bytes(), any::<bool>()).prop_map(|(from, path, verify)| Find::Path {
+                from,
+                path,
+                verify
+            }),
         ]
     }
 
@@ -782,7 +785,11 @@ mod tests {
 
     fn snapshot() -> impl Strategy<Value = Snapshot> {
         let agreement = option::of(any::<(u32, u64, u32, u32, u16, u16)>());
-        let head = (any::<(u64, u64, u64, u64, Option<i64>)>(), bytes(), agreement);
+        let head = (
+            any::<(u64, u64, u64, u64, Option<i64>)>(),
+            bytes(),
+            agreement,
+        );
         let lists = (vec(inode(), 0..6), vec(open(), 0..4), vec(locks(), 0..4));
         (head, lists).prop_map(|((numbers, handle, agreement), (inodes, opens, locks))| {
             let (generation, next_node, next_handle, number, birth) = numbers;

@@ -63,7 +63,8 @@ use self::options::most_descriptors;
 use self::restore::Records;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, MoveError, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
+    LockOwner, MoveError, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp,
+    XattrFlags,
 };
 use crate::io::{File, Lock, LockKind};
 use crate::state::stream::Snapshot;

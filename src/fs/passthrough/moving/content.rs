@@ -88,9 +88,8 @@ impl Passthrough {
                 self.with_room(|| reopen_fd(&file, &self.proc_fds, OFlags::PATH))
             }
             FileType::Directory => {
-                let (name, ()) = with_a_name(|name| {
-                    rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU)
-                })?;
+                let (name, ()) =
+                    with_a_name(|name| rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU))?;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let opened = rustix::fs::openat(root.as_fd(), &*name, flags, Mode::empty());
                 rustix::fs::unlinkat(root.as_fd(), &*name, rustix::fs::AtFlags::REMOVEDIR)?;

@@ -108,10 +108,8 @@ impl Passthrough {
         let own = self.inodes.any(NodeId::ROOT).and_then(|root| {
             let fd = self.fd(&root).ok()?;
             let identity = Identity::of(&stat_fd(&fd, IDENTITY).ok()?);
-            let handle = FileHandle::of(&fd).map_or_else(
-                |_none| Vec::new(),
-                |handle| handle.bytes().to_vec(),
-            );
+            let handle = FileHandle::of(&fd)
+                .map_or_else(|_none| Vec::new(), |handle| handle.bytes().to_vec());
             Some((handle, identity.key.number, identity.birth))
         });
         let root = &snapshot.root;
@@ -143,10 +141,8 @@ impl Passthrough {
                     Ok(found) if circumstances.shared && same(&found) => Ok(found),
                     _ => {
                         let kind = FileType::from_raw_mode(inode.kind);
-                        self.make_again(kind, nameless).map(|fd| Found {
-                            fd,
-                            way: Way::None,
-                        })
+                        self.make_again(kind, nameless)
+                            .map(|fd| Found { fd, way: Way::None })
                     }
                 }
             }
@@ -229,9 +225,7 @@ impl Passthrough {
             (Some(way), _) if stat.stx_nlink > 0 => (None, way),
             (_, way) => (Some(found.fd), way),
         };
-        let brought = self
-            .inodes
-            .bring(node, inode.lookups, &identity, fd, way);
+        let brought = self.inodes.bring(node, inode.lookups, &identity, fd, way);
         if !brought {
             return Err(fail(Errno::EXIST));
         }

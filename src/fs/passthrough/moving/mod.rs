@@ -11,6 +11,7 @@ mod load;
 mod locks;
 mod names;
 mod save;
+mod search;
 
 /// How the source describes inodes to the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

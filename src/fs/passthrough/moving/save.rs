@@ -52,12 +52,36 @@ impl Passthrough {
             snapshot.locks.push(locks_of(fields, &ranges));
         });
         let mut left = Self::content_most();
+        let mut hidden = Vec::new();
         for inode in in_order(self.inodes.all()) {
             let used = in_use.contains(&inode.node());
             let described = self.describe(&inode, used, &mut left);
+            if described.find == Find::Lost {
+                hidden.push(inode);
+            }
             snapshot.inodes.push(described);
         }
+        self.find_hidden(&hidden, &mut snapshot);
         Ok(snapshot)
+    }
+
+    /// Looks for names of what has one, though none that is known.
+    fn find_hidden(&self, hidden: &[Arc<Inode>], snapshot: &mut Snapshot) {
+        if hidden.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
+            return;
+        }
+        let mut paths = self.search(hidden);
+        for inode in &mut snapshot.inodes {
+            if let Some(path) = paths.remove(&NodeId(inode.node)) {
+                inode.find = Find::Path {
+                    from: NodeId::ROOT.0,
+                    path,
+                    verify: self.options.migration.verify_handles,
+                };
+            } else if inode.find == Find::Lost {
+                log::warn!("migration: inode {} can't be taken along", inode.node);
+            }
+        }
     }
 
     fn describe_root(&self) -> Root {
@@ -83,10 +107,7 @@ impl Passthrough {
             Ok(find) => find,
             Err(Errno::STALE) if !in_use => Find::Gone,
             Err(error) => {
-                log::warn!(
-                    "migration: inode {} can't be taken along: {error}",
-                    inode.node().0
-                );
+                log::debug!("migration: inode {}: {error}", inode.node().0);
                 Find::Lost
             }
         };
