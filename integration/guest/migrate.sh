@@ -178,7 +178,10 @@ qmp() {
 # end_machine NUMBER: as a management program does with one that has been moved away.
 end_machine() {
     local number=$1
-    qmp "$number" quit 2>/dev/null || kill -KILL "${vmm[number]}" 2>/dev/null || true
+    # One whose migration has failed may have ended by itself.
+    if kill -0 "${vmm[number]}" 2>/dev/null; then
+        printf '{"execute": "quit"}\n' >&"${qmp_in[number]}"
+    fi
     wait "${vmm[number]}" 2>/dev/null || true
     exec {qmp_in[number]}>&- {qmp_out[number]}>&-
     unset "vmm[number]" "qmp_in[number]" "qmp_out[number]"

@@ -2,8 +2,8 @@
 //!
 //! See the vhost-user specification, "Migrating back-end state". The front end hands over one end
 //! of a pipe and then asks how it went (CHECK_DEVICE_STATE). The transfer runs in a thread of its own,
-//! so that messages are answered meanwhile, and it ends by itself: after so many bytes, so much time, or
-//! when the server is to stop. Saving gives nothing up. The invariant: what has come in is handed on
+//! so that messages are answered meanwhile, and it ends by itself: after so many bytes, so much time,
+//! when the server is to stop, or when the session ends. Saving gives nothing up. The invariant: what has come in is handed on
 //! only when all of it has come.
 
 use std::fmt;
@@ -21,6 +21,9 @@ use crate::state::stream;
 
 /// For how long nothing may move.
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// The same once the front end has asked how it went: it has closed its end before.
+const SILENCE_ASKED: Duration = Duration::from_secs(2);
 
 /// How long a transfer may take.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -76,13 +79,15 @@ pub(super) enum TransferError {
     Load(#[source] Cause),
     #[error("the front end's descriptor for the device's state")]
     Descriptor(#[source] Errno),
-    #[error("the device's state stood still for {} seconds", SILENCE.as_secs())]
-    Silent,
+    #[error("the device's state stood still for {} seconds", .0.as_secs())]
+    Silent(Duration),
     #[error("the device's state was not through after {} seconds", PATIENCE.as_secs())]
     Long,
     #[error("the device's state has more than {} bytes", stream::MOST)]
     Large,
-    #[error("the server is to stop while the device's state is transferred")]
+    #[error(
+        "the server is to stop, or the front end is gone, while the device's state is transferred"
+    )]
     Stop,
     #[error("the thread that transferred the device's state has panicked")]
     Panicked,
@@ -92,15 +97,24 @@ pub(super) enum TransferError {
 #[derive(Debug)]
 pub(super) struct Transfer {
     /// Readable when the server is to stop.
-    stop: Option<OwnedFd>,
-    thread: Option<JoinHandle<Result<(), TransferError>>>,
+    stop: io::Result<OwnedFd>,
+    running: Option<Running>,
+}
+
+/// A transfer that was begun.
+#[derive(Debug)]
+struct Running {
+    thread: JoinHandle<Result<(), TransferError>>,
+    /// Its end in the thread is readable when this one has been written to, and hung up when
+    /// this one is closed.
+    nudge: OwnedFd,
 }
 
 impl Transfer {
     pub(super) fn new(stop: BorrowedFd<'_>) -> Self {
         Self {
-            stop: stop.try_clone_to_owned().ok(),
-            thread: None,
+            stop: stop.try_clone_to_owned(),
+            running: None,
         }
     }
 
@@ -111,14 +125,20 @@ impl Transfer {
         fd: File,
         state: Arc<dyn DeviceState>,
     ) -> Result<(), TransferError> {
-        match &self.thread {
-            Some(thread) if !thread.is_finished() => return Err(TransferError::UnderWay),
+        match &self.running {
+            Some(running) if !running.thread.is_finished() => return Err(TransferError::UnderWay),
             // One that nobody has asked about.
             Some(_) | None => drop(self.end()),
         }
-        let stop = self.stop.as_ref().and_then(|stop| stop.try_clone().ok());
+        let stop = match &self.stop {
+            Ok(stop) => stop.try_clone(),
+            Err(error) => Err(error.kind().into()),
+        };
+        let stop = stop.map_err(TransferError::Thread)?;
+        let (nudged, nudge) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|error| TransferError::Thread(error.into()))?;
         let run = move || {
-            let way = Way::new(&fd, stop.as_ref())?;
+            let mut way = Way::new(&fd, &stop, &nudged)?;
             match direction {
                 Direction::Save => {
                     let bytes = state.save().map_err(TransferError::Save)?;
@@ -135,60 +155,71 @@ impl Transfer {
             Ok(())
         };
         let thread = std::thread::Builder::new().name("state".to_owned());
-        self.thread = Some(thread.spawn(run).map_err(TransferError::Thread)?);
+        let thread = thread.spawn(run).map_err(TransferError::Thread)?;
+        self.running = Some(Running { thread, nudge });
         Ok(())
     }
 
     /// Waits for the end of the one that was begun, and answers how it went.
     pub(super) fn end(&mut self) -> Result<(), TransferError> {
-        let thread = self.thread.take().ok_or(TransferError::None)?;
+        let Running { thread, nudge } = self.running.take().ok_or(TransferError::None)?;
+        // It may have ended already.
+        let _ = rustix::io::write(&nudge, &[0]);
         thread.join().unwrap_or(Err(TransferError::Panicked))
     }
 }
 
 impl Drop for Transfer {
     fn drop(&mut self) {
-        // The front end is gone, and its end of the pipe with it.
-        drop(self.end());
+        if let Some(Running { thread, nudge }) = self.running.take() {
+            drop(nudge);
+            drop(thread.join());
+        }
     }
 }
 
 /// What bytes go over.
 struct Way<'a> {
     fd: BorrowedFd<'a>,
-    stop: Option<BorrowedFd<'a>>,
+    stop: BorrowedFd<'a>,
+    nudged: BorrowedFd<'a>,
+    silence: Duration,
     begun: Instant,
 }
 
 impl<'a> Way<'a> {
-    fn new(fd: &'a File, stop: Option<&'a OwnedFd>) -> Result<Self, TransferError> {
+    fn new(fd: &'a File, stop: &'a OwnedFd, nudged: &'a OwnedFd) -> Result<Self, TransferError> {
         let fd = fd.as_fd();
         let flags = rustix::fs::fcntl_getfl(fd).map_err(TransferError::Descriptor)?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(TransferError::Descriptor)?;
         Ok(Self {
             fd,
-            stop: stop.map(AsFd::as_fd),
+            stop: stop.as_fd(),
+            nudged: nudged.as_fd(),
+            silence: SILENCE,
             begun: Instant::now(),
         })
     }
 
-    fn send(&self, bytes: &[u8]) -> Result<(), TransferError> {
+    fn send(&mut self, bytes: &[u8]) -> Result<(), TransferError> {
         let mut left = bytes;
         while !left.is_empty() {
             let piece = &left[..left.len().min(PIECE)];
-            let sent = self.act(PollFlags::OUT, || rustix::io::write(self.fd, piece))?;
+            let fd = self.fd;
+            let sent = self.act(PollFlags::OUT, || rustix::io::write(fd, piece))?;
             left = left.get(sent..).unwrap_or_default();
         }
         Ok(())
     }
 
     /// All that comes until the other side closes.
-    fn receive(&self) -> Result<Vec<u8>, TransferError> {
+    fn receive(&mut self) -> Result<Vec<u8>, TransferError> {
         let mut bytes = Vec::new();
         let mut piece = vec![0; PIECE];
         loop {
-            let came = self.act(PollFlags::IN, || rustix::io::read(self.fd, &mut piece[..]))?;
+            let fd = self.fd;
+            let came = self.act(PollFlags::IN, || rustix::io::read(fd, &mut piece[..]))?;
             let came = piece.get(..came).unwrap_or_default();
             if came.is_empty() {
                 return Ok(bytes);
@@ -202,7 +233,7 @@ impl<'a> Way<'a> {
 
     /// Does what can't wait, once it need not.
     fn act(
-        &self,
+        &mut self,
         event: PollFlags,
         mut act: impl FnMut() -> rustix::io::Result<usize>,
     ) -> Result<usize, TransferError> {
@@ -215,29 +246,38 @@ impl<'a> Way<'a> {
         }
     }
 
-    fn wait(&self, event: PollFlags) -> Result<(), TransferError> {
-        let left = PATIENCE.saturating_sub(self.begun.elapsed());
-        if left.is_zero() {
-            return Err(TransferError::Long);
-        }
-        let stop = self.stop.unwrap_or(self.fd);
-        let what = self.stop.map_or(event, |_| PollFlags::IN);
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.fd, event),
-            PollFd::from_borrowed_fd(stop, what),
-        ];
-        let wait = left.min(SILENCE);
-        let timeout = Timespec {
-            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(0) => Err(TransferError::Silent),
-            Ok(_) if self.stop.is_some() && !fds[1].revents().is_empty() => {
-                Err(TransferError::Stop)
+    fn wait(&mut self, event: PollFlags) -> Result<(), TransferError> {
+        loop {
+            let left = PATIENCE.saturating_sub(self.begun.elapsed());
+            if left.is_zero() {
+                return Err(TransferError::Long);
             }
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(error) => Err(TransferError::Descriptor(error)),
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.fd, event),
+                PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.nudged, PollFlags::IN),
+            ];
+            let wait = left.min(self.silence);
+            let timeout = Timespec {
+                tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: wait.subsec_nanos().into(),
+            };
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) => return Err(TransferError::Silent(wait)),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(TransferError::Descriptor(error)),
+            }
+            let [own, stop, nudged] = fds.map(|fd| fd.revents());
+            if nudged.contains(PollFlags::IN) {
+                // The front end has asked, and waits for an answer.
+                self.silence = SILENCE_ASKED;
+                let _ = rustix::io::read(self.nudged, &mut [0; 8][..]);
+            } else if !stop.is_empty() || !nudged.is_empty() {
+                return Err(TransferError::Stop);
+            }
+            if !own.is_empty() {
+                return Ok(());
+            }
         }
     }
 }
@@ -371,6 +411,29 @@ mod tests {
         transfer.begin(Direction::Load, read, memory).unwrap();
         rustix::io::write(&stopper, &[0]).unwrap();
         assert!(matches!(transfer.end(), Err(TransferError::Stop)));
+    }
+
+    #[test]
+    fn the_end_of_a_session_ends_a_transfer_that_waits() {
+        let memory = memory(b"");
+        let (mut transfer, _stopper) = transfer();
+        let (read, _write) = pipe();
+        let begun = Instant::now();
+        transfer.begin(Direction::Load, read, memory).unwrap();
+        drop(transfer);
+        assert!(begun.elapsed() < SILENCE / 2);
+    }
+
+    #[test]
+    fn who_asks_before_the_end_is_not_kept_waiting() {
+        let memory = memory(b"");
+        let (mut transfer, _stopper) = transfer();
+        let (read, _write) = pipe();
+        transfer.begin(Direction::Load, read, memory).unwrap();
+        assert!(matches!(
+            transfer.end(),
+            Err(TransferError::Silent(SILENCE_ASKED))
+        ));
     }
 
     #[test]

@@ -396,6 +396,12 @@ fn checksum(bytes: &[u8]) -> u64 {
     sum
 }
 
+/// As much of a stream as there may be without its checksum, with one.
+#[must_use]
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    [body, &checksum(body).to_le_bytes()].concat()
+}
+
 /// The snapshot that `stream` is, if it is one as a whole.
 ///
 /// # Errors
@@ -840,8 +846,7 @@ mod tests {
 
     /// As `bytes`, with a checksum that is right.
     fn resealed(bytes: &[u8]) -> Vec<u8> {
-        let body = &bytes[..bytes.len().saturating_sub(CHECKSUM)];
-        [body, &checksum(body).to_le_bytes()].concat()
+        sealed(&bytes[..bytes.len().saturating_sub(CHECKSUM)])
     }
 
     proptest! {
