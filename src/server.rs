@@ -19,9 +19,7 @@ use rustix::io::Errno;
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::front::{self, DeviceState, End, ListenError, Listener, Runner, SocketFile};
-use crate::fs::passthrough::{
-    self, InodeFileHandles, MigrationMode, Passthrough, Past, Shared,
-};
+use crate::fs::passthrough::{self, InodeFileHandles, MigrationMode, Passthrough, Past, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Ending, Filter, FilterError, Guardian, Needs, SandboxError};

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -105,9 +106,33 @@ pub(super) struct Transfer {
 #[derive(Debug)]
 struct Running {
     thread: JoinHandle<Result<(), TransferError>>,
-    /// Its end in the thread is readable when this one has been written to, and hung up when
-    /// this one is closed.
-    nudge: OwnedFd,
+    nudge: Arc<Nudge>,
+}
+
+/// What the thread of a transfer is told while it waits.
+#[derive(Debug)]
+struct Nudge {
+    /// An eventfd.
+    event: OwnedFd,
+    /// The front end is gone; else it asks how it went. Set before the event, whose reading
+    /// orders it.
+    gone: AtomicBool,
+}
+
+impl Nudge {
+    fn new() -> rustix::io::Result<Self> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        Ok(Self {
+            event: rustix::event::eventfd(0, flags)?,
+            gone: AtomicBool::new(false),
+        })
+    }
+
+    fn tell(&self, gone: bool) {
+        self.gone.store(gone, Ordering::Relaxed);
+        // It can't be full, as it is told twice at most.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+    }
 }
 
 impl Transfer {
@@ -135,8 +160,9 @@ impl Transfer {
             Err(error) => Err(error.kind().into()),
         };
         let stop = stop.map_err(TransferError::Thread)?;
-        let (nudged, nudge) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map_err(|error| TransferError::Thread(error.into()))?;
+        let nudge = Nudge::new().map_err(|error| TransferError::Thread(error.into()))?;
+        let nudge = Arc::new(nudge);
+        let nudged = Arc::clone(&nudge);
         let run = move || {
             let mut way = Way::new(&fd, &stop, &nudged)?;
             match direction {
@@ -163,8 +189,7 @@ impl Transfer {
     /// Waits for the end of the one that was begun, and answers how it went.
     pub(super) fn end(&mut self) -> Result<(), TransferError> {
         let Running { thread, nudge } = self.running.take().ok_or(TransferError::None)?;
-        // It may have ended already.
-        let _ = rustix::io::write(&nudge, &[0]);
+        nudge.tell(false);
         thread.join().unwrap_or(Err(TransferError::Panicked))
     }
 }
@@ -172,7 +197,7 @@ impl Transfer {
 impl Drop for Transfer {
     fn drop(&mut self) {
         if let Some(Running { thread, nudge }) = self.running.take() {
-            drop(nudge);
+            nudge.tell(true);
             drop(thread.join());
         }
     }
@@ -182,13 +207,13 @@ impl Drop for Transfer {
 struct Way<'a> {
     fd: BorrowedFd<'a>,
     stop: BorrowedFd<'a>,
-    nudged: BorrowedFd<'a>,
+    nudged: &'a Nudge,
     silence: Duration,
     begun: Instant,
 }
 
 impl<'a> Way<'a> {
-    fn new(fd: &'a File, stop: &'a OwnedFd, nudged: &'a OwnedFd) -> Result<Self, TransferError> {
+    fn new(fd: &'a File, stop: &'a OwnedFd, nudged: &'a Nudge) -> Result<Self, TransferError> {
         let fd = fd.as_fd();
         let flags = rustix::fs::fcntl_getfl(fd).map_err(TransferError::Descriptor)?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
@@ -196,7 +221,7 @@ impl<'a> Way<'a> {
         Ok(Self {
             fd,
             stop: stop.as_fd(),
-            nudged: nudged.as_fd(),
+            nudged,
             silence: SILENCE,
             begun: Instant::now(),
         })
@@ -255,7 +280,7 @@ impl<'a> Way<'a> {
             let mut fds = [
                 PollFd::from_borrowed_fd(self.fd, event),
                 PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.nudged, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.nudged.event.as_fd(), PollFlags::IN),
             ];
             let wait = left.min(self.silence);
             let timeout = Timespec {
@@ -268,11 +293,12 @@ impl<'a> Way<'a> {
                 Err(error) => return Err(TransferError::Descriptor(error)),
             }
             let [own, stop, nudged] = fds.map(|fd| fd.revents());
-            if nudged.contains(PollFlags::IN) {
-                // The front end has asked, and waits for an answer.
+            if !nudged.is_empty() {
+                let _ = rustix::io::read(&self.nudged.event, &mut [0; 8][..]);
+                // It waits for an answer.
                 self.silence = SILENCE_ASKED;
-                let _ = rustix::io::read(self.nudged, &mut [0; 8][..]);
-            } else if !stop.is_empty() || !nudged.is_empty() {
+            }
+            if !stop.is_empty() || self.nudged.gone.load(Ordering::Relaxed) {
                 return Err(TransferError::Stop);
             }
             if !own.is_empty() {

@@ -267,7 +267,7 @@ impl Passthrough {
             wear,
             selinux: labels::host_has_selinux(),
             lent: AtomicBool::new(false),
-            table,
+            table: Arc::clone(table),
         };
         let restored = match (rest, past) {
             (Some((old, records)), Some(past)) => fs.restore(records, old, past),
