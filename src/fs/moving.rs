@@ -25,9 +25,19 @@ pub enum MoveError {
         /// What.
         missing: String,
     },
-    /// There is another sort of thing to be shared.
-    #[error("the source shares a directory and this server a file, or the other way round")]
-    Root,
+    /// The guest has more than it may have here.
+    #[error("the guest has {have} {what}, and {most} are the most that it may have here")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        have: usize,
+        /// How many it may have.
+        most: usize,
+    },
+    /// Numbers that no server comes to.
+    #[error("the source claims to have given out more numbers than there are")]
+    Numbers,
     /// Something is not where it must be.
     #[error("the guest's inode {node} is not to be had {how}")]
     Inode {

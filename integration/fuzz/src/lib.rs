@@ -11,4 +11,5 @@ pub mod guest;
 pub mod request;
 pub mod ring;
 pub mod source;
+pub mod state;
 pub mod vhost_user;

@@ -191,10 +191,8 @@ impl Store {
     pub(super) fn all(&self) -> Vec<Arc<Inode>> {
         let of = |shard: &RwLock<Nodes>| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let inodes = nodes.iter().map(|known| Arc::clone(&known.0));
-            inodes
-                .filter(|inode| inode.node != NodeId::ROOT)
-                .collect::<Vec<_>>()
+            let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
+            inodes.map(Arc::clone).collect::<Vec<_>>()
         };
         self.by_node.iter().flat_map(of).collect()
     }
@@ -217,7 +215,8 @@ impl Store {
         fd: Option<OwnedFd>,
         way: Way,
     ) -> bool {
-        if self.any(node).is_some() || node.0 >= self.table.nodes_given_out() {
+        let given_out = NodeId::ROOT.0 + 1..self.table.nodes_given_out();
+        if self.any(node).is_some() || !given_out.contains(&node.0) {
             return false;
         }
         let parent = match &way {
@@ -233,7 +232,7 @@ impl Store {
         inode.record.set_lookups(lookups, 0, false);
         let inode = Arc::new(inode);
         // Two may be one here: the first keeps the key.
-        self.insert(&mut self.keys(&identity.key), Arc::clone(&inode));
+        self.insert(&mut self.keys(&inode.key()), Arc::clone(&inode));
         if let Some(parent) = parent {
             parent.children.fetch_add(1, Ordering::Relaxed);
         }

@@ -23,6 +23,9 @@ use crate::state::HandleFields;
 use crate::state::stream::{Find, Inode, Open, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
+/// Node ids and handles begin at 1; no server ever comes so far.
+const LAST_NUMBER: u64 = 1 << 62;
+
 /// What is known of the migration as a whole.
 struct Circumstances {
     /// Both sides share one file system.
@@ -45,7 +48,10 @@ impl Passthrough {
             shared: self.is_shared_with(snapshot),
             in_use: opens.chain(locked).collect(),
         };
-        self.table().set_generation(snapshot.generation);
+        self.check_bounds(snapshot)?;
+        if snapshot.generation != 0 {
+            self.table().set_generation(snapshot.generation);
+        }
         self.inodes.skip_to_node(snapshot.next_node);
         self.handles.skip_to_handle(snapshot.next_handle);
         let mut lost = 0_usize;
@@ -86,6 +92,27 @@ impl Passthrough {
                 "another file system"
             }
         );
+        Ok(())
+    }
+
+    /// Whether there may be so much here.
+    fn check_bounds(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
+        let bounds = [
+            ("inodes", snapshot.inodes.len(), self.options.max_inodes),
+            (
+                "open files and lock owners",
+                snapshot.opens.len().saturating_add(snapshot.locks.len()),
+                self.max_handles,
+            ),
+        ];
+        for (what, have, most) in bounds {
+            if have > most {
+                return Err(MoveError::TooMany { what, have, most });
+            }
+        }
+        if snapshot.next_node.max(snapshot.next_handle) > LAST_NUMBER {
+            return Err(MoveError::Numbers);
+        }
         Ok(())
     }
 
@@ -240,7 +267,7 @@ impl Passthrough {
             key: Key {
                 number: inode.node,
                 device: u64::MAX,
-                mount: u64::MAX,
+                mount: u32::MAX.into(),
             },
             birth: None,
             kind: FileType::from_raw_mode(inode.kind),

@@ -142,7 +142,7 @@ impl Passthrough {
             path,
             verify: options.verify_handles,
         };
-        let place = match &*inode.way() {
+        let place = match &inode.way() {
             Way::Name(place) => Some((place.parent, place.name.to_bytes().to_vec())),
             Way::None | Way::Handle { .. } | Way::Forgotten => None,
         };
@@ -190,7 +190,7 @@ impl Passthrough {
     }
 
     fn handle_of(&self, inode: &Inode) -> Result<Vec<u8>, Errno> {
-        if let Way::Handle { handle, .. } = &*inode.way() {
+        if let Way::Handle { handle, .. } = &inode.way() {
             return Ok(handle.bytes().to_vec());
         }
         let handle = FileHandle::of(self.fd(inode)?)?;
@@ -200,7 +200,7 @@ impl Passthrough {
 
 /// The inodes, each behind the one that its name leads on from.
 fn in_order(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
-    let parent = |inode: &Inode| match &*inode.way() {
+    let parent = |inode: &Inode| match &inode.way() {
         Way::Name(place) => Some(place.parent),
         _ => None,
     };
