@@ -291,7 +291,8 @@ main() {
     sleep 1
     qmp 0 migrate_cancel
     settled 0 || give_up migration_is_broken_off "$qmp_answer"
-    if [[ $migration == cancelled ]] && goes_on; then
+    # QEMU 10 says the one or the other, as the destination hangs up sooner or later.
+    if [[ $migration == cancelled || $migration == failed ]] && goes_on; then
         ok source_goes_on_after_a_migration_that_was_broken_off
     else
         failed source_goes_on_after_a_migration_that_was_broken_off "$migration; $(ended)"

@@ -16,7 +16,7 @@ fn main() -> std::io::Result<()> {
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
-        ("state", state()),
+        ("moved", moved()),
         ("vhost_user", vhost_user()),
     ];
     for (target, seeds) in targets {
@@ -40,7 +40,7 @@ fn table(first: &[[u8; 5]]) -> Vec<u8> {
 }
 
 /// States of sessions, without their checksums.
-fn state() -> Seeds {
+fn moved() -> Seeds {
     let inode = |node, from, name: &str, kind| Inode {
         node,
         lookups: 2,

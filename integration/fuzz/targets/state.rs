@@ -1,5 +1,0 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::state`.
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| ringfsd_fuzz::state::run(data));
