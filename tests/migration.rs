@@ -148,8 +148,9 @@ fn a_file_without_a_name_goes_along_by_its_handle() {
     }
     let args = ["--migration-mode", "file-handles"];
     a_file_without_a_name_goes_along(&args, true);
+    // What comes in names no file handle unless that was asked for.
     let args = ["--inode-file-handles", "prefer"];
-    a_file_without_a_name_goes_along(&args, true);
+    a_file_without_a_name_goes_along(&args, false);
 }
 
 #[test]

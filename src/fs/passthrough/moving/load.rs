@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use super::super::Passthrough;
 use super::super::holds::{IDENTITY, Identity, Key, Mount, Place, Way, stat_fd};
 use super::super::opening::regular_file;
-use super::OnMigrationError;
 use super::locks::record_of;
+use super::{MigrationMode, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
 use crate::state::HandleFields;
@@ -226,6 +226,11 @@ impl Passthrough {
     }
 
     fn by_bytes(&self, bytes: &[u8]) -> Result<Found, Errno> {
+        // Who can name a handle can name any file of the file system: only where the operator
+        // wants that.
+        if self.options.migration.mode != MigrationMode::FileHandles {
+            return Err(Errno::OPNOTSUPP);
+        }
         let handle = FileHandle::from_bytes(bytes).ok_or(Errno::STALE)?;
         let mount: Arc<Mount> = self.holder.shared_mount().ok_or(Errno::OPNOTSUPP)?;
         let fd = self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
