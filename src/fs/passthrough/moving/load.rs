@@ -9,11 +9,12 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{AtFlags, FileType, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::super::Passthrough;
-use super::super::holds::{IDENTITY, Identity, Key, Mount, Place, Way, stat_fd};
+use super::super::holds::{IDENTITY, Identity, InodeFd, Key, Mount, Place, Way, print_at, stat_fd};
+use super::super::lookup::component;
 use super::super::opening::regular_file;
 use super::locks::record_of;
 use super::{MigrationMode, OnMigrationError};
@@ -36,8 +37,28 @@ struct Circumstances {
 
 /// An inode that was found.
 struct Found {
-    fd: OwnedFd,
+    /// None where the way is enough until it is needed.
+    fd: Option<OwnedFd>,
+    stat: Statx,
     way: Way,
+}
+
+impl Found {
+    fn open(fd: OwnedFd, way: Way) -> Result<Self, Errno> {
+        let stat = stat_fd(&fd, IDENTITY)?;
+        let fd = Some(fd);
+        Ok(Self { fd, stat, way })
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::of(&self.stat)
+    }
+
+    /// Whether it has number and birth of what was described.
+    fn is(&self, inode: &Inode) -> bool {
+        let identity = self.identity();
+        (identity.key.number, identity.birth) == (inode.number, inode.birth)
+    }
 }
 
 impl Passthrough {
@@ -155,35 +176,21 @@ impl Passthrough {
             Find::Lost => Err(Errno::STALE),
             Find::Handle => self.by_bytes(&inode.handle),
             Find::Path { from, path, verify } => {
-                self.by_path(inode, NodeId(*from), path, *verify, circumstances.shared)
+                self.by_path(inode, (NodeId(*from), path), *verify, circumstances)
             }
-            Find::Nameless(nameless) => {
-                // While the source has it open, its handle leads to it.
-                let same = |found: &Found| {
-                    stat_fd(&found.fd, IDENTITY).is_ok_and(|stat| {
-                        stat.stx_ino == inode.number && Identity::of(&stat).birth == inode.birth
-                    })
-                };
-                match self.by_bytes(&inode.handle) {
-                    Ok(found) if circumstances.shared && same(&found) => Ok(found),
-                    _ => {
-                        let kind = FileType::from_raw_mode(inode.kind);
-                        self.make_again(kind, nameless)
-                            .map(|fd| Found { fd, way: Way::None })
-                    }
+            // While the source has it open, its handle leads to it.
+            Find::Nameless(nameless) => match self.by_bytes(&inode.handle) {
+                Ok(found) if circumstances.shared && found.is(inode) => Ok(found),
+                _ => {
+                    let kind = FileType::from_raw_mode(inode.kind);
+                    let made = self.make_again(kind, nameless);
+                    made.and_then(|fd| Found::open(fd, Way::None))
                 }
-            }
+            },
         };
         match found {
-            Ok(found) => {
-                let stat = stat_fd(&found.fd, IDENTITY)?;
-                let kind = FileType::from_raw_mode(u32::from(stat.stx_mode));
-                if kind.as_raw_mode() == inode.kind {
-                    Ok(Some(found))
-                } else {
-                    missing(Errno::STALE, inode, circumstances)
-                }
-            }
+            Ok(found) if found.identity().kind.as_raw_mode() == inode.kind => Ok(Some(found)),
+            Ok(_) => missing(Errno::STALE, inode, circumstances),
             Err(error) => missing(error, inode, circumstances),
         }
     }
@@ -191,38 +198,67 @@ impl Passthrough {
     fn by_path(
         &self,
         inode: &Inode,
-        from: NodeId,
-        path: &[u8],
+        (from, path): (NodeId, &[u8]),
         verify: bool,
-        shared: bool,
+        circumstances: &Circumstances,
     ) -> Result<Found, Errno> {
         let parent = self.inodes.any(from).ok_or(Errno::STALE)?;
-        let fd = self.follow(self.fd(&parent)?.as_fd(), path)?;
-        if verify {
-            let handle = FileHandle::of(&fd)?;
-            if handle.bytes() != inode.handle {
-                return Err(Errno::STALE);
-            }
-        }
-        if shared {
-            let identity = Identity::of(&stat_fd(&fd, IDENTITY)?);
-            if (identity.key.number, identity.birth) != (inode.number, inode.birth) {
-                return Err(Errno::STALE);
-            }
-        }
-        let way = if path.contains(&b'/') {
-            // It will be learned when the name is seen.
-            Way::None
-        } else {
-            Way::Name(Place {
+        let parent = self.fd(&parent)?;
+        let place = (!path.contains(&b'/'))
+            .then(|| CString::new(path).map_err(|_nul| Errno::INVAL))
+            .transpose()?
+            .map(|name| Place {
                 parent: from,
-                name: CString::new(path)
-                    .map_err(|_nul| Errno::INVAL)?
-                    .into_boxed_c_str(),
+                name: name.into_boxed_c_str(),
                 print: 0,
-            })
+            });
+        let in_use = circumstances.in_use.contains(&inode.node);
+        let found = match place {
+            // The most there are: a name each, and nothing that the guest does with them now.
+            Some(place) if !verify && !in_use && self.holder.keeps_opened() => {
+                self.by_name(&parent, place)?
+            }
+            place => {
+                // Without a place it will be learned when the name is seen.
+                let way = place.map_or(Way::None, Way::Name);
+                Found::open(self.follow(parent.as_fd(), path)?, way)?
+            }
         };
-        Ok(Found { fd, way })
+        if verify
+            && let Some(fd) = &found.fd
+            && FileHandle::of(fd)?.bytes() != inode.handle
+        {
+            return Err(Errno::STALE);
+        }
+        if circumstances.shared && !found.is(inode) {
+            return Err(Errno::STALE);
+        }
+        Ok(found)
+    }
+
+    /// What has a name that it will be found by when it is used, if that can be told then.
+    fn by_name(&self, parent: &InodeFd<'_>, mut place: Place) -> Result<Found, Errno> {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let name = component(&place.name)?;
+        let stat = rustix::fs::statx(parent, name, flags, IDENTITY)?;
+        let identity = Identity::of(&stat);
+        let print = if identity.is_settled() {
+            Some(0)
+        } else {
+            let print = identity.birth.map(|_| print_at(parent, name));
+            print.and_then(Result::ok)
+        };
+        let Some(print) = print else {
+            let fd = self.follow(parent.as_fd(), name.to_bytes())?;
+            return Found::open(fd, Way::Name(place));
+        };
+        place.print = print;
+        let way = Way::Name(place);
+        Ok(Found {
+            fd: None,
+            stat,
+            way,
+        })
     }
 
     fn by_bytes(&self, bytes: &[u8]) -> Result<Found, Errno> {
@@ -234,8 +270,7 @@ impl Passthrough {
         let handle = FileHandle::from_bytes(bytes).ok_or(Errno::STALE)?;
         let mount: Arc<Mount> = self.holder.shared_mount().ok_or(Errno::OPNOTSUPP)?;
         let fd = self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
-        let way = Way::Handle { mount, handle };
-        Ok(Found { fd, way })
+        Found::open(fd, Way::Handle { mount, handle })
     }
 
     /// Gives the guest's name to what was found.
@@ -246,16 +281,21 @@ impl Passthrough {
             how: inode.find.to_string(),
             source,
         };
-        let stat = stat_fd(&found.fd, IDENTITY).map_err(fail)?;
-        let identity = Identity::of(&stat);
-        let held = self
-            .holder
-            .way_to_new(found.fd.as_fd(), &identity, &self.proc_fds)
-            .map_err(fail)?;
+        let identity = found.identity();
+        let held = match &found.fd {
+            Some(fd) => {
+                let way = self
+                    .holder
+                    .way_to_new(fd.as_fd(), &identity, &self.proc_fds);
+                way.map_err(fail)?
+            }
+            None => None,
+        };
         let (fd, way) = match (held, found.way) {
-            // Without a name, it ends when nobody has it open.
-            (Some(way), _) if stat.stx_nlink > 0 => (None, way),
-            (_, way) => (Some(found.fd), way),
+            // Without a name it may end any time, but for its descriptor.
+            _ if found.stat.stx_nlink == 0 => (found.fd, Way::None),
+            (Some(way), _) => (None, way),
+            (None, way) => (found.fd, way),
         };
         let brought = self.inodes.bring(node, inode.lookups, &identity, fd, way);
         if !brought {
