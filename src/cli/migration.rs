@@ -69,3 +69,43 @@ impl From<Migration> for passthrough::MigrationOptions {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Options;
+    use crate::config::Config;
+    use crate::fs::passthrough::{MigrationMode, MigrationOptions, OnMigrationError};
+
+    fn options(args: &[&str]) -> MigrationOptions {
+        let common = ["ringfsd", "--fd=3", "--shared-dir=/d"];
+        let options = Options::try_parse_from(common.iter().chain(args)).unwrap();
+        Config::try_from(options)
+            .unwrap()
+            .share
+            .file_system
+            .migration
+    }
+
+    #[test]
+    fn what_is_asked_for_reaches_the_file_system() {
+        assert_eq!(options(&[]), Migration::default().into());
+        let all = options(&[
+            "--migration-mode=file-handles",
+            "--migration-on-error=guest-error",
+            "--migration-verify-handles",
+            "--migration-confirm-paths",
+        ]);
+        assert_eq!(
+            all,
+            MigrationOptions {
+                mode: MigrationMode::FileHandles,
+                on_error: OnMigrationError::GuestError,
+                verify_handles: true,
+                confirm_paths: true,
+            }
+        );
+    }
+}
