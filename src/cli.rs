@@ -2,6 +2,7 @@
 
 mod confinement;
 mod launcher;
+mod migration;
 mod operations;
 mod sharing;
 mod syslog;
@@ -20,6 +21,7 @@ use crate::io::Choice;
 
 pub use self::confinement::{Confinement, Sandbox, Seccomp};
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade, expand};
+pub use self::migration::{Migration, Mode, OnError};
 pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};
 pub use self::syslog::{Syslog, head as syslog_head};
@@ -181,6 +183,10 @@ pub struct Options {
     #[command(flatten)]
     pub operations: Operations,
 
+    /// How a guest is moved.
+    #[command(flatten)]
+    pub migration: Migration,
+
     /// What keeps the server in.
     #[command(flatten)]
     pub confinement: Confinement,
@@ -271,6 +277,7 @@ impl TryFrom<Options> for Config {
         share.file_system.max_inodes = options.max_inodes.get();
         share.file_system.max_handles = options.max_handles.map(NonZeroUsize::get);
         share.file_system.max_spare_files = options.max_spare_files;
+        share.file_system.migration = options.migration.into();
         options.operations.apply(&mut share.session);
         Ok(Self {
             listen,

@@ -22,8 +22,10 @@ use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
-use crate::front::{self, End, ListenError, Listener, Record, Runner, SessionError, Stop};
-use crate::fs::passthrough::{self, InodeFileHandles, Passthrough, Shared};
+use crate::front::{
+    self, DeviceState, End, ListenError, Listener, Record, Runner, SessionError, Stop,
+};
+use crate::fs::passthrough::{self, InodeFileHandles, MigrationMode, Passthrough, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Begun, Filter, FilterError, Inside, Needs, SandboxError, Serving};
@@ -392,7 +394,8 @@ impl Outfit {
         let options = config.share.file_system;
         let needs = Needs {
             readonly: options.readonly,
-            file_handles: options.inode_file_handles != InodeFileHandles::Never,
+            file_handles: options.inode_file_handles != InodeFileHandles::Never
+                || options.migration.mode == MigrationMode::FileHandles,
         };
         let (supervised, again) = (inside.is_supervised(), inside.is_again());
         let place = inside.enter(&config.shared_dir, needs)?;
@@ -480,8 +483,10 @@ struct Service<'a, F> {
     serving: &'a Serving,
 }
 
-impl<F: crate::fs::FileSystem> Runner for Service<'_, F> {
+impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
+        // The guest goes on here, perhaps after all.
+        self.crew.session().take_back();
         self.crew.run(queue, kick)
     }
 
@@ -496,6 +501,28 @@ impl<F: crate::fs::FileSystem> Runner for Service<'_, F> {
     fn resumed(&mut self) {
         log::info!("the session goes on");
         self.serving.tell();
+    }
+
+    fn device_state(&self) -> Arc<dyn DeviceState> {
+        Arc::new(Movable(Arc::clone(self.crew.session())))
+    }
+}
+
+/// A guest's session, as `front` saves and loads it.
+#[derive(Debug)]
+struct Movable<F>(Arc<Session<F>>);
+
+impl<F: crate::fs::FileSystem + std::fmt::Debug> DeviceState for Movable<F> {
+    fn save(&self) -> Result<Vec<u8>, front::Cause> {
+        Ok(self.0.save()?)
+    }
+
+    fn saved(&self) {
+        self.0.lend();
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), front::Cause> {
+        Ok(self.0.load(bytes)?)
     }
 }
 

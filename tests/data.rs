@@ -339,6 +339,49 @@ fn what_a_guest_reads_and_its_ring_are_in_the_dirty_log(runtime: &str) {
     }
 }
 
+/// A migration begins while the disk is waited for: what comes later is marked, by whichever thread
+/// or ring it is completed.
+fn a_log_that_begins_among_reads_under_way_misses_nothing(runtime: &str) {
+    const HALF: usize = 512 * 1024;
+    const PIECE: usize = 64 * 1024;
+    let content = pattern(2 * HALF, 3);
+    let later: HashSet<&[u8]> = content[HALF..].windows(8).collect();
+    let (server, mut fs, node, handle) = with_file(runtime, &content);
+    fs.set_layout(Layout::linux());
+    make_cold(&server);
+    let submit = |fs: &mut Client<Session>, from: usize| -> Vec<_> {
+        (from..from + HALF)
+            .step_by(PIECE)
+            .map(|at| {
+                let read = fs.submit_read(node, handle, at as u64, PIECE as u32);
+                (at, read.unwrap())
+            })
+            .collect()
+    };
+    let mut pending = submit(&mut fs, 0);
+    let log = fs.guest().start_log().unwrap();
+    pending.extend(submit(&mut fs, HALF));
+    for (at, read) in pending {
+        let read = fs.collect(read).unwrap().bytes;
+        assert!(read == content[at..at + PIECE], "other bytes at {at}");
+    }
+    fs.guest().stop_log().unwrap();
+    let mut pages = 0;
+    for (gpa, page) in memory_of(&mut fs) {
+        if page.chunks(8).filter(|word| later.contains(word)).count() > 100 {
+            pages += 1;
+            assert!(
+                log.is_dirty(vmm::Gpa(gpa)),
+                "page {gpa:#x} was read into unnoticed"
+            );
+        }
+    }
+    assert!(
+        pages >= HALF / 4096,
+        "only {pages} pages hold what was read"
+    );
+}
+
 /// The pages of the guest's memory that are used at all, with what is in them.
 fn memory_of(fs: &mut Client<Session>) -> Vec<(u64, Vec<u8>)> {
     let memory = &fs.guest().memory;
@@ -368,4 +411,5 @@ on_both_runtimes!(
     a_file_for_appending_only_is_appended_to,
     no_byte_of_a_payload_is_copied,
     what_a_guest_reads_and_its_ring_are_in_the_dirty_log,
+    a_log_that_begins_among_reads_under_way_misses_nothing,
 );

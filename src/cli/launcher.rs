@@ -10,7 +10,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 /// What this server is, for libvirt and others who ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
-pub const CAPABILITIES: &str = "{\n  \"type\": \"fs\",\n  \"features\": []\n}";
+pub const CAPABILITIES: &str =
+    "{\n  \"type\": \"fs\",\n  \"features\": [\n    \"migrate-precopy\"\n  ]\n}";
 
 /// Whether somebody asks for [`CAPABILITIES`]; then nothing else counts.
 #[must_use]

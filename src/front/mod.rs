@@ -7,6 +7,7 @@
 
 mod arrival;
 mod conversation;
+mod device_state;
 mod listener;
 mod record;
 mod relay;
@@ -19,6 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use device_state::{Cause, DeviceState};
 pub use listener::{ListenError, Listener, SocketFile};
 pub use record::{Record, RecordError, VERSION};
 pub use session::{End, SessionError};
@@ -44,6 +46,9 @@ pub trait Runner {
 
     /// All queues run again that ran in the process that served before.
     fn resumed(&mut self) {}
+
+    /// What the guest's session is saved and loaded by.
+    fn device_state(&self) -> Arc<dyn DeviceState>;
 }
 
 /// How a session is told to end.

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -17,6 +17,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::Runner;
+use super::device_state::{Direction, Transfer, TransferError};
 use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::state::Table;
@@ -33,7 +34,8 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
-    .union(VhostUserProtocolFeatures::LOG_SHMFD);
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
 /// How a session ended, if well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,14 +163,15 @@ pub(super) struct Session<'a, R> {
     /// `regions` with the log that is due.
     memory: Arc<Memory>,
     pub(super) vrings: Vec<Vring>,
+    transfer: Transfer,
 }
 
 impl<'a, R: Runner> Session<'a, R> {
     pub(super) fn new(
         device: &'a Device,
         runner: &'a mut R,
-        table: &Arc<Table>,
-        alarm: &Arc<Alarm>,
+        (table, alarm): (&Arc<Table>, &Arc<Alarm>),
+        stop: BorrowedFd<'_>,
     ) -> Self {
         Self {
             table: Arc::clone(table),
@@ -183,6 +186,7 @@ impl<'a, R: Runner> Session<'a, R> {
             inflight: None,
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
+            transfer: Transfer::new(stop),
         }
     }
 
@@ -325,6 +329,18 @@ pub(super) fn eventfd(
 }
 
 type Answer<T> = Result<T, ProtocolError>;
+
+/// What the front end is told by a number, and an operator by the log.
+fn refused(error: TransferError) -> ProtocolError {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    log::error!("migration: {text}");
+    ProtocolError::ReqHandlerError(io::Error::other(error))
+}
 
 /// For requests that belong to features which are not offered.
 fn not_offered<T>(what: &'static str) -> Answer<T> {
@@ -579,15 +595,26 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        fd: File,
     ) -> Answer<Option<File>> {
-        not_offered("DEVICE_STATE was not offered")
+        let VhostTransferStatePhase::STOPPED = phase;
+        let direction = match direction {
+            VhostTransferStateDirection::SAVE => Direction::Save,
+            VhostTransferStateDirection::LOAD => Direction::Load,
+        };
+        if self.vrings.iter().any(|vring| vring.running) {
+            return Err(refused(TransferError::Running));
+        }
+        let state = self.runner.device_state();
+        self.transfer.begin(direction, fd, state).map_err(refused)?;
+        // Its own pipe is good enough.
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Answer<()> {
-        not_offered("DEVICE_STATE was not offered")
+        self.transfer.end().map_err(refused)
     }
 
     fn get_shmem_config(&mut self) -> Answer<VhostUserShMemConfig> {

@@ -35,7 +35,7 @@ pub fn serve<R: Runner + Send>(
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
     watch(runner, stop, |runner, alarm, stop| {
-        let session = Session::new(device, runner, table, alarm);
+        let session = Session::new(device, runner, (table, alarm), stop.asked);
         session.begin();
         let conversation = Conversation::new(stream, session, table)?;
         conversation.hold(None, stop)
@@ -59,7 +59,7 @@ pub fn resume<R: Runner + Send>(
 ) -> Result<End, SessionError> {
     watch(runner, stop, |runner, alarm, stop| {
         let stream = restore::socket(&record)?;
-        let session = Session::new(device, runner, table, alarm);
+        let session = Session::new(device, runner, (table, alarm), stop.asked);
         let conversation = Conversation::new(stream, session, table)?;
         conversation.hold(Some(record), stop)
     })

@@ -5,6 +5,7 @@
 //! worker's runtime. The invariant: a file system never sees a name that is empty, `.` or `..`,
 //! has a `/` or a NUL in it or is longer than 255 bytes; the dispatch has refused it.
 
+mod moving;
 pub mod passthrough;
 
 use std::ffi::CStr;
@@ -13,7 +14,10 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+pub use self::moving::MoveError;
+
 use crate::io::{File, Lock};
+use crate::state::stream::Snapshot;
 
 /// What an operation ends with: an answer, or an errno for the guest.
 pub type Result<T> = std::result::Result<T, Errno>;
@@ -276,6 +280,29 @@ pub trait FileSystem: Send + Sync + 'static {
     /// A lock was taken, or given up, with what [`file`](Self::file) or
     /// [`lock_file`](Self::lock_file) has handed out.
     fn note_lock(&self, _node: NodeId, _handle: Handle, _owner: LockOwner, _lock: Lock) {}
+
+    /// All that the session holds, for another server; nothing changes here. Called while no
+    /// request is under way.
+    ///
+    /// # Errors
+    ///
+    /// It can't be had.
+    fn save(&self) -> std::result::Result<Snapshot, MoveError> {
+        Err(MoveError::Unsupported)
+    }
+    /// What was saved is on its way: gives up what one server alone can have, such as locks.
+    fn lend(&self) {}
+    /// The session goes on here all the same: takes back what was lent.
+    fn take_back(&self) {}
+    /// Goes on from what another server has saved. Called after [`reset`](Self::reset) and
+    /// [`begin`](Self::begin), while no request is under way.
+    ///
+    /// # Errors
+    ///
+    /// It can't be gone on from. There may be parts of it here then, until the next reset.
+    fn load(&self, _snapshot: &Snapshot) -> std::result::Result<(), MoveError> {
+        Err(MoveError::Unsupported)
+    }
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;

@@ -274,6 +274,19 @@ pub(super) fn our_version() -> InitOut {
     }
 }
 
+/// What can be served with these options to a guest that has agreed on it elsewhere: what would be
+/// agreed on, and what is the guest's own affair.
+pub(super) fn served(options: &SessionOptions) -> InitFlags {
+    let own = union(&[
+        InitFlags::DO_READDIRPLUS,
+        InitFlags::READDIRPLUS_AUTO,
+        InitFlags::CACHE_SYMLINKS,
+        InitFlags::SUBMOUNTS,
+        InitFlags::DIRECT_IO_ALLOW_MMAP,
+    ]);
+    wanted(options) | own
+}
+
 fn wanted(options: &SessionOptions) -> InitFlags {
     let readdirplus = match options.readdirplus {
         Readdirplus::Never => InitFlags::NONE,

@@ -47,6 +47,9 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_flock,
     // Asked for to know an inode again; to open by it takes another call, see HANDLES.
     libc::SYS_name_to_handle_at,
+    // Files without a name that are moved with their guest.
+    libc::SYS_pread64,
+    libc::SYS_fchown,
 ];
 
 /// Whose files they are to be (`fs::passthrough::credentials`): ids, umask and capabilities of

@@ -202,12 +202,26 @@ impl Table {
         (first, NUMBERS)
     }
 
-    pub(super) fn nodes_given_out(&self) -> u64 {
+    /// Node ids below were given out, or are as good as.
+    #[must_use]
+    pub fn nodes_given_out(&self) -> u64 {
         self.load(at::NODES)
     }
 
-    pub(super) fn handles_given_out(&self) -> u64 {
+    /// Handles below were given out, or are as good as.
+    #[must_use]
+    pub fn handles_given_out(&self) -> u64 {
         self.load(at::HANDLES)
+    }
+
+    /// Takes node ids below `node` for given out.
+    pub fn skip_to_node(&self, node: u64) {
+        self.word(at::NODES).fetch_max(node, Ordering::AcqRel);
+    }
+
+    /// Takes handles below `handle` for given out.
+    pub fn skip_to_handle(&self, handle: u64) {
+        self.word(at::HANDLES).fetch_max(handle, Ordering::AcqRel);
     }
 
     /// What handles of one table are told from those of another by; 0 until it is set.

@@ -16,6 +16,7 @@ mod header;
 mod inodes;
 mod locks;
 mod slabs;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 mod text;

@@ -8,6 +8,7 @@ pub mod count;
 pub mod decode;
 pub mod exchange;
 pub mod guest;
+pub mod moved;
 pub mod request;
 pub mod ring;
 pub mod source;

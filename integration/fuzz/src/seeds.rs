@@ -5,13 +5,18 @@
 
 use std::path::Path;
 
+use ringfsd::state::stream::{
+    self, Agreement, Find, Flock, Inode, Locks, Nameless, Open, Range, Snapshot,
+};
+
 fn main() -> std::io::Result<()> {
     let dir = std::env::args_os().nth(1);
     let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
-    let targets: [(&str, Seeds); 5] = [
+    let targets: [(&str, Seeds); 6] = [
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
+        ("moved", moved()),
         ("vhost_user", vhost_user()),
         ("state", state()),
     ];
@@ -33,6 +38,86 @@ fn table(first: &[[u8; 5]]) -> Vec<u8> {
     let mut bytes: Vec<u8> = first.concat();
     bytes.resize(16 * 5, 0);
     bytes
+}
+
+/// States of sessions, without their checksums.
+fn moved() -> Seeds {
+    let inode = |node, from, name: &str, kind| Inode {
+        node,
+        lookups: 2,
+        kind,
+        number: 7,
+        birth: Some(1),
+        handle: vec![1, 0, 0, 0, 7, 7, 7, 7],
+        find: Find::Path {
+            from,
+            path: name.into(),
+            verify: false,
+        },
+    };
+    let open = |handle, node, directory| Open {
+        handle,
+        node,
+        flags: 2,
+        directory,
+        flock: Flock::Exclusive,
+    };
+    let snapshot = Snapshot {
+        agreement: Some(Agreement {
+            minor: 38,
+            flags: 1,
+            max_readahead: 1 << 17,
+            max_write: 1 << 20,
+            max_pages: 256,
+            max_background: 12,
+        }),
+        generation: 5,
+        next_node: 100,
+        next_handle: 100,
+        inodes: vec![
+            inode(2, 1, "d", libc::S_IFDIR),
+            inode(3, 2, "f", libc::S_IFREG),
+            inode(4, 1, "d/d/f", libc::S_IFREG),
+            Inode {
+                find: Find::Nameless(Nameless {
+                    mode: 0o600,
+                    size: 10,
+                    pieces: vec![(2, b"some".to_vec())],
+                    ..Nameless::default()
+                }),
+                ..inode(5, 1, "", libc::S_IFREG)
+            },
+            Inode {
+                find: Find::Nameless(Nameless::default()),
+                ..inode(6, 1, "", libc::S_IFDIR)
+            },
+            Inode {
+                find: Find::Handle,
+                ..inode(7, 1, "", libc::S_IFREG)
+            },
+        ],
+        opens: vec![open(1, 3, false), open(2, 2, true), open(3, 5, false)],
+        locks: vec![Locks {
+            node: 3,
+            owner: 9,
+            handle: 1,
+            ranges: vec![Range {
+                start: 1,
+                end: 5,
+                exclusive: true,
+            }],
+        }],
+        ..Snapshot::default()
+    };
+    let bytes = |snapshot: &Snapshot| {
+        let mut bytes = stream::encode(snapshot).unwrap_or_default();
+        bytes.truncate(bytes.len().saturating_sub(8));
+        bytes
+    };
+    vec![
+        ("nothing", bytes(&Snapshot::default())),
+        ("session", bytes(&snapshot)),
+    ]
 }
 
 /// Stores into a table that are right, or nearly so.

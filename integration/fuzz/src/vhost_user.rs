@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use ringfsd::device::Device;
-use ringfsd::front::{self, Runner};
+use ringfsd::front::{self, Cause, DeviceState, Runner};
 use ringfsd::state::{Limits, Table};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -118,6 +118,30 @@ impl Runner for Taking {
     fn reset(&mut self) {
         assert!(self.queues.is_empty(), "all were stopped before");
         self.resets += 1;
+    }
+
+    fn device_state(&self) -> Arc<dyn DeviceState> {
+        assert!(self.queues.is_empty(), "all were stopped before");
+        Arc::new(Stateful)
+    }
+}
+
+/// A device with a state.
+#[derive(Debug)]
+struct Stateful;
+
+impl DeviceState for Stateful {
+    fn save(&self) -> Result<Vec<u8>, Cause> {
+        Ok(vec![7; 1000])
+    }
+
+    fn saved(&self) {}
+
+    fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
+        if bytes.is_empty() {
+            return Err("nothing".into());
+        }
+        Ok(())
     }
 }
 

@@ -192,6 +192,45 @@ impl Handles {
         })
     }
 
+    /// Calls `each` with all that is open, and what the whole file is locked for.
+    pub(super) fn each(&self, mut each: impl FnMut(&HandleFields, u64, &File)) {
+        for shard in &self.shards {
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            for open in shard.values() {
+                each(&open.record.fields(), open.record.lock(), &open.file);
+            }
+        }
+    }
+
+    /// Gives out no handle below `handle` any more.
+    pub(super) fn skip_to_handle(&self, handle: u64) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.table.skip_to_handle(handle);
+        *next = (0, 0);
+    }
+
+    /// Puts in what another server has given out, open as `file`, the whole of which is locked for
+    /// `lock`.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` if the handle is taken, or was never given out; `ENFILE` if there is no room in
+    /// the table.
+    pub(super) fn bring(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
+        let taken = self
+            .shard(fields.handle)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(&fields.handle);
+        if taken || fields.handle == 0 || fields.handle >= self.table.handles_given_out() {
+            return Err(Errno::EXIST);
+        }
+        let record = self.table.new_handle(fields, 0).ok_or(Errno::NFILE)?;
+        record.set_lock(lock);
+        self.put(record, file);
+        Ok(())
+    }
+
     pub(super) fn clear(&self) {
         for shard in &self.shards {
             let released = {

@@ -225,7 +225,7 @@ pub(super) struct Holder {
     mode: InodeFileHandles,
     mounts: Mutex<HashMap<u64, Exportable>>,
     /// The mount of the shared directory stays anchored there: that is busy anyway.
-    _root: Option<Arc<Mount>>,
+    root: Option<Arc<Mount>>,
 }
 
 /// Whether a mount's inodes can be opened by file handle.
@@ -259,7 +259,7 @@ impl Holder {
         Ok(Self {
             mode,
             mounts: Mutex::new(HashMap::from([(identity.key.mount, verdict)])),
-            _root: root,
+            root,
         })
     }
 
@@ -279,6 +279,11 @@ impl Holder {
             Err(error) if self.mode == InodeFileHandles::Mandatory => Err(error),
             Err(_) => Ok(None),
         }
+    }
+
+    /// The mount of the shared directory, where file handles can be opened in it.
+    pub(super) fn shared_mount(&self) -> Option<Arc<Mount>> {
+        self.root.clone()
     }
 
     /// The mount with the number `id`, if file handles are opened in it already.

@@ -201,6 +201,16 @@ impl Inode {
         self.record.lookups()
     }
 
+    /// Whether the way to others leads through it.
+    pub(super) fn has_children(&self) -> bool {
+        self.children.load(Ordering::Relaxed) > 0
+    }
+
+    /// When it was made, nanoseconds since 1970, where that is known.
+    pub(super) fn birth(&self) -> Option<i64> {
+        Some(self.record.birth()).filter(|birth| *birth != NO_BIRTH)
+    }
+
     /// What of it outlives this process.
     pub(super) fn record(&self) -> &InodeRecord {
         &self.record

@@ -153,11 +153,6 @@ impl Store {
         self.root.key()
     }
 
-    /// The table that outlives this process.
-    pub(super) fn table(&self) -> &Arc<Table> {
-        &self.table
-    }
-
     fn next_node(&self) -> NodeId {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         if next.1 == 0 {
@@ -190,6 +185,59 @@ impl Store {
                 }
             }
         }
+    }
+
+    /// All inodes but the root, also those that are here for their children alone.
+    pub(super) fn all(&self) -> Vec<Arc<Inode>> {
+        let of = |shard: &RwLock<Nodes>| {
+            let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
+            inodes.map(Arc::clone).collect::<Vec<_>>()
+        };
+        self.by_node.iter().flat_map(of).collect()
+    }
+
+    /// Gives out no node id below `node` any more.
+    pub(super) fn skip_to_node(&self, node: u64) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.table.skip_to_node(node);
+        *next = (0, 0);
+    }
+
+    /// Adds an inode that another server has given out as `node`, with so many lookups. False if
+    /// the node id is taken or was never given out, if the directory of its name is not here, or
+    /// if the table is full.
+    pub(super) fn bring(
+        &self,
+        node: NodeId,
+        lookups: u64,
+        identity: &Identity,
+        fd: Option<OwnedFd>,
+        way: Way,
+    ) -> bool {
+        let given_out = NodeId::ROOT.0 + 1..self.table.nodes_given_out();
+        if self.any(node).is_some() || !given_out.contains(&node.0) {
+            return false;
+        }
+        let parent = match &way {
+            Way::Name(place) => match self.any(place.parent) {
+                Some(parent) => Some(parent),
+                None => return false,
+            },
+            _ => None,
+        };
+        let Some(inode) = Inode::new(&self.table, identity, node, fd, way) else {
+            return false;
+        };
+        inode.record.set_lookups(lookups, 0, false);
+        let inode = Arc::new(inode);
+        // Two may be one here: the first keeps the key.
+        self.insert(&mut self.keys(&inode.key()), Arc::clone(&inode));
+        if let Some(parent) = parent {
+            parent.children.fetch_add(1, Ordering::Relaxed);
+        }
+        self.line_up(&inode);
+        true
     }
 
     /// The inode that `node` stands for, if the guest has it.

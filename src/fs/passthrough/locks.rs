@@ -116,6 +116,33 @@ impl Locks {
         self.put_in(nodes.entry(node).or_default(), record, file);
     }
 
+    /// Calls `each` with all owners, what they have, and what has it on the host.
+    pub(super) fn each(&self, mut each: impl FnMut(&LockFields, Vec<Range>, &File)) {
+        for owned in self.nodes().values().flatten() {
+            each(&owned.record.fields(), owned.record.ranges(), &owned.file);
+        }
+    }
+
+    /// Puts in an owner of another server; `file` has its locks.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` if the owner is here already, `ENOLCK` if there is no room in the table.
+    pub(super) fn bring(&self, fields: &LockFields, ranges: &[Range], file: File) -> Result<()> {
+        if self
+            .find(NodeId(fields.node), LockOwner(fields.owner))
+            .is_some()
+        {
+            return Err(Errno::EXIST);
+        }
+        let record = self.table.new_lock(fields).ok_or(Errno::NOLCK)?;
+        if !record.set_ranges(ranges) {
+            return Err(Errno::NOLCK);
+        }
+        self.put(record, file);
+        Ok(())
+    }
+
     /// Takes note that an owner has got a lock, or given it up.
     pub(super) fn note(&self, node: NodeId, owner: LockOwner, lock: RecordLock) {
         let nodes = self.nodes();

@@ -213,7 +213,7 @@ impl Passthrough {
         if inode.node() == NodeId::ROOT || stat.stx_attributes.bits() & root != 0 {
             0
         } else {
-            self.generation
+            self.generation()
         }
     }
 

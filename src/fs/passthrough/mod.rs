@@ -21,6 +21,7 @@ mod labels;
 mod locks;
 mod lookup;
 mod more;
+mod moving;
 mod names;
 mod on_demand;
 mod opening;
@@ -37,6 +38,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
@@ -44,6 +46,7 @@ use rustix::io::Errno;
 
 pub use self::holds::InodeFileHandles;
 pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
+pub use self::moving::{MigrationMode, MigrationOptions, OnMigrationError};
 pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
 pub use self::restore::{Past, Restored};
 pub use self::xattr_map::{XattrMap, XattrMapError};
@@ -62,9 +65,11 @@ use self::restore::Records;
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp, XattrFlags,
+    LockOwner, MoveError, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp,
+    XattrFlags,
 };
 use crate::io::{File, Lock, LockKind};
+use crate::state::stream::Snapshot;
 use crate::state::{StateError, Table};
 use crate::sys;
 
@@ -170,8 +175,10 @@ pub struct Passthrough {
     wear: Wear,
     /// Labels of SELinux are this host's business.
     selinux: bool,
-    /// What handles of this run are told from those of another by.
-    generation: u64,
+    /// Locks were given up for another server to have them; see `moving`.
+    lent: AtomicBool,
+    /// What the guest holds, as it outlives this process.
+    table: Arc<Table>,
 }
 
 impl Passthrough {
@@ -277,7 +284,8 @@ impl Passthrough {
             locks: Locks::new(table),
             wear,
             selinux: labels::host_has_selinux(),
-            generation: table.generation(),
+            lent: AtomicBool::new(false),
+            table: Arc::clone(table),
         };
         let restored = match (rest, past) {
             (Some((old, records)), Some(past)) => fs.restore(records, old, past),
@@ -289,7 +297,7 @@ impl Passthrough {
     /// The table of what the guest holds.
     #[must_use]
     pub fn table(&self) -> &Arc<Table> {
-        self.inodes.table()
+        &self.table
     }
 
     /// Says that the root is a directory that was made for `file`, `O_PATH`, which is on another
@@ -319,6 +327,11 @@ impl Passthrough {
     /// Prepares the calling thread, if it isn't.
     fn prepare(&self) -> Result<()> {
         credentials::prepare_thread(&self.proc_fds)
+    }
+
+    /// What handles of this run are told from those of another by.
+    fn generation(&self) -> u64 {
+        self.table().generation()
     }
 
     /// Asked by each operation that changes something, before it does.
@@ -408,6 +421,7 @@ impl FileSystem for Passthrough {
     }
 
     fn reset(&self) {
+        self.lent.store(false, Ordering::Relaxed);
         self.locks.clear();
         self.handles.clear();
         self.on_demand.clear();
@@ -448,6 +462,22 @@ impl FileSystem for Passthrough {
                 self.handles.note_lock(node, handle, kind);
             }
         }
+    }
+
+    fn save(&self) -> std::result::Result<Snapshot, MoveError> {
+        self.take_down()
+    }
+
+    fn lend(&self) {
+        self.lend_locks();
+    }
+
+    fn take_back(&self) {
+        self.take_locks_back();
+    }
+
+    fn load(&self, snapshot: &Snapshot) -> std::result::Result<(), MoveError> {
+        self.go_on_from(snapshot)
     }
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {

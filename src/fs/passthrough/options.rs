@@ -11,6 +11,7 @@ use rustix::process::{Resource, Rlimit};
 use super::bounds;
 use super::holds::InodeFileHandles;
 use super::id_map::IdMap;
+use super::moving::MigrationOptions;
 use super::xattr_map::XattrMap;
 use crate::state::Limits;
 
@@ -82,6 +83,8 @@ pub struct Options {
     pub readonly: bool,
     /// Entries say where another file system begins.
     pub announce_submounts: bool,
+    /// How a guest is moved to another server, or comes from one.
+    pub migration: MigrationOptions,
 }
 
 impl Options {
@@ -116,6 +119,7 @@ impl Default for Options {
             preserve_noatime: false,
             readonly: false,
             announce_submounts: true,
+            migration: MigrationOptions::default(),
         }
     }
 }

@@ -11,6 +11,7 @@ mod gate;
 mod inode_flags;
 mod locks;
 mod metadata;
+mod moving;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -290,11 +291,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .unwrap_or_else(PoisonError::into_inner) = Some(negotiated);
         let flags = negotiated.flags;
         self.agreed.store(flags.bits(), Ordering::Relaxed);
-        self.fs.begin(&Terms {
-            collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
-            no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
-            no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
-        });
+        self.fs.begin(&terms(flags));
         self.ready.store(true, Ordering::Release);
     }
 
@@ -347,6 +344,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
             _ => exchange.no_reply(),
         }
+    }
+}
+
+/// What of the agreement a file system has to go by.
+fn terms(flags: InitFlags) -> Terms {
+    Terms {
+        collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
+        no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
+        no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
     }
 }
 

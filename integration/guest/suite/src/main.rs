@@ -8,6 +8,7 @@ mod checks;
 mod digest;
 mod failure;
 mod fixture;
+mod load;
 mod lock;
 mod process;
 mod region;
@@ -23,6 +24,9 @@ usage: guest-suite [--quick] [--user-namespace] DIR [FILTER]
            --user-namespace the server is in one, where some of root's rights are missing
        guest-suite --list
            print the names of the checks
+       guest-suite --load DIR STOP
+           load the file system below DIR, and verify it all the time, until the file STOP is
+           there; exit 1 if something was not as it had to be
        guest-suite --digest DIR
            print a line for each file below DIR: content, kind, mode, owner, size, time, so
            that two trees can be compared";
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
             }
             Ok(true)
         }
+        ["--load", dir, stop] => load::run(Path::new(dir), Path::new(stop)),
         ["--digest", dir] => digest::print(Path::new(dir)).map(|()| true),
         [dir] if !dir.starts_with('-') => runner::run(Path::new(dir), ""),
         [dir, filter] if !dir.starts_with('-') => runner::run(Path::new(dir), filter),

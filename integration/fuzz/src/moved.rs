@@ -1,0 +1,92 @@
+//! A session's state as it comes from another server: any bytes, into a file system and a session.
+//!
+//! What must hold: it is taken as a whole or not at all; what was taken and is saved again is of the
+//! same inodes; nothing outside of the shared directory is reached, and nothing is left behind.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ringfsd::fs::passthrough::{MigrationOptions, OnMigrationError, Options, Passthrough};
+use ringfsd::fuse::{Session, SessionOptions};
+use ringfsd::state::stream;
+
+use crate::count;
+
+/// What is shared between inputs.
+struct Scene {
+    sessions: [Session<Passthrough>; 2],
+    directory: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        // Files as long as a state says shall fail, not end the process.
+        // SAFETY: ignoring a signal sets no handler.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        let memory = Path::new("/dev/shm");
+        let directory = if memory.is_dir() {
+            tempfile::tempdir_in(memory)
+        } else {
+            tempfile::tempdir()
+        };
+        let directory = directory.expect("a directory");
+        let share = directory.path().join("share");
+        std::fs::create_dir_all(share.join("d/d")).expect("directories");
+        for name in ["f", "d/f", "d/d/f", "d/link"] {
+            std::fs::write(share.join(name), name).expect("a file");
+        }
+        std::os::unix::fs::symlink("..", share.join("d/up")).expect("a link");
+        std::fs::write(directory.path().join("outside"), "outside").expect("a file");
+        let session = |on_error| {
+            let options = Options {
+                max_open_inodes: Some(64),
+                max_inodes: 100,
+                max_handles: Some(50),
+                migration: MigrationOptions {
+                    on_error,
+                    ..MigrationOptions::default()
+                },
+                ..Options::default()
+            };
+            let fs = Passthrough::new(&share, options).expect("a file system");
+            Session::new(Arc::new(fs), SessionOptions::default())
+        };
+        let sessions = [OnMigrationError::Abort, OnMigrationError::GuestError].map(session);
+        Self {
+            sessions,
+            directory,
+        }
+    }
+}
+
+/// One input: the bytes of a state but for its checksum.
+pub fn run(data: &[u8]) {
+    thread_local! {
+        static SCENE: Scene = Scene::new();
+    }
+    count::add(1);
+    // As it is, which is almost never a state; and as if it were one.
+    let _ = stream::decode(data);
+    let bytes = stream::sealed(data);
+    let Ok(snapshot) = stream::decode(&bytes) else {
+        return;
+    };
+    let again = stream::encode(&snapshot).expect("it was not too long");
+    assert_eq!(stream::decode(&again).as_ref(), Ok(&snapshot));
+    SCENE.with(|scene| {
+        for session in &scene.sessions {
+            let loaded = session.load(&bytes);
+            let fs = session.file_system();
+            if loaded.is_ok() {
+                assert!(fs.known_inodes() <= snapshot.inodes.len() + 1);
+                assert!(fs.open_handles() <= snapshot.opens.len());
+                let saved = session.save().expect("it can be saved");
+                stream::decode(&saved).expect("and be read");
+            }
+            session.reset();
+            assert_eq!((fs.known_inodes(), fs.open_handles()), (1, 0));
+        }
+        let there = std::fs::read_dir(scene.directory.path().join("share"));
+        assert_eq!(there.expect("the share").count(), 2, "nothing is left");
+    });
+}

@@ -1,0 +1,132 @@
+//! The whole shared directory, looked through for inodes that no known name leads to: those of which
+//! somebody on the host has moved or removed the one that was known.
+//!
+//! Numbers in the lists of names tell which are worth a look. The invariant: what is found is the
+//! inode, as a `statx` says; the search ends, whatever there is.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FileType, Mode, OFlags, RawDir};
+use rustix::io::Errno;
+
+use super::super::Passthrough;
+use super::super::holds::{IDENTITY, Identity, stat_fd};
+use super::super::inode::Inode;
+use crate::fs::{NodeId, Result};
+
+/// How long the guest is kept waiting for it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Bytes of names that are read at once.
+const PIECE: usize = 64 * 1024;
+
+/// Bytes that a path may have, as deep as the search goes.
+const LONGEST: usize = 64 * 1024;
+
+/// A search that is under way.
+struct Search<'a> {
+    /// What is looked for, by its number: several, where there are several file systems.
+    wanted: HashMap<u64, Vec<&'a Arc<Inode>>>,
+    found: HashMap<NodeId, Vec<u8>>,
+    begun: Instant,
+}
+
+impl Passthrough {
+    /// Looks for names of `wanted`; answers the paths of those that have one.
+    pub(super) fn search(&self, wanted: &[Arc<Inode>]) -> HashMap<NodeId, Vec<u8>> {
+        let mut search = Search {
+            wanted: HashMap::new(),
+            found: HashMap::new(),
+            begun: Instant::now(),
+        };
+        for inode in wanted {
+            let of_number = search.wanted.entry(inode.key().number);
+            of_number.or_default().push(inode);
+        }
+        let Some(root) = self.inodes.any(NodeId::ROOT) else {
+            return HashMap::new();
+        };
+        // Paths of directories that are to be read; deep ones are opened from the root again, so
+        // that no more than one is open.
+        let mut waiting = vec![Vec::new()];
+        while let Some(path) = waiting.pop() {
+            if search.found.len() == wanted.len() {
+                break;
+            }
+            if search.begun.elapsed() > PATIENCE {
+                log::warn!(
+                    "migration: the search for {} inodes has been given up after {} seconds",
+                    wanted.len() - search.found.len(),
+                    PATIENCE.as_secs()
+                );
+                break;
+            }
+            let read = self.fd(&root).and_then(|root| {
+                let directory = self.directory_at(root.as_fd(), &path)?;
+                look_through(&mut search, directory.as_fd(), &path, &mut waiting)
+            });
+            if let Err(error) = read {
+                log::debug!("search: {}: {error}", path.escape_ascii());
+            }
+        }
+        search.found
+    }
+
+    fn directory_at(&self, root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = |at: BorrowedFd<'_>| {
+            self.with_room(|| rustix::fs::openat(at, c".", flags, Mode::empty()))
+        };
+        if path.is_empty() {
+            return open(root);
+        }
+        open(self.follow(root, path)?.as_fd())
+    }
+}
+
+/// Takes note of the directories in one, and of what is looked for.
+fn look_through(
+    search: &mut Search<'_>,
+    directory: BorrowedFd<'_>,
+    path: &[u8],
+    waiting: &mut Vec<Vec<u8>>,
+) -> Result<()> {
+    let mut piece = Vec::with_capacity(PIECE);
+    let mut entries = RawDir::new(directory, piece.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let longer = || {
+            let mut longer = path.to_vec();
+            if !longer.is_empty() {
+                longer.push(b'/');
+            }
+            longer.extend(name.to_bytes());
+            longer
+        };
+        if let Some(wanted) = search.wanted.get(&entry.ino())
+            && let Ok(identity) = identity_of(directory, name)
+            && let Some(inode) = wanted.iter().find(|inode| inode.may_be(&identity))
+        {
+            search.found.entry(inode.node()).or_insert_with(longer);
+        }
+        let may_be_directory = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
+        if may_be_directory && path.len() + name.count_bytes() < LONGEST {
+            waiting.push(longer());
+        }
+    }
+    Ok(())
+}
+
+fn identity_of(directory: BorrowedFd<'_>, name: &CStr) -> std::result::Result<Identity, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    Ok(Identity::of(&stat_fd(&fd, IDENTITY)?))
+}

@@ -1,0 +1,946 @@
+//! What a session holds, as it travels from one server to another when a virtual machine is moved.
+//!
+//! Plain data, and the bytes that it becomes: a header with a version, records with their lengths,
+//! a checksum over all of it. Nothing here opens or knows files. All numbers are little-endian. The
+//! invariant: [`decode`] answers what [`encode`] was given, or an error; it takes no more memory
+//! than a few times what it is given, whatever that says, and panics on nothing.
+//!
+//! A record may become longer in a later version of the program without a new version of the stream,
+//! as what stands behind what is known is passed over; what must not be passed over takes one.
+
+use std::fmt;
+
+/// The version of the stream that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+
+/// The longest stream that is read or written, bytes: a few million inodes, and what
+/// [`CONTENT_MOST`] allows.
+pub const MOST: usize = 1 << 30;
+
+/// Bytes of files without a name that are taken along, all together.
+pub const CONTENT_MOST: u64 = 256 << 20;
+
+const MAGIC: [u8; 8] = *b"RINGFSDm";
+
+/// Bytes before the first record.
+const HEADER: usize = MAGIC.len() + 4 + 4;
+
+/// Bytes behind the last record.
+const CHECKSUM: usize = 8;
+
+/// Why a stream can't be used. Nothing of it has been, then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError {
+    /// It is something else.
+    #[error("this is not the state of a session of ringfsd: both sides have to run it")]
+    Foreign,
+    /// Another program's version.
+    #[error(
+        "the state comes in version {found}, and this server reads {VERSION}: run the same version of \
+         ringfsd on both sides"
+    )]
+    Version {
+        /// The one that was found.
+        found: u32,
+    },
+    /// It ends before its end.
+    #[error("the state has been cut short: {found} bytes of it have come")]
+    Cut {
+        /// Bytes that have come.
+        found: usize,
+    },
+    /// Bytes have changed on their way.
+    #[error("the state is damaged: its checksum is another")]
+    Checksum,
+    /// Something in it can't be.
+    #[error("the state can't be right: {what} at byte {at}")]
+    Wrong {
+        /// What.
+        what: &'static str,
+        /// Where.
+        at: usize,
+    },
+    /// Longer than [`MOST`].
+    #[error("the state is longer than the {MOST} bytes that there may be")]
+    TooLong,
+}
+
+/// All that a session holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// What INIT has agreed on; `None` before it.
+    pub agreement: Option<Agreement>,
+    /// What the guest's file handles have been told apart by so far.
+    pub generation: u64,
+    /// The next node id to be given out.
+    pub next_node: u64,
+    /// The next handle.
+    pub next_handle: u64,
+    /// The shared directory.
+    pub root: Root,
+    /// Inodes, each behind those that it is found by.
+    pub inodes: Vec<Inode>,
+    /// Open files and directories.
+    pub opens: Vec<Open>,
+    /// Record locks.
+    pub locks: Vec<Locks>,
+}
+
+/// What INIT has agreed on, as far as the guest goes by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Agreement {
+    /// Minor version of FUSE.
+    pub minor: u32,
+    /// All flags, in their places.
+    pub flags: u64,
+    /// Read-ahead, bytes.
+    pub max_readahead: u32,
+    /// Longest WRITE, bytes.
+    pub max_write: u32,
+    /// Most pages in one request.
+    pub max_pages: u16,
+    /// Most requests in the background.
+    pub max_background: u16,
+}
+
+/// By what the shared directory is known again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Root {
+    /// Its file handle; empty where the file system has none.
+    pub handle: Vec<u8>,
+    /// Its inode number.
+    pub number: u64,
+    /// When it was made, nanoseconds since 1970.
+    pub birth: Option<i64>,
+}
+
+/// An inode that the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inode {
+    /// What the guest calls it.
+    pub node: u64,
+    /// Lookups that the guest has not given back.
+    pub lookups: u64,
+    /// Its type, as in `st_mode`.
+    pub kind: u32,
+    /// Its number where it comes from.
+    pub number: u64,
+    /// When it was made, nanoseconds since 1970, where that is known.
+    pub birth: Option<i64>,
+    /// Its file handle; empty where it isn't known, or not to be gone by.
+    pub handle: Vec<u8>,
+    /// How it is found.
+    pub find: Find,
+}
+
+/// How an inode is found at the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Find {
+    /// By its file handle.
+    Handle,
+    /// By a path that leads on from another inode: names with `/` between them.
+    Path {
+        /// Where it begins. The root, or an inode that stands before this one.
+        from: u64,
+        /// The names.
+        path: Vec<u8>,
+        /// The handle is there to make sure of it.
+        verify: bool,
+    },
+    /// It has no name any more, and is still used: it is made anew. By its handle, if that leads
+    /// there.
+    Nameless(Nameless),
+    /// Not at all, as it has ended: the guest gets errors, as it would have.
+    Gone,
+    /// Not at all, though it is there: the guest would get errors without a reason.
+    Lost,
+}
+
+/// An inode without a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Nameless {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner on the host.
+    pub uid: u32,
+    /// Group on the host.
+    pub gid: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Last access, and last change of the data: nanoseconds since 1970.
+    pub times: [i64; 2],
+    /// What stands where; zeros in between.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+}
+
+/// An open file or directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// What the guest calls it.
+    pub handle: u64,
+    /// Of which inode.
+    pub node: u64,
+    /// The host's flags, as `open(2)` has them.
+    pub flags: u32,
+    /// It is a directory's.
+    pub directory: bool,
+    /// The lock on the whole file that goes with it.
+    pub flock: Flock,
+}
+
+/// A lock on a whole file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flock {
+    /// None.
+    #[default]
+    None,
+    /// One that others may have as well.
+    Shared,
+    /// One that nobody else has.
+    Exclusive,
+}
+
+/// The record locks that an owner has on a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locks {
+    /// On which inode.
+    pub node: u64,
+    /// Whose they are.
+    pub owner: u64,
+    /// What the last one was asked for with.
+    pub handle: u64,
+    /// Which bytes.
+    pub ranges: Vec<Range>,
+}
+
+/// Bytes that are locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The first byte.
+    pub start: u64,
+    /// The last one.
+    pub end: u64,
+    /// Nobody else may read there.
+    pub exclusive: bool,
+}
+
+mod tag {
+    pub(super) const SESSION: u8 = 1;
+    pub(super) const INODE: u8 = 2;
+    pub(super) const OPEN: u8 = 3;
+    pub(super) const LOCKS: u8 = 4;
+    pub(super) const END: u8 = 0xff;
+}
+
+mod found_by {
+    pub(super) const HANDLE: u8 = 1;
+    pub(super) const PATH: u8 = 2;
+    pub(super) const PATH_VERIFIED: u8 = 3;
+    pub(super) const NAMELESS: u8 = 4;
+    pub(super) const LOST: u8 = 5;
+    pub(super) const GONE: u8 = 6;
+}
+
+/// The bytes of `snapshot`.
+///
+/// # Errors
+///
+/// [`StreamError::TooLong`].
+pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, StreamError> {
+    let mut out = Vec::new();
+    out.extend(MAGIC);
+    out.extend(VERSION.to_le_bytes());
+    // Reserved.
+    out.extend([0; 4]);
+    record(&mut out, tag::SESSION, |out| session(out, snapshot));
+    for inode in &snapshot.inodes {
+        record(&mut out, tag::INODE, |out| put_inode(out, inode));
+        if out.len() > MOST {
+            return Err(StreamError::TooLong);
+        }
+    }
+    for open in &snapshot.opens {
+        record(&mut out, tag::OPEN, |out| {
+            word(out, open.handle);
+            word(out, open.node);
+            out.extend(open.flags.to_le_bytes());
+            out.push(u8::from(open.directory));
+            out.push(match open.flock {
+                Flock::None => 0,
+                Flock::Shared => 1,
+                Flock::Exclusive => 2,
+            });
+        });
+    }
+    for locks in &snapshot.locks {
+        record(&mut out, tag::LOCKS, |out| {
+            word(out, locks.node);
+            word(out, locks.owner);
+            word(out, locks.handle);
+            word(out, len(&locks.ranges));
+            for range in &locks.ranges {
+                word(out, range.start);
+                word(out, range.end);
+                out.push(u8::from(range.exclusive));
+            }
+        });
+    }
+    record(&mut out, tag::END, |_| {});
+    let sum = checksum(&out);
+    word(&mut out, sum);
+    if out.len() > MOST {
+        return Err(StreamError::TooLong);
+    }
+    Ok(out)
+}
+
+fn session(out: &mut Vec<u8>, snapshot: &Snapshot) {
+    word(out, snapshot.generation);
+    word(out, snapshot.next_node);
+    word(out, snapshot.next_handle);
+    bytes(out, &snapshot.root.handle);
+    word(out, snapshot.root.number);
+    optional(out, snapshot.root.birth);
+    out.push(u8::from(snapshot.agreement.is_some()));
+    if let Some(agreed) = &snapshot.agreement {
+        out.extend(agreed.minor.to_le_bytes());
+        word(out, agreed.flags);
+        out.extend(agreed.max_readahead.to_le_bytes());
+        out.extend(agreed.max_write.to_le_bytes());
+        out.extend(agreed.max_pages.to_le_bytes());
+        out.extend(agreed.max_background.to_le_bytes());
+    }
+}
+
+fn put_inode(out: &mut Vec<u8>, inode: &Inode) {
+    word(out, inode.node);
+    word(out, inode.lookups);
+    out.extend(inode.kind.to_le_bytes());
+    word(out, inode.number);
+    optional(out, inode.birth);
+    bytes(out, &inode.handle);
+    match &inode.find {
+        Find::Handle => out.push(found_by::HANDLE),
+        Find::Path { from, path, verify } => {
+            out.push(if *verify {
+                found_by::PATH_VERIFIED
+            } else {
+                found_by::PATH
+            });
+            word(out, *from);
+            bytes(out, path);
+        }
+        Find::Nameless(nameless) => {
+            out.push(found_by::NAMELESS);
+            out.extend(nameless.mode.to_le_bytes());
+            out.extend(nameless.uid.to_le_bytes());
+            out.extend(nameless.gid.to_le_bytes());
+            word(out, nameless.size);
+            for time in nameless.times {
+                word(out, time.cast_unsigned());
+            }
+            word(out, len(&nameless.pieces));
+            for (at, piece) in &nameless.pieces {
+                word(out, *at);
+                bytes(out, piece);
+            }
+        }
+        Find::Lost => out.push(found_by::LOST),
+        Find::Gone => out.push(found_by::GONE),
+    }
+}
+
+/// Appends a record: its tag, how long it is, and what it says.
+fn record(out: &mut Vec<u8>, tag: u8, body: impl FnOnce(&mut Vec<u8>)) {
+    out.push(tag);
+    let length = out.len();
+    word(out, 0);
+    let begin = out.len();
+    body(out);
+    let written = (out.len() - begin) as u64;
+    out[length..begin].copy_from_slice(&written.to_le_bytes());
+}
+
+fn word(out: &mut Vec<u8>, word: u64) {
+    out.extend(word.to_le_bytes());
+}
+
+fn optional(out: &mut Vec<u8>, number: Option<i64>) {
+    out.push(u8::from(number.is_some()));
+    word(out, number.unwrap_or(0).cast_unsigned());
+}
+
+fn bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    word(out, bytes.len() as u64);
+    out.extend(bytes);
+}
+
+fn len<T>(of: &[T]) -> u64 {
+    of.len() as u64
+}
+
+/// Mixes words; for what goes wrong by accident, not on purpose.
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut sum = bytes.len() as u64;
+    let mut mix = |word: u64| {
+        let product = (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        sum = product ^ product >> 32;
+    };
+    let (words, rest) = bytes.as_chunks::<8>();
+    for word in words {
+        mix(u64::from_le_bytes(*word));
+    }
+    for byte in rest {
+        mix(u64::from(*byte));
+    }
+    sum
+}
+
+/// As much of a stream as there may be without its checksum, with one.
+#[must_use]
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    [body, &checksum(body).to_le_bytes()].concat()
+}
+
+/// The snapshot that `stream` is, if it is one as a whole.
+///
+/// # Errors
+///
+/// See [`StreamError`].
+pub fn decode(stream: &[u8]) -> Result<Snapshot, StreamError> {
+    if stream.len() > MOST {
+        return Err(StreamError::TooLong);
+    }
+    let cut = StreamError::Cut {
+        found: stream.len(),
+    };
+    let (magic, rest) = stream.split_first_chunk::<8>().ok_or(cut)?;
+    if *magic != MAGIC {
+        return Err(StreamError::Foreign);
+    }
+    let (version, _) = rest.split_first_chunk::<4>().ok_or(cut)?;
+    let found = u32::from_le_bytes(*version);
+    if found != VERSION {
+        return Err(StreamError::Version { found });
+    }
+    let (body, sum) = stream.split_last_chunk::<CHECKSUM>().ok_or(cut)?;
+    if body.len() < HEADER {
+        return Err(cut);
+    }
+    if checksum(body) != u64::from_le_bytes(*sum) {
+        // What isn't there can't be told from what is wrong, but for the end.
+        return Err(if ends(stream) {
+            StreamError::Checksum
+        } else {
+            cut
+        });
+    }
+    Reader {
+        bytes: body,
+        at: HEADER,
+        end: body.len(),
+    }
+    .snapshot()
+}
+
+/// Whether the records lead to an end that is the stream's.
+fn ends(stream: &[u8]) -> bool {
+    let mut at = HEADER;
+    loop {
+        let Some((tag, rest)) = stream.get(at..).and_then(<[u8]>::split_first) else {
+            return false;
+        };
+        let Some((length, rest)) = rest.split_first_chunk::<8>() else {
+            return false;
+        };
+        if *tag == tag::END {
+            return rest.len() == CHECKSUM;
+        }
+        let Some(next) = usize::try_from(u64::from_le_bytes(*length))
+            .ok()
+            .filter(|length| *length <= rest.len())
+            .and_then(|length| at.checked_add(9)?.checked_add(length))
+        else {
+            return false;
+        };
+        at = next;
+    }
+}
+
+/// What is left of a stream, or of one record of it.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    end: usize,
+}
+
+type Read<T> = Result<T, StreamError>;
+
+impl<'a> Reader<'a> {
+    fn snapshot(&mut self) -> Read<Snapshot> {
+        let mut snapshot = Snapshot::default();
+        let mut begun = false;
+        loop {
+            let at = self.at;
+            let tag = self.byte()?;
+            let mut record = self.record()?;
+            if !begun && tag != tag::SESSION {
+                return Err(wrong("no session to begin with", at));
+            }
+            match tag {
+                tag::SESSION if begun => return Err(wrong("a second session", at)),
+                tag::SESSION => {
+                    record.session(&mut snapshot)?;
+                    begun = true;
+                }
+                tag::INODE => snapshot.inodes.push(record.inode()?),
+                tag::OPEN => snapshot.opens.push(record.open()?),
+                tag::LOCKS => snapshot.locks.push(record.locks()?),
+                tag::END if self.at == self.end => return Ok(snapshot),
+                tag::END => return Err(wrong("something behind the end", self.at)),
+                _ => return Err(wrong("a record of an unknown kind", at)),
+            }
+        }
+    }
+
+    /// The record that comes next, by itself.
+    fn record(&mut self) -> Read<Self> {
+        let at = self.at;
+        let length = self.length()?;
+        let begin = self.at;
+        self.at = begin.checked_add(length).ok_or(wrong("a length", at))?;
+        Ok(Self {
+            bytes: self.bytes,
+            at: begin,
+            end: self.at,
+        })
+    }
+
+    fn session(&mut self, into: &mut Snapshot) -> Read<()> {
+        into.generation = self.word()?;
+        into.next_node = self.word()?;
+        into.next_handle = self.word()?;
+        into.root = Root {
+            handle: self.byte_string()?,
+            number: self.word()?,
+            birth: self.optional()?,
+        };
+        if self.flag()? {
+            into.agreement = Some(Agreement {
+                minor: self.half()?,
+                flags: self.word()?,
+                max_readahead: self.half()?,
+                max_write: self.half()?,
+                max_pages: u16::from_le_bytes(self.array()?),
+                max_background: u16::from_le_bytes(self.array()?),
+            });
+        }
+        Ok(())
+    }
+
+    fn inode(&mut self) -> Read<Inode> {
+        Ok(Inode {
+            node: self.word()?,
+            lookups: self.word()?,
+            kind: self.half()?,
+            number: self.word()?,
+            birth: self.optional()?,
+            handle: self.byte_string()?,
+            find: self.find()?,
+        })
+    }
+
+    fn find(&mut self) -> Read<Find> {
+        let at = self.at;
+        Ok(match self.byte()? {
+            found_by::HANDLE => Find::Handle,
+            by @ (found_by::PATH | found_by::PATH_VERIFIED) => Find::Path {
+                from: self.word()?,
+                path: self.byte_string()?,
+                verify: by == found_by::PATH_VERIFIED,
+            },
+            found_by::NAMELESS => Find::Nameless(Nameless {
+                mode: self.half()?,
+                uid: self.half()?,
+                gid: self.half()?,
+                size: self.word()?,
+                times: [self.word()?.cast_signed(), self.word()?.cast_signed()],
+                pieces: self.list(16, |piece| Ok((piece.word()?, piece.byte_string()?)))?,
+            }),
+            found_by::LOST => Find::Lost,
+            found_by::GONE => Find::Gone,
+            _ => return Err(wrong("an unknown way to an inode", at)),
+        })
+    }
+
+    fn open(&mut self) -> Read<Open> {
+        Ok(Open {
+            handle: self.word()?,
+            node: self.word()?,
+            flags: self.half()?,
+            directory: self.flag()?,
+            flock: {
+                let at = self.at;
+                match self.byte()? {
+                    0 => Flock::None,
+                    1 => Flock::Shared,
+                    2 => Flock::Exclusive,
+                    _ => return Err(wrong("an unknown lock", at)),
+                }
+            },
+        })
+    }
+
+    fn locks(&mut self) -> Read<Locks> {
+        Ok(Locks {
+            node: self.word()?,
+            owner: self.word()?,
+            handle: self.word()?,
+            ranges: self.list(17, |range| {
+                Ok(Range {
+                    start: range.word()?,
+                    end: range.word()?,
+                    exclusive: range.flag()?,
+                })
+            })?,
+        })
+    }
+
+    /// A list whose members have `least` bytes at least.
+    fn list<T>(&mut self, least: usize, mut one: impl FnMut(&mut Self) -> Read<T>) -> Read<Vec<T>> {
+        let at = self.at;
+        let count = self.word()?;
+        let room = self.end.saturating_sub(self.at) / least.max(1);
+        let count = usize::try_from(count)
+            .ok()
+            .filter(|count| *count <= room)
+            .ok_or(wrong("a list longer than its record", at))?;
+        let mut list = Vec::with_capacity(count);
+        for _ in 0..count {
+            list.push(one(self)?);
+        }
+        Ok(list)
+    }
+
+    fn byte_string(&mut self) -> Read<Vec<u8>> {
+        let length = self.length()?;
+        Ok(self.take(length)?.to_vec())
+    }
+
+    /// A length that what is left has room for.
+    fn length(&mut self) -> Read<usize> {
+        let at = self.at;
+        let length = self.word()?;
+        usize::try_from(length)
+            .ok()
+            .filter(|length| *length <= self.end.saturating_sub(self.at))
+            .ok_or(wrong("a length beyond the end", at))
+    }
+
+    fn take(&mut self, length: usize) -> Read<&'a [u8]> {
+        let at = self.at;
+        let end = at
+            .checked_add(length)
+            .filter(|end| *end <= self.end)
+            .ok_or(wrong("an end", at))?;
+        self.at = end;
+        self.bytes.get(at..end).ok_or(wrong("an end", at))
+    }
+
+    fn array<const N: usize>(&mut self) -> Read<[u8; N]> {
+        let at = self.at;
+        let taken = self.take(N)?.first_chunk();
+        taken.copied().ok_or(wrong("an end", at))
+    }
+
+    fn byte(&mut self) -> Read<u8> {
+        self.array().map(|[byte]| byte)
+    }
+
+    fn flag(&mut self) -> Read<bool> {
+        let at = self.at;
+        match self.byte()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(wrong("neither yes nor no", at)),
+        }
+    }
+
+    fn half(&mut self) -> Read<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn word(&mut self) -> Read<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn optional(&mut self) -> Read<Option<i64>> {
+        let there = self.flag()?;
+        let number = self.word()?.cast_signed();
+        Ok(there.then_some(number))
+    }
+}
+
+fn wrong(what: &'static str, at: usize) -> StreamError {
+    StreamError::Wrong { what, at }
+}
+
+impl fmt::Display for Find {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Handle => f.write_str("by its file handle"),
+            Self::Path { from, path, .. } => {
+                write!(f, "as {} from node {from}", path.escape_ascii())
+            }
+            Self::Nameless(_) => f.write_str("without a name"),
+            Self::Lost | Self::Gone => f.write_str("not at all"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::option;
+    use proptest::prelude::{BoxedStrategy, Just, Strategy, any, prop_oneof, proptest};
+
+    use super::*;
+
+    fn bytes() -> BoxedStrategy<Vec<u8>> {
+        vec(any::<u8>(), 0..40).boxed()
+    }
+
+    fn nameless() -> impl Strategy<Value = Nameless> {
+        let numbers = any::<(u32, u32, u32, u64, [i64; 2])>();
+        (numbers, vec((any::<u64>(), bytes()), 0..4)).prop_map(|(numbers, pieces)| {
+            let (mode, uid, gid, size, times) = numbers;
+            Nameless {
+                mode,
+                uid,
+                gid,
+                size,
+                times,
+                pieces,
+            }
+        })
+    }
+
+    fn find() -> impl Strategy<Value = Find> {
+        prop_oneof![
+            Just(Find::Handle),
+            Just(Find::Lost),
+            Just(Find::Gone),
+            nameless().prop_map(Find::Nameless),
+            (any::<u64>(), bytes(), any::<bool>()).prop_map(|(from, path, verify)| Find::Path {
+                from,
+                path,
+                verify
+            }),
+        ]
+    }
+
+    fn inode() -> impl Strategy<Value = Inode> {
+        let numbers = any::<(u64, u64, u32, u64, Option<i64>)>();
+        (numbers, bytes(), find()).prop_map(|(numbers, handle, find)| {
+            let (node, lookups, kind, number, birth) = numbers;
+            Inode {
+                node,
+                lookups,
+                kind,
+                number,
+                birth,
+                handle,
+                find,
+            }
+        })
+    }
+
+    fn open() -> impl Strategy<Value = Open> {
+        let flock = prop_oneof![
+            Just(Flock::None),
+            Just(Flock::Shared),
+            Just(Flock::Exclusive)
+        ];
+        (any::<(u64, u64, u32, bool)>(), flock).prop_map(|(numbers, flock)| {
+            let (handle, node, flags, directory) = numbers;
+            Open {
+                handle,
+                node,
+                flags,
+                directory,
+                flock,
+            }
+        })
+    }
+
+    fn locks() -> impl Strategy<Value = Locks> {
+        let range = any::<(u64, u64, bool)>().prop_map(|(start, end, exclusive)| Range {
+            start,
+            end,
+            exclusive,
+        });
+        (any::<(u64, u64, u64)>(), vec(range, 0..4)).prop_map(|((node, owner, handle), ranges)| {
+            Locks {
+                node,
+                owner,
+                handle,
+                ranges,
+            }
+        })
+    }
+
+    fn snapshot() -> impl Strategy<Value = Snapshot> {
+        let agreement = option::of(any::<(u32, u64, u32, u32, u16, u16)>());
+        let head = (
+            any::<(u64, u64, u64, u64, Option<i64>)>(),
+            bytes(),
+            agreement,
+        );
+        let lists = (vec(inode(), 0..6), vec(open(), 0..4), vec(locks(), 0..4));
+        (head, lists).prop_map(|((numbers, handle, agreement), (inodes, opens, locks))| {
+            let (generation, next_node, next_handle, number, birth) = numbers;
+            let agreement = agreement.map(|agreed| Agreement {
+                minor: agreed.0,
+                flags: agreed.1,
+                max_readahead: agreed.2,
+                max_write: agreed.3,
+                max_pages: agreed.4,
+                max_background: agreed.5,
+            });
+            Snapshot {
+                agreement,
+                generation,
+                next_node,
+                next_handle,
+                root: Root {
+                    handle,
+                    number,
+                    birth,
+                },
+                inodes,
+                opens,
+                locks,
+            }
+        })
+    }
+
+    fn sample() -> Snapshot {
+        Snapshot {
+            generation: 7,
+            inodes: vec![Inode {
+                node: 2,
+                lookups: 3,
+                kind: libc::S_IFREG,
+                number: 12,
+                birth: Some(-1),
+                handle: vec![1, 2, 3],
+                find: Find::Path {
+                    from: 1,
+                    path: b"\xff/name".to_vec(),
+                    verify: true,
+                },
+            }],
+            ..Snapshot::default()
+        }
+    }
+
+    /// As `bytes`, with a checksum that is right.
+    fn resealed(bytes: &[u8]) -> Vec<u8> {
+        sealed(&bytes[..bytes.len().saturating_sub(CHECKSUM)])
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_is_decoded(snapshot in snapshot()) {
+            let bytes = encode(&snapshot).unwrap();
+            assert_eq!(decode(&bytes).as_ref(), Ok(&snapshot));
+        }
+
+        #[test]
+        fn a_change_of_any_byte_is_noticed(snapshot in snapshot(), at in any::<u16>(), bit in 0_u8..8) {
+            let mut bytes = encode(&snapshot).unwrap();
+            let at = usize::from(at) % bytes.len();
+            bytes[at] ^= 1_u8 << bit;
+            assert!(decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in vec(any::<u8>(), 0..400), known in any::<bool>()) {
+            let mut bytes = bytes;
+            if known && bytes.len() > 40 {
+                bytes[..8].copy_from_slice(&MAGIC);
+                bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+                bytes[16] = tag::SESSION;
+                bytes[18..25].fill(0);
+            }
+            let _ = decode(&bytes);
+            let _ = decode(&resealed(&bytes));
+        }
+
+        #[test]
+        fn a_change_that_the_checksum_goes_with_makes_it_not_panic(
+            snapshot in snapshot(),
+            at in any::<u16>(),
+            byte in any::<u8>(),
+        ) {
+            let mut bytes = encode(&snapshot).unwrap();
+            let at = usize::from(at) % bytes.len();
+            bytes[at] = byte;
+            let _ = decode(&resealed(&bytes));
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_cut_says_so() {
+        let bytes = encode(&sample()).unwrap();
+        for found in 0..bytes.len() {
+            assert_eq!(
+                decode(&bytes[..found]),
+                Err(StreamError::Cut { found }),
+                "{found}"
+            );
+        }
+    }
+
+    #[test]
+    fn other_versions_and_other_programs_are_told_apart() {
+        let mut bytes = encode(&sample()).unwrap();
+        bytes[8] = 2;
+        assert_eq!(decode(&bytes), Err(StreamError::Version { found: 2 }));
+        bytes[0] = 0;
+        assert_eq!(decode(&bytes), Err(StreamError::Foreign));
+    }
+
+    #[test]
+    fn what_a_later_program_adds_to_a_record_is_passed_over() {
+        let mut out = encode(&sample()).unwrap();
+        out.truncate(out.len() - CHECKSUM - 9);
+        record(&mut out, tag::OPEN, |out| {
+            word(out, 5);
+            word(out, 2);
+            out.extend([0; 6]);
+            out.extend(b"more");
+        });
+        record(&mut out, tag::END, |_| {});
+        word(&mut out, 0);
+        let found = decode(&resealed(&out)).unwrap();
+        assert_eq!(found.opens[0].handle, 5);
+    }
+
+    #[test]
+    fn a_list_that_claims_too_much_takes_no_memory() {
+        let mut out = encode(&Snapshot::default()).unwrap();
+        out.truncate(out.len() - CHECKSUM - 9);
+        record(&mut out, tag::LOCKS, |out| {
+            for claimed in [1, 2, 3, u64::MAX] {
+                word(out, claimed);
+            }
+        });
+        record(&mut out, tag::END, |_| {});
+        word(&mut out, 0);
+        assert!(matches!(
+            decode(&resealed(&out)),
+            Err(StreamError::Wrong { .. })
+        ));
+    }
+}
