@@ -13,17 +13,18 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::num::{NonZeroU16, NonZeroUsize};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringfsd::device::Device;
-use ringfsd::front;
+use ringfsd::front::{self, Runner, Stop};
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::fuse::{Session, SessionOptions};
 use ringfsd::io::{Kind, probe};
+use ringfsd::virtqueue::{Queue, QueueIndex};
 use ringfsd::worker::Crew;
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};
@@ -73,6 +74,23 @@ fn allocations(mut act: impl FnMut(usize)) -> usize {
     (0..5).map(once).min().unwrap_or_default()
 }
 
+/// Workers, and nothing around them.
+struct Workers<'a>(&'a Crew<Passthrough>);
+
+impl Runner for Workers<'_> {
+    fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> std::io::Result<()> {
+        self.0.run(queue, kick)
+    }
+
+    fn stop(&mut self, queue: QueueIndex) -> Option<u16> {
+        self.0.stop(queue).map(|queue| queue.next_available())
+    }
+
+    fn reset(&mut self) {
+        self.0.session().reset();
+    }
+}
+
 /// Serves a directory with a file of 64 KiB to `guest`.
 fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let dir = tempfile::tempdir().unwrap();
@@ -81,7 +99,7 @@ fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let table = Arc::clone(fs.table());
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let one = NonZeroUsize::MIN;
-    let mut crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
+    let crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
     let device = Device {
         tag: None,
         request_queues: NonZeroU16::MIN,
@@ -89,7 +107,13 @@ fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
-        let served = scope.spawn(|| front::serve(ours, &device, &mut crew, &table, never.as_fd()));
+        let served = scope.spawn(|| {
+            let stop = Stop {
+                asked: never.as_fd(),
+                leave: &AtomicBool::new(false),
+            };
+            front::serve(ours, &device, &mut Workers(&crew), &table, stop)
+        });
         let options = vmm::Options::default();
         let mut client = Client::new(Profile::Simple.connect(theirs, &options).unwrap());
         client.init().unwrap();

@@ -35,6 +35,22 @@ const PIECE: usize = 256 * 1024;
 /// Why something can't be saved or loaded, as whoever does so says it.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
+/// A device whose state can't be had.
+#[derive(Debug)]
+pub(super) struct Stateless;
+
+impl DeviceState for Stateless {
+    fn save(&self) -> Result<Vec<u8>, Cause> {
+        Err("the device's state can't be saved".into())
+    }
+
+    fn saved(&self) {}
+
+    fn load(&self, _: &[u8]) -> Result<(), Cause> {
+        Err("the device's state can't be loaded".into())
+    }
+}
+
 /// What saves and loads. The queues are stopped while it does.
 pub trait DeviceState: fmt::Debug + Send + Sync {
     /// All that a guest's session holds, as bytes. The session goes on if its queues do.

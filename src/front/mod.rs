@@ -47,8 +47,10 @@ pub trait Runner {
     /// All queues run again that ran in the process that served before.
     fn resumed(&mut self) {}
 
-    /// What the guest's session is saved and loaded by.
-    fn device_state(&self) -> Arc<dyn DeviceState>;
+    /// What the guest's session is saved and loaded by. By default nothing is.
+    fn device_state(&self) -> Arc<dyn DeviceState> {
+        Arc::new(device_state::Stateless)
+    }
 }
 
 /// How a session is told to end.

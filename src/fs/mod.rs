@@ -272,9 +272,26 @@ pub trait FileSystem: Send + Sync + 'static {
     fn was_forgotten(&self, _node: NodeId, _unique: u64) -> bool {
         false
     }
-    /// Whether a process before this one has done this RENAME; makes sure that what it moved is
-    /// known by its new name.
-    fn was_renamed(&self, _from: (NodeId, &CStr), _to: (NodeId, &CStr)) -> bool {
+    /// The number of the inode that a process before this one saw for the request `unique`, before it
+    /// was about to take its name away: only what was there can have been removed or moved.
+    fn had_seen(&self, _unique: u64) -> Option<u64> {
+        None
+    }
+    /// The number of the inode that goes by `name` in `parent`; counts nothing.
+    fn number_at(&self, _parent: NodeId, _name: &CStr) -> Result<u64> {
+        Err(Errno::NOSYS)
+    }
+    /// Whether the guest knows what goes by `name` in `parent`.
+    fn is_known(&self, _parent: NodeId, _name: &CStr) -> bool {
+        false
+    }
+    /// Whether a process before this one has done this UNLINK or RMDIR of the inode with this number.
+    fn was_removed(&self, _parent: NodeId, _name: &CStr, _number: u64) -> bool {
+        false
+    }
+    /// Whether a process before this one has done this RENAME of the inode with this number; makes
+    /// sure that what it moved is known by its new name.
+    fn was_renamed(&self, _from: (NodeId, &CStr), _to: (NodeId, &CStr), _number: u64) -> bool {
         false
     }
     /// A lock was taken, or given up, with what [`file`](Self::file) or

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
+use super::doings::{THREADS, WORDS};
 use super::slabs::CHUNK;
 use super::{StateError, Table};
 use crate::sys::shared::{SharedWords, WORD};
@@ -32,6 +33,8 @@ mod at {
     /// Handles below were.
     pub(super) const HANDLES: usize = 9;
     pub(super) const GENERATION: usize = 10;
+    /// Which half of the threads' room is in use: 0 or 1.
+    pub(super) const HALF: usize = 11;
     /// Which of the front end's two blocks holds: 1 or 2, and 0 for none.
     pub(super) const FRONT: usize = 16;
     /// Which of the two agreements does.
@@ -64,6 +67,7 @@ pub struct Limits {
 pub(super) struct Layout {
     pub(super) queue_count: usize,
     pub(super) queues: usize,
+    pub(super) doings: usize,
     pub(super) kinds: usize,
     pub(super) chunks: usize,
     pub(super) chunk_count: usize,
@@ -81,10 +85,12 @@ impl Layout {
 
     fn with(chunk_count: usize, queue_count: usize) -> Self {
         let queues = PAGE + 2 * FRONT;
-        let kinds = queues + queue_count * QUEUE;
+        let doings = queues + queue_count * QUEUE;
+        let kinds = doings + 2 * THREADS * WORDS;
         Self {
             queue_count,
             queues,
+            doings,
             kinds,
             chunks: (kinds + chunk_count).next_multiple_of(CHUNK),
             chunk_count,
@@ -222,6 +228,15 @@ impl Table {
     /// Takes handles below `handle` for given out.
     pub fn skip_to_handle(&self, handle: u64) {
         self.word(at::HANDLES).fetch_max(handle, Ordering::AcqRel);
+    }
+
+    pub(super) fn half_in_use(&self) -> usize {
+        usize::from(self.load(at::HALF) == 1)
+    }
+
+    pub(super) fn use_half(&self, half: usize) {
+        self.store(at::HALF, half as u64);
+        self.half.store(half, Ordering::Relaxed);
     }
 
     /// What handles of one table are told from those of another by; 0 until it is set.

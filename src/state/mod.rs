@@ -11,6 +11,7 @@
 //! The invariant: a table that [`Table::open`] accepts is used without further doubt, and one that
 //! it refuses has not been changed.
 
+mod doings;
 mod handles;
 mod header;
 mod inodes;
@@ -23,11 +24,12 @@ mod text;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+pub use self::doings::{Doing, Done};
 pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
@@ -93,6 +95,8 @@ pub struct Table {
     words: SharedWords,
     layout: Layout,
     slabs: Slabs,
+    /// Which half of the threads' room this process has; orders nothing.
+    half: AtomicUsize,
 }
 
 /// Reserves the room of some words on the file system, where that can be had.
@@ -146,6 +150,7 @@ impl Table {
         header::write(&words, &layout);
         Ok(Arc::new(Self {
             slabs: Slabs::new(&layout, reserved),
+            half: AtomicUsize::new(0),
             words,
             layout,
         }))
@@ -167,7 +172,9 @@ impl Table {
             words,
             layout,
             slabs,
+            half: AtomicUsize::new(0),
         };
+        table.half.store(table.half_in_use(), Ordering::Relaxed);
         table.check()?;
         Ok(Arc::new(table))
     }

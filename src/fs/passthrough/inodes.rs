@@ -276,7 +276,7 @@ impl Store {
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
         let inode = by_key(&keys, &identity.key).filter(|known| known.is(identity))?;
-        count_up(&keys, inode);
+        self.count_up(&keys, inode);
         Some(Arc::clone(inode))
     }
 
@@ -294,7 +294,7 @@ impl Store {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
             let known = known.is(identity).then_some(known)?;
-            count_up(&keys, known);
+            self.count_up(&keys, known);
             return Some(Arc::clone(known));
         }
         self.add(&mut keys, identity, None, Way::None)
@@ -312,7 +312,7 @@ impl Store {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
             if known.is(identity) || same(known, &new) {
-                count_up(&keys, known);
+                self.count_up(&keys, known);
                 known.settle(identity);
                 let known = Arc::clone(known);
                 drop(keys);
@@ -332,7 +332,11 @@ impl Store {
         fd: Option<OwnedFd>,
         way: Way,
     ) -> Option<Arc<Inode>> {
-        let inode = Inode::new(&self.table, identity, self.next_node(), fd, way)?;
+        let node = self.next_node();
+        let doing = self.table.own_doing();
+        doing.inspect(|doing| doing.before(node.0, false));
+        let inode = Inode::new(&self.table, identity, node, fd, way)?;
+        doing.inspect(|doing| doing.after());
         let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
         Some(inode)
@@ -574,9 +578,18 @@ impl Store {
         let keys = self.keys(&inode.key());
         let had = inode.node() == NodeId::ROOT || inode.lookups() > 0;
         if had {
-            count_up(&keys, inode);
+            self.count_up(&keys, inode);
         }
         had
+    }
+
+    /// The lock's guard is asked for to show that it is held.
+    fn count_up(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
+        let doing = self.table.own_doing();
+        doing.inspect(|doing| doing.before(inode.node().0, false));
+        let lookups = inode.lookups().saturating_add(1);
+        inode.record.set_lookups(lookups, current::unique(), true);
+        doing.inspect(|doing| doing.after());
     }
 
     /// Gives back `count` lookups; the last one removes the inode. The root is never removed.
@@ -594,7 +607,10 @@ impl Store {
         let mut keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
+        let doing = self.table.own_doing();
+        doing.inspect(|doing| doing.before(inode.node().0, true));
         inode.record.set_lookups(left, current::unique(), false);
+        doing.inspect(|doing| doing.after());
         // `before` is 0 if another thread has removed it since `get`.
         if before == 0 || inode.is_counted() {
             return;
@@ -713,12 +729,6 @@ impl Store {
         }
         removed
     }
-}
-
-/// The lock's guard is asked for to show that it is held.
-fn count_up(_keys: &MutexGuard<'_, Keys>, inode: &Inode) {
-    let lookups = inode.lookups().saturating_add(1);
-    inode.record.set_lookups(lookups, current::unique(), true);
 }
 
 fn remove_key(keys: &mut Keys, inode: &Inode) {

@@ -61,7 +61,7 @@ use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use self::options::most_descriptors;
-use self::restore::Records;
+use self::restore::{Begun, Records};
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
@@ -179,6 +179,8 @@ pub struct Passthrough {
     lent: AtomicBool,
     /// What the guest holds, as it outlives this process.
     table: Arc<Table>,
+    /// What is known of requests that another process had begun.
+    begun: Begun,
 }
 
 impl Passthrough {
@@ -267,7 +269,7 @@ impl Passthrough {
         if table.generation() == 0 || rest.is_none() {
             table.set_generation(lookup::new_generation());
         }
-        let fs = Self {
+        let mut fs = Self {
             options,
             proc_fds,
             // The root stays what it is whatever happens on the host, and is never let go of.
@@ -286,6 +288,7 @@ impl Passthrough {
             selinux: labels::host_has_selinux(),
             lent: AtomicBool::new(false),
             table: Arc::clone(table),
+            begun: Begun::default(),
         };
         let restored = match (rest, past) {
             (Some((old, records)), Some(past)) => fs.restore(records, old, past),
@@ -436,18 +439,39 @@ impl FileSystem for Passthrough {
 
     fn serving(&self, unique: u64) {
         current::set(unique);
-    }
-
-    fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
-        match self.inodes.any(node) {
-            Some(inode) => inode.record().was_counted_by(unique, false),
-            // Forgotten altogether: there is nothing to give back.
-            None => true,
+        if let Some(doing) = self.table().own_doing() {
+            doing.begin(unique);
+            if let Some(number) = self.begun.seen(unique) {
+                doing.seen(number);
+            }
         }
     }
 
-    fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr)) -> bool {
-        self.has_moved(from, to)
+    fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
+        // One that is forgotten altogether has nothing to give back.
+        self.begun.has_forgotten(unique, node) || self.inodes.any(node).is_none()
+    }
+
+    fn had_seen(&self, unique: u64) -> Option<u64> {
+        self.begun.seen(unique)
+    }
+
+    fn number_at(&self, parent: NodeId, name: &CStr) -> Result<u64> {
+        self.key_at(parent, name)
+            .map(|identity| identity.key.number)
+    }
+
+    fn is_known(&self, parent: NodeId, name: &CStr) -> bool {
+        let there = self.key_at(parent, name);
+        there.is_ok_and(|identity| self.inodes.peek(&identity).is_some())
+    }
+
+    fn was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
+        self.has_lost(parent, name, number)
+    }
+
+    fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool {
+        self.has_moved(from, to, number)
     }
 
     fn note_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {

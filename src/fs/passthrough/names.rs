@@ -17,6 +17,7 @@ use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inode::{Held, Inode};
 use super::lookup::component;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
+use crate::sys::file_handle::FileHandle;
 
 /// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
 const CREATE_TRIES: usize = 16;
@@ -198,7 +199,7 @@ impl Passthrough {
     pub(super) fn remove(&self, parent: NodeId, name: &CStr, flags: AtFlags) -> Result<()> {
         let parent = self.inode(parent)?;
         let fd = self.fd(&parent)?;
-        let named = self.known(&fd, component(name)?);
+        let named = self.known(&fd, component(name)?, true);
         if let Some(known) = named.as_ref().filter(|known| known.links == 1) {
             let moment = self.inodes.moment(&parent);
             self.inodes.see(&known.inode, &parent, name, moment);
@@ -217,16 +218,30 @@ impl Passthrough {
     /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
     /// lead nowhere from now on. It is in use, and so it is there.
     fn pin_nameless(&self, known: &Known) {
+        if known.links > 1
+            && let Ok(fd) = self.fd(&known.inode)
+            && let Ok(handle) = FileHandle::of(fd)
+        {
+            // It has other names, of which none is known: to a process that has not got the
+            // descriptor nothing else leads there.
+            let _held = known.inode.held();
+            known.inode.record().set_handle(handle.bytes());
+            return;
+        }
         let held = known.inode.held();
         if known.links == 1 && known.inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
             self.inodes.change_way(&known.inode, held, Way::None);
         }
     }
 
-    /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached.
-    fn known(&self, parent: &InodeFd<'_>, name: &CStr) -> Option<Known> {
+    /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached. If it
+    /// is about to lose that, a process after this one shall know that it had it.
+    fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<Known> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
+        if loses && let Some(doing) = self.table().own_doing() {
+            doing.seen(stat.stx_ino);
+        }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
         let by_handle = matches!(&*inode.held(), Held::Handle(_));
         // An open file keeps itself, but of these nobody knows whether they are open.
@@ -257,8 +272,8 @@ impl Passthrough {
             .transpose()?;
         let old_fd = self.fd(&old_parent)?;
         let new_fd = self.fd(&new_parent)?;
-        let moved = self.known(&old_fd, component(from.1)?);
-        let replaced = self.known(&new_fd, component(to.1)?);
+        let moved = self.known(&old_fd, component(from.1)?, true);
+        let replaced = self.known(&new_fd, component(to.1)?, false);
         if let Some(known) = &moved {
             let moment = self.inodes.moment(&old_parent);
             self.inodes.see(&known.inode, &old_parent, from.1, moment);

@@ -12,9 +12,8 @@
 //! in a mount namespace of its own has other mounts than the one before it, between which no name can
 //! be moved.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
-use std::ops::Not;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -69,6 +68,24 @@ impl std::fmt::Display for Restored {
     }
 }
 
+/// What is known of requests that a process before this one had begun.
+#[derive(Debug, Default)]
+pub(super) struct Begun {
+    seen: HashMap<u64, u64>,
+    forgotten: HashSet<(u64, NodeId)>,
+}
+
+impl Begun {
+    pub(super) fn seen(&self, unique: u64) -> Option<u64> {
+        // Nearly always there is nothing.
+        self.seen.get(&unique).copied()
+    }
+
+    pub(super) fn has_forgotten(&self, unique: u64, node: NodeId) -> bool {
+        self.forgotten.contains(&(unique, node))
+    }
+}
+
 /// The records that a table has.
 #[derive(Debug)]
 pub(super) struct Records {
@@ -119,14 +136,15 @@ pub(super) fn bequeathed(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedF
 
 impl Passthrough {
     /// Takes in what `records` tell of.
-    pub(super) fn restore(&self, records: Others, old_root: Key, past: &Past) -> Restored {
+    pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
         let under_way: HashSet<u64> = past.under_way.iter().copied().collect();
         let mut restored = Restored::default();
+        self.find_begun(&mut records.inodes, &under_way);
         let known: HashSet<u64> = records.inodes.iter().map(InodeRecord::node).collect();
         let inodes: Vec<Inode> = records
             .inodes
             .into_iter()
-            .map(|record| self.restored_inode(record, (&known, &under_way), old_root, past))
+            .map(|record| self.restored_inode(record, &known, old_root, past))
             .collect();
         // Of young ones number and birth tell too little later on; at this moment they do.
         let unsure = |inode: &&Inode| !inode.is_settled() && !inode.slot().is_full();
@@ -167,6 +185,48 @@ impl Passthrough {
         restored
     }
 
+    /// Finds out how far requests came that were under way, and takes back the lookups that they have
+    /// added: they will be served again.
+    fn find_begun(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
+        let table = Arc::clone(self.table());
+        let by_node: HashMap<u64, usize> = (0..inodes.len())
+            .map(|at| (inodes[at].node(), at))
+            .collect();
+        let record = |node: u64| by_node.get(&node).and_then(|at| inodes.get(*at));
+        for mut done in table.take_doings(|unique| under_way.contains(&unique)) {
+            let unique = done.unique;
+            if done.seen != 0 {
+                self.begun.seen.insert(unique, done.seen);
+            }
+            let mut given_back = std::mem::take(&mut done.given_back);
+            if let Some((node, back)) = done.doubtful
+                && let Some(record) = record(node)
+                && record.was_counted_by(unique, !back)
+            {
+                if back {
+                    given_back.push(node);
+                } else {
+                    record.set_lookups(record.lookups().saturating_sub(1), 0, false);
+                }
+            }
+            let forgotten = given_back.into_iter().map(|node| (unique, NodeId(node)));
+            self.begun.forgotten.extend(forgotten);
+            while let Some(node) = done.added.last().copied() {
+                match record(node) {
+                    Some(record) => table.undo(&mut done, record),
+                    None => drop(done.added.pop()),
+                }
+            }
+        }
+    }
+
+    /// Who goes by a name; counts nothing.
+    pub(super) fn key_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
+        let parent = self.inode(parent)?;
+        let stat = stat_name(&self.fd(&parent)?, name)?;
+        Ok(Identity::of(&stat))
+    }
+
     /// Opens an inode, so that what a lookup finds can be compared with it.
     fn make_sure(&self, inode: &Inode) {
         if let Err(error) = self.fd(inode) {
@@ -177,17 +237,10 @@ impl Passthrough {
     fn restored_inode(
         &self,
         record: InodeRecord,
-        (known, under_way): (&HashSet<u64>, &HashSet<u64>),
+        known: &HashSet<u64>,
         old_root: Key,
         past: &Past,
     ) -> Inode {
-        // It will be looked up again.
-        if under_way
-            .iter()
-            .any(|unique| record.was_counted_by(*unique, true))
-        {
-            record.set_lookups(record.lookups().saturating_sub(1), 0, false);
-        }
         let fd = if past.bequeathed {
             bequeathed(record.descriptor(), &record)
         } else {
@@ -299,43 +352,60 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// Whether what the guest knew as `from` goes by `to` now, as after a RENAME by the process
-    /// before, which did not come to write it down. It is known by its new name from here on.
-    pub(super) fn has_moved(&self, from: (NodeId, &CStr), to: (NodeId, &CStr)) -> bool {
-        let key_at = |(parent, name): (NodeId, &CStr)| {
-            let parent = self.inode(parent)?;
-            let stat = stat_name(&self.fd(&parent)?, name)?;
-            Ok::<_, Errno>(Identity::of(&stat))
-        };
-        let Ok(there) = key_at(to) else {
+    /// Whether the inode with this `number` goes by `name` no more, as after an UNLINK or RMDIR by the
+    /// process before, which did not come to write it down.
+    pub(super) fn has_lost(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
+        let there = self.key_at(parent, name);
+        if there.is_ok_and(|there| there.key.number == number) {
             return false;
-        };
-        let left = key_at(from);
-        match self.inodes.by_name(from.0, from.1) {
-            Some(moved) => {
-                let has_moved = moved.may_be(&there)
-                    && left.as_ref().is_ok_and(|left| left.key == there.key).not();
-                if has_moved && let (Ok(old), Ok(new)) = (self.inode(from.0), self.inode(to.0)) {
-                    let replaced = self.inodes.by_name(to.0, to.1);
-                    let changing = self.inodes.changing([&old, &new]);
-                    self.inodes.rename(&moved, &new, to.1, &changing);
-                    match (replaced, left) {
-                        // They have changed places.
-                        (Some(other), Ok(left)) if other.may_be(&left) => {
-                            self.inodes.rename(&other, &old, from.1, &changing);
-                        }
-                        (Some(other), _) => {
-                            self.inodes.lose(&other, &new, to.1, &changing);
-                        }
-                        _ => {}
-                    }
-                    drop(changing);
-                    self.make_sure(&moved);
-                }
-                has_moved
-            }
-            // Of what is reached by file handle no name is known, nor of what has been told already.
-            None => matches!(left, Err(Errno::NOENT)),
         }
+        if let (Ok(parent), Some(lost)) = (self.inode(parent), self.inodes.by_name(parent, name)) {
+            let changing = self.inodes.changing([&parent, &parent]);
+            self.inodes.lose(&lost, &parent, name, &changing);
+        }
+        true
+    }
+
+    /// Whether the inode with this `number`, which went by `from`, goes by `to` now, as after a RENAME
+    /// by the process before, which did not come to write it down. It is known by its new name from
+    /// here on.
+    pub(super) fn has_moved(
+        &self,
+        from: (NodeId, &CStr),
+        to: (NodeId, &CStr),
+        number: u64,
+    ) -> bool {
+        let left = self.key_at(from.0, from.1);
+        let there = match self.key_at(to.0, to.1) {
+            Ok(there) if there.key.number == number => there,
+            _ => return false,
+        };
+        if left.as_ref().is_ok_and(|left| left.key == there.key) {
+            return false;
+        }
+        if let (Ok(old), Ok(new)) = (self.inode(from.0), self.inode(to.0)) {
+            let moved = self.inodes.by_name(from.0, from.1);
+            let replaced = self.inodes.by_name(to.0, to.1);
+            let changing = self.inodes.changing([&old, &new]);
+            let is = |inode: &Arc<Inode>, identity: &Identity| inode.may_be(identity);
+            if let Some(moved) = moved.as_ref().filter(|it| is(it, &there)) {
+                self.inodes.rename(moved, &new, to.1, &changing);
+            }
+            match (&replaced, &left) {
+                (Some(other), _) if is(other, &there) => {}
+                // They have changed places.
+                (Some(other), Ok(left)) if is(other, left) => {
+                    self.inodes.rename(other, &old, from.1, &changing);
+                }
+                (Some(other), _) => self.inodes.lose(other, &new, to.1, &changing),
+                _ => {}
+            }
+            drop(changing);
+            moved
+                .iter()
+                .chain(&replaced)
+                .for_each(|inode| self.make_sure(inode));
+        }
+        true
     }
 }

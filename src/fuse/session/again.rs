@@ -16,7 +16,7 @@ use super::Session;
 use crate::fs::{Entry, FileSystem, NodeId, Result, Timestamp};
 use crate::fuse::Exchange;
 use crate::fuse::exchange::Intent;
-use crate::fuse::reply::{Answer, entry_out};
+use crate::fuse::reply::{Answer, entry_out, open_out};
 use crate::fuse::request::{Operation, Request};
 use crate::io::File;
 
@@ -45,75 +45,100 @@ fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Says what `request` intends, if it can't be done twice.
+    /// Says what `request` intends, if it can't be done twice, and it is going to be done at all.
     pub(super) fn intend<E: Exchange>(&self, exchange: &mut E, request: &Request<'_>) {
-        if new_name(&request.operation).is_some() {
+        let (caller, node) = (&request.caller, request.node);
+        let is_there = |name| self.fs.getxattr_len(caller, node, name).is_ok();
+        let takes_effect = match request.operation {
+            Operation::Link { name, .. } => self.fs.number_at(node, name) == Err(Errno::NOENT),
+            Operation::Setxattr { name, flags, .. } => {
+                flags.contains(XattrFlags::CREATE) && !is_there(name)
+            }
+            Operation::Removexattr { name } => is_there(name),
+            ref operation => new_name(operation).is_some(),
+        };
+        if takes_effect {
             exchange.intend([SAID, stamp(), 0, 0]);
         }
     }
 
     /// Serves a request that a process before this one has begun, and may have done; `intent` is
-    /// what it had said. `None` where it is to be served as any other.
+    /// what it had said.
     pub(super) fn metadata_again(
         &self,
         request: &Request<'_>,
         intent: Intent,
         room: usize,
     ) -> Result<Answer> {
-        let done = |_gone| Ok(Answer::Done);
-        let (caller, node) = (&request.caller, request.node);
-        match request.operation {
-            Operation::Rename { from, to, .. } if self.fs.was_renamed((node, from), to) => {
-                return Ok(Answer::Done);
+        let node = request.node;
+        let done = match (self.fs.had_seen(request.unique), &request.operation) {
+            (Some(number), Operation::Rename { from, to, .. }) => {
+                self.fs.was_renamed((node, from), *to, number)
             }
-            _ => {}
+            (Some(number), Operation::Unlink { name } | Operation::Rmdir { name }) => {
+                self.fs.was_removed(node, name, number)
+            }
+            _ => false,
+        };
+        if done {
+            return Ok(Answer::Done);
         }
+        let known = new_name(&request.operation).is_some_and(|name| self.fs.is_known(node, name));
         let answer = self.metadata(request, room);
         let Err(errno) = answer else {
             return answer;
         };
+        let said = intent[0] == SAID;
         match (&request.operation, errno) {
-            (Operation::Unlink { .. } | Operation::Rmdir { .. }, Errno::NOENT)
-            | (Operation::Release { .. } | Operation::Releasedir { .. }, Errno::BADF)
-            | (Operation::Removexattr { .. }, Errno::NODATA) => done(errno),
-            (Operation::Setxattr { name, value, flags }, Errno::EXIST)
-                if flags.contains(XattrFlags::CREATE) =>
+            (Operation::Release { .. } | Operation::Releasedir { .. }, Errno::BADF) => {
+                Ok(Answer::Done)
+            }
+            (Operation::Removexattr { .. }, Errno::NODATA)
+            | (Operation::Setxattr { .. }, Errno::EXIST)
+                if said =>
             {
-                match self.fs.getxattr(caller, node, name, value.len()) {
-                    Ok(there) if there == *value => done(errno),
-                    _ => Err(errno),
+                Ok(Answer::Done)
+            }
+            (Operation::Link { node: old, name }, Errno::EXIST) if said => {
+                let entry = self.fs.lookup(&request.caller, node, name)?;
+                if entry.node == *old {
+                    return Ok(Answer::Entry(entry_out(&entry)));
                 }
+                self.fs.forget(entry.node, 1);
+                Err(errno)
             }
-            (Operation::Link { node: old, name }, Errno::EXIST) => {
-                let entry = self.fs.lookup(caller, node, name)?;
-                self.entry_if(entry.node == *old, &entry, errno)
-            }
-            (Operation::Create { name, flags, .. }, Errno::EXIST) => {
-                let entry = self.made(request, name, intent, errno)?;
-                let opened = self.fs.open(caller, entry.node, *flags & !NEW);
-                match opened {
-                    Ok(opened) => Ok(Answer::Created(
-                        entry_out(&entry),
-                        crate::fuse::reply::open_out(&opened),
-                    )),
-                    Err(errno) => {
-                        self.fs.forget(entry.node, 1);
-                        Err(errno)
-                    }
-                }
-            }
-            (operation, Errno::EXIST) => match new_name(operation) {
-                Some(name) => self
-                    .made(request, name, intent, errno)
-                    .map(|entry| Answer::Entry(entry_out(&entry))),
+            // What the guest knows was not made by a request that it has no answer to.
+            (operation, Errno::EXIST) if said && !known => match new_name(operation) {
+                Some(name) => self.made(request, name, intent, errno),
                 None => Err(errno),
             },
             _ => Err(errno),
         }
     }
 
-    /// The entry of `name`, if the process before made it; else the error that it is there.
+    /// The answer to who makes `name`, if the process before made it; else the error that it is there.
     fn made(
+        &self,
+        request: &Request<'_>,
+        name: &CStr,
+        intent: Intent,
+        errno: Errno,
+    ) -> Result<Answer> {
+        let entry = self.made_entry(request, name, intent, errno)?;
+        let Operation::Create { flags, .. } = request.operation else {
+            return Ok(Answer::Entry(entry_out(&entry)));
+        };
+        match self.fs.open(&request.caller, entry.node, flags & !NEW) {
+            Ok(opened) => Ok(Answer::Created(entry_out(&entry), open_out(&opened))),
+            Err(errno) => {
+                self.fs.forget(entry.node, 1);
+                Err(errno)
+            }
+        }
+    }
+
+    /// The entry of `name`, if the process before made it; else the error that it is there.
+    fn made_entry(
         &self,
         request: &Request<'_>,
         name: &CStr,
@@ -144,14 +169,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Err(errno)
     }
 
-    fn entry_if(&self, same: bool, entry: &Entry, errno: Errno) -> Result<Answer> {
-        if same {
-            return Ok(Answer::Entry(entry_out(entry)));
-        }
-        self.fs.forget(entry.node, 1);
-        Err(errno)
-    }
-
     /// FORGET, by a request that a process before this one may have done.
     pub(super) fn forget_again(&self, unique: u64, node: NodeId, count: u64) {
         if !self.fs.was_forgotten(node, unique) {
@@ -169,19 +186,13 @@ fn nanoseconds(at: Timestamp) -> i128 {
         .saturating_add(i128::from(at.nanoseconds))
 }
 
-/// An append of `len` bytes: says where the file ends, or answers how much of it is there already,
-/// where a process before this one has begun it.
-pub(super) fn appended<E: Exchange>(exchange: &mut E, file: &File, len: usize) -> Option<usize> {
-    let end = rustix::fs::fstat(file).ok()?.st_size;
-    let end = u64::try_from(end).ok()?;
-    match exchange.begun() {
-        Some([SAID, before, ..]) => {
-            let more = end.checked_sub(before).filter(|more| *more != 0)?;
-            Some(usize::try_from(more).unwrap_or(usize::MAX).min(len))
-        }
-        _ => {
-            exchange.intend([SAID, end, 0, 0]);
-            None
-        }
+/// Where an append begins. Says so; or, if a process before this one has begun it, answers where that
+/// began: all of it is to be written there once more, as part of it may be.
+pub(super) fn append_again<E: Exchange>(exchange: &mut E, file: &File) -> Option<u64> {
+    if let Some([SAID, before, ..]) = exchange.begun() {
+        return Some(before);
     }
+    let end = rustix::fs::fstat(file).ok()?.st_size;
+    exchange.intend([SAID, u64::try_from(end).ok()?, 0, 0]);
+    None
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::again::appended;
+use super::again::append_again;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
@@ -91,19 +91,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
         };
-        if mode.append
-            && let Some(n) = appended(&mut exchange, &file, len)
-        {
-            return self.now(exchange, unique, Ok(written(n)));
-        }
-        let attempt = match file.try_write_as(mode, &buffer, range.offset) {
+        let begun = match mode.append {
+            true => append_again(&mut exchange, &file),
+            false => None,
+        };
+        let mode = WriteMode {
+            append: mode.append && begun.is_none(),
+            ..mode
+        };
+        let offset = begun.unwrap_or(range.offset);
+        let attempt = match file.try_write_as(mode, &buffer, offset) {
             Ok(attempt) => attempt,
             Err(error) => return self.now(exchange, unique, Err(errno(&error))),
         };
         match attempt {
             Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
             Attempt::WouldBlock => self.after(exchange, request, Ok(()), async move |()| {
-                let (result, buffer) = file.write_as(mode, buffer, range.offset).await;
+                let (result, buffer) = file.write_as(mode, buffer, offset).await;
                 drop(buffer);
                 result.map(written)
             }),

@@ -196,16 +196,33 @@ fn locks_are_held_still_or_again() {
 fn what_was_not_answered_does_not_count() {
     either_way(&Options::default(), |rig, bequeathed| {
         rig.host_file("file", "content");
+        rig.host_file("new", "");
         rig.fs.serving(2);
         let node = rig.node("file");
         rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
-        rig.fs.serving(4);
-        rig.find(ROOT, "file").unwrap();
-        rig.fs.serving(6);
-        let unheard = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
-        rig.host_file("new", "");
-        rig.fs.serving(8);
-        let new = rig.node("new");
+        // Each by a thread that got no further.
+        let stop = std::sync::Barrier::new(4);
+        let (unheard, new) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                rig.fs.serving(4);
+                rig.find(ROOT, "file").unwrap();
+                stop.wait();
+            });
+            let opening = scope.spawn(|| {
+                rig.fs.serving(6);
+                let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+                stop.wait();
+                opened
+            });
+            let finding = scope.spawn(|| {
+                rig.fs.serving(8);
+                let node = rig.node("new");
+                stop.wait();
+                node
+            });
+            stop.wait();
+            (opening.join().unwrap(), finding.join().unwrap())
+        });
         rig.fs.serving(0);
         // The guest has heard of the first two alone.
         let (rig, restored) = killed(rig).next(bequeathed, &[4, 6, 8]);
@@ -240,17 +257,22 @@ fn a_rename_that_was_done_is_recognised() {
             rig.host_file(name, name);
         }
         let [a, b, _] = ["a", "b", "c"].map(|name| rig.node(name));
-        // The process was killed between the system call and its writing down.
         let path = |name: &str| rig.path(name);
+        let number = |name: &str| std::fs::metadata(path(name)).unwrap().ino();
+        let [number_of_a, number_of_b] = ["a", "b"].map(number);
+        // The process was killed between the system call and its writing down.
         std::fs::rename(path("a"), path("moved")).unwrap();
         let (rig, _) = killed(rig).next(bequeathed, &[]);
         let (old, new) = (c("a"), c("moved"));
-        assert!(rig.fs.was_renamed((ROOT, &old), (ROOT, &new)));
+        let renamed =
+            |from: &CStr, to: &CStr, number| rig.fs.was_renamed((ROOT, from), (ROOT, to), number);
+        assert!(!renamed(&old, &new, number_of_b), "another is there");
+        assert!(renamed(&old, &new, number_of_a));
         assert_eq!(rig.node("moved"), a);
         assert!(rig.attributes(a).is_ok());
         // Not done: it is there under its old name, whatever the new one is.
-        assert!(!rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("c"))));
-        assert!(!rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("nothing"))));
+        assert!(!renamed(c"b", c"c", number_of_b));
+        assert!(!renamed(c"b", c"nothing", number_of_b));
         // Changed places.
         rustix::fs::renameat_with(
             rustix::fs::CWD,
@@ -260,8 +282,58 @@ fn a_rename_that_was_done_is_recognised() {
             rustix::fs::RenameFlags::EXCHANGE,
         )
         .unwrap();
-        assert!(rig.fs.was_renamed((ROOT, &c("b")), (ROOT, &c("c"))));
+        assert!(renamed(c"b", c"c", number_of_b));
         assert_eq!(rig.node("c"), b);
+    });
+}
+
+#[test]
+fn what_was_seen_before_it_was_removed_is_known_afterwards() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();
+        let node = rig.node("file");
+        rig.fs.serving(20);
+        assert_eq!(
+            rig.fs.unlink(&SUPERUSER, ROOT, c"absent"),
+            Err(Errno::NOENT)
+        );
+        let of_another_thread = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                rig.fs.serving(22);
+                rig.fs.unlink(&SUPERUSER, ROOT, c"file").unwrap();
+            });
+            thread.join()
+        });
+        of_another_thread.unwrap();
+        let (rig, _) = killed(rig).next(bequeathed, &[20, 22]);
+        assert_eq!(rig.fs.had_seen(20), None, "it was not there");
+        assert_eq!(rig.fs.had_seen(22), Some(number));
+        assert!(rig.fs.was_removed(ROOT, c"file", number));
+        rig.host_file("other", "");
+        let other = rig.fs.number_at(ROOT, c"other").unwrap();
+        assert!(!rig.fs.was_removed(ROOT, c"other", other), "it is there");
+        assert_eq!(rig.attributes(node).is_ok(), bequeathed);
+    });
+}
+
+#[test]
+fn each_lookup_counts_once_whoever_counted_last() {
+    either_way(&Options::default(), |rig, bequeathed| {
+        rig.host_file("file", "");
+        let look_up = |unique| {
+            rig.fs.serving(unique);
+            rig.find(ROOT, "file").unwrap().node
+        };
+        rig.fs.serving(0);
+        let node = rig.node("file");
+        // Not answered, and counted over by one that was.
+        look_up(30);
+        std::thread::scope(|scope| drop(scope.spawn(|| look_up(32)).join().unwrap()));
+        let (rig, _) = killed(rig).next(bequeathed, &[30]);
+        rig.fs.forget(node, 1);
+        assert!(rig.attributes(node).is_ok(), "two were answered");
+        rig.fs.forget(node, 1);
+        assert_eq!(rig.attributes(node), Err(Errno::STALE));
     });
 }
 
