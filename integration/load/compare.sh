@@ -328,9 +328,9 @@ measure_fio() {
         --iodepth="${BASH_REMATCH[4]}" --time_based --runtime="$(milliseconds "$seconds")" \
         --ramp_time="$(milliseconds "$warm_up")" --invalidate=1 --randrepeat=1 \
         --output-format=terse --terse-version=3 |
-        awk -F ';' -v field="$field" -v case="$case" '
+        awk -F ';' -v field="$field" -v name="$case" '
             $1 == 3 {
-                printf "{\"server\":\"fio\",\"case\":\"%s\",", case
+                printf "{\"server\":\"fio\",\"case\":\"%s\",", name
                 printf "\"operations_per_second\":%s}\n", $field
                 found = 1
             }
