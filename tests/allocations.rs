@@ -12,18 +12,20 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::io;
 use std::num::{NonZeroU16, NonZeroUsize};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringfsd::device::Device;
-use ringfsd::front;
+use ringfsd::front::{self, Cause, DeviceState, Stop};
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::fuse::{Session, SessionOptions};
 use ringfsd::io::{Kind, probe};
+use ringfsd::virtqueue::{Queue, QueueIndex};
 use ringfsd::worker::Crew;
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};
@@ -73,6 +75,43 @@ fn allocations(mut act: impl FnMut(usize)) -> usize {
     (0..5).map(once).min().unwrap_or_default()
 }
 
+/// A crew as `front` knows it.
+struct Service(Crew<Passthrough>);
+
+impl front::Runner for Service {
+    fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
+        self.0.run(queue, kick)
+    }
+
+    fn stop(&mut self, queue: QueueIndex) -> Option<u16> {
+        self.0.stop(queue).map(|queue| queue.next_available())
+    }
+
+    fn reset(&mut self) {
+        self.0.session().reset();
+    }
+
+    fn device_state(&self) -> Arc<dyn DeviceState> {
+        Arc::new(Stays)
+    }
+}
+
+/// A guest that isn't moved.
+#[derive(Debug)]
+struct Stays;
+
+impl DeviceState for Stays {
+    fn save(&self) -> Result<Vec<u8>, Cause> {
+        Err("it stays".into())
+    }
+
+    fn saved(&self) {}
+
+    fn load(&self, _: &[u8]) -> Result<(), Cause> {
+        Err("it stays".into())
+    }
+}
+
 /// Serves a directory with a file of 64 KiB to `guest`.
 fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let dir = tempfile::tempdir().unwrap();
@@ -81,15 +120,21 @@ fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let table = Arc::clone(fs.table());
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let one = NonZeroUsize::MIN;
-    let mut crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
+    let crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
+    let mut service = Service(crew);
     let device = Device {
         tag: None,
         request_queues: NonZeroU16::MIN,
     };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();
+    let leave = AtomicBool::new(false);
+    let stop = Stop {
+        asked: never.as_fd(),
+        leave: &leave,
+    };
     std::thread::scope(|scope| {
-        let served = scope.spawn(|| front::serve(ours, &device, &mut crew, &table, never.as_fd()));
+        let served = scope.spawn(|| front::serve(ours, &device, &mut service, &table, stop));
         let options = vmm::Options::default();
         let mut client = Client::new(Profile::Simple.connect(theirs, &options).unwrap());
         client.init().unwrap();
@@ -98,7 +143,7 @@ fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
         drop(client);
         served.join().unwrap().unwrap();
     });
-    crew.dismiss();
+    service.0.dismiss();
 }
 
 #[test]
