@@ -9,6 +9,8 @@
 
 mod support;
 
+use std::path::{Path, PathBuf};
+
 use support::{Server, pattern};
 use vmm::connection::message::{MemoryRegion, feature};
 use vmm::fuse::{Layout, ROOT};
@@ -228,16 +230,28 @@ on_both_runtimes!(
 
 #[test]
 fn idle_costs_nothing() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["--workers", "3"]);
     let mut fs = server.session(Profile::Qemu, &Options::default());
     fs.getattr(ROOT).unwrap();
+    let status = |path: &Path| std::fs::read_to_string(path.join("status")).unwrap();
+    let process = |pid: u32| Path::new("/proc").join(pid.to_string());
+    let serving = process(server.pid());
+    let parent = status(&serving);
+    let parent = parent.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let guardian = process(parent.unwrap().trim().parse().unwrap());
+    let tasks = |process: &Path| -> Vec<PathBuf> {
+        let tasks = std::fs::read_dir(process.join("task")).unwrap();
+        tasks.map(|task| task.unwrap().path()).collect()
+    };
+    // Beside the workers one that accepts and one for the high-priority queue.
+    assert_eq!((tasks(&serving).len(), tasks(&guardian).len()), (3 + 2, 1));
     let switches = || -> u64 {
-        std::fs::read_dir(format!("/proc/{}/task", server.pid()))
-            .unwrap()
+        [&serving, &guardian]
+            .into_iter()
+            .flat_map(|process| tasks(process))
             .map(|task| {
-                let status = task.unwrap().path().join("status");
-                let text = std::fs::read_to_string(status).unwrap();
-                text.lines()
+                status(&task)
+                    .lines()
                     .filter_map(|line| line.split_once("ctxt_switches:"))
                     .map(|(_, count)| count.trim().parse::<u64>().unwrap())
                     .sum::<u64>()

@@ -41,7 +41,7 @@ seconds=3
 warm_up=0.5
 cases=getattr@1,getattr@32,lookup@32,lookup-new@8,lookup-absent@8,read/4k@1,read/4k@32
 cases+=,read/64k@8,read-direct/4k@1,read-direct/4k@32,write/4k@32,read-seq/1m@8,write-seq/1m@8
-cases+=,create@8,open-read-close@8,cold@8,readdirplus/32k@1,mixed/4k@32,read/4k@8x4
+cases+=,create@8,open-read-close@8,cold@8,readdirplus/32k@1,mixed/4k@32,read/4k@8x4,idle
 servers='ringfsd-uring,ringfsd-tokio,ringfsd-default,virtiofsd-0,virtiofsd-4,virtiofsd-16,c-virtiofsd,bare,fio'
 ringfsd=
 ringfsd_args=
@@ -328,9 +328,9 @@ measure_fio() {
         --iodepth="${BASH_REMATCH[4]}" --time_based --runtime="$(milliseconds "$seconds")" \
         --ramp_time="$(milliseconds "$warm_up")" --invalidate=1 --randrepeat=1 \
         --output-format=terse --terse-version=3 |
-        awk -F ';' -v field="$field" -v case="$case" '
+        awk -F ';' -v field="$field" -v name="$case" '
             $1 == 3 {
-                printf "{\"server\":\"fio\",\"case\":\"%s\",", case
+                printf "{\"server\":\"fio\",\"case\":\"%s\",", name
                 printf "\"operations_per_second\":%s}\n", $field
                 found = 1
             }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use super::pool::{Pool, PoolError};
-use super::serve::{Backlog, Command, Loop};
+use super::serve::{Backlog, Command, Loop, Patience};
 use crate::fs::FileSystem;
 use crate::fuse::Session;
 use crate::io::Kind;
@@ -68,12 +68,13 @@ impl<F: FileSystem> Crew<F> {
             "ringfsd-high",
             NonZeroUsize::MIN,
             Kind::Tokio,
-            Duration::ZERO,
+            Patience::Naps,
             || None,
         )?;
         let (give, take) = channel();
         let alone = workers == NonZeroUsize::MIN;
-        crew.enlist("ringfsd-work", workers, kind, poll, move || {
+        let looks = Patience::Looks(poll);
+        crew.enlist("ringfsd-work", workers, kind, looks, move || {
             (!alone).then(|| Backlog {
                 placement,
                 give: give.clone(),
@@ -88,7 +89,7 @@ impl<F: FileSystem> Crew<F> {
         name: &str,
         count: NonZeroUsize,
         kind: Kind,
-        poll: Duration,
+        patience: Patience,
         backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
     ) -> Result<(), CrewError> {
         let (senders, receivers): (Vec<_>, Vec<_>) =
@@ -109,7 +110,7 @@ impl<F: FileSystem> Crew<F> {
             let _ = ready.send(prepared);
             let service = commands
                 .filter(|_| go)
-                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog(), poll));
+                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog(), patience));
             async move {
                 if let Some(service) = service {
                     service.run().await;

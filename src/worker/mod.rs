@@ -8,6 +8,7 @@ mod crew;
 mod exchange;
 mod faults;
 mod later;
+mod nap;
 mod pool;
 mod serve;
 mod spin;

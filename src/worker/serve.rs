@@ -18,6 +18,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::exchange::Request;
 use super::faults::Faults;
 use super::later::Later;
+use super::nap::{self, Nap};
 use super::spin::Spin;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
@@ -51,6 +52,15 @@ pub(super) enum Command {
         index: QueueIndex,
         done: mpsc::Sender<Option<Box<Queue>>>,
     },
+}
+
+/// What a worker does before it sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// Looks at its rings for up to so long, if that pays.
+    Looks(Duration),
+    /// Naps, if that pays: nobody waits for it.
+    Naps,
 }
 
 /// How a worker gives to others and takes from them.
@@ -104,6 +114,7 @@ pub(super) struct Loop<F> {
     spin: Spin,
     /// For the disk.
     wait_spin: Spin,
+    nap: Nap,
 }
 
 impl<F: FileSystem> Loop<F> {
@@ -111,8 +122,12 @@ impl<F: FileSystem> Loop<F> {
         session: Arc<Session<F>>,
         commands: UnboundedReceiver<Command>,
         backlog: Option<Backlog>,
-        poll: Duration,
+        patience: Patience,
     ) -> Self {
+        let poll = match patience {
+            Patience::Looks(poll) => poll,
+            Patience::Naps => Duration::ZERO,
+        };
         Self {
             session,
             commands,
@@ -123,6 +138,7 @@ impl<F: FileSystem> Loop<F> {
             faults: Faults::default(),
             spin: Spin::new(poll),
             wait_spin: Spin::new(poll.min(DISK_POLL)),
+            nap: Nap::new(patience == Patience::Naps),
         }
     }
 
@@ -170,16 +186,38 @@ impl<F: FileSystem> Loop<F> {
             }
             return Event::Ready;
         }
+        if self.nap.pays() {
+            return self.nap().await;
+        }
         if self.arm() {
             return Event::Ready;
         }
+        self.nap.sleeps();
         let event = self.wait().await;
         match event {
-            Event::Ready => self.spin.woken(),
+            Event::Ready => {
+                self.spin.woken();
+                self.nap.woken();
+            }
             Event::Idle if waits => self.wait_spin.woken(),
             _ => (),
         }
         event
+    }
+
+    /// Sleeps for a moment without asking for kicks, and looks at the rings then.
+    async fn nap(&mut self) -> Event {
+        match tokio::time::timeout(nap::LENGTH, self.commands.recv()).await {
+            Ok(Some(command)) => return Event::Command(command),
+            Ok(None) => return Event::End,
+            Err(_elapsed) => (),
+        }
+        let found = self.queues.iter_mut().fold(false, |found, owned| {
+            owned.ready |= owned.queue.has_more();
+            found | owned.ready
+        });
+        self.nap.taken(found);
+        Event::Ready
     }
 
     /// Looks at the rings for a moment, and at what the kernel has completed. True if there is

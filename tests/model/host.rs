@@ -153,9 +153,11 @@ impl System for Plain {
     fn list(&mut self, node: &Rc<OwnedFd>, _: u32, _: bool) -> Result<Vec<(String, u32)>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = fs::openat(&**node, ".", flags, Mode::empty()).map_err(errno)?;
-        let entries = fs::Dir::new(opened).map_err(errno)?;
         let mut names = Vec::new();
-        for entry in entries {
+        let mut buffer = Vec::with_capacity(1 << 16);
+        // Not `Dir`, which takes a directory that is no more (ENOENT) for an empty one.
+        let mut entries = fs::RawDir::new(opened, buffer.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
             let entry = entry.map_err(errno)?;
             let kind = match entry.file_type() {
                 fs::FileType::Directory => libc::DT_DIR,

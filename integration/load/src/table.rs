@@ -278,11 +278,11 @@ impl Results {
                 match used {
                     Some(used) => write!(
                         text,
-                        " {}, {}, {:.0}, {:.0} |",
+                        " {}, {}, {:.0}, {} |",
                         figures(used.cpu),
                         figures(used.switches),
                         used.threads,
-                        used.memory / 1024.0
+                        figures(used.memory / 1024.0)
                     )?,
                     None => write!(text, " {NONE} |")?,
                 }
@@ -299,7 +299,11 @@ impl Results {
                 continue;
             };
             let best = self.best_peer(case);
-            let others = std::iter::once(C).chain(self.strangers());
+            // What another ringfsd does better is none of a peer's.
+            let peers = self
+                .strangers()
+                .filter(|name| !name.starts_with("ringfsd-"));
+            let others = std::iter::once(C).chain(peers);
             let others = others.filter_map(|name| Some((name, self.median(case, name)?)));
             for (name, other) in best.into_iter().chain(others) {
                 if main.rate < other.rate {
