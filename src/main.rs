@@ -32,7 +32,7 @@ fn main() -> ExitCode {
             .error(ErrorKind::ValueValidation, error)
             .exit(),
     };
-    match server::check_for_upgrade() {
+    match server::check_for_upgrade(&config) {
         None => {}
         Some(Ok(ready)) => return ExitCode::from(ready),
         Some(Err(reason)) => {

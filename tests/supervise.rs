@@ -383,8 +383,15 @@ fn a_program_that_can_not_take_over_changes_nothing() {
     let text = dir.path().join("text");
     std::fs::write(&text, "no program\n").unwrap();
     std::fs::set_permissions(&text, PermissionsExt::from_mode(0o755)).unwrap();
-    for way in ways() {
-        for program in [Path::new("/bin/false"), Path::new("/bin/true"), &text] {
+    let programs = [Path::new("/bin/false"), Path::new("/bin/true"), &text];
+    for (round, way) in ways().into_iter().enumerate() {
+        // All of them once, one of them in each way.
+        let programs = if round == 0 {
+            &programs[..]
+        } else {
+            &programs[2..]
+        };
+        for program in programs {
             // It is found by the path that the server was started by.
             let copy = dir.path().join("ringfsd");
             copy_file(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &copy);
@@ -400,6 +407,53 @@ fn a_program_that_can_not_take_over_changes_nothing() {
             fs.getattr(ROOT).unwrap();
         }
     }
+}
+
+/// The new program's serving process, as soon as there is one. What the program is tried with is a
+/// process too, and another.
+fn successor_of(guardian: u32) -> Option<u32> {
+    let child = support::child_of(guardian)?;
+    let environment = std::fs::read(format!("/proc/{child}/environ")).ok()?;
+    let name = b"RINGFSD_HAND_OVER=";
+    environment
+        .windows(name.len())
+        .any(|part| part == name)
+        .then_some(child)
+}
+
+#[test]
+fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
+    // Mostly it is quicker than who would kill it before it serves.
+    for _ in 0..50 {
+        let mut server = start(("namespace", None), &[]);
+        let mut fs = session(&server, Profile::Qemu);
+        let held = Held::take(&mut fs);
+        let guardian = server.guardian();
+        let upgraded = std::thread::scope(|scope| {
+            let upgrade =
+                scope.spawn(|| upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian));
+            while !upgrade.is_finished() {
+                if let Some(successor) = successor_of(guardian) {
+                    kill(successor, Signal::KILL);
+                    break;
+                }
+            }
+            upgrade.join().unwrap()
+        });
+        if upgraded.status.success() {
+            continue;
+        }
+        assert!(said(&upgraded).contains("the program from before goes on"));
+        server.wait_for("not upgraded");
+        held.check(&mut fs, &server);
+        crash(&mut server);
+        held.check(&mut fs, &server);
+        let upgraded = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian);
+        assert!(upgraded.status.success(), "{}", said(&upgraded));
+        held.check(&mut fs, &server);
+        return;
+    }
+    panic!("it was always quicker");
 }
 
 #[test]

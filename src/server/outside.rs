@@ -26,8 +26,11 @@ const HARDLY: u32 = 20;
 /// One that serves for so long has done so.
 const SERVED: Duration = Duration::from_millis(20);
 
-/// How long giving all requests back may take, or getting to serve.
+/// How long a program may take to get to serve.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long giving all requests back may take. What isn't done by then is done again.
+pub(super) const DRAIN: Duration = Duration::from_secs(1);
 
 /// What stays outside of the sandbox: the guardian, and the socket's file, which is removed at
 /// the end.

@@ -27,8 +27,9 @@ use rustix::net::{
 };
 
 use super::hand_over::{FORM, Leaving, VARIABLE};
-use super::outside::{LEFT, PATIENCE, Supervising, milliseconds};
+use super::outside::{DRAIN, LEFT, PATIENCE, Supervising, milliseconds};
 use super::{ServerError, chain};
+use crate::config::Config;
 use crate::front;
 use crate::sandbox::{self, Ending, Event, Noted, successor};
 use crate::state::Table;
@@ -52,24 +53,27 @@ fn forms() -> String {
     format!("hand-over={FORM} session={session} state={state}")
 }
 
-/// If this program is only being tried: whether it could go on from what the running one leaves.
-/// `None` if it isn't.
+/// If this program is only being tried: whether it could go on from what the running one leaves, with
+/// the same arguments. `None` if it isn't.
 #[must_use]
-pub fn check_for_upgrade() -> Option<Result<u8, String>> {
+pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
     let asked = std::env::var(CHECK).ok()?;
     let known = forms();
     let unknown: Vec<_> = asked
         .split(' ')
         .filter(|form| !known.split(' ').any(|known| known == *form))
         .collect();
-    Some(if unknown.is_empty() {
-        Ok(READY)
-    } else {
-        Err(format!(
+    if !unknown.is_empty() {
+        return Some(Err(format!(
             "what the running program leaves, {}, this one can't read: it knows {known}",
             unknown.join(" ")
-        ))
-    })
+        )));
+    }
+    if !config.supervise {
+        return Some(Err("without --supervise nothing is taken over".to_owned()));
+    }
+    let runtime = crate::io::choose(config.runtime);
+    Some(runtime.map(|_| READY).map_err(|error| chain(&error)))
 }
 
 /// A program that is to take the place of this one, and who hears of it.
@@ -238,7 +242,7 @@ impl Supervising {
     fn empty_the_place(&mut self) -> std::io::Result<Ending> {
         self.supervisor.drain()?;
         loop {
-            match self.supervisor.next_within(PATIENCE)? {
+            match self.supervisor.next_within(DRAIN)? {
                 Some(Event::Ended(ending)) => return Ok(ending),
                 Some(_) => {}
                 None => {
@@ -363,9 +367,10 @@ pub enum AskError {
 ///
 /// It doesn't.
 pub fn ask(pid: i32) -> Result<String, AskError> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
-        .map_err(|source| AskError::NoProcess { pid, source })?;
-    if !supervises(&status) {
+    let gone = |source| AskError::NoProcess { pid, source };
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(gone)?;
+    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).map_err(gone)?;
+    if !supervises(&status, &arguments) {
         return Err(AskError::NotSupervised(pid));
     }
     let failed = |source| AskError::Ask { pid, source };
@@ -412,16 +417,17 @@ pub fn ask(pid: i32) -> Result<String, AskError> {
     Err(AskError::NoAnswer(pid))
 }
 
-/// Whether the process is a supervisor, by `/proc/PID/status`: others would end by the signal. The
-/// process that serves handles `SIGTERM` too.
-fn supervises(status: &str) -> bool {
-    let value = |name: &str| {
-        let mut lines = status.lines();
-        lines.find_map(|line| Some(line.strip_prefix(name)?.trim()))
-    };
-    let handled = value("SigCgt:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+/// Whether the process is a supervisor, by `/proc/PID/status` and `/proc/PID/cmdline`: others would end
+/// by the signal. The process that serves handles `SIGTERM` too.
+fn supervises(status: &str, arguments: &[u8]) -> bool {
+    let mut lines = status.lines();
+    let handled = lines.find_map(|line| line.strip_prefix("SigCgt:"));
+    let handled = handled.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     let handles = |signal: i32| handled.is_some_and(|mask| mask & 1 << (signal - 1) != 0);
-    value("Name:") == Some("ringfsd") && handles(libc::SIGHUP) && !handles(libc::SIGTERM)
+    // An older spelling has no dashes, and others beside it.
+    let option = b"supervise";
+    let asked = arguments.windows(option.len()).any(|part| part == option);
+    asked && handles(libc::SIGHUP) && !handles(libc::SIGTERM)
 }
 
 fn comes(listener: &UnixListener, patience: Duration) -> std::io::Result<bool> {
@@ -440,12 +446,16 @@ mod tests {
 
     #[test]
     fn only_a_supervisor_is_sent_a_signal() {
-        let status = |name: &str, handled: &str| format!("Name:\t{name}\nSigCgt:\t{handled}\n");
-        assert!(supervises(&status("ringfsd", "0000000100000001")));
-        assert!(!supervises(&status("ringfsd", "0000000100004003")));
-        assert!(!supervises(&status("ringfsd", "0000000100000000")));
-        assert!(!supervises(&status("bash", "0000000100000001")));
-        assert!(!supervises(""));
+        let status = |handled: &str| format!("Name:\tringfsd\nSigCgt:\t{handled}\n");
+        let arguments = b"ringfsd\0--supervise\0--fd=3\0";
+        assert!(supervises(&status("0000000100000001"), arguments));
+        assert!(!supervises(&status("0000000100004003"), arguments));
+        assert!(!supervises(&status("0000000100000000"), arguments));
+        assert!(!supervises(
+            &status("0000000100000001"),
+            b"ringfsd\0--fd=3\0"
+        ));
+        assert!(!supervises("", arguments));
     }
 
     #[test]
