@@ -66,6 +66,8 @@ enum Mode {
     /// `--state`: all of the server is killed, another one is started by hand, and the front end
     /// reconnects as Cloud Hypervisor does.
     State,
+    /// `--supervise`: the program is replaced, by the same, instead of being killed.
+    Upgraded,
     /// The server is never killed: for the model's sake.
     Never,
 }
@@ -216,6 +218,12 @@ impl Run {
             return Ok(());
         }
         self.submit()?;
+        if mode == Mode::Upgraded {
+            // Trying the new program comes before, while the old one serves: what counts is told.
+            let pause = self.server.upgrade()?;
+            self.pauses.push(pause);
+            return Ok(());
+        }
         let killed = Instant::now();
         self.server.kill(mode)?;
         // What is back by now was answered by the one that is dead.

@@ -30,6 +30,10 @@ pub(crate) enum ServerError {
     NoProcess { log: PathBuf },
     #[error("can't kill it")]
     Kill(#[source] rustix::io::Errno),
+    #[error("can't run its upgrade")]
+    Upgrade(#[source] io::Error),
+    #[error("it isn't upgraded: {said}")]
+    NotUpgraded { said: String },
 }
 
 /// A server with a directory of its own.
@@ -53,7 +57,7 @@ impl Server {
             "--log-level=info".to_owned(),
         ];
         match cli.mode {
-            Mode::Supervised => arguments.push("--supervise".to_owned()),
+            Mode::Supervised | Mode::Upgraded => arguments.push("--supervise".to_owned()),
             Mode::State => arguments.push(format!("--state={}", path("state"))),
             Mode::Never => (),
         }
@@ -103,6 +107,25 @@ impl Server {
             let _status = self.child.wait();
         }
         Ok(())
+    }
+
+    /// Has the program replaced by itself, and answers how long it says that the guest has waited.
+    pub(crate) fn upgrade(&self) -> Result<Duration, ServerError> {
+        let pid = self.child.id().to_string();
+        let output = Command::new(&self.program)
+            .args(["upgrade", "--pid", &pid])
+            .output()
+            .map_err(ServerError::Upgrade)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let said = text(&output.stdout) + &text(&output.stderr);
+        let after = said.split("waited for ").nth(1);
+        let number = after.and_then(|after| after.split(' ').next()?.parse::<f64>().ok());
+        match number {
+            Some(milliseconds) if output.status.success() => {
+                Ok(Duration::from_secs_f64(milliseconds / 1000.0))
+            }
+            _ => Err(ServerError::NotUpgraded { said }),
+        }
     }
 
     /// The process that serves: the guardian's child.
