@@ -82,6 +82,8 @@ if wanted guest; then
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
+    # A guest at work, whose server is killed and replaced.
+    integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load, moved to and fro.
     integration/guest/migrate.sh --ordinary-user --queues 2
     integration/guest/migrate.sh --mode file-handles
