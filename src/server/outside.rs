@@ -17,14 +17,27 @@ use crate::sandbox::{self, Ending, Event, Guardian, Supervisor};
 /// The status with which a serving process ends that leaves its session to another.
 pub(super) const LEFT: u8 = 98;
 
-/// So many processes one after the other that never served are enough.
-const MOST_FAILURES: u32 = 5;
+/// Serving processes one after the other that were killed before they have done much.
+#[derive(Clone, Copy, Debug, Default)]
+struct Failures(u32);
 
-/// One that served, but for less than [`SERVED`], counts as less than one that never did.
-const HARDLY: u32 = 20;
+impl Failures {
+    /// One that serves for so long has done enough.
+    const SERVED: Duration = Duration::from_millis(20);
+    /// Five that never served, or as many as this times that which hardly did, are enough.
+    const NEVER: u32 = 20;
+    const MOST: u32 = 5 * Self::NEVER;
 
-/// One that serves for so long has done so.
-const SERVED: Duration = Duration::from_millis(20);
+    /// Counts one that served for so long, if it did. True if another is not worth trying.
+    fn add(&mut self, served: Option<Duration>) -> bool {
+        self.0 = match served {
+            None => self.0 + Self::NEVER,
+            Some(time) if time < Self::SERVED => self.0 + 1,
+            Some(_) => 0,
+        };
+        self.0 >= Self::MOST
+    }
+}
 
 /// How long a program may take to get to serve.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -70,7 +83,7 @@ pub(super) struct Supervising {
     pub(super) trial: Option<Trial>,
     /// Where the program lies that runs here.
     program: PathBuf,
-    failures: u32,
+    failures: Failures,
     /// Since when nobody serves.
     down: Option<Duration>,
     serving: Option<Duration>,
@@ -139,7 +152,7 @@ impl Supervising {
             trial,
             // Asked now, as the file may be another later.
             program: std::env::current_exe().unwrap_or_default(),
-            failures: 0,
+            failures: Failures::default(),
             serving: None,
         }
     }
@@ -244,12 +257,8 @@ impl Supervising {
         if self.supervisor.is_to_stop().map_err(ServerError::Watch)? {
             return Ok(Some(ending));
         }
-        self.failures = match served {
-            None => self.failures + HARDLY,
-            Some(since) if now.saturating_sub(since) < SERVED => self.failures + 1,
-            Some(_) => 0,
-        };
-        if self.failures >= MOST_FAILURES * HARDLY {
+        let served = served.map(|since| now.saturating_sub(since));
+        if self.failures.add(served) {
             log::error!("{ending}; so have all of late, before they could serve: giving up");
             return Ok(Some(ending));
         }
@@ -271,4 +280,23 @@ impl Supervising {
 
 pub(super) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_serves_is_given_up_and_what_serves_is_not() {
+        let (short, long) = (Some(Duration::ZERO), Some(Failures::SERVED));
+        let given_up_after = |lives: &[Option<Duration>]| {
+            let mut failures = Failures::default();
+            let lives = lives.iter().cycle().take(1000);
+            lives.map(|life| failures.add(*life)).position(|over| over)
+        };
+        assert_eq!(given_up_after(&[None]), Some(4));
+        assert_eq!(given_up_after(&[short]), Some(99));
+        assert_eq!(given_up_after(&[None, None, None, None, long]), None);
+        assert_eq!(given_up_after(&[short, long]), None);
+    }
 }

@@ -300,6 +300,12 @@ impl Drop for Server {
 
 /// The process that serves, of a server that was started as that.
 pub fn child_of(guardian: u32) -> Option<u32> {
+    // Not on every kernel.
+    let children = format!("/proc/{guardian}/task/{guardian}/children");
+    if let Ok(children) = std::fs::read_to_string(children) {
+        let mut children = children.split_whitespace();
+        return children.next().and_then(|pid| pid.parse().ok());
+    }
     let mut serving = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -335,7 +341,7 @@ pub fn command() -> Command {
 pub fn command_as(user: Option<u32>, dir: &Path) -> Command {
     let Some(user) = user else { return command() };
     let program = dir.join("ringfsd");
-    std::fs::copy(env!("CARGO_BIN_EXE_ringfsd"), &program).unwrap();
+    copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &program);
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(dir, open).unwrap();
     let mut command = Command::new("setpriv");
@@ -346,6 +352,13 @@ pub fn command_as(user: Option<u32>, dir: &Path) -> Command {
         .env_remove("RINGFSD_LOG")
         .stdin(Stdio::null());
     command
+}
+
+/// Copies a program by another process: a descriptor to write with, which a child of another test has
+/// for a moment, would keep the copy from being run.
+pub fn copy_program(from: &Path, to: &Path) {
+    let done = Command::new("cp").arg(from).arg(to).status().unwrap();
+    assert!(done.success());
 }
 
 /// Sets an extended attribute on the host's side; `false` if the host doesn't allow it.
