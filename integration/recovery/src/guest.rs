@@ -35,14 +35,22 @@ struct UnderWay {
     pending: Pending,
 }
 
+/// What guests do and leave.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Habits {
+    /// Files may lose their last name while they are open.
+    pub(crate) nameless: bool,
+    /// Names are taken away that there are not.
+    pub(crate) rash: bool,
+}
+
 /// One of the guest's threads.
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) number: u32,
     pub(crate) model: Model,
     dice: Dice,
-    /// Whether files may lose their last name while they are open.
-    nameless: bool,
+    habits: Habits,
     /// Handles of the directories, open from the beginning to the end.
     pub(crate) listings: [u64; 2],
     under_way: Option<UnderWay>,
@@ -56,7 +64,7 @@ impl Guest {
         fs: &mut Client<Session>,
         number: u32,
         seed: u64,
-        nameless: bool,
+        habits: Habits,
     ) -> Result<Self, FuseError> {
         let mut model = Model::default();
         let mut listings = [0; 2];
@@ -69,7 +77,7 @@ impl Guest {
             number,
             model,
             dice: Dice(seed),
-            nameless,
+            habits,
             listings,
             under_way: None,
             forgotten: Vec::new(),
@@ -119,11 +127,18 @@ impl Guest {
         }
         loop {
             if let Some(act) = self.propose()
-                && (self.nameless || !self.takes_a_last_name(&act))
+                && (self.habits.nameless || !self.takes_a_last_name(&act))
+                && (self.habits.rash || !self.takes_what_is_not_there(&act))
             {
                 return act;
             }
         }
+    }
+
+    /// Whether a name is to be taken away that there is not.
+    fn takes_what_is_not_there(&self, act: &Act) -> bool {
+        let takes = matches!(act, Act::Unlink(_) | Act::Rmdir(_) | Act::Rename(..));
+        takes && self.refusal(act) == Some(libc::ENOENT)
     }
 
     /// Whether a file that is open would have no name afterwards.

@@ -21,7 +21,7 @@ use clap::{Parser, ValueEnum};
 use vmm::fuse::{Client, FuseError, ROOT};
 use vmm::{Options, Profile, Session};
 
-use guest::Guest;
+use guest::{Guest, Habits};
 use server::{Server, ServerError};
 
 /// How long a request may take, restarts included.
@@ -51,6 +51,10 @@ struct Cli {
     /// At most so many requests come back between two kills.
     #[arg(long, default_value_t = 400)]
     between: u64,
+    /// Take away and rename what is not there, too. Linux doesn't ask for that: it has looked the
+    /// name up before. A refusal that was not told before the kill can become a success.
+    #[arg(long)]
+    rash: bool,
     /// Where the random numbers begin; by the clock if it is not given.
     #[arg(long)]
     seed: Option<u64>,
@@ -159,8 +163,11 @@ fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
     let mut guests = Vec::new();
     for number in 0..cli.guests {
         // What has no name can't be opened again by a server that had to be started by hand.
-        let nameless = cli.mode != Mode::State;
-        guests.push(Guest::new(&mut fs, number, dice.next(), nameless)?);
+        let habits = Habits {
+            nameless: cli.mode != Mode::State,
+            rash: cli.rash,
+        };
+        guests.push(Guest::new(&mut fs, number, dice.next(), habits)?);
     }
     let queues = usize::from(cli.queues);
     let mut run = Run {

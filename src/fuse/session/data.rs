@@ -75,37 +75,45 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
-        let opened = self.fs.file_to_change(request.node, range.handle);
-        let (file, buffer) = match opened.and_then(|file| {
-            let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
-            if request.caller.kill_set_id {
-                self.fs.kill_set_id(request.node, range.handle)?;
-            }
-            Ok((file, payload))
-        }) {
-            Ok(both) => both,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
-        };
         let mode = WriteMode {
             // A guest that collects writes has found the end of the file already.
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
         };
-        if mode.append
-            && let Some(n) = appended(&mut exchange, &file, len)
-        {
-            return self.now(exchange, unique, Ok(written(n)));
+        let opened = self.fs.file_to_change(request.node, range.handle);
+        let (file, there, buffer) = match opened.and_then(|file| {
+            // A process that is killed may have appended a part.
+            let there = if mode.append && exchange.readable() >= len {
+                appended(&mut exchange, &file, len).unwrap_or(0)
+            } else {
+                0
+            };
+            let _there = exchange.payload(there).ok_or(Errno::INVAL)?;
+            let rest = exchange.payload(len.saturating_sub(there));
+            let rest = rest.ok_or(Errno::INVAL)?;
+            if request.caller.kill_set_id {
+                self.fs.kill_set_id(request.node, range.handle)?;
+            }
+            Ok((file, there, rest))
+        }) {
+            Ok(all) => all,
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
+        };
+        if there != 0 && there == len {
+            return self.now(exchange, unique, Ok(written(len)));
         }
         let attempt = match file.try_write_as(mode, &buffer, range.offset) {
             Ok(attempt) => attempt,
             Err(error) => return self.now(exchange, unique, Err(errno(&error))),
         };
         match attempt {
-            Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
+            Attempt::Done(n) | Attempt::Partial(n) => {
+                self.now(exchange, unique, Ok(written(there.saturating_add(n))))
+            }
             Attempt::WouldBlock => self.after(exchange, request, Ok(()), async move |()| {
                 let (result, buffer) = file.write_as(mode, buffer, range.offset).await;
                 drop(buffer);
-                result.map(written)
+                result.map(|n| written(there.saturating_add(n)))
             }),
         }
     }
