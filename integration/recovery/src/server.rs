@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::{Cli, Mode, PATIENCE};
@@ -42,6 +42,8 @@ pub(crate) struct Server {
     program: PathBuf,
     arguments: Vec<String>,
     child: Child,
+    /// The process that was killed last, which may still be listed.
+    killed: Option<Pid>,
 }
 
 impl Server {
@@ -68,6 +70,7 @@ impl Server {
             program: cli.server.clone(),
             arguments,
             child,
+            killed: None,
         };
         server.wait_until_it_listens()?;
         Ok(server)
@@ -96,12 +99,19 @@ impl Server {
     /// Kills the process that serves, and without a guardian that starts another one, all of it.
     pub(crate) fn kill(&mut self, mode: Mode) -> Result<(), ServerError> {
         let serving = self.serving()?;
+        self.killed = Some(serving);
         let handle = rustix::process::pidfd_open(serving, PidfdFlags::empty());
         let handle = handle.map_err(ServerError::Kill)?;
         let kill = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
         kill.map_err(ServerError::Kill)?;
         let mut ends = [PollFd::new(&handle, PollFlags::IN)];
-        while poll(&mut ends, None).map_err(ServerError::Kill)? == 0 {}
+        let patience = Timespec {
+            tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(1),
+            tv_nsec: 0,
+        };
+        if poll(&mut ends, Some(&patience)).map_err(ServerError::Kill)? == 0 {
+            return Err(ServerError::Kill(rustix::io::Errno::TIMEDOUT));
+        }
         if mode == Mode::State {
             let _gone_with_it = self.child.kill();
             let _status = self.child.wait();
@@ -145,7 +155,9 @@ impl Server {
         let guardian = self.child.id();
         let children = format!("/proc/{guardian}/task/{guardian}/children");
         let children = std::fs::read_to_string(children).ok()?;
-        Pid::from_raw(children.split_whitespace().next()?.parse().ok()?)
+        let pids = children.split_whitespace();
+        pids.filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+            .find(|pid| Some(*pid) != self.killed)
     }
 
     fn wait_until_it_listens(&self) -> Result<(), ServerError> {
