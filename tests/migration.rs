@@ -154,6 +154,40 @@ fn a_file_without_a_name_goes_along_by_its_handle() {
 }
 
 #[test]
+fn what_no_source_says_harms_nobody() {
+    use ringfsd::state::stream::{self, Find};
+    let (share, from, to) = two(&[]);
+    let mut guest = begin(&from);
+    let (node, handle) = file(&mut guest, ROOT, c"file", b"there");
+    guest.unlink(ROOT, c"file").unwrap();
+    file(&mut guest, ROOT, c"kept", b"kept");
+    let (_, state) = save(&mut guest);
+    let mut odd = stream::decode(&state).unwrap();
+    for inode in &mut odd.inodes {
+        if let Find::Nameless(nameless) = &mut inode.find {
+            (nameless.uid, nameless.gid) = (u32::MAX, u32::MAX);
+            (nameless.mode, nameless.times) = (u32::MAX, [i64::MIN; 2]);
+        }
+    }
+    let truncate = libc::O_TRUNC | libc::O_CREAT | libc::O_RDWR;
+    for open in &mut odd.opens {
+        open.flags = truncate.cast_unsigned();
+    }
+    // Whether it is taken or not: nothing is lost, and the server lives.
+    drop(load(&to, &stream::encode(&odd).unwrap()));
+    assert_eq!(std::fs::read(share.path().join("kept")).unwrap(), b"kept");
+    let mut upwards = stream::decode(&state).unwrap();
+    for inode in &mut upwards.inodes {
+        if let Find::Path { path, .. } = &mut inode.find {
+            *path = b"../../etc/passwd".to_vec();
+        }
+    }
+    assert!(load(&to, &stream::encode(&upwards).unwrap()).is_err());
+    let mut moved = load(&to, &state).unwrap();
+    assert_eq!(moved.read(node, handle, 0, 9).unwrap(), b"there");
+}
+
+#[test]
 fn a_directory_without_a_name_goes_along() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);

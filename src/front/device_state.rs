@@ -32,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Bytes that are moved at once.
 const PIECE: usize = 256 * 1024;
 
+/// Bytes that a pipe may hold, without privilege and unless the host says less.
+const PIPE: usize = 1 << 20;
+
 /// Why something can't be saved or loaded, as whoever does so says it.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -234,6 +237,9 @@ impl<'a> Way<'a> {
         let flags = rustix::fs::fcntl_getfl(fd).map_err(TransferError::Descriptor)?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(TransferError::Descriptor)?;
+        // As large as it may be: each time it is full or empty the guest waits for two processes to
+        // take turns. What is no pipe, or may not, stays as it is.
+        let _ = rustix::pipe::fcntl_setpipe_size(fd, PIPE);
         Ok(Self {
             fd,
             stop: stop.as_fd(),

@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{FileType, Gid, Mode, OFlags, SeekFrom, StatxFlags, Timespec, Timestamps, Uid};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, StatxFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::super::Passthrough;
@@ -143,10 +143,10 @@ fn write_all(file: &OwnedFd, bytes: &[u8], mut at: u64) -> Result<()> {
 
 /// Owner, mode and times; an owner that this server may not give a file to stays its own.
 fn dress(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
-    let (user, group) = (Uid::from_raw(nameless.uid), Gid::from_raw(nameless.gid));
-    match rustix::fs::fchown(file, Some(user), Some(group)) {
-        Ok(()) | Err(Errno::PERM | Errno::INVAL) => {}
-        Err(error) => return Err(error),
+    let owned = std::os::unix::fs::fchown(file, Some(nameless.uid), Some(nameless.gid));
+    match owned.map_err(|error| Errno::from_io_error(&error)) {
+        Ok(()) | Err(Some(Errno::PERM | Errno::INVAL)) => {}
+        Err(error) => return Err(error.unwrap_or(Errno::IO)),
     }
     rustix::fs::fchmod(file, Mode::from_raw_mode(nameless.mode))?;
     let [accessed, modified] = nameless.times.map(|at| Timespec {

@@ -17,6 +17,7 @@ use super::super::holds::{IDENTITY, Identity, InodeFd, Key, Mount, Place, Way, p
 use super::super::lookup::component;
 use super::super::opening::regular_file;
 use super::locks::record_of;
+use super::save::KEPT;
 use super::{MigrationMode, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
@@ -332,7 +333,8 @@ impl Passthrough {
             if inode.kind() != FileType::RegularFile {
                 return Err(Errno::STALE);
             }
-            let flags = OFlags::from_bits_retain(open.flags) | OFlags::NOCTTY;
+            let flags = OFlags::from_bits_retain(open.flags & KEPT.cast_unsigned());
+            let flags = flags | OFlags::NOCTTY;
             let fd = match flags & OFlags::RWMODE {
                 OFlags::RDONLY => self.open_for_reading(&inode, flags)?,
                 _ => {
@@ -346,7 +348,7 @@ impl Passthrough {
             handle: open.handle,
             node: open.node,
             directory: open.directory,
-            flags: open.flags,
+            flags: open.flags & KEPT.cast_unsigned(),
             fd: file.as_fd().as_raw_fd(),
         };
         self.handles.bring(&fields, record_of(open.flock), file)

@@ -20,7 +20,7 @@ use crate::state::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// Of the flags that a file was opened with: what it can be opened with again.
-const KEPT: i32 = libc::O_ACCMODE
+pub(super) const KEPT: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
     | libc::O_NOATIME
