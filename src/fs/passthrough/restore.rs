@@ -14,14 +14,15 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::holds::{IDENTITY, Identity, Key, stat_fd};
+use super::holds::{IDENTITY, Identity, Key, Way, stat_fd};
 use super::inode::{Held, Inode};
 use super::lookup::stat_name;
 use super::opening::regular_file;
@@ -30,6 +31,9 @@ use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{HandleRecord, InodeRecord, LockRecord, Table};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::inherit;
+
+/// How long the guest is kept waiting for what no known name leads to.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is known of how the process before ended.
 #[derive(Clone, Debug, Default)]
@@ -151,8 +155,10 @@ impl Passthrough {
         let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
         self.inodes.take_in(inodes);
         restored.inodes = self.inodes.len();
-        for inode in young.into_iter().filter_map(|node| self.inodes.any(node)) {
-            self.make_sure(&inode);
+        if !past.bequeathed {
+            let open = records.handles.iter();
+            let open = open.map(|record| NodeId(record.fields().node));
+            self.find_all(young.into_iter().chain(open).collect());
         }
         for record in records.handles {
             match self.restored_file(&record, &under_way, past) {
@@ -183,6 +189,32 @@ impl Passthrough {
         }
         self.make_room();
         restored
+    }
+
+    /// Opens inodes, wherever their names are by now: the process before may have been killed as it
+    /// was about to rename one, or to take one of several names from it.
+    fn find_all(&self, nodes: HashSet<NodeId>) {
+        let nodes = nodes.into_iter().filter_map(|node| self.inodes.any(node));
+        let missing: Vec<Arc<Inode>> = nodes.filter(|inode| self.fd(inode).is_err()).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let mut paths = self.search(&missing, PATIENCE);
+        let Some(root) = self.inodes.any(NodeId::ROOT) else {
+            return;
+        };
+        for inode in missing {
+            let found = paths.remove(&inode.node()).ok_or(Errno::STALE);
+            let opened = found.and_then(|path| self.follow(self.fd(&root)?.as_fd(), &path));
+            match opened {
+                Ok(fd) => {
+                    self.inodes.change_way(&inode, inode.held(), Way::None);
+                    // Nobody else uses it yet.
+                    let _ = self.inodes.install(&inode, fd);
+                }
+                Err(error) => log::debug!("node {} can't be reached: {error}", inode.node().0),
+            }
+        }
     }
 
     /// Finds out how far requests came that were under way, and takes back the lookups that they have

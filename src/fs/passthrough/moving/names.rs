@@ -18,7 +18,7 @@ use crate::fs::{NodeId, Result};
 
 impl Passthrough {
     /// Opens what `path` leads to from `from`, `O_PATH`.
-    pub(super) fn follow(&self, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    pub(in super::super) fn follow(&self, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut at: Option<OwnedFd> = None;
         for name in path.split(|byte| *byte == b'/') {

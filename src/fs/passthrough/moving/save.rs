@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{FileType, StatxFlags};
 use rustix::io::Errno;
@@ -26,6 +27,9 @@ pub(super) const KEPT: i32 = libc::O_ACCMODE
     | libc::O_NOATIME
     | libc::O_SYNC
     | libc::O_DSYNC;
+
+/// How long the guest is kept waiting for what no known name leads to.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Passthrough {
     pub(in super::super) fn take_down(&self) -> Result<Snapshot, MoveError> {
@@ -70,7 +74,7 @@ impl Passthrough {
         if hidden.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
             return;
         }
-        let mut paths = self.search(hidden);
+        let mut paths = self.search(hidden, PATIENCE);
         for inode in &mut snapshot.inodes {
             if let Some(path) = paths.remove(&NodeId(inode.node)) {
                 inode.find = Find::Path {

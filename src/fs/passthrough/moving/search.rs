@@ -18,9 +18,6 @@ use super::super::holds::{IDENTITY, Identity, stat_fd};
 use super::super::inode::Inode;
 use crate::fs::{NodeId, Result};
 
-/// How long the guest is kept waiting for it.
-const PATIENCE: Duration = Duration::from_secs(20);
-
 /// Bytes of names that are read at once.
 const PIECE: usize = 64 * 1024;
 
@@ -36,8 +33,12 @@ struct Search<'a> {
 }
 
 impl Passthrough {
-    /// Looks for names of `wanted`; answers the paths of those that have one.
-    pub(super) fn search(&self, wanted: &[Arc<Inode>]) -> HashMap<NodeId, Vec<u8>> {
+    /// Looks for names of `wanted`, for so long at most; answers the paths of those that have one.
+    pub(in super::super) fn search(
+        &self,
+        wanted: &[Arc<Inode>],
+        patience: Duration,
+    ) -> HashMap<NodeId, Vec<u8>> {
         let mut search = Search {
             wanted: HashMap::new(),
             found: HashMap::new(),
@@ -57,11 +58,11 @@ impl Passthrough {
             if search.found.len() == wanted.len() {
                 break;
             }
-            if search.begun.elapsed() > PATIENCE {
+            if search.begun.elapsed() > patience {
                 log::warn!(
-                    "migration: the search for {} inodes has been given up after {} seconds",
+                    "the search for {} inodes has been given up after {} seconds",
                     wanted.len() - search.found.len(),
-                    PATIENCE.as_secs()
+                    patience.as_secs()
                 );
                 break;
             }

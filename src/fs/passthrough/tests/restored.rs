@@ -328,7 +328,10 @@ fn each_lookup_counts_once_whoever_counted_last() {
         let node = rig.node("file");
         // Not answered, and counted over by one that was.
         look_up(30);
-        std::thread::scope(|scope| drop(scope.spawn(|| look_up(32)).join().unwrap()));
+        std::thread::scope(|scope| {
+            let answered = scope.spawn(|| look_up(32)).join();
+            assert_eq!(answered.unwrap(), node);
+        });
         let (rig, _) = killed(rig).next(bequeathed, &[30]);
         rig.fs.forget(node, 1);
         assert!(rig.attributes(node).is_ok(), "two were answered");
