@@ -3,7 +3,7 @@
 # formatting, lints, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
 # target, others' suites on a mount of this machine's own, and real guests.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge guest
+#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge recovery guest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -70,6 +70,16 @@ fi
 if wanted bridge; then
     step "others' suites through the bridge"
     integration/bridge/all.sh
+fi
+
+if wanted recovery; then
+    step 'servers that are killed and replaced under load'
+    cargo build --release --locked
+    cargo build --release --locked --package ringfsd-recovery --bin kill
+    target/release/kill --mode supervised --kills 60
+    target/release/kill --mode supervised --kills 60 -- --runtime tokio
+    target/release/kill --mode state --kills 60
+    target/release/kill --mode upgraded --kills 20
 fi
 
 if wanted guest; then

@@ -40,6 +40,10 @@ fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failur
         }
     }
     for (key, node) in &guest.model.nodes {
+        if node.links == 0 && !guest.nameless {
+            // The host has it no more once nobody has it open.
+            continue;
+        }
         let place = || format!("node {}", node.nodeid);
         let attr = fs.getattr(node.nodeid)?.attr;
         if let Some(what) = guest.is_as(*key, node.nodeid, &attr) {

@@ -42,7 +42,7 @@ pub(crate) struct Guest {
     pub(crate) model: Model,
     dice: Dice,
     /// Whether files may lose their last name while they are open.
-    nameless: bool,
+    pub(crate) nameless: bool,
     /// Handles of the directories, open from the beginning to the end.
     pub(crate) listings: [u64; 2],
     under_way: Option<UnderWay>,

@@ -166,9 +166,16 @@ impl Store {
     /// Takes in inodes that a table has told of, each with its own way, which may lead through
     /// others of them.
     pub(super) fn take_in(&self, inodes: Vec<Inode>) {
-        let inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
+        let mut inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
+        // Of several with one key the youngest is there; the others have lost it.
+        inodes.sort_unstable_by_key(|inode| inode.node());
         for inode in &inodes {
-            self.insert(&mut self.keys(&inode.key()), Arc::clone(inode));
+            let mut keys = self.keys(&inode.key());
+            let before = by_key(&keys, &inode.key()).map(Arc::clone);
+            if let Some(before) = before {
+                remove_key(&mut keys, &before);
+            }
+            self.insert(&mut keys, Arc::clone(inode));
         }
         for inode in &inodes {
             if let Some(parent) = inode.parent().and_then(|node| self.any(node)) {

@@ -69,7 +69,8 @@ impl Passthrough {
         }
     }
 
-    fn open_closed<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
+    /// As [`fd`](Self::fd) of an inode without a descriptor; one that can't be reached stays who it is.
+    pub(super) fn open_closed<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
         for _ in 0..TRIES {
             let changes = self.inodes.changes();
             match self.open_again(inode) {

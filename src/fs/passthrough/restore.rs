@@ -195,7 +195,9 @@ impl Passthrough {
     /// was about to rename one, or to take one of several names from it.
     fn find_all(&self, nodes: HashSet<NodeId>) {
         let nodes = nodes.into_iter().filter_map(|node| self.inodes.any(node));
-        let missing: Vec<Arc<Inode>> = nodes.filter(|inode| self.fd(inode).is_err()).collect();
+        let missing: Vec<Arc<Inode>> = nodes
+            .filter(|inode| self.open_closed(inode).is_err())
+            .collect();
         if missing.is_empty() {
             return;
         }
@@ -261,7 +263,7 @@ impl Passthrough {
 
     /// Opens an inode, so that what a lookup finds can be compared with it.
     fn make_sure(&self, inode: &Inode) {
-        if let Err(error) = self.fd(inode) {
+        if let Err(error) = self.open_closed(inode) {
             log::debug!("node {} can't be reached: {error}", inode.node().0);
         }
     }
