@@ -1,7 +1,7 @@
 //! Records of open files and directories.
 //!
-//! The words of a record: handle; node id; the request that opened it; flags; where reading a
-//! directory stands; what the whole file is locked for; one that is spare; state and descriptor.
+//! The words of a record: handle; node id; the request that opened it; flags; what the
+//! whole file is locked for; two that are spare; state and descriptor.
 
 use std::sync::Arc;
 
@@ -13,8 +13,7 @@ const HANDLE: usize = 0;
 const NODE: usize = 1;
 const UNIQUE: usize = 2;
 const FLAGS: usize = 3;
-const POSITION: usize = 4;
-const LOCK: usize = 5;
+const LOCK: usize = 4;
 
 const FILE: u64 = 1;
 const DIRECTORY: u64 = 2;
@@ -57,7 +56,6 @@ impl Table {
         record.set(NODE, fields.node);
         record.set(UNIQUE, unique);
         record.set(FLAGS, u64::from(fields.flags));
-        record.set(POSITION, 0);
         record.set(LOCK, 0);
         let sort = if fields.directory { DIRECTORY } else { FILE };
         record.set(STATE, sort | with_descriptor(Some(fields.fd)));
@@ -122,17 +120,6 @@ impl HandleRecord {
     #[must_use]
     pub fn opened_by(&self) -> u64 {
         self.get(UNIQUE)
-    }
-
-    /// Where reading the directory stands: the host's own cookie.
-    #[must_use]
-    pub fn position(&self) -> u64 {
-        self.get(POSITION)
-    }
-
-    /// Sets it.
-    pub fn set_position(&self, position: u64) {
-        self.set(POSITION, position);
     }
 
     /// What the whole file is locked for (`flock(2)`): 0 for nothing.

@@ -191,11 +191,6 @@ impl Table {
         self.slabs.bytes_in_use()
     }
 
-    /// Forgets all but the number of what was given out, and what the front end has said.
-    pub fn clear(&self) {
-        self.set_agreement(None);
-    }
-
     /// The numbers of all descriptors that records name.
     #[must_use]
     pub fn descriptors(&self) -> Vec<i32> {

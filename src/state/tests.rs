@@ -48,7 +48,7 @@ fn what_was_written_is_found_again() {
         fd: 17,
     };
     let handle = table.new_handle(&open, 44).unwrap();
-    handle.set_position(1 << 63);
+    handle.set_lock(2);
     let owner = LockFields {
         owner: 99,
         node: fields.node,
@@ -85,10 +85,7 @@ fn what_was_written_is_found_again() {
     assert!(found.was_counted_by(42, true) && !found.was_counted_by(42, false));
     let handles = again.take_handles();
     assert_eq!(handles[0].fields(), open);
-    assert_eq!(
-        (handles[0].opened_by(), handles[0].position()),
-        (44, 1 << 63)
-    );
+    assert_eq!((handles[0].opened_by(), handles[0].lock()), (44, 2));
     let locks = again.take_locks();
     assert_eq!(
         (locks[0].fields(), locks[0].ranges()),

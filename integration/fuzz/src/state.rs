@@ -47,6 +47,7 @@ struct Scene {
     /// Parts of the table, by where they begin in bytes.
     parts: Vec<(u64, Vec<u8>)>,
     len: u64,
+    doings: u64,
     kinds: u64,
     chunks: u64,
 }
@@ -118,9 +119,10 @@ impl Scene {
             u64::from_ne_bytes(bytes)
         };
         let count = word(2);
-        let kinds = 512 + 2 * 16 * 1024 + (1 << 19);
+        let doings = 512 + 2 * 16 * 1024 + (1 << 19);
+        let kinds = doings + 2 * 256 * 8192;
         let chunks = (kinds + count).next_multiple_of(CHUNK);
-        let areas = [(0, 1024), (512 + 16 * 1024, 64), (kinds, 64)].into_iter();
+        let areas = [(0, 1024), (512 + 16 * 1024, 64), (doings, 64), (kinds, 64)].into_iter();
         let areas = areas.chain((0..CHUNKS).map(|n| (chunks + n * CHUNK, USED)));
         let parts = areas.map(|(first, words)| {
             let mut bytes = vec![0; usize::try_from(words * WORD).expect("few")];
@@ -130,6 +132,7 @@ impl Scene {
         Self {
             parts: parts.collect(),
             len: u64::try_from(len).expect("a length"),
+            doings,
             kinds,
             chunks,
             directory,
@@ -148,7 +151,8 @@ impl Scene {
             let value = source.u64();
             let place = match part {
                 0..0x20 => word % 1024,
-                0x20..0x40 => self.kinds + word % 64,
+                0x20..0x30 => self.kinds + word % 64,
+                0x30..0x40 => self.doings + word % 64,
                 0x40..0x48 => {
                     rustix::fs::ftruncate(&file, word * 64).expect("another length");
                     continue;
@@ -223,7 +227,10 @@ fn go_on(fs: &Passthrough) {
             }
             let _ = fs.release(node, handle);
         }
-        let _ = fs.was_renamed((ROOT, c"other"), (node, c"file"));
+        let number = fs.number_at(node, c"file").unwrap_or_default();
+        let _ = fs.was_renamed((ROOT, c"other"), (node, c"file"), number);
+        let _ = fs.was_removed(ROOT, c"other", number);
+        let _ = (fs.had_seen(node.0), fs.was_forgotten(node, 2));
         fs.forget(node, 1);
     }
 }
