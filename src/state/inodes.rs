@@ -215,6 +215,13 @@ impl InodeRecord {
         (name != 0).then(|| self.table.parent_of(name))
     }
 
+    /// The print of its file handle that stands with its name.
+    #[must_use]
+    pub fn print(&self) -> Option<u64> {
+        let (name, _) = halves(self.get(TEXTS));
+        (name != 0).then(|| self.table.print_of(name))
+    }
+
     /// Whether this is where it was last seen.
     #[must_use]
     pub fn goes_by(&self, parent: u64, name: &[u8]) -> bool {

@@ -84,12 +84,20 @@ impl Table {
 
     /// The name at `place`.
     pub(super) fn name(&self, place: Place) -> Name {
-        let (first, _, head) = self.text_at(place);
-        let printed = head & PRINTED != 0;
         Name {
-            parent: head & PARENT,
+            parent: self.parent_of(place),
             bytes: self.text(place),
-            print: if printed { self.load(first - 1) } else { 0 },
+            print: self.print_of(place),
+        }
+    }
+
+    /// The print of the name at `place`; 0 for none.
+    pub(super) fn print_of(&self, place: Place) -> u64 {
+        let (first, _, head) = self.text_at(place);
+        if head & PRINTED == 0 {
+            0
+        } else {
+            self.load(first - 1)
         }
     }
 

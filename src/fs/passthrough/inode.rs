@@ -184,6 +184,11 @@ impl Inode {
         left
     }
 
+    /// What tells it from another of its name, if a name leads to it.
+    pub(super) fn print(&self, held: &Held) -> Option<u64> {
+        matches!(held, Held::Name).then(|| self.record.print())?
+    }
+
     /// Sets what tells it from another of its name.
     pub(super) fn set_print(&self, held: &mut Held, print: u64) {
         if let Some(place) = self.place(held).filter(|place| place.print != print) {

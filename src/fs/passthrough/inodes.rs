@@ -414,7 +414,9 @@ impl Store {
             return Some(place.parent);
         }
         let parent = place.parent;
-        let left = inode.set_way(&mut held, Way::Name(place));
+        // What tells it from another of its name stays.
+        let print = inode.print(&held).unwrap_or(place.print);
+        let left = inode.set_way(&mut held, Way::Name(Place { print, ..place }));
         if !matches!(*held, Held::Name) {
             // The table is full; nothing leads there through the parent.
             drop(held);
