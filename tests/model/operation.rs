@@ -186,7 +186,7 @@ fn names() -> impl Strategy<Value = Operation> {
         1 => Just(O::Forget),
         1 => (0..SLOTS).prop_map(O::Drop),
         1 => target().prop_map(O::ReadLink),
-        2 => (target(), select(vec![160, 4096]), any::<bool>())
+        2 => (target(), select(vec![192, 4096]), any::<bool>())
             .prop_map(|(target, bytes, plus)| O::List(target, bytes, plus)),
     ]
 }
