@@ -199,6 +199,8 @@ impl Server {
         let session = profile.connect(self.connect(), options).unwrap();
         let mut client = Client::new(session);
         client.init().unwrap();
+        // Answered when what came before has been dealt with, and what came along with it closed.
+        client.guest().connection.get_features().unwrap();
         client
     }
 
