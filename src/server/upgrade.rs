@@ -113,13 +113,12 @@ fn receive(asker: &UnixStream) -> std::io::Result<OwnedFd> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    rustix::net::recvmsg(
-        asker,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut control,
-        flags,
-    )?;
+    // A signal ends a call that has a time limit, whatever its handler says.
+    rustix::io::retry_on_intr(|| {
+        let mut bytes = [IoSliceMut::new(&mut byte)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        rustix::net::recvmsg(asker, &mut bytes, &mut control, flags)
+    })?;
     let fd = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
@@ -437,7 +436,7 @@ fn comes(listener: &UnixListener, patience: Duration) -> std::io::Result<bool> {
         tv_sec: seconds,
         tv_nsec: 0,
     };
-    Ok(poll(&mut fds, Some(&timeout))? != 0)
+    Ok(rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timeout)))? != 0)
 }
 
 #[cfg(test)]
