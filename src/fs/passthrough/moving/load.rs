@@ -175,7 +175,10 @@ impl Passthrough {
         let found = match &inode.find {
             Find::Gone => return Ok(None),
             Find::Lost => Err(Errno::STALE),
-            Find::Handle => self.by_bytes(&inode.handle),
+            // In another directory's file system it would lead to whatever has that number there; in
+            // this one's, perhaps out of the directory that is shared.
+            Find::Handle if circumstances.shared => self.by_bytes(&inode.handle),
+            Find::Handle => Err(Errno::STALE),
             Find::Path { from, path, verify } => {
                 self.by_path(inode, (NodeId(*from), path), *verify, circumstances)
             }
