@@ -56,12 +56,6 @@ impl Scene {
         // Truncating, allocating and writing beyond the limit shall fail, not end the process.
         // SAFETY: ignoring a signal sets no handler.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let limit = rustix::process::Rlimit {
-            current: Some(FILE_MAX),
-            maximum: None,
-        };
-        // The output of the fuzzer itself may be a file that is longer already; it is not told.
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, limit);
         let memory = Path::new("/dev/shm");
         let directory = if memory.is_dir() {
             tempfile::tempdir_in(memory)
@@ -81,6 +75,13 @@ impl Scene {
         };
         let fs = Passthrough::new(&share, options).expect("a file system");
         fs.prepare_thread().expect("a thread");
+        // Not before: the file system's own table is a long file, if mostly of holes.
+        let limit = rustix::process::Rlimit {
+            current: Some(FILE_MAX),
+            maximum: None,
+        };
+        // The output of the fuzzer itself may be a file that is longer already; it is not told.
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, limit);
         Self {
             guest,
             runtime: Runtime::new(Kind::Tokio).expect("a runtime"),
