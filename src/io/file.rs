@@ -65,6 +65,9 @@ impl WriteMode {
     }
 }
 
+/// `ramfs` of `statfs(2)`.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
+
 /// A host file for asynchronous vectored operations. Clones share one descriptor, which is
 /// closed with the last of them and of the operations still running.
 #[derive(Clone, Debug)]
@@ -97,6 +100,9 @@ impl Facts {
     const SYNCED: u8 = 1 << 4;
     /// The file system doesn't know `RWF_NOWAIT`.
     const NO_NOWAIT: u8 = 1 << 5;
+    /// A file of a file system in memory, which doesn't know `RWF_NOWAIT` either: there is no disk to
+    /// wait for.
+    const IN_MEMORY: u8 = 1 << 6;
 
     fn of(kind: FileType, flags: OFlags) -> u8 {
         let mut facts = match kind {
@@ -291,9 +297,10 @@ impl File {
         }
     }
 
-    /// Reads as much as is there without waiting. For a file that isn't on the page cache's
-    /// side of things (`O_DIRECT`, a file system without `RWF_NOWAIT`, a device) this is
-    /// [`Attempt::WouldBlock`] without a system call.
+    /// Reads as much as is there without waiting, or from a file system in memory, where there is
+    /// nothing to wait for. For a file that isn't on the page cache's side of things (`O_DIRECT`,
+    /// any other file system without `RWF_NOWAIT`, a device) this is [`Attempt::WouldBlock`] without a
+    /// system call.
     ///
     /// # Errors
     ///
@@ -304,14 +311,24 @@ impl File {
         if !facts.has(Facts::REGULAR) || facts.has(avoid) {
             return Ok(Attempt::WouldBlock);
         }
+        let mut flags = match facts.has(Facts::IN_MEMORY) {
+            true => 0,
+            false => libc::RWF_NOWAIT,
+        };
         let mut filled = 0;
         while filled < buffer.len() {
-            match blocking::read(self.as_fd(), buffer, filled, offset, libc::RWF_NOWAIT) {
+            match blocking::read(self.as_fd(), buffer, filled, offset, flags) {
                 Ok(0) => break,
                 Ok(n) => filled += n,
                 Err(e) => match e.raw_os_error() {
                     Some(libc::EAGAIN) if filled > 0 => return Ok(Attempt::Partial(filled)),
                     Some(libc::EAGAIN) => return Ok(Attempt::WouldBlock),
+                    Some(libc::EOPNOTSUPP) if flags != 0 && is_in_memory(self) => {
+                        self.inner
+                            .facts
+                            .fetch_or(Facts::IN_MEMORY, Ordering::Relaxed);
+                        flags = 0;
+                    }
                     Some(libc::EOPNOTSUPP) if filled == 0 => {
                         self.inner
                             .facts
@@ -567,6 +584,12 @@ pub(super) fn position(offset: u64, done: usize) -> io::Result<i64> {
         .checked_add(done as u64)
         .and_then(|position| i64::try_from(position).ok())
         .ok_or_else(|| rustix::io::Errno::INVAL.into())
+}
+
+/// Whether a file has no disk behind it but the host's memory.
+fn is_in_memory(file: &File) -> bool {
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|told| [libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&told.f_type))
 }
 
 fn on_ring() -> bool {

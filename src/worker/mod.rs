@@ -10,6 +10,7 @@ mod faults;
 mod later;
 mod nap;
 mod pool;
+mod portions;
 mod serve;
 mod spin;
 

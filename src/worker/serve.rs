@@ -4,6 +4,7 @@
 //! has nothing to do. Requests that wait are tasks of their own beside it. The invariant:
 //! what a pass completes is published at its end at the latest, before the loop waits for anything.
 
+use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +12,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -19,6 +20,7 @@ use super::exchange::Request;
 use super::faults::Faults;
 use super::later::Later;
 use super::nap::{self, Nap};
+use super::portions::Portions;
 use super::spin::Spin;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
@@ -28,11 +30,6 @@ use crate::virtqueue::{Chain, Queue, QueueIndex};
 
 /// Chains taken off a ring before their replies are published and other queues looked at.
 const PASS: usize = 64;
-
-/// How long half a pass has to take for its replies to be published by themselves. A guest that
-/// sleeps needs 10–50 µs to wake up, and does so while the other half is served instead of after
-/// it; one that wakes up faster costs a call more.
-const WORTH_WAKING: Duration = Duration::from_micros(20);
 
 /// How long to look for what the disk does, at most: about as long as it takes to sleep and be
 /// woken, which costs processor time too. Most disks take longer.
@@ -80,6 +77,7 @@ struct Owned {
     ready: bool,
     /// The guest has been asked for a kick at the next chain.
     armed: bool,
+    portions: Portions,
 }
 
 /// Why the loop goes on.
@@ -114,6 +112,9 @@ pub(super) struct Loop<F> {
     spin: Spin,
     /// For the disk.
     wait_spin: Spin,
+    /// Something of the last pass had to be waited for. Beside that, to be woken by the guest's next
+    /// request costs little.
+    waited: Cell<bool>,
     nap: Nap,
 }
 
@@ -138,6 +139,7 @@ impl<F: FileSystem> Loop<F> {
             faults: Faults::default(),
             spin: Spin::new(poll),
             wait_spin: Spin::new(poll.min(DISK_POLL)),
+            waited: Cell::new(false),
             nap: Nap::new(patience == Patience::Naps),
         }
     }
@@ -228,6 +230,9 @@ impl<F: FileSystem> Loop<F> {
             return false;
         }
         let waits = self.later.under_way() != 0;
+        if !waits && self.waited.get() {
+            return false;
+        }
         let spin = if waits {
             &mut self.wait_spin
         } else {
@@ -313,6 +318,7 @@ impl<F: FileSystem> Loop<F> {
                         // What came before the kick could be seen has no kick any more.
                         ready: true,
                         armed: true,
+                        portions: Portions::default(),
                     });
                 });
                 // The session waits for this; were it gone, so would be the need to tell.
@@ -346,8 +352,8 @@ impl<F: FileSystem> Loop<F> {
             self.give_away(at, away);
         }
         let mut taken = away;
-        let half = there / 2;
-        let began = (half != 0).then(Instant::now);
+        self.waited.set(false);
+        self.queues[at].portions.begin(there);
         while (taken < PASS || self.queues[at].queue.is_resuming())
             && let Some(chain) = self.queues[at].queue.take()
         {
@@ -356,7 +362,10 @@ impl<F: FileSystem> Loop<F> {
                 Ok(chain) => self.serve(chain),
                 Err(fault) => self.faults.report(index, fault),
             }
-            if taken == half && began.is_some_and(|began| began.elapsed() >= WORTH_WAKING) {
+            let Owned {
+                portions, queue, ..
+            } = &mut self.queues[at];
+            if portions.served(|| usize::from(queue.waiting())) {
                 used.publish();
             }
         }
@@ -417,6 +426,7 @@ impl<F: FileSystem> Loop<F> {
         match catch_unwind(AssertUnwindSafe(|| session.serve(Request::new(chain)))) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
+                self.waited.set(true);
                 let ticket = self.later.begin(used);
                 spawn(async move {
                     request.await;

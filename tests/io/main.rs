@@ -44,6 +44,7 @@ suite! {
     reads_are_short_at_the_end_only
     buffers_of_1500_pieces_go_both_ways
     a_cached_read_is_done_at_once
+    a_file_in_memory_is_read_at_once
     what_is_not_cached_is_read_all_the_same
     a_write_to_the_page_cache_is_done_at_once
     synchronous_writes_are_not_tried
@@ -255,6 +256,24 @@ async fn what_is_not_cached_is_read_all_the_same() {
         let (result, buffer) = file.read_at_from(buffer, filled, 0).await;
         assert_eq!(result.unwrap(), LEN, "{filled} at once");
         assert!(bytes_of(&buffer) == pattern(0..LEN));
+    }
+}
+
+async fn a_file_in_memory_is_read_at_once() {
+    let shm = std::path::Path::new("/dev/shm");
+    if !shm.is_dir() {
+        eprintln!("skipped: no /dev/shm");
+        return;
+    }
+    let dir = tempfile::tempdir_in(shm).unwrap();
+    let path = file_of(&dir, "f", &pattern(0..100));
+    let file = File::open(&path, &read_only()).await.unwrap();
+    for offset in [0, 40, 200] {
+        let mut buffer = GuestBuffer::from_vec(vec![0; 60]);
+        let n = 60.min(100 - offset.min(100));
+        let attempt = file.try_read_at(&mut buffer, offset as u64).unwrap();
+        assert_eq!(attempt, Attempt::Done(n), "from {offset} on");
+        assert!(bytes_of(&buffer)[..n] == pattern(0..100)[offset.min(100)..][..n]);
     }
 }
 
