@@ -5,7 +5,8 @@
 //! came. What a thread has counted stands here as long as it serves that request, one note before and
 //! one after each count; so of all counts at most one is in doubt, and of that the mark in the record
 //! tells. The threads of a process write to one half of the room, and what the process before has left
-//! stays in the other until the next but one. The invariant: a thread's notes are of one request.
+//! stays in the other until the next but one. A request that counts nothing leaves the notes of the
+//! last one that did. The invariant: a thread's notes are of one request.
 //!
 //! The words of a thread: the request; how many notes; the number of the inode that was seen; then the
 //! notes, a node id and whether lookups of it were given back.
@@ -59,11 +60,25 @@ impl Table {
         (index < THREADS).then(|| self.doing_at(half * THREADS + index))
     }
 
-    /// The calling thread's room.
+    /// The calling thread's room, for notes of the request `unique`. Most requests count nothing, and
+    /// so never ask for it.
     #[inline]
     #[must_use]
-    pub fn own_doing(&self) -> Option<Doing<'_>> {
-        self.doing(thread::number())
+    pub fn own_doing(&self, unique: u64) -> Option<Doing<'_>> {
+        let doing = self.doing(thread::number())?;
+        if self.load(doing.first + UNIQUE) != unique {
+            doing.begin(unique);
+        }
+        Some(doing)
+    }
+
+    /// Forgets all notes: the numbers of requests begin anew.
+    pub fn clear_doings(&self) {
+        for index in 0..thread::numbers().min(THREADS) {
+            for half in [0, 1] {
+                self.store(self.doing_at(half * THREADS + index).first + UNIQUE, 0);
+            }
+        }
     }
 
     fn doing_at(&self, room: usize) -> Doing<'_> {
@@ -104,7 +119,6 @@ impl Table {
 
 impl Doing<'_> {
     /// The thread serves the request `unique` from now on.
-    #[inline]
     pub fn begin(&self, unique: u64) {
         self.table.store(self.first + UNIQUE, 0);
         self.table.store(self.first + COUNT, 0);
@@ -197,6 +211,11 @@ mod thread {
             let mut numbers = NUMBERS.lock().unwrap_or_else(PoisonError::into_inner);
             numbers.0.push(self.0);
         }
+    }
+
+    /// How many threads have ever had a number at the same time.
+    pub(super) fn numbers() -> usize {
+        NUMBERS.lock().unwrap_or_else(PoisonError::into_inner).1
     }
 
     thread_local! {

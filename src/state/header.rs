@@ -354,6 +354,16 @@ impl QueuePart {
         }
         self.table.words.get(self.first + at)
     }
+
+    /// The `count` words from `at` on; `None` if they reach beyond the last.
+    #[inline]
+    #[must_use]
+    pub fn words(&self, at: usize, count: usize) -> Option<&[AtomicU64]> {
+        if at.checked_add(count).is_none_or(|end| end > QUEUE) {
+            return None;
+        }
+        self.table.words.get_some(self.first + at, count)
+    }
 }
 
 fn agreement_at(which: u64) -> Option<usize> {

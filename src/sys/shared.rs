@@ -75,6 +75,19 @@ impl SharedWords {
         Some(unsafe { word.as_ref() })
     }
 
+    /// The `count` words from `index` on; `None` if they reach beyond the end.
+    #[inline]
+    pub(crate) fn get_some(&self, index: usize, count: usize) -> Option<&[AtomicU64]> {
+        if index.checked_add(count).is_none_or(|end| end > self.len) {
+            return None;
+        }
+        // SAFETY: the first of them is in bounds of the mapping, or just behind its end.
+        let words = unsafe { self.start.add(index) };
+        // SAFETY: all of them are in bounds of the mapping, which lives as long as `self`, is aligned
+        // to pages, and is accessed by atomic words alone; any bytes are a valid word.
+        Some(unsafe { std::slice::from_raw_parts(words.as_ptr(), count) })
+    }
+
     /// Gives the memory of `words` words from `first` on back to the system; they are 0 from then
     /// on. Both are to be whole pages, or the kernel refuses.
     ///

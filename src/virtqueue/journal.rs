@@ -7,8 +7,8 @@
 //! only to the one taking that its counter names.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::words::Words;
 use crate::state::{QueuePart, Table};
 
 /// Words of a slot: as many as lie in a line of a processor's cache.
@@ -41,7 +41,31 @@ pub struct Previous {
 
 /// The slots of one queue.
 #[derive(Clone, Debug)]
-pub struct Journal(Words);
+pub struct Journal(QueuePart);
+
+/// The slot of one head. Where the table were too small there would be none, and nothing kept.
+struct Slot<'a>(&'a [AtomicU64]);
+
+impl Slot<'_> {
+    #[inline]
+    fn load(&self, word: usize) -> u64 {
+        let word = self.0.get(word);
+        // Relaxed: see `words`.
+        word.map_or(0, |word| u64::from_le(word.load(Ordering::Relaxed)))
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u64) {
+        #[cfg(test)]
+        if !super::kill::is_alive() {
+            return;
+        }
+        if let Some(word) = self.0.get(word) {
+            // Release: see `words`.
+            word.store(value.to_le(), Ordering::Release);
+        }
+    }
+}
 
 /// How many slots are looked at at once. Drivers use the lower heads first.
 const SOME: u16 = 1024;
@@ -62,8 +86,8 @@ impl Journal {
         for first in (0..super::layout::MAX_SIZE).step_by(usize::from(SOME)) {
             let mut used = false;
             for head in first..first.saturating_add(SOME) {
-                used |= self.load(head, at::COUNTER) != 0;
-                let unique = self.load(head, at::UNIQUE);
+                used |= self.slot(head).load(at::COUNTER) != 0;
+                let unique = self.slot(head).load(at::UNIQUE);
                 if unique != 0 && self.outcome(head).is_none() {
                     requests.push(unique);
                 }
@@ -75,9 +99,6 @@ impl Journal {
         requests
     }
 
-    /// Where the slots begin in what is kept of a queue.
-    const FIRST: usize = 0;
-
     /// How many words of what is kept of a queue are the journal's: a slot for each head that
     /// there may be.
     pub const WORDS: usize = SLOT * (super::layout::MAX_SIZE as usize);
@@ -85,46 +106,44 @@ impl Journal {
     /// The journal that is in the words of a queue.
     #[must_use]
     pub fn new(part: QueuePart) -> Self {
-        Self(Words::kept(part, Self::FIRST, Self::WORDS))
+        Self(part)
     }
 
     #[inline]
-    fn load(&self, head: u16, word: usize) -> u64 {
-        self.0.load(place(head, word))
-    }
-
-    #[inline]
-    fn store(&self, head: u16, word: usize, value: u64) {
-        self.0.store(place(head, word), value);
+    fn slot(&self, head: u16) -> Slot<'_> {
+        let first = SLOT.saturating_mul(usize::from(head));
+        Slot(self.0.words(first, SLOT).unwrap_or_default())
     }
 
     /// Begins the slot anew for a head about to be marked as in flight with `counter`.
+    #[inline]
     pub(super) fn begin(&self, head: u16, counter: u64) {
-        self.store(head, at::COUNTER, 0);
-        self.store(head, at::UNIQUE, 0);
-        self.store(head, at::OUTCOME, 0);
+        let slot = self.slot(head);
+        // Until the counter stands there too, these are of the taking before, which is over.
+        slot.store(at::UNIQUE, 0);
+        slot.store(at::OUTCOME, 0);
         // What is behind the first word of an intent means nothing without it.
-        self.store(head, at::INTENT, 0);
-        self.store(head, at::COUNTER, stamp(counter));
+        slot.store(at::INTENT, 0);
+        slot.store(at::COUNTER, stamp(counter));
     }
 
     /// Whether the slot is that of the taking that `counter` names.
     pub(super) fn is_of(&self, head: u16, counter: u64) -> bool {
-        self.load(head, at::COUNTER) == stamp(counter)
+        self.slot(head).load(at::COUNTER) == stamp(counter)
     }
 
     pub(super) fn note_unique(&self, head: u16, unique: u64) {
-        self.store(head, at::UNIQUE, unique);
+        self.slot(head).store(at::UNIQUE, unique);
     }
 
     /// The reply of `len` bytes is in the guest's memory.
     pub(super) fn done(&self, head: u16, len: u32) {
-        self.store(head, at::OUTCOME, DONE | u64::from(len));
+        self.slot(head).store(at::OUTCOME, DONE | u64::from(len));
     }
 
     /// The length of the reply, if it is in the guest's memory.
     pub(super) fn outcome(&self, head: u16) -> Option<u32> {
-        let outcome = self.load(head, at::OUTCOME);
+        let outcome = self.slot(head).load(at::OUTCOME);
         if outcome & DONE == 0 {
             return None;
         }
@@ -133,38 +152,31 @@ impl Journal {
 
     pub(super) fn set_intent(&self, head: u16, intent: [u64; INTENT]) {
         let [first, second, third, fourth] = intent;
-        self.store(head, at::INTENT, 0);
+        let slot = self.slot(head);
+        slot.store(at::INTENT, 0);
         if first != 0 {
             for (word, value) in (at::INTENT..).zip([0, second, third, fourth]).skip(1) {
-                self.store(head, word, value);
+                slot.store(word, value);
             }
             // Last: it shows the others.
-            self.store(head, at::INTENT, first);
+            slot.store(at::INTENT, first);
         }
     }
 
     pub(super) fn previous(&self, head: u16) -> Previous {
+        let slot = self.slot(head);
         let mut intent = [0; INTENT];
         for (word, value) in (at::INTENT..).zip(&mut intent) {
-            *value = self.load(head, word);
+            *value = slot.load(word);
         }
         if intent.first() == Some(&0) {
             intent = [0; INTENT];
         }
         Previous {
-            unique: self.load(head, at::UNIQUE),
+            unique: slot.load(at::UNIQUE),
             intent,
         }
     }
-}
-
-#[allow(
-    clippy::arithmetic_side_effects,
-    reason = "a head has 16 bits, a slot few words"
-)]
-#[inline]
-fn place(head: u16, word: usize) -> usize {
-    SLOT * usize::from(head) + word
 }
 
 fn stamp(counter: u64) -> u64 {

@@ -340,7 +340,7 @@ impl Store {
         way: Way,
     ) -> Option<Arc<Inode>> {
         let node = self.next_node();
-        let doing = self.table.own_doing();
+        let doing = self.table.own_doing(current::unique());
         doing.inspect(|doing| doing.before(node.0, false));
         let inode = Inode::new(&self.table, identity, node, fd, way)?;
         doing.inspect(|doing| doing.after());
@@ -594,7 +594,7 @@ impl Store {
 
     /// The lock's guard is asked for to show that it is held.
     fn count_up(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
-        let doing = self.table.own_doing();
+        let doing = self.table.own_doing(current::unique());
         doing.inspect(|doing| doing.before(inode.node().0, false));
         let lookups = inode.lookups().saturating_add(1);
         inode.record.set_lookups(lookups, current::unique(), true);
@@ -616,7 +616,7 @@ impl Store {
         let mut keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
-        let doing = self.table.own_doing();
+        let doing = self.table.own_doing(current::unique());
         doing.inspect(|doing| doing.before(inode.node().0, true));
         inode.record.set_lookups(left, current::unique(), false);
         doing.inspect(|doing| doing.after());

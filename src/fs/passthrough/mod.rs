@@ -366,6 +366,7 @@ impl FileSystem for Passthrough {
         self.spares.clear();
         self.terms.set(&Terms::default());
         self.inodes.clear();
+        self.table().clear_doings();
     }
 
     fn begin(&self, terms: &Terms) {
@@ -374,11 +375,10 @@ impl FileSystem for Passthrough {
 
     fn serving(&self, unique: u64) {
         current::set(unique);
-        if let Some(doing) = self.table().own_doing() {
-            doing.begin(unique);
-            if let Some(number) = self.begun.seen(unique) {
-                doing.seen(number);
-            }
+        if let Some(number) = self.begun.seen(unique)
+            && let Some(doing) = self.table().own_doing(unique)
+        {
+            doing.seen(number);
         }
     }
 

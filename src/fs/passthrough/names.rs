@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::Section;
+use super::current;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inode::{Held, Inode};
 use super::lookup::component;
@@ -239,7 +240,7 @@ impl Passthrough {
     fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<Known> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
-        if loses && let Some(doing) = self.table().own_doing() {
+        if loses && let Some(doing) = self.table().own_doing(current::unique()) {
             doing.seen(stat.stx_ino);
         }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
