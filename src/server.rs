@@ -242,6 +242,7 @@ impl Server {
     /// VMM does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Over, ServerError> {
         self.filter.install()?;
+        sandbox::forget_set_up();
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {

@@ -356,3 +356,9 @@ pub fn release_hangup() -> std::io::Result<()> {
 pub fn release_signals() -> std::io::Result<()> {
     Ok(process::release_signals()?)
 }
+
+/// What this room does is done, and so is all else that the start needs: gives back the memory of
+/// the program's code.
+pub fn forget_set_up() {
+    crate::sys::code::give_back();
+}

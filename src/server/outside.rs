@@ -133,6 +133,7 @@ impl Outside {
     ///
     /// Whatever a seccomp filter of the launcher says; and in the other process, that it can't serve.
     pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
+        sandbox::forget_set_up();
         match self.0 {
             Kind::Waiting { guardian, .. } => {
                 let ending = guardian.watch().map_err(ServerError::Watch)?;

@@ -10,6 +10,7 @@
 )]
 
 pub(crate) mod bus;
+pub(crate) mod code;
 pub(crate) mod credentials;
 pub(crate) mod file;
 pub(crate) mod file_handle;
