@@ -116,6 +116,13 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value = "16777216")]
     pub max_inodes: NonZeroUsize,
 
+    /// How many inodes that the guest's kernel has dropped from its cache are remembered, so that
+    /// file handles which the guest has of them stay good: for a guest that exports the directory
+    /// by NFS, or whose programs use open_by_handle_at(2). The longest dropped goes first. 0
+    /// remembers none: such a file handle is ESTALE.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub remember_inodes: usize,
+
     /// How many files and directories the guest may have open at the same time, those included
     /// that its locks need; beyond that opening is ENFILE, and locking ENOLCK. [default, and
     /// most: three quarters of the limit of open files]
@@ -275,6 +282,7 @@ impl TryFrom<Options> for Config {
         let mut share = Share::try_from(options.sharing)?;
         share.file_system.max_open_inodes = options.max_open_inodes.map(NonZeroUsize::get);
         share.file_system.max_inodes = options.max_inodes.get();
+        share.file_system.remember_inodes = options.remember_inodes;
         share.file_system.max_handles = options.max_handles.map(NonZeroUsize::get);
         share.file_system.max_spare_files = options.max_spare_files;
         share.file_system.migration = options.migration.into();

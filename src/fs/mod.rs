@@ -260,8 +260,13 @@ pub trait FileSystem: Send + Sync + 'static {
     }
 
     /// Forgets everything that a session holds: every node but the root, every handle. Called
-    /// when a guest says INIT or DESTROY, and when the device is reset.
+    /// when the device is reset, and when its VMM has gone.
     fn reset(&self);
+    /// As [`reset`](Self::reset), when a guest says INIT or DESTROY. It is the same guest that comes
+    /// back: LOOKUP of `.` and `..` may go on finding nodes that it had.
+    fn unmounted(&self) {
+        self.reset();
+    }
     /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
     fn begin(&self, _terms: &Terms) {}
 

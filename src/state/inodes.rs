@@ -79,6 +79,13 @@ impl Table {
         Some(record)
     }
 
+    /// Whether a further inode can be written down at this moment.
+    #[must_use]
+    pub fn has_room_for_inode(&self) -> bool {
+        let place = self.take(Kind::Inode);
+        place.inspect(|place| self.give_back(*place)).is_some()
+    }
+
     /// The inodes of a table that was opened. To be called once; each has one record.
     pub fn take_inodes(self: &Arc<Self>) -> Vec<InodeRecord> {
         let mut records = Vec::new();

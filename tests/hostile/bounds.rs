@@ -56,6 +56,44 @@ pub fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     assert!(fs.lookup(ROOT, &name(150)).is_ok());
 }
 
+pub fn what_is_remembered_gives_way_to_what_is_known(runtime: &str) {
+    let server = Server::start(&[
+        "--runtime",
+        runtime,
+        "--max-inodes",
+        "100",
+        "--remember-inodes",
+        "1000",
+    ]);
+    for at in 0..200 {
+        std::fs::write(server.share().join(format!("file{at}")), "").unwrap();
+    }
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let mut remembered = Vec::new();
+    for at in 0..100 {
+        remembered.push(fs.lookup(ROOT, &name(at)).unwrap().nodeid);
+        fs.forget(remembered[at], 1).unwrap();
+    }
+    let bases = fs.guest().stop().unwrap();
+    fs.guest().restart(&bases).unwrap();
+    // Made-up node ids find nothing.
+    for node in (0..64).map(|bit| 1 << bit).chain([u64::MAX]) {
+        if node != ROOT && !remembered.contains(&node) {
+            let found = fs.lookup(node, c".").unwrap_err();
+            assert_eq!(found.errno(), Some(libc::ESTALE), "{node}");
+        }
+    }
+    for at in 100..200 {
+        fs.lookup(ROOT, &name(at)).unwrap();
+    }
+    let enfile = Some(libc::ENFILE);
+    assert_eq!(fs.mkdir(ROOT, c"new", 0o755).unwrap_err().errno(), enfile);
+    for node in remembered {
+        let found = fs.lookup(node, c".").unwrap_err();
+        assert_eq!(found.errno(), Some(libc::ESTALE));
+    }
+}
+
 pub fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-handles", "50"]);
     std::fs::write(server.share().join("file"), "").unwrap();

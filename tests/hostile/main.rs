@@ -27,7 +27,7 @@ mod taken;
 use bounds::{
     half_read_directories_are_bounded, inodes_beyond_the_bound_are_enfile,
     locks_beyond_the_bound_are_enolck, open_files_beyond_the_bound_are_enfile,
-    waiting_locks_are_bounded,
+    waiting_locks_are_bounded, what_is_remembered_gives_way_to_what_is_known,
 };
 use messages::{messages_end_their_session_alone, stalled_eventfds_keep_nobody};
 use names::{names_lead_nowhere, names_that_change_while_they_are_read_lead_nowhere};
@@ -65,4 +65,5 @@ on_both_runtimes!(
     waiting_locks_are_bounded,
     without_indirect_descriptors_none_is_followed,
     what_is_in_flight_may_be_taken_away_too,
+    what_is_remembered_gives_way_to_what_is_known,
 );

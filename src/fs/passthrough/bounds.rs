@@ -18,11 +18,14 @@ pub(super) const INODES: usize = 1 << 24;
 pub(super) const PIECES: usize = 1024;
 
 impl Passthrough {
-    /// Asked before the guest gets to know a further inode.
+    /// Asked before the guest gets to know a further inode. What it has given back makes room.
     pub(super) fn room_for_inode(&self) -> Result<()> {
-        if self.inodes.known() > self.options.max_inodes {
-            return Err(Errno::NFILE);
+        while self.inodes.known() > self.options.max_inodes {
+            if !self.inodes.let_oldest_go() {
+                return Err(Errno::NFILE);
+            }
         }
+        self.inodes.room_in_table();
         Ok(())
     }
 

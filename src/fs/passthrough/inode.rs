@@ -32,6 +32,9 @@ pub(super) struct Inode {
     pub(super) children: AtomicU32,
     /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
     settled: AtomicBool,
+    /// Whether it stands in the line of those that the guest has given back. Changed as the
+    /// lookups are.
+    remembered: AtomicBool,
 }
 
 /// Which [`Way`] leads to an inode; what there is to it stands in the record.
@@ -103,6 +106,7 @@ impl Inode {
             held: Mutex::new(held),
             children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
+            remembered: AtomicBool::new(false),
         }
     }
 
@@ -243,6 +247,17 @@ impl Inode {
         self.node() == NodeId::ROOT
             || self.lookups() > 0
             || self.children.load(Ordering::Relaxed) > 0
+            || self.is_remembered()
+    }
+
+    /// Whether the guest has given it back, and is still to find it by its node id.
+    #[inline]
+    pub(super) fn is_remembered(&self) -> bool {
+        self.remembered.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_remembered(&self, remembered: bool) {
+        self.remembered.store(remembered, Ordering::Relaxed);
     }
 
     pub(super) fn parent(&self) -> Option<NodeId> {

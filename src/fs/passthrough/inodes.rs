@@ -8,8 +8,10 @@
 //! the lock of the inode's shard by identity, where reaching zero and being removed are one
 //! step.
 //!
-//! Order of locks: the shard by identity, then the shard by node id, then the inode's way.
+//! Order of locks: the shard by identity, the shard by node id, the inode's way, the line of those
+//! that are remembered.
 
+mod remembered;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 
+use self::remembered::Remembered;
 use super::changes::{Changes, Changing, Moment};
 use super::clock::Clock;
 use super::current;
@@ -121,18 +124,24 @@ pub(super) struct Store {
     count: AtomicUsize,
     clock: Clock,
     changes: Changes,
+    remembered: Remembered,
 }
 
 impl Store {
-    /// A store that knows the root alone, open as `fd` for ever. `None` if there is no room for it
-    /// in `table`.
-    pub(super) fn new(identity: &Identity, fd: OwnedFd, table: &Arc<Table>) -> Option<Self> {
+    /// A store that knows the root alone, open as `fd` for ever, and remembers up to `remembered` inodes
+    /// that were given back. `None` if there is no room for it in `table`.
+    pub(super) fn new(
+        identity: &Identity,
+        fd: OwnedFd,
+        table: &Arc<Table>,
+        remembered: usize,
+    ) -> Option<Self> {
         let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), Way::None)?;
-        Some(Self::of(inode, table))
+        Some(Self::of(inode, table, remembered))
     }
 
-    /// A store that knows `root` alone.
-    pub(super) fn of(root: Inode, table: &Arc<Table>) -> Self {
+    /// A store that knows `root` alone, and remembers as [`new`](Self::new) says.
+    pub(super) fn of(root: Inode, table: &Arc<Table>, remembered: usize) -> Self {
         let root = Arc::new(root);
         let store = Self {
             by_key: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -144,6 +153,7 @@ impl Store {
             count: AtomicUsize::new(0),
             clock: Clock::new(),
             changes: Changes::new(),
+            remembered: Remembered::new(remembered),
         };
         store.insert(&mut store.keys(&store.root.key()), Arc::clone(&store.root));
         store
@@ -185,17 +195,21 @@ impl Store {
         }
         // Those that nobody counts on any more: what was given back as the other process ended.
         for inode in &inodes {
-            if !inode.is_counted() {
-                let removed = self.remove(&mut self.keys(&inode.key()), inode);
-                if let Some(parent) = removed.as_ref().and_then(|_| self.bury(inode)) {
-                    self.leave(parent);
-                }
-            }
+            self.end_uncounted(self.keys(&inode.key()), inode);
         }
     }
 
-    /// All inodes but the root, also those that are here for their children alone.
+    /// All inodes but the root, also those that are here for their children alone, and none of
+    /// which nobody has one.
     pub(super) fn all(&self) -> Vec<Arc<Inode>> {
+        let all = self.everything();
+        if self.remembered() == 0 {
+            return all;
+        }
+        self.needed(all)
+    }
+
+    fn everything(&self) -> Vec<Arc<Inode>> {
         let of = |shard: &RwLock<Nodes>| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
             let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
@@ -282,7 +296,9 @@ impl Store {
     /// takes more than `identity` to tell.
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
-        let inode = by_key(&keys, &identity.key).filter(|known| known.is(identity))?;
+        // One that is remembered gets a descriptor first, as one that is new does.
+        let known = |inode: &&Arc<Inode>| inode.is(identity) && !inode.is_remembered();
+        let inode = by_key(&keys, &identity.key).filter(known)?;
         self.count_up(&keys, inode);
         Some(Arc::clone(inode))
     }
@@ -319,15 +335,25 @@ impl Store {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
             if known.is(identity) || same(known, &new) {
+                let was_remembered = known.is_remembered();
                 self.count_up(&keys, known);
                 known.settle(identity);
                 let known = Arc::clone(known);
                 drop(keys);
+                if was_remembered && let Some(fd) = new.fd {
+                    drop(self.install(&known, fd));
+                }
                 return Some(known);
             }
             // What had this number before is no more. Its node id stays with who has it.
             let known = Arc::clone(known);
             remove_key(&mut keys, &known);
+            if known.is_remembered() {
+                let new = self.add(&mut keys, identity, new.fd, new.way);
+                drop(keys);
+                self.let_go(&known);
+                return new;
+            }
         }
         self.add(&mut keys, identity, new.fd, new.way)
     }
@@ -580,12 +606,28 @@ impl Store {
         }
     }
 
-    /// Counts one lookup more of an inode that the guest has.
+    /// Removes `inode`, the lock of whose shard `keys` is, if nobody counts on it any more.
+    fn end_uncounted(&self, mut keys: MutexGuard<'_, Keys>, inode: &Arc<Inode>) {
+        if inode.is_counted() {
+            return;
+        }
+        let removed = self.remove(&mut keys, inode);
+        drop(keys);
+        if removed.is_some()
+            && let Some(parent) = self.bury(inode)
+        {
+            self.leave(parent);
+        }
+        // Descriptors are closed outside of the locks.
+        drop(removed);
+    }
+
+    /// Counts one lookup more of an inode that the guest has, or that is remembered.
     ///
-    /// Answers whether it still has it: another thread may have forgotten it meanwhile.
+    /// Answers whether that is still so: another thread may have forgotten it meanwhile.
     pub(super) fn count(&self, inode: &Inode) -> bool {
         let keys = self.keys(&inode.key());
-        let had = inode.node() == NodeId::ROOT || inode.lookups() > 0;
+        let had = inode.node() == NodeId::ROOT || inode.lookups() > 0 || inode.is_remembered();
         if had {
             self.count_up(&keys, inode);
         }
@@ -599,21 +641,21 @@ impl Store {
         let lookups = inode.lookups().saturating_add(1);
         inode.record.set_lookups(lookups, current::unique(), true);
         doing.inspect(|doing| doing.after());
+        self.remembered.take(inode);
     }
 
-    /// Gives back `count` lookups; the last one removes the inode. The root is never removed.
-    pub(super) fn forget(&self, node: NodeId, count: u64) {
-        if node == NodeId::ROOT {
-            return;
-        }
-        let Some(inode) = self.get(node) else {
-            return;
-        };
-        self.forget_inode(&inode, count);
+    /// Gives back `count` lookups; the last one removes the inode, unless it is to be remembered,
+    /// which is answered. The root is never removed.
+    #[must_use]
+    pub(super) fn forget(&self, node: NodeId, count: u64) -> Option<Arc<Inode>> {
+        let inode = self.get(node).filter(|_| node != NodeId::ROOT)?;
+        let remembered = self.forget_inode(&inode, count, true);
+        remembered.then_some(inode)
     }
 
-    fn forget_inode(&self, inode: &Arc<Inode>, count: u64) {
-        let mut keys = self.keys(&inode.key());
+    /// Answers whether the inode is remembered from now on.
+    fn forget_inode(&self, inode: &Arc<Inode>, count: u64, remember: bool) -> bool {
+        let keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
         let doing = self.table.own_doing(current::unique());
@@ -621,16 +663,14 @@ impl Store {
         inode.record.set_lookups(left, current::unique(), false);
         doing.inspect(|doing| doing.after());
         // `before` is 0 if another thread has removed it since `get`.
-        if before == 0 || inode.is_counted() {
-            return;
+        if before == 0 || left > 0 {
+            return false;
         }
-        let removed = self.remove(&mut keys, inode);
-        drop(keys);
-        if let Some(parent) = self.bury(inode) {
-            self.leave(parent);
+        let remembered = remember && self.remember(&keys, inode);
+        if !remembered {
+            self.end_uncounted(keys, inode);
         }
-        // Descriptors are closed outside of the locks.
-        drop(removed);
+        remembered
     }
 
     /// Ends what an inode that was removed still has; answers whose child it was.
@@ -667,17 +707,18 @@ impl Store {
             for node in nodes {
                 if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
                     let keys = self.keys(&inode.key());
+                    self.remembered.take(&inode);
                     inode.children.store(0, Ordering::Relaxed);
                     // One that is here for its children alone has no lookup to give back.
                     inode.record.set_lookups(inode.lookups().max(1), 0, false);
                     drop(keys);
-                    self.forget_inode(&inode, u64::MAX);
+                    self.forget_inode(&inode, u64::MAX, false);
                 }
             }
         }
     }
 
-    /// How many inodes the guest has, the root included.
+    /// How many inodes there are, the root included.
     pub(super) fn len(&self) -> usize {
         let len =
             |shard: &RwLock<Nodes>| shard.read().unwrap_or_else(PoisonError::into_inner).len();

@@ -116,7 +116,7 @@ impl Passthrough {
                 .handles
                 .release(entry.node, opened.handle, HandleKind::File);
         }
-        self.inodes.forget(entry.node, 1);
+        self.give_back(entry.node, 1);
         self.on_demand.forget(entry.node);
     }
 

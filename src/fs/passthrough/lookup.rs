@@ -109,7 +109,7 @@ impl Passthrough {
         if noted {
             return Some(inode);
         }
-        self.inodes.forget(inode.node(), 1);
+        self.give_back(inode.node(), 1);
         None
     }
 

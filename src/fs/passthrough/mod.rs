@@ -13,6 +13,7 @@ mod credentials;
 mod current;
 mod directory;
 mod error;
+mod given_back;
 mod handles;
 mod holds;
 mod id_map;
@@ -112,6 +113,8 @@ pub struct Passthrough {
     selinux: bool,
     /// Locks were given up for another server to have them; see `moving`.
     lent: AtomicBool,
+    /// The session is one that another process has begun.
+    inherited: AtomicBool,
     /// What the guest holds, as it outlives this process.
     table: Arc<Table>,
     /// What is known of requests that another process had begun.
@@ -188,7 +191,7 @@ impl Passthrough {
         })?;
         let (store, rest) = match records {
             None => {
-                let store = Store::new(&identity, root, table);
+                let store = Store::new(&identity, root, table, options.remember_inodes);
                 (store.ok_or(PassthroughError::NoRoom)?, None)
             }
             Some(Records {
@@ -198,7 +201,8 @@ impl Passthrough {
                 let old = restore::key_of(&record);
                 let root = Inode::root_again(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
-                (Store::of(root, table), Some((old, others)))
+                let store = Store::of(root, table, options.remember_inodes);
+                (store, Some((old, others)))
             }
         };
         if table.generation() == 0 || rest.is_none() {
@@ -222,6 +226,7 @@ impl Passthrough {
             wear,
             selinux: labels::host_has_selinux(),
             lent: AtomicBool::new(false),
+            inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),
             begun: Begun::default(),
         };
@@ -244,10 +249,17 @@ impl Passthrough {
         self.only = Some(file);
     }
 
-    /// How many inodes the guest has looked up and not forgotten, the root included.
+    /// How many inodes the guest has looked up and not forgotten, the root included, and how many
+    /// are remembered beside them.
     #[must_use]
     pub fn known_inodes(&self) -> usize {
         self.inodes.len()
+    }
+
+    /// How many of those the guest has given back, and may find again by a file handle.
+    #[must_use]
+    pub fn remembered_inodes(&self) -> usize {
+        self.inodes.remembered()
     }
 
     /// How many of those have a descriptor at this moment.
@@ -270,6 +282,16 @@ impl Passthrough {
     /// What handles of this run are told from those of another by.
     fn generation(&self) -> u64 {
         self.table().generation()
+    }
+
+    /// Ends all that belongs to a session of the guest but its inodes.
+    fn end_session(&self) {
+        self.lent.store(false, Ordering::Relaxed);
+        self.locks.clear();
+        self.handles.clear();
+        self.on_demand.clear();
+        self.spares.clear();
+        self.terms.set(&Terms::default());
     }
 
     /// Asked by each operation that changes something, before it does.
@@ -359,14 +381,19 @@ impl FileSystem for Passthrough {
     }
 
     fn reset(&self) {
-        self.lent.store(false, Ordering::Relaxed);
-        self.locks.clear();
-        self.handles.clear();
-        self.on_demand.clear();
-        self.spares.clear();
-        self.terms.set(&Terms::default());
+        self.end_session();
+        self.inherited.store(false, Ordering::Relaxed);
         self.inodes.clear();
         self.table().clear_doings();
+    }
+
+    fn unmounted(&self) {
+        if self.outlives_session() {
+            self.end_session();
+            self.give_all_back();
+        } else {
+            self.reset();
+        }
     }
 
     fn begin(&self, terms: &Terms) {
@@ -454,7 +481,7 @@ impl FileSystem for Passthrough {
     }
 
     fn forget(&self, node: NodeId, count: u64) {
-        self.inodes.forget(node, count);
+        self.give_back(node, count);
         let kept = self.on_demand.count() > 0 || self.spares.count() > 0;
         if kept && self.inodes.get(node).is_none() {
             self.on_demand.forget(node);

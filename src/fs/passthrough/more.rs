@@ -3,7 +3,7 @@
 //! The invariant: `..` leads to nothing outside of the shared directory, and no flag is passed
 //! on that concerns more than the file.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::fs::{FileType, IFlags, Mode, OFlags, StatxFlags};
@@ -13,6 +13,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
+use super::inode::Inode;
 use super::names::honest_mode;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
@@ -112,9 +113,10 @@ impl Passthrough {
     }
 
     /// `.`: the node itself, which the guest's kernel asks for when it has a file handle whose
-    /// inode it has dropped from its cache. One that it has forgotten altogether is `ESTALE`.
+    /// inode it has dropped from its cache. One that it has forgotten altogether is `ESTALE`,
+    /// unless it is remembered.
     pub(super) fn find_self(&self, node: NodeId) -> Result<Entry> {
-        let inode = self.inode(node)?;
+        let inode = self.inode_again(node)?;
         self.find_again(self.fd(&inode)?)
     }
 
@@ -126,10 +128,18 @@ impl Passthrough {
         if node == NodeId::ROOT {
             return self.find_self(node);
         }
-        let inode = self.inode(node)?;
-        if inode.kind() != FileType::Directory {
-            return Err(Errno::NOTDIR);
-        }
+        let inode = self.inode_again(node)?;
+        let parent = if inode.kind() == FileType::Directory {
+            self.parent_of(&inode)
+        } else {
+            Err(Errno::NOTDIR)
+        };
+        self.lay_down_again(&inode);
+        self.find_held(parent?)
+    }
+
+    /// What is above `inode`, a directory other than the shared one.
+    fn parent_of(&self, inode: &Inode) -> Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let up = |fd: &dyn AsFd| match rustix::fs::openat(fd.as_fd(), c"..", flags, Mode::empty()) {
             // Outside of the mount, which is all that a server in a sandbox sees.
@@ -138,12 +148,12 @@ impl Passthrough {
         };
         let identity = |fd: &dyn AsFd| Ok::<_, Errno>(Identity::of(&stat_fd(fd, IDENTITY)?).key);
         let root = self.inode(NodeId::ROOT)?.key();
-        let parent = up(&self.fd(&inode)?)?;
+        let parent = up(&self.fd(inode)?)?;
         let mut at = rustix::io::fcntl_dupfd_cloexec(&parent, 0)?;
         let mut key = identity(&at)?;
         for _ in 0..DEEPEST {
             if key == root {
-                return self.find_held(parent);
+                return Ok(parent);
             }
             let above = up(&at)?;
             let above_key = identity(&above)?;

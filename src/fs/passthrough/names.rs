@@ -168,7 +168,7 @@ impl Passthrough {
         match self.open_file(caller, entry.node, flags) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
-                self.inodes.forget(entry.node, 1);
+                self.give_back(entry.node, 1);
                 // An inode that has ended since; its name may be another's by now.
                 Err(if error == Errno::STALE {
                     Errno::NOENT
@@ -201,16 +201,31 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let fd = self.fd(&parent)?;
         let named = self.known(&fd, component(name)?, true);
-        if let Some(known) = named.as_ref().filter(|known| known.links == 1) {
-            let moment = self.inodes.moment(&parent);
-            self.inodes.see(&known.inode, &parent, name, moment);
+        let removed = self.remove_known(named.as_ref(), &fd, name, flags);
+        if let Some(known) = &named {
+            self.lay_down_again(&known.inode);
+        }
+        removed
+    }
+
+    fn remove_known(
+        &self,
+        named: Option<&Known>,
+        fd: &InodeFd<'_>,
+        name: &CStr,
+        flags: AtFlags,
+    ) -> Result<()> {
+        let parent = fd.inode();
+        if let Some(known) = named.filter(|known| known.links == 1) {
+            let moment = self.inodes.moment(parent);
+            self.inodes.see(&known.inode, parent, name, moment);
         }
         // Whoever is using a descriptor keeps it from being closed before the store is told.
-        let in_use = named.as_ref().map(|known| self.fd(&known.inode));
-        let changing = self.inodes.changing([&parent, &parent]);
-        rustix::fs::unlinkat(&fd, name, flags)?;
-        if let (Some(known), Some(Ok(_))) = (&named, in_use) {
-            self.inodes.lose(&known.inode, &parent, name, &changing);
+        let in_use = named.map(|known| self.fd(&known.inode));
+        let changing = self.inodes.changing([parent, parent]);
+        rustix::fs::unlinkat(fd, name, flags)?;
+        if let (Some(known), Some(Ok(_))) = (named, in_use) {
+            self.inodes.lose(&known.inode, parent, name, &changing);
             self.pin_nameless(known);
         }
         Ok(())
@@ -245,8 +260,10 @@ impl Passthrough {
         }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
         let by_handle = matches!(&*inode.held(), Held::Handle(_));
-        // An open file keeps itself, but of these nobody knows whether they are open.
-        (!by_handle || self.terms.no_open()).then_some(Known {
+        // An open file keeps itself, but of these nobody knows whether they are open. One that was
+        // remembered is to have its descriptor as if it had never been given back.
+        let kept = self.inodes.remembers() && self.holder.keeps_opened();
+        (!by_handle || self.terms.no_open() || kept).then_some(Known {
             inode,
             links: stat.stx_nlink,
         })
@@ -275,30 +292,46 @@ impl Passthrough {
         let new_fd = self.fd(&new_parent)?;
         let moved = self.known(&old_fd, component(from.1)?, true);
         let replaced = self.known(&new_fd, component(to.1)?, false);
-        if let Some(known) = &moved {
-            let moment = self.inodes.moment(&old_parent);
-            self.inodes.see(&known.inode, &old_parent, from.1, moment);
+        let known = (moved.as_ref(), replaced.as_ref());
+        let renamed = self.move_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
+        for known in moved.iter().chain(&replaced) {
+            self.lay_down_again(&known.inode);
         }
-        let in_use = [&moved, &replaced].map(|known| known.as_ref().map(|it| self.fd(&it.inode)));
-        let changing = self.inodes.changing([&old_parent, &new_parent]);
-        rustix::fs::renameat_with(&old_fd, from.1, &new_fd, to.1, flags)?;
-        let node = |known: &Option<Known>| known.as_ref().map(|known| known.inode.node());
-        if moved.is_some() && node(&moved) == node(&replaced) {
+        renamed
+    }
+
+    fn move_known(
+        &self,
+        (moved, replaced): (Option<&Known>, Option<&Known>),
+        (old_fd, old_name): (&InodeFd<'_>, &CStr),
+        (new_fd, new_name): (&InodeFd<'_>, &CStr),
+        flags: RenameFlags,
+    ) -> Result<()> {
+        let (old_parent, new_parent) = (old_fd.inode(), new_fd.inode());
+        if let Some(known) = moved {
+            let moment = self.inodes.moment(old_parent);
+            self.inodes.see(&known.inode, old_parent, old_name, moment);
+        }
+        let in_use = [moved, replaced].map(|known| known.map(|it| self.fd(&it.inode)));
+        let changing = self.inodes.changing([old_parent, new_parent]);
+        rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags)?;
+        let node = |known: &Known| known.inode.node();
+        if moved.is_some() && moved.map(node) == replaced.map(node) {
             // Two names of one inode: both are still there.
             return Ok(());
         }
-        if let Some(known) = &replaced {
+        if let Some(known) = replaced {
             if flags.contains(RenameFlags::EXCHANGE) {
-                let (parent, name) = (&old_parent, from.1);
+                let (parent, name) = (old_parent, old_name);
                 self.inodes.rename(&known.inode, parent, name, &changing);
             } else {
-                let (parent, name) = (&new_parent, to.1);
+                let (parent, name) = (new_parent, new_name);
                 self.inodes.lose(&known.inode, parent, name, &changing);
                 self.pin_nameless(known);
             }
         }
-        if let Some(known) = &moved {
-            let (parent, name) = (&new_parent, to.1);
+        if let Some(known) = moved {
+            let (parent, name) = (new_parent, new_name);
             self.inodes.rename(&known.inode, parent, name, &changing);
         }
         drop(changing);

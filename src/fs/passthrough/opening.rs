@@ -160,7 +160,7 @@ impl Passthrough {
         match self.opened(entry.node, fd, flags, HandleKind::File) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
-                self.inodes.forget(entry.node, 1);
+                self.give_back(entry.node, 1);
                 Err(error)
             }
         }

@@ -53,6 +53,10 @@ pub struct Options {
     /// How many inodes the guest may know at the same time, besides the root; beyond that what
     /// would make one known is `ENFILE`. The host's memory is what this is about.
     pub max_inodes: usize,
+    /// How many inodes that the guest has given back are remembered, so that its file handles of
+    /// them stay good; the longest given back goes first, and all give way to what it knows. 0
+    /// for none.
+    pub remember_inodes: usize,
     /// How many files and directories it may have open, those included that locks need; beyond
     /// that opening is `ENFILE`, and locking `ENOLCK`. `None` for three quarters of what
     /// `RLIMIT_NOFILE` allows, which is also the most.
@@ -106,6 +110,7 @@ impl Default for Options {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
             max_inodes: bounds::INODES,
+            remember_inodes: 0,
             max_handles: None,
             max_spare_files: 1024,
             cache: Cache::default(),

@@ -236,9 +236,11 @@ impl Passthrough {
 
     /// Takes the descriptor from `inode`, unless it was used lately or can't be missed.
     pub(super) fn close(&self, inode: &Inode) -> bool {
-        if inode.slot().second_chance() {
-            return false;
-        }
+        !inode.slot().second_chance() && self.close_now(inode)
+    }
+
+    /// As [`close`](Self::close), for who has asked whether it was used lately.
+    pub(super) fn close_now(&self, inode: &Inode) -> bool {
         let mut held = inode.held();
         let Some(fd) = inode.slot().inspect() else {
             return true;

@@ -124,13 +124,24 @@ impl<F: FileSystem + ?Sized> Session<F> {
         &self.counters
     }
 
-    /// Ends the session as DESTROY does: the device was reset, or the guest is gone. Requests
-    /// that other threads are serving end first.
+    /// Ends the session: the device was reset, or the guest is gone. Requests that other threads
+    /// are serving end first.
     pub fn reset(&self) {
         self.end(&self.gate.close());
     }
 
-    fn end(&self, _closed: &Closed<'_>) {
+    fn end(&self, closed: &Closed<'_>) {
+        self.disagree(closed);
+        self.fs.reset();
+    }
+
+    /// Ends the session, which the guest itself has ended: it may have others.
+    fn unmount(&self, closed: &Closed<'_>) {
+        self.disagree(closed);
+        self.fs.unmounted();
+    }
+
+    fn disagree(&self, _closed: &Closed<'_>) {
         self.ready.store(false, Ordering::Release);
         self.remember(None);
         *self
@@ -138,7 +149,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
         self.waiting.end_all(Errno::INTR);
-        self.fs.reset();
     }
 
     /// Answers one request, now or later.
@@ -247,7 +257,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 .and_then(|()| match request.operation {
                     Operation::Init(init) => self.init(&init),
                     _ => {
-                        self.reset();
+                        self.unmount(&self.gate.close());
                         Ok(Answer::Done)
                     }
                 });
@@ -257,7 +267,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// INIT. A second one means that the guest has started anew.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
         let closed = self.gate.close();
-        self.end(&closed);
+        self.unmount(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {
                 if worth_a_line(self.counters.requests(Opcode::Init)) {

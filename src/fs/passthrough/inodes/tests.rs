@@ -35,6 +35,10 @@ fn handle() -> New {
 }
 
 fn store() -> Store {
+    remembering(0)
+}
+
+fn remembering(most: usize) -> Store {
     let fd = std::fs::File::open("/dev/null").unwrap().into();
     let limits = Limits {
         inodes: 100,
@@ -42,7 +46,7 @@ fn store() -> Store {
         queues: 1,
     };
     let table = Table::in_memory(&limits).unwrap();
-    Store::new(&identity(2, Some(LONG_AGO)), fd, &table).unwrap()
+    Store::new(&identity(2, Some(LONG_AGO)), fd, &table, most).unwrap()
 }
 
 fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
@@ -63,9 +67,9 @@ fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
     let inode = admit(&store, &who);
     assert_eq!(store.find(&who).unwrap().node(), inode.node());
     assert_eq!(admit(&store, &who).node(), inode.node());
-    store.forget(inode.node(), 2);
+    assert!(store.forget(inode.node(), 2).is_none());
     assert!(store.get(inode.node()).is_some());
-    store.forget(inode.node(), 1);
+    assert!(store.forget(inode.node(), 1).is_none());
     assert!(store.get(inode.node()).is_none());
     assert!(store.find(&who).is_none());
     assert!(!store.count(&inode));
@@ -76,7 +80,7 @@ fn a_node_id_is_never_given_out_again() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let first = admit(&store, &who).node();
-    store.forget(first, 1);
+    assert!(store.forget(first, 1).is_none());
     assert_ne!(admit(&store, &who).node(), first);
 }
 
@@ -84,8 +88,8 @@ fn a_node_id_is_never_given_out_again() {
 fn too_many_forgets_remove_once_and_no_more() {
     let store = store();
     let node = admit(&store, &identity(10, Some(LONG_AGO))).node();
-    store.forget(node, 100);
-    store.forget(node, 100);
+    assert!(store.forget(node, 100).is_none());
+    assert!(store.forget(node, 100).is_none());
     assert_eq!(store.len(), 1);
 }
 
@@ -94,7 +98,7 @@ fn the_root_is_never_forgotten() {
     let store = store();
     let root = store.find(&identity(2, Some(LONG_AGO))).unwrap();
     assert_eq!(root.node(), NodeId::ROOT);
-    store.forget(NodeId::ROOT, u64::MAX);
+    assert!(store.forget(NodeId::ROOT, u64::MAX).is_none());
     store.clear();
     assert!(store.get(NodeId::ROOT).is_some());
     assert!(store.find(&identity(2, Some(LONG_AGO))).is_some());
@@ -110,7 +114,7 @@ fn a_reused_number_with_another_birth_is_another_inode() {
     assert_ne!(new.node(), old.node());
     // The old one is still the guest's, and its end takes nothing from the new one.
     assert!(store.get(old.node()).is_some());
-    store.forget(old.node(), 1);
+    assert!(store.forget(old.node(), 1).is_none());
     assert_eq!(store.find(&later).unwrap().node(), new.node());
 }
 
@@ -185,12 +189,12 @@ fn a_directory_stays_for_what_is_found_through_it() {
         .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
     store.see(&inode, &parent, c"name", store.moment(&parent));
-    store.forget(parent.node(), 1);
+    assert!(store.forget(parent.node(), 1).is_none());
     assert!(store.get(parent.node()).is_none(), "it is not the guest's");
     assert!(store.any(parent.node()).is_some());
-    store.forget(parent.node(), u64::MAX);
+    assert!(store.forget(parent.node(), u64::MAX).is_none());
     assert!(store.any(parent.node()).is_some());
-    store.forget(inode.node(), 1);
+    assert!(store.forget(inode.node(), 1).is_none());
     assert!(store.any(parent.node()).is_none());
     assert_eq!((store.len(), store.descriptors()), (1, 1));
 }
@@ -223,7 +227,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
                     let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
                     // Until given back, a lookup is a right to the node id.
                     assert!(store.get(inode.node()).is_some());
-                    store.forget(inode.node(), 1);
+                    assert!(store.forget(inode.node(), 1).is_none());
                 }
             });
         }
@@ -237,4 +241,128 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
             .sum::<usize>(),
         1
     );
+}
+
+/// Makes an inode with this number known, and gives it back.
+fn give_back(store: &Store, number: u64) -> NodeId {
+    let node = admit(store, &identity(number, Some(LONG_AGO))).node();
+    drop(store.forget(node, 1));
+    store.let_surplus_go();
+    node
+}
+
+#[test]
+fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
+    let store = remembering(3);
+    let nodes: Vec<NodeId> = (10..14).map(|number| give_back(&store, number)).collect();
+    let there = |node: &NodeId| store.get_or_remembered(*node).is_some();
+    assert!(nodes.iter().all(|node| store.get(*node).is_none()));
+    assert_eq!(nodes.iter().filter(|node| there(node)).count(), 3);
+    assert!(!there(&nodes[0]));
+    // It is the same node again, and goes to the end of the line when it is given back.
+    assert_eq!(give_back(&store, 11), nodes[1]);
+    let other = give_back(&store, 20);
+    assert!(there(&nodes[1]) && !there(&nodes[2]) && there(&nodes[3]) && there(&other));
+    assert_eq!((store.remembered(), store.len()), (3, 4));
+    store.clear();
+    assert_eq!((store.remembered(), store.len()), (0, 1));
+}
+
+#[test]
+fn what_is_known_again_stands_in_no_line() {
+    let store = remembering(2);
+    let who = identity(10, Some(LONG_AGO));
+    for _ in 0..1000 {
+        let node = give_back(&store, 10);
+        // Not by a `statx` alone: it has no descriptor yet.
+        assert!(store.find(&who).is_none());
+        assert!(store.count(&store.get_or_remembered(node).unwrap()));
+        assert_eq!(store.remembered(), 0);
+        assert_eq!(store.find(&who).unwrap().node(), node);
+        assert!(!store.let_oldest_go());
+        drop(store.forget(node, 2));
+        assert_eq!(store.remembered(), 1);
+    }
+    store.let_go(&store.get_or_remembered(NodeId(2)).unwrap());
+    assert_eq!((store.remembered(), store.len()), (0, 1));
+}
+
+#[test]
+fn another_inode_of_the_same_number_ends_what_is_remembered() {
+    let store = remembering(2);
+    let old = give_back(&store, 10);
+    let new = admit(&store, &identity(10, Some(LONG_AGO + 1)));
+    assert!(store.get_or_remembered(old).is_none());
+    assert_eq!((store.remembered(), store.len()), (0, 2));
+    // And one that has lost its number while it was known is not remembered.
+    admit(&store, &identity(10, Some(LONG_AGO + 2)));
+    assert!(store.forget(new.node(), 1).is_none());
+    assert!(store.get_or_remembered(new.node()).is_none());
+}
+
+#[test]
+fn what_is_remembered_by_its_name_keeps_its_directory() {
+    let store = remembering(1);
+    let root = store.get(NodeId::ROOT).unwrap();
+    let admit_open = |number| {
+        let who = identity(number, Some(LONG_AGO));
+        store.admit(&who, open(), |_, _| false).unwrap()
+    };
+    let dir = admit_open(10);
+    store.see(&dir, &root, c"dir", store.moment(&root));
+    let file = admit_open(11);
+    store.see(&file, &dir, c"file", store.moment(&dir));
+    for inode in [&dir, &file] {
+        drop(store.forget(inode.node(), 1));
+        store.let_surplus_go();
+    }
+    // The directory is here for the file alone.
+    assert_eq!((store.remembered(), store.len()), (1, 3));
+    assert!(store.get_or_remembered(dir.node()).is_none());
+    assert!(store.all().is_empty());
+    assert!(store.let_oldest_go());
+    assert_eq!((store.remembered(), store.len()), (0, 1));
+}
+
+#[test]
+fn what_is_remembered_makes_room_in_the_table() {
+    let store = remembering(usize::MAX);
+    let mut number = 10;
+    while store.table.has_room_for_inode() {
+        let inode = admit(&store, &identity(number, Some(LONG_AGO)));
+        drop(store.forget(inode.node(), 1));
+        number += 1;
+    }
+    let before = store.remembered();
+    assert!(before > 100);
+    store.room_in_table();
+    assert_eq!(store.remembered(), before - 1);
+    assert!(store.table.has_room_for_inode());
+}
+
+#[test]
+fn racing_threads_agree_on_what_is_remembered() {
+    let store = remembering(2);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for turn in 0..5000 {
+                    let inode = admit(&store, &identity(10 + turn % 4, Some(LONG_AGO)));
+                    let node = inode.node();
+                    drop(store.forget(node, 1));
+                    store.let_surplus_go();
+                    if let Some(again) = store.get_or_remembered(node)
+                        && store.count(&again)
+                    {
+                        drop(store.forget(node, 1));
+                        store.let_surplus_go();
+                    }
+                }
+            });
+        }
+    });
+    assert!(store.remembered() <= 2);
+    assert_eq!(store.len(), store.remembered() + 1);
+    while store.let_oldest_go() {}
+    assert_eq!((store.remembered(), store.len()), (0, 1));
 }

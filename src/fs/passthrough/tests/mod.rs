@@ -10,6 +10,7 @@ mod credentials;
 mod directories;
 mod lookups;
 mod names;
+mod remembered;
 mod restored;
 mod spares;
 mod xattrs;

@@ -11,12 +11,12 @@ use crate::io::{Lock, LockKind, RecordLock};
 use crate::state::Table;
 
 /// A file system whose process was killed: nothing of it is dropped.
-struct Killed {
+pub(super) struct Killed {
     dir: TempDir,
     fs: ManuallyDrop<Passthrough>,
 }
 
-fn killed(rig: Rig) -> Killed {
+pub(super) fn killed(rig: Rig) -> Killed {
     let Rig { dir, fs } = rig;
     Killed {
         dir,
@@ -26,7 +26,7 @@ fn killed(rig: Rig) -> Killed {
 
 impl Killed {
     /// The next one, with the descriptors of this one or without.
-    fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
+    pub(super) fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
@@ -45,7 +45,7 @@ impl Killed {
 }
 
 /// Runs `test` with descriptors that are still there, and with such as are not.
-fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
+pub(super) fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
     for bequeathed in [true, false] {
         on_a_thread(|| match Rig::new(options.clone()) {
             Some(rig) => test(rig, bequeathed),
