@@ -391,6 +391,7 @@ impl FileSystem for Passthrough {
         if self.outlives_session() {
             self.end_session();
             self.give_all_back();
+            self.table().clear_doings();
         } else {
             self.reset();
         }
