@@ -405,10 +405,11 @@ mod tests {
         let memory = memory(&vec![7; 300_000]);
         let (mut transfer, _stopper) = transfer();
         let (read, write) = pipe();
+        // Not later: all of it may be in the pipe by then.
+        drop(read);
         transfer
             .begin(Direction::Save, write, memory.clone())
             .unwrap();
-        drop(read);
         assert!(matches!(
             transfer.end(),
             Err(TransferError::Descriptor(Errno::PIPE))
