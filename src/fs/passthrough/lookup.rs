@@ -5,6 +5,7 @@
 //! shared directory. The invariant: who an inode is comes from a `statx` of the descriptor
 //! that it is then held by, or from a `statx` that matches an inode already held.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +27,15 @@ use crate::sys::file_handle::FileHandle;
 /// The longest name of a directory entry, bytes.
 const NAME_MAX: usize = 255;
 
+/// After so many new inodes in a row the next is taken for new, too: a guest that goes through a tree
+/// finds nothing else. To be wrong costs 1.6 µs, to be right saves 1.2.
+const LIKELY_NEW: u32 = 4;
+
+thread_local! {
+    /// How many new inodes the calling thread has found since it last found a known one.
+    static NEW_LATELY: Cell<u32> = const { Cell::new(0) };
+}
+
 /// Makes sure that `name` is one component. The dispatch has done so; that nothing leaves the
 /// shared directory shall not hang on somebody else's check.
 pub(super) fn component(name: &CStr) -> Result<&CStr> {
@@ -44,12 +54,16 @@ impl Passthrough {
     }
 
     /// Finds `name` in `parent` and counts one lookup. One system call for what is known
-    /// already; three for what is not.
+    /// already; three for what is not, or two where what was looked up lately was not known either.
     pub(super) fn find(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
+        if NEW_LATELY.get() >= LIKELY_NEW {
+            return self.find_new(parent, name);
+        }
         let moment = self.inodes.moment(parent.inode());
         let stat = stat_name(&parent, name)?;
         match self.inodes.find(&Identity::of(&stat)) {
             Some(inode) => {
+                NEW_LATELY.set(0);
                 self.inodes.see(&inode, parent.inode(), name, moment);
                 Ok(self.entry(&inode, &stat))
             }
@@ -174,8 +188,14 @@ impl Passthrough {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
         let inode = match self.inodes.find(&identity) {
-            Some(inode) => inode,
-            None => self.add(found, &identity)?,
+            Some(inode) => {
+                NEW_LATELY.set(0);
+                inode
+            }
+            None => {
+                NEW_LATELY.set(NEW_LATELY.get().saturating_add(1));
+                self.add(found, &identity)?
+            }
         };
         if let Some(seen) = seen {
             self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
