@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
@@ -56,6 +57,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     /// Signalled by a lane when INIT is answered, and when it ends.
     pub(crate) news: Event,
+    /// Lanes that have ended. Counted before their end is signalled, when their threads still run.
+    pub(crate) ended: AtomicUsize,
     /// Tells lanes to end, whatever is under way.
     pub(crate) stop: Event,
 }

@@ -20,6 +20,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -126,6 +127,7 @@ fn run(options: &Options) -> Result<(), BridgeError> {
         urgent: Urgent::new(&session.memory, first).map_err(LaneError::from)?,
         counters: Counters::default(),
         news: Event::new().map_err(host("make an eventfd"))?,
+        ended: AtomicUsize::new(0),
         stop: Event::new().map_err(host("make an eventfd"))?,
     });
 
@@ -172,6 +174,7 @@ impl Mount<'_> {
             let thread = std::thread::Builder::new().name(format!("lane {number}"));
             let thread = thread.spawn(move || {
                 let (end, guest) = lane.run();
+                shared.ended.fetch_add(1, Ordering::Release);
                 // One without the others is of no use.
                 let told = if end.is_err() {
                     shared.stop.signal().and(shared.news.signal())
@@ -188,6 +191,11 @@ impl Mount<'_> {
         Ok(())
     }
 
+    /// Whether a lane has ended: not whether its thread has, which tells of the end before.
+    fn has_ended(&self) -> bool {
+        self.shared.ended.load(Ordering::Acquire) > 0
+    }
+
     /// Waits until a lane ends, unmounting when a signal comes.
     fn watch(&mut self, session: &Session, signals: &UnixStream) -> Result<(), BridgeError> {
         let mut mounted = false;
@@ -201,7 +209,7 @@ impl Mount<'_> {
             let [news, server, signal] = wait(fds, patience).map_err(host("wait"))?;
             if news {
                 self.shared.news.take().map_err(host("read an eventfd"))?;
-                if self.lanes.iter().any(JoinHandle::is_finished) {
+                if self.has_ended() {
                     return Ok(());
                 }
                 if !mounted {
@@ -246,7 +254,7 @@ impl Mount<'_> {
     /// The lanes close the device when they end, upon which the kernel fails all that is left: an
     /// unmount that waits for the server ends too.
     fn end(&mut self) -> Result<Option<vmm::fuse::Lane>, BridgeError> {
-        if !self.lanes.iter().any(JoinHandle::is_finished) {
+        if !self.has_ended() {
             self.shared.stop.signal().map_err(host("stop the lanes"))?;
         }
         let mut result = Ok(());
