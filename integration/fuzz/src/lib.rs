@@ -11,6 +11,7 @@ pub mod guest;
 pub mod moved;
 pub mod request;
 pub mod ring;
+pub mod share;
 pub mod source;
 pub mod state;
 pub mod vhost_user;

@@ -8,12 +8,10 @@
 //! One request of the input is: opcode, node, handle, layout (one byte each), the length of the
 //! arguments (two bytes), the arguments.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ringfsd::fs::FileSystem;
-use ringfsd::fs::passthrough::{Options, Passthrough};
+use ringfsd::fs::passthrough::Passthrough;
 use ringfsd::fuse::{Outcome, Session, SessionOptions};
 use ringfsd::io::{Kind, Runtime, spawn};
 use ringfsd::virtqueue::{Features, Queue};
@@ -21,6 +19,7 @@ use ringfsd::virtqueue::{Features, Queue};
 use crate::count;
 use crate::exchange::OnChain;
 use crate::guest::{DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};
+use crate::share::Share;
 use crate::source::Source;
 
 /// Requests on the ring at once.
@@ -37,57 +36,26 @@ const REPLIES: u64 = 0x20000;
 /// Room of each.
 const REPLY_LEN: u64 = 0x1000;
 
-/// No file grows beyond this.
-const FILE_MAX: u64 = 512 * 1024;
-
 /// What is shared between inputs: a directory, and the file system on it.
 struct Scene {
     guest: Guest,
     runtime: Runtime,
     fs: Arc<Passthrough>,
-    directory: tempfile::TempDir,
-    /// What the share shall never change.
-    outside: PathBuf,
+    share: Share,
 }
 
 impl Scene {
     fn new() -> Self {
-        let guest = Guest::new(BATCH * EACH);
-        // Truncating, allocating and writing beyond the limit shall fail, not end the process.
-        // SAFETY: ignoring a signal sets no handler.
-        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let memory = Path::new("/dev/shm");
-        let directory = if memory.is_dir() {
-            tempfile::tempdir_in(memory)
-        } else {
-            tempfile::tempdir()
-        };
-        let directory = directory.expect("a directory");
-        let share = directory.path().join("share");
-        std::fs::create_dir(&share).expect("a share");
-        let outside = directory.path().join("outside");
-        std::fs::write(&outside, "outside").expect("a file");
-        let options = Options {
-            max_open_inodes: Some(64),
-            max_inodes: 100,
-            max_handles: Some(50),
-            ..Options::default()
-        };
-        let fs = Passthrough::new(&share, options).expect("a file system");
+        let share = Share::new();
+        let fs = Passthrough::new(&share.path(), Share::options()).expect("a file system");
         fs.prepare_thread().expect("a thread");
-        // Not before: the file system's own table is a long file, if mostly of holes.
-        let limit = rustix::process::Rlimit {
-            current: Some(FILE_MAX),
-            maximum: None,
-        };
-        // The output of the fuzzer itself may be a file that is longer already; it is not told.
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, limit);
+        // Truncating, allocating and writing beyond the limit shall fail.
+        Share::limit_files();
         Self {
-            guest,
+            guest: Guest::new(BATCH * EACH),
             runtime: Runtime::new(Kind::Tokio).expect("a runtime"),
             fs: Arc::new(fs),
-            directory,
-            outside,
+            share,
         }
     }
 }
@@ -145,11 +113,8 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
     assert_eq!(scene.fs.open_handles(), 0, "open after the session");
     assert_eq!(scene.fs.known_inodes(), 1, "known after the session");
     assert_eq!(scene.fs.inode_descriptors(), 1);
-    let outside = std::fs::read(&scene.outside).expect("it is still there");
-    assert_eq!(outside, b"outside", "changed from within the share");
-    let beside = std::fs::read_dir(scene.directory.path()).expect("the directory");
-    assert_eq!(beside.count(), 2, "something got out of the share");
-    clear(&scene.directory.path().join("share"));
+    scene.share.check_outside();
+    scene.share.clear();
 }
 
 /// One request as the input has it.
@@ -369,35 +334,5 @@ fn nodes_of(opcode: u8) -> &'static [usize] {
         42 => &[8],
         47 | 53 => &[16],
         _ => &[],
-    }
-}
-
-/// Removes all that is in a directory, however it is protected.
-fn clear(directory: &Path) {
-    unprotect(directory);
-    for entry in std::fs::read_dir(directory).expect("a directory") {
-        let entry = entry.expect("an entry");
-        let path = entry.path();
-        if entry.file_type().expect("its type").is_dir() {
-            clear(&path);
-            std::fs::remove_dir(path).expect("an empty directory");
-        } else {
-            if entry.file_type().expect("its type").is_file() {
-                unprotect(&path);
-            }
-            std::fs::remove_file(path).expect("a file");
-        }
-    }
-}
-
-/// Takes flags off that keep a file from being removed.
-fn unprotect(path: &Path) {
-    if let Ok(file) = File::open(path)
-        && let Ok(flags) = rustix::fs::ioctl_getflags(&file)
-    {
-        let keep = rustix::fs::IFlags::IMMUTABLE | rustix::fs::IFlags::APPEND;
-        if flags.intersects(keep) {
-            rustix::fs::ioctl_setflags(&file, flags - keep).expect("flags to be taken off");
-        }
     }
 }
