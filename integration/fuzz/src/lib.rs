@@ -7,6 +7,7 @@
 pub mod count;
 pub mod decode;
 pub mod exchange;
+pub mod front_record;
 pub mod guest;
 pub mod moved;
 pub mod request;
