@@ -303,6 +303,7 @@ fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
             assert!(tried > 100, "{tried}");
             swapper.join().unwrap()
         });
+        println!("swapped {swaps} times");
         assert!(swaps > 100, "{swaps}");
         assert!(is_untouched(&outside), "{way:?}");
     }
@@ -350,6 +351,109 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
         }
     }
     read
+}
+
+#[test]
+fn a_host_that_moves_directories_out_and_back_opens_no_way_out() {
+    const DIRS: u64 = 8;
+    for way in ways() {
+        // Few descriptors, so that directories are opened again while they are elsewhere.
+        let server = way.start(&["--max-open-inodes", "6", "--cache", "never"]);
+        let outside = outside(&server);
+        let share = server.share();
+        let inside = |n: u64| share.join(format!("dir{}", n % DIRS));
+        let moved = |n: u64| outside.join(format!("dir{}", n % DIRS));
+        for n in 0..DIRS {
+            std::fs::create_dir_all(inside(n).join("below")).unwrap();
+        }
+        let over = AtomicBool::new(false);
+        let moves = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| {
+                let mut moves = 0_u64;
+                while !over.load(Ordering::Relaxed) {
+                    std::fs::rename(inside(moves), moved(moves)).unwrap();
+                    // The one that was moved before this one stays away a little longer.
+                    if let Some(before) = moves.checked_sub(1) {
+                        std::fs::rename(moved(before), inside(before)).unwrap();
+                    }
+                    moves += 1;
+                }
+                std::fs::rename(moved(moves - 1), inside(moves - 1)).unwrap();
+                moves
+            });
+            let climbed = climb_while_moved(&server, DIRS, race_time());
+            over.store(true, Ordering::Relaxed);
+            assert!(climbed > 100, "{climbed}");
+            mover.join().unwrap()
+        });
+        println!("moved {moves} times");
+        assert!(moves > 100, "{moves}");
+        assert!(is_untouched(&outside), "{way:?}");
+    }
+}
+
+/// Walks up from directories that are being moved out of the share; never comes out above it.
+/// Answers how often there was a directory above.
+fn climb_while_moved(server: &Server, dirs: u64, time: Duration) -> u64 {
+    let mut fs = session(server);
+    let end = Instant::now() + time;
+    let (mut climbed, mut round) = (0, 0_u64);
+    while Instant::now() < end || climbed <= 100 {
+        assert!(Instant::now() < end + support::PATIENCE, "{climbed}");
+        round += 1;
+        let name = CString::new(format!("dir{}", round % dirs)).unwrap();
+        let Ok(dir) = fs.lookup(ROOT, &name) else {
+            continue;
+        };
+        let dir = dir.nodeid;
+        if let Ok(below) = fs.lookup(dir, c"below") {
+            let below = below.nodeid;
+            for (node, above) in [(below, dir), (dir, ROOT)].repeat(8) {
+                if let Ok(up) = fs.lookup(node, c"..") {
+                    assert_eq!(up.nodeid, above, "of {node}");
+                    assert!(fs.lookup(above, c"secret").is_err());
+                    let _ = fs.forget(above, 1);
+                    climbed += 1;
+                }
+                assert!(fs.lookup(node, c"../secret").is_err());
+                assert!(fs.rename(node, c"..", ROOT, c"stolen").is_err());
+            }
+            let _ = fs.forget(below, 1);
+        }
+        let _ = fs.forget(dir, 1);
+    }
+    climbed
+}
+
+#[test]
+fn hard_links_are_to_what_is_inside() {
+    for way in ways() {
+        let server = way.start(&[]);
+        let outside = outside(&server);
+        let secret = outside.join("secret");
+        symlink(&secret, server.share().join("link")).unwrap();
+        let mut fs = session(&server);
+        let link = fs.lookup(ROOT, c"link").unwrap().nodeid;
+        // A link to a link is one to itself, if anything.
+        if fs.link(link, ROOT, c"second").is_ok() {
+            let second = std::fs::symlink_metadata(server.share().join("second")).unwrap();
+            assert!(second.is_symlink());
+        }
+        let (file, _) = fs.create(ROOT, c"file", 0o644).unwrap();
+        for name in [
+            c"../outside/secret",
+            c"../outside/second",
+            c"..",
+            c"/second",
+        ] {
+            assert!(fs.link(file.nodeid, ROOT, name).is_err());
+        }
+        for node in [0, 4711, u64::MAX] {
+            assert!(fs.link(node, ROOT, c"third").is_err());
+        }
+        assert_eq!(std::fs::metadata(&secret).unwrap().nlink(), 1, "{way:?}");
+        assert!(is_untouched(&outside));
+    }
 }
 
 #[test]

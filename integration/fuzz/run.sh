@@ -17,7 +17,7 @@ seconds=$1
 here=$PWD
 targets=("${@:2}")
 if ((${#targets[@]} == 0)); then
-    targets=(ring decode request moved vhost_user state)
+    targets=(ring decode request moved vhost_user state front_record)
 fi
 
 if ! cargo fuzz --version >/dev/null 2>&1; then
@@ -30,9 +30,10 @@ fuzz() {
     local target=$1 log cover
     mkdir -p "corpus/$target" "artifacts/$target"
     log=$(mktemp)
+    # By a pipe: targets limit how long a file they write can get.
     if ! cargo +nightly fuzz run --fuzz-dir . "$target" "$here/corpus/$target" "$here/seeds/$target" -- \
         -max_total_time="$seconds" -max_len=8192 -timeout=30 -rss_limit_mb=2048 \
-        -artifact_prefix="$here/artifacts/$target/" >"$log" 2>&1; then
+        -artifact_prefix="$here/artifacts/$target/" 2>&1 | cat >"$log"; then
         echo "$target: failed"
         tail -n 60 "$log"
         return 1

@@ -126,17 +126,18 @@ start_server() {
 
 # start_machine NUMBER SERVER [ARGUMENT...]: QEMU, paused if it is to take a migration.
 start_machine() {
-    local number=$1 socket=$work/run/socket.$2 accel pipe
+    local number=$1 socket=$work/run/socket.$2 accel tsc pipe
     shift 2
     for pipe in qmp control; do mkfifo "$work/$pipe.$number".{in,out}; done
     mapfile -t accel < <("$here/accel.sh")
+    tsc=$("$here/accel.sh" --kernel)
     # Of one name each, so that a machine fits on another's place.
     setpriv --pdeathsig KILL qemu-system-x86_64 "${accel[@]}" \
         -machine q35,memory-backend=memory -smp 2 -m "$memory" \
         -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$cache/kernels/$kernel/vmlinuz" -initrd "$work/initramfs" \
-        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests tsc=reliable no_timer_check" \
+        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests $tsc no_timer_check" \
         -chardev "file,id=console,path=$logs/console.$number.log" -serial chardev:console \
         -device virtio-serial-pci \
         -chardev "pipe,id=control,path=$work/control.$number" -device virtserialport,chardev=control,name=control \

@@ -205,19 +205,20 @@ start_server() {
 }
 
 start_vmm() {
-    local accel device=vhost-user-fs-pci,chardev=fs,tag=$tag,num-request-queues=$queues reboot=()
+    local accel tsc device=vhost-user-fs-pci,chardev=fs,tag=$tag,num-request-queues=$queues reboot=()
     # A comma in a path is doubled for QEMU.
     local console=${logs//,/,,}/console.log pipes=${work//,/,,} server_socket=${socket//,/,,}
     [[ -z $queue_size ]] || device+=,queue-size=$queue_size
     [[ -n $after_reset ]] || reboot=(-no-reboot)
     accel=$("$here/accel.sh") || fail "it is not known what can run a guest"
     mapfile -t accel <<<"$accel"
+    tsc=$("$here/accel.sh" --kernel)
     setpriv --pdeathsig KILL qemu-system-x86_64 "${accel[@]}" \
         -machine q35,memory-backend=memory -smp "$cpus" -m "$memory" \
         -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
         -nodefaults -no-user-config -display none "${reboot[@]}" \
         -kernel "$cache/kernels/$kernel/vmlinuz" -initrd "$work/initramfs" \
-        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests tsc=reliable no_timer_check" \
+        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests $tsc no_timer_check" \
         -chardev "file,id=console,path=$console" -serial chardev:console \
         -device virtio-serial-pci \
         -chardev "pipe,id=control,path=$pipes/control" -device virtserialport,chardev=control,name=control \

@@ -16,6 +16,7 @@
 #                       a user namespace around the server has, as in a container without root
 #   --server COMMAND    how the server is started, as for run.sh
 #   --full              guest-suite with its full sizes: minutes instead of seconds
+#   --timeout SECONDS   how long each machine may take (300; with --full 1200)
 #   --verbose           a line for each check of guest-suite that passed, too
 #   --log-dir DIR       keep all logs there
 #
@@ -29,7 +30,7 @@ guest_suite=$cache/suite/x86_64-unknown-linux-gnu/release/guest-suite
 # shellcheck source=server.sh
 source "$here/server.sh"
 
-runtime='' server='' sandbox='' ordinary=false queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=300
+runtime='' server='' sandbox='' ordinary=false queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=''
 work='' share='' server_pid='' server_status='' guest='' passed=0 failed=0
 declare -A seen=() value=()
 
@@ -67,10 +68,10 @@ parse() {
                 sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
                 exit 0
                 ;;
-            --full) quick='' limit=1200 ;;
+            --full) quick='' ;;
             --verbose) verbose=true ;;
             --ordinary-user) ordinary=true ;;
-            --sandbox | --runtime | --queues | --kernel | --server | --log-dir)
+            --sandbox | --runtime | --queues | --kernel | --server | --log-dir | --timeout)
                 (($# >= 2)) || usage "$1 wants a value"
                 case $1 in
                     --sandbox) sandbox=$2 ;;
@@ -79,6 +80,7 @@ parse() {
                     --kernel) kernel=$2 ;;
                     --server) server=$2 ;;
                     --log-dir) logs=$2 ;;
+                    --timeout) limit=$2 ;;
                 esac
                 shift
                 ;;
@@ -87,6 +89,8 @@ parse() {
         shift
     done
     [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is no number of queues"
+    [[ -n $limit ]] || limit=$([[ -n $quick ]] && echo 300 || echo 1200)
+    [[ $limit =~ ^[1-9][0-9]*$ ]] || usage "--timeout $limit is no number of seconds"
     if $ordinary; then
         [[ $(id -u) == 0 ]] || usage "--ordinary-user takes root, to become that user"
         [[ -z $server ]] || usage "--ordinary-user and --server exclude each other"

@@ -1,9 +1,16 @@
 //! Counts requests, and says at the end how many there were.
+//!
+//! With `RINGFSD_FUZZ_COUNT` in the environment the number is also put into the file of that name,
+//! now and then: a fuzzer that is killed or interrupted says nothing.
 
-use std::sync::Once;
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Once, OnceLock};
 
 static REQUESTS: AtomicU64 = AtomicU64::new(0);
+
+/// After so many requests the file is written again.
+const NOW_AND_THEN: u64 = 1 << 16;
 
 /// Counts `more` requests.
 pub fn add(more: usize) {
@@ -12,9 +19,23 @@ pub fn add(more: usize) {
         // SAFETY: `tell` is a function that takes nothing and does not unwind, as `atexit` wants.
         unsafe { libc::atexit(tell) };
     });
-    REQUESTS.fetch_add(more as u64, Ordering::Relaxed);
+    let more = more as u64;
+    let before = REQUESTS.fetch_add(more, Ordering::Relaxed);
+    if before / NOW_AND_THEN != (before + more) / NOW_AND_THEN {
+        keep(before + more);
+    }
 }
 
 extern "C" fn tell() {
-    eprintln!("fuzzed requests: {}", REQUESTS.load(Ordering::Relaxed));
+    let requests = REQUESTS.load(Ordering::Relaxed);
+    eprintln!("fuzzed requests: {requests}");
+    keep(requests);
+}
+
+fn keep(requests: u64) {
+    static FILE: OnceLock<Option<OsString>> = OnceLock::new();
+    if let Some(file) = FILE.get_or_init(|| std::env::var_os("RINGFSD_FUZZ_COUNT")) {
+        // There is nobody to tell that it can't be written.
+        let _ = std::fs::write(file, format!("{requests}\n"));
+    }
 }

@@ -96,14 +96,16 @@ impl Guest {
         self.file.read_exact_at(bytes, at).expect("guest memory");
     }
 
-    /// Makes these heads available.
+    /// Makes these heads available, no more than the ring has entries.
     pub fn make_available(&mut self, heads: &[u16]) {
-        for head in heads {
-            let entry = u64::from(self.available & (self.size - 1));
-            self.write(AVAILABLE + 4 + 2 * entry, &head.to_le_bytes());
-            self.available = self.available.wrapping_add(1);
-        }
-        self.set_available(self.available);
+        let bytes: Vec<u8> = heads.iter().flat_map(|head| head.to_le_bytes()).collect();
+        let first = self.available & (self.size - 1);
+        let (now, around) = bytes.split_at(bytes.len().min(2 * usize::from(self.size - first)));
+        self.write(AVAILABLE + 4 + 2 * u64::from(first), now);
+        self.write(AVAILABLE + 4, around);
+        let more = u16::try_from(heads.len()).unwrap_or_default();
+        self.set_available(self.available.wrapping_add(more));
+        self.available = self.available.wrapping_add(more);
     }
 
     /// Says that this many are available.
@@ -131,17 +133,21 @@ impl Guest {
         u16::from_le_bytes(index)
     }
 
-    /// Head and length of the used element `index`.
+    /// Head and length of each used element from `index` on, up to what came back last.
     #[must_use]
-    pub fn used_element(&self, index: u16) -> (u32, u32) {
-        let mut bytes = [0; 8];
-        let at = u64::from(index & (self.size - 1));
-        self.read(USED + 4 + 8 * at, &mut bytes);
-        let [a, b, c, d, e, f, g, h] = bytes;
-        (
-            u32::from_le_bytes([a, b, c, d]),
-            u32::from_le_bytes([e, f, g, h]),
-        )
+    pub fn used_elements(&self, index: u16) -> Vec<(u32, u32)> {
+        let mut ring = vec![0; 8 * usize::from(self.size)];
+        self.read(USED + 4, &mut ring);
+        let (elements, _) = ring.as_chunks::<8>();
+        let at = |at: u16| elements[usize::from(index.wrapping_add(at) & (self.size - 1))];
+        let pairs = (0..self.used().wrapping_sub(index)).map(at);
+        let numbers = pairs.map(|[a, b, c, d, e, f, g, h]| {
+            (
+                u32::from_le_bytes([a, b, c, d]),
+                u32::from_le_bytes([e, f, g, h]),
+            )
+        });
+        numbers.collect()
     }
 }
 

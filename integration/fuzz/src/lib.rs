@@ -7,10 +7,12 @@
 pub mod count;
 pub mod decode;
 pub mod exchange;
+pub mod front_record;
 pub mod guest;
 pub mod moved;
 pub mod request;
 pub mod ring;
+pub mod share;
 pub mod source;
 pub mod state;
 pub mod vhost_user;

@@ -3,7 +3,6 @@
 //! What must hold: it is taken as a whole or not at all; what was taken and is saved again is of the
 //! same inodes; nothing outside of the shared directory is reached, and nothing is left behind.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{MigrationOptions, OnMigrationError, Options, Passthrough};
@@ -11,51 +10,38 @@ use ringfsd::fuse::{Session, SessionOptions};
 use ringfsd::state::stream;
 
 use crate::count;
+use crate::share::Share;
 
 /// What is shared between inputs.
 struct Scene {
     sessions: [Session<Passthrough>; 2],
-    directory: tempfile::TempDir,
+    share: Share,
 }
 
 impl Scene {
     fn new() -> Self {
-        // Files as long as a state says shall fail, not end the process.
-        // SAFETY: ignoring a signal sets no handler.
-        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let memory = Path::new("/dev/shm");
-        let directory = if memory.is_dir() {
-            tempfile::tempdir_in(memory)
-        } else {
-            tempfile::tempdir()
-        };
-        let directory = directory.expect("a directory");
-        let share = directory.path().join("share");
-        std::fs::create_dir_all(share.join("d/d")).expect("directories");
+        let share = Share::new();
+        let path = share.path();
+        std::fs::create_dir_all(path.join("d/d")).expect("directories");
         for name in ["f", "d/f", "d/d/f", "d/link"] {
-            std::fs::write(share.join(name), name).expect("a file");
+            std::fs::write(path.join(name), name).expect("a file");
         }
-        std::os::unix::fs::symlink("..", share.join("d/up")).expect("a link");
-        std::fs::write(directory.path().join("outside"), "outside").expect("a file");
+        std::os::unix::fs::symlink("..", path.join("d/up")).expect("a link");
         let session = |on_error| {
             let options = Options {
-                max_open_inodes: Some(64),
-                max_inodes: 100,
-                max_handles: Some(50),
                 migration: MigrationOptions {
                     on_error,
                     ..MigrationOptions::default()
                 },
-                ..Options::default()
+                ..Share::options()
             };
-            let fs = Passthrough::new(&share, options).expect("a file system");
+            let fs = Passthrough::new(&path, options).expect("a file system");
             Session::new(Arc::new(fs), SessionOptions::default())
         };
         let sessions = [OnMigrationError::Abort, OnMigrationError::GuestError].map(session);
-        Self {
-            sessions,
-            directory,
-        }
+        // Files as long as a state says shall fail.
+        Share::limit_files();
+        Self { sessions, share }
     }
 }
 
@@ -86,7 +72,8 @@ pub fn run(data: &[u8]) {
             session.reset();
             assert_eq!((fs.known_inodes(), fs.open_handles()), (1, 0));
         }
-        let there = std::fs::read_dir(scene.directory.path().join("share"));
+        let there = std::fs::read_dir(scene.share.path());
         assert_eq!(there.expect("the share").count(), 2, "nothing is left");
+        scene.share.check_outside();
     });
 }

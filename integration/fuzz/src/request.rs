@@ -5,22 +5,25 @@
 //! comes back, every reply counts its own bytes, nothing outside of the shared directory changes,
 //! and nothing is left open after the session.
 //!
+//! What a fuzzer does for each input costs it as much as dozens of requests. So an input is played
+//! in rounds, until there were enough: in each the requests come in another order, and each is for
+//! another node and handle than before.
+//!
 //! One request of the input is: opcode, node, handle, layout (one byte each), the length of the
 //! arguments (two bytes), the arguments.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ringfsd::fs::FileSystem;
-use ringfsd::fs::passthrough::{Options, Passthrough};
+use ringfsd::fs::passthrough::Passthrough;
 use ringfsd::fuse::{Outcome, Session, SessionOptions};
 use ringfsd::io::{Kind, Runtime, spawn};
 use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
 use crate::exchange::OnChain;
-use crate::guest::{DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};
+use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};
+use crate::share::Share;
 use crate::source::Source;
 
 /// Requests on the ring at once.
@@ -37,57 +40,31 @@ const REPLIES: u64 = 0x20000;
 /// Room of each.
 const REPLY_LEN: u64 = 0x1000;
 
-/// No file grows beyond this.
-const FILE_MAX: u64 = 512 * 1024;
+/// After so many requests an input has been played enough,
+const ENOUGH: usize = 256;
+/// or after so many rounds.
+const ROUNDS: u8 = 32;
 
 /// What is shared between inputs: a directory, and the file system on it.
 struct Scene {
     guest: Guest,
     runtime: Runtime,
     fs: Arc<Passthrough>,
-    directory: tempfile::TempDir,
-    /// What the share shall never change.
-    outside: PathBuf,
+    share: Share,
 }
 
 impl Scene {
     fn new() -> Self {
-        let guest = Guest::new(BATCH * EACH);
-        // Truncating, allocating and writing beyond the limit shall fail, not end the process.
-        // SAFETY: ignoring a signal sets no handler.
-        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let memory = Path::new("/dev/shm");
-        let directory = if memory.is_dir() {
-            tempfile::tempdir_in(memory)
-        } else {
-            tempfile::tempdir()
-        };
-        let directory = directory.expect("a directory");
-        let share = directory.path().join("share");
-        std::fs::create_dir(&share).expect("a share");
-        let outside = directory.path().join("outside");
-        std::fs::write(&outside, "outside").expect("a file");
-        let options = Options {
-            max_open_inodes: Some(64),
-            max_inodes: 100,
-            max_handles: Some(50),
-            ..Options::default()
-        };
-        let fs = Passthrough::new(&share, options).expect("a file system");
+        let share = Share::new();
+        let fs = Passthrough::new(&share.path(), Share::options()).expect("a file system");
         fs.prepare_thread().expect("a thread");
-        // Not before: the file system's own table is a long file, if mostly of holes.
-        let limit = rustix::process::Rlimit {
-            current: Some(FILE_MAX),
-            maximum: None,
-        };
-        // The output of the fuzzer itself may be a file that is longer already; it is not told.
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, limit);
+        // Truncating, allocating and writing beyond the limit shall fail.
+        Share::limit_files();
         Self {
-            guest,
+            guest: Guest::new(BATCH * EACH),
             runtime: Runtime::new(Kind::Tokio).expect("a runtime"),
             fs: Arc::new(fs),
-            directory,
-            outside,
+            share,
         }
     }
 }
@@ -120,36 +97,36 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
         nodes: vec![1],
         handles: vec![0],
         unique: 0,
+        tables: [0; _],
     };
-    // A session begins with INIT, as a guest's does, unless the input wants to see it without.
-    if flags & 0x80 == 0 {
-        let mut init = vec![0; 64];
-        init[..16].copy_from_slice(&[7, 0, 0, 0, 45, 0, 0, 0, 0, 0, 2, 0, 0xff, 0xff, 0xff, 0x7f]);
-        init[16..20].copy_from_slice(&[0xff; 4]);
-        let init = Record {
-            opcode: 26,
-            node: 0,
-            handle: 0xff,
-            layout: 0,
-            arguments: &init,
-        };
-        play.batch(&scene.runtime, &mut queue, &[init]);
+    let mut records = Vec::new();
+    while let Some(record) = Record::next(&mut source) {
+        records.push(record);
     }
-    while !source.is_empty() {
-        let records: Vec<_> = (0..BATCH)
-            .map_while(|_| Record::next(&mut source))
-            .collect();
-        play.batch(&scene.runtime, &mut queue, &records);
+    let mut played = 0;
+    for round in 0..ROUNDS {
+        // A session begins with INIT, as a guest's does, unless the input wants to see it without.
+        // The later rounds go on with it, mostly.
+        if flags & 0x80 == 0 && round % 4 == 0 {
+            play.begin(&scene.runtime, &mut queue);
+        }
+        for batch in records.chunks(BATCH.into()) {
+            play.batch(&scene.runtime, &mut queue, batch);
+        }
+        played += records.len();
+        if played == 0 || played >= ENOUGH {
+            break;
+        }
+        let last = records.len() - 1;
+        records.rotate_left(usize::from(round).min(last));
+        records.iter_mut().for_each(Record::vary);
     }
     session.reset();
     assert_eq!(scene.fs.open_handles(), 0, "open after the session");
     assert_eq!(scene.fs.known_inodes(), 1, "known after the session");
     assert_eq!(scene.fs.inode_descriptors(), 1);
-    let outside = std::fs::read(&scene.outside).expect("it is still there");
-    assert_eq!(outside, b"outside", "changed from within the share");
-    let beside = std::fs::read_dir(scene.directory.path()).expect("the directory");
-    assert_eq!(beside.count(), 2, "something got out of the share");
-    clear(&scene.directory.path().join("share"));
+    scene.share.check_outside();
+    scene.share.clear();
 }
 
 /// One request as the input has it.
@@ -176,6 +153,17 @@ impl<'a> Record<'a> {
             arguments: source.bytes(len),
         })
     }
+
+    /// Makes it one for another node, with another handle, in other pieces.
+    fn vary(&mut self) {
+        if self.node != 0xff {
+            self.node = (self.node + 1) % 0xff;
+        }
+        if self.handle != 0xff {
+            self.handle = (self.handle + 1) % 0xff;
+        }
+        self.layout = self.layout & !3 | self.layout.wrapping_add(1) & 3;
+    }
 }
 
 /// A session under way.
@@ -185,15 +173,35 @@ struct Play<'a> {
     nodes: Vec<u64>,
     handles: Vec<u64>,
     unique: u64,
+    /// The descriptors of a batch, which go to the guest's memory at once.
+    tables: [u8; DESCRIPTOR_LEN * (BATCH * EACH) as usize],
 }
 
 impl Play<'_> {
+    /// INIT. A few of the nodes and handles of the session before are kept, which are stale then.
+    fn begin(&mut self, runtime: &Runtime, queue: &mut Queue) {
+        self.nodes.truncate(8);
+        self.handles.truncate(8);
+        let mut init = vec![0; 64];
+        init[..16].copy_from_slice(&[7, 0, 0, 0, 45, 0, 0, 0, 0, 0, 2, 0, 0xff, 0xff, 0xff, 0x7f]);
+        init[16..20].copy_from_slice(&[0xff; 4]);
+        let init = Record {
+            opcode: 26,
+            node: 0,
+            handle: 0xff,
+            layout: 0,
+            arguments: &init,
+        };
+        self.batch(runtime, queue, &[init]);
+    }
+
     fn batch(&mut self, runtime: &Runtime, queue: &mut Queue, records: &[Record<'_>]) {
         let before = self.guest.used();
         let heads: Vec<u16> = (0..)
             .zip(records)
             .map(|(slot, record)| self.put(slot, record))
             .collect();
+        self.guest.write(DESCRIPTORS, &self.tables);
         self.guest.make_available(&heads);
         runtime.block_on(async {
             let mut later = Vec::new();
@@ -214,9 +222,7 @@ impl Play<'_> {
         assert_eq!(queue.used().in_flight(), 0, "a chain is stuck");
         assert_eq!(self.guest.used(), self.guest.available(), "all came back");
         assert_eq!(queue.used().totals().dropped, 0, "a request was given up");
-        for at in 0..records.len() {
-            let at = before.wrapping_add(u16::try_from(at).unwrap_or_default());
-            let (head, len) = self.guest.used_element(at);
+        for (head, len) in self.guest.used_elements(before) {
             let slot = u16::try_from(head).unwrap_or_default() / EACH;
             if let Some(record) = records.get(usize::from(slot)) {
                 self.learn(slot, record, len);
@@ -286,7 +292,7 @@ impl Play<'_> {
         self.lay(slot, &pieces, record.layout & 3 == 3)
     }
 
-    fn lay(&self, slot: u16, pieces: &[(u64, u32, u16)], indirect: bool) -> u16 {
+    fn lay(&mut self, slot: u16, pieces: &[(u64, u32, u16)], indirect: bool) -> u16 {
         let head = slot * EACH;
         let first = if indirect { 0 } else { head };
         let mut table = Vec::new();
@@ -295,15 +301,14 @@ impl Play<'_> {
             let next = if last { 0 } else { NEXT };
             table.extend_from_slice(&descriptor(*address, *len, write | next, at + 1));
         }
-        let own = DESCRIPTORS + 16 * u64::from(head);
         if indirect {
             let at = 0x50000 + u64::from(slot) * 0x80;
             let len = u32::try_from(table.len()).unwrap_or_default();
             self.guest.write(at, &table);
-            self.guest.write(own, &descriptor(at, len, INDIRECT, 0));
-        } else {
-            self.guest.write(own, &table);
+            table = descriptor(at, len, INDIRECT, 0).to_vec();
         }
+        let own = DESCRIPTOR_LEN * usize::from(head);
+        self.tables[own..own + table.len()].copy_from_slice(&table);
         head
     }
 
@@ -369,35 +374,5 @@ fn nodes_of(opcode: u8) -> &'static [usize] {
         42 => &[8],
         47 | 53 => &[16],
         _ => &[],
-    }
-}
-
-/// Removes all that is in a directory, however it is protected.
-fn clear(directory: &Path) {
-    unprotect(directory);
-    for entry in std::fs::read_dir(directory).expect("a directory") {
-        let entry = entry.expect("an entry");
-        let path = entry.path();
-        if entry.file_type().expect("its type").is_dir() {
-            clear(&path);
-            std::fs::remove_dir(path).expect("an empty directory");
-        } else {
-            if entry.file_type().expect("its type").is_file() {
-                unprotect(&path);
-            }
-            std::fs::remove_file(path).expect("a file");
-        }
-    }
-}
-
-/// Takes flags off that keep a file from being removed.
-fn unprotect(path: &Path) {
-    if let Ok(file) = File::open(path)
-        && let Ok(flags) = rustix::fs::ioctl_getflags(&file)
-    {
-        let keep = rustix::fs::IFlags::IMMUTABLE | rustix::fs::IFlags::APPEND;
-        if flags.intersects(keep) {
-            rustix::fs::ioctl_setflags(&file, flags - keep).expect("flags to be taken off");
-        }
     }
 }

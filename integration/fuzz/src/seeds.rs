@@ -12,13 +12,14 @@ use ringfsd::state::stream::{
 fn main() -> std::io::Result<()> {
     let dir = std::env::args_os().nth(1);
     let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
-    let targets: [(&str, Seeds); 6] = [
+    let targets: [(&str, Seeds); 7] = [
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
         ("moved", moved()),
         ("vhost_user", vhost_user()),
         ("state", state()),
+        ("front_record", front_record()),
     ];
     for (target, seeds) in targets {
         let dir = Path::new(&dir).join(target);
@@ -137,6 +138,42 @@ fn state() -> Seeds {
             "elsewhere",
             [under_way, store(0x60, 14, 3, 0x0101)].concat(),
         ),
+    ]
+}
+
+/// What a session of the front leaves, without what a record begins with.
+fn front_record() -> Seeds {
+    const NO_FD: u32 = u32::MAX;
+    // The socket, flags, features and protocol features.
+    let agreed = |flags: u32| words(&[5, flags, 0, 1, 0x820b, 0], &[]);
+    let file = |fd: u32, offset: u32, len: u32| words(&[fd, offset, 0, len, 0], &[]);
+    let no_files = [file(NO_FD, 0, 0), file(NO_FD, 0, 0), words(&[0, 0], &[])].concat();
+    let region = words(&[0, 0, 0, 0x7f00, 0x8000, 0, 0, 0, 7], &[]);
+    let vring = words(
+        &[
+            128, 0xfffe, 7, 0x1000, 0, 0x2000, 0, 0x3000, 0, 0x3000, 0, 10, 11, NO_FD,
+        ],
+        &[],
+    );
+    let count = |count: u32| words(&[count], &[]);
+    let nothing = words(&[0, 0, 0], &[]);
+    let whole = [
+        agreed(0x1f),
+        file(8, 0x1000, 0x8000),
+        file(9, 0, 0x1000),
+        words(&[2, 128], &[]),
+        count(1),
+        region,
+        count(1),
+        vring,
+        words(&[1, 7, 2, 20, 21], b"message"),
+    ];
+    vec![
+        (
+            "new",
+            [agreed(0), no_files, count(0), count(0), nothing].concat(),
+        ),
+        ("whole", whole.concat()),
     ]
 }
 

@@ -17,6 +17,7 @@ use ringfsd::io::{Lock, LockKind, RecordLock};
 use ringfsd::state::{Limits, Table};
 
 use crate::count;
+use crate::share::Share;
 use crate::source::Source;
 
 const WORD: u64 = 8;
@@ -43,7 +44,7 @@ const LIMITS: Limits = Limits {
 
 /// A share, and the table of a file system that has it in use.
 struct Scene {
-    directory: tempfile::TempDir,
+    share: Share,
     /// Parts of the table, by where they begin in bytes.
     parts: Vec<(u64, Vec<u8>)>,
     len: u64,
@@ -68,9 +69,7 @@ fn shared(share: &Path) -> Shared {
 fn options() -> Options {
     Options {
         max_open_inodes: Some(40),
-        max_inodes: 100,
-        max_handles: Some(50),
-        ..Options::default()
+        ..Share::options()
     }
 }
 
@@ -98,18 +97,17 @@ fn use_it(fs: &Passthrough) {
 
 impl Scene {
     fn new() -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        let share = directory.path().join("share");
-        std::fs::create_dir_all(share.join("directory")).expect("a share");
+        let share = Share::new();
+        let path = share.path();
+        std::fs::create_dir(path.join("directory")).expect("a directory");
         for name in ["directory/file", "other"] {
-            std::fs::write(share.join(name), name).expect("a file");
+            std::fs::write(path.join(name), name).expect("a file");
         }
-        std::fs::write(directory.path().join("outside"), "outside").expect("a file");
         let table = Table::in_memory(&LIMITS).expect("a table");
         table.set_agreement(Some([31, 0, 4096, 4096, 1, 0, 0, 0]));
         table.set_front(b"what a front end might have said");
         let (fs, _) =
-            Passthrough::of(shared(&share), options(), &table, None).expect("a file system");
+            Passthrough::of(shared(&path), options(), &table, None).expect("a file system");
         use_it(&fs);
 
         let len = rustix::fs::fstat(table.file()).expect("its length").st_size;
@@ -135,7 +133,7 @@ impl Scene {
             doings,
             kinds,
             chunks,
-            directory,
+            share,
         }
     }
 
@@ -197,7 +195,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     };
     let _ = (table.agreement(), table.front(), table.is_in_use());
     let _ = ringfsd::virtqueue::under_way(&table);
-    let share = scene.directory.path().join("share");
+    let share = scene.share.path();
     let past = Past {
         bequeathed: false,
         under_way,
@@ -209,8 +207,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     fs.reset();
     assert_eq!((fs.known_inodes(), fs.open_handles()), (1, 0));
     drop(fs);
-    let outside = std::fs::read(scene.directory.path().join("outside")).expect("it is there");
-    assert_eq!(outside, b"outside");
+    scene.share.check_outside();
 }
 
 /// Uses what came back, whatever it is.
