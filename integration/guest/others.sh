@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Others' suites in a real guest, on a share: pjdfstest and fsx of crates.io, linked statically.
+# integration/bridge runs more of them, and faster. Prints their closing lines, what failed before
+# those. Exit status 1 if anything failed.
+#
+#   others.sh [OPTION...]
+#
+#   --only NAME         only this one: pjdfstest, fsx
+#   --ops N             operations of fsx (20,000)
+#   --timeout SECONDS   how long the guest may take (1200)
+#   --kernel, --queues, --cpus, --server, --log-dir
+#                       as for run.sh
+#
+# Environment: RINGFSD_GUEST_CACHE (see setup.sh).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache=${RINGFSD_GUEST_CACHE:-$(cd "$here/../.." && pwd)/target/guest}
+programs=$cache/others
+target=x86_64-unknown-linux-gnu
+only='' ops=20000 limit=1200 kernel=6.12 options=() work=''
+
+parse() {
+    while (($# > 0)); do
+        case $1 in
+            --only) only=$2 ;;
+            --ops) ops=$2 ;;
+            --timeout) limit=$2 ;;
+            --kernel) kernel=$2 ;;
+            --queues | --cpus | --server | --log-dir) options+=("$1" "$2") ;;
+            *)
+                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
+                exit 2
+                ;;
+        esac
+        shift 2
+    done
+}
+
+# program NAME VERSION: builds one of crates.io's, unless this version is there.
+program() {
+    if [[ ! -x $programs/$2/bin/$1 ]]; then
+        echo "building $1 $2"
+        RUSTFLAGS='-C target-feature=+crt-static' cargo install --quiet --locked --target "$target" \
+            --target-dir "$programs/target" --root "$programs/$2" "$1@$2"
+        rm -rf "$programs/target"
+    fi
+    cp "$programs/$2/bin/$1" "$work/share/bin/$1"
+}
+
+configure() {
+    cat >"$work/share/bin/pjdfstest.toml" <<'CONFIG'
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+stat_st_birthtime = {}
+utime_now = {}
+utimensat = {}
+[settings]
+naptime = 0.01
+allow_remount = false
+[dummy_auth]
+entries = [["nobody", "nobody"], ["tests", "tests"]]
+CONFIG
+    cat >"$work/share/bin/fsx.toml" <<'CONFIG'
+flen = 262144
+[weights]
+close_open = 1
+invalidate = 1
+fsync = 0.2
+fdatasync = 0.2
+punch_hole = 2
+sendfile = 5
+posix_fadvise = 1
+copy_file_range = 2
+posix_fallocate = 2
+CONFIG
+}
+
+# The guest's part.
+guest_script() {
+    echo "#!/bin/sh"
+    echo "only=$only ops=$ops seed=$RANDOM"
+    cat <<'SCRIPT'
+set -u
+cp -r /mnt/bin /tmp/bin
+mkdir -m 777 /tmp/other /tmp/artifacts
+for user in nobody:65534 tests:999; do
+    echo "${user%:*}:x:${user#*:}:${user#*:}::/:/bin/sh" >>/etc/passwd
+    echo "${user%:*}:x:${user#*:}:" >>/etc/group
+done
+status=0
+
+run_pjdfstest() {
+    mkdir -m 755 /mnt/pjdfstest
+    /tmp/bin/pjdfstest --configuration-file /tmp/bin/pjdfstest.toml --path /mnt/pjdfstest \
+        --secondary-fs /tmp/other >/tmp/pjdfstest 2>&1 || status=1
+    grep -A 12 ' FAILED$' /tmp/pjdfstest
+    summary=$(grep '^Summary' /tmp/pjdfstest) || { tail -n 5 /tmp/pjdfstest; status=1; }
+    echo "pjdfstest: $summary"
+}
+
+# A process for each 2,000 operations: fsx 0.3.2 keeps each mapping that it has read.
+run_fsx() {
+    n=0
+    while [ "$n" -lt "$ops" ]; do
+        if ! /tmp/bin/fsx -q -f /tmp/bin/fsx.toml -N 2000 -S $((seed + n)) -P /tmp/artifacts /mnt/fsx >/tmp/fsx 2>&1
+        then
+            tail -n 20 /tmp/fsx
+            status=1
+            break
+        fi
+        n=$((n + 2000))
+    done
+    echo "fsx: $n operations passed of $ops, seed $seed"
+}
+
+for suite in ${only:-pjdfstest fsx}; do
+    "run_$suite"
+done
+exit $status
+SCRIPT
+}
+
+main() {
+    parse "$@"
+    "$here/setup.sh"
+    work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-others.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    chmod 755 "$work"
+    mkdir -p "$work/share/bin"
+    program pjdfstest 0.2.2
+    program fsx 0.3.2
+    configure
+    guest_script >"$work/script"
+    # Before the clock runs.
+    "$here/initramfs.sh" "$kernel" >/dev/null
+    "$here/run.sh" --share "$work/share" --kernel "$kernel" --timeout "$limit" "${options[@]}" -- "$work/script"
+}
+
+main "$@"
