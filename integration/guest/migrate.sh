@@ -26,10 +26,14 @@ repo=$(cd "$here/../.." && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
 # shellcheck source=server.sh
 source "$here/server.sh"
+# shellcheck source=machine.sh
+source "$here/machine.sh"
+# shellcheck source=report.sh
+source "$here/report.sh"
 
 times=3 mode=find-paths between=2 server='' kernel=6.12 queues=1 memory=256M limit='' logs=''
 ordinary=false
-work='' passed=0 failed=0 clock=''
+work='' clock=''
 # By number of the machine: process and descriptors of QMP; by number of the server: its process.
 vmm=() qmp_in=() qmp_out=() servers=()
 
@@ -91,16 +95,6 @@ cleanup() {
     exit "$status"
 }
 
-ok() {
-    passed=$((passed + 1))
-    printf 'ok %s\n' "$*"
-}
-
-failed() {
-    failed=$((failed + 1))
-    printf 'FAILED %s: %s\n' "$1" "$2"
-}
-
 # What can't be gone on from.
 give_up() {
     failed "$@"
@@ -110,8 +104,7 @@ give_up() {
         printf -- '--- %s, the last lines\n' "${log##*/}"
         tail -n 25 "$log" | tr -d '\r\033'
     done
-    printf '%d passed, %d failed\n' "$passed" "$failed"
-    exit 1
+    report || exit 1
 }
 
 start_server() {
@@ -126,20 +119,13 @@ start_server() {
 
 # start_machine NUMBER SERVER [ARGUMENT...]: QEMU, paused if it is to take a migration.
 start_machine() {
-    local number=$1 socket=$work/run/socket.$2 accel tsc pipe
+    local number=$1 socket=$work/run/socket.$2 machine pipe
     shift 2
     for pipe in qmp control; do mkfifo "$work/$pipe.$number".{in,out}; done
-    mapfile -t accel < <("$here/accel.sh")
-    tsc=$("$here/accel.sh" --kernel)
+    machine_arguments 2 "$memory" "$cache" "$kernel" "$work/initramfs" "$logs/console.$number.log" ||
+        give_up "machine_${number}_starts" "it is not known what can run a guest"
     # Of one name each, so that a machine fits on another's place.
-    setpriv --pdeathsig KILL qemu-system-x86_64 "${accel[@]}" \
-        -machine q35,memory-backend=memory -smp 2 -m "$memory" \
-        -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
-        -nodefaults -no-user-config -display none -no-reboot \
-        -kernel "$cache/kernels/$kernel/vmlinuz" -initrd "$work/initramfs" \
-        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests $tsc no_timer_check" \
-        -chardev "file,id=console,path=$logs/console.$number.log" -serial chardev:console \
-        -device virtio-serial-pci \
+    setpriv --pdeathsig KILL qemu-system-x86_64 "${machine[@]}" -no-reboot \
         -chardev "pipe,id=control,path=$work/control.$number" -device virtserialport,chardev=control,name=control \
         -chardev "file,id=stdout,path=$logs/stdout,append=on" -device virtserialport,chardev=stdout,name=stdout \
         -chardev "file,id=stderr,path=$logs/stderr,append=on" -device virtserialport,chardev=stderr,name=stderr \
@@ -378,8 +364,7 @@ main() {
     fi
     printf '%s\n' "${downtimes[@]}" | sort -n | awk '{ all[NR] = $1 } END {
         printf "without the guest running: %d ms at the median, %d ms at most, of %d\n", all[int((NR + 1) / 2)], all[NR], NR }'
-    printf '%d passed, %d failed\n' "$passed" "$failed"
-    ((failed == 0))
+    report
 }
 
 main "$@"

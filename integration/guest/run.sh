@@ -37,6 +37,8 @@ repo=$(cd "$here/../.." && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
 # shellcheck source=server.sh
 source "$here/server.sh"
+# shellcheck source=machine.sh
+source "$here/machine.sh"
 
 share='' socket='' server='' kernel=6.12 queues=1 queue_size='' cpus=2 memory=1G tag=share mount=yes
 script='' after_reset='' limit=120 logs='' quiet=false
@@ -205,22 +207,14 @@ start_server() {
 }
 
 start_vmm() {
-    local accel tsc device=vhost-user-fs-pci,chardev=fs,tag=$tag,num-request-queues=$queues reboot=()
+    local device=vhost-user-fs-pci,chardev=fs,tag=$tag,num-request-queues=$queues machine reboot=()
     # A comma in a path is doubled for QEMU.
-    local console=${logs//,/,,}/console.log pipes=${work//,/,,} server_socket=${socket//,/,,}
+    local pipes=${work//,/,,} server_socket=${socket//,/,,}
     [[ -z $queue_size ]] || device+=,queue-size=$queue_size
     [[ -n $after_reset ]] || reboot=(-no-reboot)
-    accel=$("$here/accel.sh") || fail "it is not known what can run a guest"
-    mapfile -t accel <<<"$accel"
-    tsc=$("$here/accel.sh" --kernel)
-    setpriv --pdeathsig KILL qemu-system-x86_64 "${accel[@]}" \
-        -machine q35,memory-backend=memory -smp "$cpus" -m "$memory" \
-        -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
-        -nodefaults -no-user-config -display none "${reboot[@]}" \
-        -kernel "$cache/kernels/$kernel/vmlinuz" -initrd "$work/initramfs" \
-        -append "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr audit=0 cryptomgr.notests $tsc no_timer_check" \
-        -chardev "file,id=console,path=$console" -serial chardev:console \
-        -device virtio-serial-pci \
+    machine_arguments "$cpus" "$memory" "$cache" "$kernel" "$work/initramfs" "$logs/console.log" ||
+        fail "it is not known what can run a guest"
+    setpriv --pdeathsig KILL qemu-system-x86_64 "${machine[@]}" "${reboot[@]}" \
         -chardev "pipe,id=control,path=$pipes/control" -device virtserialport,chardev=control,name=control \
         -chardev "file,id=stdout,path=$pipes/stdout" -device virtserialport,chardev=stdout,name=stdout \
         -chardev "file,id=stderr,path=$pipes/stderr" -device virtserialport,chardev=stderr,name=stderr \

@@ -29,10 +29,12 @@ cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
 guest_suite=$cache/suite/x86_64-unknown-linux-gnu/release/guest-suite
 # shellcheck source=server.sh
 source "$here/server.sh"
+# shellcheck source=report.sh
+source "$here/report.sh"
 
 runtime='' server='' sandbox='' ordinary=false queues=1 kernel=6.12 quick=--quick verbose=false logs='' limit=''
-work='' share='' server_pid='' server_status='' guest='' passed=0 failed=0
-declare -A seen=() value=()
+work='' share='' server_pid='' server_status='' guest=''
+declare -A value=()
 
 # What each machine has to report.
 # shellcheck disable=SC2034 # used by name
@@ -135,30 +137,6 @@ cleanup() {
     if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
     if [[ -n $work ]]; then rm -rf "$work"; fi
     exit "$status"
-}
-
-ok() {
-    passed=$((passed + 1))
-    seen[${1%% *}]=1
-    printf 'ok %s\n' "$1"
-}
-
-failed() {
-    failed=$((failed + 1))
-    seen[$1]=1
-    printf 'FAILED %s: %s\n' "$1" "$2"
-}
-
-# step NAME COMMAND...: what the command says is the reason if it fails.
-step() {
-    local name=$1 why
-    shift
-    if why=$("$@" 2>&1); then
-        ok "$name"
-    else
-        why=${why//$'\n'/ }
-        failed "$name" "${why:0:400}"
-    fi
 }
 
 # Counts what a guest says and passes on what there is to see of it.
@@ -365,8 +343,7 @@ main() {
             tail -n 20 "$logs/server.log"
         fi
     fi
-    printf '%d passed, %d failed\n' "$passed" "$failed"
-    ((failed == 0))
+    report
 }
 
 main "$@"

@@ -22,9 +22,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 # shellcheck source=server.sh
 source "$here/server.sh"
+# shellcheck source=report.sh
+source "$here/report.sh"
 
 kills=10 upgrades=10 every=0.3 queues=1 kernel=6.12 server='' logs='' program=$repo/target/release/ringfsd
-work='' server_pid='' guest='' passed=0 failed=0
+work='' server_pid='' guest=''
 
 usage() {
     printf 'upgrade: %s\n' "$*" >&2
@@ -74,19 +76,6 @@ cleanup() {
     if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
     if [[ -n $work ]]; then rm -rf "$work"; fi
     exit "$status"
-}
-
-step() {
-    local name=$1 why
-    shift
-    if why=$("$@" 2>&1); then
-        passed=$((passed + 1))
-        printf 'ok %s\n' "$name"
-    else
-        failed=$((failed + 1))
-        why=${why//$'\n'/ }
-        printf 'FAILED %s: %s\n' "$name" "${why:0:400}"
-    fi
 }
 
 # The guest's part: each thing it does fails if it is done twice or not at all.
@@ -170,7 +159,6 @@ still_works() {
     done
 }
 
-
 # What was appended once each, in order; and what was left of the rest.
 all_is_there() {
     local w rounds
@@ -239,8 +227,7 @@ main() {
     sed -n 's/.*\] serving again, after \([0-9.]*\) ms.*/\1/p' "$logs/server.log" | figures kills
     sed -n 's/.*guest waited for \([0-9.]*\) ms.*/\1/p' "$logs/upgrade.log" | figures upgrades
     ((failed == 0)) || tail -n 20 "$logs/server.log"
-    printf '%d passed, %d failed\n' "$passed" "$failed"
-    ((failed == 0))
+    report
 }
 
 main "$@"
