@@ -50,6 +50,7 @@ impl Share {
         Options {
             max_open_inodes: Some(64),
             max_inodes: 100,
+            remember_inodes: 20,
             max_handles: Some(50),
             ..Options::default()
         }
