@@ -169,6 +169,7 @@ for tool in cargo taskset setpriv awk; do
 done
 ((EUID == 0)) || fail 'the servers must run as root'
 
+mkdir -p "$dir"
 scratch=$(mktemp -d "$dir/compare-XXXXXX")
 share=$scratch/share
 socket=$scratch/socket
