@@ -1,5 +1,5 @@
 //! Requests that a worker has under way: each is a local task, and what it completes is
-//! published together with what else completed in the same turn of the runtime.
+//! published together with what else completed in the same turn of the runtime, a few at a time.
 //!
 //! The invariant: whoever finishes leaves its used ring in the list before it wakes the
 //! publisher, so nothing completed stays unpublished.
@@ -13,11 +13,18 @@ use tokio::sync::futures::Notified;
 
 use crate::virtqueue::UsedRing;
 
+/// Completions that are published together, at most: a disk may complete all there was at once, and
+/// stands still until the guest has been woken and has asked for more. Measured at 32 O_DIRECT reads in
+/// flight: 54 thousand a second with all of a turn together, 57 with 16, 58 with 8 or 4, 51 with 1.
+const TOGETHER: usize = 8;
+
 /// The requests under way on one worker.
 #[derive(Debug, Default)]
 pub(super) struct Later {
     under_way: Cell<usize>,
     completed: RefCell<Vec<Arc<UsedRing>>>,
+    /// How many requests have been completed and not been published.
+    unpublished: Cell<usize>,
     wake: Notify,
     idle: Notify,
 }
@@ -38,7 +45,8 @@ impl Later {
     }
 
     /// Publishes what completes, for ever. Tasks that complete in one turn of the runtime are
-    /// all ahead of this one in its queue, so one index store and one call serve them all.
+    /// all ahead of this one in its queue, so one index store and one call serve them all, or what
+    /// is left of them.
     pub(super) async fn publish(self: Rc<Self>) {
         loop {
             self.wake.notified().await;
@@ -48,6 +56,7 @@ impl Later {
 
     /// Publishes what is complete.
     pub(super) fn publish_now(&self) {
+        self.unpublished.set(0);
         for used in self.completed.take() {
             used.publish();
         }
@@ -85,6 +94,10 @@ impl Drop for Ticket {
             if !completed.iter().any(|known| Arc::ptr_eq(known, &used)) {
                 completed.push(used);
             }
+        }
+        later.unpublished.set(later.unpublished.get() + 1);
+        if later.unpublished.get() >= TOGETHER {
+            later.publish_now();
         }
         later.under_way.set(later.under_way.get() - 1);
         if later.under_way.get() == 0 {

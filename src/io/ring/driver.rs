@@ -1,9 +1,9 @@
 //! One thread's ring: entries in, completions out, together for all that one turn of the
 //! runtime has done.
 //!
-//! An operation is put on the submission ring when its future is first polled, and all of them
-//! are handed to the kernel by one call at the end of the turn ([`Driver::turn`]), whether or not
-//! the thread is going to sleep. No more are given to the kernel than the completion ring has
+//! An operation is put on the submission ring when its future is first polled. A few at a time are
+//! handed to the kernel ([`TOGETHER`]), and what is left at the end of the turn
+//! ([`Driver::turn`]), whether or not the thread is going to sleep. No more are given to the kernel than the completion ring has
 //! room for, so it never overflows; the rest waits here. The invariant: what the kernel may
 //! still touch is in [`Slots`], which is dropped only when nothing is on the ring.
 
@@ -25,6 +25,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::setup;
 use super::slots::{Held, Key, Leftover, Slots, outcome};
+
+/// Operations that are handed to the kernel by one call, so that the disk begins with the first while
+/// those after them are prepared. Measured at 32 O_DIRECT reads in flight, on a disk that takes up
+/// all it finds and tells of it together: 50 thousand a second with one call a turn, 56 with 8, 57 with 4.
+const TOGETHER: usize = 4;
 
 /// User data of a cancellation, whose own result says nothing.
 const CANCELLATION: u64 = u64::MAX;
@@ -91,7 +96,7 @@ impl Driver {
             ready.clear_ready();
             self.reap();
         }
-        if self.inner.borrow_mut().has_entries() {
+        if self.inner.borrow_mut().entries() != 0 {
             // The kernel is short of memory for now.
             cx.waker().wake_by_ref();
         }
@@ -176,6 +181,9 @@ impl Inner {
     /// Puts an entry on the ring, or keeps it until there is room.
     fn give(&mut self, entry: Entry) {
         if self.on_ring < self.limit && self.waiting.is_empty() && self.push(&entry) {
+            if self.entries() >= TOGETHER {
+                self.submit();
+            }
             return;
         }
         self.waiting.push_back(entry);
@@ -242,11 +250,11 @@ impl Inner {
         self.submit();
     }
 
-    /// Whether there is something that the kernel hasn't taken.
-    fn has_entries(&mut self) -> bool {
+    /// How many the kernel hasn't taken.
+    fn entries(&mut self) -> usize {
         self.ring
             .as_mut()
-            .is_some_and(|ring| !ring.submission().is_empty())
+            .map_or(0, |ring| ring.submission().len())
     }
 
     fn has_completions(&mut self) -> bool {
