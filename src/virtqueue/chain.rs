@@ -5,12 +5,11 @@
 
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
+use super::body::{MOST_PIECES, Pooled};
 use super::inflight::Resumed;
 use super::journal::{INTENT, Journal, Previous};
 use super::layout::{self, Descriptor};
-use super::memory::{Memory, Slice};
+use super::memory::Memory;
 use super::sync::Window;
 use super::used::{Return, Totals, UsedRing};
 use crate::io::GuestBuffer;
@@ -59,11 +58,6 @@ pub enum BadChain {
     Twice,
 }
 
-/// The most pieces of memory that a chain may be made of: no queue has more entries, and no chain
-/// may be longer than its queue (virtio 1.2, section 2.7.5.3.1). A request of 1 MiB in pages has 260.
-/// Each piece costs the server 24 bytes as long as the chain is in flight.
-const MOST_PIECES: usize = 1 << 15;
-
 /// The most pieces that the chains in flight of one queue may have together: 1,024 requests of
 /// 1 MiB, twice.
 pub(super) const MOST_IN_FLIGHT: usize = 1 << 19;
@@ -91,26 +85,10 @@ enum End {
 
 /// One request off the ring: bytes to read, room to write, and the duty to go back.
 ///
-/// It is moved from hand to hand, so it is kept small.
+/// It is moved from hand to hand, so what is large of it lies elsewhere.
 #[derive(Debug)]
 pub struct Chain {
-    /// First what the device may read, then where it may write, in order. Six are what a guest
-    /// needs for any request without a payload of several pages.
-    slices: SmallVec<[Slice; 6]>,
-    /// The first slice that is writable.
-    first_writable: usize,
-    /// The first that was not read to its end.
-    next_readable: usize,
-    /// Bytes that were not read yet.
-    readable_len: usize,
-    /// Bytes of room to write, whether or not they were written.
-    writable_len: usize,
-    /// Of the room behind the header, what a [`GuestBuffer`] was made of.
-    lent: usize,
-    /// Bytes copied out of and into guest memory.
-    copied: usize,
-    /// Pieces that the used ring counts as in flight.
-    held: usize,
+    body: Pooled,
     table: Arc<Table>,
     head: u16,
     /// The head is marked as in flight for this chain.
@@ -130,14 +108,7 @@ impl Chain {
         resumed: bool,
     ) -> Result<Self, BadChain> {
         let mut chain = Self {
-            slices: SmallVec::new(),
-            first_writable: 0,
-            next_readable: 0,
-            readable_len: 0,
-            writable_len: 0,
-            lent: 0,
-            copied: 0,
-            held: 0,
+            body: Pooled::take(),
             table: Arc::clone(table),
             head,
             marked: false,
@@ -145,11 +116,11 @@ impl Chain {
             returned: false,
         };
         let walked = chain.walk(indirect);
-        let pieces = chain.slices.len();
+        let pieces = chain.body.slices.len();
         let (marked, counted) = chain.used().take(head, pieces, resumed);
         chain.marked = marked;
         if counted.is_ok() {
-            chain.held = pieces;
+            chain.body.held = pieces;
         }
         match walked.and(counted) {
             Ok(()) => Ok(chain),
@@ -199,7 +170,7 @@ impl Chain {
                 }
                 return self.walk_indirect(&table.memory, &descriptor);
             }
-            self.add(&table.memory, &descriptor)?;
+            self.body.add(&table.memory, &descriptor)?;
             if !descriptor.has(layout::NEXT) {
                 return Ok(());
             }
@@ -229,46 +200,13 @@ impl Chain {
             if descriptor.has(layout::INDIRECT) {
                 return Err(BadChain::NestedIndirect);
             }
-            self.add(memory, &descriptor)?;
+            self.body.add(memory, &descriptor)?;
             if !descriptor.has(layout::NEXT) {
                 return Ok(());
             }
             index = descriptor.next;
         }
         Err(BadChain::Loop)
-    }
-
-    /// Adds what one descriptor points to.
-    fn add(&mut self, memory: &Memory, descriptor: &Descriptor) -> Result<(), BadChain> {
-        let write = descriptor.has(layout::WRITE);
-        if !write && self.writable_len != 0 {
-            return Err(BadChain::Order);
-        }
-        let len = if write {
-            &mut self.writable_len
-        } else {
-            &mut self.readable_len
-        };
-        let more = usize::try_from(descriptor.len).map_err(|_wide| BadChain::TooLong)?;
-        *len = len.checked_add(more).ok_or(BadChain::TooLong)?;
-        if u32::try_from(*len).is_err() {
-            return Err(BadChain::TooLong);
-        }
-        let slices = &mut self.slices;
-        let all_there = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
-            slices.push(slice);
-        });
-        if !write {
-            self.first_writable = self.slices.len();
-        }
-        if self.slices.len() > MOST_PIECES {
-            return Err(BadChain::Pieces);
-        }
-        if all_there {
-            Ok(())
-        } else {
-            Err(BadChain::Address)
-        }
     }
 
     /// Returns the chain empty for the fault in it.
@@ -281,16 +219,16 @@ impl Chain {
     /// Bytes that were not read yet.
     #[must_use]
     pub fn readable(&self) -> usize {
-        self.readable_len
+        self.body.readable_len
     }
 
     /// Copies the next bytes out; returns how many, fewer than asked only at the end.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let mut rest = into;
-        let wanted = rest.len().min(self.readable_len);
+        let wanted = rest.len().min(self.body.readable_len);
         let mut missing = wanted;
         while missing != 0 {
-            let Some(part) = self.take_readable(missing) else {
+            let Some(part) = self.body.take_readable(missing) else {
                 break;
             };
             let (now, later) = rest.split_at_mut(part.len);
@@ -298,85 +236,50 @@ impl Chain {
             rest = later;
             missing = missing.saturating_sub(part.len);
         }
-        self.copied = self.copied.saturating_add(wanted);
+        self.body.copied = self.body.copied.saturating_add(wanted);
         wanted
     }
 
     /// The next `len` bytes to read, left where they are. `None` if there are fewer.
     pub fn payload(&mut self, len: usize) -> Option<GuestBuffer> {
-        if len > self.readable_len {
+        if len > self.body.readable_len {
             return None;
         }
         let memory = Arc::clone(&self.table.memory);
         let mut missing = len;
         let pieces = std::iter::from_fn(|| {
-            let part = (missing != 0).then(|| self.take_readable(missing))??;
+            let part = (missing != 0).then(|| self.body.take_readable(missing))??;
             missing = missing.saturating_sub(part.len);
             Some(part)
         });
         Some(super::memory::buffer(pieces, memory))
     }
 
-    /// Takes up to `most` bytes, and at least one, of what is to be read next.
-    fn take_readable(&mut self, most: usize) -> Option<Slice> {
-        while self.next_readable < self.first_writable {
-            let first = self.slices.get_mut(self.next_readable)?;
-            let count = first.len.min(most);
-            let part = first.first(count);
-            *first = first.skip(count);
-            if first.len == 0 {
-                self.next_readable = self.next_readable.saturating_add(1);
-            }
-            if count != 0 {
-                self.readable_len = self.readable_len.saturating_sub(count);
-                return Some(part);
-            }
-        }
-        None
-    }
-
     /// Room for the reply in bytes.
     #[must_use]
     pub fn writable(&self) -> usize {
-        self.writable_len
+        self.body.writable_len
     }
 
     /// The room behind the first `skip` bytes, `len` bytes of it. `None` if there is less.
     pub fn room(&mut self, skip: usize, len: usize) -> Option<GuestBuffer> {
         let end = skip.checked_add(len)?;
-        if end > self.writable_len {
+        if end > self.body.writable_len {
             return None;
         }
-        self.lent = self.lent.max(end);
+        self.body.lent = self.body.lent.max(end);
         let memory = Arc::clone(&self.table.memory);
         Some(super::memory::buffer(
-            self.writable_range(skip, len),
+            self.body.writable_range(skip, len),
             memory,
         ))
     }
 
-    /// The parts of the writable bytes `skip..skip + len`, in order.
-    fn writable_range(&self, skip: usize, len: usize) -> impl Iterator<Item = Slice> {
-        let (mut skip, mut len) = (skip, len);
-        let writable = self.slices.get(self.first_writable..).unwrap_or_default();
-        writable.iter().map_while(move |slice| {
-            if len == 0 {
-                return None;
-            }
-            let skipped = skip.min(slice.len);
-            skip = skip.saturating_sub(skipped);
-            let part = slice.skip(skipped);
-            let part = part.first(part.len.min(len));
-            len = len.saturating_sub(part.len);
-            Some(part)
-        })
-    }
-
     /// Copies `from` to the writable bytes from `skip` on; the caller has seen that they fit.
     fn write(&mut self, skip: usize, from: &[u8]) {
-        self.copied = self.copied.saturating_add(from.len());
+        self.body.copied = self.body.copied.saturating_add(from.len());
         let mut rest = from;
-        for slice in self.writable_range(skip, from.len()) {
+        for slice in self.body.writable_range(skip, from.len()) {
             let (now, later) = rest.split_at(slice.len.min(rest.len()));
             slice.write(now);
             rest = later;
@@ -389,7 +292,7 @@ impl Chain {
         let total: usize = parts
             .iter()
             .fold(0, |sum, part| sum.saturating_add(part.len()));
-        if total > self.writable_len {
+        if total > self.body.writable_len {
             self.put_back(0, End::Answered);
             return;
         }
@@ -404,7 +307,7 @@ impl Chain {
     /// Answers with `header`, the `filled` bytes behind it being in place already.
     pub fn reply_filled(mut self, header: &[u8], filled: usize) {
         let total = header.len().saturating_add(filled);
-        if total > self.writable_len {
+        if total > self.body.writable_len {
             self.put_back(0, End::Answered);
             return;
         }
@@ -469,7 +372,7 @@ impl Chain {
         self.returned = true;
         if self.table.memory.is_logging() {
             // What was lent may have been written to even if the operation failed.
-            for slice in self.writable_range(0, written.max(self.lent)) {
+            for slice in self.body.writable_range(0, written.max(self.body.lent)) {
                 self.table.memory.mark_dirty(slice.guest, slice.len as u64);
             }
         }
@@ -477,7 +380,7 @@ impl Chain {
             chains: 1,
             dropped: u64::from(end == End::Dropped),
             refused: u64::from(end == End::Refused),
-            copied: self.copied as u64,
+            copied: self.body.copied as u64,
         };
         let len = u32::try_from(written).unwrap_or(0);
         if let Some(journal) = self.journal() {
@@ -487,7 +390,7 @@ impl Chain {
         let back = Return {
             head: self.head,
             len,
-            pieces: self.held,
+            pieces: self.body.held,
             marked: self.marked,
         };
         self.used().push(back, more);

@@ -8,6 +8,7 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+mod body;
 mod chain;
 pub mod inflight;
 pub mod journal;

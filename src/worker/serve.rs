@@ -81,10 +81,6 @@ struct Owned {
 }
 
 /// Why the loop goes on.
-#[allow(
-    clippy::large_enum_variant,
-    reason = "a chain is moved once, from the channel to where it is served"
-)]
 enum Event {
     /// Some queue is ready.
     Ready,
