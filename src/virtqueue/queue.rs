@@ -338,6 +338,16 @@ impl Queue {
         self.used.want_kick(Some(self.next));
         self.waiting() != 0
     }
+
+    /// Asks the guest for a kick when more than an eighth of the queue is full, if it can be asked for
+    /// that (EVENT_IDX): else for none. True if that much is there already.
+    #[must_use]
+    pub fn arm_for_many(&mut self) -> bool {
+        let before_the_last = self.size / 8;
+        self.used
+            .want_kick_at(self.next.wrapping_add(before_the_last));
+        self.waiting() > before_the_last
+    }
 }
 
 impl Tracking {

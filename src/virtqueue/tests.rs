@@ -457,6 +457,25 @@ fn kicks_are_asked_for_when_armed_only() {
 }
 
 #[test]
+fn a_kick_for_more_than_an_eighth_of_the_queue_is_asked_for_where_it_can_be() {
+    let mut driver = Driver::new(false);
+    let event = USED + 4 + 8 * u64::from(SIZE);
+    driver.write(event, &[7, 0]);
+    let mut queue = driver.queue(EVENT);
+    assert!(!queue.arm_for_many());
+    assert_eq!(driver.read::<2>(event), [1, 0], "at the second of 8");
+
+    let mut queue = driver.queue(PLAIN);
+    queue.disarm();
+    assert!(!queue.arm_for_many());
+    assert_eq!(driver.read::<2>(USED), [1, 0], "not for each");
+    driver.offer(0);
+    assert!(!queue.arm_for_many());
+    driver.offer(0);
+    assert!(queue.arm_for_many(), "they came before");
+}
+
+#[test]
 fn what_a_reply_changes_is_logged_and_so_is_the_ring() {
     let mut driver = Driver::new(true);
     let mut queue = driver.queue(PLAIN);

@@ -365,20 +365,31 @@ impl UsedRing {
         // Relaxed: the fence below orders these before that look.
         if self.event_idx {
             if let Some(next) = next {
-                let at = layout::avail_event(self.size);
-                self.used.store_u16(at, next, Ordering::Relaxed);
-                self.log_change(at, 2);
+                self.want_kick_at(next);
             }
-        } else {
-            let flags = if next.is_some() { 0 } else { layout::NO_NOTIFY };
-            self.used.store_u16(layout::FLAGS, flags, Ordering::Relaxed);
-            self.log_change(layout::FLAGS, 2);
+            return;
         }
+        let flags = if next.is_some() { 0 } else { layout::NO_NOTIFY };
+        self.used.store_u16(layout::FLAGS, flags, Ordering::Relaxed);
+        self.log_change(layout::FLAGS, 2);
         if next.is_some() {
             // SeqCst: pairs with the driver's full barrier between its store of the index and its
-            // look at `avail_event` (or our flags): one of the two sees the other.
+            // look at our flags: one of the two sees the other.
             fence(Ordering::SeqCst);
         }
+    }
+
+    /// Asks the driver for a kick when its available index passes `next`, if it can be asked for that.
+    pub(super) fn want_kick_at(&self, next: u16) {
+        if !self.event_idx {
+            return;
+        }
+        let at = layout::avail_event(self.size);
+        self.used.store_u16(at, next, Ordering::Relaxed);
+        self.log_change(at, 2);
+        // SeqCst: pairs with the driver's full barrier between its store of the index and its
+        // look at `avail_event`: one of the two sees the other.
+        fence(Ordering::SeqCst);
     }
 
     fn log_change(&self, offset: usize, len: usize) {

@@ -2,8 +2,8 @@
 //!
 //! FORGETs come one by one, each with a kick, and often: to wake up for each costs more than to
 //! serve it, here and in the guest. So who has been woken twice in a short time sleeps for a while
-//! before it asks for kicks again, and finds several at once. The invariant: a nap that was in vain
-//! is followed by a sleep without end, so idleness costs one nap.
+//! before it asks for each kick again, and finds several at once; a ring that fills up meanwhile wakes
+//! it. The invariant: a nap that was in vain is followed by a sleep without end, so idleness costs one nap.
 
 use std::time::{Duration, Instant};
 

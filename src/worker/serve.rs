@@ -203,12 +203,30 @@ impl<F: FileSystem> Loop<F> {
         event
     }
 
-    /// Sleeps for a moment without asking for kicks, and looks at the rings then.
+    /// Sleeps for a moment, unless a ring fills up, and looks at the rings then.
     async fn nap(&mut self) -> Event {
-        match tokio::time::timeout(nap::LENGTH, self.commands.recv()).await {
-            Ok(Some(command)) => return Event::Command(command),
-            Ok(None) => return Event::End,
-            Err(_elapsed) => (),
+        let queues = &mut self.queues;
+        let many = queues
+            .iter_mut()
+            .fold(false, |many, owned| many | owned.queue.arm_for_many());
+        if !many {
+            let commands = &mut self.commands;
+            let woken = poll_fn(|cx| {
+                if let Poll::Ready(command) = commands.poll_recv(cx) {
+                    return Poll::Ready(Some(command.map_or(Event::End, Event::Command)));
+                }
+                let kicked = queues.iter_mut().fold(false, |kicked, owned| {
+                    kicked | owned.kick.poll(cx).is_ready()
+                });
+                if kicked {
+                    Poll::Ready(None)
+                } else {
+                    Poll::Pending
+                }
+            });
+            if let Ok(Some(event)) = tokio::time::timeout(nap::LENGTH, woken).await {
+                return event;
+            }
         }
         let found = self.queues.iter_mut().fold(false, |found, owned| {
             owned.ready |= owned.queue.has_more();

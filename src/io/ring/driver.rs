@@ -252,9 +252,7 @@ impl Inner {
 
     /// How many the kernel hasn't taken.
     fn entries(&mut self) -> usize {
-        self.ring
-            .as_mut()
-            .map_or(0, |ring| ring.submission().len())
+        self.ring.as_mut().map_or(0, |ring| ring.submission().len())
     }
 
     fn has_completions(&mut self) -> bool {
