@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::current;
 use super::directory::Stream;
-use super::inodes::Mix;
+use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};

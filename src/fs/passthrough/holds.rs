@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::inode::Inode;
-use super::inodes::Mix;
+use super::mix::Mix;
 use crate::fs::{NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Borrowed;

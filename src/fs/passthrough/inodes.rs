@@ -11,12 +11,13 @@
 //! Order of locks: the shard by identity, the shard by node id, the inode's way, the line of those
 //! that are remembered.
 
+mod names;
 mod remembered;
 #[cfg(test)]
 mod tests;
 
 use std::ffi::CStr;
-use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
+use std::hash::BuildHasher;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -24,11 +25,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use hashbrown::HashTable;
 
 use self::remembered::Remembered;
-use super::changes::{Changes, Changing, Moment};
+use super::changes::Changes;
 use super::clock::Clock;
 use super::current;
-use super::holds::{Identity, Key, Place, Way};
+use super::holds::{Identity, Key, Way};
 use super::inode::{Held, Inode};
+use super::mix::Mix;
 use crate::fs::NodeId;
 use crate::state::Table;
 use crate::sys::slot::Borrowed;
@@ -49,33 +51,6 @@ impl New {
         }
     }
 }
-
-/// Mixes a few integers. The numbers come from the host's file systems and from a counter, so
-/// nobody can choose them to collide on purpose.
-#[derive(Default)]
-pub(super) struct Mixer(u64);
-
-impl Hasher for Mixer {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(u64::from(byte));
-        }
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        // The low half of a product depends on the low half of its factors alone; folding the
-        // high half in makes each bit of the word reach all of them.
-        let product = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = product ^ product >> 32;
-    }
-}
-
-/// Hashes with [`Mixer`].
-pub(super) type Mix = BuildHasherDefault<Mixer>;
 
 /// A set of inodes by what their records say of them: its entry is one pointer.
 type Keys = HashTable<Arc<Inode>>;
@@ -373,150 +348,6 @@ impl Store {
         let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
         Some(inode)
-    }
-
-    /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
-    /// unless names in `parent` have changed meanwhile.
-    pub(super) fn see(&self, inode: &Inode, parent: &Inode, name: &CStr, moment: Moment) {
-        self.see_if(inode, parent, name, 0, || moment.lasts(&self.changes));
-    }
-
-    /// As [`see`](Self::see), for an inode that was just added without being opened; `print` is
-    /// as in [`Place`]. Answers whether it can be reached now.
-    pub(super) fn see_new(
-        &self,
-        inode: &Inode,
-        parent: &Inode,
-        name: &CStr,
-        print: u64,
-        moment: Moment,
-    ) -> bool {
-        self.see_if(inode, parent, name, print, || moment.lasts(&self.changes));
-        inode.slot.is_full() || !matches!(&*inode.held(), Held::Nothing)
-    }
-
-    /// As [`see`](Self::see), for who changes the name.
-    pub(super) fn rename(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
-        self.see_if(inode, parent, name, 0, || true);
-    }
-
-    fn see_if(
-        &self,
-        inode: &Inode,
-        parent: &Inode,
-        name: &CStr,
-        print: u64,
-        valid: impl FnOnce() -> bool,
-    ) {
-        let settled = {
-            let held = inode.held();
-            match &*held {
-                Held::Name => inode.goes_by(&held, parent.node(), name),
-                Held::Nothing => inode.node() == NodeId::ROOT || inode.node() == parent.node(),
-                Held::Handle(_) | Held::Forgotten => true,
-            }
-        };
-        if settled || !self.adopt(parent) {
-            return;
-        }
-        let place = Place {
-            parent: parent.node(),
-            name: name.into(),
-            print,
-        };
-        if let Some(left) = self.put(inode, place, valid) {
-            self.leave(left);
-        }
-        if inode.children.load(Ordering::Relaxed) > 0 {
-            self.unwind(inode.node(), parent.node());
-        }
-    }
-
-    /// Makes `place` the way to `inode`; answers which parent has a child less now.
-    fn put(&self, inode: &Inode, place: Place, valid: impl FnOnce() -> bool) -> Option<NodeId> {
-        let mut held = inode.held();
-        // Asked under the lock: who changes the name says so before he comes here.
-        if !valid() || matches!(*held, Held::Handle(_) | Held::Forgotten) {
-            return Some(place.parent);
-        }
-        let parent = place.parent;
-        // What tells it from another of its name stays.
-        let print = inode.print(&held).unwrap_or(place.print);
-        let left = inode.set_way(&mut held, Way::Name(Place { print, ..place }));
-        if !matches!(*held, Held::Name) {
-            // The table is full; nothing leads there through the parent.
-            drop(held);
-            if let Some(left) = left {
-                self.leave(left);
-            }
-            return Some(parent);
-        }
-        if inode.slot.is_full() {
-            self.clock.add(inode);
-        }
-        left
-    }
-
-    /// Takes note that `inode` has lost `name` in `parent`. If that was the way to it, its
-    /// descriptor, which the caller uses, stays from now on.
-    pub(super) fn lose(&self, inode: &Inode, parent: &Inode, name: &CStr, _: &Changing<'_>) {
-        let left = {
-            let mut held = inode.held();
-            if !inode.goes_by(&held, parent.node(), name) {
-                return;
-            }
-            inode.set_way(&mut held, Way::None)
-        };
-        if let Some(left) = left {
-            self.leave(left);
-        }
-    }
-
-    /// Which changes of names were known when this was called: before the name is looked at.
-    pub(super) fn moment(&self, parent: &Inode) -> Moment {
-        self.changes.moment(parent.node())
-    }
-
-    /// Announces that names in two directories change, until the answer is dropped. To be called
-    /// while the descriptors of the inodes concerned are in use.
-    pub(super) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
-        self.changes.begin(parents.map(Inode::node))
-    }
-
-    /// How many changes of names there have been.
-    pub(super) fn changes(&self) -> u64 {
-        self.changes.count()
-    }
-
-    /// Makes `way` what leads to `inode`, whose guard `held` is.
-    pub(super) fn change_way(&self, inode: &Inode, mut held: MutexGuard<'_, Held>, way: Way) {
-        let left = inode.set_way(&mut held, way);
-        drop(held);
-        if let Some(left) = left {
-            self.leave(left);
-        }
-    }
-
-    /// Breaks a circle of names, which can only come of names that are outdated: directories
-    /// that the host moved about. `node` is now known to be in `parent`.
-    fn unwind(&self, node: NodeId, parent: NodeId) {
-        let mut at = self.any(parent);
-        for _ in 0..DEEPEST {
-            let Some(inode) = at else {
-                return;
-            };
-            let Some(up) = inode.parent() else {
-                return;
-            };
-            if up == node {
-                let held = inode.held();
-                if inode.parent_by(&held) == Some(node) {
-                    self.change_way(&inode, held, Way::None);
-                }
-                return;
-            }
-            at = self.any(up);
-        }
     }
 
     /// Gives `inode` a descriptor again, and borrows it.

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::inode::Inode;
-use super::inodes::Mix;
+use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, LockOwner, NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{LockFields, LockRecord, Range, Table};

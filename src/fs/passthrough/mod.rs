@@ -22,6 +22,7 @@ mod inodes;
 mod labels;
 mod locks;
 mod lookup;
+mod mix;
 mod more;
 mod moving;
 mod names;

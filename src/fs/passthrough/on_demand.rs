@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use super::Passthrough;
 use super::directory::Stream;
 use super::inode::Inode;
-use super::inodes::Mix;
+use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 

@@ -9,9 +9,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Mix, Store};
+use super::Store;
 use crate::fs::NodeId;
 use crate::fs::passthrough::inode::{Held, Inode};
+use crate::fs::passthrough::mix::Mix;
 
 /// Entries in vain that are not worth a clearing.
 const FEW: usize = 64;
