@@ -9,6 +9,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 suites=(
     'pjdfstest'
     'single'
+    'remount'
     'fsx --ops 1000'
     'fio --size 4M'
     'stress --seconds 1 --only access chmod copy-file dentry dir fallocate fpunch link rename seek symlink utime xattr'

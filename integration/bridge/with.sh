@@ -10,6 +10,8 @@
 #   --request-queues N    queues, each with a thread (default 2; 1 for virtiofsd)
 #   --server-arg A        a further argument for ringfsd or virtiofsd; may be repeated
 #   --log FILE            keep the server's log
+#   --stay-connected      the command may unmount and have it mounted again on the same connection
+#                         (`umount "$MNT" && again.sh "$AGAIN" '' "$MNT"`)
 #
 # The command finds the mount in $MNT, the directory behind it in $SHARE, and in $PLAIN an empty
 # directory beside it, on the same file system. Where the server dies, panics or breaks the
@@ -20,7 +22,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 . "$here/../guest/server.sh"
 
-server=ringfsd runtime=auto queues='' log='' arguments=()
+server=ringfsd runtime=auto queues='' log='' stays='' arguments=()
 while (($#)); do
     case $1 in
     --server) server=$2 ;;
@@ -28,6 +30,11 @@ while (($#)); do
     --request-queues) queues=$2 ;;
     --server-arg) arguments+=("$2") ;;
     --log) log=$2 ;;
+    --stay-connected)
+        stays=--stay-connected
+        shift
+        continue
+        ;;
     --) shift && break ;;
     -*) echo "with.sh: no option $1" >&2 && exit 2 ;;
     *) break ;;
@@ -90,9 +97,12 @@ if ! server_wait "$work/socket" 10 "$server_pid"; then
     cat "$log" >&2
     exit 125
 fi
-setpriv --pdeathsig TERM "$bridge" --socket "$work/socket" --request-queues "${queues:-1}" "$MNT" \
-    >"$work/bridge.log" 2>&1 &
+mkfifo "$work/bridge.wanted"
+setpriv --pdeathsig TERM "$bridge" --socket "$work/socket" --request-queues "${queues:-1}" \
+    ${stays:+"$stays"} "$MNT" 0<>"$work/bridge.wanted" >"$work/bridge.log" 2>&1 &
 bridge_pid=$!
+echo "$bridge_pid" >"$work/bridge.pid"
+export AGAIN=$work/bridge
 until grep -qs 'mounted on' "$work/bridge.log"; do
     if ! kill -0 "$bridge_pid" 2>/dev/null; then
         cat "$work/bridge.log" "$log" >&2
@@ -110,7 +120,7 @@ wait "$bridge_pid" || bridge_status=$?
 bridge_pid=''
 server_stop "$server_pid"
 server_pid=''
-tail -n +2 "$work/bridge.log" >&2
+grep -vE '^bridge: (mounted on|unmounted)' "$work/bridge.log" >&2 || true
 grep -E 'WARN|ERROR|panicked' "$log" | sed 's/^/server: /' >&2 || true
 # virtiofsd ends with its client, and calls that a failure.
 if [[ $server == virtiofsd ]] && ((server_status == 1)); then server_status=0; fi

@@ -11,6 +11,8 @@
 #   --runtime R          of ringfsd: auto (default), uring, tokio
 #   --server-arg A       a further argument for ringfsd or virtiofsd; may be repeated
 #   --results DIR        where all that the tests say is kept
+#   --stay-connected     a server goes on over umount(8) and the next mount(8), as it does for a guest
+#                        that mounts again
 #
 # The arguments are those of xfstests' `check` (`-g generic/quick`). $RINGFSD, $VIRTIOFSD and $BRIDGE
 # name the programs, which are not built here.
@@ -24,7 +26,8 @@ if [[ ${1:-} != --inside ]]; then
 fi
 shift
 
-checkout='' server=ringfsd runtime=auto results='' arguments=()
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+checkout='' server=ringfsd runtime=auto results='' stays='' arguments=()
 while (($#)); do
     case $1 in
     --checkout) checkout=$(realpath "$2") ;;
@@ -32,6 +35,11 @@ while (($#)); do
     --runtime) runtime=$2 ;;
     --server-arg) arguments+=("$2") ;;
     --results) results=$2 ;;
+    --stay-connected)
+        stays=--stay-connected
+        shift
+        continue
+        ;;
     --) shift && break ;;
     *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
     esac
@@ -101,7 +109,7 @@ export TEST_DEV=$(losetup --find --show --direct-io=off "$work/test.img")
 export SCRATCH_DEV=$(losetup --find --show --direct-io=off "$work/scratch.img")
 CONFIG
 else
-    # The server lives as long as its mount.
+    # The server lives as long as its mount, or as long as its bridge stays connected.
     cat >"$helper" <<HELPER
 #!/usr/bin/env bash
 set -euo pipefail
@@ -109,29 +117,43 @@ source=\$1 directory=\$2 options=''
 shift 2
 while getopts o:svn option; do [[ \$option != o ]] || options=\$OPTARG; done
 if [[ ,\$options, == *,remount,* ]]; then exec mount -i -o "\$options" "\$source" "\$directory"; fi
-work=$work
-socket=\$(mktemp -u "\$work/\$source.XXXXXX")
+work=$work stays=$stays
+kept=\$work/\$source.kept
+bridge=\$(mktemp -u "\$work/\$source.XXXXXX")
+if [[ \$stays ]]; then
+    status=0
+    ${here@Q}/again.sh "\$(cat "\$kept" 2>/dev/null)" "\$options" "\$directory" || status=\$?
+    case \$status in
+    1) echo "\$bridge" >"\$kept" ;;
+    # Mounted elsewhere at the same time: with a server of its own.
+    75) stays='' ;;
+    *) exit "\$status" ;;
+    esac
+fi
 command=(${command[*]@Q})
-command=("\${command[@]/\\%SOCKET%/\$socket}")
+command=("\${command[@]/\\%SOCKET%/\$bridge.socket}")
 command=("\${command[@]/\\%SHARE%/\$work/share/\${source#bridge-}}")
 log=$results/\$source.server.log
+mkfifo "\$bridge.wanted"
 (
     "\${command[@]}" >>"\$log" 2>&1 </dev/null &
     server=\$!
-    until [[ -S \$socket ]]; do kill -0 \$server || exit 1; sleep 0.02; done
+    until [[ -S \$bridge.socket ]]; do kill -0 \$server || exit 1; sleep 0.02; done
     status=0
-    ${BRIDGE:?} --socket "\$socket" --request-queues $queues --source "\$source" -o "\$options" \
-        "\$directory" >"\$socket.log" 2>&1 || status=\$?
+    ${BRIDGE:?} --socket "\$bridge.socket" --request-queues $queues --source "\$source" -o "\$options" \
+        \${stays:+"\$stays"} "\$directory" 0<>"\$bridge.wanted" >"\$bridge.log" 2>&1 &
+    echo \$! >"\$bridge.pid"
+    wait \$! || status=\$?
     kill \$server || true
     ended=0
     wait \$server || ended=\$?
-    echo "bridge \$status, server \$ended: \$(tail -n 1 "\$socket.log")" >>"\$log"
-    rm -f "\$socket" "\$socket.pid"
+    echo "bridge \$status, server \$ended: \$(tail -n 1 "\$bridge.log")" >>"\$log"
+    rm -f "\$bridge.socket" "\$bridge.socket.pid" "\$bridge.wanted" "\$bridge.pid"
 ) >/dev/null 2>&1 </dev/null &
-bridge=\$!
-until grep -qs 'mounted on' "\$socket.log"; do
-    if ! kill -0 "\$bridge" 2>/dev/null; then
-        cat "\$socket.log" "\$log" >&2 || true
+started=\$!
+until grep -qs 'mounted on' "\$bridge.log"; do
+    if ! kill -0 "\$started" 2>/dev/null; then
+        cat "\$bridge.log" "\$log" >&2 || true
         exit 32
     fi
     sleep 0.02
@@ -154,5 +176,15 @@ CONFIG
 
 status=0
 (cd "$checkout" && TMPDIR=/tmp HOST_OPTIONS=$work/config ./check "$@") 2>&1 | tee "$results/check.full" || status=$?
+# Those that stay connected say only now how it was.
+for kept in "$work"/*.kept; do
+    bridge=$(cat "$kept" 2>/dev/null).pid
+    [[ -s $bridge ]] || continue
+    kill -TERM "$(<"$bridge")" || true
+    for ((tries = 0; tries < 500; tries++)); do
+        [[ -e $bridge ]] || break
+        sleep 0.02
+    done
+done
 grep -hE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
 exit "$status"

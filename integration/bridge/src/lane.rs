@@ -1,4 +1,4 @@
-//! A lane: one descriptor of `/dev/fuse`, one request queue, one thread.
+//! A lane: one descriptor of `/dev/fuse`, one track, one thread.
 //!
 //! It passes requests on and replies back and never waits for one of them: it sleeps only when
 //! there is neither a request nor a reply, so a request that blocks in the server stops nobody.
@@ -8,29 +8,26 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use rustix::io::Errno;
 use vmm::fuse::wire::{OutHeader, opcode};
-use vmm::fuse::{Client, Lane as Guest};
 use vmm::memory::MemoryError;
 use vmm::ring::{RingError, Used};
-use vmm::{Buf, Event, Memory, Queue};
+use vmm::{Buf, Event, Memory};
 
 use crate::counters::Counters;
 use crate::device::Device;
 use crate::init;
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
-use crate::slot::{MOST_BUFFERS, Slot};
+use crate::slot::MOST_BUFFERS;
+use crate::track::{CLOSING, Track};
 use crate::urgent::Urgent;
 
 /// Requests that a lane may have under way. Beyond, the kernel waits.
 pub(crate) const SLOTS: u16 = 256;
-
-/// How long the server may take for what is under way when the file system is unmounted.
-const CLOSING: Duration = Duration::from_secs(10);
 
 /// What ends a lane before its time.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +44,12 @@ pub(crate) enum LaneError {
     /// An address was not in guest memory.
     #[error("guest memory failed")]
     Memory(#[from] MemoryError),
+    /// The server says no where it has no reason to.
+    #[error("the server refuses DESTROY")]
+    Destroy(#[source] io::Error),
 }
 
-/// What all lanes of a mount share.
+/// What all lanes of a mount share, and the mounts that come one after the other.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) memory: Memory,
@@ -61,6 +61,17 @@ pub(crate) struct Shared {
     pub(crate) ended: AtomicUsize,
     /// Tells lanes to end, whatever is under way.
     pub(crate) stop: Event,
+}
+
+impl Shared {
+    /// Forgets the lanes of a mount that has ended, before there are others.
+    pub(crate) fn begin_anew(&self) -> io::Result<()> {
+        // Their threads have been joined.
+        self.ended.store(0, Ordering::Relaxed);
+        self.news.take()?;
+        self.stop.take()?;
+        Ok(())
+    }
 }
 
 /// How a lane ended.
@@ -76,10 +87,9 @@ pub(crate) enum End {
 #[derive(Debug)]
 pub(crate) struct Lane {
     device: Device,
-    queue: Queue,
+    track: Track,
     shared: Arc<Shared>,
     epoll: OwnedFd,
-    slots: Vec<Slot>,
     /// What is in each slot, where there is something.
     under_way: Vec<Option<Request>>,
     free: Vec<usize>,
@@ -97,24 +107,22 @@ enum Taken {
 }
 
 impl Lane {
-    /// Makes a lane of this device and this request queue.
+    /// Makes a lane of this device on this track.
     pub(crate) fn new(
         device: Device,
-        queue: Queue,
+        track: Track,
         shared: Arc<Shared>,
     ) -> Result<Self, LaneError> {
-        let slots: Result<Vec<_>, _> = (0..SLOTS).map(|_| Slot::new(&shared.memory)).collect();
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(wait_error)?;
         // Edge-triggered and never read: what matters is on the ring.
         let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        add(&epoll, queue.call_event(), edge)?;
+        add(&epoll, track.queue.call_event(), edge)?;
         add(&epoll, &shared.stop, epoll::EventFlags::IN)?;
         let mut lane = Self {
             device,
-            queue,
+            track,
             shared,
             epoll,
-            slots: slots?,
             under_way: vec![None; usize::from(SLOTS)],
             free: (0..usize::from(SLOTS)).rev().collect(),
             listens: false,
@@ -128,14 +136,10 @@ impl Lane {
     /// Works until the file system is unmounted or the lane is stopped.
     ///
     /// The device is closed then; with its last descriptor the kernel fails what is left. The
-    /// guest's end of the queue comes back.
-    pub(crate) fn run(mut self) -> (Result<End, LaneError>, Guest) {
+    /// track comes back.
+    pub(crate) fn run(mut self) -> (Result<End, LaneError>, Track) {
         let end = self.work();
-        let guest = Guest {
-            memory: self.shared.memory.clone(),
-            queue: self.queue,
-        };
-        (end, guest)
+        (end, self.track)
     }
 
     fn work(&mut self) -> Result<End, LaneError> {
@@ -149,8 +153,8 @@ impl Lane {
                 }
             }
             if idle {
-                self.queue.ask_for_call(1);
-                if self.queue.ready()? == 0 && self.sleep()? {
+                self.track.queue.ask_for_call(1);
+                if self.track.queue.ready()? == 0 && self.sleep()? {
                     return Ok(End::Stopped);
                 }
             }
@@ -163,7 +167,7 @@ impl Lane {
             return Ok(Taken::Nothing);
         };
         let Shared { memory, urgent, .. } = &*self.shared;
-        let slot = &mut self.slots[token];
+        let slot = &mut self.track.slots[token];
         match memory.read_from(self.device.as_fd(), slot.request.incoming()) {
             Ok(_) => {}
             Err(MemoryError::Transfer(error)) => {
@@ -190,9 +194,10 @@ impl Lane {
         }
         slot.request.readable(&request, &mut self.readable);
         slot.writable(request.reply, &mut self.writable);
-        self.queue
+        self.track
+            .queue
             .push(&self.readable, &self.writable, token as u64)?;
-        self.queue.kick()?;
+        self.track.queue.kick()?;
         self.free.pop();
         self.under_way[token] = Some(request);
         Ok(Taken::Request)
@@ -201,7 +206,7 @@ impl Lane {
     /// Passes all replies back that are there. False if there were none.
     fn return_replies(&mut self) -> Result<bool, LaneError> {
         let mut some = false;
-        while let Some(used) = self.queue.pop()? {
+        while let Some(used) = self.track.queue.pop()? {
             some = true;
             self.return_reply(used)?;
         }
@@ -221,7 +226,7 @@ impl Lane {
             return Ok(());
         }
         let memory = &self.shared.memory;
-        let at = self.slots[token].reply();
+        let at = self.track.slots[token].reply();
         let Request { opcode, unique, .. } = request;
         let fault = |what| {
             self.shared
@@ -263,7 +268,7 @@ impl Lane {
 
     /// Writes the reply in this slot to the device. Gives what the kernel has against it.
     fn write(&self, token: usize, len: u32) -> Result<Option<io::Error>, LaneError> {
-        let reply = Buf::new(self.slots[token].reply(), len);
+        let reply = Buf::new(self.track.slots[token].reply(), len);
         match self.shared.memory.write_to(self.device.as_fd(), reply) {
             Ok(_) => Ok(None),
             Err(MemoryError::Transfer(error)) => match Errno::from_io_error(&error) {
@@ -295,12 +300,12 @@ impl Lane {
     /// Waits for what is under way when the file system is gone.
     fn drain(&mut self) -> Result<End, LaneError> {
         let deadline = Instant::now() + CLOSING;
-        while self.queue.in_flight() > 0 {
+        while self.track.queue.in_flight() > 0 {
             let stopped = self.shared.stop.wait(Duration::ZERO);
             if stopped.map_err(LaneError::Wait)? || Instant::now() > deadline {
                 return Ok(End::Stopped);
             }
-            match self.queue.wait(Duration::from_millis(100)) {
+            match self.track.queue.wait(Duration::from_millis(100)) {
                 Ok(()) | Err(RingError::TimedOut { .. }) => self.return_replies()?,
                 Err(error) => return Err(error.into()),
             };
@@ -318,16 +323,6 @@ impl Lane {
         }
         self.listens = on;
         Ok(())
-    }
-}
-
-/// Says DESTROY for a file system that is unmounted, which the kernel does on virtio-fs and not
-/// for `/dev/fuse`.
-pub(crate) fn destroy(guest: Guest) {
-    let mut client = Client::new(guest);
-    client.set_timeout(CLOSING);
-    if let Err(error) = client.destroy() {
-        eprintln!("bridge: DESTROY failed: {error}");
     }
 }
 

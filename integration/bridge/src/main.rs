@@ -12,10 +12,14 @@ mod lane;
 mod mount;
 mod request;
 mod slot;
+mod track;
 mod urgent;
 
 use std::error::Error;
+use std::ffi::OsStr;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use clap::Parser;
+use rustix::mount::MountFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::connection::message::feature;
 use vmm::session::SessionError;
@@ -31,8 +36,9 @@ use vmm::{Event, Profile, Region, Session};
 use counters::Counters;
 use device::Device;
 use lane::{LaneError, SLOTS, Shared};
-use mount::{Mount, MountError, host};
+use mount::{Mount, MountError, host, wait};
 use slot::{AREA_BYTES, SLOT_BYTES};
+use track::Track;
 use urgent::{AREAS, Urgent};
 
 /// Guest memory for one queue's rings and indirect tables.
@@ -41,7 +47,7 @@ const RING_BYTES: u64 = 8 << 20;
 /// Mount a virtio-fs server here, without a virtual machine.
 ///
 /// The kernel's FUSE client of this machine uses the server as a guest's would. Stays in the
-/// foreground until the file system is unmounted, SIGTERM or SIGINT comes, or the server ends.
+/// foreground until the file system is unmounted (unless it stays connected), SIGTERM or SIGINT comes, or the server ends.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "bridge")]
 struct Options {
@@ -60,6 +66,11 @@ struct Options {
     /// Options of mounts in general, as mount(8) takes them: ro, nosuid, noexec, noatime, ...
     #[arg(short = 'o', value_name = "OPTION,...", default_value = "")]
     options: String,
+
+    /// Stay connected to the server over an unmount, as a guest that mounts again: each further mount
+    /// is a line of standard input, options (or none), a space, and the directory.
+    #[arg(long)]
+    stay_connected: bool,
 
     /// Where to mount.
     mountpoint: PathBuf,
@@ -84,51 +95,164 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("bridge: {error}");
-            let mut cause = error.source();
-            while let Some(source) = cause {
-                eprint!(": {source}");
-                cause = source.source();
-            }
-            eprintln!();
+            eprintln!("bridge: {}", chain(&error));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error with what it comes from.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text = format!("{text}: {source}");
+        cause = source.source();
+    }
+    text
+}
+
 fn run(options: &Options) -> Result<(), BridgeError> {
-    let flags = device::flags(&options.options).map_err(MountError::from)?;
+    let first = Wanted::new(&options.options, options.mountpoint.clone())?;
     let source = options.source.clone();
     let source = source.unwrap_or_else(|| format!("bridge-{}", std::process::id()));
     let signals = signals().map_err(host("take signals"))?;
     let mut session = connect(options)?;
     let mut queues = std::mem::take(&mut session.queues).into_iter();
-    let first = queues.next();
-    let first = first.ok_or_else(|| BridgeError::NotIndirect(options.socket.clone()))?;
-    let urgent = Urgent::new(&session.memory, first).map_err(LaneError::from);
-    let urgent = urgent.map_err(MountError::from)?;
+    let urgent = queues.next();
+    let urgent = urgent.ok_or_else(|| BridgeError::NotIndirect(options.socket.clone()))?;
+    let no_room = |error| MountError::from(LaneError::Memory(error));
     let shared = Arc::new(Shared {
         memory: session.memory.clone(),
-        urgent,
+        urgent: Urgent::new(&session.memory, urgent).map_err(no_room)?,
         counters: Counters::default(),
         news: Event::new().map_err(host("make an eventfd"))?,
         ended: AtomicUsize::new(0),
         stop: Event::new().map_err(host("make an eventfd"))?,
     });
+    let tracks: Result<_, _> = queues
+        .map(|queue| Track::new(&session.memory, queue))
+        .collect();
+    let mut bridge = Bridge {
+        source,
+        stays: options.stay_connected,
+        session,
+        signals,
+        tracks: tracks.map_err(no_room)?,
+        shared,
+    };
 
-    let device = Device::mount(&source, &options.mountpoint, flags).map_err(MountError::from)?;
-    let mut mount = Mount::new(&source, &options.mountpoint, Arc::clone(&shared));
-    let started = mount.start(device, queues.collect());
-    let watched = started.and_then(|()| mount.watch(&session, &signals));
-    let ended = mount.end();
-    println!("bridge: {}", shared.counters);
-    let guest = watched.and(ended)?;
-    if let Some(guest) = guest {
-        lane::destroy(guest);
-        // The server may have gone meanwhile; nobody is left who cares.
-        drop(session.stop());
-    }
+    let mut next = Some(first);
+    let ended = loop {
+        match next {
+            Some(wanted) => match bridge.mount(&wanted) {
+                Ok(another) => next = another,
+                Err(error) => break Err(error),
+            },
+            None => break Ok(()),
+        }
+    };
+    println!("bridge: {}", bridge.shared.counters);
+    ended?;
     Ok(())
+}
+
+/// A mount that somebody wants.
+struct Wanted {
+    flags: MountFlags,
+    mountpoint: PathBuf,
+}
+
+impl Wanted {
+    fn new(options: &str, mountpoint: PathBuf) -> Result<Self, MountError> {
+        let flags = device::flags(options)?;
+        Ok(Self { flags, mountpoint })
+    }
+}
+
+/// What goes on from one mount to the next.
+struct Bridge {
+    source: String,
+    /// Whether there is another mount after the first.
+    stays: bool,
+    session: Session,
+    signals: UnixStream,
+    /// None after a mount that did not end in order, which is the last.
+    tracks: Vec<Track>,
+    shared: Arc<Shared>,
+}
+
+impl Bridge {
+    /// Mounts, and passes requests on until the mount has ended. Returns the next that is wanted.
+    fn mount(&mut self, wanted: &Wanted) -> Result<Option<Wanted>, MountError> {
+        let device = Device::mount(&self.source, &wanted.mountpoint, wanted.flags)?;
+        let mut mount = Mount::new(&self.source, &wanted.mountpoint, Arc::clone(&self.shared));
+        let started = mount.start(device, std::mem::take(&mut self.tracks));
+        let watched = started.and_then(|()| mount.watch(&self.session, &self.signals));
+        let is_last = mount.was_asked_to_end() || !self.stays;
+        let ended = mount.end();
+        let Some(tracks) = watched.and(ended)? else {
+            return Ok(None);
+        };
+        self.tracks = tracks;
+        self.destroy();
+        if is_last {
+            return Ok(None);
+        }
+        self.shared.begin_anew().map_err(host("read an eventfd"))?;
+        println!("bridge: unmounted");
+        self.next()
+    }
+
+    /// What a guest says at the end of a mount. If the server has gone meanwhile, nobody is left who
+    /// cares; one that stays away is missed at the next mount.
+    fn destroy(&mut self) {
+        let settled = self.shared.urgent.settle().map_err(LaneError::from);
+        let destroyed = settled.and_then(|()| match self.tracks.first_mut() {
+            Some(track) => track.destroy(&self.shared.memory),
+            None => Ok(()),
+        });
+        if let Err(error) = destroyed {
+            eprintln!(
+                "bridge: the file system is not ended in order: {}",
+                chain(&error)
+            );
+        }
+    }
+
+    /// Waits for a line of standard input that says what to mount. None at its end, or where this
+    /// process is asked to end.
+    fn next(&self) -> Result<Option<Wanted>, MountError> {
+        let input = io::stdin();
+        let mut line = Vec::new();
+        loop {
+            let fds = [
+                input.as_fd(),
+                self.session.connection.as_fd(),
+                self.signals.as_fd(),
+            ];
+            let [ready, server, signal] = wait(fds, None).map_err(host("wait"))?;
+            if server {
+                return Err(MountError::ServerGone);
+            }
+            if signal || !ready {
+                return Ok(None);
+            }
+            // One by one: what follows the line is for the next mount.
+            let mut byte = [0];
+            let read = rustix::io::read(&input, &mut byte);
+            match read.map_err(|errno| host("read what to mount")(errno.into()))? {
+                0 => return Ok(None),
+                _ if byte != *b"\n" => line.extend(byte),
+                _ => break,
+            }
+        }
+        let gap = line.iter().position(|&byte| byte == b' ');
+        let (options, mountpoint) = line.split_at(gap.unwrap_or(0));
+        let mountpoint = mountpoint.strip_prefix(b" ").unwrap_or(mountpoint);
+        let mountpoint = PathBuf::from(OsStr::from_bytes(mountpoint));
+        Wanted::new(&String::from_utf8_lossy(options), mountpoint).map(Some)
+    }
 }
 
 fn connect(options: &Options) -> Result<Session, BridgeError> {

@@ -13,10 +13,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm::{Queue, Session};
+use vmm::Session;
 
 use crate::device::{Device, DeviceError, unmount_by_force, unmount_idle};
 use crate::lane::{End, Lane, LaneError, Shared};
+use crate::track::Track;
 
 /// How long a server may take to answer INIT, and processes to leave a mount that ends.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -52,7 +53,7 @@ pub(crate) struct Mount<'a> {
     source: &'a str,
     mountpoint: &'a Path,
     shared: Arc<Shared>,
-    lanes: Vec<JoinHandle<(Result<End, LaneError>, vmm::fuse::Lane)>>,
+    lanes: Vec<JoinHandle<(Result<End, LaneError>, Track)>>,
     unmounting: Option<JoinHandle<Result<(), DeviceError>>>,
 }
 
@@ -68,18 +69,18 @@ impl<'a> Mount<'a> {
         }
     }
 
-    /// Starts a lane for each queue.
-    pub(crate) fn start(&mut self, device: Device, queues: Vec<Queue>) -> Result<(), MountError> {
-        let clones: Result<Vec<_>, _> = (1..queues.len())
+    /// Starts a lane on each track.
+    pub(crate) fn start(&mut self, device: Device, tracks: Vec<Track>) -> Result<(), MountError> {
+        let clones: Result<Vec<_>, _> = (1..tracks.len())
             .map(|_| device.clone_for_thread())
             .collect();
         let devices = std::iter::once(device).chain(clones?);
-        for (number, (device, queue)) in devices.zip(queues).enumerate() {
-            let lane = Lane::new(device, queue, Arc::clone(&self.shared))?;
+        for (number, (device, track)) in devices.zip(tracks).enumerate() {
+            let lane = Lane::new(device, track, Arc::clone(&self.shared))?;
             let shared = Arc::clone(&self.shared);
             let thread = std::thread::Builder::new().name(format!("lane {number}"));
             let thread = thread.spawn(move || {
-                let (end, guest) = lane.run();
+                let (end, track) = lane.run();
                 shared.ended.fetch_add(1, Ordering::Release);
                 // One without the others is of no use.
                 let told = if end.is_err() {
@@ -90,7 +91,7 @@ impl<'a> Mount<'a> {
                 if let Err(error) = told {
                     eprintln!("bridge: a lane's end can't be told: {error}");
                 }
-                (end, guest)
+                (end, track)
             });
             self.lanes.push(thread.map_err(host("start a thread"))?);
         }
@@ -159,20 +160,25 @@ impl<'a> Mount<'a> {
         Ok(())
     }
 
-    /// Ends the lanes and the mount. Returns a queue to say DESTROY on if all went in order.
+    /// Whether it ends because this process was asked to.
+    pub(crate) fn was_asked_to_end(&self) -> bool {
+        self.unmounting.is_some()
+    }
+
+    /// Ends the lanes and the mount. Returns the tracks if all went in order.
     ///
     /// The lanes close the device when they end, upon which the kernel fails all that is left: an
     /// unmount that waits for the server ends too.
-    pub(crate) fn end(&mut self) -> Result<Option<vmm::fuse::Lane>, MountError> {
+    pub(crate) fn end(&mut self) -> Result<Option<Vec<Track>>, MountError> {
         if !self.has_ended() {
             self.shared.stop.signal().map_err(host("stop the lanes"))?;
         }
         let mut result = Ok(());
-        let mut guests = Vec::new();
+        let mut tracks = Vec::new();
         let lanes = self.lanes.len();
         for lane in self.lanes.drain(..) {
             match lane.join() {
-                Ok((Ok(End::Unmounted), guest)) => guests.push(guest),
+                Ok((Ok(End::Unmounted), track)) => tracks.push(track),
                 Ok((Ok(End::Stopped), _)) => {}
                 Ok((Err(error), _)) => result = Err(error),
                 // It has said so itself.
@@ -185,11 +191,11 @@ impl<'a> Mount<'a> {
             unmounted?;
         }
         // Gone already, where all lanes have seen it end; another may be in its place by now.
-        if guests.len() < lanes {
+        if tracks.len() < lanes {
             unmount_by_force(self.source, self.mountpoint)?;
         }
         result?;
-        Ok(guests.pop().filter(|_| guests.len() + 1 == lanes))
+        Ok(Some(tracks).filter(|tracks| tracks.len() == lanes))
     }
 }
 

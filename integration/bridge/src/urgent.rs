@@ -70,6 +70,18 @@ impl Urgent {
         inner.lent[token] = Some(std::mem::replace(area, spare));
         Ok(())
     }
+
+    /// Waits until the server has taken all that was sent, as a guest does before it says DESTROY: a
+    /// FORGET that came after the next INIT would count against what is known by then.
+    pub(crate) fn settle(&self) -> Result<(), RingError> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.take_back()?;
+        while inner.queue.in_flight() > 0 {
+            inner.queue.wait(TIMEOUT)?;
+            inner.take_back()?;
+        }
+        Ok(())
+    }
 }
 
 impl Inner {

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Has a bridge that stays connected (`bridge --stay-connected`) mount again, and waits until it has.
+#
+#   again.sh BRIDGE OPTION,... MOUNTPOINT
+#
+# BRIDGE is a path: BRIDGE.pid has the bridge's process, BRIDGE.wanted is the FIFO that it reads, and
+# BRIDGE.log what it says. The options may be empty. Exit status 1 where there is no bridge, 75 where
+# it has a mount that has not ended after five seconds, and 32, as mount(8), where it does not mount.
+set -euo pipefail
+bridge=$1 options=$2 mountpoint=$3
+
+# said WHAT: how often.
+said() { grep -c "^bridge: $1" "$bridge.log" || true; }
+runs() { [[ -s $bridge.pid ]] && kill -0 "$(<"$bridge.pid")" 2>/dev/null; }
+
+runs || exit 1
+for ((tries = 0; $(said 'mounted on') > $(said unmounted); tries++)); do
+    ((tries < 250)) || exit 75
+    sleep 0.02
+    runs || exit 1
+done
+before=$(said 'mounted on')
+# Doesn't block, should the bridge end now.
+printf '%s %s\n' "$options" "$mountpoint" 1<>"$bridge.wanted"
+until (($(said 'mounted on') > before)); do
+    if ! runs; then
+        cat "$bridge.log" >&2
+        exit 32
+    fi
+    sleep 0.02
+done
