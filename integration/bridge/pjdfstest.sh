@@ -14,23 +14,10 @@ trap 'rm -rf "$results"; umount "$PLAIN/../other" 2>/dev/null || true' EXIT
 mkdir -p "$PLAIN/../other"
 mount -t tmpfs other "$PLAIN/../other"
 chmod 777 "$PLAIN/../other"
-cat >"$results/config.toml" <<'CONFIG'
-[features]
-posix_fallocate = {}
-rename_ctime = {}
-stat_st_birthtime = {}
-utime_now = {}
-utimensat = {}
-[settings]
-naptime = 0.01
-allow_remount = false
-[dummy_auth]
-entries = [["nobody", "nogroup"], ["tests", "tests"]]
-CONFIG
 
 # failures DIRECTORY RESULT: runs the suite, and lists what failed there, sorted.
 failures() {
-    timeout --kill-after=10 600 pjdfstest --configuration-file "$results/config.toml" \
+    timeout --kill-after=10 600 pjdfstest --configuration-file "$here/pjdfstest.toml" \
         --path "$1" --secondary-fs "$PLAIN/../other" >"$results/$2.full" 2>&1 || true
     if ! grep -q '^Summary' "$results/$2.full"; then
         echo "pjdfstest did not come to its end on $1:"
@@ -48,5 +35,6 @@ for name in $(comm -13 "$results/plain" "$results/mount"); do
     grep -F -A 12 -- "$name " "$results/mount.full" | sed -n '2,12{/^[a-z].* \(ok\|FAILED\|skipped\)$/q;s/^/    /p}'
     failed=$((failed + 1))
 done
+awk -f "$here/pjdfstest.awk" "$results/mount.full"
 passed=$(grep -c ' ok$' "$results/mount.full")
 summary

@@ -4,6 +4,7 @@
 # --server; --times N (20).
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
+# shellcheck source=suite.sh
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 own='times'
 on_mount --stay-connected --server-arg --remember-inodes=1000 "$@"

@@ -5,8 +5,8 @@
 # and calls itself under with.sh, and inside, where $MNT is.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-peers=${PEERS:-$here/target/peers}
-PATH=$peers/bin:$PATH
+. "$here/crate.sh"
+PATH=$crates/bin:$PATH
 passed=0 failed=0
 
 # need PROGRAM PACKAGE: installs a package of the distribution unless the program is there.
@@ -16,11 +16,10 @@ need() {
     apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$2" >/dev/null
 }
 
-# need_crate PROGRAM VERSION: installs a program of crates.io unless it is there.
+# need_crate PROGRAM VERSION: builds a program of crates.io unless this version is there.
 need_crate() {
-    command -v "$1" >/dev/null && return
-    echo "installing $1 $2"
-    cargo install --quiet --root "$peers" "$1@$2"
+    crate "$1" "$2"
+    PATH=${crate%/*}:$PATH
 }
 
 # on_mount ARGUMENT...: goes on under with.sh. Options named in $own become variables.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Others' suites in a real guest, on a share: pjdfstest and fsx of crates.io, linked statically.
-# integration/bridge runs more of them, and faster. Prints their closing lines, what failed before
-# those. Exit status 1 if anything failed.
+# integration/bridge runs more of them, and faster. Prints their closing lines, and before those what
+# failed and what was skipped for which reason. Exit status 1 if anything failed.
 #
 #   others.sh [OPTION...]
 #
@@ -15,9 +15,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cache=${RINGFSD_GUEST_CACHE:-$(cd "$here/../.." && pwd)/target/guest}
-programs=$cache/others
-target=x86_64-unknown-linux-gnu
+# shellcheck source=../bridge/crate.sh
+source "$here/../bridge/crate.sh"
 only='' ops=20000 limit=1200 kernel=6.12 options=() work=''
 
 parse() {
@@ -37,31 +36,14 @@ parse() {
     done
 }
 
-# program NAME VERSION: builds one of crates.io's, unless this version is there.
+# program NAME VERSION: puts one of crates.io's into the share.
 program() {
-    if [[ ! -x $programs/$2/bin/$1 ]]; then
-        echo "building $1 $2"
-        RUSTFLAGS='-C target-feature=+crt-static' cargo install --quiet --locked --target "$target" \
-            --target-dir "$programs/target" --root "$programs/$2" "$1@$2"
-        rm -rf "$programs/target"
-    fi
-    cp "$programs/$2/bin/$1" "$work/share/bin/$1"
+    crate "$1" "$2"
+    cp "$crate" "$work/share/bin/$1"
 }
 
 configure() {
-    cat >"$work/share/bin/pjdfstest.toml" <<'CONFIG'
-[features]
-posix_fallocate = {}
-rename_ctime = {}
-stat_st_birthtime = {}
-utime_now = {}
-utimensat = {}
-[settings]
-naptime = 0.01
-allow_remount = false
-[dummy_auth]
-entries = [["nobody", "nobody"], ["tests", "tests"]]
-CONFIG
+    cp "$here"/../bridge/pjdfstest.{toml,awk} "$work/share/bin/"
     cat >"$work/share/bin/fsx.toml" <<'CONFIG'
 flen = 262144
 [weights]
@@ -85,10 +67,8 @@ guest_script() {
 set -u
 cp -r /mnt/bin /tmp/bin
 mkdir -m 777 /tmp/other /tmp/artifacts
-for user in nobody:65534 tests:999; do
-    echo "${user%:*}:x:${user#*:}:${user#*:}::/:/bin/sh" >>/etc/passwd
-    echo "${user%:*}:x:${user#*:}:" >>/etc/group
-done
+printf '%s\n' nobody:x:65534:65534::/:/bin/sh tests:x:999:999::/:/bin/sh >>/etc/passwd
+printf '%s\n' nogroup:x:65534: tests:x:999: >>/etc/group
 status=0
 
 run_pjdfstest() {
@@ -96,6 +76,7 @@ run_pjdfstest() {
     /tmp/bin/pjdfstest --configuration-file /tmp/bin/pjdfstest.toml --path /mnt/pjdfstest \
         --secondary-fs /tmp/other >/tmp/pjdfstest 2>&1 || status=1
     grep -A 12 ' FAILED$' /tmp/pjdfstest
+    awk -f /tmp/bin/pjdfstest.awk /tmp/pjdfstest
     summary=$(grep '^Summary' /tmp/pjdfstest) || { tail -n 5 /tmp/pjdfstest; status=1; }
     echo "pjdfstest: $summary"
 }
