@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
 # formatting, lints, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
-# target, others' suites on a mount of this machine's own, and real guests.
+# target, others' suites on a mount of this machine's own, real guests, and others' suites in those.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge recovery guest
+#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge recovery guest others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -97,6 +97,13 @@ if wanted guest; then
     # A guest under load, moved to and fro.
     integration/guest/migrate.sh --ordinary-user --queues 2
     integration/guest/migrate.sh --mode file-handles
+fi
+
+if wanted others; then
+    step "others' suites in a real guest"
+    cargo build --release --locked
+    integration/guest/others.sh --ops 10000 --queues 4
+    integration/guest/others.sh --ops 10000 --kernel 6.1 --runtime tokio
 fi
 
 if ((skipped)); then

@@ -8,6 +8,7 @@
 #   --only NAME         only this one: pjdfstest, fsx
 #   --ops N             operations of fsx (20,000)
 #   --timeout SECONDS   how long the guest may take (1200)
+#   --runtime R         of ringfsd: auto (default), uring, tokio
 #   --kernel, --queues, --cpus, --server, --log-dir
 #                       as for run.sh
 #
@@ -15,9 +16,12 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+# shellcheck source=server.sh
+source "$here/server.sh"
 # shellcheck source=../bridge/crate.sh
 source "$here/../bridge/crate.sh"
-only='' ops=20000 limit=1200 kernel=6.12 options=() work=''
+only='' ops=20000 limit=1200 runtime=auto kernel=6.12 queues=1 server='' options=() work=''
 
 parse() {
     while (($# > 0)); do
@@ -25,8 +29,11 @@ parse() {
             --only) only=$2 ;;
             --ops) ops=$2 ;;
             --timeout) limit=$2 ;;
+            --runtime) runtime=$2 ;;
             --kernel) kernel=$2 ;;
-            --queues | --cpus | --server | --log-dir) options+=("$1" "$2") ;;
+            --queues) queues=$2 ;;
+            --server) server=$2 ;;
+            --cpus | --log-dir) options+=("$1" "$2") ;;
             *)
                 sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
                 exit 2
@@ -34,6 +41,10 @@ parse() {
         esac
         shift 2
     done
+    if [[ -z $server ]]; then
+        server_default "$repo" "$queues"
+        server+=" --runtime $runtime"
+    fi
 }
 
 # program NAME VERSION: puts one of crates.io's into the share.
@@ -81,11 +92,13 @@ run_pjdfstest() {
     echo "pjdfstest: $summary"
 }
 
-# A process for each 2,000 operations: fsx 0.3.2 keeps each mapping that it has read.
+# A process for each 2,000 operations: fsx 0.3.2 keeps each mapping that it has read. One that asks for
+# a range of no bytes ends, and the next goes on, as in integration/bridge/fsx.sh.
 run_fsx() {
     n=0
     while [ "$n" -lt "$ops" ]; do
-        if ! /tmp/bin/fsx -q -f /tmp/bin/fsx.toml -N 2000 -S $((seed + n)) -P /tmp/artifacts /mnt/fsx >/tmp/fsx 2>&1
+        if ! /tmp/bin/fsx -q -f /tmp/bin/fsx.toml -N 2000 -S $((seed + n)) -P /tmp/artifacts /mnt/fsx >/tmp/fsx 2>&1 &&
+            ! tail -n 1 /tmp/fsx | grep -q 'POSIX_FALLOCATE.* 0x0 bytes'
         then
             tail -n 20 /tmp/fsx
             status=1
@@ -116,7 +129,8 @@ main() {
     guest_script >"$work/script"
     # Before the clock runs.
     "$here/initramfs.sh" "$kernel" >/dev/null
-    "$here/run.sh" --share "$work/share" --kernel "$kernel" --timeout "$limit" "${options[@]}" -- "$work/script"
+    "$here/run.sh" --share "$work/share" --server "$server" --kernel "$kernel" --queues "$queues" \
+        --timeout "$limit" "${options[@]}" -- "$work/script"
 }
 
 main "$@"
