@@ -47,8 +47,8 @@ type Spare = (NodeId, File);
 pub(super) struct Spares {
     /// The longest put by first. Short, so they are searched from end to end.
     shards: Box<[Mutex<VecDeque<Spare>>]>,
-    /// How many there may be in a shard.
-    each: usize,
+    /// How many there may be.
+    most: usize,
     /// What files may be of: device and mount.
     place: (u64, u64),
     /// How many there are. Orders nothing; a budget goes by it.
@@ -56,7 +56,7 @@ pub(super) struct Spares {
 }
 
 impl Spares {
-    /// Puts by up to about `most` files of the file system that `root`, of this `key`, is on; none
+    /// Puts by up to `most` files of the file system that `root`, of this `key`, is on; none
     /// where that is not for this process to do.
     pub(super) fn new(root: impl AsFd, key: &Key, most: usize) -> Result<Self> {
         let kind = rustix::fs::fstatfs(root)?.f_type;
@@ -69,8 +69,8 @@ impl Spares {
             0
         };
         Ok(Self {
-            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            each: most.div_ceil(SHARDS),
+            shards: (0..most.min(SHARDS)).map(|_| Mutex::default()).collect(),
+            most,
             place: (key.device, key.mount),
             count: AtomicUsize::new(0),
         })
@@ -86,7 +86,7 @@ impl Spares {
         if self.count() == 0 {
             return None;
         }
-        let mut shard = self.shard(node);
+        let mut shard = lock(&self.shards[self.place_of(node)]);
         let at = shard.iter().position(|(kept, _)| *kept == node)?;
         let (_, file) = shard.remove(at)?;
         self.count.fetch_sub(1, Ordering::Relaxed);
@@ -94,10 +94,11 @@ impl Spares {
     }
 
     fn keep(&self, node: NodeId, file: File) {
-        let mut shard = self.shard(node);
-        let over = (shard.len() >= self.each)
-            .then(|| shard.pop_front())
-            .flatten();
+        let place = self.place_of(node);
+        // What doesn't come out even the first ones have.
+        let room = (self.most + self.shards.len() - 1 - place) / self.shards.len();
+        let mut shard = lock(&self.shards[place]);
+        let over = (shard.len() >= room).then(|| shard.pop_front()).flatten();
         shard.push_back((node, file));
         drop(shard);
         if over.is_none() {
@@ -123,9 +124,10 @@ impl Spares {
         }
     }
 
-    fn shard(&self, node: NodeId) -> MutexGuard<'_, VecDeque<Spare>> {
-        let shard = node.0 % SHARDS as u64;
-        lock(&self.shards[usize::try_from(shard).unwrap_or_default()])
+    /// Which shard a node belongs to, where there are any.
+    fn place_of(&self, node: NodeId) -> usize {
+        let place = node.0 % self.shards.len() as u64;
+        usize::try_from(place).unwrap_or_default()
     }
 }
 
@@ -156,7 +158,7 @@ impl Passthrough {
             locked,
         } = released;
         let alone = !locked && file.users() == 1;
-        if self.spares.each == 0 || !alone || !is_plain(flags) {
+        if self.spares.most == 0 || !alone || !is_plain(flags) {
             return;
         }
         let place = |key: Key| (key.device, key.mount) == self.spares.place;

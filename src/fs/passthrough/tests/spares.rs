@@ -88,6 +88,8 @@ fn no_more_are_kept_than_there_may_be() {
         });
     };
     most(0, 0);
+    most(1, 1);
+    most(100, 100);
     most(64, 64);
     most(128, 128);
 }
