@@ -235,7 +235,7 @@ pub enum LogLevel {
     Info,
     /// For developers.
     Debug,
-    /// For developers, each request.
+    /// For developers, all there is.
     Trace,
 }
 
