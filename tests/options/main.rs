@@ -9,6 +9,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod held;
 mod remembered;
 
 use std::os::unix::fs::MetadataExt;
@@ -307,6 +308,10 @@ fn a_file_system_mounted_inside_is_announced() {
         (&[][..], request_flag::ATTR_SUBMOUNT),
         (&["--announce-submounts"], request_flag::ATTR_SUBMOUNT),
         (&["--no-announce-submounts"], 0),
+        (
+            &["--no-announce-submounts", "--announce-submounts"],
+            request_flag::ATTR_SUBMOUNT,
+        ),
     ] {
         // Each host has /proc, and the tests a directory elsewhere: no privilege is needed.
         let server = Server::start_sharing(Path::new("/"), args);
