@@ -15,6 +15,7 @@ mod support;
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 
 use rustix::process::{Pid, Signal};
 use support::Server;
@@ -130,9 +131,35 @@ fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &st
     serves(&mut fs);
 }
 
+/// What it holds lies in a file, from which the other one goes on without an INIT.
+fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("state");
+    let state = format!("--state={}", file.display());
+    let args = ["--runtime", runtime, "--request-queues", "2", &state];
+    let mut server = Server::start(&args);
+    let mut fs = server.session(Profile::CloudHypervisor, &options());
+    let (made, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+    fs.write(made.nodeid, handle, 0, b"before").unwrap();
+    let mode = std::fs::metadata(file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let second = support::output(&["--socket=/nowhere/s", "--shared-dir=/", &state]);
+    assert_eq!(second.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(said.contains("is another server's"), "{said}");
+
+    server.replace_killed(&args);
+    fs.guest().reconnect_path(server.socket()).unwrap();
+    assert_eq!(fs.read(made.nodeid, handle, 0, 100).unwrap(), b"before");
+    fs.write(made.nodeid, handle, 6, b" and after").unwrap();
+    let again = fs.lookup(ROOT, c"file").unwrap();
+    assert_eq!((again.nodeid, again.attr.size), (made.nodeid, 16));
+}
+
 on_both_runtimes!(
     a_kill_in_the_middle_loses_no_request_and_answers_none_twice,
     requests_that_wait_and_requests_that_were_not_taken_are_answered,
+    what_a_guest_holds_outlives_its_server_in_a_file,
 );
 
 #[test]
