@@ -435,6 +435,28 @@ fn handles_that_go_along_tell_a_copy_from_the_file() {
 }
 
 #[test]
+fn what_the_host_has_renamed_goes_along_if_paths_are_confirmed() {
+    for (args, found) in [(&[][..], false), (&["--migration-confirm-paths"], true)] {
+        let share = tempfile::tempdir().unwrap();
+        let from = Server::start_sharing(share.path(), args);
+        let to = Server::start_sharing(share.path(), &[]);
+        let path = |name: &str| share.path().join(name);
+        std::fs::write(path("file"), b"content").unwrap();
+        let mut guest = begin(&from);
+        let node = guest.lookup(ROOT, c"file").unwrap().nodeid;
+        std::fs::rename(path("file"), path("renamed")).unwrap();
+        let mut moved = move_to(&to, &mut guest);
+        if found {
+            let handle = moved.open(node, libc::O_RDONLY).unwrap();
+            assert_eq!(moved.read(node, handle, 0, 10).unwrap(), b"content");
+            assert_eq!(moved.lookup(ROOT, c"renamed").unwrap().nodeid, node);
+        } else {
+            assert_eq!(errno(moved.getattr(node)), Some(libc::ESTALE));
+        }
+    }
+}
+
+#[test]
 fn the_guest_goes_by_what_it_has_agreed_on() {
     let share = tempfile::tempdir().unwrap();
     let args = ["--writeback", "--posix-locks"];
