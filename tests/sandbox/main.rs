@@ -16,6 +16,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod filter;
 mod races;
 
 use std::collections::BTreeSet;
