@@ -9,6 +9,7 @@
 mod support;
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
 
 use clap::CommandFactory;
 use support::Server;
@@ -37,7 +38,7 @@ fn a_list_of_options_is_as_good_as_each_of_them() {
     std::fs::create_dir(dir.path().join("share")).unwrap();
     let mut command = support::command();
     let source = format!(
-        "source={},cache=always,no_xattr,no_posix_lock,readonly",
+        "source={},cache=always,no_xattr,posix_lock,no_flock,ro",
         dir.path().join("share").display()
     );
     command
@@ -47,6 +48,7 @@ fn a_list_of_options_is_as_good_as_each_of_them() {
     let mut server = Server::spawn(command, dir);
     server.wait_until_it_listens();
     let mut fs = server.session(Profile::Qemu, &Options::default());
+    assert!(fs.has(init::POSIX_LOCKS) && !fs.has(init::FLOCK_LOCKS));
     assert_eq!(fs.getattr(ROOT).unwrap().attr_valid, 86400);
     let refused = fs.mkdir(ROOT, c"dir", 0o755).unwrap_err();
     assert_eq!(refused.errno(), Some(libc::EROFS));
@@ -103,6 +105,41 @@ fn the_log_goes_to_syslog_if_asked() {
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("/dev/log"), "{said}");
+}
+
+#[test]
+fn a_syslog_is_told_what_would_be_logged() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: needs root, for a /dev/log that nobody else sees");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (dev, share) = (dir.path().join("dev"), dir.path().join("share"));
+    std::fs::create_dir(&dev).unwrap();
+    std::fs::create_dir(&share).unwrap();
+    let syslog = UnixDatagram::bind(dev.join("log")).unwrap();
+    syslog.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    let mut command = std::process::Command::new("unshare");
+    let script = "mount --bind \"$1\" /dev; \
+                  exec \"$0\" --syslog --socket \"$2\" --shared-dir \"$3\"";
+    command.args(["--mount", "bash", "-ec", script]);
+    command.arg(support::command().get_program());
+    command.args([&dev, &dir.path().join("socket"), &share]);
+    let mut server = Server::spawn(command, dir);
+    let mut message = [0; 4096];
+    loop {
+        let len = syslog.recv(&mut message).unwrap();
+        let said = String::from_utf8_lossy(&message[..len]);
+        if said.contains("Waiting for vhost-user socket connection") {
+            // What a daemon informs of.
+            assert!(said.starts_with("<30>"), "{said}");
+            assert!(said.contains(&format!("ringfsd[{}]: ", server.guardian())));
+            break;
+        }
+    }
+    server.signal(rustix::process::Signal::TERM);
+    assert!(server.wait().success());
+    assert!(server.said().is_empty(), "{:?}", server.said());
 }
 
 #[test]

@@ -59,6 +59,16 @@ fn it_logs_what_it_is_told_to() {
     assert!(said(&["--log-level", "off", "-d"], None).contains(line));
     let finer = Some("ringfsd::server=info");
     assert!(said(&["--log-level", "off"], finer).contains(line));
+    for (args, more) in [
+        (&["--log-level", "info"][..], false),
+        (&["--log-level", "info", "-d"], true),
+        (&["--log-level", "debug"], true),
+        (&["--log-level", "trace"], true),
+    ] {
+        let server = Server::start(args);
+        let mut said = server.said().iter();
+        assert_eq!(said.any(|line| line.contains("DEBUG ringfsd")), more);
+    }
 }
 
 #[test]
