@@ -353,7 +353,9 @@ total=$((rounds * ${#case_list[@]} * ${#server_list[@]}))
 count=0
 for ((round = 1; round <= rounds; round++)); do
     for case in "${case_list[@]}"; do
-        for name in "${server_list[@]}"; do
+        # Another begins in each round: the first of a case has to do with what the case before has left.
+        for ((turn = 0; turn < ${#server_list[@]}; turn++)); do
+            name=${server_list[(turn + round - 1) % ${#server_list[@]}]}
             count=$((count + 1))
             if [[ -t 2 ]]; then
                 printf '\r\033[K%d of %d: %s, %s' "$count" "$total" "$case" "$name" >&2
