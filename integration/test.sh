@@ -102,8 +102,8 @@ fi
 if wanted others; then
     step "others' suites in a real guest"
     cargo build --release --locked
-    integration/guest/others.sh --ops 10000 --queues 4
-    integration/guest/others.sh --ops 10000 --kernel 6.1 --runtime tokio
+    integration/guest/others.sh --only pjdfstest --queues 4
+    integration/guest/others.sh --only fsx --ops 10000 --kernel 6.1 --runtime tokio
 fi
 
 if ((skipped)); then

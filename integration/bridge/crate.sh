@@ -9,7 +9,9 @@ crate() {
     crate=$root/bin/$1
     [[ ! -x $crate ]] || return 0
     echo "building $1 $2"
-    RUSTFLAGS='-C target-feature=+crt-static' cargo install --quiet --locked \
+    # The compiler takes longer than they do: they wait for the file system.
+    CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+        RUSTFLAGS='-C target-feature=+crt-static' cargo install --quiet --locked \
         --target x86_64-unknown-linux-gnu --target-dir "$root.build" --root "$root" "$1@$2"
     rm -rf "$root.build"
 }
