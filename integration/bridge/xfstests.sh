@@ -46,7 +46,8 @@ while (($#)); do
     shift 2
 done
 ((!$#)) && set -- -g generic/quick
-work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-xfstests.XXXXXX")
+# Not below /tmp, which is replaced.
+work=$(mktemp -d "${TMPDIR:-/var/tmp}/ringfsd-xfstests.XXXXXX")
 results=${results:-$work/results}
 mkdir -p "$results"
 results=$(realpath "$results")
