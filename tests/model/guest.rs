@@ -78,6 +78,40 @@ impl<G: Guest> Behind<G> {
         Open { node, handle }
     }
 
+    /// All names of an open directory.
+    fn read_to_end(
+        &mut self,
+        node: u64,
+        handle: Handle,
+        bytes: u32,
+        plus: bool,
+    ) -> Result<Vec<(String, u32)>> {
+        let mut names = Vec::new();
+        let mut offset = 0;
+        loop {
+            let more = if plus {
+                let more = self.client.readdirplus(node, handle, offset, bytes);
+                let more = more.map_err(errno)?;
+                for one in &more {
+                    // A guest's kernel doesn't count these two.
+                    let dots = one.entry.name == "." || one.entry.name == "..";
+                    if one.node.nodeid != 0 && !dots {
+                        *self.lookups.entry(one.node.nodeid).or_default() += 1;
+                    }
+                }
+                more.into_iter().map(|one| one.entry).collect()
+            } else {
+                let more = self.client.readdir(node, handle, offset, bytes);
+                more.map_err(errno)?
+            };
+            let Some(last) = more.last() else { break };
+            offset = last.offset;
+            let pairs = more.into_iter();
+            names.extend(pairs.map(|one| (one.name.into_string().unwrap(), one.kind)));
+        }
+        Ok(names)
+    }
+
     fn count(&mut self, entry: EntryOut) -> u64 {
         *self.lookups.entry(entry.nodeid).or_default() += 1;
         entry.nodeid
@@ -186,31 +220,10 @@ impl<G: Guest> System for Behind<G> {
 
     fn list(&mut self, node: &u64, bytes: u32, plus: bool) -> Result<Vec<(String, u32)>> {
         let handle = self.client.opendir(*node).map_err(errno)?;
-        let mut names = Vec::new();
-        let mut offset = 0;
-        loop {
-            let more = if plus {
-                let more = self.client.readdirplus(*node, handle, offset, bytes);
-                let more = more.map_err(errno)?;
-                for one in &more {
-                    // A guest's kernel doesn't count these two.
-                    let dots = one.entry.name == "." || one.entry.name == "..";
-                    if one.node.nodeid != 0 && !dots {
-                        *self.lookups.entry(one.node.nodeid).or_default() += 1;
-                    }
-                }
-                more.into_iter().map(|one| one.entry).collect()
-            } else {
-                let more = self.client.readdir(*node, handle, offset, bytes);
-                more.map_err(errno)?
-            };
-            let Some(last) = more.last() else { break };
-            offset = last.offset;
-            let pairs = more.into_iter();
-            names.extend(pairs.map(|one| (one.name.into_string().unwrap(), one.kind)));
-        }
+        let names = self.read_to_end(*node, handle, bytes, plus);
+        // Whatever became of it: a removed directory can be opened, and not be read.
         self.client.releasedir(*node, handle).map_err(errno)?;
-        Ok(names)
+        names
     }
 
     fn set_attribute(&mut self, node: &u64, name: &CStr, value: &[u8], flags: i32) -> Result<()> {
