@@ -302,7 +302,7 @@ impl Server {
         let crew = Crew::start(
             Arc::new(session),
             self.workers,
-            self.runtime.kind,
+            self.runtime.engine,
             self.poll,
         )?;
         let mut service = Service {
@@ -425,7 +425,7 @@ impl Outfit {
             fs.is_for(file);
         }
         let action = config.sandbox.seccomp;
-        let filter = Filter::new(action, self.runtime.kind, place.file_handles)?;
+        let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
         Ok(Server {
             device: Device {
                 tag: config.tag,
@@ -449,7 +449,7 @@ impl Outfit {
 
 fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
     let runtime = crate::io::choose(config.runtime)?;
-    log::info!("runtime {}: {}", runtime.kind, runtime.reason);
+    log::info!("runtime {}: {}", runtime.engine, runtime.reason);
     Ok(runtime)
 }
 

@@ -23,7 +23,7 @@ use ringfsd::device::Device;
 use ringfsd::front::{self, Runner, Stop};
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::fuse::{Session, SessionOptions};
-use ringfsd::io::{Kind, probe};
+use ringfsd::io::{Engine, probe};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use ringfsd::worker::Crew;
 use vmm::Profile;
@@ -92,14 +92,14 @@ impl Runner for Workers<'_> {
 }
 
 /// Serves a directory with a file of 64 KiB to `guest`.
-fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
+fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("file"), vec![7; 1 << 16]).unwrap();
     let fs = Arc::new(Passthrough::new(dir.path(), Options::default()).unwrap());
     let table = Arc::clone(fs.table());
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let one = NonZeroUsize::MIN;
-    let crew = Crew::start(session, one, kind, Duration::from_micros(50)).unwrap();
+    let crew = Crew::start(session, one, engine, Duration::from_micros(50)).unwrap();
     let device = Device {
         tag: None,
         request_queues: NonZeroU16::MIN,
@@ -128,13 +128,13 @@ fn serve_to(kind: Kind, guest: impl FnOnce(&mut Client<vmm::Session>)) {
 #[test]
 fn reads_writes_attributes_and_lookups_take_nothing_from_the_heap() {
     COUNTED.set(false);
-    let mut kinds = vec![Kind::Tokio];
+    let mut engines = vec![Engine::ThreadPool];
     match probe() {
-        Ok(()) => kinds.push(Kind::Uring),
+        Ok(()) => engines.push(Engine::Uring),
         Err(reason) => eprintln!("skipped on uring: {reason}"),
     }
-    for kind in kinds {
-        serve_to(kind, |fs| {
+    for engine in engines {
+        serve_to(engine, |fs| {
             let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
             let file = fs.open(node, libc::O_RDWR).unwrap();
             let offset = |n: usize| (n as u64 % 16) * 4096;
@@ -153,7 +153,7 @@ fn reads_writes_attributes_and_lookups_take_nothing_from_the_heap() {
             let none = [read, write, getattr, lookup];
             assert_eq!(
                 none, [0; 4],
-                "of {MANY} READ, WRITE, GETATTR, LOOKUP, {kind:?}"
+                "of {MANY} READ, WRITE, GETATTR, LOOKUP, {engine:?}"
             );
 
             // The measure measures: an answer of unknown length is made on the heap.

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
-use ringfsd::io::Kind as Runtime;
+use ringfsd::io::Engine;
 use ringfsd::sandbox::{self, Begun, Filter, Kind, Needs, Place, Seccomp};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
@@ -66,7 +66,7 @@ struct Attempt {
     outside: bool,
     kind: Kind,
     seccomp: Seccomp,
-    runtime: Runtime,
+    runtime: Engine,
     share: PathBuf,
     /// A file outside of it, that everybody may read.
     secret: PathBuf,
@@ -102,8 +102,8 @@ impl Attempt {
                 _ => Seccomp::None,
             },
             runtime: match runtime.as_str() {
-                "uring" => Runtime::Uring,
-                _ => Runtime::Tokio,
+                "uring" => Engine::Uring,
+                _ => Engine::ThreadPool,
             },
             share: share.into(),
             secret: secret.into(),

@@ -14,7 +14,7 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use ringfsd::scheduler::{Receiver, channel};
 
-#[path = "../src/io/ring/alarm.rs"]
+#[path = "../src/io/engine/uring/alarm.rs"]
 mod alarm;
 
 use alarm::Alarm;

@@ -10,17 +10,17 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 
-use ringfsd::io::{Kind, Runtime, probe};
+use ringfsd::io::{Engine, Runtime, probe};
 use ringfsd::scheduler::{WorkerId, channel};
 use ringfsd::worker::{Pool, PoolError};
 
 /// The runtimes of this machine.
-fn kinds() -> Vec<Kind> {
+fn engines() -> Vec<Engine> {
     match probe() {
-        Ok(()) => vec![Kind::Tokio, Kind::Uring],
+        Ok(()) => vec![Engine::ThreadPool, Engine::Uring],
         Err(reason) => {
             eprintln!("skipped on uring: {reason}");
-            vec![Kind::Tokio]
+            vec![Engine::ThreadPool]
         }
     }
 }
@@ -31,12 +31,12 @@ fn workers(n: usize) -> NonZeroUsize {
 
 #[test]
 fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
-    for kind in kinds() {
+    for engine in engines() {
         let (seen, all) = mpsc::channel();
-        let pool = Pool::start(workers(3), kind, move |worker| {
+        let pool = Pool::start(workers(3), engine, move |worker| {
             let seen = seen.clone();
             async move {
-                assert_eq!(Runtime::current(), Some(kind));
+                assert_eq!(Runtime::current(), Some(engine));
                 let name = std::thread::current().name().unwrap().to_owned();
                 seen.send((worker.id.0, name)).unwrap();
             }
@@ -53,8 +53,8 @@ fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
 
 #[test]
 fn joining_tells_who_panicked() {
-    for kind in kinds() {
-        let pool = Pool::start(workers(3), kind, |worker| async move {
+    for engine in engines() {
+        let pool = Pool::start(workers(3), engine, |worker| async move {
             assert_ne!(worker.id, WorkerId(1), "as this test wants it");
         })
         .unwrap();
@@ -67,10 +67,10 @@ fn joining_tells_who_panicked() {
 
 #[test]
 fn dropping_a_pool_waits_for_its_workers() {
-    for kind in kinds() {
+    for engine in engines() {
         let ended = Arc::new(AtomicBool::new(false));
         let (sender, receiver) = channel::<()>();
-        let pool = Pool::start(workers(1), kind, {
+        let pool = Pool::start(workers(1), engine, {
             let (ended, receiver) = (Arc::clone(&ended), receiver);
             move |_| {
                 let (ended, receiver) = (Arc::clone(&ended), receiver.clone());
@@ -112,8 +112,8 @@ fn start_with_few_descriptors() {
         maximum: Some(40),
     };
     setrlimit(Resource::Nofile, few).unwrap();
-    for kind in [Kind::Tokio, Kind::Uring] {
-        let result = Pool::start(workers(100), kind, |_| async {
+    for engine in [Engine::ThreadPool, Engine::Uring] {
+        let result = Pool::start(workers(100), engine, |_| async {
             std::process::abort();
         });
         assert!(
@@ -126,11 +126,11 @@ fn start_with_few_descriptors() {
 #[test]
 fn items_sent_by_many_are_received_once_by_many() {
     const ITEMS: usize = 10_000;
-    for kind in kinds() {
+    for engine in engines() {
         let (sender, receiver) = channel();
         let sum = Arc::new(AtomicUsize::new(0));
         let count = Arc::new(AtomicUsize::new(0));
-        let receivers = Pool::start(workers(3), kind, {
+        let receivers = Pool::start(workers(3), engine, {
             let (sum, count) = (Arc::clone(&sum), Arc::clone(&count));
             move |_| {
                 let (sum, count) = (Arc::clone(&sum), Arc::clone(&count));
@@ -144,7 +144,7 @@ fn items_sent_by_many_are_received_once_by_many() {
             }
         })
         .unwrap();
-        let senders = Pool::start(workers(2), kind, {
+        let senders = Pool::start(workers(2), engine, {
             let sender = sender.clone();
             move |worker| {
                 let sender = sender.clone();

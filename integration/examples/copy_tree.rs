@@ -114,7 +114,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
     let begin = Instant::now();
     let progress = Arc::new(Progress::default());
     let (sender, receiver) = channel();
-    let pool = Pool::start(workers, chosen.kind, {
+    let pool = Pool::start(workers, chosen.engine, {
         let progress = Arc::clone(&progress);
         move |_worker| work(receiver.clone(), Arc::clone(&progress))
     })?;
@@ -142,7 +142,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
         "{} files, {bytes} bytes in {seconds:.3} s: {:.1} MB/s with {workers} workers on {} ({})",
         progress.files.load(Ordering::Relaxed),
         bytes as f64 / 1e6 / seconds,
-        chosen.kind,
+        chosen.engine,
         chosen.reason,
     );
     Ok(progress.failures.load(Ordering::Relaxed))

@@ -4,21 +4,23 @@
 //! is of use without them. Its invariant: whatever the kernel may still read from or write to
 //! is owned by the operation, never borrowed.
 
-mod blocking;
 mod buffer;
+mod descriptor;
+mod engine;
 mod event;
 mod file;
 mod lock;
 mod probe;
-mod ring;
 mod runtime;
+mod vectored;
 
 pub use buffer::{Guard, GuestBuffer};
+pub use engine::{Engine, SyncKind};
 pub use event::Event;
 pub(crate) use event::{takes_writing, writing_blocks};
-pub use file::{Attempt, File, Metadata, SyncKind, WriteMode};
+pub use file::{Attempt, File, Metadata, WriteMode};
 pub use lock::{Lock, LockKind, RecordLock};
 pub use probe::{Choice, Chosen, Unavailable, choose, probe};
 pub use runtime::{
-    DEFAULT_RING_ENTRIES, JoinHandle, Kind, Runtime, RuntimeError, has_completions, spawn,
+    DEFAULT_RING_ENTRIES, JoinHandle, Runtime, RuntimeError, has_completions, spawn,
 };

@@ -8,8 +8,9 @@ use std::io;
 use io_uring::{IoUring, Probe};
 use thiserror::Error;
 
-use super::ring::setup;
-use super::runtime::{DEFAULT_RING_ENTRIES, Kind, RuntimeError};
+use super::engine::Engine;
+use super::engine::uring::setup;
+use super::runtime::{DEFAULT_RING_ENTRIES, RuntimeError};
 
 /// Which runtime is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,8 +27,8 @@ pub enum Choice {
 /// Which runtime it came to, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
-    /// The runtime.
-    pub kind: Kind,
+    /// The engine.
+    pub engine: Engine,
     /// Why, for a log: part of a sentence, without a full stop.
     pub reason: String,
 }
@@ -90,19 +91,19 @@ pub fn probe() -> Result<(), Unavailable> {
 ///
 /// io_uring was asked for by name and can't be used.
 pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
-    let chosen = |kind, reason: String| Ok(Chosen { kind, reason });
+    let chosen = |engine, reason: String| Ok(Chosen { engine, reason });
     match choice {
-        Choice::Tokio => chosen(Kind::Tokio, "asked for".into()),
+        Choice::Tokio => chosen(Engine::ThreadPool, "asked for".into()),
         Choice::Uring => match probe() {
-            Ok(()) => chosen(Kind::Uring, "asked for".into()),
+            Ok(()) => chosen(Engine::Uring, "asked for".into()),
             Err(e) => Err(RuntimeError::Unavailable(e)),
         },
         Choice::Auto => match probe() {
-            Ok(()) => chosen(Kind::Uring, "the kernel has all it needs".into()),
+            Ok(()) => chosen(Engine::Uring, "the kernel has all it needs".into()),
             Err(Unavailable::Other(e)) => {
-                chosen(Kind::Tokio, format!("io_uring can't be set up: {e}"))
+                chosen(Engine::ThreadPool, format!("io_uring can't be set up: {e}"))
             }
-            Err(e) => chosen(Kind::Tokio, e.to_string()),
+            Err(e) => chosen(Engine::ThreadPool, e.to_string()),
         },
     }
 }

@@ -11,7 +11,7 @@ use seccompiler::{
 };
 
 use super::calls;
-use crate::io::Kind;
+use crate::io::Engine;
 use crate::sys::process;
 
 /// What becomes of a system call that the server doesn't make.
@@ -121,12 +121,12 @@ const CONDITIONS: &[(libc::c_long, u8, Only)] = &[
 ];
 
 impl Filter {
-    /// The filter for a runtime; `file_handles` tells whether files may be opened by handle.
+    /// The filter for an `engine`; `file_handles` tells whether files may be opened by handle.
     ///
     /// # Errors
     ///
     /// There is none for this processor's architecture.
-    pub fn new(action: Seccomp, runtime: Kind, file_handles: bool) -> Result<Self, FilterError> {
+    pub fn new(action: Seccomp, engine: Engine, file_handles: bool) -> Result<Self, FilterError> {
         let otherwise = match action {
             Seccomp::Kill => SeccompAction::KillProcess,
             Seccomp::Log => SeccompAction::Log,
@@ -139,7 +139,7 @@ impl Filter {
             }
         };
         let mut rules = BTreeMap::new();
-        let uring: &[_] = if runtime == Kind::Uring {
+        let uring: &[_] = if engine == Engine::Uring {
             calls::URING
         } else {
             &[]
@@ -225,14 +225,14 @@ mod tests {
     }
 
     #[test]
-    fn there_is_a_filter_for_each_runtime() {
-        let length = |runtime, handles| {
-            let filter = Filter::new(Seccomp::Kill, runtime, handles).unwrap();
+    fn each_engine_has_its_filter() {
+        let length = |engine, handles| {
+            let filter = Filter::new(Seccomp::Kill, engine, handles).unwrap();
             filter.programs[1].len()
         };
-        assert!(length(Kind::Uring, false) > length(Kind::Tokio, false));
-        assert!(length(Kind::Tokio, true) > length(Kind::Tokio, false));
-        let none = Filter::new(Seccomp::None, Kind::Tokio, true).unwrap();
+        assert!(length(Engine::Uring, false) > length(Engine::ThreadPool, false));
+        assert!(length(Engine::ThreadPool, true) > length(Engine::ThreadPool, false));
+        let none = Filter::new(Seccomp::None, Engine::ThreadPool, true).unwrap();
         assert!(none.programs.is_empty());
     }
 }

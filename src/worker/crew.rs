@@ -16,7 +16,7 @@ use super::pool::{Pool, PoolError};
 use super::serve::{Backlog, Command, Loop, Patience};
 use crate::fs::FileSystem;
 use crate::fuse::Session;
-use crate::io::Kind;
+use crate::io::Engine;
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
 
@@ -44,7 +44,7 @@ pub struct Crew<F> {
 }
 
 impl<F: FileSystem> Crew<F> {
-    /// Starts `workers` threads with a runtime of `kind`, and one for the high-priority queue.
+    /// Starts `workers` threads with a runtime of `engine`, and one for the high-priority queue.
     /// Workers look at their rings for up to `poll` before they sleep.
     ///
     /// # Errors
@@ -53,7 +53,7 @@ impl<F: FileSystem> Crew<F> {
     pub fn start(
         session: Arc<Session<F>>,
         workers: NonZeroUsize,
-        kind: Kind,
+        engine: Engine,
         poll: Duration,
     ) -> Result<Self, CrewError> {
         let placement = Placement::new(workers);
@@ -67,14 +67,14 @@ impl<F: FileSystem> Crew<F> {
         crew.enlist(
             "ringfsd-high",
             NonZeroUsize::MIN,
-            Kind::Tokio,
+            Engine::ThreadPool,
             Patience::Naps,
             || None,
         )?;
         let (give, take) = channel();
         let alone = workers == NonZeroUsize::MIN;
         let looks = Patience::Looks(poll);
-        crew.enlist("ringfsd-work", workers, kind, looks, move || {
+        crew.enlist("ringfsd-work", workers, engine, looks, move || {
             (!alone).then(|| Backlog {
                 placement,
                 give: give.clone(),
@@ -88,7 +88,7 @@ impl<F: FileSystem> Crew<F> {
         &mut self,
         name: &str,
         count: NonZeroUsize,
-        kind: Kind,
+        engine: Engine,
         patience: Patience,
         backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
     ) -> Result<(), CrewError> {
@@ -98,7 +98,7 @@ impl<F: FileSystem> Crew<F> {
         let receivers = Arc::new(Mutex::new(receivers));
         let session = Arc::clone(&self.session);
         let (ready, is_ready) = mpsc::channel();
-        let pool = Pool::start_named(name, count, kind, move |worker| {
+        let pool = Pool::start_named(name, count, engine, move |worker| {
             let commands = receivers
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)

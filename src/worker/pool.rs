@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use thiserror::Error;
 
-use crate::io::{Kind, Runtime, RuntimeError};
+use crate::io::{Engine, Runtime, RuntimeError};
 use crate::scheduler::WorkerId;
 
 /// Why a pool could not be started, or how it ended.
@@ -47,7 +47,7 @@ pub struct Worker {
     /// How many there are.
     pub workers: NonZeroUsize,
     /// The runtime it runs on.
-    pub kind: Kind,
+    pub engine: Engine,
 }
 
 /// Worker threads. Dropping the pool waits for them to end, which they do when their bodies do.
@@ -57,19 +57,19 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts `workers` threads called `ringfsd-work-N`, each with a runtime of `kind`, and
+    /// Starts `workers` threads called `ringfsd-work-N`, each with a runtime of `engine`, and
     /// runs on each the future that `body` makes there. No body is called before every runtime
     /// is there.
     ///
     /// # Errors
     ///
     /// A thread or a runtime can't be had. No thread is left then, and no body has been called.
-    pub fn start<B, F>(workers: NonZeroUsize, kind: Kind, body: B) -> Result<Self, PoolError>
+    pub fn start<B, F>(workers: NonZeroUsize, engine: Engine, body: B) -> Result<Self, PoolError>
     where
         B: Fn(Worker) -> F + Clone + Send + 'static,
         F: Future<Output = ()> + 'static,
     {
-        Self::start_named("ringfsd-work", workers, kind, body)
+        Self::start_named("ringfsd-work", workers, engine, body)
     }
 
     /// As [`start`](Self::start), the threads called `name-N`.
@@ -80,7 +80,7 @@ impl Pool {
     pub fn start_named<B, F>(
         name: &str,
         workers: NonZeroUsize,
-        kind: Kind,
+        engine: Engine,
         body: B,
     ) -> Result<Self, PoolError>
     where
@@ -95,12 +95,16 @@ impl Pool {
         for id in (0..workers.get()).map(WorkerId) {
             let (ready, is_ready) = mpsc::channel();
             let (gate, is_open) = mpsc::channel();
-            let worker = Worker { id, workers, kind };
+            let worker = Worker {
+                id,
+                workers,
+                engine,
+            };
             let body = body.clone();
             let thread = thread::Builder::new()
                 .name(format!("{name}-{id}"))
                 .spawn(move || {
-                    let runtime = match Runtime::new(kind) {
+                    let runtime = match Runtime::new(engine) {
                         Ok(runtime) => runtime,
                         Err(e) => {
                             // Whoever starts us waits for this.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ringfsd::io::{Choice, File, GuestBuffer, Kind, Runtime, SyncKind, choose, probe};
+use ringfsd::io::{Choice, Engine, File, GuestBuffer, Runtime, SyncKind, choose, probe};
 
 use super::{file_of, pattern, read, read_only, scratch};
 
@@ -113,8 +113,8 @@ fn both_runtimes_give_the_same_errors() {
         eprintln!("skipped: {reason}");
         return;
     }
-    let tokio = Runtime::new(Kind::Tokio).unwrap().block_on(errors());
-    let uring = Runtime::new(Kind::Uring).unwrap().block_on(errors());
+    let tokio = Runtime::new(Engine::ThreadPool).unwrap().block_on(errors());
+    let uring = Runtime::new(Engine::Uring).unwrap().block_on(errors());
     assert_eq!(tokio, uring);
 }
 
@@ -124,11 +124,11 @@ fn one_file_is_used_by_two_threads_at_once() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..LEN));
     let file = File::from(std::fs::File::open(path).unwrap());
-    let kinds = [choose(Choice::Auto).unwrap().kind, Kind::Tokio];
-    let threads = kinds.map(|kind| {
+    let engines = [choose(Choice::Auto).unwrap().engine, Engine::ThreadPool];
+    let threads = engines.map(|engine| {
         let file = file.clone();
         std::thread::spawn(move || {
-            Runtime::new(kind).unwrap().block_on(async {
+            Runtime::new(engine).unwrap().block_on(async {
                 for n in 0..500 {
                     let offset = (n * 7919) % (LEN - 1000);
                     let (result, bytes) = read(&file, 1000, offset as u64).await;
@@ -148,7 +148,7 @@ fn one_file_is_used_by_two_threads_at_once() {
 fn auto_finds_a_runtime_and_says_why() {
     let chosen = choose(Choice::Auto).unwrap();
     assert!(!chosen.reason.is_empty());
-    assert_eq!(chosen.kind == Kind::Uring, probe().is_ok());
-    assert_eq!(choose(Choice::Tokio).unwrap().kind, Kind::Tokio);
+    assert_eq!(chosen.engine == Engine::Uring, probe().is_ok());
+    assert_eq!(choose(Choice::Tokio).unwrap().engine, Engine::ThreadPool);
     assert_eq!(choose(Choice::Uring).is_ok(), probe().is_ok());
 }

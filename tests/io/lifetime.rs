@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::task::Poll;
 
-use ringfsd::io::{File, Kind, Runtime, SyncKind, probe, spawn};
+use ringfsd::io::{Engine, File, Runtime, SyncKind, probe, spawn};
 
 use super::direct::open_direct;
 use super::memory::{Arena, whole};
@@ -52,7 +52,7 @@ pub(crate) async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
         })
         .await;
     }
-    if Runtime::current() == Some(Kind::Uring) {
+    if Runtime::current() == Some(Engine::Uring) {
         // Not even handed to the kernel yet.
         assert_eq!(was_full.try_recv(), Err(mpsc::TryRecvError::Empty));
     }
@@ -90,15 +90,19 @@ impl Drop for LastLook {
 fn a_dropped_runtime_frees_memory_after_the_kernel_is_done() {
     const LEN: usize = 512 << 10;
     // A ring of one entry has room for four completions: half of the reads wait for it.
-    for (kind, entries) in [(Kind::Tokio, 1), (Kind::Uring, 256), (Kind::Uring, 1)] {
-        if let (Kind::Uring, Err(reason)) = (kind, probe()) {
+    for (engine, entries) in [
+        (Engine::ThreadPool, 1),
+        (Engine::Uring, 256),
+        (Engine::Uring, 1),
+    ] {
+        if let (Engine::Uring, Err(reason)) = (engine, probe()) {
             eprintln!("skipped: {reason}");
             continue;
         }
         let dir = scratch();
         let path = file_of(&dir, "f", &vec![0xAB; LEN]);
         for round in 0..20 {
-            let runtime = Runtime::with_ring_entries(kind, entries).unwrap();
+            let runtime = Runtime::with_ring_entries(engine, entries).unwrap();
             let (seen, last_looks) = mpsc::channel();
             let runtime_is_gone = Arc::new(AtomicBool::new(false));
             let arenas: Vec<_> = (0..8).map(|_| Arena::new(LEN)).collect();

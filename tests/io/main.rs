@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ringfsd::io::{Attempt, File, GuestBuffer, Kind, Runtime, SyncKind, probe, spawn};
+use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, probe, spawn};
 use tempfile::TempDir;
 
 mod answers;
@@ -30,10 +30,10 @@ use memory::{Arena, with_gaps};
 macro_rules! suite {
     ($($name:ident)*) => {
         mod on_tokio {
-            $(#[test] fn $name() { super::run(super::Kind::Tokio, super::$name); })*
+            $(#[test] fn $name() { super::run(super::Engine::ThreadPool, super::$name); })*
         }
         mod on_uring {
-            $(#[test] fn $name() { super::run(super::Kind::Uring, super::$name); })*
+            $(#[test] fn $name() { super::run(super::Engine::Uring, super::$name); })*
         }
     };
 }
@@ -59,15 +59,15 @@ suite! {
     tasks_and_timers_run
 }
 
-/// Runs `body` on a runtime of `kind`, or says that it can't be had.
-fn run<F: Future<Output = ()>>(kind: Kind, body: impl FnOnce() -> F) {
-    if let (Kind::Uring, Err(reason)) = (kind, probe()) {
+/// Runs `body` on a runtime of `engine`, or says that it can't be had.
+fn run<F: Future<Output = ()>>(engine: Engine, body: impl FnOnce() -> F) {
+    if let (Engine::Uring, Err(reason)) = (engine, probe()) {
         eprintln!("skipped: {reason}");
         return;
     }
-    let runtime = Runtime::new(kind).unwrap();
+    let runtime = Runtime::new(engine).unwrap();
     runtime.block_on(async {
-        assert_eq!(Runtime::current(), Some(kind));
+        assert_eq!(Runtime::current(), Some(engine));
         body().await;
     });
     assert_eq!(Runtime::current(), None);
@@ -367,7 +367,7 @@ fn a_ring_of_two_entries_carries_thousands_of_operations() {
         eprintln!("skipped: {reason}");
         return;
     }
-    let runtime = Runtime::with_ring_entries(Kind::Uring, 2).unwrap();
+    let runtime = Runtime::with_ring_entries(Engine::Uring, 2).unwrap();
     runtime.block_on(thousands_of_operations_are_in_flight_at_once());
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::passthrough::Passthrough;
 use ringfsd::fuse::{Outcome, Session, SessionOptions};
-use ringfsd::io::{Kind, Runtime, spawn};
+use ringfsd::io::{Engine, Runtime, spawn};
 use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
@@ -62,7 +62,7 @@ impl Scene {
         Share::limit_files();
         Self {
             guest: Guest::new(BATCH * EACH),
-            runtime: Runtime::new(Kind::Tokio).expect("a runtime"),
+            runtime: Runtime::new(Engine::ThreadPool).expect("a runtime"),
             fs: Arc::new(fs),
             share,
         }

@@ -218,7 +218,7 @@ impl Guest {
             panic!("answered at once");
         };
         assert_eq!(*ending.borrow(), None, "answered before it was done");
-        let runtime = crate::io::Runtime::new(crate::io::Kind::Tokio).unwrap();
+        let runtime = crate::io::Runtime::new(crate::io::Engine::ThreadPool).unwrap();
         runtime.block_on(future);
         ending.take().expect("an answer")
     }

@@ -36,7 +36,7 @@ fn write(offset: u64, data: &[u8]) -> Vec<u8> {
 fn finished(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
     let (exchange, ending) = MemoryExchange::new(request, room);
     if let Outcome::Later(future) = guest.session.serve(exchange) {
-        crate::io::Runtime::new(crate::io::Kind::Tokio)
+        crate::io::Runtime::new(crate::io::Engine::ThreadPool)
             .unwrap()
             .block_on(future);
     }

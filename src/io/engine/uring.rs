@@ -1,4 +1,5 @@
-//! tokio's current-thread runtime with an io_uring beside it, and the file operations on that.
+//! The io_uring engine: tokio's current-thread runtime with a ring beside it, and the file operations
+//! on that.
 //!
 //! The runtime sleeps in tokio's epoll instance, which the ring's own descriptor is part of: that
 //! costs no more than to sleep in the ring itself, and leaves timers and readiness to tokio. All
@@ -14,7 +15,7 @@
 
 mod alarm;
 mod driver;
-pub(super) mod setup;
+pub(in crate::io) mod setup;
 mod slots;
 
 use std::cell::RefCell;
@@ -34,8 +35,10 @@ use tokio::task::LocalSet;
 use self::alarm::Alarm;
 use self::driver::{Driver, Watched};
 use self::slots::Held;
-use super::buffer::{GuestBuffer, IOV_MAX};
-use super::file::{File, SyncKind, position};
+use super::{SetupError, SyncKind, Transferred, thread_pool};
+use crate::io::buffer::{GuestBuffer, IOV_MAX};
+use crate::io::descriptor::{Descriptor, Facts, position};
+use crate::io::vectored::{ok_if_any, one_operation};
 
 thread_local! {
     /// The ring of the runtime that runs on this thread, if any does.
@@ -45,7 +48,7 @@ thread_local! {
 /// A runtime with a ring.
 ///
 /// It is dropped in this order: the tasks first, then what they leave to the kernel.
-pub(super) struct Uring {
+pub(in crate::io) struct EventLoop {
     tasks: LocalSet,
     watched: AsyncFd<Watched>,
     driver: Closing,
@@ -61,19 +64,11 @@ impl Drop for Closing {
     }
 }
 
-/// What a runtime with a ring could not have.
-pub(super) enum Refused {
-    EventLoop(io::Error),
-    Ring(io::Error),
-}
-
-impl Uring {
+impl EventLoop {
     /// Sets up a runtime with a ring of `entries`.
-    pub(super) fn new(entries: u32) -> Result<Self, Refused> {
-        let driver = Rc::new(Driver::new(entries).map_err(Refused::Ring)?);
-        let tokio = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .thread_name("ringfsd-blocking")
+    pub(super) fn new(entries: u32) -> Result<Self, SetupError> {
+        let driver = Rc::new(Driver::new(entries).map_err(SetupError::Ring)?);
+        let tokio = super::tokio_builder()
             // A completion may wake the thread out of its sleep without waking any task.
             .on_thread_unpark(|| {
                 if let Some(driver) = current() {
@@ -81,10 +76,10 @@ impl Uring {
                 }
             })
             .build()
-            .map_err(Refused::EventLoop)?;
+            .map_err(SetupError::EventLoop)?;
         let entered = tokio.enter();
         // SAFETY: the field stands before the driver's, so it is dropped before that is closed.
-        let watched = unsafe { driver.watch() }.map_err(Refused::EventLoop)?;
+        let watched = unsafe { driver.watch() }.map_err(SetupError::EventLoop)?;
         drop(entered);
         Ok(Self {
             tasks: LocalSet::new(),
@@ -131,7 +126,7 @@ fn current() -> Option<Rc<Driver>> {
 }
 
 /// Whether operations of the current runtime are complete that it hasn't seen yet.
-pub(super) fn has_completions() -> bool {
+pub(in crate::io) fn has_completions() -> bool {
     CURRENT.with_borrow(|driver| {
         driver
             .as_ref()
@@ -139,9 +134,72 @@ pub(super) fn has_completions() -> bool {
     })
 }
 
-/// Which way a transfer goes.
+/// Reads into the buffer behind its first `filled` bytes, until it is full or the file ends.
+pub(super) async fn read(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    filled: usize,
+    offset: u64,
+) -> Transferred {
+    let mut buffer = buffer;
+    let mut filled = filled;
+    while filled < buffer.len() {
+        let result;
+        (result, buffer) = transfer(Transfer::Read, descriptor, buffer, filled, offset).await;
+        match result {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            // A ring gives up on a descriptor with O_NONBLOCK where `preadv` would wait.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return thread_pool::read(descriptor, buffer, filled, offset).await;
+            }
+            Err(e) => return (Err(e), buffer),
+        }
+        let end = offset.saturating_add(filled as u64);
+        if filled < buffer.len() && descriptor.is_direct_at_end(end) {
+            break;
+        }
+    }
+    (Ok(filled), buffer)
+}
+
+/// Writes the buffer by one operation, or by as few as take all pieces.
+pub(super) async fn write(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    offset: u64,
+) -> Transferred {
+    let transfer_kind = if descriptor.facts().has(Facts::DIRECT) {
+        Transfer::Write
+    } else {
+        Transfer::WriteBuffered
+    };
+    let mut buffer = buffer;
+    let mut done = 0;
+    loop {
+        let expected = one_operation(&buffer, done);
+        let result;
+        (result, buffer) = transfer(transfer_kind, descriptor, buffer, done, offset).await;
+        match result {
+            Ok(n) => {
+                done += n;
+                if n < expected || done == buffer.len() {
+                    return (Ok(done), buffer);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
+                return thread_pool::write(descriptor, buffer, offset, 0).await;
+            }
+            Err(e) => return (ok_if_any(done, e), buffer),
+        }
+    }
+}
+
+/// What a transfer does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Transfer {
+enum Transfer {
     /// From the file into the buffer.
     Read,
     /// From the buffer into the file, past the page cache.
@@ -152,23 +210,23 @@ pub(super) enum Transfer {
 }
 
 /// One operation on the buffer from its byte `done` on, the buffer beginning at `offset`.
-pub(super) async fn transfer(
-    way: Transfer,
-    file: &File,
+async fn transfer(
+    kind: Transfer,
+    descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
     done: usize,
     offset: u64,
-) -> (io::Result<usize>, GuestBuffer) {
+) -> Transferred {
     let at = match position(offset, done) {
         Ok(position) => position.cast_unsigned(),
         Err(e) => return (Err(e), buffer),
     };
-    let fd = types::Fd(file.as_raw_fd());
+    let fd = types::Fd(descriptor.as_raw_fd());
     let vecs = buffer.io_vecs(done);
     let (entry, vecs) = if let [one] = vecs[..] {
         let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
         let base = one.iov_base.cast();
-        let entry = match way {
+        let entry = match kind {
             Transfer::Read => opcode::Read::new(fd, base, len).offset(at).build(),
             _ => opcode::Write::new(fd, base, len).offset(at).build(),
         };
@@ -176,7 +234,7 @@ pub(super) async fn transfer(
     } else {
         let vecs = vecs.into_vec();
         let count = u32::try_from(vecs.len().min(IOV_MAX)).unwrap_or_default();
-        let entry = match way {
+        let entry = match kind {
             Transfer::Read => opcode::Readv::new(fd, vecs.as_ptr(), count)
                 .offset(at)
                 .build(),
@@ -186,14 +244,14 @@ pub(super) async fn transfer(
         };
         (entry, vecs)
     };
-    let entry = match way {
+    let entry = match kind {
         Transfer::WriteBuffered => entry.flags(Flags::ASYNC),
         Transfer::Read | Transfer::Write => entry,
     };
     let held = Held {
         buffer: Some(buffer),
         _vecs: vecs,
-        _file: file.clone(),
+        _descriptor: Arc::clone(descriptor),
     };
     // SAFETY: the entry names the descriptor, the vector's heap memory and the buffer's pieces,
     // all of which `held` owns and none of which moves with it.
@@ -203,34 +261,39 @@ pub(super) async fn transfer(
 }
 
 /// `fsync` or `fdatasync`.
-pub(super) async fn sync(file: &File, kind: SyncKind) -> io::Result<()> {
+pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
     let flags = match kind {
         SyncKind::All => types::FsyncFlags::empty(),
         SyncKind::Data => types::FsyncFlags::DATASYNC,
     };
-    let entry = opcode::Fsync::new(types::Fd(file.as_raw_fd()))
+    let entry = opcode::Fsync::new(types::Fd(descriptor.as_raw_fd()))
         .flags(flags)
         .build();
-    on_descriptor(entry, file).await
+    on_descriptor(entry, descriptor).await
 }
 
 /// `fallocate`.
-pub(super) async fn allocate(file: &File, mode: u32, offset: u64, len: u64) -> io::Result<()> {
-    let entry = opcode::Fallocate::new(types::Fd(file.as_raw_fd()), len)
+pub(super) async fn allocate(
+    descriptor: &Arc<Descriptor>,
+    mode: u32,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let entry = opcode::Fallocate::new(types::Fd(descriptor.as_raw_fd()), len)
         .offset(offset)
         .mode(mode.cast_signed())
         .build();
-    on_descriptor(entry, file).await
+    on_descriptor(entry, descriptor).await
 }
 
-/// An operation that takes nothing but the descriptor of `file`.
-async fn on_descriptor(entry: Entry, file: &File) -> io::Result<()> {
+/// An operation that takes nothing but the descriptor.
+async fn on_descriptor(entry: Entry, descriptor: &Arc<Descriptor>) -> io::Result<()> {
     let held = Held {
         buffer: None,
         _vecs: Vec::new(),
-        _file: file.clone(),
+        _descriptor: Arc::clone(descriptor),
     };
-    // SAFETY: the entry names nothing but the descriptor, which the clone keeps open.
+    // SAFETY: the entry names nothing but the descriptor, which `held` keeps open.
     let (result, _) = unsafe { perform(entry, held) }.await;
     result.map(drop)
 }

@@ -4,10 +4,11 @@
 //! the kernel is done with it.
 
 use std::io;
+use std::sync::Arc;
 use std::task::Waker;
 
-use super::super::buffer::GuestBuffer;
-use super::super::file::File;
+use crate::io::buffer::GuestBuffer;
+use crate::io::descriptor::Descriptor;
 
 /// What an operation owns while the kernel works on it.
 pub(super) struct Held {
@@ -16,7 +17,7 @@ pub(super) struct Held {
     /// On the heap, where it stays when this moves.
     pub(super) _vecs: Vec<libc::iovec>,
     /// Keeps the descriptor open.
-    pub(super) _file: File,
+    pub(super) _descriptor: Arc<Descriptor>,
 }
 
 /// Which operation; the user data of its entry.

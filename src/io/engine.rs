@@ -1,0 +1,173 @@
+//! Engines: who performs the file operations that may wait.
+//!
+//! An [`Engine`] is one module with all that is its own: the event loop that it runs on and the
+//! operations. Another engine is another module and one more arm here. The invariant: every engine
+//! gives the same answers.
+
+pub(super) mod thread_pool;
+pub(super) mod uring;
+
+use std::cell::Cell;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+
+use super::buffer::GuestBuffer;
+use super::descriptor::{Descriptor, Facts};
+
+/// Who performs the file operations that may wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Engine {
+    /// tokio's current-thread runtime; operations that may wait run on its blocking threads.
+    ThreadPool,
+    /// The same runtime with an io_uring of its own.
+    Uring,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ThreadPool => "tokio",
+            Self::Uring => "uring",
+        })
+    }
+}
+
+/// How much `sync` makes durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncKind {
+    /// Data and metadata, as `fsync(2)`.
+    All,
+    /// Data and what is needed to read it back, as `fdatasync(2)`.
+    Data,
+}
+
+/// The result of an operation on a buffer, and the buffer.
+pub(super) type Transferred = (io::Result<usize>, GuestBuffer);
+
+thread_local! {
+    /// The engine of what `block_on` runs on this thread, if it does.
+    static CURRENT: Cell<Option<Engine>> = const { Cell::new(None) };
+}
+
+impl Engine {
+    /// The engine of the runtime that the calling code runs on.
+    pub(super) fn current() -> Option<Self> {
+        CURRENT.get()
+    }
+
+    /// Who performs operations on `descriptor`: the ring takes none that may wait without end.
+    fn of(descriptor: &Descriptor) -> Self {
+        match Self::current() {
+            Some(Self::Uring) if descriptor.facts().has(Facts::SEEKABLE) => Self::Uring,
+            _ => Self::ThreadPool,
+        }
+    }
+}
+
+/// Reads into `buffer` behind its first `filled` bytes until it is full or the file ends; `offset` is
+/// the position of the buffer's beginning.
+pub(super) async fn read(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    filled: usize,
+    offset: u64,
+) -> Transferred {
+    match Engine::of(descriptor) {
+        Engine::ThreadPool => thread_pool::read(descriptor, buffer, filled, offset).await,
+        Engine::Uring => uring::read(descriptor, buffer, filled, offset).await,
+    }
+}
+
+/// Writes `buffer` at `offset` by one operation, with `flags` of `pwritev2(2)`.
+pub(super) async fn write(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    offset: u64,
+    flags: libc::c_int,
+) -> Transferred {
+    match Engine::of(descriptor) {
+        Engine::Uring if flags == 0 => uring::write(descriptor, buffer, offset).await,
+        Engine::ThreadPool | Engine::Uring => {
+            thread_pool::write(descriptor, buffer, offset, flags).await
+        }
+    }
+}
+
+/// `fsync(2)` or `fdatasync(2)`.
+pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
+    match Engine::current() {
+        Some(Engine::Uring) => uring::sync(descriptor, kind).await,
+        Some(Engine::ThreadPool) | None => thread_pool::sync(descriptor, kind).await,
+    }
+}
+
+/// `fallocate(2)`.
+pub(super) async fn allocate(
+    descriptor: &Arc<Descriptor>,
+    mode: u32,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    match Engine::current() {
+        Some(Engine::Uring) => uring::allocate(descriptor, mode, offset, len).await,
+        Some(Engine::ThreadPool) | None => {
+            thread_pool::allocate(descriptor, mode, offset, len).await
+        }
+    }
+}
+
+/// The single-threaded event loop of an engine.
+pub(super) enum EventLoop {
+    ThreadPool(thread_pool::EventLoop),
+    Uring(uring::EventLoop),
+}
+
+/// What the kernel refused of an event loop.
+pub(super) enum SetupError {
+    EventLoop(io::Error),
+    Ring(io::Error),
+}
+
+impl EventLoop {
+    /// Sets up the event loop of `engine`, with a ring of `entries` if it has one.
+    pub(super) fn new(engine: Engine, entries: u32) -> Result<Self, SetupError> {
+        Ok(match engine {
+            Engine::ThreadPool => Self::ThreadPool(thread_pool::EventLoop::new()?),
+            Engine::Uring => Self::Uring(uring::EventLoop::new(entries)?),
+        })
+    }
+
+    pub(super) fn engine(&self) -> Engine {
+        match self {
+            Self::ThreadPool(_) => Engine::ThreadPool,
+            Self::Uring(_) => Engine::Uring,
+        }
+    }
+
+    /// Runs `future`, and what it spawns, until `future` ends.
+    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        let _restore = Restore(CURRENT.replace(Some(self.engine())));
+        match self {
+            Self::ThreadPool(event_loop) => event_loop.block_on(future),
+            Self::Uring(event_loop) => event_loop.block_on(future),
+        }
+    }
+}
+
+/// Restores what was current before, also when `block_on` unwinds.
+struct Restore(Option<Engine>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        CURRENT.set(self.0);
+    }
+}
+
+/// What the event loops of all engines have in common.
+fn tokio_builder() -> tokio::runtime::Builder {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().thread_name("ringfsd-blocking");
+    builder
+}

@@ -1,0 +1,144 @@
+//! The thread pool engine: what may wait runs on a blocking thread of tokio's.
+//!
+//! The other engines come here for what they can't do themselves. The invariant: a call that may
+//! wait owns everything it needs, so whoever asked for it may go away.
+
+use std::future::Future;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+use tokio::task::LocalSet;
+
+use super::{SetupError, SyncKind, Transferred};
+use crate::io::buffer::GuestBuffer;
+use crate::io::descriptor::{Descriptor, Facts};
+use crate::io::vectored;
+
+/// tokio's current-thread runtime. The tasks are dropped before the runtime that they are bound to.
+pub(in crate::io) struct EventLoop {
+    tasks: LocalSet,
+    tokio: tokio::runtime::Runtime,
+}
+
+impl EventLoop {
+    /// Sets up the runtime.
+    pub(super) fn new() -> Result<Self, SetupError> {
+        Ok(Self {
+            tasks: LocalSet::new(),
+            tokio: super::tokio_builder()
+                .build()
+                .map_err(SetupError::EventLoop)?,
+        })
+    }
+
+    /// Runs `future`, and what it spawns, until `future` ends.
+    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.tasks.block_on(&self.tokio, future)
+    }
+}
+
+/// Reads into the buffer behind its first `filled` bytes, until it is full or the file ends.
+pub(in crate::io) fn read(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    filled: usize,
+    offset: u64,
+) -> impl Future<Output = Transferred> + Send + use<> {
+    let file = Arc::clone(descriptor);
+    run_on_buffer(buffer, move |buffer| {
+        let mut filled = filled;
+        while filled < buffer.len() {
+            match vectored::read(file.as_fd(), buffer, filled, offset, 0)? {
+                0 => break,
+                n => filled += n,
+            }
+            // What isn't a file or a disk may wait for more to come.
+            let over = filled == buffer.len() || !file.facts().has(Facts::SEEKABLE);
+            if over || file.is_direct_at_end(offset.saturating_add(filled as u64)) {
+                break;
+            }
+        }
+        Ok(filled)
+    })
+}
+
+/// Writes the buffer by one `pwritev2` with `flags`.
+pub(in crate::io) fn write(
+    descriptor: &Arc<Descriptor>,
+    buffer: GuestBuffer,
+    offset: u64,
+    flags: libc::c_int,
+) -> impl Future<Output = Transferred> + Send + use<> {
+    let file = Arc::clone(descriptor);
+    run_on_buffer(buffer, move |buffer| {
+        vectored::write_all_pieces(file.as_fd(), buffer, offset, flags)
+    })
+}
+
+/// `fsync` or `fdatasync`.
+pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
+    let file = Arc::clone(descriptor);
+    run(move || match kind {
+        SyncKind::All => rustix::fs::fsync(&file),
+        SyncKind::Data => rustix::fs::fdatasync(&file),
+    })
+    .await?
+    .map_err(io::Error::from)
+}
+
+/// `fallocate`.
+pub(super) async fn allocate(
+    descriptor: &Arc<Descriptor>,
+    mode: u32,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let file = Arc::clone(descriptor);
+    let mode = FallocateFlags::from_bits_retain(mode);
+    run(move || rustix::fs::fallocate(&file, mode, offset, len))
+        .await?
+        .map_err(io::Error::from)
+}
+
+/// Runs `call` on a thread of the runtime that may wait.
+///
+/// Dropping the future doesn't stop the call.
+///
+/// # Errors
+///
+/// `ECANCELED` when the runtime ends before the call has begun.
+///
+/// # Panics
+///
+/// Outside of a runtime, and as `call` does.
+pub(in crate::io) async fn run<R, C>(call: C) -> io::Result<R>
+where
+    R: Send + 'static,
+    C: FnOnce() -> R + Send + 'static,
+{
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => Ok(result),
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_cancelled) => Err(rustix::io::Errno::CANCELED.into()),
+        },
+    }
+}
+
+/// Runs `call` on `buffer` likewise and returns the buffer, or an empty one with `ECANCELED` when
+/// the runtime ends before.
+fn run_on_buffer<C>(
+    buffer: GuestBuffer,
+    call: C,
+) -> impl Future<Output = Transferred> + Send + use<C>
+where
+    C: FnOnce(&GuestBuffer) -> io::Result<usize> + Send + 'static,
+{
+    let call = run(move || (call(&buffer), buffer));
+    async {
+        call.await
+            .unwrap_or_else(|e| (Err(e), GuestBuffer::from_vec(Vec::new())))
+    }
+}

@@ -1,0 +1,112 @@
+//! `preadv2(2)` and `pwritev2(2)` on guest buffers.
+//!
+//! The invariant: the memory that a call names stays mapped until it returns, as the buffer is
+//! borrowed.
+
+#![allow(unsafe_code, reason = "system calls that take raw guest memory")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::buffer::{GuestBuffer, IOV_MAX};
+use super::descriptor::position;
+
+type Call = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+    libc::c_int,
+) -> libc::ssize_t;
+
+/// One `preadv2` with `flags` into the buffer from its byte `done` on; retried when a signal
+/// interrupts it.
+///
+/// # Errors
+///
+/// Those of `preadv2(2)`; `EINVAL` for a position above 2⁶³ − 1.
+pub(super) fn read(
+    fd: BorrowedFd<'_>,
+    buffer: &GuestBuffer,
+    done: usize,
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    transfer(libc::preadv2, fd, buffer, done, (offset, flags))
+}
+
+/// One `pwritev2` with `flags` of the buffer from its byte `done` on; retried when a signal
+/// interrupts it.
+///
+/// # Errors
+///
+/// Those of `pwritev2(2)`; `EINVAL` for a position above 2⁶³ − 1.
+pub(super) fn write(
+    fd: BorrowedFd<'_>,
+    buffer: &GuestBuffer,
+    done: usize,
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    transfer(libc::pwritev2, fd, buffer, done, (offset, flags))
+}
+
+/// The whole buffer by one `pwritev2`, or by as few as take all pieces.
+///
+/// # Errors
+///
+/// As for [`write`], if nothing was written.
+pub(super) fn write_all_pieces(
+    fd: BorrowedFd<'_>,
+    buffer: &GuestBuffer,
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    let mut done = 0;
+    loop {
+        match write(fd, buffer, done, offset, flags) {
+            Ok(n) => {
+                done += n;
+                if done == buffer.len() || n < one_operation(buffer, done - n) {
+                    return Ok(done);
+                }
+            }
+            Err(error) => return ok_if_any(done, error),
+        }
+    }
+}
+
+/// Bytes that one operation moves from byte `done` of the buffer on, if it moves all it can.
+pub(super) fn one_operation(buffer: &GuestBuffer, done: usize) -> usize {
+    let pieces = buffer.io_vecs(done);
+    pieces.iter().take(IOV_MAX).map(|piece| piece.iov_len).sum()
+}
+
+/// A write that failed after some bytes is short, as the file has them.
+pub(super) fn ok_if_any(done: usize, error: io::Error) -> io::Result<usize> {
+    if done > 0 { Ok(done) } else { Err(error) }
+}
+
+fn transfer(
+    call: Call,
+    fd: BorrowedFd<'_>,
+    buffer: &GuestBuffer,
+    done: usize,
+    (offset, flags): (u64, libc::c_int),
+) -> io::Result<usize> {
+    let position = position(offset, done)?;
+    let vecs = buffer.io_vecs(done);
+    let count = libc::c_int::try_from(vecs.len().min(IOV_MAX)).unwrap_or_default();
+    loop {
+        // SAFETY: `vecs` holds at least `count` entries that name memory which stays mapped while
+        // `buffer` is borrowed; `fd` is open while it is borrowed.
+        let moved = unsafe { call(fd.as_raw_fd(), vecs.as_ptr(), count, position, flags) };
+        if let Ok(n) = usize::try_from(moved) {
+            return Ok(n);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
