@@ -1,12 +1,15 @@
 //! File systems: the trait that the FUSE dispatch serves, and the file systems behind it.
 //!
-//! Metadata operations are plain calls that end soon; whatever may take long (data, `fsync`,
-//! `fallocate`, copying) goes through the [`File`] that [`FileSystem::file`] hands out, on the
-//! worker's runtime. The invariant: a file system never sees a name that is empty, `.` or `..`,
-//! has a `/` or a NUL in it or is longer than 255 bytes; the dispatch has refused it.
+//! [`FileSystem`] is FUSE and nothing else; [`Replay`] and [`Migrate`] are what a file system may offer
+//! beyond. Metadata operations are plain calls; data (`read`, `write`, `fsync`, `fallocate`, copies) go
+//! through the [`OpenFile`] that [`FileSystem::file`] returns, on the worker's runtime. The invariant: a
+//! file system never sees a name that is empty, `.` or `..`, has a `/` or a NUL in it or is longer than
+//! 255 bytes; the dispatch has refused it.
 
-mod moving;
+mod migrate;
+mod open_file;
 pub mod passthrough;
+mod replay;
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -14,10 +17,11 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-pub use self::moving::MoveError;
+pub use self::migrate::{Migrate, MoveError};
+pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
+pub use self::replay::Replay;
 
-use crate::io::{File, Lock};
-use crate::state::stream::Snapshot;
+use crate::io::File;
 
 /// What an operation ends with: an answer, or an errno for the guest.
 pub type Result<T> = std::result::Result<T, Errno>;
@@ -270,60 +274,25 @@ pub trait FileSystem: Send + Sync + 'static {
     /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
     fn begin(&self, _terms: &Terms) {}
 
-    /// The calling thread serves the request `unique` from now on: what the methods below change
-    /// belongs to it, should another process have to go on from there.
-    fn serving(&self, _unique: u64) {}
-    /// Whether a process before this one has given lookups of `node` back for the request `unique`.
-    fn was_forgotten(&self, _node: NodeId, _unique: u64) -> bool {
-        false
-    }
-    /// The number of the inode that a process before this one saw for the request `unique`, before it
-    /// was about to take its name away: only what was there can have been removed or moved.
-    fn had_seen(&self, _unique: u64) -> Option<u64> {
+    /// How another process can continue the session, if this file system supports it.
+    fn replay(&self) -> Option<&dyn Replay> {
         None
     }
-    /// The number of the inode that goes by `name` in `parent`; counts nothing.
-    fn number_at(&self, _parent: NodeId, _name: &CStr) -> Result<u64> {
-        Err(Errno::NOSYS)
-    }
-    /// Whether the guest knows what goes by `name` in `parent`.
-    fn is_known(&self, _parent: NodeId, _name: &CStr) -> bool {
-        false
-    }
-    /// Whether a process before this one has done this UNLINK or RMDIR of the inode with this number.
-    fn was_removed(&self, _parent: NodeId, _name: &CStr, _number: u64) -> bool {
-        false
-    }
-    /// Whether a process before this one has done this RENAME of the inode with this number; makes
-    /// sure that what it moved is known by its new name.
-    fn was_renamed(&self, _from: (NodeId, &CStr), _to: (NodeId, &CStr), _number: u64) -> bool {
-        false
-    }
-    /// A lock was taken, or given up, with what [`file`](Self::file) or
-    /// [`lock_file`](Self::lock_file) has handed out.
-    fn note_lock(&self, _node: NodeId, _handle: Handle, _owner: LockOwner, _lock: Lock) {}
 
-    /// All that the session holds, for another server; nothing changes here. Called while no
-    /// request is under way.
-    ///
-    /// # Errors
-    ///
-    /// It can't be had.
-    fn save(&self) -> std::result::Result<Snapshot, MoveError> {
-        Err(MoveError::Unsupported)
+    /// How another server can continue the session, if this file system supports it.
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        None
     }
-    /// What was saved is on its way: gives up what one server alone can have, such as locks.
-    fn lend(&self) {}
-    /// The session goes on here all the same: takes back what was lent.
-    fn take_back(&self) {}
-    /// Goes on from what another server has saved. Called after [`reset`](Self::reset) and
-    /// [`begin`](Self::begin), while no request is under way.
+
+    /// Whether metadata methods (all but the five named below) may block: wait for a network, another
+    /// process, or a disk for long. They are then called on threads that may wait, and can't stop a
+    /// worker or delay other requests.
     ///
-    /// # Errors
-    ///
-    /// It can't be gone on from. There may be parts of it here then, until the next reset.
-    fn load(&self, _snapshot: &Snapshot) -> std::result::Result<(), MoveError> {
-        Err(MoveError::Unsupported)
+    /// Never called on such a thread, and never allowed to block, are [`forget`](Self::forget),
+    /// [`file`](Self::file), [`file_to_change`](Self::file_to_change), [`begin`](Self::begin) and the
+    /// methods for locks. Data operations are asynchronous: see [`FileObject`].
+    fn may_block(&self) -> bool {
+        false
     }
 
     /// LOOKUP: finds `name` in `parent`.
@@ -432,10 +401,10 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Takes the set-user-ID and set-group-ID bits from a file that is about to be written for a
     /// caller that may not keep them.
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
-    /// The host's file behind a handle: for READ, FSYNC, and to copy from.
-    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File>;
+    /// The open file behind a handle: for READ, FSYNC, and to copy from.
+    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile>;
     /// The same for changing it: for WRITE, FALLOCATE, and to copy to.
-    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
         self.file(node, handle, HandleKind::File)
     }
     /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
@@ -451,7 +420,7 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Gives up all record locks of `owner` on a file: FLUSH.
     fn end_locks(&self, _node: NodeId, _owner: LockOwner) {}
     /// For SYNCFS: any file of the file system that `node` is on.
-    fn whole_file_system(&self, _node: NodeId) -> Result<File> {
+    fn whole_file_system(&self, _node: NodeId) -> Result<OpenFile> {
         Err(Errno::NOSYS)
     }
     /// IOCTL `FS_IOC_GETFLAGS`.

@@ -136,7 +136,7 @@ impl GuestBuffer {
     }
 
     /// Copies the bytes from `offset` on into `target`, as many as there are; returns how many.
-    /// For callers without a guest: nothing on the way of a request calls this.
+    /// For file systems whose data are in memory; a guest may change the bytes meanwhile.
     pub fn copy_out(&self, offset: usize, target: &mut [u8]) -> usize {
         let mut done = 0;
         for vec in self.io_vecs(offset) {
@@ -145,6 +145,22 @@ impl GuestBuffer {
             // SAFETY: `iov_base..+n` stays mapped while `self` lives; `to..+n` is `target`'s
             // own, so the two don't overlap.
             unsafe { std::ptr::copy_nonoverlapping(vec.iov_base.cast::<u8>(), to, n) };
+            done += n;
+        }
+        done
+    }
+
+    /// Copies `source` into the buffer from its byte `offset` on, as much as there is room for; returns
+    /// how many bytes. For file systems whose data are in memory; a guest may change the bytes at any
+    /// time.
+    pub fn copy_in(&mut self, offset: usize, source: &[u8]) -> usize {
+        let mut done = 0;
+        for vec in self.io_vecs(offset) {
+            let n = vec.iov_len.min(source.len() - done);
+            let from = source[done..done + n].as_ptr();
+            // SAFETY: `iov_base..+n` stays mapped while `self` lives, and is no memory of `source`'s,
+            // to which a guest has no access, so the two don't overlap.
+            unsafe { std::ptr::copy_nonoverlapping(from, vec.iov_base.cast::<u8>(), n) };
             done += n;
         }
         done

@@ -44,7 +44,7 @@ pub enum SyncKind {
 }
 
 /// The result of an operation on a buffer, and the buffer.
-pub(super) type Transferred = (io::Result<usize>, GuestBuffer);
+pub type Transferred = (io::Result<usize>, GuestBuffer);
 
 thread_local! {
     /// The engine of what `block_on` runs on this thread, if it does.

@@ -15,7 +15,8 @@ mod runtime;
 mod vectored;
 
 pub use buffer::{Guard, GuestBuffer};
-pub use engine::{Engine, SyncKind};
+pub use engine::thread_pool::run as blocking;
+pub use engine::{Engine, SyncKind, Transferred};
 pub use event::Event;
 pub(crate) use event::{takes_writing, writing_blocks};
 pub use file::{Attempt, File, Metadata, WriteMode};

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{Options, Passthrough, Past, Shared};
-use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId};
+use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId, Replay};
 use ringfsd::io::{Lock, LockKind, RecordLock};
 use ringfsd::state::{Limits, Table};
 
@@ -92,7 +92,7 @@ fn use_it(fs: &Passthrough) {
     });
     let locked = fs.lock_file(file, opened, owner).expect("a file to lock");
     locked.try_lock(lock).expect("a lock");
-    fs.note_lock(file, opened, owner, lock);
+    fs.record_lock(file, opened, owner, lock);
 }
 
 impl Scene {
@@ -224,10 +224,10 @@ fn go_on(fs: &Passthrough) {
             }
             let _ = fs.release(node, handle);
         }
-        let number = fs.number_at(node, c"file").unwrap_or_default();
+        let number = fs.inode_at(node, c"file").unwrap_or_default();
         let _ = fs.was_renamed((ROOT, c"other"), (node, c"file"), number);
         let _ = fs.was_removed(ROOT, c"other", number);
-        let _ = (fs.had_seen(node.0), fs.was_forgotten(node, 2));
+        let _ = (fs.recorded_inode(node.0), fs.was_forgotten(node, 2));
         fs.forget(node, 1);
     }
 }

@@ -30,6 +30,7 @@ mod on_demand;
 mod opening;
 mod options;
 mod reach;
+mod replay;
 mod restore;
 mod spare;
 #[cfg(test)]
@@ -69,12 +70,11 @@ use self::restore::{Begun, Records};
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, MoveError, NewNode, NodeId, Opened, Result, Statistics, Terms, Timestamp,
-    XattrFlags,
+    LockOwner, Migrate, NewNode, NodeId, OpenFile, Opened, Replay, Result, Statistics, Terms,
+    Timestamp, XattrFlags,
 };
-use crate::io::{File, Lock, LockKind};
+use crate::io::File;
 use crate::state::Table;
-use crate::state::stream::Snapshot;
 use crate::sys;
 
 /// A directory that is about to be shared.
@@ -402,70 +402,12 @@ impl FileSystem for Passthrough {
         self.terms.set(terms);
     }
 
-    fn serving(&self, unique: u64) {
-        current::set(unique);
-        if let Some(number) = self.begun.seen(unique)
-            && let Some(doing) = self.table().own_doing(unique)
-        {
-            doing.seen(number);
-        }
+    fn replay(&self) -> Option<&dyn Replay> {
+        Some(self)
     }
 
-    fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
-        // One that is forgotten altogether has nothing to give back.
-        self.begun.has_forgotten(unique, node) || self.inodes.any(node).is_none()
-    }
-
-    fn had_seen(&self, unique: u64) -> Option<u64> {
-        self.begun.seen(unique)
-    }
-
-    fn number_at(&self, parent: NodeId, name: &CStr) -> Result<u64> {
-        self.key_at(parent, name)
-            .map(|identity| identity.key.number)
-    }
-
-    fn is_known(&self, parent: NodeId, name: &CStr) -> bool {
-        let there = self.key_at(parent, name);
-        there.is_ok_and(|identity| self.inodes.peek(&identity).is_some())
-    }
-
-    fn was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
-        self.has_lost(parent, name, number)
-    }
-
-    fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool {
-        self.has_moved(from, to, number)
-    }
-
-    fn note_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {
-        match lock {
-            Lock::Record(lock) => self.locks.note(node, owner, lock),
-            Lock::Whole(kind) => {
-                let kind = match kind {
-                    LockKind::Unlock => 0,
-                    LockKind::Shared => 1,
-                    LockKind::Exclusive => 2,
-                };
-                self.handles.note_lock(node, handle, kind);
-            }
-        }
-    }
-
-    fn save(&self) -> std::result::Result<Snapshot, MoveError> {
-        self.take_down()
-    }
-
-    fn lend(&self) {
-        self.lend_locks();
-    }
-
-    fn take_back(&self) {
-        self.take_locks_back();
-    }
-
-    fn load(&self, snapshot: &Snapshot) -> std::result::Result<(), MoveError> {
-        self.go_on_from(snapshot)
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        Some(self)
     }
 
     fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
@@ -648,15 +590,16 @@ impl FileSystem for Passthrough {
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
-        self.kill_set_id_of_open(&self.file_to_change(node, handle)?)
+        self.kill_set_id_of_open(&self.file_of(node, handle, HandleKind::File, true)?)
     }
 
-    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
-        self.file_of(node, handle, kind, false)
+    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
+        self.file_of(node, handle, kind, false).map(OpenFile::Host)
     }
 
-    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
         self.file_of(node, handle, HandleKind::File, true)
+            .map(OpenFile::Host)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
@@ -671,8 +614,8 @@ impl FileSystem for Passthrough {
         self.locks.end(node, owner);
     }
 
-    fn whole_file_system(&self, node: NodeId) -> Result<File> {
-        self.whole(node)
+    fn whole_file_system(&self, node: NodeId) -> Result<OpenFile> {
+        self.whole(node).map(OpenFile::Host)
     }
 
     fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {
@@ -781,7 +724,7 @@ impl FileSystem for Passthrough {
     }
 
     fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {
-        let file = self.file(node, handle, HandleKind::File)?;
+        let file = self.file_of(node, handle, HandleKind::File, false)?;
         let to = match whence.cast_signed() {
             libc::SEEK_DATA => SeekFrom::Data(offset),
             libc::SEEK_HOLE => SeekFrom::Hole(offset),

@@ -47,10 +47,13 @@ fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
 impl<F: FileSystem + ?Sized> Session<F> {
     /// Says what `request` intends, if it can't be done twice, and it is going to be done at all.
     pub(super) fn intend<E: Exchange>(&self, exchange: &mut E, request: &Request<'_>) {
+        let Some(replay) = self.fs.replay() else {
+            return;
+        };
         let (caller, node) = (&request.caller, request.node);
         let is_there = |name| self.fs.getxattr_len(caller, node, name).is_ok();
         let takes_effect = match request.operation {
-            Operation::Link { name, .. } => self.fs.number_at(node, name) == Err(Errno::NOENT),
+            Operation::Link { name, .. } => replay.inode_at(node, name) == Err(Errno::NOENT),
             Operation::Setxattr { name, flags, .. } => {
                 flags.contains(XattrFlags::CREATE) && !is_there(name)
             }
@@ -70,20 +73,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
         intent: Intent,
         room: usize,
     ) -> Result<Answer> {
+        let Some(replay) = self.fs.replay() else {
+            return self.metadata(request, room);
+        };
         let node = request.node;
-        let done = match (self.fs.had_seen(request.unique), &request.operation) {
+        let done = match (replay.recorded_inode(request.unique), &request.operation) {
             (Some(number), Operation::Rename { from, to, .. }) => {
-                self.fs.was_renamed((node, from), *to, number)
+                replay.was_renamed((node, from), *to, number)
             }
             (Some(number), Operation::Unlink { name } | Operation::Rmdir { name }) => {
-                self.fs.was_removed(node, name, number)
+                replay.was_removed(node, name, number)
             }
             _ => false,
         };
         if done {
             return Ok(Answer::Done);
         }
-        let known = new_name(&request.operation).is_some_and(|name| self.fs.is_known(node, name));
+        let known = new_name(&request.operation).is_some_and(|name| replay.is_known(node, name));
         let answer = self.metadata(request, room);
         let Err(errno) = answer else {
             return answer;
@@ -171,7 +177,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// FORGET, by a request that a process before this one may have done.
     pub(super) fn forget_again(&self, unique: u64, node: NodeId, count: u64) {
-        if !self.fs.was_forgotten(node, unique) {
+        let replay = self.fs.replay();
+        if !replay.is_some_and(|replay| replay.was_forgotten(node, unique)) {
             self.fs.forget(node, count);
         }
     }

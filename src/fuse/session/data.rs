@@ -11,12 +11,12 @@ use rustix::io::Errno;
 
 use super::again::append_again;
 use super::{Outcome, Session};
-use crate::fs::{FileSystem, Handle, HandleKind, NodeId};
+use crate::fs::{FileSystem, Handle, HandleKind, NodeId, OpenFile};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
 use crate::fuse::reply::{Answer, send_filled};
 use crate::fuse::request::{Copying, Range, Request};
 use crate::fuse::{Exchange, OUT_HEADER_LEN};
-use crate::io::{Attempt, File, SyncKind, WriteMode};
+use crate::io::{Attempt, SyncKind, Transferred, WriteMode, blocking};
 
 /// Most bytes of one COPY_FILE_RANGE: what the host's kernel moves in one call at most
 /// (`MAX_RW_COUNT`), and a count that fits into the reply.
@@ -33,12 +33,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let unique = request.unique;
         let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
         let len = usize::try_from(range.size).unwrap_or(usize::MAX).min(room);
-        let (file, mut buffer) = match self
+        let opened = self
             .fs
             .file(request.node, range.handle, HandleKind::File)
-            .and_then(|file| Ok((file, exchange.reply_buffer(len).ok_or(Errno::INVAL)?)))
-        {
-            Ok(both) => both,
+            .and_then(|file| Ok((file, exchange.reply_buffer(len).ok_or(Errno::INVAL)?)));
+        let (file, mut buffer) = match opened {
+            Ok((OpenFile::Host(file), buffer)) => (file, buffer),
+            Ok((OpenFile::Object(object), buffer)) => {
+                let read = object.read(buffer, range.offset);
+                return self.filled_by(exchange, unique, read);
+            }
             Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
         let filled = match file.try_read_at(&mut buffer, range.offset) {
@@ -54,9 +58,21 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return self.now(exchange, unique, Err(errno(&error)));
             }
         };
+        self.filled_by(exchange, unique, async move {
+            file.read_at_from(buffer, filled, range.offset).await
+        })
+    }
+
+    /// Answers a READ once `read` has filled the room of the reply.
+    fn filled_by<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        unique: u64,
+        read: impl Future<Output = Transferred> + 'static,
+    ) -> Outcome {
         let session = Arc::clone(self);
         self.later(async move {
-            let (result, buffer) = file.read_at_from(buffer, filled, range.offset).await;
+            let (result, buffer) = read.await;
             drop(buffer);
             match result {
                 Ok(n) => send_filled(exchange, unique, n),
@@ -76,20 +92,34 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
         let opened = self.fs.file_to_change(request.node, range.handle);
-        let (file, buffer) = match opened.and_then(|file| {
+        let both = opened.and_then(|file| {
             let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
-            if request.caller.kill_set_id {
+            if request.caller.kill_set_id && !self.fs.may_block() {
                 self.fs.kill_set_id(request.node, range.handle)?;
             }
             Ok((file, payload))
-        }) {
-            Ok(both) => both,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
-        };
+        });
         let mode = WriteMode {
             // A guest that collects writes has found the end of the file already.
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
+        };
+        let (file, buffer) = match both {
+            Ok((OpenFile::Host(file), buffer)) if !self.fs.may_block() => (file, buffer),
+            Ok((file, buffer)) => {
+                let session = Arc::clone(self);
+                let kill = request
+                    .caller
+                    .kill_set_id
+                    .then_some((request.node, range.handle));
+                return self.after(exchange, request, Ok(()), async move |()| {
+                    session.kill_set_id_where_it_may_block(kill).await?;
+                    let (result, buffer) = file.write(mode, buffer, range.offset).await;
+                    drop(buffer);
+                    result.map(written)
+                });
+            }
+            Err(errno) => return self.now(exchange, unique, Err(errno)),
         };
         let begun = match mode.append {
             true => append_again(&mut exchange, &file),
@@ -133,7 +163,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             SyncKind::All
         };
         let file = self.fs.file(request.node, handle, of);
-        self.after(exchange, request, file, async move |file: File| {
+        self.after(exchange, request, file, async move |file: OpenFile| {
             file.sync(kind).await.map(done)
         })
     }
@@ -145,7 +175,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         request: &Request<'_>,
     ) -> Outcome {
         let file = self.fs.whole_file_system(request.node);
-        self.after(exchange, request, file, async |file: File| {
+        self.after(exchange, request, file, async |file: OpenFile| {
             file.sync_file_system().await.map(done)
         })
     }
@@ -159,7 +189,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
         let file = self.file_to_change(request, request.node, handle);
-        self.after(exchange, request, file, async move |file: File| {
+        let session = Arc::clone(self);
+        self.after(exchange, request, file, async move |(file, kill)| {
+            session.kill_set_id_where_it_may_block(kill).await?;
             file.allocate(mode, offset, len).await.map(done)
         })
     }
@@ -176,38 +208,51 @@ impl<F: FileSystem + ?Sized> Session<F> {
             let to = self.file_to_change(request, copying.to_node, copying.to)?;
             Ok((from, to))
         });
-        self.after(
-            exchange,
-            request,
-            files,
-            async move |(from, to): (File, File)| {
-                let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
-                let n = from
-                    .copy_range_to(copying.from_offset, &to, copying.to_offset, len, 0)
-                    .await?;
-                Ok(if copying.wide {
-                    let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
-                    Answer::Copied(CopyFileRangeOut { bytes_copied })
-                } else {
-                    written(n)
-                })
-            },
-        )
+        let session = Arc::clone(self);
+        self.after(exchange, request, files, async move |(from, (to, kill))| {
+            session.kill_set_id_where_it_may_block(kill).await?;
+            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
+            let n = from
+                .copy_to(copying.from_offset, to, copying.to_offset, len)
+                .await?;
+            Ok(if copying.wide {
+                let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
+                Answer::Copied(CopyFileRangeOut { bytes_copied })
+            } else {
+                written(n)
+            })
+        })
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may.
+    /// whether its caller may keep set-user-ID bits: only a superuser may. What is left to do about them
+    /// where that may block comes with it.
     fn file_to_change(
         &self,
         request: &Request<'_>,
         node: NodeId,
         handle: Handle,
-    ) -> Result<File, Errno> {
+    ) -> Result<(OpenFile, Option<(NodeId, Handle)>), Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        if request.caller.uid != 0 && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
-            self.fs.kill_set_id(node, handle)?;
+        if request.caller.uid == 0 || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
+            return Ok((file, None));
         }
-        Ok(file)
+        if self.fs.may_block() {
+            return Ok((file, Some((node, handle))));
+        }
+        self.fs.kill_set_id(node, handle)?;
+        Ok((file, None))
+    }
+
+    async fn kill_set_id_where_it_may_block(
+        self: Arc<Self>,
+        file: Option<(NodeId, Handle)>,
+    ) -> io::Result<()> {
+        let Some((node, handle)) = file else {
+            return Ok(());
+        };
+        blocking(move || self.fs.kill_set_id(node, handle)).await??;
+        Ok(())
     }
 
     /// Does `act` with what is `ready`, and answers then; at once if nothing is.

@@ -49,7 +49,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         owner: LockOwner,
         lock: RecordLock,
     ) -> Result<Answer> {
-        let open = self.fs.file(node, handle, HandleKind::File)?;
+        let open = self.fs.file(node, handle, HandleKind::File)?.host()?;
         let found = match self.fs.lock_file_if_any(node, owner) {
             Some(own) => own.lock_in_the_way(lock),
             None => open.lock_in_the_way(lock),
@@ -87,7 +87,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             let result = file.lock(locking.lock, wait.ended()).await;
             if result.is_ok() {
                 let Locking { handle, owner, .. } = locking;
-                session.fs.note_lock(node, handle, owner, locking.lock);
+                session.record_lock(node, handle, owner, locking.lock);
             }
             // Both before the guest hears of it: it may use the name again, and close the file.
             drop((wait, file));
@@ -96,11 +96,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
+    fn record_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {
+        if let Some(replay) = self.fs.replay() {
+            replay.record_lock(node, handle, owner, lock);
+        }
+    }
+
     /// Sets a lock at once, or answers what to wait with.
     fn lock_or_wait(&self, request: &Request<'_>, locking: &Locking) -> Result<Option<Arc<File>>> {
         let (node, handle) = (request.node, locking.handle);
         let file = match locking.lock {
-            Lock::Whole(_) => Arc::new(self.fs.file(node, handle, HandleKind::File)?),
+            Lock::Whole(_) => Arc::new(self.fs.file(node, handle, HandleKind::File)?.host()?),
             Lock::Record(RecordLock {
                 kind: LockKind::Unlock,
                 ..
@@ -113,7 +119,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         };
         match file.try_lock(locking.lock).map_err(|error| errno(&error)) {
             Ok(()) => {
-                self.fs.note_lock(node, handle, locking.owner, locking.lock);
+                self.record_lock(node, handle, locking.owner, locking.lock);
                 Ok(None)
             }
             Err(Errno::AGAIN) if locking.wait => Ok(Some(file)),

@@ -6,6 +6,7 @@
 //! doesn't hear of.
 
 mod again;
+mod blocking;
 mod data;
 mod gate;
 mod inode_flags;
@@ -69,6 +70,8 @@ pub struct Session<F: ?Sized> {
     /// The flags of `negotiated`, for the requests that go by them. Set before `ready`.
     agreed: AtomicU64,
     negotiated: Mutex<Option<Negotiated>>,
+    /// How many sessions have ended. Changes while the gate is closed, and is read inside: `Relaxed`.
+    ended: AtomicU64,
     counters: Counters,
     /// Requests are in it while they are served; sessions begin and end while nobody is.
     gate: Gate,
@@ -86,6 +89,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             ready: AtomicBool::new(false),
             agreed: AtomicU64::new(0),
             negotiated: Mutex::new(None),
+            ended: AtomicU64::new(0),
             counters: Counters::default(),
             gate: Gate::default(),
             waiting: Arc::default(),
@@ -143,6 +147,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     fn disagree(&self, _closed: &Closed<'_>) {
         self.ready.store(false, Ordering::Release);
+        self.ended.fetch_add(1, Ordering::Relaxed);
         self.remember(None);
         *self
             .negotiated
@@ -154,10 +159,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Answers one request, now or later.
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-        let request = match fetch(&mut exchange, &mut inline, &mut spilled)
-            .and_then(|bytes| decode_as(bytes, self.agreed()))
-        {
-            Ok(request) => request,
+        let fetched = fetch(&mut exchange, &mut inline, &mut spilled)
+            .and_then(|bytes| Ok((bytes, decode_as(bytes, self.agreed())?)));
+        let (bytes, request) = match fetched {
+            Ok(both) => both,
             Err(error) => {
                 self.refuse(exchange, &error);
                 return Outcome::Done;
@@ -169,7 +174,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
         let _inside = self.gate.enter();
         exchange.note(request.unique);
-        self.fs.serving(request.unique);
+        if let Some(replay) = self.fs.replay() {
+            replay.begin_request(request.unique);
+        }
         match request.operation {
             Operation::Forget { count } => {
                 self.forget(&exchange, request.unique, (request.node, count));
@@ -193,7 +200,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             _ => {}
         }
         match self.admit(&request, exchange.writable()) {
-            Ok(()) => self.answer(exchange, &request),
+            Ok(()) => self.answer(exchange, &request, bytes),
             Err(errno) => {
                 self.finish(exchange, request.unique, Err(errno));
                 Outcome::Done
@@ -213,7 +220,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    fn answer<E: Exchange>(self: &Arc<Self>, mut exchange: E, request: &Request<'_>) -> Outcome {
+    /// Answers `request`, which was decoded from `bytes`.
+    fn answer<E: Exchange>(
+        self: &Arc<Self>,
+        mut exchange: E,
+        request: &Request<'_>,
+        bytes: &[u8],
+    ) -> Outcome {
         match request.operation {
             Operation::Read(range) => return self.read(exchange, request, range),
             Operation::Write { range, mode } => {
@@ -238,6 +251,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Syncfs => return self.syncfs(exchange, request),
             Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
             _ => {}
+        }
+        if self.fs.may_block() {
+            return self.metadata_blocking(exchange, request.unique, bytes);
         }
         let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
         let answer = match exchange.begun() {

@@ -4,7 +4,7 @@
 //! invariant: a session that was loaded is whole, and one that could not be is none.
 
 use super::{Session, terms};
-use crate::fs::{FileSystem, MoveError};
+use crate::fs::{FileSystem, Migrate, MoveError};
 use crate::fuse::abi::InitFlags;
 use crate::fuse::init::{self, Negotiated};
 use crate::state::stream::{self, Agreement};
@@ -18,7 +18,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// See [`MoveError`].
     pub fn save(&self) -> Result<Vec<u8>, MoveError> {
         let _closed = self.gate.close();
-        let mut snapshot = self.fs.save()?;
+        let mut snapshot = self.migrate()?.save()?;
         snapshot.agreement = self.negotiated().map(|negotiated| Agreement {
             minor: negotiated.minor,
             flags: negotiated.flags.bits(),
@@ -33,12 +33,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// What was saved has been sent: another server may have what one alone can have.
     pub fn lend(&self) {
         let _closed = self.gate.close();
-        self.fs.lend();
+        if let Some(migrate) = self.fs.migrate() {
+            migrate.release_for_migration();
+        }
     }
 
     /// The session goes on here; does nothing unless something was lent.
     pub fn take_back(&self) {
-        self.fs.take_back();
+        if let Some(migrate) = self.fs.migrate() {
+            migrate.reacquire();
+        }
     }
 
     /// Goes on from what another server has saved. What was there is forgotten.
@@ -67,7 +71,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
             self.fs.begin(&terms(negotiated.flags));
         }
-        if let Err(error) = self.fs.load(&snapshot) {
+        if let Err(error) = self.migrate().and_then(|migrate| migrate.load(&snapshot)) {
             self.end(&closed);
             return Err(error);
         }
@@ -77,5 +81,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             self.remember(Some(negotiated.words()));
         }
         Ok(())
+    }
+
+    fn migrate(&self) -> Result<&dyn Migrate, MoveError> {
+        self.fs.migrate().ok_or(MoveError::Unsupported)
     }
 }

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use crate::fs::{
     Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, HandleKind, Label,
-    NewNode, NodeId, Opened, Result, Statistics, Timestamp, XattrFlags,
+    NewNode, NodeId, OpenFile, Opened, Result, Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 
@@ -275,10 +275,10 @@ impl FileSystem for OneDirectory {
         Ok(())
     }
 
-    fn file(&self, _: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {
+    fn file(&self, _: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
         self.note(format!("file {kind:?}"));
         if handle == HANDLE {
-            Ok(self.file.clone())
+            Ok(OpenFile::Host(self.file.clone()))
         } else {
             Err(Errno::BADF)
         }

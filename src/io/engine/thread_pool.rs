@@ -102,7 +102,7 @@ pub(super) async fn allocate(
         .map_err(io::Error::from)
 }
 
-/// Runs `call` on a thread of the runtime that may wait.
+/// Runs `call`, which may block, on a thread of the current runtime that may wait.
 ///
 /// Dropping the future doesn't stop the call.
 ///
@@ -113,7 +113,7 @@ pub(super) async fn allocate(
 /// # Panics
 ///
 /// Outside of a runtime, and as `call` does.
-pub(in crate::io) async fn run<R, C>(call: C) -> io::Result<R>
+pub async fn run<R, C>(call: C) -> io::Result<R>
 where
     R: Send + 'static,
     C: FnOnce() -> R + Send + 'static,

@@ -13,6 +13,10 @@ mod names;
 mod save;
 mod search;
 
+use super::Passthrough;
+use crate::fs::{Migrate, MoveError};
+use crate::state::stream::Snapshot;
+
 /// How the source describes inodes to the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MigrationMode {
@@ -44,4 +48,22 @@ pub struct MigrationOptions {
     pub verify_handles: bool,
     /// The source looks whether each path leads to its inode, before it tells it.
     pub confirm_paths: bool,
+}
+
+impl Migrate for Passthrough {
+    fn save(&self) -> Result<Snapshot, MoveError> {
+        self.take_down()
+    }
+
+    fn release_for_migration(&self) {
+        self.lend_locks();
+    }
+
+    fn reacquire(&self) {
+        self.take_locks_back();
+    }
+
+    fn load(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
+        self.go_on_from(snapshot)
+    }
 }

@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::Duration;
 
 use super::*;
-use crate::fs::{HandleKind, NewTime, Timestamp};
+use crate::fs::{HandleKind, NewTime, OpenFile, Timestamp};
 
 const SOME_TIME: Timestamp = Timestamp {
     seconds: 1_000_000_000,
@@ -220,7 +220,11 @@ fn a_file_without_a_name_stays_usable_while_it_is_open() {
             rig.change(node, None, mode(0o600)).unwrap().mode & 0o7777,
             0o600
         );
-        let file = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+        let file = rig
+            .fs
+            .file(node, opened.handle, HandleKind::File)
+            .and_then(OpenFile::host)
+            .unwrap();
         let mut bytes = [0; 10];
         let read = rustix::io::pread(&file, &mut bytes, 0).unwrap();
         assert_eq!(&bytes[..read], b"con\0");

@@ -3,14 +3,18 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
 use super::*;
-use crate::fs::{HandleKind, Terms};
+use crate::fs::{HandleKind, OpenFile, Terms};
 
 const NOREPLACE: u32 = libc::RENAME_NOREPLACE;
 const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
 const WHITEOUT: u32 = libc::RENAME_WHITEOUT;
 
 fn flags_of(rig: &Rig, node: NodeId, opened: Opened) -> rustix::fs::OFlags {
-    let file = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+    let file = rig
+        .fs
+        .file(node, opened.handle, HandleKind::File)
+        .and_then(OpenFile::host)
+        .unwrap();
     rustix::fs::fcntl_getfl(&file).unwrap()
 }
 
@@ -19,7 +23,10 @@ fn create_makes_a_file_and_opens_it() {
     in_each_mode(|rig| {
         let before = rig.descriptors();
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o640).unwrap();
-        let file = rig.fs.file(entry.node, opened.handle, HandleKind::File);
+        let file = rig
+            .fs
+            .file(entry.node, opened.handle, HandleKind::File)
+            .and_then(OpenFile::host);
         rustix::io::pwrite(file.unwrap(), b"hello", 0).unwrap();
         assert_eq!(std::fs::read_to_string(rig.path("file")).unwrap(), "hello");
         assert_eq!(rig.node("file"), entry.node);
@@ -308,6 +315,7 @@ fn holes_and_data_are_found() {
         let file = rig
             .fs
             .file(entry.node, opened.handle, HandleKind::File)
+            .and_then(OpenFile::host)
             .unwrap();
         rustix::io::pwrite(&file, b"data", 1 << 20).unwrap();
         let seek = |offset, whence: i32| {

@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::fs::Migrate;
 use crate::fs::passthrough::tests::restored::either_way;
 
 /// Runs `test` with inodes remembered by file handle, and by name.

@@ -5,8 +5,8 @@ use std::mem::ManuallyDrop;
 use rustix::fs::AtFlags;
 
 use super::*;
-use crate::fs::HandleKind;
 use crate::fs::passthrough::{Past, Restored, Shared};
+use crate::fs::{HandleKind, OpenFile, Replay};
 use crate::io::{Lock, LockKind, RecordLock};
 use crate::state::Table;
 
@@ -55,7 +55,11 @@ pub(super) fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
 }
 
 fn read(rig: &Rig, node: NodeId, handle: Handle) -> Vec<u8> {
-    let file = rig.fs.file(node, handle, HandleKind::File).unwrap();
+    let file = rig
+        .fs
+        .file(node, handle, HandleKind::File)
+        .and_then(OpenFile::host)
+        .unwrap();
     let mut bytes = [0; 64];
     let len = rustix::io::pread(&file, &mut bytes, 0).unwrap();
     bytes[..len].to_vec()
@@ -126,6 +130,7 @@ fn an_unlinked_file_lives_on_with_its_descriptor() {
         let file = rig
             .fs
             .file(entry.node, opened.handle, HandleKind::File)
+            .and_then(OpenFile::host)
             .unwrap();
         rustix::io::pwrite(&file, b"precious", 0).unwrap();
         drop(file);
@@ -161,18 +166,26 @@ fn locks_are_held_still_or_again() {
         ] {
             file.try_lock(Lock::Record(one)).unwrap();
             rig.fs
-                .note_lock(node, opened.handle, owner, Lock::Record(one));
+                .record_lock(node, opened.handle, owner, Lock::Record(one));
         }
         drop(file);
         let whole = Lock::Whole(LockKind::Exclusive);
-        let open = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+        let open = rig
+            .fs
+            .file(node, opened.handle, HandleKind::File)
+            .and_then(OpenFile::host)
+            .unwrap();
         open.try_lock(whole).unwrap();
-        rig.fs.note_lock(node, opened.handle, owner, whole);
+        rig.fs.record_lock(node, opened.handle, owner, whole);
         drop(open);
         let rig = killed(rig);
         if !bequeathed {
             // What a process holds goes with it.
-            let old = rig.fs.file(node, opened.handle, HandleKind::File).unwrap();
+            let old = rig
+                .fs
+                .file(node, opened.handle, HandleKind::File)
+                .and_then(OpenFile::host)
+                .unwrap();
             old.try_lock(Lock::Whole(LockKind::Unlock)).unwrap();
             let old = rig.fs.lock_file(node, opened.handle, owner).unwrap();
             let all = lock(LockKind::Unlock, 0, i64::MAX.cast_unsigned());
@@ -197,25 +210,25 @@ fn what_was_not_answered_does_not_count() {
     either_way(&Options::default(), |rig, bequeathed| {
         rig.host_file("file", "content");
         rig.host_file("new", "");
-        rig.fs.serving(2);
+        rig.fs.begin_request(2);
         let node = rig.node("file");
         rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
         // Each by a thread that got no further.
         let stop = std::sync::Barrier::new(4);
         let (unheard, new) = std::thread::scope(|scope| {
             scope.spawn(|| {
-                rig.fs.serving(4);
+                rig.fs.begin_request(4);
                 rig.find(ROOT, "file").unwrap();
                 stop.wait();
             });
             let opening = scope.spawn(|| {
-                rig.fs.serving(6);
+                rig.fs.begin_request(6);
                 let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
                 stop.wait();
                 opened
             });
             let finding = scope.spawn(|| {
-                rig.fs.serving(8);
+                rig.fs.begin_request(8);
                 let node = rig.node("new");
                 stop.wait();
                 node
@@ -223,7 +236,7 @@ fn what_was_not_answered_does_not_count() {
             stop.wait();
             (opening.join().unwrap(), finding.join().unwrap())
         });
-        rig.fs.serving(0);
+        rig.fs.begin_request(0);
         // The guest has heard of the first two alone.
         let (rig, restored) = killed(rig).next(bequeathed, &[4, 6, 8]);
         assert_eq!((restored.inodes, restored.files), (2, 1));
@@ -240,7 +253,7 @@ fn a_forget_counts_once() {
         rig.host_file("file", "content");
         let node = rig.node("file");
         rig.find(ROOT, "file").unwrap();
-        rig.fs.serving(10);
+        rig.fs.begin_request(10);
         rig.fs.forget(node, 1);
         let (rig, _) = killed(rig).next(bequeathed, &[10]);
         assert!(rig.fs.was_forgotten(node, 10));
@@ -292,25 +305,25 @@ fn what_was_seen_before_it_was_removed_is_known_afterwards() {
     either_way(&Options::default(), |rig, bequeathed| {
         let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();
         let node = rig.node("file");
-        rig.fs.serving(20);
+        rig.fs.begin_request(20);
         assert_eq!(
             rig.fs.unlink(&SUPERUSER, ROOT, c"absent"),
             Err(Errno::NOENT)
         );
         let of_another_thread = std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                rig.fs.serving(22);
+                rig.fs.begin_request(22);
                 rig.fs.unlink(&SUPERUSER, ROOT, c"file").unwrap();
             });
             thread.join()
         });
         of_another_thread.unwrap();
         let (rig, _) = killed(rig).next(bequeathed, &[20, 22]);
-        assert_eq!(rig.fs.had_seen(20), None, "it was not there");
-        assert_eq!(rig.fs.had_seen(22), Some(number));
+        assert_eq!(rig.fs.recorded_inode(20), None, "it was not there");
+        assert_eq!(rig.fs.recorded_inode(22), Some(number));
         assert!(rig.fs.was_removed(ROOT, c"file", number));
         rig.host_file("other", "");
-        let other = rig.fs.number_at(ROOT, c"other").unwrap();
+        let other = rig.fs.inode_at(ROOT, c"other").unwrap();
         assert!(!rig.fs.was_removed(ROOT, c"other", other), "it is there");
         assert_eq!(rig.attributes(node).is_ok(), bequeathed);
     });
@@ -321,10 +334,10 @@ fn each_lookup_counts_once_whoever_counted_last() {
     either_way(&Options::default(), |rig, bequeathed| {
         rig.host_file("file", "");
         let look_up = |unique| {
-            rig.fs.serving(unique);
+            rig.fs.begin_request(unique);
             rig.find(ROOT, "file").unwrap().node
         };
-        rig.fs.serving(0);
+        rig.fs.begin_request(0);
         let node = rig.node("file");
         // Not answered, and counted over by one that was.
         look_up(30);

@@ -1,7 +1,7 @@
 //! What the guest has closed is opened again without opening it.
 
 use super::*;
-use crate::fs::HandleKind;
+use crate::fs::{HandleKind, OpenFile};
 
 /// Opens the file and closes it again; answers how many are put by then.
 fn open_and_close(rig: &Rig, node: NodeId, flags: u32) -> usize {
@@ -33,7 +33,11 @@ fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
         let again = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
         assert_eq!((rig.fs.spares.count(), rig.descriptors()), (0, known + 1));
         std::fs::write(path, "after").unwrap();
-        let file = rig.fs.file(node, again.handle, HandleKind::File).unwrap();
+        let file = rig
+            .fs
+            .file(node, again.handle, HandleKind::File)
+            .and_then(OpenFile::host)
+            .unwrap();
         assert_eq!(file.metadata().unwrap().stx_size, 5);
         let other = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
         assert_ne!(again.handle, other.handle);

@@ -1,11 +1,39 @@
-//! What can go wrong when a guest's session is moved to another server.
+//! What a file system offers so that a guest's session can be migrated to another server.
 //!
-//! The invariant: whoever gets such an error has a session without anything in it, or, where it was
-//! to be saved, the one that he had.
+//! The invariant: after an error from [`Migrate::load`] the session is empty once it is reset, and after
+//! one from [`Migrate::save`] it is unchanged.
 
 use rustix::io::Errno;
 
-use crate::state::stream::StreamError;
+use crate::state::stream::{Snapshot, StreamError};
+
+/// Lets another server continue the session from a stream.
+///
+/// A file system without it can't be migrated; the VMM's request is refused.
+pub trait Migrate {
+    /// All that the session holds, for another server; changes nothing here. Called while no request is
+    /// in flight.
+    ///
+    /// # Errors
+    ///
+    /// See [`MoveError`].
+    fn save(&self) -> Result<Snapshot, MoveError>;
+
+    /// Releases what only one server can hold, such as locks: the snapshot has been sent.
+    fn release_for_migration(&self);
+
+    /// Takes back what was released, as the session continues here after all.
+    fn reacquire(&self);
+
+    /// Continues from what another server saved. Called after
+    /// [`FileSystem::reset`](super::FileSystem::reset) and
+    /// [`FileSystem::begin`](super::FileSystem::begin), while no request is in flight.
+    ///
+    /// # Errors
+    ///
+    /// See [`MoveError`]. Parts of the session may be there until the next reset.
+    fn load(&self, snapshot: &Snapshot) -> Result<(), MoveError>;
+}
 
 /// Why a session can't be moved.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,61 @@
+//! Requests that a previous process has begun: what the passthrough tells of them.
+//!
+//! The invariant: a request counts as done only if what is there now shows it.
+
+use std::ffi::CStr;
+
+use super::{Passthrough, current};
+use crate::fs::{Handle, LockOwner, NodeId, Replay, Result};
+use crate::io::{Lock, LockKind};
+
+impl Replay for Passthrough {
+    fn begin_request(&self, unique: u64) {
+        current::set(unique);
+        if let Some(number) = self.begun.seen(unique)
+            && let Some(doing) = self.table().own_doing(unique)
+        {
+            doing.seen(number);
+        }
+    }
+
+    fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
+        // One that is forgotten altogether has nothing to give back.
+        self.begun.has_forgotten(unique, node) || self.inodes.any(node).is_none()
+    }
+
+    fn recorded_inode(&self, unique: u64) -> Option<u64> {
+        self.begun.seen(unique)
+    }
+
+    fn inode_at(&self, parent: NodeId, name: &CStr) -> Result<u64> {
+        self.key_at(parent, name)
+            .map(|identity| identity.key.number)
+    }
+
+    fn is_known(&self, parent: NodeId, name: &CStr) -> bool {
+        let there = self.key_at(parent, name);
+        there.is_ok_and(|identity| self.inodes.peek(&identity).is_some())
+    }
+
+    fn was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
+        self.has_lost(parent, name, number)
+    }
+
+    fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool {
+        self.has_moved(from, to, number)
+    }
+
+    fn record_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {
+        match lock {
+            Lock::Record(lock) => self.locks.note(node, owner, lock),
+            Lock::Whole(kind) => {
+                let kind = match kind {
+                    LockKind::Unlock => 0,
+                    LockKind::Shared => 1,
+                    LockKind::Exclusive => 2,
+                };
+                self.handles.note_lock(node, handle, kind);
+            }
+        }
+    }
+}

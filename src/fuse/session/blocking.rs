@@ -1,0 +1,48 @@
+//! Metadata of a file system whose methods may block.
+//!
+//! The request is served on a thread of the runtime that may wait, so that neither the worker nor other
+//! requests wait for it. The invariant: nothing is done there for a session that has ended meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::io::Errno;
+
+use super::data::errno;
+use super::{Outcome, Session};
+use crate::fs::FileSystem;
+use crate::fuse::reply::Answer;
+use crate::fuse::request::decode_as;
+use crate::fuse::{Exchange, OUT_HEADER_LEN};
+use crate::io::blocking;
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// Serves the request in `bytes` on a thread that may wait, and answers `exchange` then.
+    pub(super) fn metadata_blocking<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        unique: u64,
+        bytes: &[u8],
+    ) -> Outcome {
+        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+        let ended = self.ended.load(Ordering::Relaxed);
+        let (session, bytes) = (Arc::clone(self), Box::<[u8]>::from(bytes));
+        let served = blocking(move || session.serve_copy(&bytes, room, ended));
+        let session = Arc::clone(self);
+        self.later(async move {
+            let answer = served.await.unwrap_or_else(|error| Err(errno(&error)));
+            session.finish(exchange, unique, answer);
+        })
+    }
+
+    /// Serves the request in `bytes`, unless more sessions than `ended` have ended.
+    fn serve_copy(&self, bytes: &[u8], room: usize, ended: u64) -> Result<Answer, Errno> {
+        self.fs.prepare_thread().map_err(|error| errno(&error))?;
+        let _inside = self.gate.enter();
+        if self.ended.load(Ordering::Relaxed) != ended {
+            return Err(Errno::IO);
+        }
+        let request = decode_as(bytes, self.agreed()).map_err(|error| error.errno())?;
+        self.metadata(&request, room)
+    }
+}
