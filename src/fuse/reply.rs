@@ -13,7 +13,6 @@ use super::abi::{
     LseekOut, OpenOut, OutHeader, StatfsOut, Statx, StatxOut, StatxTime, WriteOut, attr_flags,
     open_reply_flags,
 };
-use super::request::Operation;
 use super::{Exchange, OUT_HEADER_LEN};
 use crate::fs::{Attributes, Entry, Opened, Statistics, Timestamp};
 use crate::io::{LockKind, RecordLock};
@@ -70,35 +69,6 @@ pub(super) fn send_error<E: Exchange>(exchange: E, unique: u64, errno: Errno) {
 /// Sends the reply to `unique` whose `filled` bytes are in place.
 pub(super) fn send_filled<E: Exchange>(exchange: E, unique: u64, filled: usize) {
     exchange.reply_filled(&header(unique, 0, filled), filled);
-}
-
-/// The room a reply needs behind its header whatever the answer; operations that are asked for
-/// a number of bytes do with less, so they count none.
-pub(super) fn room_needed(operation: &Operation<'_>) -> usize {
-    match operation {
-        Operation::Init(_) => size_of::<InitOut>(),
-        Operation::Lookup { .. }
-        | Operation::Symlink { .. }
-        | Operation::Mknod { .. }
-        | Operation::Mkdir { .. }
-        | Operation::Link { .. } => size_of::<EntryOut>(),
-        Operation::LookupSelf | Operation::LookupParent => size_of::<EntryOut>(),
-        Operation::Statx { .. } => size_of::<StatxOut>(),
-        Operation::Create { .. } | Operation::Tmpfile { .. } => {
-            const { size_of::<EntryOut>() + size_of::<OpenOut>() }
-        }
-        Operation::Getattr { .. } | Operation::Setattr { .. } => size_of::<AttrOut>(),
-        Operation::Open { .. } | Operation::Opendir { .. } => size_of::<OpenOut>(),
-        Operation::Write { .. } => size_of::<WriteOut>(),
-        Operation::CopyFileRange(_) => size_of::<CopyFileRangeOut>(),
-        Operation::Statfs => size_of::<StatfsOut>(),
-        Operation::Lseek { .. } => size_of::<LseekOut>(),
-        Operation::Getlk { .. } => size_of::<LkOut>(),
-        Operation::Getxattr { size: 0, .. } | Operation::Listxattr { size: 0 } => {
-            size_of::<GetxattrOut>()
-        }
-        _ => 0,
-    }
 }
 
 /// An inode, as LOOKUP answers it.

@@ -13,7 +13,7 @@ pub use flags::{
     InitFlags, attr_flags, fsync_flags, getattr_flags, ioctl_flags, lk_flags, open_flags,
     open_reply_flags, setattr_valid, setxattr_flags, write_flags,
 };
-pub use opcode::Opcode;
+pub use opcode::{Arguments, Guard, Handler, Opcode, ReplayClass, Row, UNKNOWN};
 pub use structures::{
     AccessIn, Attr, AttrOut, BatchForgetIn, BmapIn, BmapOut, CopyFileRangeIn, CopyFileRangeOut,
     CreateIn, Dirent, EntryOut, ExtHeader, FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne,

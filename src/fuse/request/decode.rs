@@ -3,10 +3,10 @@
 use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
-use super::extensions::{EXTENSIONS_MAX, Extensions, behind_names, may_follow};
+use super::extensions::{EXTENSIONS_MAX, Extensions};
 use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
 use crate::fs::{Caller, Changes, Handle, Label, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
-use crate::fuse::abi::{self, InHeader, InitFlags, Opcode, setattr_valid};
+use crate::fuse::abi::{self, Handler, InHeader, InitFlags, Opcode, Row, UNKNOWN, setattr_valid};
 use crate::io::{Lock, LockKind, RecordLock, SyncKind, WriteMode};
 
 /// Length of the header that begins every request, in bytes.
@@ -84,130 +84,50 @@ pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
 ///
 /// As [`decode()`].
 pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeError> {
-    let setxattr_ext = agreed.contains(InitFlags::SETXATTR_EXT);
     let (header, behind) = in_header(bytes)?;
     let failed = |fault| DecodeError {
         unique: Some(header.unique),
         opcode: Some(header.opcode),
         fault,
     };
-    let mut operation = operation(&header, behind, setxattr_ext).map_err(failed)?;
-    if !operation.is_kernels_own() {
+    let row = row(&header);
+    let decoded = match Opcode::from_number(header.opcode) {
+        Some(opcode) => operation(opcode, Body::of(&header, behind, agreed).map_err(failed)?),
+        None => Ok(Operation::Unserved.into()),
+    };
+    let Decoded {
+        operation,
+        kill_set_id,
+        group,
+    } = decoded.map_err(failed)?;
+    // Others are asked for by the guest's kernel itself, with no user and on no node. FORGET of node 0
+    // does no harm, so it belongs to them.
+    if matches!(
+        row.handler,
+        Handler::Metadata | Handler::Data | Handler::Lock
+    ) {
         node(header.nodeid).map_err(failed)?;
         id(header.uid).map_err(failed)?;
         id(header.gid).map_err(failed)?;
     }
-    let extensions = extensions(&header, behind, agreed).map_err(failed)?;
-    operation.set_label(extensions.label);
     Ok(Request {
         unique: header.unique,
         opcode: header.opcode,
+        row,
         node: NodeId(header.nodeid),
         caller: Caller {
             uid: header.uid,
             gid: header.gid,
             pid: header.pid,
-            kill_set_id: kill_set_id(&header, behind, setxattr_ext),
-            group: extensions.group,
+            kill_set_id,
+            group,
         },
         operation,
     })
 }
 
-/// Whether a request says that its caller may not keep set-id bits. The flag stands with the
-/// arguments of each operation that has it; no kernel sets it unless that was agreed on.
-fn kill_set_id(header: &InHeader, arguments: &[u8], setxattr_ext: bool) -> bool {
-    let mut arguments = Arguments(arguments);
-    let (flags, flag) = match Opcode::from_number(header.opcode) {
-        Some(Opcode::Open) => (
-            arguments.take().map(|args: abi::OpenIn| args.open_flags),
-            abi::open_flags::KILL_SUIDGID,
-        ),
-        Some(Opcode::Create | Opcode::Tmpfile) => (
-            arguments.take().map(|args: abi::CreateIn| args.open_flags),
-            abi::open_flags::KILL_SUIDGID,
-        ),
-        Some(Opcode::Write) => (
-            arguments.take().map(|args: abi::WriteIn| args.write_flags),
-            abi::write_flags::KILL_SUIDGID,
-        ),
-        Some(Opcode::Setattr) => (
-            arguments.take().map(|args: abi::SetattrIn| args.valid),
-            setattr_valid::KILL_SUIDGID,
-        ),
-        Some(Opcode::Setxattr) if setxattr_ext => (
-            arguments
-                .take()
-                .map(|args: abi::SetxattrExtIn| args.setxattr_flags),
-            abi::setxattr_flags::ACL_KILL_SGID,
-        ),
-        _ => return false,
-    };
-    flags.is_ok_and(|flags| flags & flag != 0)
-}
-
-/// What a request says behind its arguments, if that was agreed on.
-fn extensions<'a>(
-    header: &InHeader,
-    behind: &'a [u8],
-    agreed: InitFlags,
-) -> Result<Extensions<'a>, Fault> {
-    let Some(opcode) = Opcode::from_number(header.opcode).filter(|one| may_follow(*one)) else {
-        return Ok(Extensions::default());
-    };
-    let told = behind
-        .get(..arguments_len(header)?)
-        .ok_or(Fault::Truncated)?;
-    let (arguments, counted) = told
-        .len()
-        .checked_sub(extensions_len(header))
-        .and_then(|at| told.split_at_checked(at))
-        .ok_or(Fault::Extensions)?;
-    let labels = agreed.contains(InitFlags::SECURITY_CTX);
-    let groups = agreed.contains(InitFlags::CREATE_SUPP_GROUP);
-    let all = if !counted.is_empty() && (labels || groups) {
-        Extensions::parse(counted)?
-    } else if counted.is_empty() && labels {
-        Extensions::parse(behind_names(opcode, arguments))?
-    } else {
-        Extensions::default()
-    };
-    Ok(Extensions {
-        label: all.label.filter(|_| labels),
-        group: all.group.filter(|_| groups),
-    })
-}
-
-/// Bytes of extensions, as the header says.
-fn extensions_len(header: &InHeader) -> usize {
-    usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT)
-}
-
-impl<'a> Operation<'a> {
-    fn set_label(&mut self, of_new: Option<Label<'a>>) {
-        match self {
-            Self::Symlink { label, .. } => *label = of_new,
-            Self::Mknod { new, .. }
-            | Self::Mkdir { new, .. }
-            | Self::Create { new, .. }
-            | Self::Tmpfile { new, .. } => new.label = of_new,
-            _ => {}
-        }
-    }
-
-    /// Whether the guest's kernel asks for itself, with no user and on no node. FORGET of node
-    /// 0 does no harm, so it belongs here.
-    fn is_kernels_own(&self) -> bool {
-        matches!(
-            self,
-            Self::Init(_)
-                | Self::Destroy
-                | Self::Interrupt { .. }
-                | Self::Forget { .. }
-                | Self::BatchForget(_)
-                | Self::Unserved
-        )
-    }
+fn row(header: &InHeader) -> &'static Row {
+    Opcode::from_number(header.opcode).map_or(&UNKNOWN, Opcode::row)
 }
 
 fn in_header(bytes: &[u8]) -> Result<(InHeader, &[u8]), DecodeError> {
@@ -232,99 +152,108 @@ fn arguments_len(header: &InHeader) -> Result<usize, Fault> {
 }
 
 fn limit(header: &InHeader) -> Limit {
-    let Some(opcode) = Opcode::from_number(header.opcode) else {
-        return Limit {
-            bytes: 0,
-            beyond: None,
-        };
-    };
-    let (bytes, beyond) = match opcode {
-        Opcode::Write => (size_of::<abi::WriteIn>(), None),
-        Opcode::BatchForget => (BATCH_FORGET_MAX, Some(Fault::Length(header.len))),
-        Opcode::Setxattr => (SETXATTR_MAX, Some(Fault::XattrValue)),
-        Opcode::Getxattr | Opcode::Removexattr => (NAMES_MAX, Some(Fault::XattrName)),
-        made if may_follow(made) => (NAMES_MAX + EXTENSIONS_MAX, Some(Fault::NameLength)),
-        Opcode::Lookup
-        | Opcode::Unlink
-        | Opcode::Rmdir
-        | Opcode::Rename
-        | Opcode::Rename2
-        | Opcode::Link => (NAMES_MAX, Some(Fault::NameLength)),
-        _ => (STRUCTURE_MAX, None),
+    let (bytes, beyond) = match row(header).arguments {
+        abi::Arguments::Ignored => (0, None),
+        abi::Arguments::Structure => (STRUCTURE_MAX, None),
+        abi::Arguments::Names => (NAMES_MAX, Some(Fault::NameLength)),
+        abi::Arguments::NamesAndExtensions => (NAMES_MAX + EXTENSIONS_MAX, Some(Fault::NameLength)),
+        abi::Arguments::XattrName => (NAMES_MAX, Some(Fault::XattrName)),
+        abi::Arguments::XattrValue => (SETXATTR_MAX, Some(Fault::XattrValue)),
+        abi::Arguments::Forgets => (BATCH_FORGET_MAX, Some(Fault::Length(header.len))),
+        abi::Arguments::Write => (size_of::<abi::WriteIn>(), None),
     };
     Limit { bytes, beyond }
 }
 
-/// Decodes what is asked for from the bytes `behind` the header.
-fn operation<'a>(
-    header: &InHeader,
-    behind: &'a [u8],
-    setxattr_ext: bool,
-) -> Result<Operation<'a>, Fault> {
-    let Some(opcode) = Opcode::from_number(header.opcode) else {
-        return Ok(Operation::Unserved);
-    };
-    let told = arguments_len(header)?;
-    let limit = limit(header);
-    if told > limit.bytes
-        && let Some(fault) = limit.beyond
-    {
-        return Err(fault);
+/// What follows the header of a request.
+struct Body<'a> {
+    /// The arguments, as far as they are looked at.
+    arguments: Arguments<'a>,
+    /// Extensions, where the header counts them.
+    extensions: &'a [u8],
+    /// Bytes of data behind the arguments.
+    data: usize,
+    /// What INIT has agreed on.
+    agreed: InitFlags,
+}
+
+impl<'a> Body<'a> {
+    fn of(header: &InHeader, behind: &'a [u8], agreed: InitFlags) -> Result<Self, Fault> {
+        let told = arguments_len(header)?;
+        let limit = limit(header);
+        if told > limit.bytes
+            && let Some(fault) = limit.beyond
+        {
+            return Err(fault);
+        }
+        let extensions_len = usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT);
+        let without = told.checked_sub(extensions_len).ok_or(Fault::Extensions)?;
+        let bytes = behind
+            .get(..told.min(limit.bytes))
+            .ok_or(Fault::Truncated)?;
+        let (arguments, extensions) = bytes.split_at_checked(without).unwrap_or((bytes, &[]));
+        Ok(Self {
+            arguments: Arguments(arguments),
+            extensions,
+            data: without.saturating_sub(arguments.len()),
+            agreed,
+        })
     }
-    let without_extensions = told
-        .checked_sub(extensions_len(header))
-        .ok_or(Fault::Extensions)?;
-    let bytes = behind
-        .get(..told.min(limit.bytes))
-        .ok_or(Fault::Truncated)?;
-    let bytes = bytes.get(..without_extensions).unwrap_or(bytes);
-    let mut arguments = Arguments(bytes);
-    match opcode {
-        Opcode::Init => Ok(Operation::Init(arguments.init()?)),
-        Opcode::Destroy => Ok(Operation::Destroy),
-        Opcode::Interrupt => Ok(Operation::Interrupt {
-            unique: arguments.take::<abi::InterruptIn>()?.unique,
-        }),
-        Opcode::Statfs => Ok(Operation::Statfs),
-        Opcode::Syncfs => {
-            arguments.take::<abi::SyncfsIn>()?;
-            Ok(Operation::Syncfs)
-        }
-        Opcode::Read
-        | Opcode::Write
-        | Opcode::Readdir
-        | Opcode::Readdirplus
-        | Opcode::Open
-        | Opcode::Opendir
-        | Opcode::Create
-        | Opcode::Tmpfile
-        | Opcode::Ioctl
-        | Opcode::Release
-        | Opcode::Releasedir
-        | Opcode::Flush
-        | Opcode::Getlk
-        | Opcode::Setlk
-        | Opcode::Setlkw
-        | Opcode::Fsync
-        | Opcode::Fsyncdir
-        | Opcode::Fallocate
-        | Opcode::Lseek
-        | Opcode::CopyFileRange
-        | Opcode::CopyFileRange64 => {
-            let data = without_extensions.saturating_sub(bytes.len());
-            on_open_file(opcode, arguments, data)
-        }
-        _ => on_node(opcode, arguments, setxattr_ext),
+
+    /// What the request says behind its names, if that was agreed on. Linux before 6.3 doesn't count a
+    /// label.
+    fn extensions(&self) -> Result<Extensions<'a>, Fault> {
+        let labels = self.agreed.contains(InitFlags::SECURITY_CTX);
+        let groups = self.agreed.contains(InitFlags::CREATE_SUPP_GROUP);
+        let all = if !self.extensions.is_empty() && (labels || groups) {
+            Extensions::parse(self.extensions)?
+        } else if self.extensions.is_empty() && labels {
+            Extensions::parse(self.arguments.0)?
+        } else {
+            Extensions::default()
+        };
+        Ok(Extensions {
+            label: all.label.filter(|_| labels),
+            group: all.group.filter(|_| groups),
+        })
     }
 }
 
-/// Operations on nodes, names and extended attributes.
-fn on_node(
-    opcode: Opcode,
-    mut arguments: Arguments<'_>,
-    setxattr_ext: bool,
-) -> Result<Operation<'_>, Fault> {
-    Ok(match opcode {
+/// An operation, and what the request says of its caller.
+struct Decoded<'a> {
+    operation: Operation<'a>,
+    /// The caller may not keep set-ID bits. No kernel says so unless that was agreed on.
+    kill_set_id: bool,
+    /// The directory's group, if the caller is in that besides its own.
+    group: Option<u32>,
+}
+
+impl<'a> From<Operation<'a>> for Decoded<'a> {
+    fn from(operation: Operation<'a>) -> Self {
+        Self {
+            operation,
+            kill_set_id: false,
+            group: None,
+        }
+    }
+}
+
+/// Decodes what is asked for.
+fn operation(opcode: Opcode, mut body: Body<'_>) -> Result<Decoded<'_>, Fault> {
+    let mut kill_set_id = false;
+    let mut group = None;
+    let arguments = &mut body.arguments;
+    let operation = match opcode {
+        Opcode::Init => Operation::Init(arguments.init()?),
+        Opcode::Destroy => Operation::Destroy,
+        Opcode::Interrupt => Operation::Interrupt {
+            unique: arguments.take::<abi::InterruptIn>()?.unique,
+        },
+        Opcode::Statfs => Operation::Statfs,
+        Opcode::Syncfs => {
+            arguments.take::<abi::SyncfsIn>()?;
+            Operation::Syncfs
+        }
         Opcode::Lookup => match arguments.0 {
             [b'.', 0, ..] => Operation::LookupSelf,
             [b'.', b'.', 0, ..] => Operation::LookupParent,
@@ -356,40 +285,52 @@ fn on_node(
         Opcode::Setattr => {
             let args: abi::SetattrIn = arguments.take()?;
             let handle = given_handle(args.valid, setattr_valid::FH, args.fh);
+            kill_set_id = args.valid & setattr_valid::KILL_SUIDGID != 0;
             Operation::Setattr {
                 handle,
                 changes: changes(&args)?,
             }
         }
         Opcode::Readlink => Operation::Readlink,
-        Opcode::Symlink => Operation::Symlink {
-            name: arguments.name()?,
-            target: arguments.target()?,
-            label: None,
-        },
+        Opcode::Symlink => {
+            let (name, target) = (arguments.name()?, arguments.target()?);
+            let extensions = body.extensions()?;
+            group = extensions.group;
+            Operation::Symlink {
+                name,
+                target,
+                label: extensions.label,
+            }
+        }
         Opcode::Mknod => {
             let abi::MknodIn {
                 mode, rdev, umask, ..
             } = arguments.take()?;
+            let name = arguments.name()?;
+            let extensions = body.extensions()?;
+            group = extensions.group;
             Operation::Mknod {
-                name: arguments.name()?,
+                name,
                 new: NewNode {
                     mode,
                     umask,
                     rdev,
-                    label: None,
+                    label: extensions.label,
                 },
             }
         }
         Opcode::Mkdir => {
             let abi::MkdirIn { mode, umask } = arguments.take()?;
+            let name = arguments.name()?;
+            let extensions = body.extensions()?;
+            group = extensions.group;
             Operation::Mkdir {
-                name: arguments.name()?,
+                name,
                 new: NewNode {
                     mode,
                     umask,
                     rdev: 0,
-                    label: None,
+                    label: extensions.label,
                 },
             }
         }
@@ -401,11 +342,11 @@ fn on_node(
         },
         Opcode::Rename => {
             let args: abi::RenameIn = arguments.take()?;
-            rename(&mut arguments, args.newdir, 0)?
+            rename(arguments, args.newdir, 0)?
         }
         Opcode::Rename2 => {
             let args: abi::Rename2In = arguments.take()?;
-            rename(&mut arguments, args.newdir, args.flags)?
+            rename(arguments, args.newdir, args.flags)?
         }
         Opcode::Link => {
             let args: abi::LinkIn = arguments.take()?;
@@ -422,11 +363,16 @@ fn on_node(
             Operation::Access { mask }
         }
         Opcode::Setxattr => {
-            let args: abi::SetxattrIn = arguments.take()?;
-            if setxattr_ext {
-                let rest = const { size_of::<abi::SetxattrExtIn>() - size_of::<abi::SetxattrIn>() };
-                arguments.bytes(rest)?;
-            }
+            let args = if body.agreed.contains(InitFlags::SETXATTR_EXT) {
+                let args: abi::SetxattrExtIn = arguments.take()?;
+                kill_set_id = args.setxattr_flags & abi::setxattr_flags::ACL_KILL_SGID != 0;
+                abi::SetxattrIn {
+                    size: args.size,
+                    flags: args.flags,
+                }
+            } else {
+                arguments.take()?
+            };
             let flags = xattr_flags(args.flags)?;
             let name = arguments.xattr_name()?;
             let size = usize::try_from(args.size).map_err(|_huge| Fault::XattrValue)?;
@@ -452,56 +398,45 @@ fn on_node(
         Opcode::Removexattr => Operation::Removexattr {
             name: arguments.xattr_name()?,
         },
-        _ => Operation::Unserved,
-    })
-}
-
-/// Operations that open files, are on open files, or end them; `data` bytes follow the
-/// arguments, beyond those in `arguments`.
-fn on_open_file(
-    opcode: Opcode,
-    mut arguments: Arguments<'_>,
-    data: usize,
-) -> Result<Operation<'_>, Fault> {
-    Ok(match opcode {
-        Opcode::Open => Operation::Open {
-            flags: open_flags(arguments.take()?),
-        },
+        Opcode::Open => {
+            let args: abi::OpenIn = arguments.take()?;
+            kill_set_id = args.open_flags & abi::open_flags::KILL_SUIDGID != 0;
+            Operation::Open {
+                flags: open_flags(args),
+            }
+        }
         Opcode::Opendir => Operation::Opendir {
             flags: open_flags(arguments.take()?),
         },
         Opcode::Create => {
             let args: abi::CreateIn = arguments.take()?;
+            let name = arguments.name()?;
+            let extensions = body.extensions()?;
+            group = extensions.group;
+            kill_set_id = args.open_flags & abi::open_flags::KILL_SUIDGID != 0;
             Operation::Create {
-                name: arguments.name()?,
-                flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
-                new: NewNode {
-                    mode: args.mode,
-                    umask: args.umask,
-                    rdev: 0,
-                    label: None,
-                },
+                name,
+                flags: created_flags(&args),
+                new: created(&args, extensions.label),
             }
         }
         Opcode::Tmpfile => {
             let args: abi::CreateIn = arguments.take()?;
             // The name is for show; Linux says "/", which no entry could have.
             arguments.string()?;
+            let extensions = body.extensions()?;
+            group = extensions.group;
+            kill_set_id = args.open_flags & abi::open_flags::KILL_SUIDGID != 0;
             Operation::Tmpfile {
-                flags: args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned(),
-                new: NewNode {
-                    mode: args.mode,
-                    umask: args.umask,
-                    rdev: 0,
-                    label: None,
-                },
+                flags: created_flags(&args),
+                new: created(&args, extensions.label),
             }
         }
         Opcode::Ioctl => {
             let args: abi::IoctlIn = arguments.take()?;
             Operation::Ioctl {
                 handle: Handle(args.fh),
-                ioctl: ioctl(&args, arguments)?,
+                ioctl: ioctl(&args, body.arguments)?,
             }
         }
         Opcode::Read => {
@@ -512,9 +447,10 @@ fn on_open_file(
         Opcode::Write => {
             let args: abi::WriteIn = arguments.take()?;
             extent(args.offset, u64::from(args.size))?;
-            if usize::try_from(args.size).map_or(true, |size| size > data) {
+            if usize::try_from(args.size).map_or(true, |size| size > body.data) {
                 return Err(Fault::Truncated);
             }
+            kill_set_id = args.write_flags & abi::write_flags::KILL_SUIDGID != 0;
             Operation::Write {
                 range: range(args.fh, args.offset, args.size),
                 mode: write_mode(args.flags.cast_signed()),
@@ -592,8 +528,30 @@ fn on_open_file(
                 wide: opcode == Opcode::CopyFileRange64,
             })
         }
-        _ => Operation::Unserved,
+        Opcode::Bmap
+        | Opcode::Poll
+        | Opcode::NotifyReply
+        | Opcode::Setupmapping
+        | Opcode::Removemapping => Operation::Unserved,
+    };
+    Ok(Decoded {
+        operation,
+        kill_set_id,
+        group,
     })
+}
+
+fn created_flags(args: &abi::CreateIn) -> u32 {
+    args.flags & (OPEN_FLAGS | libc::O_EXCL).cast_unsigned()
+}
+
+fn created<'a>(args: &abi::CreateIn, label: Option<Label<'a>>) -> NewNode<'a> {
+    NewNode {
+        mode: args.mode,
+        umask: args.umask,
+        rdev: 0,
+        label,
+    }
 }
 
 /// Numbers are of uapi `linux/fs.h`. The plain flags are a long by their numbers and an int in
@@ -698,7 +656,7 @@ fn range(fh: u64, offset: u64, size: u32) -> Range {
     }
 }
 
-fn released(mut arguments: Arguments<'_>) -> Result<Handle, Fault> {
+fn released(arguments: &mut Arguments<'_>) -> Result<Handle, Fault> {
     Ok(Handle(arguments.take::<abi::ReleaseIn>()?.fh))
 }
 

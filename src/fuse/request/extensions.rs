@@ -10,7 +10,7 @@ use super::Fault;
 use super::arguments::{Arguments, id};
 use crate::fs::Label;
 use crate::fuse::abi::{
-    self, EXT_GROUPS, EXT_UNIT, ExtHeader, MAX_SECURITY_CONTEXTS, Opcode, Secctx, SuppGroups,
+    EXT_GROUPS, EXT_UNIT, ExtHeader, MAX_SECURITY_CONTEXTS, Secctx, SuppGroups,
 };
 
 /// What a label's name begins with: what else is an extended attribute is none.
@@ -27,30 +27,6 @@ pub(super) const EXTENSIONS_MAX: usize = LABEL_MAX + 1024;
 pub(super) struct Extensions<'a> {
     pub(super) label: Option<Label<'a>>,
     pub(super) group: Option<u32>,
-}
-
-/// Whether a request of this sort may have extensions that are looked at.
-pub(super) fn may_follow(opcode: Opcode) -> bool {
-    matches!(
-        opcode,
-        Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Create | Opcode::Tmpfile
-    )
-}
-
-/// What of the `arguments` to `opcode` follows the names.
-pub(super) fn behind_names(opcode: Opcode, arguments: &[u8]) -> &[u8] {
-    let (structure, names) = match opcode {
-        Opcode::Symlink => (0, 2),
-        Opcode::Mknod => (size_of::<abi::MknodIn>(), 1),
-        Opcode::Mkdir => (size_of::<abi::MkdirIn>(), 1),
-        _ => (size_of::<abi::CreateIn>(), 1),
-    };
-    let mut rest = arguments.get(structure..).unwrap_or_default();
-    for _ in 0..names {
-        let mut parts = rest.splitn(2, |byte| *byte == 0);
-        rest = parts.nth(1).unwrap_or_default();
-    }
-    rest
 }
 
 impl<'a> Extensions<'a> {

@@ -20,7 +20,7 @@ use zerocopy::FromBytes;
 pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub use fault::{DecodeError, Fault};
 
-use super::abi::{ForgetOne, InitIn};
+use super::abi::{ForgetOne, InitIn, Row};
 use crate::fs::{
     Caller, Changes, Handle, InodeFlags, Label, LockOwner, NewNode, NodeId, XattrFlags,
 };
@@ -33,6 +33,8 @@ pub struct Request<'a> {
     pub unique: u64,
     /// The operation's number, for counting.
     pub opcode: u32,
+    /// The opcode's row in the table.
+    pub row: &'static Row,
     /// The node the operation is on; meaningless for the few that are on none.
     pub node: NodeId,
     /// Who asks.

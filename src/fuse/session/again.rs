@@ -13,8 +13,9 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::Session;
-use crate::fs::{Entry, FileSystem, NodeId, Result, Timestamp};
+use crate::fs::{Entry, FileSystem, NodeId, Replay, Result, Timestamp};
 use crate::fuse::Exchange;
+use crate::fuse::abi::{Guard, ReplayClass};
 use crate::fuse::exchange::Intent;
 use crate::fuse::reply::{Answer, entry_out, open_out};
 use crate::fuse::request::{Operation, Request};
@@ -33,7 +34,21 @@ fn stamp() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What is made with a new name.
+/// Whether the previous process has completed this removal or rename.
+fn is_completed(replay: &dyn Replay, request: &Request<'_>) -> bool {
+    let Some(number) = replay.recorded_inode(request.unique) else {
+        return false;
+    };
+    match request.operation {
+        Operation::Rename { from, to, .. } => replay.was_renamed((request.node, from), to, number),
+        Operation::Unlink { name } | Operation::Rmdir { name } => {
+            replay.was_removed(request.node, name, number)
+        }
+        _ => false,
+    }
+}
+
+/// The name of a new inode.
 fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
     match *operation {
         Operation::Mkdir { name, .. }
@@ -45,81 +60,98 @@ fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Says what `request` intends, if it can't be done twice, and it is going to be done at all.
+    /// Records what `request` intends, if serving it twice differs from serving it once, and if it is
+    /// going to take effect at all.
     pub(super) fn intend<E: Exchange>(&self, exchange: &mut E, request: &Request<'_>) {
-        let Some(replay) = self.fs.replay() else {
+        let (ReplayClass::Guarded(guard), Some(replay)) = (request.row.replay, self.fs.replay())
+        else {
             return;
         };
         let (caller, node) = (&request.caller, request.node);
         let is_there = |name| self.fs.getxattr_len(caller, node, name).is_ok();
-        let takes_effect = match request.operation {
-            Operation::Link { name, .. } => replay.inode_at(node, name) == Err(Errno::NOENT),
-            Operation::Setxattr { name, flags, .. } => {
+        let takes_effect = match (guard, request.operation) {
+            (Guard::NewInode, _) => true,
+            (Guard::NewLink, Operation::Link { name, .. }) => {
+                replay.inode_at(node, name) == Err(Errno::NOENT)
+            }
+            (Guard::NewXattr, Operation::Setxattr { name, flags, .. }) => {
                 flags.contains(XattrFlags::CREATE) && !is_there(name)
             }
-            Operation::Removexattr { name } => is_there(name),
-            ref operation => new_name(operation).is_some(),
+            (Guard::XattrRemoval, Operation::Removexattr { name }) => is_there(name),
+            (Guard::NewLink | Guard::NewXattr | Guard::XattrRemoval, _) => false,
+            // What these go by is recorded where they take effect.
+            (
+                Guard::Removal | Guard::Rename | Guard::Release | Guard::Forget | Guard::Append,
+                _,
+            ) => false,
         };
         if takes_effect {
             exchange.intend([SAID, stamp(), 0, 0]);
         }
     }
 
-    /// Serves a request that a process before this one has begun, and may have done; `intent` is
-    /// what it had said.
+    /// Serves a request that the previous process has begun, and may have completed; `intent` is what
+    /// that had recorded.
     pub(super) fn metadata_again(
         &self,
         request: &Request<'_>,
         intent: Intent,
         room: usize,
     ) -> Result<Answer> {
-        let Some(replay) = self.fs.replay() else {
+        let (ReplayClass::Guarded(guard), Some(replay)) = (request.row.replay, self.fs.replay())
+        else {
             return self.metadata(request, room);
         };
-        let node = request.node;
-        let done = match (replay.recorded_inode(request.unique), &request.operation) {
-            (Some(number), Operation::Rename { from, to, .. }) => {
-                replay.was_renamed((node, from), *to, number)
+        // The error that a request is answered with which the previous process has completed.
+        let completed = match guard {
+            Guard::Removal | Guard::Rename => {
+                return if is_completed(replay, request) {
+                    Ok(Answer::Done)
+                } else {
+                    self.metadata(request, room)
+                };
             }
-            (Some(number), Operation::Unlink { name } | Operation::Rmdir { name }) => {
-                replay.was_removed(node, name, number)
+            Guard::NewInode => {
+                let is_known = |name| replay.is_known(request.node, name);
+                let known = new_name(&request.operation).is_some_and(is_known);
+                return match (self.metadata(request, room), new_name(&request.operation)) {
+                    // What the guest knows was not made by a request that it has no answer to.
+                    (Err(Errno::EXIST), Some(name)) if intent[0] == SAID && !known => {
+                        self.made(request, name, intent, Errno::EXIST)
+                    }
+                    (answer, _) => answer,
+                };
             }
-            _ => false,
+            Guard::NewLink => {
+                return match self.metadata(request, room) {
+                    Err(Errno::EXIST) if intent[0] == SAID => self.linked(request),
+                    answer => answer,
+                };
+            }
+            Guard::NewXattr if intent[0] == SAID => Errno::EXIST,
+            Guard::XattrRemoval if intent[0] == SAID => Errno::NODATA,
+            Guard::NewXattr | Guard::XattrRemoval => return self.metadata(request, room),
+            Guard::Release => Errno::BADF,
+            // Not metadata: see `forget_again` and `append_again`.
+            Guard::Forget | Guard::Append => return Err(Errno::NOSYS),
         };
-        if done {
-            return Ok(Answer::Done);
+        match self.metadata(request, room) {
+            Err(errno) if errno == completed => Ok(Answer::Done),
+            answer => answer,
         }
-        let known = new_name(&request.operation).is_some_and(|name| replay.is_known(node, name));
-        let answer = self.metadata(request, room);
-        let Err(errno) = answer else {
-            return answer;
+    }
+
+    /// The answer to a LINK whose name is there, if it leads to the inode; else that it is there.
+    fn linked(&self, request: &Request<'_>) -> Result<Answer> {
+        let Operation::Link { node: old, name } = request.operation else {
+            return Err(Errno::EXIST);
         };
-        let said = intent[0] == SAID;
-        match (&request.operation, errno) {
-            (Operation::Release { .. } | Operation::Releasedir { .. }, Errno::BADF) => {
-                Ok(Answer::Done)
-            }
-            (Operation::Removexattr { .. }, Errno::NODATA)
-            | (Operation::Setxattr { .. }, Errno::EXIST)
-                if said =>
-            {
-                Ok(Answer::Done)
-            }
-            (Operation::Link { node: old, name }, Errno::EXIST) if said => {
-                let entry = self.fs.lookup(&request.caller, node, name)?;
-                if entry.node == *old {
-                    return Ok(Answer::Entry(entry_out(&entry)));
-                }
-                self.fs.forget(entry.node, 1);
-                Err(errno)
-            }
-            // What the guest knows was not made by a request that it has no answer to.
-            (operation, Errno::EXIST) if said && !known => match new_name(operation) {
-                Some(name) => self.made(request, name, intent, errno),
-                None => Err(errno),
-            },
-            _ => Err(errno),
+        let entry = self.fs.lookup(&request.caller, request.node, name)?;
+        if entry.node == old {
+            return Ok(Answer::Entry(entry_out(&entry)));
         }
+        self.fs.forget(entry.node, 1);
+        Err(Errno::EXIST)
     }
 
     /// The answer to who makes `name`, if the process before made it; else the error that it is there.

@@ -14,7 +14,7 @@ use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId, OpenFile};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
 use crate::fuse::reply::{Answer, send_filled};
-use crate::fuse::request::{Copying, Range, Request};
+use crate::fuse::request::{Copying, Operation, Range, Request};
 use crate::fuse::{Exchange, OUT_HEADER_LEN};
 use crate::io::{Attempt, SyncKind, Transferred, WriteMode, blocking};
 
@@ -23,8 +23,34 @@ use crate::io::{Attempt, SyncKind, Transferred, WriteMode, blocking};
 const COPY_MAX: u64 = 0x7fff_f000;
 
 impl<F: FileSystem + ?Sized> Session<F> {
+    /// Serves an operation on the data of an open file.
+    pub(super) fn data<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+    ) -> Outcome {
+        match request.operation {
+            Operation::Read(range) => self.read(exchange, request, range),
+            Operation::Write { range, mode } => self.write(exchange, request, range, mode),
+            Operation::Fsync {
+                handle,
+                data_only,
+                directory,
+            } => self.fsync(exchange, request, (handle, directory), data_only),
+            Operation::Fallocate {
+                handle,
+                offset,
+                len,
+                mode,
+            } => self.fallocate(exchange, request, handle, (offset, len, mode)),
+            Operation::CopyFileRange(copying) => self.copy(exchange, request, copying),
+            Operation::Syncfs => self.syncfs(exchange, request),
+            _ => self.now(exchange, request.unique, Err(Errno::NOSYS)),
+        }
+    }
+
     /// READ: straight into the room of the reply.
-    pub(super) fn read<E: Exchange>(
+    fn read<E: Exchange>(
         self: &Arc<Self>,
         mut exchange: E,
         request: &Request<'_>,
@@ -82,7 +108,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// WRITE: straight from where the guest has the data.
-    pub(super) fn write<E: Exchange>(
+    fn write<E: Exchange>(
         self: &Arc<Self>,
         mut exchange: E,
         request: &Request<'_>,
@@ -145,7 +171,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// FSYNC, and FSYNCDIR where `directory` is true.
-    pub(super) fn fsync<E: Exchange>(
+    fn fsync<E: Exchange>(
         self: &Arc<Self>,
         exchange: E,
         request: &Request<'_>,
@@ -169,11 +195,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// SYNCFS.
-    pub(super) fn syncfs<E: Exchange>(
-        self: &Arc<Self>,
-        exchange: E,
-        request: &Request<'_>,
-    ) -> Outcome {
+    fn syncfs<E: Exchange>(self: &Arc<Self>, exchange: E, request: &Request<'_>) -> Outcome {
         let file = self.fs.whole_file_system(request.node);
         self.after(exchange, request, file, async |file: OpenFile| {
             file.sync_file_system().await.map(done)
@@ -181,7 +203,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// FALLOCATE of `len` bytes from `offset` on, in a `mode` of `fallocate(2)`.
-    pub(super) fn fallocate<E: Exchange>(
+    fn fallocate<E: Exchange>(
         self: &Arc<Self>,
         exchange: E,
         request: &Request<'_>,
@@ -197,7 +219,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// COPY_FILE_RANGE and COPY_FILE_RANGE_64.
-    pub(super) fn copy<E: Exchange>(
+    fn copy<E: Exchange>(
         self: &Arc<Self>,
         exchange: E,
         request: &Request<'_>,

@@ -24,25 +24,35 @@ impl<F: FileSystem + ?Sized> Session<F> {
         NoWaits::new(&self.waiting)
     }
 
-    /// Whether the guest may ask for this lock at all.
-    pub(super) fn admit_lock(&self, operation: &Operation<'_>) -> Result<()> {
-        let needed = match operation {
-            Operation::Getlk { .. } => InitFlags::POSIX_LOCKS,
-            Operation::Setlk(locking) => match locking.lock {
-                Lock::Record(_) => InitFlags::POSIX_LOCKS,
-                Lock::Whole(_) => InitFlags::FLOCK_LOCKS,
-            },
-            _ => return Ok(()),
+    /// Serves GETLK, SETLK or SETLKW, if INIT has agreed on locks of this sort.
+    pub(super) fn lock<E: Exchange>(
+        self: &Arc<Self>,
+        exchange: E,
+        request: &Request<'_>,
+    ) -> Outcome {
+        let needed = match &request.operation {
+            Operation::Setlk(Locking {
+                lock: Lock::Whole(_),
+                ..
+            }) => InitFlags::FLOCK_LOCKS,
+            _ => InitFlags::POSIX_LOCKS,
         };
-        match self.negotiated() {
-            Some(negotiated) if negotiated.flags.contains(needed) => Ok(()),
+        let answer = match request.operation {
+            _ if !self.has_agreed(needed) => Err(Errno::NOSYS),
+            Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
+            Operation::Getlk {
+                handle,
+                owner,
+                lock,
+            } => self.getlk(request.node, handle, owner, lock),
             _ => Err(Errno::NOSYS),
-        }
+        };
+        self.now(exchange, request.unique, answer)
     }
 
     /// GETLK. Who holds the lock in the way is a number that means nothing to the guest, so it
     /// is told 0: nobody that it could name.
-    pub(super) fn getlk(
+    fn getlk(
         &self,
         node: NodeId,
         handle: Handle,
@@ -65,7 +75,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// SETLK, SETLKW and `flock`.
-    pub(super) fn setlk<E: Exchange>(
+    fn setlk<E: Exchange>(
         self: &Arc<Self>,
         exchange: E,
         request: &Request<'_>,

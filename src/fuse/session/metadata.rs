@@ -83,11 +83,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 fs.end_locks(node, owner);
                 fs.flush(caller, node, handle).map(done)
             }
-            Operation::Getlk {
-                handle,
-                owner,
-                lock,
-            } => self.getlk(node, handle, owner, lock),
             Operation::Release { handle } => fs.release(node, handle).map(done),
             Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),
             Operation::Statfs => fs
@@ -102,35 +97,42 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => fs
                 .lseek(node, handle, offset, whence)
                 .map(|offset| Answer::Offset(LseekOut { offset })),
-            _ => self.xattr(request, room),
-        }
-    }
-
-    fn xattr(&self, request: &Request<'_>, room: usize) -> Result<Answer, Errno> {
-        let fs = &*self.fs;
-        let (caller, node) = (&request.caller, request.node);
-        match request.operation {
-            Operation::Setxattr { name, value, flags } => fs
-                .setxattr(caller, node, name, value, flags)
-                .map(|()| Answer::Done),
-            Operation::Removexattr { name } => {
-                fs.removexattr(caller, node, name).map(|()| Answer::Done)
+            Operation::Setxattr { name, value, flags } => {
+                fs.setxattr(caller, node, name, value, flags).map(done)
+            }
+            Operation::Removexattr { name } => fs.removexattr(caller, node, name).map(done),
+            Operation::Getxattr { size: 0, .. } | Operation::Listxattr { size: 0 }
+                if room < size_of::<GetxattrOut>() =>
+            {
+                Err(Errno::INVAL)
             }
             Operation::Getxattr { name, size: 0 } => {
                 fs.getxattr_len(caller, node, name).and_then(xattr_len)
             }
             Operation::Getxattr { name, size } => {
                 let limit = bounded(size, room, XATTR_MAX);
-                let value = fs.getxattr(caller, node, name, limit)?;
-                within(value, limit)
+                within(fs.getxattr(caller, node, name, limit)?, limit)
             }
             Operation::Listxattr { size: 0 } => fs.listxattr_len(caller, node).and_then(xattr_len),
             Operation::Listxattr { size } => {
                 let limit = bounded(size, room, XATTR_MAX);
-                let names = fs.listxattr(caller, node, limit)?;
-                within(names, limit)
+                within(fs.listxattr(caller, node, limit)?, limit)
             }
-            _ => Err(Errno::NOSYS),
+            // The table leads none of these here.
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Interrupt { .. }
+            | Operation::Forget { .. }
+            | Operation::BatchForget(_)
+            | Operation::Read(_)
+            | Operation::Write { .. }
+            | Operation::Fsync { .. }
+            | Operation::Fallocate { .. }
+            | Operation::CopyFileRange(_)
+            | Operation::Syncfs
+            | Operation::Getlk { .. }
+            | Operation::Setlk(_)
+            | Operation::Unserved => Err(Errno::NOSYS),
         }
     }
 

@@ -29,9 +29,9 @@ pub use self::waiting::NoWaits;
 
 use self::gate::{Closed, Gate};
 use self::waiting::Waiting;
-use super::abi::{InitFlags, InitIn, Opcode};
+use super::abi::{Handler, InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
-use super::reply::{Answer, room_needed, send_error};
+use super::reply::{Answer, send_error};
 use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
 use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
 use crate::fs::{FileSystem, NodeId, Terms};
@@ -169,7 +169,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
         };
         self.counters.count_request(request.opcode);
-        if matches!(request.operation, Operation::Init(_) | Operation::Destroy) {
+        if request.row.handler == Handler::Session {
             return self.begin_or_end(exchange, &request);
         }
         let _inside = self.gate.enter();
@@ -177,93 +177,77 @@ impl<F: FileSystem + ?Sized> Session<F> {
         if let Some(replay) = self.fs.replay() {
             replay.begin_request(request.unique);
         }
-        match request.operation {
-            Operation::Forget { count } => {
-                self.forget(&exchange, request.unique, (request.node, count));
+        match request.row.handler {
+            Handler::Forget | Handler::Interrupt => {
+                self.serve_unanswered(&exchange, &request);
                 exchange.no_reply();
-                return Outcome::Done;
-            }
-            Operation::BatchForget(forgets) => {
-                for one in forgets.iter() {
-                    self.forget(&exchange, request.unique, one);
-                }
-                exchange.no_reply();
-                return Outcome::Done;
-            }
-            // A guest needs no answer to this. What doesn't wait for a guest without end, as a
-            // lock may, goes on.
-            Operation::Interrupt { unique } => {
-                self.waiting.interrupt(unique);
-                exchange.no_reply();
-                return Outcome::Done;
-            }
-            _ => {}
-        }
-        match self.admit(&request, exchange.writable()) {
-            Ok(()) => self.answer(exchange, &request, bytes),
-            Err(errno) => {
-                self.finish(exchange, request.unique, Err(errno));
                 Outcome::Done
             }
+            handler => match self.admit(&request, exchange.writable()) {
+                Ok(()) => self.dispatch(exchange, &request, handler, bytes),
+                Err(errno) => self.now(exchange, request.unique, Err(errno)),
+            },
         }
     }
 
     /// Whether `request` may take effect: its time has come, and there is `room` for its reply.
     fn admit(&self, request: &Request<'_>, room: usize) -> Result<(), Errno> {
-        let needed = room_needed(&request.operation).saturating_add(OUT_HEADER_LEN);
-        match request.operation {
+        let needed = request.row.reply.saturating_add(OUT_HEADER_LEN);
+        match request.row.handler {
             _ if room < needed => Err(Errno::INVAL),
-            Operation::Init(_) | Operation::Destroy => Ok(()),
+            Handler::Session => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
-            Operation::Unserved => Err(Errno::NOSYS),
-            ref operation => self.admit_lock(operation),
+            Handler::Unserved => Err(Errno::NOSYS),
+            _ => Ok(()),
         }
     }
 
-    /// Answers `request`, which was decoded from `bytes`.
-    fn answer<E: Exchange>(
+    /// Takes `request`, which was decoded from `bytes`, to its handler.
+    fn dispatch<E: Exchange>(
         self: &Arc<Self>,
         mut exchange: E,
         request: &Request<'_>,
+        handler: Handler,
         bytes: &[u8],
     ) -> Outcome {
+        match handler {
+            Handler::Data => self.data(exchange, request),
+            Handler::Lock => self.lock(exchange, request),
+            Handler::Metadata if self.fs.may_block() => {
+                self.metadata_blocking(exchange, request.unique, bytes)
+            }
+            Handler::Metadata => {
+                let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+                let answer = match exchange.begun() {
+                    Some(intent) => self.metadata_again(request, intent, room),
+                    None => {
+                        self.intend(&mut exchange, request);
+                        self.metadata(request, room)
+                    }
+                };
+                self.now(exchange, request.unique, answer)
+            }
+            Handler::Session | Handler::Forget | Handler::Interrupt | Handler::Unserved => {
+                self.now(exchange, request.unique, Err(Errno::NOSYS))
+            }
+        }
+    }
+
+    /// FORGET, BATCH_FORGET and INTERRUPT.
+    fn serve_unanswered<E: Exchange>(&self, exchange: &E, request: &Request<'_>) {
         match request.operation {
-            Operation::Read(range) => return self.read(exchange, request, range),
-            Operation::Write { range, mode } => {
-                return self.write(exchange, request, range, mode);
+            Operation::Forget { count } => {
+                self.forget(exchange, request.unique, (request.node, count));
             }
-            Operation::Fsync {
-                handle,
-                data_only,
-                directory,
-            } => {
-                return self.fsync(exchange, request, (handle, directory), data_only);
+            Operation::BatchForget(forgets) => {
+                for one in forgets.iter() {
+                    self.forget(exchange, request.unique, one);
+                }
             }
-            Operation::Fallocate {
-                handle,
-                offset,
-                len,
-                mode,
-            } => {
-                return self.fallocate(exchange, request, handle, (offset, len, mode));
-            }
-            Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
-            Operation::Syncfs => return self.syncfs(exchange, request),
-            Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
+            // Only what may wait for a guest without end, as a lock, is stopped.
+            Operation::Interrupt { unique } => self.waiting.interrupt(unique),
             _ => {}
         }
-        if self.fs.may_block() {
-            return self.metadata_blocking(exchange, request.unique, bytes);
-        }
-        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
-        let answer = match exchange.begun() {
-            Some(intent) => self.metadata_again(request, intent, room),
-            None => {
-                self.intend(&mut exchange, request);
-                self.metadata(request, room)
-            }
-        };
-        self.now(exchange, request.unique, answer)
     }
 
     /// INIT and DESTROY, which other requests are kept apart from.
