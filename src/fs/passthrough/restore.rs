@@ -138,6 +138,14 @@ pub(super) fn bequeathed(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedF
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
 }
 
+/// A server's end is not the end of what its guest holds: that ends by FORGET, RELEASE, or with the
+/// guest's session ([`reset`](crate::fs::FileSystem::reset)), and otherwise is the next process's.
+impl Drop for Passthrough {
+    fn drop(&mut self) {
+        self.table().close();
+    }
+}
+
 impl Passthrough {
     /// Takes in what `records` tell of.
     pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
