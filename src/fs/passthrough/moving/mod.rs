@@ -13,6 +13,8 @@ mod names;
 mod save;
 mod search;
 
+pub(super) use self::search::Search;
+
 /// How the source describes inodes to the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MigrationMode {
