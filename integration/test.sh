@@ -78,7 +78,8 @@ if wanted recovery; then
     cargo build --release --locked --package ringfsd-recovery --bin kill
     target/release/kill --mode supervised --kills 60
     target/release/kill --mode supervised --kills 60 -- --runtime tokio
-    target/release/kill --mode state --kills 60
+    target/release/kill --mode state --kills 150
+    target/release/kill --mode state --end both --kills 150
     target/release/kill --mode upgraded --kills 20
 fi
 

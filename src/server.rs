@@ -8,6 +8,7 @@
 mod hand_over;
 mod kept;
 mod outside;
+mod predecessor;
 mod upgrade;
 
 use std::io;
@@ -246,6 +247,8 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {
+                // The connection had done so, as far as is known.
+                service.has_taken_over = true;
                 front::resume(record, device, service, table, stop)
             })?;
             if let Some(over) = self.is_over(end) {
@@ -305,11 +308,15 @@ impl Server {
             self.runtime.engine,
             self.poll,
         )?;
+        let kept = self.keeps && crew.session().negotiated().is_some();
         let mut service = Service {
             crew,
             serving: &self.serving,
+            has_taken_over: false,
         };
         let end = talk(&self.device, &mut service, self.fs.table(), stop);
+        // A connection that came to nothing is not that of the VMM for which the state is kept.
+        let is_a_stranger = kept && !service.has_taken_over;
         let crew = service.crew;
         if matches!(end, Ok(End::Left)) {
             log::info!("asked to leave; all requests are answered");
@@ -317,8 +324,10 @@ impl Server {
             std::mem::forget(crew);
             return Ok(End::Left);
         }
-        // Who is asked to stop leaves to the next one what the guest holds.
-        if !(self.keeps && matches!(end, Ok(End::Stopped))) {
+        // A server that is asked to stop leaves to the next one what the guest holds.
+        let stays = is_a_stranger || self.keeps && matches!(end, Ok(End::Stopped));
+        let had = crew.session().negotiated().is_some();
+        if !stays {
             crew.session().reset();
         }
         let malformed = crew.session().counters().malformed();
@@ -326,13 +335,20 @@ impl Server {
             log::warn!("the guest has sent {malformed} malformed requests");
         }
         crew.dismiss();
-        match end {
+        match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
             Ok(_) => log::info!("the VMM has disconnected"),
-            Err(error) => {
-                log::error!("the session is ended: {}", chain(&error));
-                return Ok(End::Disconnected);
+            Err(error) => log::error!("the session is ended: {}", chain(error)),
+        }
+        match (self.keeps && had, stays) {
+            (false, _) => {}
+            (true, true) if matches!(end, Ok(End::Stopped)) => {
+                log::info!("what the guest holds is kept for the next server");
             }
+            (true, true) => {
+                log::warn!("no queue was started: what the guest holds is kept for its VMM");
+            }
+            (true, false) => log::warn!("what the guest held is given up, as its VMM has gone"),
         }
         Ok(end.unwrap_or(End::Disconnected))
     }
@@ -345,7 +361,9 @@ impl Outfit {
             Listen::Path(path) => {
                 let path = path.clone();
                 Box::new(move || {
-                    let listener = Listener::bind(&path)?;
+                    let bind = || Listener::bind(&path);
+                    let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
+                    let listener = predecessor::wait_while(bind, busy)?;
                     if let Some(group) = group {
                         listener.admit_group(&group)?;
                     }
@@ -482,13 +500,17 @@ fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<Record>, Server
 struct Service<'a, F> {
     crew: Crew<F>,
     serving: &'a Serving,
+    /// The connection has started a queue, or has said what is to become of what the guest holds.
+    has_taken_over: bool,
 }
 
 impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
         // The guest goes on here, perhaps after all.
         self.crew.session().take_back();
-        self.crew.run(queue, kick)
+        self.crew.run(queue, kick)?;
+        self.has_taken_over = true;
+        Ok(())
     }
 
     fn stop(&mut self, index: QueueIndex) -> Option<u16> {
@@ -496,6 +518,10 @@ impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
     }
 
     fn reset(&mut self) {
+        self.has_taken_over = true;
+        if self.crew.session().negotiated().is_some() {
+            log::info!("the VMM has reset the device: what the guest held is given up");
+        }
         self.crew.session().reset();
     }
 
@@ -504,7 +530,8 @@ impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
         self.serving.tell();
     }
 
-    fn device_state(&self) -> Arc<dyn DeviceState> {
+    fn device_state(&mut self) -> Arc<dyn DeviceState> {
+        self.has_taken_over = true;
         Arc::new(Movable(Arc::clone(self.crew.session())))
     }
 }

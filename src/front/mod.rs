@@ -48,7 +48,7 @@ pub trait Runner {
     fn resumed(&mut self) {}
 
     /// What the guest's session is saved and loaded by. By default nothing is.
-    fn device_state(&self) -> Arc<dyn DeviceState> {
+    fn device_state(&mut self) -> Arc<dyn DeviceState> {
         Arc::new(device_state::Stateless)
     }
 }

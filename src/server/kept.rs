@@ -12,6 +12,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::ServerError;
+use super::predecessor::wait_while;
 use crate::config::Config;
 use crate::fs::passthrough::Past;
 use crate::state::{Limits, Table};
@@ -95,10 +96,11 @@ impl Kept {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
         // As long as the file is open, in whichever process.
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) => return Err(ServerError::StateInUse(path.to_owned())),
-            locked => locked.map_err(failed)?,
-        }
+        let lock = || match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) => Err(ServerError::StateInUse(path.to_owned())),
+            locked => locked.map_err(failed),
+        };
+        wait_while(lock, |error| matches!(error, ServerError::StateInUse(_)))?;
         let in_file = |source| ServerError::InStateFile {
             path: path.to_owned(),
             source,

@@ -33,7 +33,7 @@ pub struct HandleFields {
     pub fd: i32,
 }
 
-/// The record of an open file; dropping it ends it.
+/// The record of an open file; dropping it ends it, unless the table is closed.
 #[derive(Debug)]
 pub struct HandleRecord {
     table: Arc<Table>,
@@ -142,6 +142,9 @@ impl HandleRecord {
 
 impl Drop for HandleRecord {
     fn drop(&mut self) {
+        if self.table.is_closed() {
+            return;
+        }
         self.set(STATE, 0);
         self.table.give_back(self.place);
     }

@@ -45,7 +45,7 @@ pub struct InodeFields {
     pub lookups: u64,
 }
 
-/// The record of an inode; dropping it ends it.
+/// The record of an inode; dropping it ends it, unless the table is closed.
 #[derive(Debug)]
 pub struct InodeRecord {
     table: Arc<Table>,
@@ -300,6 +300,9 @@ pub(super) fn with_descriptor(fd: Option<i32>) -> u64 {
 
 impl Drop for InodeRecord {
     fn drop(&mut self) {
+        if self.table.is_closed() {
+            return;
+        }
         let (name, handle) = halves(self.get(TEXTS));
         self.set(STATE, 0);
         self.table.end_text(name);

@@ -44,7 +44,7 @@ pub struct Range {
     pub end: u64,
 }
 
-/// The record of a lock owner; dropping it ends it.
+/// The record of a lock owner; dropping it ends it, unless the table is closed.
 #[derive(Debug)]
 pub struct LockRecord {
     table: Arc<Table>,
@@ -179,6 +179,9 @@ impl LockRecord {
 
 impl Drop for LockRecord {
     fn drop(&mut self) {
+        if self.table.is_closed() {
+            return;
+        }
         let ranges = Place::try_from(self.get(RANGES)).unwrap_or(0);
         self.set(STATE, 0);
         self.table.end_text(ranges);

@@ -24,7 +24,7 @@ mod text;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -97,6 +97,8 @@ pub struct Table {
     slabs: Slabs,
     /// Which half of the threads' room this process has; orders nothing.
     half: AtomicUsize,
+    /// Records that are dropped stay; see [`close`](Self::close).
+    closed: AtomicBool,
 }
 
 /// Reserves the room of some words on the file system, where that can be had.
@@ -151,6 +153,7 @@ impl Table {
         Ok(Arc::new(Self {
             slabs: Slabs::new(&layout, reserved),
             half: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
             words,
             layout,
         }))
@@ -173,6 +176,7 @@ impl Table {
             layout,
             slabs,
             half: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
         };
         table.half.store(table.half_in_use(), Ordering::Relaxed);
         table.check()?;
@@ -183,6 +187,18 @@ impl Table {
     #[must_use]
     pub fn file(&self) -> &OwnedFd {
         self.words.file()
+    }
+
+    /// Ends this process's use of the table: records that are dropped from now on stay in it, for the
+    /// next process. Until then dropping a record ends it.
+    pub fn close(&self) {
+        // Relaxed: whoever drops records afterwards has been handed them by the caller.
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether records stay although they are dropped.
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// Bytes that records and what belongs to them have at this moment.

@@ -33,6 +33,38 @@ fn inode(table: &Table, number: u64) -> InodeFields {
 }
 
 #[test]
+fn records_dropped_after_close_stay() {
+    let table = table();
+    let fields = inode(&table, 10);
+    let open = HandleFields {
+        handle: table.more_handles().0,
+        node: fields.node,
+        directory: false,
+        flags: 0,
+        fd: 17,
+    };
+    let owner = LockFields {
+        owner: 99,
+        node: fields.node,
+        handle: open.handle,
+        fd: 18,
+    };
+    let records = (
+        table.new_inode(&fields, 0).unwrap(),
+        table.new_handle(&open, 0).unwrap(),
+        table.new_lock(&owner).unwrap(),
+    );
+    drop(table.new_inode(&inode(&table, 11), 0));
+    table.close();
+    drop(records);
+    let next = opened(&table).unwrap();
+    let inodes = next.take_inodes();
+    assert_eq!((inodes.len(), inodes[0].number()), (1, 10));
+    assert_eq!(next.take_handles()[0].fields(), open);
+    assert_eq!(next.take_locks()[0].fields(), owner);
+}
+
+#[test]
 fn what_was_written_is_found_again() {
     let table = table();
     let fields = inode(&table, 10);

@@ -228,6 +228,18 @@ impl Server {
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         self.wait();
+        self.start_again(args);
+    }
+
+    /// Starts another server on the same socket and share, which listens when this returns; the one
+    /// from before has ended.
+    pub fn start_again(&mut self, args: &[&str]) {
+        self.launch_again(args);
+        self.wait_for(LISTENING);
+    }
+
+    /// As [`start_again`](Self::start_again), without waiting for anything.
+    pub fn launch_again(&mut self, args: &[&str]) {
         let mut command = command();
         command
             .arg("--socket")
@@ -238,7 +250,6 @@ impl Server {
             .args(args);
         let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
         *self = Self::spawn(command, dir);
-        self.wait_for(LISTENING);
     }
 
     /// Sends a signal, as a launcher would: to the process that it has started.

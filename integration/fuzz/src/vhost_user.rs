@@ -120,7 +120,7 @@ impl Runner for Taking {
         self.resets += 1;
     }
 
-    fn device_state(&self) -> Arc<dyn DeviceState> {
+    fn device_state(&mut self) -> Arc<dyn DeviceState> {
         assert!(self.queues.is_empty(), "all were stopped before");
         Arc::new(Stateful)
     }

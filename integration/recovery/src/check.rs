@@ -28,17 +28,7 @@ fn noticed(guest: &Guest, place: &str, what: &str) -> Failure {
 }
 
 fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failure> {
-    let names: Vec<_> = guest.model.names.iter().map(|(n, k)| (*n, *k)).collect();
-    for (name, key) in names {
-        let dir = guest.model.dirs.get(name.dir).copied().unwrap_or(0);
-        let entry = fs.lookup(dir, &name.c())?;
-        if let Some(node) = guest.model.nodes.get_mut(&key) {
-            node.lookups += 1;
-        }
-        if let Some(what) = guest.is_as(key, entry.nodeid, &entry.attr) {
-            return Err(noticed(guest, &format!("{name:?}"), &what));
-        }
-    }
+    // Before names are looked up, by which the server might find again what it has lost.
     for (key, node) in &guest.model.nodes {
         if node.links == 0 && !guest.nameless {
             // The host has it no more once nobody has it open.
@@ -54,6 +44,17 @@ fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failur
             if node.links > 0 && fs.readlink(node.nodeid)? != *target {
                 return Err(noticed(guest, &place(), "it leads elsewhere"));
             }
+        }
+    }
+    let names: Vec<_> = guest.model.names.iter().map(|(n, k)| (*n, *k)).collect();
+    for (name, key) in names {
+        let dir = guest.model.dirs.get(name.dir).copied().unwrap_or(0);
+        let entry = fs.lookup(dir, &name.c())?;
+        if let Some(node) = guest.model.nodes.get_mut(&key) {
+            node.lookups += 1;
+        }
+        if let Some(what) = guest.is_as(key, entry.nodeid, &entry.attr) {
+            return Err(noticed(guest, &format!("{name:?}"), &what));
         }
     }
     for open in &guest.model.open {

@@ -26,6 +26,10 @@ const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
 /// Open files at the same time.
 const OPEN: usize = 6;
 
+/// Files that never lose their last name, whichever names they have meanwhile: so some are older than
+/// what a server takes for young.
+const LASTING: usize = 4;
+
 /// An act under way.
 #[derive(Debug)]
 struct UnderWay {
@@ -48,6 +52,8 @@ pub(crate) struct Guest {
     under_way: Option<UnderWay>,
     /// Node ids that were forgotten and not yet asked for.
     forgotten: Vec<u64>,
+    /// Files that keep a name to the end.
+    lasting: Vec<Key>,
 }
 
 impl Guest {
@@ -73,6 +79,7 @@ impl Guest {
             listings,
             under_way: None,
             forgotten: Vec::new(),
+            lasting: Vec::new(),
         })
     }
 
@@ -119,23 +126,24 @@ impl Guest {
         }
         loop {
             if let Some(act) = self.propose()
-                && (self.nameless || !self.takes_a_last_name(&act))
+                && !self.takes_a_last_name(&act)
             {
                 return act;
             }
         }
     }
 
-    /// Whether a file that is open would have no name afterwards.
+    /// Whether a file would have no name afterwards that has to have one: one that lasts, or is open.
     fn takes_a_last_name(&self, act: &Act) -> bool {
         let name = match act {
-            Act::Tmpfile(..) => return true,
+            Act::Tmpfile(..) => return !self.nameless,
             Act::Unlink(name) | Act::Rename(_, name, _) => *name,
             _ => return false,
         };
         let is_open = |key| self.model.open.iter().any(|open| open.key == key);
+        let needed = |key| self.lasting.contains(&key) || !self.nameless && is_open(key);
         let key = self.model.names.get(&name).copied();
-        key.is_some_and(is_open) && self.model.at(name).is_some_and(|node| node.links == 1)
+        key.is_some_and(needed) && self.model.at(name).is_some_and(|node| node.links == 1)
     }
 
     fn name(&mut self) -> Name {
@@ -143,6 +151,13 @@ impl Guest {
             dir: self.dice.index(2),
             number: self.dice.below(NAMES),
         }
+    }
+
+    /// One of the names of a file that has several.
+    fn name_of_several(&mut self) -> Option<Name> {
+        let several = |name: &&Name| self.model.at(**name).is_some_and(|node| node.links > 1);
+        let names: Vec<_> = self.model.names.keys().filter(several).copied().collect();
+        names.get(self.dice.index(names.len())).copied()
     }
 
     fn node(&mut self, good: impl Fn(&Node) -> bool) -> Option<Key> {
@@ -161,7 +176,7 @@ impl Guest {
         let is_file = |node: &Node| matches!(node.kind, Kind::File(_));
         let mode = 0o600 | u32::try_from(self.dice.below(0o100)).unwrap_or(0);
         let has_room = self.model.open.len() < OPEN;
-        Some(match self.dice.below(30) {
+        Some(match self.dice.below(36) {
             0..=2 if has_room => Act::Create(self.name(), mode, self.dice.below(2) == 0),
             3 => Act::Mkdir(self.name(), mode | 0o100),
             4 => {
@@ -227,6 +242,13 @@ impl Guest {
             25 => Act::Mknod(self.name(), mode),
             26 if has_room => Act::Tmpfile(self.dice.index(2), mode),
             27 => Act::Lock(self.open()?, self.dice.below(2) == 0),
+            28 | 29 => {
+                let at = self.dice.index(self.lasting.len());
+                Act::Link(*self.lasting.get(at)?, self.name())
+            }
+            // What is looked up last is what a server knows a file by.
+            30 | 31 => Act::Lookup(self.name_of_several()?),
+            32 | 33 => Act::Unlink(self.name_of_several()?),
             _ => Act::TestLock(self.open()?),
         })
     }
@@ -344,6 +366,9 @@ impl Guest {
                     fh: open.fh,
                     append: *append,
                 });
+                if self.lasting.len() < LASTING {
+                    self.lasting.push(key);
+                }
                 self.is_as(key, entry.nodeid, &entry.attr)
             }
             Act::Mkdir(name, mode) => {

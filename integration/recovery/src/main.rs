@@ -39,6 +39,9 @@ struct Cli {
     /// How the next server comes to be.
     #[arg(long, value_enum, default_value = "supervised")]
     mode: Mode,
+    /// How all of the server is ended, with `--mode state`.
+    #[arg(long, value_enum, default_value = "kill")]
+    end: End,
     /// How often it is killed.
     #[arg(long, default_value_t = 30)]
     kills: u32,
@@ -70,6 +73,21 @@ enum Mode {
     Upgraded,
     /// The server is never killed: for the model's sake.
     Never,
+}
+
+/// By what all of a server ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum End {
+    /// SIGKILL to both processes; the next server is started while they are still ending.
+    Kill,
+    /// SIGTERM to the one that was started.
+    Term,
+    /// SIGTERM to both, as systemd stops a control group.
+    Both,
+    /// SIGINT to the one that was started.
+    Int,
+    /// SIGHUP to the one that was started.
+    Hup,
 }
 
 /// Why a run ends early.
@@ -119,6 +137,7 @@ struct Run {
     fs: Client<Session>,
     guests: Vec<Guest>,
     queues: usize,
+    end: End,
     dice: Dice,
     answered: u64,
     pauses: Vec<Duration>,
@@ -170,6 +189,7 @@ fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
         fs,
         guests,
         queues,
+        end: cli.end,
         dice,
         answered: 0,
         pauses: Vec::new(),
@@ -225,12 +245,11 @@ impl Run {
             return Ok(());
         }
         let killed = Instant::now();
-        self.server.kill(mode)?;
+        self.server.kill(mode, self.end)?;
         // What is back by now was answered by the one that is dead.
         self.take_back()?;
         self.submit()?;
         if mode == Mode::State {
-            self.server.start_again()?;
             let socket = self.server.socket();
             self.fs.guest().reconnect_path(socket)?;
         }

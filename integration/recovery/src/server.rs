@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use crate::{Cli, Mode, PATIENCE};
+use crate::{Cli, End, Mode, PATIENCE};
 
 /// What can go wrong with it.
 #[derive(Debug, thiserror::Error)]
@@ -76,12 +76,6 @@ impl Server {
         Ok(server)
     }
 
-    /// Another one in the place of the one that was killed; it may not listen yet.
-    pub(crate) fn start_again(&mut self) -> Result<(), ServerError> {
-        self.child = launch(&self.directory, &self.program, &self.arguments)?;
-        Ok(())
-    }
-
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("socket")
     }
@@ -96,14 +90,42 @@ impl Server {
         self.directory.path().display().to_string()
     }
 
-    /// Kills the process that serves, and without a guardian that starts another one, all of it.
-    pub(crate) fn kill(&mut self, mode: Mode) -> Result<(), ServerError> {
+    /// Kills the process that serves; without a guardian that starts another one, ends all of it and
+    /// starts another one, which may not listen yet.
+    pub(crate) fn kill(&mut self, mode: Mode, end: End) -> Result<(), ServerError> {
         let serving = self.serving()?;
         self.killed = Some(serving);
         let handle = rustix::process::pidfd_open(serving, PidfdFlags::empty());
         let handle = handle.map_err(ServerError::Kill)?;
-        let kill = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
-        kill.map_err(ServerError::Kill)?;
+        let serving = |signal| {
+            let sent = rustix::process::pidfd_send_signal(&handle, signal);
+            sent.map_err(ServerError::Kill)
+        };
+        let started = |signal| {
+            let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+            let pid = pid.ok_or(ServerError::Kill(rustix::io::Errno::SRCH))?;
+            rustix::process::kill_process(pid, signal).map_err(ServerError::Kill)
+        };
+        match end {
+            _ if mode != Mode::State => serving(Signal::KILL)?,
+            End::Kill => {
+                serving(Signal::KILL)?;
+                // It may have ended with the other.
+                let _ended = started(Signal::KILL);
+            }
+            End::Both => {
+                started(Signal::TERM)?;
+                // It may be quicker.
+                let _ended = serving(Signal::TERM);
+            }
+            End::Term => started(Signal::TERM)?,
+            End::Int => started(Signal::INT)?,
+            End::Hup => started(Signal::HUP)?,
+        }
+        // Where nothing is asked of it, it may still be ending as the next one starts.
+        let next = (mode == Mode::State && end == End::Kill)
+            .then(|| launch(&self.directory, &self.program, &self.arguments))
+            .transpose()?;
         let mut ends = [PollFd::new(&handle, PollFlags::IN)];
         let patience = Timespec {
             tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(1),
@@ -113,8 +135,11 @@ impl Server {
             return Err(ServerError::Kill(rustix::io::Errno::TIMEDOUT));
         }
         if mode == Mode::State {
-            let _gone_with_it = self.child.kill();
             let _status = self.child.wait();
+            self.child = match next {
+                Some(next) => next,
+                None => launch(&self.directory, &self.program, &self.arguments)?,
+            };
         }
         Ok(())
     }

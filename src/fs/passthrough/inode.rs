@@ -323,5 +323,14 @@ fn birth_of(identity: &Identity) -> i64 {
 
 pub(super) fn now() -> Option<i64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-    i64::try_from(since.as_nanos()).ok()
+    let now = i64::try_from(since.as_nanos()).ok();
+    #[cfg(test)]
+    let now = now.and_then(|now| now.checked_add(LATER.get()));
+    now
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Nanoseconds by which the calling thread's clock is ahead of the host's.
+    pub(super) static LATER: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
 }

@@ -236,12 +236,13 @@ impl Passthrough {
     fn pin_nameless(&self, known: &Known) {
         if known.links > 1
             && let Ok(fd) = self.fd(&known.inode)
-            && let Ok(handle) = FileHandle::of(fd)
         {
             // It has other names, of which none is known: to a process that has not got the
-            // descriptor nothing else leads there.
+            // descriptor nothing else leads there. One without file handles can be looked for.
+            let handle = FileHandle::of(fd);
+            let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
             let _held = known.inode.held();
-            known.inode.record().set_handle(handle.bytes());
+            known.inode.record().set_handle(bytes);
             return;
         }
         let held = known.inode.held();

@@ -40,6 +40,7 @@ impl Passthrough {
             Some(fd) => Ok(InodeFd::held(inode, fd)),
             None => self
                 .open_closed(inode)
+                .or_else(|error| self.seek(inode, error))
                 .inspect_err(|error| self.note_stale(inode, *error)),
         }
     }
@@ -64,7 +65,8 @@ impl Passthrough {
     /// What can't be reached any more shall not be found by a lookup again, unless that sees
     /// for sure that it is the same: the guest answers `ESTALE` with another lookup of the name.
     fn note_stale(&self, inode: &Inode, error: Errno) {
-        if error == Errno::STALE && !matches!(&*inode.held(), Held::Name) {
+        let is_found_for_sure = inode.is_settled() || matches!(&*inode.held(), Held::Name);
+        if error == Errno::STALE && !is_found_for_sure {
             self.inodes.disown(inode);
         }
     }

@@ -12,17 +12,19 @@
 //! in a mount namespace of its own has other mounts than the one before it, between which no name can
 //! be moved.
 
+mod seek;
+
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use self::seek::Sought;
 use super::Passthrough;
-use super::holds::{IDENTITY, Identity, Key, Way, stat_fd};
+use super::holds::{IDENTITY, Identity, Key, stat_fd};
 use super::inode::{Held, Inode};
 use super::lookup::stat_name;
 use super::opening::regular_file;
@@ -31,9 +33,6 @@ use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{HandleRecord, InodeRecord, LockRecord, Table};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::inherit;
-
-/// How long the guest is kept waiting for what no known name leads to.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is known of how the process before ended.
 #[derive(Clone, Debug, Default)]
@@ -77,6 +76,8 @@ impl std::fmt::Display for Restored {
 pub(super) struct Begun {
     seen: HashMap<u64, u64>,
     forgotten: HashSet<(u64, NodeId)>,
+    /// Of its inodes, those that were looked for.
+    sought: Sought,
 }
 
 impl Begun {
@@ -138,6 +139,14 @@ pub(super) fn bequeathed(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedF
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
 }
 
+/// A server's end is not the end of what its guest holds: that ends by FORGET, RELEASE, or with the
+/// guest's session ([`reset`](crate::fs::FileSystem::reset)), and otherwise is the next process's.
+impl Drop for Passthrough {
+    fn drop(&mut self) {
+        self.table().close();
+    }
+}
+
 impl Passthrough {
     /// Takes in what `records` tell of.
     pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
@@ -156,6 +165,7 @@ impl Passthrough {
         self.inodes.take_in(inodes);
         restored.inodes = self.inodes.len();
         if !past.bequeathed {
+            self.begun.sought = Sought::from(self.table().nodes_given_out());
             let open = records.handles.iter();
             let open = open.map(|record| NodeId(record.fields().node));
             self.find_all(young.into_iter().chain(open).collect());
@@ -189,34 +199,6 @@ impl Passthrough {
         }
         self.make_room();
         restored
-    }
-
-    /// Opens inodes, wherever their names are by now: the process before may have been killed as it
-    /// was about to rename one, or to take one of several names from it.
-    fn find_all(&self, nodes: HashSet<NodeId>) {
-        let nodes = nodes.into_iter().filter_map(|node| self.inodes.any(node));
-        let missing: Vec<Arc<Inode>> = nodes
-            .filter(|inode| self.open_closed(inode).is_err())
-            .collect();
-        if missing.is_empty() {
-            return;
-        }
-        let mut paths = self.search(&missing, PATIENCE);
-        let Some(root) = self.inodes.any(NodeId::ROOT) else {
-            return;
-        };
-        for inode in missing {
-            let found = paths.remove(&inode.node()).ok_or(Errno::STALE);
-            let opened = found.and_then(|path| self.follow(self.fd(&root)?.as_fd(), &path));
-            match opened {
-                Ok(fd) => {
-                    self.inodes.change_way(&inode, inode.held(), Way::None);
-                    // Nobody else uses it yet.
-                    let _ = self.inodes.install(&inode, fd);
-                }
-                Err(error) => log::debug!("node {} can't be reached: {error}", inode.node().0),
-            }
-        }
     }
 
     /// Finds out how far requests came that were under way, and takes back the lookups that they have
@@ -395,6 +377,7 @@ impl Passthrough {
         }
         if let (Ok(parent), Some(lost)) = (self.inode(parent), self.inodes.by_name(parent, name)) {
             let changing = self.inodes.changing([&parent, &parent]);
+            may_have_others(&lost);
             self.inodes.lose(&lost, &parent, name, &changing);
         }
         true
@@ -431,7 +414,10 @@ impl Passthrough {
                 (Some(other), Ok(left)) if is(other, left) => {
                     self.inodes.rename(other, &old, from.1, &changing);
                 }
-                (Some(other), _) => self.inodes.lose(other, &new, to.1, &changing),
+                (Some(other), _) => {
+                    may_have_others(other);
+                    self.inodes.lose(other, &new, to.1, &changing);
+                }
                 _ => {}
             }
             drop(changing);
@@ -441,5 +427,13 @@ impl Passthrough {
                 .for_each(|inode| self.make_sure(inode));
         }
         true
+    }
+}
+
+/// Takes note that an inode whose known name is gone may have another one.
+fn may_have_others(inode: &Inode) {
+    let _held = inode.held();
+    if inode.record().handle().is_none() {
+        inode.record().set_handle(&[]);
     }
 }

@@ -267,6 +267,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// INIT. A second one means that the guest has started anew.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
         let closed = self.gate.close();
+        if self.is_ready() && worth_a_line(self.counters.requests(Opcode::Init)) {
+            log::info!("the session from before is given up: the guest has begun anew (INIT)");
+        }
         self.unmount(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {

@@ -13,6 +13,8 @@ mod names;
 mod save;
 mod search;
 
+pub(super) use self::search::Search;
+
 use super::Passthrough;
 use crate::fs::{Migrate, MoveError};
 use crate::state::stream::Snapshot;

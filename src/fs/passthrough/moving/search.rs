@@ -25,11 +25,70 @@ const PIECE: usize = 64 * 1024;
 const LONGEST: usize = 64 * 1024;
 
 /// A search that is under way.
-struct Search<'a> {
+pub(in super::super) struct Search<'a> {
     /// What is looked for, by its number: several, where there are several file systems.
     wanted: HashMap<u64, Vec<&'a Arc<Inode>>>,
     found: HashMap<NodeId, Vec<u8>>,
     begun: Instant,
+}
+
+impl<'a> Search<'a> {
+    /// For names of `wanted`.
+    pub(in super::super) fn new(wanted: &'a [Arc<Inode>]) -> Self {
+        let mut search = Self {
+            wanted: HashMap::new(),
+            found: HashMap::new(),
+            begun: Instant::now(),
+        };
+        for inode in wanted {
+            let of_number = search.wanted.entry(inode.key().number);
+            of_number.or_default().push(inode);
+        }
+        search
+    }
+
+    /// Takes note of the directories in one, and of what is looked for.
+    pub(in super::super) fn look_through(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        path: &[u8],
+        waiting: &mut Vec<Vec<u8>>,
+    ) -> Result<()> {
+        let mut piece = Vec::with_capacity(PIECE);
+        let mut entries = RawDir::new(directory, piece.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let name = entry.file_name();
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let longer = || {
+                let mut longer = path.to_vec();
+                if !longer.is_empty() {
+                    longer.push(b'/');
+                }
+                longer.extend(name.to_bytes());
+                longer
+            };
+            if let Some(wanted) = self.wanted.get(&entry.ino())
+                && let Ok(identity) = identity_of(directory, name)
+                && let Some(inode) = wanted.iter().find(|inode| inode.may_be(&identity))
+            {
+                self.found.entry(inode.node()).or_insert_with(longer);
+            }
+            let may_be_directory =
+                matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
+            if may_be_directory && path.len() + name.count_bytes() < LONGEST {
+                waiting.push(longer());
+            }
+        }
+        Ok(())
+    }
+
+    /// The paths of those that were found.
+    pub(in super::super) fn into_found(self) -> HashMap<NodeId, Vec<u8>> {
+        self.found
+    }
 }
 
 impl Passthrough {
@@ -39,15 +98,7 @@ impl Passthrough {
         wanted: &[Arc<Inode>],
         patience: Duration,
     ) -> HashMap<NodeId, Vec<u8>> {
-        let mut search = Search {
-            wanted: HashMap::new(),
-            found: HashMap::new(),
-            begun: Instant::now(),
-        };
-        for inode in wanted {
-            let of_number = search.wanted.entry(inode.key().number);
-            of_number.or_default().push(inode);
-        }
+        let mut search = Search::new(wanted);
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
             return HashMap::new();
         };
@@ -68,7 +119,7 @@ impl Passthrough {
             }
             let read = self.fd(&root).and_then(|root| {
                 let directory = self.directory_at(root.as_fd(), &path)?;
-                look_through(&mut search, directory.as_fd(), &path, &mut waiting)
+                search.look_through(directory.as_fd(), &path, &mut waiting)
             });
             if let Err(error) = read {
                 log::debug!("search: {}: {error}", path.escape_ascii());
@@ -87,43 +138,6 @@ impl Passthrough {
         }
         open(self.follow(root, path)?.as_fd())
     }
-}
-
-/// Takes note of the directories in one, and of what is looked for.
-fn look_through(
-    search: &mut Search<'_>,
-    directory: BorrowedFd<'_>,
-    path: &[u8],
-    waiting: &mut Vec<Vec<u8>>,
-) -> Result<()> {
-    let mut piece = Vec::with_capacity(PIECE);
-    let mut entries = RawDir::new(directory, piece.spare_capacity_mut());
-    while let Some(entry) = entries.next() {
-        let entry = entry?;
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        let longer = || {
-            let mut longer = path.to_vec();
-            if !longer.is_empty() {
-                longer.push(b'/');
-            }
-            longer.extend(name.to_bytes());
-            longer
-        };
-        if let Some(wanted) = search.wanted.get(&entry.ino())
-            && let Ok(identity) = identity_of(directory, name)
-            && let Some(inode) = wanted.iter().find(|inode| inode.may_be(&identity))
-        {
-            search.found.entry(inode.node()).or_insert_with(longer);
-        }
-        let may_be_directory = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-        if may_be_directory && path.len() + name.count_bytes() < LONGEST {
-            waiting.push(longer());
-        }
-    }
-    Ok(())
 }
 
 fn identity_of(directory: BorrowedFd<'_>, name: &CStr) -> std::result::Result<Identity, Errno> {

@@ -9,6 +9,7 @@ mod bounded;
 mod credentials;
 mod directories;
 mod lookups;
+mod lost_names;
 mod names;
 mod remembered;
 mod restored;

@@ -25,6 +25,10 @@ pub(super) fn killed(rig: Rig) -> Killed {
 }
 
 impl Killed {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
     /// The next one, with the descriptors of this one or without.
     pub(super) fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().try_clone().unwrap()).unwrap();
