@@ -12,7 +12,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
-use ringfsd::sandbox::Ending;
+use ringfsd::sandbox::{self, Ending};
 use ringfsd::server::{self, HandOver, Over, Server, Started, Watched, chain};
 
 fn main() -> ExitCode {
@@ -97,6 +97,7 @@ fn begin_to_log(
 /// Goes on as two processes: one serves, and the one that the launcher has started waits for it.
 fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let past = HandOver::take()?;
+    sandbox::reset_inherited(past.is_some())?;
     let log = log.map(AsFd::as_fd);
     let server = match Server::start(config, log, past)? {
         Started::Inside(server) => server,

@@ -83,6 +83,17 @@ pub enum ServerError {
         /// Why not.
         source: Errno,
     },
+    /// Another user could change it.
+    #[error(
+        "--state: {path} belongs to user {user}, who could change what it says: give it to the \
+         server's user, or remove it"
+    )]
+    StateOwner {
+        /// Which file.
+        path: PathBuf,
+        /// Whose.
+        user: u32,
+    },
     /// Another process uses it.
     #[error("--state: {0} is another server's, which is still running: give each its own")]
     StateInUse(PathBuf),

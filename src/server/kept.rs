@@ -36,6 +36,26 @@ pub(super) enum State {
     Common(OwnedFd),
 }
 
+/// Lets nobody but the server's user open a state file, which may have been there before.
+fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
+    let failed = |source: Errno| ServerError::StateFile {
+        path: path.to_owned(),
+        source,
+    };
+    let stat = rustix::fs::fstat(file).map_err(failed)?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(ServerError::StateOwner {
+            path: path.to_owned(),
+            user: stat.st_uid,
+        });
+    }
+    let private = Mode::RUSR | Mode::WUSR;
+    if Mode::from_raw_mode(stat.st_mode) != private {
+        rustix::fs::fchmod(file, private).map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// How large a table has to be.
 pub(super) fn limits(config: &Config) -> Limits {
     let queues = config.request_queues.get().saturating_add(1);
@@ -99,6 +119,7 @@ impl Kept {
             Err(Errno::AGAIN) => return Err(ServerError::StateInUse(path.to_owned())),
             locked => locked.map_err(failed)?,
         }
+        keep_private(&file, path)?;
         let in_file = |source| ServerError::InStateFile {
             path: path.to_owned(),
             source,
