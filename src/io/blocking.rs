@@ -5,9 +5,13 @@
 
 #![allow(unsafe_code, reason = "system calls that take raw guest memory")]
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::buffer::{GuestBuffer, IOV_MAX};
 use super::file::position;
@@ -50,7 +54,8 @@ pub(super) fn write(
     })
 }
 
-/// Runs `call` on a thread of the runtime that may wait.
+/// Runs `call` on a thread of the runtime that may wait; on the calling one, which waits then, where the
+/// host has no thread to give.
 ///
 /// Dropping the future doesn't stop the call.
 ///
@@ -62,13 +67,45 @@ where
     R: Send + 'static,
     C: FnOnce() -> R + Send + 'static,
 {
-    match tokio::task::spawn_blocking(call).await {
-        Ok(result) => Ok(result),
+    if has_no_threads() {
+        return Ok(call());
+    }
+    // Whoever takes the call out runs it: tokio keeps what it has found no thread for, and may find
+    // one later.
+    let call = Arc::new(Mutex::new(Some(call)));
+    let here = Arc::clone(&call);
+    let there = move || take(&call).map(|call| call());
+    let spawned = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(there)));
+    let Ok(task) = spawned else {
+        NO_THREADS.set(Some(Instant::now()));
+        let call = take(&here).ok_or(rustix::io::Errno::CANCELED)?;
+        return Ok(call());
+    };
+    match task.await {
+        Ok(result) => result.ok_or_else(|| rustix::io::Errno::CANCELED.into()),
         Err(e) => match e.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(_cancelled) => Err(rustix::io::Errno::CANCELED.into()),
         },
     }
+}
+
+/// How long to do without a thread after there was none. tokio panics then, each time.
+const WITHOUT: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// When this thread's runtime last found no thread.
+    static NO_THREADS: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+fn has_no_threads() -> bool {
+    NO_THREADS
+        .get()
+        .is_some_and(|then| then.elapsed() < WITHOUT)
+}
+
+fn take<C>(call: &Mutex<Option<C>>) -> Option<C> {
+    call.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// Runs `call` on `buffer` likewise and hands the buffer back, or an empty one with
