@@ -16,6 +16,10 @@ use ringfsd::sandbox::{self, Ending};
 use ringfsd::server::{self, HandOver, Over, Server, Started, Watched, chain};
 
 fn main() -> ExitCode {
+    if let Err(error) = server::raise_limits() {
+        eprintln!("ringfsd: {error}");
+        return ExitCode::FAILURE;
+    }
     let arguments: Vec<_> = std::env::args_os().collect();
     if cli::asks_for_capabilities(&arguments) {
         println!("{}", cli::CAPABILITIES);
@@ -44,7 +48,7 @@ fn main() -> ExitCode {
     match told {
         Ok(code) => code,
         Err(error) => {
-            let error = chain(error.as_ref());
+            let error = server::explain(error.as_ref());
             if syslog {
                 log::error!("{error}");
             }

@@ -12,9 +12,10 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::ServerError;
+use super::limits::{LimitError, file_size, without_file_size_limit};
 use crate::config::Config;
 use crate::fs::passthrough::Past;
-use crate::state::{Limits, Table};
+use crate::state::{Limits, StateError, Table};
 use crate::virtqueue;
 
 /// A table, and what it tells of.
@@ -64,6 +65,25 @@ pub(super) fn limits(config: &Config) -> Limits {
 
 impl State {
     pub(super) fn new(config: &Config) -> Result<Self, ServerError> {
+        let size = file_size();
+        without_file_size_limit(|| Self::made(config)).map_err(|error| match (error, size) {
+            (ServerError::InStateFile { source, .. } | ServerError::State(source), Some(limit))
+                if matches!(
+                    source,
+                    StateError::Grow {
+                        source: Errno::FBIG,
+                        ..
+                    }
+                ) =>
+            {
+                let needed = limits(config).bytes();
+                ServerError::Limit(LimitError::FileSize { limit, needed })
+            }
+            (error, _) => error,
+        })
+    }
+
+    fn made(config: &Config) -> Result<Self, ServerError> {
         let limits = limits(config);
         let table = match (&config.state, config.supervise) {
             (None, false) => return Ok(Self::Own),
@@ -71,15 +91,17 @@ impl State {
             (Some(path), true) => Kept::open(path, &limits)?.table,
             (None, true) => Table::in_memory(&limits)?,
         };
-        let file = table.file().try_clone().map_err(ServerError::Keep)?;
-        Ok(Self::Common(file))
+        // It has one, as it was made with one.
+        let file = table.file().map(OwnedFd::try_clone).transpose();
+        let file = file.map_err(ServerError::Keep)?;
+        Ok(file.map_or(Self::Own, Self::Common))
     }
 
     /// What has to be open in each process.
     pub(super) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own => None,
-            Self::File(kept) => Some(kept.table.file().as_fd()),
+            Self::File(kept) => kept.table.file().map(AsFd::as_fd),
             Self::Common(file) => Some(file.as_fd()),
         }
     }
@@ -89,7 +111,7 @@ impl State {
     pub(super) fn open(self, limits: &Limits, again: bool) -> Result<Kept, ServerError> {
         match self {
             Self::Own => Ok(Kept {
-                table: Table::in_memory(limits)?,
+                table: Table::for_this_process(limits)?,
                 past: None,
             }),
             Self::File(kept) => Ok(kept),
