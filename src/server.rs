@@ -5,6 +5,7 @@
 //! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
 //! the next one begins, unless it is left to another process.
 
+mod control_group;
 mod hand_over;
 mod kept;
 mod limits;
@@ -207,10 +208,11 @@ impl Server {
     /// Something that the configuration asks for is not to be had on this host. Either process
     /// may get one; the other has ended then, or tells so by the way it ends.
     pub fn start(
-        config: Config,
+        mut config: Config,
         log: Option<BorrowedFd<'_>>,
         past: Option<HandOver>,
     ) -> Result<Started, ServerError> {
+        limits::fit(&mut config);
         if let Some(past) = past {
             return Outside::take_over(config, log, past);
         }

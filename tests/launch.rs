@@ -124,7 +124,11 @@ macro_rules! served_after {
 }
 
 mod signals {
-    use super::serves;
+    use std::os::fd::AsFd;
+
+    use vmm::connection::message::{Log, feature};
+
+    use super::*;
 
     served_after! {
         none_blocked: "exec";
@@ -132,6 +136,49 @@ mod signals {
         all_ignored: "exec env --ignore-signal";
         all_ignored_and_blocked: "exec env --ignore-signal --block-signal";
         few_may_be_pending: "ulimit -S -i 0; exec";
+    }
+
+    /// A process that serves survives a fault in memory that the front end has taken away, whatever the
+    /// launcher has done about SIGBUS.
+    fn survives_a_fault(set_up: &str) {
+        let mut server = launch(set_up, None, &[]);
+        server.wait_until_it_listens();
+        let mut fs = server.session(Profile::Simple, &Options::default());
+        let size = (5_u64 << 30) / 4096 / 8;
+        let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&log, size).unwrap();
+        let features = fs.guest().features | feature::LOG_ALL;
+        let connection = &mut fs.guest().connection;
+        let place = Log { size, offset: 0 };
+        connection.set_log_base(place, log.as_fd()).unwrap();
+        connection.set_features(features).unwrap();
+        fs.getattr(ROOT).unwrap();
+        rustix::fs::ftruncate(&log, 0).unwrap();
+        let statfs = vmm::fuse::Call::new(vmm::fuse::wire::opcode::STATFS, ROOT);
+        let _answered_or_not = fs.submit(statfs.reply(80));
+        let line = server.wait_for("the session is ended: ");
+        assert!(line.contains("the dirty log is gone"), "{line}");
+        server.wait_until_it_listens();
+        uses(&mut session(&server), &server, "file");
+    }
+
+    #[test]
+    fn fault_is_survived_with_all_blocked() {
+        survives_a_fault("exec env --block-signal");
+    }
+
+    #[test]
+    fn fault_is_survived_with_all_ignored() {
+        survives_a_fault("exec env --ignore-signal --block-signal=BUS");
+    }
+
+    #[test]
+    fn interrupt_ends_it_whatever_the_launcher_ignored() {
+        let mut server = launch("exec env --ignore-signal --block-signal", None, &[]);
+        server.wait_until_it_listens();
+        server.signal(Signal::INT);
+        assert!(server.wait().success());
+        assert!(!server.socket().exists());
     }
 }
 
@@ -155,7 +202,11 @@ mod scheduling {
 }
 
 mod surroundings {
-    use super::serves;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::process::Stdio;
+
+    use super::*;
 
     served_after! {
         no_environment: "exec env -i";
@@ -163,6 +214,66 @@ mod surroundings {
         no_working_directory: "gone=$(mktemp -d); cd $gone; rmdir $gone; exec";
         no_standard_input: "exec <&-; exec";
         no_standard_input_and_output: "exec <&- >&-; exec";
+    }
+
+    /// Connects as soon as that can be done.
+    fn connect(server: &mut Server) -> UnixStream {
+        loop {
+            match UnixStream::connect(server.socket()) {
+                Ok(stream) => return stream,
+                Err(error) => assert!(!server.has_ended(), "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn no_standard_descriptor_at_all() {
+        for args in [&[][..], &["--supervise"]] {
+            let mut server = launch("exec <&- >&- 2>&-; exec", None, args);
+            let stream = connect(&mut server);
+            let session = Profile::Qemu.connect(stream, &Options::default()).unwrap();
+            let mut fs = Client::new(session);
+            fs.init().unwrap();
+            uses(&mut fs, &server, "file");
+            if !args.is_empty() {
+                let before = server.pid();
+                kill_serving(&server);
+                // What is asked of nobody is answered by the next.
+                uses(&mut fs, &server, "after a kill");
+                assert_ne!(server.pid(), before);
+            }
+            drop(fs);
+            ends(server);
+        }
+    }
+
+    #[test]
+    fn socket_as_standard_input() {
+        for args in [&[][..], &["--supervise"]] {
+            let dir = tempfile::tempdir().unwrap();
+            let share = dir.path().join("share");
+            std::fs::create_dir(&share).unwrap();
+            let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+            let mut command = support::command();
+            command.args(["--fd", "0", "--shared-dir"]).arg(&share);
+            command
+                .args(args)
+                .stdin(Stdio::from(OwnedFd::from(listener)));
+            let mut server = Server::spawn(command, dir);
+            server.wait_until_it_listens();
+            let mut fs = session(&server);
+            uses(&mut fs, &server, "file");
+            if !args.is_empty() {
+                kill_serving(&server);
+                server.wait_for("serving again");
+                uses(&mut fs, &server, "after a kill");
+                upgrade(&mut server);
+                uses(&mut fs, &server, "after an upgrade");
+            }
+            drop(fs);
+            server.signal(Signal::TERM);
+            assert!(server.wait().success());
+        }
     }
 }
 
@@ -381,6 +492,79 @@ mod threads {
             fs.fsync(file.nodeid, handle, false).unwrap();
             fs.fallocate(file.nodeid, handle, 0, 0..4096).unwrap();
         }
+        drop(fs);
+        ends(server);
+    }
+}
+
+mod control_groups {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A control group of this test's own, of version 1.
+    struct Group(PathBuf);
+
+    impl Group {
+        fn new(controller: &str, file: &str, limit: &str) -> Option<Self> {
+            let name = format!("ringfsd-{}-{limit}", std::process::id());
+            let path = PathBuf::from("/sys/fs/cgroup").join(controller).join(name);
+            let made =
+                std::fs::create_dir(&path).and_then(|()| std::fs::write(path.join(file), limit));
+            if let Err(error) = made {
+                println!("SKIPPED: needs root and control groups of version 1: {error}");
+                let _ = std::fs::remove_dir(&path);
+                return None;
+            }
+            Some(Self(path))
+        }
+
+        /// What a launcher does to start something in it.
+        fn enter(&self) -> String {
+            format!("echo $$ > {}/cgroup.procs; exec", self.0.display())
+        }
+    }
+
+    impl Drop for Group {
+        fn drop(&mut self) {
+            // Processes that have ended leave a moment later.
+            while std::fs::remove_dir(&self.0)
+                .is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+            {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn too_few_processes_are_refused() {
+        let Some(group) = Group::new("pids", "pids.max", "4") else {
+            return;
+        };
+        let args = ["--workers", "4"];
+        refuses(&group.enter(), None, &args, "pids.max");
+        let args = ["--workers", "4", "--supervise"];
+        refuses(&group.enter(), None, &args, "pids.max");
+    }
+
+    #[test]
+    fn guest_cannot_use_the_memory_up() {
+        let limit = (16_u64 << 20).to_string();
+        let Some(group) = Group::new("memory", "memory.limit_in_bytes", &limit) else {
+            return;
+        };
+        let mut server = launch(&group.enter(), None, &[]);
+        server.wait_for("--max-inodes");
+        server.wait_until_it_listens();
+        let mut fs = session(&server);
+        let end = (0..100_000).find_map(|number| {
+            let name = std::ffi::CString::new(number.to_string()).unwrap();
+            let made = fs.mknod(ROOT, &name, libc::S_IFREG | 0o644, 0);
+            made.err().map(|error| (number, error.errno()))
+        });
+        let (number, errno) = end.unwrap();
+        assert_eq!(errno, Some(libc::ENFILE), "after {number}");
+        fs.getattr(ROOT).unwrap();
         drop(fs);
         ends(server);
     }

@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vm_memory::mmap::MmapRegionError;
 
+use super::control_group;
 use crate::config::Config;
+use crate::fs::passthrough;
 
 /// A limit, and where it is set.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +74,12 @@ const STACK_LEAST: u64 = 512 << 10;
 
 /// What one inode that a guest knows costs of the heap, at most.
 const INODE: u64 = 400;
+
+/// And of the table of what a session holds.
+const RECORD: u64 = 128;
+
+/// What a descriptor costs the kernel, with the inode that it keeps there.
+const DESCRIPTOR: u64 = 2048;
 
 /// What the server takes of memory beside its inodes, its table and the guest's memory.
 const REST: u64 = 256 << 20;
@@ -186,6 +194,33 @@ pub fn raise_limits() -> Result<(), LimitError> {
     match getrlimit(STACK.resource).current {
         Some(limit) if limit < STACK_LEAST => Err(LimitError::Stack { limit }),
         _ => Ok(()),
+    }
+}
+
+/// Has the guest hold less where no numbers were asked for, and the memory of a control group is too
+/// small for as much as usual: the kernel would kill the server, and the guest gets `ENFILE`.
+pub(super) fn fit(config: &mut Config) {
+    let Some((limit, place)) = control_group::memory() else {
+        return;
+    };
+    let part = |of, each| usize::try_from(limit / of / each).unwrap_or(usize::MAX);
+    let options = &mut config.share.file_system;
+    // The host's caches have the rest, which give way.
+    let inodes = part(2, INODE + RECORD);
+    options.max_open_inodes.get_or_insert(part(4, DESCRIPTOR));
+    options.max_handles.get_or_insert(part(8, DESCRIPTOR));
+    if options.max_inodes <= inodes {
+        return;
+    }
+    let place = place.display();
+    if options.max_inodes == passthrough::Options::default().max_inodes {
+        log::info!("--max-inodes {inodes}: {place} allows {limit} bytes of memory");
+        options.max_inodes = inodes;
+    } else {
+        log::warn!(
+            "--max-inodes {}: there may be memory for {inodes}, as {place} allows {limit} bytes",
+            options.max_inodes
+        );
     }
 }
 
