@@ -12,10 +12,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
-use ringfsd::sandbox::Ending;
+use ringfsd::sandbox::{self, Ending};
 use ringfsd::server::{self, HandOver, Over, Server, Started, Watched, chain};
 
 fn main() -> ExitCode {
+    if let Err(error) = server::raise_limits() {
+        eprintln!("ringfsd: {error}");
+        return ExitCode::FAILURE;
+    }
     let arguments: Vec<_> = std::env::args_os().collect();
     if cli::asks_for_capabilities(&arguments) {
         println!("{}", cli::CAPABILITIES);
@@ -44,7 +48,7 @@ fn main() -> ExitCode {
     match told {
         Ok(code) => code,
         Err(error) => {
-            let error = chain(error.as_ref());
+            let error = server::explain(error.as_ref());
             if syslog {
                 log::error!("{error}");
             }
@@ -97,6 +101,7 @@ fn begin_to_log(
 /// Goes on as two processes: one serves, and the one that the launcher has started waits for it.
 fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let past = HandOver::take()?;
+    sandbox::reset_inherited(past.is_some())?;
     let log = log.map(AsFd::as_fd);
     let server = match Server::start(config, log, past)? {
         Started::Inside(server) => server,

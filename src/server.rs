@@ -5,8 +5,10 @@
 //! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
 //! the next one begins, unless it is left to another process.
 
+mod control_group;
 mod hand_over;
 mod kept;
+mod limits;
 mod outside;
 mod predecessor;
 mod upgrade;
@@ -28,13 +30,14 @@ use crate::front::{
 };
 use crate::fs::passthrough::{self, InodeFileHandles, MigrationMode, Passthrough, Shared};
 use crate::fuse::{Session, SessionOptions};
-use crate::io::{Chosen, RuntimeError};
+use crate::io::{Choice, Chosen, Engine, RuntimeError};
 use crate::sandbox::{self, Begun, Filter, FilterError, Inside, Needs, SandboxError, Serving};
 use crate::state::{StateError, Table};
 use crate::virtqueue::{Queue, QueueIndex};
-use crate::worker::{Crew, CrewError};
+use crate::worker::{Crew, CrewError, Pool, PoolError};
 
 pub use self::hand_over::{HandOver, HandOverError};
+pub use self::limits::{LimitError, explain, raise_limits};
 pub use self::outside::{Outside, Watched};
 pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
@@ -67,6 +70,9 @@ pub enum ServerError {
         #[source]
         source: Errno,
     },
+    /// A limit of the launcher's that the server would die of.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
@@ -83,6 +89,17 @@ pub enum ServerError {
         path: PathBuf,
         /// Why not.
         source: Errno,
+    },
+    /// Another user could change it.
+    #[error(
+        "--state: {path} belongs to user {user}, who could change what it says: give it to the \
+         server's user, or remove it"
+    )]
+    StateOwner {
+        /// Which file.
+        path: PathBuf,
+        /// Whose.
+        user: u32,
     },
     /// Another process uses it.
     #[error("--state: {0} is another server's, which is still running: give each its own")]
@@ -127,6 +144,9 @@ pub enum ServerError {
     /// A session's threads can't be had.
     #[error("starting to serve the VMM that has connected")]
     Crew(#[from] CrewError),
+    /// No session's threads could be had.
+    #[error("trying whether the threads that serve a VMM can be had")]
+    Trial(#[from] PoolError),
 }
 
 /// Which of the two processes this is from now on.
@@ -153,6 +173,8 @@ pub struct Server {
     device: Device,
     workers: NonZeroUsize,
     runtime: Chosen,
+    /// Whether the runtime may be another one where that can't be had.
+    any_runtime: bool,
     fs: Arc<Passthrough>,
     listener: Listener,
     poll: Duration,
@@ -187,10 +209,11 @@ impl Server {
     /// Something that the configuration asks for is not to be had on this host. Either process
     /// may get one; the other has ended then, or tells so by the way it ends.
     pub fn start(
-        config: Config,
+        mut config: Config,
         log: Option<BorrowedFd<'_>>,
         past: Option<HandOver>,
     ) -> Result<Started, ServerError> {
+        limits::fit(&mut config);
         if let Some(past) = past {
             return Outside::take_over(config, log, past);
         }
@@ -242,6 +265,7 @@ impl Server {
     /// Connections can't be taken any more, or the host has no threads for a session. What a
     /// VMM does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Over, ServerError> {
+        limits::remember();
         self.filter.install()?;
         sandbox::forget_set_up();
         let stop = Stop { asked: stop, leave };
@@ -254,6 +278,8 @@ impl Server {
             if let Some(over) = self.is_over(end) {
                 return Ok(over);
             }
+        } else {
+            self.try_threads()?;
         }
         loop {
             self.serving.tell();
@@ -271,7 +297,15 @@ impl Server {
             log::info!("a VMM has connected");
             let end = self.serve(stop, |device, service, table, stop| {
                 front::serve(stream, device, service, table, stop)
-            })?;
+            });
+            let end = match end {
+                // There may be threads for the next one.
+                Err(error @ ServerError::Crew(_)) if !self.once => {
+                    log::error!("{}", explain(&error));
+                    End::Disconnected
+                }
+                end => end?,
+            };
             if let Some(over) = self.is_over(end) {
                 return Ok(over);
             }
@@ -283,6 +317,53 @@ impl Server {
             End::Left => Some(Over::Left),
             End::Stopped => Some(Over::Ended),
             End::Disconnected => self.once.then_some(Over::Ended),
+        }
+    }
+
+    /// Finds out now, when it can still be told to whoever starts the server, whether there are threads
+    /// for a session.
+    fn try_threads(&mut self) -> Result<(), ServerError> {
+        // One for the high-priority queue.
+        let count = self.workers.saturating_add(1);
+        let try_out = |engine| Pool::start(count, engine, |_| async {}).and_then(Pool::join);
+        match try_out(self.runtime.engine) {
+            Err(error) if self.may_change_runtime(&error) => {
+                log::warn!("runtime tokio: {}", explain(&error));
+                self.runtime.engine = Engine::ThreadPool;
+                Ok(try_out(Engine::ThreadPool)?)
+            }
+            tried => Ok(tried?),
+        }
+    }
+
+    /// Whether another runtime may do what this one can't.
+    fn may_change_runtime(&self, error: &PoolError) -> bool {
+        let of_ring = PoolError::is_of_ring(error);
+        of_ring && self.any_runtime && self.runtime.engine == Engine::Uring
+    }
+
+    /// A crew for a session. What the one before had, or other servers of the same user, may be in
+    /// the way for a moment.
+    fn crew(&self, session: &Arc<Session<Passthrough>>) -> Result<Crew<Passthrough>, ServerError> {
+        const TRIES: usize = 5;
+        const PAUSE: Duration = Duration::from_millis(20);
+        let start = |engine| Crew::start(Arc::clone(session), self.workers, engine, self.poll);
+        let mut tries = 1;
+        loop {
+            let error = match start(self.runtime.engine) {
+                Ok(crew) => return Ok(crew),
+                Err(error) => error,
+            };
+            match &error {
+                _ if tries < TRIES => {}
+                CrewError::Pool(of_pool) if self.may_change_runtime(of_pool) => {
+                    log::warn!("runtime tokio for this session: {}", explain(&error));
+                    return Ok(start(Engine::ThreadPool)?);
+                }
+                _ => return Err(error.into()),
+            }
+            tries += 1;
+            std::thread::sleep(PAUSE);
         }
     }
 
@@ -302,12 +383,7 @@ impl Server {
         if let Some(negotiated) = session.negotiated() {
             log::info!("the guest's session goes on: {negotiated}");
         }
-        let crew = Crew::start(
-            Arc::new(session),
-            self.workers,
-            self.runtime.engine,
-            self.poll,
-        )?;
+        let crew = self.crew(&Arc::new(session))?;
         let kept = self.keeps && crew.session().negotiated().is_some();
         let mut service = Service {
             crew,
@@ -338,7 +414,7 @@ impl Server {
         match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
             Ok(_) => log::info!("the VMM has disconnected"),
-            Err(error) => log::error!("the session is ended: {}", chain(error)),
+            Err(error) => log::error!("the session is ended: {}", explain(error)),
         }
         match (self.keeps && had, stays) {
             (false, _) => {}
@@ -390,6 +466,7 @@ impl Outfit {
             path: config.shared_dir.clone(),
             source,
         })?;
+        limits::check(&config, kept::limits(&config).bytes())?;
         let state = State::new(&config)?;
         Ok(Self {
             listener: listen()?,
@@ -451,6 +528,7 @@ impl Outfit {
             },
             workers: config.workers,
             runtime: self.runtime,
+            any_runtime: config.runtime == Choice::Auto,
             fs: Arc::new(fs),
             listener: self.listener,
             poll: config.poll,

@@ -75,9 +75,9 @@ fn the_socket_is_for_its_group() {
     };
     if rustix::process::geteuid().is_root() {
         let server = Server::start(&["--socket-group", "12345"]);
-        assert_eq!(mode(&server), (0o660, 12345));
+        assert_eq!(mode(&server), (0o770, 12345));
         let server = Server::start(&["--socket-group", "daemon"]);
-        assert_eq!(mode(&server), (0o660, 1));
+        assert_eq!(mode(&server), (0o770, 1));
     } else {
         println!("SKIPPED: needs root");
     }

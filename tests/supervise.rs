@@ -11,10 +11,13 @@
 
 mod support;
 
+use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use support::Server;
@@ -464,4 +467,67 @@ fn who_is_no_supervisor_is_left_alone() {
     let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), server.pid());
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("parent"), "{}", said(&output));
+}
+
+/// The socket of a program that asks for an upgrade.
+fn asker(value: &str) -> SocketAddr {
+    SocketAddr::from_abstract_name(format!("ringfsd-upgrade-{value}")).unwrap()
+}
+
+#[test]
+fn program_of_another_user_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: needs root");
+        return;
+    }
+    let mut server = start(("namespace", None), &[]);
+    let mut fs = session(&server, Profile::Qemu);
+    let value = 0x7e57_0000_0000_0000 | usize::try_from(server.guardian()).unwrap();
+    let listener = std::thread::spawn(move || {
+        // This thread's alone. It counts who somebody is when beginning to listen.
+        let user = rustix::process::Uid::from_raw(USER);
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+        UnixListener::bind_addr(&asker(&format!("{value:016x}"))).unwrap()
+    });
+    let listener = listener.join().unwrap();
+    let guardian = i32::try_from(server.guardian()).unwrap();
+    ringfsd::sandbox::successor::ask_for_upgrade(guardian, value).unwrap();
+    drop(listener.accept().unwrap());
+    let line = server.wait_for("not upgraded");
+    assert!(line.contains("another process listens"), "{line}");
+    goes_on(&mut fs, &server, 0);
+}
+
+#[test]
+fn only_the_supervisor_says_how_an_upgrade_went() {
+    let mut server = start(("none", None), &[]);
+    let mut fs = session(&server, Profile::Qemu);
+    // Until others have had their say.
+    kill(server.guardian(), Signal::STOP);
+    let pid = server.guardian().to_string();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+    let command = command.args(["upgrade", "--pid", &pid]);
+    let asking = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let asking = asking.spawn().unwrap();
+    let mut sockets = Vec::new();
+    while sockets.is_empty() {
+        let names = std::fs::read_to_string("/proc/net/unix").unwrap();
+        let values = names
+            .lines()
+            .filter_map(|line| line.split_once("@ringfsd-upgrade-"));
+        let values = values.filter(|(_, value)| !value.starts_with("7e57"));
+        // Other tests' are among them, and do without this one.
+        sockets = values
+            .filter_map(|(_, value)| UnixStream::connect_addr(&asker(value)).ok())
+            .collect();
+    }
+    for socket in &mut sockets {
+        let _ = writeln!(socket, "upgraded to nonsense");
+    }
+    kill(server.guardian(), Signal::CONT);
+    let output = asking.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(!said(&output).contains("nonsense"), "{}", said(&output));
+    server.wait_for("upgraded to");
+    goes_on(&mut fs, &server, 0);
 }

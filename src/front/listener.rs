@@ -1,15 +1,17 @@
 //! Where front ends connect: a socket of our own, or one that a launcher hands over.
 //!
 //! The invariant: a socket file is replaced or removed only if nobody listens on it, or if it
-//! is the very file we made.
+//! is the very file we made; and a socket that we make is at no moment open to anybody but the
+//! server's user and the group that it is given to.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::sys;
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -75,8 +77,12 @@ pub struct SocketFile {
     inode: u64,
 }
 
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
 impl Listener {
-    /// Listens on a new socket at `path`; the file that a dead server left there is replaced.
+    /// Listens on a new socket at `path`, to which only the server's own user can connect; the file
+    /// that a dead server left there is replaced.
     ///
     /// # Errors
     ///
@@ -100,15 +106,18 @@ impl Listener {
             Err(error) if error.kind() == io::ErrorKind::NotFound => (),
             Err(error) => return Err(fail(error)),
         }
-        let socket = UnixListener::bind(path).map_err(fail)?;
-        let made = std::fs::symlink_metadata(path).map_err(fail)?;
+        let fail = |source: Errno| fail(source.into());
+        let socket = bind_private(path).map_err(fail)?;
+        let made = open_socket(path)
+            .and_then(rustix::fs::fstat)
+            .map_err(fail)?;
         Ok(Self {
             socket,
             name: path.display().to_string(),
             file: Some(SocketFile {
                 path: path.to_owned(),
-                device: made.dev(),
-                inode: made.ino(),
+                device: made.st_dev,
+                inode: made.st_ino,
             }),
         })
     }
@@ -119,9 +128,10 @@ impl Listener {
     ///
     /// There is no such group, or the server may not give files to it.
     pub fn admit_group(&self, group: &str) -> Result<(), ListenError> {
-        let Some(SocketFile { path, .. }) = &self.file else {
+        let Some(file) = &self.file else {
             return Ok(());
         };
+        let path = &file.path;
         let fail = |source| ListenError::Group {
             path: path.clone(),
             group: group.to_owned(),
@@ -133,9 +143,7 @@ impl Listener {
                 .map_err(|error| fail(error.into()))?
                 .ok_or_else(|| ListenError::NoGroup(group.to_owned()))?,
         };
-        std::os::unix::fs::lchown(path, None, Some(id)).map_err(fail)?;
-        let mode = std::fs::Permissions::from_mode(0o660);
-        std::fs::set_permissions(path, mode).map_err(fail)
+        file.admit(id).map_err(|error| fail(error.into()))
     }
 
     /// Takes over the listening socket that the launcher left open as descriptor `fd`; its file
@@ -153,7 +161,6 @@ impl Listener {
 
     fn from_fd(fd: OwnedFd) -> Result<Self, ListenError> {
         use rustix::net::sockopt;
-        use std::os::fd::AsRawFd;
         let listening = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
             && sockopt::socket_type(&fd) == Ok(SocketType::STREAM)
             && sockopt::socket_acceptconn(&fd) == Ok(true);
@@ -226,6 +233,26 @@ impl Listener {
 }
 
 impl SocketFile {
+    /// Gives the file to a group, and only then lets that group connect.
+    fn admit(&self, group: u32) -> Result<(), Errno> {
+        // By a descriptor: the path may be somebody else's file by now.
+        let file = open_socket(&self.path)?;
+        let stat = rustix::fs::fstat(&file)?;
+        let ours = stat.st_uid == rustix::process::geteuid().as_raw();
+        if (stat.st_dev, stat.st_ino) != (self.device, self.inode) || !ours {
+            return Err(Errno::STALE);
+        }
+        let group = Some(Gid::from_raw(group));
+        rustix::fs::chownat(&file, c"", None, group, AtFlags::EMPTY_PATH)?;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        // Entries that a default ACL of the directory has added would come into force.
+        match rustix::fs::removexattr(&path, c"system.posix_acl_access") {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error),
+        }
+        rustix::fs::chmod(&path, Mode::RWXU | Mode::RWXG)
+    }
+
     /// Where it is, its device and its inode.
     #[must_use]
     pub fn place(&self) -> (&Path, u64, u64) {
@@ -259,6 +286,30 @@ impl Drop for SocketFile {
     }
 }
 
+/// A listening socket at `path` whose file has mode 0700 from the moment it is there, or less where the
+/// umask takes something away.
+fn bind_private(path: &Path) -> Result<UnixListener, Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux gives the file the mode that the socket has, less the umask.
+    rustix::fs::fchmod(&socket, Mode::RWXU)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// The socket's file itself, `O_PATH`.
+fn open_socket(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let mode = rustix::fs::fstat(&file)?.st_mode;
+    match FileType::from_raw_mode(mode) {
+        FileType::Socket => Ok(file),
+        _ => Err(Errno::STALE),
+    }
+}
+
 /// Whether a process has the socket at `path` open. The question is put as a datagram socket,
 /// which a stream socket refuses by its type: so a live server never notices it.
 fn is_alive(path: &Path) -> io::Result<bool> {
@@ -289,6 +340,21 @@ mod tests {
         assert!(matches!(Listener::bind(&path), Err(ListenError::InUse(_))));
         first.socket.set_nonblocking(true).unwrap();
         assert!(first.accept().is_err(), "the probe is not a connection");
+    }
+
+    #[test]
+    fn socket_is_private_whatever_the_umask() {
+        // This thread's alone.
+        sys::credentials::unshare_fs_context().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for umask in [0, 0o002, 0o022, 0o077] {
+            rustix::process::umask(Mode::from_raw_mode(umask));
+            let path = dir.path().join(umask.to_string());
+            let listener = Listener::bind(&path).unwrap();
+            let mode = std::fs::symlink_metadata(&path).unwrap().mode();
+            assert_eq!(mode & 0o7777, 0o700);
+            drop(listener);
+        }
     }
 
     #[test]

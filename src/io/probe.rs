@@ -56,10 +56,11 @@ pub enum Unavailable {
         /// What lets this process use it.
         remedy: &'static str,
     },
-    /// The ring doesn't fit the limit of locked memory (kernels before 5.12), or no memory is left.
+    /// The ring doesn't fit the limit of locked memory, which all processes of a user share (kernels
+    /// before 5.12 and from 6.14 on), or no memory is left.
     #[error(
-        "no memory for a ring: on kernels before 5.12 it counts as locked memory; raise the limit \
-         (ulimit -l, LimitMEMLOCK=)"
+        "no memory for a ring: it counts as locked memory on some kernels, and all rings of a user \
+         together; raise the limit (ulimit -l, LimitMEMLOCK=)"
     )]
     Memory,
     /// The kernel is too old for some operation.

@@ -19,6 +19,7 @@ mod supervisor;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
@@ -337,6 +338,19 @@ pub fn left_open(fd: RawFd) -> std::io::Result<OwnedFd> {
 /// Ends the process at once, leaving all open that an other one goes on with.
 pub fn leave(code: u8) -> ! {
     process::exit_now(code.into())
+}
+
+/// Undoes what the process has inherited of its launcher beside descriptors and limits: what it makes is
+/// its own user's alone, whatever the umask was, and no signal is blocked or ignored that matters here. With
+/// `supervises`, signals stay blocked that a supervisor goes by: an earlier program in this process may
+/// have left some pending. To be called first.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter of the launcher says.
+pub fn reset_inherited(supervises: bool) -> std::io::Result<()> {
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    Ok(process::reset_signals(supervises)?)
 }
 
 /// Lets `SIGHUP` come, by which a supervisor asks for all requests to be given back.

@@ -15,6 +15,7 @@ use super::privileges;
 use super::supervisor::{Noted, now};
 use crate::sys::process::{self, Fork};
 use crate::sys::supervision;
+pub use crate::sys::supervision::{Peer, Queued};
 
 /// A program, and how it is called.
 #[derive(Clone, Copy, Debug)]
@@ -124,4 +125,13 @@ pub fn run_instead(call: Call<'_>) -> std::io::Error {
 pub fn ask_for_upgrade(supervisor: i32, value: usize) -> std::io::Result<()> {
     let process = Pid::from_raw(supervisor).ok_or(Errno::SRCH)?;
     Ok(supervision::queue_hangup(process, value)?)
+}
+
+/// Who is at the other end of a unix socket: who has connected, or, seen from there, who listens.
+///
+/// # Errors
+///
+/// As `getsockopt(2)`.
+pub fn peer(socket: impl AsFd) -> std::io::Result<Peer> {
+    Ok(supervision::peer(socket)?)
 }

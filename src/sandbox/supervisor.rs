@@ -22,7 +22,7 @@ use super::guardian::{Ending, Leash, ending};
 use super::id_map::{self, Maps};
 use super::{Inside, Kind, Options, SandboxError};
 use crate::sys::process::{self, Fork, SUPERVISED};
-use crate::sys::supervision;
+use crate::sys::supervision::{self, Queued};
 
 /// What a file is, whatever number it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,8 +172,8 @@ pub enum Event {
     Serving(Duration),
     /// It has ended. There is none now.
     Ended(Ending),
-    /// Somebody wants the program to be replaced, and has said so with this number.
-    Upgrade(Option<usize>),
+    /// Somebody wants the program to be replaced, and this came with it.
+    Upgrade(Option<Queued>),
 }
 
 /// The serving process.
@@ -307,7 +307,7 @@ impl Supervisor {
             // A signal that came since is still there, as all are held.
             match supervision::take_signal(&SUPERVISED, None)? {
                 Some(told) if told.signal == libc::SIGHUP => {
-                    return Ok(Event::Upgrade(told.value));
+                    return Ok(Event::Upgrade(told.queued));
                 }
                 Some(told) if matches!(told.signal, libc::SIGTERM | libc::SIGINT) => {
                     self.stopping = true;

@@ -12,10 +12,11 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::ServerError;
+use super::limits::{LimitError, file_size, without_file_size_limit};
 use super::predecessor::wait_while;
 use crate::config::Config;
 use crate::fs::passthrough::Past;
-use crate::state::{Limits, Table};
+use crate::state::{Limits, StateError, Table};
 use crate::virtqueue;
 
 /// A table, and what it tells of.
@@ -37,6 +38,26 @@ pub(super) enum State {
     Common(OwnedFd),
 }
 
+/// Lets nobody but the server's user open a state file, which may have been there before.
+fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
+    let failed = |source: Errno| ServerError::StateFile {
+        path: path.to_owned(),
+        source,
+    };
+    let stat = rustix::fs::fstat(file).map_err(failed)?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(ServerError::StateOwner {
+            path: path.to_owned(),
+            user: stat.st_uid,
+        });
+    }
+    let private = Mode::RUSR | Mode::WUSR;
+    if Mode::from_raw_mode(stat.st_mode) != private {
+        rustix::fs::fchmod(file, private).map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// How large a table has to be.
 pub(super) fn limits(config: &Config) -> Limits {
     let queues = config.request_queues.get().saturating_add(1);
@@ -45,6 +66,25 @@ pub(super) fn limits(config: &Config) -> Limits {
 
 impl State {
     pub(super) fn new(config: &Config) -> Result<Self, ServerError> {
+        let size = file_size();
+        without_file_size_limit(|| Self::made(config)).map_err(|error| match (error, size) {
+            (ServerError::InStateFile { source, .. } | ServerError::State(source), Some(limit))
+                if matches!(
+                    source,
+                    StateError::Grow {
+                        source: Errno::FBIG,
+                        ..
+                    }
+                ) =>
+            {
+                let needed = limits(config).bytes();
+                ServerError::Limit(LimitError::FileSize { limit, needed })
+            }
+            (error, _) => error,
+        })
+    }
+
+    fn made(config: &Config) -> Result<Self, ServerError> {
         let limits = limits(config);
         let table = match (&config.state, config.supervise) {
             (None, false) => return Ok(Self::Own),
@@ -52,15 +92,17 @@ impl State {
             (Some(path), true) => Kept::open(path, &limits)?.table,
             (None, true) => Table::in_memory(&limits)?,
         };
-        let file = table.file().try_clone().map_err(ServerError::Keep)?;
-        Ok(Self::Common(file))
+        // It has one, as it was made with one.
+        let file = table.file().map(OwnedFd::try_clone).transpose();
+        let file = file.map_err(ServerError::Keep)?;
+        Ok(file.map_or(Self::Own, Self::Common))
     }
 
     /// What has to be open in each process.
     pub(super) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own => None,
-            Self::File(kept) => Some(kept.table.file().as_fd()),
+            Self::File(kept) => kept.table.file().map(AsFd::as_fd),
             Self::Common(file) => Some(file.as_fd()),
         }
     }
@@ -70,7 +112,7 @@ impl State {
     pub(super) fn open(self, limits: &Limits, again: bool) -> Result<Kept, ServerError> {
         match self {
             Self::Own => Ok(Kept {
-                table: Table::in_memory(limits)?,
+                table: Table::for_this_process(limits)?,
                 past: None,
             }),
             Self::File(kept) => Ok(kept),
@@ -101,6 +143,7 @@ impl Kept {
             locked => locked.map_err(failed),
         };
         wait_while(lock, |error| matches!(error, ServerError::StateInUse(_)))?;
+        keep_private(&file, path)?;
         let in_file = |source| ServerError::InStateFile {
             path: path.to_owned(),
             source,

@@ -193,7 +193,7 @@ impl Supervising {
                     self.served(since);
                     false
                 }
-                Some(Event::Upgrade(value)) => match Wish::of(value, &self.program) {
+                Some(Event::Upgrade(queued)) => match Wish::of(queued, &self.program) {
                     Ok(wish) => match self.upgrade(wish)? {
                         Some(ending) => return Ok(self.end(ending)),
                         None => !self.supervisor.has_child(),

@@ -31,7 +31,8 @@ use super::outside::{DRAIN, LEFT, PATIENCE, Supervising, milliseconds};
 use super::{ServerError, chain};
 use crate::config::Config;
 use crate::front;
-use crate::sandbox::{self, Ending, Event, Noted, successor};
+use crate::sandbox::successor::{self, Queued};
+use crate::sandbox::{self, Ending, Event, Noted};
 use crate::state::Table;
 
 /// Where it stands what a program would have to understand that is only tried.
@@ -84,9 +85,9 @@ pub(super) struct Wish {
 }
 
 impl Wish {
-    /// `value` is what came with the signal; without, the program at `path` is meant.
-    pub(super) fn of(value: Option<usize>, path: &PathBuf) -> std::io::Result<Self> {
-        let Some(value) = value else {
+    /// `queued` is what came with the signal; without, the program at `path` is meant.
+    pub(super) fn of(queued: Option<Queued>, path: &PathBuf) -> std::io::Result<Self> {
+        let Some(Queued { value, sender }) = queued else {
             let file = std::fs::File::open(path)?;
             return Ok(Self {
                 program: Noted::new(file.into())?,
@@ -94,6 +95,12 @@ impl Wish {
             });
         };
         let asker = UnixStream::connect_addr(&name(value)?)?;
+        // The name is free again once whoever asks has gone, and anybody may take it.
+        if successor::peer(&asker)? != sender {
+            return Err(std::io::Error::other(
+                "another process listens where the one that asks should",
+            ));
+        }
         asker.set_read_timeout(Some(WORD))?;
         asker.set_write_timeout(Some(WORD))?;
         let file = receive(&asker)?;
@@ -104,7 +111,7 @@ impl Wish {
     }
 }
 
-/// The name of the socket of who asks. It can be found only by who was told the number.
+/// The name of the socket of who asks. Everybody can see it (`/proc/net/unix`), and connect.
 fn name(value: usize) -> std::io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("ringfsd-upgrade-{value:016x}"))
 }
@@ -383,7 +390,16 @@ pub fn ask(pid: i32) -> Result<String, AskError> {
     if !comes(&listener, PATIENCE).map_err(failed)? {
         return Err(AskError::NoAnswer(pid));
     }
-    let (stream, _) = listener.accept().map_err(failed)?;
+    let stream = loop {
+        let (stream, _) = listener.accept().map_err(failed)?;
+        // Anybody can connect.
+        if successor::peer(&stream).map_err(failed)?.pid == pid {
+            break stream;
+        }
+        if !comes(&listener, PATIENCE).map_err(failed)? {
+            return Err(AskError::NoAnswer(pid));
+        }
+    };
     let fds = [program.fd.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);

@@ -62,6 +62,14 @@ pub struct Limits {
     pub queues: u16,
 }
 
+impl Limits {
+    /// How long the file of such a table is, most of it holes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        Layout::of(self).bytes()
+    }
+}
+
 /// Where the parts of a table are, in words from its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {

@@ -128,6 +128,26 @@ impl Table {
         Self::made(file, limits, false)
     }
 
+    /// As [`in_memory`](Self::in_memory), for this process alone: without a file, where
+    /// `RLIMIT_FSIZE` allows none that is so large.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for one, or no room for its addresses.
+    pub fn for_this_process(limits: &Limits) -> Result<Arc<Self>, StateError> {
+        match Self::in_memory(limits) {
+            Err(StateError::Grow {
+                source: Errno::FBIG,
+                ..
+            }) => {
+                let layout = Layout::of(limits);
+                let words = SharedWords::without_file(layout.words()).map_err(StateError::Map)?;
+                Ok(Self::begun(words, layout, false))
+            }
+            done => done,
+        }
+    }
+
     /// A new table in `file`, which is empty, and which nobody cuts while the table is there. The
     /// room that the table takes of its file system is reserved before it is used.
     ///
@@ -149,14 +169,18 @@ impl Table {
             }
         }
         let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        Ok(Self::begun(words, layout, reserved))
+    }
+
+    fn begun(words: SharedWords, layout: Layout, reserved: bool) -> Arc<Self> {
         header::write(&words, &layout);
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             slabs: Slabs::new(&layout, reserved),
             half: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             words,
             layout,
-        }))
+        })
     }
 
     /// The table that is in `file`.
@@ -183,9 +207,9 @@ impl Table {
         Ok(Arc::new(table))
     }
 
-    /// The file that it is in.
+    /// The file that it is in, if it is in one.
     #[must_use]
-    pub fn file(&self) -> &OwnedFd {
+    pub fn file(&self) -> Option<&OwnedFd> {
         self.words.file()
     }
 

@@ -292,7 +292,8 @@ impl Slabs {
             None => return None,
         };
         if self.reserved
-            && let Err(error) = reserve(words.file(), self.start + number * CHUNK, CHUNK)
+            && let Some(file) = words.file()
+            && let Err(error) = reserve(file, self.start + number * CHUNK, CHUNK)
         {
             log::error!("no room for the state table: {error}");
             state.free.extend(u32::try_from(number));

@@ -16,7 +16,7 @@ fn table() -> Arc<Table> {
 
 /// The same table as another process would find it.
 fn opened(table: &Table) -> Result<Arc<Table>, StateError> {
-    Table::open(table.file().try_clone().unwrap())
+    Table::open(table.file().unwrap().try_clone().unwrap())
 }
 
 fn inode(table: &Table, number: u64) -> InodeFields {
@@ -151,7 +151,7 @@ fn all_is_given_back() {
         assert_eq!(table.bytes_in_use(), before);
     }
     assert_eq!(opened(&table).unwrap().take_inodes().len(), 1);
-    let stat = rustix::fs::fstat(table.file()).unwrap();
+    let stat = rustix::fs::fstat(table.file().unwrap()).unwrap();
     assert!(stat.st_blocks * 512 < 1 << 20, "{}", stat.st_blocks);
     drop(keep);
 }
@@ -209,9 +209,9 @@ fn what_is_no_table_is_refused() {
     );
     table.store(1, 1);
     let bytes = table.layout.bytes();
-    rustix::fs::ftruncate(table.file(), bytes - 1).unwrap();
+    rustix::fs::ftruncate(table.file().unwrap(), bytes - 1).unwrap();
     assert!(matches!(opened(&table), Err(StateError::Cut { .. })));
-    rustix::fs::ftruncate(table.file(), bytes).unwrap();
+    rustix::fs::ftruncate(table.file().unwrap(), bytes).unwrap();
     assert!(opened(&table).is_ok());
     table.store(2, 1);
     assert!(matches!(opened(&table), Err(StateError::Damaged { .. })));

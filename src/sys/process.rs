@@ -157,6 +157,53 @@ pub(crate) fn release_hangup() -> Result<(), Errno> {
     mask(libc::SIG_UNBLOCK, &[libc::SIGHUP])
 }
 
+/// Signals that a launcher may have had ignored, and that mean something here: a child's end, the request
+/// to end, a fault in memory.
+const NOT_IGNORED: [libc::c_int; 9] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGCHLD,
+    libc::SIGBUS,
+    libc::SIGSEGV,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+    libc::SIGSYS,
+];
+
+/// Undoes what a launcher has left of blocked and ignored signals, and ignores `SIGXFSZ`: a write beyond
+/// `RLIMIT_FSIZE` fails with `EFBIG` and ends nobody. With `supervises`, [`SUPERVISED`] stay blocked: some
+/// may be pending.
+///
+/// # Errors
+///
+/// Whatever a seccomp filter says.
+pub(crate) fn reset_signals(supervises: bool) -> Result<(), Errno> {
+    for signal in NOT_IGNORED {
+        if is_ignored(signal)? {
+            set_default(signal)?;
+        }
+    }
+    // SAFETY: an ignored signal runs no code of this process.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(last_errno());
+    }
+    mask(
+        libc::SIG_SETMASK,
+        if supervises { &SUPERVISED } else { &[] },
+    )
+}
+
+fn is_ignored(signal: libc::c_int) -> Result<bool, Errno> {
+    // SAFETY: all zeroes is a valid `sigaction`.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes `action`, and is given no new one.
+    match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) } {
+        0 => Ok(action.sa_sigaction == libc::SIG_IGN),
+        _ => Err(last_errno()),
+    }
+}
+
 /// Waits for one of the signals that are held, and answers which.
 ///
 /// # Errors

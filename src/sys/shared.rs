@@ -14,12 +14,12 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 /// Bytes of a word.
 pub(crate) const WORD: usize = size_of::<u64>();
 
-/// A file's first bytes as words, mapped until this is dropped.
+/// A file's first bytes as words, or memory that no file names, mapped until this is dropped.
 #[derive(Debug)]
 pub(crate) struct SharedWords {
     start: NonNull<AtomicU64>,
     len: usize,
-    file: OwnedFd,
+    file: Option<OwnedFd>,
 }
 
 // SAFETY: it owns its mapping, and gives out nothing but atomic words.
@@ -35,20 +35,33 @@ impl SharedWords {
     ///
     /// As `mmap(2)`; `EINVAL` for no words, or more than there are addresses.
     pub(crate) fn map(file: OwnedFd, words: usize) -> Result<Self, Errno> {
-        let bytes = words
-            .checked_mul(WORD)
-            .filter(|bytes| *bytes != 0)
-            .ok_or(Errno::INVAL)?;
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let bytes = bytes_of(words)?;
         // SAFETY: a new mapping at an address that the kernel chooses touches no other memory.
         let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, access, flags, file.as_fd(), 0)
+            rustix::mm::mmap(std::ptr::null_mut(), bytes, ACCESS, FLAGS, file.as_fd(), 0)
         }?;
         Ok(Self {
             start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?,
             len: words,
-            file,
+            file: Some(file),
+        })
+    }
+
+    /// Maps `words` words of memory that is 0 and has no file. `RLIMIT_FSIZE` doesn't limit it, as it
+    /// does a `memfd`; nobody else can map it.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map).
+    pub(crate) fn without_file(words: usize) -> Result<Self, Errno> {
+        let bytes = bytes_of(words)?;
+        // SAFETY: as for a file.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ACCESS, FLAGS) }?;
+        Ok(Self {
+            start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?,
+            len: words,
+            file: None,
         })
     }
 
@@ -57,9 +70,9 @@ impl SharedWords {
         self.len
     }
 
-    /// The file behind them.
-    pub(crate) fn file(&self) -> &OwnedFd {
-        &self.file
+    /// The file behind them, if there is one.
+    pub(crate) fn file(&self) -> Option<&OwnedFd> {
+        self.file.as_ref()
     }
 
     /// The word at `index`; `None` beyond the end.
@@ -117,6 +130,14 @@ impl Drop for SharedWords {
     }
 }
 
+const ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+const FLAGS: MapFlags = MapFlags::SHARED.union(MapFlags::NORESERVE);
+
+fn bytes_of(words: usize) -> Result<usize, Errno> {
+    let bytes = words.checked_mul(WORD).filter(|bytes| *bytes != 0);
+    bytes.ok_or(Errno::INVAL)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering;
@@ -133,7 +154,7 @@ mod tests {
     #[test]
     fn two_mappings_of_a_file_share_its_words() {
         let one = words(1024);
-        let other = SharedWords::map(one.file().try_clone().unwrap(), 1024).unwrap();
+        let other = SharedWords::map(one.file().unwrap().try_clone().unwrap(), 1024).unwrap();
         one.get(1023).unwrap().store(7, Ordering::Relaxed);
         assert_eq!(other.get(1023).unwrap().load(Ordering::Relaxed), 7);
         assert!(one.get(1024).is_none());
@@ -141,7 +162,12 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_zero() {
-        let words = words(2048);
+        for words in [words(2048), SharedWords::without_file(2048).unwrap()] {
+            give_back_and_check(&words);
+        }
+    }
+
+    fn give_back_and_check(words: &SharedWords) {
         words.get(511).unwrap().store(1, Ordering::Relaxed);
         words.get(512).unwrap().store(2, Ordering::Relaxed);
         words.give_back(512, 512).unwrap();

@@ -51,8 +51,58 @@ pub(crate) fn clone_sharing_descriptors(own_pids: bool) -> Result<Fork, Errno> {
 pub(crate) struct Told {
     /// Which.
     pub(crate) signal: libc::c_int,
-    /// The number that came with it, where it was queued with one (`sigqueue(3)`).
-    pub(crate) value: Option<usize>,
+    /// What came with it, where it was queued (`sigqueue(3)`).
+    pub(crate) queued: Option<Queued>,
+}
+
+/// What comes with a signal that is queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queued {
+    /// The sender's number.
+    pub value: usize,
+    /// Who the sender says it is. Whoever may send the signal may say what it likes.
+    pub sender: Peer,
+}
+
+/// A process and its user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its number; 0 for one that has none here.
+    pub pid: i32,
+    /// The user's number.
+    pub uid: u32,
+}
+
+/// Who has connected, or listened, at the other end of a unix socket (`SO_PEERCRED`).
+///
+/// # Errors
+///
+/// As `getsockopt(2)`.
+pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
+    // SAFETY: the kernel writes as many bytes of `peer` as `len` says it has, and `len`; the descriptor
+    // is open as long as it is borrowed.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    match done {
+        0 => Ok(Peer {
+            pid: peer.pid,
+            uid: peer.uid,
+        }),
+        _ => Err(last_errno()),
+    }
 }
 
 /// Of `signals`, which are held, takes one that has come, or waits for one; for as long as `patience`
@@ -85,11 +135,17 @@ pub(crate) fn take_signal(
                 errno => return Err(errno),
             },
             signal => {
-                let value = (info.si_code == libc::SI_QUEUE).then(|| {
+                let queued = (info.si_code == libc::SI_QUEUE).then(|| Queued {
                     // SAFETY: a signal that was queued carries a value.
-                    unsafe { info.si_value() }.sival_ptr.addr()
+                    value: unsafe { info.si_value() }.sival_ptr.addr(),
+                    sender: Peer {
+                        // SAFETY: and its sender.
+                        pid: unsafe { info.si_pid() },
+                        // SAFETY: and that one's user.
+                        uid: unsafe { info.si_uid() },
+                    },
                 });
-                return Ok(Some(Told { signal, value }));
+                return Ok(Some(Told { signal, queued }));
             }
         }
     }

@@ -39,6 +39,18 @@ pub enum PoolError {
     Panicked(Vec<WorkerId>),
 }
 
+impl PoolError {
+    /// Whether it is a ring that can't be had.
+    #[must_use]
+    pub fn is_of_ring(&self) -> bool {
+        let source = match self {
+            Self::Runtime { source, .. } => source,
+            Self::Spawn { .. } | Self::Panicked(_) => return false,
+        };
+        matches!(source, RuntimeError::Ring { .. })
+    }
+}
+
 /// What a body is told about the worker it runs on.
 #[derive(Clone, Copy, Debug)]
 pub struct Worker {

@@ -3,10 +3,13 @@
 //! The other engines come here for what they can't do themselves. The invariant: a call that may
 //! wait owns everything it needs, so whoever asked for it may go away.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 use tokio::task::LocalSet;
@@ -102,7 +105,8 @@ pub(super) async fn allocate(
         .map_err(io::Error::from)
 }
 
-/// Runs `call`, which may block, on a thread of the current runtime that may wait.
+/// Runs `call`, which may block, on a thread of the current runtime that may wait; on the calling one,
+/// which waits then, where the host has no thread to give.
 ///
 /// Dropping the future doesn't stop the call.
 ///
@@ -118,13 +122,45 @@ where
     R: Send + 'static,
     C: FnOnce() -> R + Send + 'static,
 {
-    match tokio::task::spawn_blocking(call).await {
-        Ok(result) => Ok(result),
+    if has_no_threads() {
+        return Ok(call());
+    }
+    // Whoever takes the call out runs it: tokio keeps what it has found no thread for, and may find
+    // one later.
+    let call = Arc::new(Mutex::new(Some(call)));
+    let here = Arc::clone(&call);
+    let there = move || take(&call).map(|call| call());
+    let spawned = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(there)));
+    let Ok(task) = spawned else {
+        NO_THREADS.set(Some(Instant::now()));
+        let call = take(&here).ok_or(rustix::io::Errno::CANCELED)?;
+        return Ok(call());
+    };
+    match task.await {
+        Ok(result) => result.ok_or_else(|| rustix::io::Errno::CANCELED.into()),
         Err(e) => match e.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(_cancelled) => Err(rustix::io::Errno::CANCELED.into()),
         },
     }
+}
+
+/// How long to do without a thread after there was none. tokio panics then, each time.
+const WITHOUT_THREADS: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// When this thread's runtime last found no thread.
+    static NO_THREADS: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+fn has_no_threads() -> bool {
+    NO_THREADS
+        .get()
+        .is_some_and(|then| then.elapsed() < WITHOUT_THREADS)
+}
+
+fn take<C>(call: &Mutex<Option<C>>) -> Option<C> {
+    call.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// Runs `call` on `buffer` likewise and returns the buffer, or an empty one with `ECANCELED` when

@@ -31,7 +31,7 @@ impl Killed {
 
     /// The next one, with the descriptors of this one or without.
     pub(super) fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
-        let table = Table::open(self.fs.table().file().try_clone().unwrap()).unwrap();
+        let table = Table::open(self.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
             root: open(self.dir.path()),
@@ -362,7 +362,7 @@ fn another_directory_is_refused() {
     on_a_thread(|| {
         let rig = killed(Rig::new(Options::default()).unwrap());
         let other = tempfile::tempdir().unwrap();
-        let table = Table::open(rig.fs.table().file().try_clone().unwrap()).unwrap();
+        let table = Table::open(rig.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
             root: open(other.path()),
