@@ -201,6 +201,9 @@ impl File {
         filled: usize,
         offset: u64,
     ) -> (io::Result<usize>, GuestBuffer) {
+        if buffer.is_empty() {
+            return (self.read_nothing(&buffer, offset), buffer);
+        }
         let facts = self.facts();
         if !facts.has(Facts::SEEKABLE) || !on_ring() {
             return self.read_blocking(buffer, filled, offset).await;
@@ -306,6 +309,9 @@ impl File {
     ///
     /// Those of `preadv2(2)`, whatever was read before; `EINVAL` for an offset above 2⁶³ − 1.
     pub fn try_read_at(&self, buffer: &mut GuestBuffer, offset: u64) -> io::Result<Attempt> {
+        if buffer.is_empty() {
+            return self.read_nothing(buffer, offset).map(Attempt::Done);
+        }
         let facts = self.facts();
         let avoid = Facts::DIRECT | Facts::NO_NOWAIT;
         if !facts.has(Facts::REGULAR) || facts.has(avoid) {
@@ -508,6 +514,11 @@ impl File {
                 let size = u64::try_from(stat.st_size).unwrap_or(0);
                 offset.saturating_add(filled as u64) >= size
             })
+    }
+
+    /// A read of no bytes, which never waits: the kernel still checks the open mode.
+    fn read_nothing(&self, empty: &GuestBuffer, offset: u64) -> io::Result<usize> {
+        blocking::read(self.as_fd(), empty, 0, offset, 0)
     }
 
     fn read_blocking(

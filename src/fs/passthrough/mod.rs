@@ -648,7 +648,7 @@ impl FileSystem for Passthrough {
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
-        self.kill_set_id_of_open(&self.file_to_change(node, handle)?)
+        self.kill_set_id_before_change(&self.file_to_change(node, handle)?)
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {

@@ -78,7 +78,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let opened = self.fs.file_to_change(request.node, range.handle);
         let (file, buffer) = match opened.and_then(|file| {
             let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
-            if request.caller.kill_set_id {
+            if request.caller.kill_set_id && len > 0 {
                 self.fs.kill_set_id(request.node, range.handle)?;
             }
             Ok((file, payload))
@@ -158,7 +158,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         handle: Handle,
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
-        let file = self.file_to_change(request, request.node, handle);
+        let file = self.file_to_change(request, (request.node, handle), len);
         self.after(exchange, request, file, async move |file: File| {
             file.allocate(mode, offset, len).await.map(done)
         })
@@ -173,7 +173,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let from = self.fs.file(request.node, copying.from, HandleKind::File);
         let files = from.and_then(|from| {
-            let to = self.file_to_change(request, copying.to_node, copying.to)?;
+            let to = (copying.to_node, copying.to);
+            let to = self.file_to_change(request, to, copying.len)?;
             Ok((from, to))
         });
         self.after(
@@ -196,15 +197,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may.
+    /// whether its caller may keep set-user-ID bits: only a superuser may. A change of no bytes is
+    /// refused, or changes nothing.
     fn file_to_change(
         &self,
         request: &Request<'_>,
-        node: NodeId,
-        handle: Handle,
+        (node, handle): (NodeId, Handle),
+        len: u64,
     ) -> Result<File, Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        if request.caller.uid != 0 && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
+        if len > 0 && request.caller.uid != 0 && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             self.fs.kill_set_id(node, handle)?;
         }
         Ok(file)
