@@ -425,6 +425,8 @@ pub trait FileSystem: Send + Sync + 'static {
     ) -> Result<(Entry, Opened)> {
         Err(Errno::NOSYS)
     }
+    /// A request was refused with `ENFILE`, which may be worth a line in the log.
+    fn report_shortage(&self) {}
     /// FLUSH: a descriptor of the guest is closed; errors of earlier writes come out here.
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
     /// RELEASE: the last descriptor is closed; the handle ends.

@@ -55,6 +55,7 @@ pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_l
 pub use self::restore::{Past, Restored};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
+use self::bounds::Bounds;
 use self::credentials::Wear;
 use self::directory::Pieces;
 use self::handles::Handles;
@@ -64,7 +65,6 @@ use self::inodes::Store;
 use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
-use self::options::most_descriptors;
 use self::restore::{Begun, Records};
 use self::spare::Spares;
 use super::{
@@ -102,10 +102,7 @@ pub struct Passthrough {
     on_demand: OnDemand,
     spares: Spares,
     terms: AgreedTerms,
-    /// Descriptors that inodes and open files may have together.
-    most: usize,
-    /// How many of them the guest's open files may have.
-    max_handles: usize,
+    bounds: Bounds,
     /// Pieces of directories that are kept.
     pieces: Pieces,
     locks: Locks,
@@ -178,10 +175,8 @@ impl Passthrough {
         };
         let wear = wear_for(&root).map_err(of_share)?;
 
-        let most = most_descriptors();
-        let max_handles = options.max_handles.unwrap_or(most).min(most);
-        let most = options.max_open_inodes.unwrap_or(most).min(most);
-        let spares = options.max_spare_files.min(most / 4);
+        let bounds = Bounds::new(&options);
+        let spares = options.max_spare_files.min(bounds.most / 4);
         let spares = Spares::new(&root, &identity.key, spares).map_err(of_share)?;
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
@@ -217,11 +212,10 @@ impl Passthrough {
             holder,
             only: None,
             handles: Handles::new(table),
-            on_demand: OnDemand::new(most),
+            on_demand: OnDemand::new(bounds.most),
             spares,
             terms: AgreedTerms::default(),
-            most,
-            max_handles,
+            bounds,
             pieces: Pieces::default(),
             locks: Locks::new(table),
             wear,
@@ -649,6 +643,10 @@ impl FileSystem for Passthrough {
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
         self.kill_set_id_before_change(&self.file_to_change(node, handle)?)
+    }
+
+    fn report_shortage(&self) {
+        self.tell_of_shortage();
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<File> {

@@ -19,7 +19,7 @@ use crate::fs::Result;
 
 /// Descriptors of inodes that are left to those however many files are open: a few for each
 /// operation that runs.
-const LEAST: usize = 16;
+pub(super) const LEAST: usize = 16;
 
 /// How many inodes are closed where the host has no descriptor left.
 const SOME: usize = 32;
@@ -185,9 +185,8 @@ impl Passthrough {
     /// Closes inodes that are not in use, as long as there are more than there may be.
     pub(super) fn make_room(&self) {
         let too_many = || {
-            let open = self.inodes.descriptors();
-            let files = self.handles.count() + self.on_demand.count() + self.spares.count();
-            open > LEAST.min(self.most) && open + files > self.most
+            let most = self.bounds.most;
+            self.inodes.descriptors() > LEAST.min(most) && self.descriptors() > most
         };
         if too_many() {
             self.spares.clear();
@@ -220,7 +219,7 @@ impl Passthrough {
     }
 
     /// Goes around the clock, at most twice, while `more` says so.
-    fn close_some(&self, more: impl Fn() -> bool) {
+    pub(super) fn close_some(&self, more: impl Fn() -> bool) {
         let clock = self.inodes.clock();
         let mut turns = 2 * clock.len() + clock.turns();
         while turns > 0 && more() {

@@ -332,8 +332,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok(answer) => answer.send(exchange, unique),
             Err(errno) => {
                 self.counters.count_error();
-                send_error(exchange, unique, errno);
+                send_error(exchange, unique, self.for_guest(errno));
             }
+        }
+    }
+
+    /// What the guest is told instead of the server's own affair: that its process has no
+    /// descriptor left says nothing of the one that asks.
+    fn for_guest(&self, errno: Errno) -> Errno {
+        match errno {
+            Errno::MFILE | Errno::NFILE => {
+                self.fs.report_shortage();
+                Errno::NFILE
+            }
+            errno => errno,
         }
     }
 
