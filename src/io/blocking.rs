@@ -57,7 +57,7 @@ pub(super) fn write(
 /// # Errors
 ///
 /// `ECANCELED` when the runtime ends before the call has begun.
-pub(super) async fn run<R, C>(call: C) -> io::Result<R>
+pub(crate) async fn run<R, C>(call: C) -> io::Result<R>
 where
     R: Send + 'static,
     C: FnOnce() -> R + Send + 'static,

@@ -250,7 +250,7 @@ impl File {
     ) -> (io::Result<usize>, GuestBuffer) {
         let facts = self.facts();
         if !facts.has(Facts::SEEKABLE) || !on_ring() {
-            return self.write_blocking(buffer, offset, 0).await;
+            return self.write_blocking(buffer, (0, offset), 0).await;
         }
         let way = if facts.has(Facts::DIRECT) {
             Transfer::Write
@@ -272,7 +272,7 @@ impl File {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
-                    return self.write_blocking(buffer, offset, 0).await;
+                    return self.write_blocking(buffer, (0, offset), 0).await;
                 }
                 Err(e) => return (ok_if_any(done, e), buffer),
             }
@@ -296,8 +296,29 @@ impl File {
     ) -> (io::Result<usize>, GuestBuffer) {
         match self.mode_beyond(mode).flags() {
             0 => self.write_at(buffer, offset).await,
-            flags => self.write_blocking(buffer, offset, flags).await,
+            flags => self.write_blocking(buffer, (0, offset), flags).await,
         }
+    }
+
+    /// Writes what is left of a buffer of which the first `done` bytes are written, on a thread that
+    /// may wait; the answer counts these. `offset` is the place of the buffer's beginning.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at), if nothing was written at all.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a runtime.
+    pub async fn write_rest(
+        &self,
+        mode: WriteMode,
+        buffer: GuestBuffer,
+        done: usize,
+        offset: u64,
+    ) -> (io::Result<usize>, GuestBuffer) {
+        let flags = self.mode_beyond(mode).flags();
+        self.write_blocking(buffer, (done, offset), flags).await
     }
 
     /// Reads as much as is there without waiting, or from a file system in memory, where there is
@@ -378,7 +399,7 @@ impl File {
         if mode.durable.is_some() || !facts.has(Facts::REGULAR) || facts.has(avoid) {
             return Ok(Attempt::WouldBlock);
         }
-        write_all_pieces(self.as_fd(), buffer, offset, mode.flags()).map(Attempt::Done)
+        write_all_pieces(self.as_fd(), buffer, (0, offset), mode.flags()).map(Attempt::Done)
     }
 
     /// Makes what was written durable.
@@ -481,6 +502,11 @@ impl File {
         .map_err(io::Error::from)
     }
 
+    /// The descriptor, if this is the last clone and no operation is under way.
+    pub(crate) fn into_fd(self) -> Option<OwnedFd> {
+        Arc::into_inner(self.inner).map(|inner| inner.fd)
+    }
+
     /// How many clones there are, and operations under way.
     pub(crate) fn users(&self) -> usize {
         Arc::strong_count(&self.inner)
@@ -554,12 +580,12 @@ impl File {
     fn write_blocking(
         &self,
         buffer: GuestBuffer,
-        offset: u64,
+        from: (usize, u64),
         flags: libc::c_int,
     ) -> impl Future<Output = (io::Result<usize>, GuestBuffer)> + Send + use<> {
         let file = self.clone();
         blocking::run_on_buffer(buffer, move |buffer| {
-            write_all_pieces(file.as_fd(), buffer, offset, flags)
+            write_all_pieces(file.as_fd(), buffer, from, flags)
         })
     }
 }
@@ -613,14 +639,13 @@ fn one_operation(buffer: &GuestBuffer, done: usize) -> usize {
     pieces.iter().take(IOV_MAX).map(|piece| piece.iov_len).sum()
 }
 
-/// One `pwritev2`, or as few as take all pieces.
+/// One `pwritev2`, or as few as take all pieces, beginning with the byte that is told.
 fn write_all_pieces(
     fd: BorrowedFd<'_>,
     buffer: &GuestBuffer,
-    offset: u64,
+    (mut done, offset): (usize, u64),
     flags: libc::c_int,
 ) -> io::Result<usize> {
-    let mut done = 0;
     loop {
         match blocking::write(fd, buffer, done, offset, flags) {
             Ok(n) => {

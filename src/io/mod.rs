@@ -13,6 +13,7 @@ mod probe;
 mod ring;
 mod runtime;
 
+pub(crate) use blocking::run as run_blocking;
 pub use buffer::{Guard, GuestBuffer};
 pub use event::Event;
 pub(crate) use event::{takes_writing, writing_blocks};

@@ -237,6 +237,13 @@ impl Inode {
         }
     }
 
+    /// Its descriptor, which its record names no more.
+    pub(super) fn into_descriptor(self) -> Option<OwnedFd> {
+        let Self { record, slot, .. } = self;
+        drop(record);
+        slot.into_inner()
+    }
+
     /// Its descriptor.
     pub(super) fn slot(&self) -> &Slot {
         &self.slot

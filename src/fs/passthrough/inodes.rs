@@ -478,10 +478,8 @@ impl Store {
     /// Gives back `count` lookups; the last one removes the inode, unless it is to be remembered,
     /// which is answered. The root is never removed.
     #[must_use]
-    pub(super) fn forget(&self, node: NodeId, count: u64) -> Option<Arc<Inode>> {
-        let inode = self.get(node).filter(|_| node != NodeId::ROOT)?;
-        let remembered = self.forget_inode(&inode, count, true);
-        remembered.then_some(inode)
+    pub(super) fn forget(&self, inode: &Arc<Inode>, count: u64) -> bool {
+        inode.node() != NodeId::ROOT && self.forget_inode(inode, count, true)
     }
 
     /// Answers whether the inode is remembered from now on.

@@ -9,6 +9,7 @@ mod attributes;
 mod bounds;
 mod changes;
 mod clock;
+mod closing;
 mod credentials;
 mod current;
 mod directory;
@@ -56,6 +57,7 @@ pub use self::restore::{Past, Restored};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
 use self::bounds::Bounds;
+use self::closing::Closer;
 use self::credentials::Wear;
 use self::directory::Pieces;
 use self::handles::Handles;
@@ -101,6 +103,7 @@ pub struct Passthrough {
     handles: Handles,
     on_demand: OnDemand,
     spares: Spares,
+    closer: Closer,
     terms: AgreedTerms,
     bounds: Bounds,
     /// Pieces of directories that are kept.
@@ -214,6 +217,7 @@ impl Passthrough {
             handles: Handles::new(table),
             on_demand: OnDemand::new(bounds.most),
             spares,
+            closer: Closer::default(),
             terms: AgreedTerms::default(),
             bounds,
             pieces: Pieces::default(),
@@ -480,8 +484,7 @@ impl FileSystem for Passthrough {
         self.give_back(node, count);
         let kept = self.on_demand.count() > 0 || self.spares.count() > 0;
         if kept && self.inodes.get(node).is_none() {
-            self.on_demand.forget(node);
-            self.spares.forget(node);
+            self.close_kept(node);
         }
     }
 
@@ -643,6 +646,10 @@ impl FileSystem for Passthrough {
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
         self.kill_set_id_before_change(&self.file_to_change(node, handle)?)
+    }
+
+    fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.closer.pending()
     }
 
     fn report_shortage(&self) {

@@ -259,6 +259,7 @@ impl Passthrough {
             known.inode.record().set_handle(handle.bytes());
             return;
         }
+        self.close_spares(known.inode.node());
         let held = known.inode.held();
         if known.links == 1 && known.inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
             self.inodes.change_way(&known.inode, held, Way::None);

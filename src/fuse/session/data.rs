@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::again::append_again;
+use super::reclaim::is_shortage;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
@@ -100,18 +101,30 @@ impl<F: FileSystem + ?Sized> Session<F> {
             ..mode
         };
         let offset = begun.unwrap_or(range.offset);
-        let attempt = match file.try_write_as(mode, &buffer, offset) {
-            Ok(attempt) => attempt,
-            Err(error) => return self.now(exchange, unique, Err(errno(&error))),
+        let first = match file.try_write_as(mode, &buffer, offset) {
+            Ok(Attempt::WouldBlock) => None,
+            Ok(Attempt::Done(n) | Attempt::Partial(n)) => Some(Ok(n)),
+            Err(error) => Some(Err(error)),
         };
-        match attempt {
-            Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
-            Attempt::WouldBlock => self.after(exchange, request, Ok(()), async move |()| {
-                let (result, buffer) = file.write_as(mode, buffer, offset).await;
-                drop(buffer);
-                result.map(written)
-            }),
+        if let Some(result) = &first
+            && done_of_short(result, buffer.len()).is_none()
+        {
+            let answer = first.unwrap_or(Ok(0)).map(written);
+            return self.now(exchange, unique, answer.map_err(|error| errno(&error)));
         }
+        let session = Arc::clone(self);
+        self.after(exchange, request, Ok(()), async move |()| {
+            let (mut result, mut buffer) = match first {
+                Some(result) => (result, buffer),
+                None => file.write_as(mode, buffer, offset).await,
+            };
+            if let Some(done) = done_of_short(&result, buffer.len()) {
+                session.reclaim().await;
+                (result, buffer) = file.write_rest(mode, buffer, done, offset).await;
+            }
+            drop(buffer);
+            result.map(written)
+        })
     }
 
     /// FSYNC, and FSYNCDIR where `directory` is true.
@@ -159,8 +172,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
         let file = self.file_to_change(request, (request.node, handle), len);
+        let session = Arc::clone(self);
         self.after(exchange, request, file, async move |file: File| {
-            file.allocate(mode, offset, len).await.map(done)
+            let mut result = file.allocate(mode, offset, len).await;
+            if is_short(&result) {
+                session.reclaim().await;
+                result = file.allocate(mode, offset, len).await;
+            }
+            result.map(done)
         })
     }
 
@@ -177,15 +196,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
             let to = self.file_to_change(request, to, copying.len)?;
             Ok((from, to))
         });
+        let session = Arc::clone(self);
         self.after(
             exchange,
             request,
             files,
             async move |(from, to): (File, File)| {
                 let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
-                let n = from
-                    .copy_range_to(copying.from_offset, &to, copying.to_offset, len, 0)
-                    .await?;
+                let (at, to_at) = (copying.from_offset, copying.to_offset);
+                let mut result = from.copy_range_to(at, &to, to_at, len, 0).await;
+                if is_short(&result) {
+                    session.reclaim().await;
+                    result = from.copy_range_to(at, &to, to_at, len, 0).await;
+                }
+                let n = result?;
                 Ok(if copying.wide {
                     let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
                     Answer::Copied(CopyFileRangeOut { bytes_copied })
@@ -245,6 +269,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
     pub(super) fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
         self.counters.count_later();
         Outcome::Later(Box::pin(future))
+    }
+}
+
+/// Whether it failed for want of room.
+fn is_short<T>(result: &io::Result<T>) -> bool {
+    matches!(result, Err(error) if is_shortage(errno(error)))
+}
+
+/// How much is done of a write of `len` bytes that found too little room. One that ended early
+/// may have: what is left of it says why.
+fn done_of_short(result: &io::Result<usize>, len: usize) -> Option<usize> {
+    match result {
+        Ok(done) => (*done < len).then_some(*done),
+        Err(_) => is_short(result).then_some(0),
     }
 }
 

@@ -12,6 +12,7 @@ mod inode_flags;
 mod locks;
 mod metadata;
 mod moving;
+mod reclaim;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -20,13 +21,15 @@ use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
+pub use self::reclaim::Queues;
 pub use self::waiting::NoWaits;
 
 use self::gate::{Closed, Gate};
+use self::reclaim::is_shortage;
 use self::waiting::Waiting;
 use super::abi::{InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
@@ -73,6 +76,8 @@ pub struct Session<F: ?Sized> {
     /// Requests are in it while they are served; sessions begin and end while nobody is.
     gate: Gate,
     waiting: Arc<Waiting>,
+    /// Who serves the queues that requests come on, if there are any.
+    queues: OnceLock<Box<dyn Queues>>,
     /// Where what was agreed on is written down for a process after this one.
     table: Option<Arc<Table>>,
     fs: Arc<F>,
@@ -89,6 +94,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             counters: Counters::default(),
             gate: Gate::default(),
             waiting: Arc::default(),
+            queues: OnceLock::new(),
             table: None,
             fs,
         }
@@ -154,10 +160,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Answers one request, now or later.
     pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-        let request = match fetch(&mut exchange, &mut inline, &mut spilled)
-            .and_then(|bytes| decode_as(bytes, self.agreed()))
-        {
-            Ok(request) => request,
+        let fetched = fetch(&mut exchange, &mut inline, &mut spilled);
+        let decoded = fetched.and_then(|bytes| Ok((decode_as(bytes, self.agreed())?, bytes)));
+        let (request, bytes) = match decoded {
+            Ok(decoded) => decoded,
             Err(error) => {
                 self.refuse(exchange, &error);
                 return Outcome::Done;
@@ -193,7 +199,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             _ => {}
         }
         match self.admit(&request, exchange.writable()) {
-            Ok(()) => self.answer(exchange, &request),
+            Ok(()) => self.answer(exchange, &request, bytes),
             Err(errno) => {
                 self.finish(exchange, request.unique, Err(errno));
                 Outcome::Done
@@ -213,7 +219,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    fn answer<E: Exchange>(self: &Arc<Self>, mut exchange: E, request: &Request<'_>) -> Outcome {
+    /// Serves `request`, which was decoded from `bytes`.
+    fn answer<E: Exchange>(
+        self: &Arc<Self>,
+        mut exchange: E,
+        request: &Request<'_>,
+        bytes: &[u8],
+    ) -> Outcome {
         match request.operation {
             Operation::Read(range) => return self.read(exchange, request, range),
             Operation::Write { range, mode } => {
@@ -237,6 +249,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::CopyFileRange(copying) => return self.copy(exchange, request, copying),
             Operation::Syncfs => return self.syncfs(exchange, request),
             Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
+            Operation::Statfs if self.may_reclaim() => {
+                return self.after_reclaim(exchange, bytes, (request.unique, Errno::IO));
+            }
             _ => {}
         }
         let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
@@ -244,7 +259,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Some(intent) => self.metadata_again(request, intent, room),
             None => {
                 self.intend(&mut exchange, request);
-                self.metadata(request, room)
+                match self.metadata(request, room) {
+                    Err(errno) if is_shortage(errno) && self.may_reclaim() => {
+                        return self.after_reclaim(exchange, bytes, (request.unique, errno));
+                    }
+                    answer => answer,
+                }
             }
         };
         self.now(exchange, request.unique, answer)
