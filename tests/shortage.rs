@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 use support::Server;
 use vmm::fuse::wire::EntryOut;
-use vmm::fuse::{Client, FuseError, ROOT};
+use vmm::fuse::{Client, FuseError, Handle, ROOT};
 use vmm::memory::Region;
 use vmm::{Options, Profile, Session};
 
@@ -216,8 +216,64 @@ fn a_server_without_descriptors_says_so_and_blames_nobody(runtime: &str) {
     );
 }
 
+/// Makes files, opens and removes them; answers those that are open then.
+fn hold_unlinked_files(fs: &mut Client<Session>, count: usize) -> Vec<(EntryOut, Handle)> {
+    let make = |number| {
+        let name = c("unlinked", number);
+        let (made, handle) = fs.create(ROOT, &name, 0o644).unwrap();
+        fs.unlink(ROOT, &name).unwrap();
+        (made, handle)
+    };
+    (0..count).map(make).collect()
+}
+
+fn half_the_limit_in_unlinked_open_files_hinders_nothing(runtime: &str) {
+    let mut server = short(runtime, &["--supervise"]);
+    std::fs::write(server.share().join("file"), "content").unwrap();
+    let mut fs = server.session(Profile::Simple, &many_regions());
+    let before = server.holdings().descriptors;
+    let held = hold_unlinked_files(&mut fs, LIMIT / 2);
+    use_as_usual(&mut fs);
+    use_unlinked(&mut fs, &held, 3);
+    let pid = i32::try_from(server.pid()).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    server.wait_for("the session goes on");
+    use_unlinked(&mut fs, &held, 4);
+
+    // Whoever has one open alone closes it, and the guest still holds the inode.
+    for (one, handle) in &held {
+        let again = fs.open(one.nodeid, libc::O_RDONLY).unwrap();
+        fs.release(one.nodeid, *handle).unwrap();
+        assert_eq!(fs.read(one.nodeid, again, 0, 10).unwrap().len(), 4);
+        fs.release(one.nodeid, again).unwrap();
+        assert_eq!(fs.getattr(one.nodeid).unwrap().attr.nlink, 0);
+        let again = fs.open(one.nodeid, libc::O_RDWR).unwrap();
+        fs.release(one.nodeid, again).unwrap();
+    }
+    // A reboot gives all of it back.
+    reboot(&mut fs);
+    let after = server.holdings().descriptors;
+    assert!(after <= before + 4, "{before} before, {after} after");
+}
+
+/// Works with files that have no name, by handle and by node, which nobody else gets at.
+fn use_unlinked(fs: &mut Client<Session>, held: &[(EntryOut, Handle)], len: usize) {
+    for (number, (one, handle)) in held.iter().enumerate() {
+        let data = vec![number as u8; len];
+        fs.write(one.nodeid, *handle, 0, &data).unwrap();
+        assert_eq!(fs.getattr(one.nodeid).unwrap().attr.size, len as u64);
+        fs.chmod(one.nodeid, 0o600).unwrap();
+        // As through /proc in the guest.
+        let again = fs.open(one.nodeid, libc::O_RDONLY).unwrap();
+        assert_eq!(fs.read(one.nodeid, again, 0, 10).unwrap(), data);
+        fs.release(one.nodeid, again).unwrap();
+    }
+}
+
 on_both_runtimes!(
     a_server_without_descriptors_says_so_and_blames_nobody,
     half_the_limit_in_removed_inodes_hinders_nothing,
+    half_the_limit_in_unlinked_open_files_hinders_nothing,
     removed_directories_leave_the_server_its_reserve,
 );

@@ -83,6 +83,7 @@ impl Passthrough {
 
     /// Asked before a further file or directory is opened for the guest.
     pub(super) fn room_for_handle(&self) -> Result<()> {
+        self.sharing.opens();
         if self.handles.count().saturating_add(self.locks.count()) >= self.bounds.handles {
             return Err(Errno::NFILE);
         }
@@ -104,6 +105,9 @@ impl Passthrough {
         self.spares.clear();
         self.close_some(|| too_many() && self.inodes.descriptors() > LEAST);
         self.on_demand.close_some(too_many);
+        if too_many() {
+            self.share_descriptors();
+        }
         if too_many() {
             Err(Errno::NFILE)
         } else {

@@ -100,7 +100,7 @@ impl Passthrough {
         let held = inode.held();
         match *held {
             Held::Name | Held::Handle(_) => return true,
-            Held::Forgotten => return false,
+            Held::Open(_) | Held::Forgotten => return false,
             Held::Nothing => {}
         }
         let Some(fd) = inode.slot().inspect() else {

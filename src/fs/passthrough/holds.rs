@@ -20,6 +20,7 @@ use rustix::path::DecInt;
 use super::inode::Inode;
 use super::mix::Mix;
 use crate::fs::{NodeId, Result};
+use crate::io::File;
 use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Borrowed;
 
@@ -121,6 +122,8 @@ pub(super) enum Way {
     },
     /// By the name that it had when it was last seen.
     Name(Place),
+    /// By a file that the guest has open.
+    Open(File),
     /// It is no longer in the store, and gets no descriptor any more.
     Forgotten,
 }

@@ -369,7 +369,7 @@ impl Store {
                 let number = borrowed.as_fd().as_raw_fd();
                 inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*held, Held::Nothing) {
+                if !matches!(*held, Held::Nothing | Held::Open(_)) {
                     self.clock.add(inode);
                 }
                 Ok(borrowed)

@@ -32,6 +32,7 @@ mod opening;
 mod options;
 mod reach;
 mod restore;
+mod sharing;
 mod spare;
 #[cfg(test)]
 mod tests;
@@ -68,6 +69,7 @@ use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use self::restore::{Begun, Records};
+use self::sharing::Sharing;
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
@@ -106,6 +108,7 @@ pub struct Passthrough {
     closer: Closer,
     terms: AgreedTerms,
     bounds: Bounds,
+    sharing: Sharing,
     /// Pieces of directories that are kept.
     pieces: Pieces,
     locks: Locks,
@@ -220,6 +223,7 @@ impl Passthrough {
             closer: Closer::default(),
             terms: AgreedTerms::default(),
             bounds,
+            sharing: Sharing::default(),
             pieces: Pieces::default(),
             locks: Locks::new(table),
             wear,
@@ -364,11 +368,6 @@ fn wear_for(root: &OwnedFd) -> Result<Wear> {
     } else {
         Wear::staying()
     })
-}
-
-/// Narrows what the host tells; what is beyond is the largest there is.
-fn narrow(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
 }
 
 impl FileSystem for Passthrough {
@@ -639,6 +638,7 @@ impl FileSystem for Passthrough {
         }
         self.locks.released(node, handle);
         let released = self.handles.release(node, handle, HandleKind::File)?;
+        self.unshare(node, &released.file);
         self.put_by(node, released);
         Ok(())
     }
@@ -704,18 +704,7 @@ impl FileSystem for Passthrough {
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {
-        let inode = self.inode(node)?;
-        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
-        Ok(Statistics {
-            blocks: stat.f_blocks,
-            blocks_free: stat.f_bfree,
-            blocks_available: stat.f_bavail,
-            files: stat.f_files,
-            files_free: stat.f_ffree,
-            block_size: narrow(stat.f_bsize),
-            fragment_size: narrow(stat.f_frsize),
-            name_length: narrow(stat.f_namemax),
-        })
+        self.statistics(node)
     }
 
     fn setxattr(

@@ -140,6 +140,10 @@ impl Passthrough {
         let (mount, handle) = match inode.way() {
             Way::Name(place) => return Ok(Step::Name(place)),
             Way::Handle { mount, handle } => (mount, handle),
+            Way::Open(file) => {
+                let open = || reopen_fd(&file, &self.proc_fds, OFlags::PATH);
+                return self.with_room(open).map(Step::Open);
+            }
             Way::None | Way::Forgotten => return Err(Errno::STALE),
         };
         self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))
@@ -171,7 +175,13 @@ impl Passthrough {
 
     /// Makes `fd` the inode's own, where inodes have descriptors of their own.
     fn keep<'a>(&self, inode: &'a Inode, fd: OwnedFd) -> Result<InodeFd<'a>> {
-        if !self.holder.keeps_opened() && matches!(&*inode.held(), Held::Handle(_)) {
+        let for_now = match &*inode.held() {
+            Held::Handle(_) => !self.holder.keeps_opened(),
+            // Descriptors are short.
+            Held::Open(_) => true,
+            _ => false,
+        };
+        if for_now {
             return Ok(InodeFd::opened(inode, fd));
         }
         let kept = match self.inodes.install(inode, fd) {
@@ -268,7 +278,7 @@ impl Passthrough {
     fn way_back(&self, inode: &Inode, held: &Held, fd: BorrowedFd<'_>) -> Found {
         match held {
             // It has no business with the clock any more.
-            Held::Nothing | Held::Forgotten => return Found::Later,
+            Held::Nothing | Held::Open(_) | Held::Forgotten => return Found::Later,
             Held::Handle(_) => return Found::Same,
             Held::Name => {}
         }
