@@ -66,6 +66,7 @@ impl Passthrough {
             + self.locks.count()
             + self.on_demand.count()
             + self.spares.count()
+            + self.closer.count()
             + self.holder.anchors()
     }
 

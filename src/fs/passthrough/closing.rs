@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FileType, fstat};
@@ -39,6 +40,8 @@ struct Shared {
     queue: Mutex<Queue>,
     /// Something was closed.
     progress: Condvar,
+    /// How many descriptors are to be closed. Orders nothing; a budget goes by it.
+    open: AtomicUsize,
 }
 
 /// Closes files, on a thread of its own where that takes long.
@@ -56,6 +59,7 @@ impl Closer {
     fn close_elsewhere(&self, fd: OwnedFd) {
         let mut queue = self.0.queue();
         queue.waiting.push_back(fd);
+        self.0.open.fetch_add(1, Ordering::Relaxed);
         queue.given += 1;
         if queue.running {
             return;
@@ -71,6 +75,11 @@ impl Closer {
             log::debug!("closing a large file takes this thread's time: {error}");
             self.0.close_all();
         }
+    }
+
+    /// How many descriptors are to be closed.
+    pub(super) fn count(&self) -> usize {
+        self.0.open.load(Ordering::Relaxed)
     }
 
     /// A wait for what isn't closed yet, if there is anything.
@@ -104,6 +113,7 @@ impl Shared {
         while let Some(fd) = queue.waiting.pop_front() {
             drop(queue);
             drop(fd);
+            self.open.fetch_sub(1, Ordering::Relaxed);
             queue = self.queue();
             queue.closed += 1;
             self.progress.notify_all();
@@ -161,8 +171,9 @@ impl Passthrough {
 
     /// Closes a file that was open for the guest as `node`.
     pub(super) fn close_file(&self, node: NodeId, file: File) {
-        // While the guest has the inode, that keeps the file.
-        if self.inodes.get(node).is_some() {
+        // The inode's own descriptor keeps it.
+        let kept = self.inodes.get(node);
+        if kept.is_some_and(|inode| inode.slot().is_full()) {
             return;
         }
         if let Some(fd) = file.into_fd() {
