@@ -487,7 +487,11 @@ impl Outfit {
         self.listener.leave_file();
         let config = self.config;
         let limits = kept::limits(&config);
-        let options = config.share.file_system;
+        let reserved_descriptors = reserved_descriptors(&config);
+        let options = passthrough::Options {
+            reserved_descriptors,
+            ..config.share.file_system
+        };
         let needs = Needs {
             readonly: options.readonly,
             file_handles: options.inode_file_handles != InodeFileHandles::Never
@@ -572,6 +576,17 @@ fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<Record>, Server
     keep.extend(record.iter().flat_map(Record::descriptors));
     sandbox::close_all_but(&keep).map_err(ServerError::Leftovers)?;
     Ok(record)
+}
+
+/// How many descriptors a session needs however much its guest holds: a worker's runtime, and what a
+/// request opens for a moment; what each queue is kicked and called by, the old and the new; and
+/// what a message brings, of which there are copies while it is dealt with, beside all else.
+fn reserved_descriptors(config: &Config) -> usize {
+    const WORKER: usize = 8;
+    const QUEUE: usize = 4;
+    const OTHERS: usize = 64;
+    let queues = usize::from(config.request_queues.get()) + 1;
+    WORKER * config.workers.get() + QUEUE * queues + OTHERS
 }
 
 /// The workers, seen from the front.

@@ -261,6 +261,101 @@ fn a_file_for_appending_only_is_appended_to(runtime: &str) {
     assert_eq!(std::fs::read(&path).unwrap(), b"logged");
 }
 
+/// Whatever has no bytes is refused by how the file was opened, as the host refuses it, and takes
+/// nothing away from the file.
+fn operations_on_no_bytes_are_refused_by_the_open_mode(runtime: &str) {
+    let server = Server::start(&["--runtime", runtime, "--allow-direct-io"]);
+    let path = server.share().join("file");
+    std::fs::write(&path, "content").unwrap();
+    let set_id = std::os::unix::fs::PermissionsExt::from_mode(0o6777);
+    std::fs::set_permissions(&path, set_id).unwrap();
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
+    // Not the superuser, who may keep set-ID bits.
+    fs.act_as(1000, 1000);
+    let modes = [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR];
+    for extra in [0, libc::O_DIRECT, libc::O_SYNC] {
+        for mode in modes {
+            let handle = fs.open(node, mode | extra).unwrap();
+            let host = std::os::unix::fs::OpenOptionsExt::custom_flags(
+                std::fs::OpenOptions::new()
+                    .read(mode != libc::O_WRONLY)
+                    .write(mode != libc::O_RDONLY),
+                extra,
+            )
+            .open(&path)
+            .unwrap();
+            let on_host = |done: rustix::io::Result<usize>| done.map_err(|e| e.raw_os_error());
+            let by_guest = |done: Result<usize, vmm::fuse::FuseError>| {
+                done.map_err(|error| error.errno().unwrap())
+            };
+
+            let read = fs.read(node, handle, 0, 0).map(|bytes| bytes.len());
+            let expected = rustix::io::pread(&host, &mut Vec::<u8>::new()[..], 0);
+            assert_eq!(by_guest(read), on_host(expected), "READ: {mode} {extra:#o}");
+
+            let asked = WriteIn {
+                fh: handle.fh,
+                write_flags: vmm::fuse::wire::request_flag::WRITE_KILL_SUIDGID,
+                ..WriteIn::default()
+            };
+            let call = Call::new(opcode::WRITE, node).arg(asked.as_bytes());
+            let written = fs.request(call.reply_of::<WriteOut>());
+            let written = written.map(|reply| reply.value::<WriteOut>().unwrap().size as usize);
+            let expected = rustix::io::pwrite(&host, &[], 0);
+            assert_eq!(
+                by_guest(written),
+                on_host(expected),
+                "WRITE: {mode} {extra:#o}"
+            );
+
+            let reserved = fs.fallocate(node, handle, 0, 0..0).map(|()| 0);
+            let flags = rustix::fs::FallocateFlags::empty();
+            let expected = rustix::fs::fallocate(&host, flags, 0, 0).map(|()| 0);
+            assert_eq!(
+                by_guest(reserved),
+                on_host(expected),
+                "FALLOCATE: {mode} {extra:#o}"
+            );
+
+            let asked = vmm::fuse::wire::CopyFileRangeIn {
+                fh_in: handle.fh,
+                nodeid_out: node,
+                fh_out: handle.fh,
+                off_out: 100,
+                ..Default::default()
+            };
+            let copied = fs.copy_file_range(node, &asked).map(|n| n as usize);
+            let expected =
+                rustix::fs::copy_file_range(&host, Some(&mut 0), &host, Some(&mut 100), 0);
+            assert_eq!(
+                by_guest(copied),
+                on_host(expected),
+                "COPY_FILE_RANGE: {mode} {extra:#o}"
+            );
+            fs.release(node, handle).unwrap();
+        }
+    }
+    // What the host refuses before it changes anything takes no set-ID bits.
+    let handle = fs.open(node, libc::O_RDONLY).unwrap();
+    let asked = WriteIn {
+        fh: handle.fh,
+        size: 1,
+        write_flags: vmm::fuse::wire::request_flag::WRITE_KILL_SUIDGID,
+        ..WriteIn::default()
+    };
+    let call = Call::new(opcode::WRITE, node)
+        .arg(asked.as_bytes())
+        .arg(b"x");
+    let refused = fs.request(call.reply_of::<WriteOut>()).unwrap_err();
+    assert_eq!(refused.errno(), Some(libc::EBADF));
+    let refused = fs.fallocate(node, handle, 0, 0..1).unwrap_err();
+    assert_eq!(refused.errno(), Some(libc::EBADF));
+    let mode = std::fs::metadata(&path).unwrap().permissions();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&mode);
+    assert_eq!(mode & 0o7777, 0o6777);
+}
+
 fn no_byte_of_a_payload_is_copied(runtime: &str) {
     let content = pattern(1 << 20, 3);
     let (mut server, mut fs, node, handle) = with_file(runtime, &content);
@@ -409,6 +504,7 @@ on_both_runtimes!(
     an_append_lands_at_the_end_whatever_the_offset,
     a_guest_that_collects_writes_places_appends_itself,
     a_file_for_appending_only_is_appended_to,
+    operations_on_no_bytes_are_refused_by_the_open_mode,
     no_byte_of_a_payload_is_copied,
     what_a_guest_reads_and_its_ring_are_in_the_dirty_log,
     a_log_that_begins_among_reads_under_way_misses_nothing,

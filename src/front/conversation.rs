@@ -43,7 +43,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         session: Session<'a, R>,
         table: &'a Arc<Table>,
     ) -> Result<Self, SessionError> {
-        let (relay, theirs) = Relay::new(stream).map_err(SessionError::Socket)?;
+        let (relay, theirs) = Relay::new(stream).map_err(SessionError::socket)?;
         let session = Arc::new(Mutex::new(session));
         let handler = BackendReqHandler::from_stream(theirs, Arc::clone(&session));
         Ok(Self {
@@ -94,13 +94,13 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
                 Ok(Arrival::Message { len, last }) => (len, last),
                 Ok(Arrival::Stop) => return Ok(End::Stopped),
                 Ok(Arrival::Stalled { have }) => return Err(SessionError::Stalled { have }),
-                Err(error) => return Err(SessionError::Socket(error)),
+                Err(error) => return Err(SessionError::socket(error)),
             };
-            let seen = self.relay.look(len).map_err(SessionError::Socket)?;
+            let seen = self.relay.look(len).map_err(SessionError::socket)?;
             if let Some(seen) = &seen {
                 self.save(Pending::message(seen));
             }
-            let message = self.relay.take(len).map_err(SessionError::Socket)?;
+            let message = self.relay.take(len).map_err(SessionError::socket)?;
             if seen.is_none_or(|seen| seen.fds.len() != message.fds.len()) {
                 self.save(Pending::message(&message));
             }
@@ -114,9 +114,9 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
     fn deal_with(&mut self, message: Parcel, last: bool) -> Result<Option<End>, SessionError> {
         self.relay
             .forward(&message, last)
-            .map_err(SessionError::Socket)?;
+            .map_err(SessionError::socket)?;
         let outcome = self.handler.handle_request();
-        let sent = match self.relay.answer().map_err(SessionError::Socket)? {
+        let sent = match self.relay.answer().map_err(SessionError::socket)? {
             None => Ok(None),
             Some(answer) => {
                 self.save(Pending::reply(&answer));
@@ -140,7 +140,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                     Ok(Some(End::Disconnected))
                 }
-                _ => Err(SessionError::Socket(error)),
+                _ => Err(SessionError::socket(error)),
             },
         }
     }
@@ -165,10 +165,10 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             };
             self.relay
                 .forward(&parcel, false)
-                .map_err(SessionError::Socket)?;
+                .map_err(SessionError::socket)?;
             self.handler.handle_request().map_err(session_error)?;
             // The front end has had it.
-            self.relay.answer().map_err(SessionError::Socket)?;
+            self.relay.answer().map_err(SessionError::socket)?;
         }
         let pending = std::mem::take(&mut record.pending);
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
@@ -213,7 +213,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         let next = match self.relay.look(len) {
             Ok(next) => next,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(error) => return Err(SessionError::Socket(error)),
+            Err(error) => return Err(SessionError::socket(error)),
         };
         let word = |at: usize| {
             let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
@@ -221,7 +221,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         };
         let once = message.fds.is_empty() || word(4) & NEED_REPLY != 0 || word(0) == ADD_MEM_REG;
         if once && next.is_some_and(|next| next.bytes == message.bytes) {
-            return self.relay.take(len).map(Some).map_err(SessionError::Socket);
+            return self.relay.take(len).map(Some).map_err(SessionError::socket);
         }
         Ok(None)
     }

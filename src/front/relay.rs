@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg,
 };
 
@@ -106,6 +106,9 @@ fn receive(socket: &UnixStream, len: usize, flags: RecvFlags) -> io::Result<Parc
     let got = loop {
         let mut slices = [IoSliceMut::new(&mut bytes)];
         match recvmsg(socket, &mut slices, &mut control, flags) {
+            // There is room for as many descriptors as there can be, so the kernel found none free
+            // in this process.
+            Ok(got) if got.flags.contains(ReturnFlags::CTRUNC) => return Err(Errno::MFILE.into()),
             Ok(got) => break got.bytes,
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

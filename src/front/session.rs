@@ -132,9 +132,25 @@ pub enum SessionError {
         #[source]
         source: io::Error,
     },
+    /// The server has no descriptor left for what it must open or be given.
+    #[error(
+        "the server has no file descriptor left: raise --rlimit-nofile, or the limit that it is \
+         started with (ulimit -n)"
+    )]
+    Descriptors(#[source] io::Error),
     /// The socket can't be used.
     #[error("waiting for messages of the front end")]
     Socket(#[source] io::Error),
+}
+
+impl SessionError {
+    /// What went wrong with the front end's socket.
+    pub(super) fn socket(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => Self::Descriptors(error),
+            _ => Self::Socket(error),
+        }
+    }
 }
 
 impl From<SessionError> for ProtocolError {

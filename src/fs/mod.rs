@@ -394,6 +394,13 @@ pub trait FileSystem: Send + Sync + 'static {
     ) -> Result<(Entry, Opened)> {
         Err(Errno::NOSYS)
     }
+    /// A wait for what was given back and is still being closed, if there is any: the space of files
+    /// without a name is free after it.
+    fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        None
+    }
+    /// A request was refused with `ENFILE`, which may be worth a line in the log.
+    fn report_shortage(&self) {}
     /// FLUSH: a descriptor of the guest is closed; errors of earlier writes come out here.
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
     /// RELEASE: the last descriptor is closed; the handle ends.

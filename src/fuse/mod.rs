@@ -28,4 +28,4 @@ pub use counters::Counters;
 pub use exchange::{Exchange, Intent, OUT_HEADER_LEN};
 pub use init::{Negotiated, Readdirplus, SessionOptions, Wanted};
 pub use reply::error_reply;
-pub use session::{NoWaits, Outcome, Session};
+pub use session::{NoWaits, Outcome, Queues, Session};

@@ -82,6 +82,11 @@ impl Descriptor {
         }
     }
 
+    /// The descriptor itself.
+    pub(super) fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// The facts, looked up at the first call. A descriptor whose flags can't be had is treated as
     /// one that may wait for ever.
     pub(super) fn facts(&self) -> Facts {

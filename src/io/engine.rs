@@ -90,7 +90,7 @@ pub(super) async fn write(
     match Engine::of(descriptor) {
         Engine::Uring if flags == 0 => uring::write(descriptor, buffer, offset).await,
         Engine::ThreadPool | Engine::Uring => {
-            thread_pool::write(descriptor, buffer, offset, flags).await
+            thread_pool::write(descriptor, buffer, (0, offset), flags).await
         }
     }
 }

@@ -133,6 +133,9 @@ impl File {
         filled: usize,
         offset: u64,
     ) -> (io::Result<usize>, GuestBuffer) {
+        if buffer.is_empty() {
+            return (self.read_nothing(&buffer, offset), buffer);
+        }
         engine::read(&self.inner, buffer, filled, offset).await
     }
 
@@ -176,6 +179,27 @@ impl File {
         engine::write(&self.inner, buffer, offset, flags).await
     }
 
+    /// Writes what is left of a buffer of which the first `done` bytes are written, on a thread that
+    /// may wait; the answer counts these. `offset` is the place of the buffer's beginning.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at), if nothing was written at all.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a runtime.
+    pub async fn write_rest(
+        &self,
+        mode: WriteMode,
+        buffer: GuestBuffer,
+        done: usize,
+        offset: u64,
+    ) -> (io::Result<usize>, GuestBuffer) {
+        let flags = self.mode_beyond(mode).flags();
+        thread_pool::write(&self.inner, buffer, (done, offset), flags).await
+    }
+
     /// Reads as much as is there without waiting, or from a file system in memory, where there is
     /// nothing to wait for. For a file that isn't on the page cache's side of things (`O_DIRECT`,
     /// any other file system without `RWF_NOWAIT`, a device) this is [`Attempt::WouldBlock`] without a
@@ -185,6 +209,9 @@ impl File {
     ///
     /// Those of `preadv2(2)`, whatever was read before; `EINVAL` for an offset above 2⁶³ − 1.
     pub fn try_read_at(&self, buffer: &mut GuestBuffer, offset: u64) -> io::Result<Attempt> {
+        if buffer.is_empty() {
+            return self.read_nothing(buffer, offset).map(Attempt::Done);
+        }
         let facts = self.inner.facts();
         let avoid = Facts::DIRECT | Facts::NO_NOWAIT;
         if !facts.has(Facts::REGULAR) || facts.has(avoid) {
@@ -247,7 +274,8 @@ impl File {
         if mode.durable.is_some() || !facts.has(Facts::REGULAR) || facts.has(avoid) {
             return Ok(Attempt::WouldBlock);
         }
-        vectored::write_all_pieces(self.as_fd(), buffer, offset, mode.flags()).map(Attempt::Done)
+        vectored::write_all_pieces(self.as_fd(), buffer, (0, offset), mode.flags())
+            .map(Attempt::Done)
     }
 
     /// Makes what was written durable.
@@ -334,9 +362,19 @@ impl File {
         .map_err(io::Error::from)
     }
 
+    /// The descriptor, if this is the last clone and no operation is under way.
+    pub(crate) fn into_fd(self) -> Option<OwnedFd> {
+        Arc::into_inner(self.inner).map(Descriptor::into_fd)
+    }
+
     /// How many clones there are, and operations under way.
     pub(crate) fn users(&self) -> usize {
         Arc::strong_count(&self.inner)
+    }
+
+    /// A read of no bytes, which never waits: the kernel still checks the open mode.
+    fn read_nothing(&self, empty: &GuestBuffer, offset: u64) -> io::Result<usize> {
+        vectored::read(self.as_fd(), empty, 0, offset, 0)
     }
 
     /// What of `mode` the descriptor doesn't do by itself.

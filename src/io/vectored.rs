@@ -51,7 +51,7 @@ pub(super) fn write(
     transfer(libc::pwritev2, fd, buffer, done, (offset, flags))
 }
 
-/// The whole buffer by one `pwritev2`, or by as few as take all pieces.
+/// The buffer from its byte `done` on by one `pwritev2`, or by as few as take all pieces.
 ///
 /// # Errors
 ///
@@ -59,10 +59,9 @@ pub(super) fn write(
 pub(super) fn write_all_pieces(
     fd: BorrowedFd<'_>,
     buffer: &GuestBuffer,
-    offset: u64,
+    (mut done, offset): (usize, u64),
     flags: libc::c_int,
 ) -> io::Result<usize> {
-    let mut done = 0;
     loop {
         match write(fd, buffer, done, offset, flags) {
             Ok(n) => {

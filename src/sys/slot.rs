@@ -97,6 +97,14 @@ impl Slot {
         }
     }
 
+    /// The descriptor, if there is one.
+    pub(crate) fn into_inner(mut self) -> Option<OwnedFd> {
+        let fd = number(std::mem::take(self.0.get_mut()))?;
+        // SAFETY: the number was taken out of the slot, where `into_raw_fd` had put the ownership of
+        // it, and nobody borrows from what is given away.
+        Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
     /// Whether the descriptor was borrowed since this was last asked.
     pub(crate) fn second_chance(&self) -> bool {
         self.0.fetch_and(!USED, Ordering::Relaxed) & USED != 0

@@ -3,22 +3,30 @@
 //! The invariant: the high-priority queue has a thread of its own, so it never waits behind
 //! requests.
 
+use std::collections::VecDeque;
 use std::fmt;
+use std::future::Future;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 use super::pool::{Pool, PoolError};
 use super::serve::{Backlog, Command, Loop, Patience};
 use crate::fs::FileSystem;
-use crate::fuse::Session;
+use crate::fuse::{Queues, Session};
 use crate::io::Engine;
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
+
+/// How long to wait for the workers to serve what is on their queues: one of them may be held up by
+/// the host.
+const OTHERS: Duration = Duration::from_millis(100);
 
 /// Why a crew can't start.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +89,9 @@ impl<F: FileSystem> Crew<F> {
                 take: take.clone(),
             })
         })?;
+        let threads = crew.commands.iter().map(UnboundedSender::downgrade);
+        let threads = Threads(threads.collect());
+        crew.session.set_queues(Box::new(threads));
         Ok(crew)
     }
 
@@ -181,6 +192,36 @@ impl<F: FileSystem> Crew<F> {
                 log::error!("{error}");
             }
         }
+    }
+}
+
+/// All threads of a crew, the high-priority queue's first. They end though they can be asked.
+#[derive(Debug)]
+struct Threads(Box<[WeakUnboundedSender<Command>]>);
+
+impl Queues for Threads {
+    fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        let ask = |thread: &WeakUnboundedSender<Command>| {
+            let (done, is_done) = oneshot::channel();
+            if let Some(commands) = thread.upgrade() {
+                // A thread that has ended drops it, and that ends the wait.
+                let _ = commands.send(Command::ServeWaiting { done });
+            }
+            is_done
+        };
+        let mut asked: VecDeque<_> = self.0.iter().map(ask).collect();
+        Box::pin(async move {
+            // The first never waits for the host.
+            if let Some(high_priority) = asked.pop_front() {
+                let _ = high_priority.await;
+            }
+            let others = async {
+                for done in asked {
+                    let _ = done.await;
+                }
+            };
+            let _ = tokio::time::timeout(OTHERS, others).await;
+        })
     }
 }
 

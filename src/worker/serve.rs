@@ -15,6 +15,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::oneshot;
 
 use super::exchange::Request;
 use super::faults::Faults;
@@ -43,6 +44,11 @@ pub(super) enum Command {
         queue: Box<Queue>,
         kick: Arc<OwnedFd>,
         done: mpsc::Sender<std::io::Result<()>>,
+    },
+    /// Serve what is on this thread's queues by now.
+    ServeWaiting {
+        /// Dropped when that is done.
+        done: oneshot::Sender<()>,
     },
     /// Take no more off this queue; chains under way go on.
     Stop {
@@ -337,6 +343,14 @@ impl<F: FileSystem> Loop<F> {
                 });
                 // The session waits for this; were it gone, so would be the need to tell.
                 let _ = done.send(outcome);
+            }
+            Command::ServeWaiting { done } => {
+                for at in 0..self.queues.len() {
+                    // A guest that goes on filling the ring doesn't keep it here.
+                    let passes = usize::from(self.queues[at].queue.waiting()).div_ceil(PASS);
+                    (0..passes).for_each(|_| self.pass(at));
+                }
+                drop(done);
             }
             Command::Stop { index, done } => {
                 let at = self

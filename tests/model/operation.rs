@@ -218,13 +218,13 @@ fn files() -> impl Strategy<Value = Operation> {
     prop_oneof![
         3 => (target(), access(), slot()).prop_map(|(target, how, slot)| O::Open(target, how, slot)),
         4 => (slot(), offset(), 0..70_000_u32).prop_map(|(slot, at, len)| O::Read(slot, at, len)),
-        5 => (slot(), offset(), 1..70_000_u32, any::<u64>())
+        5 => (slot(), offset(), 0..70_000_u32, any::<u64>())
             .prop_map(|(slot, at, len, seed)| O::Write(slot, at, len, seed)),
         2 => (slot(), allocation(), offset(), 0..70_000_u64)
             .prop_map(|(slot, how, at, len)| O::Allocate(slot, how, at, len)),
         1 => (slot(), offset()).prop_map(|(slot, length)| O::Length(slot, length)),
         2 => slot().prop_map(O::FileAttributes),
-        1 => (slot(), offset(), slot(), offset(), 1..70_000_u32)
+        1 => (slot(), offset(), slot(), offset(), 0..70_000_u32)
             .prop_map(|(from, at, to, there, len)| O::Copy(from, at, to, there, len)),
         1 => (slot(), any::<bool>()).prop_map(|(slot, data)| O::Sync(slot, data)),
         2 => slot().prop_map(O::Close),

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, Statx, StatxFlags, StatxTimestamp, Timespec, Timestamps,
+    AtFlags, FileType, Gid, Mode, OFlags, Statx, StatxFlags, StatxTimestamp, Timespec, Timestamps,
     UTIME_NOW, UTIME_OMIT, Uid,
 };
 use rustix::io::Errno;
@@ -167,6 +167,15 @@ impl Passthrough {
     /// mode instead of by capability, as a write itself may happen in another thread.
     pub(super) fn kill_set_id_of_open(&self, file: &File) -> Result<()> {
         self.kill_set_id_of(&Target::Open(file), FileType::RegularFile)
+    }
+
+    /// The same before an operation that the host refuses for a file which is not open for writing:
+    /// then nothing is taken.
+    pub(super) fn kill_set_id_before_change(&self, file: &File) -> Result<()> {
+        if rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDONLY {
+            return Ok(());
+        }
+        self.kill_set_id_of_open(file)
     }
 
     fn kill_set_id_of(&self, target: &Target<'_>, kind: FileType) -> Result<()> {

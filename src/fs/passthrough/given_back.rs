@@ -21,8 +21,14 @@ use crate::fs::{NodeId, Result};
 impl Passthrough {
     /// Gives back `count` lookups of `node`.
     pub(super) fn give_back(&self, node: NodeId, count: u64) {
-        if let Some(inode) = self.inodes.forget(node, count) {
+        let Some(inode) = self.inodes.get(node) else {
+            return;
+        };
+        let ends = Self::may_be_nameless(&inode);
+        if self.inodes.forget(&inode, count) {
             self.lay_down(&inode);
+        } else if ends {
+            self.close_forgotten(inode);
         }
     }
 
@@ -94,7 +100,7 @@ impl Passthrough {
         let held = inode.held();
         match *held {
             Held::Name | Held::Handle(_) => return true,
-            Held::Forgotten => return false,
+            Held::Open(_) | Held::Forgotten => return false,
             Held::Nothing => {}
         }
         let Some(fd) = inode.slot().inspect() else {

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
@@ -19,6 +20,7 @@ use rustix::path::DecInt;
 use super::inode::Inode;
 use super::mix::Mix;
 use crate::fs::{NodeId, Result};
+use crate::io::File;
 use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Borrowed;
 
@@ -98,6 +100,14 @@ pub(super) struct Mount {
     /// Anything in the mount, opened for reading: the kernel takes no `O_PATH` here. `None` in
     /// tests alone.
     anchor: Option<OwnedFd>,
+    /// How many anchors there are. Orders nothing; a budget goes by it.
+    anchors: Arc<AtomicUsize>,
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.anchors.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// How an inode is reached while no descriptor of it is open.
@@ -112,6 +122,8 @@ pub(super) enum Way {
     },
     /// By the name that it had when it was last seen.
     Name(Place),
+    /// By a file that the guest has open.
+    Open(File),
     /// It is no longer in the store, and gets no descriptor any more.
     Forgotten,
 }
@@ -208,7 +220,11 @@ impl Mount {
     /// A mount for tests, in which nothing can be opened.
     #[cfg(test)]
     pub(super) fn nowhere() -> Arc<Self> {
-        Arc::new(Self { anchor: None })
+        let anchors = Arc::new(AtomicUsize::new(1));
+        Arc::new(Self {
+            anchor: None,
+            anchors,
+        })
     }
 }
 
@@ -226,6 +242,8 @@ pub(super) struct Holder {
     mounts: Mutex<HashMap<u64, Exportable>>,
     /// The mount of the shared directory stays anchored there: that is busy anyway.
     root: Option<Arc<Mount>>,
+    /// How many descriptors mounts have.
+    anchors: Arc<AtomicUsize>,
 }
 
 /// Whether a mount's inodes can be opened by file handle.
@@ -248,7 +266,8 @@ impl Holder {
         identity: &Identity,
         proc_fds: &OwnedFd,
     ) -> Result<Self> {
-        let (root, verdict) = match meet_mount(root, identity.kind, proc_fds) {
+        let anchors = Arc::default();
+        let (root, verdict) = match meet_mount(root, identity.kind, proc_fds, &anchors) {
             Ok((mount, _)) => {
                 let verdict = Exportable::Yes(Arc::downgrade(&mount));
                 (Some(mount), verdict)
@@ -260,7 +279,13 @@ impl Holder {
             mode,
             mounts: Mutex::new(HashMap::from([(identity.key.mount, verdict)])),
             root,
+            anchors,
         })
+    }
+
+    /// How many descriptors mounts have.
+    pub(super) fn anchors(&self) -> usize {
+        self.anchors.load(Ordering::Relaxed)
     }
 
     /// The way by file handle to a new inode, which `fd` is open on; `None` if it shall be held
@@ -321,7 +346,7 @@ impl Holder {
         };
         let found = match known {
             Some(mount) => FileHandle::of(fd).map(|handle| (mount, handle)),
-            None => meet_mount(fd, identity.kind, proc_fds),
+            None => meet_mount(fd, identity.kind, proc_fds, &self.anchors),
         };
         // Whether a mount can be used is asked of its directories and files alone: others
         // can't serve as its anchor. Being short of descriptors says nothing of the mount.
@@ -345,6 +370,7 @@ fn meet_mount(
     fd: BorrowedFd<'_>,
     kind: FileType,
     proc_fds: &OwnedFd,
+    anchors: &Arc<AtomicUsize>,
 ) -> Result<(Arc<Mount>, FileHandle)> {
     let handle = FileHandle::of(fd)?;
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK;
@@ -353,6 +379,10 @@ fn meet_mount(
         _ => return Err(Errno::OPNOTSUPP),
     };
     handle.open(&anchor, OFlags::PATH)?;
-    let anchor = Some(anchor);
-    Ok((Arc::new(Mount { anchor }), handle))
+    anchors.fetch_add(1, Ordering::Relaxed);
+    let mount = Mount {
+        anchor: Some(anchor),
+        anchors: Arc::clone(anchors),
+    };
+    Ok((Arc::new(mount), handle))
 }

@@ -14,6 +14,7 @@ use rustix::fs::FileType;
 use super::current;
 use super::holds::{Identity, Key, Mount, Place, Way};
 use crate::fs::NodeId;
+use crate::io::File;
 use crate::state::{InodeFields, InodeRecord, Table};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::slot::Slot;
@@ -42,6 +43,8 @@ pub(super) struct Inode {
 pub(super) enum Held {
     Nothing,
     Handle(Arc<Mount>),
+    /// What the guest has open of it: it has no name, and no descriptor of its own.
+    Open(File),
     Name,
     Forgotten,
 }
@@ -127,6 +130,7 @@ impl Inode {
         match &*self.held() {
             Held::Nothing => Way::None,
             Held::Forgotten => Way::Forgotten,
+            Held::Open(file) => Way::Open(file.clone()),
             held @ Held::Name => self.place(held).map_or(Way::None, Way::Name),
             Held::Handle(mount) => {
                 let handle = self.record.handle();
@@ -168,6 +172,10 @@ impl Inode {
                 Held::Nothing
             }
             Way::Forgotten => Held::Forgotten,
+            Way::Open(file) => {
+                self.record.end_name();
+                Held::Open(file)
+            }
             Way::Name(place) => {
                 let name = place.name.to_bytes();
                 if self.record.set_name(place.parent.0, name, place.print) {
@@ -235,6 +243,13 @@ impl Inode {
             device: self.record.device(),
             mount: self.record.mount(),
         }
+    }
+
+    /// Its descriptor, which its record names no more.
+    pub(super) fn into_descriptor(self) -> Option<OwnedFd> {
+        let Self { record, slot, .. } = self;
+        drop(record);
+        slot.into_inner()
     }
 
     /// Its descriptor.

@@ -369,7 +369,7 @@ impl Store {
                 let number = borrowed.as_fd().as_raw_fd();
                 inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*held, Held::Nothing) {
+                if !matches!(*held, Held::Nothing | Held::Open(_)) {
                     self.clock.add(inode);
                 }
                 Ok(borrowed)
@@ -478,10 +478,8 @@ impl Store {
     /// Gives back `count` lookups; the last one removes the inode, unless it is to be remembered,
     /// which is answered. The root is never removed.
     #[must_use]
-    pub(super) fn forget(&self, node: NodeId, count: u64) -> Option<Arc<Inode>> {
-        let inode = self.get(node).filter(|_| node != NodeId::ROOT)?;
-        let remembered = self.forget_inode(&inode, count, true);
-        remembered.then_some(inode)
+    pub(super) fn forget(&self, inode: &Arc<Inode>, count: u64) -> bool {
+        inode.node() != NodeId::ROOT && self.forget_inode(inode, count, true)
     }
 
     /// Answers whether the inode is remembered from now on.

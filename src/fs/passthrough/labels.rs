@@ -117,7 +117,7 @@ impl Passthrough {
                 .release(entry.node, opened.handle, HandleKind::File);
         }
         self.give_back(entry.node, 1);
-        self.on_demand.forget(entry.node);
+        drop(self.on_demand.forget(entry.node));
     }
 
     /// Removes `name`, unless it is somebody else's by now.

@@ -300,6 +300,11 @@ fn same(known: &Inode, fd: BorrowedFd<'_>, way: &Way) -> bool {
     match (known.way(), way) {
         (Way::Handle { handle: known, .. }, Way::Handle { handle: new, .. }) => known == *new,
         (Way::Handle { handle, .. }, _) => FileHandle::of(fd).is_ok_and(|new| new == handle),
+        (Way::Open(file), _) => {
+            let birth =
+                |fd: BorrowedFd<'_>| stat_fd(fd, IDENTITY).map(|it| Identity::of(&it).birth);
+            matches!((birth(file.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new)
+        }
         (Way::Name(place), _) if place.print != 0 => {
             print_of(fd).is_ok_and(|print| print == place.print)
         }

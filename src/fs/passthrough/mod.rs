@@ -9,6 +9,7 @@ mod attributes;
 mod bounds;
 mod changes;
 mod clock;
+mod closing;
 mod credentials;
 mod current;
 mod directory;
@@ -32,6 +33,7 @@ mod options;
 mod reach;
 mod replay;
 mod restore;
+mod sharing;
 mod spare;
 #[cfg(test)]
 mod tests;
@@ -56,6 +58,8 @@ pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_l
 pub use self::restore::{Past, Restored};
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
+use self::bounds::Bounds;
+use self::closing::Closer;
 use self::credentials::Wear;
 use self::directory::Pieces;
 use self::handles::Handles;
@@ -65,8 +69,8 @@ use self::inodes::Store;
 use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
-use self::options::most_descriptors;
 use self::restore::{Begun, Records};
+use self::sharing::Sharing;
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
@@ -101,11 +105,10 @@ pub struct Passthrough {
     handles: Handles,
     on_demand: OnDemand,
     spares: Spares,
+    closer: Closer,
     terms: AgreedTerms,
-    /// Descriptors that inodes and open files may have together.
-    most: usize,
-    /// How many of them the guest's open files may have.
-    max_handles: usize,
+    bounds: Bounds,
+    sharing: Sharing,
     /// Pieces of directories that are kept.
     pieces: Pieces,
     locks: Locks,
@@ -178,10 +181,8 @@ impl Passthrough {
         };
         let wear = wear_for(&root).map_err(of_share)?;
 
-        let most = most_descriptors();
-        let max_handles = options.max_handles.unwrap_or(most).min(most);
-        let most = options.max_open_inodes.unwrap_or(most).min(most);
-        let spares = options.max_spare_files.min(most / 4);
+        let bounds = Bounds::new(&options);
+        let spares = options.max_spare_files.min(bounds.most / 4);
         let spares = Spares::new(&root, &identity.key, spares).map_err(of_share)?;
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
@@ -217,11 +218,12 @@ impl Passthrough {
             holder,
             only: None,
             handles: Handles::new(table),
-            on_demand: OnDemand::new(most),
+            on_demand: OnDemand::new(bounds.most),
             spares,
+            closer: Closer::default(),
             terms: AgreedTerms::default(),
-            most,
-            max_handles,
+            bounds,
+            sharing: Sharing::default(),
             pieces: Pieces::default(),
             locks: Locks::new(table),
             wear,
@@ -368,11 +370,6 @@ fn wear_for(root: &OwnedFd) -> Result<Wear> {
     })
 }
 
-/// Narrows what the host tells; what is beyond is the largest there is.
-fn narrow(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
 impl FileSystem for Passthrough {
     /// Gives the thread a working directory, a umask and file system ids of its own, which
     /// belong to this file system from now on: whoever changes them breaks it. A thread that
@@ -428,8 +425,7 @@ impl FileSystem for Passthrough {
         self.give_back(node, count);
         let kept = self.on_demand.count() > 0 || self.spares.count() > 0;
         if kept && self.inodes.get(node).is_none() {
-            self.on_demand.forget(node);
-            self.spares.forget(node);
+            self.close_kept(node);
         }
     }
 
@@ -584,13 +580,22 @@ impl FileSystem for Passthrough {
         }
         self.locks.released(node, handle);
         let released = self.handles.release(node, handle, HandleKind::File)?;
+        self.unshare(node, &released.file);
         self.put_by(node, released);
         Ok(())
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
         self.writable()?;
-        self.kill_set_id_of_open(&self.file_of(node, handle, HandleKind::File, true)?)
+        self.kill_set_id_before_change(&self.file_of(node, handle, HandleKind::File, true)?)
+    }
+
+    fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.closer.pending()
+    }
+
+    fn report_shortage(&self) {
+        self.tell_of_shortage();
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
@@ -642,18 +647,7 @@ impl FileSystem for Passthrough {
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {
-        let inode = self.inode(node)?;
-        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
-        Ok(Statistics {
-            blocks: stat.f_blocks,
-            blocks_free: stat.f_bfree,
-            blocks_available: stat.f_bavail,
-            files: stat.f_files,
-            files_free: stat.f_ffree,
-            block_size: narrow(stat.f_bsize),
-            fragment_size: narrow(stat.f_frsize),
-            name_length: narrow(stat.f_namemax),
-        })
+        self.statistics(node)
     }
 
     fn setxattr(

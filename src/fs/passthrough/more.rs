@@ -16,7 +16,8 @@ use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
 use super::inode::Inode;
 use super::names::honest_mode;
 use crate::fs::{
-    Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
+    Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Statistics,
+    Timestamp,
 };
 use crate::io::File;
 use crate::sys::inode_flags::{self, ExtendedFlags};
@@ -24,6 +25,11 @@ use crate::sys::inode_flags::{self, ExtendedFlags};
 /// How deep below the shared directory a `..` is believed to be: the depth of a path of
 /// `PATH_MAX` bytes, and more.
 const DEEPEST: usize = 4096;
+
+/// Narrows what the host tells; what is beyond is the largest there is.
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
 
 impl Passthrough {
     pub(super) fn attributes_with_birth(
@@ -39,6 +45,22 @@ impl Passthrough {
         let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         let born = known.then(|| timestamp(stat.stx_btime));
         Ok((self.attributes(&stat), born, self.options.attribute_ttl))
+    }
+
+    /// What the host tells of the file system that `node` is on.
+    pub(super) fn statistics(&self, node: NodeId) -> Result<Statistics> {
+        let inode = self.inode(node)?;
+        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
+        Ok(Statistics {
+            blocks: stat.f_blocks,
+            blocks_free: stat.f_bfree,
+            blocks_available: stat.f_bavail,
+            files: stat.f_files,
+            files_free: stat.f_ffree,
+            block_size: narrow(stat.f_bsize),
+            fragment_size: narrow(stat.f_frsize),
+            name_length: narrow(stat.f_namemax),
+        })
     }
 
     /// A file without a name. The guest's kernel has it linked by LINK, as any other.

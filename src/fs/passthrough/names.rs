@@ -201,6 +201,9 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let fd = self.fd(&parent)?;
         let named = self.known(&fd, component(name)?, true);
+        if named.is_some() {
+            self.room_for_descriptor()?;
+        }
         let removed = self.remove_known(named.as_ref(), &fd, name, flags);
         if let Some(known) = &named {
             self.lay_down_again(&known.inode);
@@ -221,7 +224,7 @@ impl Passthrough {
             self.inodes.see(&known.inode, parent, name, moment);
         }
         // Whoever is using a descriptor keeps it from being closed before the store is told.
-        let in_use = named.map(|known| self.fd(&known.inode));
+        let in_use = self.use_of(named)?;
         let changing = self.inodes.changing([parent, parent]);
         rustix::fs::unlinkat(fd, name, flags)?;
         if let (Some(known), Some(Ok(_))) = (named, in_use) {
@@ -229,6 +232,18 @@ impl Passthrough {
             self.pin_nameless(known);
         }
         Ok(())
+    }
+
+    /// The descriptor of an inode whose name is about to change, if it can be reached.
+    ///
+    /// # Errors
+    ///
+    /// There is none left, so the name must not change: the inode would be out of reach then.
+    fn use_of<'a>(&self, known: Option<&'a Known>) -> Result<Option<Result<InodeFd<'a>>>> {
+        match known.map(|known| self.fd(&known.inode)) {
+            Some(Err(Errno::MFILE | Errno::NFILE)) => Err(Errno::NFILE),
+            reached => Ok(reached),
+        }
     }
 
     /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
@@ -245,6 +260,7 @@ impl Passthrough {
             known.inode.record().set_handle(bytes);
             return;
         }
+        self.close_spares(known.inode.node());
         let held = known.inode.held();
         if known.links == 1 && known.inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
             self.inodes.change_way(&known.inode, held, Way::None);
@@ -293,6 +309,9 @@ impl Passthrough {
         let new_fd = self.fd(&new_parent)?;
         let moved = self.known(&old_fd, component(from.1)?, true);
         let replaced = self.known(&new_fd, component(to.1)?, false);
+        if replaced.is_some() && !flags.contains(RenameFlags::EXCHANGE) {
+            self.room_for_descriptor()?;
+        }
         let known = (moved.as_ref(), replaced.as_ref());
         let renamed = self.move_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
         for known in moved.iter().chain(&replaced) {
@@ -313,7 +332,7 @@ impl Passthrough {
             let moment = self.inodes.moment(old_parent);
             self.inodes.see(&known.inode, old_parent, old_name, moment);
         }
-        let in_use = [moved, replaced].map(|known| known.map(|it| self.fd(&it.inode)));
+        let in_use = [self.use_of(moved)?, self.use_of(replaced)?];
         let changing = self.inodes.changing([old_parent, new_parent]);
         rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags)?;
         let node = |known: &Known| known.inode.node();

@@ -196,23 +196,21 @@ impl OnDemand {
         }
     }
 
-    /// Closes what is kept of a node.
-    pub(super) fn forget(&self, node: NodeId) {
+    /// Takes out what is kept of a node.
+    pub(super) fn forget(&self, node: NodeId) -> [Option<File>; 2] {
         let shard = self.shard(node);
         let here = shard
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .kept
             .contains_key(&node);
-        if here {
-            let removed = {
-                let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
-                let removed = shard.remove(node);
-                self.uncount(removed.as_ref());
-                removed
-            };
-            drop(removed);
+        if !here {
+            return [None, None];
         }
+        let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
+        let removed = shard.remove(node);
+        self.uncount(removed.as_ref());
+        removed.map_or([None, None], |kept| [kept.reading, kept.writing])
     }
 
     pub(super) fn clear(&self) {
@@ -374,7 +372,7 @@ impl Passthrough {
         self.on_demand.keep(node, change);
         // A FORGET may have come between.
         if self.inodes.get(node).is_none() {
-            self.on_demand.forget(node);
+            self.close_kept(node);
         }
         self.make_room();
     }
@@ -401,7 +399,7 @@ mod tests {
         assert_eq!(kept.count(), 2);
         kept.keep(NodeId(1), |kept| kept.reading = Some(both));
         assert_eq!(kept.count(), 1);
-        kept.forget(NodeId(1));
+        drop(kept.forget(NodeId(1)));
         assert_eq!(kept.count(), 0);
         assert!(kept.file(NodeId(1), false).is_none());
     }
@@ -438,7 +436,7 @@ mod tests {
         let kept = OnDemand::new(40);
         for node in 0..100_000 {
             keep(&kept, node);
-            kept.forget(NodeId(node));
+            drop(kept.forget(NodeId(node)));
         }
         let lines = kept
             .shards

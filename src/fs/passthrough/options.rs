@@ -48,8 +48,12 @@ pub struct Options {
     pub inode_file_handles: InodeFileHandles,
     /// How many descriptors inodes and open files may have together before inodes that are not
     /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
-    /// file system is made, which is also the most. See [`raise_descriptor_limit`].
+    /// file system is made, which is also the most, unless that leaves fewer than
+    /// `reserved_descriptors`. See [`raise_descriptor_limit`].
     pub max_open_inodes: Option<usize>,
+    /// How many descriptors the guest never gets, however few there are: for whoever serves it.
+    /// At most half of them.
+    pub reserved_descriptors: usize,
     /// How many inodes the guest may know at the same time, besides the root; beyond that what
     /// would make one known is `ENFILE`. The host's memory is what this is about.
     pub max_inodes: usize,
@@ -95,7 +99,8 @@ impl Options {
     /// How large a table has to be for all that a guest may hold, of a device with so many queues.
     #[must_use]
     pub fn limits(&self, queues: u16) -> Limits {
-        let handles = self.max_handles.unwrap_or_else(most_descriptors);
+        let all = guest_descriptors(self.reserved_descriptors);
+        let handles = self.max_handles.unwrap_or(all);
         Limits {
             inodes: self.max_inodes,
             handles: handles.min(1 << 24),
@@ -109,6 +114,7 @@ impl Default for Options {
         Self {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
+            reserved_descriptors: 64,
             max_inodes: bounds::INODES,
             remember_inodes: 0,
             max_handles: None,
@@ -164,12 +170,17 @@ pub fn set_descriptor_limit(limit: u64) -> Result<(), Errno> {
     rustix::process::setrlimit(Resource::Nofile, wanted)
 }
 
-/// Descriptors that inodes and open files may have unless the options say less; the others are
-/// for queues, rings, sockets and operations that run.
-pub(super) fn most_descriptors() -> usize {
+/// How many descriptors this process may have open.
+pub(super) fn descriptor_limit() -> usize {
     let limit = rustix::process::getrlimit(Resource::Nofile).current;
-    let limit = limit.map_or(usize::MAX, |limit| {
+    limit.map_or(usize::MAX, |limit| {
         usize::try_from(limit).unwrap_or(usize::MAX)
-    });
-    limit / 4 * 3
+    })
+}
+
+/// How many of them may be open for the guest; the others are for queues, rings, sockets, the front
+/// end's messages and operations that run.
+pub(super) fn guest_descriptors(reserved: usize) -> usize {
+    let limit = descriptor_limit();
+    limit - (limit / 4).max(reserved.min(limit / 2))
 }

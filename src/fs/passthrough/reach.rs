@@ -19,7 +19,7 @@ use crate::fs::Result;
 
 /// Descriptors of inodes that are left to those however many files are open: a few for each
 /// operation that runs.
-const LEAST: usize = 16;
+pub(super) const LEAST: usize = 16;
 
 /// How many inodes are closed where the host has no descriptor left.
 const SOME: usize = 32;
@@ -142,6 +142,10 @@ impl Passthrough {
         let (mount, handle) = match inode.way() {
             Way::Name(place) => return Ok(Step::Name(place)),
             Way::Handle { mount, handle } => (mount, handle),
+            Way::Open(file) => {
+                let open = || reopen_fd(&file, &self.proc_fds, OFlags::PATH);
+                return self.with_room(open).map(Step::Open);
+            }
             Way::None | Way::Forgotten => return Err(Errno::STALE),
         };
         self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))
@@ -173,7 +177,13 @@ impl Passthrough {
 
     /// Makes `fd` the inode's own, where inodes have descriptors of their own.
     fn keep<'a>(&self, inode: &'a Inode, fd: OwnedFd) -> Result<InodeFd<'a>> {
-        if !self.holder.keeps_opened() && matches!(&*inode.held(), Held::Handle(_)) {
+        let for_now = match &*inode.held() {
+            Held::Handle(_) => !self.holder.keeps_opened(),
+            // Descriptors are short.
+            Held::Open(_) => true,
+            _ => false,
+        };
+        if for_now {
             return Ok(InodeFd::opened(inode, fd));
         }
         let kept = match self.inodes.install(inode, fd) {
@@ -187,9 +197,8 @@ impl Passthrough {
     /// Closes inodes that are not in use, as long as there are more than there may be.
     pub(super) fn make_room(&self) {
         let too_many = || {
-            let open = self.inodes.descriptors();
-            let files = self.handles.count() + self.on_demand.count() + self.spares.count();
-            open > LEAST.min(self.most) && open + files > self.most
+            let most = self.bounds.most;
+            self.inodes.descriptors() > LEAST.min(most) && self.descriptors() > most
         };
         if too_many() {
             self.spares.clear();
@@ -222,7 +231,7 @@ impl Passthrough {
     }
 
     /// Goes around the clock, at most twice, while `more` says so.
-    fn close_some(&self, more: impl Fn() -> bool) {
+    pub(super) fn close_some(&self, more: impl Fn() -> bool) {
         let clock = self.inodes.clock();
         let mut turns = 2 * clock.len() + clock.turns();
         while turns > 0 && more() {
@@ -271,7 +280,7 @@ impl Passthrough {
     fn way_back(&self, inode: &Inode, held: &Held, fd: BorrowedFd<'_>) -> Found {
         match held {
             // It has no business with the clock any more.
-            Held::Nothing | Held::Forgotten => return Found::Later,
+            Held::Nothing | Held::Open(_) | Held::Forgotten => return Found::Later,
             Held::Handle(_) => return Found::Same,
             Held::Name => {}
         }

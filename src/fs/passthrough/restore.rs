@@ -173,6 +173,12 @@ impl Passthrough {
         for record in records.handles {
             match self.restored_file(&record, &under_way, past) {
                 Ok(Some(file)) => {
+                    let node = NodeId(record.fields().node);
+                    if let Some(inode) = self.inodes.any(node)
+                        && inode.kind() == FileType::RegularFile
+                    {
+                        self.share_restored(&inode, &file);
+                    }
                     self.handles.put(record, file);
                     restored.files += 1;
                 }

@@ -82,7 +82,7 @@ impl Spares {
     }
 
     /// What is put by for `node`, for whoever opens it now.
-    fn take(&self, node: NodeId) -> Option<File> {
+    pub(super) fn take(&self, node: NodeId) -> Option<File> {
         if self.count() == 0 {
             return None;
         }
@@ -106,13 +106,6 @@ impl Spares {
         }
         // Closing may take long, and happens outside of the lock.
         drop(over);
-    }
-
-    /// Closes what is put by for `node`.
-    pub(super) fn forget(&self, node: NodeId) {
-        while let Some(file) = self.take(node) {
-            drop(file);
-        }
     }
 
     /// Closes all.
@@ -159,17 +152,19 @@ impl Passthrough {
         } = released;
         let alone = !locked && file.users() == 1;
         if self.spares.most == 0 || !alone || !is_plain(flags) {
+            self.close_file(node, file);
             return;
         }
         let place = |key: Key| (key.device, key.mount) == self.spares.place;
         let Some(inode) = self.inodes.get(node).filter(|inode| place(inode.key())) else {
+            self.close_file(node, file);
             return;
         };
         self.spares.keep(node, file);
         drop(inode);
         // Whoever forgot it meanwhile has looked too early.
         if self.inodes.get(node).is_none() {
-            self.spares.forget(node);
+            self.close_kept(node);
         }
         self.make_room();
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::again::append_again;
+use super::reclaim::is_shortage;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId, OpenFile};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
@@ -120,7 +121,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let opened = self.fs.file_to_change(request.node, range.handle);
         let both = opened.and_then(|file| {
             let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
-            if request.caller.kill_set_id && !self.fs.may_block() {
+            if request.caller.kill_set_id && len > 0 && !self.fs.may_block() {
                 self.fs.kill_set_id(request.node, range.handle)?;
             }
             Ok((file, payload))
@@ -156,18 +157,30 @@ impl<F: FileSystem + ?Sized> Session<F> {
             ..mode
         };
         let offset = begun.unwrap_or(range.offset);
-        let attempt = match file.try_write_as(mode, &buffer, offset) {
-            Ok(attempt) => attempt,
-            Err(error) => return self.now(exchange, unique, Err(errno(&error))),
+        let first = match file.try_write_as(mode, &buffer, offset) {
+            Ok(Attempt::WouldBlock) => None,
+            Ok(Attempt::Done(n) | Attempt::Partial(n)) => Some(Ok(n)),
+            Err(error) => Some(Err(error)),
         };
-        match attempt {
-            Attempt::Done(n) | Attempt::Partial(n) => self.now(exchange, unique, Ok(written(n))),
-            Attempt::WouldBlock => self.after(exchange, request, Ok(()), async move |()| {
-                let (result, buffer) = file.write_as(mode, buffer, offset).await;
-                drop(buffer);
-                result.map(written)
-            }),
+        if let Some(result) = &first
+            && done_of_short(result, buffer.len()).is_none()
+        {
+            let answer = first.unwrap_or(Ok(0)).map(written);
+            return self.now(exchange, unique, answer.map_err(|error| errno(&error)));
         }
+        let session = Arc::clone(self);
+        self.after(exchange, request, Ok(()), async move |()| {
+            let (mut result, mut buffer) = match first {
+                Some(result) => (result, buffer),
+                None => file.write_as(mode, buffer, offset).await,
+            };
+            if let Some(done) = done_of_short(&result, buffer.len()) {
+                session.reclaim().await;
+                (result, buffer) = file.write_rest(mode, buffer, done, offset).await;
+            }
+            drop(buffer);
+            result.map(written)
+        })
     }
 
     /// FSYNC, and FSYNCDIR where `directory` is true.
@@ -210,11 +223,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
         handle: Handle,
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
-        let file = self.file_to_change(request, request.node, handle);
+        let file = self.file_to_change(request, (request.node, handle), len);
         let session = Arc::clone(self);
         self.after(exchange, request, file, async move |(file, kill)| {
-            session.kill_set_id_where_it_may_block(kill).await?;
-            file.allocate(mode, offset, len).await.map(done)
+            Arc::clone(&session)
+                .kill_set_id_where_it_may_block(kill)
+                .await?;
+            let mut result = file.clone().allocate(mode, offset, len).await;
+            if is_short(&result) {
+                session.reclaim().await;
+                result = file.allocate(mode, offset, len).await;
+            }
+            result.map(done)
         })
     }
 
@@ -227,16 +247,26 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let from = self.fs.file(request.node, copying.from, HandleKind::File);
         let files = from.and_then(|from| {
-            let to = self.file_to_change(request, copying.to_node, copying.to)?;
+            let to = (copying.to_node, copying.to);
+            let to = self.file_to_change(request, to, copying.len)?;
             Ok((from, to))
         });
         let session = Arc::clone(self);
         self.after(exchange, request, files, async move |(from, (to, kill))| {
-            session.kill_set_id_where_it_may_block(kill).await?;
-            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
-            let n = from
-                .copy_to(copying.from_offset, to, copying.to_offset, len)
+            Arc::clone(&session)
+                .kill_set_id_where_it_may_block(kill)
                 .await?;
+            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
+            let copy = || {
+                let (from, to) = (from.clone(), to.clone());
+                from.copy_to(copying.from_offset, to, copying.to_offset, len)
+            };
+            let mut result = copy().await;
+            if is_short(&result) {
+                session.reclaim().await;
+                result = copy().await;
+            }
+            let n = result?;
             Ok(if copying.wide {
                 let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
                 Answer::Copied(CopyFileRangeOut { bytes_copied })
@@ -247,16 +277,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may. What is left to do about them
-    /// where that may block comes with it.
+    /// whether its caller may keep set-user-ID bits: only a superuser may. A change of no bytes is
+    /// refused, or changes nothing. What is left to do about the bits where that may block comes with
+    /// the file.
     fn file_to_change(
         &self,
         request: &Request<'_>,
-        node: NodeId,
-        handle: Handle,
+        (node, handle): (NodeId, Handle),
+        len: u64,
     ) -> Result<(OpenFile, Option<(NodeId, Handle)>), Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        if request.caller.uid == 0 || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
+        let keeps = len == 0 || request.caller.uid == 0;
+        if keeps || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             return Ok((file, None));
         }
         if self.fs.may_block() {
@@ -310,6 +342,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
     pub(super) fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
         self.counters.count_later();
         Outcome::Later(Box::pin(future))
+    }
+}
+
+/// Whether it failed for want of room.
+fn is_short<T>(result: &io::Result<T>) -> bool {
+    matches!(result, Err(error) if is_shortage(errno(error)))
+}
+
+/// How much is done of a write of `len` bytes that found too little room. One that ended early
+/// may have: what is left of it says why.
+fn done_of_short(result: &io::Result<usize>, len: usize) -> Option<usize> {
+    match result {
+        Ok(done) => (*done < len).then_some(*done),
+        Err(_) => is_short(result).then_some(0),
     }
 }
 

@@ -13,6 +13,7 @@ mod inode_flags;
 mod locks;
 mod metadata;
 mod moving;
+mod reclaim;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -21,13 +22,15 @@ use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
+pub use self::reclaim::Queues;
 pub use self::waiting::NoWaits;
 
 use self::gate::{Closed, Gate};
+use self::reclaim::is_shortage;
 use self::waiting::Waiting;
 use super::abi::{Handler, InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
@@ -76,6 +79,8 @@ pub struct Session<F: ?Sized> {
     /// Requests are in it while they are served; sessions begin and end while nobody is.
     gate: Gate,
     waiting: Arc<Waiting>,
+    /// Who serves the queues that requests come on, if there are any.
+    queues: OnceLock<Box<dyn Queues>>,
     /// Where what was agreed on is written down for a process after this one.
     table: Option<Arc<Table>>,
     fs: Arc<F>,
@@ -93,6 +98,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             counters: Counters::default(),
             gate: Gate::default(),
             waiting: Arc::default(),
+            queues: OnceLock::new(),
             table: None,
             fs,
         }
@@ -216,13 +222,24 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Handler::Metadata if self.fs.may_block() => {
                 self.metadata_blocking(exchange, request.unique, bytes)
             }
+            Handler::Metadata
+                if matches!(request.operation, Operation::Statfs) && self.may_reclaim() =>
+            {
+                self.after_reclaim(exchange, bytes, (request.unique, Errno::IO))
+            }
             Handler::Metadata => {
                 let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
                 let answer = match exchange.begun() {
                     Some(intent) => self.metadata_again(request, intent, room),
                     None => {
                         self.intend(&mut exchange, request);
-                        self.metadata(request, room)
+                        match self.metadata(request, room) {
+                            Err(errno) if is_shortage(errno) && self.may_reclaim() => {
+                                let failed = (request.unique, errno);
+                                return self.after_reclaim(exchange, bytes, failed);
+                            }
+                            answer => answer,
+                        }
                     }
                 };
                 self.now(exchange, request.unique, answer)
@@ -335,8 +352,20 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok(answer) => answer.send(exchange, unique),
             Err(errno) => {
                 self.counters.count_error();
-                send_error(exchange, unique, errno);
+                send_error(exchange, unique, self.for_guest(errno));
             }
+        }
+    }
+
+    /// What the guest is told instead of the server's own affair: that its process has no
+    /// descriptor left says nothing of the one that asks.
+    fn for_guest(&self, errno: Errno) -> Errno {
+        match errno {
+            Errno::MFILE | Errno::NFILE => {
+                self.fs.report_shortage();
+                Errno::NFILE
+            }
+            errno => errno,
         }
     }
 

@@ -67,16 +67,17 @@ pub(in crate::io) fn read(
     })
 }
 
-/// Writes the buffer by one `pwritev2` with `flags`.
+/// Writes the buffer from a byte on, which `from` says with the offset of the buffer's beginning, by one
+/// `pwritev2` with `flags`.
 pub(in crate::io) fn write(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
-    offset: u64,
+    from: (usize, u64),
     flags: libc::c_int,
 ) -> impl Future<Output = Transferred> + Send + use<> {
     let file = Arc::clone(descriptor);
     run_on_buffer(buffer, move |buffer| {
-        vectored::write_all_pieces(file.as_fd(), buffer, offset, flags)
+        vectored::write_all_pieces(file.as_fd(), buffer, from, flags)
     })
 }
 

@@ -190,7 +190,7 @@ pub(super) async fn write(
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
-                return thread_pool::write(descriptor, buffer, offset, 0).await;
+                return thread_pool::write(descriptor, buffer, (0, offset), 0).await;
             }
             Err(e) => return (ok_if_any(done, e), buffer),
         }

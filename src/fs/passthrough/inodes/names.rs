@@ -63,7 +63,9 @@ impl Store {
             let held = inode.held();
             match &*held {
                 Held::Name => inode.goes_by(&held, parent.node(), name),
-                Held::Nothing => inode.node() == NodeId::ROOT || inode.node() == parent.node(),
+                Held::Nothing | Held::Open(_) => {
+                    inode.node() == NodeId::ROOT || inode.node() == parent.node()
+                }
                 Held::Handle(_) | Held::Forgotten => true,
             }
         };

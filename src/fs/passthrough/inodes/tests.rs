@@ -49,6 +49,12 @@ fn remembering(most: usize) -> Store {
     Store::new(&identity(2, Some(LONG_AGO)), fd, &table, most).unwrap()
 }
 
+/// Gives lookups back; answers whether the inode is remembered from now on.
+fn forget(store: &Store, node: NodeId, count: u64) -> bool {
+    let inode = store.get(node);
+    inode.is_some_and(|inode| store.forget(&inode, count))
+}
+
 fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
     store.admit(identity, handle(), |_, _| false).unwrap()
 }
@@ -67,9 +73,9 @@ fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
     let inode = admit(&store, &who);
     assert_eq!(store.find(&who).unwrap().node(), inode.node());
     assert_eq!(admit(&store, &who).node(), inode.node());
-    assert!(store.forget(inode.node(), 2).is_none());
+    assert!(!forget(&store, inode.node(), 2));
     assert!(store.get(inode.node()).is_some());
-    assert!(store.forget(inode.node(), 1).is_none());
+    assert!(!forget(&store, inode.node(), 1));
     assert!(store.get(inode.node()).is_none());
     assert!(store.find(&who).is_none());
     assert!(!store.count(&inode));
@@ -80,7 +86,7 @@ fn a_node_id_is_never_given_out_again() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let first = admit(&store, &who).node();
-    assert!(store.forget(first, 1).is_none());
+    assert!(!forget(&store, first, 1));
     assert_ne!(admit(&store, &who).node(), first);
 }
 
@@ -88,8 +94,8 @@ fn a_node_id_is_never_given_out_again() {
 fn too_many_forgets_remove_once_and_no_more() {
     let store = store();
     let node = admit(&store, &identity(10, Some(LONG_AGO))).node();
-    assert!(store.forget(node, 100).is_none());
-    assert!(store.forget(node, 100).is_none());
+    assert!(!forget(&store, node, 100));
+    assert!(!forget(&store, node, 100));
     assert_eq!(store.len(), 1);
 }
 
@@ -98,7 +104,7 @@ fn the_root_is_never_forgotten() {
     let store = store();
     let root = store.find(&identity(2, Some(LONG_AGO))).unwrap();
     assert_eq!(root.node(), NodeId::ROOT);
-    assert!(store.forget(NodeId::ROOT, u64::MAX).is_none());
+    assert!(!forget(&store, NodeId::ROOT, u64::MAX));
     store.clear();
     assert!(store.get(NodeId::ROOT).is_some());
     assert!(store.find(&identity(2, Some(LONG_AGO))).is_some());
@@ -114,7 +120,7 @@ fn a_reused_number_with_another_birth_is_another_inode() {
     assert_ne!(new.node(), old.node());
     // The old one is still the guest's, and its end takes nothing from the new one.
     assert!(store.get(old.node()).is_some());
-    assert!(store.forget(old.node(), 1).is_none());
+    assert!(!forget(&store, old.node(), 1));
     assert_eq!(store.find(&later).unwrap().node(), new.node());
 }
 
@@ -189,12 +195,12 @@ fn a_directory_stays_for_what_is_found_through_it() {
         .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
     store.see(&inode, &parent, c"name", store.moment(&parent));
-    assert!(store.forget(parent.node(), 1).is_none());
+    assert!(!forget(&store, parent.node(), 1));
     assert!(store.get(parent.node()).is_none(), "it is not the guest's");
     assert!(store.any(parent.node()).is_some());
-    assert!(store.forget(parent.node(), u64::MAX).is_none());
+    assert!(!forget(&store, parent.node(), u64::MAX));
     assert!(store.any(parent.node()).is_some());
-    assert!(store.forget(inode.node(), 1).is_none());
+    assert!(!forget(&store, inode.node(), 1));
     assert!(store.any(parent.node()).is_none());
     assert_eq!((store.len(), store.descriptors()), (1, 1));
 }
@@ -227,7 +233,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
                     let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
                     // Until given back, a lookup is a right to the node id.
                     assert!(store.get(inode.node()).is_some());
-                    assert!(store.forget(inode.node(), 1).is_none());
+                    assert!(!forget(&store, inode.node(), 1));
                 }
             });
         }
@@ -246,7 +252,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
 /// Makes an inode with this number known, and gives it back.
 fn give_back(store: &Store, number: u64) -> NodeId {
     let node = admit(store, &identity(number, Some(LONG_AGO))).node();
-    drop(store.forget(node, 1));
+    forget(store, node, 1);
     store.let_surplus_go();
     node
 }
@@ -280,7 +286,7 @@ fn what_is_known_again_stands_in_no_line() {
         assert_eq!(store.remembered(), 0);
         assert_eq!(store.find(&who).unwrap().node(), node);
         assert!(!store.let_oldest_go());
-        drop(store.forget(node, 2));
+        forget(&store, node, 2);
         assert_eq!(store.remembered(), 1);
     }
     store.let_go(&store.get_or_remembered(NodeId(2)).unwrap());
@@ -296,7 +302,7 @@ fn another_inode_of_the_same_number_ends_what_is_remembered() {
     assert_eq!((store.remembered(), store.len()), (0, 2));
     // And one that has lost its number while it was known is not remembered.
     admit(&store, &identity(10, Some(LONG_AGO + 2)));
-    assert!(store.forget(new.node(), 1).is_none());
+    assert!(!forget(&store, new.node(), 1));
     assert!(store.get_or_remembered(new.node()).is_none());
 }
 
@@ -313,7 +319,7 @@ fn what_is_remembered_by_its_name_keeps_its_directory() {
     let file = admit_open(11);
     store.see(&file, &dir, c"file", store.moment(&dir));
     for inode in [&dir, &file] {
-        drop(store.forget(inode.node(), 1));
+        forget(&store, inode.node(), 1);
         store.let_surplus_go();
     }
     // The directory is here for the file alone.
@@ -330,7 +336,7 @@ fn what_is_remembered_makes_room_in_the_table() {
     let mut number = 10;
     while store.table.has_room_for_inode() {
         let inode = admit(&store, &identity(number, Some(LONG_AGO)));
-        drop(store.forget(inode.node(), 1));
+        forget(&store, inode.node(), 1);
         number += 1;
     }
     let before = store.remembered();
@@ -349,12 +355,12 @@ fn racing_threads_agree_on_what_is_remembered() {
                 for turn in 0..5000 {
                     let inode = admit(&store, &identity(10 + turn % 4, Some(LONG_AGO)));
                     let node = inode.node();
-                    drop(store.forget(node, 1));
+                    forget(&store, node, 1);
                     store.let_surplus_go();
                     if let Some(again) = store.get_or_remembered(node)
                         && store.count(&again)
                     {
-                        drop(store.forget(node, 1));
+                        forget(&store, node, 1);
                         store.let_surplus_go();
                     }
                 }

@@ -124,7 +124,7 @@ impl Passthrough {
             (
                 "open files and lock owners",
                 snapshot.opens.len().saturating_add(snapshot.locks.len()),
-                self.max_handles,
+                self.bounds.handles,
             ),
         ];
         for (what, have, most) in bounds {

@@ -148,7 +148,7 @@ impl Passthrough {
         };
         let place = match &inode.way() {
             Way::Name(place) => Some((place.parent, place.name.to_bytes().to_vec())),
-            Way::None | Way::Handle { .. } | Way::Forgotten => None,
+            Way::None | Way::Handle { .. } | Way::Open(_) | Way::Forgotten => None,
         };
         // What others are found by is few, and would take them along into the void.
         let confirm = options.confirm_paths || in_use || inode.has_children();

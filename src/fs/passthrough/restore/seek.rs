@@ -189,6 +189,6 @@ fn has_name(inode: &Inode) -> bool {
     match &*inode.held() {
         Held::Name => true,
         Held::Nothing => inode.record().handle().is_some(),
-        Held::Handle(_) | Held::Forgotten => false,
+        Held::Open(_) | Held::Handle(_) | Held::Forgotten => false,
     }
 }
