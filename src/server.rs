@@ -271,8 +271,6 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {
-                // The connection had done so, as far as is known.
-                service.has_taken_over = true;
                 front::resume(record, device, service, table, stop)
             })?;
             if let Some(over) = self.is_over(end) {

@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 /// How long a process may take to end.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often is looked.
 const INTERVAL: Duration = Duration::from_millis(5);

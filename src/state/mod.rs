@@ -220,6 +220,11 @@ impl Table {
         self.closed.store(true, Ordering::Relaxed);
     }
 
+    /// Takes [`close`](Self::close) back: dropping a record ends it.
+    pub fn reopen(&self) {
+        self.closed.store(false, Ordering::Relaxed);
+    }
+
     /// Whether records stay although they are dropped.
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)

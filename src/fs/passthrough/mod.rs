@@ -165,6 +165,10 @@ impl Passthrough {
         } = shared;
         // What is there and is not gone on from ends here.
         let records = Records::of(table).filter(|_| past.is_some());
+        if records.is_some() {
+            // A start that fails changes nothing.
+            table.close();
+        }
         let root = match (&records, past) {
             (Some(records), Some(past)) if past.bequeathed => {
                 restore::bequeathed(records.root.descriptor(), &records.root).unwrap_or(root)
@@ -233,6 +237,7 @@ impl Passthrough {
             table: Arc::clone(table),
             begun: Begun::default(),
         };
+        table.reopen();
         let restored = match (rest, past) {
             (Some((old, records)), Some(past)) => fs.restore(records, old, past),
             _ => Restored::default(),

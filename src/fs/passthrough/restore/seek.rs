@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::super::Passthrough;
 use super::super::holds::{IDENTITY, Identity, InodeFd, Way, reopen_fd, stat_fd};
 use super::super::inode::{Held, Inode};
+use super::super::lookup::stat_name;
 use super::super::moving::Search;
 use crate::fs::{NodeId, Result};
 
@@ -34,6 +35,8 @@ pub(in super::super) struct Sought {
 struct Spent {
     time: Duration,
     nodes: HashSet<NodeId>,
+    /// All that were lost were looked for when the first was.
+    has_begun: bool,
 }
 
 impl Sought {
@@ -54,21 +57,42 @@ impl Passthrough {
             return Err(error);
         }
         let mut spent = sought.spent.lock().unwrap_or_else(PoisonError::into_inner);
-        if !spent.nodes.contains(&inode.node()) {
-            // Those of which it is known that they are lost are looked for together.
-            let lost = |other: &Arc<Inode>| {
-                other.node() == inode.node()
-                    || matches!(&*other.held(), Held::Nothing) && has_name(other)
-            };
+        if !std::mem::replace(&mut spent.has_begun, true) {
+            // All at once: a search takes as long for many as for one.
             let all = self.inodes.all().into_iter();
-            let is_left = |other: &Arc<Inode>| {
-                other.node().0 < sought.below && !other.slot().is_full() && lost(other)
-            };
-            self.look_for(all.filter(is_left).collect(), &mut spent);
+            let lost =
+                |other: &Arc<Inode>| other.node().0 < sought.below && self.has_lost_itself(other);
+            self.look_for(all.filter(lost).collect(), &mut spent);
+        }
+        if !spent.nodes.contains(&inode.node())
+            && self.open_closed(inode).is_err()
+            && let Some(inode) = self.inodes.any(inode.node())
+        {
+            self.look_for(vec![inode], &mut spent);
         }
         drop(spent);
         // Found just now, or by another thread.
         self.open_closed(inode)
+    }
+
+    /// Whether the inode, which may have a name, is not to be reached, and not for a directory's sake that
+    /// its name is in.
+    fn has_lost_itself(&self, inode: &Inode) -> bool {
+        if inode.slot().is_full() || !has_name(inode) {
+            return false;
+        }
+        let Way::Name(place) = inode.way() else {
+            return true;
+        };
+        let Some(parent) = self.inodes.any(place.parent) else {
+            return true;
+        };
+        // Not by way of `fd`, which would look for the directory in turn.
+        let Ok(parent) = self.open_closed(&parent) else {
+            return false;
+        };
+        let there = stat_name(&parent, &place.name).map(|stat| Identity::of(&stat));
+        !there.is_ok_and(|identity| inode.may_be(&identity))
     }
 
     /// Opens inodes of the process before, wherever their names are by now.
@@ -129,7 +153,6 @@ impl Passthrough {
             }
             let mut search = Search::new(missing);
             let moment = self.inodes.moment(&directory);
-            // Not by way of `fd`, which would look for the directory in turn.
             let read = self.open_closed(&directory).and_then(|fd| {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY;
                 let fd = self.with_room(|| reopen_fd(&fd, &self.proc_fds, flags))?;

@@ -126,6 +126,35 @@ fn names_changed_on_the_host_without_a_server_are_found() {
 }
 
 #[test]
+fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
+    by_name_alone(|rig| {
+        rig.host_dir("dir");
+        for name in ["dir/moved", "dir/stays", "gone", "renamed", "there"] {
+            rig.host_file(name, "");
+        }
+        let dir = rig.node("dir");
+        let in_dir = ["moved", "stays"].map(|name| rig.find(dir, name).unwrap().node);
+        let [gone, renamed, there] = ["gone", "renamed", "there"].map(|name| rig.node(name));
+        let killed = killed(rig);
+        let path = |name: &str| killed.path(name);
+        std::fs::rename(path("dir"), path("other")).unwrap();
+        std::fs::rename(path("other/moved"), path("other/again")).unwrap();
+        std::fs::remove_file(path("gone")).unwrap();
+        std::fs::rename(path("renamed"), path("new")).unwrap();
+        let (rig, _) = killed.next(false, &[]);
+        is_there(&rig, in_dir[1], "other/stays");
+        assert_eq!(rig.attributes(gone), Err(Errno::STALE));
+        for node in [dir, gone, renamed] {
+            assert!(rig.fs.has_looked_for(node));
+        }
+        assert!(!rig.fs.has_looked_for(there));
+        is_there(&rig, in_dir[0], "other/again");
+        is_there(&rig, renamed, "new");
+        is_there(&rig, there, "there");
+    });
+}
+
+#[test]
 fn removal_not_written_down_leaves_the_other_name() {
     by_name_alone(|rig| {
         let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();

@@ -358,9 +358,13 @@ fn each_lookup_counts_once_whoever_counted_last() {
 }
 
 #[test]
-fn another_directory_is_refused() {
+fn another_directory_is_refused_and_changes_nothing() {
     on_a_thread(|| {
-        let rig = killed(Rig::new(Options::default()).unwrap());
+        let rig = Rig::new(Options::default()).unwrap();
+        rig.host_file("file", "");
+        let node = rig.node("file");
+        rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+        let rig = killed(rig);
         let other = tempfile::tempdir().unwrap();
         let table = Table::open(rig.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
@@ -373,6 +377,9 @@ fn another_directory_is_refused() {
         let refused = Passthrough::of(shared, options, &table, Some(&Past::default()));
         let error = refused.unwrap_err().to_string();
         assert!(error.contains("another directory"), "{error}");
+        let (rig, restored) = rig.next(false, &[]);
+        assert_eq!((restored.inodes, restored.files), (2, 1));
+        assert!(rig.attributes(node).is_ok());
     });
 }
 
