@@ -296,6 +296,28 @@ mod limits {
     }
 
     #[test]
+    fn core_has_nothing_of_the_guests_memory() {
+        let mut server = launch("ulimit -c unlimited; exec", None, &[]);
+        server.wait_until_it_listens();
+        let mut fs = session(&server);
+        uses(&mut fs, &server, "file");
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", server.pid())).unwrap();
+        let (mut guest, mut checked) = (false, 0);
+        for line in maps.lines() {
+            if let Some(flags) = line.strip_prefix("VmFlags:") {
+                assert!(
+                    !guest || flags.split(' ').any(|flag| flag == "dd"),
+                    "{flags}"
+                );
+                checked += u32::from(guest);
+            } else if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
+                guest = line.contains("memfd:") && !line.contains("memfd:ringfsd-state");
+            }
+        }
+        assert!(checked > 0, "{maps}");
+    }
+
+    #[test]
     fn stack_too_small_is_refused() {
         refuses("ulimit -s 256; exec", None, &[], "RLIMIT_STACK");
     }
@@ -545,6 +567,27 @@ mod control_groups {
         refuses(&group.enter(), None, &args, "pids.max");
         let args = ["--workers", "4", "--supervise"];
         refuses(&group.enter(), None, &args, "pids.max");
+    }
+
+    #[test]
+    fn session_without_threads_ends_and_the_next_is_served() {
+        let Some(group) = Group::new("pids", "pids.max", "99") else {
+            return;
+        };
+        let allow = |most: &str| std::fs::write(group.0.join("pids.max"), most).unwrap();
+        for args in [&[][..], &["--supervise"]] {
+            let mut server = launch(&group.enter(), None, args);
+            server.wait_until_it_listens();
+            allow("2");
+            let refused = Profile::Qemu.connect(server.connect(), &Options::default());
+            assert!(refused.is_err());
+            let line = server.wait_for("starting to serve the VMM");
+            assert!(line.contains("pids.max"), "{line}");
+            server.wait_until_it_listens();
+            allow("99");
+            uses(&mut session(&server), &server, "file");
+            ends(server);
+        }
     }
 
     #[test]
