@@ -592,14 +592,16 @@ mod control_groups {
 
     #[test]
     fn guest_cannot_use_the_memory_up() {
-        let limit = (16_u64 << 20).to_string();
+        let limit = (24_u64 << 20).to_string();
         let Some(group) = Group::new("memory", "memory.limit_in_bytes", &limit) else {
             return;
         };
         let mut server = launch(&group.enter(), None, &[]);
         server.wait_for("--max-inodes");
         server.wait_until_it_listens();
-        let mut fs = session(&server);
+        // Short of memory, the kernel takes its time.
+        let patient = Options::default().timeout(4 * support::PATIENCE);
+        let mut fs = server.session(Profile::Qemu, &patient);
         let end = (0..100_000).find_map(|number| {
             let name = std::ffi::CString::new(number.to_string()).unwrap();
             let made = fs.mknod(ROOT, &name, libc::S_IFREG | 0o644, 0);
