@@ -185,6 +185,8 @@ pub struct Server {
     filter: Filter,
     /// Another process goes on should this one be killed.
     supervised: bool,
+    /// No other process has served before.
+    first: bool,
     /// The session that the process before has left.
     left: Option<Record>,
     serving: Serving,
@@ -276,7 +278,7 @@ impl Server {
             if let Some(over) = self.is_over(end) {
                 return Ok(over);
             }
-        } else {
+        } else if self.first {
             self.try_threads()?;
         }
         loop {
@@ -539,6 +541,7 @@ impl Outfit {
             keeps: config.state.is_some(),
             filter,
             supervised,
+            first: !again,
             left,
             serving: place.serving,
         })

@@ -296,6 +296,28 @@ mod limits {
     }
 
     #[test]
+    fn core_has_nothing_of_the_guests_memory() {
+        let mut server = launch("ulimit -c unlimited; exec", None, &[]);
+        server.wait_until_it_listens();
+        let mut fs = session(&server);
+        uses(&mut fs, &server, "file");
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", server.pid())).unwrap();
+        let (mut guest, mut checked) = (false, 0);
+        for line in maps.lines() {
+            if let Some(flags) = line.strip_prefix("VmFlags:") {
+                assert!(
+                    !guest || flags.split(' ').any(|flag| flag == "dd"),
+                    "{flags}"
+                );
+                checked += u32::from(guest);
+            } else if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
+                guest = line.contains("memfd:") && !line.contains("memfd:ringfsd-state");
+            }
+        }
+        assert!(checked > 0, "{maps}");
+    }
+
+    #[test]
     fn stack_too_small_is_refused() {
         refuses("ulimit -s 256; exec", None, &[], "RLIMIT_STACK");
     }
@@ -548,15 +570,38 @@ mod control_groups {
     }
 
     #[test]
+    fn session_without_threads_ends_and_the_next_is_served() {
+        let Some(group) = Group::new("pids", "pids.max", "99") else {
+            return;
+        };
+        let allow = |most: &str| std::fs::write(group.0.join("pids.max"), most).unwrap();
+        for args in [&[][..], &["--supervise"]] {
+            let mut server = launch(&group.enter(), None, args);
+            server.wait_until_it_listens();
+            allow("2");
+            let refused = Profile::Qemu.connect(server.connect(), &Options::default());
+            assert!(refused.is_err());
+            let line = server.wait_for("starting to serve the VMM");
+            assert!(line.contains("pids.max"), "{line}");
+            server.wait_until_it_listens();
+            allow("99");
+            uses(&mut session(&server), &server, "file");
+            ends(server);
+        }
+    }
+
+    #[test]
     fn guest_cannot_use_the_memory_up() {
-        let limit = (16_u64 << 20).to_string();
+        let limit = (24_u64 << 20).to_string();
         let Some(group) = Group::new("memory", "memory.limit_in_bytes", &limit) else {
             return;
         };
         let mut server = launch(&group.enter(), None, &[]);
         server.wait_for("--max-inodes");
         server.wait_until_it_listens();
-        let mut fs = session(&server);
+        // Short of memory, the kernel takes its time.
+        let patient = Options::default().timeout(4 * support::PATIENCE);
+        let mut fs = server.session(Profile::Qemu, &patient);
         let end = (0..100_000).find_map(|number| {
             let name = std::ffi::CString::new(number.to_string()).unwrap();
             let made = fs.mknod(ROOT, &name, libc::S_IFREG | 0o644, 0);

@@ -78,6 +78,9 @@ const INODE: u64 = 400;
 /// And of the table of what a session holds.
 const RECORD: u64 = 128;
 
+/// What the server takes of a control group's memory when a guest holds nothing.
+const BASE: u64 = 8 << 20;
+
 /// What a descriptor costs the kernel, with the inode that it keeps there.
 const DESCRIPTOR: u64 = 2048;
 
@@ -203,12 +206,17 @@ pub(super) fn fit(config: &mut Config) {
     let Some((limit, place)) = control_group::memory() else {
         return;
     };
-    let part = |of, each| usize::try_from(limit / of / each).unwrap_or(usize::MAX);
+    let room = limit.saturating_sub(BASE);
+    let part = |of, each| usize::try_from(room / of / each).unwrap_or(usize::MAX);
     let options = &mut config.share.file_system;
     // The host's caches have the rest, which give way.
-    let inodes = part(2, INODE + RECORD);
-    options.max_open_inodes.get_or_insert(part(4, DESCRIPTOR));
-    options.max_handles.get_or_insert(part(8, DESCRIPTOR));
+    let inodes = part(2, INODE + RECORD).max(1024);
+    options
+        .max_open_inodes
+        .get_or_insert(part(4, DESCRIPTOR).max(64));
+    options
+        .max_handles
+        .get_or_insert(part(8, DESCRIPTOR).max(64));
     if options.max_inodes <= inodes {
         return;
     }

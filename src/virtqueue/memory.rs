@@ -26,6 +26,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use rustix::mm::Advice;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -150,6 +151,12 @@ impl Mapping {
         // and a mapping begins at a multiple of the size of its pages.
         let watch = unsafe { Watch::new((bytes.as_ptr(), len), unit, base, alarm) };
         let watch = watch.map_err(MapFault::Watch)?;
+        // SAFETY: the range is the mapping just made, whose contents the advice doesn't touch.
+        let kept_out =
+            unsafe { rustix::mm::madvise(bytes.as_ptr().cast(), len, Advice::LinuxDontDump) };
+        if let Err(error) = kept_out {
+            log::debug!("a core would have the guest's memory in it: {error}");
+        }
         Ok(Self {
             _watch: watch,
             bytes,
