@@ -2,9 +2,9 @@
 //!
 //! Whatever a message changes is written down before it is answered, and the message itself before
 //! it is taken off the socket. So a process that goes on with the session after this one was
-//! killed deals with each message once, and a front end that waits for an answer gets it. (One
-//! system call remains: a kill between an answer's being sent and that being written down lets it
-//! be sent twice.) The invariant: a descriptor that the table's block names is open.
+//! killed deals with each message once, and a front end that waits for an answer gets it, once: how
+//! much of it was sent the kernel writes into the table, in the very call that sends it
+//! (`sys/receipt.rs`). The invariant: a descriptor that the table's block names is open.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -100,10 +100,16 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             if let Some(seen) = &seen {
                 self.save(Pending::message(seen));
             }
-            let message = self.relay.take(len).map_err(SessionError::Socket)?;
-            if seen.is_none_or(|seen| seen.fds.len() != message.fds.len()) {
-                self.save(Pending::message(&message));
-            }
+            let taken = self.relay.take(len).map_err(SessionError::Socket)?;
+            let message = match seen {
+                // Its descriptors are the ones that are written down, so they stay open.
+                Some(seen) if seen.fds.len() == taken.fds.len() => seen,
+                seen => {
+                    self.save(Pending::message(&taken));
+                    drop(seen);
+                    taken
+                }
+            };
             if let Some(end) = self.deal_with(message, last)? {
                 return Ok(end);
             }
@@ -116,16 +122,21 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             .forward(&message, last)
             .map_err(SessionError::Socket)?;
         let outcome = self.handler.handle_request();
-        let sent = match self.relay.answer().map_err(SessionError::Socket)? {
+        let answer = self.relay.answer().map_err(SessionError::Socket)?;
+        let sent = match &answer {
             None => Ok(None),
             Some(answer) => {
-                self.save(Pending::reply(&answer));
-                self.answer(&answer)
+                // Before the answer stands there that it is about.
+                if let Some(receipt) = self.table.receipt() {
+                    receipt.clear();
+                }
+                self.save(Pending::reply(answer));
+                self.answer(answer)
             }
         };
         self.save(Pending::Nothing);
-        // What came with it is named no more.
-        drop(message);
+        // What came and went with them is named no more.
+        drop((message, answer));
         match outcome {
             Ok(()) => sent,
             Err(ProtocolError::Disconnected) => Ok(Some(End::Disconnected)),
@@ -133,8 +144,9 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         }
     }
 
+    /// Sends what the front end has not had of an answer that is written down.
     fn answer(&self, answer: &Parcel) -> Result<Option<End>, SessionError> {
-        match self.relay.reply(answer) {
+        match self.relay.reply(answer, self.table.receipt()) {
             Ok(()) => Ok(None),
             Err(error) => match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {

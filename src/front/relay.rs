@@ -17,6 +17,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg,
 };
 
+use crate::sys::receipt::Receipt;
+
 /// As many descriptors as the kernel lets one message carry (SCM_MAX_FD).
 const MOST_FDS: usize = 253;
 
@@ -92,9 +94,11 @@ impl Relay {
         Ok(Some(whole).filter(|whole| !whole.bytes.is_empty()))
     }
 
-    /// Sends an answer to the front end.
-    pub(super) fn reply(&self, answer: &Parcel) -> io::Result<()> {
-        send(&self.socket, answer)
+    /// Sends what has not been sent of an answer to the front end, which `receipt` is about.
+    pub(super) fn reply(&self, answer: &Parcel, receipt: Option<Receipt<'_>>) -> io::Result<()> {
+        let receipt = receipt.ok_or(io::ErrorKind::InvalidInput)?;
+        let fds: Vec<_> = answer.fds.iter().map(AsFd::as_fd).collect();
+        Ok(receipt.send(&self.socket, &answer.bytes, &fds)?)
     }
 }
 
@@ -149,6 +153,8 @@ fn send(socket: &UnixStream, parcel: &Parcel) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use super::*;
 
     fn parcel(bytes: &[u8], fds: usize) -> Parcel {
@@ -197,8 +203,12 @@ mod tests {
         assert!(relay.answer().unwrap().is_none());
         send(&vhost, &parcel(b"yes", 1)).unwrap();
         let answer = relay.answer().unwrap().unwrap();
-        relay.reply(&answer).unwrap();
+        let words: Vec<_> = (0..Receipt::WORDS).map(|_| AtomicU64::new(0)).collect();
+        for _killed_and_gone_on in 0..2 {
+            relay.reply(&answer, Receipt::new(&words)).unwrap();
+        }
         let got = receive(&front, 10, RecvFlags::empty()).unwrap();
         assert_eq!((&got.bytes[..], got.fds.len()), (&b"yes"[..], 1));
+        assert!(relay.reply(&answer, None).is_err());
     }
 }

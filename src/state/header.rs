@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::doings::{THREADS, WORDS};
 use super::slabs::CHUNK;
 use super::{StateError, Table};
+use crate::sys::receipt::Receipt;
 use crate::sys::shared::{SharedWords, WORD};
 
 /// The first word of a table.
@@ -40,6 +41,8 @@ mod at {
     /// Which of the two agreements does.
     pub(super) const AGREED: usize = 24;
     pub(super) const AGREEMENTS: usize = 32;
+    /// How much of the reply to the front end was sent.
+    pub(super) const RECEIPT: usize = 56;
 }
 
 /// Words of what was agreed on with the guest: as `fuse` writes them.
@@ -308,6 +311,12 @@ impl Table {
             self.store(first + 2 + n, word);
         }
         self.store(at::FRONT, other);
+    }
+
+    /// How much was sent of the reply that stands in the front end's part. Not to be used by two at
+    /// once.
+    pub(crate) fn receipt(&self) -> Option<Receipt<'_>> {
+        Receipt::new(self.words.get_some(at::RECEIPT, Receipt::WORDS)?)
     }
 
     /// Whether there is something to go on from: a guest's session, or a front end's.

@@ -19,6 +19,7 @@ pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;
 pub(crate) mod process;
+pub(crate) mod receipt;
 pub(crate) mod shared;
 pub(crate) mod slot;
 pub(crate) mod supervision;
