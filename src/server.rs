@@ -243,6 +243,12 @@ impl Server {
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Over, ServerError> {
         self.filter.install()?;
         sandbox::forget_set_up();
+        // Should this process be killed, the next server needs both, and the guest's files may take
+        // the kernel seconds.
+        self.listener.close_first();
+        if self.keeps {
+            self.fs.table().close_first();
+        }
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {

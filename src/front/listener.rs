@@ -10,6 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::sys;
+use crate::sys::closing::First;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -65,6 +66,7 @@ pub struct Listener {
     socket: UnixListener,
     name: String,
     file: Option<SocketFile>,
+    first: Option<First>,
 }
 
 /// The file of a socket that we made; removed when this is dropped.
@@ -110,6 +112,7 @@ impl Listener {
                 device: made.dev(),
                 inode: made.ino(),
             }),
+            first: None,
         })
     }
 
@@ -169,6 +172,7 @@ impl Listener {
             socket,
             name,
             file: None,
+            first: None,
         })
     }
 
@@ -190,6 +194,11 @@ impl Listener {
     #[must_use]
     pub fn file(&self) -> Option<&SocketFile> {
         self.file.as_ref()
+    }
+
+    /// Has the socket closed before the files that a guest has, should the process be killed.
+    pub fn close_first(&mut self) {
+        self.first = Some(First::new(&self.socket));
     }
 
     /// Takes the next connection; waits for one.

@@ -17,6 +17,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg,
 };
 
+use crate::sys::closing::First;
 use crate::sys::receipt::Receipt;
 
 /// As many descriptors as the kernel lets one message carry (SCM_MAX_FD).
@@ -34,6 +35,8 @@ pub(super) struct Parcel {
 pub(super) struct Relay {
     pub(super) socket: UnixStream,
     inner: UnixStream,
+    /// The front end is to notice at once that the process was killed.
+    _first: First,
 }
 
 impl Relay {
@@ -41,7 +44,12 @@ impl Relay {
     pub(super) fn new(socket: UnixStream) -> io::Result<(Self, UnixStream)> {
         let (inner, theirs) = UnixStream::pair()?;
         inner.set_nonblocking(true)?;
-        Ok((Self { socket, inner }, theirs))
+        let relay = Self {
+            _first: First::new(&socket),
+            socket,
+            inner,
+        };
+        Ok((relay, theirs))
     }
 
     /// What the next `len` bytes are, which are there, if they can be had as a whole: descriptors

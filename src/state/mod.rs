@@ -23,8 +23,8 @@ mod tests;
 mod text;
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -38,6 +38,7 @@ pub use self::text::Name;
 
 use self::header::Layout;
 use self::slabs::{Kind, Slabs};
+use crate::sys::closing::First;
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Why there is no table.
@@ -97,6 +98,8 @@ pub struct Table {
     slabs: Slabs,
     /// Which half of the threads' room this process has; orders nothing.
     half: AtomicUsize,
+    /// Has the file's lock given up early.
+    first: OnceLock<First>,
 }
 
 /// Reserves the room of some words on the file system, where that can be had.
@@ -153,6 +156,7 @@ impl Table {
             half: AtomicUsize::new(0),
             words,
             layout,
+            first: OnceLock::new(),
         }))
     }
 
@@ -173,6 +177,7 @@ impl Table {
             layout,
             slabs,
             half: AtomicUsize::new(0),
+            first: OnceLock::new(),
         };
         table.half.store(table.half_in_use(), Ordering::Relaxed);
         table.check()?;
@@ -183,6 +188,12 @@ impl Table {
     #[must_use]
     pub fn file(&self) -> &OwnedFd {
         self.words.file()
+    }
+
+    /// Has the file, and with it the lock on it, given up before the files that a guest has, should the
+    /// process be killed.
+    pub fn close_first(&self) {
+        self.first.get_or_init(|| First::new(self.file()));
     }
 
     /// Bytes that records and what belongs to them have at this moment.

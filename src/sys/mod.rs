@@ -10,6 +10,7 @@
 )]
 
 pub(crate) mod bus;
+pub(crate) mod closing;
 pub(crate) mod code;
 pub(crate) mod credentials;
 pub(crate) mod file;
