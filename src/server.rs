@@ -162,6 +162,8 @@ pub struct Server {
     filter: Filter,
     /// Another process goes on should this one be killed.
     supervised: bool,
+    /// This process, or one before it, has told that a VMM can connect.
+    has_waited: bool,
     /// The session that the process before has left.
     left: Option<Record>,
     serving: Serving,
@@ -259,12 +261,15 @@ impl Server {
             }
         }
         loop {
+            // Launchers wait for the former words, and some for one line of them alone. Said before the
+            // guardian knows that this process serves: another one doesn't say them again.
+            let name = self.listener.name();
+            if std::mem::replace(&mut self.has_waited, true) {
+                log::info!("ready for the next VMM on {name}");
+            } else {
+                log::info!("Waiting for vhost-user socket connection on {name}");
+            }
             self.serving.tell();
-            // Launchers wait for these very words.
-            log::info!(
-                "Waiting for vhost-user socket connection on {}",
-                self.listener.name()
-            );
             if front::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
                 log::info!("asked to stop");
                 let leaves = leave.load(std::sync::atomic::Ordering::Acquire);
@@ -399,6 +404,12 @@ impl Outfit {
         let config = self.config;
         let limits = kept::limits(&config);
         let options = config.share.file_system;
+        let unsettable = config
+            .share
+            .session
+            .security_label
+            .then(|| passthrough::label_that_needs_privilege(options.xattr_map.as_ref()))
+            .flatten();
         let needs = Needs {
             readonly: options.readonly,
             file_handles: options.inode_file_handles != InodeFileHandles::Never
@@ -430,6 +441,13 @@ impl Outfit {
         if let Some(file) = place.file {
             fs.is_for(file);
         }
+        if let Some(name) = unsettable.filter(|_| !place.may_label) {
+            log::warn!(
+                "--security-label: the guest can make nothing that it has a label for (EPERM), as the \
+                 server may not set {name} on the host: as root give --modcaps=+sys_admin, or keep the \
+                 labels under another name with --xattrmap=:map:security.:user.guest.:"
+            );
+        }
         let action = config.sandbox.seccomp;
         let filter = Filter::new(action, self.runtime.kind, place.file_handles)?;
         Ok(Server {
@@ -447,6 +465,7 @@ impl Outfit {
             keeps: config.state.is_some(),
             filter,
             supervised,
+            has_waited: again,
             left,
             serving: place.serving,
         })

@@ -18,7 +18,7 @@ use super::record::{Pending, Record};
 use super::relay::{Parcel, Relay};
 use super::restore::{self, Held};
 use super::session::{End, Session, SessionError};
-use super::{Runner, Stop};
+use super::{Runner, Stop, shared_memory};
 use crate::state::Table;
 
 /// `VHOST_USER_NEED_REPLY_MASK`, in a message's flags.
@@ -135,8 +135,12 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             }
         };
         self.save(Pending::Nothing);
+        let missing = outcome.is_err().then(|| shared_memory::missing(&message));
         // What came and went with them is named no more.
         drop((message, answer));
+        if let Some(error) = missing.flatten() {
+            return Err(error);
+        }
         match outcome {
             Ok(()) => sent,
             Err(ProtocolError::Disconnected) => Ok(Some(End::Disconnected)),
