@@ -261,15 +261,15 @@ impl Server {
             }
         }
         loop {
-            // Launchers wait for the former words, and some for one line of them alone. Said before the
-            // guardian knows that this process serves: another one doesn't say them again.
+            self.serving.tell();
             let name = self.listener.name();
             if std::mem::replace(&mut self.has_waited, true) {
                 log::info!("ready for the next VMM on {name}");
             } else {
+                // Launchers wait for these very words, and some for one line of them alone.
                 log::info!("Waiting for vhost-user socket connection on {name}");
+                self.fs.table().set_announced();
             }
-            self.serving.tell();
             if front::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
                 log::info!("asked to stop");
                 let leaves = leave.load(std::sync::atomic::Ordering::Acquire);
@@ -418,6 +418,7 @@ impl Outfit {
         let (supervised, again) = (inside.is_supervised(), inside.is_again());
         let place = inside.enter(&config.shared_dir, needs)?;
         let Kept { table, past } = self.state.open(&limits, again)?;
+        let has_waited = again && table.is_announced();
         let left = if again {
             sort_leftovers(&table, &place.descriptors)?
         } else {
@@ -465,7 +466,7 @@ impl Outfit {
             keeps: config.state.is_some(),
             filter,
             supervised,
-            has_waited: again,
+            has_waited,
             left,
             serving: place.serving,
         })

@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -63,6 +63,49 @@ fn memory_that_the_vmm_keeps_to_itself_is_named_with_what_to_do() {
             line.contains("share=on") && line.contains("shared=on"),
             "{line}"
         );
+    }
+}
+
+#[test]
+fn memory_that_the_vmm_has_mapped_for_itself_is_suspected_when_a_queue_is_kicked() {
+    for private in [true, false] {
+        let mut server = Server::start(&[]);
+        let session = Profile::Simple.connect(server.connect(), &Options::default());
+        let mut fs = Client::new(session.unwrap());
+        let session = fs.guest();
+        if private {
+            // What the guest writes goes to the VMM's own copy of these.
+            let regions = session.memory.regions().iter();
+            let regions = regions.map(|region| MemoryRegion {
+                gpa: region.gpa(),
+                size: region.len(),
+                user_address: region.user_address(),
+                mmap_offset: region.file_offset(),
+            });
+            let regions: Vec<_> = regions.collect();
+            let file = |region: &MemoryRegion| {
+                let flags = rustix::fs::MemfdFlags::CLOEXEC;
+                let file = rustix::fs::memfd_create("other", flags).unwrap();
+                rustix::fs::ftruncate(&file, region.mmap_offset + region.size).unwrap();
+                file
+            };
+            let files: Vec<_> = regions.iter().map(file).collect();
+            let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+            session
+                .connection
+                .set_mem_table_raw(&regions, &fds)
+                .unwrap();
+            session.connection.get_features().unwrap();
+            let unanswered = vmm::fuse::Call::new(vmm::fuse::wire::opcode::STATFS, ROOT);
+            let _unanswered = fs.submit(unanswered.reply(80)).unwrap();
+            fs.kick_all().unwrap();
+            let line = server.wait_for("has kicked queue 1");
+            assert!(line.contains("share=on"), "{line}");
+        } else {
+            fs.init().unwrap();
+            drop(fs);
+            assert_eq!(lines(&mut server, "has disconnected", "has kicked"), 0);
+        }
     }
 }
 

@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
@@ -18,7 +18,8 @@ use super::record::{Pending, Record};
 use super::relay::{Parcel, Relay};
 use super::restore::{self, Held};
 use super::session::{End, Session, SessionError};
-use super::{Runner, Stop, shared_memory};
+use super::shared_memory::{self, Suspicion};
+use super::{Runner, Stop};
 use crate::state::Table;
 
 /// `VHOST_USER_NEED_REPLY_MASK`, in a message's flags.
@@ -35,6 +36,8 @@ pub(super) struct Conversation<'a, R: Runner> {
     table: &'a Arc<Table>,
     /// What the block in the table names.
     held: Held,
+    /// That the VMM's memory is another than this server's.
+    suspicion: Suspicion,
 }
 
 impl<'a, R: Runner + Send> Conversation<'a, R> {
@@ -52,6 +55,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             handler,
             table,
             held: Held::default(),
+            suspicion: Suspicion::default(),
         })
     }
 
@@ -87,9 +91,21 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         end
     }
 
+    fn lock(&self) -> MutexGuard<'_, Session<'a, R>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn talk(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
         loop {
-            let (len, last) = match arrival::wait(&self.relay.socket, stop.asked) {
+            let kick = self.suspicion.is_open().then(|| self.lock().first_kick());
+            let watch = self.suspicion.watch(kick.as_ref().and_then(Option::as_ref));
+            let (len, last) = match arrival::wait(&self.relay.socket, stop.asked, watch) {
+                Ok(Arrival::Watched) => {
+                    if self.suspicion.is_due() {
+                        self.lock().tell_of_private_memory();
+                    }
+                    continue;
+                }
                 Ok(Arrival::Message { len: 0, .. }) => return Ok(End::Disconnected),
                 Ok(Arrival::Message { len, last }) => (len, last),
                 Ok(Arrival::Stop) => return Ok(End::Stopped),

@@ -212,6 +212,10 @@ impl<'a, R: Runner> Session<'a, R> {
         }
     }
 
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
     fn has(&self, feature: u64) -> bool {
         self.features.unwrap_or(0) & feature != 0
     }

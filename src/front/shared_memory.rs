@@ -4,8 +4,20 @@
 //! mistake that is made most often. The invariant: nothing here changes a session, only what is said
 //! of its end.
 
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Runner;
+use super::arrival::Watch;
 use super::relay::Parcel;
-use super::session::SessionError;
+use super::session::{Session, SessionError};
+use super::vring::Vring;
+use crate::virtqueue::QueueIndex;
+use crate::virtqueue::memory::Window;
 
 /// What to do about it.
 pub(super) const SHARE: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
@@ -42,6 +54,87 @@ pub(super) fn missing(message: &Parcel) -> Option<SessionError> {
     let fds = message.fds.len();
     let none = regions == 0 || u32::try_from(fds).is_ok_and(|fds| fds < regions);
     none.then_some(SessionError::NotShared { regions, fds })
+}
+
+/// How long after the first kick something has to be in its queue.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A VMM may hand over a file that it has mapped for itself alone (QEMU's memory-backend-file without
+/// share=on). Then nothing of what the guest writes is seen here, and a queue that it has kicked is
+/// empty. Looked at once in a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) enum Suspicion {
+    /// No request queue has been kicked.
+    #[default]
+    Open,
+    /// One has, and is looked at then.
+    Until(Instant),
+    /// It was looked at.
+    Over,
+}
+
+impl Suspicion {
+    /// Whether a kick is waited for.
+    pub(super) fn is_open(self) -> bool {
+        matches!(self, Self::Open)
+    }
+
+    pub(super) fn watch(self, kick: Option<&Arc<OwnedFd>>) -> Watch<'_> {
+        match (self, kick) {
+            (Self::Open, Some(kick)) => Watch::Readable(kick.as_fd()),
+            (Self::Until(end), _) => Watch::Until(end),
+            (Self::Open | Self::Over, _) => Watch::Nothing,
+        }
+    }
+
+    /// What was watched for has come about; whether the queue is to be looked at now.
+    pub(super) fn is_due(&mut self) -> bool {
+        let due = matches!(self, Self::Until(_));
+        *self = if due {
+            Self::Over
+        } else {
+            Self::Until(Instant::now() + GRACE)
+        };
+        due
+    }
+}
+
+impl<R: Runner> Session<'_, R> {
+    /// The kick eventfd of the first request queue that runs. It is never read, and so stays readable.
+    pub(super) fn first_kick(&self) -> Option<Arc<OwnedFd>> {
+        let mut requests = self.vrings.iter().skip(1);
+        requests.find(|vring| vring.running)?.kick.clone()
+    }
+
+    /// Tells of it, if a request queue was kicked in whose rings nothing has ever been.
+    pub(super) fn tell_of_private_memory(&self) {
+        let requests = (0..).map(QueueIndex).zip(&self.vrings).skip(1);
+        let mut kicked = requests.filter(|(_, vring)| vring.running && is_kicked(vring));
+        if let Some((index, _)) = kicked.find(|(_, vring)| self.is_blank(vring) == Some(true)) {
+            log::warn!(
+                "the guest has kicked queue {index}, and nothing is in it: if its mount hangs, the VMM \
+                 has mapped the VM's memory for itself alone; {SHARE}"
+            );
+        }
+    }
+
+    fn is_blank(&self, vring: &Vring) -> Option<bool> {
+        let addresses = vring.addresses?;
+        // Flags and index, two bytes each.
+        let index = |ring| {
+            let window = Window::new(self.memory(), ring, 4, 2)?;
+            Some(window.load_u16(2, Ordering::Relaxed))
+        };
+        Some(index(addresses.available)? == 0 && index(addresses.used)? == 0)
+    }
+}
+
+fn is_kicked(vring: &Vring) -> bool {
+    let Some(kick) = &vring.kick else {
+        return false;
+    };
+    let mut fds = [PollFd::from_borrowed_fd(kick.as_fd(), PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

@@ -36,6 +36,8 @@ mod at {
     pub(super) const GENERATION: usize = 10;
     /// Which half of the threads' room is in use: 0 or 1.
     pub(super) const HALF: usize = 11;
+    /// The log has told that a VMM can connect: 0 or 1.
+    pub(super) const ANNOUNCED: usize = 12;
     /// Which of the front end's two blocks holds: 1 or 2, and 0 for none.
     pub(super) const FRONT: usize = 16;
     /// Which of the two agreements does.
@@ -311,6 +313,17 @@ impl Table {
             self.store(first + 2 + n, word);
         }
         self.store(at::FRONT, other);
+    }
+
+    /// Whether a process of this server has told launchers that a VMM can connect.
+    #[must_use]
+    pub fn is_announced(&self) -> bool {
+        self.load(at::ANNOUNCED) == 1
+    }
+
+    /// One has.
+    pub fn set_announced(&self) {
+        self.store(at::ANNOUNCED, 1);
     }
 
     /// How much was sent of the reply that stands in the front end's part. Not to be used by two at
