@@ -20,7 +20,7 @@ use crate::device::Tag;
 use crate::io::Choice;
 
 pub use self::confinement::{Confinement, Sandbox, Seccomp};
-pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade, expand};
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade, expand, refusal};
 pub use self::migration::{Migration, Mode, OnError};
 pub use self::operations::Operations;
 pub use self::sharing::{Cache, Contradiction, FileHandles, PosixAcl, Sharing};

@@ -28,6 +28,10 @@ fn main() -> ExitCode {
     if cli::asks_for_upgrade(&arguments) {
         return upgrade(&arguments);
     }
+    if let Some(reason) = cli::refusal(&arguments) {
+        let refused = Options::command().error(ErrorKind::ArgumentConflict, reason);
+        refused.exit();
+    }
     let options = Options::parse_from(cli::expand(arguments));
     let (level, syslog) = (options.level(), options.syslog);
     let config = match Config::try_from(options) {

@@ -187,6 +187,8 @@ pub struct Server {
     supervised: bool,
     /// No other process has served before.
     first: bool,
+    /// This process, or one before it, has told that a VMM can connect.
+    has_waited: bool,
     /// The session that the process before has left.
     left: Option<Record>,
     serving: Serving,
@@ -270,6 +272,12 @@ impl Server {
         limits::remember();
         self.filter.install()?;
         sandbox::forget_set_up();
+        // Should this process be killed, the next server needs both, and the guest's files may take
+        // the kernel seconds.
+        self.listener.close_first();
+        if self.keeps {
+            self.fs.table().close_first();
+        }
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {
@@ -283,11 +291,14 @@ impl Server {
         }
         loop {
             self.serving.tell();
-            // Launchers wait for these very words.
-            log::info!(
-                "Waiting for vhost-user socket connection on {}",
-                self.listener.name()
-            );
+            let name = self.listener.name();
+            if std::mem::replace(&mut self.has_waited, true) {
+                log::info!("ready for the next VMM on {name}");
+            } else {
+                // Launchers wait for these very words, and some for one line of them alone.
+                log::info!("Waiting for vhost-user socket connection on {name}");
+                self.fs.table().set_announced();
+            }
             if front::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
                 log::info!("asked to stop");
                 let leaves = leave.load(std::sync::atomic::Ordering::Acquire);
@@ -487,6 +498,15 @@ impl Outfit {
         self.listener.leave_file();
         let config = self.config;
         let limits = kept::limits(&config);
+        let unsettable = config
+            .share
+            .session
+            .security_label
+            .then(|| {
+                let map = config.share.file_system.xattr_map.as_ref();
+                passthrough::label_that_needs_privilege(map)
+            })
+            .flatten();
         let reserved_descriptors = reserved_descriptors(&config);
         let options = passthrough::Options {
             reserved_descriptors,
@@ -500,6 +520,7 @@ impl Outfit {
         let (supervised, again) = (inside.is_supervised(), inside.is_again());
         let place = inside.enter(&config.shared_dir, needs)?;
         let Kept { table, past } = self.state.open(&limits, again)?;
+        let has_waited = again && table.is_announced();
         let left = if again {
             sort_leftovers(&table, &place.descriptors)?
         } else {
@@ -523,6 +544,13 @@ impl Outfit {
         if let Some(file) = place.file {
             fs.is_for(file);
         }
+        if let Some(name) = unsettable.filter(|_| !place.may_label) {
+            log::warn!(
+                "--security-label: the guest can make nothing that it has a label for (EPERM), as the \
+                 server may not set {name} on the host: as root give --modcaps=+sys_admin, or keep the \
+                 labels under another name with --xattrmap=:map:security.:user.guest.:"
+            );
+        }
         let action = config.sandbox.seccomp;
         let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
         Ok(Server {
@@ -542,6 +570,7 @@ impl Outfit {
             filter,
             supervised,
             first: !again,
+            has_waited,
             left,
             serving: place.serving,
         })

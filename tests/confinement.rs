@@ -134,6 +134,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
             file: None,
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
+            may_label: false,
             serving: sandbox::Serving::default(),
             descriptors: Vec::new(),
         };

@@ -15,6 +15,10 @@ pub struct Confinement {
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub sandbox: Sandbox,
 
+    /// As --sandbox none, the way that crosvm spells it.
+    #[arg(long, conflicts_with = "sandbox")]
+    pub disable_sandbox: bool,
+
     /// What becomes of a system call that the server never makes. kill: the server ends. trap: it
     /// ends, and says which call it was. log: the call is made, and the kernel's log tells of it.
     /// none: the call is made.
@@ -76,6 +80,7 @@ impl From<Confinement> for sandbox::Options {
     fn from(options: Confinement) -> Self {
         Self {
             kind: match options.sandbox {
+                _ if options.disable_sandbox => sandbox::Kind::None,
                 Sandbox::Namespace => sandbox::Kind::Namespace,
                 Sandbox::Chroot => sandbox::Kind::Chroot,
                 Sandbox::None => sandbox::Kind::None,

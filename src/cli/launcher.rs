@@ -7,6 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 /// What this server is, for libvirt and others who ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
@@ -47,7 +48,7 @@ pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             None => None,
         };
         match list {
-            Some(list) => expanded.extend(items(&list).filter_map(long)),
+            Some(list) => expanded.extend(items(&list).filter_map(|item| long(&item))),
             // An `-o` without a list is left to the parser, and so is everything else.
             None => expanded.push(argument),
         }
@@ -55,10 +56,92 @@ pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     expanded
 }
 
-/// The items of a list, between its commas.
-fn items(list: &OsStr) -> impl Iterator<Item = &[u8]> {
-    let items = list.as_bytes().split(|byte| *byte == b',');
-    items.filter(|item| !item.is_empty())
+/// Options of `crosvm device fs` that this program hasn't got, and what to say of them.
+const CROSVM: &[(&str, &str)] = &[
+    (
+        "--cfg",
+        "crosvm's list of settings is not known here: give each as an option (cache=P is --cache P, \
+         timeout=N is --attr-timeout N --entry-timeout N, writeback is --writeback, posix_acl is \
+         --posix-acl)",
+    ),
+    (
+        "--uid",
+        "in a namespace with --uid-map the server takes the id that it can: leave --uid away",
+    ),
+    (
+        "--gid",
+        "in a namespace with --gid-map the server takes the id that it can: leave --gid away",
+    ),
+    (
+        "--skip-pivot-root",
+        "--sandbox namespace always changes the root: give --sandbox none to keep the host's",
+    ),
+];
+
+/// Why these arguments can't be what somebody wants, although each may be understood: an option that
+/// another program knows, or two directories to share.
+#[must_use]
+pub fn refusal(arguments: &[OsString]) -> Option<String> {
+    let own = arguments.iter().skip(1);
+    let own: Vec<_> = own.take_while(|argument| *argument != "--").collect();
+    for argument in &own {
+        let name = argument.as_bytes().split(|byte| *byte == b'=').next();
+        let known = CROSVM
+            .iter()
+            .find(|(known, _)| name == Some(known.as_bytes()));
+        if let Some((name, reason)) = known {
+            return Some(format!("{name} of crosvm is not taken: {reason}"));
+        }
+    }
+    // Only what `-o` names stands in the one word after `source=`.
+    let mut sources = Vec::new();
+    let mut directories = Vec::new();
+    let mut own = own.into_iter();
+    while let Some(argument) = own.next() {
+        let bytes = argument.as_bytes();
+        if let Some(list) = bytes.strip_prefix(b"-o") {
+            let list = if list.is_empty() {
+                own.next().map(|list| list.as_bytes())
+            } else {
+                Some(list)
+            };
+            let items = items(OsStr::from_bytes(list.unwrap_or_default()));
+            sources.extend(items.filter_map(|item| {
+                let path = item.strip_prefix(b"source=")?;
+                Some(OsString::from_vec(path.to_vec()))
+            }));
+        } else if bytes == b"--shared-dir" {
+            directories.extend(own.next().cloned());
+        } else if let Some(path) = bytes.strip_prefix(b"--shared-dir=") {
+            directories.push(OsStr::from_bytes(path).to_owned());
+        }
+    }
+    // Of each of the two the last one counts.
+    let (source, directory) = (sources.pop()?, directories.pop()?);
+    (Path::new(&source) != Path::new(&directory)).then(|| {
+        format!(
+            "-o source={} and --shared-dir {} name two directories, and one is shared: leave one of \
+             them away, or run a server for each",
+            source.display(),
+            directory.display()
+        )
+    })
+}
+
+/// The items of a list, between its commas. Two commas are one of an item's own, as libvirt writes
+/// those of a path.
+fn items(list: &OsStr) -> impl Iterator<Item = Vec<u8>> {
+    let mut items = vec![Vec::new()];
+    let mut bytes = list.as_bytes().iter().peekable();
+    while let Some(byte) = bytes.next() {
+        match (byte, items.last_mut()) {
+            (b',', Some(item)) if bytes.next_if_eq(&&b',').is_some() => item.push(b','),
+            (b',', _) => items.push(Vec::new()),
+            (byte, Some(item)) => item.push(*byte),
+            (_, None) => {}
+        }
+    }
+    items.into_iter().filter(|item| !item.is_empty())
 }
 
 /// The long option that an item of `-o` names; `None` for what needs none.
@@ -117,7 +200,7 @@ mod tests {
             expanded(&["p", "-oannounce_submounts"]),
             ["p", "--announce-submounts"]
         );
-        assert_eq!(expanded(&["p", "-o", "no_flock,,once"]), ["p", "--once"]);
+        assert_eq!(expanded(&["p", "-o", "no_flock,once,"]), ["p", "--once"]);
         assert_eq!(
             expanded(&["p", "-o", "posix_lock,flock"]),
             ["p", "--posix-locks", "--flock"]
@@ -126,6 +209,44 @@ mod tests {
             expanded(&["p", "-o", "unheard_of=1"]),
             ["p", "--unheard-of=1"]
         );
+    }
+
+    #[test]
+    fn doubled_comma_is_one_of_the_path() {
+        let of = |list: &str| expanded(&["p", "-o", list]);
+        assert_eq!(of("source=/a,,b"), ["p", "--shared-dir=/a,b"]);
+        assert_eq!(
+            of("source=/a,,,ro"),
+            ["p", "--shared-dir=/a,", "--readonly"]
+        );
+        assert_eq!(of("source=/,,,,a"), ["p", "--shared-dir=/,,a"]);
+    }
+
+    #[test]
+    fn refusal_names_two_directories_and_options_of_others() {
+        let refused = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
+            refusal(&arguments)
+        };
+        let two = refused(&["p", "-o", "source=/a", "--shared-dir", "/b"]).unwrap();
+        assert!(
+            two.contains("source=/a") && two.contains("--shared-dir /b"),
+            "{two}"
+        );
+        assert!(refused(&["p", "--shared-dir=/b", "-oro,source=/a"]).is_some());
+        for same in [
+            &["p", "-o", "source=/a", "--shared-dir", "/a/"][..],
+            &["p", "-o", "source=/a,,b", "--shared-dir=/a,b"],
+            &["p", "-o", "ro", "--shared-dir", "/b"],
+            &["p", "--shared-dir", "/a", "--shared-dir", "/b"],
+            &["p", "--", "--cfg"],
+        ] {
+            assert_eq!(refused(same), None, "{same:?}");
+        }
+        let cfg = refused(&["p", "--cfg=cache=auto", "--tag", "t"]).unwrap();
+        assert!(cfg.contains("--cfg") && cfg.contains("--cache"), "{cfg}");
+        assert!(refused(&["p", "--uid", "0"]).is_some());
+        assert!(refused(&["p", "--uid-map", ":0:1:1:"]).is_none());
     }
 
     #[test]

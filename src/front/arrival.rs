@@ -41,6 +41,8 @@ pub(super) enum Arrival {
     },
     /// The server is to stop.
     Stop,
+    /// What was also waited for has come about, and no message.
+    Watched,
     /// Part of a message is there and the rest doesn't come.
     Stalled {
         /// Bytes of it that are there.
@@ -48,21 +50,48 @@ pub(super) enum Arrival {
     },
 }
 
-/// Waits on `socket` for the next message, or until `stop` is readable.
+/// What is also waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Watch<'a> {
+    /// Nothing.
+    Nothing,
+    /// That this is readable.
+    Readable(BorrowedFd<'a>),
+    /// That it is so late.
+    Until(Instant),
+}
+
+impl Watch<'_> {
+    /// How long may be waited at most.
+    fn left(self) -> Option<Timespec> {
+        let Self::Until(end) = self else { return None };
+        let left = end.saturating_duration_since(Instant::now());
+        Timespec::try_from(left).ok()
+    }
+}
+
+/// Waits on `socket` for the next message, or until `stop` is readable, or for what `watch` says.
 ///
 /// # Errors
 ///
 /// Those of `poll(2)`, and of looking at the socket.
-pub(super) fn wait(socket: &UnixStream, stop: BorrowedFd<'_>) -> std::io::Result<Arrival> {
+pub(super) fn wait(
+    socket: &UnixStream,
+    stop: BorrowedFd<'_>,
+    watch: Watch<'_>,
+) -> std::io::Result<Arrival> {
     let mut begun = None;
     loop {
-        let mut fds = [
-            PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
-        ];
+        let also = match watch {
+            Watch::Readable(fd) => fd,
+            // Once more.
+            Watch::Nothing | Watch::Until(_) => stop,
+        };
+        let mut fds =
+            [stop, socket.as_fd(), also].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // Once a part is there the socket is readable all the time and can't be waited for.
         let polled = match begun {
-            None => poll(&mut fds, None),
+            None => poll(&mut fds, watch.left().as_ref()),
             Some(_) => poll(&mut fds[..1], Some(&INTERVAL)),
         };
         match polled {
@@ -72,6 +101,10 @@ pub(super) fn wait(socket: &UnixStream, stop: BorrowedFd<'_>) -> std::io::Result
         }
         if !fds[0].revents().is_empty() {
             return Ok(Arrival::Stop);
+        }
+        let is_time = polled == Ok(0) || !fds[2].revents().is_empty();
+        if begun.is_none() && is_time && fds[1].revents().is_empty() {
+            return Ok(Arrival::Watched);
         }
         if let Some((len, last)) = is_whole(socket)? {
             return Ok(Arrival::Message { len, last });
@@ -175,8 +208,25 @@ mod tests {
         let (ours, mut theirs) = pair();
         let (stop, mut stopper) = pair();
         theirs.write_all(&message(8, 1)).unwrap();
-        let waiting = std::thread::spawn(move || wait(&ours, stop.as_fd()).unwrap());
+        let waiting =
+            std::thread::spawn(move || wait(&ours, stop.as_fd(), Watch::Nothing).unwrap());
         stopper.write_all(&[0]).unwrap();
         assert_eq!(waiting.join().unwrap(), Arrival::Stop);
+    }
+
+    #[test]
+    fn watch_ends_the_wait_and_a_message_comes_first() {
+        let (ours, mut theirs) = pair();
+        let (stop, _stopper) = pair();
+        let (event, mut other) = pair();
+        let late = Watch::Until(Instant::now());
+        let on = |watch| wait(&ours, stop.as_fd(), watch).unwrap();
+        assert_eq!(on(late), Arrival::Watched);
+        other.write_all(&[0]).unwrap();
+        assert_eq!(on(Watch::Readable(event.as_fd())), Arrival::Watched);
+        theirs.write_all(&message(0, 0)).unwrap();
+        for watch in [Watch::Readable(event.as_fd()), late] {
+            assert!(matches!(on(watch), Arrival::Message { .. }));
+        }
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! Whatever a message changes is written down before it is answered, and the message itself before
 //! it is taken off the socket. So a process that goes on with the session after this one was
-//! killed deals with each message once, and a front end that waits for an answer gets it. (One
-//! system call remains: a kill between an answer's being sent and that being written down lets it
-//! be sent twice.) The invariant: a descriptor that the table's block names is open.
+//! killed deals with each message once, and a front end that waits for an answer gets it, once: how
+//! much of it was sent the kernel writes into the table, in the very call that sends it
+//! (`sys/receipt.rs`). The invariant: a descriptor that the table's block names is open.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
@@ -18,6 +18,7 @@ use super::record::{Pending, Record};
 use super::relay::{Parcel, Relay};
 use super::restore::{self, Held};
 use super::session::{End, Session, SessionError};
+use super::shared_memory::{self, Suspicion};
 use super::{Runner, Stop};
 use crate::state::Table;
 
@@ -35,6 +36,8 @@ pub(super) struct Conversation<'a, R: Runner> {
     table: &'a Arc<Table>,
     /// What the block in the table names.
     held: Held,
+    /// That the VMM's memory is another than this server's.
+    suspicion: Suspicion,
 }
 
 impl<'a, R: Runner + Send> Conversation<'a, R> {
@@ -52,6 +55,7 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             handler,
             table,
             held: Held::default(),
+            suspicion: Suspicion::default(),
         })
     }
 
@@ -87,9 +91,21 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         end
     }
 
+    fn lock(&self) -> MutexGuard<'_, Session<'a, R>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn talk(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
         loop {
-            let (len, last) = match arrival::wait(&self.relay.socket, stop.asked) {
+            let kick = self.suspicion.is_open().then(|| self.lock().first_kick());
+            let watch = self.suspicion.watch(kick.as_ref().and_then(Option::as_ref));
+            let (len, last) = match arrival::wait(&self.relay.socket, stop.asked, watch) {
+                Ok(Arrival::Watched) => {
+                    if self.suspicion.is_due() {
+                        self.lock().tell_of_private_memory();
+                    }
+                    continue;
+                }
                 Ok(Arrival::Message { len: 0, .. }) => return Ok(End::Disconnected),
                 Ok(Arrival::Message { len, last }) => (len, last),
                 Ok(Arrival::Stop) => return Ok(End::Stopped),
@@ -100,10 +116,16 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             if let Some(seen) = &seen {
                 self.save(Pending::message(seen));
             }
-            let message = self.relay.take(len).map_err(SessionError::socket)?;
-            if seen.is_none_or(|seen| seen.fds.len() != message.fds.len()) {
-                self.save(Pending::message(&message));
-            }
+            let taken = self.relay.take(len).map_err(SessionError::socket)?;
+            let message = match seen {
+                // Its descriptors are the ones that are written down, so they stay open.
+                Some(seen) if seen.fds.len() == taken.fds.len() => seen,
+                seen => {
+                    self.save(Pending::message(&taken));
+                    drop(seen);
+                    taken
+                }
+            };
             if let Some(end) = self.deal_with(message, last)? {
                 return Ok(end);
             }
@@ -116,16 +138,25 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
             .forward(&message, last)
             .map_err(SessionError::socket)?;
         let outcome = self.handler.handle_request();
-        let sent = match self.relay.answer().map_err(SessionError::socket)? {
+        let answer = self.relay.answer().map_err(SessionError::socket)?;
+        let sent = match &answer {
             None => Ok(None),
             Some(answer) => {
-                self.save(Pending::reply(&answer));
-                self.answer(&answer)
+                // Before the answer stands there that it is about.
+                if let Some(receipt) = self.table.receipt() {
+                    receipt.clear();
+                }
+                self.save(Pending::reply(answer));
+                self.answer(answer)
             }
         };
         self.save(Pending::Nothing);
-        // What came with it is named no more.
-        drop(message);
+        let missing = outcome.is_err().then(|| shared_memory::missing(&message));
+        // What came and went with them is named no more.
+        drop((message, answer));
+        if let Some(error) = missing.flatten() {
+            return Err(error);
+        }
         match outcome {
             Ok(()) => sent,
             Err(ProtocolError::Disconnected) => Ok(Some(End::Disconnected)),
@@ -133,8 +164,9 @@ impl<'a, R: Runner + Send> Conversation<'a, R> {
         }
     }
 
+    /// Sends what the front end has not had of an answer that is written down.
     fn answer(&self, answer: &Parcel) -> Result<Option<End>, SessionError> {
-        match self.relay.reply(answer) {
+        match self.relay.reply(answer, self.table.receipt()) {
             Ok(()) => Ok(None),
             Err(error) => match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {

@@ -11,9 +11,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::sys;
+use crate::sys::closing::First;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// The most bytes of a socket's path: `sun_path` without the NUL at its end.
+const LONGEST: usize = 107;
 
 /// Why there is nothing to listen on; the text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +28,17 @@ pub enum ListenError {
     /// Something else is there.
     #[error("{0} is there and is not a socket: remove it, or give another path with --socket")]
     NotASocket(PathBuf),
+    /// Longer than an address of a socket can be.
+    #[error(
+        "{path} can't be the path of a socket: it has {len} bytes, and {LONGEST} is the most; give a \
+         shorter one with --socket"
+    )]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its bytes.
+        len: usize,
+    },
     /// The socket can't be made.
     #[error("making the socket {path}")]
     Bind {
@@ -56,6 +71,12 @@ pub enum ListenError {
         #[source]
         source: io::Error,
     },
+    /// The descriptor is a connection already.
+    #[error(
+        "descriptor {0}, given with --fd, is a connected socket, and this server waits for its VMM on \
+         a listening one: listen before the server is started, or give a path with --socket"
+    )]
+    Connected(RawFd),
     /// The descriptor is not what `--fd` wants.
     #[error("descriptor {0} is not a listening unix stream socket, which --fd takes")]
     NotListening(RawFd),
@@ -67,6 +88,7 @@ pub struct Listener {
     socket: UnixListener,
     name: String,
     file: Option<SocketFile>,
+    first: Option<First>,
 }
 
 /// The file of a socket that we made; removed when this is dropped.
@@ -92,6 +114,13 @@ impl Listener {
             path: path.to_owned(),
             source,
         };
+        let len = path.as_os_str().len();
+        if len > LONGEST {
+            return Err(ListenError::TooLong {
+                path: path.to_owned(),
+                len,
+            });
+        }
         match std::fs::symlink_metadata(path) {
             Ok(there) if !there.file_type().is_socket() => {
                 return Err(ListenError::NotASocket(path.to_owned()));
@@ -119,6 +148,7 @@ impl Listener {
                 device: made.st_dev,
                 inode: made.st_ino,
             }),
+            first: None,
         })
     }
 
@@ -164,6 +194,9 @@ impl Listener {
         let listening = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
             && sockopt::socket_type(&fd) == Ok(SocketType::STREAM)
             && sockopt::socket_acceptconn(&fd) == Ok(true);
+        if !listening && rustix::net::getpeername(&fd).is_ok() {
+            return Err(ListenError::Connected(fd.as_raw_fd()));
+        }
         if !listening {
             return Err(ListenError::NotListening(fd.as_raw_fd()));
         }
@@ -176,6 +209,7 @@ impl Listener {
             socket,
             name,
             file: None,
+            first: None,
         })
     }
 
@@ -197,6 +231,11 @@ impl Listener {
     #[must_use]
     pub fn file(&self) -> Option<&SocketFile> {
         self.file.as_ref()
+    }
+
+    /// Has the socket closed before the files that a guest has, should the process be killed.
+    pub fn close_first(&mut self) {
+        self.first = Some(First::new(&self.socket));
     }
 
     /// Takes the next connection; waits for one.
@@ -386,7 +425,26 @@ mod tests {
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(matches!(
             Listener::from_fd(one.into()),
+            Err(ListenError::Connected(_))
+        ));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(
+            Listener::from_fd(file.into()),
             Err(ListenError::NotListening(_))
         ));
+    }
+
+    #[test]
+    fn path_beyond_what_a_socket_can_have_is_refused_with_its_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = LONGEST - dir.path().as_os_str().len() - 1;
+        assert!(Listener::bind(&dir.path().join("x".repeat(room))).is_ok());
+        let long = Listener::bind(&dir.path().join("x".repeat(room + 1)));
+        let error = long.unwrap_err();
+        assert!(
+            matches!(error, ListenError::TooLong { len: 108, .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains("107"), "{error}");
     }
 }

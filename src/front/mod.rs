@@ -13,6 +13,7 @@ mod record;
 mod relay;
 mod restore;
 mod session;
+mod shared_memory;
 mod vring;
 mod watched;
 

@@ -17,6 +17,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg,
 };
 
+use crate::sys::closing::First;
+use crate::sys::receipt::Receipt;
+
 /// As many descriptors as the kernel lets one message carry (SCM_MAX_FD).
 const MOST_FDS: usize = 253;
 
@@ -32,6 +35,8 @@ pub(super) struct Parcel {
 pub(super) struct Relay {
     pub(super) socket: UnixStream,
     inner: UnixStream,
+    /// The front end is to notice at once that the process was killed.
+    _first: First,
 }
 
 impl Relay {
@@ -39,7 +44,12 @@ impl Relay {
     pub(super) fn new(socket: UnixStream) -> io::Result<(Self, UnixStream)> {
         let (inner, theirs) = UnixStream::pair()?;
         inner.set_nonblocking(true)?;
-        Ok((Self { socket, inner }, theirs))
+        let relay = Self {
+            _first: First::new(&socket),
+            socket,
+            inner,
+        };
+        Ok((relay, theirs))
     }
 
     /// What the next `len` bytes are, which are there, if they can be had as a whole: descriptors
@@ -92,9 +102,11 @@ impl Relay {
         Ok(Some(whole).filter(|whole| !whole.bytes.is_empty()))
     }
 
-    /// Sends an answer to the front end.
-    pub(super) fn reply(&self, answer: &Parcel) -> io::Result<()> {
-        send(&self.socket, answer)
+    /// Sends what has not been sent of an answer to the front end, which `receipt` is about.
+    pub(super) fn reply(&self, answer: &Parcel, receipt: Option<Receipt<'_>>) -> io::Result<()> {
+        let receipt = receipt.ok_or(io::ErrorKind::InvalidInput)?;
+        let fds: Vec<_> = answer.fds.iter().map(AsFd::as_fd).collect();
+        Ok(receipt.send(&self.socket, &answer.bytes, &fds)?)
     }
 }
 
@@ -152,6 +164,8 @@ fn send(socket: &UnixStream, parcel: &Parcel) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use super::*;
 
     fn parcel(bytes: &[u8], fds: usize) -> Parcel {
@@ -200,8 +214,12 @@ mod tests {
         assert!(relay.answer().unwrap().is_none());
         send(&vhost, &parcel(b"yes", 1)).unwrap();
         let answer = relay.answer().unwrap().unwrap();
-        relay.reply(&answer).unwrap();
+        let words: Vec<_> = (0..Receipt::WORDS).map(|_| AtomicU64::new(0)).collect();
+        for _killed_and_gone_on in 0..2 {
+            relay.reply(&answer, Receipt::new(&words)).unwrap();
+        }
         let got = receive(&front, 10, RecvFlags::empty()).unwrap();
         assert_eq!((&got.bytes[..], got.fds.len()), (&b"yes"[..], 1));
+        assert!(relay.reply(&answer, None).is_err());
     }
 }

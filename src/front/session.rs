@@ -18,6 +18,7 @@ use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqH
 
 use super::Runner;
 use super::device_state::{Direction, Transfer, TransferError};
+use super::shared_memory::SHARE;
 use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::state::Table;
@@ -85,6 +86,16 @@ pub enum SessionError {
     /// The memory table can't be.
     #[error("the front end's memory can't be used")]
     Memory(#[from] MemoryError),
+    /// The VMM has kept the guest's memory to itself.
+    #[error(
+        "the VMM has not shared the VM's memory ({regions} regions with {fds} descriptors): {SHARE}"
+    )]
+    NotShared {
+        /// Regions that were told of.
+        regions: u32,
+        /// Descriptors that came with them.
+        fds: usize,
+    },
     /// Memory that was handed over is no longer there.
     #[error(
         "the guest's memory at {0:#x} is gone: the file behind it was truncated, or the hardware \
@@ -180,6 +191,8 @@ pub(super) struct Session<'a, R> {
     memory: Arc<Memory>,
     pub(super) vrings: Vec<Vring>,
     transfer: Transfer,
+    /// The log has told that the VMM takes a tag that there is not.
+    told_of_tag: bool,
 }
 
 impl<'a, R: Runner> Session<'a, R> {
@@ -203,6 +216,7 @@ impl<'a, R: Runner> Session<'a, R> {
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             transfer: Transfer::new(stop),
+            told_of_tag: false,
         }
     }
 
@@ -212,6 +226,10 @@ impl<'a, R: Runner> Session<'a, R> {
         if self.table.agreement().is_none() {
             forget_in_flight(&self.table);
         }
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     fn has(&self, feature: u64) -> bool {
@@ -549,6 +567,15 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Answer<Vec<u8>> {
+        if self.device.tag.is_none()
+            && offset == 0
+            && !std::mem::replace(&mut self.told_of_tag, true)
+        {
+            log::warn!(
+                "the VMM takes the tag, by which the guest mounts, from this server, and there is none: \
+                 give --tag NAME, unless the VMM has a setting of its own"
+            );
+        }
         let space = self.device.config_space();
         let part = usize::try_from(offset)
             .ok()

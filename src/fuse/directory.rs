@@ -19,6 +19,7 @@ pub(super) struct Records {
     limit: usize,
     plus: bool,
     refused: Cell<bool>,
+    submounts: bool,
 }
 
 impl Records {
@@ -29,12 +30,18 @@ impl Records {
             limit,
             plus,
             refused: Cell::new(false),
+            submounts: false,
         }
     }
 
     /// Whether not even the first entry fitted.
     pub(super) fn is_too_small(&self) -> bool {
         self.refused.get() && self.bytes.is_empty()
+    }
+
+    /// Whether a submount is among them.
+    pub(super) fn has_submounts(&self) -> bool {
+        self.submounts
     }
 
     /// Whether there is no entry.
@@ -80,6 +87,7 @@ impl DirSink for Records {
         }
         if self.plus {
             // Node 0 says that nothing was looked up.
+            self.submounts |= entry.is_some_and(|entry| entry.submount);
             let out = entry.map(entry_out).unwrap_or_default();
             self.bytes.extend_from_slice(out.as_bytes());
         }

@@ -74,6 +74,7 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
     libc::SYS_shutdown,
     libc::SYS_ppoll,
     // `vhost` looks at sockets that a front end hands over, wanted or not.

@@ -31,7 +31,7 @@ pub struct IdRange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a range is :NAMESPACE:HOST:COUNT:, three numbers between any character that is not a digit, \
-     such as :0:100000:65536:"
+     such as :0:100000:65536: (crosvm's \"0 100000 65536\" is that; several are several options)"
 )]
 pub struct IdRangeError;
 

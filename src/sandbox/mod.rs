@@ -108,6 +108,18 @@ pub enum SandboxError {
         #[source]
         source: Errno,
     },
+    /// The server's user has no way into the directory.
+    #[error(
+        "the user that the server runs as ({user}) can't enter the shared directory {path}: give it \
+         the permission to search it (chmod o+x, setfacl -m u:{user}:x), or start the server as a user \
+         that has it"
+    )]
+    NoEntry {
+        /// Which directory.
+        path: PathBuf,
+        /// Whom the host takes the server for.
+        user: u32,
+    },
     /// A step of leaving the host's mounts.
     #[error("--sandbox {kind}: {act}; --sandbox {other} does without")]
     Mounts {
@@ -193,6 +205,9 @@ pub struct Place {
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle there.
     pub file_handles: bool,
+    /// Whether the server has `CAP_SYS_ADMIN` on the host, by which attributes are set that are kept
+    /// from others.
+    pub may_label: bool,
     /// To be told once the server serves.
     pub serving: Serving,
     /// The numbers of all descriptors that the process has, but those that an earlier one has left
@@ -311,6 +326,7 @@ impl Inside {
             file,
             proc_fds,
             file_handles: kept.file_handles,
+            may_label: kept.admin && self.ids.is_none(),
             serving,
             descriptors,
         })

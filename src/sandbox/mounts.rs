@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
@@ -80,7 +80,7 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
     // Any directory would do: it is gone with the rest.
     let file = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
         move_to(&tree, c"/proc").map_err(&unusable)?;
-        rustix::process::fchdir(&tree).map_err(&unusable)?;
+        enter(&tree, share)?.map_err(&unusable)?;
         None
     } else {
         furnish(c"/proc", share, &tree).map_err(&unusable)?;
@@ -148,10 +148,22 @@ fn move_to(tree: &OwnedFd, place: &CStr) -> Result<(), Errno> {
 
 /// Another root, and nothing else.
 pub(super) fn chroot(share: &Path, readonly: bool) -> Result<View, SandboxError> {
-    let place = none(share, readonly)?;
+    let place = open_in_place(share, readonly)?;
     let change = chroot_step("can't change the root, which takes CAP_SYS_CHROOT");
+    enter(&place.root, share)?.map_err(&change)?;
     change_root(&place.root).map_err(&change)?;
     Ok(place)
+}
+
+/// Makes the directory the working one; tells whose fault it is if it may not be searched.
+fn enter(directory: &OwnedFd, share: &Path) -> Result<Result<(), Errno>, SandboxError> {
+    match rustix::process::fchdir(directory) {
+        Err(Errno::ACCESS) => Err(SandboxError::NoEntry {
+            path: share.to_owned(),
+            user: rustix::process::geteuid().as_raw(),
+        }),
+        entered => Ok(entered),
+    }
 }
 
 /// To the root that an earlier process has had.
@@ -171,6 +183,19 @@ fn change_root(root: &OwnedFd) -> Result<(), Errno> {
 
 /// The host's own mounts; a read-only copy of the share's where the server has the privilege.
 pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
+    let view = open_in_place(share, readonly)?;
+    // The working directory stays the launcher's.
+    let search = rustix::fs::accessat(&view.root, c".", Access::EXEC_OK, AtFlags::EACCESS);
+    if search == Err(Errno::ACCESS) {
+        return Err(SandboxError::NoEntry {
+            path: share.to_owned(),
+            user: rustix::process::geteuid().as_raw(),
+        });
+    }
+    Ok(view)
+}
+
+fn open_in_place(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     let failed = |source| SandboxError::Share {
         path: share.to_owned(),
         source,

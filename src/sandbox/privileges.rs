@@ -49,6 +49,8 @@ impl FromStr for CapabilityChanges {
 pub(super) struct Kept {
     /// File handles can be opened.
     pub(super) file_handles: bool,
+    /// `CAP_SYS_ADMIN`.
+    pub(super) admin: bool,
 }
 
 /// Whether the namespaces have to be had by way of a user namespace.
@@ -165,6 +167,7 @@ pub(super) fn drop_capabilities(
     log::debug!("capabilities: {}", names(kept));
     Ok(Kept {
         file_handles: kept.contains(CapabilitySet::DAC_READ_SEARCH),
+        admin: kept.contains(CapabilitySet::SYS_ADMIN),
     })
 }
 

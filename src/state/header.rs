@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::doings::{THREADS, WORDS};
 use super::slabs::CHUNK;
 use super::{StateError, Table};
+use crate::sys::receipt::Receipt;
 use crate::sys::shared::{SharedWords, WORD};
 
 /// The first word of a table.
@@ -35,11 +36,15 @@ mod at {
     pub(super) const GENERATION: usize = 10;
     /// Which half of the threads' room is in use: 0 or 1.
     pub(super) const HALF: usize = 11;
+    /// The log has told that a VMM can connect: 0 or 1.
+    pub(super) const ANNOUNCED: usize = 12;
     /// Which of the front end's two blocks holds: 1 or 2, and 0 for none.
     pub(super) const FRONT: usize = 16;
     /// Which of the two agreements does.
     pub(super) const AGREED: usize = 24;
     pub(super) const AGREEMENTS: usize = 32;
+    /// How much of the reply to the front end was sent.
+    pub(super) const RECEIPT: usize = 56;
 }
 
 /// Words of what was agreed on with the guest: as `fuse` writes them.
@@ -316,6 +321,23 @@ impl Table {
             self.store(first + 2 + n, word);
         }
         self.store(at::FRONT, other);
+    }
+
+    /// Whether a process of this server has told launchers that a VMM can connect.
+    #[must_use]
+    pub fn is_announced(&self) -> bool {
+        self.load(at::ANNOUNCED) == 1
+    }
+
+    /// One has.
+    pub fn set_announced(&self) {
+        self.store(at::ANNOUNCED, 1);
+    }
+
+    /// How much was sent of the reply that stands in the front end's part. Not to be used by two at
+    /// once.
+    pub(crate) fn receipt(&self) -> Option<Receipt<'_>> {
+        Receipt::new(self.words.get_some(at::RECEIPT, Receipt::WORDS)?)
     }
 
     /// Whether there is something to go on from: a guest's session, or a front end's.

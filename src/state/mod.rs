@@ -23,8 +23,8 @@ mod tests;
 mod text;
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -38,6 +38,7 @@ pub use self::text::Name;
 
 use self::header::Layout;
 use self::slabs::{Kind, Slabs};
+use crate::sys::closing::First;
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Why there is no table.
@@ -99,6 +100,8 @@ pub struct Table {
     half: AtomicUsize,
     /// Records that are dropped stay; see [`close`](Self::close).
     closed: AtomicBool,
+    /// Has the file's lock given up early.
+    first: OnceLock<First>,
 }
 
 /// Reserves the room of some words on the file system, where that can be had.
@@ -180,6 +183,7 @@ impl Table {
             closed: AtomicBool::new(false),
             words,
             layout,
+            first: OnceLock::new(),
         })
     }
 
@@ -201,6 +205,7 @@ impl Table {
             slabs,
             half: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
+            first: OnceLock::new(),
         };
         table.half.store(table.half_in_use(), Ordering::Relaxed);
         table.check()?;
@@ -228,6 +233,14 @@ impl Table {
     /// Whether records stay although they are dropped.
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Has the file, and with it the lock on it, given up before the files that a guest has, should the
+    /// process be killed.
+    pub fn close_first(&self) {
+        if let Some(file) = self.file() {
+            self.first.get_or_init(|| First::new(file));
+        }
     }
 
     /// Bytes that records and what belongs to them have at this moment.

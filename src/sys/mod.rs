@@ -10,6 +10,7 @@
 )]
 
 pub(crate) mod bus;
+pub(crate) mod closing;
 pub(crate) mod code;
 pub(crate) mod credentials;
 pub(crate) mod file;
@@ -19,6 +20,7 @@ pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;
 pub(crate) mod process;
+pub(crate) mod receipt;
 pub(crate) mod shared;
 pub(crate) mod slot;
 pub(crate) mod supervision;

@@ -7,6 +7,8 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::closing;
+
 /// The descriptor's number and one; 0 for none.
 const FD: u64 = 0xffff_ffff;
 /// One borrower; there are never more than threads can hold.
@@ -34,6 +36,7 @@ impl Slot {
     }
 
     pub(crate) fn full(fd: OwnedFd) -> Self {
+        closing::opened(fd.as_raw_fd());
         Self(AtomicU64::new(word(fd.into_raw_fd())))
     }
 
@@ -87,6 +90,7 @@ impl Slot {
                 Ordering::Relaxed,
             ) {
                 Ok(_) => {
+                    closing::opened(fd.as_raw_fd());
                     return Ok(Borrowed {
                         slot: self,
                         fd: fd.into_raw_fd(),

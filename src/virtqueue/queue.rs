@@ -44,7 +44,21 @@ pub enum QueueError {
     /// Not a power of two, or too many entries.
     #[error("queue {0} can't have {1} entries: a power of two up to {max}", max = layout::MAX_SIZE)]
     Size(QueueIndex, u32),
-    /// A part of the ring is not in guest memory, runs over a region's end, or is not aligned.
+    /// A part of the ring is not in what the front end has shared of the guest's memory.
+    #[error(
+        "the {part} of queue {index} at {address:#x} is in no memory that the VMM has shared: all of \
+         the VM's memory has to be shared with this server (QEMU: share=on, Cloud Hypervisor: \
+         shared=on)"
+    )]
+    NotShared {
+        /// Which queue.
+        index: QueueIndex,
+        /// Which part of it.
+        part: &'static str,
+        /// The address given.
+        address: u64,
+    },
+    /// A part of the ring runs over a region's end, or is not aligned.
     #[error("the {part} of queue {index} at {address:#x} is not aligned within guest memory")]
     Address {
         /// Which queue.
@@ -153,6 +167,13 @@ impl Queue {
         } = *setup;
         Self::check_size(index, u32::from(size))?;
         let window = |part, address, len, align| {
+            if memory.guest_address(address).is_none() {
+                return Err(QueueError::NotShared {
+                    index,
+                    part,
+                    address,
+                });
+            }
             Window::new(memory, address, len, align).ok_or(QueueError::Address {
                 index,
                 part,

@@ -17,6 +17,7 @@ pub type Act = fn(&mut Session);
 pub type Case = (&'static str, Act, &'static str);
 
 pub const PROTOCOL: &str = "broke the vhost-user protocol";
+const NOT_SHARED: &str = "has not shared the VM's memory";
 const QUEUE: &str = "queue can't be used";
 const MAPPING: &str = "mapping 0x4000 bytes of guest memory at 0x10000000000";
 
@@ -137,7 +138,7 @@ pub const TABLES: &[Case] = &[
                 &[&1_u64.to_le_bytes()[..], region().as_bytes()].concat(),
             );
         },
-        PROTOCOL,
+        NOT_SHARED,
     ),
     (
         "a table that counts more than it has",
@@ -203,7 +204,7 @@ pub const TABLES: &[Case] = &[
         |s| {
             let _ended = s.connection.add_mem_reg_raw(region(), None);
         },
-        PROTOCOL,
+        NOT_SHARED,
     ),
     (
         "a file that is a byte too short",

@@ -23,6 +23,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// What the server says when a front end can connect.
 const LISTENING: &str = "Waiting for vhost-user socket connection";
 
+/// What it says when another one can, after the first has gone.
+const READY: &str = "ready for the next VMM";
+
 /// A server, its shared directory, its socket and what it says.
 pub struct Server {
     child: Child,
@@ -156,22 +159,26 @@ impl Server {
 
     /// Waits for a line that has `text` in it and returns it.
     pub fn wait_for(&mut self, text: &str) -> String {
+        self.wait_for_any(&[text])
+    }
+
+    fn wait_for_any(&mut self, texts: &[&str]) -> String {
         let end = Instant::now() + PATIENCE;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
                 Ok(line) => {
                     self.said.push(line.clone());
-                    if line.contains(text) {
+                    if texts.iter().any(|text| line.contains(text)) {
                         return line;
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    panic!("no line with {text:?}; the server said {:#?}", self.said)
+                    panic!("no line with {texts:?}; the server said {:#?}", self.said)
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     panic!(
-                        "the server ended without {text:?}; it said {:#?}",
+                        "the server ended without {texts:?}; it said {:#?}",
                         self.said
                     )
                 }
@@ -179,9 +186,9 @@ impl Server {
         }
     }
 
-    /// Waits until the server listens again.
+    /// Waits until the server listens, for the first time or again.
     pub fn wait_until_it_listens(&mut self) {
-        self.wait_for(LISTENING);
+        self.wait_for_any(&[LISTENING, READY]);
     }
 
     /// All lines that [`wait_for`](Self::wait_for) went past.

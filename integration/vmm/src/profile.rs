@@ -256,11 +256,7 @@ impl Profile {
         if agreed.connection.has(protocol::SHMEM) {
             agreed.shared_memory = agreed.connection.get_shmem_config()?;
         }
-        // The guest writes the features in two words, and each is passed on: the first time
-        // VERSION_1 is missing.
-        let low = features & u64::from(u32::MAX);
-        agreed.connection.set_features(low)?;
-        agreed.connection.set_features(features)?;
+        // The features that the guest takes are passed on when it starts the device.
         agreed.config = read_config_as_a_driver(&mut agreed.connection)?;
         Ok(agreed)
     }

@@ -6,6 +6,7 @@
 //! afterwards. The invariant: what could not be labelled as the guest asks is not there when
 //! the guest hears of it, and nothing that was there before is labelled.
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -13,8 +14,8 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-use super::Passthrough;
 use super::holds::{IDENTITY, Identity};
+use super::{Passthrough, XattrMap};
 use crate::fs::{Entry, HandleKind, Label, NodeId, Opened, Result};
 
 /// The attribute that SELinux has its labels in.
@@ -23,6 +24,21 @@ const SELINUX: &CStr = c"security.selinux";
 /// Whether this host's kernel has SELinux and uses it.
 pub(super) fn host_has_selinux() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
+}
+
+/// By what name the host has SELinux' labels, if setting that takes `CAP_SYS_ADMIN` there.
+#[must_use]
+pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
+    let name = match map {
+        Some(map) => map.to_host(SELINUX).ok()?,
+        None => Cow::Borrowed(SELINUX),
+    };
+    let kept = [&b"security."[..], b"trusted."];
+    let name = name.to_bytes();
+    let is_kept = kept.iter().any(|prefix| name.starts_with(prefix));
+    // SELinux itself decides about its own attribute.
+    let decides = host_has_selinux() && name == SELINUX.to_bytes();
+    (is_kept && !decides).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
 /// What a creation answers.

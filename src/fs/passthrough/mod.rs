@@ -53,6 +53,7 @@ use rustix::io::Errno;
 pub use self::error::PassthroughError;
 pub use self::holds::InodeFileHandles;
 pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
+pub use self::labels::label_that_needs_privilege;
 pub use self::moving::{MigrationMode, MigrationOptions, OnMigrationError};
 pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
 pub use self::restore::{Past, Restored};

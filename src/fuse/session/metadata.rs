@@ -6,7 +6,7 @@
 use rustix::io::Errno;
 
 use super::Session;
-use crate::fs::{FileSystem, NodeId};
+use crate::fs::{Entry, FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, LseekOut};
 use crate::fuse::directory::Records;
 use crate::fuse::reply::{
@@ -25,7 +25,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let fs = &*self.fs;
         let (caller, node) = (&request.caller, request.node);
         let done = |()| Answer::Done;
-        let entry = |entry| Answer::Entry(entry_out(&entry));
+        let entry = |entry: Entry| {
+            self.mind_submounts(entry.submount);
+            Answer::Entry(entry_out(&entry))
+        };
         match request.operation {
             Operation::Lookup { name } => match fs.lookup(caller, node, name) {
                 Err(Errno::NOENT) if !self.options.negative_ttl.is_zero() => {
@@ -153,6 +156,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let result = self
             .fs
             .readdir(&request.caller, node, handle, offset, plus, &mut records);
+        self.mind_submounts(records.has_submounts());
         match result {
             // What was looked up for the entries before the error counts: they go out, and the
             // error comes again when the guest reads on.

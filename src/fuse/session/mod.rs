@@ -81,6 +81,8 @@ pub struct Session<F: ?Sized> {
     waiting: Arc<Waiting>,
     /// Who serves the queues that requests come on, if there are any.
     queues: OnceLock<Box<dyn Queues>>,
+    /// The log has told that the guest can't be told of submounts.
+    told_of_submounts: AtomicBool,
     /// Where what was agreed on is written down for a process after this one.
     table: Option<Arc<Table>>,
     fs: Arc<F>,
@@ -99,6 +101,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             gate: Gate::default(),
             waiting: Arc::default(),
             queues: OnceLock::new(),
+            told_of_submounts: AtomicBool::new(false),
             table: None,
             fs,
         }
@@ -336,6 +339,21 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Whether INIT has agreed on these flags.
     fn has_agreed(&self, flags: InitFlags) -> bool {
         self.agreed().contains(flags)
+    }
+
+    /// Says once that the guest sees a file system within the share, and can't be told where it begins.
+    fn mind_submounts(&self, seen: bool) {
+        if seen
+            && !self.agreed().contains(InitFlags::SUBMOUNTS)
+            && !self.told_of_submounts.swap(true, Ordering::Relaxed)
+        {
+            log::warn!(
+                "other file systems are mounted in the shared directory, and the guest's kernel can't be \
+                 told where they begin (Linux can from 5.10 on): there files may have the inode numbers \
+                 of others, which backup and copying programs take for hard links; unmount them, or \
+                 share each by itself"
+            );
+        }
     }
 
     fn agreed(&self) -> InitFlags {

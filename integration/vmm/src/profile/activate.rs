@@ -78,6 +78,7 @@ impl Profile {
                 Ok(())
             }
             Self::Crosvm => {
+                session.set_features()?;
                 session.connection.set_mem_table(&session.memory)?;
                 let ring = [
                     Vring::Num,

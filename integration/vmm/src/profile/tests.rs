@@ -276,11 +276,9 @@ fn crosvm_takes_all_queues_and_reads_the_tag_byte_by_byte() {
         r::SET_BACKEND_REQ_FD,
         r::GET_QUEUE_NUM,
         r::GET_SHMEM_CONFIG,
-        r::SET_FEATURES,
-        r::SET_FEATURES,
     ];
     order.extend([r::GET_CONFIG; 37]);
-    order.push(r::SET_MEM_TABLE);
+    order.extend([r::SET_FEATURES, r::SET_MEM_TABLE]);
     for _ in 0..3 {
         order.extend([
             r::SET_VRING_NUM,

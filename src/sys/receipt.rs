@@ -1,0 +1,213 @@
+//! A message that is sent once, however often the sender is killed.
+//!
+//! `sendmmsg(2)` writes how many bytes it has sent into the message's header, before it returns. With
+//! the header in memory that outlives the process, whoever goes on knows what was sent: a process
+//! that is killed leaves the kernel only after both. The invariant: what [`Receipt::sent`] says has
+//! been sent, and no more.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+
+use super::last_errno;
+
+/// As many descriptors as the kernel lets one message carry (`SCM_MAX_FD`).
+const MOST_FDS: usize = 253;
+
+/// How many words of shared memory a message takes.
+const WORDS: usize = 8;
+
+/// The header of a control message, and descriptors.
+#[repr(C)]
+struct Control {
+    head: libc::cmsghdr,
+    fds: [RawFd; MOST_FDS],
+}
+
+/// How many bytes of one message were sent: [`WORDS`](Self::WORDS) words in shared memory, all 0 at
+/// first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Receipt<'a> {
+    /// The header (`struct mmsghdr`).
+    header: &'a [AtomicU64; WORDS],
+    /// The last of its words: how many bytes the last call has sent, where the kernel writes it; and
+    /// in the padding after it, how many the calls before have.
+    count: &'a AtomicU64,
+}
+
+// The count stands in the last word, and leaves half of it.
+const _: () = assert!(std::mem::offset_of!(libc::mmsghdr, msg_len) == (WORDS - 1) * 8);
+const _: () = assert!(std::mem::offset_of!(libc::mmsghdr, msg_hdr) == 0);
+const _: () = assert!(size_of::<libc::mmsghdr>() == WORDS * 8);
+const _: () = assert!(align_of::<libc::mmsghdr>() <= align_of::<AtomicU64>());
+
+impl<'a> Receipt<'a> {
+    /// How many words one takes.
+    pub(crate) const WORDS: usize = WORDS;
+
+    /// Of these words, of which nobody else uses any. `None` if there are not as many.
+    pub(crate) fn new(words: &'a [AtomicU64]) -> Option<Self> {
+        let header: &[AtomicU64; WORDS] = words.try_into().ok()?;
+        let count = header.last()?;
+        Some(Self { header, count })
+    }
+
+    /// Another message is to be sent, nothing of it has been.
+    pub(crate) fn clear(self) {
+        self.count.store(0, Ordering::Release);
+    }
+
+    /// How many bytes of the message have been sent.
+    pub(crate) fn sent(self) -> usize {
+        let [now, before] = halves(self.count.load(Ordering::Acquire));
+        usize::try_from(u64::from(now) + u64::from(before)).unwrap_or(usize::MAX)
+    }
+
+    /// Sends what has not been sent of the message that `bytes` are, `fds` with its first byte.
+    ///
+    /// # Errors
+    ///
+    /// As `sendmsg(2)`; `E2BIG` for more descriptors than a message can carry.
+    pub(crate) fn send(
+        self,
+        socket: impl AsFd,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Errno> {
+        loop {
+            let sent = self.sent();
+            let Some(left) = bytes.get(sent..).filter(|left| !left.is_empty()) else {
+                return Ok(());
+            };
+            let fds = if sent == 0 { fds } else { &[] };
+            // One store: either half alone would be wrong.
+            let before = u32::try_from(sent).map_err(|_large| Errno::MSGSIZE)?;
+            self.count.store(word([0, before]), Ordering::Release);
+            match self.send_some(socket.as_fd(), left, fds) {
+                Ok(()) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One call.
+    fn send_some(
+        self,
+        socket: BorrowedFd<'_>,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Errno> {
+        if fds.len() > MOST_FDS {
+            return Err(Errno::TOOBIG);
+        }
+        // SAFETY: all zeroes is a valid header and valid numbers.
+        let mut control: Control = unsafe { std::mem::zeroed() };
+        let length = size_of::<libc::cmsghdr>() + size_of_val(fds);
+        control.head.cmsg_level = libc::SOL_SOCKET;
+        control.head.cmsg_type = libc::SCM_RIGHTS;
+        // The type is the C library's.
+        control.head.cmsg_len = length as _;
+        for (to, fd) in control.fds.iter_mut().zip(fds) {
+            *to = fd.as_raw_fd();
+        }
+        let mut part = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: all zeroes is a valid header: no address, no parts, no control message.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = &raw mut part;
+        header.msg_iovlen = 1;
+        if !fds.is_empty() {
+            header.msg_control = (&raw mut control).cast();
+            header.msg_controllen = length.next_multiple_of(size_of::<usize>()) as _;
+        }
+        let place = self.header.as_ptr().cast_mut().cast::<libc::mmsghdr>();
+        // SAFETY: within the words, which are as large and as aligned; the words are interior mutable,
+        // and nobody else uses any of them.
+        unsafe { place.cast::<libc::msghdr>().write(header) };
+        // SAFETY: the kernel reads the header and what it points to, all of which live until the call
+        // returns, and writes the message's length in it.
+        let done = unsafe { libc::sendmmsg(socket.as_raw_fd(), place, 1, libc::MSG_NOSIGNAL as _) };
+        let failed = (done < 0).then(last_errno);
+        // Addresses of this process are nobody's business.
+        for word in self.header.iter().take(WORDS - 1) {
+            word.store(0, Ordering::Relaxed);
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+fn halves(word: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [[a, b, c, d], [e, f, g, h]].map(u32::from_ne_bytes)
+}
+
+fn word(halves: [u32; 2]) -> u64 {
+    let [[a, b, c, d], [e, f, g, h]] = halves.map(u32::to_ne_bytes);
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn words() -> Vec<AtomicU64> {
+        (0..Receipt::WORDS).map(|_| AtomicU64::new(0)).collect()
+    }
+
+    #[test]
+    fn message_that_was_sent_is_not_sent_again() {
+        let words = words();
+        let receipt = Receipt::new(&words).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        for _ in 0..2 {
+            receipt.send(&ours, b"once", &[]).unwrap();
+            assert_eq!(receipt.sent(), 4);
+        }
+        receipt.clear();
+        receipt.send(&ours, b"again", &[ours.as_fd()]).unwrap();
+        drop(ours);
+        let mut got = Vec::new();
+        // The descriptor that came along is gone with the bytes.
+        theirs.read_to_end(&mut got).unwrap();
+        assert_eq!(got, b"onceagain");
+        assert!(
+            words[..Receipt::WORDS - 1]
+                .iter()
+                .all(|word| word.load(Ordering::Relaxed) == 0)
+        );
+    }
+
+    #[test]
+    fn message_that_was_sent_in_part_is_sent_to_its_end() {
+        let words = words();
+        let receipt = Receipt::new(&words).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // The last call has sent one byte, those before two.
+        receipt.count.store(word([1, 2]), Ordering::Relaxed);
+        receipt.send(&ours, b"abcdef", &[]).unwrap();
+        assert_eq!(receipt.sent(), 6);
+        drop(ours);
+        let mut got = String::new();
+        theirs.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "def");
+    }
+
+    #[test]
+    fn what_fails_has_sent_nothing() {
+        let words = words();
+        let receipt = Receipt::new(&words).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert_eq!(receipt.send(&ours, b"lost", &[]), Err(Errno::PIPE));
+        assert_eq!(receipt.sent(), 0);
+        let many = vec![ours.as_fd(); MOST_FDS + 1];
+        assert_eq!(receipt.send(&ours, b"many", &many), Err(Errno::TOOBIG));
+        assert!(Receipt::new(&words[1..]).is_none());
+    }
+}
