@@ -115,6 +115,10 @@ impl Passthrough {
             Some(file) => Target::Open(file),
             None => Target::Path(self.fd(&inode)?),
         };
+        if file.is_none() {
+            let untold = handle.is_some();
+            self.confirm_attributes(caller, &inode, untold, changes.size.is_some())?;
+        }
         if changes.uid.is_some() || changes.gid.is_some() {
             let user = |id| self.options.users.to_host(valid_id(id)?);
             let group = |id| self.options.groups.to_host(valid_id(id)?);

@@ -31,6 +31,8 @@ mod opening;
 mod options;
 mod reach;
 mod restore;
+mod retries;
+mod revalidate;
 mod spare;
 #[cfg(test)]
 mod tests;
@@ -66,6 +68,7 @@ use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use self::options::most_descriptors;
 use self::restore::{Begun, Records};
+use self::revalidate::Paths;
 use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
@@ -120,6 +123,7 @@ pub struct Passthrough {
     table: Arc<Table>,
     /// What is known of requests that another process had begun.
     begun: Begun,
+    paths: Paths,
 }
 
 impl Passthrough {
@@ -230,6 +234,7 @@ impl Passthrough {
             inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),
             begun: Begun::default(),
+            paths: Paths::new(),
         };
         let restored = match (rest, past) {
             (Some((old, records)), Some(past)) => fs.restore(records, old, past),
@@ -368,11 +373,6 @@ fn wear_for(root: &OwnedFd) -> Result<Wear> {
     })
 }
 
-/// Narrows what the host tells; what is beyond is the largest there is.
-fn narrow(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
 impl FileSystem for Passthrough {
     /// Gives the thread a working directory, a umask and file system ids of its own, which
     /// belong to this file system from now on: whoever changes them breaks it. A thread that
@@ -468,10 +468,8 @@ impl FileSystem for Passthrough {
         self.go_on_from(snapshot)
     }
 
-    fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
-        let parent = self.inode(parent)?;
-        let entry = self.find(self.fd(&parent)?, name)?;
-        Ok(self.announced(&parent.key(), entry))
+    fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.look_up_for(caller, parent, name)
     }
 
     fn lookup_self(&self, node: NodeId) -> Result<Entry> {
@@ -568,14 +566,14 @@ impl FileSystem for Passthrough {
         })
     }
 
-    fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+    fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(parent, name, AtFlags::empty())
+        self.remove(caller, parent, name, AtFlags::empty())
     }
 
-    fn rmdir(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+    fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(parent, name, AtFlags::REMOVEDIR)
+        self.remove(caller, parent, name, AtFlags::REMOVEDIR)
     }
 
     fn rename(
@@ -589,9 +587,9 @@ impl FileSystem for Passthrough {
         self.move_name(caller, from, to, flags)
     }
 
-    fn link(&self, _: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+    fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
         self.writable()?;
-        self.make_link(node, parent, name)
+        self.make_link(caller, node, parent, name)
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
@@ -699,18 +697,7 @@ impl FileSystem for Passthrough {
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {
-        let inode = self.inode(node)?;
-        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
-        Ok(Statistics {
-            blocks: stat.f_blocks,
-            blocks_free: stat.f_bfree,
-            blocks_available: stat.f_bavail,
-            files: stat.f_files,
-            files_free: stat.f_ffree,
-            block_size: narrow(stat.f_bsize),
-            fragment_size: narrow(stat.f_frsize),
-            name_length: narrow(stat.f_namemax),
-        })
+        self.statistics(node)
     }
 
     fn setxattr(
@@ -741,9 +728,9 @@ impl FileSystem for Passthrough {
         self.attribute_names_len(caller, node)
     }
 
-    fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+    fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove_attribute(node, name)
+        self.remove_attribute(caller, node, name)
     }
 
     fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {

@@ -1,4 +1,4 @@
-//! Operations that few programs use: STATX, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
+//! Operations that few programs use: STATX, STATFS, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
 //!
 //! The invariant: `..` leads to nothing outside of the shared directory, and no flag is passed
 //! on that concerns more than the file.
@@ -12,11 +12,12 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Passthrough;
 use super::attributes::timestamp;
-use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
+use super::holds::{Directory, IDENTITY, Identity, reopen_fd, stat_fd};
 use super::inode::Inode;
 use super::names::honest_mode;
 use crate::fs::{
-    Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
+    Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Statistics,
+    Timestamp,
 };
 use crate::io::File;
 use crate::sys::inode_flags::{self, ExtendedFlags};
@@ -51,6 +52,7 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.confirm(caller, parent.inode())?;
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
@@ -62,6 +64,9 @@ impl Passthrough {
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
         let entry = self.find_opened(&fd)?;
+        if let Some(inode) = self.inodes.get(entry.node) {
+            self.inodes.set_nameless(&inode, true);
+        }
         self.opened_entry(entry, fd, flags)
     }
 
@@ -80,6 +85,21 @@ impl Passthrough {
         }
     }
 
+    pub(super) fn statistics(&self, node: NodeId) -> Result<Statistics> {
+        let inode = self.inode(node)?;
+        let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
+        Ok(Statistics {
+            blocks: stat.f_blocks,
+            blocks_free: stat.f_bfree,
+            blocks_available: stat.f_bavail,
+            files: stat.f_files,
+            files_free: stat.f_ffree,
+            block_size: narrow(stat.f_bsize),
+            fragment_size: narrow(stat.f_frsize),
+            name_length: narrow(stat.f_namemax),
+        })
+    }
+
     pub(super) fn flags_of(&self, node: NodeId, handle: Handle) -> Result<u32> {
         let file = self.any_of(node, handle)?;
         Ok(rustix::fs::ioctl_getflags(file)?.bits())
@@ -93,7 +113,7 @@ impl Passthrough {
     }
 
     pub(super) fn change_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
-        let file = self.any_of(node, handle)?;
+        let file = self.any_to_change(node, handle)?;
         rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags))
     }
 
@@ -104,7 +124,7 @@ impl Passthrough {
         handle: Handle,
         flags: &InodeFlags,
     ) -> Result<()> {
-        let file = self.any_of(node, handle)?;
+        let file = self.any_to_change(node, handle)?;
         let flags = ExtendedFlags::read_from_bytes(flags).or(Err(Errno::INVAL))?;
         if inode_flags::get(&file)?.project != flags.project {
             return Err(Errno::PERM);
@@ -164,4 +184,9 @@ impl Passthrough {
         }
         Err(Errno::STALE)
     }
+}
+
+/// Narrows what the host tells; what is beyond is the largest there is.
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
 }

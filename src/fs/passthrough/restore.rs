@@ -303,6 +303,10 @@ impl Passthrough {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
         };
+        if held.is_none() {
+            // Nothing but its descriptor leads there, and nobody can tell why.
+            record.set_nameless(true);
+        }
         let inode = Inode::recorded(record, fd, held.unwrap_or(Held::Nothing));
         inode.settle_by_record();
         inode
@@ -396,6 +400,7 @@ impl Passthrough {
         if let (Ok(parent), Some(lost)) = (self.inode(parent), self.inodes.by_name(parent, name)) {
             let changing = self.inodes.changing([&parent, &parent]);
             self.inodes.lose(&lost, &parent, name, &changing);
+            self.inodes.set_nameless(&lost, true);
         }
         true
     }
@@ -431,7 +436,10 @@ impl Passthrough {
                 (Some(other), Ok(left)) if is(other, left) => {
                     self.inodes.rename(other, &old, from.1, &changing);
                 }
-                (Some(other), _) => self.inodes.lose(other, &new, to.1, &changing),
+                (Some(other), _) => {
+                    self.inodes.lose(other, &new, to.1, &changing);
+                    self.inodes.set_nameless(other, true);
+                }
                 _ => {}
             }
             drop(changing);
