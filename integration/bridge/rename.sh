@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=suite.sh
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 own='seconds'
-on_mount --server-arg --inode-file-handles=prefer "$@"
+on_mount --request-queues 4 --server-arg --inode-file-handles=prefer "$@"
 
 export seconds=${seconds:-3}
 # writer NUMBER: writes by rename and reads, and fails if any of it fails.

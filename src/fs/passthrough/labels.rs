@@ -133,6 +133,6 @@ impl Passthrough {
             FileType::Directory => AtFlags::REMOVEDIR,
             _ => AtFlags::empty(),
         };
-        self.remove_name(parent, name, flags)
+        self.remove_name(&self.fd(&directory)?, name, flags)
     }
 }

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Passthrough;
 use super::attributes::timestamp;
-use super::holds::{Directory, IDENTITY, Identity, reopen_fd, stat_fd};
+use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
 use super::inode::Inode;
 use super::names::honest_mode;
 use crate::fs::{
@@ -52,7 +52,7 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        self.confirm(caller, parent.inode())?;
+        self.confirm(caller, &parent)?;
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);

@@ -42,7 +42,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        self.confirm(caller, parent.inode())?;
+        self.confirm(caller, &parent)?;
         self.room_for_inode()?;
         {
             let _as_caller = self.section(caller, None)?;
@@ -60,7 +60,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        self.confirm(caller, parent.inode())?;
+        self.confirm(caller, &parent)?;
         // No type at all is a regular file, as in mknod(2).
         let kind = match FileType::from_raw_mode(new.mode) {
             FileType::Unknown if new.mode & !PERMISSIONS == 0 => FileType::RegularFile,
@@ -89,7 +89,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        self.confirm(caller, parent.inode())?;
+        self.confirm(caller, &parent)?;
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
         self.room_for_inode()?;
         {
@@ -124,7 +124,7 @@ impl Passthrough {
                 error => error,
             });
         }
-        self.confirm(caller, parent.inode())?;
+        self.confirm(caller, &parent)?;
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
@@ -196,12 +196,13 @@ impl Passthrough {
         let inode = self.inode(node)?;
         let parent = self.inode(parent)?;
         let fd = self.fd(&inode)?;
-        self.confirm_both(caller, &inode, &parent)?;
+        let parent_fd = self.fd(&parent)?;
+        self.confirm_both(caller, &fd, &parent_fd)?;
         let moment = self.inodes.moment(&parent);
         rustix::fs::linkat(
             &self.proc_fds,
             fd.proc_name().as_c_str(),
-            self.fd(&parent)?,
+            parent_fd,
             component(name)?,
             AtFlags::SYMLINK_FOLLOW,
         )?;
@@ -216,15 +217,20 @@ impl Passthrough {
         name: &CStr,
         flags: AtFlags,
     ) -> Result<()> {
-        self.confirm(caller, &*self.inode(parent)?)?;
-        self.remove_name(parent, name, flags)
+        let parent = self.inode(parent)?;
+        let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
+        self.remove_name(&parent, name, flags)
     }
 
-    pub(super) fn remove_name(&self, parent: NodeId, name: &CStr, flags: AtFlags) -> Result<()> {
-        let parent = self.inode(parent)?;
-        let fd = self.fd(&parent)?;
-        let named = self.known(&fd, component(name)?, true);
-        let removed = self.remove_known(named.as_ref(), &fd, name, flags);
+    pub(super) fn remove_name(
+        &self,
+        parent: &InodeFd<'_>,
+        name: &CStr,
+        flags: AtFlags,
+    ) -> Result<()> {
+        let named = self.known(parent, component(name)?, true);
+        let removed = self.remove_known(named.as_ref(), parent, name, flags);
         if let Some(known) = &named {
             self.lay_down_again(&known.inode);
         }
@@ -377,7 +383,7 @@ impl Passthrough {
             .transpose()?;
         let old_fd = self.fd(&old_parent)?;
         let new_fd = self.fd(&new_parent)?;
-        self.confirm_both(caller, &old_parent, &new_parent)?;
+        self.confirm_both(caller, &old_fd, &new_fd)?;
         let moved = self.known(&old_fd, component(from.1)?, true);
         let replaced = self.known(&new_fd, component(to.1)?, false);
         let known = (moved.as_ref(), replaced.as_ref());

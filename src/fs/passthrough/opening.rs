@@ -105,7 +105,7 @@ impl Passthrough {
         let by_name = goes_by_name(&inode);
         if changes && (by_name || truncates) {
             self.writable()?;
-            self.confirm(caller, &inode)?;
+            self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;
         }
         let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
             self.writable()?;

@@ -13,7 +13,7 @@
 //! that had its name, in its directory, after the request had arrived. The next [`ABOVE`]
 //! directories above that are looked at once in [`PERIOD`].
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FileType, StatxFlags};
@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::time::ClockId;
 
 use super::Passthrough;
-use super::holds::{IDENTITY, Identity, Way, stat_fd};
+use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
 use super::inode::{Held, Inode};
 use super::lookup::stat_name;
 use super::retries::Retries;
@@ -106,14 +106,20 @@ impl Passthrough {
     /// # Errors
     ///
     /// `ESTALE`.
-    pub(super) fn confirm(&self, caller: &Caller, named: &Inode) -> Result<()> {
+    pub(super) fn confirm(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
         self.confirm_both(caller, named, named)
     }
 
     /// As [`confirm`](Self::confirm), of two.
-    pub(super) fn confirm_both(&self, caller: &Caller, one: &Inode, other: &Inode) -> Result<()> {
+    pub(super) fn confirm_both(
+        &self,
+        caller: &Caller,
+        one: &InodeFd<'_>,
+        other: &InodeFd<'_>,
+    ) -> Result<()> {
         let one_is_current = self.is_current(one);
-        let other_is_current = if std::ptr::eq(one, other) {
+        let same = std::ptr::eq(one.inode(), other.inode());
+        let other_is_current = if same {
             one_is_current
         } else {
             self.is_current(other)
@@ -124,39 +130,40 @@ impl Passthrough {
         }
         let stale = [(one, one_is_current), (other, other_is_current)];
         let stale = stale.into_iter().filter(|(_, is_current)| !is_current);
-        self.refuse(caller, stale.map(|(inode, _)| inode.node()))
+        self.refuse(caller, stale.map(|(fd, _)| fd.inode().node()))
     }
 
     /// As [`confirm`](Self::confirm), for a request that may come of a descriptor and doesn't say so,
     /// as those of `fchmod(2)` and `fsetxattr(2)`.
-    pub(super) fn confirm_unless_open(&self, caller: &Caller, named: &Inode) -> Result<()> {
-        let directory = named.kind() == FileType::Directory;
+    pub(super) fn confirm_unless_open(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
+        let node = named.inode().node();
+        let directory = named.inode().kind() == FileType::Directory;
         let untold = match directory {
             true => self.terms.no_opendir(),
             false => self.terms.no_open(),
         };
         if untold {
             // It may be open, and then it may have been renamed.
-            return self.confirm_not_removed(named);
+            return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if self.is_current(named) {
             self.paths.retries.served(caller.pid);
             return Ok(());
         }
-        if self.handles.has(named.node()) {
+        if self.handles.has(node) {
             return Ok(());
         }
-        self.refuse(caller, [named.node()].into_iter())
+        self.refuse(caller, [node].into_iter())
     }
 
     /// Refuses a request that changes what is open as `file` if the name of that was taken by
     /// somebody else: for files whose opening the guest doesn't tell.
     pub(super) fn confirm_untold(&self, node: NodeId, file: &File) -> Result<()> {
-        if stat_fd(file, StatxFlags::NLINK)?.stx_nlink > 0 {
+        if has_any_name(file) {
             return Ok(());
         }
         match self.inodes.get(node) {
-            Some(inode) => self.confirm_not_removed(&inode),
+            Some(inode) => self.confirm_not_removed(&inode, file.as_fd()),
             None => Err(Errno::STALE),
         }
     }
@@ -170,8 +177,8 @@ impl Passthrough {
         file: impl AsFd,
     ) -> Result<()> {
         let is_current = named.record().is_nameless()
-            || stat_fd(file, StatxFlags::NLINK)?.stx_nlink > 0
-            || self.is_current(named);
+            || has_any_name(&file)
+            || goes_by_name(named) && self.has_its_name(named, None);
         if is_current {
             self.paths.retries.served(caller.pid);
             return Ok(());
@@ -190,17 +197,17 @@ impl Passthrough {
     pub(super) fn confirm_attributes(
         &self,
         caller: &Caller,
-        named: &Inode,
+        named: &InodeFd<'_>,
         untold: bool,
         size: bool,
     ) -> Result<()> {
         if untold {
-            return self.confirm_not_removed(named);
+            return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if !size {
             return self.confirm_unless_open(caller, named);
         }
-        let node = named.node();
+        let node = named.inode().node();
         if self.is_current(named) {
             self.paths.retries.served(caller.pid);
             return Ok(());
@@ -211,10 +218,24 @@ impl Passthrough {
         self.refuse(caller, [node].into_iter())
     }
 
-    fn confirm_not_removed(&self, named: &Inode) -> Result<()> {
-        let is_there =
-            named.record().is_nameless() || self.has_any_name(named) || self.has_its_name(named);
+    fn confirm_not_removed(&self, named: &Inode, fd: BorrowedFd<'_>) -> Result<()> {
+        let is_there = named.record().is_nameless()
+            || has_any_name(fd)
+            || goes_by_name(named) && self.has_its_name(named, None);
         if is_there { Ok(()) } else { Err(Errno::STALE) }
+    }
+
+    /// A descriptor of what `caller` wants to change.
+    pub(super) fn fd_to_change<'a>(
+        &self,
+        caller: &Caller,
+        inode: &'a Inode,
+    ) -> Result<InodeFd<'a>> {
+        self.fd(inode).inspect_err(|error| {
+            if *error == Errno::STALE {
+                self.paths.retries.refuse(caller.pid, inode.node());
+            }
+        })
     }
 
     fn refuse(
@@ -232,11 +253,12 @@ impl Passthrough {
         Err(Errno::STALE)
     }
 
-    /// Whether the path by which the guest knows `inode` leads there, as far as it is known.
-    fn is_current(&self, inode: &Inode) -> bool {
+    /// Whether the path by which the guest knows an inode, open as `fd`, leads there, as far as it is known.
+    fn is_current(&self, fd: &InodeFd<'_>) -> bool {
+        let inode = fd.inode();
         inode.node() == NodeId::ROOT
             || inode.record().is_nameless()
-            || self.has_its_name(inode) && self.is_in_its_place(inode)
+            || self.has_its_name(inode, Some(fd.as_fd())) && self.is_in_its_place(inode)
     }
 
     /// Whether the directories above `inode` are where they were.
@@ -257,7 +279,7 @@ impl Passthrough {
             if !above.is_some_and(|above| above.slot().is_full()) {
                 break;
             }
-            if !directory.record().is_nameless() && !self.has_its_name(&directory) {
+            if !directory.record().is_nameless() && !self.has_its_name(&directory, None) {
                 return false;
             }
             confirmed[count] = at;
@@ -274,11 +296,11 @@ impl Passthrough {
     }
 
     /// Whether the name by which `inode` is known leads to it; where none is known, whether it has
-    /// one.
-    fn has_its_name(&self, inode: &Inode) -> bool {
+    /// one, as far as it is open as `fd`.
+    fn has_its_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
         for _ in 0..TRIES {
             let Some(parent) = inode.parent().and_then(|node| self.inodes.any(node)) else {
-                return self.has_any_name(inode);
+                return fd.is_none_or(has_any_name);
             };
             let moment = self.inodes.moment(&parent);
             let Way::Name(place) = inode.way() else {
@@ -312,13 +334,11 @@ impl Passthrough {
         let stat = self.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
         stat.is_ok_and(|stat| Identity::of(&stat).key == identity.key)
     }
+}
 
-    fn has_any_name(&self, inode: &Inode) -> bool {
-        match self.fd(inode).and_then(|fd| stat_fd(fd, StatxFlags::NLINK)) {
-            Ok(stat) => stat.stx_nlink > 0,
-            Err(error) => error != Errno::STALE,
-        }
-    }
+/// Whether what is open has any name; if that can't be told it is taken to have one.
+fn has_any_name(fd: impl AsFd) -> bool {
+    stat_fd(fd, StatxFlags::NLINK).map_or(true, |stat| stat.stx_nlink > 0)
 }
 
 /// The number of the period that is now, by a clock that costs nothing to read.

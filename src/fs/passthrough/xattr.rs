@@ -63,7 +63,7 @@ impl Passthrough {
         let inode = self.inode(node)?;
         let fd = self.fd(&inode)?;
         if let Some(caller) = changing {
-            self.confirm_unless_open(caller, &inode)?;
+            self.confirm_unless_open(caller, &fd)?;
         }
         act(fd.proc_name().as_c_str())
     }
