@@ -10,6 +10,8 @@ suites=(
     'pjdfstest'
     'single'
     'remount'
+    'host'
+    'rename'
     'fsx --ops 1000'
     'fio --size 4M'
     'stress --seconds 1 --only access chmod copy-file dentry dir fallocate fpunch link rename seek symlink utime xattr'

@@ -1,8 +1,8 @@
 //! Records of inodes: who one is, how often the guest has it, how it is found again.
 //!
 //! The words of a record: node id; lookups, with a mark of the request that counted last; inode
-//! number; device; birth; mount and sort; the texts of its name and its file handle; state and
-//! descriptor.
+//! number; device; birth; mount and sort; the texts of its name and its file handle; state,
+//! whether the guest itself has taken its last name, and descriptor.
 
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ const TEXTS: usize = 6;
 
 /// The state of a record that is one.
 const LIVE: u64 = 1;
+/// Of the state: the guest itself has taken the last name from the inode, or made it without one.
+const NAMELESS: u64 = 1 << 8;
 
 /// Lookups are below; a mark stands above.
 const COUNT: u64 = (1 << 48) - 1;
@@ -279,9 +281,24 @@ impl InodeRecord {
         descriptor(self.get(STATE))
     }
 
-    /// Sets the number of its descriptor: after it was opened, and to none before it is closed.
+    /// Sets the number of its descriptor: after it was opened, and to none before it is closed. Not to
+    /// be called by two at once, nor together with [`set_nameless`](Self::set_nameless).
     pub fn set_descriptor(&self, fd: Option<i32>) {
-        self.set(STATE, LIVE | with_descriptor(fd));
+        let nameless = self.get(STATE) & NAMELESS;
+        self.set(STATE, LIVE | nameless | with_descriptor(fd));
+    }
+
+    /// Whether the guest itself has taken the last name from the inode, or made it without one.
+    #[inline]
+    #[must_use]
+    pub fn is_nameless(&self) -> bool {
+        self.get(STATE) & NAMELESS != 0
+    }
+
+    /// Sets whether that is so; likewise.
+    pub fn set_nameless(&self, nameless: bool) {
+        let others = self.get(STATE) & !NAMELESS;
+        self.set(STATE, others | if nameless { NAMELESS } else { 0 });
     }
 }
 

@@ -71,6 +71,7 @@ fn what_was_written_is_found_again() {
     let record = table.new_inode(&fields, 42).unwrap();
     assert!(record.set_name(1, b"name", 9));
     assert!(record.set_handle(b"a handle"));
+    record.set_nameless(true);
     record.set_descriptor(Some(0));
     let open = HandleFields {
         handle: table.more_handles().0,
@@ -111,6 +112,10 @@ fn what_was_written_is_found_again() {
         print: 9,
     };
     assert_eq!(found.name(), Some(name));
+    assert!(found.is_nameless());
+    found.set_nameless(false);
+    assert!(!found.is_nameless());
+    assert_eq!(found.descriptor(), Some(0));
     assert!(found.goes_by(1, b"name") && !found.goes_by(2, b"name") && !found.goes_by(1, b"nam"));
     assert_eq!(found.handle(), Some(b"a handle".to_vec()));
     assert_eq!((found.lookups(), found.descriptor()), (1, Some(0)));

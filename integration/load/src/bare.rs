@@ -240,12 +240,22 @@ impl Calls {
             }
             Kind::OpenReadClose => {
                 let number = self.random.below(KNOWN_FILES);
-                visit(&self.known, number, self.buffer.get())?;
+                visit(&self.known, number, OFlags::RDONLY, self.buffer.get())?;
+            }
+            Kind::OpenRwClose => {
+                let number = self.random.below(KNOWN_FILES);
+                visit(&self.known, number, OFlags::RDWR, self.buffer.get())?;
+            }
+            Kind::Chmod => {
+                let number = self.random.below(KNOWN_FILES);
+                let mode = Mode::from_raw_mode(0o644);
+                let flags = AtFlags::empty();
+                rustix::fs::chmodat(&self.known, path(&mut [0; 8], number), mode, flags)?;
             }
             Kind::Cold => {
                 let number = self.count % COLD_FILES;
                 statx(&self.cold, path(&mut [0; 8], number), flags, wanted)?;
-                visit(&self.cold, number, self.buffer.get())?;
+                visit(&self.cold, number, OFlags::RDONLY, self.buffer.get())?;
             }
             Kind::Readdirplus => {
                 let opened = OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -282,8 +292,8 @@ impl Calls {
     }
 }
 
-fn visit(folder: impl AsFd, number: u32, buffer: &mut [u8]) -> Result<(), Errno> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+fn visit(folder: impl AsFd, number: u32, flags: OFlags, buffer: &mut [u8]) -> Result<(), Errno> {
+    let flags = flags | OFlags::CLOEXEC;
     let file = openat(folder, path(&mut [0; 8], number), flags, Mode::empty())?;
     let done = pread(&file, buffer, 0)?;
     if done == SMALL as usize {

@@ -140,13 +140,15 @@ impl<'a, G: Guest> Builder<'a, G> {
         self.slot += 1;
         Ok(match self.spec.kind {
             Kind::Getattr | Kind::Idle => Box::new(self.getattr()?),
+            Kind::Chmod => Box::new(Getattr::chmod(self)?),
             Kind::Lookup => Box::new(Lookup::known(self)?),
             Kind::LookupNew => Box::new(Lookup::new_names(self)?),
             Kind::LookupAbsent => Box::new(Lookup::absent(self)?),
             Kind::Data(transfer) if transfer.write => Box::new(Write::new(self, transfer)?),
             Kind::Data(transfer) => Box::new(Read::new(self, transfer)?),
             Kind::Create => Box::new(Create::new(self)?),
-            Kind::OpenReadClose => Box::new(Visit::known(self)?),
+            Kind::OpenReadClose => Box::new(Visit::known(self, libc::O_RDONLY)?),
+            Kind::OpenRwClose => Box::new(Visit::known(self, libc::O_RDWR)?),
             Kind::Cold => Box::new(Visit::cold(self)?),
             Kind::Readdirplus => Box::new(Listing::new(self)?),
             Kind::Mixed => Box::new(Mixed::new(self)?),
@@ -211,7 +213,7 @@ pub(crate) fn items(kind: Kind) -> u32 {
 pub(crate) fn bytes(spec: Spec) -> u32 {
     match spec.kind {
         Kind::Data(_) => spec.size,
-        Kind::OpenReadClose | Kind::Cold => crate::share::SMALL,
+        Kind::OpenReadClose | Kind::OpenRwClose | Kind::Cold => crate::share::SMALL,
         _ => 0,
     }
 }

@@ -113,8 +113,12 @@ impl Passthrough {
             .transpose()?;
         let target = match &file {
             Some(file) => Target::Open(file),
-            None => Target::Path(self.fd(&inode)?),
+            None => Target::Path(self.fd_to_change(caller, &inode)?),
         };
+        if let Target::Path(fd) = &target {
+            let untold = handle.is_some();
+            self.confirm_attributes(caller, fd, untold, changes.size.is_some())?;
+        }
         if changes.uid.is_some() || changes.gid.is_some() {
             let user = |id| self.options.users.to_host(valid_id(id)?);
             let group = |id| self.options.groups.to_host(valid_id(id)?);

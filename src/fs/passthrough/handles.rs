@@ -192,6 +192,14 @@ impl Handles {
         })
     }
 
+    /// Whether the guest has `node` open. Looks at all that it has open.
+    pub(super) fn has(&self, node: NodeId) -> bool {
+        self.shards.iter().any(|shard| {
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            shard.values().any(|open| open.node == node)
+        })
+    }
+
     /// Calls `each` with all that is open, and what the whole file is locked for.
     pub(super) fn each(&self, mut each: impl FnMut(&HandleFields, u64, &File)) {
         for shard in &self.shards {

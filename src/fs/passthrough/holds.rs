@@ -180,6 +180,19 @@ impl<'a> InodeFd<'a> {
         Self { inode, fd }
     }
 
+    /// Whether it was opened for this operation alone.
+    pub(super) fn is_opened(&self) -> bool {
+        matches!(self.fd, Either::Opened(_))
+    }
+
+    /// The descriptor, if it was opened for this operation alone.
+    pub(super) fn into_opened(self) -> Option<OwnedFd> {
+        match self.fd {
+            Either::Held(_) => None,
+            Either::Opened(fd) => Some(fd),
+        }
+    }
+
     /// The descriptor's name in `/proc/self/fd`.
     pub(super) fn proc_name(&self) -> DecInt {
         DecInt::from_fd(self)

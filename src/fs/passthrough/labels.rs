@@ -149,6 +149,6 @@ impl Passthrough {
             FileType::Directory => AtFlags::REMOVEDIR,
             _ => AtFlags::empty(),
         };
-        self.remove(parent, name, flags)
+        self.remove_name(&self.fd(&directory)?, name, flags)
     }
 }

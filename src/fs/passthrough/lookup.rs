@@ -21,7 +21,7 @@ use super::holds::{
 };
 use super::inode::Inode;
 use super::inodes::New;
-use crate::fs::{Entry, NodeId, Result};
+use crate::fs::{Caller, Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 
 /// The longest name of a directory entry, bytes.
@@ -51,6 +51,19 @@ impl Passthrough {
     /// The inode that the guest calls `node`.
     pub(super) fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node).ok_or(Errno::STALE)
+    }
+
+    /// LOOKUP of a name.
+    pub(super) fn look_up_for(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+    ) -> Result<Entry> {
+        let parent = self.inode(parent)?;
+        let entry = self.find(self.fd(&parent)?, name)?;
+        self.note_lookup(caller, entry.node);
+        Ok(self.announced(&parent.key(), entry))
     }
 
     /// Finds `name` in `parent` and counts one lookup. One system call for what is known
@@ -194,7 +207,7 @@ impl Passthrough {
             }
             None => {
                 NEW_LATELY.set(NEW_LATELY.get().saturating_add(1));
-                self.add(found, &identity)?
+                self.add(found, &identity, seen)?
             }
         };
         if let Some(seen) = seen {
@@ -204,7 +217,12 @@ impl Passthrough {
         Ok(self.entry(&inode, &stat))
     }
 
-    fn add(&self, found: Found<'_>, identity: &Identity) -> Result<Arc<Inode>> {
+    fn add(
+        &self,
+        found: Found<'_>,
+        identity: &Identity,
+        seen: Option<&Seen<'_>>,
+    ) -> Result<Arc<Inode>> {
         self.room_for_inode()?;
         let handle = self
             .holder
@@ -222,7 +240,15 @@ impl Passthrough {
             fd.or(spare.as_ref().map(AsFd::as_fd))
                 .is_some_and(|fd| same(known, fd, &new.way))
         });
-        admitted.ok_or(Errno::NFILE)
+        let inode = admitted.ok_or(Errno::NFILE)?;
+        // Its name may just be taken away by a request that did not find it here, and a file handle
+        // does not keep it.
+        if let (Some(Found::Path(fd)), Some(seen)) = (spare, seen)
+            && !self.inodes.lasts(seen.moment)
+        {
+            drop(self.inodes.install(&inode, fd));
+        }
+        Ok(inode)
     }
 
     /// Within a run node ids are never reused, and so an inode's generation never changes. Linux

@@ -33,6 +33,8 @@ mod options;
 mod reach;
 mod replay;
 mod restore;
+mod retries;
+mod revalidate;
 mod sharing;
 mod spare;
 #[cfg(test)]
@@ -71,6 +73,7 @@ use self::locks::Locks;
 use self::on_demand::OnDemand;
 use self::opening::AgreedTerms;
 use self::restore::{Begun, Records};
+use self::revalidate::Paths;
 use self::sharing::Sharing;
 use self::spare::Spares;
 use super::{
@@ -124,6 +127,7 @@ pub struct Passthrough {
     table: Arc<Table>,
     /// What is known of requests that another process had begun.
     begun: Begun,
+    paths: Paths,
 }
 
 impl Passthrough {
@@ -237,6 +241,7 @@ impl Passthrough {
             inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),
             begun: Begun::default(),
+            paths: Paths::new(),
         };
         table.reopen();
         let restored = match (rest, past) {
@@ -413,10 +418,8 @@ impl FileSystem for Passthrough {
         Some(self)
     }
 
-    fn lookup(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
-        let parent = self.inode(parent)?;
-        let entry = self.find(self.fd(&parent)?, name)?;
-        Ok(self.announced(&parent.key(), entry))
+    fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.look_up_for(caller, parent, name)
     }
 
     fn lookup_self(&self, node: NodeId) -> Result<Entry> {
@@ -512,14 +515,14 @@ impl FileSystem for Passthrough {
         })
     }
 
-    fn unlink(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+    fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(parent, name, AtFlags::empty())
+        self.remove(caller, parent, name, AtFlags::empty())
     }
 
-    fn rmdir(&self, _: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+    fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(parent, name, AtFlags::REMOVEDIR)
+        self.remove(caller, parent, name, AtFlags::REMOVEDIR)
     }
 
     fn rename(
@@ -533,9 +536,9 @@ impl FileSystem for Passthrough {
         self.move_name(caller, from, to, flags)
     }
 
-    fn link(&self, _: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+    fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
         self.writable()?;
-        self.make_link(node, parent, name)
+        self.make_link(caller, node, parent, name)
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
@@ -684,9 +687,9 @@ impl FileSystem for Passthrough {
         self.attribute_names_len(caller, node)
     }
 
-    fn removexattr(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+    fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove_attribute(node, name)
+        self.remove_attribute(caller, node, name)
     }
 
     fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {

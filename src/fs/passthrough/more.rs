@@ -1,4 +1,4 @@
-//! Operations that few programs use: STATX, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
+//! Operations that few programs use: STATX, STATFS, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
 //!
 //! The invariant: `..` leads to nothing outside of the shared directory, and no flag is passed
 //! on that concerns more than the file.
@@ -73,6 +73,7 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
@@ -84,6 +85,9 @@ impl Passthrough {
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
         let entry = self.find_opened(&fd)?;
+        if let Some(inode) = self.inodes.get(entry.node) {
+            self.inodes.set_nameless(&inode, true);
+        }
         self.opened_entry(entry, fd, flags)
     }
 
@@ -115,7 +119,7 @@ impl Passthrough {
     }
 
     pub(super) fn change_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
-        let file = self.any_of(node, handle)?;
+        let file = self.any_to_change(node, handle)?;
         rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags))
     }
 
@@ -126,7 +130,7 @@ impl Passthrough {
         handle: Handle,
         flags: &InodeFlags,
     ) -> Result<()> {
-        let file = self.any_of(node, handle)?;
+        let file = self.any_to_change(node, handle)?;
         let flags = ExtendedFlags::read_from_bytes(flags).or(Err(Errno::INVAL))?;
         if inode_flags::get(&file)?.project != flags.project {
             return Err(Errno::PERM);

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
+use super::changes::Changing;
 use super::credentials::Section;
 use super::current;
 use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
@@ -41,6 +42,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
         self.room_for_inode()?;
         {
             let _as_caller = self.section(caller, None)?;
@@ -58,6 +60,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
         // No type at all is a regular file, as in mknod(2).
         let kind = match FileType::from_raw_mode(new.mode) {
             FileType::Unknown if new.mode & !PERMISSIONS == 0 => FileType::RegularFile,
@@ -86,6 +89,7 @@ impl Passthrough {
     ) -> Result<Entry> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
         self.room_for_inode()?;
         {
@@ -120,6 +124,7 @@ impl Passthrough {
                 error => error,
             });
         }
+        self.confirm(caller, &parent)?;
         let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
@@ -181,15 +186,23 @@ impl Passthrough {
 
     /// Another name for an inode, by its link in `/proc/self/fd`: unlike `AT_EMPTY_PATH` this
     /// needs no privilege.
-    pub(super) fn make_link(&self, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+    pub(super) fn make_link(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        parent: NodeId,
+        name: &CStr,
+    ) -> Result<Entry> {
         let inode = self.inode(node)?;
         let parent = self.inode(parent)?;
         let fd = self.fd(&inode)?;
+        let parent_fd = self.fd(&parent)?;
+        self.confirm_both(caller, &fd, &parent_fd)?;
         let moment = self.inodes.moment(&parent);
         rustix::fs::linkat(
             &self.proc_fds,
             fd.proc_name().as_c_str(),
-            self.fd(&parent)?,
+            parent_fd,
             component(name)?,
             AtFlags::SYMLINK_FOLLOW,
         )?;
@@ -197,14 +210,30 @@ impl Passthrough {
         self.find_again(fd)
     }
 
-    pub(super) fn remove(&self, parent: NodeId, name: &CStr, flags: AtFlags) -> Result<()> {
+    pub(super) fn remove(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        flags: AtFlags,
+    ) -> Result<()> {
         let parent = self.inode(parent)?;
-        let fd = self.fd(&parent)?;
-        let named = self.known(&fd, component(name)?, true);
+        let parent = self.fd(&parent)?;
+        self.confirm(caller, &parent)?;
+        self.remove_name(&parent, name, flags)
+    }
+
+    pub(super) fn remove_name(
+        &self,
+        parent: &InodeFd<'_>,
+        name: &CStr,
+        flags: AtFlags,
+    ) -> Result<()> {
+        let named = self.known(parent, component(name)?, true);
         if named.is_some() {
             self.room_for_descriptor()?;
         }
-        let removed = self.remove_known(named.as_ref(), &fd, name, flags);
+        let removed = self.remove_known(named.as_ref(), parent, name, flags);
         if let Some(known) = &named {
             self.lay_down_again(&known.inode);
         }
@@ -223,15 +252,15 @@ impl Passthrough {
             let moment = self.inodes.moment(parent);
             self.inodes.see(&known.inode, parent, name, moment);
         }
-        // Whoever is using a descriptor keeps it from being closed before the store is told.
-        let in_use = self.use_of(named)?;
         let changing = self.inodes.changing([parent, parent]);
-        rustix::fs::unlinkat(fd, name, flags)?;
-        if let (Some(known), Some(Ok(_))) = (named, in_use) {
-            self.inodes.lose(&known.inode, parent, name, &changing);
-            self.pin_nameless(known);
+        let new = self.known_if_by_handle(named, fd, name);
+        let victim = named.or(new.as_ref()).map(|known| self.victim(known));
+        let victim = victim.transpose()?;
+        let removed = rustix::fs::unlinkat(fd, name, flags);
+        if let Some(victim) = victim {
+            self.bury(victim, removed.is_ok(), (parent, name), &changing);
         }
-        Ok(())
+        removed
     }
 
     /// The descriptor of an inode whose name is about to change, if it can be reached.
@@ -246,29 +275,108 @@ impl Passthrough {
         }
     }
 
-    /// Keeps the descriptor of an inode that has lost its last name, where a file handle would
-    /// lead nowhere from now on. It is in use, and so it is there.
-    fn pin_nameless(&self, known: &Known) {
-        if known.links > 1
-            && let Ok(fd) = self.fd(&known.inode)
-        {
-            // It has other names, of which none is known: to a process that has not got the
-            // descriptor nothing else leads there. One without file handles can be looked for.
-            let handle = FileHandle::of(fd);
-            let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
-            let _held = known.inode.held();
-            known.inode.record().set_handle(bytes);
-            return;
+    /// What goes by `name` in `parent`, if inodes are held by file handle and it was not `known`
+    /// before changes of names there were announced: who looks it up meanwhile sees those.
+    fn known_if_by_handle(
+        &self,
+        known: Option<&Known>,
+        parent: &InodeFd<'_>,
+        name: &CStr,
+    ) -> Option<Known> {
+        if known.is_some() || self.holder.keeps_opened() {
+            return None;
         }
-        self.close_spares(known.inode.node());
-        let held = known.inode.held();
-        if known.links == 1 && known.inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
-            self.inodes.change_way(&known.inode, held, Way::None);
+        self.known(parent, name, false)
+    }
+
+    /// Prepares an inode for the loss of a name. Whoever is using a descriptor keeps it from being
+    /// closed before the store is told, and one that is about to lose its last name has one from
+    /// here on, as a file handle would lead nowhere.
+    ///
+    /// # Errors
+    ///
+    /// As [`use_of`](Self::use_of).
+    fn victim<'a>(&self, known: &'a Known) -> Result<Victim<'a>> {
+        let inode = &*known.inode;
+        self.inodes.set_nameless(inode, true);
+        let by_handle = matches!(&*inode.held(), Held::Handle(_));
+        let mut fd = None;
+        if !by_handle || known.is_last() {
+            fd = match self.use_of(Some(known)) {
+                Ok(reached) => reached.and_then(Result::ok),
+                Err(error) => {
+                    self.inodes.set_nameless(inode, false);
+                    return Err(error);
+                }
+            };
+            if let Some(opened) = fd
+                .take_if(|fd| fd.is_opened())
+                .and_then(InodeFd::into_opened)
+            {
+                fd = match self.inodes.install(inode, opened) {
+                    Ok(held) => Some(InodeFd::held(inode, held)),
+                    Err(opened) => Some(InodeFd::opened(inode, opened)),
+                };
+            }
+        }
+        Ok(Victim {
+            known,
+            by_handle,
+            fd,
+        })
+    }
+
+    /// Takes note that a name was taken from `victim`, or not after all.
+    fn bury(
+        &self,
+        victim: Victim<'_>,
+        lost: bool,
+        (parent, name): (&Inode, &CStr),
+        changing: &Changing<'_>,
+    ) {
+        let Victim {
+            known,
+            by_handle,
+            fd,
+        } = victim;
+        let inode = &*known.inode;
+        if lost && let Some(fd) = &fd {
+            self.inodes.lose(inode, parent, name, changing);
+            if known.is_last() {
+                self.close_spares(inode.node());
+            } else {
+                // It has other names, of which none is known: to a process that has not got the
+                // descriptor nothing else leads there. One without file handles can be looked for.
+                let handle = FileHandle::of(fd);
+                let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
+                let held = inode.held();
+                if !matches!(*held, Held::Handle(_)) {
+                    inode.record().set_handle(bytes);
+                }
+            }
+            let held = inode.held();
+            if known.is_last() && inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
+                self.inodes.change_way(inode, held, Way::None);
+            }
+        }
+        let nameless = lost
+            && (known.is_last() || {
+                let links = fd.as_ref().map(|fd| stat_fd(fd, StatxFlags::NLINK));
+                matches!(links, Some(Ok(stat)) if stat.stx_nlink == 0)
+            });
+        if !nameless {
+            self.inodes.set_nameless(inode, false);
+        }
+        drop(fd);
+        if by_handle && !lost && !self.holder.keeps_opened() {
+            // However lately it was used.
+            inode.slot().second_chance();
+            self.close_now(inode);
         }
     }
 
-    /// The inode that the guest has by `name` in `parent`, if it needs its name to be reached. If it
-    /// is about to lose that, a process after this one shall know that it had it.
+    /// The inode that the guest has by `name` in `parent`. If it is about to lose that, a process
+    /// after this one shall know that it had it.
     fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<Known> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
@@ -276,11 +384,7 @@ impl Passthrough {
             doing.seen(stat.stx_ino);
         }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
-        let by_handle = matches!(&*inode.held(), Held::Handle(_));
-        // An open file keeps itself, but of these nobody knows whether they are open. One that was
-        // remembered is to have its descriptor as if it had never been given back.
-        let kept = self.inodes.remembers() && self.holder.keeps_opened();
-        (!by_handle || self.terms.no_open() || kept).then_some(Known {
+        Some(Known {
             inode,
             links: stat.stx_nlink,
         })
@@ -307,6 +411,7 @@ impl Passthrough {
             .transpose()?;
         let old_fd = self.fd(&old_parent)?;
         let new_fd = self.fd(&new_parent)?;
+        self.confirm_both(caller, &old_fd, &new_fd)?;
         let moved = self.known(&old_fd, component(from.1)?, true);
         let replaced = self.known(&new_fd, component(to.1)?, false);
         if replaced.is_some() && !flags.contains(RenameFlags::EXCHANGE) {
@@ -332,23 +437,32 @@ impl Passthrough {
             let moment = self.inodes.moment(old_parent);
             self.inodes.see(&known.inode, old_parent, old_name, moment);
         }
-        let in_use = [self.use_of(moved)?, self.use_of(replaced)?];
+        // Whoever is using a descriptor keeps it from being closed before the store is told.
+        let by_name = |known: &&Known| !matches!(&*known.inode.held(), Held::Handle(_));
+        let in_use = [
+            self.use_of(moved.filter(by_name))?,
+            self.use_of(replaced.filter(by_name))?,
+        ];
         let changing = self.inodes.changing([old_parent, new_parent]);
-        rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags)?;
+        let new = self.known_if_by_handle(replaced, new_fd, new_name);
+        let replaced = replaced.or(new.as_ref());
         let node = |known: &Known| known.inode.node();
-        if moved.is_some() && moved.map(node) == replaced.map(node) {
-            // Two names of one inode: both are still there.
+        // Two names of one inode: both stay.
+        let same = moved.is_some() && moved.map(node) == replaced.map(node);
+        let exchanged = flags.contains(RenameFlags::EXCHANGE);
+        let victim = replaced.filter(|_| !same && !exchanged);
+        let victim = victim.map(|known| self.victim(known)).transpose()?;
+        let renamed = rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags);
+        if let Some(victim) = victim {
+            self.bury(victim, renamed.is_ok(), (new_parent, new_name), &changing);
+        }
+        renamed?;
+        if same {
             return Ok(());
         }
-        if let Some(known) = replaced {
-            if flags.contains(RenameFlags::EXCHANGE) {
-                let (parent, name) = (old_parent, old_name);
-                self.inodes.rename(&known.inode, parent, name, &changing);
-            } else {
-                let (parent, name) = (new_parent, new_name);
-                self.inodes.lose(&known.inode, parent, name, &changing);
-                self.pin_nameless(known);
-            }
+        if let Some(known) = replaced.filter(|_| exchanged) {
+            let (parent, name) = (old_parent, old_name);
+            self.inodes.rename(&known.inode, parent, name, &changing);
         }
         if let Some(known) = moved {
             let (parent, name) = (new_parent, new_name);
@@ -364,6 +478,21 @@ impl Passthrough {
 struct Known {
     inode: Arc<Inode>,
     links: u32,
+}
+
+impl Known {
+    /// Whether it has no name but this one.
+    fn is_last(&self) -> bool {
+        self.links == 1 || self.inode.kind() == FileType::Directory
+    }
+}
+
+/// An inode that is about to lose a name.
+struct Victim<'a> {
+    known: &'a Known,
+    by_handle: bool,
+    /// What keeps it, if it could be opened.
+    fd: Option<InodeFd<'a>>,
 }
 
 /// The permission bits of a new file, without a set-group-ID bit that the caller has no right

@@ -272,10 +272,14 @@ impl Passthrough {
         if kind == HandleKind::Directory {
             return self.untold_directory(node).map(|(file, _)| file);
         }
-        match self.on_demand.file(node, write) {
-            Some(file) => Ok(file),
-            None => self.open_on_demand(node, write),
+        let file = match self.on_demand.file(node, write) {
+            Some(file) => file,
+            None => self.open_on_demand(node, write)?,
+        };
+        if write {
+            self.confirm_untold(node, &file)?;
         }
+        Ok(file)
     }
 
     /// The file behind a handle of either kind, or what stands for it.
@@ -288,6 +292,15 @@ impl Passthrough {
             _ => HandleKind::File,
         };
         self.file_of(node, handle, kind, false)
+    }
+
+    /// As [`any_of`](Self::any_of), for something that changes the inode.
+    pub(super) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+        let file = self.any_of(node, handle)?;
+        if self.told(Some(handle)).is_none() {
+            self.confirm_untold(node, &file)?;
+        }
+        Ok(file)
     }
 
     /// The directory behind a handle, or what stands for it.

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::inode::Inode;
 use super::on_demand::UNTOLD;
+use super::revalidate::goes_by_name;
 use super::{Cache, Passthrough};
 use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result, Terms};
 use crate::io::File;
@@ -100,6 +101,12 @@ impl Passthrough {
         if let Some(file) = self.spare(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
+        let changes = truncates || flags & OFlags::RWMODE != OFlags::RDONLY;
+        let by_name = goes_by_name(&inode);
+        if changes && (by_name || truncates) {
+            self.writable()?;
+            self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;
+        }
         let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
             self.writable()?;
             let flags = flags.difference(OFlags::TRUNC);
@@ -107,12 +114,18 @@ impl Passthrough {
             self.kill_set_id_of_open(&file)?;
             self.empty(&file)?;
             file
-        } else if flags & OFlags::RWMODE == OFlags::RDONLY && !truncates {
+        } else if !changes {
             regular_file(self.open_for_reading(&inode, flags)?, flags)
         } else {
             self.writable()?;
             regular_file(self.open_appendable(&inode, flags, appends)?, flags)
         };
+        if changes {
+            if !by_name && !truncates {
+                self.confirm_opened(caller, &inode, &file)?;
+            }
+            self.note_opened(caller, node);
+        }
         self.opened_as(node, file, flags, HandleKind::File)
     }
 

@@ -54,9 +54,11 @@ impl Passthrough {
         if !inode.slot().is_full()
             && let Way::Handle { mount, handle } = inode.way()
         {
-            return self
-                .with_room(|| mount.open(&handle, flags))
-                .inspect_err(|error| self.note_stale(inode, *error));
+            match self.with_room(|| mount.open(&handle, flags)) {
+                // It has got a descriptor meanwhile, as the guest was about to take its last name.
+                Err(Errno::STALE) if inode.slot().is_full() => {}
+                opened => return opened.inspect_err(|error| self.note_stale(inode, *error)),
+            }
         }
         let fd = self.fd(inode)?;
         self.with_room(|| reopen_fd(&fd, &self.proc_fds, flags))
@@ -281,12 +283,18 @@ impl Passthrough {
         match held {
             // It has no business with the clock any more.
             Held::Nothing | Held::Open(_) | Held::Forgotten => return Found::Later,
-            Held::Handle(_) => return Found::Same,
-            Held::Name => {}
+            Held::Handle(_) | Held::Name => {}
         }
         let Ok(stat) = stat_fd(fd, IDENTITY) else {
             return Found::Later;
         };
+        if matches!(held, Held::Handle(_)) {
+            return if stat.stx_nlink == 0 {
+                Found::Never
+            } else {
+                Found::Same
+            };
+        }
         let identity = Identity::of(&stat);
         // One that has lost its names behind our back stays usable too. What has another
         // number by now (overlayfs when it copies up) would not be found by it.

@@ -291,6 +291,10 @@ impl Passthrough {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
         };
+        if held.is_none() {
+            // Nothing but its descriptor leads there, and nobody can tell why.
+            record.set_nameless(true);
+        }
         let inode = Inode::recorded(record, fd, held.unwrap_or(Held::Nothing));
         inode.settle_by_record();
         inode
@@ -385,6 +389,7 @@ impl Passthrough {
             let changing = self.inodes.changing([&parent, &parent]);
             may_have_others(&lost);
             self.inodes.lose(&lost, &parent, name, &changing);
+            self.inodes.set_nameless(&lost, true);
         }
         true
     }
@@ -423,6 +428,7 @@ impl Passthrough {
                 (Some(other), _) => {
                     may_have_others(other);
                     self.inodes.lose(other, &new, to.1, &changing);
+                    self.inodes.set_nameless(other, true);
                 }
                 _ => {}
             }

@@ -46,12 +46,25 @@ impl Passthrough {
         node: NodeId,
         act: impl FnOnce(&CStr) -> Result<T>,
     ) -> Result<T> {
+        self.with_path_for(None, node, act)
+    }
+
+    /// As [`with_path`](Self::with_path), for an `act` that changes the inode for this caller.
+    fn with_path_for<T>(
+        &self,
+        changing: Option<&Caller>,
+        node: NodeId,
+        act: impl FnOnce(&CStr) -> Result<T>,
+    ) -> Result<T> {
         if !self.options.xattr {
             return Err(Errno::OPNOTSUPP);
         }
         self.prepare()?;
         let inode = self.inode(node)?;
         let fd = self.fd(&inode)?;
+        if let Some(caller) = changing {
+            self.confirm_unless_open(caller, &fd)?;
+        }
         act(fd.proc_name().as_c_str())
     }
 
@@ -71,7 +84,7 @@ impl Passthrough {
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
-        self.with_path(node, |path| {
+        self.with_path_for(Some(caller), node, |path| {
             let on_host = self.host_name(name)?;
             let set = || rustix::fs::setxattr(path, &*on_host, value, flags);
             if caller.kill_set_id && name == ACCESS_ACL {
@@ -147,8 +160,13 @@ impl Passthrough {
         self.with_path(node, |path| rustix::fs::listxattr_query(path))
     }
 
-    pub(super) fn remove_attribute(&self, node: NodeId, name: &CStr) -> Result<()> {
-        self.with_path(node, |path| {
+    pub(super) fn remove_attribute(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        name: &CStr,
+    ) -> Result<()> {
+        self.with_path_for(Some(caller), node, |path| {
             rustix::fs::removexattr(path, &*self.host_name(name)?)
         })
     }

@@ -1,9 +1,9 @@
-//! GETATTR and LOOKUP.
+//! GETATTR, SETATTR and LOOKUP.
 
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use vmm::fuse::wire::{AttrOut, EntryOut, GetattrIn, opcode};
+use vmm::fuse::wire::{AttrOut, EntryOut, GetattrIn, SetattrIn, opcode, setattr};
 use vmm::fuse::{Call, Errno, FuseError, Guest, Prepared};
 use zerocopy::IntoBytes;
 
@@ -32,6 +32,23 @@ impl Getattr {
             nodes: Arc::clone(&builder.scene.known),
             random: Random::new(builder.slot()),
             verify: builder.manner.verify,
+        })
+    }
+}
+
+impl Getattr {
+    /// SETATTR of the mode, which is answered as GETATTR is.
+    pub(super) fn chmod<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let asked = SetattrIn {
+            valid: setattr::MODE,
+            mode: 0o644,
+            ..SetattrIn::default()
+        };
+        let call = Call::new(opcode::SETATTR, 0).arg(asked.as_bytes());
+        let request = builder.prepare(&call.reply_of::<AttrOut>())?;
+        Ok(Self {
+            request,
+            ..Self::new(builder)?
         })
     }
 }

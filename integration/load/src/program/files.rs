@@ -217,11 +217,14 @@ enum Visiting {
 }
 
 impl Visit {
-    /// Of files that are known.
-    pub(super) fn known<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+    /// Of files that are known, opened with these flags.
+    pub(super) fn known<G: Guest>(
+        builder: &mut Builder<'_, G>,
+        flags: i32,
+    ) -> Result<Self, Failure> {
         let nodes = Arc::clone(&builder.scene.known);
         let files = Files::Known(Random::new(builder.slot()), nodes);
-        Self::new(builder, files, None)
+        Self::new(builder, files, flags, None)
     }
 
     /// Of files that are not known, and forgotten again.
@@ -229,16 +232,17 @@ impl Visit {
         let call = Call::new(opcode::LOOKUP, builder.scene.cold_folder).arg(b"f00000\0");
         let lookup = builder.prepare(&call.reply_of::<EntryOut>())?;
         let files = Files::Cold(builder.turns());
-        Self::new(builder, files, Some(lookup))
+        Self::new(builder, files, libc::O_RDONLY, Some(lookup))
     }
 
     fn new<G: Guest>(
         builder: &mut Builder<'_, G>,
         files: Files,
+        flags: i32,
         lookup: Option<Prepared>,
     ) -> Result<Self, Failure> {
         let asked = OpenIn {
-            flags: libc::O_RDONLY.cast_unsigned(),
+            flags: flags.cast_unsigned(),
             open_flags: 0,
         };
         let call = Call::new(opcode::OPEN, 0).arg(asked.as_bytes());
@@ -255,7 +259,7 @@ impl Visit {
             lookup,
             open: Some(open),
             read,
-            closing: Closing::new(builder, libc::O_RDONLY)?,
+            closing: Closing::new(builder, flags)?,
             step: Visiting::Lookup,
             number: 0,
             nodeid: 0,

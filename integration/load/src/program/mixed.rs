@@ -27,7 +27,7 @@ impl Mixed {
                 (10, Box::new(Write::new(builder, transfer(true))?)),
                 (20, Box::new(Getattr::new(builder)?)),
                 (10, Box::new(Lookup::known(builder)?)),
-                (8, Box::new(Visit::known(builder)?)),
+                (8, Box::new(Visit::known(builder, libc::O_RDONLY)?)),
                 (2, Box::new(Create::new(builder)?)),
             ],
             current: 0,

@@ -23,6 +23,13 @@ impl Store {
         name: &CStr,
         moment: Moment,
     ) {
+        if inode.record.is_nameless() {
+            // Under the lock: who takes the name away has announced that before.
+            let _held = inode.held();
+            if moment.lasts(&self.changes) {
+                inode.record.set_nameless(false);
+            }
+        }
         self.see_if(inode, parent, name, 0, || moment.lasts(&self.changes));
     }
 
@@ -140,6 +147,17 @@ impl Store {
     /// while the descriptors of the inodes concerned are in use.
     pub(in crate::fs::passthrough) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
         self.changes.begin(parents.map(Inode::node))
+    }
+
+    /// Whether names in the directory of `moment` have not changed since.
+    pub(in crate::fs::passthrough) fn lasts(&self, moment: Moment) -> bool {
+        moment.lasts(&self.changes)
+    }
+
+    /// Sets whether the guest itself has taken the last name from `inode`, or is about to do so.
+    pub(in crate::fs::passthrough) fn set_nameless(&self, inode: &Inode, nameless: bool) {
+        let _held = inode.held();
+        inode.record.set_nameless(nameless);
     }
 
     /// How many changes of names there have been.

@@ -305,6 +305,11 @@ impl Passthrough {
         if !brought {
             return Err(fail(Errno::EXIST));
         }
+        if found.stat.stx_nlink == 0
+            && let Some(inode) = self.inodes.any(node)
+        {
+            self.inodes.set_nameless(&inode, true);
+        }
         self.make_room();
         Ok(())
     }

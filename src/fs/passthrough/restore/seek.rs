@@ -195,6 +195,7 @@ impl Passthrough {
                     self.inodes.change_way(inode, inode.held(), Way::None);
                     // It may have been forgotten meanwhile.
                     drop(self.inodes.install(inode, fd));
+                    self.inodes.set_nameless(inode, false);
                     false
                 }
                 Err(error) => {

@@ -417,3 +417,30 @@ fn a_tree_that_is_known_by_name_alone_comes_back() {
         assert!(stat.is_ok());
     });
 }
+
+#[test]
+fn what_the_guest_has_unlinked_itself_is_not_refused_by_the_next_process() {
+    let options = Options::default();
+    either_way(&options, |rig, bequeathed| {
+        rig.host_file("unlinked", "old");
+        rig.host_file("replaced", "old");
+        rig.host_file("removed", "old");
+        let [unlinked, replaced, removed] =
+            ["unlinked", "replaced", "removed"].map(|name| rig.node(name));
+        rig.host_file("new", "new");
+        rig.fs.unlink(&SUPERUSER, ROOT, c"unlinked").unwrap();
+        let (from, to) = ((ROOT, c"new"), (ROOT, c"replaced"));
+        rig.fs.rename(&SUPERUSER, from, to, 0).unwrap();
+        std::fs::remove_file(rig.path("removed")).unwrap();
+        let (rig, _) = killed(rig).next(bequeathed, &[]);
+        let open = |node| rig.fs.open(&SUPERUSER, node, O_RDWR).map(drop);
+        // Without its descriptor nobody can keep what has no name.
+        let expected = if bequeathed {
+            Ok(())
+        } else {
+            Err(Errno::STALE)
+        };
+        assert_eq!([open(unlinked), open(replaced)], [expected; 2]);
+        assert_eq!(open(removed), Err(Errno::STALE));
+    });
+}

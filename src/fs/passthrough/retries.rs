@@ -1,0 +1,182 @@
+//! Requests that were refused with `ESTALE` so that the guest looks the path up again.
+//!
+//! Linux repeats a system call once after `ESTALE`, and looks up each name of the path anew while it
+//! does so. If the repeated request failed as well, the program would get the error. So what the
+//! second request names is let through: it is either an inode that the process has just looked up,
+//! which somebody on the host has replaced since, or the same inode again, and then the process does
+//! not go by a name at all (a working directory, `/proc/self/fd`, an `O_PATH` descriptor).
+//!
+//! The invariant: one refusal lets at most one request through, of the process that was refused.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::fs::NodeId;
+
+/// Processes share slots; two that are refused at the same time and share one may get an error.
+const SLOTS: usize = 256;
+
+/// Inodes that a process has looked up since it was refused: the last ones of the longest path that
+/// matters, twice, as a rename has two paths.
+const FOUND: usize = 8;
+
+/// How long a process may take to repeat its request.
+const LASTS: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+struct Refused {
+    pid: u32,
+    at: Instant,
+    node: NodeId,
+    found: [NodeId; FOUND],
+    /// How many it has looked up.
+    count: usize,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// The process that was refused, and one; 0 for none. Tells the others without a lock that they
+    /// have no business here. Orders nothing: it changes under the lock.
+    pid: AtomicU64,
+    refused: Mutex<Option<Refused>>,
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Option<Refused>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    fn is_of(&self, pid: u32) -> bool {
+        self.pid.load(Ordering::Relaxed) == u64::from(pid) + 1
+    }
+}
+
+/// The processes of the guest that were refused a request lately.
+#[derive(Debug)]
+pub(super) struct Retries(Box<[Slot]>);
+
+impl Retries {
+    pub(super) fn new() -> Self {
+        Self((0..SLOTS).map(|_| Slot::default()).collect())
+    }
+
+    fn slot(&self, pid: u32) -> &Slot {
+        &self.0[usize::try_from(pid).unwrap_or_default() % SLOTS]
+    }
+
+    /// A request of `pid` that named `node` is refused.
+    pub(super) fn refuse(&self, pid: u32, node: NodeId) {
+        let slot = self.slot(pid);
+        let mut refused = slot.lock();
+        *refused = Some(Refused {
+            pid,
+            at: Instant::now(),
+            node,
+            found: [NodeId(0); FOUND],
+            count: 0,
+        });
+        slot.pid.store(u64::from(pid) + 1, Ordering::Relaxed);
+    }
+
+    /// `pid` has looked up `node`.
+    #[inline]
+    pub(super) fn found(&self, pid: u32, node: NodeId) {
+        let slot = self.slot(pid);
+        if slot.is_of(pid)
+            && let Some(refused) = &mut *slot.lock()
+            && refused.pid == pid
+        {
+            refused.found[refused.count % FOUND] = node;
+            refused.count += 1;
+        }
+    }
+
+    /// A request of `pid` is served without any doubt.
+    #[inline]
+    pub(super) fn served(&self, pid: u32) {
+        if self.slot(pid).is_of(pid) {
+            let _ = self.take(pid);
+        }
+    }
+
+    /// Whether a request of `pid` that names `nodes` is the repetition of one that was refused.
+    pub(super) fn is_repeated(&self, pid: u32, mut nodes: impl Iterator<Item = NodeId>) -> bool {
+        self.take(pid).is_some_and(|refused| {
+            let found = &refused.found[..refused.count.min(FOUND)];
+            let is_known = |node| refused.node == node || found.contains(&node);
+            refused.at.elapsed() < LASTS && nodes.all(is_known)
+        })
+    }
+
+    fn take(&self, pid: u32) -> Option<Refused> {
+        let slot = self.slot(pid);
+        let mut refused = slot.lock();
+        let own = refused.take_if(|refused| refused.pid == pid)?;
+        slot.pid.store(0, Ordering::Relaxed);
+        Some(own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: NodeId = NodeId(7);
+    const OTHER: NodeId = NodeId(8);
+
+    fn is_repeated(retries: &Retries, pid: u32, node: NodeId) -> bool {
+        retries.is_repeated(pid, [node].into_iter())
+    }
+
+    #[test]
+    fn refused_process_is_let_through_once() {
+        let retries = Retries::new();
+        assert!(!is_repeated(&retries, 1, ONE));
+        retries.refuse(1, ONE);
+        assert!(!is_repeated(&retries, 2, ONE));
+        assert!(is_repeated(&retries, 1, ONE));
+        assert!(!is_repeated(&retries, 1, ONE));
+    }
+
+    #[test]
+    fn refused_process_is_let_through_to_what_it_looked_up_since() {
+        let retries = Retries::new();
+        retries.found(1, OTHER);
+        retries.refuse(1, ONE);
+        assert!(!is_repeated(&retries, 1, OTHER));
+        retries.refuse(1, ONE);
+        retries.found(2, OTHER);
+        assert!(!is_repeated(&retries, 1, OTHER));
+        retries.refuse(1, ONE);
+        for node in 100..200 {
+            retries.found(1, NodeId(node));
+        }
+        retries.found(1, OTHER);
+        assert!(is_repeated(&retries, 1, OTHER));
+    }
+
+    #[test]
+    fn served_process_is_refused_again() {
+        let retries = Retries::new();
+        retries.refuse(1, ONE);
+        retries.served(2);
+        retries.served(1);
+        assert!(!is_repeated(&retries, 1, ONE));
+    }
+
+    #[test]
+    fn processes_that_share_a_slot_are_told_apart() {
+        let retries = Retries::new();
+        let other = 1 + u32::try_from(SLOTS).unwrap();
+        retries.refuse(1, ONE);
+        assert!(!is_repeated(&retries, other, ONE));
+        retries.served(other);
+        assert!(is_repeated(&retries, 1, ONE));
+        retries.refuse(1, ONE);
+        retries.refuse(other, ONE);
+        assert!(!is_repeated(&retries, 1, ONE));
+        assert!(is_repeated(&retries, other, ONE));
+    }
+}

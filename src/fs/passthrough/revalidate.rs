@@ -1,0 +1,357 @@
+//! Whether what the guest wants to change is still what its path leads to on the host.
+//!
+//! A guest's kernel relies on a name for as long as it was told. If somebody on the host removes or
+//! replaces the file meanwhile, a write to the inode that the guest knows would be lost: it would
+//! go to a file that has no name, or to a backup that has another one. So whoever is about to
+//! change something is answered `ESTALE` if the name leads elsewhere, and the guest's kernel looks the
+//! path up again and repeats the request. Reading goes on as promised.
+//!
+//! What is not refused: what the guest has open, as no path is followed there; an inode whose last
+//! name the guest itself has removed; what is repeated after a refusal (see `retries`).
+//!
+//! The invariant: a request that is let through without having been refused before names an inode
+//! that had its name, in its directory, after the request had arrived. The next [`ABOVE`]
+//! directories above that are looked at once in [`PERIOD`].
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FileType, StatxFlags};
+use rustix::io::Errno;
+use rustix::time::ClockId;
+
+use super::Passthrough;
+use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
+use super::inode::{Held, Inode};
+use super::lookup::stat_name;
+use super::retries::Retries;
+use crate::fs::{Caller, NodeId, Result};
+use crate::io::File;
+
+/// How often a name is looked at again that the guest itself is just changing.
+const TRIES: usize = 4;
+
+/// How many directories above an inode are looked at, so that a request in a deep tree costs no more
+/// than others.
+const ABOVE: usize = 16;
+
+/// For how long, and at most twice as long, the directories above an inode are taken to be where
+/// they were, in milliseconds.
+const PERIOD: u64 = 8;
+
+/// Directories whose place was looked at lately.
+const PLACES: usize = 512;
+
+/// Processes of which is known what they have opened last.
+const OPENED: usize = 512;
+
+/// Of a word in [`Places`]: the period is below, the node above.
+const PERIOD_BITS: u32 = 24;
+
+/// Which directories were where they were known to be, all above them included, and when.
+#[derive(Debug)]
+struct Places(Box<[AtomicU64]>);
+
+impl Places {
+    fn word(&self, node: NodeId) -> &AtomicU64 {
+        &self.0[usize::try_from(node.0 % PLACES as u64).unwrap_or_default()]
+    }
+
+    fn is_confirmed(&self, node: NodeId, period: u64) -> bool {
+        let word = self.word(node).load(Ordering::Relaxed);
+        // Another node of this number has been given out before, if at all.
+        word >> PERIOD_BITS == node.0 && period.wrapping_sub(word) & ((1 << PERIOD_BITS) - 1) <= 1
+    }
+
+    fn confirm(&self, node: NodeId, period: u64) {
+        if node.0 < 1 << (u64::BITS - PERIOD_BITS) {
+            let word = node.0 << PERIOD_BITS | period & ((1 << PERIOD_BITS) - 1);
+            self.word(node).store(word, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What is known of paths that the guest follows.
+#[derive(Debug)]
+pub(super) struct Paths {
+    retries: Retries,
+    places: Places,
+    /// What processes have opened last for writing.
+    opened: Box<[AtomicU64]>,
+}
+
+impl Paths {
+    pub(super) fn new() -> Self {
+        Self {
+            retries: Retries::new(),
+            places: Places((0..PLACES).map(|_| AtomicU64::new(0)).collect()),
+            opened: (0..OPENED).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    fn opened(&self, caller: &Caller) -> &AtomicU64 {
+        &self.opened[usize::try_from(caller.pid).unwrap_or_default() % OPENED]
+    }
+}
+
+impl Passthrough {
+    /// Takes note that `caller` has looked up `node`.
+    pub(super) fn note_lookup(&self, caller: &Caller, node: NodeId) {
+        self.paths.retries.found(caller.pid, node);
+    }
+
+    /// Refuses a request that changes what `named` names, or names in it, if the path to that leads
+    /// elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// `ESTALE`.
+    pub(super) fn confirm(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
+        self.confirm_both(caller, named, named)
+    }
+
+    /// As [`confirm`](Self::confirm), of two.
+    pub(super) fn confirm_both(
+        &self,
+        caller: &Caller,
+        one: &InodeFd<'_>,
+        other: &InodeFd<'_>,
+    ) -> Result<()> {
+        let one_is_current = self.is_current(one);
+        let same = std::ptr::eq(one.inode(), other.inode());
+        let other_is_current = if same {
+            one_is_current
+        } else {
+            self.is_current(other)
+        };
+        if one_is_current && other_is_current {
+            self.paths.retries.served(caller.pid);
+            return Ok(());
+        }
+        let stale = [(one, one_is_current), (other, other_is_current)];
+        let stale = stale.into_iter().filter(|(_, is_current)| !is_current);
+        self.refuse(caller, stale.map(|(fd, _)| fd.inode().node()))
+    }
+
+    /// As [`confirm`](Self::confirm), for a request that may come of a descriptor and doesn't say so,
+    /// as those of `fchmod(2)` and `fsetxattr(2)`.
+    pub(super) fn confirm_unless_open(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
+        let node = named.inode().node();
+        let directory = named.inode().kind() == FileType::Directory;
+        let untold = match directory {
+            true => self.terms.no_opendir(),
+            false => self.terms.no_open(),
+        };
+        if untold {
+            // It may be open, and then it may have been renamed.
+            return self.confirm_not_removed(named.inode(), named.as_fd());
+        }
+        if self.is_current(named) {
+            self.paths.retries.served(caller.pid);
+            return Ok(());
+        }
+        if self.handles.has(node) {
+            return Ok(());
+        }
+        self.refuse(caller, [node].into_iter())
+    }
+
+    /// Refuses a request that changes what is open as `file` if the name of that was taken by
+    /// somebody else: for files whose opening the guest doesn't tell.
+    pub(super) fn confirm_untold(&self, node: NodeId, file: &File) -> Result<()> {
+        if has_any_name(file) {
+            return Ok(());
+        }
+        match self.inodes.get(node) {
+            Some(inode) => self.confirm_not_removed(&inode, file.as_fd()),
+            None => Err(Errno::STALE),
+        }
+    }
+
+    /// As [`confirm`](Self::confirm), for an inode that is held by its file handle and is now open as
+    /// `file`.
+    pub(super) fn confirm_opened(
+        &self,
+        caller: &Caller,
+        named: &Inode,
+        file: impl AsFd,
+    ) -> Result<()> {
+        let is_current = named.record().is_nameless()
+            || has_any_name(&file)
+            || goes_by_name(named) && self.has_its_name(named, None);
+        if is_current {
+            self.paths.retries.served(caller.pid);
+            return Ok(());
+        }
+        self.refuse(caller, [named.node()].into_iter())
+    }
+
+    /// Takes note that `caller` has opened `node` for writing: if it is to be emptied, a SETATTR that
+    /// names no handle follows.
+    pub(super) fn note_opened(&self, caller: &Caller, node: NodeId) {
+        self.paths.opened(caller).store(node.0, Ordering::Relaxed);
+    }
+
+    /// Refuses SETATTR without a handle, likewise. `untold` is whether the guest says that it comes of
+    /// a descriptor; `size` whether it changes the size, which it would say of with a descriptor.
+    pub(super) fn confirm_attributes(
+        &self,
+        caller: &Caller,
+        named: &InodeFd<'_>,
+        untold: bool,
+        size: bool,
+    ) -> Result<()> {
+        if untold {
+            return self.confirm_not_removed(named.inode(), named.as_fd());
+        }
+        if !size {
+            return self.confirm_unless_open(caller, named);
+        }
+        let node = named.inode().node();
+        if self.is_current(named) {
+            self.paths.retries.served(caller.pid);
+            return Ok(());
+        }
+        if self.paths.opened(caller).swap(0, Ordering::Relaxed) == node.0 {
+            return Ok(());
+        }
+        self.refuse(caller, [node].into_iter())
+    }
+
+    fn confirm_not_removed(&self, named: &Inode, fd: BorrowedFd<'_>) -> Result<()> {
+        let is_there = named.record().is_nameless()
+            || has_any_name(fd)
+            || goes_by_name(named) && self.has_its_name(named, None);
+        if is_there { Ok(()) } else { Err(Errno::STALE) }
+    }
+
+    /// A descriptor of what `caller` wants to change.
+    pub(super) fn fd_to_change<'a>(
+        &self,
+        caller: &Caller,
+        inode: &'a Inode,
+    ) -> Result<InodeFd<'a>> {
+        self.fd(inode).inspect_err(|error| {
+            if *error == Errno::STALE {
+                self.paths.retries.refuse(caller.pid, inode.node());
+            }
+        })
+    }
+
+    fn refuse(
+        &self,
+        caller: &Caller,
+        mut nodes: impl Iterator<Item = NodeId> + Clone,
+    ) -> Result<()> {
+        let retries = &self.paths.retries;
+        if retries.is_repeated(caller.pid, nodes.clone()) {
+            return Ok(());
+        }
+        if let Some(node) = nodes.next() {
+            retries.refuse(caller.pid, node);
+        }
+        Err(Errno::STALE)
+    }
+
+    /// Whether the path by which the guest knows an inode, open as `fd`, leads there, as far as it is known.
+    fn is_current(&self, fd: &InodeFd<'_>) -> bool {
+        let inode = fd.inode();
+        inode.node() == NodeId::ROOT
+            || inode.record().is_nameless()
+            || self.has_its_name(inode, Some(fd.as_fd())) && self.is_in_its_place(inode)
+    }
+
+    /// Whether the directories above `inode` are where they were.
+    fn is_in_its_place(&self, inode: &Inode) -> bool {
+        let is_above = |node: &NodeId| *node != NodeId::ROOT;
+        let Some(mut at) = inode.parent().filter(is_above) else {
+            return true;
+        };
+        let period = now();
+        let mut confirmed = [at; ABOVE];
+        let mut count = 0;
+        while count < ABOVE && !self.paths.places.is_confirmed(at, period) {
+            let Some(directory) = self.inodes.any(at) else {
+                break;
+            };
+            // One that is closed is opened by its name, and so looked at, when it is needed.
+            let above = directory.parent().and_then(|node| self.inodes.any(node));
+            if !above.is_some_and(|above| above.slot().is_full()) {
+                break;
+            }
+            if !directory.record().is_nameless() && !self.has_its_name(&directory, None) {
+                return false;
+            }
+            confirmed[count] = at;
+            count += 1;
+            match directory.parent().filter(is_above) {
+                Some(parent) => at = parent,
+                None => break,
+            }
+        }
+        for node in &confirmed[..count] {
+            self.paths.places.confirm(*node, period);
+        }
+        true
+    }
+
+    /// Whether the name by which `inode` is known leads to it; where none is known, whether it has
+    /// one, as far as it is open as `fd`.
+    fn has_its_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
+        for _ in 0..TRIES {
+            let Some(parent) = inode.parent().and_then(|node| self.inodes.any(node)) else {
+                return fd.is_none_or(has_any_name);
+            };
+            let moment = self.inodes.moment(&parent);
+            let Way::Name(place) = inode.way() else {
+                continue;
+            };
+            if place.parent != parent.node() {
+                continue;
+            }
+            let found = self
+                .fd(&parent)
+                .and_then(|fd| stat_name(&fd, &place.name))
+                .map(|stat| Identity::of(&stat));
+            match found {
+                Ok(found) if inode.may_be(&found) => return true,
+                _ if !self.inodes.lasts(moment) => {}
+                Ok(found) => return self.is_now(inode, &found),
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => {
+                    // The guest may have removed it a moment ago.
+                    return inode.record().is_nameless();
+                }
+                // That says nothing of the inode.
+                Err(_) => return true,
+            }
+        }
+        // The guest itself is changing names there all the time.
+        true
+    }
+
+    /// Whether `inode` has become `identity`, as on an overlay that has copied it up.
+    fn is_now(&self, inode: &Inode, identity: &Identity) -> bool {
+        let stat = self.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
+        stat.is_ok_and(|stat| Identity::of(&stat).key == identity.key)
+    }
+}
+
+/// Whether what is open has any name; if that can't be told it is taken to have one.
+fn has_any_name(fd: impl AsFd) -> bool {
+    stat_fd(fd, StatxFlags::NLINK).map_or(true, |stat| stat.stx_nlink > 0)
+}
+
+/// The number of the period that is now, by a clock that costs nothing to read.
+fn now() -> u64 {
+    let now = rustix::time::clock_gettime(ClockId::MonotonicCoarse);
+    let milliseconds = now
+        .tv_sec
+        .wrapping_mul(1000)
+        .wrapping_add(now.tv_nsec / 1_000_000);
+    milliseconds.cast_unsigned() / PERIOD
+}
+
+/// Whether a name leads to `inode`, as far as is known.
+pub(super) fn goes_by_name(inode: &Inode) -> bool {
+    matches!(&*inode.held(), Held::Name)
+}
