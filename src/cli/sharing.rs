@@ -351,6 +351,7 @@ impl TryFrom<Sharing> for Share {
                 no_open: sharing.no_open,
                 no_opendir: sharing.no_opendir,
                 direct_io_mmap: sharing.allow_mmap,
+                idmap: true,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()
             },

@@ -14,7 +14,6 @@ use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
 use super::inode::Inode;
-use super::names::honest_mode;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Timestamp,
 };
@@ -51,7 +50,7 @@ impl Passthrough {
     ) -> Result<(Entry, Opened)> {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
-        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        let mode = self.honest_mode(caller, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;

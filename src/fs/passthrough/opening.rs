@@ -23,6 +23,7 @@ pub(super) struct AgreedTerms {
     collects_writes: AtomicBool,
     no_open: AtomicBool,
     no_opendir: AtomicBool,
+    idmapped: AtomicBool,
 }
 
 impl AgreedTerms {
@@ -31,6 +32,7 @@ impl AgreedTerms {
             .store(terms.collects_writes, Ordering::Relaxed);
         self.no_open.store(terms.no_open, Ordering::Relaxed);
         self.no_opendir.store(terms.no_opendir, Ordering::Relaxed);
+        self.idmapped.store(terms.idmapped, Ordering::Relaxed);
     }
 
     pub(super) fn collects_writes(&self) -> bool {
@@ -43,6 +45,10 @@ impl AgreedTerms {
 
     pub(super) fn no_opendir(&self) -> bool {
         self.no_opendir.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn idmapped(&self) -> bool {
+        self.idmapped.load(Ordering::Relaxed)
     }
 }
 
@@ -100,7 +106,9 @@ impl Passthrough {
         if let Some(file) = self.spare(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
-        let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
+        // Where owners are mapped, user 0 may be anybody.
+        let privileged = caller.uid == Some(0) && !self.terms.idmapped();
+        let file = if truncates && (caller.kill_set_id || !privileged) {
             self.writable()?;
             let flags = flags.difference(OFlags::TRUNC);
             let file = regular_file(self.open_appendable(&inode, flags, appends)?, flags);

@@ -94,8 +94,6 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
     let mut operation = operation(&header, behind, setxattr_ext).map_err(failed)?;
     if !operation.is_kernels_own() {
         node(header.nodeid).map_err(failed)?;
-        id(header.uid).map_err(failed)?;
-        id(header.gid).map_err(failed)?;
     }
     let extensions = extensions(&header, behind, agreed).map_err(failed)?;
     operation.set_label(extensions.label);
@@ -104,14 +102,19 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
         opcode: header.opcode,
         node: NodeId(header.nodeid),
         caller: Caller {
-            uid: header.uid,
-            gid: header.gid,
+            uid: told(header.uid),
+            gid: told(header.gid),
             pid: header.pid,
             kill_set_id: kill_set_id(&header, behind, setxattr_ext),
             group: extensions.group,
         },
         operation,
     })
+}
+
+/// A caller's id, unless it is the number that stands for none (`FUSE_INVALID_UIDGID`).
+fn told(id: u32) -> Option<u32> {
+    (id != u32::MAX).then_some(id)
 }
 
 /// Whether a request says that its caller may not keep set-id bits. The flag stands with the

@@ -196,7 +196,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may.
+    /// whether its caller may keep set-user-ID bits: only a superuser may, if it says who that is.
     fn file_to_change(
         &self,
         request: &Request<'_>,
@@ -204,7 +204,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         handle: Handle,
     ) -> Result<File, Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        if request.caller.uid != 0 && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
+        if request.caller.uid != Some(0) && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             self.fs.kill_set_id(node, handle)?;
         }
         Ok(file)
