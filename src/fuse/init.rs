@@ -96,6 +96,8 @@ pub struct SessionOptions {
     pub posix_locks: bool,
     /// Locks on whole files come here.
     pub flock: bool,
+    /// How long a request may wait for a lock; without limit if zero.
+    pub lock_wait_limit: Duration,
     /// The guest may mount with mapped owners (idmapped mounts). Only for transports whose guests
     /// mount with `default_permissions`, as Linux' virtio-fs driver always does: a kernel that
     /// doesn't would refuse the session.
@@ -125,6 +127,7 @@ impl Default for SessionOptions {
             direct_io_mmap: false,
             posix_locks: false,
             flock: false,
+            lock_wait_limit: Duration::ZERO,
             idmap: false,
         }
     }

@@ -2,6 +2,7 @@
 //! true of every request.
 
 mod data;
+mod locks;
 mod nodes;
 
 use zerocopy::IntoBytes;
