@@ -8,6 +8,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use rustix::fs::FlockOperation;
 use support::Server;
 use vmm::fuse::wire::{FileLock, LkIn, ReleaseIn, init, opcode, request_flag};
@@ -24,8 +26,12 @@ const EAGAIN: Option<i32> = Some(libc::EAGAIN);
 type Guest = Client<Session>;
 
 fn start(runtime: &str) -> (Server, Guest, u64, Handle) {
+    start_with(runtime, &[])
+}
+
+fn start_with(runtime: &str, more: &[&str]) -> (Server, Guest, u64, Handle) {
     let args = ["--runtime", runtime, "--posix-locks", "--flock"];
-    let server = Server::start(&[&args[..], &["--workers", "1"]].concat());
+    let server = Server::start(&[&args[..], &["--workers", "1"], more].concat());
     let mut fs = server.session(Profile::Simple, &Options::default());
     assert!(fs.has(init::POSIX_LOCKS | init::FLOCK_LOCKS));
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -215,6 +221,44 @@ fn a_stopped_queue_returns_its_waiting_locks(runtime: &str) {
     rustix::fs::fcntl_lock(&host, FlockOperation::NonBlockingLockExclusive).unwrap();
 }
 
+fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
+    let limit = Duration::from_millis(200);
+    let limited = ["--lock-wait-limit", "0.2"];
+    let (_server, mut fs, node, handle) = start_with(runtime, &limited);
+    let all = lock(libc::F_WRLCK, 0, END);
+    let other = fs.open(node, libc::O_RDWR).unwrap();
+    fs.setlk(node, handle, ALICE, all).unwrap();
+    let set = flock(&mut fs, opcode::SETLK, node, handle, libc::F_WRLCK);
+    fs.collect(set).unwrap();
+
+    let began = Instant::now();
+    let record = fs.submit_setlkw(node, handle, BOB, all).unwrap();
+    let whole = flock(&mut fs, opcode::SETLKW, node, other, libc::F_RDLCK);
+    assert_eq!(errno(fs.collect(record)), EAGAIN);
+    assert!(began.elapsed() >= limit);
+    assert_eq!(errno(fs.collect(whole)), EAGAIN);
+    assert!(began.elapsed() >= limit);
+    // Who was told that the lock is not his doesn't have it.
+    for (opcode, kind) in [
+        (opcode::SETLK, libc::F_UNLCK),
+        (opcode::SETLK, libc::F_WRLCK),
+    ] {
+        let set = flock(&mut fs, opcode, node, handle, kind);
+        fs.collect(set).unwrap();
+    }
+    flush(&mut fs, node, handle, ALICE);
+    fs.setlk(node, handle, ALICE, all).unwrap();
+
+    // What comes in time is had.
+    let (_server, mut fs, node, handle) = start_with(runtime, &["--lock-wait-limit=3600"]);
+    fs.setlk(node, handle, ALICE, all).unwrap();
+    let waiting = fs.submit_setlkw(node, handle, BOB, all).unwrap();
+    fs.getattr(ROOT).unwrap();
+    flush(&mut fs, node, handle, ALICE);
+    fs.collect(waiting).unwrap();
+    assert_eq!(errno(fs.setlk(node, handle, ALICE, all)), EAGAIN);
+}
+
 fn locks_on_whole_files_belong_to_the_open_file(runtime: &str) {
     let (server, mut fs, node, handle) = start(runtime);
     let host = host_file(&server);
@@ -302,8 +346,22 @@ on_both_runtimes!(
     a_waiting_lock_blocks_nobody_and_comes_when_it_is_free,
     an_interrupt_ends_the_wait_for_a_lock,
     a_stopped_queue_returns_its_waiting_locks,
+    wait_for_a_lock_ends_at_its_limit,
     locks_on_whole_files_belong_to_the_open_file,
     locks_of_an_open_file_end_with_it,
     each_sort_of_lock_has_its_option,
     a_readonly_share_has_locks_of_files_open_for_reading,
 );
+
+#[test]
+fn wait_limit_needs_locks_to_wait_for() {
+    let socket = ["--socket=/nowhere/s", "--shared-dir=/"];
+    for (more, code) in [
+        (&["--lock-wait-limit=1"][..], 2),
+        (&["--lock-wait-limit=soon", "--flock"], 2),
+        (&["--lock-wait-limit=1", "--flock"], 1),
+    ] {
+        let output = support::output(&[&socket, more].concat());
+        assert_eq!(output.status.code(), Some(code), "{more:?}");
+    }
+}

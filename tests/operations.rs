@@ -9,8 +9,8 @@
 mod support;
 
 use support::Server;
-use vmm::fuse::ROOT;
 use vmm::fuse::wire::{CopyFileRangeIn, FileLock, SetattrIn, init, setattr};
+use vmm::fuse::{LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile};
 
 fn every_operation_does_what_it_says(runtime: &str) {
@@ -175,6 +175,8 @@ fn a_fifo_blocks_nobody(runtime: &str) {
 fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
+    // Where owners may be mapped nobody says who asks.
+    fs.init_offering(LINUX_OFFERS & !init::ALLOW_IDMAP).unwrap();
     let (file, handle) = fs.create(ROOT, c"file", 0o777).unwrap();
     fs.release(file.nodeid, handle).unwrap();
     for (uid, left) in [(0, 0o6777), (1000, 0o777)] {

@@ -21,6 +21,7 @@ use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use support::Server;
+use vmm::fuse::wire::FileLock;
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -230,6 +231,50 @@ fn a_session_goes_on_when_the_serving_process_is_killed() {
         server.signal(Signal::TERM);
         assert!(server.wait().success());
         assert!(!server.socket().exists());
+    }
+}
+
+#[test]
+fn wait_for_a_lock_has_its_limit_in_the_next_process() {
+    let all = FileLock {
+        start: 0,
+        end: i64::MAX.cast_unsigned(),
+        r#type: libc::F_WRLCK.cast_unsigned(),
+        pid: 1,
+    };
+    for (limit, upgraded) in [(2, false), (3600, true)] {
+        let option = format!("--lock-wait-limit={limit}");
+        let mut server = start(("namespace", None), &["--posix-locks", &option]);
+        let mut fs = session(&server, Profile::Qemu);
+        let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+        fs.setlk(file.nodeid, handle, 1, all).unwrap();
+        let began = std::time::Instant::now();
+        let waiting = fs.submit_setlkw(file.nodeid, handle, 2, all).unwrap();
+        // It has been taken by the time that what came after it is answered.
+        fs.getattr(ROOT).unwrap();
+        if upgraded {
+            // An upgrade ends all waits.
+            let program = Path::new(env!("CARGO_BIN_EXE_ringfsd"));
+            assert!(upgrade(program, server.guardian()).status.success());
+            server.wait_for("upgraded to");
+        } else {
+            crash(&mut server);
+        }
+        let refused = fs.collect(waiting).unwrap_err();
+        assert_eq!(refused.errno(), Some(libc::EAGAIN));
+        assert!(upgraded || began.elapsed().as_secs() >= limit);
+        // One that is free by then is had.
+        if upgraded {
+            let waiting = fs.submit_setlkw(file.nodeid, handle, 2, all).unwrap();
+            fs.getattr(ROOT).unwrap();
+            crash(&mut server);
+            let unlock = FileLock {
+                r#type: libc::F_UNLCK.cast_unsigned(),
+                ..all
+            };
+            fs.setlk(file.nodeid, handle, 1, unlock).unwrap();
+            fs.collect(waiting).unwrap();
+        }
     }
 }
 

@@ -236,7 +236,7 @@ impl From<Cache> for passthrough::Cache {
 }
 
 /// A time in seconds, with a fraction if need be.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
@@ -351,6 +351,7 @@ impl TryFrom<Sharing> for Share {
                 no_open: sharing.no_open,
                 no_opendir: sharing.no_opendir,
                 direct_io_mmap: sharing.allow_mmap,
+                idmap: true,
                 cache_symlinks: !attribute_ttl.is_zero() && !entry_ttl.is_zero(),
                 ..SessionOptions::default()
             },

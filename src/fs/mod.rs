@@ -47,10 +47,11 @@ pub struct LockOwner(pub u64);
 /// Who asks: the process in the guest that a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Caller {
-    /// File system user id, as the guest has it.
-    pub uid: u32,
-    /// File system group id, as the guest has it.
-    pub gid: u32,
+    /// File system user id, as the guest has it. `None` if the guest's kernel doesn't tell:
+    /// with [`Terms::idmapped`] it tells only the owner of what is to be created.
+    pub uid: Option<u32>,
+    /// File system group id, likewise.
+    pub gid: Option<u32>,
     /// Process id in the guest; 0 for the guest's kernel itself.
     pub pid: u32,
     /// It is not privileged to keep the set-user-ID and set-group-ID bits of a file that it
@@ -59,6 +60,14 @@ pub struct Caller {
     /// Where something is created: the directory's group, if the caller is in that beside its
     /// own, as the guest's kernel says.
     pub group: Option<u32>,
+}
+
+impl Caller {
+    /// Whether the guest's kernel doesn't tell who it is.
+    #[must_use]
+    pub fn is_untold(&self) -> bool {
+        self.uid.is_none() || self.gid.is_none()
+    }
 }
 
 /// A security label: an extended attribute that a new inode has from its beginning.
@@ -246,6 +255,10 @@ pub struct Terms {
     pub no_open: bool,
     /// Directories may be, likewise.
     pub no_opendir: bool,
+    /// The guest may mount with other owners than ours (idmapped mounts). The ids of a caller then
+    /// come with creating requests alone, and are those that the new inode is to have: user 0 among
+    /// them need not be privileged in the guest, nor another user unprivileged.
+    pub idmapped: bool,
 }
 
 /// A file system as FUSE sees it.

@@ -96,6 +96,12 @@ pub struct SessionOptions {
     pub posix_locks: bool,
     /// Locks on whole files come here.
     pub flock: bool,
+    /// How long a request may wait for a lock; without limit if zero.
+    pub lock_wait_limit: Duration,
+    /// The guest may mount with mapped owners (idmapped mounts). Only for transports whose guests
+    /// mount with `default_permissions`, as Linux' virtio-fs driver always does: a kernel that
+    /// doesn't would refuse the session.
+    pub idmap: bool,
 }
 
 impl SessionOptions {
@@ -121,6 +127,8 @@ impl Default for SessionOptions {
             direct_io_mmap: false,
             posix_locks: false,
             flock: false,
+            lock_wait_limit: Duration::ZERO,
+            idmap: false,
         }
     }
 }
@@ -306,6 +314,7 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         (options.direct_io_mmap, InitFlags::DIRECT_IO_ALLOW_MMAP),
         (options.posix_locks, InitFlags::POSIX_LOCKS),
         (options.flock, InitFlags::FLOCK_LOCKS),
+        (options.idmap, InitFlags::ALLOW_IDMAP),
     ]
     .into_iter()
     .filter(|(wanted, _)| *wanted)
@@ -448,6 +457,20 @@ mod tests {
             InitFlags::REQUEST_TIMEOUT,
         ] {
             assert!(!flags.contains(flag), "{flag}");
+        }
+    }
+
+    #[test]
+    fn mapped_owners_are_taken_where_the_transport_allows() {
+        for (idmap, minor, agreed_on) in [(true, 41, true), (false, 41, false), (true, 31, false)] {
+            let options = SessionOptions {
+                idmap,
+                ..SessionOptions::default()
+            };
+            let flags = agreed(&offer(minor), &options).flags;
+            assert_eq!(flags.contains(InitFlags::ALLOW_IDMAP), agreed_on);
+            // A guest that goes by it can be taken over only where it is served.
+            assert_eq!(served(&options).contains(InitFlags::ALLOW_IDMAP), idmap);
         }
     }
 

@@ -84,6 +84,7 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
         flock: flags & 2 != 0,
         cache_symlinks: flags & 4 != 0,
         kill_set_id: flags & 8 != 0,
+        idmap: flags & 32 != 0,
         ..SessionOptions::default()
     };
     let session = Arc::new(Session::new(Arc::clone(&scene.fs), options));

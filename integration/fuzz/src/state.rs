@@ -29,8 +29,8 @@ const USED: u64 = 256;
 
 const ROOT: NodeId = NodeId::ROOT;
 const CALLER: Caller = Caller {
-    uid: 0,
-    gid: 0,
+    uid: Some(0),
+    gid: Some(0),
     pid: 1,
     kill_set_id: false,
     group: None,

@@ -97,6 +97,10 @@ pub struct Credentials {
     pub pid: u32,
 }
 
+/// Stands for no user and no group (`FUSE_INVALID_UIDGID`): the id of who asks, where Linux doesn't
+/// tell.
+pub const NO_ID: u32 = u32::MAX;
+
 /// A FUSE client.
 #[derive(Debug)]
 pub struct Client<G> {

@@ -75,8 +75,14 @@ impl Passthrough {
     /// `EPERM` if the guest may not use them.
     pub(super) fn on_host(&self, caller: &Caller) -> Result<Caller> {
         Ok(Caller {
-            uid: self.options.users.to_host(caller.uid)?,
-            gid: self.options.groups.to_host(caller.gid)?,
+            uid: caller
+                .uid
+                .map(|uid| self.options.users.to_host(uid))
+                .transpose()?,
+            gid: caller
+                .gid
+                .map(|gid| self.options.groups.to_host(gid))
+                .transpose()?,
             // One that it may not use is none that it is in.
             group: caller
                 .group
@@ -236,14 +242,18 @@ impl Passthrough {
 fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
     let mode = attributes.mode;
     let directory = FileType::from_raw_mode(mode) == FileType::Directory;
-    if caller.uid == 0 {
+    let (Some(uid), Some(gid)) = (caller.uid, caller.gid) else {
+        // Whoever it is has what each class has.
+        return mode >> 6 & mode >> 3 & mode & 0o7;
+    };
+    if uid == 0 {
         // Root may do everything, except execute what nobody may.
         let executable = directory || mode & 0o111 != 0;
         return if executable { 0o7 } else { 0o6 };
     }
-    let shift = if caller.uid == attributes.uid {
+    let shift = if uid == attributes.uid {
         6
-    } else if caller.gid == attributes.gid {
+    } else if gid == attributes.gid {
         3
     } else {
         0
@@ -313,8 +323,8 @@ mod tests {
             ..Attributes::default()
         };
         let caller = |uid, gid| Caller {
-            uid,
-            gid,
+            uid: Some(uid),
+            gid: Some(gid),
             ..Caller::default()
         };
         let file = attributes(0o100_046);
@@ -324,6 +334,16 @@ mod tests {
         assert_eq!(permissions_for(&caller(0, 0), &file), 6);
         assert_eq!(permissions_for(&caller(0, 0), &attributes(0o100_010)), 7);
         assert_eq!(permissions_for(&caller(0, 0), &attributes(0o040_000)), 7);
+        // Somebody, of whom nothing is known, has what everybody has.
+        for (uid, gid) in [(None, None), (Some(0), None), (None, Some(100))] {
+            let untold = Caller {
+                uid,
+                gid,
+                ..Caller::default()
+            };
+            assert_eq!(permissions_for(&untold, &file), 0);
+            assert_eq!(permissions_for(&untold, &attributes(0o100_764)), 4);
+        }
     }
 
     #[test]

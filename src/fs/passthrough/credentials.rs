@@ -31,6 +31,7 @@ use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{Gid, Mode};
+use rustix::io::Errno;
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use crate::fs::{Caller, Result};
@@ -103,13 +104,17 @@ impl Wear {
     ///
     /// # Errors
     ///
-    /// `EPERM` if the caller's ids have no mapping in the server's user namespace.
+    /// `EOVERFLOW` if the caller has no ids, as on any file system where they can't be mapped;
+    /// `EPERM` if they have no mapping in the server's user namespace.
     pub(super) fn section(
         &self,
         proc_fds: &OwnedFd,
         caller: &Caller,
         umask: Option<u32>,
     ) -> Result<Section> {
+        let (Some(uid), Some(gid)) = (caller.uid, caller.gid) else {
+            return Err(Errno::OVERFLOW);
+        };
         let mut thread = prepared(proc_fds)?;
         if let Some(umask) = umask.map(|mask| mask & 0o777)
             && umask != thread.umask
@@ -118,10 +123,6 @@ impl Wear {
             thread.umask = umask;
             THREAD.set(Some(thread));
         }
-        let ids = Ids {
-            uid: caller.uid,
-            gid: caller.gid,
-        };
         // Made first, so that it puts back what a change gone wrong half-way leaves.
         let mut section = Section {
             put_back: (self.put_back || !thread.overriding).then_some(thread.own),
@@ -138,7 +139,7 @@ impl Wear {
             sys::set_groups(&[Gid::from_raw(group)])?;
             section.groups = Some(own);
         }
-        change(&mut thread, ids)?;
+        change(&mut thread, Ids { uid, gid })?;
         Ok(section)
     }
 }

@@ -14,7 +14,6 @@ use super::Passthrough;
 use super::attributes::timestamp;
 use super::holds::{IDENTITY, Identity, reopen_fd, stat_fd};
 use super::inode::Inode;
-use super::names::honest_mode;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Statistics,
     Timestamp,
@@ -74,7 +73,7 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
-        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        let mode = self.honest_mode(caller, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;

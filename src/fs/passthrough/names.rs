@@ -69,7 +69,7 @@ impl Passthrough {
             }
             kind => kind,
         };
-        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        let mode = self.honest_mode(caller, &parent, new.mode)?;
         self.room_for_inode()?;
         let (major, minor) = decode_device(new.rdev);
         let device = rustix::fs::makedev(major, minor);
@@ -125,7 +125,7 @@ impl Passthrough {
             });
         }
         self.confirm(caller, &parent)?;
-        let mode = honest_mode(&self.on_host(caller)?, &parent, new.mode)?;
+        let mode = self.honest_mode(caller, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
             match self.labelled(new.label, Some((parent.inode().node(), name)), create) {
@@ -425,6 +425,33 @@ impl Passthrough {
         renamed
     }
 
+    /// The permission bits of a new file, without a set-group-ID bit that the caller has no right
+    /// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
+    /// from an executable file whose creator isn't in that group, but it would not from the server,
+    /// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
+    /// say of a member by a supplementary group that it is one, and before that it may set the bit
+    /// afterwards. Where owners are mapped, the guest's kernel alone knows who is privileged.
+    pub(super) fn honest_mode(
+        &self,
+        caller: &Caller,
+        parent: &impl AsFd,
+        mode: u32,
+    ) -> Result<Mode> {
+        let caller = self.on_host(caller)?;
+        let mut mode = mode & PERMISSIONS;
+        let group_program = SET_GROUP_ID | GROUP_EXECUTE;
+        let doubtful = caller.uid != Some(0) && !self.terms.idmapped();
+        if doubtful && mode & group_program == group_program {
+            let stat = stat_fd(parent, StatxFlags::BASIC_STATS)?;
+            let inherits = u32::from(stat.stx_mode) & SET_GROUP_ID != 0;
+            let is_member = [caller.gid, caller.group].contains(&Some(stat.stx_gid));
+            if inherits && !is_member {
+                mode &= !SET_GROUP_ID;
+            }
+        }
+        Ok(Mode::from_raw_mode(mode))
+    }
+
     fn move_known(
         &self,
         (moved, replaced): (Option<&Known>, Option<&Known>),
@@ -493,24 +520,4 @@ struct Victim<'a> {
     by_handle: bool,
     /// What keeps it, if it could be opened.
     fd: Option<InodeFd<'a>>,
-}
-
-/// The permission bits of a new file, without a set-group-ID bit that the caller has no right
-/// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
-/// from an executable file whose creator isn't in that group, but it would not from the server,
-/// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
-/// say of a member by a supplementary group that it is one, and before that it may set the bit
-/// afterwards.
-pub(super) fn honest_mode(caller: &Caller, parent: &impl AsFd, mode: u32) -> Result<Mode> {
-    let mut mode = mode & PERMISSIONS;
-    let group_program = SET_GROUP_ID | GROUP_EXECUTE;
-    if caller.uid != 0 && mode & group_program == group_program {
-        let stat = stat_fd(parent, StatxFlags::BASIC_STATS)?;
-        let inherits = u32::from(stat.stx_mode) & SET_GROUP_ID != 0;
-        let is_member = stat.stx_gid == caller.gid || caller.group == Some(stat.stx_gid);
-        if inherits && !is_member {
-            mode &= !SET_GROUP_ID;
-        }
-    }
-    Ok(Mode::from_raw_mode(mode))
 }

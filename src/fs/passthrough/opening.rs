@@ -24,6 +24,7 @@ pub(super) struct AgreedTerms {
     collects_writes: AtomicBool,
     no_open: AtomicBool,
     no_opendir: AtomicBool,
+    idmapped: AtomicBool,
 }
 
 impl AgreedTerms {
@@ -32,6 +33,7 @@ impl AgreedTerms {
             .store(terms.collects_writes, Ordering::Relaxed);
         self.no_open.store(terms.no_open, Ordering::Relaxed);
         self.no_opendir.store(terms.no_opendir, Ordering::Relaxed);
+        self.idmapped.store(terms.idmapped, Ordering::Relaxed);
     }
 
     pub(super) fn collects_writes(&self) -> bool {
@@ -44,6 +46,10 @@ impl AgreedTerms {
 
     pub(super) fn no_opendir(&self) -> bool {
         self.no_opendir.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn idmapped(&self) -> bool {
+        self.idmapped.load(Ordering::Relaxed)
     }
 }
 
@@ -107,7 +113,9 @@ impl Passthrough {
             self.writable()?;
             self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;
         }
-        let file = if truncates && (caller.kill_set_id || caller.uid != 0) {
+        // Where owners are mapped, user 0 may be anybody.
+        let privileged = caller.uid == Some(0) && !self.terms.idmapped();
+        let file = if truncates && (caller.kill_set_id || !privileged) {
             self.writable()?;
             let flags = flags.difference(OFlags::TRUNC);
             let file = regular_file(self.open_appendable(&inode, flags, appends)?, flags);

@@ -110,15 +110,17 @@ impl Passthrough {
         })
     }
 
-    /// Only to a superuser `trusted.` attributes are listed, as on any local file system. The
-    /// guest's kernel doesn't see to that, and of the caller says the user id alone.
+    /// `trusted.` attributes are not listed to ordinary users, as on any local file system. The
+    /// guest's kernel doesn't see to that, and of the caller tells the user id alone, or not even
+    /// that: then they are listed, lest a superuser's copies lose them. Whether they can be read is up
+    /// to the guest's kernel in any case.
     pub(super) fn attribute_names(
         &self,
         caller: &Caller,
         node: NodeId,
         limit: usize,
     ) -> Result<Vec<u8>> {
-        if caller.uid == 0 {
+        if is_listed_all(caller) {
             return self.all_attribute_names(node, limit);
         }
         let all = self.all_attribute_names(node, LONGEST)?;
@@ -153,7 +155,7 @@ impl Passthrough {
     }
 
     pub(super) fn attribute_names_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
-        if caller.uid != 0 || self.options.xattr_map.is_some() {
+        if !is_listed_all(caller) || self.options.xattr_map.is_some() {
             let names = self.attribute_names(caller, node, LONGEST);
             return names.map(|names| names.len());
         }
@@ -170,6 +172,10 @@ impl Passthrough {
             rustix::fs::removexattr(path, &*self.host_name(name)?)
         })
     }
+}
+
+fn is_listed_all(caller: &Caller) -> bool {
+    caller.uid.is_none_or(|uid| uid == 0)
 }
 
 /// Reads at most `limit` bytes. The kernel takes a limit of 0 for a question of length, but

@@ -98,7 +98,7 @@ init_flags! {
     NO_EXPORT_SUPPORT = 38,
     /// Requests may be sent again.
     HAS_RESEND = 39,
-    /// Mapped mounts.
+    /// The guest may mount with mapped owners; callers are told with creating requests alone.
     ALLOW_IDMAP = 40,
     /// Of `/dev/fuse` only.
     OVER_IO_URING = 41,

@@ -107,8 +107,6 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
         Handler::Metadata | Handler::Data | Handler::Lock
     ) {
         node(header.nodeid).map_err(failed)?;
-        id(header.uid).map_err(failed)?;
-        id(header.gid).map_err(failed)?;
     }
     Ok(Request {
         unique: header.unique,
@@ -116,14 +114,19 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
         row,
         node: NodeId(header.nodeid),
         caller: Caller {
-            uid: header.uid,
-            gid: header.gid,
+            uid: told(header.uid),
+            gid: told(header.gid),
             pid: header.pid,
             kill_set_id,
             group,
         },
         operation,
     })
+}
+
+/// A caller's id, unless it is the number that stands for none (`FUSE_INVALID_UIDGID`).
+fn told(id: u32) -> Option<u32> {
+    (id != u32::MAX).then_some(id)
 }
 
 fn row(header: &InHeader) -> &'static Row {

@@ -25,7 +25,7 @@ use crate::io::File;
 const BEHIND: Duration = Duration::from_millis(20);
 
 /// An intent's first word: it was said.
-const SAID: u64 = 1;
+pub(super) const SAID: u64 = 1;
 
 /// Now, in nanoseconds since 1970, as an intent has it.
 fn stamp() -> u64 {

@@ -277,7 +277,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may. A change of no bytes is
+    /// whether its caller may keep set-user-ID bits: only a superuser may, if it says who that is. A change of no bytes is
     /// refused, or changes nothing. What is left to do about the bits where that may block comes with
     /// the file.
     fn file_to_change(
@@ -287,7 +287,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         len: u64,
     ) -> Result<(OpenFile, Option<(NodeId, Handle)>), Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        let keeps = len == 0 || request.caller.uid == 0;
+        let keeps = len == 0 || request.caller.uid == Some(0);
         if keeps || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             return Ok((file, None));
         }

@@ -4,9 +4,12 @@
 //! The invariant: a lock is never held for an owner who was told that it is not.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
+use super::again::SAID;
 use super::data::errno;
 use super::waiting::NoWaits;
 use super::{Outcome, Session};
@@ -77,14 +80,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// SETLK, SETLKW and `flock`.
     fn setlk<E: Exchange>(
         self: &Arc<Self>,
-        exchange: E,
+        mut exchange: E,
         request: &Request<'_>,
         locking: Locking,
     ) -> Outcome {
         let unique = request.unique;
         let waits = match self.lock_or_wait(request, &locking) {
             Ok(None) => return self.now(exchange, unique, Ok(Answer::Done)),
-            Ok(Some(file)) => self.waiting.begin(unique).map(|wait| (file, wait)),
+            Ok(Some(file)) => {
+                let limit = self.wait_limit(&mut exchange);
+                self.waiting.begin(unique, limit).map(|wait| (file, wait))
+            }
             Err(errno) => Err(errno),
         };
         let (file, mut wait) = match waits {
@@ -112,6 +118,25 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
+    /// How long a request may still wait. The time is counted from when it began to wait, in whatever
+    /// process: a process that replays the request finds that in what the one before intended.
+    pub(super) fn wait_limit<E: Exchange>(&self, exchange: &mut E) -> Option<Duration> {
+        let limit = self.options.lock_wait_limit;
+        if limit.is_zero() {
+            return None;
+        }
+        let now = since_boot();
+        let began = match exchange.begun() {
+            Some([SAID, nanoseconds, ..]) => Duration::from_nanos(nanoseconds),
+            _ => {
+                let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+                exchange.intend([SAID, nanoseconds, 0, 0]);
+                now
+            }
+        };
+        Some(limit.saturating_sub(now.saturating_sub(began)))
+    }
+
     /// Sets a lock at once, or answers what to wait with.
     fn lock_or_wait(&self, request: &Request<'_>, locking: &Locking) -> Result<Option<Arc<File>>> {
         let (node, handle) = (request.node, locking.handle);
@@ -136,4 +161,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Err(errno) => Err(errno),
         }
     }
+}
+
+/// A clock that all processes of the host share and nobody sets.
+fn since_boot() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
 }

@@ -207,6 +207,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Handler::Session => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
             Handler::Unserved => Err(Errno::NOSYS),
+            _ if request.caller.is_untold() && !self.has_agreed(InitFlags::ALLOW_IDMAP) => {
+                Err(Errno::INVAL)
+            }
             _ => Ok(()),
         }
     }
@@ -413,6 +416,7 @@ fn terms(flags: InitFlags) -> Terms {
         collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
         no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
         no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
+        idmapped: flags.contains(InitFlags::ALLOW_IDMAP),
     }
 }
 

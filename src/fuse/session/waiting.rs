@@ -7,9 +7,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 /// The most waits of a session; each costs a thread.
 const MOST: usize = 256;
@@ -31,13 +33,17 @@ struct State {
 }
 
 impl Waiting {
-    /// Registers a wait of the request `unique`.
+    /// Registers a wait of the request `unique`, which ends by itself after `limit`.
     ///
     /// # Errors
     ///
     /// `ENOLCK` if too many wait, `EINTR` if the request has been interrupted already, `EAGAIN`
     /// while a queue is being stopped, `EINVAL` if a request of that name waits.
-    pub(super) fn begin(self: &Arc<Self>, unique: u64) -> Result<Wait, Errno> {
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        unique: u64,
+        limit: Option<Duration>,
+    ) -> Result<Wait, Errno> {
         let mut state = self.state();
         if let Some(at) = state.early.iter().position(|early| *early == unique) {
             state.early.remove(at);
@@ -58,6 +64,7 @@ impl Waiting {
             waiting: Arc::clone(self),
             unique,
             ended,
+            limit,
         })
     }
 
@@ -100,12 +107,18 @@ pub(super) struct Wait {
     waiting: Arc<Waiting>,
     unique: u64,
     ended: oneshot::Receiver<Errno>,
+    limit: Option<Duration>,
 }
 
 impl Wait {
-    /// Ends when the wait has to, with what the request is to be answered with.
+    /// Ends when the wait has to, with what the request is to be answered with. At the limit that is
+    /// `EAGAIN`, for the reason that [`NoWaits::new`] gives.
     pub(super) async fn ended(&mut self) -> Errno {
-        (&mut self.ended).await.unwrap_or(Errno::INTR)
+        let ended = async { (&mut self.ended).await.unwrap_or(Errno::INTR) };
+        match self.limit {
+            None => ended.await,
+            Some(limit) => timeout(limit, ended).await.unwrap_or(Errno::AGAIN),
+        }
     }
 }
 
@@ -154,8 +167,8 @@ mod tests {
     #[test]
     fn an_interrupt_ends_the_wait_it_names() {
         let waiting = Arc::new(Waiting::default());
-        let mut one = waiting.begin(2).unwrap();
-        let mut other = waiting.begin(4).unwrap();
+        let mut one = waiting.begin(2, None).unwrap();
+        let mut other = waiting.begin(4, None).unwrap();
         waiting.interrupt(2);
         assert_eq!(answer(&mut one), Some(Errno::INTR));
         assert_eq!(answer(&mut other), None);
@@ -165,8 +178,8 @@ mod tests {
     fn an_interrupt_that_comes_first_ends_the_wait_as_it_begins() {
         let waiting = Arc::new(Waiting::default());
         waiting.interrupt(2);
-        assert_eq!(waiting.begin(2).err(), Some(Errno::INTR));
-        assert!(waiting.begin(2).is_ok());
+        assert_eq!(waiting.begin(2, None).err(), Some(Errno::INTR));
+        assert!(waiting.begin(2, None).is_ok());
         (0..1000).for_each(|unique| waiting.interrupt(unique));
         assert_eq!(waiting.state().early.len(), EARLY);
     }
@@ -174,23 +187,23 @@ mod tests {
     #[test]
     fn nothing_waits_while_a_queue_is_stopped() {
         let waiting = Arc::new(Waiting::default());
-        let mut wait = waiting.begin(2).unwrap();
+        let mut wait = waiting.begin(2, None).unwrap();
         let held = NoWaits::new(&waiting);
         assert_eq!(answer(&mut wait), Some(Errno::AGAIN));
-        assert_eq!(waiting.begin(4).err(), Some(Errno::AGAIN));
+        assert_eq!(waiting.begin(4, None).err(), Some(Errno::AGAIN));
         drop(held);
-        assert!(waiting.begin(4).is_ok());
+        assert!(waiting.begin(4, None).is_ok());
     }
 
     #[test]
     fn waits_are_bounded_and_their_names_unique() {
         let waiting = Arc::new(Waiting::default());
         let mut waits: Vec<_> = (0..MOST as u64)
-            .map(|unique| waiting.begin(unique).unwrap())
+            .map(|unique| waiting.begin(unique, None).unwrap())
             .collect();
-        assert_eq!(waiting.begin(4711).err(), Some(Errno::NOLCK));
+        assert_eq!(waiting.begin(4711, None).err(), Some(Errno::NOLCK));
         waits.pop();
-        assert_eq!(waiting.begin(0).err(), Some(Errno::INVAL));
-        assert!(waiting.begin(4711).is_ok());
+        assert_eq!(waiting.begin(0, None).err(), Some(Errno::INVAL));
+        assert!(waiting.begin(4711, None).is_ok());
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::abi::{InHeader, InitFlags, InitIn, Opcode, OutHeader};
-use super::{Exchange, OUT_HEADER_LEN, Outcome, Session, SessionOptions};
+use super::{Exchange, Intent, OUT_HEADER_LEN, Outcome, Session, SessionOptions};
 use crate::io::GuestBuffer;
 
 pub(super) use one_directory::{HANDLE, OneDirectory, attributes};
@@ -99,10 +99,24 @@ pub(super) struct MemoryExchange {
     request: Vec<u8>,
     at: usize,
     room: usize,
+    begun: Option<Intent>,
+    intended: Option<Intent>,
     ending: Rc<RefCell<Option<Ending>>>,
 }
 
 impl MemoryExchange {
+    /// One that a process before this one has begun, with this intent.
+    pub(super) fn begun(intent: Intent) -> Self {
+        let (mut exchange, _) = Self::new(Vec::new(), 0);
+        exchange.begun = Some(intent);
+        exchange
+    }
+
+    /// The intent that this process has said.
+    pub(super) fn intended(&self) -> Option<Intent> {
+        self.intended
+    }
+
     pub(super) fn new(request: Vec<u8>, room: usize) -> (Self, Rc<RefCell<Option<Ending>>>) {
         let ending = Rc::new(RefCell::new(None));
         (
@@ -110,6 +124,8 @@ impl MemoryExchange {
                 request,
                 at: 0,
                 room,
+                begun: None,
+                intended: None,
                 ending: Rc::clone(&ending),
             },
             ending,
@@ -123,6 +139,14 @@ impl MemoryExchange {
 }
 
 impl Exchange for MemoryExchange {
+    fn intend(&mut self, intent: Intent) {
+        self.intended = Some(intent);
+    }
+
+    fn begun(&self) -> Option<Intent> {
+        self.begun
+    }
+
     fn readable(&self) -> usize {
         self.request.len() - self.at
     }

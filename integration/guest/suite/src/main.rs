@@ -10,6 +10,7 @@ mod failure;
 mod fixture;
 mod load;
 mod lock;
+mod namespace;
 mod process;
 mod region;
 mod runner;

@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
@@ -232,5 +232,12 @@ impl Baton {
     pub(crate) fn wait(&self) -> Outcome {
         let mut byte = [0];
         Ok((&self.read).read_exact(&mut byte)?)
+    }
+}
+
+/// Readable when it has been passed on.
+impl AsFd for Baton {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.read.as_fd()
     }
 }

@@ -82,13 +82,15 @@ impl<G: Guest> Client<G> {
         self.request(call.reply_of::<StatxOut>())?.value()
     }
 
-    /// ACCESS, with a mask as `access` has it.
+    /// ACCESS, with a mask as `access` has it. Says who asks in any case, as Linux doesn't ask where
+    /// it wouldn't tell.
     pub fn access(&mut self, nodeid: u64, mask: i32) -> Result<(), FuseError> {
         let asked = AccessIn {
             mask: mask.cast_unsigned(),
             padding: 0,
         };
-        self.done(Call::new(opcode::ACCESS, nodeid).arg(asked.as_bytes()))
+        let call = Call::new(opcode::ACCESS, nodeid).by(self.credentials);
+        self.done(call.arg(asked.as_bytes()))
     }
 
     /// STATFS.

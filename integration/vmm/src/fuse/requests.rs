@@ -5,8 +5,8 @@ use std::collections::hash_map::Entry;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::Placed;
-use super::wire::{InHeader, OutHeader, opcode};
-use super::{Client, Credentials, Errno, FuseError, Guest, Layout};
+use super::wire::{InHeader, OutHeader, Rename2In, init, opcode};
+use super::{Client, Credentials, Errno, FuseError, Guest, Layout, NO_ID};
 
 /// Bytes of a reply's header.
 const OUT_HEADER: u32 = 16;
@@ -327,7 +327,9 @@ impl<G: Guest> Client<G> {
         let mut fields = vec![u32::try_from(size_of::<InHeader>()).unwrap_or(0)];
         let lens = call.args.iter().map(|arg| u32::try_from(arg.len()));
         fields.extend(lens.map(|len| len.unwrap_or(u32::MAX)));
-        let credentials = call.credentials.unwrap_or(self.credentials);
+        let credentials = call
+            .credentials
+            .unwrap_or_else(|| self.credentials_for(call));
         let header = InHeader {
             len: call.claimed_len.unwrap_or_else(|| fields.iter().sum()),
             opcode: call.opcode,
@@ -344,6 +346,30 @@ impl<G: Guest> Client<G> {
             bytes.extend_from_slice(arg);
         }
         (fields, bytes)
+    }
+
+    /// In whose name Linux makes this request: where owners may be mapped it doesn't tell, unless
+    /// something is created.
+    fn credentials_for(&self, call: &Call<'_>) -> Credentials {
+        let creates = match call.opcode {
+            opcode::MKNOD | opcode::MKDIR | opcode::SYMLINK | opcode::CREATE | opcode::TMPFILE => {
+                true
+            }
+            opcode::RENAME2 => call
+                .args
+                .first()
+                .and_then(|arg| Rename2In::read_from_bytes(arg).ok())
+                .is_some_and(|asked| asked.flags & libc::RENAME_WHITEOUT != 0),
+            _ => false,
+        };
+        if creates || !self.has(init::ALLOW_IDMAP) {
+            return self.credentials;
+        }
+        Credentials {
+            uid: NO_ID,
+            gid: NO_ID,
+            ..self.credentials
+        }
     }
 
     /// Checks what came back, and gives the buffers back.

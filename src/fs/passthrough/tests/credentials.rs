@@ -204,7 +204,7 @@ fn a_set_group_id_directory_gives_its_group_but_no_set_group_id_program() {
         assert_eq!(owner(&dir.join("dir")), (1000, 2000));
         assert_eq!(mode(&dir.join("dir")), 0o2755);
         let member = Caller {
-            gid: 2000,
+            gid: Some(2000),
             ..user(1000)
         };
         fs.create(&member, parent, c"member's", O_RDWR, &program)

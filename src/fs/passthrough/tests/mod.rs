@@ -33,8 +33,8 @@ const ROOT: NodeId = NodeId::ROOT;
 
 /// The user that runs the tests' guest.
 const SUPERUSER: Caller = Caller {
-    uid: 0,
-    gid: 0,
+    uid: Some(0),
+    gid: Some(0),
     pid: 1,
     kill_set_id: false,
     group: None,
@@ -105,8 +105,8 @@ fn is_root() -> bool {
 
 fn user(uid: u32) -> Caller {
     Caller {
-        uid,
-        gid: uid,
+        uid: Some(uid),
+        gid: Some(uid),
         ..SUPERUSER
     }
 }

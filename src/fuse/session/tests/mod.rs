@@ -2,6 +2,7 @@
 //! true of every request.
 
 mod data;
+mod locks;
 mod nodes;
 
 use zerocopy::IntoBytes;
@@ -174,6 +175,33 @@ fn what_is_not_served_is_enosys() {
     }
     assert_eq!(guest.session.counters().unknown(), 6);
     assert_eq!(guest.session.counters().requests(Opcode::Setlkw), 1);
+}
+
+#[test]
+fn caller_without_ids_is_served_where_that_was_agreed_on() {
+    let untold = |at: usize| {
+        let mut bytes = lookup(b"name");
+        bytes[at..at + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
+        bytes
+    };
+    for (flags, errno) in [
+        (InitFlags::INIT_EXT, libc::EINVAL),
+        (InitFlags::INIT_EXT | InitFlags::ALLOW_IDMAP, 0),
+    ] {
+        let guest = Guest::with_options(SessionOptions {
+            idmap: true,
+            ..SessionOptions::default()
+        });
+        guest.fs().put(c"name");
+        // Before INIT nothing is said about it.
+        for at in [24, 28] {
+            assert_eq!(guest.say(untold(at), ROOM).errno(), libc::EIO);
+        }
+        assert_eq!(guest.say(init_of(7, 41, flags), ROOM).errno(), 0);
+        for at in [24, 28] {
+            assert_eq!(guest.say(untold(at), ROOM).errno(), errno, "{flags} {at}");
+        }
+    }
 }
 
 #[test]

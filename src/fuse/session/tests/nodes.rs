@@ -97,7 +97,8 @@ fn getattr_says_who_asks_and_of_what() {
     assert_eq!((reply.attr_valid, reply.attr_valid_nsec), (1, 5));
     assert_eq!(reply.attr.ino, attributes(1).inode);
     guest.say(getattr(1), ROOM);
-    let who = "Caller { uid: 1000, gid: 100, pid: 42, kill_set_id: false, group: None }";
+    let who =
+        "Caller { uid: Some(1000), gid: Some(100), pid: 42, kill_set_id: false, group: None }";
     let expected = [
         format!("getattr {who} None"),
         format!("getattr {who} Some(Handle(7))"),

@@ -9,6 +9,7 @@ mod attributes;
 mod concurrency;
 mod content;
 mod directories;
+mod idmapped;
 mod links;
 mod locks;
 mod mappings;
@@ -55,6 +56,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Check> {
         xattrs::CHECKS,
         permissions::CHECKS,
         set_id::CHECKS,
+        idmapped::CHECKS,
         locks::CHECKS,
         special::CHECKS,
         concurrency::CHECKS,
