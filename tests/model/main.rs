@@ -9,8 +9,10 @@
     reason = "a test fails by panicking"
 )]
 
+mod changes;
 mod guest;
 mod host;
+mod kernel;
 mod machine;
 mod operation;
 #[path = "../support/mod.rs"]
@@ -144,9 +146,19 @@ fn clients_at_once_disturb_nobody_with_few_descriptors(runtime: &str) {
     together::clients_at_once_disturb_nobody(runtime, &["--max-open-inodes", "8"]);
 }
 
+fn nothing_is_lost_when_host_and_guest_take_turns(runtime: &str) {
+    changes::nothing_is_lost_when_host_and_guest_take_turns(runtime);
+}
+
+fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
+    changes::nothing_is_lost_while_the_host_changes_the_share(runtime);
+}
+
 on_both_runtimes!(
     every_answer_is_the_hosts,
     every_answer_is_the_hosts_with_few_descriptors,
     clients_at_once_disturb_nobody,
     clients_at_once_disturb_nobody_with_few_descriptors,
+    nothing_is_lost_when_host_and_guest_take_turns,
+    nothing_is_lost_while_the_host_changes_the_share,
 );
