@@ -29,7 +29,7 @@ use crate::fs::{Caller, NodeId, Result};
 use crate::io::File;
 
 /// How often a name is looked at again that the guest itself is just changing.
-const TRIES: usize = 4;
+const TRIES: usize = 2000;
 
 /// How many directories above an inode are looked at, so that a request in a deep tree costs no more
 /// than others.
@@ -212,7 +212,8 @@ impl Passthrough {
             self.paths.retries.served(caller.pid);
             return Ok(());
         }
-        if self.paths.opened(caller).swap(0, Ordering::Relaxed) == node.0 {
+        if self.paths.opened(caller).swap(0, Ordering::Relaxed) == node.0 && self.handles.has(node)
+        {
             return Ok(());
         }
         self.refuse(caller, [node].into_iter())
@@ -315,7 +316,7 @@ impl Passthrough {
                 .map(|stat| Identity::of(&stat));
             match found {
                 Ok(found) if inode.may_be(&found) => return true,
-                _ if !self.inodes.lasts(moment) => {}
+                _ if !self.inodes.lasts(moment) => std::thread::yield_now(),
                 Ok(found) => return self.is_now(inode, &found),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => {
                     // The guest may have removed it a moment ago.
