@@ -39,9 +39,9 @@ const TOOLS: &[Tool] = &[
         arguments: &[
             "--workspace",
             "--locked",
-            "check",
             "--config",
             ".cargo/deny.toml",
+            "check",
             "bans",
             "licenses",
             "sources",
