@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
-# formatting, lints, spelling, dependencies, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
-# target, others' suites on a mount of this machine's own, real guests, and others' suites in those.
+# formatting, lints, spelling, dependencies, documentation, unit and loom tests, the tests over a
+# socket, a minute of each fuzz target, others' suites on a mount of this machine's own, real guests,
+# and others' suites in those.
 #
 #   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery guest others
 set -euo pipefail
