@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
-# formatting, lints, documentation, unit and loom tests, the tests over a socket, a minute of each fuzz
-# target, others' suites on a mount of this machine's own, real guests, and others' suites in those.
+# formatting, lints, spelling, dependencies, documentation, unit and loom tests, the tests over a
+# socket, a minute of each fuzz target, others' suites on a mount of this machine's own, real guests,
+# and others' suites in those.
 #
-#   test.sh [STEP...]     only these steps: format lint doc unit loom fuzz bridge recovery guest others
+#   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery guest others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,6 +39,11 @@ if wanted lint; then
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
 
+if wanted tools; then
+    step 'spelling, unused dependencies, licences and sources of dependencies'
+    cargo xtask tools
+fi
+
 if wanted doc; then
     step 'documentation'
     RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked
@@ -50,11 +56,7 @@ fi
 
 if wanted loom; then
     step 'loom: every interleaving of the channel and of the used ring'
-    loom=(cargo test --locked --release --target-dir target/loom)
-    export CARGO_PROFILE_RELEASE_LTO=off
-    RUSTFLAGS='--cfg ringfsd_loom' "${loom[@]}" --test loom
-    RUSTFLAGS='--cfg ringfsd_loom' "${loom[@]}" --lib every_order
-    unset CARGO_PROFILE_RELEASE_LTO
+    cargo xtask test loom
 fi
 
 if wanted fuzz; then

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::sys;
@@ -201,9 +201,10 @@ impl Listener {
             return Err(ListenError::NotListening(fd.as_raw_fd()));
         }
         let socket = UnixListener::from(fd);
-        let name = match socket.local_addr().ok().as_ref() {
-            Some(address) if let Some(path) = address.as_pathname() => path.display().to_string(),
-            _ => "an inherited socket".to_owned(),
+        let address = socket.local_addr().ok();
+        let name = match address.as_ref().and_then(SocketAddr::as_pathname) {
+            Some(path) => path.display().to_string(),
+            None => "an inherited socket".to_owned(),
         };
         Ok(Self {
             socket,

@@ -18,7 +18,6 @@ use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqH
 
 use super::Runner;
 use super::device_state::{Direction, Transfer, TransferError};
-use super::shared_memory::SHARE;
 use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::state::Table;
@@ -27,6 +26,11 @@ use crate::virtqueue::{
     Features, InflightError, InflightPart, InflightRegion, Journal, Memory, MemoryError, Queue,
     QueueError, QueueIndex, RingAddresses, Setup, Tracking,
 };
+
+/// What to do about memory that is not shared.
+pub(super) const SHARE: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
+     Cloud Hypervisor with `--memory size=SIZE,shared=on`, libvirt with `<memoryBacking><source \
+     type='memfd'/><access mode='shared'/></memoryBacking>`";
 
 /// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ

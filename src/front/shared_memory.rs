@@ -14,15 +14,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::Runner;
 use super::arrival::Watch;
 use super::relay::Parcel;
-use super::session::{Session, SessionError};
+use super::session::{SHARE, Session, SessionError};
 use super::vring::Vring;
 use crate::virtqueue::QueueIndex;
 use crate::virtqueue::memory::Window;
-
-/// What to do about it.
-pub(super) const SHARE: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
-     Cloud Hypervisor with `--memory size=SIZE,shared=on`, libvirt with `<memoryBacking><source \
-     type='memfd'/><access mode='shared'/></memoryBacking>`";
 
 /// `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG`.
 const SET_MEM_TABLE: u32 = 5;

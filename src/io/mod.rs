@@ -12,6 +12,7 @@ mod file;
 mod lock;
 mod probe;
 mod runtime;
+mod unavailable;
 mod vectored;
 
 pub use buffer::{Guard, GuestBuffer};
@@ -21,7 +22,8 @@ pub use event::Event;
 pub(crate) use event::{takes_writing, writing_blocks};
 pub use file::{Attempt, File, Metadata, WriteMode};
 pub use lock::{Lock, LockKind, RecordLock};
-pub use probe::{Choice, Chosen, Unavailable, choose, probe};
+pub use probe::{Choice, Chosen, choose, probe};
 pub use runtime::{
     DEFAULT_RING_ENTRIES, JoinHandle, Runtime, RuntimeError, has_completions, spawn,
 };
+pub use unavailable::Unavailable;

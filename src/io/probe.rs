@@ -6,11 +6,11 @@
 use std::io;
 
 use io_uring::{IoUring, Probe};
-use thiserror::Error;
 
 use super::engine::Engine;
 use super::engine::uring::setup;
 use super::runtime::{DEFAULT_RING_ENTRIES, RuntimeError};
+use super::unavailable::Unavailable;
 
 /// Which runtime is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,44 +31,6 @@ pub struct Chosen {
     pub engine: Engine,
     /// Why, for a log: part of a sentence, without a full stop.
     pub reason: String,
-}
-
-/// Why io_uring can't be used.
-#[derive(Debug, Error)]
-pub enum Unavailable {
-    /// `io_uring_setup(2)` doesn't exist.
-    #[error("this kernel has no io_uring (it takes Linux 5.10 or later with CONFIG_IO_URING)")]
-    NotInKernel,
-    /// It exists, and a filter says it doesn't; or refuses it.
-    #[error(
-        "io_uring is refused to this process ({errno}), most likely by a seccomp filter, as \
-         container engines set by default; allow io_uring_setup, io_uring_enter and io_uring_register there"
-    )]
-    Filtered {
-        /// What the call said.
-        errno: &'static str,
-    },
-    /// The administrator switched it off.
-    #[error("io_uring is switched off: sysctl kernel.io_uring_disabled is {level}; {remedy}")]
-    SwitchedOff {
-        /// The sysctl's value.
-        level: u32,
-        /// What lets this process use it.
-        remedy: &'static str,
-    },
-    /// The ring doesn't fit the limit of locked memory, which all processes of a user share (kernels
-    /// before 5.12 and from 6.14 on), or no memory is left.
-    #[error(
-        "no memory for a ring: it counts as locked memory on some kernels, and all rings of a user \
-         together; raise the limit (ulimit -l, LimitMEMLOCK=)"
-    )]
-    Memory,
-    /// The kernel is too old for some operation.
-    #[error("this kernel's io_uring lacks {}", .0.join(", "))]
-    Lacks(Vec<&'static str>),
-    /// Something else.
-    #[error("io_uring can't be set up")]
-    Other(#[source] io::Error),
 }
 
 /// Tries io_uring out: sets up a ring and asks whether it has every operation in use.

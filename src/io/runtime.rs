@@ -14,7 +14,7 @@ use thiserror::Error;
 pub use tokio::task::JoinHandle;
 
 use super::engine::{self, Engine, EventLoop, SetupError};
-use super::probe::Unavailable;
+use super::unavailable::Unavailable;
 
 /// Operations that a ring hands over at once, unless said otherwise.
 pub const DEFAULT_RING_ENTRIES: u32 = 256;

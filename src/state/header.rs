@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 use super::doings::{THREADS, WORDS};
-use super::slabs::CHUNK;
 use super::{StateError, Table};
 use crate::sys::receipt::Receipt;
 use crate::sys::shared::{SharedWords, WORD};
+
+/// Words of a chunk: 64 KiB.
+pub(super) const CHUNK: usize = 8192;
 
 /// The first word of a table.
 const MAGIC: u64 = u64::from_le_bytes(*b"ringfsd\0");

@@ -7,12 +7,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::header::Layout;
+use super::header::{CHUNK, Layout};
 use super::{Place, StateError, reserve};
 use crate::sys::shared::{SharedWords, WORD};
-
-/// Words of a chunk: 64 KiB.
-pub(super) const CHUNK: usize = 8192;
 
 /// Words of a record: a cache line.
 pub(super) const RECORD: usize = 8;

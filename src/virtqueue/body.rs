@@ -9,14 +9,9 @@ use std::ops::{Deref, DerefMut};
 
 use smallvec::SmallVec;
 
-use super::chain::BadChain;
+use super::bad_chain::{BadChain, MOST_PIECES};
 use super::layout::{self, Descriptor};
 use super::memory::{Memory, Slice};
-
-/// The most pieces of memory that a chain may be made of: no queue has more entries, and no chain
-/// may be longer than its queue (virtio 1.2, section 2.7.5.3.1). A request of 1 MiB in pages has 260.
-/// Each piece costs the server 24 bytes as long as the chain is in flight.
-pub(super) const MOST_PIECES: usize = 1 << 15;
 
 /// Slices that a guest needs for any request without a payload of several pages.
 const INLINE: usize = 6;

@@ -24,7 +24,9 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+#[cfg(not(ringfsd_loom))]
+use std::sync::atomic::AtomicU16;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use rustix::mm::Advice;
 use vm_memory::mmap::MmapRegionError;
@@ -490,7 +492,9 @@ impl Slice {
     }
 }
 
-/// Memory that holds one part of a ring, resolved once: typed accesses at an offset.
+/// Memory that holds one part of a ring, resolved once: typed accesses at an offset. The models have
+/// one of their own, in `sync`.
+#[cfg(not(ringfsd_loom))]
 #[derive(Debug)]
 pub(crate) struct Window {
     slice: Slice,
@@ -499,8 +503,10 @@ pub(crate) struct Window {
 
 // SAFETY: all accesses through a shared window are atomic or plain copies of shared memory,
 // and the snapshot it holds keeps them mapped on whatever thread.
+#[cfg(not(ringfsd_loom))]
 unsafe impl Sync for Window {}
 
+#[cfg(not(ringfsd_loom))]
 impl Window {
     /// The memory that the front end calls `user..user + len`, if it lies in one region and
     /// `user` is a multiple of `align`.

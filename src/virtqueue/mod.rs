@@ -8,6 +8,7 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+mod bad_chain;
 mod body;
 mod chain;
 pub mod inflight;
@@ -32,7 +33,8 @@ pub(crate) mod tests;
 mod used;
 mod words;
 
-pub use chain::{BadChain, Chain};
+pub use bad_chain::BadChain;
+pub use chain::Chain;
 pub use inflight::{InflightError, InflightPart, InflightRegion};
 pub use journal::{Journal, Previous, under_way};
 pub use memory::{Memory, MemoryError};

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::QueueIndex;
-use super::chain::{BadChain, Chain, Table};
+use super::bad_chain::BadChain;
+use super::chain::{Chain, Table};
 use super::inflight::{InflightError, InflightPart, Resumed};
 use super::journal::Journal;
 use super::layout;

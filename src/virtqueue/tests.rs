@@ -355,7 +355,7 @@ fn pieces_of_memory_in_flight_are_bounded() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);
-    let others = super::chain::MOST_IN_FLIGHT - 2;
+    let others = super::bad_chain::MOST_IN_FLIGHT - 2;
     queue.used().take(0, others, false).1.unwrap();
     let held = driver.take_one(&mut queue).unwrap();
     let refused = driver.take_one(&mut queue).unwrap_err();

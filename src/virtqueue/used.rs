@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::QueueIndex;
-use super::chain::{BadChain, MOST_IN_FLIGHT};
+use super::bad_chain::{BadChain, MOST_IN_FLIGHT};
 use super::inflight::Inflight;
 use super::journal::Journal;
 use super::layout;

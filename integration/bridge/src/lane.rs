@@ -20,34 +20,12 @@ use vmm::{Buf, Event, Memory};
 
 use crate::counters::Counters;
 use crate::device::Device;
+use crate::error::LaneError;
 use crate::init;
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
-use crate::slot::MOST_BUFFERS;
+use crate::slot::{MOST_BUFFERS, SLOTS};
 use crate::track::{CLOSING, Track};
 use crate::urgent::Urgent;
-
-/// Requests that a lane may have under way. Beyond, the kernel waits.
-pub(crate) const SLOTS: u16 = 256;
-
-/// What ends a lane before its time.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum LaneError {
-    /// The device can't be read.
-    #[error("can't read /dev/fuse")]
-    Read(#[source] io::Error),
-    /// Waiting failed.
-    #[error("can't wait for requests")]
-    Wait(#[source] io::Error),
-    /// The server does with the ring what it may not.
-    #[error("a virtqueue failed")]
-    Ring(#[from] RingError),
-    /// An address was not in guest memory.
-    #[error("guest memory failed")]
-    Memory(#[from] MemoryError),
-    /// The server says no where it has no reason to.
-    #[error("the server refuses DESTROY")]
-    Destroy(#[source] io::Error),
-}
 
 /// What all lanes of a mount share, and the mounts that come one after the other.
 #[derive(Debug)]

@@ -7,6 +7,7 @@
 
 mod counters;
 mod device;
+mod error;
 mod init;
 mod lane;
 mod mount;
@@ -35,9 +36,10 @@ use vmm::{Event, Profile, Region, Session};
 
 use counters::Counters;
 use device::Device;
-use lane::{LaneError, SLOTS, Shared};
+use error::LaneError;
+use lane::Shared;
 use mount::{Mount, MountError, host, wait};
-use slot::{AREA_BYTES, SLOT_BYTES};
+use slot::{AREA_BYTES, SLOT_BYTES, SLOTS};
 use track::Track;
 use urgent::{AREAS, Urgent};
 

@@ -16,7 +16,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm::Session;
 
 use crate::device::{Device, DeviceError, unmount_by_force, unmount_idle};
-use crate::lane::{End, Lane, LaneError, Shared};
+use crate::error::LaneError;
+use crate::lane::{End, Lane, Shared};
 use crate::track::Track;
 
 /// How long a server may take to answer INIT, and processes to leave a mount that ends.

@@ -9,6 +9,9 @@ use vmm::{Buf, Gpa, Memory};
 
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
 
+/// Requests that a lane may have under way. Beyond, the kernel waits.
+pub(crate) const SLOTS: u16 = 256;
+
 /// The longest payload of a request or reply, bytes.
 pub(crate) const PAYLOAD: u32 = 1 << 20;
 

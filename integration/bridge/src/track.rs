@@ -10,9 +10,9 @@ use vmm::fuse::wire::{InHeader, OutHeader, opcode};
 use vmm::memory::MemoryError;
 use vmm::{Memory, Queue};
 
-use crate::lane::{LaneError, SLOTS};
+use crate::error::LaneError;
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
-use crate::slot::Slot;
+use crate::slot::{SLOTS, Slot};
 
 /// How long the server may take for what is under way when the file system is unmounted.
 pub(crate) const CLOSING: Duration = Duration::from_secs(10);

@@ -167,7 +167,7 @@ impl Server {
     fn serving(&self) -> Result<Pid, ServerError> {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
-            if let Some(pid) = self.childs_child() {
+            if let Some(pid) = self.child_of_guardian() {
                 return Ok(pid);
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -176,7 +176,7 @@ impl Server {
         Err(ServerError::NoProcess { log })
     }
 
-    fn childs_child(&self) -> Option<Pid> {
+    fn child_of_guardian(&self) -> Option<Pid> {
         let guardian = self.child.id();
         let children = format!("/proc/{guardian}/task/{guardian}/children");
         let children = std::fs::read_to_string(children).ok()?;
@@ -205,7 +205,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let serving = self.childs_child();
+        let serving = self.child_of_guardian();
         let _gone_already = self.child.kill();
         let _status = self.child.wait();
         if let Some(pid) = serving {

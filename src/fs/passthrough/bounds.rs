@@ -16,10 +16,6 @@ use super::options::{Options, descriptor_limit, guest_descriptors};
 use super::reach::LEAST;
 use crate::fs::Result;
 
-/// Inodes that a guest may know unless the options say otherwise. One costs the server 200 to
-/// 400 bytes, and the guest, whose kernel has an inode and a name for it, about four times that.
-pub(super) const INODES: usize = 1 << 24;
-
 /// Pieces of directories that are kept from one READDIR to the next, each of 64 KiB; a further
 /// directory is read on at the place where it stopped, which costs a call more.
 pub(super) const PIECES: usize = 1024;

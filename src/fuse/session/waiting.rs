@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 /// The most waits of a session; each costs a thread.
 const MOST: usize = 256;
-/// INTERRUPTs that are remembered because their request may yet come: it is on another queue.
+/// INTERRUPT requests that are remembered because their request may yet come: it is on another queue.
 const EARLY: usize = 64;
 
 /// The requests that wait.

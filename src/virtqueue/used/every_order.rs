@@ -110,7 +110,9 @@ fn two_workers_lose_no_element_and_show_none_too_early() {
         for index in 0..used_index(&ring) {
             assert_ne!(head(&ring, index), 0, "shown before it was written");
         }
-        workers.map(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
         assert_eq!((used_index(&ring), ring.in_flight()), (2, 0));
         assert_eq!(head(&ring, 0) + head(&ring, 1), 3);
     });
@@ -129,7 +131,9 @@ fn draining_ends_with_the_last_chain_and_shows_it() {
         ring.wait_until_drained();
         ring.show();
         assert_eq!(used_index(&ring), 2);
-        workers.map(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
     });
 }
 

@@ -249,7 +249,7 @@ fn where_ids_decide_a_member_by_a_supplementary_group_may_create() {
 }
 
 #[test]
-fn a_create_that_finds_anothers_file_in_a_sticky_directory_opens_it() {
+fn a_create_that_finds_the_file_of_another_in_a_sticky_directory_opens_it() {
     in_each_mode(|rig| {
         if !is_root() {
             return;

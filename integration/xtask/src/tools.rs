@@ -1,0 +1,88 @@
+//! The checks of tools that don't come with Rust, installed into `target/tools` where missing.
+//!
+//! The invariant: each tool has one version here, so a newer one can't fail a change that it has
+//! nothing to do with.
+
+use crate::command::{Failed, Step};
+use crate::{Repository, cargo};
+
+/// A tool: the crate that has it, and how it is called.
+struct Tool {
+    name: &'static str,
+    package: &'static str,
+    version: &'static str,
+    program: &'static str,
+    arguments: &'static [&'static str],
+}
+
+const TOOLS: &[Tool] = &[
+    Tool {
+        name: "typos",
+        package: "typos-cli",
+        version: "1.52.0",
+        program: "typos",
+        arguments: &["--config", ".typos.toml"],
+    },
+    Tool {
+        name: "machete",
+        package: "cargo-machete",
+        version: "0.9.2",
+        program: "cargo-machete",
+        arguments: &["--with-metadata", "."],
+    },
+    Tool {
+        name: "deny",
+        package: "cargo-deny",
+        version: "0.20.2",
+        program: "cargo-deny",
+        // The advisories lie in a repository that a machine without a network can't fetch.
+        arguments: &[
+            "--workspace",
+            "--locked",
+            "--config",
+            ".cargo/deny.toml",
+            "check",
+            "bans",
+            "licenses",
+            "sources",
+        ],
+    },
+];
+
+pub(crate) fn run(repository: &Repository, names: &[String]) -> Result<(), Failed> {
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| TOOLS.iter().all(|tool| tool.name != *name))
+    {
+        return Err(Failed::Usage(format!("there is no tool `{unknown}`")));
+    }
+    for tool in TOOLS {
+        if names.is_empty() || names.iter().any(|name| name == tool.name) {
+            install(repository, tool)?;
+            let program = repository.join("target/tools/bin").join(tool.program);
+            Step::new(program, &repository.0)
+                .args(tool.arguments)
+                .run()?;
+        }
+    }
+    Ok(())
+}
+
+/// Installs a tool unless this version of it is there, which takes no network to find out. Built
+/// without optimization: that halves the time, and the tools are run once.
+fn install(repository: &Repository, tool: &Tool) -> Result<(), Failed> {
+    let Tool {
+        package, version, ..
+    } = tool;
+    cargo(&repository.0)
+        .args(["install", "--quiet", "--locked", "--debug"])
+        .args([
+            "--root",
+            "target/tools",
+            "--version",
+            &format!("={version}"),
+        ])
+        .arg(package)
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
+        .run()
+}
