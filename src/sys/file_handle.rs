@@ -45,6 +45,9 @@ pub(crate) struct FileHandle {
 /// Bytes of the type that stands first in a [`FileHandle`].
 const TYPE_LEN: usize = size_of::<libc::c_int>();
 
+/// How often to open a handle whose inode number is just being given to a new inode.
+const MOST_TRIES: u32 = 100;
+
 impl FileHandle {
     /// The handle of the very inode that `fd` is open on; `O_PATH` will do.
     ///
@@ -95,7 +98,7 @@ impl FileHandle {
     ///
     /// # Errors
     ///
-    /// `ESTALE` if the inode is no more, `EPERM` without the capability; as `open(2)` else.
+    /// `ESTALE` if the inode no longer exists, `EPERM` without the capability; as `open(2)` else.
     pub(crate) fn open(&self, mount: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let (kind, bytes) = self
             .parts
@@ -109,16 +112,28 @@ impl FileHandle {
             .ok_or(Errno::STALE)?
             .copy_from_slice(bytes);
         let flags = (flags | OFlags::CLOEXEC).bits().cast_signed();
-        // SAFETY: `raw` is a `file_handle` with at least `handle_bytes` bytes behind it, and
-        // exclusively borrowed during the call; `mount` is open as long as it is borrowed.
-        let fd = unsafe {
-            libc::open_by_handle_at(mount.as_fd().as_raw_fd(), (&raw mut raw).cast(), flags)
-        };
-        if fd < 0 {
-            return Err(last_errno());
+        let mut tries = 0;
+        loop {
+            // SAFETY: `raw` is a `file_handle` with at least `handle_bytes` bytes behind it, and
+            // exclusively borrowed during the call; `mount` is open as long as it is borrowed.
+            let fd = unsafe {
+                libc::open_by_handle_at(mount.as_fd().as_raw_fd(), (&raw mut raw).cast(), flags)
+            };
+            if fd >= 0 {
+                // SAFETY: the kernel has just opened `fd` for this call, so nobody else owns it.
+                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+            match last_errno() {
+                // While an inode with the same number is being created, Linux finds neither the old
+                // nor the new one (`iget_locked` skips `I_CREATING`) and takes that for want of
+                // memory.
+                Errno::NOMEM if tries < MOST_TRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                error => return Err(error),
+            }
         }
-        // SAFETY: the kernel has just opened `fd` for this call, so nobody else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// What it is made of, for [`from_bytes`](Self::from_bytes).
