@@ -7,7 +7,7 @@
 //! | [`cli`] | options as typed |
 //! | [`server`] | composition root: the start-up order, once, top to bottom |
 //! | [`config`] | options as resolved |
-//! | [`front`] | listening; one vhost-user session |
+//! | [`vhost_user`] | listening; one vhost-user session |
 //! | [`device`] | what a virtio-fs device is |
 //! | [`worker`] | the threads, their runtimes, the loop |
 //! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
@@ -20,12 +20,11 @@
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
-//! [`scheduler`] with [`worker::Pool`]; see `examples` of each.
+//! [`scheduler`] with [`worker::Threads`]; see `examples` of each.
 
 pub mod cli;
 pub mod config;
 pub mod device;
-pub mod front;
 pub mod fs;
 pub mod fuse;
 pub mod io;
@@ -33,6 +32,7 @@ pub mod sandbox;
 pub mod scheduler;
 pub mod server;
 pub mod state;
+pub mod vhost_user;
 pub mod virtqueue;
 pub mod worker;
 

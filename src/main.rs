@@ -13,7 +13,7 @@ use clap::{CommandFactory, Parser};
 use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
 use ringfsd::sandbox::{self, Ending};
-use ringfsd::server::{self, HandOver, Over, Server, Started, Watched, chain};
+use ringfsd::server::{self, ExecHandover, Exit, Server, Started, Watched, chain};
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {
@@ -104,7 +104,7 @@ fn begin_to_log(
 
 /// Goes on as two processes: one serves, and the one that the launcher has started waits for it.
 fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let past = HandOver::take()?;
+    let past = ExecHandover::take()?;
     sandbox::reset_inherited(past.is_some())?;
     let log = log.map(AsFd::as_fd);
     let server = match Server::start(config, log, past)? {
@@ -138,8 +138,8 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     }
     server.release_signals()?;
     match server.run(stop.as_fd(), &leave)? {
-        Over::Ended => Ok(ExitCode::SUCCESS),
-        Over::Left => server.leave(),
+        Exit::Ended => Ok(ExitCode::SUCCESS),
+        Exit::Left => server.leave(),
     }
 }
 

@@ -6,11 +6,11 @@
 //! the next one begins, unless it is left to another process.
 
 mod control_group;
-mod hand_over;
-mod kept;
+mod exec_handover;
 mod limits;
-mod outside;
+mod parent_process;
 mod predecessor;
+mod state_file;
 mod upgrade;
 
 use std::io;
@@ -25,23 +25,23 @@ use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
-use crate::front::{
-    self, DeviceState, End, ListenError, Listener, Record, Runner, SessionError, Stop,
-};
 use crate::fs::passthrough::{self, InodeFileHandles, MigrationMode, Passthrough, Shared};
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Choice, Chosen, Engine, RuntimeError};
-use crate::sandbox::{self, Begun, Filter, FilterError, Inside, Needs, SandboxError, Serving};
+use crate::sandbox::{self, Filter, FilterError, ForkResult, Inside, Needs, SandboxError, Serving};
 use crate::state::{StateError, Table};
+use crate::vhost_user::{
+    self, DeviceState, End, ListenError, Listener, Runner, SessionError, SessionSnapshot, Stop,
+};
 use crate::virtqueue::{Queue, QueueIndex};
-use crate::worker::{Crew, CrewError, Pool, PoolError};
+use crate::worker::{Threads, ThreadsError, WorkerPool, WorkerPoolError};
 
-pub use self::hand_over::{HandOver, HandOverError};
+pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub use self::limits::{LimitError, explain, raise_limits};
-pub use self::outside::{Outside, Watched};
+pub use self::parent_process::{ParentProcess, Watched};
 pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
-use self::kept::{Kept, State};
+use self::state_file::{Kept, State};
 
 /// Why the server can't start, or can't go on.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +134,7 @@ pub enum ServerError {
     Leftovers(#[source] io::Error),
     /// What an earlier program in this process has left is not there.
     #[error("taking over from the program that ran before")]
-    HandOver(#[from] HandOverError),
+    ExecHandover(#[from] ExecHandoverError),
     /// The guardian can't wait.
     #[error("waiting for the process that serves")]
     Watch(#[source] io::Error),
@@ -143,24 +143,24 @@ pub enum ServerError {
     Accept(#[source] io::Error),
     /// A session's threads can't be had.
     #[error("starting to serve the VMM that has connected")]
-    Crew(#[from] CrewError),
+    WorkerPool(#[from] WorkerPoolError),
     /// No session's threads could be had.
     #[error("trying whether the threads that serve a VMM can be had")]
-    Trial(#[from] PoolError),
+    UpgradeAttempt(#[from] ThreadsError),
 }
 
 /// Which of the two processes this is from now on.
 #[derive(Debug)]
 pub enum Started {
     /// The one that the launcher knows.
-    Outside(Outside),
+    Outside(ParentProcess),
     /// The one that serves.
     Inside(Box<Server>),
 }
 
 /// How a server's run is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Over {
+pub enum Exit {
     /// It has served.
     Ended,
     /// Another process goes on. All has to stay open: [`Server::leave`] is what is to be done.
@@ -190,13 +190,13 @@ pub struct Server {
     /// This process, or one before it, has told that a VMM can connect.
     has_waited: bool,
     /// The session that the process before has left.
-    left: Option<Record>,
+    left: Option<SessionSnapshot>,
     serving: Serving,
 }
 
 /// What is had before the process is split: for each process that serves, if one follows the other.
 #[derive(Debug)]
-struct Outfit {
+struct ServerResources {
     config: Config,
     runtime: Chosen,
     listener: Listener,
@@ -215,22 +215,24 @@ impl Server {
     pub fn start(
         mut config: Config,
         log: Option<BorrowedFd<'_>>,
-        past: Option<HandOver>,
+        past: Option<ExecHandover>,
     ) -> Result<Started, ServerError> {
         limits::fit(&mut config);
         if let Some(past) = past {
-            return Outside::take_over(config, log, past);
+            return ParentProcess::take_over(config, log, past);
         }
-        let outfit = Outfit::new(config)?;
-        if outfit.config.supervise {
-            return Outside::supervise(outfit, log);
+        let resources = ServerResources::new(config)?;
+        if resources.config.supervise {
+            return ParentProcess::supervise(resources, log);
         }
-        match sandbox::begin(&outfit.config.sandbox, &outfit.keep(log))? {
-            Begun::Outside(guardian) => Ok(Started::Outside(Outside::waiting(
+        match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
+            ForkResult::Outside(guardian) => Ok(Started::Outside(ParentProcess::waiting(
                 guardian,
-                outfit.listener.into_file(),
+                resources.listener.into_file(),
             ))),
-            Begun::Inside(inside) => outfit.serve(inside).map(Box::new).map(Started::Inside),
+            ForkResult::Inside(inside) => {
+                resources.serve(inside).map(Box::new).map(Started::Inside)
+            }
         }
     }
 
@@ -254,9 +256,9 @@ impl Server {
         self.supervised
     }
 
-    /// Ends the process, after a [`run`](Self::run) that is [`Over::Left`].
+    /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
     pub fn leave(self) -> ! {
-        sandbox::leave(outside::LEFT)
+        sandbox::leave(parent_process::LEFT)
     }
 
     /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
@@ -268,7 +270,7 @@ impl Server {
     ///
     /// Connections can't be taken any more, or the host has no threads for a session. What a
     /// VMM does wrong ends its session and is logged.
-    pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Over, ServerError> {
+    pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
         limits::remember();
         self.filter.install()?;
         sandbox::forget_set_up();
@@ -281,9 +283,9 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         if let Some(record) = self.left.take() {
             let end = self.serve(stop, |device, service, table, stop| {
-                front::resume(record, device, service, table, stop)
+                vhost_user::resume(record, device, service, table, stop)
             })?;
-            if let Some(over) = self.is_over(end) {
+            if let Some(over) = self.exit_after(end) {
                 return Ok(over);
             }
         } else if self.first {
@@ -299,35 +301,35 @@ impl Server {
                 log::info!("Waiting for vhost-user socket connection on {name}");
                 self.fs.table().set_announced();
             }
-            if front::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
+            if vhost_user::wait_readable(&self.listener, stop.asked).map_err(ServerError::Accept)? {
                 log::info!("asked to stop");
                 let leaves = leave.load(std::sync::atomic::Ordering::Acquire);
-                return Ok(if leaves { Over::Left } else { Over::Ended });
+                return Ok(if leaves { Exit::Left } else { Exit::Ended });
             }
             let stream = self.listener.accept().map_err(ServerError::Accept)?;
             log::info!("a VMM has connected");
             let end = self.serve(stop, |device, service, table, stop| {
-                front::serve(stream, device, service, table, stop)
+                vhost_user::serve(stream, device, service, table, stop)
             });
             let end = match end {
                 // There may be threads for the next one.
-                Err(error @ ServerError::Crew(_)) if !self.once => {
+                Err(error @ ServerError::WorkerPool(_)) if !self.once => {
                     log::error!("{}", explain(&error));
                     End::Disconnected
                 }
                 end => end?,
             };
-            if let Some(over) = self.is_over(end) {
+            if let Some(over) = self.exit_after(end) {
                 return Ok(over);
             }
         }
     }
 
-    fn is_over(&self, end: End) -> Option<Over> {
+    fn exit_after(&self, end: End) -> Option<Exit> {
         match end {
-            End::Left => Some(Over::Left),
-            End::Stopped => Some(Over::Ended),
-            End::Disconnected => self.once.then_some(Over::Ended),
+            End::Left => Some(Exit::Left),
+            End::Stopped => Some(Exit::Ended),
+            End::Disconnected => self.once.then_some(Exit::Ended),
         }
     }
 
@@ -336,7 +338,7 @@ impl Server {
     fn try_threads(&mut self) -> Result<(), ServerError> {
         // One for the high-priority queue.
         let count = self.workers.saturating_add(1);
-        let try_out = |engine| Pool::start(count, engine, |_| async {}).and_then(Pool::join);
+        let try_out = |engine| Threads::start(count, engine, |_| async {}).and_then(Threads::join);
         match try_out(self.runtime.engine) {
             Err(error) if self.may_change_runtime(&error) => {
                 log::warn!("runtime tokio: {}", explain(&error));
@@ -348,26 +350,30 @@ impl Server {
     }
 
     /// Whether another runtime may do what this one can't.
-    fn may_change_runtime(&self, error: &PoolError) -> bool {
-        let of_ring = PoolError::is_of_ring(error);
+    fn may_change_runtime(&self, error: &ThreadsError) -> bool {
+        let of_ring = ThreadsError::is_of_ring(error);
         of_ring && self.any_runtime && self.runtime.engine == Engine::Uring
     }
 
     /// A crew for a session. What the one before had, or other servers of the same user, may be in
     /// the way for a moment.
-    fn crew(&self, session: &Arc<Session<Passthrough>>) -> Result<Crew<Passthrough>, ServerError> {
+    fn pool(
+        &self,
+        session: &Arc<Session<Passthrough>>,
+    ) -> Result<WorkerPool<Passthrough>, ServerError> {
         const TRIES: usize = 5;
         const PAUSE: Duration = Duration::from_millis(20);
-        let start = |engine| Crew::start(Arc::clone(session), self.workers, engine, self.poll);
+        let start =
+            |engine| WorkerPool::start(Arc::clone(session), self.workers, engine, self.poll);
         let mut tries = 1;
         loop {
             let error = match start(self.runtime.engine) {
-                Ok(crew) => return Ok(crew),
+                Ok(pool) => return Ok(pool),
                 Err(error) => error,
             };
             match &error {
                 _ if tries < TRIES => {}
-                CrewError::Pool(of_pool) if self.may_change_runtime(of_pool) => {
+                WorkerPoolError::Threads(of_threads) if self.may_change_runtime(of_threads) => {
                     log::warn!("runtime tokio for this session: {}", explain(&error));
                     return Ok(start(Engine::ThreadPool)?);
                 }
@@ -394,34 +400,34 @@ impl Server {
         if let Some(negotiated) = session.negotiated() {
             log::info!("the guest's session goes on: {negotiated}");
         }
-        let crew = self.crew(&Arc::new(session))?;
-        let kept = self.keeps && crew.session().negotiated().is_some();
+        let pool = self.pool(&Arc::new(session))?;
+        let kept = self.keeps && pool.session().negotiated().is_some();
         let mut service = Service {
-            crew,
+            pool,
             serving: &self.serving,
             has_taken_over: false,
         };
         let end = talk(&self.device, &mut service, self.fs.table(), stop);
         // A connection that came to nothing is not that of the VMM for which the state is kept.
         let is_a_stranger = kept && !service.has_taken_over;
-        let crew = service.crew;
+        let pool = service.pool;
         if matches!(end, Ok(End::Left)) {
             log::info!("asked to leave; all requests are answered");
             // Its threads end with the process.
-            std::mem::forget(crew);
+            std::mem::forget(pool);
             return Ok(End::Left);
         }
         // A server that is asked to stop leaves to the next one what the guest holds.
         let stays = is_a_stranger || self.keeps && matches!(end, Ok(End::Stopped));
-        let had = crew.session().negotiated().is_some();
+        let had = pool.session().negotiated().is_some();
         if !stays {
-            crew.session().reset();
+            pool.session().reset();
         }
-        let malformed = crew.session().counters().malformed();
+        let malformed = pool.session().counters().malformed();
         if malformed != 0 {
             log::warn!("the guest has sent {malformed} malformed requests");
         }
-        crew.dismiss();
+        pool.shutdown();
         match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
             Ok(_) => log::info!("the VMM has disconnected"),
@@ -441,7 +447,7 @@ impl Server {
     }
 }
 
-impl Outfit {
+impl ServerResources {
     fn new(config: Config) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
@@ -477,7 +483,7 @@ impl Outfit {
             path: config.shared_dir.clone(),
             source,
         })?;
-        limits::check(&config, kept::limits(&config).bytes())?;
+        limits::check(&config, state_file::limits(&config).bytes())?;
         let state = State::new(&config)?;
         Ok(Self {
             listener: listen()?,
@@ -497,7 +503,7 @@ impl Outfit {
     fn serve(mut self, inside: Inside) -> Result<Server, ServerError> {
         self.listener.leave_file();
         let config = self.config;
-        let limits = kept::limits(&config);
+        let limits = state_file::limits(&config);
         let unsettable = config
             .share
             .session
@@ -587,10 +593,10 @@ fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
 /// but `own` and what the table tells of, is closed. Done here, where the process has nothing any
 /// more that it could be tricked out of: what it reads may have been written by a guest that had
 /// taken the other one over.
-fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<Record>, ServerError> {
+fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<SessionSnapshot>, ServerError> {
     let record = table
         .front()
-        .and_then(|block| match Record::decode(&block) {
+        .and_then(|block| match SessionSnapshot::decode(&block) {
             Ok(record) if record.descriptors().iter().any(|fd| own.contains(fd)) => {
                 log::error!("the session can't go on: it names a descriptor of the server's own");
                 None
@@ -603,7 +609,7 @@ fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<Record>, Server
         });
     let mut keep = own.to_vec();
     keep.extend(table.descriptors());
-    keep.extend(record.iter().flat_map(Record::descriptors));
+    keep.extend(record.iter().flat_map(SessionSnapshot::descriptors));
     sandbox::close_all_but(&keep).map_err(ServerError::Leftovers)?;
     Ok(record)
 }
@@ -621,7 +627,7 @@ fn reserved_descriptors(config: &Config) -> usize {
 
 /// The workers, seen from the front.
 struct Service<'a, F> {
-    crew: Crew<F>,
+    pool: WorkerPool<F>,
     serving: &'a Serving,
     /// The connection has started a queue, or has said what is to become of what the guest holds.
     has_taken_over: bool,
@@ -630,22 +636,22 @@ struct Service<'a, F> {
 impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
         // The guest goes on here, perhaps after all.
-        self.crew.session().take_back();
-        self.crew.run(queue, kick)?;
+        self.pool.session().reacquire();
+        self.pool.run(queue, kick)?;
         self.has_taken_over = true;
         Ok(())
     }
 
     fn stop(&mut self, index: QueueIndex) -> Option<u16> {
-        self.crew.stop(index).map(|queue| queue.next_available())
+        self.pool.stop(index).map(|queue| queue.next_available())
     }
 
     fn reset(&mut self) {
         self.has_taken_over = true;
-        if self.crew.session().negotiated().is_some() {
+        if self.pool.session().negotiated().is_some() {
             log::info!("the VMM has reset the device: what the guest held is given up");
         }
-        self.crew.session().reset();
+        self.pool.session().reset();
     }
 
     fn resumed(&mut self) {
@@ -655,7 +661,7 @@ impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
 
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
         self.has_taken_over = true;
-        Arc::new(Movable(Arc::clone(self.crew.session())))
+        Arc::new(Movable(Arc::clone(self.pool.session())))
     }
 }
 
@@ -664,15 +670,15 @@ impl<F: crate::fs::FileSystem + std::fmt::Debug> Runner for Service<'_, F> {
 struct Movable<F>(Arc<Session<F>>);
 
 impl<F: crate::fs::FileSystem + std::fmt::Debug> DeviceState for Movable<F> {
-    fn save(&self) -> Result<Vec<u8>, front::Cause> {
+    fn save(&self) -> Result<Vec<u8>, vhost_user::Cause> {
         Ok(self.0.save()?)
     }
 
     fn saved(&self) {
-        self.0.lend();
+        self.0.release_for_migration();
     }
 
-    fn load(&self, bytes: &[u8]) -> Result<(), front::Cause> {
+    fn load(&self, bytes: &[u8]) -> Result<(), vhost_user::Cause> {
         Ok(self.0.load(bytes)?)
     }
 }

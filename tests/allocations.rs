@@ -20,12 +20,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringfsd::device::Device;
-use ringfsd::front::{self, Runner, Stop};
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::fuse::{Session, SessionOptions};
 use ringfsd::io::{Engine, probe};
+use ringfsd::vhost_user::{self, Runner, Stop};
 use ringfsd::virtqueue::{Queue, QueueIndex};
-use ringfsd::worker::Crew;
+use ringfsd::worker::WorkerPool;
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};
 
@@ -75,7 +75,7 @@ fn allocations(mut act: impl FnMut(usize)) -> usize {
 }
 
 /// Workers, and nothing around them.
-struct Workers<'a>(&'a Crew<Passthrough>);
+struct Workers<'a>(&'a WorkerPool<Passthrough>);
 
 impl Runner for Workers<'_> {
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> std::io::Result<()> {
@@ -99,7 +99,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let table = Arc::clone(fs.table());
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let one = NonZeroUsize::MIN;
-    let crew = Crew::start(session, one, engine, Duration::from_micros(50)).unwrap();
+    let pool = WorkerPool::start(session, one, engine, Duration::from_micros(50)).unwrap();
     let device = Device {
         tag: None,
         request_queues: NonZeroU16::MIN,
@@ -112,7 +112,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
                 asked: never.as_fd(),
                 leave: &AtomicBool::new(false),
             };
-            front::serve(ours, &device, &mut Workers(&crew), &table, stop)
+            vhost_user::serve(ours, &device, &mut Workers(&pool), &table, stop)
         });
         let options = vmm::Options::default();
         let mut client = Client::new(Profile::Simple.connect(theirs, &options).unwrap());
@@ -122,7 +122,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
         drop(client);
         served.join().unwrap().unwrap();
     });
-    crew.dismiss();
+    pool.shutdown();
 }
 
 #[test]

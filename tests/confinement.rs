@@ -28,7 +28,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Begun, Filter, Kind, Needs, Place, Seccomp};
+use ringfsd::sandbox::{self, Filter, ForkResult, Kind, Needs, Place, Seccomp};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -142,8 +142,10 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         return ExitCode::from(if out { OUT } else { HELD });
     }
     let inside = match sandbox::begin(&options, &[]).unwrap() {
-        Begun::Outside(guardian) => return ExitCode::from(guardian.watch().unwrap().pass_on()),
-        Begun::Inside(inside) => inside,
+        ForkResult::Outside(guardian) => {
+            return ExitCode::from(guardian.watch().unwrap().pass_on());
+        }
+        ForkResult::Inside(inside) => inside,
     };
     let needs = Needs {
         readonly: false,

@@ -17,7 +17,7 @@ use ringfsd::scheduler::{Receiver, channel};
 #[path = "../src/io/engine/uring/alarm.rs"]
 mod alarm;
 
-use alarm::Alarm;
+use alarm::MemoryLostEvent;
 
 /// Runs `model` in every order of events with at most two preemptions, which is where nearly all
 /// known faults of this kind lie; without a bound the larger models take hours.
@@ -156,7 +156,7 @@ impl Wake for Woken {
 fn a_wake_while_a_future_is_polled_is_seen_or_passed_on() {
     every_order(|| {
         let runtime = Arc::new(Woken(AtomicBool::new(false)));
-        let alarm = Alarm::new(Waker::from(Arc::clone(&runtime)));
+        let alarm = MemoryLostEvent::new(Waker::from(Arc::clone(&runtime)));
         let work = loom::sync::Arc::new(AtomicBool::new(false));
         let other = {
             let (work, waker) = (work.clone(), Waker::from(Arc::clone(&alarm)));

@@ -77,8 +77,8 @@ fn every_operation_does_what_it_says(runtime: &str) {
         libc::RENAME_NOREPLACE,
     );
     assert_eq!(taken.unwrap_err().errno(), Some(libc::EEXIST));
-    let exchange = libc::RENAME_EXCHANGE;
-    fs.rename2(dir.nodeid, c"third", dir.nodeid, c"file", exchange)
+    let transport = libc::RENAME_EXCHANGE;
+    fs.rename2(dir.nodeid, c"third", dir.nodeid, c"file", transport)
         .unwrap();
 
     fs.setxattr(file.nodeid, c"user.x", b"value", 0).unwrap();

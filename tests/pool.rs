@@ -12,7 +12,7 @@ use std::sync::{Arc, mpsc};
 
 use ringfsd::io::{Engine, Runtime, probe};
 use ringfsd::scheduler::{WorkerId, channel};
-use ringfsd::worker::{Pool, PoolError};
+use ringfsd::worker::{Threads, ThreadsError};
 
 /// The runtimes of this machine.
 fn engines() -> Vec<Engine> {
@@ -33,7 +33,7 @@ fn workers(n: usize) -> NonZeroUsize {
 fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
     for engine in engines() {
         let (seen, all) = mpsc::channel();
-        let pool = Pool::start(workers(3), engine, move |worker| {
+        let pool = Threads::start(workers(3), engine, move |worker| {
             let seen = seen.clone();
             async move {
                 assert_eq!(Runtime::current(), Some(engine));
@@ -54,12 +54,12 @@ fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
 #[test]
 fn joining_tells_who_panicked() {
     for engine in engines() {
-        let pool = Pool::start(workers(3), engine, |worker| async move {
+        let pool = Threads::start(workers(3), engine, |worker| async move {
             assert_ne!(worker.id, WorkerId(1), "as this test wants it");
         })
         .unwrap();
         match pool.join() {
-            Err(PoolError::Panicked(who)) => assert_eq!(who, [WorkerId(1)]),
+            Err(ThreadsError::Panicked(who)) => assert_eq!(who, [WorkerId(1)]),
             other => panic!("{other:?}"),
         }
     }
@@ -70,7 +70,7 @@ fn dropping_a_pool_waits_for_its_workers() {
     for engine in engines() {
         let ended = Arc::new(AtomicBool::new(false));
         let (sender, receiver) = channel::<()>();
-        let pool = Pool::start(workers(1), engine, {
+        let pool = Threads::start(workers(1), engine, {
             let (ended, receiver) = (Arc::clone(&ended), receiver);
             move |_| {
                 let (ended, receiver) = (Arc::clone(&ended), receiver.clone());
@@ -113,11 +113,11 @@ fn start_with_few_descriptors() {
     };
     setrlimit(Resource::Nofile, few).unwrap();
     for engine in [Engine::ThreadPool, Engine::Uring] {
-        let result = Pool::start(workers(100), engine, |_| async {
+        let result = Threads::start(workers(100), engine, |_| async {
             std::process::abort();
         });
         assert!(
-            matches!(result, Err(PoolError::Runtime { .. })),
+            matches!(result, Err(ThreadsError::Runtime { .. })),
             "{result:?}"
         );
     }
@@ -130,7 +130,7 @@ fn items_sent_by_many_are_received_once_by_many() {
         let (sender, receiver) = channel();
         let sum = Arc::new(AtomicUsize::new(0));
         let count = Arc::new(AtomicUsize::new(0));
-        let receivers = Pool::start(workers(3), engine, {
+        let receivers = Threads::start(workers(3), engine, {
             let (sum, count) = (Arc::clone(&sum), Arc::clone(&count));
             move |_| {
                 let (sum, count) = (Arc::clone(&sum), Arc::clone(&count));
@@ -144,7 +144,7 @@ fn items_sent_by_many_are_received_once_by_many() {
             }
         })
         .unwrap();
-        let senders = Pool::start(workers(2), engine, {
+        let senders = Threads::start(workers(2), engine, {
             let sender = sender.clone();
             move |worker| {
                 let sender = sender.clone();

@@ -24,10 +24,13 @@ const CIRCLES_TO_BE_OPENED: &[&[&str]] = &[
         "integration/vmm/src/session.rs",
         "integration/vmm/src/session/options.rs",
     ],
-    &["src/fs/passthrough/holds.rs", "src/fs/passthrough/inode.rs"],
     &[
-        "src/server/hand_over.rs",
-        "src/server/outside.rs",
+        "src/fs/passthrough/inode.rs",
+        "src/fs/passthrough/inode_ref.rs",
+    ],
+    &[
+        "src/server/exec_handover.rs",
+        "src/server/parent_process.rs",
         "src/server/upgrade.rs",
     ],
 ];

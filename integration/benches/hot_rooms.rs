@@ -12,7 +12,7 @@ use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::fuse::{OUT_HEADER_LEN, request};
 use ringfsd::scheduler;
 use ringfsd::state::{Limits, Table};
-use ringfsd::virtqueue::memory::{Alarm, Region};
+use ringfsd::virtqueue::memory::{MemoryLostEvent, Region};
 use ringfsd::virtqueue::{
     Call, Chain, Features, InflightPart, Journal, Memory, Queue, QueueIndex, RingAddresses, Setup,
     Tracking,
@@ -73,7 +73,7 @@ impl Ring {
         let mapped = &memory.regions()[0];
         let file = mapped.fd().try_clone_to_owned().expect("a descriptor");
         let user = mapped.user_address();
-        let alarm = Arc::new(Alarm::new().expect("an alarm"));
+        let alarm = Arc::new(MemoryLostEvent::new().expect("an alarm"));
         let region = Region::map(file.into(), 0, 0, user, MEMORY, &alarm);
         let regions = vec![region.expect("a region")];
         let ours = Arc::new(Memory::new(regions, None).expect("a memory table"));

@@ -24,7 +24,7 @@ use std::{fs, thread};
 use clap::{Parser, ValueEnum};
 use ringfsd::io::{Attempt, Choice, File, GuestBuffer, choose, spawn};
 use ringfsd::scheduler::{Receiver, Sender, channel};
-use ringfsd::worker::Pool;
+use ringfsd::worker::Threads;
 use rustix::fs::{Mode, fchmod};
 
 /// Bytes of one read and one write.
@@ -114,7 +114,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
     let begin = Instant::now();
     let progress = Arc::new(Progress::default());
     let (sender, receiver) = channel();
-    let pool = Pool::start(workers, chosen.engine, {
+    let pool = Threads::start(workers, chosen.engine, {
         let progress = Arc::clone(&progress);
         move |_worker| work(receiver.clone(), Arc::clone(&progress))
     })?;

@@ -48,7 +48,7 @@ pub struct LockOwner(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Caller {
     /// File system user id, as the guest has it. `None` if the guest's kernel doesn't tell:
-    /// with [`Terms::idmapped`] it tells only the owner of what is to be created.
+    /// with [`NegotiatedTerms::idmapped`] it tells only the owner of what is to be created.
     pub uid: Option<u32>,
     /// File system group id, likewise.
     pub gid: Option<u32>,
@@ -247,7 +247,7 @@ pub type InodeFlags = [u8; 28];
 
 /// What was agreed on with the guest's kernel, as far as a file system has to go by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Terms {
+pub struct NegotiatedTerms {
     /// The guest collects writes: it reads files that it has opened for writing only, and knows
     /// the end of a file better than the host.
     pub collects_writes: bool,
@@ -285,7 +285,7 @@ pub trait FileSystem: Send + Sync + 'static {
         self.reset();
     }
     /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
-    fn begin(&self, _terms: &Terms) {}
+    fn begin(&self, _terms: &NegotiatedTerms) {}
 
     /// How another process can continue the session, if this file system supports it.
     fn replay(&self) -> Option<&dyn Replay> {

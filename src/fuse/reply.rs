@@ -13,7 +13,7 @@ use super::abi::{
     LseekOut, OpenOut, OutHeader, StatfsOut, Statx, StatxOut, StatxTime, WriteOut, attr_flags,
     open_reply_flags,
 };
-use super::{Exchange, OUT_HEADER_LEN};
+use super::{OUT_HEADER_LEN, Transport};
 use crate::fs::{Attributes, Entry, Opened, Statistics, Timestamp};
 use crate::io::{LockKind, RecordLock};
 
@@ -39,7 +39,7 @@ pub(super) enum Answer {
 
 impl Answer {
     /// Sends it as the reply to `unique`.
-    pub(super) fn send<E: Exchange>(&self, exchange: E, unique: u64) {
+    pub(super) fn send<E: Transport>(&self, transport: E, unique: u64) {
         let (first, second): (&[u8], &[u8]) = match self {
             Self::Done => (&[], &[]),
             Self::Entry(out) => (out.as_bytes(), &[]),
@@ -57,18 +57,18 @@ impl Answer {
             Self::Bytes(bytes) => (bytes, &[]),
         };
         let header = header(unique, 0, first.len().saturating_add(second.len()));
-        exchange.reply(&[&header, first, second]);
+        transport.reply(&[&header, first, second]);
     }
 }
 
 /// Sends an error as the reply to `unique`.
-pub(super) fn send_error<E: Exchange>(exchange: E, unique: u64, errno: Errno) {
-    exchange.reply(&[&error_reply(unique, errno)]);
+pub(super) fn send_error<E: Transport>(transport: E, unique: u64, errno: Errno) {
+    transport.reply(&[&error_reply(unique, errno)]);
 }
 
 /// Sends the reply to `unique` whose `filled` bytes are in place.
-pub(super) fn send_filled<E: Exchange>(exchange: E, unique: u64, filled: usize) {
-    exchange.reply_filled(&header(unique, 0, filled), filled);
+pub(super) fn send_filled<E: Transport>(transport: E, unique: u64, filled: usize) {
+    transport.reply_filled(&header(unique, 0, filled), filled);
 }
 
 /// An inode, as LOOKUP answers it.

@@ -10,7 +10,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::calls;
+use super::syscall_allowlist;
 use crate::io::Engine;
 use crate::sys::process;
 
@@ -140,12 +140,16 @@ impl Filter {
         };
         let mut rules = BTreeMap::new();
         let uring: &[_] = if engine == Engine::Uring {
-            calls::URING
+            syscall_allowlist::URING
         } else {
             &[]
         };
-        let handles: &[_] = if file_handles { calls::HANDLES } else { &[] };
-        let lists = calls::ALWAYS.iter().chain([&uring, &handles]);
+        let handles: &[_] = if file_handles {
+            syscall_allowlist::HANDLES
+        } else {
+            &[]
+        };
+        let lists = syscall_allowlist::ALWAYS.iter().chain([&uring, &handles]);
         for call in lists.copied().flatten() {
             rules.insert(*call, Vec::new());
         }
@@ -211,10 +215,10 @@ mod tests {
 
     #[test]
     fn no_call_is_listed_twice_nor_decided_about_in_two_places() {
-        let lists = calls::ALWAYS
+        let lists = syscall_allowlist::ALWAYS
             .iter()
             .copied()
-            .chain([calls::URING, calls::HANDLES]);
+            .chain([syscall_allowlist::URING, syscall_allowlist::HANDLES]);
         let mut all: Vec<_> = lists.flatten().copied().collect();
         all.extend(CONDITIONS.iter().map(|(call, ..)| *call));
         let count = all.len();

@@ -103,15 +103,15 @@ impl std::fmt::Display for Ending {
 
 /// The server's side: tells it whether its guardian lives.
 #[derive(Debug)]
-pub(super) struct Leash(OwnedFd);
+pub(super) struct DeathPipe(OwnedFd);
 
 /// Both ends, the guardian's second.
-pub(super) fn leash() -> Result<(Leash, OwnedFd), Errno> {
+pub(super) fn death_pipe() -> Result<(DeathPipe, OwnedFd), Errno> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-    Ok((Leash(read), write))
+    Ok((DeathPipe(read), write))
 }
 
-impl Leash {
+impl DeathPipe {
     /// One that becomes readable when the guardian ends.
     pub(super) fn of(end: OwnedFd) -> Self {
         Self(end)
@@ -134,7 +134,7 @@ impl Leash {
     }
 }
 
-impl AsRawFd for Leash {
+impl AsRawFd for DeathPipe {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }

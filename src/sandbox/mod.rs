@@ -6,15 +6,15 @@
 //! server's privileges, and [`Filter::install`] leaves all system calls but those that are made.
 //! The invariant: what was asked for holds, or there is an error; nothing weaker takes its place.
 
-mod calls;
+pub mod exec;
 mod filter;
 mod guardian;
 mod id_map;
 mod mounts;
 mod paths;
 mod privileges;
-pub mod successor;
 mod supervisor;
+mod syscall_allowlist;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -28,9 +28,11 @@ pub use self::guardian::{Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 
-pub use self::supervisor::{Event, Haven, Identity, Ids, Noted, Past, Serving, Supervisor, now};
+pub use self::supervisor::{
+    Event, FdIdentity, Identity, Ids, Past, SandboxRefs, Serving, Supervisor, now,
+};
 
-use self::guardian::Leash;
+use self::guardian::DeathPipe;
 use self::id_map::Maps;
 use self::mounts::View;
 use self::supervisor::Taken;
@@ -170,7 +172,7 @@ pub enum SandboxError {
 
 /// Which of the two processes this has become.
 #[derive(Debug)]
-pub enum Begun {
+pub enum ForkResult {
     /// The one that the launcher has started, which waits for the other one to end.
     Outside(Guardian),
     /// The one that serves.
@@ -185,7 +187,7 @@ pub struct Inside {
     ids: Option<(u32, u32)>,
     /// There are other ids than the server's own.
     change_ids: bool,
-    leash: Leash,
+    death_pipe: DeathPipe,
     /// To tell the guardian by, if it is a supervisor.
     report: Option<OwnedFd>,
     /// The numbers of what both processes have.
@@ -223,7 +225,7 @@ pub struct Place {
 /// # Errors
 ///
 /// See [`SandboxError`]; no second process is left then.
-pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<Begun, SandboxError> {
+pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, SandboxError> {
     let maps = Maps::wanted(options)?;
     process::hold_signals().map_err(SandboxError::Fork)?;
     // What is forked from here on is in the PID namespace.
@@ -233,19 +235,19 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<Begun, Sandbo
     } else if options.kind == Kind::Namespace {
         process::unshare_namespaces(UnshareFlags::NEWPID).map_err(SandboxError::Privilege)?;
     }
-    let (leash, hand) = guardian::leash().map_err(SandboxError::Fork)?;
+    let (death_pipe, hand) = guardian::death_pipe().map_err(SandboxError::Fork)?;
     match process::fork().map_err(SandboxError::Fork)? {
-        Fork::Parent(child) => Ok(Begun::Outside(Guardian::new(child, hand))),
+        Fork::Parent(child) => Ok(ForkResult::Outside(Guardian::new(child, hand))),
         Fork::Child => {
             drop(hand);
             let mut numbers: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
-            numbers.push(leash.as_raw_fd());
+            numbers.push(death_pipe.as_raw_fd());
             crate::sys::inherit::close_all_but(&numbers).map_err(SandboxError::Descriptors)?;
-            Ok(Begun::Inside(Inside {
+            Ok(ForkResult::Inside(Inside {
                 options: options.clone(),
                 ids,
                 change_ids: maps.is_none_or(|maps| !maps.is_single()),
-                leash,
+                death_pipe,
                 report: None,
                 common: numbers,
                 taken: None,
@@ -296,7 +298,7 @@ impl Inside {
         let changes = &self.options.capabilities;
         let kept = privileges::drop_capabilities(needs, self.change_ids, changes)
             .map_err(SandboxError::Capabilities)?;
-        self.leash.fasten().map_err(SandboxError::Fork)?;
+        self.death_pipe.fasten().map_err(SandboxError::Fork)?;
         // A file that was opened by its handle needs not be connected to a directory, and
         // Landlock refuses what isn't.
         if kept.file_handles && self.ids.is_none() {
@@ -390,5 +392,5 @@ pub fn release_signals() -> std::io::Result<()> {
 /// What this room does is done, and so is all else that the start needs: gives back the memory of
 /// the program's code.
 pub fn forget_set_up() {
-    crate::sys::code::give_back();
+    crate::sys::text_pages::give_back();
 }

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open};
 
-use super::guardian::{Ending, Leash, ending};
+use super::guardian::{DeathPipe, Ending, ending};
 use super::id_map::{self, Maps};
 use super::{Inside, Kind, Options, SandboxError};
 use crate::sys::process::{self, Fork, SUPERVISED};
@@ -82,13 +82,13 @@ impl std::str::FromStr for Identity {
 
 /// A descriptor that the next serving process is to find as the first one left it.
 #[derive(Debug)]
-pub struct Noted {
+pub struct FdIdentity {
     /// It.
     pub fd: OwnedFd,
     identity: Identity,
 }
 
-impl Noted {
+impl FdIdentity {
     /// Notes what `fd` is now.
     ///
     /// # Errors
@@ -133,11 +133,11 @@ impl Noted {
 
 /// What the first serving process has left of the host for, and every later one goes back to.
 #[derive(Debug)]
-pub struct Haven {
+pub struct SandboxRefs {
     /// What is shared.
-    pub root: Noted,
+    pub root: FdIdentity,
     /// The mount namespace, with `--sandbox namespace`.
-    pub mounts: Option<Noted>,
+    pub mounts: Option<FdIdentity>,
 }
 
 /// What a later serving process takes of it.
@@ -162,7 +162,7 @@ pub struct Past {
     /// Whom the serving process is; the process is in its user namespace already.
     pub ids: Ids,
     /// Where it is.
-    pub haven: Haven,
+    pub sandbox_refs: SandboxRefs,
 }
 
 /// What has happened.
@@ -191,7 +191,7 @@ pub struct Supervisor {
     options: Options,
     ids: Ids,
     keep: Vec<(RawFd, Identity)>,
-    haven: Option<Haven>,
+    sandbox_refs: Option<SandboxRefs>,
     child: Option<Child>,
     stopping: bool,
 }
@@ -213,8 +213,8 @@ impl Supervisor {
     ) -> Result<Self, SandboxError> {
         process::hold_signals().map_err(SandboxError::Fork)?;
         process::hold_supervisors_signals().map_err(SandboxError::Fork)?;
-        let (ids, haven) = match past {
-            Some(past) => (past.ids, Some(past.haven)),
+        let (ids, sandbox_refs) = match past {
+            Some(past) => (past.ids, Some(past.sandbox_refs)),
             None => (enter_user_namespace(options)?, None),
         };
         let noted = |fd: &BorrowedFd<'_>| Ok((fd.as_raw_fd(), Identity::of(fd)?));
@@ -223,7 +223,7 @@ impl Supervisor {
             options: options.clone(),
             ids,
             keep: keep.map_err(SandboxError::Fork)?,
-            haven,
+            sandbox_refs,
             child: None,
             stopping: false,
         })
@@ -241,8 +241,8 @@ impl Supervisor {
         own: &[RawFd],
     ) -> Result<Option<Inside>, SandboxError> {
         let this = rustix::process::getpid();
-        let leash = pidfd_open(this, PidfdFlags::empty()).map_err(SandboxError::Fork)?;
-        let leash = Leash::of(leash);
+        let death_pipe = pidfd_open(this, PidfdFlags::empty()).map_err(SandboxError::Fork)?;
+        let death_pipe = DeathPipe::of(death_pipe);
         let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
         let (reports, reported) = pipe_with(flags).map_err(SandboxError::Fork)?;
         supervision::tell_by_signal(&reports).map_err(SandboxError::Fork)?;
@@ -256,28 +256,28 @@ impl Supervisor {
             let reports = ManuallyDrop::new(reports);
             self.child = Some(Child { pid, reports });
             // The process has them.
-            std::mem::forget((reported, leash));
+            std::mem::forget((reported, death_pipe));
             return Ok(None);
         }
         let mut common: Vec<RawFd> = self.keep.iter().map(|(fd, _)| *fd).collect();
-        common.extend([leash.as_raw_fd(), reported.as_raw_fd()]);
+        common.extend([death_pipe.as_raw_fd(), reported.as_raw_fd()]);
         common.extend(own);
         // The guardian's end.
         common.push(reports.into_raw_fd());
-        let taken = match self.haven.take() {
+        let taken = match self.sandbox_refs.take() {
             None => {
                 crate::sys::inherit::close_all_but(&common).map_err(SandboxError::Descriptors)?;
                 None
             }
-            Some(haven) => {
+            Some(sandbox_refs) => {
                 for (fd, (number, identity)) in keep.iter().zip(&self.keep) {
                     if fd.as_raw_fd() != *number || Identity::of(fd) != Ok(*identity) {
                         return Err(SandboxError::Replaced(fd.as_raw_fd()));
                     }
                 }
-                let root = haven.root.take()?;
+                let root = sandbox_refs.root.take()?;
                 common.push(root.as_raw_fd());
-                let mounts = haven.mounts.map(Noted::take).transpose()?;
+                let mounts = sandbox_refs.mounts.map(FdIdentity::take).transpose()?;
                 common.extend(mounts.as_ref().map(AsRawFd::as_raw_fd));
                 Some(Taken { root, mounts })
             }
@@ -286,7 +286,7 @@ impl Supervisor {
             options: self.options.clone(),
             ids: self.ids.inside,
             change_ids: self.ids.change,
-            leash,
+            death_pipe,
             report: Some(reported),
             common,
             taken,
@@ -360,14 +360,14 @@ impl Supervisor {
 
     /// Notes where the first serving process is, before anybody could have taken it over.
     fn note(&mut self, report: Report) -> std::io::Result<()> {
-        if self.haven.is_some() {
+        if self.sandbox_refs.is_some() {
             return Ok(());
         }
         let noted =
-            |fd| Ok::<_, std::io::Error>(Noted::new(crate::sys::inherit::inherited_fd(fd)?)?);
+            |fd| Ok::<_, std::io::Error>(FdIdentity::new(crate::sys::inherit::inherited_fd(fd)?)?);
         let root = noted(report.root)?;
         let mounts = report.mounts.map(noted).transpose()?;
-        self.haven = Some(Haven { root, mounts });
+        self.sandbox_refs = Some(SandboxRefs { root, mounts });
         Ok(())
     }
 
@@ -425,8 +425,8 @@ impl Supervisor {
 
     /// Where it is, once the first one has served.
     #[must_use]
-    pub fn haven(&self) -> Option<&Haven> {
-        self.haven.as_ref()
+    pub fn sandbox_refs(&self) -> Option<&SandboxRefs> {
+        self.sandbox_refs.as_ref()
     }
 }
 
@@ -530,8 +530,8 @@ mod tests {
     #[test]
     fn what_was_replaced_is_noticed() {
         let open = |path: &str| OwnedFd::from(std::fs::File::open(path).unwrap());
-        assert!(Noted::new(open("/dev/null")).unwrap().take().is_ok());
-        let mut noted = Noted::new(open("/dev/null")).unwrap();
+        assert!(FdIdentity::new(open("/dev/null")).unwrap().take().is_ok());
+        let mut noted = FdIdentity::new(open("/dev/null")).unwrap();
         rustix::io::dup2(open("/dev/zero"), &mut noted.fd).unwrap();
         assert!(matches!(noted.take(), Err(SandboxError::Replaced(_))));
     }

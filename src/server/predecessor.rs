@@ -3,12 +3,12 @@
 //!
 //! The kernel takes a while to end a process with a guest's memory and many open files. Whoever
 //! restarts a server (systemd within 100 ms) shall not be refused for that. The invariant: a server
-//! that lives on is waited for no longer than [`PATIENCE`], and the log says at once what is waited for.
+//! that lives on is waited for no longer than [`START_TIMEOUT`], and the log says at once what is waited for.
 
 use std::time::{Duration, Instant};
 
 /// How long a process may take to end.
-const PATIENCE: Duration = Duration::from_secs(5);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often is looked.
 const INTERVAL: Duration = Duration::from_millis(5);
@@ -22,11 +22,11 @@ pub(super) fn wait_while<T, E: std::fmt::Display>(
     let mut told = false;
     loop {
         match take() {
-            Err(error) if is_busy(&error) && begun.elapsed() < PATIENCE => {
+            Err(error) if is_busy(&error) && begun.elapsed() < START_TIMEOUT => {
                 if !told {
                     log::warn!(
                         "waiting up to {} seconds for a server that may be about to end: {error}",
-                        PATIENCE.as_secs()
+                        START_TIMEOUT.as_secs()
                     );
                     told = true;
                 }

@@ -26,14 +26,14 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-use super::hand_over::{FORM, Leaving, VARIABLE};
-use super::outside::{DRAIN, LEFT, PATIENCE, Supervising, milliseconds};
+use super::exec_handover::{FORM, Leaving, VARIABLE};
+use super::parent_process::{DRAIN, LEFT, START_TIMEOUT, Supervising, milliseconds};
 use super::{ServerError, chain};
 use crate::config::Config;
-use crate::front;
-use crate::sandbox::successor::{self, Queued};
-use crate::sandbox::{self, Ending, Event, Noted};
+use crate::sandbox::exec::{self, Queued};
+use crate::sandbox::{self, Ending, Event, FdIdentity};
 use crate::state::Table;
+use crate::vhost_user;
 
 /// Where it stands what a program would have to understand that is only tried.
 const CHECK: &str = "RINGFSD_UPGRADE_CHECK";
@@ -50,7 +50,7 @@ const FAILED: &str = "not upgraded: ";
 
 /// What this program writes down for the next.
 fn forms() -> String {
-    let (session, state) = (front::VERSION, Table::VERSION);
+    let (session, state) = (vhost_user::VERSION, Table::VERSION);
     format!("hand-over={FORM} session={session} state={state}")
 }
 
@@ -79,24 +79,24 @@ pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
 
 /// A program that is to take the place of this one, and who hears of it.
 #[derive(Debug)]
-pub(super) struct Wish {
-    program: Noted,
+pub(super) struct UpgradeRequest {
+    program: FdIdentity,
     asker: Option<UnixStream>,
 }
 
-impl Wish {
+impl UpgradeRequest {
     /// `queued` is what came with the signal; without, the program at `path` is meant.
     pub(super) fn of(queued: Option<Queued>, path: &PathBuf) -> std::io::Result<Self> {
         let Some(Queued { value, sender }) = queued else {
             let file = std::fs::File::open(path)?;
             return Ok(Self {
-                program: Noted::new(file.into())?,
+                program: FdIdentity::new(file.into())?,
                 asker: None,
             });
         };
         let asker = UnixStream::connect_addr(&name(value)?)?;
         // The name is free again once whoever asks has gone, and anybody may take it.
-        if successor::peer(&asker)? != sender {
+        if exec::peer(&asker)? != sender {
             return Err(std::io::Error::other(
                 "another process listens where the one that asks should",
             ));
@@ -105,7 +105,7 @@ impl Wish {
         asker.set_write_timeout(Some(WORD))?;
         let file = receive(&asker)?;
         Ok(Self {
-            program: Noted::new(file)?,
+            program: FdIdentity::new(file)?,
             asker: Some(asker),
         })
     }
@@ -135,17 +135,17 @@ fn receive(asker: &UnixStream) -> std::io::Result<OwnedFd> {
 
 /// An upgrade under way.
 #[derive(Debug)]
-pub(super) struct Trial {
+pub(super) struct UpgradeAttempt {
     /// Since when nobody serves.
     pub(super) since: Duration,
     /// The program to go back to.
-    pub(super) old: Option<Noted>,
+    pub(super) old: Option<FdIdentity>,
     pub(super) asker: Option<UnixStream>,
     /// Why this program runs again.
     pub(super) failed: Option<String>,
 }
 
-impl Trial {
+impl UpgradeAttempt {
     pub(super) fn since(&self) -> Duration {
         self.since
     }
@@ -189,7 +189,7 @@ fn say(mut asker: Option<&UnixStream>, word: &str) {
 impl Supervising {
     /// Does what somebody wishes. Comes back if it can't be done, perhaps with the serving process
     /// having left; with an ending, if that is the server's.
-    pub(super) fn upgrade(&mut self, wish: Wish) -> Result<Option<Ending>, ServerError> {
+    pub(super) fn upgrade(&mut self, wish: UpgradeRequest) -> Result<Option<Ending>, ServerError> {
         if let Err(reason) = self.try_out(&wish) {
             log::error!("{FAILED}{reason}");
             say(wish.asker.as_ref(), &format!("{FAILED}{reason}"));
@@ -204,35 +204,35 @@ impl Supervising {
             return Ok(Some(Ending::Status(0)));
         }
         self.is_down(since);
-        let mut trial = Trial {
+        let mut attempt = UpgradeAttempt {
             since,
-            old: successor::own_program().ok(),
+            old: exec::own_program().ok(),
             asker: wish.asker,
             failed: None,
         };
         let reason = match wish.program.take() {
-            Ok(program) => self.become_program(&program, &trial),
+            Ok(program) => self.become_program(&program, &attempt),
             Err(error) => chain(&error),
         };
-        trial.old = None;
-        trial.failed = Some(reason);
-        self.trial = Some(trial);
+        attempt.old = None;
+        attempt.failed = Some(reason);
+        self.attempt = Some(attempt);
         Ok(None)
     }
 
     /// Whether the program could take over, found out without anything being touched.
-    fn try_out(&self, wish: &Wish) -> Result<(), String> {
-        if self.supervisor.haven().is_none() {
+    fn try_out(&self, wish: &UpgradeRequest) -> Result<(), String> {
+        if self.supervisor.sandbox_refs().is_none() {
             return Err("this server doesn't serve yet".to_owned());
         }
         let (arguments, environment) = (arguments(), environment(CHECK, &forms()));
-        let call = successor::Call {
+        let call = exec::Call {
             file: wish.program.fd.as_fd(),
             arguments: &arguments,
             environment: &environment,
         };
         let complaints = wish.asker.as_ref().map(AsFd::as_fd);
-        match successor::try_out(call, complaints, PATIENCE) {
+        match exec::try_out(call, complaints, START_TIMEOUT) {
             Ok(Ending::Status(READY)) => Ok(()),
             Ok(Ending::Status(code)) => Err(format!(
                 "the new program refuses, or is none of ringfsd (it ended with {code})"
@@ -264,21 +264,21 @@ impl Supervising {
         if self.supervisor.has_child() {
             self.supervisor.kill()?;
             while self.supervisor.has_child() {
-                self.supervisor.next_within(PATIENCE)?;
+                self.supervisor.next_within(START_TIMEOUT)?;
             }
         }
-        let Some(trial) = &mut self.trial else {
+        let Some(attempt) = &mut self.attempt else {
             return Ok(());
         };
-        let Some(old) = trial.old.take() else {
+        let Some(old) = attempt.old.take() else {
             return Ok(());
         };
-        trial.failed = Some(reason.to_owned());
+        attempt.failed = Some(reason.to_owned());
         log::error!("{reason}: going back to the program from before");
-        let trial = self.trial.take();
-        if let Some(trial) = trial {
+        let attempt = self.attempt.take();
+        if let Some(attempt) = attempt {
             let error = match old.take() {
-                Ok(program) => self.become_program(&program, &trial),
+                Ok(program) => self.become_program(&program, &attempt),
                 Err(error) => chain(&error),
             };
             log::error!("which can't be run: {error}");
@@ -287,15 +287,15 @@ impl Supervising {
     }
 
     /// Answers why it can't be.
-    fn become_program(&self, program: &OwnedFd, trial: &Trial) -> String {
-        let Some(state) = self.outfit.state.file() else {
+    fn become_program(&self, program: &OwnedFd, attempt: &UpgradeAttempt) -> String {
+        let Some(state) = self.resources.state.file() else {
             return "there is no table of what the session holds".to_owned();
         };
         let leaving = Leaving {
             supervisor: &self.supervisor,
-            listener: &self.outfit.listener,
+            listener: &self.resources.listener,
             state,
-            trial,
+            attempt,
         };
         let list = match leaving.write() {
             Ok(list) => list,
@@ -303,7 +303,7 @@ impl Supervising {
         };
         let number = list.as_raw_fd().to_string();
         let (arguments, environment) = (arguments(), environment(VARIABLE, &number));
-        let error = successor::run_instead(successor::Call {
+        let error = exec::run_instead(exec::Call {
             file: program.as_fd(),
             arguments: &arguments,
             environment: &environment,
@@ -385,18 +385,18 @@ pub fn ask(pid: i32) -> Result<String, AskError> {
     let value = usize::try_from(value).unwrap_or(usize::MAX);
     let listener = name(value).and_then(|name| UnixListener::bind_addr(&name));
     let listener = listener.map_err(failed)?;
-    let program = successor::own_program().map_err(failed)?;
-    successor::ask_for_upgrade(pid, value).map_err(failed)?;
-    if !comes(&listener, PATIENCE).map_err(failed)? {
+    let program = exec::own_program().map_err(failed)?;
+    exec::ask_for_upgrade(pid, value).map_err(failed)?;
+    if !comes(&listener, START_TIMEOUT).map_err(failed)? {
         return Err(AskError::NoAnswer(pid));
     }
     let stream = loop {
         let (stream, _) = listener.accept().map_err(failed)?;
         // Anybody can connect.
-        if successor::peer(&stream).map_err(failed)?.pid == pid {
+        if exec::peer(&stream).map_err(failed)?.pid == pid {
             break stream;
         }
-        if !comes(&listener, PATIENCE).map_err(failed)? {
+        if !comes(&listener, START_TIMEOUT).map_err(failed)? {
             return Err(AskError::NoAnswer(pid));
         }
     };
@@ -413,7 +413,7 @@ pub fn ask(pid: i32) -> Result<String, AskError> {
     .map_err(|error| failed(error.into()))?;
     // Each step there takes so long at most.
     stream
-        .set_read_timeout(Some(4 * PATIENCE))
+        .set_read_timeout(Some(4 * START_TIMEOUT))
         .map_err(failed)?;
     let mut said = Vec::new();
     for line in std::io::BufReader::new(stream)

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use super::inodes::{descriptor, with_descriptor};
-use super::slabs::{Kind, STATE, word_of};
-use super::{Place, StateError, Table};
+use super::slabs::{RecordKind, STATE, word_of};
+use super::{RecordRef, StateError, Table};
 
 const HANDLE: usize = 0;
 const NODE: usize = 1;
@@ -37,7 +37,7 @@ pub struct HandleFields {
 #[derive(Debug)]
 pub struct HandleRecord {
     table: Arc<Table>,
-    place: Place,
+    place: RecordRef,
 }
 
 impl Table {
@@ -47,7 +47,7 @@ impl Table {
         fields: &HandleFields,
         unique: u64,
     ) -> Option<HandleRecord> {
-        let place = self.take(Kind::Handle)?;
+        let place = self.take(RecordKind::Handle)?;
         let record = HandleRecord {
             table: Arc::clone(self),
             place,
@@ -65,7 +65,7 @@ impl Table {
     /// The open files of a table that was opened. To be called once.
     pub fn take_handles(self: &Arc<Self>) -> Vec<HandleRecord> {
         let mut records = Vec::new();
-        self.slabs.each(Kind::Handle, |place| {
+        self.slabs.each(RecordKind::Handle, |place| {
             records.push(HandleRecord {
                 table: Arc::clone(self),
                 place,
@@ -78,7 +78,7 @@ impl Table {
         let mut fault = None;
         let mut handles = std::collections::HashSet::new();
         let known = self.handles_given_out();
-        self.slabs.each(Kind::Handle, |place| {
+        self.slabs.each(RecordKind::Handle, |place| {
             let at = word_of(place);
             let handle = self.load(at + HANDLE);
             let what = if !matches!(self.load(at + STATE) & 0xff, FILE | DIRECTORY) {

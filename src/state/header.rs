@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use super::doings::{THREADS, WORDS};
+use super::thread_journal::{THREADS, WORDS};
 use super::{StateError, Table};
 use crate::sys::receipt::Receipt;
 use crate::sys::shared::{SharedWords, WORD};
@@ -82,7 +82,7 @@ impl Limits {
 pub(super) struct Layout {
     pub(super) queue_count: usize,
     pub(super) queues: usize,
-    pub(super) doings: usize,
+    pub(super) journal_entries: usize,
     pub(super) kinds: usize,
     pub(super) chunks: usize,
     pub(super) chunk_count: usize,
@@ -100,12 +100,12 @@ impl Layout {
 
     fn with(chunk_count: usize, queue_count: usize) -> Self {
         let queues = PAGE + 2 * FRONT;
-        let doings = queues + queue_count * QUEUE;
-        let kinds = doings + 2 * THREADS * WORDS;
+        let journal_entries = queues + queue_count * QUEUE;
+        let kinds = journal_entries + 2 * THREADS * WORDS;
         Self {
             queue_count,
             queues,
-            doings,
+            journal_entries,
             kinds,
             chunks: (kinds + chunk_count).next_multiple_of(CHUNK),
             chunk_count,

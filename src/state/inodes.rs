@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
-use super::slabs::{Kind, STATE, word_of};
-use super::text::Name;
-use super::{Place, StateError, Table};
+use super::blobs::Name;
+use super::slabs::{RecordKind, STATE, word_of};
+use super::{RecordRef, StateError, Table};
 
 const NODE: usize = 0;
 const LOOKUPS: usize = 1;
@@ -51,7 +51,7 @@ pub struct InodeFields {
 #[derive(Debug)]
 pub struct InodeRecord {
     table: Arc<Table>,
-    place: Place,
+    place: RecordRef,
 }
 
 /// A mark for the request `unique`. Linux counts requests in steps of two; of any two that are in
@@ -64,7 +64,7 @@ fn mark(unique: u64, added: bool) -> u64 {
 impl Table {
     /// Writes an inode down, which the request `unique` has made known. `None` if the table is full.
     pub fn new_inode(self: &Arc<Self>, fields: &InodeFields, unique: u64) -> Option<InodeRecord> {
-        let place = self.take(Kind::Inode)?;
+        let place = self.take(RecordKind::Inode)?;
         let record = InodeRecord {
             table: Arc::clone(self),
             place,
@@ -84,14 +84,14 @@ impl Table {
     /// Whether a further inode can be written down at this moment.
     #[must_use]
     pub fn has_room_for_inode(&self) -> bool {
-        let place = self.take(Kind::Inode);
+        let place = self.take(RecordKind::Inode);
         place.inspect(|place| self.give_back(*place)).is_some()
     }
 
     /// The inodes of a table that was opened. To be called once; each has one record.
     pub fn take_inodes(self: &Arc<Self>) -> Vec<InodeRecord> {
         let mut records = Vec::new();
-        self.slabs.each(Kind::Inode, |place| {
+        self.slabs.each(RecordKind::Inode, |place| {
             records.push(InodeRecord {
                 table: Arc::clone(self),
                 place,
@@ -104,7 +104,7 @@ impl Table {
         let mut fault = None;
         let mut nodes = std::collections::HashSet::new();
         let known = self.nodes_given_out();
-        self.slabs.each(Kind::Inode, |place| {
+        self.slabs.each(RecordKind::Inode, |place| {
             let first = word_of(place);
             let node = self.load(first + NODE);
             let (name, handle) = halves(self.load(first + TEXTS));
@@ -125,7 +125,7 @@ impl Table {
     }
 }
 
-fn halves(word: u64) -> (Place, Place) {
+fn halves(word: u64) -> (RecordRef, RecordRef) {
     let low = u32::try_from(word & 0xffff_ffff).unwrap_or(0);
     let high = u32::try_from(word >> 32).unwrap_or(0);
     (low, high)
@@ -251,7 +251,7 @@ impl InodeRecord {
         self.replace_name(0);
     }
 
-    fn replace_name(&self, new: Place) {
+    fn replace_name(&self, new: RecordRef) {
         let (old, handle) = halves(self.get(TEXTS));
         if new != old {
             self.set(TEXTS, u64::from(new) | u64::from(handle) << 32);

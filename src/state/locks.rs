@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 
+use super::blobs::LONGEST;
 use super::inodes::{descriptor, with_descriptor};
-use super::slabs::{Kind, STATE, word_of};
-use super::text::LONGEST;
-use super::{Place, StateError, Table};
+use super::slabs::{RecordKind, STATE, word_of};
+use super::{RecordRef, StateError, Table};
 
 const OWNER: usize = 0;
 const NODE: usize = 1;
@@ -48,13 +48,13 @@ pub struct Range {
 #[derive(Debug)]
 pub struct LockRecord {
     table: Arc<Table>,
-    place: Place,
+    place: RecordRef,
 }
 
 impl Table {
     /// Writes a lock owner down that has no range yet. `None` if the table is full.
     pub fn new_lock(self: &Arc<Self>, fields: &LockFields) -> Option<LockRecord> {
-        let place = self.take(Kind::Lock)?;
+        let place = self.take(RecordKind::Lock)?;
         let record = LockRecord {
             table: Arc::clone(self),
             place,
@@ -70,7 +70,7 @@ impl Table {
     /// The lock owners of a table that was opened. To be called once.
     pub fn take_locks(self: &Arc<Self>) -> Vec<LockRecord> {
         let mut records = Vec::new();
-        self.slabs.each(Kind::Lock, |place| {
+        self.slabs.each(RecordKind::Lock, |place| {
             records.push(LockRecord {
                 table: Arc::clone(self),
                 place,
@@ -81,13 +81,13 @@ impl Table {
 
     pub(super) fn check_locks(&self) -> Result<(), StateError> {
         let mut fault = None;
-        self.slabs.each(Kind::Lock, |place| {
+        self.slabs.each(RecordKind::Lock, |place| {
             let at = word_of(place);
             let ranges = self.load(at + RANGES);
             let what = if self.load(at + STATE) & 0xff != LIVE {
                 "the state of a lock owner"
             } else if ranges != 0
-                && !Place::try_from(ranges).is_ok_and(|place| self.claim_text(place))
+                && !RecordRef::try_from(ranges).is_ok_and(|place| self.claim_text(place))
             {
                 "the ranges of a lock owner"
             } else {
@@ -132,7 +132,10 @@ impl LockRecord {
     /// What is locked.
     #[must_use]
     pub fn ranges(&self) -> Vec<Range> {
-        let Some(place) = Place::try_from(self.get(RANGES)).ok().filter(|it| *it != 0) else {
+        let Some(place) = RecordRef::try_from(self.get(RANGES))
+            .ok()
+            .filter(|it| *it != 0)
+        else {
             return Vec::new();
         };
         let bytes = self.table.text(place);
@@ -170,7 +173,7 @@ impl LockRecord {
         let Some(new) = new else {
             return false;
         };
-        let old = Place::try_from(self.get(RANGES)).unwrap_or(0);
+        let old = RecordRef::try_from(self.get(RANGES)).unwrap_or(0);
         self.set(RANGES, u64::from(new));
         self.table.end_text(old);
         true
@@ -182,7 +185,7 @@ impl Drop for LockRecord {
         if self.table.is_closed() {
             return;
         }
-        let ranges = Place::try_from(self.get(RANGES)).unwrap_or(0);
+        let ranges = RecordRef::try_from(self.get(RANGES)).unwrap_or(0);
         self.set(STATE, 0);
         self.table.end_text(ranges);
         self.table.give_back(self.place);

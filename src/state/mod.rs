@@ -11,7 +11,7 @@
 //! The invariant: a table that [`Table::open`] accepts is used without further doubt, and one that
 //! it refuses has not been changed.
 
-mod doings;
+mod blobs;
 mod handles;
 mod header;
 mod inodes;
@@ -20,7 +20,7 @@ mod slabs;
 pub mod stream;
 #[cfg(test)]
 mod tests;
-mod text;
+mod thread_journal;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -29,15 +29,15 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-pub use self::doings::{Doing, Done};
+pub use self::blobs::Name;
 pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
-pub use self::text::Name;
+pub use self::thread_journal::{Done, JournalEntry};
 
 use self::header::Layout;
-use self::slabs::{Kind, Slabs};
+use self::slabs::{RecordKind, Slabs};
 use crate::sys::closing::First;
 use crate::sys::shared::{SharedWords, WORD};
 
@@ -114,7 +114,7 @@ fn reserve(file: &OwnedFd, first: usize, words: usize) -> Result<(), Errno> {
 }
 
 /// A place in the table that something is written to.
-type Place = u32;
+type RecordRef = u32;
 
 impl Table {
     /// Of the form that this program writes and reads.
@@ -253,7 +253,7 @@ impl Table {
     #[must_use]
     pub fn descriptors(&self) -> Vec<i32> {
         let mut fds = Vec::new();
-        for kind in [Kind::Inode, Kind::Handle, Kind::Lock] {
+        for kind in [RecordKind::Inode, RecordKind::Handle, RecordKind::Lock] {
             self.slabs.each(kind, |place| {
                 let state = self.load(slabs::word_of(place) + slabs::STATE);
                 fds.extend(inodes::descriptor(state));
@@ -282,12 +282,12 @@ impl Table {
     }
 
     /// Takes a place for something of `kind`; `None` if the table is full.
-    fn take(&self, kind: Kind) -> Option<Place> {
+    fn take(&self, kind: RecordKind) -> Option<RecordRef> {
         self.slabs.take(&self.words, kind)
     }
 
     /// Gives a place back whose first word, or state, says already that nothing is there.
-    fn give_back(&self, place: Place) {
+    fn give_back(&self, place: RecordRef) {
         self.slabs.give_back(&self.words, place);
     }
 

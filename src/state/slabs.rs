@@ -8,7 +8,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::header::{CHUNK, Layout};
-use super::{Place, StateError, reserve};
+use super::{RecordRef, StateError, reserve};
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Words of a record: a cache line.
@@ -22,7 +22,7 @@ const TEXTS: [usize; 14] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 64, 256, 1024, CHU
 
 /// What a chunk is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RecordKind {
     Inode,
     Handle,
     Lock,
@@ -30,7 +30,7 @@ pub(super) enum Kind {
     Text(usize),
 }
 
-impl Kind {
+impl RecordKind {
     /// The smallest text with `words`; `None` if there is none so long.
     pub(super) fn text(words: usize) -> Option<Self> {
         TEXTS
@@ -87,14 +87,14 @@ impl Kind {
 const LISTS: usize = 3 + TEXTS.len();
 
 /// The first word of a place.
-pub(super) fn word_of(place: Place) -> usize {
+pub(super) fn word_of(place: RecordRef) -> usize {
     place as usize
 }
 
 /// A chunk that is in use.
 #[derive(Debug)]
 struct Chunk {
-    kind: Kind,
+    kind: RecordKind,
     taken: usize,
     /// One bit a place.
     bits: Box<[u64]>,
@@ -103,7 +103,7 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: RecordKind) -> Self {
         Self {
             kind,
             taken: 0,
@@ -187,9 +187,9 @@ impl Slabs {
                 continue;
             }
             let what = "a chunk of an unknown kind";
-            let kind = Kind::from_number(kind).ok_or(StateError::Damaged { what, at })?;
+            let kind = RecordKind::from_number(kind).ok_or(StateError::Damaged { what, at })?;
             let mut chunk = Chunk::new(kind);
-            if !matches!(kind, Kind::Text(_)) {
+            if !matches!(kind, RecordKind::Text(_)) {
                 for place in 0..kind.places() {
                     let first = slabs.start + number * CHUNK + place * RECORD;
                     if words.get(first + STATE).map_or(0, load) != 0 {
@@ -211,7 +211,7 @@ impl Slabs {
 
     /// Takes the text at `place` of a table that was opened, of at least `words`. False if there
     /// is none, or it is taken.
-    pub(super) fn claim(&self, place: Place, words: usize) -> bool {
+    pub(super) fn claim(&self, place: RecordRef, words: usize) -> bool {
         let mut state = self.lock();
         let Some((number, at)) = self.number_of(place) else {
             return false;
@@ -219,7 +219,7 @@ impl Slabs {
         let Some(Some(chunk)) = state.chunks.get_mut(number) else {
             return false;
         };
-        let Kind::Text(size) = chunk.kind else {
+        let RecordKind::Text(size) = chunk.kind else {
             return false;
         };
         let claimed = words <= size && at.is_multiple_of(size) && chunk.mark(at / size);
@@ -230,11 +230,11 @@ impl Slabs {
     }
 
     /// How many words the text at `place` has room for; `None` if there is none.
-    pub(super) fn text_words(&self, place: Place) -> Option<usize> {
+    pub(super) fn text_words(&self, place: RecordRef) -> Option<usize> {
         let state = self.lock();
         let (number, at) = self.number_of(place)?;
         match state.chunks.get(number)?.as_ref()?.kind {
-            Kind::Text(size) if at.is_multiple_of(size) => Some(size),
+            RecordKind::Text(size) if at.is_multiple_of(size) => Some(size),
             _ => None,
         }
     }
@@ -255,7 +255,7 @@ impl Slabs {
         }
     }
 
-    pub(super) fn take(&self, words: &SharedWords, kind: Kind) -> Option<Place> {
+    pub(super) fn take(&self, words: &SharedWords, kind: RecordKind) -> Option<RecordRef> {
         let mut state = self.lock();
         loop {
             let Some(number) = state.with_room[kind.list()].last().copied() else {
@@ -279,7 +279,7 @@ impl Slabs {
         }
     }
 
-    fn open_chunk(&self, state: &mut State, words: &SharedWords, kind: Kind) -> Option<()> {
+    fn open_chunk(&self, state: &mut State, words: &SharedWords, kind: RecordKind) -> Option<()> {
         let number = match state.free.pop() {
             Some(number) => number as usize,
             None if state.chunks.len() < self.most => {
@@ -304,7 +304,7 @@ impl Slabs {
         Some(())
     }
 
-    pub(super) fn give_back(&self, words: &SharedWords, place: Place) {
+    pub(super) fn give_back(&self, words: &SharedWords, place: RecordRef) {
         let mut state = self.lock();
         let Some((number, at)) = self.number_of(place) else {
             return;
@@ -357,8 +357,8 @@ impl Slabs {
     }
 
     /// Calls `each` with the places of the records of `kind`.
-    pub(super) fn each(&self, kind: Kind, mut each: impl FnMut(Place)) {
-        let taken: Vec<Place> = {
+    pub(super) fn each(&self, kind: RecordKind, mut each: impl FnMut(RecordRef)) {
+        let taken: Vec<RecordRef> = {
             let state = self.lock();
             let of_kind = |chunk: &&Option<Chunk>| chunk.as_ref().is_some_and(|it| it.kind == kind);
             let numbered = state.chunks.iter().enumerate();
@@ -380,7 +380,7 @@ impl Slabs {
     }
 
     /// The chunk that `place` is in, and the word of that where it begins.
-    fn number_of(&self, place: Place) -> Option<(usize, usize)> {
+    fn number_of(&self, place: RecordRef) -> Option<(usize, usize)> {
         let word = word_of(place).checked_sub(self.start)?;
         (word / CHUNK < self.most).then_some((word / CHUNK, word % CHUNK))
     }

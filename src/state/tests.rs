@@ -229,7 +229,7 @@ fn damaged_records_are_refused() {
     assert!(record.set_name(1, b"name", 0));
     let first = slabs::word_of({
         let mut at = 0;
-        table.slabs.each(Kind::Inode, |place| at = place);
+        table.slabs.each(RecordKind::Inode, |place| at = place);
         at
     });
     // Node id, texts, state; and what the chunk is for.

@@ -9,10 +9,9 @@
     reason = "raw system calls are made here and nowhere else"
 )]
 
-pub(crate) mod bus;
 pub(crate) mod closing;
-pub(crate) mod code;
 pub(crate) mod credentials;
+pub(crate) mod fd_slot;
 pub(crate) mod file;
 pub(crate) mod file_handle;
 pub(crate) mod group;
@@ -22,8 +21,9 @@ pub(crate) mod lock;
 pub(crate) mod process;
 pub(crate) mod receipt;
 pub(crate) mod shared;
-pub(crate) mod slot;
+pub(crate) mod sigbus;
 pub(crate) mod supervision;
+pub(crate) mod text_pages;
 
 use rustix::io::Errno;
 

@@ -6,13 +6,13 @@
 use std::sync::Arc;
 
 use super::bad_chain::BadChain;
-use super::body::Pooled;
 use super::inflight::Resumed;
 use super::journal::{INTENT, Journal, Previous};
 use super::layout::{self, Descriptor};
 use super::memory::Memory;
+use super::segments::Pooled;
 use super::sync::Window;
-use super::used::{Return, Totals, UsedRing};
+use super::used::{QueueStats, Return, UsedRing};
 use crate::io::GuestBuffer;
 
 /// The descriptor table of a queue, the memory its descriptors point into, and where its chains
@@ -329,7 +329,7 @@ impl Chain {
                 self.table.memory.mark_dirty(slice.guest, slice.len as u64);
             }
         }
-        let more = Totals {
+        let more = QueueStats {
             chains: 1,
             dropped: u64::from(end == End::Dropped),
             refused: u64::from(end == End::Refused),

@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use super::QueueIndex;
 use super::layout;
-use super::memory::{Alarm, Mapping, MemoryError};
-use super::words::Words;
+use super::memory::{Mapping, MemoryError, MemoryLostEvent};
+use super::shared_words::Words;
 use crate::state::QueuePart;
 
 #[cfg(test)]
@@ -107,7 +107,7 @@ pub struct InflightRegion {
 }
 
 impl InflightRegion {
-    /// What an [`Alarm`] calls the first byte of a region that is gone.
+    /// What an [`MemoryLostEvent`] calls the first byte of a region that is gone.
     pub const GONE: u64 = u64::MAX - (1 << 40);
 
     /// Makes a file for a region for `queues` queues of `size` entries each, empty, which nobody
@@ -143,7 +143,7 @@ impl InflightRegion {
         file: File,
         (offset, len): (u64, u64),
         (queues, size): (u16, u16),
-        alarm: &Arc<Alarm>,
+        alarm: &Arc<MemoryLostEvent>,
     ) -> Result<Self, InflightError> {
         let wanted = region_len(queues, size)?;
         if len < wanted {
@@ -267,7 +267,7 @@ impl InflightPart {
         let state = State::parse(self.words.load(STATE));
         let features = self.words.load(FEATURES);
         if state.version == 0 {
-            return Ok(self.afresh(size, used));
+            return Ok(self.reset(size, used));
         }
         if state.version != VERSION || features != 0 {
             let version = state.version;
@@ -277,7 +277,7 @@ impl InflightPart {
         if state.entries != wanted {
             if self.kept {
                 // A ring of another size is another driver's.
-                return Ok(self.afresh(size, used));
+                return Ok(self.reset(size, used));
             }
             let found = state.entries;
             return Err(InflightError::Entries { found, wanted });
@@ -302,7 +302,7 @@ impl InflightPart {
                     heads.len()
                 );
             }
-            return Ok(inflight.part.afresh(size, used));
+            return Ok(inflight.part.reset(size, used));
         }
         inflight.batch.reserve(usize::from(size));
         Ok(Found {
@@ -317,7 +317,7 @@ impl InflightPart {
     }
 
     /// Makes the part that of a queue with nothing in flight.
-    fn afresh(self, size: u16, used: u16) -> Found {
+    fn reset(self, size: u16, used: u16) -> Found {
         // First, so that no half of the marks is ever taken for the whole.
         self.words.store(STATE, 0);
         self.words.store(FEATURES, 0);

@@ -57,7 +57,7 @@ impl Slot<'_> {
     #[inline]
     fn store(&self, word: usize, value: u64) {
         #[cfg(test)]
-        if !super::kill::is_alive() {
+        if !super::crash_injection::is_alive() {
             return;
         }
         if let Some(word) = self.0.get(word) {

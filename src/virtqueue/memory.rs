@@ -6,7 +6,7 @@
 //! the same snapshot keeps alive.
 //!
 //! Whoever handed the memory over may take it away again, by truncating its file. All mappings
-//! are therefore watched: what is gone reads as zeros from then on, and the [`Alarm`] tells.
+//! are therefore watched: what is gone reads as zeros from then on, and the [`MemoryLostEvent`] tells.
 //!
 //! This is not `vm-memory`'s `GuestMemoryMmap` because the rings need the addresses once and
 //! not at each access, and because the dirty log of `vhost-user-backend`, which would be its
@@ -33,8 +33,8 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::io::GuestBuffer;
-pub use crate::sys::bus::Alarm;
-use crate::sys::bus::Watch;
+pub use crate::sys::sigbus::MemoryLostEvent;
+use crate::sys::sigbus::Watch;
 
 /// An address in the guest's physical memory.
 pub type GuestAddress = u64;
@@ -144,7 +144,7 @@ impl Mapping {
         file: File,
         (offset, len): (u64, usize),
         base: u64,
-        alarm: &Arc<Alarm>,
+        alarm: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MapFault> {
         let unit = check_file(&file, offset, len)?;
         let bytes = MmapRegion::from_file(FileOffset::new(file, offset), len)?;
@@ -171,7 +171,7 @@ impl Mapping {
         offset: u64,
         len: usize,
         base: u64,
-        alarm: &Arc<Alarm>,
+        alarm: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MemoryError> {
         let wide = len as u64;
         Self::new(file, (offset, len), base, alarm).map_err(|fault| match fault {
@@ -240,7 +240,7 @@ impl Region {
         guest: GuestAddress,
         user: u64,
         len: u64,
-        alarm: &Arc<Alarm>,
+        alarm: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MemoryError> {
         let shape = MemoryError::Shape { guest, len };
         let Ok(size) = usize::try_from(len) else {
@@ -467,7 +467,7 @@ impl Slice {
     pub(crate) fn write(&self, from: &[u8]) {
         assert!(from.len() <= self.len);
         #[cfg(test)]
-        if !super::kill::is_alive() {
+        if !super::crash_injection::is_alive() {
             return;
         }
         // SAFETY: the slice's holder keeps its snapshot, so `pointer..+len` is mapped, and the
@@ -540,7 +540,7 @@ impl Window {
     /// Sets the 16-bit little-endian number at `offset`.
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
         #[cfg(test)]
-        if !super::kill::is_alive() {
+        if !super::crash_injection::is_alive() {
             return;
         }
         self.atomic_u16(offset).store(value.to_le(), order);
@@ -598,7 +598,7 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// What an [`Alarm`] calls a log that is gone.
+    /// What an [`MemoryLostEvent`] calls a log that is gone.
     pub const GONE: u64 = u64::MAX - 1;
 
     /// Maps the log: `len` bytes of `file` from `offset` on, a bit for each [`LOG_PAGE`].
@@ -607,7 +607,12 @@ impl DirtyLog {
     /// # Errors
     ///
     /// The file is too short or can't be mapped.
-    pub fn map(file: File, offset: u64, len: u64, alarm: &Arc<Alarm>) -> Result<Self, MemoryError> {
+    pub fn map(
+        file: File,
+        offset: u64,
+        len: u64,
+        alarm: &Arc<MemoryLostEvent>,
+    ) -> Result<Self, MemoryError> {
         let fail = |fault| match fault {
             MapFault::Map(source) => MemoryError::MapLog {
                 len,
@@ -659,8 +664,8 @@ mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
 
-    fn alarm() -> Arc<Alarm> {
-        Arc::new(Alarm::new().unwrap())
+    fn alarm() -> Arc<MemoryLostEvent> {
+        Arc::new(MemoryLostEvent::new().unwrap())
     }
 
     fn region(guest: u64, len: u64) -> Region {

@@ -9,19 +9,20 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 mod bad_chain;
-mod body;
 mod chain;
-pub mod inflight;
-pub mod journal;
 #[cfg(test)]
 #[allow(
     clippy::arithmetic_side_effects,
     reason = "tests may fail by panicking"
 )]
-mod kill;
+mod crash_injection;
+pub mod inflight;
+pub mod journal;
 mod layout;
 pub mod memory;
 mod queue;
+mod segments;
+mod shared_words;
 mod sync;
 #[cfg(test)]
 #[allow(
@@ -31,7 +32,6 @@ mod sync;
 )]
 pub(crate) mod tests;
 mod used;
-mod words;
 
 pub use bad_chain::BadChain;
 pub use chain::Chain;
@@ -39,7 +39,7 @@ pub use inflight::{InflightError, InflightPart, InflightRegion};
 pub use journal::{Journal, Previous, under_way};
 pub use memory::{Memory, MemoryError};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
-pub use used::{Call, Totals, UsedRing};
+pub use used::{Call, QueueStats, UsedRing};
 
 /// Which queue of the device: 0 is the high-priority queue, the request queues follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

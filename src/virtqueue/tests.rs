@@ -32,7 +32,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(logging: bool) -> Self {
-        let alarm = Arc::new(super::memory::Alarm::new().unwrap());
+        let alarm = Arc::new(super::memory::MemoryLostEvent::new().unwrap());
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {

@@ -9,7 +9,7 @@
 //! has been shown the index.
 
 #[cfg(all(test, ringfsd_loom))]
-mod every_order;
+mod loom_tests;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -63,7 +63,7 @@ impl Call {
     }
 }
 
-impl std::fmt::Display for Totals {
+impl std::fmt::Display for QueueStats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
             chains,
@@ -98,7 +98,7 @@ pub struct UsedRing {
 
 /// What went through a queue since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
+pub struct QueueStats {
     /// Chains returned.
     pub chains: u64,
     /// Chains returned without an answer, by being dropped.
@@ -124,7 +124,7 @@ struct State {
     pieces: usize,
     /// Somebody waits for `in_flight` to become 0.
     draining: bool,
-    totals: Totals,
+    totals: QueueStats,
     /// Where heads in flight are marked, if the queue is tracked.
     inflight: Option<Inflight>,
 }
@@ -169,7 +169,7 @@ impl UsedRing {
                 in_flight: 0,
                 pieces: 0,
                 draining: false,
-                totals: Totals::default(),
+                totals: QueueStats::default(),
                 inflight: None,
             }),
             drained: Condvar::new(),
@@ -246,7 +246,7 @@ impl UsedRing {
 
     /// Writes the element that returns a chain; `more` is what that adds to the totals. The guest
     /// sees it with the next [`publish`](Self::publish).
-    pub(super) fn push(&self, chain: Return, more: Totals) {
+    pub(super) fn push(&self, chain: Return, more: QueueStats) {
         let mut state = self.lock();
         state.pieces = state.pieces.saturating_sub(chain.pieces);
         state.totals.chains = state.totals.chains.wrapping_add(more.chains);
@@ -355,7 +355,7 @@ impl UsedRing {
 
     /// What went through the queue so far.
     #[must_use]
-    pub fn totals(&self) -> Totals {
+    pub fn totals(&self) -> QueueStats {
         self.lock().totals
     }
 

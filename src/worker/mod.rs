@@ -1,18 +1,18 @@
 //! The worker threads, their runtimes, the loop.
 //!
-//! [`Pool`] is threads and runtimes, and of use without virtio; [`Crew`] serves the queues of
+//! [`Threads`] is threads and runtimes, and of use without virtio; [`WorkerPool`] serves the queues of
 //! one session with them. The invariant: a chain is served by the worker that took it off its
 //! ring, unless that one has a backlog and another has nothing to do.
 
-mod crew;
-mod exchange;
+mod batch_size;
+mod busy_poll;
+mod chain_transport;
+mod completion_batch;
+mod event_loop;
 mod faults;
-mod later;
-mod nap;
-mod pool;
-mod portions;
-mod serve;
-mod spin;
+mod kick_moderation;
+mod threads;
+mod worker_pool;
 
-pub use crew::{Crew, CrewError};
-pub use pool::{Pool, PoolError, Worker};
+pub use threads::{Threads, ThreadsError, Worker};
+pub use worker_pool::{WorkerPool, WorkerPoolError};

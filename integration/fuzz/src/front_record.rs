@@ -5,7 +5,7 @@
 
 use std::os::fd::RawFd;
 
-use ringfsd::front::{Record, VERSION};
+use ringfsd::vhost_user::{SessionSnapshot, VERSION};
 
 use crate::count;
 
@@ -27,7 +27,7 @@ pub fn run(data: &[u8]) {
 }
 
 fn one(bytes: &[u8]) {
-    let Ok(record) = Record::decode(bytes) else {
+    let Ok(record) = SessionSnapshot::decode(bytes) else {
         return;
     };
     let mut fds = record.descriptors();
@@ -40,5 +40,5 @@ fn one(bytes: &[u8]) {
         first.is_some_and(|fd| *fd > 2),
         "a descriptor that can't be"
     );
-    assert_eq!(Record::decode(&record.encode()), Ok(record));
+    assert_eq!(SessionSnapshot::decode(&record.encode()), Ok(record));
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ringfsd::virtqueue::memory::{Alarm, Region};
+use ringfsd::virtqueue::memory::{MemoryLostEvent, Region};
 use ringfsd::virtqueue::{Call, Features, Memory, Queue, QueueIndex, RingAddresses};
 
 /// Guest address and length of each region; each lies at its own address in the file.
@@ -48,7 +48,7 @@ impl Guest {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = File::from(rustix::fs::memfd_create("guest", flags).expect("a memfd"));
         file.set_len(0x58000).expect("its length");
-        let alarm = Arc::new(Alarm::new().expect("an eventfd"));
+        let alarm = Arc::new(MemoryLostEvent::new().expect("an eventfd"));
         let regions = REGIONS
             .iter()
             .map(|&(guest, len)| {

@@ -6,7 +6,6 @@
 
 pub mod count;
 pub mod decode;
-pub mod exchange;
 pub mod front_record;
 pub mod guest;
 pub mod moved;
@@ -15,4 +14,5 @@ pub mod ring;
 pub mod share;
 pub mod source;
 pub mod state;
+pub mod transport;
 pub mod vhost_user;

@@ -21,10 +21,10 @@ use ringfsd::io::{Engine, Runtime, spawn};
 use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
-use crate::exchange::OnChain;
 use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};
 use crate::share::Share;
 use crate::source::Source;
+use crate::transport::OnChain;
 
 /// Requests on the ring at once.
 const BATCH: u16 = 16;

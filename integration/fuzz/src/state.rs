@@ -110,10 +110,13 @@ impl Scene {
             Passthrough::of(shared(&path), options(), &table, None).expect("a file system");
         use_it(&fs);
 
-        let len = rustix::fs::fstat(table.file()).expect("its length").st_size;
+        let len = rustix::fs::fstat(table.file().expect("a file"))
+            .expect("its length")
+            .st_size;
         let word = |at: u64| {
             let mut bytes = [0; 8];
-            rustix::io::pread(table.file(), &mut bytes, at * WORD).expect("a word");
+            rustix::io::pread(table.file().expect("a file"), &mut bytes, at * WORD)
+                .expect("a word");
             u64::from_ne_bytes(bytes)
         };
         let count = word(2);
@@ -124,7 +127,8 @@ impl Scene {
         let areas = areas.chain((0..CHUNKS).map(|n| (chunks + n * CHUNK, USED)));
         let parts = areas.map(|(first, words)| {
             let mut bytes = vec![0; usize::try_from(words * WORD).expect("few")];
-            rustix::io::pread(table.file(), &mut bytes, first * WORD).expect("a part");
+            rustix::io::pread(table.file().expect("a file"), &mut bytes, first * WORD)
+                .expect("a part");
             (first * WORD, bytes)
         });
         Self {
@@ -197,7 +201,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     let _ = ringfsd::virtqueue::under_way(&table);
     let share = scene.share.path();
     let past = Past {
-        bequeathed: false,
+        inherited_fds: false,
         under_way,
     };
     let Ok((fs, _)) = Passthrough::of(shared(&share), options(), &table, Some(&past)) else {

@@ -16,8 +16,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use ringfsd::device::Device;
-use ringfsd::front::{self, Cause, DeviceState, Runner};
 use ringfsd::state::{Limits, Table};
+use ringfsd::vhost_user::{self, Cause, DeviceState, Runner};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
@@ -187,11 +187,11 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
     };
     let mut runner = Taking::default();
     let leave = std::sync::atomic::AtomicBool::new(false);
-    let stop = front::Stop {
+    let stop = vhost_user::Stop {
         asked: descriptors.silent.0.as_fd(),
         leave: &leave,
     };
-    let end = front::serve(theirs, &device, &mut runner, &descriptors.table, stop);
+    let end = vhost_user::serve(theirs, &device, &mut runner, &descriptors.table, stop);
     assert!(descriptors.table.front().is_none(), "forgotten at the end");
     assert!(runner.queues.is_empty(), "stopped at the end: {end:?}");
     count::add(messages);

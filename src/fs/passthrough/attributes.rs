@@ -13,7 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::holds::{InodeFd, stat_fd};
+use super::inode_ref::{InodeFd, stat_fd};
 use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
 use crate::io::File;
 use crate::sys;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{FileType, fstat};
 
 use super::Passthrough;
-use super::inode::{Held, Inode};
+use super::inode::{Inode, RefKind};
 use crate::fs::NodeId;
 use crate::io::File;
 
@@ -142,7 +142,7 @@ fn frees_much(fd: &OwnedFd) -> bool {
 impl Passthrough {
     /// Whether `inode` may be a file that ends with its descriptor.
     pub(super) fn may_be_nameless(inode: &Inode) -> bool {
-        inode.kind() == FileType::RegularFile && matches!(&*inode.held(), Held::Nothing)
+        inode.kind() == FileType::RegularFile && matches!(&*inode.held(), RefKind::Nothing)
     }
 
     /// Closes the descriptor of an inode that was forgotten, unless somebody still uses it.
@@ -164,7 +164,7 @@ impl Passthrough {
 
     /// Closes what is put by for when the guest opens `node` again.
     pub(super) fn close_spares(&self, node: NodeId) {
-        while let Some(file) = self.spares.take(node) {
+        while let Some(file) = self.closed_fds.take(node) {
             self.close_file(node, file);
         }
     }

@@ -17,7 +17,7 @@
 //!   (`fs.protected_regular`): creation always says `O_EXCL`, see `names`;
 //! - ext4's blocks reserved for a uid: without `CAP_SYS_RESOURCE`, the last creator's share;
 //! - file systems whose server decides (NFS, SMB, 9P, FUSE, Ceph): there the ids are put back
-//!   at the end of each section, see [`Wear::putting_back`];
+//!   at the end of each section, see [`CredentialPolicy::putting_back`];
 //! - a server that lacks the capabilities, and so lives on what its own uid owns: likewise.
 //!
 //! By capabilities alone go sticky directories, `O_NOATIME`, `fs.protected_hardlinks`, modes,
@@ -83,11 +83,11 @@ thread_local! {
 
 /// How sections are made for one file system.
 #[derive(Debug)]
-pub(super) struct Wear {
+pub(super) struct CredentialPolicy {
     put_back: bool,
 }
 
-impl Wear {
+impl CredentialPolicy {
     /// For file systems that go by capabilities as local ones do.
     pub(super) fn staying() -> Self {
         Self { put_back: false }
@@ -111,7 +111,7 @@ impl Wear {
         proc_fds: &OwnedFd,
         caller: &Caller,
         umask: Option<u32>,
-    ) -> Result<Section> {
+    ) -> Result<CredentialsGuard> {
         let (Some(uid), Some(gid)) = (caller.uid, caller.gid) else {
             return Err(Errno::OVERFLOW);
         };
@@ -124,7 +124,7 @@ impl Wear {
             THREAD.set(Some(thread));
         }
         // Made first, so that it puts back what a change gone wrong half-way leaves.
-        let mut section = Section {
+        let mut section = CredentialsGuard {
             put_back: (self.put_back || !thread.overriding).then_some(thread.own),
             groups: None,
             stays_here: PhantomData,
@@ -147,13 +147,13 @@ impl Wear {
 /// While it lives the thread creates for a caller. Bound to its thread, and so to synchronous
 /// code: it can't be held across an await of a future that may move.
 #[must_use]
-pub(super) struct Section {
+pub(super) struct CredentialsGuard {
     put_back: Option<Ids>,
     groups: Option<Vec<Gid>>,
     stays_here: PhantomData<*const ()>,
 }
 
-impl Drop for Section {
+impl Drop for CredentialsGuard {
     fn drop(&mut self) {
         if let (Some(own), Some(mut thread)) = (self.put_back, THREAD.get()) {
             // The thread's own ids are always allowed and always mapped. Should a seccomp

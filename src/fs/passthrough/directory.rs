@@ -13,9 +13,9 @@ use std::sync::{Arc, PoisonError};
 use rustix::fs::SeekFrom;
 
 use super::Passthrough;
-use super::bounds::PIECES;
-use super::holds::Directory;
 use super::inode::Inode;
+use super::inode_ref::Directory;
+use super::limits::PIECES;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;
@@ -39,14 +39,14 @@ pub(super) struct Stream {
 
 /// The right to keep a piece.
 #[derive(Debug)]
-struct Kept(Pieces);
+struct Kept(DirentCache);
 
 /// How many pieces are kept.
-pub(super) type Pieces = Arc<AtomicUsize>;
+pub(super) type DirentCache = Arc<AtomicUsize>;
 
 impl Kept {
     /// `None` where `PIECES` are kept already.
-    fn one_of(pieces: &Pieces) -> Option<Self> {
+    fn one_of(pieces: &DirentCache) -> Option<Self> {
         // Relaxed: it only counts.
         let kept = pieces.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
             (count < PIECES).then_some(count + 1)
@@ -93,7 +93,7 @@ impl Stream {
     }
 
     /// A request has ended: keeps what is left of the piece, if it may.
-    fn rest(&mut self, directory: &File, pieces: &Pieces) {
+    fn rest(&mut self, directory: &File, pieces: &DirentCache) {
         if self.at >= self.piece.len() {
             self.let_go();
         } else if self.kept.is_none() {
@@ -171,7 +171,7 @@ impl Passthrough {
         stream.seek(&directory, offset)?;
         let entries = (&directory, node, plus);
         let result = self.read_stream(&mut stream, entries, inode.as_deref(), sink);
-        stream.rest(&directory, &self.pieces);
+        stream.rest(&directory, &self.dirent_cache);
         result
     }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::current;
+use super::current_request;
 use super::directory::Stream;
 use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
@@ -106,7 +106,7 @@ impl Handles {
             flags: flags.bits(),
             fd: file.as_fd().as_raw_fd(),
         };
-        let record = self.table.new_handle(&fields, current::unique());
+        let record = self.table.new_handle(&fields, current_request::unique());
         Ok(self.put(record.ok_or(Errno::NFILE)?, file))
     }
 

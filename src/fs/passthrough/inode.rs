@@ -11,13 +11,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
-use super::current;
-use super::holds::{Identity, Key, Mount, Place, Way};
+use super::current_request;
+use super::inode_ref::{Identity, Key, Mount, ParentLink, ReopenMethod};
 use crate::fs::NodeId;
 use crate::io::File;
 use crate::state::{InodeFields, InodeRecord, Table};
+use crate::sys::fd_slot::Slot;
 use crate::sys::file_handle::FileHandle;
-use crate::sys::slot::Slot;
 
 /// An inode that the guest knows.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub(super) struct Inode {
     pub(super) record: InodeRecord,
     /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
     pub(super) slot: Slot,
-    held: Mutex<Held>,
+    held: Mutex<RefKind>,
     /// Inodes whose way leads through this one. Changed as the lookups are.
     pub(super) children: AtomicU32,
     /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
@@ -38,9 +38,9 @@ pub(super) struct Inode {
     remembered: AtomicBool,
 }
 
-/// Which [`Way`] leads to an inode; what there is to it stands in the record.
+/// Which [`ReopenMethod`] leads to an inode; what there is to it stands in the record.
 #[derive(Debug)]
-pub(super) enum Held {
+pub(super) enum RefKind {
     Nothing,
     Handle(Arc<Mount>),
     /// What the guest has open of it: it has no name, and no descriptor of its own.
@@ -62,7 +62,7 @@ impl Inode {
         identity: &Identity,
         node: NodeId,
         fd: Option<OwnedFd>,
-        way: Way,
+        way: ReopenMethod,
     ) -> Option<Self> {
         let fields = InodeFields {
             node: node.0,
@@ -73,11 +73,11 @@ impl Inode {
             sort: identity.kind.as_raw_mode(),
             lookups: 1,
         };
-        let record = table.new_inode(&fields, current::unique())?;
+        let record = table.new_inode(&fields, current_request::unique())?;
         if let Some(fd) = &fd {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
-        let inode = Self::recorded(record, fd, Held::Nothing);
+        let inode = Self::recorded(record, fd, RefKind::Nothing);
         inode.set_way(&mut inode.held(), way);
         inode
             .settled
@@ -96,13 +96,13 @@ impl Inode {
         }
         record.set_location(identity.key.device, identity.key.mount);
         record.set_descriptor(Some(fd.as_raw_fd()));
-        let root = Self::recorded(record, Some(fd), Held::Nothing);
+        let root = Self::recorded(record, Some(fd), RefKind::Nothing);
         root.settle_by_record();
         Some(root)
     }
 
     /// An inode that has a record, which says the rest.
-    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, held: Held) -> Self {
+    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, held: RefKind) -> Self {
         Self {
             record,
             slot: fd.map_or_else(Slot::empty, Slot::full),
@@ -121,37 +121,39 @@ impl Inode {
     }
 
     /// Which way leads to it. For short: whoever looks the inode up waits.
-    pub(super) fn held(&self) -> MutexGuard<'_, Held> {
+    pub(super) fn held(&self) -> MutexGuard<'_, RefKind> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How to reach it without its descriptor.
-    pub(super) fn way(&self) -> Way {
+    pub(super) fn way(&self) -> ReopenMethod {
         match &*self.held() {
-            Held::Nothing => Way::None,
-            Held::Forgotten => Way::Forgotten,
-            Held::Open(file) => Way::Open(file.clone()),
-            held @ Held::Name => self.place(held).map_or(Way::None, Way::Name),
-            Held::Handle(mount) => {
+            RefKind::Nothing => ReopenMethod::None,
+            RefKind::Forgotten => ReopenMethod::Forgotten,
+            RefKind::Open(file) => ReopenMethod::Open(file.clone()),
+            held @ RefKind::Name => self
+                .place(held)
+                .map_or(ReopenMethod::None, ReopenMethod::Name),
+            RefKind::Handle(mount) => {
                 let handle = self.record.handle();
                 match handle.and_then(|bytes| FileHandle::from_bytes(&bytes)) {
-                    Some(handle) => Way::Handle {
+                    Some(handle) => ReopenMethod::Handle {
                         mount: Arc::clone(mount),
                         handle,
                     },
-                    None => Way::None,
+                    None => ReopenMethod::None,
                 }
             }
         }
     }
 
     /// The name that leads to it.
-    fn place(&self, held: &Held) -> Option<Place> {
-        if !matches!(held, Held::Name) {
+    fn place(&self, held: &RefKind) -> Option<ParentLink> {
+        if !matches!(held, RefKind::Name) {
             return None;
         }
         let name = self.record.name()?;
-        Some(Place {
+        Some(ParentLink {
             parent: NodeId(name.parent),
             name: CString::new(name.bytes).ok()?.into(),
             print: name.print,
@@ -159,37 +161,37 @@ impl Inode {
     }
 
     /// Whether this is the name that leads to it.
-    pub(super) fn goes_by(&self, held: &Held, parent: NodeId, name: &CStr) -> bool {
-        matches!(held, Held::Name) && self.record.goes_by(parent.0, name.to_bytes())
+    pub(super) fn goes_by(&self, held: &RefKind, parent: NodeId, name: &CStr) -> bool {
+        matches!(held, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())
     }
 
     /// Makes `way` what leads to it; answers in which directory the name was that did so before.
-    pub(super) fn set_way(&self, held: &mut Held, way: Way) -> Option<NodeId> {
+    pub(super) fn set_way(&self, held: &mut RefKind, way: ReopenMethod) -> Option<NodeId> {
         let left = self.parent_by(held);
         *held = match way {
-            Way::None => {
+            ReopenMethod::None => {
                 self.record.end_name();
-                Held::Nothing
+                RefKind::Nothing
             }
-            Way::Forgotten => Held::Forgotten,
-            Way::Open(file) => {
+            ReopenMethod::Forgotten => RefKind::Forgotten,
+            ReopenMethod::Open(file) => {
                 self.record.end_name();
-                Held::Open(file)
+                RefKind::Open(file)
             }
-            Way::Name(place) => {
+            ReopenMethod::Name(place) => {
                 let name = place.name.to_bytes();
                 if self.record.set_name(place.parent.0, name, place.print) {
-                    Held::Name
+                    RefKind::Name
                 } else {
-                    Held::Nothing
+                    RefKind::Nothing
                 }
             }
-            Way::Handle { mount, handle } => {
+            ReopenMethod::Handle { mount, handle } => {
                 self.record.end_name();
                 if self.record.set_handle(handle.bytes()) {
-                    Held::Handle(mount)
+                    RefKind::Handle(mount)
                 } else {
-                    Held::Nothing
+                    RefKind::Nothing
                 }
             }
         };
@@ -197,20 +199,20 @@ impl Inode {
     }
 
     /// What tells it from another of its name, if a name leads to it.
-    pub(super) fn print(&self, held: &Held) -> Option<u64> {
-        matches!(held, Held::Name).then(|| self.record.print())?
+    pub(super) fn print(&self, held: &RefKind) -> Option<u64> {
+        matches!(held, RefKind::Name).then(|| self.record.print())?
     }
 
     /// Sets what tells it from another of its name.
-    pub(super) fn set_print(&self, held: &mut Held, print: u64) {
+    pub(super) fn set_print(&self, held: &mut RefKind, print: u64) {
         if let Some(place) = self.place(held).filter(|place| place.print != print) {
-            self.set_way(held, Way::Name(Place { print, ..place }));
+            self.set_way(held, ReopenMethod::Name(ParentLink { print, ..place }));
         }
     }
 
     /// The directory of the name that leads to it.
-    pub(super) fn parent_by(&self, held: &Held) -> Option<NodeId> {
-        let parent = matches!(held, Held::Name).then(|| self.record.parent());
+    pub(super) fn parent_by(&self, held: &RefKind) -> Option<NodeId> {
+        let parent = matches!(held, RefKind::Name).then(|| self.record.parent());
         parent.flatten().map(NodeId)
     }
 

@@ -11,8 +11,8 @@
 //! Order of locks: the shard by identity, the shard by node id, the inode's way, the line of those
 //! that are remembered.
 
+mod forgotten_inodes;
 mod names;
-mod remembered;
 #[cfg(test)]
 mod tests;
 
@@ -24,22 +24,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 
-use self::remembered::Remembered;
-use super::changes::Changes;
-use super::clock::Clock;
-use super::current;
-use super::holds::{Identity, Key, Way};
-use super::inode::{Held, Inode};
+use self::forgotten_inodes::Remembered;
+use super::current_request;
+use super::dir_seqcount::Changes;
+use super::fd_evictor::FdEvictor;
+use super::inode::{Inode, RefKind};
+use super::inode_ref::{Identity, Key, ReopenMethod};
 use super::mix::Mix;
 use crate::fs::NodeId;
 use crate::state::Table;
-use crate::sys::slot::Borrowed;
+use crate::sys::fd_slot::Borrowed;
 
 /// What a new inode begins with.
 #[derive(Debug)]
 pub(super) struct New {
     pub(super) fd: Option<OwnedFd>,
-    pub(super) way: Way,
+    pub(super) way: ReopenMethod,
 }
 
 impl New {
@@ -47,7 +47,7 @@ impl New {
     pub(super) fn open(fd: OwnedFd) -> Self {
         Self {
             fd: Some(fd),
-            way: Way::None,
+            way: ReopenMethod::None,
         }
     }
 }
@@ -97,7 +97,7 @@ pub(super) struct Store {
     descriptors: AtomicUsize,
     /// Inodes in the store, the root included. Orders nothing; a bound goes by it.
     count: AtomicUsize,
-    clock: Clock,
+    clock: FdEvictor,
     changes: Changes,
     remembered: Remembered,
 }
@@ -111,7 +111,7 @@ impl Store {
         table: &Arc<Table>,
         remembered: usize,
     ) -> Option<Self> {
-        let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), Way::None)?;
+        let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), ReopenMethod::None)?;
         Some(Self::of(inode, table, remembered))
     }
 
@@ -126,7 +126,7 @@ impl Store {
             next: Mutex::new((0, 0)),
             descriptors: AtomicUsize::new(0),
             count: AtomicUsize::new(0),
-            clock: Clock::new(),
+            clock: FdEvictor::new(),
             changes: Changes::new(),
             remembered: Remembered::new(remembered),
         };
@@ -209,14 +209,14 @@ impl Store {
         lookups: u64,
         identity: &Identity,
         fd: Option<OwnedFd>,
-        way: Way,
+        way: ReopenMethod,
     ) -> bool {
         let given_out = NodeId::ROOT.0 + 1..self.table.nodes_given_out();
         if self.any(node).is_some() || !given_out.contains(&node.0) {
             return false;
         }
         let parent = match &way {
-            Way::Name(place) => match self.any(place.parent) {
+            ReopenMethod::Name(place) => match self.any(place.parent) {
                 Some(parent) => Some(parent),
                 None => return false,
             },
@@ -295,7 +295,7 @@ impl Store {
             self.count_up(&keys, known);
             return Some(Arc::clone(known));
         }
-        self.add(&mut keys, identity, None, Way::None)
+        self.add(&mut keys, identity, None, ReopenMethod::None)
     }
 
     /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
@@ -338,13 +338,13 @@ impl Store {
         keys: &mut Keys,
         identity: &Identity,
         fd: Option<OwnedFd>,
-        way: Way,
+        way: ReopenMethod,
     ) -> Option<Arc<Inode>> {
         let node = self.next_node();
-        let doing = self.table.own_doing(current::unique());
-        doing.inspect(|doing| doing.before(node.0, false));
+        let entry = self.table.own_journal_entry(current_request::unique());
+        entry.inspect(|entry| entry.before(node.0, false));
         let inode = Inode::new(&self.table, identity, node, fd, way)?;
-        doing.inspect(|doing| doing.after());
+        entry.inspect(|entry| entry.after());
         let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
         Some(inode)
@@ -361,7 +361,7 @@ impl Store {
         fd: OwnedFd,
     ) -> Result<Borrowed<'a>, OwnedFd> {
         let held = inode.held();
-        if matches!(*held, Held::Forgotten) {
+        if matches!(*held, RefKind::Forgotten) {
             return Err(fd);
         }
         match inode.slot.fill(fd) {
@@ -369,7 +369,7 @@ impl Store {
                 let number = borrowed.as_fd().as_raw_fd();
                 inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*held, Held::Nothing | Held::Open(_)) {
+                if !matches!(*held, RefKind::Nothing | RefKind::Open(_)) {
                     self.clock.add(inode);
                 }
                 Ok(borrowed)
@@ -383,7 +383,7 @@ impl Store {
     pub(super) fn uninstall(
         &self,
         inode: &Inode,
-        _held: &MutexGuard<'_, Held>,
+        _held: &MutexGuard<'_, RefKind>,
         fd: Borrowed<'_>,
     ) -> Option<OwnedFd> {
         let taken = fd.take();
@@ -397,13 +397,13 @@ impl Store {
     /// Puts `inode` at the end of those that may be closed, if it has a descriptor and a way.
     pub(super) fn line_up(&self, inode: &Inode) {
         let held = inode.held();
-        if inode.slot.is_full() && !matches!(*held, Held::Nothing | Held::Forgotten) {
+        if inode.slot.is_full() && !matches!(*held, RefKind::Nothing | RefKind::Forgotten) {
             self.clock.add(inode);
         }
     }
 
     /// Which descriptors go first.
-    pub(super) fn clock(&self) -> &Clock {
+    pub(super) fn clock(&self) -> &FdEvictor {
         &self.clock
     }
 
@@ -467,11 +467,13 @@ impl Store {
 
     /// The lock's guard is asked for to show that it is held.
     fn count_up(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
-        let doing = self.table.own_doing(current::unique());
-        doing.inspect(|doing| doing.before(inode.node().0, false));
+        let entry = self.table.own_journal_entry(current_request::unique());
+        entry.inspect(|entry| entry.before(inode.node().0, false));
         let lookups = inode.lookups().saturating_add(1);
-        inode.record.set_lookups(lookups, current::unique(), true);
-        doing.inspect(|doing| doing.after());
+        inode
+            .record
+            .set_lookups(lookups, current_request::unique(), true);
+        entry.inspect(|entry| entry.after());
         self.remembered.take(inode);
     }
 
@@ -487,10 +489,12 @@ impl Store {
         let keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
-        let doing = self.table.own_doing(current::unique());
-        doing.inspect(|doing| doing.before(inode.node().0, true));
-        inode.record.set_lookups(left, current::unique(), false);
-        doing.inspect(|doing| doing.after());
+        let entry = self.table.own_journal_entry(current_request::unique());
+        entry.inspect(|entry| entry.before(inode.node().0, true));
+        inode
+            .record
+            .set_lookups(left, current_request::unique(), false);
+        entry.inspect(|entry| entry.after());
         // `before` is 0 if another thread has removed it since `get`.
         if before == 0 || left > 0 {
             return false;
@@ -505,7 +509,7 @@ impl Store {
     /// Ends what an inode that was removed still has; answers whose child it was.
     fn bury(&self, inode: &Inode) -> Option<NodeId> {
         let mut held = inode.held();
-        let left = inode.set_way(&mut held, Way::Forgotten);
+        let left = inode.set_way(&mut held, ReopenMethod::Forgotten);
         if inode.slot.is_full() {
             self.descriptors.fetch_sub(1, Ordering::Relaxed);
         }

@@ -15,11 +15,11 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
 
 use super::Passthrough;
-use super::changes::Moment;
-use super::holds::{
-    Directory, IDENTITY, Identity, Key, Way, print_at, print_of, reopen_fd, stat_fd,
-};
+use super::dir_seqcount::DirSeq;
 use super::inode::Inode;
+use super::inode_ref::{
+    Directory, IDENTITY, Identity, Key, ReopenMethod, print_at, print_of, reopen_fd, stat_fd,
+};
 use super::inodes::New;
 use crate::fs::{Caller, Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
@@ -136,7 +136,7 @@ impl Passthrough {
         if noted {
             return Some(inode);
         }
-        self.give_back(inode.node(), 1);
+        self.forget_lookups(inode.node(), 1);
         None
     }
 
@@ -293,7 +293,7 @@ pub(super) fn new_generation() -> u64 {
 struct Seen<'a> {
     parent: &'a Inode,
     name: &'a CStr,
-    moment: Moment,
+    moment: DirSeq,
 }
 
 /// An inode on its way into the store.
@@ -316,7 +316,7 @@ impl AsFd for Found<'_> {
 
 /// Whether `known` is what `fd` is open on and `way` leads to, both having the same device,
 /// mount and inode number. Asked only where birth leaves a doubt.
-fn same(known: &Inode, fd: BorrowedFd<'_>, way: &Way) -> bool {
+fn same(known: &Inode, fd: BorrowedFd<'_>, way: &ReopenMethod) -> bool {
     if let Some(held) = known.slot().inspect() {
         // Both exist at this moment, so one number is one inode, unless the file system has
         // numbers that aren't unique; those differ in birth.
@@ -324,14 +324,18 @@ fn same(known: &Inode, fd: BorrowedFd<'_>, way: &Way) -> bool {
         return matches!((birth(held.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new);
     }
     match (known.way(), way) {
-        (Way::Handle { handle: known, .. }, Way::Handle { handle: new, .. }) => known == *new,
-        (Way::Handle { handle, .. }, _) => FileHandle::of(fd).is_ok_and(|new| new == handle),
-        (Way::Open(file), _) => {
+        (ReopenMethod::Handle { handle: known, .. }, ReopenMethod::Handle { handle: new, .. }) => {
+            known == *new
+        }
+        (ReopenMethod::Handle { handle, .. }, _) => {
+            FileHandle::of(fd).is_ok_and(|new| new == handle)
+        }
+        (ReopenMethod::Open(file), _) => {
             let birth =
                 |fd: BorrowedFd<'_>| stat_fd(fd, IDENTITY).map(|it| Identity::of(&it).birth);
             matches!((birth(file.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new)
         }
-        (Way::Name(place), _) if place.print != 0 => {
+        (ReopenMethod::Name(place), _) if place.print != 0 => {
             print_of(fd).is_ok_and(|print| print == place.print)
         }
         _ => false,

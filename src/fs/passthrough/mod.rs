@@ -6,37 +6,37 @@
 //! but by a descriptor or a file handle that began at the shared directory, one name at a time.
 
 mod attributes;
-mod bounds;
-mod changes;
-mod clock;
+mod closed_fd_cache;
 mod closing;
 mod credentials;
-mod current;
+mod current_request;
+mod dir_seqcount;
 mod directory;
 mod error;
-mod given_back;
+mod extended_ops;
+mod fd_evictor;
+mod forget;
+mod handleless_open;
 mod handles;
-mod holds;
 mod id_map;
 mod inode;
+mod inode_ref;
 mod inodes;
-mod labels;
+mod limits;
 mod locks;
 mod lookup;
+mod migration;
 mod mix;
-mod more;
-mod moving;
 mod names;
-mod on_demand;
 mod opening;
 mod options;
-mod reach;
+mod reopen;
 mod replay;
 mod restore;
 mod retries;
 mod revalidate;
+mod security_labels;
 mod sharing;
-mod spare;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -53,33 +53,33 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 pub use self::error::PassthroughError;
-pub use self::holds::InodeFileHandles;
 pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
-pub use self::labels::label_that_needs_privilege;
-pub use self::moving::{MigrationMode, MigrationOptions, OnMigrationError};
+pub use self::inode_ref::InodeFileHandles;
+pub use self::migration::{MigrationMode, MigrationOptions, OnMigrationError};
 pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
 pub use self::restore::{Past, Restored};
+pub use self::security_labels::label_that_needs_privilege;
 pub use self::xattr_map::{XattrMap, XattrMapError};
 
-use self::bounds::Bounds;
+use self::closed_fd_cache::ClosedFdCache;
 use self::closing::Closer;
-use self::credentials::Wear;
-use self::directory::Pieces;
+use self::credentials::CredentialPolicy;
+use self::directory::DirentCache;
+use self::handleless_open::HandlelessFiles;
 use self::handles::Handles;
-use self::holds::{Holder, IDENTITY, Identity, stat_fd};
 use self::inode::Inode;
+use self::inode_ref::{Holder, IDENTITY, Identity, stat_fd};
 use self::inodes::Store;
+use self::limits::Bounds;
 use self::locks::Locks;
-use self::on_demand::OnDemand;
-use self::opening::AgreedTerms;
+use self::opening::CurrentTerms;
 use self::restore::{Begun, Records};
 use self::revalidate::Paths;
 use self::sharing::Sharing;
-use self::spare::Spares;
 use super::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, Migrate, NewNode, NodeId, OpenFile, Opened, Replay, Result, Statistics, Terms,
-    Timestamp, XattrFlags,
+    LockOwner, Migrate, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Replay, Result,
+    Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 use crate::state::Table;
@@ -107,20 +107,20 @@ pub struct Passthrough {
     /// What the root was made for, if it is a directory for a single file.
     only: Option<OwnedFd>,
     handles: Handles,
-    on_demand: OnDemand,
-    spares: Spares,
+    on_demand: HandlelessFiles,
+    closed_fds: ClosedFdCache,
     closer: Closer,
-    terms: AgreedTerms,
+    terms: CurrentTerms,
     bounds: Bounds,
     sharing: Sharing,
-    /// Pieces of directories that are kept.
-    pieces: Pieces,
+    /// DirentCache of directories that are kept.
+    dirent_cache: DirentCache,
     locks: Locks,
-    wear: Wear,
+    credential_policy: CredentialPolicy,
     /// Labels of SELinux are this host's business.
     selinux: bool,
     /// Locks were given up for another server to have them; see `moving`.
-    lent: AtomicBool,
+    locks_released: AtomicBool,
     /// The session is one that another process has begun.
     inherited: AtomicBool,
     /// What the guest holds, as it outlives this process.
@@ -175,8 +175,8 @@ impl Passthrough {
             table.close();
         }
         let root = match (&records, past) {
-            (Some(records), Some(past)) if past.bequeathed => {
-                restore::bequeathed(records.root.descriptor(), &records.root).unwrap_or(root)
+            (Some(records), Some(past)) if past.inherited_fds => {
+                restore::inherited_fds(records.root.descriptor(), &records.root).unwrap_or(root)
             }
             _ => root,
         };
@@ -188,11 +188,11 @@ impl Passthrough {
             path: path.clone(),
             source,
         };
-        let wear = wear_for(&root).map_err(of_share)?;
+        let credential_policy = wear_for(&root).map_err(of_share)?;
 
         let bounds = Bounds::new(&options);
-        let spares = options.max_spare_files.min(bounds.most / 4);
-        let spares = Spares::new(&root, &identity.key, spares).map_err(of_share)?;
+        let closed_fds = options.max_spare_files.min(bounds.most / 4);
+        let closed_fds = ClosedFdCache::new(&root, &identity.key, closed_fds).map_err(of_share)?;
         let mode = options.inode_file_handles;
         let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
             PassthroughError::FileHandles {
@@ -227,17 +227,17 @@ impl Passthrough {
             holder,
             only: None,
             handles: Handles::new(table),
-            on_demand: OnDemand::new(bounds.most),
-            spares,
+            on_demand: HandlelessFiles::new(bounds.most),
+            closed_fds,
             closer: Closer::default(),
-            terms: AgreedTerms::default(),
+            terms: CurrentTerms::default(),
             bounds,
             sharing: Sharing::default(),
-            pieces: Pieces::default(),
+            dirent_cache: DirentCache::default(),
             locks: Locks::new(table),
-            wear,
-            selinux: labels::host_has_selinux(),
-            lent: AtomicBool::new(false),
+            credential_policy,
+            selinux: security_labels::host_has_selinux(),
+            locks_released: AtomicBool::new(false),
             inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),
             begun: Begun::default(),
@@ -300,12 +300,12 @@ impl Passthrough {
 
     /// Ends all that belongs to a session of the guest but its inodes.
     fn end_session(&self) {
-        self.lent.store(false, Ordering::Relaxed);
+        self.locks_released.store(false, Ordering::Relaxed);
         self.locks.clear();
         self.handles.clear();
         self.on_demand.clear();
-        self.spares.clear();
-        self.terms.set(&Terms::default());
+        self.closed_fds.clear();
+        self.terms.set(&NegotiatedTerms::default());
     }
 
     /// Asked by each operation that changes something, before it does.
@@ -354,7 +354,7 @@ fn identity_of_shared(
 
 /// Whether credentials may stay on a thread between two requests for this file system: not
 /// where another machine or process goes by them.
-fn wear_for(root: &OwnedFd) -> Result<Wear> {
+fn wear_for(root: &OwnedFd) -> Result<CredentialPolicy> {
     /// Types of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P, Ceph,
     /// AFS twice, Coda; and Lustre.
     const ELSEWHERE: [u32; 11] = [
@@ -375,9 +375,9 @@ fn wear_for(root: &OwnedFd) -> Result<Wear> {
         .iter()
         .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
     Ok(if elsewhere {
-        Wear::putting_back()
+        CredentialPolicy::putting_back()
     } else {
-        Wear::staying()
+        CredentialPolicy::staying()
     })
 }
 
@@ -393,20 +393,20 @@ impl FileSystem for Passthrough {
         self.end_session();
         self.inherited.store(false, Ordering::Relaxed);
         self.inodes.clear();
-        self.table().clear_doings();
+        self.table().clear_thread_journals();
     }
 
     fn unmounted(&self) {
         if self.outlives_session() {
             self.end_session();
-            self.give_all_back();
-            self.table().clear_doings();
+            self.forget_all();
+            self.table().clear_thread_journals();
         } else {
             self.reset();
         }
     }
 
-    fn begin(&self, terms: &Terms) {
+    fn begin(&self, terms: &NegotiatedTerms) {
         self.terms.set(terms);
     }
 
@@ -431,8 +431,8 @@ impl FileSystem for Passthrough {
     }
 
     fn forget(&self, node: NodeId, count: u64) {
-        self.give_back(node, count);
-        let kept = self.on_demand.count() > 0 || self.spares.count() > 0;
+        self.forget_lookups(node, count);
+        let kept = self.on_demand.count() > 0 || self.closed_fds.count() > 0;
         if kept && self.inodes.get(node).is_none() {
             self.close_kept(node);
         }
@@ -574,7 +574,7 @@ impl FileSystem for Passthrough {
 
     /// Closes a duplicate, which makes network file systems say what went wrong so far.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_untold(handle, HandleKind::File) {
+        if self.is_implicit(handle, HandleKind::File) {
             // What nobody has opened nobody closes, and the guest needn't ask again.
             return Err(Errno::NOSYS);
         }
@@ -584,7 +584,7 @@ impl FileSystem for Passthrough {
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_untold(handle, HandleKind::File) {
+        if self.is_implicit(handle, HandleKind::File) {
             return Ok(());
         }
         self.locks.released(node, handle);
@@ -714,7 +714,7 @@ impl FileSystem for Passthrough {
     }
 
     fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_untold(handle, HandleKind::Directory) {
+        if self.is_implicit(handle, HandleKind::Directory) {
             return Ok(());
         }
         self.handles

@@ -12,11 +12,11 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
-use super::changes::Changing;
-use super::credentials::Section;
-use super::current;
-use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
-use super::inode::{Held, Inode};
+use super::credentials::CredentialsGuard;
+use super::current_request;
+use super::dir_seqcount::Changing;
+use super::inode::{Inode, RefKind};
+use super::inode_ref::{Directory, IDENTITY, Identity, InodeFd, ReopenMethod, stat_fd};
 use super::lookup::component;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 use crate::sys::file_handle::FileHandle;
@@ -28,8 +28,8 @@ const SET_GROUP_ID: u32 = 0o2000;
 const GROUP_EXECUTE: u32 = 0o0010;
 
 impl Passthrough {
-    pub(super) fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<Section> {
-        self.wear
+    pub(super) fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<CredentialsGuard> {
+        self.credential_policy
             .section(&self.proc_fds, &self.on_host(caller)?, umask)
     }
 
@@ -173,7 +173,7 @@ impl Passthrough {
         match self.open_file(caller, entry.node, flags) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
-                self.give_back(entry.node, 1);
+                self.forget_lookups(entry.node, 1);
                 // An inode that has ended since; its name may be another's by now.
                 Err(if error == Errno::STALE {
                     Errno::NOENT
@@ -299,7 +299,7 @@ impl Passthrough {
     fn victim<'a>(&self, known: &'a Known) -> Result<Victim<'a>> {
         let inode = &*known.inode;
         self.inodes.set_nameless(inode, true);
-        let by_handle = matches!(&*inode.held(), Held::Handle(_));
+        let by_handle = matches!(&*inode.held(), RefKind::Handle(_));
         let mut fd = None;
         if !by_handle || known.is_last() {
             fd = match self.use_of(Some(known)) {
@@ -350,13 +350,13 @@ impl Passthrough {
                 let handle = FileHandle::of(fd);
                 let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
                 let held = inode.held();
-                if !matches!(*held, Held::Handle(_)) {
+                if !matches!(*held, RefKind::Handle(_)) {
                     inode.record().set_handle(bytes);
                 }
             }
             let held = inode.held();
-            if known.is_last() && inode.slot().is_full() && matches!(*held, Held::Handle(_)) {
-                self.inodes.change_way(inode, held, Way::None);
+            if known.is_last() && inode.slot().is_full() && matches!(*held, RefKind::Handle(_)) {
+                self.inodes.change_way(inode, held, ReopenMethod::None);
             }
         }
         let nameless = lost
@@ -380,8 +380,8 @@ impl Passthrough {
     fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<Known> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
-        if loses && let Some(doing) = self.table().own_doing(current::unique()) {
-            doing.seen(stat.stx_ino);
+        if loses && let Some(entry) = self.table().own_journal_entry(current_request::unique()) {
+            entry.seen(stat.stx_ino);
         }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
         Some(Known {
@@ -465,7 +465,7 @@ impl Passthrough {
             self.inodes.see(&known.inode, old_parent, old_name, moment);
         }
         // Whoever is using a descriptor keeps it from being closed before the store is told.
-        let by_name = |known: &&Known| !matches!(&*known.inode.held(), Held::Handle(_));
+        let by_name = |known: &&Known| !matches!(&*known.inode.held(), RefKind::Handle(_));
         let in_use = [
             self.use_of(moved.filter(by_name))?,
             self.use_of(replaced.filter(by_name))?,

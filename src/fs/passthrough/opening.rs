@@ -10,25 +10,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::handleless_open::IMPLICIT;
 use super::inode::Inode;
-use super::on_demand::UNTOLD;
 use super::revalidate::goes_by_name;
 use super::{Cache, Passthrough};
-use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result, Terms};
+use crate::fs::{Caller, Entry, HandleKind, NegotiatedTerms, NodeId, Opened, Result};
 use crate::io::File;
 
-/// The [`Terms`] that hold now. They change while no request is under way, so no access orders
+/// The [`NegotiatedTerms`] that hold now. They change while no request is under way, so no access orders
 /// anything.
 #[derive(Debug, Default)]
-pub(super) struct AgreedTerms {
+pub(super) struct CurrentTerms {
     collects_writes: AtomicBool,
     no_open: AtomicBool,
     no_opendir: AtomicBool,
     idmapped: AtomicBool,
 }
 
-impl AgreedTerms {
-    pub(super) fn set(&self, terms: &Terms) {
+impl CurrentTerms {
+    pub(super) fn set(&self, terms: &NegotiatedTerms) {
         self.collects_writes
             .store(terms.collects_writes, Ordering::Relaxed);
         self.no_open.store(terms.no_open, Ordering::Relaxed);
@@ -181,7 +181,7 @@ impl Passthrough {
         match self.opened(entry.node, fd, flags, HandleKind::File) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
-                self.give_back(entry.node, 1);
+                self.forget_lookups(entry.node, 1);
                 Err(error)
             }
         }
@@ -211,9 +211,9 @@ impl Passthrough {
         kind: HandleKind,
     ) -> Result<Opened> {
         let directory = kind == HandleKind::Directory;
-        let handle = if self.is_untold(UNTOLD, kind) {
+        let handle = if self.is_implicit(IMPLICIT, kind) {
             self.keep_created(node, file);
-            UNTOLD
+            IMPLICIT
         } else {
             let handle = self.handles.add(node, file, flags, kind)?;
             self.make_room();

@@ -8,9 +8,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
-use super::holds::InodeFileHandles;
 use super::id_map::IdMap;
-use super::moving::MigrationOptions;
+use super::inode_ref::InodeFileHandles;
+use super::migration::MigrationOptions;
 use super::xattr_map::XattrMap;
 use crate::state::Limits;
 

@@ -4,17 +4,17 @@
 
 use std::ffi::CStr;
 
-use super::{Passthrough, current};
+use super::{Passthrough, current_request};
 use crate::fs::{Handle, LockOwner, NodeId, Replay, Result};
 use crate::io::{Lock, LockKind};
 
 impl Replay for Passthrough {
     fn begin_request(&self, unique: u64) {
-        current::set(unique);
+        current_request::set(unique);
         if let Some(number) = self.begun.seen(unique)
-            && let Some(doing) = self.table().own_doing(unique)
+            && let Some(entry) = self.table().own_journal_entry(unique)
         {
-            doing.seen(number);
+            entry.seen(number);
         }
     }
 

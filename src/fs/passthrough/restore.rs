@@ -24,8 +24,8 @@ use rustix::io::Errno;
 
 use self::seek::Sought;
 use super::Passthrough;
-use super::holds::{IDENTITY, Identity, Key, stat_fd};
-use super::inode::{Held, Inode};
+use super::inode::{Inode, RefKind};
+use super::inode_ref::{IDENTITY, Identity, Key, stat_fd};
 use super::lookup::stat_name;
 use super::opening::regular_file;
 use crate::fs::{NodeId, Result};
@@ -38,7 +38,7 @@ use crate::sys::inherit;
 #[derive(Clone, Debug, Default)]
 pub struct Past {
     /// This process has its descriptors, under the same numbers, and nothing else has.
-    pub bequeathed: bool,
+    pub inherited_fds: bool,
     /// The requests that were under way, and not yet done.
     pub under_way: Vec<u64>,
 }
@@ -132,7 +132,7 @@ pub(super) fn key_of(record: &InodeRecord) -> Key {
 }
 
 /// The descriptor that was written down as `fd`, if it is open on that inode.
-pub(super) fn bequeathed(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
+pub(super) fn inherited_fds(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
     let fd = inherit::bequeathed_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
     let key = Identity::of(&stat).key;
@@ -164,7 +164,7 @@ impl Passthrough {
         let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
         self.inodes.take_in(inodes);
         restored.inodes = self.inodes.len();
-        if !past.bequeathed {
+        if !past.inherited_fds {
             self.begun.sought = Sought::from(self.table().nodes_given_out());
             let open = records.handles.iter();
             let open = open.map(|record| NodeId(record.fields().node));
@@ -263,13 +263,13 @@ impl Passthrough {
         old_root: Key,
         past: &Past,
     ) -> Inode {
-        let fd = if past.bequeathed {
-            bequeathed(record.descriptor(), &record)
+        let fd = if past.inherited_fds {
+            inherited_fds(record.descriptor(), &record)
         } else {
             None
         };
         let root = self.inodes.root_key();
-        if !past.bequeathed
+        if !past.inherited_fds
             && (record.device(), record.mount()) == (old_root.device, old_root.mount)
         {
             record.set_location(root.device, root.mount);
@@ -284,9 +284,9 @@ impl Passthrough {
         });
         let handle = || {
             FileHandle::from_bytes(&record.handle()?)?;
-            Some(Held::Handle(self.holder.mount(record.mount())?))
+            Some(RefKind::Handle(self.holder.mount(record.mount())?))
         };
-        let name = name.then_some(Held::Name);
+        let name = name.then_some(RefKind::Name);
         let held = match (&fd, name) {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
@@ -295,7 +295,7 @@ impl Passthrough {
             // Nothing but its descriptor leads there, and nobody can tell why.
             record.set_nameless(true);
         }
-        let inode = Inode::recorded(record, fd, held.unwrap_or(Held::Nothing));
+        let inode = Inode::recorded(record, fd, held.unwrap_or(RefKind::Nothing));
         inode.settle_by_record();
         inode
     }
@@ -309,8 +309,8 @@ impl Passthrough {
     ) -> Result<Option<File>> {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
-        let had = if past.bequeathed {
-            bequeathed(Some(fields.fd), inode.record())
+        let had = if past.inherited_fds {
+            inherited_fds(Some(fields.fd), inode.record())
         } else {
             None
         };
@@ -353,8 +353,8 @@ impl Passthrough {
     fn restored_lock(&self, record: &LockRecord, past: &Past) -> Result<File> {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
-        if past.bequeathed
-            && let Some(fd) = bequeathed(Some(fields.fd), inode.record())
+        if past.inherited_fds
+            && let Some(fd) = inherited_fds(Some(fields.fd), inode.record())
         {
             return Ok(File::from_fd(fd));
         }

@@ -21,8 +21,8 @@ use rustix::io::Errno;
 use rustix::time::ClockId;
 
 use super::Passthrough;
-use super::holds::{Directory, IDENTITY, Identity, InodeFd, Way, stat_fd};
-use super::inode::{Held, Inode};
+use super::inode::{Inode, RefKind};
+use super::inode_ref::{Directory, IDENTITY, Identity, InodeFd, ReopenMethod, stat_fd};
 use super::lookup::stat_name;
 use super::retries::Retries;
 use crate::fs::{Caller, NodeId, Result};
@@ -304,7 +304,7 @@ impl Passthrough {
                 return fd.is_none_or(has_any_name);
             };
             let moment = self.inodes.moment(&parent);
-            let Way::Name(place) = inode.way() else {
+            let ReopenMethod::Name(place) = inode.way() else {
                 continue;
             };
             if place.parent != parent.node() {
@@ -354,5 +354,5 @@ fn now() -> u64 {
 
 /// Whether a name leads to `inode`, as far as is known.
 pub(super) fn goes_by_name(inode: &Inode) -> bool {
-    matches!(&*inode.held(), Held::Name)
+    matches!(&*inode.held(), RefKind::Name)
 }

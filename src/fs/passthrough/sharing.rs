@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::OFlags;
 
 use super::Passthrough;
-use super::holds::reopen_fd;
-use super::inode::{Held, Inode};
+use super::inode::{Inode, RefKind};
+use super::inode_ref::reopen_fd;
 use super::inodes::Store;
 use crate::fs::NodeId;
 use crate::io::File;
@@ -43,7 +43,7 @@ impl Store {
     /// Takes the descriptor from `inode`, which has no name, and reaches it by `file` from now on.
     fn share(&self, inode: &Inode, file: &File) -> bool {
         let mut held = inode.held();
-        if !matches!(*held, Held::Nothing) {
+        if !matches!(*held, RefKind::Nothing) {
             return false;
         }
         inode.slot().second_chance();
@@ -51,7 +51,7 @@ impl Store {
         let Some(own) = own.and_then(|fd| self.uninstall(inode, &held, fd)) else {
             return false;
         };
-        *held = Held::Open(file.clone());
+        *held = RefKind::Open(file.clone());
         drop(held);
         drop(own);
         true
@@ -61,7 +61,7 @@ impl Store {
 impl Inode {
     /// Whether it is reached by `file`.
     fn shares(&self, file: &File) -> bool {
-        matches!(&*self.held(), Held::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
+        matches!(&*self.held(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
     }
 }
 
@@ -107,8 +107,8 @@ impl Passthrough {
                 // In this order: there is a way at any time.
                 let _own = self.inodes.install(&inode, own);
                 let mut held = inode.held();
-                if matches!(*held, Held::Open(_)) {
-                    *held = Held::Nothing;
+                if matches!(*held, RefKind::Open(_)) {
+                    *held = RefKind::Nothing;
                 }
             }
             // It stays open for the inode.
@@ -119,8 +119,8 @@ impl Passthrough {
     /// Lets an inode that has come back without a way be reached by what is open of it.
     pub(super) fn share_restored(&self, inode: &Arc<Inode>, file: &File) {
         let mut held = inode.held();
-        if matches!(*held, Held::Nothing) && !inode.slot().is_full() {
-            *held = Held::Open(file.clone());
+        if matches!(*held, RefKind::Nothing) && !inode.slot().is_full() {
+            *held = RefKind::Open(file.clone());
             self.sharing.any.store(true, Ordering::Relaxed);
         }
     }

@@ -13,32 +13,32 @@ use super::{Outcome, Session};
 use crate::fs::FileSystem;
 use crate::fuse::reply::Answer;
 use crate::fuse::request::decode_as;
-use crate::fuse::{Exchange, OUT_HEADER_LEN};
+use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io::blocking;
 
 impl<F: FileSystem + ?Sized> Session<F> {
     /// Serves the request in `bytes` on a thread that may wait, and answers `exchange` then.
-    pub(super) fn metadata_blocking<E: Exchange>(
+    pub(super) fn metadata_blocking<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         unique: u64,
         bytes: &[u8],
     ) -> Outcome {
-        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+        let room = transport.writable().saturating_sub(OUT_HEADER_LEN);
         let ended = self.ended.load(Ordering::Relaxed);
         let (session, bytes) = (Arc::clone(self), Box::<[u8]>::from(bytes));
         let served = blocking(move || session.serve_copy(&bytes, room, ended));
         let session = Arc::clone(self);
         self.later(async move {
             let answer = served.await.unwrap_or_else(|error| Err(errno(&error)));
-            session.finish(exchange, unique, answer);
+            session.finish(transport, unique, answer);
         })
     }
 
     /// Serves the request in `bytes`, unless more sessions than `ended` have ended.
     fn serve_copy(&self, bytes: &[u8], room: usize, ended: u64) -> Result<Answer, Errno> {
         self.fs.prepare_thread().map_err(|error| errno(&error))?;
-        let _inside = self.gate.enter();
+        let _inside = self.barrier.enter();
         if self.ended.load(Ordering::Relaxed) != ended {
             return Err(Errno::IO);
         }

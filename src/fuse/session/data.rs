@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::again::append_again;
 use super::reclaim::is_shortage;
+use super::replay::replay_append;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, NodeId, OpenFile};
 use crate::fuse::abi::{CopyFileRangeOut, InitFlags, WriteOut};
 use crate::fuse::reply::{Answer, send_filled};
 use crate::fuse::request::{Copying, Operation, Range, Request};
-use crate::fuse::{Exchange, OUT_HEADER_LEN};
+use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io::{Attempt, SyncKind, Transferred, WriteMode, blocking};
 
 /// Most bytes of one COPY_FILE_RANGE: what the host's kernel moves in one call at most
@@ -25,75 +25,75 @@ const COPY_MAX: u64 = 0x7fff_f000;
 
 impl<F: FileSystem + ?Sized> Session<F> {
     /// Serves an operation on the data of an open file.
-    pub(super) fn data<E: Exchange>(
+    pub(super) fn data<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
     ) -> Outcome {
         match request.operation {
-            Operation::Read(range) => self.read(exchange, request, range),
-            Operation::Write { range, mode } => self.write(exchange, request, range, mode),
+            Operation::Read(range) => self.read(transport, request, range),
+            Operation::Write { range, mode } => self.write(transport, request, range, mode),
             Operation::Fsync {
                 handle,
                 data_only,
                 directory,
-            } => self.fsync(exchange, request, (handle, directory), data_only),
+            } => self.fsync(transport, request, (handle, directory), data_only),
             Operation::Fallocate {
                 handle,
                 offset,
                 len,
                 mode,
-            } => self.fallocate(exchange, request, handle, (offset, len, mode)),
-            Operation::CopyFileRange(copying) => self.copy(exchange, request, copying),
-            Operation::Syncfs => self.syncfs(exchange, request),
-            _ => self.now(exchange, request.unique, Err(Errno::NOSYS)),
+            } => self.fallocate(transport, request, handle, (offset, len, mode)),
+            Operation::CopyFileRange(copying) => self.copy(transport, request, copying),
+            Operation::Syncfs => self.syncfs(transport, request),
+            _ => self.now(transport, request.unique, Err(Errno::NOSYS)),
         }
     }
 
     /// READ: straight into the room of the reply.
-    fn read<E: Exchange>(
+    fn read<E: Transport>(
         self: &Arc<Self>,
-        mut exchange: E,
+        mut transport: E,
         request: &Request<'_>,
         range: Range,
     ) -> Outcome {
         let unique = request.unique;
-        let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
+        let room = transport.writable().saturating_sub(OUT_HEADER_LEN);
         let len = usize::try_from(range.size).unwrap_or(usize::MAX).min(room);
         let opened = self
             .fs
             .file(request.node, range.handle, HandleKind::File)
-            .and_then(|file| Ok((file, exchange.reply_buffer(len).ok_or(Errno::INVAL)?)));
+            .and_then(|file| Ok((file, transport.reply_buffer(len).ok_or(Errno::INVAL)?)));
         let (file, mut buffer) = match opened {
             Ok((OpenFile::Host(file), buffer)) => (file, buffer),
             Ok((OpenFile::Object(object), buffer)) => {
                 let read = object.read(buffer, range.offset);
-                return self.filled_by(exchange, unique, read);
+                return self.filled_by(transport, unique, read);
             }
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
+            Err(errno) => return self.now(transport, unique, Err(errno)),
         };
         let filled = match file.try_read_at(&mut buffer, range.offset) {
             Ok(Attempt::Done(n)) => {
                 drop(buffer);
-                send_filled(exchange, unique, n);
+                send_filled(transport, unique, n);
                 return Outcome::Done;
             }
             Ok(Attempt::Partial(n)) => n,
             Ok(Attempt::WouldBlock) => 0,
             Err(error) => {
                 drop(buffer);
-                return self.now(exchange, unique, Err(errno(&error)));
+                return self.now(transport, unique, Err(errno(&error)));
             }
         };
-        self.filled_by(exchange, unique, async move {
+        self.filled_by(transport, unique, async move {
             file.read_at_from(buffer, filled, range.offset).await
         })
     }
 
     /// Answers a READ once `read` has filled the room of the reply.
-    fn filled_by<E: Exchange>(
+    fn filled_by<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         unique: u64,
         read: impl Future<Output = Transferred> + 'static,
     ) -> Outcome {
@@ -102,16 +102,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
             let (result, buffer) = read.await;
             drop(buffer);
             match result {
-                Ok(n) => send_filled(exchange, unique, n),
-                Err(error) => session.finish(exchange, unique, Err(errno(&error))),
+                Ok(n) => send_filled(transport, unique, n),
+                Err(error) => session.finish(transport, unique, Err(errno(&error))),
             }
         })
     }
 
     /// WRITE: straight from where the guest has the data.
-    fn write<E: Exchange>(
+    fn write<E: Transport>(
         self: &Arc<Self>,
-        mut exchange: E,
+        mut transport: E,
         request: &Request<'_>,
         range: Range,
         mode: WriteMode,
@@ -120,7 +120,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
         let opened = self.fs.file_to_change(request.node, range.handle);
         let both = opened.and_then(|file| {
-            let payload = exchange.payload(len).ok_or(Errno::INVAL)?;
+            let payload = transport.payload(len).ok_or(Errno::INVAL)?;
             if request.caller.kill_set_id && len > 0 && !self.fs.may_block() {
                 self.fs.kill_set_id(request.node, range.handle)?;
             }
@@ -139,17 +139,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     .caller
                     .kill_set_id
                     .then_some((request.node, range.handle));
-                return self.after(exchange, request, Ok(()), async move |()| {
+                return self.after(transport, request, Ok(()), async move |()| {
                     session.kill_set_id_where_it_may_block(kill).await?;
                     let (result, buffer) = file.write(mode, buffer, range.offset).await;
                     drop(buffer);
                     result.map(written)
                 });
             }
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
+            Err(errno) => return self.now(transport, unique, Err(errno)),
         };
         let begun = match mode.append {
-            true => append_again(&mut exchange, &file),
+            true => replay_append(&mut transport, &file),
             false => None,
         };
         let mode = WriteMode {
@@ -166,10 +166,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
             && done_of_short(result, buffer.len()).is_none()
         {
             let answer = first.unwrap_or(Ok(0)).map(written);
-            return self.now(exchange, unique, answer.map_err(|error| errno(&error)));
+            return self.now(transport, unique, answer.map_err(|error| errno(&error)));
         }
         let session = Arc::clone(self);
-        self.after(exchange, request, Ok(()), async move |()| {
+        self.after(transport, request, Ok(()), async move |()| {
             let (mut result, mut buffer) = match first {
                 Some(result) => (result, buffer),
                 None => file.write_as(mode, buffer, offset).await,
@@ -184,9 +184,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// FSYNC, and FSYNCDIR where `directory` is true.
-    fn fsync<E: Exchange>(
+    fn fsync<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
         (handle, directory): (Handle, bool),
         data_only: bool,
@@ -202,30 +202,30 @@ impl<F: FileSystem + ?Sized> Session<F> {
             SyncKind::All
         };
         let file = self.fs.file(request.node, handle, of);
-        self.after(exchange, request, file, async move |file: OpenFile| {
+        self.after(transport, request, file, async move |file: OpenFile| {
             file.sync(kind).await.map(done)
         })
     }
 
     /// SYNCFS.
-    fn syncfs<E: Exchange>(self: &Arc<Self>, exchange: E, request: &Request<'_>) -> Outcome {
+    fn syncfs<E: Transport>(self: &Arc<Self>, transport: E, request: &Request<'_>) -> Outcome {
         let file = self.fs.whole_file_system(request.node);
-        self.after(exchange, request, file, async |file: OpenFile| {
+        self.after(transport, request, file, async |file: OpenFile| {
             file.sync_file_system().await.map(done)
         })
     }
 
     /// FALLOCATE of `len` bytes from `offset` on, in a `mode` of `fallocate(2)`.
-    fn fallocate<E: Exchange>(
+    fn fallocate<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
         handle: Handle,
         (offset, len, mode): (u64, u64, u32),
     ) -> Outcome {
         let file = self.file_to_change(request, (request.node, handle), len);
         let session = Arc::clone(self);
-        self.after(exchange, request, file, async move |(file, kill)| {
+        self.after(transport, request, file, async move |(file, kill)| {
             Arc::clone(&session)
                 .kill_set_id_where_it_may_block(kill)
                 .await?;
@@ -239,9 +239,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// COPY_FILE_RANGE and COPY_FILE_RANGE_64.
-    fn copy<E: Exchange>(
+    fn copy<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
         copying: Copying,
     ) -> Outcome {
@@ -252,28 +252,33 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok((from, to))
         });
         let session = Arc::clone(self);
-        self.after(exchange, request, files, async move |(from, (to, kill))| {
-            Arc::clone(&session)
-                .kill_set_id_where_it_may_block(kill)
-                .await?;
-            let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
-            let copy = || {
-                let (from, to) = (from.clone(), to.clone());
-                from.copy_to(copying.from_offset, to, copying.to_offset, len)
-            };
-            let mut result = copy().await;
-            if is_short(&result) {
-                session.reclaim().await;
-                result = copy().await;
-            }
-            let n = result?;
-            Ok(if copying.wide {
-                let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
-                Answer::Copied(CopyFileRangeOut { bytes_copied })
-            } else {
-                written(n)
-            })
-        })
+        self.after(
+            transport,
+            request,
+            files,
+            async move |(from, (to, kill))| {
+                Arc::clone(&session)
+                    .kill_set_id_where_it_may_block(kill)
+                    .await?;
+                let len = usize::try_from(copying.len.min(COPY_MAX)).unwrap_or(usize::MAX);
+                let copy = || {
+                    let (from, to) = (from.clone(), to.clone());
+                    from.copy_to(copying.from_offset, to, copying.to_offset, len)
+                };
+                let mut result = copy().await;
+                if is_short(&result) {
+                    session.reclaim().await;
+                    result = copy().await;
+                }
+                let n = result?;
+                Ok(if copying.wide {
+                    let bytes_copied = u64::try_from(n).unwrap_or(u64::MAX);
+                    Answer::Copied(CopyFileRangeOut { bytes_copied })
+                } else {
+                    written(n)
+                })
+            },
+        )
     }
 
     /// A file that is about to be changed by something in which a guest's kernel doesn't say
@@ -310,9 +315,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// Does `act` with what is `ready`, and answers then; at once if nothing is.
-    fn after<E: Exchange, T: 'static>(
+    fn after<E: Transport, T: 'static>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
         ready: Result<T, Errno>,
         act: impl AsyncFnOnce(T) -> io::Result<Answer> + 'static,
@@ -320,22 +325,22 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let unique = request.unique;
         let ready = match ready {
             Ok(ready) => ready,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
+            Err(errno) => return self.now(transport, unique, Err(errno)),
         };
         let session = Arc::clone(self);
         self.later(async move {
             let answer = act(ready).await.map_err(|error| errno(&error));
-            session.finish(exchange, unique, answer);
+            session.finish(transport, unique, answer);
         })
     }
 
-    pub(super) fn now<E: Exchange>(
+    pub(super) fn now<E: Transport>(
         &self,
-        exchange: E,
+        transport: E,
         unique: u64,
         answer: Result<Answer, Errno>,
     ) -> Outcome {
-        self.finish(exchange, unique, answer);
+        self.finish(transport, unique, answer);
         Outcome::Done
     }
 

@@ -9,12 +9,12 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::again::SAID;
+use super::blocking_locks::NoWaits;
 use super::data::errno;
-use super::waiting::NoWaits;
+use super::replay::SAID;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, LockOwner, NodeId, Result};
-use crate::fuse::Exchange;
+use crate::fuse::Transport;
 use crate::fuse::abi::{InitFlags, LkOut};
 use crate::fuse::reply::{Answer, file_lock};
 use crate::fuse::request::{Locking, Operation, Request};
@@ -24,13 +24,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Ends all that waits for the guest itself, and lets nothing wait so as long as the answer
     /// lives. For the time in which a queue is stopped: whatever was taken off it then ends.
     pub fn end_waits(&self) -> NoWaits {
-        NoWaits::new(&self.waiting)
+        NoWaits::new(&self.blocking_locks)
     }
 
     /// Serves GETLK, SETLK or SETLKW, if INIT has agreed on locks of this sort.
-    pub(super) fn lock<E: Exchange>(
+    pub(super) fn lock<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         request: &Request<'_>,
     ) -> Outcome {
         let needed = match &request.operation {
@@ -42,7 +42,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         };
         let answer = match request.operation {
             _ if !self.has_agreed(needed) => Err(Errno::NOSYS),
-            Operation::Setlk(locking) => return self.setlk(exchange, request, locking),
+            Operation::Setlk(locking) => return self.setlk(transport, request, locking),
             Operation::Getlk {
                 handle,
                 owner,
@@ -50,7 +50,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => self.getlk(request.node, handle, owner, lock),
             _ => Err(Errno::NOSYS),
         };
-        self.now(exchange, request.unique, answer)
+        self.now(transport, request.unique, answer)
     }
 
     /// GETLK. Who holds the lock in the way is a number that means nothing to the guest, so it
@@ -78,24 +78,26 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// SETLK, SETLKW and `flock`.
-    fn setlk<E: Exchange>(
+    fn setlk<E: Transport>(
         self: &Arc<Self>,
-        mut exchange: E,
+        mut transport: E,
         request: &Request<'_>,
         locking: Locking,
     ) -> Outcome {
         let unique = request.unique;
         let waits = match self.lock_or_wait(request, &locking) {
-            Ok(None) => return self.now(exchange, unique, Ok(Answer::Done)),
+            Ok(None) => return self.now(transport, unique, Ok(Answer::Done)),
             Ok(Some(file)) => {
-                let limit = self.wait_limit(&mut exchange);
-                self.waiting.begin(unique, limit).map(|wait| (file, wait))
+                let limit = self.wait_limit(&mut transport);
+                self.blocking_locks
+                    .begin(unique, limit)
+                    .map(|wait| (file, wait))
             }
             Err(errno) => Err(errno),
         };
         let (file, mut wait) = match waits {
             Ok(both) => both,
-            Err(errno) => return self.now(exchange, unique, Err(errno)),
+            Err(errno) => return self.now(transport, unique, Err(errno)),
         };
         let session = Arc::clone(self);
         let node = request.node;
@@ -108,7 +110,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             // Both before the guest hears of it: it may use the name again, and close the file.
             drop((wait, file));
             let answer = result.map(|()| Answer::Done).map_err(|error| errno(&error));
-            session.finish(exchange, unique, answer);
+            session.finish(transport, unique, answer);
         })
     }
 
@@ -120,17 +122,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// How long a request may still wait. The time is counted from when it began to wait, in whatever
     /// process: a process that replays the request finds that in what the one before intended.
-    pub(super) fn wait_limit<E: Exchange>(&self, exchange: &mut E) -> Option<Duration> {
+    pub(super) fn wait_limit<E: Transport>(&self, transport: &mut E) -> Option<Duration> {
         let limit = self.options.lock_wait_limit;
         if limit.is_zero() {
             return None;
         }
         let now = since_boot();
-        let began = match exchange.begun() {
+        let began = match transport.previous_attempt() {
             Some([SAID, nanoseconds, ..]) => Duration::from_nanos(nanoseconds),
             _ => {
                 let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-                exchange.intend([SAID, nanoseconds, 0, 0]);
+                transport.record_intent([SAID, nanoseconds, 0, 0]);
                 now
             }
         };

@@ -5,18 +5,18 @@
 //! reply could not be delivered, so no lookup is counted and no handle opened that the guest
 //! doesn't hear of.
 
-mod again;
 mod blocking;
+mod blocking_locks;
 mod data;
-mod gate;
 mod inode_flags;
 mod locks;
 mod metadata;
-mod moving;
+mod migration;
 mod reclaim;
+mod replay;
+mod session_barrier;
 #[cfg(test)]
 mod tests;
-mod waiting;
 
 use std::error::Error;
 use std::fmt;
@@ -26,18 +26,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
+pub use self::blocking_locks::NoWaits;
 pub use self::reclaim::Queues;
-pub use self::waiting::NoWaits;
 
-use self::gate::{Closed, Gate};
+use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
-use self::waiting::Waiting;
+use self::session_barrier::{Closed, SessionBarrier};
 use super::abi::{Handler, InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
 use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
-use super::{Counters, Exchange, Negotiated, OUT_HEADER_LEN, SessionOptions};
-use crate::fs::{FileSystem, NodeId, Terms};
+use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
+use crate::fs::{FileSystem, NegotiatedTerms, NodeId};
 use crate::state::{Agreement as Words, Table};
 
 /// Longest request that is copied without a heap: a RENAME2 with two names of 255 bytes.
@@ -77,8 +77,8 @@ pub struct Session<F: ?Sized> {
     ended: AtomicU64,
     counters: Counters,
     /// Requests are in it while they are served; sessions begin and end while nobody is.
-    gate: Gate,
-    waiting: Arc<Waiting>,
+    barrier: SessionBarrier,
+    blocking_locks: Arc<BlockingLocks>,
     /// Who serves the queues that requests come on, if there are any.
     queues: OnceLock<Box<dyn Queues>>,
     /// The log has told that the guest can't be told of submounts.
@@ -98,8 +98,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
             negotiated: Mutex::new(None),
             ended: AtomicU64::new(0),
             counters: Counters::default(),
-            gate: Gate::default(),
-            waiting: Arc::default(),
+            barrier: SessionBarrier::default(),
+            blocking_locks: Arc::default(),
             queues: OnceLock::new(),
             told_of_submounts: AtomicBool::new(false),
             table: None,
@@ -140,7 +140,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Ends the session: the device was reset, or the guest is gone. Requests that other threads
     /// are serving end first.
     pub fn reset(&self) {
-        self.end(&self.gate.close());
+        self.end(&self.barrier.close());
     }
 
     fn end(&self, closed: &Closed<'_>) {
@@ -162,39 +162,39 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .negotiated
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
-        self.waiting.end_all(Errno::INTR);
+        self.blocking_locks.end_all(Errno::INTR);
     }
 
     /// Answers one request, now or later.
-    pub fn serve<E: Exchange>(self: &Arc<Self>, mut exchange: E) -> Outcome {
+    pub fn serve<E: Transport>(self: &Arc<Self>, mut transport: E) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-        let fetched = fetch(&mut exchange, &mut inline, &mut spilled)
+        let fetched = fetch(&mut transport, &mut inline, &mut spilled)
             .and_then(|bytes| Ok((bytes, decode_as(bytes, self.agreed())?)));
         let (bytes, request) = match fetched {
             Ok(both) => both,
             Err(error) => {
-                self.refuse(exchange, &error);
+                self.refuse(transport, &error);
                 return Outcome::Done;
             }
         };
         self.counters.count_request(request.opcode);
         if request.row.handler == Handler::Session {
-            return self.begin_or_end(exchange, &request);
+            return self.begin_or_end(transport, &request);
         }
-        let _inside = self.gate.enter();
-        exchange.note(request.unique);
+        let _inside = self.barrier.enter();
+        transport.note(request.unique);
         if let Some(replay) = self.fs.replay() {
             replay.begin_request(request.unique);
         }
         match request.row.handler {
             Handler::Forget | Handler::Interrupt => {
-                self.serve_unanswered(&exchange, &request);
-                exchange.no_reply();
+                self.serve_unanswered(&transport, &request);
+                transport.no_reply();
                 Outcome::Done
             }
-            handler => match self.admit(&request, exchange.writable()) {
-                Ok(()) => self.dispatch(exchange, &request, handler, bytes),
-                Err(errno) => self.now(exchange, request.unique, Err(errno)),
+            handler => match self.admit(&request, transport.writable()) {
+                Ok(()) => self.dispatch(transport, &request, handler, bytes),
+                Err(errno) => self.now(transport, request.unique, Err(errno)),
             },
         }
     }
@@ -215,81 +215,81 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// Takes `request`, which was decoded from `bytes`, to its handler.
-    fn dispatch<E: Exchange>(
+    fn dispatch<E: Transport>(
         self: &Arc<Self>,
-        mut exchange: E,
+        mut transport: E,
         request: &Request<'_>,
         handler: Handler,
         bytes: &[u8],
     ) -> Outcome {
         match handler {
-            Handler::Data => self.data(exchange, request),
-            Handler::Lock => self.lock(exchange, request),
+            Handler::Data => self.data(transport, request),
+            Handler::Lock => self.lock(transport, request),
             Handler::Metadata if self.fs.may_block() => {
-                self.metadata_blocking(exchange, request.unique, bytes)
+                self.metadata_blocking(transport, request.unique, bytes)
             }
             Handler::Metadata
                 if matches!(request.operation, Operation::Statfs) && self.may_reclaim() =>
             {
-                self.after_reclaim(exchange, bytes, (request.unique, Errno::IO))
+                self.after_reclaim(transport, bytes, (request.unique, Errno::IO))
             }
             Handler::Metadata => {
-                let room = exchange.writable().saturating_sub(OUT_HEADER_LEN);
-                let answer = match exchange.begun() {
-                    Some(intent) => self.metadata_again(request, intent, room),
+                let room = transport.writable().saturating_sub(OUT_HEADER_LEN);
+                let answer = match transport.previous_attempt() {
+                    Some(intent) => self.replay_metadata(request, intent, room),
                     None => {
-                        self.intend(&mut exchange, request);
+                        self.record_intent(&mut transport, request);
                         match self.metadata(request, room) {
                             Err(errno) if is_shortage(errno) && self.may_reclaim() => {
                                 let failed = (request.unique, errno);
-                                return self.after_reclaim(exchange, bytes, failed);
+                                return self.after_reclaim(transport, bytes, failed);
                             }
                             answer => answer,
                         }
                     }
                 };
-                self.now(exchange, request.unique, answer)
+                self.now(transport, request.unique, answer)
             }
             Handler::Session | Handler::Forget | Handler::Interrupt | Handler::Unserved => {
-                self.now(exchange, request.unique, Err(Errno::NOSYS))
+                self.now(transport, request.unique, Err(Errno::NOSYS))
             }
         }
     }
 
     /// FORGET, BATCH_FORGET and INTERRUPT.
-    fn serve_unanswered<E: Exchange>(&self, exchange: &E, request: &Request<'_>) {
+    fn serve_unanswered<E: Transport>(&self, transport: &E, request: &Request<'_>) {
         match request.operation {
             Operation::Forget { count } => {
-                self.forget(exchange, request.unique, (request.node, count));
+                self.forget(transport, request.unique, (request.node, count));
             }
             Operation::BatchForget(forgets) => {
                 for one in forgets.iter() {
-                    self.forget(exchange, request.unique, one);
+                    self.forget(transport, request.unique, one);
                 }
             }
             // Only what may wait for a guest without end, as a lock, is stopped.
-            Operation::Interrupt { unique } => self.waiting.interrupt(unique),
+            Operation::Interrupt { unique } => self.blocking_locks.interrupt(unique),
             _ => {}
         }
     }
 
     /// INIT and DESTROY, which other requests are kept apart from.
-    fn begin_or_end<E: Exchange>(&self, exchange: E, request: &Request<'_>) -> Outcome {
+    fn begin_or_end<E: Transport>(&self, transport: E, request: &Request<'_>) -> Outcome {
         let answer =
-            self.admit(request, exchange.writable())
+            self.admit(request, transport.writable())
                 .and_then(|()| match request.operation {
                     Operation::Init(init) => self.init(&init),
                     _ => {
-                        self.unmount(&self.gate.close());
+                        self.unmount(&self.barrier.close());
                         Ok(Answer::Done)
                     }
                 });
-        self.now(exchange, request.unique, answer)
+        self.now(transport, request.unique, answer)
     }
 
     /// INIT. A second one means that the guest has started anew.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
-        let closed = self.gate.close();
+        let closed = self.barrier.close();
         if self.is_ready() && worth_a_line(self.counters.requests(Opcode::Init)) {
             log::info!("the session from before is given up: the guest has begun anew (INIT)");
         }
@@ -331,10 +331,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.ready.store(true, Ordering::Release);
     }
 
-    fn forget<E: Exchange>(&self, exchange: &E, unique: u64, (node, count): (NodeId, u64)) {
-        match exchange.begun() {
+    fn forget<E: Transport>(&self, transport: &E, unique: u64, (node, count): (NodeId, u64)) {
+        match transport.previous_attempt() {
             _ if !self.is_ready() => {}
-            Some(_) => self.forget_again(unique, node, count),
+            Some(_) => self.replay_forget(unique, node, count),
             None => self.fs.forget(node, count),
         }
     }
@@ -368,12 +368,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// Sends `answer`, and counts it if it is an error.
-    fn finish<E: Exchange>(&self, exchange: E, unique: u64, answer: Result<Answer, Errno>) {
+    fn finish<E: Transport>(&self, transport: E, unique: u64, answer: Result<Answer, Errno>) {
         match answer {
-            Ok(answer) => answer.send(exchange, unique),
+            Ok(answer) => answer.send(transport, unique),
             Err(errno) => {
                 self.counters.count_error();
-                send_error(exchange, unique, self.for_guest(errno));
+                send_error(transport, unique, self.for_guest(errno));
             }
         }
     }
@@ -391,7 +391,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// Ends the exchange of a request that can't be decoded.
-    fn refuse<E: Exchange>(&self, exchange: E, error: &DecodeError) {
+    fn refuse<E: Transport>(&self, transport: E, error: &DecodeError) {
         // Any program in the guest can ask for a name that is too long, and its kernel passes it
         // on: nothing is malformed about that.
         if error.errno() != Errno::NAMETOOLONG {
@@ -403,16 +403,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
         match error.unique {
             Some(unique) if !error.has_no_reply() => {
-                self.finish(exchange, unique, Err(error.errno()));
+                self.finish(transport, unique, Err(error.errno()));
             }
-            _ => exchange.no_reply(),
+            _ => transport.no_reply(),
         }
     }
 }
 
 /// What of the agreement a file system has to go by.
-fn terms(flags: InitFlags) -> Terms {
-    Terms {
+fn terms(flags: InitFlags) -> NegotiatedTerms {
+    NegotiatedTerms {
         collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
         no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
         no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
@@ -428,23 +428,23 @@ fn worth_a_line(count: u64) -> bool {
 
 /// Copies of a request what [`decode_as()`] needs to `inline`, or to `spilled` where it is too
 /// long for that; answers where it is.
-fn fetch<'a, E: Exchange>(
-    exchange: &mut E,
+fn fetch<'a, E: Transport>(
+    transport: &mut E,
     inline: &'a mut [u8; INLINE],
     spilled: &'a mut Vec<u8>,
 ) -> Result<&'a [u8], DecodeError> {
     let (header, rest) = inline.split_at_mut(HEADER_LEN);
-    let got = exchange.read(header);
-    let wanted = bytes_wanted(header.get(..got).unwrap_or_default(), exchange.readable())?;
+    let got = transport.read(header);
+    let wanted = bytes_wanted(header.get(..got).unwrap_or_default(), transport.readable())?;
     if let Some(rest) = rest.get_mut(..wanted) {
-        let more = exchange.read(rest);
+        let more = transport.read(rest);
         return Ok(inline.get(..got.saturating_add(more)).unwrap_or_default());
     }
     spilled.reserve_exact(HEADER_LEN.saturating_add(wanted));
     spilled.extend_from_slice(header);
     spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
     let room = spilled.get_mut(HEADER_LEN..).unwrap_or_default();
-    let more = exchange.read(room);
+    let more = transport.read(room);
     spilled.truncate(HEADER_LEN.saturating_add(more));
     Ok(spilled)
 }

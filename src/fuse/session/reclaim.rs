@@ -18,7 +18,7 @@ use super::{Outcome, Session};
 use crate::fs::FileSystem;
 use crate::fuse::reply::Answer;
 use crate::fuse::request::{Request, decode_as};
-use crate::fuse::{Exchange, OUT_HEADER_LEN};
+use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io;
 
 /// Who serves the queues that requests come on.
@@ -63,9 +63,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Serves the request in `bytes`, which was decoded once, after a [`reclaim`](Self::reclaim).
     /// `failed` is what it is answered if it can't be served any more.
-    pub(super) fn after_reclaim<E: Exchange>(
+    pub(super) fn after_reclaim<E: Transport>(
         self: &Arc<Self>,
-        exchange: E,
+        transport: E,
         bytes: &[u8],
         (unique, failed): (u64, Errno),
     ) -> Outcome {
@@ -74,21 +74,25 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.later(async move {
             session.reclaim().await;
             let answer = match decode_as(&bytes, session.agreed()) {
-                Ok(request) => session.once_more(&exchange, &request),
+                Ok(request) => session.once_more(&transport, &request),
                 Err(_) => Err(failed),
             };
-            session.finish(exchange, unique, answer);
+            session.finish(transport, unique, answer);
         })
     }
 
-    fn once_more<E: Exchange>(&self, exchange: &E, request: &Request<'_>) -> Result<Answer, Errno> {
-        let _inside = self.gate.enter();
+    fn once_more<E: Transport>(
+        &self,
+        transport: &E,
+        request: &Request<'_>,
+    ) -> Result<Answer, Errno> {
+        let _inside = self.barrier.enter();
         if !self.is_ready() {
             return Err(Errno::IO);
         }
         if let Some(replay) = self.fs.replay() {
             replay.begin_request(request.unique);
         }
-        self.metadata(request, exchange.writable().saturating_sub(OUT_HEADER_LEN))
+        self.metadata(request, transport.writable().saturating_sub(OUT_HEADER_LEN))
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::abi::{InHeader, InitFlags, InitIn, Opcode, OutHeader};
-use super::{Exchange, Intent, OUT_HEADER_LEN, Outcome, Session, SessionOptions};
+use super::{OUT_HEADER_LEN, Outcome, RecordedIntent, Session, SessionOptions, Transport};
 use crate::io::GuestBuffer;
 
 pub(super) use one_directory::{HANDLE, OneDirectory, attributes};
@@ -95,25 +95,25 @@ impl Ending {
 }
 
 /// An exchange in memory.
-pub(super) struct MemoryExchange {
+pub(super) struct MemoryTransport {
     request: Vec<u8>,
     at: usize,
     room: usize,
-    begun: Option<Intent>,
-    intended: Option<Intent>,
+    begun: Option<RecordedIntent>,
+    intended: Option<RecordedIntent>,
     ending: Rc<RefCell<Option<Ending>>>,
 }
 
-impl MemoryExchange {
+impl MemoryTransport {
     /// One that a process before this one has begun, with this intent.
-    pub(super) fn begun(intent: Intent) -> Self {
-        let (mut exchange, _) = Self::new(Vec::new(), 0);
-        exchange.begun = Some(intent);
-        exchange
+    pub(super) fn with_previous_attempt(intent: RecordedIntent) -> Self {
+        let (mut transport, _) = Self::new(Vec::new(), 0);
+        transport.begun = Some(intent);
+        transport
     }
 
     /// The intent that this process has said.
-    pub(super) fn intended(&self) -> Option<Intent> {
+    pub(super) fn intended(&self) -> Option<RecordedIntent> {
         self.intended
     }
 
@@ -138,12 +138,12 @@ impl MemoryExchange {
     }
 }
 
-impl Exchange for MemoryExchange {
-    fn intend(&mut self, intent: Intent) {
+impl Transport for MemoryTransport {
+    fn record_intent(&mut self, intent: RecordedIntent) {
         self.intended = Some(intent);
     }
 
-    fn begun(&self) -> Option<Intent> {
+    fn previous_attempt(&self) -> Option<RecordedIntent> {
         self.begun
     }
 
@@ -192,7 +192,7 @@ impl Exchange for MemoryExchange {
     }
 }
 
-impl Drop for MemoryExchange {
+impl Drop for MemoryTransport {
     fn drop(&mut self) {
         self.ending.borrow_mut().get_or_insert(Ending::Dropped);
     }
@@ -229,16 +229,16 @@ impl Guest {
 
     /// How an exchange with `room` for the reply ends, at once.
     pub(super) fn say(&self, request: Vec<u8>, room: usize) -> Ending {
-        let (exchange, ending) = MemoryExchange::new(request, room);
-        let outcome = self.session.serve(exchange);
+        let (transport, ending) = MemoryTransport::new(request, room);
+        let outcome = self.session.serve(transport);
         assert!(matches!(outcome, Outcome::Done), "left for later");
         ending.take().expect("an answer")
     }
 
     /// The same where the answer comes later.
     pub(super) fn say_and_wait(&self, request: Vec<u8>, room: usize) -> Ending {
-        let (exchange, ending) = MemoryExchange::new(request, room);
-        let Outcome::Later(future) = self.session.serve(exchange) else {
+        let (transport, ending) = MemoryTransport::new(request, room);
+        let Outcome::Later(future) = self.session.serve(transport) else {
             panic!("answered at once");
         };
         assert_eq!(*ending.borrow(), None, "answered before it was done");

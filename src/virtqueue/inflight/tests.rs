@@ -9,7 +9,9 @@ use super::*;
 use crate::state::{Limits, Table};
 use crate::virtqueue::layout::{NEXT, WRITE};
 use crate::virtqueue::tests::{DESCRIPTORS, Driver, SIZE};
-use crate::virtqueue::{BadChain, Call, Chain, Journal, Queue, QueueError, Tracking, kill};
+use crate::virtqueue::{
+    BadChain, Call, Chain, Journal, Queue, QueueError, Tracking, crash_injection,
+};
 
 /// Requests have their number in 8 bytes, and get it back in as many or fewer.
 const REQUESTS: u64 = 0x5000;
@@ -39,7 +41,7 @@ impl Guest {
             driver.describe(DESCRIPTORS, head, REQUESTS + at, 8, NEXT, head + 1);
             driver.describe(DESCRIPTORS, head + 1, REPLIES + at, 8, WRITE, 0);
         }
-        let alarm = Arc::new(Alarm::new().unwrap());
+        let alarm = Arc::new(MemoryLostEvent::new().unwrap());
         let (file, len) = InflightRegion::create(2, SIZE).unwrap();
         let map = file.try_clone().unwrap();
         let limits = Limits {
@@ -210,7 +212,7 @@ fn whatever_store_is_the_last_each_request_comes_back_once() {
             guest.requests(&[0, 2, 4, 6]);
             goes_on(&mut guest, journal);
             guest.requests(&[6, 0, 2, 4]);
-            let killed = kill::after(cuts, || a_day(&guest, journal));
+            let killed = crash_injection::after(cuts, || a_day(&guest, journal));
             goes_on(&mut guest, journal);
             if !killed {
                 break;
@@ -227,9 +229,9 @@ fn a_server_that_is_killed_as_it_takes_over_leaves_all_to_the_next() {
         for second in 0.. {
             let mut guest = Guest::new(false);
             guest.requests(&[6, 0, 2, 4]);
-            kill::after(first, || a_day(&guest, true));
+            crash_injection::after(first, || a_day(&guest, true));
             guest.pop();
-            let killed = kill::after(second, || {
+            let killed = crash_injection::after(second, || {
                 let mut queue = guest.serve(true).unwrap();
                 guest.rest(&mut queue).into_iter().for_each(answer);
                 queue.used().publish();
@@ -246,7 +248,7 @@ fn a_server_that_is_killed_as_it_takes_over_leaves_all_to_the_next() {
 fn what_was_noted_of_a_request_is_told_to_the_next_server() {
     let mut guest = Guest::new(false);
     guest.requests(&[4, 2, 6]);
-    kill::after(1000, || {
+    crash_injection::after(1000, || {
         let mut queue = guest.serve(true).unwrap();
         let mut chains = guest.rest(&mut queue);
         assert!(chains.iter().all(|chain| chain.previous().is_none()));
@@ -299,12 +301,12 @@ fn what_a_faulty_driver_does_twice_or_beyond_the_table_is_survived_at_every_cut(
         for head in [6, 0, SIZE + 1, 0, 2] {
             guest.driver.offer(head);
         }
-        let killed = kill::after(cut, || {
+        let killed = crash_injection::after(cut, || {
             let mut queue = guest.serve(true).unwrap();
             let chains: Vec<_> = std::iter::from_fn(|| queue.take()).collect();
             let faults: Vec<_> = chains.iter().map(|it| it.as_ref().err()).collect();
             let [index, twice] = [BadChain::Index, BadChain::Twice];
-            if kill::is_running() {
+            if crash_injection::is_running() {
                 assert_eq!(faults, [None, None, Some(&index), Some(&twice), None]);
             }
             let mut chains = chains.into_iter().flatten();
@@ -410,7 +412,7 @@ fn a_region_that_is_damaged_is_refused() {
 
 #[test]
 fn a_region_of_a_larger_queue_is_used_and_of_a_smaller_one_is_not() {
-    let alarm = Arc::new(Alarm::new().unwrap());
+    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
     for size in [SIZE * 2, SIZE / 2] {
         let mut guest = Guest::new(false);
         let (file, len) = InflightRegion::create(2, size).unwrap();
@@ -444,7 +446,7 @@ fn a_region_of_a_larger_queue_is_used_and_of_a_smaller_one_is_not() {
 
 #[test]
 fn a_region_that_is_too_short_or_of_no_queue_is_refused() {
-    let alarm = Arc::new(Alarm::new().unwrap());
+    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
     let map = |len: u64, queues, size| {
         let (file, _) = InflightRegion::create(2, SIZE).unwrap();
         InflightRegion::map(file, (0, len), (queues, size), &alarm)
@@ -513,7 +515,7 @@ fn a_guest_is_called_for_what_it_may_have_missed() {
 
 #[test]
 fn memory_that_is_taken_away_is_told() {
-    let alarm = Arc::new(Alarm::new().unwrap());
+    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
     let fd = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let file = File::from(fd);
     file.set_len(0x10000).unwrap();
@@ -576,7 +578,7 @@ fn live(guest: &mut Guest, steps: &[Step], journal: bool) {
             Step::Take => match queue.take() {
                 Some(Ok(chain)) => held.push(chain),
                 // A process that is gone takes nothing, and finds marks that it took off.
-                Some(Err(fault)) => assert!(!kill::is_running(), "{fault}"),
+                Some(Err(fault)) => assert!(!crash_injection::is_running(), "{fault}"),
                 None => (),
             },
             Step::Answer(which) if !held.is_empty() => {
@@ -602,7 +604,7 @@ proptest! {
     ) {
         let mut guest = Guest::new(kept);
         for (steps, stores) in lives {
-            kill::after(stores, || live(&mut guest, &steps, journal));
+            crash_injection::after(stores, || live(&mut guest, &steps, journal));
             guest.pop();
         }
         goes_on(&mut guest, journal);

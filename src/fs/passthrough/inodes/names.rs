@@ -9,9 +9,9 @@ use std::sync::atomic::Ordering;
 
 use super::{DEEPEST, Store};
 use crate::fs::NodeId;
-use crate::fs::passthrough::changes::{Changing, Moment};
-use crate::fs::passthrough::holds::{Place, Way};
-use crate::fs::passthrough::inode::{Held, Inode};
+use crate::fs::passthrough::dir_seqcount::{Changing, DirSeq};
+use crate::fs::passthrough::inode::{Inode, RefKind};
+use crate::fs::passthrough::inode_ref::{ParentLink, ReopenMethod};
 
 impl Store {
     /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
@@ -21,7 +21,7 @@ impl Store {
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        moment: Moment,
+        moment: DirSeq,
     ) {
         if inode.record.is_nameless() {
             // Under the lock: who takes the name away has announced that before.
@@ -34,17 +34,17 @@ impl Store {
     }
 
     /// As [`see`](Self::see), for an inode that was just added without being opened; `print` is
-    /// as in [`Place`]. Answers whether it can be reached now.
+    /// as in [`ParentLink`]. Answers whether it can be reached now.
     pub(in crate::fs::passthrough) fn see_new(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
         print: u64,
-        moment: Moment,
+        moment: DirSeq,
     ) -> bool {
         self.see_if(inode, parent, name, print, || moment.lasts(&self.changes));
-        inode.slot.is_full() || !matches!(&*inode.held(), Held::Nothing)
+        inode.slot.is_full() || !matches!(&*inode.held(), RefKind::Nothing)
     }
 
     /// As [`see`](Self::see), for who changes the name.
@@ -69,17 +69,17 @@ impl Store {
         let settled = {
             let held = inode.held();
             match &*held {
-                Held::Name => inode.goes_by(&held, parent.node(), name),
-                Held::Nothing | Held::Open(_) => {
+                RefKind::Name => inode.goes_by(&held, parent.node(), name),
+                RefKind::Nothing | RefKind::Open(_) => {
                     inode.node() == NodeId::ROOT || inode.node() == parent.node()
                 }
-                Held::Handle(_) | Held::Forgotten => true,
+                RefKind::Handle(_) | RefKind::Forgotten => true,
             }
         };
         if settled || !self.adopt(parent) {
             return;
         }
-        let place = Place {
+        let place = ParentLink {
             parent: parent.node(),
             name: name.into(),
             print,
@@ -93,17 +93,22 @@ impl Store {
     }
 
     /// Makes `place` the way to `inode`; answers which parent has a child less now.
-    fn put(&self, inode: &Inode, place: Place, valid: impl FnOnce() -> bool) -> Option<NodeId> {
+    fn put(
+        &self,
+        inode: &Inode,
+        place: ParentLink,
+        valid: impl FnOnce() -> bool,
+    ) -> Option<NodeId> {
         let mut held = inode.held();
         // Asked under the lock: who changes the name says so before he comes here.
-        if !valid() || matches!(*held, Held::Handle(_) | Held::Forgotten) {
+        if !valid() || matches!(*held, RefKind::Handle(_) | RefKind::Forgotten) {
             return Some(place.parent);
         }
         let parent = place.parent;
         // What tells it from another of its name stays.
         let print = inode.print(&held).unwrap_or(place.print);
-        let left = inode.set_way(&mut held, Way::Name(Place { print, ..place }));
-        if !matches!(*held, Held::Name) {
+        let left = inode.set_way(&mut held, ReopenMethod::Name(ParentLink { print, ..place }));
+        if !matches!(*held, RefKind::Name) {
             // The table is full; nothing leads there through the parent.
             drop(held);
             if let Some(left) = left {
@@ -131,7 +136,7 @@ impl Store {
             if !inode.goes_by(&held, parent.node(), name) {
                 return;
             }
-            inode.set_way(&mut held, Way::None)
+            inode.set_way(&mut held, ReopenMethod::None)
         };
         if let Some(left) = left {
             self.leave(left);
@@ -139,7 +144,7 @@ impl Store {
     }
 
     /// Which changes of names were known when this was called: before the name is looked at.
-    pub(in crate::fs::passthrough) fn moment(&self, parent: &Inode) -> Moment {
+    pub(in crate::fs::passthrough) fn moment(&self, parent: &Inode) -> DirSeq {
         self.changes.moment(parent.node())
     }
 
@@ -150,7 +155,7 @@ impl Store {
     }
 
     /// Whether names in the directory of `moment` have not changed since.
-    pub(in crate::fs::passthrough) fn lasts(&self, moment: Moment) -> bool {
+    pub(in crate::fs::passthrough) fn lasts(&self, moment: DirSeq) -> bool {
         moment.lasts(&self.changes)
     }
 
@@ -169,8 +174,8 @@ impl Store {
     pub(in crate::fs::passthrough) fn change_way(
         &self,
         inode: &Inode,
-        mut held: MutexGuard<'_, Held>,
-        way: Way,
+        mut held: MutexGuard<'_, RefKind>,
+        way: ReopenMethod,
     ) {
         let left = inode.set_way(&mut held, way);
         drop(held);
@@ -193,7 +198,7 @@ impl Store {
             if up == node {
                 let held = inode.held();
                 if inode.parent_by(&held) == Some(node) {
-                    self.change_way(&inode, held, Way::None);
+                    self.change_way(&inode, held, ReopenMethod::None);
                 }
                 return;
             }

@@ -3,8 +3,8 @@
 use rustix::fs::FileType;
 
 use super::*;
-use crate::fs::passthrough::holds::Mount;
 use crate::fs::passthrough::inode::now;
+use crate::fs::passthrough::inode_ref::Mount;
 use crate::state::Limits;
 use crate::sys::file_handle::FileHandle;
 
@@ -27,7 +27,7 @@ fn identity(number: u64, birth: Option<i64>) -> Identity {
 fn handle() -> New {
     New {
         fd: None,
-        way: Way::Handle {
+        way: ReopenMethod::Handle {
             mount: Mount::nowhere(),
             handle: FileHandle::invented(b"handle"),
         },
@@ -157,7 +157,7 @@ fn open() -> New {
 
 fn name_of(inode: &Inode) -> Option<String> {
     match inode.way() {
-        Way::Name(place) => Some(place.name.to_str().unwrap().to_owned()),
+        ReopenMethod::Name(place) => Some(place.name.to_str().unwrap().to_owned()),
         _ => None,
     }
 }
@@ -250,7 +250,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
 }
 
 /// Makes an inode with this number known, and gives it back.
-fn give_back(store: &Store, number: u64) -> NodeId {
+fn forget_lookups(store: &Store, number: u64) -> NodeId {
     let node = admit(store, &identity(number, Some(LONG_AGO))).node();
     forget(store, node, 1);
     store.let_surplus_go();
@@ -260,14 +260,16 @@ fn give_back(store: &Store, number: u64) -> NodeId {
 #[test]
 fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
     let store = remembering(3);
-    let nodes: Vec<NodeId> = (10..14).map(|number| give_back(&store, number)).collect();
+    let nodes: Vec<NodeId> = (10..14)
+        .map(|number| forget_lookups(&store, number))
+        .collect();
     let there = |node: &NodeId| store.get_or_remembered(*node).is_some();
     assert!(nodes.iter().all(|node| store.get(*node).is_none()));
     assert_eq!(nodes.iter().filter(|node| there(node)).count(), 3);
     assert!(!there(&nodes[0]));
     // It is the same node again, and goes to the end of the line when it is given back.
-    assert_eq!(give_back(&store, 11), nodes[1]);
-    let other = give_back(&store, 20);
+    assert_eq!(forget_lookups(&store, 11), nodes[1]);
+    let other = forget_lookups(&store, 20);
     assert!(there(&nodes[1]) && !there(&nodes[2]) && there(&nodes[3]) && there(&other));
     assert_eq!((store.remembered(), store.len()), (3, 4));
     store.clear();
@@ -279,7 +281,7 @@ fn what_is_known_again_stands_in_no_line() {
     let store = remembering(2);
     let who = identity(10, Some(LONG_AGO));
     for _ in 0..1000 {
-        let node = give_back(&store, 10);
+        let node = forget_lookups(&store, 10);
         // Not by a `statx` alone: it has no descriptor yet.
         assert!(store.find(&who).is_none());
         assert!(store.count(&store.get_or_remembered(node).unwrap()));
@@ -296,7 +298,7 @@ fn what_is_known_again_stands_in_no_line() {
 #[test]
 fn another_inode_of_the_same_number_ends_what_is_remembered() {
     let store = remembering(2);
-    let old = give_back(&store, 10);
+    let old = forget_lookups(&store, 10);
     let new = admit(&store, &identity(10, Some(LONG_AGO + 1)));
     assert!(store.get_or_remembered(old).is_none());
     assert_eq!((store.remembered(), store.len()), (0, 2));

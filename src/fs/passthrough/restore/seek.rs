@@ -14,10 +14,10 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::super::Passthrough;
-use super::super::holds::{IDENTITY, Identity, InodeFd, Way, reopen_fd, stat_fd};
-use super::super::inode::{Held, Inode};
+use super::super::inode::{Inode, RefKind};
+use super::super::inode_ref::{IDENTITY, Identity, InodeFd, ReopenMethod, reopen_fd, stat_fd};
 use super::super::lookup::stat_name;
-use super::super::moving::Search;
+use super::super::migration::Search;
 use crate::fs::{NodeId, Result};
 
 /// How long the guest is kept waiting for what no known name leads to.
@@ -81,7 +81,7 @@ impl Passthrough {
         if inode.slot().is_full() || !has_name(inode) {
             return false;
         }
-        let Way::Name(place) = inode.way() else {
+        let ReopenMethod::Name(place) = inode.way() else {
             return true;
         };
         let Some(parent) = self.inodes.any(place.parent) else {
@@ -192,7 +192,8 @@ impl Passthrough {
             });
             match opened {
                 Ok(fd) => {
-                    self.inodes.change_way(inode, inode.held(), Way::None);
+                    self.inodes
+                        .change_way(inode, inode.held(), ReopenMethod::None);
                     // It may have been forgotten meanwhile.
                     drop(self.inodes.install(inode, fd));
                     self.inodes.set_nameless(inode, false);
@@ -211,8 +212,8 @@ impl Passthrough {
 /// which was written down for that, another one.
 fn has_name(inode: &Inode) -> bool {
     match &*inode.held() {
-        Held::Name => true,
-        Held::Nothing => inode.record().handle().is_some(),
-        Held::Open(_) | Held::Handle(_) | Held::Forgotten => false,
+        RefKind::Name => true,
+        RefKind::Nothing => inode.record().handle().is_some(),
+        RefKind::Open(_) | RefKind::Handle(_) | RefKind::Forgotten => false,
     }
 }

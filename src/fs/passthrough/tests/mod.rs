@@ -6,6 +6,7 @@
 
 mod attributes;
 mod bounded;
+mod closed_fds;
 mod credentials;
 mod directories;
 mod lookups;
@@ -13,7 +14,6 @@ mod lost_names;
 mod names;
 mod remembered;
 mod restored;
-mod spares;
 mod xattrs;
 
 use std::ffi::{CStr, CString};

@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
 use super::*;
-use crate::fs::{HandleKind, OpenFile, Terms};
+use crate::fs::{HandleKind, NegotiatedTerms, OpenFile};
 
 const NOREPLACE: u32 = libc::RENAME_NOREPLACE;
 const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
@@ -136,9 +136,9 @@ fn options_decide_on_direct_io_and_the_guest_on_reading() {
             (false, rustix::fs::OFlags::WRONLY),
             (true, rustix::fs::OFlags::RDWR),
         ] {
-            rig.fs.begin(&Terms {
+            rig.fs.begin(&NegotiatedTerms {
                 collects_writes,
-                ..Terms::default()
+                ..NegotiatedTerms::default()
             });
             let opened = rig.fs.open(&SUPERUSER, node, asked).unwrap();
             let flags = flags_of(rig, node, opened);

@@ -336,7 +336,7 @@ fn what_is_remembered_ends_with_its_process() {
         remember_inodes: 10,
         ..Options::default()
     };
-    either_way(&options, |rig, bequeathed| {
+    either_way(&options, |rig, inherited_fds| {
         rig.host_dir("dir");
         rig.host_file("dir/known", "");
         rig.host_file("dir/other", "");
@@ -345,7 +345,7 @@ fn what_is_remembered_ends_with_its_process() {
         let other = rig.find(dir.node, "other").unwrap();
         rig.fs.forget(other.node, 1);
         rig.fs.forget(dir.node, 1);
-        let (rig, _) = restored::killed(rig).next(bequeathed, &[]);
+        let (rig, _) = restored::killed(rig).next(inherited_fds, &[]);
         assert_eq!(rig.fs.remembered_inodes(), 0);
         assert!(is_stale(&rig, other.node) && is_stale(&rig, dir.node));
         assert!(rig.attributes(known.node).is_ok());

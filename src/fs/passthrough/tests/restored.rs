@@ -30,7 +30,7 @@ impl Killed {
     }
 
     /// The next one, with the descriptors of this one or without.
-    pub(super) fn next(self, bequeathed: bool, under_way: &[u64]) -> (Rig, Restored) {
+    pub(super) fn next(self, inherited_fds: bool, under_way: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
@@ -39,7 +39,7 @@ impl Killed {
             path: self.dir.path().to_owned(),
         };
         let past = Past {
-            bequeathed,
+            inherited_fds,
             under_way: under_way.to_vec(),
         };
         let options = self.fs.options.clone();
@@ -50,9 +50,9 @@ impl Killed {
 
 /// Runs `test` with descriptors that are still there, and with such as are not.
 pub(super) fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
-    for bequeathed in [true, false] {
+    for inherited_fds in [true, false] {
         on_a_thread(|| match Rig::new(options.clone()) {
-            Some(rig) => test(rig, bequeathed),
+            Some(rig) => test(rig, inherited_fds),
             None => println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH"),
         });
     }
@@ -77,7 +77,7 @@ fn inodes_and_open_files_are_what_they_were() {
             inode_file_handles,
             ..Options::default()
         };
-        either_way(&options, |rig, bequeathed| {
+        either_way(&options, |rig, inherited_fds| {
             rig.host_dir("dir");
             rig.host_file("dir/file", "content");
             let dir = rig.node("dir");
@@ -95,14 +95,14 @@ fn inodes_and_open_files_are_what_they_were() {
                 .rename(&SUPERUSER, (ROOT, &to("dir")), (ROOT, &to("other")), 0)
                 .unwrap();
 
-            let (rig, restored) = killed(rig).next(bequeathed, &[]);
+            let (rig, restored) = killed(rig).next(inherited_fds, &[]);
             let expected = Restored {
                 inodes: 3,
                 files: 2,
                 locks: 0,
                 lost: 0,
             };
-            assert_eq!(restored, expected, "{inode_file_handles:?} {bequeathed}");
+            assert_eq!(restored, expected, "{inode_file_handles:?} {inherited_fds}");
             assert_eq!(read(&rig, file.node, opened.handle), b"content");
             let attributes = rig.attributes(file.node).unwrap();
             assert_eq!(attributes.inode, file.attributes.inode);
@@ -129,7 +129,7 @@ fn inodes_and_open_files_are_what_they_were() {
 
 #[test]
 fn an_unlinked_file_lives_on_with_its_descriptor() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o600).unwrap();
         let file = rig
             .fs
@@ -140,8 +140,8 @@ fn an_unlinked_file_lives_on_with_its_descriptor() {
         drop(file);
         rig.fs.unlink(&SUPERUSER, ROOT, &c("file")).unwrap();
         let other = rig.host_file("file", "another file of its name");
-        let (rig, restored) = killed(rig).next(bequeathed, &[]);
-        if bequeathed {
+        let (rig, restored) = killed(rig).next(inherited_fds, &[]);
+        if inherited_fds {
             assert_eq!((restored.files, restored.lost), (1, 0));
             assert_eq!(read(&rig, entry.node, opened.handle), b"precious");
             assert_eq!(rig.attributes(entry.node).unwrap().links, 0);
@@ -156,7 +156,7 @@ fn an_unlinked_file_lives_on_with_its_descriptor() {
 
 #[test]
 fn locks_are_held_still_or_again() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         let path = rig.host_file("file", "content");
         let node = rig.node("file");
         let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
@@ -183,7 +183,7 @@ fn locks_are_held_still_or_again() {
         rig.fs.record_lock(node, opened.handle, owner, whole);
         drop(open);
         let rig = killed(rig);
-        if !bequeathed {
+        if !inherited_fds {
             // What a process holds goes with it.
             let old = rig
                 .fs
@@ -195,7 +195,7 @@ fn locks_are_held_still_or_again() {
             let all = lock(LockKind::Unlock, 0, i64::MAX.cast_unsigned());
             old.try_lock(Lock::Record(all)).unwrap();
         }
-        let (_rig, restored) = rig.next(bequeathed, &[]);
+        let (_rig, restored) = rig.next(inherited_fds, &[]);
         assert_eq!((restored.files, restored.locks, restored.lost), (1, 1, 0));
         let somebody = crate::io::File::from(std::fs::File::open(path).unwrap());
         let in_the_way = |start, end| {
@@ -211,7 +211,7 @@ fn locks_are_held_still_or_again() {
 
 #[test]
 fn what_was_not_answered_does_not_count() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "content");
         rig.host_file("new", "");
         rig.fs.begin_request(2);
@@ -242,7 +242,7 @@ fn what_was_not_answered_does_not_count() {
         });
         rig.fs.begin_request(0);
         // The guest has heard of the first two alone.
-        let (rig, restored) = killed(rig).next(bequeathed, &[4, 6, 8]);
+        let (rig, restored) = killed(rig).next(inherited_fds, &[4, 6, 8]);
         assert_eq!((restored.inodes, restored.files), (2, 1));
         assert!(rig.fs.file(node, unheard.handle, HandleKind::File).is_err());
         assert_eq!(rig.attributes(new), Err(Errno::STALE));
@@ -253,13 +253,13 @@ fn what_was_not_answered_does_not_count() {
 
 #[test]
 fn a_forget_counts_once() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "content");
         let node = rig.node("file");
         rig.find(ROOT, "file").unwrap();
         rig.fs.begin_request(10);
         rig.fs.forget(node, 1);
-        let (rig, _) = killed(rig).next(bequeathed, &[10]);
+        let (rig, _) = killed(rig).next(inherited_fds, &[10]);
         assert!(rig.fs.was_forgotten(node, 10));
         assert!(!rig.fs.was_forgotten(node, 12));
         assert!(rig.fs.was_forgotten(NodeId(4711), 12), "long forgotten");
@@ -269,7 +269,7 @@ fn a_forget_counts_once() {
 
 #[test]
 fn a_rename_that_was_done_is_recognised() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         for name in ["a", "b", "c"] {
             rig.host_file(name, name);
         }
@@ -279,7 +279,7 @@ fn a_rename_that_was_done_is_recognised() {
         let [number_of_a, number_of_b] = ["a", "b"].map(number);
         // The process was killed between the system call and its writing down.
         std::fs::rename(path("a"), path("moved")).unwrap();
-        let (rig, _) = killed(rig).next(bequeathed, &[]);
+        let (rig, _) = killed(rig).next(inherited_fds, &[]);
         let (old, new) = (c("a"), c("moved"));
         let renamed =
             |from: &CStr, to: &CStr, number| rig.fs.was_renamed((ROOT, from), (ROOT, to), number);
@@ -306,7 +306,7 @@ fn a_rename_that_was_done_is_recognised() {
 
 #[test]
 fn what_was_seen_before_it_was_removed_is_known_afterwards() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();
         let node = rig.node("file");
         rig.fs.begin_request(20);
@@ -322,20 +322,20 @@ fn what_was_seen_before_it_was_removed_is_known_afterwards() {
             thread.join()
         });
         of_another_thread.unwrap();
-        let (rig, _) = killed(rig).next(bequeathed, &[20, 22]);
+        let (rig, _) = killed(rig).next(inherited_fds, &[20, 22]);
         assert_eq!(rig.fs.recorded_inode(20), None, "it was not there");
         assert_eq!(rig.fs.recorded_inode(22), Some(number));
         assert!(rig.fs.was_removed(ROOT, c"file", number));
         rig.host_file("other", "");
         let other = rig.fs.inode_at(ROOT, c"other").unwrap();
         assert!(!rig.fs.was_removed(ROOT, c"other", other), "it is there");
-        assert_eq!(rig.attributes(node).is_ok(), bequeathed);
+        assert_eq!(rig.attributes(node).is_ok(), inherited_fds);
     });
 }
 
 #[test]
 fn each_lookup_counts_once_whoever_counted_last() {
-    either_way(&Options::default(), |rig, bequeathed| {
+    either_way(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "");
         let look_up = |unique| {
             rig.fs.begin_request(unique);
@@ -349,7 +349,7 @@ fn each_lookup_counts_once_whoever_counted_last() {
             let answered = scope.spawn(|| look_up(32)).join();
             assert_eq!(answered.unwrap(), node);
         });
-        let (rig, _) = killed(rig).next(bequeathed, &[30]);
+        let (rig, _) = killed(rig).next(inherited_fds, &[30]);
         rig.fs.forget(node, 1);
         assert!(rig.attributes(node).is_ok(), "two were answered");
         rig.fs.forget(node, 1);
@@ -421,7 +421,7 @@ fn a_tree_that_is_known_by_name_alone_comes_back() {
 #[test]
 fn what_the_guest_has_unlinked_itself_is_not_refused_by_the_next_process() {
     let options = Options::default();
-    either_way(&options, |rig, bequeathed| {
+    either_way(&options, |rig, inherited_fds| {
         rig.host_file("unlinked", "old");
         rig.host_file("replaced", "old");
         rig.host_file("removed", "old");
@@ -432,10 +432,10 @@ fn what_the_guest_has_unlinked_itself_is_not_refused_by_the_next_process() {
         let (from, to) = ((ROOT, c"new"), (ROOT, c"replaced"));
         rig.fs.rename(&SUPERUSER, from, to, 0).unwrap();
         std::fs::remove_file(rig.path("removed")).unwrap();
-        let (rig, _) = killed(rig).next(bequeathed, &[]);
+        let (rig, _) = killed(rig).next(inherited_fds, &[]);
         let open = |node| rig.fs.open(&SUPERUSER, node, O_RDWR).map(drop);
         // Without its descriptor nobody can keep what has no name.
-        let expected = if bequeathed {
+        let expected = if inherited_fds {
             Ok(())
         } else {
             Err(Errno::STALE)

@@ -5,9 +5,9 @@ use zerocopy::IntoBytes;
 
 use super::super::{data, fetch};
 use super::{FH, ROOM, finished, write};
-use crate::fuse::Exchange;
+use crate::fuse::Transport;
 use crate::fuse::abi::{self, Opcode};
-use crate::fuse::testing::{Ending, Guest, MemoryExchange, claim_len, on_root, samples};
+use crate::fuse::testing::{Ending, Guest, MemoryTransport, claim_len, on_root, samples};
 
 fn read(offset: u64, size: u32) -> Vec<u8> {
     let args = abi::ReadIn {
@@ -163,17 +163,17 @@ fn an_exchange_that_a_dropped_future_holds_is_not_answered_twice() {
         fh: FH,
         ..Default::default()
     };
-    let (exchange, ending) = MemoryExchange::new(on_root(Opcode::Fsync, &[sync.as_bytes()]), 16);
-    drop(guest.session.serve(exchange));
+    let (transport, ending) = MemoryTransport::new(on_root(Opcode::Fsync, &[sync.as_bytes()]), 16);
+    drop(guest.session.serve(transport));
     assert_eq!(ending.take(), Some(Ending::Dropped));
 }
 
 #[test]
 fn a_write_leaves_its_data_where_they_are() {
-    let (mut exchange, _) = MemoryExchange::new(write(0, &[1; 5000]), 0);
+    let (mut transport, _) = MemoryTransport::new(write(0, &[1; 5000]), 0);
     let (mut inline, mut spilled) = ([0; super::super::INLINE], Vec::new());
-    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
-    assert_eq!((fetched.len(), exchange.readable()), (80, 5000));
+    let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
+    assert_eq!((fetched.len(), transport.readable()), (80, 5000));
 }
 
 #[test]

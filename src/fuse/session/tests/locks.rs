@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::fuse::session::again::SAID;
+use crate::fuse::session::replay::SAID;
 
 fn limited(limit: Duration) -> Guest {
     Guest::with_options(SessionOptions {
@@ -14,32 +14,32 @@ fn limited(limit: Duration) -> Guest {
 
 #[test]
 fn wait_without_limit_says_nothing() {
-    let (mut exchange, _) = MemoryExchange::new(Vec::new(), 0);
+    let (mut transport, _) = MemoryTransport::new(Vec::new(), 0);
     let guest = limited(Duration::ZERO);
-    assert_eq!(guest.session.wait_limit(&mut exchange), None);
-    assert_eq!(exchange.intended(), None);
+    assert_eq!(guest.session.wait_limit(&mut transport), None);
+    assert_eq!(transport.intended(), None);
 }
 
 #[test]
 fn replayed_wait_counts_from_where_it_began() {
     let hour = Duration::from_secs(3600);
     let guest = limited(hour);
-    let (mut first, _) = MemoryExchange::new(Vec::new(), 0);
+    let (mut first, _) = MemoryTransport::new(Vec::new(), 0);
     assert_eq!(guest.session.wait_limit(&mut first), Some(hour));
     let intent = first.intended().unwrap();
     assert_eq!(intent[0], SAID);
 
-    let mut replayed = MemoryExchange::begun(intent);
+    let mut replayed = MemoryTransport::with_previous_attempt(intent);
     assert!(guest.session.wait_limit(&mut replayed).unwrap() <= hour);
     assert_eq!(replayed.intended(), None, "it stays what it was");
     // The machine has been up for longer than a millisecond.
-    let mut old = MemoryExchange::begun([SAID, 1, 0, 0]);
+    let mut old = MemoryTransport::with_previous_attempt([SAID, 1, 0, 0]);
     let short = limited(Duration::from_millis(1));
     assert_eq!(short.session.wait_limit(&mut old), Some(Duration::ZERO));
     // Killed before it could say when; or its machine has been started anew since.
-    let mut silent = MemoryExchange::begun([0; 4]);
+    let mut silent = MemoryTransport::with_previous_attempt([0; 4]);
     assert_eq!(guest.session.wait_limit(&mut silent), Some(hour));
     assert!(silent.intended().is_some());
-    let mut before_boot = MemoryExchange::begun([SAID, u64::MAX, 0, 0]);
+    let mut before_boot = MemoryTransport::with_previous_attempt([SAID, u64::MAX, 0, 0]);
     assert_eq!(guest.session.wait_limit(&mut before_boot), Some(hour));
 }

@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use super::*;
 use crate::fuse::abi::{self, InitFlags, InitOut};
 use crate::fuse::testing::{
-    Ending, Guest, HANDLE, MemoryExchange, init_of, on_root, request, samples,
+    Ending, Guest, HANDLE, MemoryTransport, init_of, on_root, request, samples,
 };
 
 /// Room for any reply of these tests.
@@ -35,8 +35,8 @@ fn write(offset: u64, data: &[u8]) -> Vec<u8> {
 
 /// How an exchange ends, now or later.
 fn finished(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
-    let (exchange, ending) = MemoryExchange::new(request, room);
-    if let Outcome::Later(future) = guest.session.serve(exchange) {
+    let (transport, ending) = MemoryTransport::new(request, room);
+    if let Outcome::Later(future) = guest.session.serve(transport) {
         crate::io::Runtime::new(crate::io::Engine::ThreadPool)
             .unwrap()
             .block_on(future);
@@ -290,9 +290,9 @@ fn the_longest_rename_needs_no_heap_for_its_bytes() {
         ..Default::default()
     };
     let bytes = on_root(Opcode::Rename2, &[args.as_bytes(), &name, &name]);
-    let (mut exchange, _) = MemoryExchange::new(bytes, 0);
+    let (mut transport, _) = MemoryTransport::new(bytes, 0);
     let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
+    let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
     assert_eq!(fetched.len(), INLINE);
     assert_eq!(spilled.capacity(), 0);
 }
@@ -305,9 +305,9 @@ fn a_request_too_long_for_the_stack_is_fetched_whole() {
         ..Default::default()
     };
     let bytes = on_root(Opcode::Setxattr, &[args.as_bytes(), b"user.x\0", &value]);
-    let (mut exchange, _) = MemoryExchange::new(bytes.clone(), 0);
+    let (mut transport, _) = MemoryTransport::new(bytes.clone(), 0);
     let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-    let fetched = fetch(&mut exchange, &mut inline, &mut spilled).unwrap();
+    let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
     assert_eq!(fetched, bytes);
 }
 

@@ -1,0 +1,44 @@
+//! A chain as the FUSE session sees it. The server's own, in `worker`, does the same and answers
+//! what is dropped; here a dropped one is a find.
+
+use ringfsd::fuse::{OUT_HEADER_LEN, Transport};
+use ringfsd::io::GuestBuffer;
+use ringfsd::virtqueue::Chain;
+
+/// One chain.
+#[derive(Debug)]
+pub struct OnChain(pub Chain);
+
+impl Transport for OnChain {
+    fn readable(&self) -> usize {
+        self.0.readable()
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> usize {
+        self.0.read(into)
+    }
+
+    fn payload(&mut self, len: usize) -> Option<GuestBuffer> {
+        self.0.payload(len)
+    }
+
+    fn writable(&self) -> usize {
+        self.0.writable()
+    }
+
+    fn reply_buffer(&mut self, len: usize) -> Option<GuestBuffer> {
+        self.0.room(OUT_HEADER_LEN, len)
+    }
+
+    fn reply(self, parts: &[&[u8]]) {
+        self.0.reply(parts);
+    }
+
+    fn reply_filled(self, header: &[u8; OUT_HEADER_LEN], filled: usize) {
+        self.0.reply_filled(header, filled);
+    }
+
+    fn no_reply(self) {
+        self.0.no_reply();
+    }
+}

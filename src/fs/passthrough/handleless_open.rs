@@ -1,0 +1,460 @@
+//! Files and directories that the guest opens without telling (`--no-open`, `--no-opendir`).
+//!
+//! Its kernel says handle 0 then, and never that something is closed. What a request needs is
+//! opened by the first that needs it, under the rules of OPEN and OPENDIR, and kept until the
+//! guest forgets the inode or others need the room: a clock with a second chance, as for
+//! inodes. Finding what is open takes a lock that readers share. The invariant: what is kept
+//! for a node was opened as that node, and the guest had that node when it was kept.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::Passthrough;
+use super::directory::Stream;
+use super::inode::Inode;
+use super::mix::Mix;
+use crate::fs::{Handle, HandleKind, NodeId, Result};
+use crate::io::File;
+
+/// What a guest's kernel says where it has no handle.
+pub(super) const IMPLICIT: Handle = Handle(0);
+
+/// The most descriptors that are kept, however many there may be: a file open for writing can't
+/// be executed on the host, so there shall not be too many of them without need.
+const MOST: usize = 4096;
+
+/// The fewest that are kept, however few there may be.
+const LEAST: usize = 4;
+
+/// So many that a handful of workers rarely meet.
+const SHARDS: usize = 32;
+
+/// Nodes in line that have been forgotten and are not worth a clearing.
+const FEW: usize = 32;
+
+/// What is open of one inode.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Open for reading; where it is open for both, the same as `writing`.
+    reading: Option<File>,
+    writing: Option<File>,
+    /// Where reading stands, for a directory.
+    stream: Option<Arc<Mutex<Stream>>>,
+    /// Found since it was last its turn. Orders nothing.
+    used: AtomicBool,
+}
+
+impl Kept {
+    fn descriptors(&self) -> usize {
+        match (&self.reading, &self.writing) {
+            (Some(reading), Some(writing)) if reading.as_raw_fd() != writing.as_raw_fd() => 2,
+            (None, None) => 0,
+            _ => 1,
+        }
+    }
+
+    /// Whether a request works with it now.
+    fn is_in_use(&self) -> bool {
+        let files = [&self.reading, &self.writing];
+        let own = files.iter().filter(|file| file.is_some()).count();
+        let shared = own - self.descriptors() + 1;
+        let stream = |stream: &Arc<_>| Arc::strong_count(stream) > 1;
+        files
+            .into_iter()
+            .flatten()
+            .any(|file| file.users() > shared)
+            || self.stream.as_ref().is_some_and(stream)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    kept: HashMap<NodeId, Kept, Mix>,
+    /// Each node in `kept`, once, and some that have been forgotten.
+    line: VecDeque<NodeId>,
+}
+
+impl Shard {
+    /// Takes out what stands first in line, if it can be missed, and puts it last else.
+    fn next(&mut self) -> Option<Kept> {
+        let node = self.line.pop_front()?;
+        let kept = self.kept.get(&node)?;
+        if kept.used.swap(false, Ordering::Relaxed) || kept.is_in_use() {
+            self.line.push_back(node);
+            return None;
+        }
+        self.kept.remove(&node)
+    }
+
+    fn remove(&mut self, node: NodeId) -> Option<Kept> {
+        let removed = self.kept.remove(&node);
+        if self.line.len() > 2 * self.kept.len() + FEW {
+            self.line.retain(|node| self.kept.contains_key(node));
+            self.line.shrink_to_fit();
+            self.kept.shrink_to_fit();
+        }
+        removed
+    }
+}
+
+/// All that is kept open.
+#[derive(Debug)]
+pub(super) struct HandlelessFiles {
+    shards: Box<[RwLock<Shard>]>,
+    /// Descriptors. Changed under the lock of the shard concerned; a budget goes by it.
+    count: AtomicUsize,
+    most: usize,
+    /// Where to take the next one from. Orders nothing.
+    hand: AtomicUsize,
+}
+
+impl HandlelessFiles {
+    /// Keeps at most a quarter of `descriptors`.
+    pub(super) fn new(descriptors: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            count: AtomicUsize::new(0),
+            most: (descriptors / 4).clamp(LEAST, MOST),
+            hand: AtomicUsize::new(0),
+        }
+    }
+
+    /// How many descriptors are kept.
+    pub(super) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    fn find<T>(&self, node: NodeId, choose: impl FnOnce(&Kept) -> Option<T>) -> Option<T> {
+        let shard = self
+            .shard(node)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let kept = shard.kept.get(&node)?;
+        // Written once a turn, so that those who find it together don't write in turns.
+        if !kept.used.load(Ordering::Relaxed) {
+            kept.used.store(true, Ordering::Relaxed);
+        }
+        choose(kept)
+    }
+
+    fn file(&self, node: NodeId, write: bool) -> Option<File> {
+        self.find(node, |kept| match (write, &kept.stream) {
+            (_, Some(_)) => None,
+            (true, None) => kept.writing.clone(),
+            (false, None) => kept.reading.clone(),
+        })
+    }
+
+    fn directory(&self, node: NodeId) -> Option<(File, Arc<Mutex<Stream>>)> {
+        self.find(node, |kept| {
+            Some((kept.reading.clone()?, Arc::clone(kept.stream.as_ref()?)))
+        })
+    }
+
+    /// Lets `change` put something in for `node`.
+    fn keep(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
+        {
+            let mut shard = self
+                .shard(node)
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            let Shard { kept, line } = &mut *shard;
+            let kept = kept.entry(node).or_insert_with(|| {
+                line.push_back(node);
+                Kept::default()
+            });
+            let before = kept.descriptors();
+            change(kept);
+            let after = kept.descriptors();
+            self.count.fetch_add(after, Ordering::Relaxed);
+            self.count.fetch_sub(before, Ordering::Relaxed);
+        }
+        self.close_some(|| self.count() > self.most);
+    }
+
+    /// Closes what is neither in use nor was used lately, as long as `more` says so.
+    pub(super) fn close_some(&self, more: impl Fn() -> bool) {
+        let mut turns = 2 * (self.count() + SHARDS);
+        while turns > 0 && more() {
+            turns -= 1;
+            let turn = self.hand.fetch_add(1, Ordering::Relaxed) % SHARDS;
+            let closed = {
+                let mut shard = self.shards[turn]
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
+                let closed = shard.next();
+                self.uncount(closed.as_ref());
+                closed
+            };
+            // Closing may take long, and happens outside of the lock.
+            drop(closed);
+        }
+    }
+
+    /// Takes out what is kept of a node.
+    pub(super) fn forget(&self, node: NodeId) -> [Option<File>; 2] {
+        let shard = self.shard(node);
+        let here = shard
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .kept
+            .contains_key(&node);
+        if !here {
+            return [None, None];
+        }
+        let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
+        let removed = shard.remove(node);
+        self.uncount(removed.as_ref());
+        removed.map_or([None, None], |kept| [kept.reading, kept.writing])
+    }
+
+    pub(super) fn clear(&self) {
+        for shard in &self.shards {
+            let removed = {
+                let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
+                let removed = std::mem::take(&mut *shard);
+                for kept in removed.kept.values() {
+                    self.uncount(Some(kept));
+                }
+                removed
+            };
+            drop(removed);
+        }
+    }
+
+    fn uncount(&self, removed: Option<&Kept>) {
+        if let Some(kept) = removed {
+            self.count.fetch_sub(kept.descriptors(), Ordering::Relaxed);
+        }
+    }
+
+    fn shard(&self, node: NodeId) -> &RwLock<Shard> {
+        &self.shards[usize::try_from(node.0 % SHARDS as u64).unwrap_or_default()]
+    }
+}
+
+impl Passthrough {
+    /// Whether `handle` stands for something that the guest has open without having told.
+    pub(super) fn is_implicit(&self, handle: Handle, kind: HandleKind) -> bool {
+        let terms = &self.terms;
+        handle == IMPLICIT
+            && match kind {
+                HandleKind::File => terms.no_open(),
+                HandleKind::Directory => terms.no_opendir(),
+            }
+    }
+
+    /// `handle`, if it says more than the node does.
+    pub(super) fn told(&self, handle: Option<Handle>) -> Option<Handle> {
+        let untold = |handle| {
+            self.is_implicit(handle, HandleKind::File)
+                || self.is_implicit(handle, HandleKind::Directory)
+        };
+        handle.filter(|handle| !untold(*handle))
+    }
+
+    /// The file behind a handle, or what stands for it.
+    pub(super) fn file_of(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        kind: HandleKind,
+        write: bool,
+    ) -> Result<File> {
+        if !self.is_implicit(handle, kind) {
+            return self.handles.file(node, handle, kind);
+        }
+        if kind == HandleKind::Directory {
+            return self.untold_directory(node).map(|(file, _)| file);
+        }
+        let file = match self.on_demand.file(node, write) {
+            Some(file) => file,
+            None => self.open_on_demand(node, write)?,
+        };
+        if write {
+            self.confirm_untold(node, &file)?;
+        }
+        Ok(file)
+    }
+
+    /// The file behind a handle of either kind, or what stands for it.
+    pub(super) fn any_of(&self, node: NodeId, handle: Handle) -> Result<File> {
+        if self.told(Some(handle)).is_some() {
+            return self.handles.any(node, handle);
+        }
+        let kind = match self.inode(node)?.kind() {
+            FileType::Directory => HandleKind::Directory,
+            _ => HandleKind::File,
+        };
+        self.file_of(node, handle, kind, false)
+    }
+
+    /// As [`any_of`](Self::any_of), for something that changes the inode.
+    pub(super) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
+        let file = self.any_of(node, handle)?;
+        if self.told(Some(handle)).is_none() {
+            self.confirm_untold(node, &file)?;
+        }
+        Ok(file)
+    }
+
+    /// The directory behind a handle, or what stands for it.
+    pub(super) fn directory_of(
+        &self,
+        node: NodeId,
+        handle: Handle,
+    ) -> Result<(File, Arc<Mutex<Stream>>)> {
+        if self.is_implicit(handle, HandleKind::Directory) {
+            self.untold_directory(node)
+        } else {
+            self.handles.directory(node, handle)
+        }
+    }
+
+    fn untold_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
+        let kept = self.on_demand.directory(node);
+        if let Some((file, stream)) = &kept {
+            // Who finds it busy reads on one of his own, instead of waiting for the other.
+            let busy = matches!(stream.try_lock(), Err(TryLockError::WouldBlock));
+            if !busy {
+                return Ok((file.clone(), Arc::clone(stream)));
+            }
+        }
+        let inode = self.inode(node)?;
+        let opened = (
+            File::from_fd(self.open_directory(&inode)?),
+            Arc::<Mutex<Stream>>::default(),
+        );
+        if kept.is_none() {
+            self.keep_open(node, |kept| {
+                kept.reading = Some(opened.0.clone());
+                kept.stream = Some(Arc::clone(&opened.1));
+            });
+        }
+        Ok(opened)
+    }
+
+    fn open_on_demand(&self, node: NodeId, write: bool) -> Result<File> {
+        let inode = self.regular(node)?;
+        if !write {
+            let file = File::from_fd(self.open_for_reading(&inode, OFlags::NOCTTY)?);
+            self.keep_open(node, |kept| kept.reading = Some(file.clone()));
+            return Ok(file);
+        }
+        self.writable()?;
+        let (file, readable) = match self.open_for_writing(&inode, OFlags::RDWR) {
+            // What may be written only.
+            Err(Errno::ACCESS) => (self.open_for_writing(&inode, OFlags::WRONLY)?, false),
+            opened => (opened?, true),
+        };
+        let file = File::from_fd(file);
+        self.keep_open(node, |kept| {
+            kept.writing = Some(file.clone());
+            if readable {
+                kept.reading = Some(file.clone());
+            }
+        });
+        Ok(file)
+    }
+
+    /// Opens for writing what may have to be appended to.
+    fn open_for_writing(&self, inode: &Inode, access: OFlags) -> Result<OwnedFd> {
+        self.open_appendable(inode, access | OFlags::NOCTTY, true)
+    }
+
+    /// Keeps a file that was opened as `node` by CREATE.
+    pub(super) fn keep_created(&self, node: NodeId, file: File) {
+        let flags = rustix::fs::fcntl_getfl(&file);
+        let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
+        self.keep_open(node, |kept| {
+            if access != OFlags::RDONLY {
+                kept.writing = Some(file.clone());
+            }
+            if access != OFlags::WRONLY {
+                kept.reading = Some(file);
+            }
+        });
+    }
+
+    fn keep_open(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
+        self.on_demand.keep(node, change);
+        // A FORGET may have come between.
+        if self.inodes.get(node).is_none() {
+            self.close_kept(node);
+        }
+        self.make_room();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn null() -> File {
+        File::from(std::fs::File::open("/dev/null").unwrap())
+    }
+
+    fn keep(kept: &HandlelessFiles, node: u64) {
+        kept.keep(NodeId(node), |kept| kept.reading = Some(null()));
+    }
+
+    #[test]
+    fn one_file_for_both_counts_once() {
+        let kept = HandlelessFiles::new(1000);
+        keep(&kept, 1);
+        let both = null();
+        kept.keep(NodeId(1), |kept| kept.writing = Some(both.clone()));
+        assert_eq!(kept.count(), 2);
+        kept.keep(NodeId(1), |kept| kept.reading = Some(both));
+        assert_eq!(kept.count(), 1);
+        drop(kept.forget(NodeId(1)));
+        assert_eq!(kept.count(), 0);
+        assert!(kept.file(NodeId(1), false).is_none());
+    }
+
+    #[test]
+    fn no_more_are_kept_than_there_may_be() {
+        let kept = HandlelessFiles::new(40);
+        for node in 0..1000 {
+            keep(&kept, node);
+            assert!(kept.count() <= 10);
+        }
+        assert_eq!(kept.count(), 10);
+        kept.clear();
+        assert_eq!(kept.count(), 0);
+    }
+
+    #[test]
+    fn what_is_used_stays() {
+        let kept = HandlelessFiles::new(40);
+        keep(&kept, 0);
+        keep(&kept, 1);
+        let in_use = kept.file(NodeId(1), false);
+        for node in 2..1000 {
+            keep(&kept, node);
+            assert!(kept.file(NodeId(0), false).is_some(), "found each time");
+        }
+        assert!(in_use.is_some());
+        assert!(kept.file(NodeId(1), false).is_some(), "in use all the time");
+        assert_eq!(kept.count(), 10);
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_nothing_in_line() {
+        let kept = HandlelessFiles::new(40);
+        for node in 0..100_000 {
+            keep(&kept, node);
+            drop(kept.forget(NodeId(node)));
+        }
+        let lines = kept
+            .shards
+            .iter()
+            .map(|shard| shard.read().unwrap().line.len());
+        assert!(lines.sum::<usize>() <= SHARDS * (FEW + 1));
+    }
+}

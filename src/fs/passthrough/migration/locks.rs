@@ -1,0 +1,185 @@
+//! Locks go with their guest.
+//!
+//! On the host a lock is held by one server at a time. So the source gives its locks up once what it
+//! saved is on its way, and the destination takes them; a source that goes on after all takes them
+//! back. Between the two somebody else on the host may be faster. The invariant: whoever doesn't get
+//! a lock back says so: the destination by refusing the guest, the source in its log.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering;
+
+use rustix::io::Errno;
+
+use super::super::Passthrough;
+use crate::fs::{Handle, HandleKind, MoveError, NodeId};
+use crate::io::{File, Lock, LockKind, RecordLock};
+use crate::state::stream::{self, Flock, Locks, Snapshot};
+use crate::state::{LockFields, Range};
+
+/// All that may be locked of a file.
+const EVERYTHING: Lock = Lock::Record(RecordLock {
+    kind: LockKind::Unlock,
+    start: 0,
+    end: i64::MAX.cast_unsigned(),
+});
+
+/// What a handle's record says that the whole file is locked for.
+pub(super) fn flock_of(record: u64) -> Flock {
+    match record {
+        1 => Flock::Shared,
+        2 => Flock::Exclusive,
+        _ => Flock::None,
+    }
+}
+
+/// The same, for a record.
+pub(super) fn record_of(flock: Flock) -> u64 {
+    match flock {
+        Flock::None => 0,
+        Flock::Shared => 1,
+        Flock::Exclusive => 2,
+    }
+}
+
+fn whole(flock: Flock) -> Option<Lock> {
+    match flock {
+        Flock::None => None,
+        Flock::Shared => Some(Lock::Whole(LockKind::Shared)),
+        Flock::Exclusive => Some(Lock::Whole(LockKind::Exclusive)),
+    }
+}
+
+pub(super) fn locks_of(fields: &LockFields, ranges: &[Range]) -> Locks {
+    Locks {
+        node: fields.node,
+        owner: fields.owner,
+        handle: fields.handle,
+        ranges: ranges
+            .iter()
+            .map(|range| stream::Range {
+                start: range.start,
+                end: range.end,
+                exclusive: range.exclusive,
+            })
+            .collect(),
+    }
+}
+
+/// Takes record locks that were had before.
+fn take(file: &File, ranges: &[Range]) -> Result<(), Errno> {
+    ranges.iter().try_for_each(|range| {
+        let kind = if range.exclusive {
+            LockKind::Exclusive
+        } else {
+            LockKind::Shared
+        };
+        set(
+            file,
+            Lock::Record(RecordLock {
+                kind,
+                start: range.start,
+                end: range.end,
+            }),
+        )
+    })
+}
+
+fn set(file: &File, lock: Lock) -> Result<(), Errno> {
+    file.try_lock(lock)
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+impl Passthrough {
+    /// Takes the locks that the guest had elsewhere.
+    pub(super) fn bring_locks(
+        &self,
+        snapshot: &Snapshot,
+        lost: &mut usize,
+    ) -> Result<(), MoveError> {
+        for open in &snapshot.opens {
+            let Some(lock) = whole(open.flock) else {
+                continue;
+            };
+            let (node, handle) = (NodeId(open.node), Handle(open.handle));
+            let file = self.handles.file(node, handle, HandleKind::File);
+            if let Err(source) = file.and_then(|file| set(&file, lock)) {
+                let node = open.node;
+                self.tolerate(MoveError::Lock { node, source }, lost)?;
+                self.handles.note_lock(NodeId(node), handle, 0);
+            }
+        }
+        for locks in &snapshot.locks {
+            if let Err(source) = self.bring_owner(locks) {
+                let node = locks.node;
+                self.tolerate(MoveError::Lock { node, source }, lost)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn bring_owner(&self, locks: &Locks) -> Result<(), Errno> {
+        let inode = self.inodes.any(NodeId(locks.node)).ok_or(Errno::STALE)?;
+        let ranges: Vec<Range> = locks
+            .ranges
+            .iter()
+            .map(|range| Range {
+                start: range.start,
+                end: range.end,
+                exclusive: range.exclusive,
+            })
+            .collect();
+        let file = File::from_fd(self.open_to_lock(&inode)?);
+        take(&file, &ranges)?;
+        let fields = LockFields {
+            owner: locks.owner,
+            node: locks.node,
+            handle: locks.handle,
+            fd: file.as_fd().as_raw_fd(),
+        };
+        self.locks.bring(&fields, &ranges, file)
+    }
+
+    /// Gives up all locks on the host; what is remembered of them stays.
+    pub(in super::super) fn release_locks_for_migration(&self) {
+        self.locks_released.store(true, Ordering::Relaxed);
+        let give_up = |file: &File, lock| {
+            if let Err(error) = set(file, lock) {
+                log::warn!("migration: giving up a lock: {error}");
+            }
+        };
+        self.handles.each(|_, lock, file| {
+            if flock_of(lock) != Flock::None {
+                give_up(file, Lock::Whole(LockKind::Unlock));
+            }
+        });
+        self.locks.each(|_, ranges, file| {
+            if !ranges.is_empty() {
+                give_up(file, EVERYTHING);
+            }
+        });
+    }
+
+    /// Takes them back, if they were given up.
+    pub(in super::super) fn reacquire_locks(&self) {
+        if !self.locks_released.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let lost = |node: u64, error: Errno| {
+            log::warn!(
+                "migration: a lock on node {node} was taken by another meanwhile, and the guest \
+                 believes to have it: {error}"
+            );
+        };
+        self.handles.each(|fields, lock, file| {
+            let taken = whole(flock_of(lock)).map_or(Ok(()), |lock| set(file, lock));
+            if let Err(error) = taken {
+                lost(fields.node, error);
+            }
+        });
+        self.locks.each(|fields, ranges, file| {
+            if let Err(error) = take(file, &ranges) {
+                lost(fields.node, error);
+            }
+        });
+    }
+}

@@ -1,0 +1,154 @@
+//! Security labels of what is made (`--security-label`).
+//!
+//! Where the host has SELinux, and the label is SELinux's and keeps its name, the thread says
+//! what its next inode shall be labelled with (`/proc/thread-self/attr/fscreate`), and the inode
+//! never goes without. Elsewhere it is an extended attribute like any other, set right
+//! afterwards. The invariant: what could not be labelled as the guest asks is not there when
+//! the guest hears of it, and nothing that was there before is labelled.
+
+use std::borrow::Cow;
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
+
+use super::inode_ref::{IDENTITY, Identity};
+use super::{Passthrough, XattrMap};
+use crate::fs::{Entry, HandleKind, Label, NodeId, Opened, Result};
+
+/// The attribute that SELinux has its labels in.
+const SELINUX: &CStr = c"security.selinux";
+
+/// Whether this host's kernel has SELinux and uses it.
+pub(super) fn host_has_selinux() -> bool {
+    Path::new("/sys/fs/selinux/enforce").exists()
+}
+
+/// By what name the host has SELinux' labels, if setting that takes `CAP_SYS_ADMIN` there.
+#[must_use]
+pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
+    let name = match map {
+        Some(map) => map.to_host(SELINUX).ok()?,
+        None => Cow::Borrowed(SELINUX),
+    };
+    let kept = [&b"security."[..], b"trusted."];
+    let name = name.to_bytes();
+    let is_kept = kept.iter().any(|prefix| name.starts_with(prefix));
+    // SELinux itself decides about its own attribute.
+    let decides = host_has_selinux() && name == SELINUX.to_bytes();
+    (is_kept && !decides).then(|| String::from_utf8_lossy(name).into_owned())
+}
+
+/// What a creation answers.
+pub(super) trait Made {
+    fn entry(&self) -> &Entry;
+    fn opened(&self) -> Option<&Opened> {
+        None
+    }
+}
+
+impl Made for Entry {
+    fn entry(&self) -> &Entry {
+        self
+    }
+}
+
+impl Made for (Entry, Opened) {
+    fn entry(&self) -> &Entry {
+        &self.0
+    }
+
+    fn opened(&self) -> Option<&Opened> {
+        Some(&self.1)
+    }
+}
+
+/// As long as it lives, what the thread makes gets a label.
+struct Labelling(OwnedFd);
+
+impl Labelling {
+    fn begin(proc_fds: &OwnedFd, label: &[u8]) -> Result<Self> {
+        let thread = rustix::thread::gettid().as_raw_nonzero();
+        let path = format!("../task/{thread}/attr/fscreate");
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let attribute = rustix::fs::openat(proc_fds, path, flags, Mode::empty())?;
+        rustix::io::write(&attribute, label)?;
+        Ok(Self(attribute))
+    }
+}
+
+impl Drop for Labelling {
+    fn drop(&mut self) {
+        // An empty line takes the label back.
+        if let Err(error) = rustix::io::pwrite(&self.0, b"\n", 0) {
+            log::error!("can't stop labelling what this thread makes: {error}");
+        }
+    }
+}
+
+impl Passthrough {
+    /// Calls `make`, which makes an inode, as `name` in `parent` if it gets a name at all, and
+    /// labels that.
+    pub(super) fn labelled<M: Made>(
+        &self,
+        label: Option<Label<'_>>,
+        place: Option<(NodeId, &CStr)>,
+        make: impl FnOnce() -> Result<M>,
+    ) -> Result<M> {
+        let Some(Label { name, value }) = label else {
+            return make();
+        };
+        let on_host = self.host_name(name)?;
+        if self.selinux && *on_host == *SELINUX {
+            let _labelling = Labelling::begin(&self.proc_fds, value)?;
+            return make();
+        }
+        let made = make()?;
+        let node = made.entry().node;
+        let set = |path: &CStr| rustix::fs::setxattr(path, &*on_host, value, XattrFlags::empty());
+        match self.with_path(node, set) {
+            Ok(()) => Ok(made),
+            Err(error) => {
+                self.unmake(&made, place);
+                Err(error)
+            }
+        }
+    }
+
+    /// Undoes a creation.
+    fn unmake(&self, made: &impl Made, place: Option<(NodeId, &CStr)>) {
+        let entry = made.entry();
+        if let Some((parent, name)) = place
+            && let Err(error) = self.remove_made(entry, parent, name)
+        {
+            log::warn!("something without a label can't be removed again: {error}");
+        }
+        if let Some(opened) = made.opened()
+            && self.told(Some(opened.handle)).is_some()
+        {
+            let _unknown = self
+                .handles
+                .release(entry.node, opened.handle, HandleKind::File);
+        }
+        self.forget_lookups(entry.node, 1);
+        drop(self.on_demand.forget(entry.node));
+    }
+
+    /// Removes `name`, unless it is somebody else's by now.
+    fn remove_made(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
+        let made = self.inode(entry.node)?;
+        let directory = self.inode(parent)?;
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let there = rustix::fs::statx(self.fd(&directory)?, name, flags, IDENTITY)?;
+        if Identity::of(&there).key != made.key() {
+            return Err(Errno::STALE);
+        }
+        let flags = match made.kind() {
+            FileType::Directory => AtFlags::REMOVEDIR,
+            _ => AtFlags::empty(),
+        };
+        self.remove_name(&self.fd(&directory)?, name, flags)
+    }
+}

@@ -1,0 +1,117 @@
+//! What the guest has closed is opened again without opening it.
+
+use super::*;
+use crate::fs::{HandleKind, OpenFile};
+
+/// Opens the file and closes it again; answers how many are put by then.
+fn open_and_close(rig: &Rig, node: NodeId, flags: u32) -> usize {
+    let opened = rig.fs.open(&SUPERUSER, node, flags).unwrap();
+    rig.fs.release(node, opened.handle).unwrap();
+    rig.fs.closed_fds.count()
+}
+
+/// With so many files put by at most.
+fn keeping(most: usize, test: impl Fn(&Rig) + Sync) {
+    let options = Options {
+        max_spare_files: most,
+        ..Options::default()
+    };
+    if is_root() {
+        with(options, test);
+    }
+}
+
+#[test]
+fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
+    keeping(64, |rig| {
+        let path = rig.host_file("file", "before");
+        let node = rig.node("file");
+        let known = rig.descriptors();
+        assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
+        assert_eq!(rig.descriptors(), known + 1);
+
+        let again = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
+        assert_eq!(
+            (rig.fs.closed_fds.count(), rig.descriptors()),
+            (0, known + 1)
+        );
+        std::fs::write(path, "after").unwrap();
+        let file = rig
+            .fs
+            .file(node, again.handle, HandleKind::File)
+            .and_then(OpenFile::host)
+            .unwrap();
+        assert_eq!(file.metadata().unwrap().stx_size, 5);
+        let other = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
+        assert_ne!(again.handle, other.handle);
+        assert_eq!(rig.descriptors(), known + 2);
+    });
+}
+
+#[test]
+fn it_is_closed_when_the_guest_forgets_the_inode() {
+    keeping(64, |rig| {
+        rig.host_file("file", "");
+        let before = rig.descriptors();
+        for end in [
+            |rig: &Rig, node| rig.fs.forget(node, 1),
+            |rig: &Rig, _| rig.fs.reset(),
+        ] {
+            let node = rig.node("file");
+            assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
+            end(rig, node);
+            assert_eq!((rig.fs.closed_fds.count(), rig.descriptors()), (0, before));
+        }
+    });
+}
+
+#[test]
+fn what_was_opened_for_more_than_reading_is_closed() {
+    keeping(64, |rig| {
+        rig.host_file("file", "");
+        let node = rig.node("file");
+        for flags in [O_RDWR, O_WRONLY, O_RDWR | O_TRUNC] {
+            assert_eq!(open_and_close(rig, node, flags), 0, "{flags:#o}");
+        }
+        let sync = libc::O_SYNC.cast_unsigned();
+        assert_eq!(open_and_close(rig, node, sync), 0);
+        // And what is put by is not given to who asks for more.
+        assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
+        let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
+        assert_eq!(rig.fs.closed_fds.count(), 1);
+        rig.fs.release(node, opened.handle).unwrap();
+    });
+}
+
+#[test]
+fn no_more_are_kept_than_there_may_be() {
+    let most = |most: usize, kept: usize| {
+        keeping(most, |rig| {
+            for n in 0..300 {
+                rig.host_file(&n.to_string(), "");
+                open_and_close(rig, rig.node(&n.to_string()), O_RDONLY);
+            }
+            assert_eq!(rig.fs.closed_fds.count(), kept);
+        });
+    };
+    most(0, 0);
+    most(1, 1);
+    most(100, 100);
+    most(64, 64);
+    most(128, 128);
+}
+
+#[test]
+fn what_is_needed_for_something_else_is_given_up() {
+    if !is_root() {
+        return;
+    }
+    by_name(40, |rig| {
+        for n in 0..30 {
+            rig.host_file(&n.to_string(), "");
+            let node = rig.node(&n.to_string());
+            open_and_close(rig, node, O_RDONLY);
+            assert!(rig.descriptors() <= 41, "{}", rig.descriptors());
+        }
+    });
+}

@@ -1,0 +1,89 @@
+//! A session that is moved to another server: saved here, loaded there.
+//!
+//! No request is under way meanwhile, as the queues are stopped; the gate makes sure of it. The
+//! invariant: a session that was loaded is whole, and one that could not be is none.
+
+use super::{Session, terms};
+use crate::fs::{FileSystem, Migrate, MoveError};
+use crate::fuse::abi::InitFlags;
+use crate::fuse::init::{self, Negotiated};
+use crate::state::stream::{self, Agreement};
+
+impl<F: FileSystem + ?Sized> Session<F> {
+    /// All that the session is, as bytes for [`load`](Self::load). It goes on here if its queues
+    /// do.
+    ///
+    /// # Errors
+    ///
+    /// See [`MoveError`].
+    pub fn save(&self) -> Result<Vec<u8>, MoveError> {
+        let _closed = self.barrier.close();
+        let mut snapshot = self.migrate()?.save()?;
+        snapshot.agreement = self.negotiated().map(|negotiated| Agreement {
+            minor: negotiated.minor,
+            flags: negotiated.flags.bits(),
+            max_readahead: negotiated.max_readahead,
+            max_write: negotiated.max_write,
+            max_pages: negotiated.max_pages,
+            max_background: negotiated.max_background,
+        });
+        Ok(stream::encode(&snapshot)?)
+    }
+
+    /// What was saved has been sent: another server may have what one alone can have.
+    pub fn release_for_migration(&self) {
+        let _closed = self.barrier.close();
+        if let Some(migrate) = self.fs.migrate() {
+            migrate.release_for_migration();
+        }
+    }
+
+    /// The session goes on here; does nothing unless something was lent.
+    pub fn reacquire(&self) {
+        if let Some(migrate) = self.fs.migrate() {
+            migrate.reacquire();
+        }
+    }
+
+    /// Goes on from what another server has saved. What was there is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// See [`MoveError`]; the session then waits for INIT.
+    pub fn load(&self, bytes: &[u8]) -> Result<(), MoveError> {
+        let snapshot = stream::decode(bytes)?;
+        let closed = self.barrier.close();
+        self.end(&closed);
+        let negotiated = snapshot.agreement.as_ref().map(|agreed| Negotiated {
+            minor: agreed.minor,
+            flags: InitFlags::from_bits(agreed.flags),
+            max_readahead: agreed.max_readahead,
+            max_write: agreed.max_write,
+            max_pages: agreed.max_pages,
+            max_background: agreed.max_background,
+        });
+        if let Some(negotiated) = &negotiated {
+            let missing = negotiated.flags.without(init::served(&self.options));
+            if missing != InitFlags::NONE {
+                return Err(MoveError::Options {
+                    missing: missing.to_string(),
+                });
+            }
+            self.fs.begin(&terms(negotiated.flags));
+        }
+        if let Err(error) = self.migrate().and_then(|migrate| migrate.load(&snapshot)) {
+            self.end(&closed);
+            return Err(error);
+        }
+        if let Some(negotiated) = negotiated {
+            log::info!("session goes on: {negotiated}");
+            self.agree(negotiated);
+            self.remember(Some(negotiated.words()));
+        }
+        Ok(())
+    }
+
+    fn migrate(&self) -> Result<&dyn Migrate, MoveError> {
+        self.fs.migrate().ok_or(MoveError::Unsupported)
+    }
+}
