@@ -20,7 +20,7 @@
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
-//! [`scheduler`] with [`worker::Threads`]; see the example of each.
+//! [`scheduler`] with [`worker::Threads`]; `integration/examples/copy_tree.rs` uses them all.
 
 pub mod cli;
 pub mod config;

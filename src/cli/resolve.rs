@@ -40,7 +40,7 @@ fn id_map(option: &'static str, rules: &[IdRule]) -> Result<IdMap, OptionConflic
     IdMap::new(rules).map_err(|overlap| OptionConflict::Rules { option, overlap })
 }
 
-/// Checks what `--no-open` and `--no-opendir` exclude, beyond what clap is told.
+/// Checks what `--no-open` and `--no-opendir` exclude, beyond what clap checks.
 fn check_handleless(caching: &Caching, sharing: &Sharing) -> Result<(), OptionConflict> {
     let cached = "the guest always caches what it uses without opening it";
     let lost = "a file that the guest uses without opening it would end with its last name";
