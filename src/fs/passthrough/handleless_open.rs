@@ -6,18 +6,18 @@
 //! inodes. Finding what is open takes a lock that readers share. The invariant: what is kept
 //! for a node was opened as that node, and the guest had that node when it was kept.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::Passthrough;
 use super::directory::Stream;
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 
@@ -74,7 +74,7 @@ impl Kept {
 
 #[derive(Debug, Default)]
 struct Shard {
-    kept: HashMap<NodeId, Kept, Mix>,
+    kept: FxHashMap<NodeId, Kept>,
     /// Each node in `kept`, once, and some that have been forgotten.
     line: VecDeque<NodeId>,
 }

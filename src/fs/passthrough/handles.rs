@@ -4,17 +4,16 @@
 //! unknown instead of being another file. The invariant: a handle opens nothing but the inode
 //! it was opened for; with another node id it is `EBADF`.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::current_request;
 use super::directory::Stream;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};
@@ -52,7 +51,7 @@ pub(super) struct Released {
 /// So many that a handful of workers rarely meet.
 const SHARDS: u64 = 32;
 
-type Shard = RwLock<HashMap<u64, Open, Mix>>;
+type Shard = RwLock<FxHashMap<u64, Open>>;
 
 /// All that the guest has open.
 #[derive(Debug)]

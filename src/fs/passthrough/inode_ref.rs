@@ -8,7 +8,6 @@
 
 use std::collections::HashMap;
 use std::ffi::CStr;
-use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -18,7 +17,6 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{NodeId, Result};
 use crate::io::File;
 use crate::sys::fd_slot::Borrowed;
@@ -150,8 +148,15 @@ pub(super) fn print_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
     FileHandle::at(directory, name).map(|handle| digest(&handle))
 }
 
+/// The state table stores this value, so it must not depend on the version of a crate.
 fn digest(handle: &FileHandle) -> u64 {
-    Mix::default().hash_one(handle).max(1)
+    let bytes = handle.bytes();
+    let length = (bytes.len() as u64).to_le_bytes();
+    let digest = length.iter().chain(bytes).fold(0, |digest: u64, byte| {
+        let product = (digest ^ u64::from(*byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        product ^ product >> 32
+    });
+    digest.max(1)
 }
 
 /// A descriptor of an inode for the length of one operation, `O_PATH`.
@@ -398,4 +403,16 @@ fn meet_mount(
         anchors: Arc::clone(anchors),
     };
     Ok((Arc::new(mount), handle))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digest_of_file_handle_is_the_same_in_every_version() {
+        let bytes: Vec<u8> = (1..=16).collect();
+        let handle = FileHandle::from_bytes(&bytes).unwrap();
+        assert_eq!(digest(&handle), 13_940_510_430_640_886_229);
+    }
 }

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
+use rustc_hash::FxBuildHasher;
 
 use self::forgotten_inodes::Remembered;
 use super::current_request;
@@ -30,7 +31,6 @@ use super::dir_seqcount::Changes;
 use super::fd_evictor::FdEvictor;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::{Identity, Key, ReopenMethod};
-use super::mix::Mix;
 use crate::fs::NodeId;
 use crate::state::Table;
 use crate::sys::fd_slot::Borrowed;
@@ -57,11 +57,11 @@ type Keys = HashTable<Arc<Inode>>;
 type Nodes = HashTable<Arc<Inode>>;
 
 fn hash_of_key(key: &Key) -> u64 {
-    Mix::default().hash_one(key)
+    FxBuildHasher.hash_one(key)
 }
 
 fn hash_of_node(node: NodeId) -> u64 {
-    Mix::default().hash_one(node)
+    FxBuildHasher.hash_one(node)
 }
 
 fn key_hash(inode: &Arc<Inode>) -> u64 {
@@ -569,8 +569,9 @@ impl Store {
     }
 
     fn keys(&self, key: &Key) -> MutexGuard<'_, Keys> {
-        // The set takes the lowest and the highest bits of the same hash.
-        let shard = hash_of_key(key) >> 40 & (SHARDS as u64 - 1);
+        // The lower 26 bits of the hash depend on every bit of the key. The table within a shard
+        // uses the lowest of them, so the shard is chosen by the highest.
+        let shard = hash_of_key(key) >> 20 & (SHARDS as u64 - 1);
         self.by_key[usize::try_from(shard).unwrap_or_default()]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

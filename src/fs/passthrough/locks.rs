@@ -11,17 +11,16 @@
 //! The invariant: as long as somebody may use an owner's descriptor, it stays the owner's one
 //! and only of that file.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Passthrough;
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, LockOwner, NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{LockFields, LockRecord, Range, Table};
@@ -48,7 +47,7 @@ struct Owned {
 #[derive(Debug)]
 pub(super) struct Locks {
     table: Arc<Table>,
-    nodes: Mutex<HashMap<NodeId, Vec<Owned>, Mix>>,
+    nodes: Mutex<FxHashMap<NodeId, Vec<Owned>>>,
     /// How many there are. Changed under the lock; a bound goes by it.
     count: AtomicUsize,
 }
@@ -209,7 +208,7 @@ impl Locks {
         }
     }
 
-    fn nodes(&self) -> MutexGuard<'_, HashMap<NodeId, Vec<Owned>, Mix>> {
+    fn nodes(&self) -> MutexGuard<'_, FxHashMap<NodeId, Vec<Owned>>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

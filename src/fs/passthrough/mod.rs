@@ -26,7 +26,6 @@ mod limits;
 mod locks;
 mod lookup;
 mod migration;
-mod mix;
 mod names;
 mod opening;
 mod options;

@@ -5,14 +5,15 @@
 //! the line as long as its mark says so; both change only under the lock of its shard by
 //! identity, and one that the guest has stands in no line.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustc_hash::FxHashMap;
 
 use super::Store;
 use crate::fs::NodeId;
 use crate::fs::passthrough::inode::{Inode, RefKind};
-use crate::fs::passthrough::mix::Mix;
 
 /// Entries in vain that are not worth a clearing.
 const FEW: usize = 64;
@@ -32,7 +33,7 @@ type Turn = u64;
 #[derive(Debug, Default)]
 struct Line {
     /// Those in the line.
-    turns: HashMap<NodeId, Turn, Mix>,
+    turns: FxHashMap<NodeId, Turn>,
     /// In which order; an entry with a turn that its inode has no more is in vain.
     order: VecDeque<(NodeId, Turn)>,
     next: Turn,
