@@ -1,0 +1,217 @@
+//! Construction of a [`Passthrough`]: opens and checks the shared directory, and builds the parts.
+//!
+//! The invariant: a construction that fails leaves the state table as it was.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+use super::closed_fd_cache::ClosedFdCache;
+use super::closing::Closer;
+use super::credentials::CredentialPolicy;
+use super::directory::DirentCache;
+use super::handleless_open::HandlelessFiles;
+use super::handles::Handles;
+use super::inode::Inode;
+use super::inode_ref::{Holder, IDENTITY, Identity, stat_fd};
+use super::inodes::Store;
+use super::limits::Bounds;
+use super::locks::Locks;
+use super::opening::CurrentTerms;
+use super::restore::{Begun, Records};
+use super::revalidate::Paths;
+use super::sharing::Sharing;
+use super::{
+    Options, Passthrough, PassthroughError, Past, Restored, Shared, lookup, restore,
+    security_labels,
+};
+use crate::fs::Result;
+use crate::state::Table;
+
+impl Passthrough {
+    /// Shares `shared_dir`. To be called in the process that serves it, before that gives up
+    /// its view of `/proc`; the server may change its root or its mounts afterwards.
+    ///
+    /// # Errors
+    ///
+    /// See [`PassthroughError`].
+    pub fn new(shared_dir: &Path, options: Options) -> std::result::Result<Self, PassthroughError> {
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
+            .map_err(|source| PassthroughError::OpenProc { source })?;
+        let root = open_shared(shared_dir)?;
+        let table = Table::in_memory(&options.limits(1)).map_err(PassthroughError::State)?;
+        let place = Shared {
+            root,
+            proc_fds,
+            path: shared_dir.to_path_buf(),
+        };
+        Self::of(place, options, &table, None).map(|(fs, _)| fs)
+    }
+
+    /// Shares `shared`, with what the guest holds in `table`: from its beginning, or going on from
+    /// the `past`.
+    ///
+    /// # Errors
+    ///
+    /// See [`PassthroughError`].
+    pub fn of(
+        shared: Shared,
+        options: Options,
+        table: &Arc<Table>,
+        past: Option<&Past>,
+    ) -> std::result::Result<(Self, Restored), PassthroughError> {
+        let Shared {
+            root,
+            proc_fds,
+            path,
+        } = shared;
+        // What is there and is not gone on from ends here.
+        let records = Records::of(table).filter(|_| past.is_some());
+        if records.is_some() {
+            // A start that fails changes nothing.
+            table.close();
+        }
+        let root = match (&records, past) {
+            (Some(records), Some(past)) if past.inherited_fds => {
+                restore::inherited_fds(records.root.descriptor(), &records.root).unwrap_or(root)
+            }
+            _ => root,
+        };
+        let identity = identity_of_shared(&root, &path)?;
+        if identity.kind != FileType::Directory {
+            return Err(PassthroughError::NotADirectory { path });
+        }
+        let of_share = |source| PassthroughError::StatShared {
+            path: path.clone(),
+            source,
+        };
+        let credential_policy = wear_for(&root).map_err(of_share)?;
+
+        let bounds = Bounds::new(&options);
+        let closed_fds = options.max_spare_files.min(bounds.most / 4);
+        let closed_fds = ClosedFdCache::new(&root, &identity.key, closed_fds).map_err(of_share)?;
+        let mode = options.inode_file_handles;
+        let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
+            PassthroughError::FileHandles {
+                path: path.clone(),
+                source,
+            }
+        })?;
+        let (store, rest) = match records {
+            None => {
+                let store = Store::new(&identity, root, table, options.remember_inodes);
+                (store.ok_or(PassthroughError::NoRoom)?, None)
+            }
+            Some(Records {
+                root: record,
+                others,
+            }) => {
+                let old = restore::key_of(&record);
+                let root = Inode::root_again(record, &identity, root)
+                    .ok_or(PassthroughError::AnotherShare { path })?;
+                let store = Store::of(root, table, options.remember_inodes);
+                (store, Some((old, others)))
+            }
+        };
+        if table.generation() == 0 || rest.is_none() {
+            table.set_generation(lookup::new_generation());
+        }
+        let mut fs = Self {
+            options,
+            proc_fds,
+            // The root stays what it is whatever happens on the host, and is never let go of.
+            inodes: store,
+            holder,
+            only: None,
+            handles: Handles::new(table),
+            on_demand: HandlelessFiles::new(bounds.most),
+            closed_fds,
+            closer: Closer::default(),
+            terms: CurrentTerms::default(),
+            bounds,
+            sharing: Sharing::default(),
+            dirent_cache: DirentCache::default(),
+            locks: Locks::new(table),
+            credential_policy,
+            selinux: security_labels::host_has_selinux(),
+            locks_released: AtomicBool::new(false),
+            inherited: AtomicBool::new(rest.is_some()),
+            table: Arc::clone(table),
+            begun: Begun::default(),
+            paths: Paths::new(),
+        };
+        table.reopen();
+        let restored = match (rest, past) {
+            (Some((old, records)), Some(past)) => fs.restore(records, old, past),
+            _ => Restored::default(),
+        };
+        Ok((fs, restored))
+    }
+}
+
+/// Finds out whether `shared_dir`, a directory or a single file, is there and can be shared, before
+/// somebody relies on it.
+///
+/// # Errors
+///
+/// See [`PassthroughError`].
+pub fn check_shared(shared_dir: &Path) -> std::result::Result<(), PassthroughError> {
+    let root = open_shared(shared_dir)?;
+    identity_of_shared(&root, shared_dir).map(|_| ())
+}
+
+fn open_shared(shared_dir: &Path) -> std::result::Result<OwnedFd, PassthroughError> {
+    let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    root.map_err(|source| PassthroughError::OpenShared {
+        path: shared_dir.to_path_buf(),
+        source,
+    })
+}
+
+fn identity_of_shared(
+    root: &OwnedFd,
+    shared_dir: &Path,
+) -> std::result::Result<Identity, PassthroughError> {
+    let path = shared_dir.to_path_buf();
+    let identity = match stat_fd(root, IDENTITY) {
+        Ok(stat) => Identity::of(&stat),
+        Err(source) => return Err(PassthroughError::StatShared { path, source }),
+    };
+    match identity.kind {
+        FileType::Directory | FileType::RegularFile => Ok(identity),
+        _ => Err(PassthroughError::NeitherFileNorDirectory { path }),
+    }
+}
+
+/// Whether credentials may stay on a thread between two requests for this file system: not
+/// where another machine or process goes by them.
+fn wear_for(root: &OwnedFd) -> Result<CredentialPolicy> {
+    /// Types of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P, Ceph,
+    /// AFS twice, Coda; and Lustre.
+    const ELSEWHERE: [u32; 11] = [
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x6573_5546,
+        0x0102_1997,
+        0x00c3_6400,
+        0x5346_414f,
+        0x6b41_4653,
+        0x7375_7245,
+        0x0bd0_0bd0,
+    ];
+    let kind = rustix::fs::fstatfs(root)?.f_type;
+    let elsewhere = ELSEWHERE
+        .iter()
+        .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
+    Ok(if elsewhere {
+        CredentialPolicy::putting_back()
+    } else {
+        CredentialPolicy::staying()
+    })
+}
