@@ -96,7 +96,7 @@ impl Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        let stat = match self.told(handle) {
+        let stat = match self.explicit(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
@@ -114,7 +114,7 @@ impl Passthrough {
     ) -> Result<(Attributes, Duration)> {
         let inode = self.inode(node)?;
         let file = self
-            .told(handle)
+            .explicit(handle)
             .map(|handle| self.handles.any(node, handle))
             .transpose()?;
         let target = match &file {
@@ -122,8 +122,8 @@ impl Passthrough {
             None => Target::Path(self.fd_to_change(caller, &inode)?),
         };
         if let Target::Path(fd) = &target {
-            let untold = handle.is_some();
-            self.confirm_attributes(caller, fd, untold, changes.size.is_some())?;
+            let implicit = handle.is_some();
+            self.confirm_attributes(caller, fd, implicit, changes.size.is_some())?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
             let user = |id| self.options.users.to_host(valid_id(id)?);
@@ -336,13 +336,13 @@ mod tests {
         assert_eq!(permissions_for(&caller(0, 0), &attributes(0o040_000)), 7);
         // Somebody, of whom nothing is known, has what everybody has.
         for (uid, gid) in [(None, None), (Some(0), None), (None, Some(100))] {
-            let untold = Caller {
+            let implicit = Caller {
                 uid,
                 gid,
                 ..Caller::default()
             };
-            assert_eq!(permissions_for(&untold, &file), 0);
-            assert_eq!(permissions_for(&untold, &attributes(0o100_764)), 4);
+            assert_eq!(permissions_for(&implicit, &file), 0);
+            assert_eq!(permissions_for(&implicit, &attributes(0o100_764)), 4);
         }
     }
 

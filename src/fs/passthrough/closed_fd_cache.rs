@@ -29,7 +29,7 @@ const SHARDS: usize = 64;
 
 /// Types of uapi `linux/magic.h` on which a file that is open stays the one to be opened: ext2 to
 /// ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs.
-const PLAIN: [u32; 7] = [
+const LOCAL: [u32; 7] = [
     0xef53,
     0x5846_5342,
     0x9123_683e,
@@ -40,17 +40,17 @@ const PLAIN: [u32; 7] = [
 ];
 
 /// A node, and what is open of it.
-type Spare = (NodeId, File);
+type ClosedFile = (NodeId, File);
 
 /// All that is put by.
 #[derive(Debug)]
 pub(super) struct ClosedFdCache {
     /// The longest put by first. Short, so they are searched from end to end.
-    shards: Box<[Mutex<VecDeque<Spare>>]>,
+    shards: Box<[Mutex<VecDeque<ClosedFile>>]>,
     /// How many there may be.
-    most: usize,
+    max: usize,
     /// What files may be of: device and mount.
-    place: (u64, u64),
+    file_system: (u64, u64),
     /// How many there are. Orders nothing; a budget goes by it.
     count: AtomicUsize,
 }
@@ -58,20 +58,20 @@ pub(super) struct ClosedFdCache {
 impl ClosedFdCache {
     /// Puts by up to `most` files of the file system that `root`, of this `key`, is on; none
     /// where that is not for this process to do.
-    pub(super) fn new(root: impl AsFd, key: &Key, most: usize) -> Result<Self> {
+    pub(super) fn new(root: impl AsFd, key: &Key, max: usize) -> Result<Self> {
         let kind = rustix::fs::fstatfs(root)?.f_type;
-        let plain = PLAIN
+        let is_local = LOCAL
             .iter()
             .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-        let most = if plain && credentials::overrides()? {
-            most
+        let max = if is_local && credentials::overrides()? {
+            max
         } else {
             0
         };
         Ok(Self {
-            shards: (0..most.min(SHARDS)).map(|_| Mutex::default()).collect(),
-            most,
-            place: (key.device, key.mount),
+            shards: (0..max.min(SHARDS)).map(|_| Mutex::default()).collect(),
+            max,
+            file_system: (key.device, key.mount),
             count: AtomicUsize::new(0),
         })
     }
@@ -86,26 +86,28 @@ impl ClosedFdCache {
         if self.count() == 0 {
             return None;
         }
-        let mut shard = lock(&self.shards[self.place_of(node)]);
-        let at = shard.iter().position(|(kept, _)| *kept == node)?;
+        let mut shard = lock(&self.shards[self.shard_of(node)]);
+        let at = shard.iter().position(|(cached, _)| *cached == node)?;
         let (_, file) = shard.remove(at)?;
         self.count.fetch_sub(1, Ordering::Relaxed);
         Some(file)
     }
 
     fn keep(&self, node: NodeId, file: File) {
-        let place = self.place_of(node);
+        let shard = self.shard_of(node);
         // What doesn't come out even the first ones have.
-        let room = (self.most + self.shards.len() - 1 - place) / self.shards.len();
-        let mut shard = lock(&self.shards[place]);
-        let over = (shard.len() >= room).then(|| shard.pop_front()).flatten();
+        let capacity = (self.max + self.shards.len() - 1 - shard) / self.shards.len();
+        let mut shard = lock(&self.shards[shard]);
+        let evicted = (shard.len() >= capacity)
+            .then(|| shard.pop_front())
+            .flatten();
         shard.push_back((node, file));
         drop(shard);
-        if over.is_none() {
+        if evicted.is_none() {
             self.count.fetch_add(1, Ordering::Relaxed);
         }
         // Closing may take long, and happens outside of the lock.
-        drop(over);
+        drop(evicted);
     }
 
     /// Closes all.
@@ -118,13 +120,13 @@ impl ClosedFdCache {
     }
 
     /// Which shard a node belongs to, where there are any.
-    fn place_of(&self, node: NodeId) -> usize {
-        let place = node.0 % self.shards.len() as u64;
-        usize::try_from(place).unwrap_or_default()
+    fn shard_of(&self, node: NodeId) -> usize {
+        let shard = node.0 % self.shards.len() as u64;
+        usize::try_from(shard).unwrap_or_default()
     }
 }
 
-fn lock(shard: &Mutex<VecDeque<Spare>>) -> MutexGuard<'_, VecDeque<Spare>> {
+fn lock(shard: &Mutex<VecDeque<ClosedFile>>) -> MutexGuard<'_, VecDeque<ClosedFile>> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -135,7 +137,7 @@ fn is_plain(flags: OFlags) -> bool {
 
 impl Passthrough {
     /// A file that is open on `node` as OPEN with `flags` would open it, if one is put by.
-    pub(super) fn spare(&self, node: NodeId, flags: OFlags) -> Option<File> {
+    pub(super) fn take_closed(&self, node: NodeId, flags: OFlags) -> Option<File> {
         if is_plain(flags) {
             self.closed_fds.take(node)
         } else {
@@ -144,19 +146,23 @@ impl Passthrough {
     }
 
     /// Puts by what was released, or closes it.
-    pub(super) fn put_by(&self, node: NodeId, released: Released) {
+    pub(super) fn cache_closed(&self, node: NodeId, released: Released) {
         let Released {
             file,
             flags,
             locked,
         } = released;
         let alone = !locked && file.users() == 1;
-        if self.closed_fds.most == 0 || !alone || !is_plain(flags) {
+        if self.closed_fds.max == 0 || !alone || !is_plain(flags) {
             self.close_file(node, file);
             return;
         }
-        let place = |key: Key| (key.device, key.mount) == self.closed_fds.place;
-        let Some(inode) = self.inodes.get(node).filter(|inode| place(inode.key())) else {
+        let same_file_system = |key: Key| (key.device, key.mount) == self.closed_fds.file_system;
+        let Some(inode) = self
+            .inodes
+            .get(node)
+            .filter(|inode| same_file_system(inode.key()))
+        else {
             self.close_file(node, file);
             return;
         };
@@ -164,7 +170,7 @@ impl Passthrough {
         drop(inode);
         // Whoever forgot it meanwhile has looked too early.
         if self.inodes.get(node).is_none() {
-            self.close_kept(node);
+            self.close_idle_files(node);
         }
         self.make_room();
     }

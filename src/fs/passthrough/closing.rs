@@ -29,7 +29,7 @@ const BLOCK: u64 = 512;
 struct Queue {
     waiting: VecDeque<OwnedFd>,
     /// How many were ever given here, and how many of them are closed.
-    given: u64,
+    queued: u64,
     closed: u64,
     /// There is a thread.
     running: bool,
@@ -51,16 +51,16 @@ pub(super) struct Closer(Arc<Shared>);
 impl Closer {
     /// Closes `fd`, or has it closed.
     pub(super) fn close(&self, fd: OwnedFd) {
-        if frees_much(&fd) {
-            self.close_elsewhere(fd);
+        if is_large_and_nameless(&fd) {
+            self.close_in_background(fd);
         }
     }
 
-    fn close_elsewhere(&self, fd: OwnedFd) {
+    fn close_in_background(&self, fd: OwnedFd) {
         let mut queue = self.0.queue();
         queue.waiting.push_back(fd);
         self.0.open.fetch_add(1, Ordering::Relaxed);
-        queue.given += 1;
+        queue.queued += 1;
         if queue.running {
             return;
         }
@@ -85,13 +85,13 @@ impl Closer {
     /// A wait for what isn't closed yet, if there is anything.
     pub(super) fn pending(&self) -> Option<Box<dyn FnOnce() + Send>> {
         let queue = self.0.queue();
-        if queue.closed == queue.given {
+        if queue.closed == queue.queued {
             return None;
         }
-        let given = queue.given;
+        let queued = queue.queued;
         drop(queue);
         let shared = Arc::clone(&self.0);
-        Some(Box::new(move || shared.wait(given)))
+        Some(Box::new(move || shared.wait(queued)))
     }
 }
 
@@ -122,15 +122,15 @@ impl Shared {
     }
 
     /// Waits until so many are closed.
-    fn wait(&self, given: u64) {
-        let waiting = |queue: &mut Queue| queue.closed < given;
+    fn wait(&self, queued: u64) {
+        let waiting = |queue: &mut Queue| queue.closed < queued;
         let done = self.progress.wait_while(self.queue(), waiting);
         drop(done.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
 /// Whether to close `fd` may free much.
-fn frees_much(fd: &OwnedFd) -> bool {
+fn is_large_and_nameless(fd: &OwnedFd) -> bool {
     fstat(fd).is_ok_and(|stat| {
         let bytes = u64::try_from(stat.st_blocks)
             .unwrap_or(0)
@@ -142,7 +142,7 @@ fn frees_much(fd: &OwnedFd) -> bool {
 impl Passthrough {
     /// Whether `inode` may be a file that ends with its descriptor.
     pub(super) fn may_be_nameless(inode: &Inode) -> bool {
-        inode.kind() == FileType::RegularFile && matches!(&*inode.held(), RefKind::Nothing)
+        inode.kind() == FileType::RegularFile && matches!(&*inode.ref_kind(), RefKind::Nothing)
     }
 
     /// Closes the descriptor of an inode that was forgotten, unless somebody still uses it.
@@ -154,16 +154,16 @@ impl Passthrough {
 
     /// Closes what was kept open of a node that the guest has forgotten, or whose inode has lost its
     /// last name.
-    pub(super) fn close_kept(&self, node: NodeId) {
-        let kept = self.on_demand.forget(node);
+    pub(super) fn close_idle_files(&self, node: NodeId) {
+        let kept = self.handleless.forget(node);
         kept.into_iter()
             .flatten()
             .for_each(|file| self.close_file(node, file));
-        self.close_spares(node);
+        self.close_cached(node);
     }
 
     /// Closes what is put by for when the guest opens `node` again.
-    pub(super) fn close_spares(&self, node: NodeId) {
+    pub(super) fn close_cached(&self, node: NodeId) {
         while let Some(file) = self.closed_fds.take(node) {
             self.close_file(node, file);
         }
@@ -197,12 +197,12 @@ mod tests {
 
     #[test]
     fn only_large_files_without_a_name_are_closed_elsewhere() {
-        assert!(frees_much(&nameless(2 << 20)));
-        assert!(!frees_much(&nameless(1000)));
+        assert!(is_large_and_nameless(&nameless(2 << 20)));
+        assert!(!is_large_and_nameless(&nameless(1000)));
         let mut named = tempfile::NamedTempFile::new().unwrap();
         named.write_all(&vec![1; 2 << 20]).unwrap();
         named.as_file().sync_all().unwrap();
-        assert!(!frees_much(&named.reopen().unwrap().into()));
+        assert!(!is_large_and_nameless(&named.reopen().unwrap().into()));
     }
 
     #[test]
@@ -211,8 +211,8 @@ mod tests {
         assert!(closer.pending().is_none());
         for _ in 0..20 {
             let (read, write) = rustix::pipe::pipe().unwrap();
-            closer.close_elsewhere(write);
-            closer.close_elsewhere(nameless(2 << 20));
+            closer.close_in_background(write);
+            closer.close_in_background(nameless(2 << 20));
             if let Some(wait) = closer.pending() {
                 wait();
             }

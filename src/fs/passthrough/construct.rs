@@ -13,15 +13,15 @@ use super::closed_fd_cache::ClosedFdCache;
 use super::closing::Closer;
 use super::credentials::CredentialPolicy;
 use super::directory::DirentCache;
-use super::handleless_open::HandlelessFiles;
+use super::handleless_open::HandlelessOpens;
 use super::handles::Handles;
 use super::inode::Inode;
-use super::inode_ref::{Holder, IDENTITY, Identity, stat_fd};
-use super::inodes::Store;
-use super::limits::Bounds;
+use super::inode_ref::{IDENTITY, Identity, ReopenPolicy, stat_fd};
+use super::inodes::InodeStore;
+use super::limits::FdLimits;
 use super::locks::Locks;
 use super::opening::CurrentTerms;
-use super::restore::{Begun, Records};
+use super::restore::{PreviousAttempts, Records};
 use super::revalidate::Paths;
 use super::sharing::Sharing;
 use super::{
@@ -44,12 +44,12 @@ impl Passthrough {
             .map_err(|source| PassthroughError::OpenProc { source })?;
         let root = open_shared(shared_dir)?;
         let table = Table::in_memory(&options.limits(1)).map_err(PassthroughError::State)?;
-        let place = Shared {
+        let shared = Shared {
             root,
             proc_fds,
             path: shared_dir.to_path_buf(),
         };
-        Self::of(place, options, &table, None).map(|(fs, _)| fs)
+        Self::of(shared, options, &table, None).map(|(fs, _)| fs)
     }
 
     /// Shares `shared`, with what the guest holds in `table`: from its beginning, or going on from
@@ -77,7 +77,7 @@ impl Passthrough {
         }
         let root = match (&records, past) {
             (Some(records), Some(past)) if past.inherited_fds => {
-                restore::inherited_fds(records.root.descriptor(), &records.root).unwrap_or(root)
+                restore::inherited_fd(records.root.descriptor(), &records.root).unwrap_or(root)
             }
             _ => root,
         };
@@ -89,21 +89,22 @@ impl Passthrough {
             path: path.clone(),
             source,
         };
-        let credential_policy = wear_for(&root).map_err(of_share)?;
+        let credential_policy = credential_policy_for(&root).map_err(of_share)?;
 
-        let bounds = Bounds::new(&options);
-        let closed_fds = options.max_spare_files.min(bounds.most / 4);
+        let fd_limits = FdLimits::new(&options);
+        let closed_fds = options.max_spare_files.min(fd_limits.soft / 4);
         let closed_fds = ClosedFdCache::new(&root, &identity.key, closed_fds).map_err(of_share)?;
         let mode = options.inode_file_handles;
-        let holder = Holder::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
-            PassthroughError::FileHandles {
-                path: path.clone(),
-                source,
-            }
-        })?;
+        let reopen_policy =
+            ReopenPolicy::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
+                PassthroughError::FileHandles {
+                    path: path.clone(),
+                    source,
+                }
+            })?;
         let (store, rest) = match records {
             None => {
-                let store = Store::new(&identity, root, table, options.remember_inodes);
+                let store = InodeStore::new(&identity, root, table, options.remember_inodes);
                 (store.ok_or(PassthroughError::NoRoom)?, None)
             }
             Some(Records {
@@ -111,9 +112,9 @@ impl Passthrough {
                 others,
             }) => {
                 let old = restore::key_of(&record);
-                let root = Inode::root_again(record, &identity, root)
+                let root = Inode::restore_root(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
-                let store = Store::of(root, table, options.remember_inodes);
+                let store = InodeStore::of(root, table, options.remember_inodes);
                 (store, Some((old, others)))
             }
         };
@@ -125,14 +126,14 @@ impl Passthrough {
             proc_fds,
             // The root stays what it is whatever happens on the host, and is never let go of.
             inodes: store,
-            holder,
-            only: None,
+            reopen_policy,
+            single_file: None,
             handles: Handles::new(table),
-            on_demand: HandlelessFiles::new(bounds.most),
+            handleless: HandlelessOpens::new(fd_limits.soft),
             closed_fds,
             closer: Closer::default(),
             terms: CurrentTerms::default(),
-            bounds,
+            fd_limits,
             sharing: Sharing::default(),
             dirent_cache: DirentCache::default(),
             locks: Locks::new(table),
@@ -141,7 +142,7 @@ impl Passthrough {
             locks_released: AtomicBool::new(false),
             inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),
-            begun: Begun::default(),
+            previous_attempts: PreviousAttempts::default(),
             paths: Paths::new(),
         };
         table.reopen();
@@ -189,10 +190,10 @@ fn identity_of_shared(
 
 /// Whether credentials may stay on a thread between two requests for this file system: not
 /// where another machine or process goes by them.
-fn wear_for(root: &OwnedFd) -> Result<CredentialPolicy> {
+fn credential_policy_for(root: &OwnedFd) -> Result<CredentialPolicy> {
     /// Types of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P, Ceph,
     /// AFS twice, Coda; and Lustre.
-    const ELSEWHERE: [u32; 11] = [
+    const REMOTE: [u32; 11] = [
         0x6969,
         0x517b,
         0xff53_4d42,
@@ -206,12 +207,12 @@ fn wear_for(root: &OwnedFd) -> Result<CredentialPolicy> {
         0x0bd0_0bd0,
     ];
     let kind = rustix::fs::fstatfs(root)?.f_type;
-    let elsewhere = ELSEWHERE
+    let is_remote = REMOTE
         .iter()
         .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-    Ok(if elsewhere {
-        CredentialPolicy::putting_back()
+    Ok(if is_remote {
+        CredentialPolicy::restored_each_time()
     } else {
-        CredentialPolicy::staying()
+        CredentialPolicy::left_in_place()
     })
 }

@@ -17,7 +17,7 @@
 //!   (`fs.protected_regular`): creation always says `O_EXCL`, see `names`;
 //! - ext4's blocks reserved for a uid: without `CAP_SYS_RESOURCE`, the last creator's share;
 //! - file systems whose server decides (NFS, SMB, 9P, FUSE, Ceph): there the ids are put back
-//!   at the end of each section, see [`CredentialPolicy::putting_back`];
+//!   at the end of each section, see [`CredentialPolicy::restored_each_time`];
 //! - a server that lacks the capabilities, and so lives on what its own uid owns: likewise.
 //!
 //! By capabilities alone go sticky directories, `O_NOATIME`, `fs.protected_hardlinks`, modes,
@@ -84,18 +84,18 @@ thread_local! {
 /// How sections are made for one file system.
 #[derive(Debug)]
 pub(super) struct CredentialPolicy {
-    put_back: bool,
+    restore: bool,
 }
 
 impl CredentialPolicy {
     /// For file systems that go by capabilities as local ones do.
-    pub(super) fn staying() -> Self {
-        Self { put_back: false }
+    pub(super) fn left_in_place() -> Self {
+        Self { restore: false }
     }
 
     /// For file systems where somebody else decides by the ids what is allowed.
-    pub(super) fn putting_back() -> Self {
-        Self { put_back: true }
+    pub(super) fn restored_each_time() -> Self {
+        Self { restore: true }
     }
 
     /// Begins a section in which whatever is created belongs to `caller`, its mode masked by
@@ -106,7 +106,7 @@ impl CredentialPolicy {
     ///
     /// `EOVERFLOW` if the caller has no ids, as on any file system where they can't be mapped;
     /// `EPERM` if they have no mapping in the server's user namespace.
-    pub(super) fn section(
+    pub(super) fn as_caller(
         &self,
         proc_fds: &OwnedFd,
         caller: &Caller,
@@ -124,23 +124,23 @@ impl CredentialPolicy {
             THREAD.set(Some(thread));
         }
         // Made first, so that it puts back what a change gone wrong half-way leaves.
-        let mut section = CredentialsGuard {
-            put_back: (self.put_back || !thread.overriding).then_some(thread.own),
+        let mut guard = CredentialsGuard {
+            restore: (self.restore || !thread.overriding).then_some(thread.own),
             groups: None,
-            stays_here: PhantomData,
+            not_send: PhantomData,
         };
         // Where the ids decide what is allowed, that the caller is in the directory's group may
         // be all that lets it create there.
         if let Some(group) = caller.group
-            && section.put_back.is_some()
+            && guard.restore.is_some()
             && !matches!(thread.power, Power::None)
         {
             let own = rustix::process::getgroups()?;
             sys::set_groups(&[Gid::from_raw(group)])?;
-            section.groups = Some(own);
+            guard.groups = Some(own);
         }
         change(&mut thread, Ids { uid, gid })?;
-        Ok(section)
+        Ok(guard)
     }
 }
 
@@ -148,14 +148,14 @@ impl CredentialPolicy {
 /// code: it can't be held across an await of a future that may move.
 #[must_use]
 pub(super) struct CredentialsGuard {
-    put_back: Option<Ids>,
+    restore: Option<Ids>,
     groups: Option<Vec<Gid>>,
-    stays_here: PhantomData<*const ()>,
+    not_send: PhantomData<*const ()>,
 }
 
 impl Drop for CredentialsGuard {
     fn drop(&mut self) {
-        if let (Some(own), Some(mut thread)) = (self.put_back, THREAD.get()) {
+        if let (Some(own), Some(mut thread)) = (self.restore, THREAD.get()) {
             // The thread's own ids are always allowed and always mapped. Should a seccomp
             // filter say no all the same, `THREAD` still knows what the ids are.
             if let Err(error) = change(&mut thread, own) {

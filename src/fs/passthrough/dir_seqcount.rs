@@ -16,7 +16,7 @@ const BEGUN: u64 = 1 << 32;
 
 /// Counts the changes of names.
 #[derive(Debug)]
-pub(super) struct Changes(Box<[AtomicU64]>);
+pub(super) struct DirSeqCounts(Box<[AtomicU64]>);
 
 /// What was known of a directory's changes.
 #[derive(Clone, Copy, Debug)]
@@ -28,17 +28,17 @@ pub(super) struct DirSeq {
 /// A change that is under way until this is dropped.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Changing<'a> {
-    changes: &'a Changes,
+pub(super) struct DirChange<'a> {
+    seqcounts: &'a DirSeqCounts,
     directories: [NodeId; 2],
 }
 
-impl Changes {
+impl DirSeqCounts {
     pub(super) fn new() -> Self {
         Self((0..SHARDS).map(|_| AtomicU64::new(0)).collect())
     }
 
-    pub(super) fn moment(&self, directory: NodeId) -> DirSeq {
+    pub(super) fn dir_seq(&self, directory: NodeId) -> DirSeq {
         DirSeq {
             directory,
             // Pairs with `begin`: what is looked at after this is not older.
@@ -46,12 +46,12 @@ impl Changes {
         }
     }
 
-    pub(super) fn begin(&self, directories: [NodeId; 2]) -> Changing<'_> {
+    pub(super) fn begin(&self, directories: [NodeId; 2]) -> DirChange<'_> {
         for directory in directories {
             self.of(directory).fetch_add(BEGUN + 1, Ordering::SeqCst);
         }
-        Changing {
-            changes: self,
+        DirChange {
+            seqcounts: self,
             directories,
         }
     }
@@ -70,16 +70,16 @@ impl Changes {
 
 impl DirSeq {
     /// Whether what was looked at since is still so.
-    pub(super) fn lasts(self, changes: &Changes) -> bool {
+    pub(super) fn is_unchanged(self, seqcounts: &DirSeqCounts) -> bool {
         self.count.is_multiple_of(BEGUN)
-            && changes.of(self.directory).load(Ordering::SeqCst) == self.count
+            && seqcounts.of(self.directory).load(Ordering::SeqCst) == self.count
     }
 }
 
-impl Drop for Changing<'_> {
+impl Drop for DirChange<'_> {
     fn drop(&mut self) {
         for directory in self.directories {
-            self.changes.of(directory).fetch_sub(1, Ordering::SeqCst);
+            self.seqcounts.of(directory).fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
@@ -90,23 +90,23 @@ mod tests {
 
     #[test]
     fn a_moment_ends_with_the_next_change_of_its_directory() {
-        let changes = Changes::new();
+        let seqcounts = DirSeqCounts::new();
         let (here, there) = (NodeId(7), NodeId(8));
-        let moment = changes.moment(here);
-        drop(changes.begin([there, there]));
-        assert!(moment.lasts(&changes));
-        drop(changes.begin([here, there]));
-        assert!(!moment.lasts(&changes));
-        assert_eq!(changes.count(), 4);
+        let dir_seq = seqcounts.dir_seq(here);
+        drop(seqcounts.begin([there, there]));
+        assert!(dir_seq.is_unchanged(&seqcounts));
+        drop(seqcounts.begin([here, there]));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
+        assert_eq!(seqcounts.count(), 4);
     }
 
     #[test]
     fn a_moment_within_a_change_never_lasts() {
-        let changes = Changes::new();
-        let changing = changes.begin([NodeId(7), NodeId(7)]);
-        let moment = changes.moment(NodeId(7));
-        assert!(!moment.lasts(&changes));
+        let seqcounts = DirSeqCounts::new();
+        let changing = seqcounts.begin([NodeId(7), NodeId(7)]);
+        let dir_seq = seqcounts.dir_seq(NodeId(7));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
         drop(changing);
-        assert!(!moment.lasts(&changes));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
     }
 }

@@ -15,47 +15,47 @@ use rustix::fs::SeekFrom;
 use super::Passthrough;
 use super::inode::Inode;
 use super::inode_ref::Directory;
-use super::limits::PIECES;
+use super::limits::MAX_DIRENT_BUFFERS;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;
 
 /// Bytes of entries read from the host at once: some thousand names, and as much as the
 /// largest READDIR of today's kernels takes in one or two requests.
-const PIECE: usize = 64 * 1024;
+const BUFFER_LEN: usize = 64 * 1024;
 
 /// Where reading a directory stands.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     /// Raw entries as the host gave them; allocated by the first read, given back at the end.
-    piece: Vec<u8>,
+    buffer: Vec<u8>,
     /// Where the next entry begins in `piece`.
     at: usize,
     /// The cookie of that entry.
     offset: u64,
     /// The piece is kept from one request to the next, as few are.
-    kept: Option<Kept>,
+    slot: Option<CacheSlot>,
 }
 
 /// The right to keep a piece.
 #[derive(Debug)]
-struct Kept(DirentCache);
+struct CacheSlot(DirentCache);
 
 /// How many pieces are kept.
 pub(super) type DirentCache = Arc<AtomicUsize>;
 
-impl Kept {
-    /// `None` where `PIECES` are kept already.
-    fn one_of(pieces: &DirentCache) -> Option<Self> {
+impl CacheSlot {
+    /// `None` where `MAX_DIRENT_BUFFERS` are kept already.
+    fn acquire(cached: &DirentCache) -> Option<Self> {
         // Relaxed: it only counts.
-        let kept = pieces.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
-            (count < PIECES).then_some(count + 1)
+        let slot = cached.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+            (count < MAX_DIRENT_BUFFERS).then_some(count + 1)
         });
-        kept.is_ok().then(|| Self(Arc::clone(pieces)))
+        slot.is_ok().then(|| Self(Arc::clone(cached)))
     }
 }
 
-impl Drop for Kept {
+impl Drop for CacheSlot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -70,7 +70,7 @@ impl Stream {
         if offset == self.offset && !rewind {
             return Ok(());
         }
-        self.piece.clear();
+        self.buffer.clear();
         rustix::fs::seek(directory, SeekFrom::Start(offset))?;
         self.at = 0;
         self.offset = offset;
@@ -79,43 +79,43 @@ impl Stream {
 
     /// Reads on, if the piece is used up; answers whether there is an entry.
     fn fill(&mut self, directory: &File) -> Result<bool> {
-        if self.at < self.piece.len() {
+        if self.at < self.buffer.len() {
             return Ok(true);
         }
         self.at = 0;
-        self.piece.resize(PIECE, 0);
-        let read = sys::file::read_directory(directory, &mut self.piece);
-        self.piece.truncate(*read.as_ref().unwrap_or(&0));
-        if self.piece.is_empty() {
-            self.let_go();
+        self.buffer.resize(BUFFER_LEN, 0);
+        let read = sys::file::read_directory(directory, &mut self.buffer);
+        self.buffer.truncate(*read.as_ref().unwrap_or(&0));
+        if self.buffer.is_empty() {
+            self.drop_buffer();
         }
         read.map(|read| read > 0)
     }
 
     /// A request has ended: keeps what is left of the piece, if it may.
-    fn rest(&mut self, directory: &File, pieces: &DirentCache) {
-        if self.at >= self.piece.len() {
-            self.let_go();
-        } else if self.kept.is_none() {
-            self.kept = Kept::one_of(pieces);
+    fn finish_request(&mut self, directory: &File, cached: &DirentCache) {
+        if self.at >= self.buffer.len() {
+            self.drop_buffer();
+        } else if self.slot.is_none() {
+            self.slot = CacheSlot::acquire(cached);
             // Without, the host is asked again from here on. One that can't go there says so at
             // the next read.
-            if self.kept.is_none()
+            if self.slot.is_none()
                 && rustix::fs::seek(directory, SeekFrom::Start(self.offset)).is_ok()
             {
-                self.let_go();
+                self.drop_buffer();
             }
         }
     }
 
-    fn let_go(&mut self) {
-        self.piece = Vec::new();
+    fn drop_buffer(&mut self) {
+        self.buffer = Vec::new();
         self.at = 0;
-        self.kept = None;
+        self.slot = None;
     }
 
     fn peek(&self) -> Option<Raw<'_>> {
-        Raw::parse(self.piece.get(self.at..)?)
+        Raw::parse(self.buffer.get(self.at..)?)
     }
 
     fn advance(&mut self, len: usize, next_offset: u64) {
@@ -171,7 +171,7 @@ impl Passthrough {
         stream.seek(&directory, offset)?;
         let entries = (&directory, node, plus);
         let result = self.read_stream(&mut stream, entries, inode.as_deref(), sink);
-        stream.rest(&directory, &self.dirent_cache);
+        stream.finish_request(&directory, &self.dirent_cache);
         result
     }
 
@@ -182,13 +182,13 @@ impl Passthrough {
         inode: Option<&Inode>,
         sink: &mut dyn DirSink,
     ) -> Result<()> {
-        let mut given = false;
+        let mut any_added = false;
         loop {
             match stream.fill(directory) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // What there is already is answered; the error comes again if it lasts.
-                Err(_) if given => return Ok(()),
+                Err(_) if any_added => return Ok(()),
                 Err(error) => return Err(error),
             }
             let Some(raw) = stream.peek() else {
@@ -211,7 +211,7 @@ impl Passthrough {
                 name: raw.name,
             };
             sink.add(listed, entry.as_ref());
-            given = true;
+            any_added = true;
             let (len, next_offset) = (raw.len, raw.next_offset);
             stream.advance(len, next_offset);
         }

@@ -23,7 +23,7 @@ use crate::sys::inode_flags::{self, ExtendedFlags};
 
 /// How deep below the shared directory a `..` is believed to be: the depth of a path of
 /// `PATH_MAX` bytes, and more.
-const DEEPEST: usize = 4096;
+const MAX_DEPTH: usize = 4096;
 
 /// Narrows what the host tells; what is beyond is the largest there is.
 fn narrow(value: u64) -> u32 {
@@ -37,7 +37,7 @@ impl Passthrough {
         handle: Option<Handle>,
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = match self.told(handle) {
+        let stat = match self.explicit(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, mask),
             None => stat_fd(self.fd(&*self.inode(node)?)?, mask),
         }?;
@@ -73,17 +73,17 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
-        let mode = self.honest_mode(caller, &parent, new.mode)?;
+        let mode = self.permitted_mode(caller, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
         self.room_for_inode()?;
         self.room_for_handle()?;
         let fd = {
-            let _as_caller = self.section(caller, Some(new.umask))?;
+            let _as_caller = self.as_caller(caller, Some(new.umask))?;
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
-        let entry = self.find_opened(&fd)?;
+        let entry = self.entry_of_nameless(&fd)?;
         if let Some(inode) = self.inodes.get(entry.node) {
             self.inodes.set_nameless(&inode, true);
         }
@@ -91,9 +91,9 @@ impl Passthrough {
     }
 
     /// A descriptor of the file system that `node` is on.
-    pub(super) fn whole(&self, node: NodeId) -> Result<File> {
-        if let (NodeId::ROOT, Some(only)) = (node, &self.only) {
-            let file = reopen_fd(only, &self.proc_fds, OFlags::RDONLY)?;
+    pub(super) fn file_system_file(&self, node: NodeId) -> Result<File> {
+        if let (NodeId::ROOT, Some(file)) = (node, &self.single_file) {
+            let file = reopen_fd(file, &self.proc_fds, OFlags::RDONLY)?;
             return Ok(File::from_fd(file));
         }
         let inode = self.inode(node)?;
@@ -141,8 +141,8 @@ impl Passthrough {
     /// inode it has dropped from its cache. One that it has forgotten altogether is `ESTALE`,
     /// unless it is remembered.
     pub(super) fn find_self(&self, node: NodeId) -> Result<Entry> {
-        let inode = self.inode_again(node)?;
-        self.find_again(self.fd(&inode)?)
+        let inode = self.inode_or_forgotten(node)?;
+        self.entry_of_open(self.fd(&inode)?)
     }
 
     /// `..` of a directory. The shared directory is its own parent; a directory that was moved
@@ -153,14 +153,14 @@ impl Passthrough {
         if node == NodeId::ROOT {
             return self.find_self(node);
         }
-        let inode = self.inode_again(node)?;
+        let inode = self.inode_or_forgotten(node)?;
         let parent = if inode.kind() == FileType::Directory {
             self.parent_of(&inode)
         } else {
             Err(Errno::NOTDIR)
         };
-        self.lay_down_again(&inode);
-        self.find_held(parent?)
+        self.evict_forgotten(&inode);
+        self.entry_of_path_fd(parent?)
     }
 
     /// What is above `inode`, a directory other than the shared one.
@@ -176,7 +176,7 @@ impl Passthrough {
         let parent = up(&self.fd(inode)?)?;
         let mut at = rustix::io::fcntl_dupfd_cloexec(&parent, 0)?;
         let mut key = identity(&at)?;
-        for _ in 0..DEEPEST {
+        for _ in 0..MAX_DEPTH {
             if key == root {
                 return Ok(parent);
             }

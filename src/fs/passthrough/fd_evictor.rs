@@ -17,13 +17,13 @@ use crate::fs::NodeId;
 const SHARDS: usize = 16;
 
 /// Entries in vain that are not worth a clearing.
-const FEW: usize = 32;
+const COMPACT_SLACK: usize = 32;
 
 #[derive(Debug, Default)]
 struct Queue {
     nodes: VecDeque<NodeId>,
     /// How many of them stand for inodes that have been forgotten.
-    gone: usize,
+    stale: usize,
 }
 
 /// The inodes that may have to give up their descriptors.
@@ -60,7 +60,7 @@ impl FdEvictor {
                 inode.slot().mark(false);
                 return Some(inode);
             }
-            queue.gone = queue.gone.saturating_sub(1);
+            queue.stale = queue.stale.saturating_sub(1);
         }
     }
 
@@ -78,13 +78,13 @@ impl FdEvictor {
     }
 
     /// An inode that stands in a queue has been forgotten.
-    pub(super) fn one_is_gone(&self, node: NodeId, find: impl Fn(NodeId) -> Option<Arc<Inode>>) {
+    pub(super) fn inode_removed(&self, node: NodeId, find: impl Fn(NodeId) -> Option<Arc<Inode>>) {
         let mut queue = self.queue(node);
-        queue.gone += 1;
-        if queue.gone > queue.nodes.len() / 2 + FEW {
+        queue.stale += 1;
+        if queue.stale > queue.nodes.len() / 2 + COMPACT_SLACK {
             queue.nodes.retain(|node| find(*node).is_some());
             queue.nodes.shrink_to_fit();
-            queue.gone = 0;
+            queue.stale = 0;
         }
     }
 

@@ -72,9 +72,9 @@ impl FileSystem for Passthrough {
 
     fn forget(&self, node: NodeId, count: u64) {
         self.forget_lookups(node, count);
-        let kept = self.on_demand.count() > 0 || self.closed_fds.count() > 0;
-        if kept && self.inodes.get(node).is_none() {
-            self.close_kept(node);
+        let has_idle_files = self.handleless.count() > 0 || self.closed_fds.count() > 0;
+        if has_idle_files && self.inodes.get(node).is_none() {
+            self.close_idle_files(node);
         }
     }
 
@@ -219,8 +219,8 @@ impl FileSystem for Passthrough {
             return Err(Errno::NOSYS);
         }
         let file = self.handles.file(node, handle, HandleKind::File)?;
-        let again = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
-        sys::file::close(again)
+        let duplicate = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
+        sys::file::close(duplicate)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
@@ -230,7 +230,7 @@ impl FileSystem for Passthrough {
         self.locks.released(node, handle);
         let released = self.handles.release(node, handle, HandleKind::File)?;
         self.unshare(node, &released.file);
-        self.put_by(node, released);
+        self.cache_closed(node, released);
         Ok(())
     }
 
@@ -244,7 +244,7 @@ impl FileSystem for Passthrough {
     }
 
     fn report_shortage(&self) {
-        self.tell_of_shortage();
+        self.warn_of_shortage();
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
@@ -269,7 +269,7 @@ impl FileSystem for Passthrough {
     }
 
     fn whole_file_system(&self, node: NodeId) -> Result<OpenFile> {
-        self.whole(node).map(OpenFile::Host)
+        self.file_system_file(node).map(OpenFile::Host)
     }
 
     fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {

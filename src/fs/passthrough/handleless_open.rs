@@ -26,20 +26,20 @@ pub(super) const IMPLICIT: Handle = Handle(0);
 
 /// The most descriptors that are kept, however many there may be: a file open for writing can't
 /// be executed on the host, so there shall not be too many of them without need.
-const MOST: usize = 4096;
+const MAX_FILES: usize = 4096;
 
 /// The fewest that are kept, however few there may be.
-const LEAST: usize = 4;
+const MIN_FILES: usize = 4;
 
 /// So many that a handful of workers rarely meet.
 const SHARDS: usize = 32;
 
 /// Nodes in line that have been forgotten and are not worth a clearing.
-const FEW: usize = 32;
+const COMPACT_SLACK: usize = 32;
 
 /// What is open of one inode.
 #[derive(Debug, Default)]
-struct Kept {
+struct InodeFiles {
     /// Open for reading; where it is open for both, the same as `writing`.
     reading: Option<File>,
     writing: Option<File>,
@@ -49,7 +49,7 @@ struct Kept {
     used: AtomicBool,
 }
 
-impl Kept {
+impl InodeFiles {
     fn descriptors(&self) -> usize {
         match (&self.reading, &self.writing) {
             (Some(reading), Some(writing)) if reading.as_raw_fd() != writing.as_raw_fd() => 2,
@@ -74,29 +74,29 @@ impl Kept {
 
 #[derive(Debug, Default)]
 struct Shard {
-    kept: FxHashMap<NodeId, Kept>,
+    by_node: FxHashMap<NodeId, InodeFiles>,
     /// Each node in `kept`, once, and some that have been forgotten.
-    line: VecDeque<NodeId>,
+    queue: VecDeque<NodeId>,
 }
 
 impl Shard {
     /// Takes out what stands first in line, if it can be missed, and puts it last else.
-    fn next(&mut self) -> Option<Kept> {
-        let node = self.line.pop_front()?;
-        let kept = self.kept.get(&node)?;
-        if kept.used.swap(false, Ordering::Relaxed) || kept.is_in_use() {
-            self.line.push_back(node);
+    fn next(&mut self) -> Option<InodeFiles> {
+        let node = self.queue.pop_front()?;
+        let files = self.by_node.get(&node)?;
+        if files.used.swap(false, Ordering::Relaxed) || files.is_in_use() {
+            self.queue.push_back(node);
             return None;
         }
-        self.kept.remove(&node)
+        self.by_node.remove(&node)
     }
 
-    fn remove(&mut self, node: NodeId) -> Option<Kept> {
-        let removed = self.kept.remove(&node);
-        if self.line.len() > 2 * self.kept.len() + FEW {
-            self.line.retain(|node| self.kept.contains_key(node));
-            self.line.shrink_to_fit();
-            self.kept.shrink_to_fit();
+    fn remove(&mut self, node: NodeId) -> Option<InodeFiles> {
+        let removed = self.by_node.remove(&node);
+        if self.queue.len() > 2 * self.by_node.len() + COMPACT_SLACK {
+            self.queue.retain(|node| self.by_node.contains_key(node));
+            self.queue.shrink_to_fit();
+            self.by_node.shrink_to_fit();
         }
         removed
     }
@@ -104,22 +104,22 @@ impl Shard {
 
 /// All that is kept open.
 #[derive(Debug)]
-pub(super) struct HandlelessFiles {
+pub(super) struct HandlelessOpens {
     shards: Box<[RwLock<Shard>]>,
     /// Descriptors. Changed under the lock of the shard concerned; a budget goes by it.
     count: AtomicUsize,
-    most: usize,
+    max: usize,
     /// Where to take the next one from. Orders nothing.
     hand: AtomicUsize,
 }
 
-impl HandlelessFiles {
+impl HandlelessOpens {
     /// Keeps at most a quarter of `descriptors`.
     pub(super) fn new(descriptors: usize) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
             count: AtomicUsize::new(0),
-            most: (descriptors / 4).clamp(LEAST, MOST),
+            max: (descriptors / 4).clamp(MIN_FILES, MAX_FILES),
             hand: AtomicUsize::new(0),
         }
     }
@@ -129,52 +129,52 @@ impl HandlelessFiles {
         self.count.load(Ordering::Relaxed)
     }
 
-    fn find<T>(&self, node: NodeId, choose: impl FnOnce(&Kept) -> Option<T>) -> Option<T> {
+    fn find<T>(&self, node: NodeId, choose: impl FnOnce(&InodeFiles) -> Option<T>) -> Option<T> {
         let shard = self
             .shard(node)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        let kept = shard.kept.get(&node)?;
+        let files = shard.by_node.get(&node)?;
         // Written once a turn, so that those who find it together don't write in turns.
-        if !kept.used.load(Ordering::Relaxed) {
-            kept.used.store(true, Ordering::Relaxed);
+        if !files.used.load(Ordering::Relaxed) {
+            files.used.store(true, Ordering::Relaxed);
         }
-        choose(kept)
+        choose(files)
     }
 
     fn file(&self, node: NodeId, write: bool) -> Option<File> {
-        self.find(node, |kept| match (write, &kept.stream) {
+        self.find(node, |files| match (write, &files.stream) {
             (_, Some(_)) => None,
-            (true, None) => kept.writing.clone(),
-            (false, None) => kept.reading.clone(),
+            (true, None) => files.writing.clone(),
+            (false, None) => files.reading.clone(),
         })
     }
 
     fn directory(&self, node: NodeId) -> Option<(File, Arc<Mutex<Stream>>)> {
-        self.find(node, |kept| {
-            Some((kept.reading.clone()?, Arc::clone(kept.stream.as_ref()?)))
+        self.find(node, |files| {
+            Some((files.reading.clone()?, Arc::clone(files.stream.as_ref()?)))
         })
     }
 
     /// Lets `change` put something in for `node`.
-    fn keep(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
+    fn keep(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         {
             let mut shard = self
                 .shard(node)
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            let Shard { kept, line } = &mut *shard;
-            let kept = kept.entry(node).or_insert_with(|| {
-                line.push_back(node);
-                Kept::default()
+            let Shard { by_node, queue } = &mut *shard;
+            let files = by_node.entry(node).or_insert_with(|| {
+                queue.push_back(node);
+                InodeFiles::default()
             });
-            let before = kept.descriptors();
-            change(kept);
-            let after = kept.descriptors();
+            let before = files.descriptors();
+            update(files);
+            let after = files.descriptors();
             self.count.fetch_add(after, Ordering::Relaxed);
             self.count.fetch_sub(before, Ordering::Relaxed);
         }
-        self.close_some(|| self.count() > self.most);
+        self.close_some(|| self.count() > self.max);
     }
 
     /// Closes what is neither in use nor was used lately, as long as `more` says so.
@@ -202,7 +202,7 @@ impl HandlelessFiles {
         let here = shard
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .kept
+            .by_node
             .contains_key(&node);
         if !here {
             return [None, None];
@@ -210,7 +210,7 @@ impl HandlelessFiles {
         let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
         let removed = shard.remove(node);
         self.uncount(removed.as_ref());
-        removed.map_or([None, None], |kept| [kept.reading, kept.writing])
+        removed.map_or([None, None], |files| [files.reading, files.writing])
     }
 
     pub(super) fn clear(&self) {
@@ -218,8 +218,8 @@ impl HandlelessFiles {
             let removed = {
                 let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
                 let removed = std::mem::take(&mut *shard);
-                for kept in removed.kept.values() {
-                    self.uncount(Some(kept));
+                for files in removed.by_node.values() {
+                    self.uncount(Some(files));
                 }
                 removed
             };
@@ -227,9 +227,9 @@ impl HandlelessFiles {
         }
     }
 
-    fn uncount(&self, removed: Option<&Kept>) {
-        if let Some(kept) = removed {
-            self.count.fetch_sub(kept.descriptors(), Ordering::Relaxed);
+    fn uncount(&self, removed: Option<&InodeFiles>) {
+        if let Some(files) = removed {
+            self.count.fetch_sub(files.descriptors(), Ordering::Relaxed);
         }
     }
 
@@ -250,12 +250,12 @@ impl Passthrough {
     }
 
     /// `handle`, if it says more than the node does.
-    pub(super) fn told(&self, handle: Option<Handle>) -> Option<Handle> {
-        let untold = |handle| {
+    pub(super) fn explicit(&self, handle: Option<Handle>) -> Option<Handle> {
+        let implicit = |handle| {
             self.is_implicit(handle, HandleKind::File)
                 || self.is_implicit(handle, HandleKind::Directory)
         };
-        handle.filter(|handle| !untold(*handle))
+        handle.filter(|handle| !implicit(*handle))
     }
 
     /// The file behind a handle, or what stands for it.
@@ -270,21 +270,21 @@ impl Passthrough {
             return self.handles.file(node, handle, kind);
         }
         if kind == HandleKind::Directory {
-            return self.untold_directory(node).map(|(file, _)| file);
+            return self.implicit_directory(node).map(|(file, _)| file);
         }
-        let file = match self.on_demand.file(node, write) {
+        let file = match self.handleless.file(node, write) {
             Some(file) => file,
-            None => self.open_on_demand(node, write)?,
+            None => self.open_handleless(node, write)?,
         };
         if write {
-            self.confirm_untold(node, &file)?;
+            self.confirm_implicit(node, &file)?;
         }
         Ok(file)
     }
 
     /// The file behind a handle of either kind, or what stands for it.
     pub(super) fn any_of(&self, node: NodeId, handle: Handle) -> Result<File> {
-        if self.told(Some(handle)).is_some() {
+        if self.explicit(Some(handle)).is_some() {
             return self.handles.any(node, handle);
         }
         let kind = match self.inode(node)?.kind() {
@@ -297,8 +297,8 @@ impl Passthrough {
     /// As [`any_of`](Self::any_of), for something that changes the inode.
     pub(super) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
         let file = self.any_of(node, handle)?;
-        if self.told(Some(handle)).is_none() {
-            self.confirm_untold(node, &file)?;
+        if self.explicit(Some(handle)).is_none() {
+            self.confirm_implicit(node, &file)?;
         }
         Ok(file)
     }
@@ -310,15 +310,15 @@ impl Passthrough {
         handle: Handle,
     ) -> Result<(File, Arc<Mutex<Stream>>)> {
         if self.is_implicit(handle, HandleKind::Directory) {
-            self.untold_directory(node)
+            self.implicit_directory(node)
         } else {
             self.handles.directory(node, handle)
         }
     }
 
-    fn untold_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
-        let kept = self.on_demand.directory(node);
-        if let Some((file, stream)) = &kept {
+    fn implicit_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
+        let files = self.handleless.directory(node);
+        if let Some((file, stream)) = &files {
             // Who finds it busy reads on one of his own, instead of waiting for the other.
             let busy = matches!(stream.try_lock(), Err(TryLockError::WouldBlock));
             if !busy {
@@ -330,20 +330,20 @@ impl Passthrough {
             File::from_fd(self.open_directory(&inode)?),
             Arc::<Mutex<Stream>>::default(),
         );
-        if kept.is_none() {
-            self.keep_open(node, |kept| {
-                kept.reading = Some(opened.0.clone());
-                kept.stream = Some(Arc::clone(&opened.1));
+        if files.is_none() {
+            self.keep_open(node, |files| {
+                files.reading = Some(opened.0.clone());
+                files.stream = Some(Arc::clone(&opened.1));
             });
         }
         Ok(opened)
     }
 
-    fn open_on_demand(&self, node: NodeId, write: bool) -> Result<File> {
+    fn open_handleless(&self, node: NodeId, write: bool) -> Result<File> {
         let inode = self.regular(node)?;
         if !write {
             let file = File::from_fd(self.open_for_reading(&inode, OFlags::NOCTTY)?);
-            self.keep_open(node, |kept| kept.reading = Some(file.clone()));
+            self.keep_open(node, |files| files.reading = Some(file.clone()));
             return Ok(file);
         }
         self.writable()?;
@@ -353,10 +353,10 @@ impl Passthrough {
             opened => (opened?, true),
         };
         let file = File::from_fd(file);
-        self.keep_open(node, |kept| {
-            kept.writing = Some(file.clone());
+        self.keep_open(node, |files| {
+            files.writing = Some(file.clone());
             if readable {
-                kept.reading = Some(file.clone());
+                files.reading = Some(file.clone());
             }
         });
         Ok(file)
@@ -371,21 +371,21 @@ impl Passthrough {
     pub(super) fn keep_created(&self, node: NodeId, file: File) {
         let flags = rustix::fs::fcntl_getfl(&file);
         let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
-        self.keep_open(node, |kept| {
+        self.keep_open(node, |files| {
             if access != OFlags::RDONLY {
-                kept.writing = Some(file.clone());
+                files.writing = Some(file.clone());
             }
             if access != OFlags::WRONLY {
-                kept.reading = Some(file);
+                files.reading = Some(file);
             }
         });
     }
 
-    fn keep_open(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
-        self.on_demand.keep(node, change);
+    fn keep_open(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
+        self.handleless.keep(node, update);
         // A FORGET may have come between.
         if self.inodes.get(node).is_none() {
-            self.close_kept(node);
+            self.close_idle_files(node);
         }
         self.make_room();
     }
@@ -399,62 +399,65 @@ mod tests {
         File::from(std::fs::File::open("/dev/null").unwrap())
     }
 
-    fn keep(kept: &HandlelessFiles, node: u64) {
-        kept.keep(NodeId(node), |kept| kept.reading = Some(null()));
+    fn keep(files: &HandlelessOpens, node: u64) {
+        files.keep(NodeId(node), |files| files.reading = Some(null()));
     }
 
     #[test]
     fn one_file_for_both_counts_once() {
-        let kept = HandlelessFiles::new(1000);
-        keep(&kept, 1);
+        let files = HandlelessOpens::new(1000);
+        keep(&files, 1);
         let both = null();
-        kept.keep(NodeId(1), |kept| kept.writing = Some(both.clone()));
-        assert_eq!(kept.count(), 2);
-        kept.keep(NodeId(1), |kept| kept.reading = Some(both));
-        assert_eq!(kept.count(), 1);
-        drop(kept.forget(NodeId(1)));
-        assert_eq!(kept.count(), 0);
-        assert!(kept.file(NodeId(1), false).is_none());
+        files.keep(NodeId(1), |files| files.writing = Some(both.clone()));
+        assert_eq!(files.count(), 2);
+        files.keep(NodeId(1), |files| files.reading = Some(both));
+        assert_eq!(files.count(), 1);
+        drop(files.forget(NodeId(1)));
+        assert_eq!(files.count(), 0);
+        assert!(files.file(NodeId(1), false).is_none());
     }
 
     #[test]
     fn no_more_are_kept_than_there_may_be() {
-        let kept = HandlelessFiles::new(40);
+        let files = HandlelessOpens::new(40);
         for node in 0..1000 {
-            keep(&kept, node);
-            assert!(kept.count() <= 10);
+            keep(&files, node);
+            assert!(files.count() <= 10);
         }
-        assert_eq!(kept.count(), 10);
-        kept.clear();
-        assert_eq!(kept.count(), 0);
+        assert_eq!(files.count(), 10);
+        files.clear();
+        assert_eq!(files.count(), 0);
     }
 
     #[test]
     fn what_is_used_stays() {
-        let kept = HandlelessFiles::new(40);
-        keep(&kept, 0);
-        keep(&kept, 1);
-        let in_use = kept.file(NodeId(1), false);
+        let files = HandlelessOpens::new(40);
+        keep(&files, 0);
+        keep(&files, 1);
+        let in_use = files.file(NodeId(1), false);
         for node in 2..1000 {
-            keep(&kept, node);
-            assert!(kept.file(NodeId(0), false).is_some(), "found each time");
+            keep(&files, node);
+            assert!(files.file(NodeId(0), false).is_some(), "found each time");
         }
         assert!(in_use.is_some());
-        assert!(kept.file(NodeId(1), false).is_some(), "in use all the time");
-        assert_eq!(kept.count(), 10);
+        assert!(
+            files.file(NodeId(1), false).is_some(),
+            "in use all the time"
+        );
+        assert_eq!(files.count(), 10);
     }
 
     #[test]
     fn what_is_forgotten_leaves_nothing_in_line() {
-        let kept = HandlelessFiles::new(40);
+        let files = HandlelessOpens::new(40);
         for node in 0..100_000 {
-            keep(&kept, node);
-            drop(kept.forget(NodeId(node)));
+            keep(&files, node);
+            drop(files.forget(NodeId(node)));
         }
-        let lines = kept
+        let queues = files
             .shards
             .iter()
-            .map(|shard| shard.read().unwrap().line.len());
-        assert!(lines.sum::<usize>() <= SHARDS * (FEW + 1));
+            .map(|shard| shard.read().unwrap().queue.len());
+        assert!(queues.sum::<usize>() <= SHARDS * (COMPACT_SLACK + 1));
     }
 }

@@ -171,8 +171,8 @@ impl Handles {
                 .shard(handle.0)
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            let fits = |open: &Open| open.node == node && open.kind() == kind;
-            if !shard.get(&handle.0).is_some_and(fits) {
+            let matches = |open: &Open| open.node == node && open.kind() == kind;
+            if !shard.get(&handle.0).is_some_and(matches) {
                 return Err(Errno::BADF);
             }
             let released = shard.remove(&handle.0).ok_or(Errno::BADF)?;
@@ -223,7 +223,7 @@ impl Handles {
     ///
     /// `EEXIST` if the handle is taken, or was never given out; `ENFILE` if there is no room in
     /// the table.
-    pub(super) fn bring(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
+    pub(super) fn import(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
         let taken = self
             .shard(fields.handle)
             .read()

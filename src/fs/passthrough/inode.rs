@@ -28,14 +28,14 @@ pub(super) struct Inode {
     pub(super) record: InodeRecord,
     /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
     pub(super) slot: Slot,
-    held: Mutex<RefKind>,
+    ref_kind: Mutex<RefKind>,
     /// Inodes whose way leads through this one. Changed as the lookups are.
     pub(super) children: AtomicU32,
     /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
     settled: AtomicBool,
     /// Whether it stands in the line of those that the guest has given back. Changed as the
     /// lookups are.
-    remembered: AtomicBool,
+    forgotten: AtomicBool,
 }
 
 /// Which [`ReopenMethod`] leads to an inode; what there is to it stands in the record.
@@ -46,7 +46,7 @@ pub(super) enum RefKind {
     /// What the guest has open of it: it has no name, and no descriptor of its own.
     Open(File),
     Name,
-    Forgotten,
+    Removed,
 }
 
 const NO_BIRTH: i64 = i64::MIN;
@@ -62,7 +62,7 @@ impl Inode {
         identity: &Identity,
         node: NodeId,
         fd: Option<OwnedFd>,
-        way: ReopenMethod,
+        method: ReopenMethod,
     ) -> Option<Self> {
         let fields = InodeFields {
             node: node.0,
@@ -78,7 +78,7 @@ impl Inode {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
         let inode = Self::recorded(record, fd, RefKind::Nothing);
-        inode.set_way(&mut inode.held(), way);
+        inode.set_reopen_method(&mut inode.ref_kind(), method);
         inode
             .settled
             .store(identity.is_settled(), Ordering::Relaxed);
@@ -86,7 +86,7 @@ impl Inode {
     }
 
     /// The root that has `record` of the process before, open as `fd`; `None` if it is another.
-    pub(super) fn root_again(
+    pub(super) fn restore_root(
         record: InodeRecord,
         identity: &Identity,
         fd: OwnedFd,
@@ -102,14 +102,14 @@ impl Inode {
     }
 
     /// An inode that has a record, which says the rest.
-    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, held: RefKind) -> Self {
+    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, ref_kind: RefKind) -> Self {
         Self {
             record,
             slot: fd.map_or_else(Slot::empty, Slot::full),
-            held: Mutex::new(held),
+            ref_kind: Mutex::new(ref_kind),
             children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
-            remembered: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
         }
     }
 
@@ -121,18 +121,18 @@ impl Inode {
     }
 
     /// Which way leads to it. For short: whoever looks the inode up waits.
-    pub(super) fn held(&self) -> MutexGuard<'_, RefKind> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn ref_kind(&self) -> MutexGuard<'_, RefKind> {
+        self.ref_kind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How to reach it without its descriptor.
-    pub(super) fn way(&self) -> ReopenMethod {
-        match &*self.held() {
+    pub(super) fn reopen_method(&self) -> ReopenMethod {
+        match &*self.ref_kind() {
             RefKind::Nothing => ReopenMethod::None,
-            RefKind::Forgotten => ReopenMethod::Forgotten,
+            RefKind::Removed => ReopenMethod::Removed,
             RefKind::Open(file) => ReopenMethod::Open(file.clone()),
-            held @ RefKind::Name => self
-                .place(held)
+            ref_kind @ RefKind::Name => self
+                .parent_link(ref_kind)
                 .map_or(ReopenMethod::None, ReopenMethod::Name),
             RefKind::Handle(mount) => {
                 let handle = self.record.handle();
@@ -148,39 +148,43 @@ impl Inode {
     }
 
     /// The name that leads to it.
-    fn place(&self, held: &RefKind) -> Option<ParentLink> {
-        if !matches!(held, RefKind::Name) {
+    fn parent_link(&self, ref_kind: &RefKind) -> Option<ParentLink> {
+        if !matches!(ref_kind, RefKind::Name) {
             return None;
         }
         let name = self.record.name()?;
         Some(ParentLink {
             parent: NodeId(name.parent),
             name: CString::new(name.bytes).ok()?.into(),
-            print: name.print,
+            digest: name.print,
         })
     }
 
     /// Whether this is the name that leads to it.
-    pub(super) fn goes_by(&self, held: &RefKind, parent: NodeId, name: &CStr) -> bool {
-        matches!(held, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())
+    pub(super) fn is_linked_as(&self, ref_kind: &RefKind, parent: NodeId, name: &CStr) -> bool {
+        matches!(ref_kind, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())
     }
 
     /// Makes `way` what leads to it; answers in which directory the name was that did so before.
-    pub(super) fn set_way(&self, held: &mut RefKind, way: ReopenMethod) -> Option<NodeId> {
-        let left = self.parent_by(held);
-        *held = match way {
+    pub(super) fn set_reopen_method(
+        &self,
+        ref_kind: &mut RefKind,
+        method: ReopenMethod,
+    ) -> Option<NodeId> {
+        let old_parent = self.parent_of_kind(ref_kind);
+        *ref_kind = match method {
             ReopenMethod::None => {
                 self.record.end_name();
                 RefKind::Nothing
             }
-            ReopenMethod::Forgotten => RefKind::Forgotten,
+            ReopenMethod::Removed => RefKind::Removed,
             ReopenMethod::Open(file) => {
                 self.record.end_name();
                 RefKind::Open(file)
             }
-            ReopenMethod::Name(place) => {
-                let name = place.name.to_bytes();
-                if self.record.set_name(place.parent.0, name, place.print) {
+            ReopenMethod::Name(link) => {
+                let name = link.name.to_bytes();
+                if self.record.set_name(link.parent.0, name, link.digest) {
                     RefKind::Name
                 } else {
                     RefKind::Nothing
@@ -195,24 +199,27 @@ impl Inode {
                 }
             }
         };
-        left
+        old_parent
     }
 
     /// What tells it from another of its name, if a name leads to it.
-    pub(super) fn print(&self, held: &RefKind) -> Option<u64> {
-        matches!(held, RefKind::Name).then(|| self.record.print())?
+    pub(super) fn print(&self, ref_kind: &RefKind) -> Option<u64> {
+        matches!(ref_kind, RefKind::Name).then(|| self.record.print())?
     }
 
     /// Sets what tells it from another of its name.
-    pub(super) fn set_print(&self, held: &mut RefKind, print: u64) {
-        if let Some(place) = self.place(held).filter(|place| place.print != print) {
-            self.set_way(held, ReopenMethod::Name(ParentLink { print, ..place }));
+    pub(super) fn set_digest(&self, ref_kind: &mut RefKind, digest: u64) {
+        if let Some(link) = self
+            .parent_link(ref_kind)
+            .filter(|link| link.digest != digest)
+        {
+            self.set_reopen_method(ref_kind, ReopenMethod::Name(ParentLink { digest, ..link }));
         }
     }
 
     /// The directory of the name that leads to it.
-    pub(super) fn parent_by(&self, held: &RefKind) -> Option<NodeId> {
-        let parent = matches!(held, RefKind::Name).then(|| self.record.parent());
+    pub(super) fn parent_of_kind(&self, ref_kind: &RefKind) -> Option<NodeId> {
+        let parent = matches!(ref_kind, RefKind::Name).then(|| self.record.parent());
         parent.flatten().map(NodeId)
     }
 
@@ -260,25 +267,25 @@ impl Inode {
     }
 
     /// Whether somebody still counts on it. Asked under the shard's lock.
-    pub(super) fn is_counted(&self) -> bool {
+    pub(super) fn is_in_use(&self) -> bool {
         self.node() == NodeId::ROOT
             || self.lookups() > 0
             || self.children.load(Ordering::Relaxed) > 0
-            || self.is_remembered()
+            || self.is_forgotten()
     }
 
     /// Whether the guest has given it back, and is still to find it by its node id.
     #[inline]
-    pub(super) fn is_remembered(&self) -> bool {
-        self.remembered.load(Ordering::Relaxed)
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_remembered(&self, remembered: bool) {
-        self.remembered.store(remembered, Ordering::Relaxed);
+    pub(super) fn set_forgotten(&self, forgotten: bool) {
+        self.forgotten.store(forgotten, Ordering::Relaxed);
     }
 
     pub(super) fn parent(&self) -> Option<NodeId> {
-        self.parent_by(&self.held())
+        self.parent_of_kind(&self.ref_kind())
     }
 
     /// What sort of file it is: never changes.
@@ -342,12 +349,12 @@ pub(super) fn now() -> Option<i64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     let now = i64::try_from(since.as_nanos()).ok();
     #[cfg(test)]
-    let now = now.and_then(|now| now.checked_add(LATER.get()));
+    let now = now.and_then(|now| now.checked_add(CLOCK_AHEAD.get()));
     now
 }
 
 #[cfg(test)]
 thread_local! {
     /// Nanoseconds by which the calling thread's clock is ahead of the host's.
-    pub(super) static LATER: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
+    pub(super) static CLOCK_AHEAD: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
 }

@@ -123,7 +123,7 @@ pub(super) enum ReopenMethod {
     /// By a file that the guest has open.
     Open(File),
     /// It is no longer in the store, and gets no descriptor any more.
-    Forgotten,
+    Removed,
 }
 
 /// Where an inode was last seen. The parent is named by its node id, so it may be moved without
@@ -133,18 +133,18 @@ pub(super) struct ParentLink {
     pub(super) parent: NodeId,
     pub(super) name: Box<CStr>,
     /// What tells the inode from a later one that number and birth can't tell it from; 0 where
-    /// they can. See [`print_of`].
-    pub(super) print: u64,
+    /// they can. See [`digest_of`].
+    pub(super) digest: u64,
 }
 
 /// A digest of the file handle, which needs no privilege to be asked for and has the inode's
 /// generation in it; never 0.
-pub(super) fn print_of(fd: impl AsFd) -> Result<u64> {
+pub(super) fn digest_of(fd: impl AsFd) -> Result<u64> {
     FileHandle::of(fd).map(|handle| digest(&handle))
 }
 
-/// As [`print_of`], of what goes by `name` in `directory`.
-pub(super) fn print_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
+/// As [`digest_of`], of what goes by `name` in `directory`.
+pub(super) fn digest_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
     FileHandle::at(directory, name).map(|handle| digest(&handle))
 }
 
@@ -163,11 +163,11 @@ fn digest(handle: &FileHandle) -> u64 {
 #[derive(Debug)]
 pub(super) struct InodeFd<'a> {
     inode: &'a Inode,
-    fd: Either<'a>,
+    fd: Source<'a>,
 }
 
 #[derive(Debug)]
-enum Either<'a> {
+enum Source<'a> {
     /// The inode's own.
     Installed(Borrowed<'a>),
     /// For this operation alone.
@@ -175,26 +175,26 @@ enum Either<'a> {
 }
 
 impl<'a> InodeFd<'a> {
-    pub(super) fn held(inode: &'a Inode, fd: Borrowed<'a>) -> Self {
-        let fd = Either::Installed(fd);
+    pub(super) fn installed(inode: &'a Inode, fd: Borrowed<'a>) -> Self {
+        let fd = Source::Installed(fd);
         Self { inode, fd }
     }
 
     pub(super) fn opened(inode: &'a Inode, fd: OwnedFd) -> Self {
-        let fd = Either::Opened(fd);
+        let fd = Source::Opened(fd);
         Self { inode, fd }
     }
 
     /// Whether it was opened for this operation alone.
     pub(super) fn is_opened(&self) -> bool {
-        matches!(self.fd, Either::Opened(_))
+        matches!(self.fd, Source::Opened(_))
     }
 
     /// The descriptor, if it was opened for this operation alone.
     pub(super) fn into_opened(self) -> Option<OwnedFd> {
         match self.fd {
-            Either::Installed(_) => None,
-            Either::Opened(fd) => Some(fd),
+            Source::Installed(_) => None,
+            Source::Opened(fd) => Some(fd),
         }
     }
 
@@ -207,8 +207,8 @@ impl<'a> InodeFd<'a> {
 impl AsFd for InodeFd<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.fd {
-            Either::Installed(fd) => fd.as_fd(),
-            Either::Opened(fd) => fd.as_fd(),
+            Source::Installed(fd) => fd.as_fd(),
+            Source::Opened(fd) => fd.as_fd(),
         }
     }
 }
@@ -255,7 +255,7 @@ pub(super) fn reopen_fd(fd: impl AsFd, proc_fds: &OwnedFd, flags: OFlags) -> Res
 
 /// Decides how each inode is held.
 #[derive(Debug)]
-pub(super) struct Holder {
+pub(super) struct ReopenPolicy {
     mode: InodeFileHandles,
     mounts: Mutex<HashMap<u64, Exportable>>,
     /// The mount of the shared directory stays anchored there: that is busy anyway.
@@ -272,7 +272,7 @@ enum Exportable {
     No,
 }
 
-impl Holder {
+impl ReopenPolicy {
     /// Finds out whether file handles work for the shared directory, open as `root`.
     ///
     /// # Errors
@@ -285,7 +285,7 @@ impl Holder {
         proc_fds: &OwnedFd,
     ) -> Result<Self> {
         let anchors = Arc::default();
-        let (root, verdict) = match meet_mount(root, identity.kind, proc_fds, &anchors) {
+        let (root, verdict) = match probe_mount(root, identity.kind, proc_fds, &anchors) {
             Ok((mount, _)) => {
                 let verdict = Exportable::Yes(Arc::downgrade(&mount));
                 (Some(mount), verdict)
@@ -308,7 +308,7 @@ impl Holder {
 
     /// The way by file handle to a new inode, which `fd` is open on; `None` if it shall be held
     /// by a descriptor.
-    pub(super) fn way_to_new(
+    pub(super) fn method_for_new(
         &self,
         fd: BorrowedFd<'_>,
         identity: &Identity,
@@ -318,7 +318,7 @@ impl Holder {
             return Ok(None);
         }
         match self.by_handle(fd, identity, proc_fds) {
-            Ok(way) => Ok(Some(way)),
+            Ok(method) => Ok(Some(method)),
             Err(error) if self.mode == InodeFileHandles::Mandatory => Err(error),
             Err(_) => Ok(None),
         }
@@ -340,7 +340,7 @@ impl Holder {
 
     /// Whether an inode that was opened by its file handle keeps the descriptor until it is
     /// needed elsewhere.
-    pub(super) fn keeps_opened(&self) -> bool {
+    pub(super) fn keeps_opened_fds(&self) -> bool {
         self.mode == InodeFileHandles::Never
     }
 
@@ -364,15 +364,16 @@ impl Holder {
         };
         let found = match known {
             Some(mount) => FileHandle::of(fd).map(|handle| (mount, handle)),
-            None => meet_mount(fd, identity.kind, proc_fds, &self.anchors),
+            None => probe_mount(fd, identity.kind, proc_fds, &self.anchors),
         };
         // Whether a mount can be used is asked of its directories and files alone: others
         // can't serve as its anchor. Being short of descriptors says nothing of the mount.
-        let telling = matches!(identity.kind, FileType::Directory | FileType::RegularFile);
+        let is_representative =
+            matches!(identity.kind, FileType::Directory | FileType::RegularFile);
         let verdict = match &found {
             Ok((mount, _)) => Some(Exportable::Yes(Arc::downgrade(mount))),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::STALE) => None,
-            Err(_) => telling.then_some(Exportable::No),
+            Err(_) => is_representative.then_some(Exportable::No),
         };
         if let Some(verdict) = verdict {
             let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -384,7 +385,7 @@ impl Holder {
 }
 
 /// Tries whether the mount that `fd` is on can open file handles.
-fn meet_mount(
+fn probe_mount(
     fd: BorrowedFd<'_>,
     kind: FileType,
     proc_fds: &OwnedFd,

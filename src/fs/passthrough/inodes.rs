@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use hashbrown::HashTable;
 use rustc_hash::FxBuildHasher;
 
-use self::forgotten_inodes::Remembered;
+use self::forgotten_inodes::ForgottenInodes;
 use super::current_request;
-use super::dir_seqcount::Changes;
+use super::dir_seqcount::DirSeqCounts;
 use super::fd_evictor::FdEvictor;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::{Identity, Key, ReopenMethod};
@@ -37,17 +37,17 @@ use crate::sys::fd_slot::Borrowed;
 
 /// What a new inode begins with.
 #[derive(Debug)]
-pub(super) struct New {
+pub(super) struct NewInode {
     pub(super) fd: Option<OwnedFd>,
-    pub(super) way: ReopenMethod,
+    pub(super) method: ReopenMethod,
 }
 
-impl New {
+impl NewInode {
     /// With a descriptor; the way is learned when its name is seen.
     pub(super) fn open(fd: OwnedFd) -> Self {
         Self {
             fd: Some(fd),
-            way: ReopenMethod::None,
+            method: ReopenMethod::None,
         }
     }
 }
@@ -81,11 +81,11 @@ fn by_key<'a>(keys: &'a Keys, key: &Key) -> Option<&'a Arc<Inode>> {
 const SHARDS: usize = 64;
 
 /// How deep a directory may lie for its names to be followed: a circle ends here.
-pub(super) const DEEPEST: usize = 1 << 17;
+pub(super) const MAX_DEPTH: usize = 1 << 17;
 
 /// All inodes that the guest knows.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct InodeStore {
     by_key: Box<[Mutex<Keys>]>,
     by_node: Box<[RwLock<Nodes>]>,
     root: Arc<Inode>,
@@ -97,26 +97,26 @@ pub(super) struct Store {
     descriptors: AtomicUsize,
     /// Inodes in the store, the root included. Orders nothing; a bound goes by it.
     count: AtomicUsize,
-    clock: FdEvictor,
-    changes: Changes,
-    remembered: Remembered,
+    evictor: FdEvictor,
+    dir_seqcounts: DirSeqCounts,
+    forgotten: ForgottenInodes,
 }
 
-impl Store {
+impl InodeStore {
     /// A store that knows the root alone, open as `fd` for ever, and remembers up to `remembered` inodes
     /// that were given back. `None` if there is no room for it in `table`.
     pub(super) fn new(
         identity: &Identity,
         fd: OwnedFd,
         table: &Arc<Table>,
-        remembered: usize,
+        forgotten: usize,
     ) -> Option<Self> {
         let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), ReopenMethod::None)?;
-        Some(Self::of(inode, table, remembered))
+        Some(Self::of(inode, table, forgotten))
     }
 
     /// A store that knows `root` alone, and remembers as [`new`](Self::new) says.
-    pub(super) fn of(root: Inode, table: &Arc<Table>, remembered: usize) -> Self {
+    pub(super) fn of(root: Inode, table: &Arc<Table>, forgotten: usize) -> Self {
         let root = Arc::new(root);
         let store = Self {
             by_key: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -126,9 +126,9 @@ impl Store {
             next: Mutex::new((0, 0)),
             descriptors: AtomicUsize::new(0),
             count: AtomicUsize::new(0),
-            clock: FdEvictor::new(),
-            changes: Changes::new(),
-            remembered: Remembered::new(remembered),
+            evictor: FdEvictor::new(),
+            dir_seqcounts: DirSeqCounts::new(),
+            forgotten: ForgottenInodes::new(forgotten),
         };
         store.insert(&mut store.keys(&store.root.key()), Arc::clone(&store.root));
         store
@@ -150,7 +150,7 @@ impl Store {
 
     /// Takes in inodes that a table has told of, each with its own way, which may lead through
     /// others of them.
-    pub(super) fn take_in(&self, inodes: Vec<Inode>) {
+    pub(super) fn restore_all(&self, inodes: Vec<Inode>) {
         let mut inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
         // Of several with one key the youngest is there; the others have lost it.
         inodes.sort_unstable_by_key(|inode| inode.node());
@@ -166,25 +166,25 @@ impl Store {
             if let Some(parent) = inode.parent().and_then(|node| self.any(node)) {
                 parent.children.fetch_add(1, Ordering::Relaxed);
             }
-            self.line_up(inode);
+            self.enqueue_for_eviction(inode);
         }
         // Those that nobody counts on any more: what was given back as the other process ended.
         for inode in &inodes {
-            self.end_uncounted(self.keys(&inode.key()), inode);
+            self.remove_if_unused(self.keys(&inode.key()), inode);
         }
     }
 
     /// All inodes but the root, also those that are here for their children alone, and none of
     /// which nobody has one.
     pub(super) fn all(&self) -> Vec<Arc<Inode>> {
-        let all = self.everything();
-        if self.remembered() == 0 {
+        let all = self.all_with_forgotten();
+        if self.forgotten() == 0 {
             return all;
         }
         self.needed(all)
     }
 
-    fn everything(&self) -> Vec<Arc<Inode>> {
+    fn all_with_forgotten(&self) -> Vec<Arc<Inode>> {
         let of = |shard: &RwLock<Nodes>| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
             let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
@@ -203,26 +203,26 @@ impl Store {
     /// Adds an inode that another server has given out as `node`, with so many lookups. False if
     /// the node id is taken or was never given out, if the directory of its name is not here, or
     /// if the table is full.
-    pub(super) fn bring(
+    pub(super) fn import(
         &self,
         node: NodeId,
         lookups: u64,
         identity: &Identity,
         fd: Option<OwnedFd>,
-        way: ReopenMethod,
+        method: ReopenMethod,
     ) -> bool {
         let given_out = NodeId::ROOT.0 + 1..self.table.nodes_given_out();
         if self.any(node).is_some() || !given_out.contains(&node.0) {
             return false;
         }
-        let parent = match &way {
-            ReopenMethod::Name(place) => match self.any(place.parent) {
+        let parent = match &method {
+            ReopenMethod::Name(link) => match self.any(link.parent) {
                 Some(parent) => Some(parent),
                 None => return false,
             },
             _ => None,
         };
-        let Some(inode) = Inode::new(&self.table, identity, node, fd, way) else {
+        let Some(inode) = Inode::new(&self.table, identity, node, fd, method) else {
             return false;
         };
         inode.record.set_lookups(lookups, 0, false);
@@ -232,7 +232,7 @@ impl Store {
         if let Some(parent) = parent {
             parent.children.fetch_add(1, Ordering::Relaxed);
         }
-        self.line_up(&inode);
+        self.enqueue_for_eviction(&inode);
         true
     }
 
@@ -240,8 +240,8 @@ impl Store {
     pub(super) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
         // Those that are here for their children alone are not the guest's.
-        let had = known.node() == NodeId::ROOT || known.lookups() > 0;
-        had.then_some(known)
+        let known_to_guest = known.node() == NodeId::ROOT || known.lookups() > 0;
+        known_to_guest.then_some(known)
     }
 
     /// The inode that `node` stands for, also if it is here for its children alone.
@@ -260,10 +260,13 @@ impl Store {
 
     /// The inode whose way is `name` in `parent`: looks at all of them.
     pub(super) fn by_name(&self, parent: NodeId, name: &CStr) -> Option<Arc<Inode>> {
-        let goes_by = |inode: &Inode| inode.goes_by(&inode.held(), parent, name);
+        let is_linked_as = |inode: &Inode| inode.is_linked_as(&inode.ref_kind(), parent, name);
         self.by_node.iter().find_map(|shard| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            nodes.iter().find(|known| goes_by(known)).map(Arc::clone)
+            nodes
+                .iter()
+                .find(|known| is_linked_as(known))
+                .map(Arc::clone)
         })
     }
 
@@ -272,9 +275,9 @@ impl Store {
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
         // One that is remembered gets a descriptor first, as one that is new does.
-        let known = |inode: &&Arc<Inode>| inode.is(identity) && !inode.is_remembered();
+        let known = |inode: &&Arc<Inode>| inode.is(identity) && !inode.is_forgotten();
         let inode = by_key(&keys, &identity.key).filter(known)?;
-        self.count_up(&keys, inode);
+        self.increment_lookups(&keys, inode);
         Some(Arc::clone(inode))
     }
 
@@ -287,12 +290,12 @@ impl Store {
 
     /// Finds or adds an inode without opening it, and counts one lookup of it. `None` if it may
     /// be known, and it takes more than `identity` to tell. A new one can't be reached before
-    /// [`see_new`](Self::see_new).
+    /// [`record_name_of_new`](Self::record_name_of_new).
     pub(super) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
             let known = known.is(identity).then_some(known)?;
-            self.count_up(&keys, known);
+            self.increment_lookups(&keys, known);
             return Some(Arc::clone(known));
         }
         self.add(&mut keys, identity, None, ReopenMethod::None)
@@ -301,21 +304,21 @@ impl Store {
     /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
     /// known inode goes by the same key, `same` tells by system calls whether it is the one.
     /// `None` if the table is full.
-    pub(super) fn admit(
+    pub(super) fn find_or_insert(
         &self,
         identity: &Identity,
-        new: New,
-        same: impl FnOnce(&Inode, &New) -> bool,
+        new: NewInode,
+        same: impl FnOnce(&Inode, &NewInode) -> bool,
     ) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
             if known.is(identity) || same(known, &new) {
-                let was_remembered = known.is_remembered();
-                self.count_up(&keys, known);
+                let was_forgotten_before = known.is_forgotten();
+                self.increment_lookups(&keys, known);
                 known.settle(identity);
                 let known = Arc::clone(known);
                 drop(keys);
-                if was_remembered && let Some(fd) = new.fd {
+                if was_forgotten_before && let Some(fd) = new.fd {
                     drop(self.install(&known, fd));
                 }
                 return Some(known);
@@ -323,14 +326,14 @@ impl Store {
             // What had this number before is no more. Its node id stays with who has it.
             let known = Arc::clone(known);
             remove_key(&mut keys, &known);
-            if known.is_remembered() {
-                let new = self.add(&mut keys, identity, new.fd, new.way);
+            if known.is_forgotten() {
+                let new = self.add(&mut keys, identity, new.fd, new.method);
                 drop(keys);
-                self.let_go(&known);
+                self.drop_forgotten(&known);
                 return new;
             }
         }
-        self.add(&mut keys, identity, new.fd, new.way)
+        self.add(&mut keys, identity, new.fd, new.method)
     }
 
     fn add(
@@ -338,12 +341,12 @@ impl Store {
         keys: &mut Keys,
         identity: &Identity,
         fd: Option<OwnedFd>,
-        way: ReopenMethod,
+        method: ReopenMethod,
     ) -> Option<Arc<Inode>> {
         let node = self.next_node();
         let entry = self.table.own_journal_entry(current_request::unique());
         entry.inspect(|entry| entry.before(node.0, false));
-        let inode = Inode::new(&self.table, identity, node, fd, way)?;
+        let inode = Inode::new(&self.table, identity, node, fd, method)?;
         entry.inspect(|entry| entry.after());
         let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
@@ -360,8 +363,8 @@ impl Store {
         inode: &'a Inode,
         fd: OwnedFd,
     ) -> Result<Borrowed<'a>, OwnedFd> {
-        let held = inode.held();
-        if matches!(*held, RefKind::Forgotten) {
+        let ref_kind = inode.ref_kind();
+        if matches!(*ref_kind, RefKind::Removed) {
             return Err(fd);
         }
         match inode.slot.fill(fd) {
@@ -369,8 +372,8 @@ impl Store {
                 let number = borrowed.as_fd().as_raw_fd();
                 inode.record.set_descriptor(Some(number));
                 self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*held, RefKind::Nothing | RefKind::Open(_)) {
-                    self.clock.add(inode);
+                if !matches!(*ref_kind, RefKind::Nothing | RefKind::Open(_)) {
+                    self.evictor.add(inode);
                 }
                 Ok(borrowed)
             }
@@ -383,7 +386,7 @@ impl Store {
     pub(super) fn uninstall(
         &self,
         inode: &Inode,
-        _held: &MutexGuard<'_, RefKind>,
+        _ref_kind: &MutexGuard<'_, RefKind>,
         fd: Borrowed<'_>,
     ) -> Option<OwnedFd> {
         let taken = fd.take();
@@ -395,30 +398,30 @@ impl Store {
     }
 
     /// Puts `inode` at the end of those that may be closed, if it has a descriptor and a way.
-    pub(super) fn line_up(&self, inode: &Inode) {
-        let held = inode.held();
-        if inode.slot.is_full() && !matches!(*held, RefKind::Nothing | RefKind::Forgotten) {
-            self.clock.add(inode);
+    pub(super) fn enqueue_for_eviction(&self, inode: &Inode) {
+        let ref_kind = inode.ref_kind();
+        if inode.slot.is_full() && !matches!(*ref_kind, RefKind::Nothing | RefKind::Removed) {
+            self.evictor.add(inode);
         }
     }
 
     /// Which descriptors go first.
-    pub(super) fn clock(&self) -> &FdEvictor {
-        &self.clock
+    pub(super) fn evictor(&self) -> &FdEvictor {
+        &self.evictor
     }
 
     /// Counts one child more of `parent`; answers whether that is still in the store.
-    fn adopt(&self, parent: &Inode) -> bool {
+    fn add_child(&self, parent: &Inode) -> bool {
         let _keys = self.keys(&parent.key());
-        let here = parent.is_counted();
-        if here {
+        let is_present = parent.is_in_use();
+        if is_present {
             parent.children.fetch_add(1, Ordering::Relaxed);
         }
-        here
+        is_present
     }
 
     /// Counts one child less of `node`, and if that ends it, of what it was a child of.
-    fn leave(&self, node: NodeId) {
+    fn remove_child(&self, node: NodeId) {
         let mut next = Some(node);
         while let Some(parent) = next.and_then(|node| self.any(node)) {
             let mut keys = self.keys(&parent.key());
@@ -428,26 +431,26 @@ impl Store {
             }
             parent.children.store(before - 1, Ordering::Relaxed);
             next = None;
-            if !parent.is_counted() {
+            if !parent.is_in_use() {
                 let removed = self.remove(&mut keys, &parent);
                 drop(keys);
-                next = self.bury(&parent);
+                next = self.finish_removal(&parent);
                 drop(removed);
             }
         }
     }
 
     /// Removes `inode`, the lock of whose shard `keys` is, if nobody counts on it any more.
-    fn end_uncounted(&self, mut keys: MutexGuard<'_, Keys>, inode: &Arc<Inode>) {
-        if inode.is_counted() {
+    fn remove_if_unused(&self, mut keys: MutexGuard<'_, Keys>, inode: &Arc<Inode>) {
+        if inode.is_in_use() {
             return;
         }
         let removed = self.remove(&mut keys, inode);
         drop(keys);
         if removed.is_some()
-            && let Some(parent) = self.bury(inode)
+            && let Some(parent) = self.finish_removal(inode)
         {
-            self.leave(parent);
+            self.remove_child(parent);
         }
         // Descriptors are closed outside of the locks.
         drop(removed);
@@ -456,17 +459,18 @@ impl Store {
     /// Counts one lookup more of an inode that the guest has, or that is remembered.
     ///
     /// Answers whether that is still so: another thread may have forgotten it meanwhile.
-    pub(super) fn count(&self, inode: &Inode) -> bool {
+    pub(super) fn count_lookup(&self, inode: &Inode) -> bool {
         let keys = self.keys(&inode.key());
-        let had = inode.node() == NodeId::ROOT || inode.lookups() > 0 || inode.is_remembered();
-        if had {
-            self.count_up(&keys, inode);
+        let known_to_guest =
+            inode.node() == NodeId::ROOT || inode.lookups() > 0 || inode.is_forgotten();
+        if known_to_guest {
+            self.increment_lookups(&keys, inode);
         }
-        had
+        known_to_guest
     }
 
     /// The lock's guard is asked for to show that it is held.
-    fn count_up(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
+    fn increment_lookups(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
         let entry = self.table.own_journal_entry(current_request::unique());
         entry.inspect(|entry| entry.before(inode.node().0, false));
         let lookups = inode.lookups().saturating_add(1);
@@ -474,7 +478,7 @@ impl Store {
             .record
             .set_lookups(lookups, current_request::unique(), true);
         entry.inspect(|entry| entry.after());
-        self.remembered.take(inode);
+        self.forgotten.take(inode);
     }
 
     /// Gives back `count` lookups; the last one removes the inode, unless it is to be remembered,
@@ -485,7 +489,7 @@ impl Store {
     }
 
     /// Answers whether the inode is remembered from now on.
-    fn forget_inode(&self, inode: &Arc<Inode>, count: u64, remember: bool) -> bool {
+    fn forget_inode(&self, inode: &Arc<Inode>, count: u64, keep: bool) -> bool {
         let keys = self.keys(&inode.key());
         let before = inode.lookups();
         let left = before.saturating_sub(count);
@@ -499,29 +503,30 @@ impl Store {
         if before == 0 || left > 0 {
             return false;
         }
-        let remembered = remember && self.remember(&keys, inode);
-        if !remembered {
-            self.end_uncounted(keys, inode);
+        let forgotten = keep && self.keep_forgotten(&keys, inode);
+        if !forgotten {
+            self.remove_if_unused(keys, inode);
         }
-        remembered
+        forgotten
     }
 
     /// Ends what an inode that was removed still has; answers whose child it was.
-    fn bury(&self, inode: &Inode) -> Option<NodeId> {
-        let mut held = inode.held();
-        let left = inode.set_way(&mut held, ReopenMethod::Forgotten);
+    fn finish_removal(&self, inode: &Inode) -> Option<NodeId> {
+        let mut ref_kind = inode.ref_kind();
+        let left = inode.set_reopen_method(&mut ref_kind, ReopenMethod::Removed);
         if inode.slot.is_full() {
             self.descriptors.fetch_sub(1, Ordering::Relaxed);
         }
-        drop(held);
+        drop(ref_kind);
         if inode.slot.mark(false) {
-            self.clock.one_is_gone(inode.node(), |node| self.any(node));
+            self.evictor
+                .inode_removed(inode.node(), |node| self.any(node));
         }
         left
     }
 
     /// Makes the next lookup find another inode under this one's key: it was found stale.
-    pub(super) fn disown(&self, inode: &Inode) {
+    pub(super) fn remove_key_of(&self, inode: &Inode) {
         if inode.node() != NodeId::ROOT {
             let mut keys = self.keys(&inode.key());
             remove_key(&mut keys, inode);
@@ -540,7 +545,7 @@ impl Store {
             for node in nodes {
                 if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
                     let keys = self.keys(&inode.key());
-                    self.remembered.take(&inode);
+                    self.forgotten.take(&inode);
                     inode.children.store(0, Ordering::Relaxed);
                     // One that is here for its children alone has no lookup to give back.
                     inode.record.set_lookups(inode.lookups().max(1), 0, false);
@@ -608,7 +613,7 @@ impl Store {
         if removed.is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
-        if roomy(nodes.len(), nodes.capacity()) {
+        if is_sparse(nodes.len(), nodes.capacity()) {
             nodes.shrink_to_fit(node_hash);
         }
         removed
@@ -620,7 +625,7 @@ fn remove_key(keys: &mut Keys, inode: &Inode) {
     let own = |known: &Arc<Inode>| std::ptr::eq(&**known, inode);
     if let Ok(entry) = keys.find_entry(hash_of_key(&inode.key()), own) {
         entry.remove();
-        if roomy(keys.len(), keys.capacity()) {
+        if is_sparse(keys.len(), keys.capacity()) {
             keys.shrink_to_fit(key_hash);
         }
     }
@@ -628,6 +633,6 @@ fn remove_key(keys: &mut Keys, inode: &Inode) {
 
 /// Whether a set has so much room left that memory shall be given back. Four times what is
 /// needed, so that a set near the limit isn't moved to and fro.
-fn roomy(len: usize, capacity: usize) -> bool {
+fn is_sparse(len: usize, capacity: usize) -> bool {
     capacity > 64 && len < capacity / 4
 }

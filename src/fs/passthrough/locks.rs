@@ -92,10 +92,10 @@ impl Locks {
             fd: file.as_fd().as_raw_fd(),
         };
         let record = self.table.new_lock(&fields).ok_or(Errno::NOLCK)?;
-        Ok(self.put_in(of_node, record, file))
+        Ok(self.push(of_node, record, file))
     }
 
-    fn put_in(&self, of_node: &mut Vec<Owned>, record: LockRecord, file: File) -> Arc<File> {
+    fn push(&self, of_node: &mut Vec<Owned>, record: LockRecord, file: File) -> Arc<File> {
         let fields = record.fields();
         let file = Arc::new(file);
         of_node.push(Owned {
@@ -112,7 +112,7 @@ impl Locks {
     pub(super) fn put(&self, record: LockRecord, file: File) {
         let node = NodeId(record.fields().node);
         let mut nodes = self.nodes();
-        self.put_in(nodes.entry(node).or_default(), record, file);
+        self.push(nodes.entry(node).or_default(), record, file);
     }
 
     /// Calls `each` with all owners, what they have, and what has it on the host.
@@ -127,7 +127,7 @@ impl Locks {
     /// # Errors
     ///
     /// `EEXIST` if the owner is here already, `ENOLCK` if there is no room in the table.
-    pub(super) fn bring(&self, fields: &LockFields, ranges: &[Range], file: File) -> Result<()> {
+    pub(super) fn import(&self, fields: &LockFields, ranges: &[Range], file: File) -> Result<()> {
         if self
             .find(NodeId(fields.node), LockOwner(fields.owner))
             .is_some()
@@ -149,7 +149,7 @@ impl Locks {
         let Some(owned) = of_node.and_then(|all| all.iter().find(|one| one.owner == owner)) else {
             return;
         };
-        let ranges = after(owned.record.ranges(), lock);
+        let ranges = ranges_after(owned.record.ranges(), lock);
         if !owned.record.set_ranges(&ranges) {
             log::warn!(
                 "node {}: more locks than the state table has room for",
@@ -222,7 +222,7 @@ impl Owned {
 
 /// `ranges`, after `lock` was set: it takes the place of what it covers, and what touches it and is of
 /// its kind becomes one with it, as in the kernel.
-fn after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
+fn ranges_after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
     let exclusive = lock.kind == LockKind::Exclusive;
     let (mut start, mut end) = (lock.start, lock.end);
     let mut left = Vec::with_capacity(ranges.len() + 2);
@@ -305,7 +305,7 @@ mod tests {
     fn ranges(locks: &[(LockKind, u64, u64)]) -> Vec<(bool, u64, u64)> {
         let mut ranges = Vec::new();
         for &(kind, start, end) in locks {
-            ranges = after(ranges, RecordLock { kind, start, end });
+            ranges = ranges_after(ranges, RecordLock { kind, start, end });
         }
         let plain = |range: Range| (range.exclusive, range.start, range.end);
         ranges.into_iter().map(plain).collect()

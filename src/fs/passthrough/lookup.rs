@@ -18,9 +18,9 @@ use super::Passthrough;
 use super::dir_seqcount::DirSeq;
 use super::inode::Inode;
 use super::inode_ref::{
-    Directory, IDENTITY, Identity, Key, ReopenMethod, print_at, print_of, reopen_fd, stat_fd,
+    Directory, IDENTITY, Identity, Key, ReopenMethod, digest_at, digest_of, reopen_fd, stat_fd,
 };
-use super::inodes::New;
+use super::inodes::NewInode;
 use crate::fs::{Caller, Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 
@@ -33,7 +33,7 @@ const LIKELY_NEW: u32 = 4;
 
 thread_local! {
     /// How many new inodes the calling thread has found since it last found a known one.
-    static NEW_LATELY: Cell<u32> = const { Cell::new(0) };
+    static NEW_IN_A_ROW: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Makes sure that `name` is one component. The dispatch has done so; that nothing leaves the
@@ -69,15 +69,16 @@ impl Passthrough {
     /// Finds `name` in `parent` and counts one lookup. One system call for what is known
     /// already; three for what is not, or two where what was looked up lately was not known either.
     pub(super) fn find(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
-        if NEW_LATELY.get() >= LIKELY_NEW {
+        if NEW_IN_A_ROW.get() >= LIKELY_NEW {
             return self.find_new(parent, name);
         }
-        let moment = self.inodes.moment(parent.inode());
+        let dir_seq = self.inodes.dir_seq(parent.inode());
         let stat = stat_name(&parent, name)?;
         match self.inodes.find(&Identity::of(&stat)) {
             Some(inode) => {
-                NEW_LATELY.set(0);
-                self.inodes.see(&inode, parent.inode(), name, moment);
+                NEW_IN_A_ROW.set(0);
+                self.inodes
+                    .record_name(&inode, parent.inode(), name, dir_seq);
                 Ok(self.entry(&inode, &stat))
             }
             None => self.find_new(parent, name),
@@ -90,23 +91,24 @@ impl Passthrough {
         let name = component(name)?;
         let seen = self.seen(&parent, name);
         let fd = self.with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
-        self.admit(Found::Path(fd), Some(&seen))
+        self.find_or_insert(Found::Path(fd), Some(&seen))
     }
 
     /// As [`find`](Self::find), for a name that is one of many and may never be used: an inode
     /// that is not known yet is only noted, and opened when it is needed.
     pub(super) fn find_listed(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
-        if !self.holder.keeps_opened() {
+        if !self.reopen_policy.keeps_opened_fds() {
             return self.find(parent, name);
         }
         let seen = self.seen(&parent, name);
         let stat = stat_name(&parent, name)?;
         let identity = Identity::of(&stat);
         if let Some(inode) = self.inodes.find(&identity) {
-            self.inodes.see(&inode, seen.parent, name, seen.moment);
+            self.inodes
+                .record_name(&inode, seen.parent, name, seen.dir_seq);
             return Ok(self.entry(&inode, &stat));
         }
-        match self.note(&parent, &seen, &identity) {
+        match self.add_unopened(&parent, &seen, &identity) {
             Some(inode) => Ok(self.entry(&inode, &stat)),
             None => self.find_new(parent, name),
         }
@@ -115,25 +117,25 @@ impl Passthrough {
     /// Adds an inode that is reached by the name under which it was `seen`, without opening it;
     /// counts one lookup. `None` where it has to be opened: nothing would tell it from another of
     /// its name later, or it may be known, or the name may have changed meanwhile.
-    fn note(
+    fn add_unopened(
         &self,
         parent: &impl Directory,
         seen: &Seen<'_>,
         identity: &Identity,
     ) -> Option<Arc<Inode>> {
-        let print = if identity.is_settled() {
+        let digest = if identity.is_settled() {
             0
         } else {
             // Without a birth there is too little to compare when it is opened later.
             identity.birth?;
-            print_at(parent, seen.name).ok()?
+            digest_at(parent, seen.name).ok()?
         };
         self.room_for_inode().ok()?;
         let inode = self.inodes.add_unopened(identity)?;
-        let noted = self
-            .inodes
-            .see_new(&inode, seen.parent, seen.name, print, seen.moment);
-        if noted {
+        let is_reachable =
+            self.inodes
+                .record_name_of_new(&inode, seen.parent, seen.name, digest, seen.dir_seq);
+        if is_reachable {
             return Some(inode);
         }
         self.forget_lookups(inode.node(), 1);
@@ -142,30 +144,30 @@ impl Passthrough {
 
     /// The entry of what was created as `name` in `parent`, and is open as `file`; counts one
     /// lookup.
-    pub(super) fn find_created(
+    pub(super) fn entry_of_created(
         &self,
         parent: impl Directory,
         name: &CStr,
         file: &OwnedFd,
     ) -> Result<Entry> {
-        self.admit(Found::Open(file), Some(&self.seen(&parent, name)))
+        self.find_or_insert(Found::Open(file), Some(&self.seen(&parent, name)))
     }
 
     /// The entry of what `fd`, an `O_PATH` descriptor, is of; counts one lookup.
-    pub(super) fn find_held(&self, fd: OwnedFd) -> Result<Entry> {
-        self.admit(Found::Path(fd), None)
+    pub(super) fn entry_of_path_fd(&self, fd: OwnedFd) -> Result<Entry> {
+        self.find_or_insert(Found::Path(fd), None)
     }
 
     /// The entry of a file without a name, open as `file`; counts one lookup.
-    pub(super) fn find_opened(&self, file: &OwnedFd) -> Result<Entry> {
-        self.admit(Found::Open(file), None)
+    pub(super) fn entry_of_nameless(&self, file: &OwnedFd) -> Result<Entry> {
+        self.find_or_insert(Found::Open(file), None)
     }
 
     /// The entry of an inode that the guest has, open as `fd`; counts one lookup more.
-    pub(super) fn find_again(&self, fd: impl Directory) -> Result<Entry> {
+    pub(super) fn entry_of_open(&self, fd: impl Directory) -> Result<Entry> {
         let stat = stat_fd(&fd, IDENTITY)?;
         let inode = fd.inode();
-        if self.inodes.count(inode) {
+        if self.inodes.count_lookup(inode) {
             Ok(self.entry(inode, &stat))
         } else {
             Err(Errno::STALE)
@@ -191,27 +193,28 @@ impl Passthrough {
         Seen {
             parent,
             name,
-            moment: self.inodes.moment(parent),
+            dir_seq: self.inodes.dir_seq(parent),
         }
     }
 
     /// Finds or adds the inode that is `found` where it was `seen`; `None` where no name led to
     /// it.
-    fn admit(&self, found: Found<'_>, seen: Option<&Seen<'_>>) -> Result<Entry> {
+    fn find_or_insert(&self, found: Found<'_>, seen: Option<&Seen<'_>>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
         let inode = match self.inodes.find(&identity) {
             Some(inode) => {
-                NEW_LATELY.set(0);
+                NEW_IN_A_ROW.set(0);
                 inode
             }
             None => {
-                NEW_LATELY.set(NEW_LATELY.get().saturating_add(1));
+                NEW_IN_A_ROW.set(NEW_IN_A_ROW.get().saturating_add(1));
                 self.add(found, &identity, seen)?
             }
         };
         if let Some(seen) = seen {
-            self.inodes.see(&inode, seen.parent, seen.name, seen.moment);
+            self.inodes
+                .record_name(&inode, seen.parent, seen.name, seen.dir_seq);
         }
         self.make_room();
         Ok(self.entry(&inode, &stat))
@@ -225,26 +228,26 @@ impl Passthrough {
     ) -> Result<Arc<Inode>> {
         self.room_for_inode()?;
         let handle = self
-            .holder
-            .way_to_new(found.as_fd(), identity, &self.proc_fds)?;
-        let (new, spare) = match (handle, found) {
-            (Some(way), found) => (New { fd: None, way }, Some(found)),
-            (None, Found::Path(fd)) => (New::open(fd), None),
+            .reopen_policy
+            .method_for_new(found.as_fd(), identity, &self.proc_fds)?;
+        let (new, unused) = match (handle, found) {
+            (Some(method), found) => (NewInode { fd: None, method }, Some(found)),
+            (None, Found::Path(fd)) => (NewInode::open(fd), None),
             (None, Found::Open(file)) => {
                 let open = || reopen_fd(file, &self.proc_fds, OFlags::PATH);
-                (New::open(self.with_room(open)?), None)
+                (NewInode::open(self.with_room(open)?), None)
             }
         };
-        let admitted = self.inodes.admit(identity, new, |known, new| {
+        let admitted = self.inodes.find_or_insert(identity, new, |known, new| {
             let fd = new.fd.as_ref().map(AsFd::as_fd);
-            fd.or(spare.as_ref().map(AsFd::as_fd))
-                .is_some_and(|fd| same(known, fd, &new.way))
+            fd.or(unused.as_ref().map(AsFd::as_fd))
+                .is_some_and(|fd| same(known, fd, &new.method))
         });
         let inode = admitted.ok_or(Errno::NFILE)?;
         // Its name may just be taken away by a request that did not find it here, and a file handle
         // does not keep it.
-        if let (Some(Found::Path(fd)), Some(seen)) = (spare, seen)
-            && !self.inodes.lasts(seen.moment)
+        if let (Some(Found::Path(fd)), Some(seen)) = (unused, seen)
+            && !self.inodes.is_unchanged(seen.dir_seq)
         {
             drop(self.inodes.install(&inode, fd));
         }
@@ -293,7 +296,7 @@ pub(super) fn new_generation() -> u64 {
 struct Seen<'a> {
     parent: &'a Inode,
     name: &'a CStr,
-    moment: DirSeq,
+    dir_seq: DirSeq,
 }
 
 /// An inode on its way into the store.
@@ -316,14 +319,14 @@ impl AsFd for Found<'_> {
 
 /// Whether `known` is what `fd` is open on and `way` leads to, both having the same device,
 /// mount and inode number. Asked only where birth leaves a doubt.
-fn same(known: &Inode, fd: BorrowedFd<'_>, way: &ReopenMethod) -> bool {
-    if let Some(held) = known.slot().inspect() {
+fn same(known: &Inode, fd: BorrowedFd<'_>, method: &ReopenMethod) -> bool {
+    if let Some(installed) = known.slot().inspect() {
         // Both exist at this moment, so one number is one inode, unless the file system has
         // numbers that aren't unique; those differ in birth.
         let birth = |fd: BorrowedFd<'_>| stat_fd(fd, IDENTITY).map(|it| Identity::of(&it).birth);
-        return matches!((birth(held.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new);
+        return matches!((birth(installed.as_fd()), birth(fd)), (Ok(known), Ok(new)) if known == new);
     }
-    match (known.way(), way) {
+    match (known.reopen_method(), method) {
         (ReopenMethod::Handle { handle: known, .. }, ReopenMethod::Handle { handle: new, .. }) => {
             known == *new
         }
@@ -333,10 +336,10 @@ fn same(known: &Inode, fd: BorrowedFd<'_>, way: &ReopenMethod) -> bool {
         (ReopenMethod::Open(file), _) => {
             let birth =
                 |fd: BorrowedFd<'_>| stat_fd(fd, IDENTITY).map(|it| Identity::of(&it).birth);
-            matches!((birth(file.as_fd()), birth(fd)), (Ok(held), Ok(new)) if held == new)
+            matches!((birth(file.as_fd()), birth(fd)), (Ok(known), Ok(new)) if known == new)
         }
-        (ReopenMethod::Name(place), _) if place.print != 0 => {
-            print_of(fd).is_ok_and(|print| print == place.print)
+        (ReopenMethod::Name(link), _) if link.digest != 0 => {
+            digest_of(fd).is_ok_and(|digest| digest == link.digest)
         }
         _ => false,
     }

@@ -64,14 +64,14 @@ use self::closed_fd_cache::ClosedFdCache;
 use self::closing::Closer;
 use self::credentials::CredentialPolicy;
 use self::directory::DirentCache;
-use self::handleless_open::HandlelessFiles;
+use self::handleless_open::HandlelessOpens;
 use self::handles::Handles;
-use self::inode_ref::Holder;
-use self::inodes::Store;
-use self::limits::Bounds;
+use self::inode_ref::ReopenPolicy;
+use self::inodes::InodeStore;
+use self::limits::FdLimits;
 use self::locks::Locks;
 use self::opening::CurrentTerms;
-use self::restore::Begun;
+use self::restore::PreviousAttempts;
 use self::revalidate::Paths;
 use self::sharing::Sharing;
 use super::{NegotiatedTerms, Result};
@@ -94,16 +94,16 @@ pub struct Passthrough {
     options: Options,
     /// `/proc/self/fd`, `O_PATH`.
     proc_fds: OwnedFd,
-    inodes: Store,
-    holder: Holder,
+    inodes: InodeStore,
+    reopen_policy: ReopenPolicy,
     /// What the root was made for, if it is a directory for a single file.
-    only: Option<OwnedFd>,
+    single_file: Option<OwnedFd>,
     handles: Handles,
-    on_demand: HandlelessFiles,
+    handleless: HandlelessOpens,
     closed_fds: ClosedFdCache,
     closer: Closer,
     terms: CurrentTerms,
-    bounds: Bounds,
+    fd_limits: FdLimits,
     sharing: Sharing,
     /// DirentCache of directories that are kept.
     dirent_cache: DirentCache,
@@ -118,7 +118,7 @@ pub struct Passthrough {
     /// What the guest holds, as it outlives this process.
     table: Arc<Table>,
     /// What is known of requests that another process had begun.
-    begun: Begun,
+    previous_attempts: PreviousAttempts,
     paths: Paths,
 }
 
@@ -132,7 +132,7 @@ impl Passthrough {
     /// Says that the root is a directory that was made for `file`, `O_PATH`, which is on another
     /// file system: to sync the root is to sync that.
     pub fn is_for(&mut self, file: OwnedFd) {
-        self.only = Some(file);
+        self.single_file = Some(file);
     }
 
     /// How many inodes the guest has looked up and not forgotten, the root included, and how many
@@ -145,7 +145,7 @@ impl Passthrough {
     /// How many of those the guest has given back, and may find again by a file handle.
     #[must_use]
     pub fn remembered_inodes(&self) -> usize {
-        self.inodes.remembered()
+        self.inodes.forgotten()
     }
 
     /// How many of those have a descriptor at this moment.
@@ -175,7 +175,7 @@ impl Passthrough {
         self.locks_released.store(false, Ordering::Relaxed);
         self.locks.clear();
         self.handles.clear();
-        self.on_demand.clear();
+        self.handleless.clear();
         self.closed_fds.clear();
         self.terms.set(&NegotiatedTerms::default());
     }

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::handleless_open::IMPLICIT;
 use super::inode::Inode;
-use super::revalidate::goes_by_name;
+use super::revalidate::is_reopened_by_name;
 use super::{Cache, Passthrough};
 use crate::fs::{Caller, Entry, HandleKind, NegotiatedTerms, NodeId, Opened, Result};
 use crate::io::File;
@@ -104,11 +104,11 @@ impl Passthrough {
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
-        if let Some(file) = self.spare(node, flags) {
+        if let Some(file) = self.take_closed(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
         let changes = truncates || flags & OFlags::RWMODE != OFlags::RDONLY;
-        let by_name = goes_by_name(&inode);
+        let by_name = is_reopened_by_name(&inode);
         if changes && (by_name || truncates) {
             self.writable()?;
             self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use self::seek::Sought;
+use self::seek::LostInodeSearch;
 use super::Passthrough;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::{IDENTITY, Identity, Key, stat_fd};
@@ -73,14 +73,14 @@ impl std::fmt::Display for Restored {
 
 /// What is known of requests that a process before this one had begun.
 #[derive(Debug, Default)]
-pub(super) struct Begun {
+pub(super) struct PreviousAttempts {
     seen: HashMap<u64, u64>,
     forgotten: HashSet<(u64, NodeId)>,
     /// Of its inodes, those that were looked for.
-    sought: Sought,
+    search: LostInodeSearch,
 }
 
-impl Begun {
+impl PreviousAttempts {
     pub(super) fn seen(&self, unique: u64) -> Option<u64> {
         // Nearly always there is nothing.
         self.seen.get(&unique).copied()
@@ -132,7 +132,7 @@ pub(super) fn key_of(record: &InodeRecord) -> Key {
 }
 
 /// The descriptor that was written down as `fd`, if it is open on that inode.
-pub(super) fn inherited_fds(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
+pub(super) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
     let fd = inherit::bequeathed_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
     let key = Identity::of(&stat).key;
@@ -152,7 +152,7 @@ impl Passthrough {
     pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
         let under_way: HashSet<u64> = past.under_way.iter().copied().collect();
         let mut restored = Restored::default();
-        self.find_begun(&mut records.inodes, &under_way);
+        self.load_previous_attempts(&mut records.inodes, &under_way);
         let known: HashSet<u64> = records.inodes.iter().map(InodeRecord::node).collect();
         let inodes: Vec<Inode> = records
             .inodes
@@ -162,13 +162,13 @@ impl Passthrough {
         // Of young ones number and birth tell too little later on; at this moment they do.
         let unsure = |inode: &&Inode| !inode.is_settled() && !inode.slot().is_full();
         let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
-        self.inodes.take_in(inodes);
+        self.inodes.restore_all(inodes);
         restored.inodes = self.inodes.len();
         if !past.inherited_fds {
-            self.begun.sought = Sought::from(self.table().nodes_given_out());
+            self.previous_attempts.search = LostInodeSearch::from(self.table().nodes_given_out());
             let open = records.handles.iter();
             let open = open.map(|record| NodeId(record.fields().node));
-            self.find_all(young.into_iter().chain(open).collect());
+            self.search_by_node(young.into_iter().chain(open).collect());
         }
         for record in records.handles {
             match self.restored_file(&record, &under_way, past) {
@@ -177,7 +177,7 @@ impl Passthrough {
                     if let Some(inode) = self.inodes.any(node)
                         && inode.kind() == FileType::RegularFile
                     {
-                        self.share_restored(&inode, &file);
+                        self.share_if_nameless(&inode, &file);
                     }
                     self.handles.put(record, file);
                     restored.files += 1;
@@ -209,7 +209,7 @@ impl Passthrough {
 
     /// Finds out how far requests came that were under way, and takes back the lookups that they have
     /// added: they will be served again.
-    fn find_begun(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
+    fn load_previous_attempts(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
         let table = Arc::clone(self.table());
         let by_node: HashMap<u64, usize> = (0..inodes.len())
             .map(|at| (inodes[at].node(), at))
@@ -218,7 +218,7 @@ impl Passthrough {
         for mut done in table.take_doings(|unique| under_way.contains(&unique)) {
             let unique = done.unique;
             if done.seen != 0 {
-                self.begun.seen.insert(unique, done.seen);
+                self.previous_attempts.seen.insert(unique, done.seen);
             }
             let mut given_back = std::mem::take(&mut done.given_back);
             if let Some((node, back)) = done.doubtful
@@ -232,7 +232,7 @@ impl Passthrough {
                 }
             }
             let forgotten = given_back.into_iter().map(|node| (unique, NodeId(node)));
-            self.begun.forgotten.extend(forgotten);
+            self.previous_attempts.forgotten.extend(forgotten);
             while let Some(node) = done.added.last().copied() {
                 match record(node) {
                     Some(record) => table.undo(&mut done, record),
@@ -243,14 +243,14 @@ impl Passthrough {
     }
 
     /// Who goes by a name; counts nothing.
-    pub(super) fn key_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
+    pub(super) fn identity_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
         let parent = self.inode(parent)?;
         let stat = stat_name(&self.fd(&parent)?, name)?;
         Ok(Identity::of(&stat))
     }
 
     /// Opens an inode, so that what a lookup finds can be compared with it.
-    fn make_sure(&self, inode: &Inode) {
+    fn open_to_compare(&self, inode: &Inode) {
         if let Err(error) = self.open_closed(inode) {
             log::debug!("node {} can't be reached: {error}", inode.node().0);
         }
@@ -264,7 +264,7 @@ impl Passthrough {
         past: &Past,
     ) -> Inode {
         let fd = if past.inherited_fds {
-            inherited_fds(record.descriptor(), &record)
+            inherited_fd(record.descriptor(), &record)
         } else {
             None
         };
@@ -284,18 +284,18 @@ impl Passthrough {
         });
         let handle = || {
             FileHandle::from_bytes(&record.handle()?)?;
-            Some(RefKind::Handle(self.holder.mount(record.mount())?))
+            Some(RefKind::Handle(self.reopen_policy.mount(record.mount())?))
         };
         let name = name.then_some(RefKind::Name);
-        let held = match (&fd, name) {
+        let ref_kind = match (&fd, name) {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
         };
-        if held.is_none() {
+        if ref_kind.is_none() {
             // Nothing but its descriptor leads there, and nobody can tell why.
             record.set_nameless(true);
         }
-        let inode = Inode::recorded(record, fd, held.unwrap_or(RefKind::Nothing));
+        let inode = Inode::recorded(record, fd, ref_kind.unwrap_or(RefKind::Nothing));
         inode.settle_by_record();
         inode
     }
@@ -309,8 +309,8 @@ impl Passthrough {
     ) -> Result<Option<File>> {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
-        let had = if past.inherited_fds {
-            inherited_fds(Some(fields.fd), inode.record())
+        let inherited = if past.inherited_fds {
+            inherited_fd(Some(fields.fd), inode.record())
         } else {
             None
         };
@@ -318,13 +318,13 @@ impl Passthrough {
             return Ok(None);
         }
         let flags = OFlags::from_bits_retain(fields.flags).difference(OFlags::TRUNC);
-        let (fd, anew) = match had {
+        let (fd, reopened) = match inherited {
             Some(fd) => (fd, false),
             None if fields.directory => (self.open_directory(&inode)?, true),
             None if inode.kind() == FileType::RegularFile => (self.reopen(&inode, flags)?, true),
             None => return Err(Errno::STALE),
         };
-        if anew {
+        if reopened {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
         if fields.directory {
@@ -338,7 +338,7 @@ impl Passthrough {
             2 => LockKind::Exclusive,
             _ => LockKind::Unlock,
         };
-        if anew
+        if reopened
             && kind != LockKind::Unlock
             && let Err(error) = file.try_lock(Lock::Whole(kind))
         {
@@ -354,7 +354,7 @@ impl Passthrough {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
         if past.inherited_fds
-            && let Some(fd) = inherited_fds(Some(fields.fd), inode.record())
+            && let Some(fd) = inherited_fd(Some(fields.fd), inode.record())
         {
             return Ok(File::from_fd(fd));
         }
@@ -380,15 +380,15 @@ impl Passthrough {
 
     /// Whether the inode with this `number` goes by `name` no more, as after an UNLINK or RMDIR by the
     /// process before, which did not come to write it down.
-    pub(super) fn has_lost(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
-        let there = self.key_at(parent, name);
+    pub(super) fn name_was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
+        let there = self.identity_at(parent, name);
         if there.is_ok_and(|there| there.key.number == number) {
             return false;
         }
         if let (Ok(parent), Some(lost)) = (self.inode(parent), self.inodes.by_name(parent, name)) {
-            let changing = self.inodes.changing([&parent, &parent]);
-            may_have_others(&lost);
-            self.inodes.lose(&lost, &parent, name, &changing);
+            let change = self.inodes.begin_name_change([&parent, &parent]);
+            note_other_names(&lost);
+            self.inodes.record_removal(&lost, &parent, name, &change);
             self.inodes.set_nameless(&lost, true);
         }
         true
@@ -397,14 +397,14 @@ impl Passthrough {
     /// Whether the inode with this `number`, which went by `from`, goes by `to` now, as after a RENAME
     /// by the process before, which did not come to write it down. It is known by its new name from
     /// here on.
-    pub(super) fn has_moved(
+    pub(super) fn name_was_moved(
         &self,
         from: (NodeId, &CStr),
         to: (NodeId, &CStr),
         number: u64,
     ) -> bool {
-        let left = self.key_at(from.0, from.1);
-        let there = match self.key_at(to.0, to.1) {
+        let left = self.identity_at(from.0, from.1);
+        let there = match self.identity_at(to.0, to.1) {
             Ok(there) if there.key.number == number => there,
             _ => return false,
         };
@@ -414,37 +414,37 @@ impl Passthrough {
         if let (Ok(old), Ok(new)) = (self.inode(from.0), self.inode(to.0)) {
             let moved = self.inodes.by_name(from.0, from.1);
             let replaced = self.inodes.by_name(to.0, to.1);
-            let changing = self.inodes.changing([&old, &new]);
+            let change = self.inodes.begin_name_change([&old, &new]);
             let is = |inode: &Arc<Inode>, identity: &Identity| inode.may_be(identity);
             if let Some(moved) = moved.as_ref().filter(|it| is(it, &there)) {
-                self.inodes.rename(moved, &new, to.1, &changing);
+                self.inodes.record_rename(moved, &new, to.1, &change);
             }
             match (&replaced, &left) {
                 (Some(other), _) if is(other, &there) => {}
                 // They have changed places.
                 (Some(other), Ok(left)) if is(other, left) => {
-                    self.inodes.rename(other, &old, from.1, &changing);
+                    self.inodes.record_rename(other, &old, from.1, &change);
                 }
                 (Some(other), _) => {
-                    may_have_others(other);
-                    self.inodes.lose(other, &new, to.1, &changing);
+                    note_other_names(other);
+                    self.inodes.record_removal(other, &new, to.1, &change);
                     self.inodes.set_nameless(other, true);
                 }
                 _ => {}
             }
-            drop(changing);
+            drop(change);
             moved
                 .iter()
                 .chain(&replaced)
-                .for_each(|inode| self.make_sure(inode));
+                .for_each(|inode| self.open_to_compare(inode));
         }
         true
     }
 }
 
 /// Takes note that an inode whose known name is gone may have another one.
-fn may_have_others(inode: &Inode) {
-    let _held = inode.held();
+fn note_other_names(inode: &Inode) {
+    let _ref_kind = inode.ref_kind();
     if inode.record().handle().is_none() {
         inode.record().set_handle(&[]);
     }

@@ -22,7 +22,7 @@ const SLOTS: usize = 256;
 const FOUND: usize = 8;
 
 /// How long a process may take to repeat its request.
-const LASTS: Duration = Duration::from_secs(2);
+const RETRY_WINDOW: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct Refused {
@@ -106,7 +106,7 @@ impl Retries {
         self.take(pid).is_some_and(|refused| {
             let found = &refused.found[..refused.count.min(FOUND)];
             let is_known = |node| refused.node == node || found.contains(&node);
-            refused.at.elapsed() < LASTS && nodes.all(is_known)
+            refused.at.elapsed() < RETRY_WINDOW && nodes.all(is_known)
         })
     }
 

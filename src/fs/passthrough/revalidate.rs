@@ -29,32 +29,32 @@ use crate::fs::{Caller, NodeId, Result};
 use crate::io::File;
 
 /// How often a name is looked at again that the guest itself is just changing.
-const TRIES: usize = 2000;
+const MAX_TRIES: usize = 2000;
 
 /// How many directories above an inode are looked at, so that a request in a deep tree costs no more
 /// than others.
-const ABOVE: usize = 16;
+const MAX_PARENTS: usize = 16;
 
 /// For how long, and at most twice as long, the directories above an inode are taken to be where
 /// they were, in milliseconds.
 const PERIOD: u64 = 8;
 
 /// Directories whose place was looked at lately.
-const PLACES: usize = 512;
+const DIR_SLOTS: usize = 512;
 
 /// Processes of which is known what they have opened last.
-const OPENED: usize = 512;
+const OPENED_SLOTS: usize = 512;
 
-/// Of a word in [`Places`]: the period is below, the node above.
+/// Of a word in [`ConfirmedDirs`]: the period is below, the node above.
 const PERIOD_BITS: u32 = 24;
 
 /// Which directories were where they were known to be, all above them included, and when.
 #[derive(Debug)]
-struct Places(Box<[AtomicU64]>);
+struct ConfirmedDirs(Box<[AtomicU64]>);
 
-impl Places {
+impl ConfirmedDirs {
     fn word(&self, node: NodeId) -> &AtomicU64 {
-        &self.0[usize::try_from(node.0 % PLACES as u64).unwrap_or_default()]
+        &self.0[usize::try_from(node.0 % DIR_SLOTS as u64).unwrap_or_default()]
     }
 
     fn is_confirmed(&self, node: NodeId, period: u64) -> bool {
@@ -75,7 +75,7 @@ impl Places {
 #[derive(Debug)]
 pub(super) struct Paths {
     retries: Retries,
-    places: Places,
+    confirmed_dirs: ConfirmedDirs,
     /// What processes have opened last for writing.
     opened: Box<[AtomicU64]>,
 }
@@ -84,13 +84,13 @@ impl Paths {
     pub(super) fn new() -> Self {
         Self {
             retries: Retries::new(),
-            places: Places((0..PLACES).map(|_| AtomicU64::new(0)).collect()),
-            opened: (0..OPENED).map(|_| AtomicU64::new(0)).collect(),
+            confirmed_dirs: ConfirmedDirs((0..DIR_SLOTS).map(|_| AtomicU64::new(0)).collect()),
+            opened: (0..OPENED_SLOTS).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
     fn opened(&self, caller: &Caller) -> &AtomicU64 {
-        &self.opened[usize::try_from(caller.pid).unwrap_or_default() % OPENED]
+        &self.opened[usize::try_from(caller.pid).unwrap_or_default() % OPENED_SLOTS]
     }
 }
 
@@ -138,11 +138,11 @@ impl Passthrough {
     pub(super) fn confirm_unless_open(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
         let node = named.inode().node();
         let directory = named.inode().kind() == FileType::Directory;
-        let untold = match directory {
+        let implicit = match directory {
             true => self.terms.no_opendir(),
             false => self.terms.no_open(),
         };
-        if untold {
+        if implicit {
             // It may be open, and then it may have been renamed.
             return self.confirm_not_removed(named.inode(), named.as_fd());
         }
@@ -158,7 +158,7 @@ impl Passthrough {
 
     /// Refuses a request that changes what is open as `file` if the name of that was taken by
     /// somebody else: for files whose opening the guest doesn't tell.
-    pub(super) fn confirm_untold(&self, node: NodeId, file: &File) -> Result<()> {
+    pub(super) fn confirm_implicit(&self, node: NodeId, file: &File) -> Result<()> {
         if has_any_name(file) {
             return Ok(());
         }
@@ -178,7 +178,7 @@ impl Passthrough {
     ) -> Result<()> {
         let is_current = named.record().is_nameless()
             || has_any_name(&file)
-            || goes_by_name(named) && self.has_its_name(named, None);
+            || is_reopened_by_name(named) && self.has_current_name(named, None);
         if is_current {
             self.paths.retries.served(caller.pid);
             return Ok(());
@@ -192,16 +192,16 @@ impl Passthrough {
         self.paths.opened(caller).store(node.0, Ordering::Relaxed);
     }
 
-    /// Refuses SETATTR without a handle, likewise. `untold` is whether the guest says that it comes of
+    /// Refuses SETATTR without a handle, likewise. `implicit` is whether the guest says that it comes of
     /// a descriptor; `size` whether it changes the size, which it would say of with a descriptor.
     pub(super) fn confirm_attributes(
         &self,
         caller: &Caller,
         named: &InodeFd<'_>,
-        untold: bool,
+        implicit: bool,
         size: bool,
     ) -> Result<()> {
-        if untold {
+        if implicit {
             return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if !size {
@@ -220,10 +220,10 @@ impl Passthrough {
     }
 
     fn confirm_not_removed(&self, named: &Inode, fd: BorrowedFd<'_>) -> Result<()> {
-        let is_there = named.record().is_nameless()
+        let has_name = named.record().is_nameless()
             || has_any_name(fd)
-            || goes_by_name(named) && self.has_its_name(named, None);
-        if is_there { Ok(()) } else { Err(Errno::STALE) }
+            || is_reopened_by_name(named) && self.has_current_name(named, None);
+        if has_name { Ok(()) } else { Err(Errno::STALE) }
     }
 
     /// A descriptor of what `caller` wants to change.
@@ -259,19 +259,19 @@ impl Passthrough {
         let inode = fd.inode();
         inode.node() == NodeId::ROOT
             || inode.record().is_nameless()
-            || self.has_its_name(inode, Some(fd.as_fd())) && self.is_in_its_place(inode)
+            || self.has_current_name(inode, Some(fd.as_fd())) && self.has_current_parents(inode)
     }
 
     /// Whether the directories above `inode` are where they were.
-    fn is_in_its_place(&self, inode: &Inode) -> bool {
+    fn has_current_parents(&self, inode: &Inode) -> bool {
         let is_above = |node: &NodeId| *node != NodeId::ROOT;
         let Some(mut at) = inode.parent().filter(is_above) else {
             return true;
         };
         let period = now();
-        let mut confirmed = [at; ABOVE];
+        let mut confirmed = [at; MAX_PARENTS];
         let mut count = 0;
-        while count < ABOVE && !self.paths.places.is_confirmed(at, period) {
+        while count < MAX_PARENTS && !self.paths.confirmed_dirs.is_confirmed(at, period) {
             let Some(directory) = self.inodes.any(at) else {
                 break;
             };
@@ -280,7 +280,7 @@ impl Passthrough {
             if !above.is_some_and(|above| above.slot().is_full()) {
                 break;
             }
-            if !directory.record().is_nameless() && !self.has_its_name(&directory, None) {
+            if !directory.record().is_nameless() && !self.has_current_name(&directory, None) {
                 return false;
             }
             confirmed[count] = at;
@@ -291,33 +291,33 @@ impl Passthrough {
             }
         }
         for node in &confirmed[..count] {
-            self.paths.places.confirm(*node, period);
+            self.paths.confirmed_dirs.confirm(*node, period);
         }
         true
     }
 
     /// Whether the name by which `inode` is known leads to it; where none is known, whether it has
     /// one, as far as it is open as `fd`.
-    fn has_its_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
-        for _ in 0..TRIES {
+    fn has_current_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
+        for _ in 0..MAX_TRIES {
             let Some(parent) = inode.parent().and_then(|node| self.inodes.any(node)) else {
                 return fd.is_none_or(has_any_name);
             };
-            let moment = self.inodes.moment(&parent);
-            let ReopenMethod::Name(place) = inode.way() else {
+            let dir_seq = self.inodes.dir_seq(&parent);
+            let ReopenMethod::Name(link) = inode.reopen_method() else {
                 continue;
             };
-            if place.parent != parent.node() {
+            if link.parent != parent.node() {
                 continue;
             }
             let found = self
                 .fd(&parent)
-                .and_then(|fd| stat_name(&fd, &place.name))
+                .and_then(|fd| stat_name(&fd, &link.name))
                 .map(|stat| Identity::of(&stat));
             match found {
                 Ok(found) if inode.may_be(&found) => return true,
-                _ if !self.inodes.lasts(moment) => std::thread::yield_now(),
-                Ok(found) => return self.is_now(inode, &found),
+                _ if !self.inodes.is_unchanged(dir_seq) => std::thread::yield_now(),
+                Ok(found) => return self.has_become(inode, &found),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => {
                     // The guest may have removed it a moment ago.
                     return inode.record().is_nameless();
@@ -331,7 +331,7 @@ impl Passthrough {
     }
 
     /// Whether `inode` has become `identity`, as on an overlay that has copied it up.
-    fn is_now(&self, inode: &Inode, identity: &Identity) -> bool {
+    fn has_become(&self, inode: &Inode, identity: &Identity) -> bool {
         let stat = self.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
         stat.is_ok_and(|stat| Identity::of(&stat).key == identity.key)
     }
@@ -353,6 +353,6 @@ fn now() -> u64 {
 }
 
 /// Whether a name leads to `inode`, as far as is known.
-pub(super) fn goes_by_name(inode: &Inode) -> bool {
-    matches!(&*inode.held(), RefKind::Name)
+pub(super) fn is_reopened_by_name(inode: &Inode) -> bool {
+    matches!(&*inode.ref_kind(), RefKind::Name)
 }

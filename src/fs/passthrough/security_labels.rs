@@ -33,29 +33,29 @@ pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
         Some(map) => map.to_host(SELINUX).ok()?,
         None => Cow::Borrowed(SELINUX),
     };
-    let kept = [&b"security."[..], b"trusted."];
+    let privileged = [&b"security."[..], b"trusted."];
     let name = name.to_bytes();
-    let is_kept = kept.iter().any(|prefix| name.starts_with(prefix));
+    let is_privileged = privileged.iter().any(|prefix| name.starts_with(prefix));
     // SELinux itself decides about its own attribute.
     let decides = host_has_selinux() && name == SELINUX.to_bytes();
-    (is_kept && !decides).then(|| String::from_utf8_lossy(name).into_owned())
+    (is_privileged && !decides).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
 /// What a creation answers.
-pub(super) trait Made {
+pub(super) trait Created {
     fn entry(&self) -> &Entry;
     fn opened(&self) -> Option<&Opened> {
         None
     }
 }
 
-impl Made for Entry {
+impl Created for Entry {
     fn entry(&self) -> &Entry {
         self
     }
 }
 
-impl Made for (Entry, Opened) {
+impl Created for (Entry, Opened) {
     fn entry(&self) -> &Entry {
         &self.0
     }
@@ -91,10 +91,10 @@ impl Drop for Labelling {
 impl Passthrough {
     /// Calls `make`, which makes an inode, as `name` in `parent` if it gets a name at all, and
     /// labels that.
-    pub(super) fn labelled<M: Made>(
+    pub(super) fn labelled<M: Created>(
         &self,
         label: Option<Label<'_>>,
-        place: Option<(NodeId, &CStr)>,
+        link: Option<(NodeId, &CStr)>,
         make: impl FnOnce() -> Result<M>,
     ) -> Result<M> {
         let Some(Label { name, value }) = label else {
@@ -105,47 +105,47 @@ impl Passthrough {
             let _labelling = Labelling::begin(&self.proc_fds, value)?;
             return make();
         }
-        let made = make()?;
-        let node = made.entry().node;
+        let created = make()?;
+        let node = created.entry().node;
         let set = |path: &CStr| rustix::fs::setxattr(path, &*on_host, value, XattrFlags::empty());
         match self.with_path(node, set) {
-            Ok(()) => Ok(made),
+            Ok(()) => Ok(created),
             Err(error) => {
-                self.unmake(&made, place);
+                self.undo_create(&created, link);
                 Err(error)
             }
         }
     }
 
     /// Undoes a creation.
-    fn unmake(&self, made: &impl Made, place: Option<(NodeId, &CStr)>) {
-        let entry = made.entry();
-        if let Some((parent, name)) = place
-            && let Err(error) = self.remove_made(entry, parent, name)
+    fn undo_create(&self, created: &impl Created, link: Option<(NodeId, &CStr)>) {
+        let entry = created.entry();
+        if let Some((parent, name)) = link
+            && let Err(error) = self.remove_created(entry, parent, name)
         {
             log::warn!("something without a label can't be removed again: {error}");
         }
-        if let Some(opened) = made.opened()
-            && self.told(Some(opened.handle)).is_some()
+        if let Some(opened) = created.opened()
+            && self.explicit(Some(opened.handle)).is_some()
         {
             let _unknown = self
                 .handles
                 .release(entry.node, opened.handle, HandleKind::File);
         }
         self.forget_lookups(entry.node, 1);
-        drop(self.on_demand.forget(entry.node));
+        drop(self.handleless.forget(entry.node));
     }
 
     /// Removes `name`, unless it is somebody else's by now.
-    fn remove_made(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
-        let made = self.inode(entry.node)?;
+    fn remove_created(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
+        let created = self.inode(entry.node)?;
         let directory = self.inode(parent)?;
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let there = rustix::fs::statx(self.fd(&directory)?, name, flags, IDENTITY)?;
-        if Identity::of(&there).key != made.key() {
+        if Identity::of(&there).key != created.key() {
             return Err(Errno::STALE);
         }
-        let flags = match made.kind() {
+        let flags = match created.kind() {
             FileType::Directory => AtFlags::REMOVEDIR,
             _ => AtFlags::empty(),
         };

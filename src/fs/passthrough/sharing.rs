@@ -14,7 +14,7 @@ use rustix::fs::OFlags;
 use super::Passthrough;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::reopen_fd;
-use super::inodes::Store;
+use super::inodes::InodeStore;
 use crate::fs::NodeId;
 use crate::io::File;
 
@@ -26,7 +26,7 @@ const NEW: usize = 32;
 pub(super) struct Sharing {
     /// How often a file was opened, or was about to be.
     opened: AtomicU64,
-    /// What [`Passthrough::occasions`] was when all open files were last looked at.
+    /// What [`Passthrough::change_count`] was when all open files were last looked at.
     looked_at: AtomicU64,
     /// Something was shared at some time.
     any: AtomicBool,
@@ -39,20 +39,20 @@ impl Sharing {
     }
 }
 
-impl Store {
+impl InodeStore {
     /// Takes the descriptor from `inode`, which has no name, and reaches it by `file` from now on.
     fn share(&self, inode: &Inode, file: &File) -> bool {
-        let mut held = inode.held();
-        if !matches!(*held, RefKind::Nothing) {
+        let mut ref_kind = inode.ref_kind();
+        if !matches!(*ref_kind, RefKind::Nothing) {
             return false;
         }
         inode.slot().second_chance();
         let own = inode.slot().inspect();
-        let Some(own) = own.and_then(|fd| self.uninstall(inode, &held, fd)) else {
+        let Some(own) = own.and_then(|fd| self.uninstall(inode, &ref_kind, fd)) else {
             return false;
         };
-        *held = RefKind::Open(file.clone());
-        drop(held);
+        *ref_kind = RefKind::Open(file.clone());
+        drop(ref_kind);
         drop(own);
         true
     }
@@ -61,22 +61,22 @@ impl Store {
 impl Inode {
     /// Whether it is reached by `file`.
     fn shares(&self, file: &File) -> bool {
-        matches!(&*self.held(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
+        matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
     }
 }
 
 impl Passthrough {
     /// How often there was something that may have made a descriptor one to be shared.
-    fn occasions(&self) -> u64 {
+    fn change_count(&self) -> u64 {
         self.inodes
-            .changes()
+            .name_changes()
             .wrapping_add(self.sharing.opened.load(Ordering::Relaxed))
     }
 
     /// Closes the descriptors of inodes without a name that the guest has open. Goes through all that
     /// is open, so not each time that descriptors are short.
     pub(super) fn share_descriptors(&self) {
-        let now = self.occasions();
+        let now = self.change_count();
         let before = self.sharing.looked_at.load(Ordering::Relaxed);
         let few = u64::try_from(self.handles.count() / NEW).unwrap_or(u64::MAX);
         if now.wrapping_sub(before) <= few {
@@ -106,9 +106,9 @@ impl Passthrough {
             Ok(own) => {
                 // In this order: there is a way at any time.
                 let _own = self.inodes.install(&inode, own);
-                let mut held = inode.held();
-                if matches!(*held, RefKind::Open(_)) {
-                    *held = RefKind::Nothing;
+                let mut ref_kind = inode.ref_kind();
+                if matches!(*ref_kind, RefKind::Open(_)) {
+                    *ref_kind = RefKind::Nothing;
                 }
             }
             // It stays open for the inode.
@@ -117,10 +117,10 @@ impl Passthrough {
     }
 
     /// Lets an inode that has come back without a way be reached by what is open of it.
-    pub(super) fn share_restored(&self, inode: &Arc<Inode>, file: &File) {
-        let mut held = inode.held();
-        if matches!(*held, RefKind::Nothing) && !inode.slot().is_full() {
-            *held = RefKind::Open(file.clone());
+    pub(super) fn share_if_nameless(&self, inode: &Arc<Inode>, file: &File) {
+        let mut ref_kind = inode.ref_kind();
+        if matches!(*ref_kind, RefKind::Nothing) && !inode.slot().is_full() {
+            *ref_kind = RefKind::Open(file.clone());
             self.sharing.any.store(true, Ordering::Relaxed);
         }
     }

@@ -15,7 +15,7 @@ use crate::fs::{NodeId, Result};
 use crate::state::stream::{CONTENT_MOST, Nameless};
 
 /// The longest piece of a file: how much is read at once.
-const PIECE: usize = 1 << 20;
+const CHUNK_LEN: usize = 1 << 20;
 
 impl Passthrough {
     /// What is in a file, or directory, that has no name any more. `left` is how many bytes may
@@ -53,48 +53,50 @@ impl Passthrough {
             };
             let hole = rustix::fs::seek(&file, SeekFrom::Hole(at))?;
             while at < hole {
-                let wanted = usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE);
-                let mut piece = vec![0; wanted];
-                let read = rustix::io::pread(&file, &mut piece[..], at)?;
+                let wanted = usize::try_from(hole - at)
+                    .unwrap_or(CHUNK_LEN)
+                    .min(CHUNK_LEN);
+                let mut chunk = vec![0; wanted];
+                let read = rustix::io::pread(&file, &mut chunk[..], at)?;
                 if read == 0 {
                     return Ok(nameless);
                 }
-                piece.truncate(read);
+                chunk.truncate(read);
                 *left = left.checked_sub(read as u64).ok_or(Errno::FBIG)?;
-                nameless.pieces.push((at, piece));
+                nameless.pieces.push((at, chunk));
                 at += read as u64;
             }
         }
     }
 
     /// How much may be taken along in all.
-    pub(super) fn content_most() -> u64 {
+    pub(super) fn max_content() -> u64 {
         CONTENT_MOST
     }
 
     /// Makes a file, or directory, without a name; answers an `O_PATH` descriptor of it.
-    pub(super) fn make_again(&self, kind: FileType, nameless: &Nameless) -> Result<OwnedFd> {
+    pub(super) fn recreate_nameless(&self, kind: FileType, nameless: &Nameless) -> Result<OwnedFd> {
         self.writable()?;
         let root = self.inodes.any(NodeId::ROOT).ok_or(Errno::STALE)?;
         let root = self.fd(&root)?;
         match kind {
             FileType::RegularFile => {
                 let file = self.nameless_file(root.as_fd())?;
-                for (at, piece) in &nameless.pieces {
-                    write_all(&file, piece, *at)?;
+                for (at, chunk) in &nameless.pieces {
+                    write_all(&file, chunk, *at)?;
                 }
                 rustix::fs::ftruncate(&file, nameless.size)?;
-                dress(&file, nameless)?;
+                set_metadata(&file, nameless)?;
                 self.with_room(|| reopen_fd(&file, &self.proc_fds, OFlags::PATH))
             }
             FileType::Directory => {
                 let (name, ()) =
-                    with_a_name(|name| rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU))?;
+                    with_unused_name(|name| rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU))?;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let opened = rustix::fs::openat(root.as_fd(), &*name, flags, Mode::empty());
                 rustix::fs::unlinkat(root.as_fd(), &*name, rustix::fs::AtFlags::REMOVEDIR)?;
                 let directory = opened?;
-                dress(&directory, nameless)?;
+                set_metadata(&directory, nameless)?;
                 self.with_room(|| reopen_fd(&directory, &self.proc_fds, OFlags::PATH))
             }
             _ => Err(Errno::OPNOTSUPP),
@@ -111,14 +113,14 @@ impl Passthrough {
             made => return made,
         }
         let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | access;
-        let (name, file) = with_a_name(|name| rustix::fs::openat(root, name, new, mode))?;
+        let (name, file) = with_unused_name(|name| rustix::fs::openat(root, name, new, mode))?;
         rustix::fs::unlinkat(root, &*name, rustix::fs::AtFlags::empty())?;
         Ok(file)
     }
 }
 
 /// Makes something under a name that nobody has.
-fn with_a_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(String, T)> {
+fn with_unused_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(String, T)> {
     loop {
         let name = format!(".ringfsd-{:016x}", super::super::lookup::new_generation());
         match make(&name) {
@@ -142,7 +144,7 @@ fn write_all(file: &OwnedFd, bytes: &[u8], mut at: u64) -> Result<()> {
 }
 
 /// Owner, mode and times; an owner that this server may not give a file to stays its own.
-fn dress(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
+fn set_metadata(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
     let owned = std::os::unix::fs::fchown(file, Some(nameless.uid), Some(nameless.gid));
     match owned.map_err(|error| Errno::from_io_error(&error)) {
         Ok(()) | Err(Some(Errno::PERM | Errno::INVAL)) => {}

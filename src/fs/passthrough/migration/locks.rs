@@ -91,7 +91,7 @@ fn set(file: &File, lock: Lock) -> Result<(), Errno> {
 
 impl Passthrough {
     /// Takes the locks that the guest had elsewhere.
-    pub(super) fn bring_locks(
+    pub(super) fn import_locks(
         &self,
         snapshot: &Snapshot,
         lost: &mut usize,
@@ -104,20 +104,20 @@ impl Passthrough {
             let file = self.handles.file(node, handle, HandleKind::File);
             if let Err(source) = file.and_then(|file| set(&file, lock)) {
                 let node = open.node;
-                self.tolerate(MoveError::Lock { node, source }, lost)?;
+                self.count_loss(MoveError::Lock { node, source }, lost)?;
                 self.handles.note_lock(NodeId(node), handle, 0);
             }
         }
         for locks in &snapshot.locks {
-            if let Err(source) = self.bring_owner(locks) {
+            if let Err(source) = self.import_owner(locks) {
                 let node = locks.node;
-                self.tolerate(MoveError::Lock { node, source }, lost)?;
+                self.count_loss(MoveError::Lock { node, source }, lost)?;
             }
         }
         Ok(())
     }
 
-    fn bring_owner(&self, locks: &Locks) -> Result<(), Errno> {
+    fn import_owner(&self, locks: &Locks) -> Result<(), Errno> {
         let inode = self.inodes.any(NodeId(locks.node)).ok_or(Errno::STALE)?;
         let ranges: Vec<Range> = locks
             .ranges
@@ -136,25 +136,25 @@ impl Passthrough {
             handle: locks.handle,
             fd: file.as_fd().as_raw_fd(),
         };
-        self.locks.bring(&fields, &ranges, file)
+        self.locks.import(&fields, &ranges, file)
     }
 
     /// Gives up all locks on the host; what is remembered of them stays.
     pub(in super::super) fn release_locks_for_migration(&self) {
         self.locks_released.store(true, Ordering::Relaxed);
-        let give_up = |file: &File, lock| {
+        let release = |file: &File, lock| {
             if let Err(error) = set(file, lock) {
                 log::warn!("migration: giving up a lock: {error}");
             }
         };
         self.handles.each(|_, lock, file| {
             if flock_of(lock) != Flock::None {
-                give_up(file, Lock::Whole(LockKind::Unlock));
+                release(file, Lock::Whole(LockKind::Unlock));
             }
         });
         self.locks.each(|_, ranges, file| {
             if !ranges.is_empty() {
-                give_up(file, EVERYTHING);
+                release(file, EVERYTHING);
             }
         });
     }

@@ -32,7 +32,7 @@ impl Passthrough {
     }
 
     /// Whether `path` leads from `from` to `inode`.
-    pub(super) fn leads(&self, from: NodeId, path: &[u8], inode: &Inode) -> bool {
+    pub(super) fn path_leads_to(&self, from: NodeId, path: &[u8], inode: &Inode) -> bool {
         let found = self.inodes.any(from).ok_or(Errno::STALE).and_then(|from| {
             let from = self.fd(&from)?;
             let fd = self.follow(from.as_fd(), path)?;

@@ -21,7 +21,7 @@ use crate::state::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// Of the flags that a file was opened with: what it can be opened with again.
-pub(super) const KEPT: i32 = libc::O_ACCMODE
+pub(super) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
     | libc::O_NOATIME
@@ -29,7 +29,7 @@ pub(super) const KEPT: i32 = libc::O_ACCMODE
     | libc::O_DSYNC;
 
 /// How long the guest is kept waiting for what no known name leads to.
-const PATIENCE: Duration = Duration::from_secs(20);
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Passthrough {
     pub(in super::super) fn snapshot(&self) -> Result<Snapshot, MoveError> {
@@ -46,7 +46,7 @@ impl Passthrough {
             snapshot.opens.push(Open {
                 handle: fields.handle,
                 node: fields.node,
-                flags: fields.flags & KEPT.cast_unsigned(),
+                flags: fields.flags & REOPEN_FLAGS.cast_unsigned(),
                 directory: fields.directory,
                 flock: flock_of(lock),
             });
@@ -55,26 +55,26 @@ impl Passthrough {
             in_use.insert(NodeId(fields.node));
             snapshot.locks.push(locks_of(fields, &ranges));
         });
-        let mut left = Self::content_most();
-        let mut hidden = Vec::new();
-        for inode in in_order(self.inodes.all()) {
+        let mut left = Self::max_content();
+        let mut unnamed = Vec::new();
+        for inode in parents_first(self.inodes.all()) {
             let used = in_use.contains(&inode.node());
             let described = self.describe(&inode, used, &mut left);
             if described.find == Find::Lost {
-                hidden.push(inode);
+                unnamed.push(inode);
             }
             snapshot.inodes.push(described);
         }
-        self.find_hidden(&hidden, &mut snapshot);
+        self.search_unnamed(&unnamed, &mut snapshot);
         Ok(snapshot)
     }
 
     /// Looks for names of what has one, though none that is known.
-    fn find_hidden(&self, hidden: &[Arc<Inode>], snapshot: &mut Snapshot) {
-        if hidden.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
+    fn search_unnamed(&self, unnamed: &[Arc<Inode>], snapshot: &mut Snapshot) {
+        if unnamed.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
             return;
         }
-        let mut paths = self.search(hidden, PATIENCE);
+        let mut paths = self.search(unnamed, SEARCH_TIMEOUT);
         for inode in &mut snapshot.inodes {
             if let Some(path) = paths.remove(&NodeId(inode.node)) {
                 inode.find = Find::Path {
@@ -107,7 +107,7 @@ impl Passthrough {
 
     fn describe(&self, inode: &Arc<Inode>, in_use: bool, left: &mut u64) -> stream::Inode {
         let mut handle = Vec::new();
-        let find = match self.way_for_others(inode, in_use, left, &mut handle) {
+        let find = match self.find_for_destination(inode, in_use, left, &mut handle) {
             Ok(find) => find,
             Err(Errno::STALE) if !in_use => Find::Gone,
             Err(error) => {
@@ -126,7 +126,7 @@ impl Passthrough {
         }
     }
 
-    fn way_for_others(
+    fn find_for_destination(
         &self,
         inode: &Arc<Inode>,
         in_use: bool,
@@ -146,17 +146,17 @@ impl Passthrough {
             path,
             verify: options.verify_handles,
         };
-        let place = match &inode.way() {
-            ReopenMethod::Name(place) => Some((place.parent, place.name.to_bytes().to_vec())),
+        let link = match &inode.reopen_method() {
+            ReopenMethod::Name(link) => Some((link.parent, link.name.to_bytes().to_vec())),
             ReopenMethod::None
             | ReopenMethod::Handle { .. }
             | ReopenMethod::Open(_)
-            | ReopenMethod::Forgotten => None,
+            | ReopenMethod::Removed => None,
         };
         // What others are found by is few, and would take them along into the void.
         let confirm = options.confirm_paths || in_use || inode.has_children();
-        if let Some((parent, name)) = place
-            && (!confirm || self.leads(parent, &name, inode))
+        if let Some((parent, name)) = link
+            && (!confirm || self.path_leads_to(parent, &name, inode))
         {
             return Ok(found(parent, name));
         }
@@ -166,7 +166,7 @@ impl Passthrough {
             (self.path_of(fd.as_fd()), links)
         };
         if let Ok(path) = path
-            && self.leads(NodeId::ROOT, &path, inode)
+            && self.path_leads_to(NodeId::ROOT, &path, inode)
         {
             return Ok(found(NodeId::ROOT, path));
         }
@@ -197,7 +197,7 @@ impl Passthrough {
     }
 
     fn handle_of(&self, inode: &Inode) -> Result<Vec<u8>, Errno> {
-        if let ReopenMethod::Handle { handle, .. } = &inode.way() {
+        if let ReopenMethod::Handle { handle, .. } = &inode.reopen_method() {
             return Ok(handle.bytes().to_vec());
         }
         let handle = FileHandle::of(self.fd(inode)?)?;
@@ -206,9 +206,9 @@ impl Passthrough {
 }
 
 /// The inodes, each behind the one that its name leads on from.
-fn in_order(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
-    let parent = |inode: &Inode| match &inode.way() {
-        ReopenMethod::Name(place) => Some(place.parent),
+fn parents_first(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
+    let parent = |inode: &Inode| match &inode.reopen_method() {
+        ReopenMethod::Name(link) => Some(link.parent),
         _ => None,
     };
     let mut waiting: std::collections::HashMap<NodeId, Vec<Arc<Inode>>> =

@@ -19,10 +19,10 @@ use super::super::inode_ref::{IDENTITY, Identity, stat_fd};
 use crate::fs::{NodeId, Result};
 
 /// Bytes of names that are read at once.
-const PIECE: usize = 64 * 1024;
+const BUFFER_LEN: usize = 64 * 1024;
 
 /// Bytes that a path may have, as deep as the search goes.
-const LONGEST: usize = 64 * 1024;
+const MAX_PATH_LEN: usize = 64 * 1024;
 
 /// A search that is under way.
 pub(in super::super) struct Search<'a> {
@@ -48,14 +48,14 @@ impl<'a> Search<'a> {
     }
 
     /// Takes note of the directories in one, and of what is looked for.
-    pub(in super::super) fn look_through(
+    pub(in super::super) fn read_directory(
         &mut self,
         directory: BorrowedFd<'_>,
         path: &[u8],
-        waiting: &mut Vec<Vec<u8>>,
+        pending: &mut Vec<Vec<u8>>,
     ) -> Result<()> {
-        let mut piece = Vec::with_capacity(PIECE);
-        let mut entries = RawDir::new(directory, piece.spare_capacity_mut());
+        let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let name = entry.file_name();
@@ -78,8 +78,8 @@ impl<'a> Search<'a> {
             }
             let may_be_directory =
                 matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-            if may_be_directory && path.len() + name.count_bytes() < LONGEST {
-                waiting.push(longer());
+            if may_be_directory && path.len() + name.count_bytes() < MAX_PATH_LEN {
+                pending.push(longer());
             }
         }
         Ok(())
@@ -96,7 +96,7 @@ impl Passthrough {
     pub(in super::super) fn search(
         &self,
         wanted: &[Arc<Inode>],
-        patience: Duration,
+        timeout: Duration,
     ) -> HashMap<NodeId, Vec<u8>> {
         let mut search = Search::new(wanted);
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
@@ -104,22 +104,22 @@ impl Passthrough {
         };
         // Paths of directories that are to be read; deep ones are opened from the root again, so
         // that no more than one is open.
-        let mut waiting = vec![Vec::new()];
-        while let Some(path) = waiting.pop() {
+        let mut pending = vec![Vec::new()];
+        while let Some(path) = pending.pop() {
             if search.found.len() == wanted.len() {
                 break;
             }
-            if search.begun.elapsed() > patience {
+            if search.begun.elapsed() > timeout {
                 log::warn!(
                     "the search for {} inodes has been given up after {} seconds",
                     wanted.len() - search.found.len(),
-                    patience.as_secs()
+                    timeout.as_secs()
                 );
                 break;
             }
             let read = self.fd(&root).and_then(|root| {
                 let directory = self.directory_at(root.as_fd(), &path)?;
-                search.look_through(directory.as_fd(), &path, &mut waiting)
+                search.read_directory(directory.as_fd(), &path, &mut pending)
             });
             if let Err(error) = read {
                 log::debug!("search: {}: {error}", path.escape_ascii());

@@ -294,10 +294,10 @@ fn access_goes_by_mode_and_caller() {
 #[test]
 fn statfs_tells_of_the_hosts_file_system() {
     in_each_mode(|rig| {
-        let told = rig.fs.statfs(ROOT).unwrap();
+        let explicit = rig.fs.statfs(ROOT).unwrap();
         let host = rustix::fs::statvfs(rig.dir.path()).unwrap();
-        assert_eq!(told.blocks, host.f_blocks);
-        assert_eq!(u64::from(told.fragment_size), host.f_frsize);
-        assert_eq!(u64::from(told.name_length), host.f_namemax);
+        assert_eq!(explicit.blocks, host.f_blocks);
+        assert_eq!(u64::from(explicit.fragment_size), host.f_frsize);
+        assert_eq!(u64::from(explicit.name_length), host.f_namemax);
     });
 }
