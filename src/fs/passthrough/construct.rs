@@ -32,8 +32,8 @@ use crate::fs::Result;
 use crate::state::Table;
 
 impl Passthrough {
-    /// Shares `shared_dir`. To be called in the process that serves it, before that gives up
-    /// its view of `/proc`; the server may change its root or its mounts afterwards.
+    /// Shares `shared_dir`. Call it in the process that serves the directory, before that process
+    /// gives up its view of `/proc`. The server may change its root or its mounts afterwards.
     ///
     /// # Errors
     ///
@@ -52,8 +52,8 @@ impl Passthrough {
         Self::of(shared, options, &table, None).map(|(fs, _)| fs)
     }
 
-    /// Shares `shared`, with what the guest holds in `table`: from its beginning, or going on from
-    /// the `past`.
+    /// Shares `shared` with the guest's state in `table`: as a new session, or resuming the session
+    /// described by `past`.
     ///
     /// # Errors
     ///
@@ -69,10 +69,10 @@ impl Passthrough {
             proc_fds,
             path,
         } = shared;
-        // What is there and is not gone on from ends here.
+        // Without `past`, taking the records discards them.
         let records = Records::of(table).filter(|_| past.is_some());
         if records.is_some() {
-            // A start that fails changes nothing.
+            // If construction fails from here on, the records stay in the table.
             table.close();
         }
         let root = match (&records, past) {
@@ -124,7 +124,7 @@ impl Passthrough {
         let mut fs = Self {
             options,
             proc_fds,
-            // The root stays what it is whatever happens on the host, and is never let go of.
+            // The root is pinned by its descriptor and is never removed from the store.
             inodes: store,
             reopen_policy,
             single_file: None,
@@ -154,8 +154,7 @@ impl Passthrough {
     }
 }
 
-/// Finds out whether `shared_dir`, a directory or a single file, is there and can be shared, before
-/// somebody relies on it.
+/// Checks early that `shared_dir`, a directory or a single file, exists and can be shared.
 ///
 /// # Errors
 ///
@@ -188,11 +187,11 @@ fn identity_of_shared(
     }
 }
 
-/// Whether credentials may stay on a thread between two requests for this file system: not
-/// where another machine or process goes by them.
+/// Whether file system ids may stay on a thread between two requests. They may not if another
+/// machine or process decides by them what is allowed.
 fn credential_policy_for(root: &OwnedFd) -> Result<CredentialPolicy> {
-    /// Types of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P, Ceph,
-    /// AFS twice, Coda; and Lustre.
+    /// Magic numbers of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P,
+    /// Ceph, AFS (two), Coda; and Lustre.
     const REMOTE: [u32; 11] = [
         0x6969,
         0x517b,

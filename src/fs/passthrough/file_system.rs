@@ -22,9 +22,9 @@ use crate::io::File;
 use crate::sys;
 
 impl FileSystem for Passthrough {
-    /// Gives the thread a working directory, a umask and file system ids of its own, which
-    /// belong to this file system from now on: whoever changes them breaks it. A thread that
-    /// was not prepared is prepared by its first request that needs it.
+    /// Gives the thread its own working directory, umask and file system ids. The passthrough owns
+    /// these from now on, and nothing else may change them. A thread that was not prepared is
+    /// prepared by the first request that needs it.
     fn prepare_thread(&self) -> std::io::Result<()> {
         Ok(self.prepare()?)
     }
@@ -212,10 +212,12 @@ impl FileSystem for Passthrough {
         })
     }
 
-    /// Closes a duplicate, which makes network file systems say what went wrong so far.
+    /// Closes a duplicate of the descriptor, which makes network file systems report pending
+    /// errors.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         if self.is_implicit(handle, HandleKind::File) {
-            // What nobody has opened nobody closes, and the guest needn't ask again.
+            // The guest never opened this file, so it doesn't close it. `ENOSYS` stops further
+            // FLUSHes.
             return Err(Errno::NOSYS);
         }
         let file = self.handles.file(node, handle, HandleKind::File)?;

@@ -1,8 +1,8 @@
-//! Open files and directories, by the handle that the guest has for them.
+//! The open files and directories, by the handle that the guest has for them.
 //!
-//! A handle is a number that is never given out twice, so one that has been released is
-//! unknown instead of being another file. The invariant: a handle opens nothing but the inode
-//! it was opened for; with another node id it is `EBADF`.
+//! A handle is a number that is never reused, so a released handle is unknown instead of being
+//! another file. The invariant: a handle gives access only to the inode it was opened for; with
+//! another node id it is `EBADF`.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,11 +21,11 @@ use crate::state::{HandleFields, HandleRecord, Table};
 /// One open file or directory.
 #[derive(Debug)]
 struct Open {
-    /// What outlives this process. It ends before the file is closed.
+    /// The state that outlives this process. It is dropped before the file is closed.
     record: HandleRecord,
     node: NodeId,
     file: File,
-    /// Where reading stands, for a directory.
+    /// The read position of a directory.
     stream: Option<Arc<Mutex<Stream>>>,
 }
 
@@ -38,17 +38,17 @@ impl Open {
     }
 }
 
-/// What a handle stood for that has ended.
+/// What a released handle stood for.
 #[derive(Debug)]
 pub(super) struct Released {
     pub(super) file: File,
-    /// What it was opened with.
+    /// The flags that it was opened with.
     pub(super) flags: OFlags,
-    /// The whole file is locked by it.
+    /// Whether the whole file is locked through it.
     pub(super) locked: bool,
 }
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: u64 = 32;
 
 type Shard = RwLock<FxHashMap<u64, Open>>;
@@ -58,11 +58,11 @@ type Shard = RwLock<FxHashMap<u64, Open>>;
 pub(super) struct Handles {
     shards: Box<[Shard]>,
     table: Arc<Table>,
-    /// The next handle, and how many there are from there on before the table has to be asked
-    /// again. 64 bits are not used up; 0 is left for what is open without a handle.
+    /// The next handle, and how many are left before the table must be asked for more. 64 bits
+    /// don't run out. 0 means "open without a handle".
     next: Mutex<(u64, u64)>,
-    /// How many there are, give or take those that come or go right now. Orders nothing; a
-    /// budget goes by it.
+    /// The number of handles, approximate while handles are added or removed. It orders nothing and
+    /// is used for limits.
     count: AtomicUsize,
 }
 
@@ -86,11 +86,11 @@ impl Handles {
         handle
     }
 
-    /// A handle for `file`, which was opened with `flags`.
+    /// Adds `file`, which was opened with `flags`.
     ///
     /// # Errors
     ///
-    /// `ENFILE` if there is no room in the table.
+    /// `ENFILE` if the table has no room.
     pub(super) fn add(
         &self,
         node: NodeId,
@@ -109,7 +109,7 @@ impl Handles {
         Ok(self.put(record.ok_or(Errno::NFILE)?, file))
     }
 
-    /// Puts in what a record tells of, open as `file`.
+    /// Adds a file that has a record.
     pub(super) fn put(&self, record: HandleRecord, file: File) -> Handle {
         let fields = record.fields();
         let open = Open {
@@ -126,8 +126,8 @@ impl Handles {
         Handle(fields.handle)
     }
 
-    /// Takes note of what the whole file is locked for by a handle: a number that means something
-    /// to who locks.
+    /// Records the lock on the whole file that a handle holds. `kind` is a number that only the
+    /// caller interprets.
     pub(super) fn note_lock(&self, node: NodeId, handle: Handle, kind: u64) {
         let noted = self.with(node, handle, HandleKind::File, |open| {
             open.record.set_lock(kind);
@@ -159,7 +159,7 @@ impl Handles {
         })
     }
 
-    /// Ends a handle. Who still uses its file keeps that open.
+    /// Removes a handle. The file stays open while a request uses it.
     pub(super) fn release(
         &self,
         node: NodeId,
@@ -182,7 +182,7 @@ impl Handles {
             released
         };
         self.count.fetch_sub(1, Ordering::Relaxed);
-        // Closing may take long, and happens outside of the lock.
+        // Closing can take long, so it happens outside the lock.
         let Open { record, file, .. } = released;
         Ok(Released {
             file,
@@ -191,7 +191,7 @@ impl Handles {
         })
     }
 
-    /// Whether the guest has `node` open. Looks at all that it has open.
+    /// Whether the guest has `node` open. Scans all handles.
     pub(super) fn has(&self, node: NodeId) -> bool {
         self.shards.iter().any(|shard| {
             let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
@@ -199,7 +199,7 @@ impl Handles {
         })
     }
 
-    /// Calls `each` with all that is open, and what the whole file is locked for.
+    /// Calls `each` with all handles and their locks on the whole file.
     pub(super) fn each(&self, mut each: impl FnMut(&HandleFields, u64, &File)) {
         for shard in &self.shards {
             let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
@@ -209,20 +209,19 @@ impl Handles {
         }
     }
 
-    /// Gives out no handle below `handle` any more.
+    /// Ensures that handles below `handle` are not handed out any more.
     pub(super) fn skip_to_handle(&self, handle: u64) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         self.table.skip_to_handle(handle);
         *next = (0, 0);
     }
 
-    /// Puts in what another server has given out, open as `file`, the whole of which is locked for
-    /// `lock`.
+    /// Adds a handle that another server handed out, open as `file`. `lock` is its lock on the
+    /// whole file.
     ///
     /// # Errors
     ///
-    /// `EEXIST` if the handle is taken, or was never given out; `ENFILE` if there is no room in
-    /// the table.
+    /// `EEXIST` if the handle is taken or was never handed out; `ENFILE` if the table has no room.
     pub(super) fn import(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
         let taken = self
             .shard(fields.handle)
@@ -249,7 +248,7 @@ impl Handles {
         }
     }
 
-    /// How many descriptors handles have.
+    /// The number of descriptors that handles have.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }

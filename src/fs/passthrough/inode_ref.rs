@@ -1,10 +1,10 @@
-//! What keeps an inode within reach: a descriptor, a file handle, or a name.
+//! The ways to refer to an inode: a descriptor, a file handle, or a name.
 //!
-//! A descriptor pins the inode and costs one of a limited number; a file handle costs a few
-//! bytes, needs `CAP_DAC_READ_SEARCH` to be opened, and goes stale when the inode ends; a name
-//! needs nothing, and leads there until somebody else on the host takes it away. The invariant:
-//! whatever is opened by them is the inode they were made for, never one that took over its
-//! name or its number.
+//! A descriptor pins the inode, but the number of descriptors is limited. A file handle costs a few
+//! bytes; opening it needs `CAP_DAC_READ_SEARCH`, and it goes stale when the inode is deleted. A
+//! name needs nothing, and works until a host process removes or renames it. The invariant: opening
+//! a reference yields the inode that it was created for, never another one that took over its name
+//! or number.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -22,41 +22,41 @@ use crate::io::File;
 use crate::sys::fd_slot::Borrowed;
 use crate::sys::file_handle::FileHandle;
 
-/// When inodes are held by file handle instead of by descriptor.
+/// When inodes are referred to by file handle instead of by descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InodeFileHandles {
-    /// Descriptors, as many as [`Options::max_open_inodes`](super::Options) allows; beyond
-    /// that file handles where they work, and names where they don't.
+    /// Descriptors, up to [`Options::max_open_inodes`](super::Options). Beyond that, file handles
+    /// where they work, and names elsewhere.
     #[default]
     Never,
     /// File handles where they work, elsewhere as with `Never`.
     Prefer,
-    /// File handles; an inode whose file system has none answers `EOPNOTSUPP`.
+    /// File handles only. Lookups on a file system without file handles fail with `EOPNOTSUPP`.
     Mandatory,
 }
 
-/// Names an inode among all that the host has at the same time.
+/// Identifies an inode among all that exist on the host at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) number: u64,
-    /// Major number in the upper half, minor in the lower.
+    /// The major number is in the upper half, the minor number in the lower.
     pub(super) device: u64,
-    /// Where it is mounted: the same inode through two mounts is two inodes to the guest, since
-    /// what lies below may differ.
+    /// The mount: one inode in two mounts is two inodes to the guest, as different file systems may
+    /// be mounted below it.
     pub(super) mount: u64,
 }
 
-/// What a `statx` tells of who an inode is.
+/// What a `statx` tells about the identity of an inode.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Identity {
     pub(super) key: Key,
-    /// When it was made, nanoseconds since 1970, where the file system knows. Tells an inode
-    /// from an earlier one of the same number.
+    /// The birth time in nanoseconds since 1970, if the file system has it. It tells an inode from
+    /// an earlier one with the same number.
     pub(super) birth: Option<i64>,
     pub(super) kind: FileType,
 }
 
-/// What an [`Identity`] is made of, and what LOOKUP answers.
+/// The fields that [`Identity`] and a LOOKUP reply need.
 pub(super) const IDENTITY: StatxFlags = StatxFlags::BASIC_STATS
     .union(StatxFlags::BTIME)
     .union(StatxFlags::MNT_ID);
@@ -87,18 +87,18 @@ impl Identity {
     }
 }
 
-/// `statx` of the very inode that `fd` is open on.
+/// Calls `statx` on the inode that `fd` is open on.
 pub(super) fn stat_fd(fd: impl AsFd, mask: StatxFlags) -> Result<Statx> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, mask)
 }
 
-/// A mount that file handles are opened in.
+/// A mount in which file handles can be opened.
 #[derive(Debug)]
 pub(super) struct Mount {
-    /// Anything in the mount, opened for reading: the kernel takes no `O_PATH` here. `None` in
-    /// tests alone.
+    /// Any file or directory in the mount, opened for reading: the kernel doesn't accept `O_PATH`
+    /// here. `None` only in tests.
     anchor: Option<OwnedFd>,
-    /// How many anchors there are. Orders nothing; a budget goes by it.
+    /// The number of anchors. It orders nothing and is used for limits.
     anchors: Arc<AtomicUsize>,
 }
 
@@ -108,10 +108,10 @@ impl Drop for Mount {
     }
 }
 
-/// How an inode is reached while no descriptor of it is open.
+/// How an inode is opened when it has no descriptor.
 #[derive(Debug)]
 pub(super) enum ReopenMethod {
-    /// Not at all: its descriptor is kept until the guest forgets it.
+    /// It can't be opened: its descriptor is kept until the guest forgets it.
     None,
     /// By a file handle.
     Handle {
@@ -122,28 +122,28 @@ pub(super) enum ReopenMethod {
     Name(ParentLink),
     /// By a file that the guest has open.
     Open(File),
-    /// It is no longer in the store, and gets no descriptor any more.
+    /// It is no longer in the store and gets no descriptor any more.
     Removed,
 }
 
-/// Where an inode was last seen. The parent is named by its node id, so it may be moved without
-/// its children being told; the store keeps it as long as they are there.
+/// The name under which an inode was last seen. The parent is referred to by its node id, so it can
+/// be renamed without changing its children. The store keeps it while it has children.
 #[derive(Clone, Debug)]
 pub(super) struct ParentLink {
     pub(super) parent: NodeId,
     pub(super) name: Box<CStr>,
-    /// What tells the inode from a later one that number and birth can't tell it from; 0 where
-    /// they can. See [`digest_of`].
+    /// Tells the inode from a later one if number and birth time can't; 0 if they can. See
+    /// [`digest_of`].
     pub(super) digest: u64,
 }
 
-/// A digest of the file handle, which needs no privilege to be asked for and has the inode's
-/// generation in it; never 0.
+/// A digest of the file handle, never 0. Reading a handle needs no privilege, and the handle
+/// includes the generation of the inode.
 pub(super) fn digest_of(fd: impl AsFd) -> Result<u64> {
     FileHandle::of(fd).map(|handle| digest(&handle))
 }
 
-/// As [`digest_of`], of what goes by `name` in `directory`.
+/// As [`digest_of`], for `name` in `directory`.
 pub(super) fn digest_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
     FileHandle::at(directory, name).map(|handle| digest(&handle))
 }
@@ -159,7 +159,7 @@ fn digest(handle: &FileHandle) -> u64 {
     digest.max(1)
 }
 
-/// A descriptor of an inode for the length of one operation, `O_PATH`.
+/// An `O_PATH` descriptor of an inode, for the duration of one operation.
 #[derive(Debug)]
 pub(super) struct InodeFd<'a> {
     inode: &'a Inode,
@@ -168,9 +168,9 @@ pub(super) struct InodeFd<'a> {
 
 #[derive(Debug)]
 enum Source<'a> {
-    /// The inode's own.
+    /// The inode's own descriptor.
     Installed(Borrowed<'a>),
-    /// For this operation alone.
+    /// A descriptor for this operation only.
     Opened(OwnedFd),
 }
 
@@ -185,12 +185,12 @@ impl<'a> InodeFd<'a> {
         Self { inode, fd }
     }
 
-    /// Whether it was opened for this operation alone.
+    /// Whether it was opened for this operation only.
     pub(super) fn is_opened(&self) -> bool {
         matches!(self.fd, Source::Opened(_))
     }
 
-    /// The descriptor, if it was opened for this operation alone.
+    /// Returns the descriptor if it was opened for this operation only.
     pub(super) fn into_opened(self) -> Option<OwnedFd> {
         match self.fd {
             Source::Installed(_) => None,
@@ -213,7 +213,7 @@ impl AsFd for InodeFd<'_> {
     }
 }
 
-/// A directory in which names are looked up: an inode, and a descriptor of it.
+/// A directory in which names are looked up: an inode and a descriptor of it.
 pub(super) trait Directory: AsFd {
     fn inode(&self) -> &Inode;
 }
@@ -246,38 +246,38 @@ impl Mount {
     }
 }
 
-/// Opens what `fd` is open on anew, through its link in `/proc/self/fd`.
+/// Opens the file that `fd` is open on once more, through its link in `/proc/self/fd`.
 pub(super) fn reopen_fd(fd: impl AsFd, proc_fds: &OwnedFd, flags: OFlags) -> Result<OwnedFd> {
     let name = DecInt::from_fd(fd);
     let flags = flags | OFlags::CLOEXEC;
     rustix::fs::openat(proc_fds, name.as_c_str(), flags, Mode::empty())
 }
 
-/// Decides how each inode is held.
+/// Decides which kind of reference each inode has.
 #[derive(Debug)]
 pub(super) struct ReopenPolicy {
     mode: InodeFileHandles,
     mounts: Mutex<HashMap<u64, Exportable>>,
-    /// The mount of the shared directory stays anchored there: that is busy anyway.
+    /// The mount of the shared directory stays anchored, as the server keeps it busy anyway.
     root: Option<Arc<Mount>>,
-    /// How many descriptors mounts have.
+    /// The number of descriptors that mounts have.
     anchors: Arc<AtomicUsize>,
 }
 
-/// Whether a mount's inodes can be opened by file handle.
+/// Whether inodes of a mount can be opened by file handle.
 #[derive(Debug)]
 enum Exportable {
-    /// As long as some inode there is held so: the anchor keeps the mount busy.
+    /// Held by the inodes that have such a handle: an anchor keeps its mount busy.
     Yes(Weak<Mount>),
     No,
 }
 
 impl ReopenPolicy {
-    /// Finds out whether file handles work for the shared directory, open as `root`.
+    /// Checks whether file handles work for the shared directory, open as `root`.
     ///
     /// # Errors
     ///
-    /// They don't, and are mandatory.
+    /// File handles don't work and are mandatory.
     pub(super) fn new(
         mode: InodeFileHandles,
         root: BorrowedFd<'_>,
@@ -301,13 +301,13 @@ impl ReopenPolicy {
         })
     }
 
-    /// How many descriptors mounts have.
+    /// The number of descriptors that mounts have.
     pub(super) fn anchors(&self) -> usize {
         self.anchors.load(Ordering::Relaxed)
     }
 
-    /// The way by file handle to a new inode, which `fd` is open on; `None` if it shall be held
-    /// by a descriptor.
+    /// The file handle of a new inode, open as `fd`. Returns `None` if the inode is to have a
+    /// descriptor.
     pub(super) fn method_for_new(
         &self,
         fd: BorrowedFd<'_>,
@@ -324,12 +324,12 @@ impl ReopenPolicy {
         }
     }
 
-    /// The mount of the shared directory, where file handles can be opened in it.
+    /// The mount of the shared directory, if file handles can be opened in it.
     pub(super) fn shared_mount(&self) -> Option<Arc<Mount>> {
         self.root.clone()
     }
 
-    /// The mount with the number `id`, if file handles are opened in it already.
+    /// The mount with the number `id`, if file handles are already opened in it.
     pub(super) fn mount(&self, id: u64) -> Option<Arc<Mount>> {
         let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         match mounts.get(&id)? {
@@ -339,12 +339,12 @@ impl ReopenPolicy {
     }
 
     /// Whether an inode that was opened by its file handle keeps the descriptor until it is
-    /// needed elsewhere.
+    /// evicted.
     pub(super) fn keeps_opened_fds(&self) -> bool {
         self.mode == InodeFileHandles::Never
     }
 
-    /// The way by file handle to the inode that `fd` is open on.
+    /// The file handle of the inode that `fd` is open on, as its reopen method.
     pub(super) fn by_handle(
         &self,
         fd: BorrowedFd<'_>,
@@ -366,8 +366,8 @@ impl ReopenPolicy {
             Some(mount) => FileHandle::of(fd).map(|handle| (mount, handle)),
             None => probe_mount(fd, identity.kind, proc_fds, &self.anchors),
         };
-        // Whether a mount can be used is asked of its directories and files alone: others
-        // can't serve as its anchor. Being short of descriptors says nothing of the mount.
+        // Only files and directories tell whether a mount is usable, as nothing else can be its
+        // anchor. A shortage of descriptors says nothing about the mount.
         let is_representative =
             matches!(identity.kind, FileType::Directory | FileType::RegularFile);
         let verdict = match &found {
@@ -384,7 +384,7 @@ impl ReopenPolicy {
     }
 }
 
-/// Tries whether the mount that `fd` is on can open file handles.
+/// Checks whether file handles can be opened in the mount that `fd` is on.
 fn probe_mount(
     fd: BorrowedFd<'_>,
     kind: FileType,

@@ -1,15 +1,15 @@
-//! The inode store: which node id stands for which inode, and how often the guest has it.
+//! The inode store: maps node ids and identities to inodes, and counts the guest's lookups.
 //!
-//! Two sets of the same inodes, by node id and by identity, each in shards with a lock of its
-//! own. A node id is never given out twice, so one that the guest has no right to any more is
-//! not found instead of being another file. An inode whose way is a name keeps the directory of
-//! that name in the store, so that it is found however often that is renamed. The invariant: as
-//! long as an inode's counts are not zero, its node id finds it; the counts change only under
-//! the lock of the inode's shard by identity, where reaching zero and being removed are one
-//! step.
+//! The same inodes are in two sets, by node id and by identity. Each set is split into shards with
+//! a lock each. A node id is never reused, so a node id that the guest has forgotten is not found,
+//! instead of being another file. If an inode is reopened by name, the parent directory stays in
+//! the store, so the inode is found even after the parent has been renamed. The invariant: as long
+//! as one of an inode's counts is not zero, its node id finds it. The counts change only under the
+//! lock of the inode's shard by identity, and reaching zero and being removed are one step under
+//! that lock.
 //!
-//! Order of locks: the shard by identity, the shard by node id, the inode's way, the line of those
-//! that are remembered.
+//! Lock order: the shard by identity, the shard by node id, the inode's `ref_kind`, the queue of
+//! forgotten inodes.
 
 mod forgotten_inodes;
 mod names;
@@ -35,7 +35,7 @@ use crate::fs::NodeId;
 use crate::state::Table;
 use crate::sys::fd_slot::Borrowed;
 
-/// What a new inode begins with.
+/// What a new inode starts with.
 #[derive(Debug)]
 pub(super) struct NewInode {
     pub(super) fd: Option<OwnedFd>,
@@ -43,7 +43,7 @@ pub(super) struct NewInode {
 }
 
 impl NewInode {
-    /// With a descriptor; the way is learned when its name is seen.
+    /// With a descriptor. The reopen method is set when the name is recorded.
     pub(super) fn open(fd: OwnedFd) -> Self {
         Self {
             fd: Some(fd),
@@ -52,7 +52,7 @@ impl NewInode {
     }
 }
 
-/// A set of inodes by what their records say of them: its entry is one pointer.
+/// A set of inodes. An entry is one pointer; the key is read from the inode's record.
 type Keys = HashTable<Arc<Inode>>;
 type Nodes = HashTable<Arc<Inode>>;
 
@@ -72,30 +72,32 @@ fn node_hash(inode: &Arc<Inode>) -> u64 {
     hash_of_node(inode.node())
 }
 
-/// The inode that goes by `key`.
+/// The inode that has `key`.
 fn by_key<'a>(keys: &'a Keys, key: &Key) -> Option<&'a Arc<Inode>> {
     keys.find(hash_of_key(key), |known| known.key() == *key)
 }
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 64;
 
-/// How deep a directory may lie for its names to be followed: a circle ends here.
+/// How many parent links are followed at most, which ends a cycle.
 pub(super) const MAX_DEPTH: usize = 1 << 17;
 
-/// All inodes that the guest knows.
+/// All inodes in use.
 #[derive(Debug)]
 pub(super) struct InodeStore {
     by_key: Box<[Mutex<Keys>]>,
     by_node: Box<[RwLock<Nodes>]>,
     root: Arc<Inode>,
     table: Arc<Table>,
-    /// The next node id, and how many there are from there on before the table has to be asked
-    /// again. 64 bits are not used up.
+    /// The next node id, and how many ids are left before the table must be asked for more. 64 bits
+    /// don't run out.
     next: Mutex<(u64, u64)>,
-    /// Inodes in the store that have a descriptor. Orders nothing; a budget goes by it.
+    /// The number of inodes in the store that have a descriptor. It orders nothing and is used for
+    /// limits.
     descriptors: AtomicUsize,
-    /// Inodes in the store, the root included. Orders nothing; a bound goes by it.
+    /// The number of inodes in the store, including the root. It orders nothing and is used for
+    /// limits.
     count: AtomicUsize,
     evictor: FdEvictor,
     dir_seqcounts: DirSeqCounts,
@@ -103,8 +105,8 @@ pub(super) struct InodeStore {
 }
 
 impl InodeStore {
-    /// A store that knows the root alone, open as `fd` for ever, and remembers up to `remembered` inodes
-    /// that were given back. `None` if there is no room for it in `table`.
+    /// Creates a store that contains only the root, open as `fd` for good. It keeps up to
+    /// `forgotten` forgotten inodes. Returns `None` if the table has no room.
     pub(super) fn new(
         identity: &Identity,
         fd: OwnedFd,
@@ -115,7 +117,7 @@ impl InodeStore {
         Some(Self::of(inode, table, forgotten))
     }
 
-    /// A store that knows `root` alone, and remembers as [`new`](Self::new) says.
+    /// As [`new`](Self::new), with an existing root inode.
     pub(super) fn of(root: Inode, table: &Arc<Table>, forgotten: usize) -> Self {
         let root = Arc::new(root);
         let store = Self {
@@ -148,11 +150,11 @@ impl InodeStore {
         NodeId(node)
     }
 
-    /// Takes in inodes that a table has told of, each with its own way, which may lead through
-    /// others of them.
+    /// Adds inodes restored from a table. Each has a reopen method, which may lead through others
+    /// of them.
     pub(super) fn restore_all(&self, inodes: Vec<Inode>) {
         let mut inodes: Vec<_> = inodes.into_iter().map(Arc::new).collect();
-        // Of several with one key the youngest is there; the others have lost it.
+        // If several have the same key, the youngest gets it.
         inodes.sort_unstable_by_key(|inode| inode.node());
         for inode in &inodes {
             let mut keys = self.keys(&inode.key());
@@ -168,14 +170,13 @@ impl InodeStore {
             }
             self.enqueue_for_eviction(inode);
         }
-        // Those that nobody counts on any more: what was given back as the other process ended.
+        // Remove those that nothing needs: the guest forgot them as the other process ended.
         for inode in &inodes {
             self.remove_if_unused(self.keys(&inode.key()), inode);
         }
     }
 
-    /// All inodes but the root, also those that are here for their children alone, and none of
-    /// which nobody has one.
+    /// All inodes that the guest knows, and the parents needed to reopen them, without the root.
     pub(super) fn all(&self) -> Vec<Arc<Inode>> {
         let all = self.all_with_forgotten();
         if self.forgotten() == 0 {
@@ -193,16 +194,16 @@ impl InodeStore {
         self.by_node.iter().flat_map(of).collect()
     }
 
-    /// Gives out no node id below `node` any more.
+    /// Ensures that node ids below `node` are not handed out any more.
     pub(super) fn skip_to_node(&self, node: u64) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         self.table.skip_to_node(node);
         *next = (0, 0);
     }
 
-    /// Adds an inode that another server has given out as `node`, with so many lookups. False if
-    /// the node id is taken or was never given out, if the directory of its name is not here, or
-    /// if the table is full.
+    /// Adds an inode that another server handed out as `node`, with its lookup count. Returns false
+    /// if the node id is taken or was never handed out, if the parent is not in the store, or if
+    /// the table is full.
     pub(super) fn import(
         &self,
         node: NodeId,
@@ -227,7 +228,7 @@ impl InodeStore {
         };
         inode.record.set_lookups(lookups, 0, false);
         let inode = Arc::new(inode);
-        // Two may be one here: the first keeps the key.
+        // If two inodes of the source are one inode here, the first keeps the key.
         self.insert(&mut self.keys(&inode.key()), Arc::clone(&inode));
         if let Some(parent) = parent {
             parent.children.fetch_add(1, Ordering::Relaxed);
@@ -236,15 +237,15 @@ impl InodeStore {
         true
     }
 
-    /// The inode that `node` stands for, if the guest has it.
+    /// The inode that `node` stands for, if the guest knows it.
     pub(super) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
-        // Those that are here for their children alone are not the guest's.
+        // An inode that is in the store only for its children is not known to the guest.
         let known_to_guest = known.node() == NodeId::ROOT || known.lookups() > 0;
         known_to_guest.then_some(known)
     }
 
-    /// The inode that `node` stands for, also if it is here for its children alone.
+    /// The inode that `node` stands for, even if it is in the store only for its children.
     pub(super) fn any(&self, node: NodeId) -> Option<Arc<Inode>> {
         if node == NodeId::ROOT {
             return Some(Arc::clone(&self.root));
@@ -258,7 +259,7 @@ impl InodeStore {
             .map(Arc::clone)
     }
 
-    /// The inode whose way is `name` in `parent`: looks at all of them.
+    /// The inode that is reopened by `name` in `parent`. Scans all inodes.
     pub(super) fn by_name(&self, parent: NodeId, name: &CStr) -> Option<Arc<Inode>> {
         let is_linked_as = |inode: &Inode| inode.is_linked_as(&inode.ref_kind(), parent, name);
         self.by_node.iter().find_map(|shard| {
@@ -270,27 +271,27 @@ impl InodeStore {
         })
     }
 
-    /// Finds an inode that is known already, and counts one lookup of it. `None` also if it
-    /// takes more than `identity` to tell.
+    /// Finds a known inode and counts one lookup. Also returns `None` if `identity` is not
+    /// sufficient to identify it.
     pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
-        // One that is remembered gets a descriptor first, as one that is new does.
+        // A forgotten inode needs a descriptor first, as a new one does.
         let known = |inode: &&Arc<Inode>| inode.is(identity) && !inode.is_forgotten();
         let inode = by_key(&keys, &identity.key).filter(known)?;
         self.increment_lookups(&keys, inode);
         Some(Arc::clone(inode))
     }
 
-    /// The inode that goes by `identity`'s key, if it may be it.
+    /// The inode with `identity`'s key, if it can be the same inode.
     pub(super) fn peek(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let keys = self.keys(&identity.key);
         let inode = by_key(&keys, &identity.key)?;
         inode.may_be(identity).then(|| Arc::clone(inode))
     }
 
-    /// Finds or adds an inode without opening it, and counts one lookup of it. `None` if it may
-    /// be known, and it takes more than `identity` to tell. A new one can't be reached before
-    /// [`record_name_of_new`](Self::record_name_of_new).
+    /// Finds or adds an inode without opening it, and counts one lookup. Returns `None` if it may
+    /// be a known inode and `identity` is not sufficient to tell. A new inode can't be opened
+    /// before [`record_name_of_new`](Self::record_name_of_new).
     pub(super) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
@@ -301,8 +302,8 @@ impl InodeStore {
         self.add(&mut keys, identity, None, ReopenMethod::None)
     }
 
-    /// Finds or adds an inode that is open at this moment, and counts one lookup of it. Where a
-    /// known inode goes by the same key, `same` tells by system calls whether it is the one.
+    /// Finds or adds an inode that is open at this moment, and counts one lookup. If a known inode
+    /// has the same key, `same` decides by system calls whether it is the same inode. Returns
     /// `None` if the table is full.
     pub(super) fn find_or_insert(
         &self,
@@ -323,7 +324,7 @@ impl InodeStore {
                 }
                 return Some(known);
             }
-            // What had this number before is no more. Its node id stays with who has it.
+            // The inode that had this number before no longer exists. The guest keeps its node id.
             let known = Arc::clone(known);
             remove_key(&mut keys, &known);
             if known.is_forgotten() {
@@ -357,7 +358,7 @@ impl InodeStore {
     ///
     /// # Errors
     ///
-    /// Gives `fd` back if the inode has been forgotten.
+    /// Returns `fd` if the inode has been removed from the store.
     pub(super) fn install<'a>(
         &self,
         inode: &'a Inode,
@@ -377,12 +378,13 @@ impl InodeStore {
                 }
                 Ok(borrowed)
             }
-            // Somebody was faster.
+            // Another thread installed a descriptor first.
             Err(fd) => inode.slot.borrow().ok_or(fd),
         }
     }
 
-    /// Takes the descriptor from `inode`, whose way is locked; `None` if it is in use.
+    /// Takes the descriptor from `inode`, whose `ref_kind` is locked. Returns `None` if the
+    /// descriptor is in use.
     pub(super) fn uninstall(
         &self,
         inode: &Inode,
@@ -397,7 +399,7 @@ impl InodeStore {
         taken
     }
 
-    /// Puts `inode` at the end of those that may be closed, if it has a descriptor and a way.
+    /// Puts `inode` at the end of the eviction queue if it has a descriptor and can be reopened.
     pub(super) fn enqueue_for_eviction(&self, inode: &Inode) {
         let ref_kind = inode.ref_kind();
         if inode.slot.is_full() && !matches!(*ref_kind, RefKind::Nothing | RefKind::Removed) {
@@ -405,12 +407,12 @@ impl InodeStore {
         }
     }
 
-    /// Which descriptors go first.
+    /// Decides which descriptors are closed first.
     pub(super) fn evictor(&self) -> &FdEvictor {
         &self.evictor
     }
 
-    /// Counts one child more of `parent`; answers whether that is still in the store.
+    /// Adds one to the child count of `parent`. Returns whether it is still in the store.
     fn add_child(&self, parent: &Inode) -> bool {
         let _keys = self.keys(&parent.key());
         let is_present = parent.is_in_use();
@@ -420,7 +422,8 @@ impl InodeStore {
         is_present
     }
 
-    /// Counts one child less of `node`, and if that ends it, of what it was a child of.
+    /// Subtracts one from the child count of `node`. If that removes the inode, continues with its
+    /// parent.
     fn remove_child(&self, node: NodeId) {
         let mut next = Some(node);
         while let Some(parent) = next.and_then(|node| self.any(node)) {
@@ -440,7 +443,7 @@ impl InodeStore {
         }
     }
 
-    /// Removes `inode`, the lock of whose shard `keys` is, if nobody counts on it any more.
+    /// Removes `inode` if nothing needs it. `keys` is the lock of its shard.
     fn remove_if_unused(&self, mut keys: MutexGuard<'_, Keys>, inode: &Arc<Inode>) {
         if inode.is_in_use() {
             return;
@@ -452,13 +455,13 @@ impl InodeStore {
         {
             self.remove_child(parent);
         }
-        // Descriptors are closed outside of the locks.
+        // Close descriptors outside the locks.
         drop(removed);
     }
 
-    /// Counts one lookup more of an inode that the guest has, or that is remembered.
+    /// Counts one more lookup of an inode that the guest knows, or of a forgotten one.
     ///
-    /// Answers whether that is still so: another thread may have forgotten it meanwhile.
+    /// Returns false if another thread has removed it in the meantime.
     pub(super) fn count_lookup(&self, inode: &Inode) -> bool {
         let keys = self.keys(&inode.key());
         let known_to_guest =
@@ -469,7 +472,7 @@ impl InodeStore {
         known_to_guest
     }
 
-    /// The lock's guard is asked for to show that it is held.
+    /// Takes the guard to show that the lock is held.
     fn increment_lookups(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
         let entry = self.table.own_journal_entry(current_request::unique());
         entry.inspect(|entry| entry.before(inode.node().0, false));
@@ -481,14 +484,14 @@ impl InodeStore {
         self.forgotten.take(inode);
     }
 
-    /// Gives back `count` lookups; the last one removes the inode, unless it is to be remembered,
-    /// which is answered. The root is never removed.
+    /// Subtracts `count` lookups. The last one removes the inode, unless the store keeps it as a
+    /// forgotten one. Returns whether it does. The root is never removed.
     #[must_use]
     pub(super) fn forget(&self, inode: &Arc<Inode>, count: u64) -> bool {
         inode.node() != NodeId::ROOT && self.forget_inode(inode, count, true)
     }
 
-    /// Answers whether the inode is remembered from now on.
+    /// Returns whether the store keeps the inode as a forgotten one.
     fn forget_inode(&self, inode: &Arc<Inode>, count: u64, keep: bool) -> bool {
         let keys = self.keys(&inode.key());
         let before = inode.lookups();
@@ -499,7 +502,7 @@ impl InodeStore {
             .record
             .set_lookups(left, current_request::unique(), false);
         entry.inspect(|entry| entry.after());
-        // `before` is 0 if another thread has removed it since `get`.
+        // `before` is 0 if another thread has removed the inode since `get`.
         if before == 0 || left > 0 {
             return false;
         }
@@ -510,7 +513,7 @@ impl InodeStore {
         forgotten
     }
 
-    /// Ends what an inode that was removed still has; answers whose child it was.
+    /// Cleans up an inode that was removed. Returns its parent, which has lost a child.
     fn finish_removal(&self, inode: &Inode) -> Option<NodeId> {
         let mut ref_kind = inode.ref_kind();
         let left = inode.set_reopen_method(&mut ref_kind, ReopenMethod::Removed);
@@ -525,7 +528,8 @@ impl InodeStore {
         left
     }
 
-    /// Makes the next lookup find another inode under this one's key: it was found stale.
+    /// Ensures that the next lookup creates a new inode for this key: this inode turned out to be
+    /// stale.
     pub(super) fn remove_key_of(&self, inode: &Inode) {
         if inode.node() != NodeId::ROOT {
             let mut keys = self.keys(&inode.key());
@@ -533,11 +537,11 @@ impl InodeStore {
         }
     }
 
-    /// Forgets all but the root.
+    /// Removes all inodes except the root.
     pub(super) fn clear(&self) {
         for shard in &self.by_node {
-            // Who looks up meanwhile adds to what is left of a session that has ended; nodes
-            // are taken out one by one, so that the sets agree at each moment.
+            // Lookups that run concurrently add to a session that has ended. Removing nodes one by
+            // one keeps the two sets consistent at every moment.
             let nodes: Vec<NodeId> = {
                 let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
                 nodes.iter().map(|known| known.node()).collect()
@@ -547,7 +551,8 @@ impl InodeStore {
                     let keys = self.keys(&inode.key());
                     self.forgotten.take(&inode);
                     inode.children.store(0, Ordering::Relaxed);
-                    // One that is here for its children alone has no lookup to give back.
+                    // An inode that is in the store only for its children has no lookup to
+                    // subtract.
                     inode.record.set_lookups(inode.lookups().max(1), 0, false);
                     drop(keys);
                     self.forget_inode(&inode, u64::MAX, false);
@@ -556,19 +561,19 @@ impl InodeStore {
         }
     }
 
-    /// How many inodes there are, the root included.
+    /// The number of inodes, including the root.
     pub(super) fn len(&self) -> usize {
         let len =
             |shard: &RwLock<Nodes>| shard.read().unwrap_or_else(PoisonError::into_inner).len();
         self.by_node.iter().map(len).sum()
     }
 
-    /// As [`len`](Self::len), give or take those that come or go right now.
+    /// As [`len`](Self::len), but approximate while inodes are added or removed.
     pub(super) fn known(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// How many of them have a descriptor.
+    /// The number of inodes that have a descriptor.
     pub(super) fn descriptors(&self) -> usize {
         self.descriptors.load(Ordering::Relaxed)
     }
@@ -631,8 +636,8 @@ fn remove_key(keys: &mut Keys, inode: &Inode) {
     }
 }
 
-/// Whether a set has so much room left that memory shall be given back. Four times what is
-/// needed, so that a set near the limit isn't moved to and fro.
+/// Whether a set is so empty that its memory should be freed. The factor of four keeps a set from
+/// being reallocated again and again.
 fn is_sparse(len: usize, capacity: usize) -> bool {
     capacity > 64 && len < capacity / 4
 }

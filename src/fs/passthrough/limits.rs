@@ -1,10 +1,10 @@
-//! How much one guest may hold: inodes, open files, locks, and the descriptors of all these.
+//! Limits how many inodes, open files, locks and descriptors one guest can have.
 //!
-//! Each costs the host memory or a descriptor, and a guest's kernel that goes wild, or is told
-//! to, would take all there is. Part of the process's descriptors is reserved: for the front end's
-//! messages, the guest's memory, queues, workers, and a process that recovers the session. The
-//! invariant: what is over a bound is refused before anything takes effect. Threads that ask at
-//! the same moment may go over by one each.
+//! Each of them costs the host memory or a descriptor, and a faulty or malicious guest kernel would
+//! use up all there is. Some of the process's descriptors are reserved for the front end's
+//! messages, guest memory, queues, workers, and a process that recovers the session. The invariant:
+//! a request that exceeds a limit is refused before it takes effect. Threads that check at the same
+//! moment can each exceed a limit by one.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,28 +16,29 @@ use super::options::{Options, descriptor_limit, guest_descriptors};
 use super::reopen::MIN_FDS;
 use crate::fs::Result;
 
-/// DirentCache of directories that are kept from one READDIR to the next, each of 64 KiB; a further
-/// directory is read on at the place where it stopped, which costs a call more.
+/// The number of open directories that keep their entry buffer, 64 KiB each, from one READDIR to
+/// the next. Beyond that a directory seeks back to its position, which costs one more call.
 pub(super) const MAX_DIRENT_BUFFERS: usize = 1024;
 
-/// Descriptors beyond the guest's that operations may take for a moment.
+/// Descriptors beyond the guest's limit that operations may use for a moment.
 const TRANSIENT_FDS: usize = 2 * MIN_FDS;
 
-/// How often the log tells of a shortage at most.
+/// The shortest time between two warnings in the log.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The bounds on descriptors.
+/// The limits on descriptors.
 #[derive(Debug)]
 pub(super) struct FdLimits {
-    /// What the process may have open, as it was at the start: a sandbox doesn't let it be asked.
+    /// The limit of the process at the start. A sandbox may not be able to read it later.
     limit: usize,
-    /// Beyond so many, those that can be opened again are closed.
+    /// Above this number, descriptors that can be reopened are closed.
     pub(super) soft: usize,
-    /// Beyond so many, none is opened that can't be closed before the guest gives it back.
+    /// Above this number, no descriptor is opened that can't be closed before the guest releases
+    /// it.
     hard: usize,
-    /// How many of them open files, directories and locks may have.
+    /// How many descriptors open files, directories and locks can have.
     pub(super) handles: usize,
-    /// When the log last told of a shortage.
+    /// When the last warning was logged.
     last_warning: Mutex<Option<Instant>>,
 }
 
@@ -55,7 +56,7 @@ impl FdLimits {
 }
 
 impl Passthrough {
-    /// How many descriptors the server has open for the guest.
+    /// The number of descriptors that the server has open for the guest.
     pub(super) fn descriptors(&self) -> usize {
         self.inodes.descriptors()
             + self.handles.count()
@@ -66,7 +67,7 @@ impl Passthrough {
             + self.reopen_policy.anchors()
     }
 
-    /// Asked before the guest gets to know a further inode. What it has given back makes room.
+    /// Checks the limits before the guest gets to know another inode. Forgotten inodes make room.
     pub(super) fn room_for_inode(&self) -> Result<()> {
         while self.inodes.known() > self.options.max_inodes {
             if !self.inodes.drop_oldest_forgotten() {
@@ -74,11 +75,11 @@ impl Passthrough {
             }
         }
         self.inodes.make_room_in_table();
-        // Nearly always its descriptor can be closed again.
+        // Its descriptor can nearly always be closed again.
         self.room_below(self.fd_limits.hard.saturating_add(TRANSIENT_FDS))
     }
 
-    /// Asked before a further file or directory is opened for the guest.
+    /// Checks the limits before another file or directory is opened for the guest.
     pub(super) fn room_for_handle(&self) -> Result<()> {
         self.sharing.opens();
         if self.handles.count().saturating_add(self.locks.count()) >= self.fd_limits.handles {
@@ -87,13 +88,13 @@ impl Passthrough {
         self.room_for_descriptor()
     }
 
-    /// Asked before a further descriptor is opened that can't be closed until the guest gives it
-    /// back, and before an inode loses the name by which its descriptor could be opened again.
+    /// Checks the limit before opening a descriptor that can't be closed until the guest releases
+    /// it, and before an inode loses the name by which it could be reopened.
     pub(super) fn room_for_descriptor(&self) -> Result<()> {
         self.room_below(self.fd_limits.hard)
     }
 
-    /// Makes sure that there are fewer descriptors than `bound`.
+    /// Ensures that there are fewer than `bound` descriptors.
     fn room_below(&self, bound: usize) -> Result<()> {
         if self.descriptors() < bound {
             return Ok(());
@@ -112,7 +113,7 @@ impl Passthrough {
         }
     }
 
-    /// Tells the operator, now and then, why the guest gets `ENFILE`.
+    /// Logs, at most once in each interval, why the guest gets `ENFILE`.
     pub(super) fn warn_of_shortage(&self) {
         {
             let mut last_warning = self

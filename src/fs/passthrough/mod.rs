@@ -1,9 +1,11 @@
-//! The passthrough file system: a directory of the host.
+//! The passthrough file system: serves a directory of the host to a guest.
 //!
-//! Composition and options, and the operations too small for a file of their own. Inodes are
-//! held within reach by `holds`, known to the guest by `inodes`, found by `lookup`; open
-//! files are `handles`; `credentials` says who creates. The invariant: nothing is reached
-//! but by a descriptor or a file handle that began at the shared directory, one name at a time.
+//! This file has the composition: the parts that [`Passthrough`] owns, and the list of modules.
+//! `construct` builds it and `file_system` implements the FUSE operations. `inodes` maps node ids
+//! to inodes, `inode_ref` and `reopen` turn an inode into a descriptor, `lookup` turns names into
+//! inodes, `handles` has the open files, and `credentials` sets the owner of new files. The
+//! invariant: every access starts from a descriptor or a file handle that was derived from the
+//! shared directory, one path component at a time.
 
 mod attributes;
 mod closed_fd_cache;
@@ -80,15 +82,15 @@ use crate::state::Table;
 /// A directory that is about to be shared.
 #[derive(Debug)]
 pub struct Shared {
-    /// What is open on it, `O_PATH`.
+    /// An `O_PATH` descriptor of the directory.
     pub root: OwnedFd,
-    /// What was `/proc/self/fd`, `O_PATH`, where there may be no `/proc` any more.
+    /// An `O_PATH` descriptor of `/proc/self/fd`. It stays usable after `/proc` has been unmounted.
     pub proc_fds: OwnedFd,
-    /// What messages call it.
+    /// The path to show in messages.
     pub path: PathBuf,
 }
 
-/// A directory of the host, as a file system for a guest.
+/// A host directory, served as a file system to a guest.
 #[derive(Debug)]
 pub struct Passthrough {
     options: Options,
@@ -96,7 +98,7 @@ pub struct Passthrough {
     proc_fds: OwnedFd,
     inodes: InodeStore,
     reopen_policy: ReopenPolicy,
-    /// What the root was made for, if it is a directory for a single file.
+    /// The shared file, if the share is a single file and the root is a directory made for it.
     single_file: Option<OwnedFd>,
     handles: Handles,
     handleless: HandlelessOpens,
@@ -105,72 +107,72 @@ pub struct Passthrough {
     terms: CurrentTerms,
     fd_limits: FdLimits,
     sharing: Sharing,
-    /// DirentCache of directories that are kept.
+    /// Limits how many open directories keep their entry buffers.
     dirent_cache: DirentCache,
     locks: Locks,
     credential_policy: CredentialPolicy,
-    /// Labels of SELinux are this host's business.
+    /// The host uses SELinux, so it handles SELinux labels itself.
     selinux: bool,
-    /// Locks were given up for another server to have them; see `moving`.
+    /// Locks were released so that the destination of a migration can take them. See `migration`.
     locks_released: AtomicBool,
-    /// The session is one that another process has begun.
+    /// Another process started this session.
     inherited: AtomicBool,
-    /// What the guest holds, as it outlives this process.
+    /// The guest's state, which outlives this process.
     table: Arc<Table>,
-    /// What is known of requests that another process had begun.
+    /// What earlier server processes recorded about requests that are replayed.
     previous_attempts: PreviousAttempts,
     paths: Paths,
 }
 
 impl Passthrough {
-    /// The table of what the guest holds.
+    /// The table of the guest's state.
     #[must_use]
     pub fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
-    /// Says that the root is a directory that was made for `file`, `O_PATH`, which is on another
-    /// file system: to sync the root is to sync that.
+    /// Declares that the root is a directory made for `file`, an `O_PATH` descriptor of a file on
+    /// another file system. SYNCFS of the root then syncs the file system of `file`.
     pub fn is_for(&mut self, file: OwnedFd) {
         self.single_file = Some(file);
     }
 
-    /// How many inodes the guest has looked up and not forgotten, the root included, and how many
-    /// are remembered beside them.
+    /// The number of inodes in the store: those that the guest has looked up and not forgotten, the
+    /// root, and the forgotten ones that are kept.
     #[must_use]
     pub fn known_inodes(&self) -> usize {
         self.inodes.len()
     }
 
-    /// How many of those the guest has given back, and may find again by a file handle.
+    /// The number of inodes that the guest has forgotten and can still find by a file handle.
     #[must_use]
     pub fn remembered_inodes(&self) -> usize {
         self.inodes.forgotten()
     }
 
-    /// How many of those have a descriptor at this moment.
+    /// The number of known inodes that have a descriptor at this moment.
     #[must_use]
     pub fn inode_descriptors(&self) -> usize {
         self.inodes.descriptors()
     }
 
-    /// How many files and directories the guest has open.
+    /// The number of files and directories that the guest has open.
     #[must_use]
     pub fn open_handles(&self) -> usize {
         self.handles.len()
     }
 
-    /// Prepares the calling thread, if it isn't.
+    /// Prepares the calling thread if that has not been done.
     fn prepare(&self) -> Result<()> {
         credentials::prepare_thread(&self.proc_fds)
     }
 
-    /// What handles of this run are told from those of another by.
+    /// The generation number that tells this session's node ids from those of other sessions.
     fn generation(&self) -> u64 {
         self.table().generation()
     }
 
-    /// Ends all that belongs to a session of the guest but its inodes.
+    /// Ends everything that belongs to the guest's session except its inodes.
     fn end_session(&self) {
         self.locks_released.store(false, Ordering::Relaxed);
         self.locks.clear();
@@ -180,7 +182,8 @@ impl Passthrough {
         self.terms.set(&NegotiatedTerms::default());
     }
 
-    /// Asked by each operation that changes something, before it does.
+    /// Fails with `EROFS` if the share is read-only. Every operation that changes something calls
+    /// it first.
     fn writable(&self) -> Result<()> {
         if self.options.readonly {
             Err(Errno::ROFS)

@@ -1,7 +1,7 @@
-//! Names made, moved and removed: CREATE, MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME.
+//! Creates, renames and removes names: CREATE, MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME.
 //!
-//! The invariant: what is created belongs to the caller, and nothing that is there already is
-//! opened or changed by a creation.
+//! The invariant: a new file belongs to the caller, and a creation neither opens nor changes an
+//! existing file.
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
@@ -21,7 +21,7 @@ use super::lookup::component;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 use crate::sys::file_handle::FileHandle;
 
-/// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
+/// How often a CREATE without `O_EXCL` retries while others create and remove the name.
 const CREATE_TRIES: usize = 16;
 
 const SET_GROUP_ID: u32 = 0o2000;
@@ -65,7 +65,7 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
-        // No type at all is a regular file, as in mknod(2).
+        // No file type means a regular file, as in mknod(2).
         let kind = match FileType::from_raw_mode(new.mode) {
             FileType::Unknown if new.mode & !PERMISSIONS == 0 => FileType::RegularFile,
             FileType::Unknown | FileType::Directory | FileType::Symlink => {
@@ -103,9 +103,11 @@ impl Passthrough {
         self.find_new(parent, name)
     }
 
-    /// `O_EXCL` is always said to the host: it makes the kernel neither follow a symbolic link
-    /// nor mind `fs.protected_regular`, and tells a new file, which is the caller's, from one
-    /// that is there, which is opened as OPEN would.
+    /// Creates and opens a file.
+    ///
+    /// The host always gets `O_EXCL`. With it the kernel neither follows a symbolic link nor
+    /// applies `fs.protected_regular`, and a new file, which belongs to the caller, can be told
+    /// from an existing one, which is opened as by OPEN.
     pub(super) fn create_file(
         &self,
         caller: &Caller,
@@ -118,7 +120,7 @@ impl Passthrough {
         let parent = self.fd(&parent)?;
         let exclusive = flags & OFlags::EXCL.bits() != 0;
         if self.options.readonly {
-            // What is there can be opened for reading, as on any file system.
+            // An existing file can be opened for reading, as on any read-only file system.
             if exclusive {
                 return Err(Errno::ROFS);
             }
@@ -178,7 +180,7 @@ impl Passthrough {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
                 self.forget_lookups(entry.node, 1);
-                // An inode that has ended since; its name may be another's by now.
+                // The inode was removed in the meantime. The name may now belong to another inode.
                 Err(if error == Errno::STALE {
                     Errno::NOENT
                 } else {
@@ -188,8 +190,8 @@ impl Passthrough {
         }
     }
 
-    /// Another name for an inode, by its link in `/proc/self/fd`: unlike `AT_EMPTY_PATH` this
-    /// needs no privilege.
+    /// Creates another name for an inode through its link in `/proc/self/fd`, which needs no
+    /// privilege, unlike `AT_EMPTY_PATH`.
     pub(super) fn make_link(
         &self,
         caller: &Caller,
@@ -267,11 +269,11 @@ impl Passthrough {
         removed
     }
 
-    /// The descriptor of an inode whose name is about to change, if it can be reached.
+    /// A descriptor of an inode whose name is about to change, if it can be opened.
     ///
     /// # Errors
     ///
-    /// There is none left, so the name must not change: the inode would be out of reach then.
+    /// No descriptor is left. The name must not change then, as the inode could not be reopened.
     fn pin<'a>(&self, known: Option<&'a KnownInode>) -> Result<Option<Result<InodeFd<'a>>>> {
         match known.map(|known| self.fd(&known.inode)) {
             Some(Err(Errno::MFILE | Errno::NFILE)) => Err(Errno::NFILE),
@@ -279,8 +281,9 @@ impl Passthrough {
         }
     }
 
-    /// What goes by `name` in `parent`, if inodes are held by file handle and it was not `known`
-    /// before changes of names there were announced: who looks it up meanwhile sees those.
+    /// The inode with `name` in `parent`, if inodes have file handles and it was not `known` before
+    /// the name change was announced. A lookup that adds the inode in between sees the
+    /// announcement.
     fn known_if_by_handle(
         &self,
         known: Option<&KnownInode>,
@@ -293,9 +296,9 @@ impl Passthrough {
         self.known(parent, name, false)
     }
 
-    /// Prepares an inode for the loss of a name. Whoever is using a descriptor keeps it from being
-    /// closed before the store is told, and one that is about to lose its last name has one from
-    /// here on, as a file handle would lead nowhere.
+    /// Prepares an inode for the loss of a name. A descriptor in use is not closed before the store
+    /// has recorded the loss. An inode that is about to lose its last name keeps a descriptor from
+    /// here on, as its file handle will not open it.
     ///
     /// # Errors
     ///
@@ -330,7 +333,7 @@ impl Passthrough {
         })
     }
 
-    /// Takes note that a name was taken from `victim`, or not after all.
+    /// Records whether `victim` lost a name.
     fn finish_unlink(
         &self,
         victim: Victim<'_>,
@@ -349,8 +352,10 @@ impl Passthrough {
             if known.is_last() {
                 self.close_cached(inode.node());
             } else {
-                // It has other names, of which none is known: to a process that has not got the
-                // descriptor nothing else leads there. One without file handles can be looked for.
+                // It has other names, none of them known. A server process that doesn't inherit the
+                // descriptor can only find it by searching the share; recording the handle says
+                // that it has a name. Without file handles the record is empty, which says the
+                // same.
                 let handle = FileHandle::of(fd);
                 let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
                 let ref_kind = inode.ref_kind();
@@ -375,14 +380,14 @@ impl Passthrough {
         }
         drop(fd);
         if by_handle && !lost && !self.reopen_policy.keeps_opened_fds() {
-            // However lately it was used.
+            // Evict it even if it was used recently.
             inode.slot().second_chance();
             self.close_now(inode);
         }
     }
 
-    /// The inode that the guest has by `name` in `parent`. If it is about to lose that, a process
-    /// after this one shall know that it had it.
+    /// The inode that the guest knows under `name` in `parent`. If `loses` is set, the inode number
+    /// is recorded in the journal for the next server process.
     fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<KnownInode> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
@@ -410,7 +415,7 @@ impl Passthrough {
         }
         let old_parent = self.inode(from.0)?;
         let new_parent = self.inode(to.0)?;
-        // A whiteout is created, and so it is somebody's.
+        // A whiteout is a new file, so it needs an owner.
         let _as_caller = flags
             .contains(RenameFlags::WHITEOUT)
             .then(|| self.as_caller(caller, None))
@@ -431,12 +436,14 @@ impl Passthrough {
         renamed
     }
 
-    /// The permission bits of a new file, without a set-group-ID bit that the caller has no right
-    /// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
-    /// from an executable file whose creator isn't in that group, but it would not from the server,
-    /// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
-    /// say of a member by a supplementary group that it is one, and before that it may set the bit
-    /// afterwards. Where owners are mapped, the guest's kernel alone knows who is privileged.
+    /// The permission bits of a new file, without a set-group-ID bit that the caller may not set.
+    ///
+    /// In a set-group-ID directory a file gets the directory's group. The kernel clears the bit of
+    /// an executable file if the creator isn't in that group, but it would not for the server,
+    /// which has `CAP_FSETID`. Guest kernels since 6.0 clear the bit themselves. Guest kernels
+    /// since 6.3 report a caller that is in the group by a supplementary group as a member; with
+    /// older ones such a caller can set the bit afterwards. If ids are mapped, only the guest's
+    /// kernel knows which callers are privileged.
     pub(super) fn permitted_mode(
         &self,
         caller: &Caller,
@@ -471,7 +478,7 @@ impl Passthrough {
             self.inodes
                 .record_name(&known.inode, old_parent, old_name, dir_seq);
         }
-        // Whoever is using a descriptor keeps it from being closed before the store is told.
+        // A descriptor in use is not closed before the store has recorded the rename.
         let by_name = |known: &&KnownInode| !matches!(&*known.inode.ref_kind(), RefKind::Handle(_));
         let in_use = [
             self.pin(moved.filter(by_name))?,
@@ -481,7 +488,7 @@ impl Passthrough {
         let new = self.known_if_by_handle(replaced, new_fd, new_name);
         let replaced = replaced.or(new.as_ref());
         let node = |known: &KnownInode| known.inode.node();
-        // Two names of one inode: both stay.
+        // Both names are links of one inode. rename(2) does nothing then.
         let same = moved.is_some() && moved.map(node) == replaced.map(node);
         let exchanged = flags.contains(RenameFlags::EXCHANGE);
         let victim = replaced.filter(|_| !same && !exchanged);
@@ -517,7 +524,7 @@ struct KnownInode {
 }
 
 impl KnownInode {
-    /// Whether it has no name but this one.
+    /// Whether this is its last name.
     fn is_last(&self) -> bool {
         self.links == 1 || self.inode.kind() == FileType::Directory
     }
@@ -527,6 +534,6 @@ impl KnownInode {
 struct Victim<'a> {
     known: &'a KnownInode,
     by_handle: bool,
-    /// What keeps it, if it could be opened.
+    /// A descriptor that keeps the inode alive, if it could be opened.
     fd: Option<InodeFd<'a>>,
 }

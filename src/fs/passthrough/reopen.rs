@@ -1,9 +1,9 @@
-//! From inodes to descriptors: opened when needed, and closed when there are too many.
+//! Opens the descriptors of inodes on demand and closes them when there are too many.
 //!
-//! An inode that was closed is opened by its file handle, or by its name in its directory, which
-//! may have to be opened itself, up to one that is open. The invariant: what is found under a
-//! name is used only if device, number and birth say that it is the inode, and where these
-//! could deceive, a digest of its file handle.
+//! An inode without a descriptor is opened by its file handle, or by its name in its parent
+//! directory. If the parent is closed too, it is opened first, and so on up to an open directory.
+//! The invariant: what is found under a name is used only if device, number and birth time match
+//! the inode and, where these are not sufficient, the digest of its file handle matches too.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -19,17 +19,17 @@ use super::inode_ref::{
 use super::inodes::MAX_DEPTH;
 use crate::fs::Result;
 
-/// Descriptors of inodes that are left to those however many files are open: a few for each
-/// operation that runs.
+/// Inode descriptors that are never closed in favour of open files: a few for each running
+/// operation.
 pub(super) const MIN_FDS: usize = 16;
 
-/// How many inodes are closed where the host has no descriptor left.
+/// How many inodes are closed at once when the host has no descriptor left.
 const EVICTION_BATCH: usize = 32;
 
-/// How often an inode is looked for while names change.
+/// How often opening an inode is retried while names change.
 const TRIES: usize = 64;
 
-/// How an inode is opened at this moment.
+/// How to open one inode on the path.
 enum Step {
     Open(OwnedFd),
     Name(ParentLink),
@@ -47,17 +47,17 @@ impl Passthrough {
         }
     }
 
-    /// A descriptor of `inode` for use. The caller has made sure that it is a regular file or a
-    /// directory: to open anything else may block, or act on a device.
+    /// Opens `inode` with `flags`. The caller ensures that it is a regular file or a directory:
+    /// opening anything else may block or act on a device.
     ///
-    /// A lease that somebody on the host holds is waited for, as by any local process, at most
-    /// for as long as `/proc/sys/fs/lease-break-time` says.
+    /// If a host process holds a lease on the file, the call waits for it as any local process
+    /// would, at most as long as `/proc/sys/fs/lease-break-time` says.
     pub(super) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
         if !inode.slot().is_full()
             && let ReopenMethod::Handle { mount, handle } = inode.reopen_method()
         {
             match self.with_room(|| mount.open(&handle, flags)) {
-                // It has got a descriptor meanwhile, as the guest was about to take its last name.
+                // Another thread installed a descriptor before it removes the inode's last name.
                 Err(Errno::STALE) if inode.slot().is_full() => {}
                 opened => return opened.inspect_err(|error| self.note_stale(inode, *error)),
             }
@@ -66,8 +66,9 @@ impl Passthrough {
         self.with_room(|| reopen_fd(&fd, &self.proc_fds, flags))
     }
 
-    /// What can't be reached any more shall not be found by a lookup again, unless that sees
-    /// for sure that it is the same: the guest answers `ESTALE` with another lookup of the name.
+    /// Ensures that the next lookup doesn't return an inode that can't be opened, unless lookups
+    /// can tell for certain that it is the same inode. The guest reacts to `ESTALE` with another
+    /// lookup of the name.
     fn note_stale(&self, inode: &Inode, error: Errno) {
         let is_found_for_sure = inode.is_settled() || matches!(&*inode.ref_kind(), RefKind::Name);
         if error == Errno::STALE && !is_found_for_sure {
@@ -75,14 +76,16 @@ impl Passthrough {
         }
     }
 
-    /// As [`fd`](Self::fd) of an inode without a descriptor; one that can't be reached stays who it is.
+    /// As [`fd`](Self::fd), for an inode without a descriptor. If it can't be opened, the inode
+    /// keeps its identity.
     pub(super) fn open_closed<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
         for _ in 0..TRIES {
             let changes = self.inodes.name_changes();
             match self.try_open_closed(inode) {
-                // A directory on the way was closed to make room for another thread.
+                // A directory on the path was closed to make room for another thread.
                 Err(Errno::AGAIN) => {}
-                // A name that is just being changed: who does so uses the inode's descriptor.
+                // The name is being changed. The thread that changes it uses the inode's
+                // descriptor.
                 Err(Errno::STALE) if self.inodes.name_changes() != changes => {}
                 done => return done,
             }
@@ -101,7 +104,7 @@ impl Passthrough {
             Step::Open(fd) => return self.install(inode, fd),
             Step::Name(link) => link,
         };
-        // Up to a directory that is open, or can be opened without a name.
+        // Go up to a directory that is open or has a file handle.
         let mut parents: Vec<(Arc<Inode>, Option<Step>)> = Vec::new();
         let mut at = link.parent;
         loop {
@@ -118,19 +121,19 @@ impl Passthrough {
             parents.push((parent, Some(step)));
             match above {
                 Some(above) if parents.len() < MAX_DEPTH => at = above,
-                // A circle, of names that are all outdated.
+                // A cycle, which consists of outdated names.
                 Some(_) => return Err(Errno::STALE),
                 None => break,
             }
         }
-        // And down again.
+        // Go down again, opening each directory.
         let mut above: Option<InodeFd<'_>> = None;
         for (parent, step) in parents.iter_mut().rev() {
             let parent = &**parent;
             let fd = match (step.take(), &above) {
                 (Some(Step::Open(fd)), _) => self.install(parent, fd)?,
                 (Some(Step::Name(link)), Some(above)) => self.open_in(parent, above, &link)?,
-                // It was open a moment ago.
+                // It was open when the path was collected.
                 _ => match parent.slot().borrow() {
                     Some(fd) => InodeFd::installed(parent, fd),
                     None => return Err(Errno::AGAIN),
@@ -156,7 +159,7 @@ impl Passthrough {
             .map(Step::Open)
     }
 
-    /// Opens `inode` by its name.
+    /// Opens `inode` by its name in `parent`.
     fn open_in<'a>(
         &self,
         inode: &'a Inode,
@@ -179,7 +182,7 @@ impl Passthrough {
         }
     }
 
-    /// Makes `fd` the inode's own, where inodes have descriptors of their own.
+    /// Installs `fd` as the inode's own descriptor, unless inodes of this kind have none.
     fn install<'a>(&self, inode: &'a Inode, fd: OwnedFd) -> Result<InodeFd<'a>> {
         let only_for_this_call = match &*inode.ref_kind() {
             RefKind::Handle(_) => !self.reopen_policy.keeps_opened_fds(),
@@ -198,7 +201,7 @@ impl Passthrough {
         Ok(installed)
     }
 
-    /// Closes inodes that are not in use, as long as there are more than there may be.
+    /// Closes unused inode descriptors while there are more than the limit.
     pub(super) fn make_room(&self) {
         let too_many = || {
             let max = self.fd_limits.soft;
@@ -210,7 +213,7 @@ impl Passthrough {
         }
     }
 
-    /// Calls `open`, and once more with some inodes closed if there was no descriptor left.
+    /// Calls `open`. If it fails for lack of descriptors, closes some and calls it once more.
     pub(super) fn with_room<T>(&self, open: impl Fn() -> Result<T>) -> Result<T> {
         match open() {
             Err(error @ (Errno::MFILE | Errno::NFILE)) => {
@@ -235,7 +238,7 @@ impl Passthrough {
         }
     }
 
-    /// Goes around the clock, at most twice, while `more` says so.
+    /// Evicts inode descriptors, in at most two rounds over all queues, while `more` returns true.
     pub(super) fn close_some(&self, more: impl Fn() -> bool) {
         let evictor = self.inodes.evictor();
         let mut turns = 2 * evictor.len() + evictor.turns();
@@ -250,12 +253,13 @@ impl Passthrough {
         }
     }
 
-    /// Takes the descriptor from `inode`, unless it was used lately or can't be missed.
+    /// Closes the descriptor of `inode`, unless it was used recently or can't be reopened. Returns
+    /// whether the inode has no descriptor now.
     pub(super) fn close(&self, inode: &Inode) -> bool {
         !inode.slot().second_chance() && self.close_now(inode)
     }
 
-    /// As [`close`](Self::close), for who has asked whether it was used lately.
+    /// As [`close`](Self::close), without the check for recent use.
     pub(super) fn close_now(&self, inode: &Inode) -> bool {
         let mut ref_kind = inode.ref_kind();
         let Some(fd) = inode.slot().inspect() else {
@@ -282,10 +286,10 @@ impl Passthrough {
         closed
     }
 
-    /// How `inode`, open as `fd`, will be found again.
+    /// Decides how `inode`, open as `fd`, will be reopened once it is closed.
     fn plan_reopen(&self, inode: &Inode, ref_kind: &RefKind, fd: BorrowedFd<'_>) -> ReopenPlan {
         match ref_kind {
-            // It has no business with the clock any more.
+            // These don't belong in the evictor's queues any more.
             RefKind::Nothing | RefKind::Open(_) | RefKind::Removed => return ReopenPlan::Later,
             RefKind::Handle(_) | RefKind::Name => {}
         }
@@ -300,8 +304,8 @@ impl Passthrough {
             };
         }
         let identity = Identity::of(&stat);
-        // One that has lost its names behind our back stays usable too. What has another
-        // number by now (overlayfs when it copies up) would not be found by it.
+        // An inode that lost its last name on the host stays usable, so its descriptor stays. An
+        // inode that changed its number (overlayfs on copy-up) would not match when it is reopened.
         if stat.stx_nlink == 0 || identity.key != inode.key() {
             return ReopenPlan::Never;
         }
@@ -320,16 +324,16 @@ impl Passthrough {
     }
 }
 
-/// How an inode that is about to be closed will be found again.
+/// How an inode that is about to be closed will be reopened.
 enum ReopenPlan {
-    /// As before.
+    /// In the same way as before.
     Same,
-    /// By its name, with this print.
+    /// By its name, with this digest.
     Digest(u64),
-    /// By this instead of its name.
+    /// By this method instead of its name.
     Better(ReopenMethod),
-    /// Not now; once it is older.
+    /// It can't be reopened yet; once it is older, it can.
     Later,
-    /// Not at all, until it is seen again.
+    /// It can't be reopened until a lookup sees it again.
     Never,
 }

@@ -1,16 +1,16 @@
-//! Going on from a table that another process has left: after a crash, an upgrade, a migration.
+//! Resumes a session from the table that another process left: after a crash, an upgrade, or a
+//! migration.
 //!
-//! Inodes, open files and locks come back with their descriptors where these are still there under
-//! their numbers, because this process has those of the one before ([`Past::bequeathed`]); else they
-//! are opened anew, by file handle or by parent and name, inodes when they are needed, files and locks
-//! at once. What was not yet answered when the other process ended is undone as far as it counts,
-//! since it is going to be done again. The invariant: whatever is opened is the inode that it was,
-//! as device, number and birth say; what can't be had any more is `ESTALE` or `EBADF` to the guest,
-//! and never another file.
+//! Inodes, open files and locks get their descriptors back if this process has those of the
+//! previous process under the same numbers ([`Past::inherited_fds`]). Otherwise they are reopened,
+//! by file handle or by parent and name: inodes when they are needed, files and locks at once. The
+//! lookups counted by requests that were not answered are undone, as these requests are served
+//! again. The invariant: a reopened inode is the same inode by device, number and birth time; one
+//! that can't be reopened is `ESTALE` or `EBADF` to the guest, never another file.
 //!
-//! With descriptors bequeathed the shared directory, too, is the one that was open before: a server
-//! in a mount namespace of its own has other mounts than the one before it, between which no name can
-//! be moved.
+//! With inherited descriptors, the root is also the directory that was open before: a server in its
+//! own mount namespace has other mounts than the previous server, and a name can't be moved between
+//! mounts.
 
 mod seek;
 
@@ -34,16 +34,17 @@ use crate::state::{HandleRecord, InodeRecord, LockRecord, Table};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::inherit;
 
-/// What is known of how the process before ended.
+/// What is known about the end of the previous server process.
 #[derive(Clone, Debug, Default)]
 pub struct Past {
-    /// This process has its descriptors, under the same numbers, and nothing else has.
+    /// This process has the previous one's descriptors, under the same numbers, and no other
+    /// process does.
     pub inherited_fds: bool,
-    /// The requests that were under way, and not yet done.
+    /// The requests that were running and not finished.
     pub under_way: Vec<u64>,
 }
 
-/// What has come back.
+/// What was restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// Inodes.
@@ -52,7 +53,7 @@ pub struct Restored {
     pub files: usize,
     /// Lock owners.
     pub locks: usize,
-    /// Open files and lock owners that have not.
+    /// Open files and lock owners that could not be restored.
     pub lost: usize,
 }
 
@@ -71,18 +72,18 @@ impl std::fmt::Display for Restored {
     }
 }
 
-/// What is known of requests that a process before this one had begun.
+/// What earlier server processes recorded about unfinished requests.
 #[derive(Debug, Default)]
 pub(super) struct PreviousAttempts {
     seen: HashMap<u64, u64>,
     forgotten: HashSet<(u64, NodeId)>,
-    /// Of its inodes, those that were looked for.
+    /// The search for inodes whose known name is gone.
     search: LostInodeSearch,
 }
 
 impl PreviousAttempts {
     pub(super) fn seen(&self, unique: u64) -> Option<u64> {
-        // Nearly always there is nothing.
+        // The map is nearly always empty.
         self.seen.get(&unique).copied()
     }
 
@@ -91,14 +92,14 @@ impl PreviousAttempts {
     }
 }
 
-/// The records that a table has.
+/// The records in a table.
 #[derive(Debug)]
 pub(super) struct Records {
     pub(super) root: InodeRecord,
     pub(super) others: Others,
 }
 
-/// All of them but the root's.
+/// All records except that of the root.
 #[derive(Debug)]
 pub(super) struct Others {
     inodes: Vec<InodeRecord>,
@@ -107,7 +108,7 @@ pub(super) struct Others {
 }
 
 impl Records {
-    /// Those of `table`; `None` if it knows of no root.
+    /// Takes the records of `table`. Returns `None` if there is no root.
     pub(super) fn of(table: &Arc<Table>) -> Option<Self> {
         let (handles, locks) = (table.take_handles(), table.take_locks());
         let mut inodes = table.take_inodes();
@@ -122,7 +123,7 @@ impl Records {
     }
 }
 
-/// Who the inode of a record was to the process before.
+/// The key that the inode had in the previous process.
 pub(super) fn key_of(record: &InodeRecord) -> Key {
     Key {
         number: record.number(),
@@ -131,7 +132,7 @@ pub(super) fn key_of(record: &InodeRecord) -> Key {
     }
 }
 
-/// The descriptor that was written down as `fd`, if it is open on that inode.
+/// The inherited descriptor with the recorded number `fd`, if it is open on that inode.
 pub(super) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
     let fd = inherit::bequeathed_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
@@ -139,8 +140,8 @@ pub(super) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<Owne
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
 }
 
-/// A server's end is not the end of what its guest holds: that ends by FORGET, RELEASE, or with the
-/// guest's session ([`reset`](crate::fs::FileSystem::reset)), and otherwise is the next process's.
+/// The guest's state doesn't end with the server. It ends with FORGET, RELEASE, or the guest's
+/// session ([`reset`](crate::fs::FileSystem::reset)); otherwise the next server process resumes it.
 impl Drop for Passthrough {
     fn drop(&mut self) {
         self.table().close();
@@ -148,7 +149,7 @@ impl Drop for Passthrough {
 }
 
 impl Passthrough {
-    /// Takes in what `records` tell of.
+    /// Restores what `records` describe.
     pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
         let under_way: HashSet<u64> = past.under_way.iter().copied().collect();
         let mut restored = Restored::default();
@@ -159,7 +160,8 @@ impl Passthrough {
             .into_iter()
             .map(|record| self.restored_inode(record, &known, old_root, past))
             .collect();
-        // Of young ones number and birth tell too little later on; at this moment they do.
+        // For young inodes number and birth time are sufficient now, but not later, so they are
+        // opened now.
         let unsure = |inode: &&Inode| !inode.is_settled() && !inode.slot().is_full();
         let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
         self.inodes.restore_all(inodes);
@@ -207,8 +209,8 @@ impl Passthrough {
         restored
     }
 
-    /// Finds out how far requests came that were under way, and takes back the lookups that they have
-    /// added: they will be served again.
+    /// Reads how far unfinished requests got, and undoes the lookups that they counted, as they
+    /// will be served again.
     fn load_previous_attempts(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
         let table = Arc::clone(self.table());
         let by_node: HashMap<u64, usize> = (0..inodes.len())
@@ -242,14 +244,14 @@ impl Passthrough {
         }
     }
 
-    /// Who goes by a name; counts nothing.
+    /// The identity of the inode with this name. Counts no lookup.
     pub(super) fn identity_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
         let parent = self.inode(parent)?;
         let stat = stat_name(&self.fd(&parent)?, name)?;
         Ok(Identity::of(&stat))
     }
 
-    /// Opens an inode, so that what a lookup finds can be compared with it.
+    /// Opens an inode, so that the result of a lookup can be compared with it.
     fn open_to_compare(&self, inode: &Inode) {
         if let Err(error) = self.open_closed(inode) {
             log::debug!("node {} can't be reached: {error}", inode.node().0);
@@ -292,7 +294,7 @@ impl Passthrough {
             (_, name) => handle().or(name),
         };
         if ref_kind.is_none() {
-            // Nothing but its descriptor leads there, and nobody can tell why.
+            // Only a descriptor led to it, and the reason is unknown.
             record.set_nameless(true);
         }
         let inode = Inode::recorded(record, fd, ref_kind.unwrap_or(RefKind::Nothing));
@@ -300,7 +302,7 @@ impl Passthrough {
         inode
     }
 
-    /// The file that a record tells of; `None` if its OPEN is going to be done again.
+    /// The file of a handle's record. Returns `None` if its OPEN will be served again.
     fn restored_file(
         &self,
         record: &HandleRecord,
@@ -328,7 +330,7 @@ impl Passthrough {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
         if fields.directory {
-            // Where its stream, which is new, believes it to stand.
+            // The new stream assumes this position.
             rustix::fs::seek(&fd, SeekFrom::Start(0))?;
             return Ok(Some(File::from_fd(fd)));
         }
@@ -378,8 +380,8 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// Whether the inode with this `number` goes by `name` no more, as after an UNLINK or RMDIR by the
-    /// process before, which did not come to write it down.
+    /// Whether the inode with this `number` no longer has `name`, as after an UNLINK or RMDIR that
+    /// the previous process executed but did not record.
     pub(super) fn name_was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
         let there = self.identity_at(parent, name);
         if there.is_ok_and(|there| there.key.number == number) {
@@ -394,9 +396,8 @@ impl Passthrough {
         true
     }
 
-    /// Whether the inode with this `number`, which went by `from`, goes by `to` now, as after a RENAME
-    /// by the process before, which did not come to write it down. It is known by its new name from
-    /// here on.
+    /// Whether the inode with this `number` has moved from `from` to `to`, as after a RENAME that
+    /// the previous process executed but did not record. If so, records its new name.
     pub(super) fn name_was_moved(
         &self,
         from: (NodeId, &CStr),
@@ -421,7 +422,7 @@ impl Passthrough {
             }
             match (&replaced, &left) {
                 (Some(other), _) if is(other, &there) => {}
-                // They have changed places.
+                // The two were exchanged.
                 (Some(other), Ok(left)) if is(other, left) => {
                     self.inodes.record_rename(other, &old, from.1, &change);
                 }
@@ -442,7 +443,7 @@ impl Passthrough {
     }
 }
 
-/// Takes note that an inode whose known name is gone may have another one.
+/// Records that an inode whose known name is gone may have another name.
 fn note_other_names(inode: &Inode) {
     let _ref_kind = inode.ref_kind();
     if inode.record().handle().is_none() {

@@ -1,7 +1,8 @@
-//! By which name an inode is found: taken note of as lookups, links, renames and removals show it.
+//! Records the names by which inodes can be reopened, as lookups, links, renames and removals show
+//! them.
 //!
-//! The invariant: a name is taken note of only if names in its directory have not changed since
-//! before it was looked at, and the directory of a name that leads somewhere stays in the store.
+//! The invariant: a name is recorded only if no name in its directory has changed since before the
+//! name was read, and the parent of a recorded name stays in the store.
 
 use std::ffi::CStr;
 use std::sync::MutexGuard;
@@ -14,8 +15,8 @@ use crate::fs::passthrough::inode::{Inode, RefKind};
 use crate::fs::passthrough::inode_ref::{ParentLink, ReopenMethod};
 
 impl InodeStore {
-    /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `dir_seq`,
-    /// unless names in `parent` have changed meanwhile.
+    /// Records that `inode`, which the guest knows, had `name` in `parent` at `dir_seq`, unless
+    /// names in `parent` have changed since.
     pub(in crate::fs::passthrough) fn record_name(
         &self,
         inode: &Inode,
@@ -24,7 +25,8 @@ impl InodeStore {
         dir_seq: DirSeq,
     ) {
         if inode.record.is_nameless() {
-            // Under the lock: who takes the name away has announced that before.
+            // Under the lock: a thread that removes the name announces the change before it takes
+            // the lock.
             let _ref_kind = inode.ref_kind();
             if dir_seq.is_unchanged(&self.dir_seqcounts) {
                 inode.record.set_nameless(false);
@@ -35,8 +37,8 @@ impl InodeStore {
         });
     }
 
-    /// As [`see`](Self::see), for an inode that was just added without being opened; `digest` is
-    /// as in [`ParentLink`]. Answers whether it can be reached now.
+    /// As [`record_name`](Self::record_name), for an inode that was just added without being
+    /// opened. `digest` is that of [`ParentLink`]. Returns whether the inode can be opened now.
     pub(in crate::fs::passthrough) fn record_name_of_new(
         &self,
         inode: &Inode,
@@ -51,7 +53,7 @@ impl InodeStore {
         inode.slot.is_full() || !matches!(&*inode.ref_kind(), RefKind::Nothing)
     }
 
-    /// As [`see`](Self::see), for who changes the name.
+    /// As [`record_name`](Self::record_name), for the thread that changes the name itself.
     pub(in crate::fs::passthrough) fn record_rename(
         &self,
         inode: &Inode,
@@ -96,7 +98,7 @@ impl InodeStore {
         }
     }
 
-    /// Makes `place` the way to `inode`; answers which parent has a child less now.
+    /// Makes `link` the inode's parent link. Returns the parent that lost a child by this.
     fn set_parent_link(
         &self,
         inode: &Inode,
@@ -104,19 +106,19 @@ impl InodeStore {
         valid: impl FnOnce() -> bool,
     ) -> Option<NodeId> {
         let mut ref_kind = inode.ref_kind();
-        // Asked under the lock: who changes the name says so before he comes here.
+        // Checked under the lock: a thread that changes the name announces the change first.
         if !valid() || matches!(*ref_kind, RefKind::Handle(_) | RefKind::Removed) {
             return Some(link.parent);
         }
         let parent = link.parent;
-        // What tells it from another of its name stays.
-        let digest = inode.print(&ref_kind).unwrap_or(link.digest);
+        // The digest belongs to the inode, so it stays.
+        let digest = inode.digest(&ref_kind).unwrap_or(link.digest);
         let old_parent = inode.set_reopen_method(
             &mut ref_kind,
             ReopenMethod::Name(ParentLink { digest, ..link }),
         );
         if !matches!(*ref_kind, RefKind::Name) {
-            // The table is full; nothing leads there through the parent.
+            // The table is full, so the inode has no parent link now.
             drop(ref_kind);
             if let Some(old_parent) = old_parent {
                 self.remove_child(old_parent);
@@ -129,8 +131,8 @@ impl InodeStore {
         old_parent
     }
 
-    /// Takes note that `inode` has lost `name` in `parent`. If that was the way to it, its
-    /// descriptor, which the caller uses, stays from now on.
+    /// Records that `inode` has lost `name` in `parent`. If it was to be reopened by that name, its
+    /// descriptor, which the caller is using, is kept from now on.
     pub(in crate::fs::passthrough) fn record_removal(
         &self,
         inode: &Inode,
@@ -150,13 +152,13 @@ impl InodeStore {
         }
     }
 
-    /// Which changes of names were known when this was called: before the name is looked at.
+    /// The current sequence count of the directory. Read it before reading a name.
     pub(in crate::fs::passthrough) fn dir_seq(&self, parent: &Inode) -> DirSeq {
         self.dir_seqcounts.dir_seq(parent.node())
     }
 
-    /// Announces that names in two directories change, until the answer is dropped. To be called
-    /// while the descriptors of the inodes concerned are in use.
+    /// Announces that names in two directories are about to change, until the return value is
+    /// dropped. The caller must be using the descriptors of the inodes concerned.
     pub(in crate::fs::passthrough) fn begin_name_change(
         &self,
         parents: [&Inode; 2],
@@ -164,23 +166,23 @@ impl InodeStore {
         self.dir_seqcounts.begin(parents.map(Inode::node))
     }
 
-    /// Whether names in the directory of `dir_seq` have not changed since.
+    /// Whether no name in the directory has changed since `dir_seq`.
     pub(in crate::fs::passthrough) fn is_unchanged(&self, dir_seq: DirSeq) -> bool {
         dir_seq.is_unchanged(&self.dir_seqcounts)
     }
 
-    /// Sets whether the guest itself has taken the last name from `inode`, or is about to do so.
+    /// Sets whether the guest has removed the last name of `inode` or is about to do so.
     pub(in crate::fs::passthrough) fn set_nameless(&self, inode: &Inode, nameless: bool) {
         let _ref_kind = inode.ref_kind();
         inode.record.set_nameless(nameless);
     }
 
-    /// How many changes of names there have been.
+    /// The total number of name changes.
     pub(in crate::fs::passthrough) fn name_changes(&self) -> u64 {
         self.dir_seqcounts.count()
     }
 
-    /// Makes `way` what leads to `inode`, whose guard `held` is.
+    /// Sets the reopen method of `inode`, whose lock `ref_kind` is.
     pub(in crate::fs::passthrough) fn change_reopen_method(
         &self,
         inode: &Inode,
@@ -194,8 +196,8 @@ impl InodeStore {
         }
     }
 
-    /// Breaks a circle of names, which can only come of names that are outdated: directories
-    /// that the host moved about. `node` is now known to be in `parent`.
+    /// Breaks a cycle of parent links. A cycle arises only from outdated names, when the host moves
+    /// directories. `node` is now known to be in `parent`.
     fn break_cycle(&self, node: NodeId, parent: NodeId) {
         let mut at = self.any(parent);
         for _ in 0..MAX_DEPTH {

@@ -1,9 +1,9 @@
-//! Looks for inodes that another process has left, and that no known name leads to.
+//! Finds inodes of the previous server process whose known name is gone.
 //!
-//! The process before had them open. A file with several names may have lost the one that it was known
-//! by, and somebody on the host may have renamed it since; it still has a name, and so it is found:
-//! in the directories that the guest knows, else anywhere in the share. The invariant: an inode is
-//! looked for once, and the guest waits for all of that no longer than [`SEARCH_TIMEOUT`].
+//! The previous process had them open. A file with several names may have lost the one that was
+//! known, or a host process may have renamed it. As it still has a name, it can be found: in the
+//! directories that the guest knows, or else anywhere in the share. The invariant: each inode is
+//! searched for once, and all searches together delay the guest by at most [`SEARCH_TIMEOUT`].
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -20,13 +20,13 @@ use super::super::lookup::stat_name;
 use super::super::migration::Search;
 use crate::fs::{NodeId, Result};
 
-/// How long the guest is kept waiting for what no known name leads to.
+/// How long searches delay the guest at most.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What has been looked for.
+/// The state of the search for lost inodes.
 #[derive(Debug, Default)]
 pub(in super::super) struct LostInodeSearch {
-    /// Node ids below are of the process before. 0 if it has left its descriptors too.
+    /// Smaller node ids belong to the previous process. 0 if its descriptors were inherited.
     below: u64,
     spent: Mutex<Spent>,
 }
@@ -35,12 +35,12 @@ pub(in super::super) struct LostInodeSearch {
 struct Spent {
     time: Duration,
     nodes: HashSet<NodeId>,
-    /// All that were lost were looked for when the first was.
+    /// The first search looked for all lost inodes.
     all_searched: bool,
 }
 
 impl LostInodeSearch {
-    /// Nothing yet, of the inodes with node ids below.
+    /// For inodes with smaller node ids than `below`.
     pub(super) fn from(below: u64) -> Self {
         Self {
             below,
@@ -50,7 +50,7 @@ impl LostInodeSearch {
 }
 
 impl Passthrough {
-    /// A descriptor of `inode`, which can't be opened because of `error`, if it can be found again.
+    /// A descriptor of `inode`, which can't be opened because of `error`, if a search finds it.
     pub(in super::super) fn search_lost<'a>(
         &self,
         inode: &'a Inode,
@@ -62,7 +62,7 @@ impl Passthrough {
         }
         let mut spent = search.spent.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut spent.all_searched, true) {
-            // All at once: a search takes as long for many as for one.
+            // A search takes as long for many inodes as for one.
             let all = self.inodes.all().into_iter();
             let lost =
                 |other: &Arc<Inode>| other.node().0 < search.below && self.own_name_is_lost(other);
@@ -75,12 +75,11 @@ impl Passthrough {
             self.search_for(vec![inode], &mut spent);
         }
         drop(spent);
-        // Found just now, or by another thread.
+        // This or another thread has found it.
         self.open_closed(inode)
     }
 
-    /// Whether the inode, which may have a name, is not to be reached, and not for a directory's sake that
-    /// its name is in.
+    /// Whether the name of an inode is gone, as opposed to that of a directory above it.
     fn own_name_is_lost(&self, inode: &Inode) -> bool {
         if inode.slot().is_full() || !has_name(inode) {
             return false;
@@ -91,7 +90,7 @@ impl Passthrough {
         let Some(parent) = self.inodes.any(link.parent) else {
             return true;
         };
-        // Not by way of `fd`, which would look for the directory in turn.
+        // `fd` would search for the directory in turn.
         let Ok(parent) = self.open_closed(&parent) else {
             return false;
         };
@@ -99,7 +98,7 @@ impl Passthrough {
         !there.is_ok_and(|identity| inode.may_be(&identity))
     }
 
-    /// Opens inodes of the process before, wherever their names are by now.
+    /// Opens inodes of the previous process, wherever their names are now.
     pub(super) fn search_by_node(&self, nodes: HashSet<NodeId>) {
         let nodes = nodes.into_iter().filter_map(|node| self.inodes.any(node));
         let missing = nodes
@@ -129,7 +128,7 @@ impl Passthrough {
         if !missing.is_empty() {
             self.search_share(&mut missing, left.saturating_sub(begun.elapsed()));
         }
-        // A line for each inode would be a guest's to fill the log with.
+        // One line for each inode would let a guest fill the log.
         let level = if spent.time.is_zero() {
             log::Level::Info
         } else {
@@ -144,8 +143,8 @@ impl Passthrough {
         );
     }
 
-    /// In the directories that the guest knows, by which what is found is known from then on. Leaves
-    /// of `missing` those that are not found.
+    /// Searches the directories that the guest knows and records the names it finds. Leaves in
+    /// `missing` what is not found.
     fn search_known_directories(&self, missing: &mut Vec<Arc<Inode>>, timeout: Duration) {
         let begun = Instant::now();
         let root = self.inodes.any(NodeId::ROOT);
@@ -175,13 +174,13 @@ impl Passthrough {
                     return true;
                 };
                 self.inodes.record_name(inode, &directory, &name, dir_seq);
-                // One that is young can be told from others now, and hardly later.
+                // A young inode can be told from others now, but hardly later.
                 self.open_closed(inode).is_err()
             });
         }
     }
 
-    /// In the whole share. What is found keeps its descriptor until a lookup sees it.
+    /// Searches the whole share. What is found keeps its descriptor until a lookup sees it.
     fn search_share(&self, missing: &mut Vec<Arc<Inode>>, timeout: Duration) {
         let mut paths = self.search(missing, timeout);
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
@@ -198,7 +197,7 @@ impl Passthrough {
                 Ok(fd) => {
                     self.inodes
                         .change_reopen_method(inode, inode.ref_kind(), ReopenMethod::None);
-                    // It may have been forgotten meanwhile.
+                    // The guest may have forgotten it in the meantime.
                     drop(self.inodes.install(inode, fd));
                     self.inodes.set_nameless(inode, false);
                     false
@@ -212,8 +211,8 @@ impl Passthrough {
     }
 }
 
-/// Whether the inode had a name when it was seen last: one that is known, or, as its file handle tells
-/// which was written down for that, another one.
+/// Whether the inode had a name when it was last seen: a known name, or, if a file handle is
+/// recorded for it, another one.
 fn has_name(inode: &Inode) -> bool {
     match &*inode.ref_kind() {
         RefKind::Name => true,
