@@ -1,31 +1,32 @@
-//! When names change: so that nobody goes by a name that he looked at too early.
+//! Sequence counts of directories: detect that a name changed after it was read.
 //!
-//! Names are looked at without a lock, and so what was seen may be outdated when it is written
-//! down. The invariant: a [`DirSeq`] lasts only if no change in its directory was under way
-//! when it began, and none has begun since.
+//! Names are read without a lock, so what was read may be outdated when it is recorded. The
+//! invariant: a [`DirSeq`] counts as unchanged only if no change of its directory was in progress
+//! when it was read, and none has started since.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::fs::NodeId;
 
-/// Directories share counters; sharing one costs a name that is not written down.
+/// Directories share counters. A collision only means that a name is not recorded.
 const SHARDS: usize = 64;
 
-/// Changes under way stand in the lower half of a counter, those that have begun in the upper.
+/// The lower half of a counter is the number of changes in progress, the upper half that of changes
+/// ever started.
 const BEGUN: u64 = 1 << 32;
 
-/// Counts the changes of names.
+/// Counts the changes of names in directories.
 #[derive(Debug)]
 pub(super) struct DirSeqCounts(Box<[AtomicU64]>);
 
-/// What was known of a directory's changes.
+/// The value of a directory's counter at some moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DirSeq {
     directory: NodeId,
     count: u64,
 }
 
-/// A change that is under way until this is dropped.
+/// A change in progress, until this is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct DirChange<'a> {
@@ -41,7 +42,7 @@ impl DirSeqCounts {
     pub(super) fn dir_seq(&self, directory: NodeId) -> DirSeq {
         DirSeq {
             directory,
-            // Pairs with `begin`: what is looked at after this is not older.
+            // Pairs with `begin`: what is read after this load is not older.
             count: self.of(directory).load(Ordering::SeqCst),
         }
     }
@@ -56,7 +57,7 @@ impl DirSeqCounts {
         }
     }
 
-    /// How many have begun in all directories.
+    /// The number of changes ever started, in all directories.
     pub(super) fn count(&self) -> u64 {
         let begun = |counter: &AtomicU64| counter.load(Ordering::SeqCst) / BEGUN;
         self.0.iter().map(begun).sum()
@@ -69,7 +70,7 @@ impl DirSeqCounts {
 }
 
 impl DirSeq {
-    /// Whether what was looked at since is still so.
+    /// Whether what was read after this count is still valid.
     pub(super) fn is_unchanged(self, seqcounts: &DirSeqCounts) -> bool {
         self.count.is_multiple_of(BEGUN)
             && seqcounts.of(self.directory).load(Ordering::SeqCst) == self.count

@@ -1,10 +1,11 @@
-//! Files and directories that the guest opens without telling (`--no-open`, `--no-opendir`).
+//! Files and directories that the guest opens without OPEN or OPENDIR (`--no-open`,
+//! `--no-opendir`).
 //!
-//! Its kernel says handle 0 then, and never that something is closed. What a request needs is
-//! opened by the first that needs it, under the rules of OPEN and OPENDIR, and kept until the
-//! guest forgets the inode or others need the room: a clock with a second chance, as for
-//! inodes. Finding what is open takes a lock that readers share. The invariant: what is kept
-//! for a node was opened as that node, and the guest had that node when it was kept.
+//! The guest's kernel then sends handle 0 and never reports a close. The first request that needs a
+//! file opens it, under the rules of OPEN and OPENDIR. It stays open until the guest forgets the
+//! inode or the descriptor is needed elsewhere; eviction gives a second chance to what was used
+//! recently, as for inodes. Lookups take a shared lock. The invariant: a file is stored under the
+//! node it was opened for, and the guest knew that node when it was stored.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,31 +22,31 @@ use super::inode::Inode;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 
-/// What a guest's kernel says where it has no handle.
+/// The handle that a guest's kernel sends if it has none.
 pub(super) const IMPLICIT: Handle = Handle(0);
 
-/// The most descriptors that are kept, however many there may be: a file open for writing can't
-/// be executed on the host, so there shall not be too many of them without need.
+/// The most descriptors that are kept. A file that is open for writing can't be executed on the
+/// host, so their number is limited even if there are plenty.
 const MAX_FILES: usize = 4096;
 
-/// The fewest that are kept, however few there may be.
+/// The fewest descriptors that are kept, however few there are.
 const MIN_FILES: usize = 4;
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 32;
 
-/// Nodes in line that have been forgotten and are not worth a clearing.
+/// How many forgotten nodes may be in the queue before it is compacted.
 const COMPACT_SLACK: usize = 32;
 
-/// What is open of one inode.
+/// The open files of one inode.
 #[derive(Debug, Default)]
 struct InodeFiles {
-    /// Open for reading; where it is open for both, the same as `writing`.
+    /// Open for reading. The same as `writing` if that is open for both.
     reading: Option<File>,
     writing: Option<File>,
-    /// Where reading stands, for a directory.
+    /// The read position of a directory.
     stream: Option<Arc<Mutex<Stream>>>,
-    /// Found since it was last its turn. Orders nothing.
+    /// Used since it was last considered for eviction. Orders nothing.
     used: AtomicBool,
 }
 
@@ -58,7 +59,7 @@ impl InodeFiles {
         }
     }
 
-    /// Whether a request works with it now.
+    /// Whether a request is using it now.
     fn is_in_use(&self) -> bool {
         let files = [&self.reading, &self.writing];
         let own = files.iter().filter(|file| file.is_some()).count();
@@ -75,12 +76,13 @@ impl InodeFiles {
 #[derive(Debug, Default)]
 struct Shard {
     by_node: FxHashMap<NodeId, InodeFiles>,
-    /// Each node in `kept`, once, and some that have been forgotten.
+    /// Each node in `by_node` once, and some that have been forgotten.
     queue: VecDeque<NodeId>,
 }
 
 impl Shard {
-    /// Takes out what stands first in line, if it can be missed, and puts it last else.
+    /// Takes the first entry from the queue. Puts it at the end instead if it is in use or was used
+    /// recently.
     fn next(&mut self) -> Option<InodeFiles> {
         let node = self.queue.pop_front()?;
         let files = self.by_node.get(&node)?;
@@ -102,14 +104,14 @@ impl Shard {
     }
 }
 
-/// All that is kept open.
+/// All files that are open without a handle.
 #[derive(Debug)]
 pub(super) struct HandlelessOpens {
     shards: Box<[RwLock<Shard>]>,
-    /// Descriptors. Changed under the lock of the shard concerned; a budget goes by it.
+    /// The number of descriptors. It changes under the lock of the shard and is used for limits.
     count: AtomicUsize,
     max: usize,
-    /// Where to take the next one from. Orders nothing.
+    /// The shard to evict from next. Orders nothing.
     hand: AtomicUsize,
 }
 
@@ -124,7 +126,7 @@ impl HandlelessOpens {
         }
     }
 
-    /// How many descriptors are kept.
+    /// The number of descriptors.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
@@ -135,7 +137,7 @@ impl HandlelessOpens {
             .read()
             .unwrap_or_else(PoisonError::into_inner);
         let files = shard.by_node.get(&node)?;
-        // Written once a turn, so that those who find it together don't write in turns.
+        // Written once a round, so that concurrent readers don't contend for the cache line.
         if !files.used.load(Ordering::Relaxed) {
             files.used.store(true, Ordering::Relaxed);
         }
@@ -156,7 +158,7 @@ impl HandlelessOpens {
         })
     }
 
-    /// Lets `change` put something in for `node`.
+    /// Lets `update` store a file for `node`.
     fn keep(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         {
             let mut shard = self
@@ -177,7 +179,7 @@ impl HandlelessOpens {
         self.close_some(|| self.count() > self.max);
     }
 
-    /// Closes what is neither in use nor was used lately, as long as `more` says so.
+    /// Closes files that are neither in use nor recently used, while `more` returns true.
     pub(super) fn close_some(&self, more: impl Fn() -> bool) {
         let mut turns = 2 * (self.count() + SHARDS);
         while turns > 0 && more() {
@@ -191,12 +193,12 @@ impl HandlelessOpens {
                 self.uncount(closed.as_ref());
                 closed
             };
-            // Closing may take long, and happens outside of the lock.
+            // Closing can take long, so it happens outside the lock.
             drop(closed);
         }
     }
 
-    /// Takes out what is kept of a node.
+    /// Removes the files of a node and returns them.
     pub(super) fn forget(&self, node: NodeId) -> [Option<File>; 2] {
         let shard = self.shard(node);
         let here = shard
@@ -239,7 +241,7 @@ impl HandlelessOpens {
 }
 
 impl Passthrough {
-    /// Whether `handle` stands for something that the guest has open without having told.
+    /// Whether `handle` refers to a file that the guest opened without OPEN.
     pub(super) fn is_implicit(&self, handle: Handle, kind: HandleKind) -> bool {
         let terms = &self.terms;
         handle == IMPLICIT
@@ -249,7 +251,7 @@ impl Passthrough {
             }
     }
 
-    /// `handle`, if it says more than the node does.
+    /// `handle`, unless it refers to a file that was opened without OPEN.
     pub(super) fn explicit(&self, handle: Option<Handle>) -> Option<Handle> {
         let implicit = |handle| {
             self.is_implicit(handle, HandleKind::File)
@@ -258,7 +260,7 @@ impl Passthrough {
         handle.filter(|handle| !implicit(*handle))
     }
 
-    /// The file behind a handle, or what stands for it.
+    /// The open file of a handle, or of the inode if there is no handle.
     pub(super) fn file_of(
         &self,
         node: NodeId,
@@ -282,7 +284,7 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// The file behind a handle of either kind, or what stands for it.
+    /// As [`file_of`](Self::file_of), for a handle of either kind.
     pub(super) fn any_of(&self, node: NodeId, handle: Handle) -> Result<File> {
         if self.explicit(Some(handle)).is_some() {
             return self.handles.any(node, handle);
@@ -294,7 +296,7 @@ impl Passthrough {
         self.file_of(node, handle, kind, false)
     }
 
-    /// As [`any_of`](Self::any_of), for something that changes the inode.
+    /// As [`any_of`](Self::any_of), for a request that changes the inode.
     pub(super) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
         let file = self.any_of(node, handle)?;
         if self.explicit(Some(handle)).is_none() {
@@ -303,7 +305,7 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// The directory behind a handle, or what stands for it.
+    /// The open directory of a handle, or of the inode if there is no handle.
     pub(super) fn directory_of(
         &self,
         node: NodeId,
@@ -319,7 +321,7 @@ impl Passthrough {
     fn implicit_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
         let files = self.handleless.directory(node);
         if let Some((file, stream)) = &files {
-            // Who finds it busy reads on one of his own, instead of waiting for the other.
+            // If another request is reading it, open a second stream instead of waiting.
             let busy = matches!(stream.try_lock(), Err(TryLockError::WouldBlock));
             if !busy {
                 return Ok((file.clone(), Arc::clone(stream)));
@@ -348,7 +350,7 @@ impl Passthrough {
         }
         self.writable()?;
         let (file, readable) = match self.open_for_writing(&inode, OFlags::RDWR) {
-            // What may be written only.
+            // The file is write-only.
             Err(Errno::ACCESS) => (self.open_for_writing(&inode, OFlags::WRONLY)?, false),
             opened => (opened?, true),
         };
@@ -362,12 +364,12 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// Opens for writing what may have to be appended to.
+    /// Opens a file for writing, including files that can only be appended to.
     fn open_for_writing(&self, inode: &Inode, access: OFlags) -> Result<OwnedFd> {
         self.open_appendable(inode, access | OFlags::NOCTTY, true)
     }
 
-    /// Keeps a file that was opened as `node` by CREATE.
+    /// Stores a file that CREATE opened as `node`.
     pub(super) fn keep_created(&self, node: NodeId, file: File) {
         let flags = rustix::fs::fcntl_getfl(&file);
         let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
@@ -383,7 +385,7 @@ impl Passthrough {
 
     fn keep_open(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         self.handleless.keep(node, update);
-        // A FORGET may have come between.
+        // A FORGET may have run in the meantime.
         if self.inodes.get(node).is_none() {
             self.close_idle_files(node);
         }

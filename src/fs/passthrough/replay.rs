@@ -1,6 +1,6 @@
-//! Requests that a previous process has begun: what the passthrough tells of them.
+//! Tells what a previous server process already did for a request that is replayed.
 //!
-//! The invariant: a request counts as done only if what is there now shows it.
+//! The invariant: a request counts as done only if the current state of the file system shows it.
 
 use std::ffi::CStr;
 
@@ -19,7 +19,7 @@ impl Replay for Passthrough {
     }
 
     fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
-        // One that is forgotten altogether has nothing to give back.
+        // An inode that is no longer in the store has no lookups left.
         self.previous_attempts.has_forgotten(unique, node) || self.inodes.any(node).is_none()
     }
 

@@ -1,9 +1,9 @@
-//! Inodes that the guest has given back, and that are kept for the file handles it may have of them.
+//! Inodes that the guest has forgotten, but that are kept because it may have file handles of them.
 //!
-//! They stand in a line, the longest given back first, and stay in the store by a hold of their
-//! own, which is one count more beside lookups and children. The invariant: an inode stands in
-//! the line as long as its mark says so; both change only under the lock of its shard by
-//! identity, and one that the guest has stands in no line.
+//! They are in a queue, the longest forgotten first. Being in the queue keeps an inode in the
+//! store, as lookups and children do. The invariant: an inode is in the queue exactly while its
+//! `forgotten` flag is set; both change only under the lock of its shard by identity, and an inode
+//! that the guest knows is not in the queue.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,26 +15,26 @@ use super::InodeStore;
 use crate::fs::NodeId;
 use crate::fs::passthrough::inode::{Inode, RefKind};
 
-/// Entries in vain that are not worth a clearing.
+/// How many stale entries may be in the queue before it is compacted.
 const COMPACT_SLACK: usize = 64;
 
-/// The line, and how long it may be.
+/// The queue, and how long it may be.
 #[derive(Debug)]
 pub(super) struct ForgottenInodes {
     max: usize,
     queue: Mutex<Queue>,
-    /// How many stand in it. Orders nothing.
+    /// The length of the queue. Orders nothing.
     count: AtomicUsize,
 }
 
-/// When an inode was given back, among all that were.
+/// The position of an inode in the order of forgetting.
 type Turn = u64;
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// Those in the line.
+    /// The inodes in the queue.
     turns: FxHashMap<NodeId, Turn>,
-    /// In which order; an entry with a turn that its inode has no more is in vain.
+    /// The order. An entry is stale if its inode has another turn now, or none.
     order: VecDeque<(NodeId, Turn)>,
     next: Turn,
 }
@@ -57,7 +57,7 @@ impl Queue {
 }
 
 impl ForgottenInodes {
-    /// For `most` inodes.
+    /// For up to `max` inodes.
     pub(super) fn new(max: usize) -> Self {
         Self {
             max,
@@ -84,7 +84,7 @@ impl ForgottenInodes {
         self.count.store(queue.turns.len(), Ordering::Relaxed);
     }
 
-    /// Takes `inode` out of the line; answers whether it stood there.
+    /// Removes `inode` from the queue. Returns whether it was there.
     #[inline]
     pub(super) fn take(&self, inode: &Inode) -> bool {
         let was_queued = inode.is_forgotten();
@@ -101,7 +101,7 @@ impl ForgottenInodes {
         self.count.store(queue.turns.len(), Ordering::Relaxed);
     }
 
-    /// Takes `inode` out of the line if this is still its turn.
+    /// Removes `inode` from the queue if this is still its turn.
     fn take_turn(&self, inode: &Inode, turn: Turn) -> bool {
         let is_due = self.queue().has_turn(inode.node(), turn);
         is_due && self.take(inode)
@@ -120,26 +120,25 @@ impl ForgottenInodes {
 }
 
 impl InodeStore {
-    /// Whether inodes are remembered at all.
+    /// Whether forgotten inodes are kept at all.
     pub(in crate::fs::passthrough) fn keeps_forgotten(&self) -> bool {
         self.forgotten.max > 0
     }
 
-    /// How many are.
+    /// The number of forgotten inodes.
     pub(in crate::fs::passthrough) fn forgotten(&self) -> usize {
         self.forgotten.len()
     }
 
-    /// The inode that `node` stands for, if the guest has it, or has given it back and it is
-    /// remembered.
+    /// The inode that `node` stands for, if the guest knows it or it is kept after being forgotten.
     pub(in crate::fs::passthrough) fn get_or_forgotten(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
         let known_to_guest = known.node() == NodeId::ROOT || known.lookups() > 0;
         (known_to_guest || known.is_forgotten()).then_some(known)
     }
 
-    /// Remembers an inode that was just given back, unless there is nothing that leads to it, or
-    /// another has its number by now. Asked under its shard's lock.
+    /// Keeps an inode that was just forgotten, unless it can't be reopened or another inode has its
+    /// key now. Called under the lock of its shard.
     pub(super) fn keep_forgotten(&self, keys: &super::Keys, inode: &Arc<Inode>) -> bool {
         let own = || super::by_key(keys, &inode.key()).is_some_and(|it| Arc::ptr_eq(it, inode));
         let keep = self.keeps_forgotten()
@@ -152,14 +151,14 @@ impl InodeStore {
         keep
     }
 
-    /// Gives back all lookups, and remembers nothing.
+    /// Subtracts all lookups and removes the inode.
     pub(in crate::fs::passthrough) fn forget_and_remove(&self, node: NodeId) {
         if let Some(inode) = self.get(node).filter(|_| node != NodeId::ROOT) {
             self.forget_inode(&inode, u64::MAX, false);
         }
     }
 
-    /// Ends that `inode` is remembered; it goes, unless somebody else counts on it.
+    /// Takes `inode` out of the forgotten ones. Removes it unless something else needs it.
     pub(in crate::fs::passthrough) fn drop_forgotten(&self, inode: &Arc<Inode>) {
         let keys = self.keys(&inode.key());
         if self.forgotten.take(inode) {
@@ -167,12 +166,12 @@ impl InodeStore {
         }
     }
 
-    /// Ends that more are remembered than may be.
+    /// Drops forgotten inodes until there are no more than allowed.
     pub(in crate::fs::passthrough) fn drop_surplus_forgotten(&self) {
         while self.forgotten.len() > self.forgotten.max && self.drop_oldest_forgotten() {}
     }
 
-    /// Ends that the one is remembered that was given back before all others; false if none is.
+    /// Drops the longest forgotten inode. Returns false if there is none.
     pub(in crate::fs::passthrough) fn drop_oldest_forgotten(&self) -> bool {
         if self.forgotten.len() == 0 {
             return false;
@@ -180,7 +179,7 @@ impl InodeStore {
         let Some((node, turn)) = self.forgotten.oldest() else {
             return false;
         };
-        // Otherwise another thread was faster.
+        // Otherwise another thread has dropped it.
         if let Some(inode) = self.any(node) {
             let keys = self.keys(&inode.key());
             if self.forgotten.take_turn(&inode, turn) {
@@ -190,7 +189,7 @@ impl InodeStore {
         true
     }
 
-    /// Makes sure that what is remembered does not keep the table from taking in a further inode.
+    /// Drops forgotten inodes until the table has room for a new inode.
     pub(in crate::fs::passthrough) fn make_room_in_table(&self) {
         while self.forgotten.len() > 0 && !self.table.has_room_for_inode() {
             if !self.drop_oldest_forgotten() {
@@ -199,7 +198,7 @@ impl InodeStore {
         }
     }
 
-    /// The inodes that the guest has, the root left out, as long known first.
+    /// The inodes that the guest knows, without the root, the longest known first.
     pub(in crate::fs::passthrough) fn known_to_guest(&self) -> Vec<NodeId> {
         let mut known_to_guest: Vec<NodeId> = self
             .all_with_forgotten()
@@ -211,7 +210,7 @@ impl InodeStore {
         known_to_guest
     }
 
-    /// Of `inodes`, the ones that the guest has, and those that the way to them leads through.
+    /// Those of `inodes` that the guest knows, and the parents needed to reopen them.
     pub(super) fn needed(&self, inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
         let mut needed: HashSet<NodeId> = HashSet::new();
         for inode in inodes.iter().filter(|inode| inode.lookups() > 0) {

@@ -1,7 +1,7 @@
-//! What goes along with files that have lost their last name: all that they are.
+//! Migrates the content and metadata of files that have lost their last name.
 //!
-//! The invariant: at no time does a name in the shared directory lead to what is made here for longer
-//! than it takes to open it.
+//! The invariant: a recreated file has a name in the shared directory for no longer than it takes
+//! to open it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,12 +14,12 @@ use super::super::inode_ref::{reopen_fd, stat_fd};
 use crate::fs::{NodeId, Result};
 use crate::state::stream::{CONTENT_MOST, Nameless};
 
-/// The longest piece of a file: how much is read at once.
+/// How many bytes of a file are read at once.
 const CHUNK_LEN: usize = 1 << 20;
 
 impl Passthrough {
-    /// What is in a file, or directory, that has no name any more. `left` is how many bytes may
-    /// still be taken along.
+    /// The content and metadata of a file or directory without a name. `left` is the number of
+    /// bytes that may still be sent.
     pub(super) fn content_of(&self, inode: &Inode, left: &mut u64) -> Result<Nameless> {
         let fd = self.fd(inode)?;
         let stat = stat_fd(&fd, StatxFlags::BASIC_STATS)?;
@@ -47,7 +47,7 @@ impl Passthrough {
         loop {
             at = match rustix::fs::seek(&file, SeekFrom::Data(at)) {
                 Ok(at) => at,
-                // Nothing but a hole is left.
+                // The rest is a hole.
                 Err(Errno::NXIO) => return Ok(nameless),
                 Err(error) => return Err(error),
             };
@@ -69,12 +69,12 @@ impl Passthrough {
         }
     }
 
-    /// How much may be taken along in all.
+    /// How many bytes of content may be sent in total.
     pub(super) fn max_content() -> u64 {
         CONTENT_MOST
     }
 
-    /// Makes a file, or directory, without a name; answers an `O_PATH` descriptor of it.
+    /// Creates a file or directory without a name. Returns an `O_PATH` descriptor of it.
     pub(super) fn recreate_nameless(&self, kind: FileType, nameless: &Nameless) -> Result<OwnedFd> {
         self.writable()?;
         let root = self.inodes.any(NodeId::ROOT).ok_or(Errno::STALE)?;
@@ -106,7 +106,7 @@ impl Passthrough {
     fn nameless_file(&self, root: BorrowedFd<'_>) -> Result<OwnedFd> {
         let mode = Mode::RUSR | Mode::WUSR;
         let access = OFlags::RDWR | OFlags::CLOEXEC;
-        // The root may be open for nothing but its path.
+        // The root may be an `O_PATH` descriptor.
         let here = OFlags::TMPFILE | access;
         match self.with_room(|| rustix::fs::openat(root, c".", here, mode)) {
             Err(Errno::OPNOTSUPP | Errno::ISDIR) => {}
@@ -119,7 +119,7 @@ impl Passthrough {
     }
 }
 
-/// Makes something under a name that nobody has.
+/// Creates something under a name that doesn't exist.
 fn with_unused_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(String, T)> {
     loop {
         let name = format!(".ringfsd-{:016x}", super::super::lookup::new_generation());
@@ -143,7 +143,7 @@ fn write_all(file: &OwnedFd, bytes: &[u8], mut at: u64) -> Result<()> {
     Ok(())
 }
 
-/// Owner, mode and times; an owner that this server may not give a file to stays its own.
+/// Sets owner, mode and times. If this server may not give files to that owner, it stays the owner.
 fn set_metadata(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
     let owned = std::os::unix::fs::fchown(file, Some(nameless.uid), Some(nameless.gid));
     match owned.map_err(|error| Errno::from_io_error(&error)) {

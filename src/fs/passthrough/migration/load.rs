@@ -1,8 +1,8 @@
-//! At the destination: each inode is found, each file opened again.
+//! The destination's side: finds each inode and opens each file again.
 //!
-//! Whether source and destination share one file system is told by the shared directory itself: only
-//! then does a name that is missing mean that somebody has taken it away, and do numbers of inodes
-//! mean something. The invariant: a node id leads to the inode that it was described as, or to none.
+//! The identity of the shared directory shows whether source and destination share one file system.
+//! Only then does a missing name mean that somebody has removed it, and only then can inode numbers
+//! be compared. The invariant: a node id leads to the inode that the source described, or to none.
 
 use std::collections::HashSet;
 use std::ffi::CString;
@@ -27,20 +27,20 @@ use crate::state::HandleFields;
 use crate::state::stream::{Find, Inode, Open, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
-/// Node ids and handles begin at 1; no server ever comes so far.
+/// Node ids and handles start at 1, and no server gets this far.
 const LAST_NUMBER: u64 = 1 << 62;
 
-/// What is known of the migration as a whole.
+/// What is known about the migration as a whole.
 struct LoadContext {
     /// Both sides share one file system.
     shared: bool,
-    /// Nodes that are open, or locked.
+    /// Nodes that are open or locked.
     in_use: HashSet<u64>,
 }
 
 /// An inode that was found.
 struct Found {
-    /// None where the way is enough until it is needed.
+    /// `None` if the reopen method is sufficient until the inode is needed.
     fd: Option<OwnedFd>,
     stat: Statx,
     method: ReopenMethod,
@@ -57,7 +57,7 @@ impl Found {
         Identity::of(&self.stat)
     }
 
-    /// Whether it has number and birth of what was described.
+    /// Whether it has the number and birth time of the description.
     fn is(&self, inode: &Inode) -> bool {
         let identity = self.identity();
         (identity.key.number, identity.birth) == (inode.number, inode.birth)
@@ -119,7 +119,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Whether there may be so much here.
+    /// Checks that the snapshot is within this server's limits.
     fn check_limits(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
         let limits = [
             ("inodes", snapshot.inodes.len(), self.options.max_inodes),
@@ -140,7 +140,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// What becomes of a loss.
+    /// Fails, or counts and logs the loss, as the option `on_error` says.
     pub(super) fn count_loss(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
         if self.options.migration.on_error == OnMigrationError::Abort {
             return Err(error);
@@ -154,7 +154,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Whether the source's shared directory is this one.
+    /// Whether the source shares this very directory.
     fn is_shared_with(&self, snapshot: &Snapshot) -> bool {
         let own = self.inodes.any(NodeId::ROOT).and_then(|root| {
             let fd = self.fd(&root).ok()?;
@@ -168,19 +168,19 @@ impl Passthrough {
         knows && own == Some((root.handle.clone(), root.number, root.birth))
     }
 
-    /// Finds an inode; `None` if it has ended, so that it is missed by nobody.
+    /// Finds an inode. Returns `None` if it no longer exists and the guest doesn't need it.
     fn find_inode(&self, inode: &Inode, context: &LoadContext) -> Result<Option<Found>, Errno> {
         let found = match &inode.find {
             Find::Gone => return Ok(None),
             Find::Lost => Err(Errno::STALE),
-            // In another directory's file system it would lead to whatever has that number there; in
-            // this one's, perhaps out of the directory that is shared.
+            // In another file system the handle would open whatever inode has that number, and in
+            // this one it could open a file outside the shared directory.
             Find::Handle if context.shared => self.by_handle(&inode.handle),
             Find::Handle => Err(Errno::STALE),
             Find::Path { from, path, verify } => {
                 self.by_path(inode, (NodeId(*from), path), *verify, context)
             }
-            // While the source has it open, its handle leads to it.
+            // The handle can be opened while the source has the file open.
             Find::Nameless(nameless) => match self.by_handle(&inode.handle) {
                 Ok(found) if context.shared && found.is(inode) => Ok(found),
                 _ => {
@@ -216,12 +216,12 @@ impl Passthrough {
             });
         let in_use = context.in_use.contains(&inode.node);
         let found = match link {
-            // The most there are: a name each, and nothing that the guest does with them now.
+            // This is the most frequent case: an inode with a name that the guest isn't using.
             Some(link) if !verify && !in_use && self.reopen_policy.keeps_opened_fds() => {
                 self.by_name(&parent, link)?
             }
             link => {
-                // Without a place it will be learned when the name is seen.
+                // Without a link, the name is recorded when a lookup sees it.
                 let method = link.map_or(ReopenMethod::None, ReopenMethod::Name);
                 Found::open(self.follow(parent.as_fd(), path)?, method)?
             }
@@ -238,7 +238,7 @@ impl Passthrough {
         Ok(found)
     }
 
-    /// What has a name that it will be found by when it is used, if that can be told then.
+    /// An inode that can be opened by its name later, provided it can be identified then.
     fn by_name(&self, parent: &InodeFd<'_>, mut link: ParentLink) -> Result<Found, Errno> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let name = component(&link.name)?;
@@ -264,8 +264,8 @@ impl Passthrough {
     }
 
     fn by_handle(&self, bytes: &[u8]) -> Result<Found, Errno> {
-        // Who can name a handle can name any file of the file system: only where the operator
-        // wants that.
+        // A handle can name any file of the file system, so it is accepted only if the operator
+        // allows it.
         if self.options.migration.mode != MigrationMode::FileHandles {
             return Err(Errno::OPNOTSUPP);
         }
@@ -275,7 +275,7 @@ impl Passthrough {
         Found::open(fd, ReopenMethod::Handle { mount, handle })
     }
 
-    /// Gives the guest's name to what was found.
+    /// Adds a found inode under the guest's node id.
     fn import(&self, inode: &Inode, found: Found) -> Result<(), MoveError> {
         let node = NodeId(inode.node);
         let fail = |source| MoveError::Inode {
@@ -294,7 +294,7 @@ impl Passthrough {
             None => None,
         };
         let (fd, method) = match (by_policy, found.method) {
-            // Without a name it may end any time, but for its descriptor.
+            // Without a name only the descriptor keeps it alive.
             _ if found.stat.stx_nlink == 0 => (found.fd, ReopenMethod::None),
             (Some(method), _) => (None, method),
             (None, method) => (found.fd, method),
@@ -314,10 +314,10 @@ impl Passthrough {
         Ok(())
     }
 
-    /// The guest has it and gets `ESTALE`.
+    /// Adds a placeholder, for which the guest gets `ESTALE`.
     fn import_lost(&self, inode: &Inode) {
         let identity = Identity {
-            // Nothing has this key.
+            // No inode has this key.
             key: Key {
                 number: inode.node,
                 device: u64::MAX,
@@ -331,7 +331,7 @@ impl Passthrough {
             .import(node, inode.lookups, &identity, None, ReopenMethod::None);
     }
 
-    /// Opens what the guest has open.
+    /// Opens a file or directory that the guest has open.
     fn open_as(&self, open: &Open) -> Result<(), Errno> {
         let node = NodeId(open.node);
         let inode = self.inodes.any(node).ok_or(Errno::STALE)?;
@@ -363,12 +363,12 @@ impl Passthrough {
     }
 }
 
-/// What a failure to find an inode comes to.
+/// Decides what it means that an inode was not found.
 fn missing(error: Errno, inode: &Inode, context: &LoadContext) -> Result<Option<Found>, Errno> {
     let ended = matches!(error, Errno::NOENT | Errno::NOTDIR | Errno::STALE);
     let missed = context.in_use.contains(&inode.node) || matches!(inode.find, Find::Lost);
     if ended && context.shared && !missed {
-        // Somebody on the host has taken it away, or put another in its place.
+        // Somebody on the host has removed or replaced it.
         return Ok(None);
     }
     Err(error)

@@ -1,7 +1,7 @@
-//! At the source: how each inode is found again.
+//! The source's side: describes how each inode can be found.
 //!
-//! Nothing is changed here but descriptors, which may be opened and closed as ever. The invariant: an
-//! inode stands behind the directory that its path leads on from.
+//! Nothing changes here, except that descriptors are opened and closed as usual. The invariant: in
+//! the snapshot an inode comes after the directory that its path starts from.
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -20,7 +20,7 @@ use crate::fs::{MoveError, NodeId};
 use crate::state::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
-/// Of the flags that a file was opened with: what it can be opened with again.
+/// The open flags that are kept when a file is opened again.
 pub(super) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
@@ -28,7 +28,7 @@ pub(super) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_SYNC
     | libc::O_DSYNC;
 
-/// How long the guest is kept waiting for what no known name leads to.
+/// How long the search for names may delay the guest.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Passthrough {
@@ -69,7 +69,7 @@ impl Passthrough {
         Ok(snapshot)
     }
 
-    /// Looks for names of what has one, though none that is known.
+    /// Searches for the names of inodes that have a name, but no known one.
     fn search_unnamed(&self, unnamed: &[Arc<Inode>], snapshot: &mut Snapshot) {
         if unnamed.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
             return;
@@ -153,7 +153,7 @@ impl Passthrough {
             | ReopenMethod::Open(_)
             | ReopenMethod::Removed => None,
         };
-        // What others are found by is few, and would take them along into the void.
+        // There are few parents and open files, and if they are lost, others are lost with them.
         let confirm = options.confirm_paths || in_use || inode.has_children();
         if let Some((parent, name)) = link
             && (!confirm || self.path_leads_to(parent, &name, inode))
@@ -180,8 +180,8 @@ impl Passthrough {
         self.content_of(inode, left).map(Find::Nameless)
     }
 
-    /// Whether the guest may use an inode that has no name. It tells of open files as far as that
-    /// was agreed on, and of no process's working directory.
+    /// Whether the guest may be using an inode that has no name. It reports open files unless
+    /// `--no-open` is negotiated, and never reports working directories.
     fn may_be_in_use(&self, inode: &Inode, open: bool) -> bool {
         match inode.kind() {
             FileType::Directory => true,
@@ -190,7 +190,7 @@ impl Passthrough {
         }
     }
 
-    /// Whether the inode lies where file handles are opened by the shared directory's mount.
+    /// Whether the inode is in the mount of the shared directory, where file handles can be opened.
     fn is_on_shared(&self, inode: &Inode) -> bool {
         let root = self.inodes.any(NodeId::ROOT);
         root.is_some_and(|root| root.key().mount == inode.key().mount)
@@ -205,7 +205,7 @@ impl Passthrough {
     }
 }
 
-/// The inodes, each behind the one that its name leads on from.
+/// The inodes, each after the parent that its link names.
 fn parents_first(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
     let parent = |inode: &Inode| match &inode.reopen_method() {
         ReopenMethod::Name(link) => Some(link.parent),
@@ -226,7 +226,7 @@ fn parents_first(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
         ready.extend(waiting.remove(&inode.node()).unwrap_or_default());
         ordered.push(inode);
     }
-    // A circle, of names that are all outdated: found by other ways, or not at all.
+    // A cycle of outdated names. These are found in another way, or not at all.
     ordered.extend(waiting.into_values().flatten());
     ordered
 }

@@ -1,8 +1,8 @@
-//! The whole shared directory, looked through for inodes that no known name leads to: those of which
-//! somebody on the host has moved or removed the one that was known.
+//! Searches the whole shared directory for inodes whose known name a host process has moved or
+//! removed.
 //!
-//! Numbers in the lists of names tell which are worth a look. The invariant: what is found is the
-//! inode, as a `statx` says; the search ends, whatever there is.
+//! The inode numbers in directory entries show which entries to look at. The invariant: what is
+//! found is the inode, as a `statx` confirms, and the search always ends.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -18,22 +18,22 @@ use super::super::inode::Inode;
 use super::super::inode_ref::{IDENTITY, Identity, stat_fd};
 use crate::fs::{NodeId, Result};
 
-/// Bytes of names that are read at once.
+/// How many bytes of directory entries are read at once.
 const BUFFER_LEN: usize = 64 * 1024;
 
-/// Bytes that a path may have, as deep as the search goes.
+/// The longest path that the search follows, in bytes.
 const MAX_PATH_LEN: usize = 64 * 1024;
 
-/// A search that is under way.
+/// A search in progress.
 pub(in super::super) struct Search<'a> {
-    /// What is looked for, by its number: several, where there are several file systems.
+    /// The wanted inodes by number. Several file systems can have the same number.
     wanted: HashMap<u64, Vec<&'a Arc<Inode>>>,
     found: HashMap<NodeId, Vec<u8>>,
     begun: Instant,
 }
 
 impl<'a> Search<'a> {
-    /// For names of `wanted`.
+    /// Searches for names of `wanted`.
     pub(in super::super) fn new(wanted: &'a [Arc<Inode>]) -> Self {
         let mut search = Self {
             wanted: HashMap::new(),
@@ -47,7 +47,7 @@ impl<'a> Search<'a> {
         search
     }
 
-    /// Takes note of the directories in one, and of what is looked for.
+    /// Reads a directory. Adds its subdirectories to `pending`, and records the wanted inodes.
     pub(in super::super) fn read_directory(
         &mut self,
         directory: BorrowedFd<'_>,
@@ -85,14 +85,14 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
-    /// The paths of those that were found.
+    /// The paths of the inodes that were found.
     pub(in super::super) fn into_found(self) -> HashMap<NodeId, Vec<u8>> {
         self.found
     }
 }
 
 impl Passthrough {
-    /// Looks for names of `wanted`, for so long at most; answers the paths of those that have one.
+    /// Searches for names of `wanted` until `timeout`. Returns the paths that it found.
     pub(in super::super) fn search(
         &self,
         wanted: &[Arc<Inode>],
@@ -102,8 +102,8 @@ impl Passthrough {
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
             return HashMap::new();
         };
-        // Paths of directories that are to be read; deep ones are opened from the root again, so
-        // that no more than one is open.
+        // Paths of directories to read. Each is opened from the root, so that only one is open at a
+        // time.
         let mut pending = vec![Vec::new()];
         while let Some(path) = pending.pop() {
             if search.found.len() == wanted.len() {
