@@ -1,10 +1,10 @@
-//! Security labels of what is made (`--security-label`).
+//! Sets the security labels of new files (`--security-label`).
 //!
-//! Where the host has SELinux, and the label is SELinux's and keeps its name, the thread says
-//! what its next inode shall be labelled with (`/proc/thread-self/attr/fscreate`), and the inode
-//! never goes without. Elsewhere it is an extended attribute like any other, set right
-//! afterwards. The invariant: what could not be labelled as the guest asks is not there when
-//! the guest hears of it, and nothing that was there before is labelled.
+//! If the host uses SELinux, and the label is SELinux's and keeps its name, the thread sets the
+//! label of the next file it creates (`/proc/thread-self/attr/fscreate`), so the file never exists
+//! without it. Otherwise the label is an extended attribute like any other, set after the creation.
+//! The invariant: a file that could not be labelled as the guest asked is removed before the guest
+//! gets a reply, and no existing file is labelled.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -18,15 +18,15 @@ use super::inode_ref::{IDENTITY, Identity};
 use super::{Passthrough, XattrMap};
 use crate::fs::{Entry, HandleKind, Label, NodeId, Opened, Result};
 
-/// The attribute that SELinux has its labels in.
+/// The extended attribute of SELinux labels.
 const SELINUX: &CStr = c"security.selinux";
 
-/// Whether this host's kernel has SELinux and uses it.
+/// Whether this host's kernel uses SELinux.
 pub(super) fn host_has_selinux() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
 
-/// By what name the host has SELinux' labels, if setting that takes `CAP_SYS_ADMIN` there.
+/// The name that SELinux labels have on the host, if setting it needs `CAP_SYS_ADMIN` there.
 #[must_use]
 pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
     let name = match map {
@@ -41,7 +41,7 @@ pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
     (is_privileged && !decides).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
-/// What a creation answers.
+/// The result of a creation.
 pub(super) trait Created {
     fn entry(&self) -> &Entry;
     fn opened(&self) -> Option<&Opened> {
@@ -65,7 +65,7 @@ impl Created for (Entry, Opened) {
     }
 }
 
-/// As long as it lives, what the thread makes gets a label.
+/// While it exists, new files of this thread get a label.
 struct Labelling(OwnedFd);
 
 impl Labelling {
@@ -81,7 +81,7 @@ impl Labelling {
 
 impl Drop for Labelling {
     fn drop(&mut self) {
-        // An empty line takes the label back.
+        // An empty line removes the label.
         if let Err(error) = rustix::io::pwrite(&self.0, b"\n", 0) {
             log::error!("can't stop labelling what this thread makes: {error}");
         }
@@ -89,8 +89,8 @@ impl Drop for Labelling {
 }
 
 impl Passthrough {
-    /// Calls `make`, which makes an inode, as `name` in `parent` if it gets a name at all, and
-    /// labels that.
+    /// Calls `make`, which creates a file, as `name` in `parent` if it has a name, and labels the
+    /// file.
     pub(super) fn labelled<M: Created>(
         &self,
         label: Option<Label<'_>>,
@@ -136,7 +136,7 @@ impl Passthrough {
         drop(self.handleless.forget(entry.node));
     }
 
-    /// Removes `name`, unless it is somebody else's by now.
+    /// Removes `name`, unless it belongs to another file now.
     fn remove_created(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
         let created = self.inode(entry.node)?;
         let directory = self.inode(parent)?;

@@ -1,4 +1,4 @@
-//! The store by itself: counts, names and identities, without a file system.
+//! The store alone: counts, names and identities, without a file system.
 
 use rustix::fs::FileType;
 
@@ -49,7 +49,7 @@ fn store_keeping(max: usize) -> InodeStore {
     InodeStore::new(&identity(2, Some(LONG_AGO)), fd, &table, max).unwrap()
 }
 
-/// Gives lookups back; answers whether the inode is remembered from now on.
+/// Subtracts lookups. Returns whether the store keeps the inode as a forgotten one.
 fn forget(store: &InodeStore, node: NodeId, count: u64) -> bool {
     let inode = store.get(node);
     inode.is_some_and(|inode| store.forget(&inode, count))
@@ -120,7 +120,7 @@ fn a_reused_number_with_another_birth_is_another_inode() {
     assert!(store.find(&later).is_none());
     let new = admit(&store, &later);
     assert_ne!(new.node(), old.node());
-    // The old one is still the guest's, and its end takes nothing from the new one.
+    // The guest still knows the old one, and removing it doesn't affect the new one.
     assert!(store.get(old.node()).is_some());
     assert!(!forget(&store, old.node(), 1));
     assert_eq!(store.find(&later).unwrap().node(), new.node());
@@ -233,7 +233,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
                 for turn in 0..20_000 {
                     let who = identity(10 + turn % 3, Some(LONG_AGO));
                     let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
-                    // Until given back, a lookup is a right to the node id.
+                    // A lookup keeps the node id until it is forgotten.
                     assert!(store.get(inode.node()).is_some());
                     assert!(!forget(&store, inode.node(), 1));
                 }
@@ -251,7 +251,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
     );
 }
 
-/// Makes an inode with this number known, and gives it back.
+/// Adds an inode with this number and forgets it.
 fn forget_lookups(store: &InodeStore, number: u64) -> NodeId {
     let node = admit(store, &identity(number, Some(LONG_AGO))).node();
     forget(store, node, 1);
@@ -269,7 +269,7 @@ fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
     assert!(nodes.iter().all(|node| store.get(*node).is_none()));
     assert_eq!(nodes.iter().filter(|node| there(node)).count(), 3);
     assert!(!there(&nodes[0]));
-    // It is the same node again, and goes to the end of the line when it is given back.
+    // It is the same node, and goes to the end of the queue when it is forgotten.
     assert_eq!(forget_lookups(&store, 11), nodes[1]);
     let other = forget_lookups(&store, 20);
     assert!(there(&nodes[1]) && !there(&nodes[2]) && there(&nodes[3]) && there(&other));
@@ -284,7 +284,7 @@ fn what_is_known_again_stands_in_no_line() {
     let who = identity(10, Some(LONG_AGO));
     for _ in 0..1000 {
         let node = forget_lookups(&store, 10);
-        // Not by a `statx` alone: it has no descriptor yet.
+        // A `statx` is not sufficient: the inode has no descriptor yet.
         assert!(store.find(&who).is_none());
         assert!(store.count_lookup(&store.get_or_forgotten(node).unwrap()));
         assert_eq!(store.forgotten(), 0);
@@ -304,7 +304,7 @@ fn another_inode_of_the_same_number_ends_what_is_remembered() {
     let new = admit(&store, &identity(10, Some(LONG_AGO + 1)));
     assert!(store.get_or_forgotten(old).is_none());
     assert_eq!((store.forgotten(), store.len()), (0, 2));
-    // And one that has lost its number while it was known is not remembered.
+    // An inode that lost its number while the guest knew it is not kept.
     admit(&store, &identity(10, Some(LONG_AGO + 2)));
     assert!(!forget(&store, new.node(), 1));
     assert!(store.get_or_forgotten(new.node()).is_none());
@@ -326,7 +326,7 @@ fn what_is_remembered_by_its_name_keeps_its_directory() {
         forget(&store, inode.node(), 1);
         store.drop_surplus_forgotten();
     }
-    // The directory is here for the file alone.
+    // The directory is in the store only for the file.
     assert_eq!((store.forgotten(), store.len()), (1, 3));
     assert!(store.get_or_forgotten(dir.node()).is_none());
     assert!(store.all().is_empty());

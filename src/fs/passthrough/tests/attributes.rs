@@ -1,4 +1,4 @@
-//! GETATTR, SETATTR and ACCESS on every sort of inode.
+//! GETATTR, SETATTR and ACCESS on every type of inode.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Descriptors are bounded: what was closed is found again, and is never another file.
+//! The descriptor limit: closed inodes are found again and are never another file.
 
 use std::os::unix::fs::MetadataExt;
 

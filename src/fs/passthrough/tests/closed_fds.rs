@@ -1,4 +1,4 @@
-//! What the guest has closed is opened again without opening it.
+//! Files that the guest has closed are reused by the next OPEN.
 
 use super::*;
 use crate::fs::{HandleKind, OpenFile};

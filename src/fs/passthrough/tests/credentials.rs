@@ -1,4 +1,4 @@
-//! Who owns what is made, and that the ids left on a thread take no right away.
+//! The owner of new files, and that ids left on a thread don't remove any right.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! READDIR and READDIRPLUS: each entry once, whatever happens meanwhile.
+//! READDIR and READDIRPLUS return each entry once, whatever changes in between.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,4 @@
-//! LOOKUP and FORGET: what is known, what it costs, and what it can never be.
+//! LOOKUP and FORGET: what is found, what it costs, and what is never found.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 

@@ -1,5 +1,5 @@
-//! A process that has no descriptors of the one before finds what still has a name, though not the
-//! one that was known.
+//! A process without inherited descriptors finds inodes whose known name is gone but that have
+//! another.
 
 use super::restored::killed;
 use super::*;

@@ -1,8 +1,8 @@
-//! The passthrough against real directories: how the suites below set it up.
+//! Tests of the passthrough with real directories, and their common setup.
 //!
-//! Each test runs once with inodes held by descriptors, once with file handles, and once with
-//! names, as soon as an inode is not in use, each time on a thread of its own, which the passthrough may change as it likes. The invariant: a test
-//! that the machine can't run says so; it never passes in silence.
+//! Each test runs three times: with descriptors, with file handles, and with names as soon as an
+//! inode is not in use. Each run has its own thread, which the passthrough may change at will. The
+//! invariant: a test that can't run on this machine reports that; it never passes silently.
 
 mod attributes;
 mod bounded;

@@ -1,4 +1,5 @@
-//! What the guest has given back and finds again by a file handle: LOOKUP of `.` and `..` alone.
+//! Inodes that the guest has forgotten and finds again by a file handle, with LOOKUP of `.` and
+//! `..`.
 
 use std::os::unix::fs::MetadataExt;
 

@@ -1,4 +1,4 @@
-//! A file system that goes on from the table of another, which ended without a word.
+//! A file system that resumes from the table of another, which ended without notice.
 
 use std::mem::ManuallyDrop;
 

@@ -1,4 +1,4 @@
-//! Extended attributes on every sort of inode.
+//! Extended attributes on every type of inode.
 
 use std::os::unix::fs::symlink;
 
