@@ -72,7 +72,7 @@ impl Closer {
             .name(name)
             .spawn(move || shared.close_all());
         if let Err(error) = started {
-            log::debug!("closing a large file takes this thread's time: {error}");
+            log::debug!("can't start a thread, so a large file is closed here: {error}");
             self.0.close_all();
         }
     }
@@ -155,8 +155,9 @@ impl Passthrough {
     /// Closes the cached files of a node that the guest has forgotten, or whose inode has lost its
     /// last name.
     pub(super) fn close_idle_files(&self, node: NodeId) {
-        let kept = self.handleless.forget(node);
-        kept.into_iter()
+        let files = self.handleless.forget(node);
+        files
+            .into_iter()
             .flatten()
             .for_each(|file| self.close_file(node, file));
         self.close_cached(node);
@@ -172,8 +173,8 @@ impl Passthrough {
     /// Closes a file that the guest had open as `node`.
     pub(super) fn close_file(&self, node: NodeId, file: File) {
         // The inode's own descriptor keeps the file alive.
-        let kept = self.inodes.get(node);
-        if kept.is_some_and(|inode| inode.slot().is_full()) {
+        let inode = self.inodes.get(node);
+        if inode.is_some_and(|inode| inode.slot().is_full()) {
             return;
         }
         if let Some(fd) = file.into_fd() {

@@ -160,13 +160,13 @@ impl Drop for CredentialsGuard {
             // A thread may always set its own ids, and they are always mapped. If a seccomp filter
             // refuses it nevertheless, `THREAD` still has the current ids.
             if let Err(error) = change(&mut thread, own) {
-                log::error!("can't take the server's own file system ids back: {error}");
+                log::error!("can't restore the server's file system ids: {error}");
             }
         }
         if let Some(own) = &self.groups
             && let Err(error) = sys::set_groups(own)
         {
-            log::error!("can't take the server's own groups back: {error}");
+            log::error!("can't restore the server's groups: {error}");
         }
     }
 }

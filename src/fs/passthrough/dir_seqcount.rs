@@ -13,7 +13,7 @@ const SHARDS: usize = 64;
 
 /// The lower half of a counter is the number of changes in progress, the upper half that of changes
 /// ever started.
-const BEGUN: u64 = 1 << 32;
+const STARTED: u64 = 1 << 32;
 
 /// Counts the changes of names in directories.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl DirSeqCounts {
 
     pub(super) fn begin(&self, directories: [NodeId; 2]) -> DirChange<'_> {
         for directory in directories {
-            self.of(directory).fetch_add(BEGUN + 1, Ordering::SeqCst);
+            self.of(directory).fetch_add(STARTED + 1, Ordering::SeqCst);
         }
         DirChange {
             seqcounts: self,
@@ -59,8 +59,8 @@ impl DirSeqCounts {
 
     /// The number of changes ever started, in all directories.
     pub(super) fn count(&self) -> u64 {
-        let begun = |counter: &AtomicU64| counter.load(Ordering::SeqCst) / BEGUN;
-        self.0.iter().map(begun).sum()
+        let started = |counter: &AtomicU64| counter.load(Ordering::SeqCst) / STARTED;
+        self.0.iter().map(started).sum()
     }
 
     fn of(&self, directory: NodeId) -> &AtomicU64 {
@@ -72,7 +72,7 @@ impl DirSeqCounts {
 impl DirSeq {
     /// Whether what was read after this count is still valid.
     pub(super) fn is_unchanged(self, seqcounts: &DirSeqCounts) -> bool {
-        self.count.is_multiple_of(BEGUN)
+        self.count.is_multiple_of(STARTED)
             && seqcounts.of(self.directory).load(Ordering::SeqCst) == self.count
     }
 }

@@ -46,8 +46,8 @@ pub enum PassthroughError {
     },
     /// The state to resume belongs to another directory.
     #[error(
-        "the state is of another directory than {}: give the one that it was made for, or remove \
-         the state file",
+        "the saved state belongs to a directory other than {}: share that directory, or remove the \
+         state file",
         path.display()
     )]
     AnotherShare {
@@ -55,10 +55,10 @@ pub enum PassthroughError {
         path: PathBuf,
     },
     /// The table of the guest's state can't be created.
-    #[error("making the table of what the guest knows")]
+    #[error("can't create the table of the guest's state")]
     State(#[source] StateError),
     /// The table has no room for the root.
-    #[error("the table of what the guest knows has no room")]
+    #[error("the table of the guest's state has no room")]
     NoRoom,
     /// File handles are mandatory, but don't work.
     #[error(

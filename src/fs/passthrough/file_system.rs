@@ -1,8 +1,9 @@
 //! The FUSE operations of the passthrough: `impl FileSystem`.
 //!
-//! Each method checks what applies to all its callers (read-only, negotiated terms) and calls the
-//! method of `Passthrough` that does the work, in the file of its topic. The invariant: an operation
-//! that changes something first checks that the share is writable.
+//! Each method checks what applies to the whole operation (read-only, negotiated terms) and calls
+//! the method of `Passthrough` that does the work, in the file of its topic.
+//!
+//! The invariant: an operation that changes something first checks that the share is writable.
 
 use std::ffi::CStr;
 use std::sync::Arc;

@@ -134,7 +134,10 @@ impl Handles {
             Ok(())
         });
         if noted.is_err() {
-            log::debug!("a lock of handle {} that is no more", handle.0);
+            log::debug!(
+                "a lock of handle {} is not recorded: the handle has been released",
+                handle.0
+            );
         }
     }
 

@@ -14,16 +14,18 @@ use crate::fs::Result;
 pub enum IdRuleError {
     /// It doesn't have the form of a rule.
     #[error(
-        "no rule: there are guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
-         map:GUEST:HOST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT and \
+        "not a rule: expected guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
+         map:GUEST:HOST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or \
          forbid-guest:GUEST:COUNT"
     )]
     Form,
     /// A number was expected.
-    #[error("`{0}` is no id or count, from 0 to 4294967294")]
+    #[error("`{0}` is not an id or count from 0 to 4294967294")]
     Number(String),
     /// It is empty or exceeds the last id.
-    #[error("{count} ids from {base} on are none, or too many: the last id is 4294967294")]
+    #[error(
+        "{count} ids from {base} on: there must be at least one, and the last id is 4294967294"
+    )]
     Range {
         /// The first id.
         base: u32,

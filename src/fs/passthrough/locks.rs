@@ -151,10 +151,7 @@ impl Locks {
         };
         let ranges = ranges_after(owned.record.ranges(), lock);
         if !owned.record.set_ranges(&ranges) {
-            log::warn!(
-                "node {}: more locks than the state table has room for",
-                node.0
-            );
+            log::warn!("node {}: the state table has no room for its locks", node.0);
         }
     }
 
@@ -195,7 +192,7 @@ impl Locks {
                 return true;
             }
             if let Err(error) = one.file.try_lock(EVERYTHING) {
-                log::debug!("giving up locks: {error}");
+                log::debug!("can't release locks: {error}");
             }
             one.record.set_ranges(&[]);
             // A running or waiting request continues and may lock again.

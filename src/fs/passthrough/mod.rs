@@ -146,7 +146,7 @@ impl Passthrough {
 
     /// The number of inodes that the guest has forgotten and can still find by a file handle.
     #[must_use]
-    pub fn remembered_inodes(&self) -> usize {
+    pub fn forgotten_inodes(&self) -> usize {
         self.inodes.forgotten()
     }
 

@@ -277,7 +277,7 @@ impl Passthrough {
     fn pin<'a>(&self, known: Option<&'a KnownInode>) -> Result<Option<Result<InodeFd<'a>>>> {
         match known.map(|known| self.fd(&known.inode)) {
             Some(Err(Errno::MFILE | Errno::NFILE)) => Err(Errno::NFILE),
-            reached => Ok(reached),
+            opened => Ok(opened),
         }
     }
 
@@ -310,7 +310,7 @@ impl Passthrough {
         let mut fd = None;
         if !by_handle || known.is_last() {
             fd = match self.pin(Some(known)) {
-                Ok(reached) => reached.and_then(Result::ok),
+                Ok(opened) => opened.and_then(Result::ok),
                 Err(error) => {
                     self.inodes.set_nameless(inode, false);
                     return Err(error);

@@ -72,22 +72,22 @@ impl Passthrough {
     pub(super) fn file_flags(&self, flags: u32) -> OFlags {
         let flags = OFlags::from_bits_retain(flags);
         let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
-        let mut kept = OFlags::RWMODE | OFlags::TRUNC;
+        let mut host_flags = OFlags::RWMODE | OFlags::TRUNC;
         if !self.terms.no_open() {
-            kept |= OFlags::SYNC | dsync;
+            host_flags |= OFlags::SYNC | dsync;
             if self.options.allow_direct_io {
-                kept |= OFlags::DIRECT;
+                host_flags |= OFlags::DIRECT;
             }
             if self.options.preserve_noatime {
-                kept |= OFlags::NOATIME;
+                host_flags |= OFlags::NOATIME;
             }
         }
-        let mut kept = flags & kept;
+        let mut host_flags = flags & host_flags;
         let read_too = self.terms.collects_writes() || self.terms.no_open();
-        if read_too && kept & OFlags::RWMODE == OFlags::WRONLY {
-            kept = kept.difference(OFlags::RWMODE) | OFlags::RDWR;
+        if read_too && host_flags & OFlags::RWMODE == OFlags::WRONLY {
+            host_flags = host_flags.difference(OFlags::RWMODE) | OFlags::RDWR;
         }
-        kept | OFlags::NOCTTY
+        host_flags | OFlags::NOCTTY
     }
 
     /// The inode of a regular file. Other types are refused without a system call that could block

@@ -187,7 +187,7 @@ impl Passthrough {
                 Ok(None) => {}
                 Err(error) => {
                     let node = record.fields().node;
-                    log::warn!("an open file of node {node} can't be opened again: {error}");
+                    log::warn!("can't reopen an open file of node {node}: {error}");
                     restored.lost += 1;
                 }
             }
@@ -200,7 +200,7 @@ impl Passthrough {
                 }
                 Err(error) => {
                     let node = record.fields().node;
-                    log::warn!("locks on node {node} can't be taken again: {error}");
+                    log::warn!("can't acquire the locks on node {node} again: {error}");
                     restored.lost += 1;
                 }
             }
@@ -222,18 +222,18 @@ impl Passthrough {
             if done.seen != 0 {
                 self.previous_attempts.seen.insert(unique, done.seen);
             }
-            let mut given_back = std::mem::take(&mut done.given_back);
+            let mut forgotten = std::mem::take(&mut done.given_back);
             if let Some((node, back)) = done.doubtful
                 && let Some(record) = record(node)
                 && record.was_counted_by(unique, !back)
             {
                 if back {
-                    given_back.push(node);
+                    forgotten.push(node);
                 } else {
                     record.set_lookups(record.lookups().saturating_sub(1), 0, false);
                 }
             }
-            let forgotten = given_back.into_iter().map(|node| (unique, NodeId(node)));
+            let forgotten = forgotten.into_iter().map(|node| (unique, NodeId(node)));
             self.previous_attempts.forgotten.extend(forgotten);
             while let Some(node) = done.added.last().copied() {
                 match record(node) {
@@ -254,7 +254,7 @@ impl Passthrough {
     /// Opens an inode, so that the result of a lookup can be compared with it.
     fn open_to_compare(&self, inode: &Inode) {
         if let Err(error) = self.open_closed(inode) {
-            log::debug!("node {} can't be reached: {error}", inode.node().0);
+            log::debug!("can't open node {}: {error}", inode.node().0);
         }
     }
 
@@ -345,7 +345,7 @@ impl Passthrough {
             && let Err(error) = file.try_lock(Lock::Whole(kind))
         {
             log::warn!(
-                "a lock on node {} can't be taken again: {error}",
+                "can't acquire a lock on node {} again: {error}",
                 fields.node
             );
         }

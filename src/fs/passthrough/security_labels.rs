@@ -83,7 +83,7 @@ impl Drop for Labelling {
     fn drop(&mut self) {
         // An empty line removes the label.
         if let Err(error) = rustix::io::pwrite(&self.0, b"\n", 0) {
-            log::error!("can't stop labelling what this thread makes: {error}");
+            log::error!("can't stop labelling this thread's new files: {error}");
         }
     }
 }
@@ -123,7 +123,7 @@ impl Passthrough {
         if let Some((parent, name)) = link
             && let Err(error) = self.remove_created(entry, parent, name)
         {
-            log::warn!("something without a label can't be removed again: {error}");
+            log::warn!("can't remove a new file that could not be labelled: {error}");
         }
         if let Some(opened) = created.opened()
             && self.explicit(Some(opened.handle)).is_some()

@@ -30,21 +30,21 @@ pub struct XattrMapError {
 /// Why a rule is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum RuleFault {
-    #[error("there is no rule")]
+    #[error("no rule given")]
     Empty,
-    #[error("a rule begins with its separator, which is no letter, digit or `\\`")]
+    #[error("a rule starts with its separator, which can't be a letter, digit or `\\`")]
     Separator,
-    #[error("the {0} doesn't end: the separator is missing behind it")]
+    #[error("the {0} has no end: no separator follows it")]
     Endless(&'static str),
-    #[error("no such type; there are prefix, ok, bad, unsupported and map")]
+    #[error("unknown type; expected prefix, ok, bad, unsupported or map")]
     Type,
-    #[error("no such scope; there are client, server and all")]
+    #[error("unknown scope; expected client, server or all")]
     Scope,
     #[error("prefix needs something to prepend")]
     NothingToPrepend,
     #[error("nothing may follow a map, which decides on every name")]
     BehindMap,
-    #[error("there is a NUL in it")]
+    #[error("it contains a NUL")]
     Nul,
 }
 
@@ -363,21 +363,21 @@ mod tests {
     #[test]
     fn errors_point_at_the_place() {
         for (text, message) in [
-            ("", "rule 1, at character 1 (``): there is no rule"),
+            ("", "rule 1, at character 1 (``): no rule given"),
             (
                 ":ok:all::: :nope:all:::",
-                "rule 2, at character 13 (`nope:all:::`): no such type; there are prefix, ok, \
-                 bad, unsupported and map",
+                "rule 2, at character 13 (`nope:all:::`): unknown type; expected prefix, ok, \
+                 bad, unsupported or map",
             ),
             (
                 ":ok:both:::",
-                "rule 1, at character 5 (`both:::`): no such scope; there are client, server and \
-                 all",
+                "rule 1, at character 5 (`both:::`): unknown scope; expected client, server \
+                 or all",
             ),
             (
                 ":ok:all::",
-                "rule 1, at character 10 (``): the prepend doesn't end: the separator is missing \
-                 behind it",
+                "rule 1, at character 10 (``): the prepend has no end: no separator follows \
+                 it",
             ),
             (
                 ":prefix:all:user.::",
@@ -385,8 +385,8 @@ mod tests {
             ),
             (
                 "ok:all:::",
-                "rule 1, at character 1 (`ok:all:::`): a rule begins with its separator, which \
-                 is no letter, digit or `\\`",
+                "rule 1, at character 1 (`ok:all:::`): a rule starts with its separator, which \
+                 can't be a letter, digit or `\\`",
             ),
             (
                 ":map::user.v.::ok:all:::",

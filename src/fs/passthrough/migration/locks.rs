@@ -145,7 +145,7 @@ impl Passthrough {
         self.locks_released.store(true, Ordering::Relaxed);
         let release = |file: &File, lock| {
             if let Err(error) = set(file, lock) {
-                log::warn!("migration: giving up a lock: {error}");
+                log::warn!("migration: can't release a lock: {error}");
             }
         };
         self.handles.each(|_, lock, file| {
@@ -167,8 +167,8 @@ impl Passthrough {
         }
         let lost = |node: u64, error: Errno| {
             log::warn!(
-                "migration: a lock on node {node} was taken by another meanwhile, and the guest \
-                 believes to have it: {error}"
+                "migration: another process has taken a lock on node {node} that the guest believes \
+                 to hold: {error}"
             );
         };
         self.handles.each(|fields, lock, file| {

@@ -83,7 +83,7 @@ impl Passthrough {
                     verify: self.options.migration.verify_handles,
                 };
             } else if inode.find == Find::Lost {
-                log::warn!("migration: inode {} can't be taken along", inode.node);
+                log::warn!("migration: can't migrate inode {}", inode.node);
             }
         }
     }

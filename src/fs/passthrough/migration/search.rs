@@ -29,7 +29,7 @@ pub(in super::super) struct Search<'a> {
     /// The wanted inodes by number. Several file systems can have the same number.
     wanted: HashMap<u64, Vec<&'a Arc<Inode>>>,
     found: HashMap<NodeId, Vec<u8>>,
-    begun: Instant,
+    started: Instant,
 }
 
 impl<'a> Search<'a> {
@@ -38,7 +38,7 @@ impl<'a> Search<'a> {
         let mut search = Self {
             wanted: HashMap::new(),
             found: HashMap::new(),
-            begun: Instant::now(),
+            started: Instant::now(),
         };
         for inode in wanted {
             let of_number = search.wanted.entry(inode.key().number);
@@ -109,9 +109,9 @@ impl Passthrough {
             if search.found.len() == wanted.len() {
                 break;
             }
-            if search.begun.elapsed() > timeout {
+            if search.started.elapsed() > timeout {
                 log::warn!(
-                    "the search for {} inodes has been given up after {} seconds",
+                    "gave up the search for {} inodes after {} seconds",
                     wanted.len() - search.found.len(),
                     timeout.as_secs()
                 );

@@ -122,11 +122,11 @@ impl Passthrough {
         if missing.is_empty() || left.is_zero() {
             return;
         }
-        let begun = Instant::now();
+        let started = Instant::now();
         let count = missing.len();
         self.search_known_directories(&mut missing, left);
         if !missing.is_empty() {
-            self.search_share(&mut missing, left.saturating_sub(begun.elapsed()));
+            self.search_share(&mut missing, left.saturating_sub(started.elapsed()));
         }
         // One line for each inode would let a guest fill the log.
         let level = if spent.time.is_zero() {
@@ -134,24 +134,24 @@ impl Passthrough {
         } else {
             log::Level::Debug
         };
-        spent.time += begun.elapsed();
+        spent.time += started.elapsed();
         log::log!(
             level,
-            "{count} inodes were not where they were known to be; {} of them are found, in {:.1} ms",
+            "{count} inodes were not found by their known names; a search found {} of them in {:.1} ms",
             count - missing.len(),
-            begun.elapsed().as_secs_f64() * 1000.0
+            started.elapsed().as_secs_f64() * 1000.0
         );
     }
 
     /// Searches the directories that the guest knows and records the names it finds. Leaves in
     /// `missing` what is not found.
     fn search_known_directories(&self, missing: &mut Vec<Arc<Inode>>, timeout: Duration) {
-        let begun = Instant::now();
+        let started = Instant::now();
         let root = self.inodes.any(NodeId::ROOT);
         let is_directory = |inode: &Arc<Inode>| inode.kind() == FileType::Directory;
         let known = self.inodes.all().into_iter().filter(is_directory);
         for directory in root.into_iter().chain(known) {
-            if missing.is_empty() || begun.elapsed() > timeout {
+            if missing.is_empty() || started.elapsed() > timeout {
                 return;
             }
             let mut search = Search::new(missing);
@@ -162,7 +162,7 @@ impl Passthrough {
                 search.read_directory(fd.as_fd(), &[], &mut Vec::new())
             });
             if let Err(error) = read {
-                log::debug!("node {} can't be read: {error}", directory.node().0);
+                log::debug!("can't read directory node {}: {error}", directory.node().0);
             }
             let found = search.into_found();
             if found.is_empty() {
@@ -203,7 +203,7 @@ impl Passthrough {
                     false
                 }
                 Err(error) => {
-                    log::debug!("node {} can't be reached: {error}", inode.node().0);
+                    log::debug!("can't open node {}: {error}", inode.node().0);
                     true
                 }
             }

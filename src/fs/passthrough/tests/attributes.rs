@@ -126,7 +126,7 @@ fn all_changes_at_once_end_as_asked() {
         assert_eq!(changed.mode & 0o7777, 0o6755);
         assert_eq!((changed.uid, changed.gid, changed.size), (1000, 1000, 2));
         assert_eq!((changed.accessed, changed.modified), (SOME_TIME, SOME_TIME));
-        // A change of owner alone takes the set-id bits away, as on the host.
+        // A change of owner alone clears the set-id bits, as on the host.
         let owner = Changes {
             uid: Some(1001),
             ..Changes::default()

@@ -1,13 +1,13 @@
 //! A process without inherited descriptors finds inodes whose known name is gone but that have
-//! another.
+//! another one.
 
 use super::restored::killed;
 use super::*;
 use crate::fs::passthrough::inode::CLOCK_AHEAD;
 use crate::fs::{HandleKind, OpenFile, Replay};
 
-/// Runs `test` with files that number and birth tell from all later ones, and with young ones, each on
-/// a thread that can't open file handles.
+/// Runs `test` with settled files and with young ones, each on a thread that can't open file
+/// handles.
 fn by_name_alone(test: impl Fn(Rig) + Sync) {
     for later in [0, 60_000_000_000] {
         on_a_thread(|| {
@@ -52,7 +52,7 @@ fn file_that_lost_its_known_name_is_found_by_another() {
         for (node, other) in nodes.iter().zip(others) {
             is_there(&rig, *node, other);
         }
-        // The same nodes by those names.
+        // The same nodes under those names.
         assert_eq!(rig.node("other"), nodes[0]);
         let deep = rig.find(rig.node("unknown"), "deep").unwrap().node;
         assert_eq!(rig.find(deep, "other").unwrap().node, nodes[2]);
@@ -175,7 +175,7 @@ fn file_without_any_name_is_stale_and_not_looked_for() {
         let node = rig.node("file");
         rig.fs.unlink(&SUPERUSER, ROOT, c"file").unwrap();
         let (rig, _) = killed(rig).next(false, &[]);
-        // What takes its number is another inode.
+        // The file that takes its number is another inode.
         rig.host_file("other", "");
         assert_eq!(rig.attributes(node), Err(Errno::STALE));
         assert!(!rig.fs.has_searched_for(node));
