@@ -46,8 +46,8 @@ pub enum PassthroughError {
     },
     /// The state to resume belongs to another directory.
     #[error(
-        "the saved state belongs to a directory other than {}: share that directory, or remove the \
-         state file",
+        "the saved state belongs to another directory, not to {}: share the directory that it was \
+         made for, or remove the state file",
         path.display()
     )]
     AnotherShare {
