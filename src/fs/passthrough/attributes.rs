@@ -1,6 +1,7 @@
-//! Attributes: GETATTR, SETATTR, ACCESS, and how the host's words for them become the guest's.
+//! Attributes: GETATTR, SETATTR, ACCESS, and the conversion of the host's attributes to the
+//! guest's.
 //!
-//! The invariant: what is changed is the inode that the guest named, also if it is a symbolic
+//! The invariant: a change applies to the inode that the guest named, even if that is a symbolic
 //! link, has lost its name, or has been renamed.
 
 use std::os::fd::AsFd;
@@ -18,10 +19,10 @@ use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Ti
 use crate::io::File;
 use crate::sys;
 
-/// Permission bits of a mode, the set-id and sticky bits included.
+/// The permission bits of a mode, including the set-id and sticky bits.
 pub(super) const PERMISSIONS: u32 = 0o7777;
 
-/// The host's attributes in the guest's words.
+/// Converts the host's attributes, without mapping the owners.
 fn attributes(stat: &Statx) -> Attributes {
     Attributes {
         inode: stat.stx_ino,
@@ -52,7 +53,7 @@ fn encode_device(major: u32, minor: u32) -> u32 {
     minor & 0xff | (major & 0xfff) << 8 | (minor & 0xfff00) << 12
 }
 
-/// Major and minor of [`encode_device`]'s encoding.
+/// Splits a device number that [`encode_device`] made.
 pub(super) fn decode_device(device: u32) -> (u32, u32) {
     (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xfff00)
 }
@@ -68,7 +69,7 @@ impl Passthrough {
         }
     }
 
-    /// The caller with the ids that it has on the host.
+    /// Maps the ids of the caller to the host's.
     ///
     /// # Errors
     ///
@@ -83,7 +84,7 @@ impl Passthrough {
                 .gid
                 .map(|gid| self.options.groups.to_host(gid))
                 .transpose()?,
-            // One that it may not use is none that it is in.
+            // A group that the caller may not use is left out.
             group: caller
                 .group
                 .and_then(|group| self.options.groups.to_host(group).ok()),
@@ -96,15 +97,15 @@ impl Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        let stat = match self.told(handle) {
+        let stat = match self.explicit(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
             None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
         }?;
         Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
 
-    /// Owner first, as a change of owner takes set-id bits away, which a mode may give back;
-    /// times last, as a change of size sets them.
+    /// Applies SETATTR. The owner comes first, as a change of owner clears set-id bits, which the
+    /// mode may set again. The times come last, as a change of size sets them.
     pub(super) fn change(
         &self,
         caller: &Caller,
@@ -114,7 +115,7 @@ impl Passthrough {
     ) -> Result<(Attributes, Duration)> {
         let inode = self.inode(node)?;
         let file = self
-            .told(handle)
+            .explicit(handle)
             .map(|handle| self.handles.any(node, handle))
             .transpose()?;
         let target = match &file {
@@ -122,8 +123,8 @@ impl Passthrough {
             None => Target::Path(self.fd_to_change(caller, &inode)?),
         };
         if let Target::Path(fd) = &target {
-            let untold = handle.is_some();
-            self.confirm_attributes(caller, fd, untold, changes.size.is_some())?;
+            let implicit = handle.is_some();
+            self.confirm_attributes(caller, fd, implicit, changes.size.is_some())?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
             let user = |id| self.options.users.to_host(valid_id(id)?);
@@ -131,7 +132,7 @@ impl Passthrough {
             let uid = changes.uid.map(user).transpose()?.map(Uid::from_raw);
             let gid = changes.gid.map(group).transpose()?.map(Gid::from_raw);
             match rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH) {
-                // The server's user namespace has no such id, so it may not give files to it.
+                // The server's user namespace has no such id, so files can't be given to it.
                 Err(Errno::INVAL) => return Err(Errno::PERM),
                 done => done?,
             }
@@ -159,7 +160,7 @@ impl Passthrough {
     fn change_mode(&self, target: &Target<'_>, kind: FileType, mode: u32) -> Result<()> {
         let mode = Mode::from_raw_mode(mode & PERMISSIONS);
         match target {
-            // Some kernels change it on some file systems, where it means nothing.
+            // Some kernels change the mode on some file systems, where it means nothing.
             _ if kind == FileType::Symlink => Err(Errno::OPNOTSUPP),
             Target::Open(file) => rustix::fs::fchmod(file, mode),
             Target::Path(fd) => {
@@ -169,18 +170,19 @@ impl Passthrough {
         }
     }
 
-    /// Takes set-id bits from an open file as a write or a truncation by an ordinary user does:
-    /// the set-group-ID bit only where others than the owner may execute it by their group
-    /// (`S_IXGRP`), as else it goes by whether the caller is in that group, which nobody tells.
+    /// Clears set-id bits of an open file as a write or a truncation by an ordinary user does. The
+    /// set-group-ID bit is cleared only if the group may execute the file (`S_IXGRP`); without that
+    /// bit it depends on whether the caller is in the group, which the guest doesn't tell.
     ///
-    /// Done before the change, so that nobody runs what is written with the bits still on, and by
-    /// mode instead of by capability, as a write itself may happen in another thread.
+    /// This is done before the change, so that nobody can execute the new content with the bits
+    /// set. It sets the mode instead of dropping a capability, as the write may run in another
+    /// thread.
     pub(super) fn kill_set_id_of_open(&self, file: &File) -> Result<()> {
         self.kill_set_id_of(&Target::Open(file), FileType::RegularFile)
     }
 
-    /// The same before an operation that the host refuses for a file which is not open for writing:
-    /// then nothing is taken.
+    /// As [`kill_set_id_of_open`](Self::kill_set_id_of_open), before an operation that the host
+    /// refuses if the file isn't open for writing. In that case no bit is cleared.
     pub(super) fn kill_set_id_before_change(&self, file: &File) -> Result<()> {
         if rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDONLY {
             return Ok(());
@@ -197,7 +199,7 @@ impl Passthrough {
         }
     }
 
-    /// Empties an open file, which need not be open for writing.
+    /// Truncates an open file to zero bytes. It need not be open for writing.
     pub(super) fn empty(&self, file: &File) -> Result<()> {
         self.change_size(&Target::Open(file), FileType::RegularFile, 0)
     }
@@ -210,19 +212,19 @@ impl Passthrough {
         }
         if let Target::Open(file) = target {
             match rustix::fs::ftruncate(file, size) {
-                // Opened for reading only.
+                // The file is open for reading only.
                 Err(Errno::INVAL | Errno::BADF) => {}
                 done => return done,
             }
         }
-        // `"N"` is relative to `/proc/self/fd`, where prepared threads stand.
+        // `"N"` is relative to `/proc/self/fd`, the working directory of prepared threads.
         self.prepare()?;
         let name = rustix::path::DecInt::from_fd(target);
         sys::file::truncate(name.as_c_str(), size)
     }
 
-    /// What the mode bits allow the caller. A guest asks only if it was mounted without
-    /// `default_permissions`; its supplementary groups and ACLs are not known here.
+    /// ACCESS, by the mode bits. A guest sends it only if it is mounted without
+    /// `default_permissions`. Its supplementary groups and ACLs are not known here.
     pub(super) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
         let inode = self.inode(node)?;
         let stat = stat_fd(self.fd(&inode)?, StatxFlags::BASIC_STATS)?;
@@ -243,11 +245,11 @@ fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
     let mode = attributes.mode;
     let directory = FileType::from_raw_mode(mode) == FileType::Directory;
     let (Some(uid), Some(gid)) = (caller.uid, caller.gid) else {
-        // Whoever it is has what each class has.
+        // An unknown caller has what all three classes have.
         return mode >> 6 & mode >> 3 & mode & 0o7;
     };
     if uid == 0 {
-        // Root may do everything, except execute what nobody may.
+        // Root may do everything, except execute a file without any execute bit.
         let executable = directory || mode & 0o111 != 0;
         return if executable { 0o7 } else { 0o6 };
     }
@@ -261,7 +263,7 @@ fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
     mode >> shift & 0o7
 }
 
-/// What a mode is after a change by somebody who may not keep set-id bits.
+/// A mode after a change by a caller that may not keep set-id bits.
 fn without_set_id(mode: u32) -> u32 {
     let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
     mode & !(0o4000 | group)
@@ -269,9 +271,9 @@ fn without_set_id(mode: u32) -> u32 {
 
 /// What SETATTR works on.
 enum Target<'a> {
-    /// An open file: takes all system calls that want a descriptor.
+    /// An open file: for system calls that take a descriptor.
     Open(&'a File),
-    /// An `O_PATH` descriptor: takes those that have `AT_EMPTY_PATH`.
+    /// An `O_PATH` descriptor: for system calls with `AT_EMPTY_PATH`.
     Path(InodeFd<'a>),
 }
 
@@ -284,7 +286,7 @@ impl AsFd for Target<'_> {
     }
 }
 
-/// -1 would mean "leave as it is" to the host.
+/// The host takes -1 for "leave unchanged".
 fn valid_id(id: u32) -> Result<u32> {
     if id == u32::MAX {
         Err(Errno::INVAL)
@@ -334,15 +336,15 @@ mod tests {
         assert_eq!(permissions_for(&caller(0, 0), &file), 6);
         assert_eq!(permissions_for(&caller(0, 0), &attributes(0o100_010)), 7);
         assert_eq!(permissions_for(&caller(0, 0), &attributes(0o040_000)), 7);
-        // Somebody, of whom nothing is known, has what everybody has.
+        // An unknown caller has what everybody has.
         for (uid, gid) in [(None, None), (Some(0), None), (None, Some(100))] {
-            let untold = Caller {
+            let implicit = Caller {
                 uid,
                 gid,
                 ..Caller::default()
             };
-            assert_eq!(permissions_for(&untold, &file), 0);
-            assert_eq!(permissions_for(&untold, &attributes(0o100_764)), 4);
+            assert_eq!(permissions_for(&implicit, &file), 0);
+            assert_eq!(permissions_for(&implicit, &attributes(0o100_764)), 4);
         }
     }
 

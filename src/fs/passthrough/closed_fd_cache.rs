@@ -1,15 +1,15 @@
-//! Files that the guest has closed and may well open again: kept open for a while.
+//! Keeps files that the guest has closed open for a while, as it may open them again.
 //!
-//! To open an inode and to close it again costs more than to read a page of it, and programs open
-//! the same files again and again. So a file that was open for reading and nothing else is put by
-//! as it is released, and the next OPEN of its inode takes it. Nobody uses it meanwhile, and it has
-//! no state: it is read at offsets, it never had a lock, and it keeps nobody from writing to the
-//! file or from running it.
+//! Opening and closing an inode costs more than reading a page of it, and programs open the same
+//! files again and again. So a file that was open for reading only goes to this cache when it is
+//! released, and the next OPEN of its inode takes it. Nothing uses the file in between, and it has
+//! no state: it is read at explicit offsets, it never had a lock, and it doesn't prevent others
+//! from writing to the file or executing it.
 //!
-//! Only where opening is nothing but opening: on a file system of this host that has no other file
-//! to show after a while (an overlay has, once it has copied up; NFS asks its server), with the
-//! capabilities by which the host would not refuse. The invariant: what is put by for a node was
-//! opened as that node, and goes when the guest forgets it.
+//! The cache is used only if opening again would yield the same file and can't be refused. This
+//! excludes file systems where the file can change (overlayfs after copy-up, NFS), and servers
+//! without the capabilities to open every file. The invariant: a cached file was opened for its
+//! node, and is closed when the guest forgets the node.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -24,12 +24,12 @@ use super::{Passthrough, credentials};
 use crate::fs::{NodeId, Result};
 use crate::io::File;
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 64;
 
-/// Types of uapi `linux/magic.h` on which a file that is open stays the one to be opened: ext2 to
-/// ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs.
-const PLAIN: [u32; 7] = [
+/// Magic numbers of uapi `linux/magic.h` of file systems where an open file stays the one that its
+/// name opens: ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs.
+const LOCAL: [u32; 7] = [
     0xef53,
     0x5846_5342,
     0x9123_683e,
@@ -39,76 +39,78 @@ const PLAIN: [u32; 7] = [
     0xca45_1a4e,
 ];
 
-/// A node, and what is open of it.
-type Spare = (NodeId, File);
+/// A node and a file that is open on it.
+type ClosedFile = (NodeId, File);
 
-/// All that is put by.
+/// The cached files.
 #[derive(Debug)]
 pub(super) struct ClosedFdCache {
-    /// The longest put by first. Short, so they are searched from end to end.
-    shards: Box<[Mutex<VecDeque<Spare>>]>,
-    /// How many there may be.
-    most: usize,
-    /// What files may be of: device and mount.
-    place: (u64, u64),
-    /// How many there are. Orders nothing; a budget goes by it.
+    /// Oldest first. The queues are short, so they are searched linearly.
+    shards: Box<[Mutex<VecDeque<ClosedFile>>]>,
+    /// How many files may be cached.
+    max: usize,
+    /// The device and mount that files must be on.
+    file_system: (u64, u64),
+    /// The number of cached files. It orders nothing and is used for limits.
     count: AtomicUsize,
 }
 
 impl ClosedFdCache {
-    /// Puts by up to `most` files of the file system that `root`, of this `key`, is on; none
-    /// where that is not for this process to do.
-    pub(super) fn new(root: impl AsFd, key: &Key, most: usize) -> Result<Self> {
+    /// Caches up to `max` files of the file system of `root`, which has `key`, or none if it is not
+    /// suitable.
+    pub(super) fn new(root: impl AsFd, key: &Key, max: usize) -> Result<Self> {
         let kind = rustix::fs::fstatfs(root)?.f_type;
-        let plain = PLAIN
+        let is_local = LOCAL
             .iter()
             .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-        let most = if plain && credentials::overrides()? {
-            most
+        let max = if is_local && credentials::overrides()? {
+            max
         } else {
             0
         };
         Ok(Self {
-            shards: (0..most.min(SHARDS)).map(|_| Mutex::default()).collect(),
-            most,
-            place: (key.device, key.mount),
+            shards: (0..max.min(SHARDS)).map(|_| Mutex::default()).collect(),
+            max,
+            file_system: (key.device, key.mount),
             count: AtomicUsize::new(0),
         })
     }
 
-    /// How many are put by.
+    /// The number of cached files.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// What is put by for `node`, for whoever opens it now.
+    /// Takes a file of `node` from the cache.
     pub(super) fn take(&self, node: NodeId) -> Option<File> {
         if self.count() == 0 {
             return None;
         }
-        let mut shard = lock(&self.shards[self.place_of(node)]);
-        let at = shard.iter().position(|(kept, _)| *kept == node)?;
+        let mut shard = lock(&self.shards[self.shard_of(node)]);
+        let at = shard.iter().position(|(cached, _)| *cached == node)?;
         let (_, file) = shard.remove(at)?;
         self.count.fetch_sub(1, Ordering::Relaxed);
         Some(file)
     }
 
     fn keep(&self, node: NodeId, file: File) {
-        let place = self.place_of(node);
-        // What doesn't come out even the first ones have.
-        let room = (self.most + self.shards.len() - 1 - place) / self.shards.len();
-        let mut shard = lock(&self.shards[place]);
-        let over = (shard.len() >= room).then(|| shard.pop_front()).flatten();
+        let shard = self.shard_of(node);
+        // The first shards get the remainder of the division.
+        let capacity = (self.max + self.shards.len() - 1 - shard) / self.shards.len();
+        let mut shard = lock(&self.shards[shard]);
+        let evicted = (shard.len() >= capacity)
+            .then(|| shard.pop_front())
+            .flatten();
         shard.push_back((node, file));
         drop(shard);
-        if over.is_none() {
+        if evicted.is_none() {
             self.count.fetch_add(1, Ordering::Relaxed);
         }
-        // Closing may take long, and happens outside of the lock.
-        drop(over);
+        // Closing can take long, so it happens outside the lock.
+        drop(evicted);
     }
 
-    /// Closes all.
+    /// Closes all cached files.
     pub(super) fn clear(&self) {
         for shard in &self.shards {
             let files = std::mem::take(&mut *lock(shard));
@@ -117,25 +119,25 @@ impl ClosedFdCache {
         }
     }
 
-    /// Which shard a node belongs to, where there are any.
-    fn place_of(&self, node: NodeId) -> usize {
-        let place = node.0 % self.shards.len() as u64;
-        usize::try_from(place).unwrap_or_default()
+    /// The shard of a node. There must be at least one shard.
+    fn shard_of(&self, node: NodeId) -> usize {
+        let shard = node.0 % self.shards.len() as u64;
+        usize::try_from(shard).unwrap_or_default()
     }
 }
 
-fn lock(shard: &Mutex<VecDeque<Spare>>) -> MutexGuard<'_, VecDeque<Spare>> {
+fn lock(shard: &Mutex<VecDeque<ClosedFile>>) -> MutexGuard<'_, VecDeque<ClosedFile>> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether what is opened with these flags is like whatever else is.
+/// Whether files opened with these flags are interchangeable.
 fn is_plain(flags: OFlags) -> bool {
     flags.difference(OFlags::NOCTTY | OFlags::CLOEXEC) == OFlags::RDONLY
 }
 
 impl Passthrough {
-    /// A file that is open on `node` as OPEN with `flags` would open it, if one is put by.
-    pub(super) fn spare(&self, node: NodeId, flags: OFlags) -> Option<File> {
+    /// Takes a cached file that is open as OPEN with `flags` would open it.
+    pub(super) fn take_closed(&self, node: NodeId, flags: OFlags) -> Option<File> {
         if is_plain(flags) {
             self.closed_fds.take(node)
         } else {
@@ -143,28 +145,32 @@ impl Passthrough {
         }
     }
 
-    /// Puts by what was released, or closes it.
-    pub(super) fn put_by(&self, node: NodeId, released: Released) {
+    /// Caches a released file, or closes it.
+    pub(super) fn cache_closed(&self, node: NodeId, released: Released) {
         let Released {
             file,
             flags,
             locked,
         } = released;
         let alone = !locked && file.users() == 1;
-        if self.closed_fds.most == 0 || !alone || !is_plain(flags) {
+        if self.closed_fds.max == 0 || !alone || !is_plain(flags) {
             self.close_file(node, file);
             return;
         }
-        let place = |key: Key| (key.device, key.mount) == self.closed_fds.place;
-        let Some(inode) = self.inodes.get(node).filter(|inode| place(inode.key())) else {
+        let same_file_system = |key: Key| (key.device, key.mount) == self.closed_fds.file_system;
+        let Some(inode) = self
+            .inodes
+            .get(node)
+            .filter(|inode| same_file_system(inode.key()))
+        else {
             self.close_file(node, file);
             return;
         };
         self.closed_fds.keep(node, file);
         drop(inode);
-        // Whoever forgot it meanwhile has looked too early.
+        // A FORGET in the meantime didn't see the file.
         if self.inodes.get(node).is_none() {
-            self.close_kept(node);
+            self.close_idle_files(node);
         }
         self.make_room();
     }

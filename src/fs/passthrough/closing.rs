@@ -1,10 +1,10 @@
-//! Closing what takes long to close: large files that have no name any more.
+//! Closes files in the background if closing takes long: large files without a name.
 //!
-//! With the last descriptor of such a file the host frees its space, in the middle of `close(2)`:
-//! milliseconds for what is in memory, seconds for what is large on a disk. Neither the thread that
-//! serves FORGETs nor a worker waits for that; a thread does it that is there only while it has
-//! something to do. The invariant: what was given here is closed in the order in which it came, and
-//! whoever waits finds all of it closed that was given before.
+//! When the last descriptor of such a file is closed, the host frees its space within `close(2)`.
+//! That takes milliseconds for a file in memory, and seconds for a large file on a disk. Neither
+//! the thread that serves FORGETs nor a worker waits for it: a thread that exists only while there
+//! is work does it. The invariant: files are closed in the order in which they were queued, and a
+//! waiter returns once all files that were queued before are closed.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -18,49 +18,49 @@ use super::inode::{Inode, RefKind};
 use crate::fs::NodeId;
 use crate::io::File;
 
-/// Files that take more than this are closed elsewhere: about what costs as much to free as a
-/// thread costs to start.
+/// Files with more bytes than this are closed in the background. Freeing that much costs about as
+/// much as starting a thread.
 const LARGE: u64 = 1 << 20;
 
-/// The unit of `st_blocks`.
+/// The unit of `st_blocks`, in bytes.
 const BLOCK: u64 = 512;
 
 #[derive(Debug, Default)]
 struct Queue {
     waiting: VecDeque<OwnedFd>,
-    /// How many were ever given here, and how many of them are closed.
-    given: u64,
+    /// How many files were queued since the start, and how many of them are closed.
+    queued: u64,
     closed: u64,
-    /// There is a thread.
+    /// Whether the thread is running.
     running: bool,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     queue: Mutex<Queue>,
-    /// Something was closed.
+    /// Notified when a file has been closed.
     progress: Condvar,
-    /// How many descriptors are to be closed. Orders nothing; a budget goes by it.
+    /// The number of descriptors to close. It orders nothing and is used for limits.
     open: AtomicUsize,
 }
 
-/// Closes files, on a thread of its own where that takes long.
+/// Closes files, in the background if that takes long.
 #[derive(Debug, Default)]
 pub(super) struct Closer(Arc<Shared>);
 
 impl Closer {
-    /// Closes `fd`, or has it closed.
+    /// Closes `fd`, or queues it.
     pub(super) fn close(&self, fd: OwnedFd) {
-        if frees_much(&fd) {
-            self.close_elsewhere(fd);
+        if is_large_and_nameless(&fd) {
+            self.close_in_background(fd);
         }
     }
 
-    fn close_elsewhere(&self, fd: OwnedFd) {
+    fn close_in_background(&self, fd: OwnedFd) {
         let mut queue = self.0.queue();
         queue.waiting.push_back(fd);
         self.0.open.fetch_add(1, Ordering::Relaxed);
-        queue.given += 1;
+        queue.queued += 1;
         if queue.running {
             return;
         }
@@ -72,26 +72,26 @@ impl Closer {
             .name(name)
             .spawn(move || shared.close_all());
         if let Err(error) = started {
-            log::debug!("closing a large file takes this thread's time: {error}");
+            log::debug!("can't start a thread, so a large file is closed here: {error}");
             self.0.close_all();
         }
     }
 
-    /// How many descriptors are to be closed.
+    /// The number of descriptors to close.
     pub(super) fn count(&self) -> usize {
         self.0.open.load(Ordering::Relaxed)
     }
 
-    /// A wait for what isn't closed yet, if there is anything.
+    /// Returns a function that waits for the queued files, if there are any.
     pub(super) fn pending(&self) -> Option<Box<dyn FnOnce() + Send>> {
         let queue = self.0.queue();
-        if queue.closed == queue.given {
+        if queue.closed == queue.queued {
             return None;
         }
-        let given = queue.given;
+        let queued = queue.queued;
         drop(queue);
         let shared = Arc::clone(&self.0);
-        Some(Box::new(move || shared.wait(given)))
+        Some(Box::new(move || shared.wait(queued)))
     }
 }
 
@@ -121,16 +121,16 @@ impl Shared {
         queue.running = false;
     }
 
-    /// Waits until so many are closed.
-    fn wait(&self, given: u64) {
-        let waiting = |queue: &mut Queue| queue.closed < given;
+    /// Waits until this many files are closed.
+    fn wait(&self, queued: u64) {
+        let waiting = |queue: &mut Queue| queue.closed < queued;
         let done = self.progress.wait_while(self.queue(), waiting);
         drop(done.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-/// Whether to close `fd` may free much.
-fn frees_much(fd: &OwnedFd) -> bool {
+/// Whether closing `fd` may free much space.
+fn is_large_and_nameless(fd: &OwnedFd) -> bool {
     fstat(fd).is_ok_and(|stat| {
         let bytes = u64::try_from(stat.st_blocks)
             .unwrap_or(0)
@@ -140,40 +140,41 @@ fn frees_much(fd: &OwnedFd) -> bool {
 }
 
 impl Passthrough {
-    /// Whether `inode` may be a file that ends with its descriptor.
+    /// Whether `inode` may be a file that only its descriptor keeps alive.
     pub(super) fn may_be_nameless(inode: &Inode) -> bool {
-        inode.kind() == FileType::RegularFile && matches!(&*inode.held(), RefKind::Nothing)
+        inode.kind() == FileType::RegularFile && matches!(&*inode.ref_kind(), RefKind::Nothing)
     }
 
-    /// Closes the descriptor of an inode that was forgotten, unless somebody still uses it.
+    /// Closes the descriptor of a forgotten inode, unless a request is using it.
     pub(super) fn close_forgotten(&self, inode: Arc<Inode>) {
         if let Some(fd) = Arc::into_inner(inode).and_then(Inode::into_descriptor) {
             self.closer.close(fd);
         }
     }
 
-    /// Closes what was kept open of a node that the guest has forgotten, or whose inode has lost its
+    /// Closes the cached files of a node that the guest has forgotten, or whose inode has lost its
     /// last name.
-    pub(super) fn close_kept(&self, node: NodeId) {
-        let kept = self.on_demand.forget(node);
-        kept.into_iter()
+    pub(super) fn close_idle_files(&self, node: NodeId) {
+        let files = self.handleless.forget(node);
+        files
+            .into_iter()
             .flatten()
             .for_each(|file| self.close_file(node, file));
-        self.close_spares(node);
+        self.close_cached(node);
     }
 
-    /// Closes what is put by for when the guest opens `node` again.
-    pub(super) fn close_spares(&self, node: NodeId) {
+    /// Closes the files that are cached in case the guest opens `node` again.
+    pub(super) fn close_cached(&self, node: NodeId) {
         while let Some(file) = self.closed_fds.take(node) {
             self.close_file(node, file);
         }
     }
 
-    /// Closes a file that was open for the guest as `node`.
+    /// Closes a file that the guest had open as `node`.
     pub(super) fn close_file(&self, node: NodeId, file: File) {
-        // The inode's own descriptor keeps it.
-        let kept = self.inodes.get(node);
-        if kept.is_some_and(|inode| inode.slot().is_full()) {
+        // The inode's own descriptor keeps the file alive.
+        let inode = self.inodes.get(node);
+        if inode.is_some_and(|inode| inode.slot().is_full()) {
             return;
         }
         if let Some(fd) = file.into_fd() {
@@ -197,12 +198,12 @@ mod tests {
 
     #[test]
     fn only_large_files_without_a_name_are_closed_elsewhere() {
-        assert!(frees_much(&nameless(2 << 20)));
-        assert!(!frees_much(&nameless(1000)));
+        assert!(is_large_and_nameless(&nameless(2 << 20)));
+        assert!(!is_large_and_nameless(&nameless(1000)));
         let mut named = tempfile::NamedTempFile::new().unwrap();
         named.write_all(&vec![1; 2 << 20]).unwrap();
         named.as_file().sync_all().unwrap();
-        assert!(!frees_much(&named.reopen().unwrap().into()));
+        assert!(!is_large_and_nameless(&named.reopen().unwrap().into()));
     }
 
     #[test]
@@ -211,8 +212,8 @@ mod tests {
         assert!(closer.pending().is_none());
         for _ in 0..20 {
             let (read, write) = rustix::pipe::pipe().unwrap();
-            closer.close_elsewhere(write);
-            closer.close_elsewhere(nameless(2 << 20));
+            closer.close_in_background(write);
+            closer.close_in_background(nameless(2 << 20));
             if let Some(wait) = closer.pending() {
                 wait();
             }

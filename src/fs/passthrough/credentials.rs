@@ -1,29 +1,30 @@
-//! Who owns what is created: the caller's ids and umask, worn by the thread.
+//! Sets the owner of new files: the thread takes the caller's file system ids and umask.
 //!
-//! The guest's kernel has checked permissions before it asks, and on creation knows more than
-//! is told here (the caller's supplementary groups). So a caller's ids never decide whether
-//! something is allowed; they only become the owner of what is made. The invariant: with and
-//! without a section, the thread has all the rights that the server has.
+//! The guest's kernel checks permissions before it sends a request, and on creation it knows more
+//! than it tells (the caller's supplementary groups). So the caller's ids never decide whether
+//! something is allowed; they only become the owner of new files. The invariant: with and without a
+//! [`CredentialsGuard`], the thread has all the rights that the server has.
 //!
-//! A thread that took on another file system uid would lose its capabilities over files
-//! (`CAP_DAC_OVERRIDE` and its like). `SECBIT_NO_SETUID_FIXUP` keeps them; where the thread may
-//! not set it, `capset` takes them back after a change, which needs no privilege. As the ids
-//! change no right then, they stay as the last creation left them, and a creation for the same
+//! A thread that changes its file system uid from 0 loses its capabilities over files (such as
+//! `CAP_DAC_OVERRIDE`). `SECBIT_NO_SETUID_FIXUP` keeps them. If the thread may not set that bit, it
+//! restores them with `capset` after the change, which needs no privilege. As the ids then don't
+//! affect any right, they stay as the last creation left them, and another creation for the same
 //! user costs no system call.
 //!
-//! What goes by the file system ids in spite of capabilities, and what is done about it:
+//! What depends on the file system ids in spite of capabilities, and how it is handled:
 //!
 //! - opening an existing file with `O_CREAT` in a world-writable sticky directory
-//!   (`fs.protected_regular`): creation always says `O_EXCL`, see `names`;
-//! - ext4's blocks reserved for a uid: without `CAP_SYS_RESOURCE`, the last creator's share;
-//! - file systems whose server decides (NFS, SMB, 9P, FUSE, Ceph): there the ids are put back
-//!   at the end of each section, see [`CredentialPolicy::putting_back`];
-//! - a server that lacks the capabilities, and so lives on what its own uid owns: likewise.
+//!   (`fs.protected_regular`): creations always set `O_EXCL`, see `names`;
+//! - ext4's blocks reserved for a uid: without `CAP_SYS_RESOURCE` the ids of the last creation
+//!   apply;
+//! - file systems whose server decides (NFS, SMB, 9P, FUSE, Ceph): the ids are restored when the
+//!   guard is dropped, see [`CredentialPolicy::restored_each_time`];
+//! - a server without the capabilities, which can only use what its own uid may use: likewise.
 //!
-//! By capabilities alone go sticky directories, `O_NOATIME`, `fs.protected_hardlinks`, modes,
-//! ACLs and times of others' files (`CAP_FOWNER`), file capabilities (`CAP_SETFCAP`) and device
-//! nodes (`CAP_MKNOD`); quotas go by the owner of the file. A process that has changed
-//! credentials dumps no core unless `fs.suid_dumpable` says so, and its threads lose their
+//! Capabilities alone decide about sticky directories, `O_NOATIME`, `fs.protected_hardlinks`,
+//! modes, ACLs and times of others' files (`CAP_FOWNER`), file capabilities (`CAP_SETFCAP`) and
+//! device nodes (`CAP_MKNOD`). Quotas depend on the owner of the file. A process that has changed
+//! credentials doesn't dump core unless `fs.suid_dumpable` allows it, and its threads lose their
 //! parent-death signal.
 
 use std::cell::Cell;
@@ -37,12 +38,12 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use crate::fs::{Caller, Result};
 use crate::sys::credentials as sys;
 
-/// Capabilities that make the file system uid irrelevant for what is allowed.
+/// Capabilities with which the file system uid doesn't affect what is allowed.
 const OVERRIDING: CapabilitySet = CapabilitySet::DAC_OVERRIDE
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::CHOWN);
 
-/// Whether this process may open whatever is there, whoever owns it.
+/// Whether this process may open every file, whoever owns it.
 pub(super) fn overrides() -> Result<bool> {
     let sets = rustix::thread::capabilities(None)?;
     Ok(sets.effective.contains(OVERRIDING))
@@ -55,18 +56,18 @@ struct Ids {
     gid: u32,
 }
 
-/// What a thread may do about its ids.
+/// What a thread may do with its ids.
 #[derive(Clone, Copy, Debug)]
 enum Power {
-    /// Change them; capabilities stay.
+    /// Change them, keeping the capabilities.
     Change,
-    /// Change them; capabilities are to be taken back after leaving uid 0.
+    /// Change them, and restore the capabilities after a change from uid 0.
     ChangeAndRaise(CapabilitySets),
-    /// Nothing: all that is created is the server's own.
+    /// Nothing: every new file belongs to the server.
     None,
 }
 
-/// What the calling thread is like at present.
+/// The state of the calling thread.
 #[derive(Clone, Copy, Debug)]
 struct Thread {
     power: Power,
@@ -81,32 +82,32 @@ thread_local! {
     static THREAD: Cell<Option<Thread>> = const { Cell::new(None) };
 }
 
-/// How sections are made for one file system.
+/// Whether ids stay on the thread, for one file system.
 #[derive(Debug)]
 pub(super) struct CredentialPolicy {
-    put_back: bool,
+    restore: bool,
 }
 
 impl CredentialPolicy {
-    /// For file systems that go by capabilities as local ones do.
-    pub(super) fn staying() -> Self {
-        Self { put_back: false }
+    /// For file systems that decide by capabilities, as local ones do.
+    pub(super) fn left_in_place() -> Self {
+        Self { restore: false }
     }
 
-    /// For file systems where somebody else decides by the ids what is allowed.
-    pub(super) fn putting_back() -> Self {
-        Self { put_back: true }
+    /// For file systems where another machine or process decides by the ids what is allowed.
+    pub(super) fn restored_each_time() -> Self {
+        Self { restore: true }
     }
 
-    /// Begins a section in which whatever is created belongs to `caller`, its mode masked by
-    /// `umask` (if it has a mode at all, which a symbolic link has not). The kernel applies
-    /// the mask, as it alone knows whether a default ACL stands in its place.
+    /// Makes `caller` the owner of everything created until the guard is dropped, with the mode
+    /// masked by `umask` (symbolic links have no mode). The kernel applies the mask, as only it
+    /// knows whether a default ACL replaces it.
     ///
     /// # Errors
     ///
     /// `EOVERFLOW` if the caller has no ids, as on any file system where they can't be mapped;
     /// `EPERM` if they have no mapping in the server's user namespace.
-    pub(super) fn section(
+    pub(super) fn as_caller(
         &self,
         proc_fds: &OwnedFd,
         caller: &Caller,
@@ -123,54 +124,54 @@ impl CredentialPolicy {
             thread.umask = umask;
             THREAD.set(Some(thread));
         }
-        // Made first, so that it puts back what a change gone wrong half-way leaves.
-        let mut section = CredentialsGuard {
-            put_back: (self.put_back || !thread.overriding).then_some(thread.own),
+        // Created first, so that it reverts a change that fails half-way.
+        let mut guard = CredentialsGuard {
+            restore: (self.restore || !thread.overriding).then_some(thread.own),
             groups: None,
-            stays_here: PhantomData,
+            not_send: PhantomData,
         };
-        // Where the ids decide what is allowed, that the caller is in the directory's group may
-        // be all that lets it create there.
+        // If the ids decide what is allowed, the caller may be able to create there only because it
+        // is in the directory's group.
         if let Some(group) = caller.group
-            && section.put_back.is_some()
+            && guard.restore.is_some()
             && !matches!(thread.power, Power::None)
         {
             let own = rustix::process::getgroups()?;
             sys::set_groups(&[Gid::from_raw(group)])?;
-            section.groups = Some(own);
+            guard.groups = Some(own);
         }
         change(&mut thread, Ids { uid, gid })?;
-        Ok(section)
+        Ok(guard)
     }
 }
 
-/// While it lives the thread creates for a caller. Bound to its thread, and so to synchronous
-/// code: it can't be held across an await of a future that may move.
+/// While it exists, the thread creates files for a caller. It is bound to its thread and thus to
+/// synchronous code: a future that can move between threads can't hold it across an await.
 #[must_use]
 pub(super) struct CredentialsGuard {
-    put_back: Option<Ids>,
+    restore: Option<Ids>,
     groups: Option<Vec<Gid>>,
-    stays_here: PhantomData<*const ()>,
+    not_send: PhantomData<*const ()>,
 }
 
 impl Drop for CredentialsGuard {
     fn drop(&mut self) {
-        if let (Some(own), Some(mut thread)) = (self.put_back, THREAD.get()) {
-            // The thread's own ids are always allowed and always mapped. Should a seccomp
-            // filter say no all the same, `THREAD` still knows what the ids are.
+        if let (Some(own), Some(mut thread)) = (self.restore, THREAD.get()) {
+            // A thread may always set its own ids, and they are always mapped. If a seccomp filter
+            // refuses it nevertheless, `THREAD` still has the current ids.
             if let Err(error) = change(&mut thread, own) {
-                log::error!("can't take the server's own file system ids back: {error}");
+                log::error!("can't restore the server's file system ids: {error}");
             }
         }
         if let Some(own) = &self.groups
             && let Err(error) = sys::set_groups(own)
         {
-            log::error!("can't take the server's own groups back: {error}");
+            log::error!("can't restore the server's groups: {error}");
         }
     }
 }
 
-/// Makes the thread's ids `ids`, if it has the power. `THREAD` follows each step.
+/// Sets the thread's ids if it may. `THREAD` is updated with each step.
 fn change(thread: &mut Thread, ids: Ids) -> Result<()> {
     if ids == thread.now || matches!(thread.power, Power::None) {
         return Ok(());
@@ -194,16 +195,17 @@ fn change(thread: &mut Thread, ids: Ids) -> Result<()> {
     Ok(())
 }
 
-/// Gives the calling thread an umask and a working directory of its own, the latter being
-/// `/proc/self/fd`, and finds out what it may do about its ids. Does nothing the second time.
+/// Gives the calling thread its own umask and working directory, the latter being `/proc/self/fd`,
+/// and finds out what it may do with its ids. Further calls do nothing.
 ///
-/// The working directory is what makes one system call of those that take only a path
-/// (`setxattr(2)` and its like, `truncate(2)`): `"7"` is the inode that descriptor 7 is open
-/// on, also after the server has given up its view of `/proc`.
+/// With this working directory, system calls that take only a path (`setxattr(2)` and the like,
+/// `truncate(2)`) need no other call: `"7"` is the inode that descriptor 7 is open on, even after
+/// the server has given up its view of `/proc`.
 ///
 /// # Errors
 ///
-/// The host refuses `unshare(CLONE_FS)` or the change of directory, which need no privilege.
+/// The host refuses `unshare(CLONE_FS)` or the change of directory, neither of which needs a
+/// privilege.
 pub(super) fn prepare_thread(proc_fds: &OwnedFd) -> Result<()> {
     prepared(proc_fds).map(|_| ())
 }
@@ -227,14 +229,14 @@ fn prepared(proc_fds: &OwnedFd) -> Result<Thread> {
     Ok(thread)
 }
 
-/// The server's own ids, what this thread may do about its own, and whether its capabilities
-/// make ids irrelevant.
+/// The server's own ids, what this thread may do with its ids, and whether its capabilities make
+/// the ids irrelevant.
 fn powers() -> Result<(Ids, Power, bool)> {
     let own = Ids {
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
     };
-    // A thread inherits the ids that its parent happens to wear.
+    // A thread inherits the current ids of the thread that created it.
     if sys::fs_gid()? != own.gid {
         sys::set_fs_gid(own.gid)?;
     }
@@ -252,12 +254,12 @@ fn powers() -> Result<(Ids, Power, bool)> {
     }
     Ok(match rustix::thread::set_capabilities(None, sets) {
         Ok(()) => (own, Power::ChangeAndRaise(sets), overriding),
-        // Then the ids are put back each time, and with them the capabilities.
+        // The ids are then restored each time, and the capabilities with them.
         Err(_) => (own, Power::Change, false),
     })
 }
 
-/// Makes this thread's capabilities stay whatever its file system uid becomes.
+/// Keeps this thread's capabilities when its file system uid changes.
 fn keep_capabilities() -> Result<()> {
     let bits = rustix::thread::capabilities_secure_bits()?;
     if bits.contains(CapabilitiesSecureBits::NO_SETUID_FIXUP) {

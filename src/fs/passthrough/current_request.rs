@@ -1,8 +1,8 @@
-//! Which request the calling thread serves: so that what it changes can carry the request's number
-//! in the state table.
+//! The request that the calling thread is serving, whose number goes into the records that it
+//! changes.
 //!
-//! A thread serves a request's call of the file system from beginning to end, and one at a time.
-//! The invariant: what a thread does outside of any request has the number 0, which no request has.
+//! A thread serves one request at a time and each file system call of it from beginning to end. The
+//! invariant: outside of a request the number is 0, which no request has.
 
 use std::cell::Cell;
 
@@ -10,7 +10,7 @@ thread_local! {
     static UNIQUE: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The calling thread serves the request `unique` from now on; 0 for none.
+/// Sets the request that the calling thread serves; 0 for none.
 pub(super) fn set(unique: u64) {
     UNIQUE.set(unique);
 }

@@ -1,65 +1,66 @@
-//! When names change: so that nobody goes by a name that he looked at too early.
+//! Sequence counts of directories: detect that a name changed after it was read.
 //!
-//! Names are looked at without a lock, and so what was seen may be outdated when it is written
-//! down. The invariant: a [`DirSeq`] lasts only if no change in its directory was under way
-//! when it began, and none has begun since.
+//! Names are read without a lock, so what was read may be outdated when it is recorded. The
+//! invariant: a [`DirSeq`] counts as unchanged only if no change of its directory was in progress
+//! when it was read, and none has started since.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::fs::NodeId;
 
-/// Directories share counters; sharing one costs a name that is not written down.
+/// Directories share counters. A collision only means that a name is not recorded.
 const SHARDS: usize = 64;
 
-/// Changes under way stand in the lower half of a counter, those that have begun in the upper.
-const BEGUN: u64 = 1 << 32;
+/// The lower half of a counter is the number of changes in progress, the upper half that of changes
+/// ever started.
+const STARTED: u64 = 1 << 32;
 
-/// Counts the changes of names.
+/// Counts the changes of names in directories.
 #[derive(Debug)]
-pub(super) struct Changes(Box<[AtomicU64]>);
+pub(super) struct DirSeqCounts(Box<[AtomicU64]>);
 
-/// What was known of a directory's changes.
+/// The value of a directory's counter at some moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DirSeq {
     directory: NodeId,
     count: u64,
 }
 
-/// A change that is under way until this is dropped.
+/// A change in progress, until this is dropped.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Changing<'a> {
-    changes: &'a Changes,
+pub(super) struct DirChange<'a> {
+    seqcounts: &'a DirSeqCounts,
     directories: [NodeId; 2],
 }
 
-impl Changes {
+impl DirSeqCounts {
     pub(super) fn new() -> Self {
         Self((0..SHARDS).map(|_| AtomicU64::new(0)).collect())
     }
 
-    pub(super) fn moment(&self, directory: NodeId) -> DirSeq {
+    pub(super) fn dir_seq(&self, directory: NodeId) -> DirSeq {
         DirSeq {
             directory,
-            // Pairs with `begin`: what is looked at after this is not older.
+            // Pairs with `begin`: what is read after this load is not older.
             count: self.of(directory).load(Ordering::SeqCst),
         }
     }
 
-    pub(super) fn begin(&self, directories: [NodeId; 2]) -> Changing<'_> {
+    pub(super) fn begin(&self, directories: [NodeId; 2]) -> DirChange<'_> {
         for directory in directories {
-            self.of(directory).fetch_add(BEGUN + 1, Ordering::SeqCst);
+            self.of(directory).fetch_add(STARTED + 1, Ordering::SeqCst);
         }
-        Changing {
-            changes: self,
+        DirChange {
+            seqcounts: self,
             directories,
         }
     }
 
-    /// How many have begun in all directories.
+    /// The number of changes ever started, in all directories.
     pub(super) fn count(&self) -> u64 {
-        let begun = |counter: &AtomicU64| counter.load(Ordering::SeqCst) / BEGUN;
-        self.0.iter().map(begun).sum()
+        let started = |counter: &AtomicU64| counter.load(Ordering::SeqCst) / STARTED;
+        self.0.iter().map(started).sum()
     }
 
     fn of(&self, directory: NodeId) -> &AtomicU64 {
@@ -69,17 +70,17 @@ impl Changes {
 }
 
 impl DirSeq {
-    /// Whether what was looked at since is still so.
-    pub(super) fn lasts(self, changes: &Changes) -> bool {
-        self.count.is_multiple_of(BEGUN)
-            && changes.of(self.directory).load(Ordering::SeqCst) == self.count
+    /// Whether what was read after this count is still valid.
+    pub(super) fn is_unchanged(self, seqcounts: &DirSeqCounts) -> bool {
+        self.count.is_multiple_of(STARTED)
+            && seqcounts.of(self.directory).load(Ordering::SeqCst) == self.count
     }
 }
 
-impl Drop for Changing<'_> {
+impl Drop for DirChange<'_> {
     fn drop(&mut self) {
         for directory in self.directories {
-            self.changes.of(directory).fetch_sub(1, Ordering::SeqCst);
+            self.seqcounts.of(directory).fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
@@ -90,23 +91,23 @@ mod tests {
 
     #[test]
     fn a_moment_ends_with_the_next_change_of_its_directory() {
-        let changes = Changes::new();
+        let seqcounts = DirSeqCounts::new();
         let (here, there) = (NodeId(7), NodeId(8));
-        let moment = changes.moment(here);
-        drop(changes.begin([there, there]));
-        assert!(moment.lasts(&changes));
-        drop(changes.begin([here, there]));
-        assert!(!moment.lasts(&changes));
-        assert_eq!(changes.count(), 4);
+        let dir_seq = seqcounts.dir_seq(here);
+        drop(seqcounts.begin([there, there]));
+        assert!(dir_seq.is_unchanged(&seqcounts));
+        drop(seqcounts.begin([here, there]));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
+        assert_eq!(seqcounts.count(), 4);
     }
 
     #[test]
     fn a_moment_within_a_change_never_lasts() {
-        let changes = Changes::new();
-        let changing = changes.begin([NodeId(7), NodeId(7)]);
-        let moment = changes.moment(NodeId(7));
-        assert!(!moment.lasts(&changes));
+        let seqcounts = DirSeqCounts::new();
+        let changing = seqcounts.begin([NodeId(7), NodeId(7)]);
+        let dir_seq = seqcounts.dir_seq(NodeId(7));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
         drop(changing);
-        assert!(!moment.lasts(&changes));
+        assert!(!dir_seq.is_unchanged(&seqcounts));
     }
 }

@@ -1,9 +1,9 @@
-//! Directories read: READDIR and READDIRPLUS.
+//! Reads directories: READDIR and READDIRPLUS.
 //!
-//! An open directory has one stream of entries, read from the host in large pieces. A request
-//! that goes on where the last one stopped takes what is left of the piece; any other seeks to
-//! the offset it names, which is the host's own cookie. The invariant: an entry is passed over
-//! only once it has been given to the guest.
+//! An open directory has one stream of entries, which is read from the host in large buffers. A
+//! request that continues at the end of the last one uses the rest of the buffer. Any other request
+//! seeks to its offset, which is the host's own cookie. The invariant: the stream moves past an
+//! entry only after the entry was added to the reply.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,47 +15,48 @@ use rustix::fs::SeekFrom;
 use super::Passthrough;
 use super::inode::Inode;
 use super::inode_ref::Directory;
-use super::limits::PIECES;
+use super::limits::MAX_DIRENT_BUFFERS;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;
 
-/// Bytes of entries read from the host at once: some thousand names, and as much as the
-/// largest READDIR of today's kernels takes in one or two requests.
-const PIECE: usize = 64 * 1024;
+/// How many bytes of entries are read from the host at once: about a thousand names, and what the
+/// largest READDIR of current kernels takes in one or two requests.
+const BUFFER_LEN: usize = 64 * 1024;
 
-/// Where reading a directory stands.
+/// The read position of a directory.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
-    /// Raw entries as the host gave them; allocated by the first read, given back at the end.
-    piece: Vec<u8>,
-    /// Where the next entry begins in `piece`.
+    /// Raw entries from the host. Allocated by the first read and freed at the end of the
+    /// directory.
+    buffer: Vec<u8>,
+    /// Where the next entry starts in `buffer`.
     at: usize,
     /// The cookie of that entry.
     offset: u64,
-    /// The piece is kept from one request to the next, as few are.
-    kept: Option<Kept>,
+    /// Held while the buffer is kept from one request to the next.
+    slot: Option<CacheSlot>,
 }
 
-/// The right to keep a piece.
+/// The permission to keep a buffer.
 #[derive(Debug)]
-struct Kept(DirentCache);
+struct CacheSlot(DirentCache);
 
-/// How many pieces are kept.
+/// The number of buffers that are kept.
 pub(super) type DirentCache = Arc<AtomicUsize>;
 
-impl Kept {
-    /// `None` where `PIECES` are kept already.
-    fn one_of(pieces: &DirentCache) -> Option<Self> {
-        // Relaxed: it only counts.
-        let kept = pieces.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
-            (count < PIECES).then_some(count + 1)
+impl CacheSlot {
+    /// Returns `None` if `MAX_DIRENT_BUFFERS` are kept already.
+    fn acquire(cached: &DirentCache) -> Option<Self> {
+        // Relaxed, as it is only a counter.
+        let slot = cached.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+            (count < MAX_DIRENT_BUFFERS).then_some(count + 1)
         });
-        kept.is_ok().then(|| Self(Arc::clone(pieces)))
+        slot.is_ok().then(|| Self(Arc::clone(cached)))
     }
 }
 
-impl Drop for Kept {
+impl Drop for CacheSlot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -64,58 +65,58 @@ impl Drop for Kept {
 impl Stream {
     /// Makes the entry at `offset` the next one.
     fn seek(&mut self, directory: &File, offset: u64) -> Result<()> {
-        // A start from 0 is a rewind, which promises entries as they are by now. A stream that
-        // hasn't read anything yet stands there already.
+        // Offset 0 is a rewind, which promises the current entries. A stream that hasn't read
+        // anything is at the start already.
         let rewind = offset == 0 && self.at != 0;
         if offset == self.offset && !rewind {
             return Ok(());
         }
-        self.piece.clear();
+        self.buffer.clear();
         rustix::fs::seek(directory, SeekFrom::Start(offset))?;
         self.at = 0;
         self.offset = offset;
         Ok(())
     }
 
-    /// Reads on, if the piece is used up; answers whether there is an entry.
+    /// Reads more entries if the buffer is used up. Returns whether there is an entry.
     fn fill(&mut self, directory: &File) -> Result<bool> {
-        if self.at < self.piece.len() {
+        if self.at < self.buffer.len() {
             return Ok(true);
         }
         self.at = 0;
-        self.piece.resize(PIECE, 0);
-        let read = sys::file::read_directory(directory, &mut self.piece);
-        self.piece.truncate(*read.as_ref().unwrap_or(&0));
-        if self.piece.is_empty() {
-            self.let_go();
+        self.buffer.resize(BUFFER_LEN, 0);
+        let read = sys::file::read_directory(directory, &mut self.buffer);
+        self.buffer.truncate(*read.as_ref().unwrap_or(&0));
+        if self.buffer.is_empty() {
+            self.drop_buffer();
         }
         read.map(|read| read > 0)
     }
 
-    /// A request has ended: keeps what is left of the piece, if it may.
-    fn rest(&mut self, directory: &File, pieces: &DirentCache) {
-        if self.at >= self.piece.len() {
-            self.let_go();
-        } else if self.kept.is_none() {
-            self.kept = Kept::one_of(pieces);
-            // Without, the host is asked again from here on. One that can't go there says so at
-            // the next read.
-            if self.kept.is_none()
+    /// Called at the end of a request. Keeps the rest of the buffer if a slot is free.
+    fn finish_request(&mut self, directory: &File, cached: &DirentCache) {
+        if self.at >= self.buffer.len() {
+            self.drop_buffer();
+        } else if self.slot.is_none() {
+            self.slot = CacheSlot::acquire(cached);
+            // Without the buffer, the host is read from here again. A directory that can't seek
+            // there fails at the next read.
+            if self.slot.is_none()
                 && rustix::fs::seek(directory, SeekFrom::Start(self.offset)).is_ok()
             {
-                self.let_go();
+                self.drop_buffer();
             }
         }
     }
 
-    fn let_go(&mut self) {
-        self.piece = Vec::new();
+    fn drop_buffer(&mut self) {
+        self.buffer = Vec::new();
         self.at = 0;
-        self.kept = None;
+        self.slot = None;
     }
 
     fn peek(&self) -> Option<Raw<'_>> {
-        Raw::parse(self.piece.get(self.at..)?)
+        Raw::parse(self.buffer.get(self.at..)?)
     }
 
     fn advance(&mut self, len: usize, next_offset: u64) {
@@ -128,14 +129,14 @@ impl Stream {
 struct Raw<'a> {
     inode: u64,
     next_offset: u64,
-    /// Bytes from this entry's beginning to the next one's.
+    /// The distance to the next entry, in bytes.
     len: usize,
     kind: u8,
     name: &'a CStr,
 }
 
 impl<'a> Raw<'a> {
-    /// Takes the first entry of `bytes` apart; `None` where there isn't a whole one.
+    /// Parses the first entry of `bytes`. Returns `None` if it is incomplete.
     fn parse(bytes: &'a [u8]) -> Option<Self> {
         let (inode, rest) = bytes.split_first_chunk()?;
         let (next_offset, rest) = rest.split_first_chunk()?;
@@ -153,7 +154,7 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// Where the name stands in an entry: behind two words, the length and the type.
+/// The offset of the name in an entry: after two words, the length and the type.
 const NAME_AT: usize = 19;
 
 impl Passthrough {
@@ -171,7 +172,7 @@ impl Passthrough {
         stream.seek(&directory, offset)?;
         let entries = (&directory, node, plus);
         let result = self.read_stream(&mut stream, entries, inode.as_deref(), sink);
-        stream.rest(&directory, &self.dirent_cache);
+        stream.finish_request(&directory, &self.dirent_cache);
         result
     }
 
@@ -182,13 +183,14 @@ impl Passthrough {
         inode: Option<&Inode>,
         sink: &mut dyn DirSink,
     ) -> Result<()> {
-        let mut given = false;
+        let mut any_added = false;
         loop {
             match stream.fill(directory) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
-                // What there is already is answered; the error comes again if it lasts.
-                Err(_) if given => return Ok(()),
+                // The reply has entries already. If the error persists, the next request returns
+                // it.
+                Err(_) if any_added => return Ok(()),
                 Err(error) => return Err(error),
             }
             let Some(raw) = stream.peek() else {
@@ -204,21 +206,21 @@ impl Passthrough {
             };
             let root = inode.filter(|_| own && node == NodeId::ROOT);
             let listed = DirEntry {
-                // What lies above the shared directory is not the guest's business.
+                // The guest must not see the directory above the shared one.
                 inode: root.map_or(raw.inode, |root| root.key().number),
                 next_offset: raw.next_offset,
                 kind: raw.kind,
                 name: raw.name,
             };
             sink.add(listed, entry.as_ref());
-            given = true;
+            any_added = true;
             let (len, next_offset) = (raw.len, raw.next_offset);
             stream.advance(len, next_offset);
         }
     }
 
-    /// The entry of a listed name; `None` if it has vanished, or can't be looked up now: the
-    /// guest then does so itself, and gets the error where it belongs.
+    /// The entry of a listed name. Returns `None` if the name is gone or can't be looked up: the
+    /// guest then looks it up itself and gets the error in its place.
     fn look_up(&self, directory: Open<'_>, raw: &Raw<'_>) -> Option<Entry> {
         let key = directory.inode().key();
         let entry = self.find_listed(directory, raw.name).ok()?;

@@ -1,4 +1,4 @@
-//! Why a directory can't be shared.
+//! The errors of sharing a directory.
 
 use std::path::PathBuf;
 
@@ -14,52 +14,53 @@ pub enum PassthroughError {
     OpenShared {
         /// The directory.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: Errno,
     },
-    /// The shared directory has been opened, and can't be asked who it is.
+    /// The shared directory was opened, but its attributes can't be read.
     #[error("can't read the attributes of the shared directory {}", path.display())]
     StatShared {
         /// The directory.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: Errno,
     },
-    /// What is to be shared can't be.
+    /// The path is neither a directory nor a regular file.
     #[error("{} is neither a directory nor a regular file", path.display())]
     NeitherFileNorDirectory {
-        /// What it is called.
+        /// The path.
         path: PathBuf,
     },
-    /// A single file is shared in a directory that is made for it, and not by itself.
+    /// A file was passed where a directory is needed. A single file is shared through a directory
+    /// made for it.
     #[error("{} is not a directory", path.display())]
     NotADirectory {
-        /// What it is called.
+        /// The path.
         path: PathBuf,
     },
-    /// There is no `/proc`, through which inodes are opened.
+    /// `/proc`, which is needed to open inodes, is not available.
     #[error("can't open /proc/self/fd (is /proc mounted?)")]
     OpenProc {
-        /// What the host says.
+        /// The error of the host.
         source: Errno,
     },
-    /// The state that was to be gone on from is of something else.
+    /// The state to resume belongs to another directory.
     #[error(
-        "the state is of another directory than {}: give the one that it was made for, or remove \
-         the state file",
+        "the saved state belongs to another directory, not to {}: share the directory that it was \
+         made for, or remove the state file",
         path.display()
     )]
     AnotherShare {
         /// The directory.
         path: PathBuf,
     },
-    /// There is no table of what the guest knows.
-    #[error("making the table of what the guest knows")]
+    /// The table of the guest's state can't be created.
+    #[error("can't create the table of the guest's state")]
     State(#[source] StateError),
-    /// There is no room in it.
-    #[error("the table of what the guest knows has no room")]
+    /// The table has no room for the root.
+    #[error("the table of the guest's state has no room")]
     NoRoom,
-    /// File handles are mandatory and don't work.
+    /// File handles are mandatory, but don't work.
     #[error(
         "can't use file handles on {}: they need CAP_DAC_READ_SEARCH and a file system that \
          can be exported",
@@ -68,7 +69,7 @@ pub enum PassthroughError {
     FileHandles {
         /// The directory.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: Errno,
     },
 }

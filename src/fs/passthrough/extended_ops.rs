@@ -1,7 +1,7 @@
-//! Operations that few programs use: STATX, STATFS, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
+//! Less common operations: STATX, STATFS, TMPFILE, SYNCFS, inode flags, LOOKUP of `.` and `..`.
 //!
-//! The invariant: `..` leads to nothing outside of the shared directory, and no flag is passed
-//! on that concerns more than the file.
+//! The invariant: `..` never leads out of the shared directory, and only flags that concern the
+//! file itself are passed on.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -21,11 +21,11 @@ use crate::fs::{
 use crate::io::File;
 use crate::sys::inode_flags::{self, ExtendedFlags};
 
-/// How deep below the shared directory a `..` is believed to be: the depth of a path of
-/// `PATH_MAX` bytes, and more.
-const DEEPEST: usize = 4096;
+/// How many levels `..` may be below the shared directory: more than a path of `PATH_MAX` bytes
+/// has.
+const MAX_DEPTH: usize = 4096;
 
-/// Narrows what the host tells; what is beyond is the largest there is.
+/// Narrows a value of the host. A larger value becomes the maximum.
 fn narrow(value: u64) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
@@ -37,7 +37,7 @@ impl Passthrough {
         handle: Option<Handle>,
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = match self.told(handle) {
+        let stat = match self.explicit(handle) {
             Some(handle) => stat_fd(self.handles.any(node, handle)?, mask),
             None => stat_fd(self.fd(&*self.inode(node)?)?, mask),
         }?;
@@ -46,7 +46,7 @@ impl Passthrough {
         Ok((self.attributes(&stat), born, self.options.attribute_ttl))
     }
 
-    /// What the host tells of the file system that `node` is on.
+    /// STATFS of the file system that `node` is on.
     pub(super) fn statistics(&self, node: NodeId) -> Result<Statistics> {
         let inode = self.inode(node)?;
         let stat = rustix::fs::fstatvfs(self.fd(&inode)?)?;
@@ -62,7 +62,7 @@ impl Passthrough {
         })
     }
 
-    /// A file without a name. The guest's kernel has it linked by LINK, as any other.
+    /// Creates a file without a name. The guest's kernel can link it by LINK.
     pub(super) fn make_nameless(
         &self,
         caller: &Caller,
@@ -73,27 +73,27 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
-        let mode = self.honest_mode(caller, &parent, new.mode)?;
+        let mode = self.permitted_mode(caller, &parent, new.mode)?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = self.file_flags(flags).difference(OFlags::TRUNC);
         let making = OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
         self.room_for_inode()?;
         self.room_for_handle()?;
         let fd = {
-            let _as_caller = self.section(caller, Some(new.umask))?;
+            let _as_caller = self.as_caller(caller, Some(new.umask))?;
             rustix::fs::openat(&parent, c".", flags | making, mode)?
         };
-        let entry = self.find_opened(&fd)?;
+        let entry = self.entry_of_nameless(&fd)?;
         if let Some(inode) = self.inodes.get(entry.node) {
             self.inodes.set_nameless(&inode, true);
         }
         self.opened_entry(entry, fd, flags)
     }
 
-    /// A descriptor of the file system that `node` is on.
-    pub(super) fn whole(&self, node: NodeId) -> Result<File> {
-        if let (NodeId::ROOT, Some(only)) = (node, &self.only) {
-            let file = reopen_fd(only, &self.proc_fds, OFlags::RDONLY)?;
+    /// An open file on the file system of `node`, for SYNCFS.
+    pub(super) fn file_system_file(&self, node: NodeId) -> Result<File> {
+        if let (NodeId::ROOT, Some(file)) = (node, &self.single_file) {
+            let file = reopen_fd(file, &self.proc_fds, OFlags::RDONLY)?;
             return Ok(File::from_fd(file));
         }
         let inode = self.inode(node)?;
@@ -122,7 +122,7 @@ impl Passthrough {
         rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags))
     }
 
-    /// A project is what the host accounts the file to, so a guest can't choose it.
+    /// The host accounts a file to its project, so the guest may not change the project.
     pub(super) fn change_extended_flags(
         &self,
         node: NodeId,
@@ -137,37 +137,37 @@ impl Passthrough {
         inode_flags::set(file, &flags)
     }
 
-    /// `.`: the node itself, which the guest's kernel asks for when it has a file handle whose
-    /// inode it has dropped from its cache. One that it has forgotten altogether is `ESTALE`,
-    /// unless it is remembered.
+    /// LOOKUP of `.`: the node itself. The guest's kernel sends it if it has a file handle of an
+    /// inode that it has dropped from its cache. A node that the guest has forgotten is `ESTALE`,
+    /// unless the store keeps it.
     pub(super) fn find_self(&self, node: NodeId) -> Result<Entry> {
-        let inode = self.inode_again(node)?;
-        self.find_again(self.fd(&inode)?)
+        let inode = self.inode_or_forgotten(node)?;
+        self.entry_of_open(self.fd(&inode)?)
     }
 
-    /// `..` of a directory. The shared directory is its own parent; a directory that was moved
-    /// out of it on the host has none that the guest could see. It is never announced as a
-    /// submount: the guest asks from within the mount that it has made of one, where a mark
-    /// would make another of its root.
+    /// LOOKUP of `..`. The shared directory is its own parent. A directory that was moved out of
+    /// the share on the host has no parent that the guest may see. The result is never announced as
+    /// a submount: the guest sends the request from within the mount that it created for the
+    /// submount, where the flag would create another mount on its root.
     pub(super) fn find_parent(&self, node: NodeId) -> Result<Entry> {
         if node == NodeId::ROOT {
             return self.find_self(node);
         }
-        let inode = self.inode_again(node)?;
+        let inode = self.inode_or_forgotten(node)?;
         let parent = if inode.kind() == FileType::Directory {
             self.parent_of(&inode)
         } else {
             Err(Errno::NOTDIR)
         };
-        self.lay_down_again(&inode);
-        self.find_held(parent?)
+        self.evict_forgotten(&inode);
+        self.entry_of_path_fd(parent?)
     }
 
-    /// What is above `inode`, a directory other than the shared one.
+    /// The parent of `inode`, a directory other than the shared one.
     fn parent_of(&self, inode: &Inode) -> Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let up = |fd: &dyn AsFd| match rustix::fs::openat(fd.as_fd(), c"..", flags, Mode::empty()) {
-            // Outside of the mount, which is all that a server in a sandbox sees.
+            // The parent is outside the mount, which is all that a server in a sandbox can see.
             Err(Errno::NOENT) => Err(Errno::STALE),
             opened => opened,
         };
@@ -176,7 +176,7 @@ impl Passthrough {
         let parent = up(&self.fd(inode)?)?;
         let mut at = rustix::io::fcntl_dupfd_cloexec(&parent, 0)?;
         let mut key = identity(&at)?;
-        for _ in 0..DEEPEST {
+        for _ in 0..MAX_DEPTH {
             if key == root {
                 return Ok(parent);
             }

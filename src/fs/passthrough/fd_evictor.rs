@@ -1,10 +1,10 @@
-//! Which descriptor goes when there are too many: a clock with a second chance.
+//! Chooses which inode descriptor to close when there are too many: the clock algorithm with a
+//! second chance.
 //!
-//! The inodes that have a descriptor and can be reached without stand in queues. Whoever needs
-//! room takes the first of one; if that was used since it was last asked, it goes to the end.
-//! Using a descriptor touches nothing here. The invariant: an inode stands in a queue at most
-//! once, which the mark of its slot says, and what the queues hold in vain is at most as much
-//! as what they hold with a reason, and a little.
+//! Inodes that have a descriptor and can be reopened are in queues. Eviction takes the first of a
+//! queue; if it was used since it was last considered, it goes to the end. Using a descriptor
+//! doesn't touch the queues. The invariant: an inode is in a queue at most once, as the mark in its
+//! slot says, and a queue has at most about as many stale entries as valid ones.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,24 +13,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::inode::Inode;
 use crate::fs::NodeId;
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 16;
 
-/// Entries in vain that are not worth a clearing.
-const FEW: usize = 32;
+/// How many stale entries may be in a queue before it is compacted.
+const COMPACT_SLACK: usize = 32;
 
 #[derive(Debug, Default)]
 struct Queue {
     nodes: VecDeque<NodeId>,
-    /// How many of them stand for inodes that have been forgotten.
-    gone: usize,
+    /// How many entries are of inodes that were removed.
+    stale: usize,
 }
 
-/// The inodes that may have to give up their descriptors.
+/// The inodes whose descriptors can be closed.
 #[derive(Debug)]
 pub(super) struct FdEvictor {
     queues: Box<[Mutex<Queue>]>,
-    /// Where to take the next one from. Orders nothing.
+    /// The queue to take from next. Orders nothing.
     hand: AtomicUsize,
 }
 
@@ -42,14 +42,14 @@ impl FdEvictor {
         }
     }
 
-    /// Puts `inode` at the end, if it doesn't stand in a queue.
+    /// Puts `inode` at the end of a queue, unless it is in one.
     pub(super) fn add(&self, inode: &Inode) {
         if !inode.slot().mark(true) {
             self.queue(inode.node()).nodes.push_back(inode.node());
         }
     }
 
-    /// Takes the next one out of its queue; `None` where the one whose turn it is has none.
+    /// Takes the next inode from its queue. Returns `None` if the queue whose turn it is is empty.
     pub(super) fn next(&self, find: impl Fn(NodeId) -> Option<Arc<Inode>>) -> Option<Arc<Inode>> {
         let turn = self.hand.fetch_add(1, Ordering::Relaxed) % SHARDS;
         loop {
@@ -60,11 +60,11 @@ impl FdEvictor {
                 inode.slot().mark(false);
                 return Some(inode);
             }
-            queue.gone = queue.gone.saturating_sub(1);
+            queue.stale = queue.stale.saturating_sub(1);
         }
     }
 
-    /// How many there are, those in vain included.
+    /// The number of entries, including stale ones.
     pub(super) fn len(&self) -> usize {
         self.queues
             .iter()
@@ -72,19 +72,19 @@ impl FdEvictor {
             .sum()
     }
 
-    /// How many turns it takes for each queue to have had one.
+    /// The number of calls of [`next`](Self::next) that visit every queue once.
     pub(super) fn turns(&self) -> usize {
         self.queues.len()
     }
 
-    /// An inode that stands in a queue has been forgotten.
-    pub(super) fn one_is_gone(&self, node: NodeId, find: impl Fn(NodeId) -> Option<Arc<Inode>>) {
+    /// Records that an inode in a queue was removed from the store.
+    pub(super) fn inode_removed(&self, node: NodeId, find: impl Fn(NodeId) -> Option<Arc<Inode>>) {
         let mut queue = self.queue(node);
-        queue.gone += 1;
-        if queue.gone > queue.nodes.len() / 2 + FEW {
+        queue.stale += 1;
+        if queue.stale > queue.nodes.len() / 2 + COMPACT_SLACK {
             queue.nodes.retain(|node| find(*node).is_some());
             queue.nodes.shrink_to_fit();
-            queue.gone = 0;
+            queue.stale = 0;
         }
     }
 

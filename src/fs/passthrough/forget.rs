@@ -1,11 +1,10 @@
-//! What the guest gives back (FORGET, DESTROY), and how it finds it again by a file handle.
+//! FORGET and DESTROY, and how the guest finds a forgotten inode again by a file handle.
 //!
-//! A guest's kernel makes file handles of node id and generation, and drops inodes from its cache
-//! as it likes; then it asks for them by LOOKUP of `.` and `..` alone. So an inode that was given
-//! back may be remembered: without a descriptor, so that it keeps nothing on the host, and by the
-//! file handle or the name that leads to it. The invariant: what is remembered is nobody's but by
-//! those two requests, and what they find is the inode that it was, as device, number and birth
-//! say.
+//! A guest's kernel builds file handles from node id and generation, and drops inodes from its
+//! cache at will. It then asks for them by LOOKUP of `.` and `..`. So an inode can be kept after
+//! the guest has forgotten it: without a descriptor, so that it keeps nothing alive on the host,
+//! and with the file handle or name by which it can be reopened. The invariant: only these two
+//! requests see a forgotten inode, and they find the same inode by device, number and birth time.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -19,54 +18,53 @@ use super::inode_ref::{IDENTITY, Identity, stat_fd};
 use crate::fs::{NodeId, Result};
 
 impl Passthrough {
-    /// Gives back `count` lookups of `node`.
+    /// Subtracts `count` lookups from `node`.
     pub(super) fn forget_lookups(&self, node: NodeId, count: u64) {
         let Some(inode) = self.inodes.get(node) else {
             return;
         };
-        let ends = Self::may_be_nameless(&inode);
+        let is_nameless = Self::may_be_nameless(&inode);
         if self.inodes.forget(&inode, count) {
-            self.lay_down(&inode);
-        } else if ends {
+            self.evict_now(&inode);
+        } else if is_nameless {
             self.close_forgotten(inode);
         }
     }
 
-    /// Gives back all that the guest has, and remembers of it what it does of what is given back
-    /// one by one.
+    /// Forgets all inodes that the guest knows, as if it had forgotten them one by one.
     pub(super) fn forget_all(&self) {
-        let had = self.inodes.had();
-        // The others would be remembered for a moment only.
-        let surplus = had.len().saturating_sub(self.options.remember_inodes);
-        let (longest, others) = had.split_at(surplus);
+        let known = self.inodes.known_to_guest();
+        // The others would be dropped again at once.
+        let surplus = known.len().saturating_sub(self.options.remember_inodes);
+        let (longest, others) = known.split_at(surplus);
         longest
             .iter()
-            .for_each(|node| self.inodes.forget_for_good(*node));
+            .for_each(|node| self.inodes.forget_and_remove(*node));
         others
             .iter()
             .for_each(|node| self.forget_lookups(*node, u64::MAX));
     }
 
-    /// Whether what the guest gives back as its session ends may be remembered: not where this
-    /// process has the session from another, since who goes on with it may be another guest.
+    /// Whether inodes may be kept when the session ends. Not if this process resumed the session
+    /// from another one, as the next guest may be a different one.
     pub(super) fn outlives_session(&self) -> bool {
-        self.inodes.remembers() && !self.inherited.load(Ordering::Relaxed)
+        self.inodes.keeps_forgotten() && !self.inherited.load(Ordering::Relaxed)
     }
 
-    /// The inode that the guest calls `node`, also if it has given it back and it is remembered.
-    pub(super) fn inode_again(&self, node: NodeId) -> Result<Arc<Inode>> {
-        let inode = self.inodes.get_or_remembered(node).ok_or(Errno::STALE)?;
-        if inode.is_remembered() {
+    /// The inode that the guest refers to by `node`, even if the guest has forgotten it.
+    pub(super) fn inode_or_forgotten(&self, node: NodeId) -> Result<Arc<Inode>> {
+        let inode = self.inodes.get_or_forgotten(node).ok_or(Errno::STALE)?;
+        if inode.is_forgotten() {
             let found = self.fd(&inode).and_then(|fd| stat_fd(fd, IDENTITY));
             match found.map(|stat| Identity::of(&stat)) {
                 Ok(identity) if inode.may_be(&identity) => {}
                 Ok(_) => {
-                    self.lay_down_again(&inode);
+                    self.evict_forgotten(&inode);
                     return Err(Errno::STALE);
                 }
                 Err(error) => {
-                    if error == Errno::STALE && !matches!(&*inode.held(), RefKind::Name) {
-                        self.inodes.let_go(&inode);
+                    if error == Errno::STALE && !matches!(&*inode.ref_kind(), RefKind::Name) {
+                        self.inodes.drop_forgotten(&inode);
                     }
                     return Err(error);
                 }
@@ -75,32 +73,31 @@ impl Passthrough {
         Ok(inode)
     }
 
-    /// Takes the descriptor that was opened for a moment from an inode that is remembered.
-    pub(super) fn lay_down_again(&self, inode: &Arc<Inode>) {
-        if inode.is_remembered() {
-            self.lay_down(inode);
+    /// Closes the descriptor of a forgotten inode, which was opened for one operation.
+    pub(super) fn evict_forgotten(&self, inode: &Arc<Inode>) {
+        if inode.is_forgotten() {
+            self.evict_now(inode);
         }
     }
 
-    /// Takes the descriptor from an inode that is remembered from now on; one that is not found
-    /// without goes.
-    fn lay_down(&self, inode: &Arc<Inode>) {
-        // However lately it was used.
+    /// Closes the descriptor of an inode that the guest has just forgotten. Drops the inode if it
+    /// can't be reopened.
+    fn evict_now(&self, inode: &Arc<Inode>) {
+        // Evict it even if it was used recently.
         inode.slot().second_chance();
-        if self.leads_back(inode) && self.close_now(inode) {
-            self.inodes.let_surplus_go();
+        if self.can_be_reopened(inode) && self.close_now(inode) {
+            self.inodes.drop_surplus_forgotten();
         } else {
-            self.inodes.let_go(inode);
+            self.inodes.drop_forgotten(inode);
         }
     }
 
-    /// Whether there is a way to `inode`. One that has lost the name that led to it may have a
-    /// file handle.
-    fn leads_back(&self, inode: &Inode) -> bool {
-        let held = inode.held();
-        match *held {
+    /// Whether `inode` can be reopened. An inode that lost its known name may have a file handle.
+    fn can_be_reopened(&self, inode: &Inode) -> bool {
+        let ref_kind = inode.ref_kind();
+        match *ref_kind {
             RefKind::Name | RefKind::Handle(_) => return true,
-            RefKind::Open(_) | RefKind::Forgotten => return false,
+            RefKind::Open(_) | RefKind::Removed => return false,
             RefKind::Nothing => {}
         }
         let Some(fd) = inode.slot().inspect() else {
@@ -113,10 +110,13 @@ impl Passthrough {
         if stat.stx_nlink == 0 || identity.key != inode.key() {
             return false;
         }
-        match self.holder.by_handle(fd.as_fd(), &identity, &self.proc_fds) {
-            Ok(way) => {
-                self.inodes.change_way(inode, held, way);
-                matches!(&*inode.held(), RefKind::Handle(_))
+        match self
+            .reopen_policy
+            .by_handle(fd.as_fd(), &identity, &self.proc_fds)
+        {
+            Ok(method) => {
+                self.inodes.change_reopen_method(inode, ref_kind, method);
+                matches!(&*inode.ref_kind(), RefKind::Handle(_))
             }
             Err(_) => false,
         }

@@ -1,55 +1,56 @@
-//! Files and directories that the guest opens without telling (`--no-open`, `--no-opendir`).
+//! Files and directories that the guest opens without OPEN or OPENDIR (`--no-open`,
+//! `--no-opendir`).
 //!
-//! Its kernel says handle 0 then, and never that something is closed. What a request needs is
-//! opened by the first that needs it, under the rules of OPEN and OPENDIR, and kept until the
-//! guest forgets the inode or others need the room: a clock with a second chance, as for
-//! inodes. Finding what is open takes a lock that readers share. The invariant: what is kept
-//! for a node was opened as that node, and the guest had that node when it was kept.
+//! The guest's kernel then sends handle 0 and never reports a close. The first request that needs a
+//! file opens it, under the rules of OPEN and OPENDIR. It stays open until the guest forgets the
+//! inode or the descriptor is needed elsewhere; eviction gives a second chance to what was used
+//! recently, as for inodes. Lookups take a shared lock. The invariant: a file is stored under the
+//! node it was opened for, and the guest knew that node when it was stored.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::Passthrough;
 use super::directory::Stream;
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 
-/// What a guest's kernel says where it has no handle.
+/// The handle that a guest's kernel sends if it has none.
 pub(super) const IMPLICIT: Handle = Handle(0);
 
-/// The most descriptors that are kept, however many there may be: a file open for writing can't
-/// be executed on the host, so there shall not be too many of them without need.
-const MOST: usize = 4096;
+/// The most descriptors that are kept. A file that is open for writing can't be executed on the
+/// host, so their number is limited even if there are plenty.
+const MAX_FILES: usize = 4096;
 
-/// The fewest that are kept, however few there may be.
-const LEAST: usize = 4;
+/// The fewest descriptors that are kept, however few there are.
+const MIN_FILES: usize = 4;
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 32;
 
-/// Nodes in line that have been forgotten and are not worth a clearing.
-const FEW: usize = 32;
+/// How many forgotten nodes may be in the queue before it is compacted.
+const COMPACT_SLACK: usize = 32;
 
-/// What is open of one inode.
+/// The open files of one inode.
 #[derive(Debug, Default)]
-struct Kept {
-    /// Open for reading; where it is open for both, the same as `writing`.
+struct InodeFiles {
+    /// Open for reading. The same as `writing` if that is open for both.
     reading: Option<File>,
     writing: Option<File>,
-    /// Where reading stands, for a directory.
+    /// The read position of a directory.
     stream: Option<Arc<Mutex<Stream>>>,
-    /// Found since it was last its turn. Orders nothing.
+    /// Used since it was last considered for eviction. Orders nothing.
     used: AtomicBool,
 }
 
-impl Kept {
+impl InodeFiles {
     fn descriptors(&self) -> usize {
         match (&self.reading, &self.writing) {
             (Some(reading), Some(writing)) if reading.as_raw_fd() != writing.as_raw_fd() => 2,
@@ -58,7 +59,7 @@ impl Kept {
         }
     }
 
-    /// Whether a request works with it now.
+    /// Whether a request is using it now.
     fn is_in_use(&self) -> bool {
         let files = [&self.reading, &self.writing];
         let own = files.iter().filter(|file| file.is_some()).count();
@@ -74,110 +75,111 @@ impl Kept {
 
 #[derive(Debug, Default)]
 struct Shard {
-    kept: HashMap<NodeId, Kept, Mix>,
-    /// Each node in `kept`, once, and some that have been forgotten.
-    line: VecDeque<NodeId>,
+    by_node: FxHashMap<NodeId, InodeFiles>,
+    /// Each node in `by_node` once, and some that have been forgotten.
+    queue: VecDeque<NodeId>,
 }
 
 impl Shard {
-    /// Takes out what stands first in line, if it can be missed, and puts it last else.
-    fn next(&mut self) -> Option<Kept> {
-        let node = self.line.pop_front()?;
-        let kept = self.kept.get(&node)?;
-        if kept.used.swap(false, Ordering::Relaxed) || kept.is_in_use() {
-            self.line.push_back(node);
+    /// Takes the first entry from the queue. Puts it at the end instead if it is in use or was used
+    /// recently.
+    fn next(&mut self) -> Option<InodeFiles> {
+        let node = self.queue.pop_front()?;
+        let files = self.by_node.get(&node)?;
+        if files.used.swap(false, Ordering::Relaxed) || files.is_in_use() {
+            self.queue.push_back(node);
             return None;
         }
-        self.kept.remove(&node)
+        self.by_node.remove(&node)
     }
 
-    fn remove(&mut self, node: NodeId) -> Option<Kept> {
-        let removed = self.kept.remove(&node);
-        if self.line.len() > 2 * self.kept.len() + FEW {
-            self.line.retain(|node| self.kept.contains_key(node));
-            self.line.shrink_to_fit();
-            self.kept.shrink_to_fit();
+    fn remove(&mut self, node: NodeId) -> Option<InodeFiles> {
+        let removed = self.by_node.remove(&node);
+        if self.queue.len() > 2 * self.by_node.len() + COMPACT_SLACK {
+            self.queue.retain(|node| self.by_node.contains_key(node));
+            self.queue.shrink_to_fit();
+            self.by_node.shrink_to_fit();
         }
         removed
     }
 }
 
-/// All that is kept open.
+/// All files that are open without a handle.
 #[derive(Debug)]
-pub(super) struct HandlelessFiles {
+pub(super) struct HandlelessOpens {
     shards: Box<[RwLock<Shard>]>,
-    /// Descriptors. Changed under the lock of the shard concerned; a budget goes by it.
+    /// The number of descriptors. It changes under the lock of the shard and is used for limits.
     count: AtomicUsize,
-    most: usize,
-    /// Where to take the next one from. Orders nothing.
+    max: usize,
+    /// The shard to evict from next. Orders nothing.
     hand: AtomicUsize,
 }
 
-impl HandlelessFiles {
+impl HandlelessOpens {
     /// Keeps at most a quarter of `descriptors`.
     pub(super) fn new(descriptors: usize) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
             count: AtomicUsize::new(0),
-            most: (descriptors / 4).clamp(LEAST, MOST),
+            max: (descriptors / 4).clamp(MIN_FILES, MAX_FILES),
             hand: AtomicUsize::new(0),
         }
     }
 
-    /// How many descriptors are kept.
+    /// The number of descriptors.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    fn find<T>(&self, node: NodeId, choose: impl FnOnce(&Kept) -> Option<T>) -> Option<T> {
+    fn find<T>(&self, node: NodeId, choose: impl FnOnce(&InodeFiles) -> Option<T>) -> Option<T> {
         let shard = self
             .shard(node)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        let kept = shard.kept.get(&node)?;
-        // Written once a turn, so that those who find it together don't write in turns.
-        if !kept.used.load(Ordering::Relaxed) {
-            kept.used.store(true, Ordering::Relaxed);
+        let files = shard.by_node.get(&node)?;
+        // Written once a round, so that concurrent readers don't contend for the cache line.
+        if !files.used.load(Ordering::Relaxed) {
+            files.used.store(true, Ordering::Relaxed);
         }
-        choose(kept)
+        choose(files)
     }
 
     fn file(&self, node: NodeId, write: bool) -> Option<File> {
-        self.find(node, |kept| match (write, &kept.stream) {
+        self.find(node, |files| match (write, &files.stream) {
             (_, Some(_)) => None,
-            (true, None) => kept.writing.clone(),
-            (false, None) => kept.reading.clone(),
+            (true, None) => files.writing.clone(),
+            (false, None) => files.reading.clone(),
         })
     }
 
     fn directory(&self, node: NodeId) -> Option<(File, Arc<Mutex<Stream>>)> {
-        self.find(node, |kept| {
-            Some((kept.reading.clone()?, Arc::clone(kept.stream.as_ref()?)))
+        self.find(node, |files| {
+            Some((files.reading.clone()?, Arc::clone(files.stream.as_ref()?)))
         })
     }
 
-    /// Lets `change` put something in for `node`.
-    fn keep(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
+    /// Lets `update` store a file for `node`.
+    fn keep(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         {
             let mut shard = self
                 .shard(node)
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            let Shard { kept, line } = &mut *shard;
-            let kept = kept.entry(node).or_insert_with(|| {
-                line.push_back(node);
-                Kept::default()
+            let Shard { by_node, queue } = &mut *shard;
+            let files = by_node.entry(node).or_insert_with(|| {
+                queue.push_back(node);
+                InodeFiles::default()
             });
-            let before = kept.descriptors();
-            change(kept);
-            let after = kept.descriptors();
+            let before = files.descriptors();
+            update(files);
+            let after = files.descriptors();
             self.count.fetch_add(after, Ordering::Relaxed);
             self.count.fetch_sub(before, Ordering::Relaxed);
         }
-        self.close_some(|| self.count() > self.most);
+        self.close_some(|| self.count() > self.max);
     }
 
-    /// Closes what is neither in use nor was used lately, as long as `more` says so.
+    /// Closes files that are neither in use nor recently used, while `more` returns true.
     pub(super) fn close_some(&self, more: impl Fn() -> bool) {
         let mut turns = 2 * (self.count() + SHARDS);
         while turns > 0 && more() {
@@ -191,18 +193,18 @@ impl HandlelessFiles {
                 self.uncount(closed.as_ref());
                 closed
             };
-            // Closing may take long, and happens outside of the lock.
+            // Closing can take long, so it happens outside the lock.
             drop(closed);
         }
     }
 
-    /// Takes out what is kept of a node.
+    /// Removes the files of a node and returns them.
     pub(super) fn forget(&self, node: NodeId) -> [Option<File>; 2] {
         let shard = self.shard(node);
         let here = shard
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .kept
+            .by_node
             .contains_key(&node);
         if !here {
             return [None, None];
@@ -210,7 +212,7 @@ impl HandlelessFiles {
         let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
         let removed = shard.remove(node);
         self.uncount(removed.as_ref());
-        removed.map_or([None, None], |kept| [kept.reading, kept.writing])
+        removed.map_or([None, None], |files| [files.reading, files.writing])
     }
 
     pub(super) fn clear(&self) {
@@ -218,8 +220,8 @@ impl HandlelessFiles {
             let removed = {
                 let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
                 let removed = std::mem::take(&mut *shard);
-                for kept in removed.kept.values() {
-                    self.uncount(Some(kept));
+                for files in removed.by_node.values() {
+                    self.uncount(Some(files));
                 }
                 removed
             };
@@ -227,9 +229,9 @@ impl HandlelessFiles {
         }
     }
 
-    fn uncount(&self, removed: Option<&Kept>) {
-        if let Some(kept) = removed {
-            self.count.fetch_sub(kept.descriptors(), Ordering::Relaxed);
+    fn uncount(&self, removed: Option<&InodeFiles>) {
+        if let Some(files) = removed {
+            self.count.fetch_sub(files.descriptors(), Ordering::Relaxed);
         }
     }
 
@@ -239,7 +241,7 @@ impl HandlelessFiles {
 }
 
 impl Passthrough {
-    /// Whether `handle` stands for something that the guest has open without having told.
+    /// Whether `handle` refers to a file that the guest opened without OPEN.
     pub(super) fn is_implicit(&self, handle: Handle, kind: HandleKind) -> bool {
         let terms = &self.terms;
         handle == IMPLICIT
@@ -249,16 +251,16 @@ impl Passthrough {
             }
     }
 
-    /// `handle`, if it says more than the node does.
-    pub(super) fn told(&self, handle: Option<Handle>) -> Option<Handle> {
-        let untold = |handle| {
+    /// `handle`, unless it refers to a file that was opened without OPEN.
+    pub(super) fn explicit(&self, handle: Option<Handle>) -> Option<Handle> {
+        let implicit = |handle| {
             self.is_implicit(handle, HandleKind::File)
                 || self.is_implicit(handle, HandleKind::Directory)
         };
-        handle.filter(|handle| !untold(*handle))
+        handle.filter(|handle| !implicit(*handle))
     }
 
-    /// The file behind a handle, or what stands for it.
+    /// The open file of a handle, or of the inode if there is no handle.
     pub(super) fn file_of(
         &self,
         node: NodeId,
@@ -270,21 +272,21 @@ impl Passthrough {
             return self.handles.file(node, handle, kind);
         }
         if kind == HandleKind::Directory {
-            return self.untold_directory(node).map(|(file, _)| file);
+            return self.implicit_directory(node).map(|(file, _)| file);
         }
-        let file = match self.on_demand.file(node, write) {
+        let file = match self.handleless.file(node, write) {
             Some(file) => file,
-            None => self.open_on_demand(node, write)?,
+            None => self.open_handleless(node, write)?,
         };
         if write {
-            self.confirm_untold(node, &file)?;
+            self.confirm_implicit(node, &file)?;
         }
         Ok(file)
     }
 
-    /// The file behind a handle of either kind, or what stands for it.
+    /// As [`file_of`](Self::file_of), for a handle of either kind.
     pub(super) fn any_of(&self, node: NodeId, handle: Handle) -> Result<File> {
-        if self.told(Some(handle)).is_some() {
+        if self.explicit(Some(handle)).is_some() {
             return self.handles.any(node, handle);
         }
         let kind = match self.inode(node)?.kind() {
@@ -294,32 +296,32 @@ impl Passthrough {
         self.file_of(node, handle, kind, false)
     }
 
-    /// As [`any_of`](Self::any_of), for something that changes the inode.
+    /// As [`any_of`](Self::any_of), for a request that changes the inode.
     pub(super) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
         let file = self.any_of(node, handle)?;
-        if self.told(Some(handle)).is_none() {
-            self.confirm_untold(node, &file)?;
+        if self.explicit(Some(handle)).is_none() {
+            self.confirm_implicit(node, &file)?;
         }
         Ok(file)
     }
 
-    /// The directory behind a handle, or what stands for it.
+    /// The open directory of a handle, or of the inode if there is no handle.
     pub(super) fn directory_of(
         &self,
         node: NodeId,
         handle: Handle,
     ) -> Result<(File, Arc<Mutex<Stream>>)> {
         if self.is_implicit(handle, HandleKind::Directory) {
-            self.untold_directory(node)
+            self.implicit_directory(node)
         } else {
             self.handles.directory(node, handle)
         }
     }
 
-    fn untold_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
-        let kept = self.on_demand.directory(node);
-        if let Some((file, stream)) = &kept {
-            // Who finds it busy reads on one of his own, instead of waiting for the other.
+    fn implicit_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
+        let files = self.handleless.directory(node);
+        if let Some((file, stream)) = &files {
+            // If another request is reading it, open a second stream instead of waiting.
             let busy = matches!(stream.try_lock(), Err(TryLockError::WouldBlock));
             if !busy {
                 return Ok((file.clone(), Arc::clone(stream)));
@@ -330,62 +332,62 @@ impl Passthrough {
             File::from_fd(self.open_directory(&inode)?),
             Arc::<Mutex<Stream>>::default(),
         );
-        if kept.is_none() {
-            self.keep_open(node, |kept| {
-                kept.reading = Some(opened.0.clone());
-                kept.stream = Some(Arc::clone(&opened.1));
+        if files.is_none() {
+            self.keep_open(node, |files| {
+                files.reading = Some(opened.0.clone());
+                files.stream = Some(Arc::clone(&opened.1));
             });
         }
         Ok(opened)
     }
 
-    fn open_on_demand(&self, node: NodeId, write: bool) -> Result<File> {
+    fn open_handleless(&self, node: NodeId, write: bool) -> Result<File> {
         let inode = self.regular(node)?;
         if !write {
             let file = File::from_fd(self.open_for_reading(&inode, OFlags::NOCTTY)?);
-            self.keep_open(node, |kept| kept.reading = Some(file.clone()));
+            self.keep_open(node, |files| files.reading = Some(file.clone()));
             return Ok(file);
         }
         self.writable()?;
         let (file, readable) = match self.open_for_writing(&inode, OFlags::RDWR) {
-            // What may be written only.
+            // The file is write-only.
             Err(Errno::ACCESS) => (self.open_for_writing(&inode, OFlags::WRONLY)?, false),
             opened => (opened?, true),
         };
         let file = File::from_fd(file);
-        self.keep_open(node, |kept| {
-            kept.writing = Some(file.clone());
+        self.keep_open(node, |files| {
+            files.writing = Some(file.clone());
             if readable {
-                kept.reading = Some(file.clone());
+                files.reading = Some(file.clone());
             }
         });
         Ok(file)
     }
 
-    /// Opens for writing what may have to be appended to.
+    /// Opens a file for writing, including files that can only be appended to.
     fn open_for_writing(&self, inode: &Inode, access: OFlags) -> Result<OwnedFd> {
         self.open_appendable(inode, access | OFlags::NOCTTY, true)
     }
 
-    /// Keeps a file that was opened as `node` by CREATE.
+    /// Stores a file that CREATE opened as `node`.
     pub(super) fn keep_created(&self, node: NodeId, file: File) {
         let flags = rustix::fs::fcntl_getfl(&file);
         let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
-        self.keep_open(node, |kept| {
+        self.keep_open(node, |files| {
             if access != OFlags::RDONLY {
-                kept.writing = Some(file.clone());
+                files.writing = Some(file.clone());
             }
             if access != OFlags::WRONLY {
-                kept.reading = Some(file);
+                files.reading = Some(file);
             }
         });
     }
 
-    fn keep_open(&self, node: NodeId, change: impl FnOnce(&mut Kept)) {
-        self.on_demand.keep(node, change);
-        // A FORGET may have come between.
+    fn keep_open(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
+        self.handleless.keep(node, update);
+        // A FORGET may have run in the meantime.
         if self.inodes.get(node).is_none() {
-            self.close_kept(node);
+            self.close_idle_files(node);
         }
         self.make_room();
     }
@@ -399,62 +401,65 @@ mod tests {
         File::from(std::fs::File::open("/dev/null").unwrap())
     }
 
-    fn keep(kept: &HandlelessFiles, node: u64) {
-        kept.keep(NodeId(node), |kept| kept.reading = Some(null()));
+    fn keep(files: &HandlelessOpens, node: u64) {
+        files.keep(NodeId(node), |files| files.reading = Some(null()));
     }
 
     #[test]
     fn one_file_for_both_counts_once() {
-        let kept = HandlelessFiles::new(1000);
-        keep(&kept, 1);
+        let files = HandlelessOpens::new(1000);
+        keep(&files, 1);
         let both = null();
-        kept.keep(NodeId(1), |kept| kept.writing = Some(both.clone()));
-        assert_eq!(kept.count(), 2);
-        kept.keep(NodeId(1), |kept| kept.reading = Some(both));
-        assert_eq!(kept.count(), 1);
-        drop(kept.forget(NodeId(1)));
-        assert_eq!(kept.count(), 0);
-        assert!(kept.file(NodeId(1), false).is_none());
+        files.keep(NodeId(1), |files| files.writing = Some(both.clone()));
+        assert_eq!(files.count(), 2);
+        files.keep(NodeId(1), |files| files.reading = Some(both));
+        assert_eq!(files.count(), 1);
+        drop(files.forget(NodeId(1)));
+        assert_eq!(files.count(), 0);
+        assert!(files.file(NodeId(1), false).is_none());
     }
 
     #[test]
     fn no_more_are_kept_than_there_may_be() {
-        let kept = HandlelessFiles::new(40);
+        let files = HandlelessOpens::new(40);
         for node in 0..1000 {
-            keep(&kept, node);
-            assert!(kept.count() <= 10);
+            keep(&files, node);
+            assert!(files.count() <= 10);
         }
-        assert_eq!(kept.count(), 10);
-        kept.clear();
-        assert_eq!(kept.count(), 0);
+        assert_eq!(files.count(), 10);
+        files.clear();
+        assert_eq!(files.count(), 0);
     }
 
     #[test]
     fn what_is_used_stays() {
-        let kept = HandlelessFiles::new(40);
-        keep(&kept, 0);
-        keep(&kept, 1);
-        let in_use = kept.file(NodeId(1), false);
+        let files = HandlelessOpens::new(40);
+        keep(&files, 0);
+        keep(&files, 1);
+        let in_use = files.file(NodeId(1), false);
         for node in 2..1000 {
-            keep(&kept, node);
-            assert!(kept.file(NodeId(0), false).is_some(), "found each time");
+            keep(&files, node);
+            assert!(files.file(NodeId(0), false).is_some(), "found each time");
         }
         assert!(in_use.is_some());
-        assert!(kept.file(NodeId(1), false).is_some(), "in use all the time");
-        assert_eq!(kept.count(), 10);
+        assert!(
+            files.file(NodeId(1), false).is_some(),
+            "in use all the time"
+        );
+        assert_eq!(files.count(), 10);
     }
 
     #[test]
     fn what_is_forgotten_leaves_nothing_in_line() {
-        let kept = HandlelessFiles::new(40);
+        let files = HandlelessOpens::new(40);
         for node in 0..100_000 {
-            keep(&kept, node);
-            drop(kept.forget(NodeId(node)));
+            keep(&files, node);
+            drop(files.forget(NodeId(node)));
         }
-        let lines = kept
+        let queues = files
             .shards
             .iter()
-            .map(|shard| shard.read().unwrap().line.len());
-        assert!(lines.sum::<usize>() <= SHARDS * (FEW + 1));
+            .map(|shard| shard.read().unwrap().queue.len());
+        assert!(queues.sum::<usize>() <= SHARDS * (COMPACT_SLACK + 1));
     }
 }

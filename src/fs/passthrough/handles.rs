@@ -1,20 +1,19 @@
-//! Open files and directories, by the handle that the guest has for them.
+//! The open files and directories, by the handle that the guest has for them.
 //!
-//! A handle is a number that is never given out twice, so one that has been released is
-//! unknown instead of being another file. The invariant: a handle opens nothing but the inode
-//! it was opened for; with another node id it is `EBADF`.
+//! A handle is a number that is never reused, so a released handle is unknown instead of being
+//! another file. The invariant: a handle gives access only to the inode it was opened for; with
+//! another node id it is `EBADF`.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::current_request;
 use super::directory::Stream;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};
@@ -22,11 +21,11 @@ use crate::state::{HandleFields, HandleRecord, Table};
 /// One open file or directory.
 #[derive(Debug)]
 struct Open {
-    /// What outlives this process. It ends before the file is closed.
+    /// The state that outlives this process. It is dropped before the file is closed.
     record: HandleRecord,
     node: NodeId,
     file: File,
-    /// Where reading stands, for a directory.
+    /// The read position of a directory.
     stream: Option<Arc<Mutex<Stream>>>,
 }
 
@@ -39,31 +38,31 @@ impl Open {
     }
 }
 
-/// What a handle stood for that has ended.
+/// What a released handle stood for.
 #[derive(Debug)]
 pub(super) struct Released {
     pub(super) file: File,
-    /// What it was opened with.
+    /// The flags that it was opened with.
     pub(super) flags: OFlags,
-    /// The whole file is locked by it.
+    /// Whether the whole file is locked through it.
     pub(super) locked: bool,
 }
 
-/// So many that a handful of workers rarely meet.
+/// Enough for a handful of workers to collide rarely.
 const SHARDS: u64 = 32;
 
-type Shard = RwLock<HashMap<u64, Open, Mix>>;
+type Shard = RwLock<FxHashMap<u64, Open>>;
 
 /// All that the guest has open.
 #[derive(Debug)]
 pub(super) struct Handles {
     shards: Box<[Shard]>,
     table: Arc<Table>,
-    /// The next handle, and how many there are from there on before the table has to be asked
-    /// again. 64 bits are not used up; 0 is left for what is open without a handle.
+    /// The next handle, and how many are left before the table must be asked for more. 64 bits
+    /// don't run out. 0 means "open without a handle".
     next: Mutex<(u64, u64)>,
-    /// How many there are, give or take those that come or go right now. Orders nothing; a
-    /// budget goes by it.
+    /// The number of handles, approximate while handles are added or removed. It orders nothing and
+    /// is used for limits.
     count: AtomicUsize,
 }
 
@@ -87,11 +86,11 @@ impl Handles {
         handle
     }
 
-    /// A handle for `file`, which was opened with `flags`.
+    /// Adds `file`, which was opened with `flags`.
     ///
     /// # Errors
     ///
-    /// `ENFILE` if there is no room in the table.
+    /// `ENFILE` if the table has no room.
     pub(super) fn add(
         &self,
         node: NodeId,
@@ -110,7 +109,7 @@ impl Handles {
         Ok(self.put(record.ok_or(Errno::NFILE)?, file))
     }
 
-    /// Puts in what a record tells of, open as `file`.
+    /// Adds a file that has a record.
     pub(super) fn put(&self, record: HandleRecord, file: File) -> Handle {
         let fields = record.fields();
         let open = Open {
@@ -127,15 +126,18 @@ impl Handles {
         Handle(fields.handle)
     }
 
-    /// Takes note of what the whole file is locked for by a handle: a number that means something
-    /// to who locks.
+    /// Records the lock on the whole file that a handle holds. `kind` is a number that only the
+    /// caller interprets.
     pub(super) fn note_lock(&self, node: NodeId, handle: Handle, kind: u64) {
         let noted = self.with(node, handle, HandleKind::File, |open| {
             open.record.set_lock(kind);
             Ok(())
         });
         if noted.is_err() {
-            log::debug!("a lock of handle {} that is no more", handle.0);
+            log::debug!(
+                "a lock of handle {} is not recorded: the handle has been released",
+                handle.0
+            );
         }
     }
 
@@ -160,7 +162,7 @@ impl Handles {
         })
     }
 
-    /// Ends a handle. Who still uses its file keeps that open.
+    /// Removes a handle. The file stays open while a request uses it.
     pub(super) fn release(
         &self,
         node: NodeId,
@@ -172,8 +174,8 @@ impl Handles {
                 .shard(handle.0)
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            let fits = |open: &Open| open.node == node && open.kind() == kind;
-            if !shard.get(&handle.0).is_some_and(fits) {
+            let matches = |open: &Open| open.node == node && open.kind() == kind;
+            if !shard.get(&handle.0).is_some_and(matches) {
                 return Err(Errno::BADF);
             }
             let released = shard.remove(&handle.0).ok_or(Errno::BADF)?;
@@ -183,7 +185,7 @@ impl Handles {
             released
         };
         self.count.fetch_sub(1, Ordering::Relaxed);
-        // Closing may take long, and happens outside of the lock.
+        // Closing can take long, so it happens outside the lock.
         let Open { record, file, .. } = released;
         Ok(Released {
             file,
@@ -192,7 +194,7 @@ impl Handles {
         })
     }
 
-    /// Whether the guest has `node` open. Looks at all that it has open.
+    /// Whether the guest has `node` open. Scans all handles.
     pub(super) fn has(&self, node: NodeId) -> bool {
         self.shards.iter().any(|shard| {
             let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
@@ -200,7 +202,7 @@ impl Handles {
         })
     }
 
-    /// Calls `each` with all that is open, and what the whole file is locked for.
+    /// Calls `each` with all handles and their locks on the whole file.
     pub(super) fn each(&self, mut each: impl FnMut(&HandleFields, u64, &File)) {
         for shard in &self.shards {
             let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
@@ -210,21 +212,20 @@ impl Handles {
         }
     }
 
-    /// Gives out no handle below `handle` any more.
+    /// Ensures that handles below `handle` are not handed out any more.
     pub(super) fn skip_to_handle(&self, handle: u64) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         self.table.skip_to_handle(handle);
         *next = (0, 0);
     }
 
-    /// Puts in what another server has given out, open as `file`, the whole of which is locked for
-    /// `lock`.
+    /// Adds a handle that another server handed out, open as `file`. `lock` is its lock on the
+    /// whole file.
     ///
     /// # Errors
     ///
-    /// `EEXIST` if the handle is taken, or was never given out; `ENFILE` if there is no room in
-    /// the table.
-    pub(super) fn bring(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
+    /// `EEXIST` if the handle is taken or was never handed out; `ENFILE` if the table has no room.
+    pub(super) fn import(&self, fields: &HandleFields, lock: u64, file: File) -> Result<()> {
         let taken = self
             .shard(fields.handle)
             .read()
@@ -250,7 +251,7 @@ impl Handles {
         }
     }
 
-    /// How many descriptors handles have.
+    /// The number of descriptors that handles have.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }

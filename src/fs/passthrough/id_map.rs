@@ -1,8 +1,7 @@
-//! User and group ids: which the host has for the guest's, and which the guest sees for the
-//! host's.
+//! Maps user and group ids between guest and host.
 //!
-//! Two tables of ranges, one for each direction; an id in none of its ranges stays what it is.
-//! The invariant: the ranges of a direction don't overlap, so their order means nothing.
+//! There is a table of ranges for each direction. An id in no range stays the same. The invariant:
+//! the ranges of a direction don't overlap, so their order doesn't matter.
 
 use std::str::FromStr;
 
@@ -10,21 +9,23 @@ use rustix::io::Errno;
 
 use crate::fs::Result;
 
-/// What is wrong with a rule.
+/// Why a rule is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdRuleError {
-    /// It has not the form of one.
+    /// It doesn't have the form of a rule.
     #[error(
-        "no rule: there are guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
-         map:GUEST:HOST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT and \
+        "not a rule: expected guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
+         map:GUEST:HOST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or \
          forbid-guest:GUEST:COUNT"
     )]
     Form,
-    /// There is something else where a number should be.
-    #[error("`{0}` is no id or count, from 0 to 4294967294")]
+    /// A number was expected.
+    #[error("`{0}` is not an id or count from 0 to 4294967294")]
     Number(String),
-    /// It goes beyond the last id, or is empty.
-    #[error("{count} ids from {base} on are none, or too many: the last id is 4294967294")]
+    /// It is empty or exceeds the last id.
+    #[error(
+        "{count} ids from {base} on: there must be at least one, and the last id is 4294967294"
+    )]
     Range {
         /// The first id.
         base: u32,
@@ -33,7 +34,7 @@ pub enum IdRuleError {
     },
 }
 
-/// Two rules say different things of the same ids.
+/// Two rules map the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("two rules for {from} id {id}")]
 pub struct IdOverlap {
@@ -44,16 +45,16 @@ pub struct IdOverlap {
 /// One `--translate-uid` or `--translate-gid`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdRule {
-    /// For ids that come from the guest.
+    /// For ids from the guest.
     guest: Option<Range>,
-    /// For ids that come from the host.
+    /// For ids from the host.
     host: Option<Range>,
 }
 
-/// What a range of ids becomes.
+/// What the ids of a range are mapped to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Becomes {
-    /// A range of the same length from this id on.
+    /// A range of the same length, starting with this id.
     From(u32),
     /// This one id.
     One(u32),
@@ -93,7 +94,7 @@ impl Range {
     }
 }
 
-/// Whether `count` ids from `base` on are there: the last number means "none" to system calls.
+/// Checks that the ids exist: system calls use the last number for "none".
 fn check(base: u32, count: u32) -> std::result::Result<(), IdRuleError> {
     match base.checked_add(count) {
         Some(_) if count > 0 => Ok(()),
@@ -141,20 +142,20 @@ impl FromStr for IdRule {
     }
 }
 
-/// How ids are translated.
+/// How ids are mapped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IdMap {
-    /// In the order of their ids.
+    /// Sorted by id.
     guest: Vec<Range>,
     host: Vec<Range>,
 }
 
 impl IdMap {
-    /// Takes all rules together.
+    /// Combines rules.
     ///
     /// # Errors
     ///
-    /// Two of them are for the same ids.
+    /// Two of them map the same id.
     pub fn new(rules: &[IdRule]) -> std::result::Result<Self, IdOverlap> {
         let mut guest: Vec<_> = rules.iter().filter_map(|rule| rule.guest).collect();
         let mut host: Vec<_> = rules.iter().filter_map(|rule| rule.host).collect();
@@ -173,7 +174,7 @@ impl IdMap {
         Ok(Self { guest, host })
     }
 
-    /// The host's id for the guest's.
+    /// Maps an id of the guest to the host's.
     ///
     /// # Errors
     ///
@@ -182,7 +183,7 @@ impl IdMap {
         find(&self.guest, id).unwrap_or(Ok(id))
     }
 
-    /// The guest's id for the host's.
+    /// Maps an id of the host to the guest's.
     pub(super) fn to_guest(&self, id: u32) -> u32 {
         match find(&self.host, id) {
             Some(Ok(id)) => id,

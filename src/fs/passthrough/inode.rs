@@ -1,7 +1,7 @@
-//! One inode that the guest knows: who it is, its descriptor, the way to it, and its record.
+//! One inode in the store: its identity, its descriptor, how to reopen it, and its record.
 //!
-//! The invariant: what is in the record is what holds, or held before the step that is being
-//! taken; a descriptor stands there only while it is open.
+//! The invariant: the record describes the current state, or the state before the step in progress;
+//! it names a descriptor only while that descriptor is open.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,50 +19,52 @@ use crate::state::{InodeFields, InodeRecord, Table};
 use crate::sys::fd_slot::Slot;
 use crate::sys::file_handle::FileHandle;
 
-/// An inode that the guest knows.
+/// An inode in the store.
 #[derive(Debug)]
 pub(super) struct Inode {
-    /// What outlives this process: who it is; lookups that the guest has not given back, changed
-    /// under the shard's lock only, which is what orders them; name, file handle, and the
-    /// descriptor's number, changed under the lock of the way. It ends before the descriptor.
+    /// The state that outlives this process: the identity; the lookup count, which changes only
+    /// under the shard's lock, which also orders it; and the name, file handle and descriptor
+    /// number, which change under the `ref_kind` lock. It is dropped before the descriptor.
     pub(super) record: InodeRecord,
-    /// Its descriptor, while it has one. Filled and emptied under the lock of the way.
+    /// The descriptor, while the inode has one. Filled and emptied under the `ref_kind` lock.
     pub(super) slot: Slot,
-    held: Mutex<RefKind>,
-    /// Inodes whose way leads through this one. Changed as the lookups are.
+    ref_kind: Mutex<RefKind>,
+    /// The number of inodes whose parent link names this one. Changes under the shard's lock.
     pub(super) children: AtomicU32,
-    /// Whether another inode of the same number must have a later birth. See [`Self::settle`].
+    /// Whether a later inode with the same number is sure to have a later birth time. See
+    /// [`Self::settle`].
     settled: AtomicBool,
-    /// Whether it stands in the line of those that the guest has given back. Changed as the
-    /// lookups are.
-    remembered: AtomicBool,
+    /// Whether the guest has forgotten this inode and the store keeps it. Changes under the shard's
+    /// lock.
+    forgotten: AtomicBool,
 }
 
-/// Which [`ReopenMethod`] leads to an inode; what there is to it stands in the record.
+/// Which [`ReopenMethod`] an inode has. The record stores the details.
 #[derive(Debug)]
 pub(super) enum RefKind {
     Nothing,
     Handle(Arc<Mount>),
-    /// What the guest has open of it: it has no name, and no descriptor of its own.
+    /// A file that the guest has open: the inode has no name and no descriptor of its own.
     Open(File),
     Name,
-    Forgotten,
+    Removed,
 }
 
 const NO_BIRTH: i64 = i64::MIN;
 
-/// How much older than now a birth must be to tell inodes apart: more than a tick of the clock
-/// that file systems stamp with, and than the coarsest stamp (two seconds, FAT).
+/// The age in nanoseconds from which a birth time tells inodes apart. It is more than a tick of the
+/// clock that file systems use for time stamps, and more than the coarsest time stamp (two seconds,
+/// FAT).
 const SETTLED_AFTER: i64 = 4_000_000_000;
 
 impl Inode {
-    /// `None` if the table is full.
+    /// Returns `None` if the table is full.
     pub(super) fn new(
         table: &Arc<Table>,
         identity: &Identity,
         node: NodeId,
         fd: Option<OwnedFd>,
-        way: ReopenMethod,
+        method: ReopenMethod,
     ) -> Option<Self> {
         let fields = InodeFields {
             node: node.0,
@@ -78,15 +80,16 @@ impl Inode {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
         let inode = Self::recorded(record, fd, RefKind::Nothing);
-        inode.set_way(&mut inode.held(), way);
+        inode.set_reopen_method(&mut inode.ref_kind(), method);
         inode
             .settled
             .store(identity.is_settled(), Ordering::Relaxed);
         Some(inode)
     }
 
-    /// The root that has `record` of the process before, open as `fd`; `None` if it is another.
-    pub(super) fn root_again(
+    /// Restores the root from its record, open as `fd`. Returns `None` if `fd` is a different
+    /// inode.
+    pub(super) fn restore_root(
         record: InodeRecord,
         identity: &Identity,
         fd: OwnedFd,
@@ -101,38 +104,38 @@ impl Inode {
         Some(root)
     }
 
-    /// An inode that has a record, which says the rest.
-    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, held: RefKind) -> Self {
+    /// Creates an inode from an existing record.
+    pub(super) fn recorded(record: InodeRecord, fd: Option<OwnedFd>, ref_kind: RefKind) -> Self {
         Self {
             record,
             slot: fd.map_or_else(Slot::empty, Slot::full),
-            held: Mutex::new(held),
+            ref_kind: Mutex::new(ref_kind),
             children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
-            remembered: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
         }
     }
 
-    /// Finds out by the record whether number and birth are enough to tell it.
+    /// Uses the birth time in the record to decide whether the inode is settled.
     pub(super) fn settle_by_record(&self) {
         let birth = self.record.birth();
         let settled = birth != NO_BIRTH && is_old(birth);
         self.settled.store(settled, Ordering::Relaxed);
     }
 
-    /// Which way leads to it. For short: whoever looks the inode up waits.
-    pub(super) fn held(&self) -> MutexGuard<'_, RefKind> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Locks the reopen method. Hold the lock briefly: lookups of this inode wait for it.
+    pub(super) fn ref_kind(&self) -> MutexGuard<'_, RefKind> {
+        self.ref_kind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How to reach it without its descriptor.
-    pub(super) fn way(&self) -> ReopenMethod {
-        match &*self.held() {
+    /// How to open the inode if it has no descriptor.
+    pub(super) fn reopen_method(&self) -> ReopenMethod {
+        match &*self.ref_kind() {
             RefKind::Nothing => ReopenMethod::None,
-            RefKind::Forgotten => ReopenMethod::Forgotten,
+            RefKind::Removed => ReopenMethod::Removed,
             RefKind::Open(file) => ReopenMethod::Open(file.clone()),
-            held @ RefKind::Name => self
-                .place(held)
+            ref_kind @ RefKind::Name => self
+                .parent_link(ref_kind)
                 .map_or(ReopenMethod::None, ReopenMethod::Name),
             RefKind::Handle(mount) => {
                 let handle = self.record.handle();
@@ -147,40 +150,44 @@ impl Inode {
         }
     }
 
-    /// The name that leads to it.
-    fn place(&self, held: &RefKind) -> Option<ParentLink> {
-        if !matches!(held, RefKind::Name) {
+    /// The parent and name by which the inode is reopened, if it is reopened by name.
+    fn parent_link(&self, ref_kind: &RefKind) -> Option<ParentLink> {
+        if !matches!(ref_kind, RefKind::Name) {
             return None;
         }
         let name = self.record.name()?;
         Some(ParentLink {
             parent: NodeId(name.parent),
             name: CString::new(name.bytes).ok()?.into(),
-            print: name.print,
+            digest: name.print,
         })
     }
 
-    /// Whether this is the name that leads to it.
-    pub(super) fn goes_by(&self, held: &RefKind, parent: NodeId, name: &CStr) -> bool {
-        matches!(held, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())
+    /// Whether the inode is reopened by `name` in `parent`.
+    pub(super) fn is_linked_as(&self, ref_kind: &RefKind, parent: NodeId, name: &CStr) -> bool {
+        matches!(ref_kind, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())
     }
 
-    /// Makes `way` what leads to it; answers in which directory the name was that did so before.
-    pub(super) fn set_way(&self, held: &mut RefKind, way: ReopenMethod) -> Option<NodeId> {
-        let left = self.parent_by(held);
-        *held = match way {
+    /// Sets the reopen method. Returns the parent of the previous name, if there was one.
+    pub(super) fn set_reopen_method(
+        &self,
+        ref_kind: &mut RefKind,
+        method: ReopenMethod,
+    ) -> Option<NodeId> {
+        let old_parent = self.parent_of_kind(ref_kind);
+        *ref_kind = match method {
             ReopenMethod::None => {
                 self.record.end_name();
                 RefKind::Nothing
             }
-            ReopenMethod::Forgotten => RefKind::Forgotten,
+            ReopenMethod::Removed => RefKind::Removed,
             ReopenMethod::Open(file) => {
                 self.record.end_name();
                 RefKind::Open(file)
             }
-            ReopenMethod::Name(place) => {
-                let name = place.name.to_bytes();
-                if self.record.set_name(place.parent.0, name, place.print) {
+            ReopenMethod::Name(link) => {
+                let name = link.name.to_bytes();
+                if self.record.set_name(link.parent.0, name, link.digest) {
                     RefKind::Name
                 } else {
                     RefKind::Nothing
@@ -195,24 +202,27 @@ impl Inode {
                 }
             }
         };
-        left
+        old_parent
     }
 
-    /// What tells it from another of its name, if a name leads to it.
-    pub(super) fn print(&self, held: &RefKind) -> Option<u64> {
-        matches!(held, RefKind::Name).then(|| self.record.print())?
+    /// The digest that goes with the name, if the inode is reopened by name.
+    pub(super) fn digest(&self, ref_kind: &RefKind) -> Option<u64> {
+        matches!(ref_kind, RefKind::Name).then(|| self.record.print())?
     }
 
-    /// Sets what tells it from another of its name.
-    pub(super) fn set_print(&self, held: &mut RefKind, print: u64) {
-        if let Some(place) = self.place(held).filter(|place| place.print != print) {
-            self.set_way(held, ReopenMethod::Name(ParentLink { print, ..place }));
+    /// Sets the digest that goes with the name.
+    pub(super) fn set_digest(&self, ref_kind: &mut RefKind, digest: u64) {
+        if let Some(link) = self
+            .parent_link(ref_kind)
+            .filter(|link| link.digest != digest)
+        {
+            self.set_reopen_method(ref_kind, ReopenMethod::Name(ParentLink { digest, ..link }));
         }
     }
 
-    /// The directory of the name that leads to it.
-    pub(super) fn parent_by(&self, held: &RefKind) -> Option<NodeId> {
-        let parent = matches!(held, RefKind::Name).then(|| self.record.parent());
+    /// The parent directory, if the inode is reopened by name.
+    pub(super) fn parent_of_kind(&self, ref_kind: &RefKind) -> Option<NodeId> {
+        let parent = matches!(ref_kind, RefKind::Name).then(|| self.record.parent());
         parent.flatten().map(NodeId)
     }
 
@@ -220,17 +230,17 @@ impl Inode {
         self.record.lookups()
     }
 
-    /// Whether the way to others leads through it.
+    /// Whether the parent links of other inodes name this one.
     pub(super) fn has_children(&self) -> bool {
         self.children.load(Ordering::Relaxed) > 0
     }
 
-    /// When it was made, nanoseconds since 1970, where that is known.
+    /// The birth time in nanoseconds since 1970, if known.
     pub(super) fn birth(&self) -> Option<i64> {
         Some(self.record.birth()).filter(|birth| *birth != NO_BIRTH)
     }
 
-    /// What of it outlives this process.
+    /// The record that outlives this process.
     pub(super) fn record(&self) -> &InodeRecord {
         &self.record
     }
@@ -247,54 +257,54 @@ impl Inode {
         }
     }
 
-    /// Its descriptor, which its record names no more.
+    /// Drops the record and returns the descriptor.
     pub(super) fn into_descriptor(self) -> Option<OwnedFd> {
         let Self { record, slot, .. } = self;
         drop(record);
         slot.into_inner()
     }
 
-    /// Its descriptor.
+    /// The slot of the descriptor.
     pub(super) fn slot(&self) -> &Slot {
         &self.slot
     }
 
-    /// Whether somebody still counts on it. Asked under the shard's lock.
-    pub(super) fn is_counted(&self) -> bool {
+    /// Whether anything still needs the inode. Call it under the shard's lock.
+    pub(super) fn is_in_use(&self) -> bool {
         self.node() == NodeId::ROOT
             || self.lookups() > 0
             || self.children.load(Ordering::Relaxed) > 0
-            || self.is_remembered()
+            || self.is_forgotten()
     }
 
-    /// Whether the guest has given it back, and is still to find it by its node id.
+    /// Whether the guest has forgotten the inode and can still find it by its node id.
     #[inline]
-    pub(super) fn is_remembered(&self) -> bool {
-        self.remembered.load(Ordering::Relaxed)
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_remembered(&self, remembered: bool) {
-        self.remembered.store(remembered, Ordering::Relaxed);
+    pub(super) fn set_forgotten(&self, forgotten: bool) {
+        self.forgotten.store(forgotten, Ordering::Relaxed);
     }
 
     pub(super) fn parent(&self) -> Option<NodeId> {
-        self.parent_by(&self.held())
+        self.parent_of_kind(&self.ref_kind())
     }
 
-    /// What sort of file it is: never changes.
+    /// The file type, which never changes.
     pub(super) fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.record.sort())
     }
 
-    /// Whether `identity`, which has this inode's key, is this inode beyond doubt.
+    /// Whether `identity`, which has this inode's key, certainly describes this inode.
     pub(super) fn is(&self, identity: &Identity) -> bool {
-        // A descriptor keeps the number from being given to another. A birth that differs all
-        // the same is either a file system that moves it (overlayfs when it copies up) or a
-        // `statx` from before the inode was there.
+        // The descriptor keeps the inode number from being reused. If the birth time differs
+        // nevertheless, either the file system changed it (overlayfs on copy-up) or the `statx` is
+        // older than the inode.
         self.has_birth_of(identity) && (self.slot.is_full() || self.is_settled())
     }
 
-    /// Whether `identity` may be this inode, and is if [`is_settled`](Self::is_settled).
+    /// Whether `identity` can be this inode. It is certain if [`is_settled`](Self::is_settled).
     pub(super) fn may_be(&self, identity: &Identity) -> bool {
         self.key() == identity.key && self.has_birth_of(identity)
     }
@@ -303,17 +313,18 @@ impl Inode {
         self.record.birth() == birth_of(identity)
     }
 
-    /// Whether number and birth are enough to tell it from all that come later.
+    /// Whether number and birth time tell the inode from all later ones.
     pub(super) fn is_settled(&self) -> bool {
         self.settled.load(Ordering::Relaxed)
     }
 
-    /// Takes over what is now known for sure to describe this inode.
+    /// Stores the birth time of an `identity` that certainly describes this inode.
     ///
-    /// Inode numbers are reused, and births come from a clock with ticks of milliseconds: a
-    /// file made, removed and made again within one tick may agree in both. But once the clock
-    /// is past the birth of an inode that is still there, whatever takes its number later is
-    /// born later. From then on number and birth are enough; before, handles are compared.
+    /// Inode numbers are reused, and birth times come from a clock with ticks of milliseconds: a
+    /// file that is created, removed and created again within one tick can have the same number and
+    /// the same birth time. Once the clock has passed the birth time of an inode that still exists,
+    /// every later inode with its number has a later birth time. From then on number and birth time
+    /// are sufficient; until then file handles are compared.
     pub(super) fn settle(&self, identity: &Identity) {
         let birth = birth_of(identity);
         if birth != self.record.birth() {
@@ -324,7 +335,7 @@ impl Inode {
 }
 
 impl Identity {
-    /// Whether whatever takes this number later is born later. See [`Inode::settle`].
+    /// Whether every later inode with this number has a later birth time. See [`Inode::settle`].
     pub(super) fn is_settled(&self) -> bool {
         self.birth.is_some_and(is_old)
     }
@@ -342,12 +353,12 @@ pub(super) fn now() -> Option<i64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     let now = i64::try_from(since.as_nanos()).ok();
     #[cfg(test)]
-    let now = now.and_then(|now| now.checked_add(LATER.get()));
+    let now = now.and_then(|now| now.checked_add(CLOCK_AHEAD.get()));
     now
 }
 
 #[cfg(test)]
 thread_local! {
-    /// Nanoseconds by which the calling thread's clock is ahead of the host's.
-    pub(super) static LATER: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
+    /// How far the calling thread's clock is ahead of the host's, in nanoseconds.
+    pub(super) static CLOCK_AHEAD: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
 }

@@ -1,14 +1,13 @@
-//! What keeps an inode within reach: a descriptor, a file handle, or a name.
+//! The ways to refer to an inode: a descriptor, a file handle, or a name.
 //!
-//! A descriptor pins the inode and costs one of a limited number; a file handle costs a few
-//! bytes, needs `CAP_DAC_READ_SEARCH` to be opened, and goes stale when the inode ends; a name
-//! needs nothing, and leads there until somebody else on the host takes it away. The invariant:
-//! whatever is opened by them is the inode they were made for, never one that took over its
-//! name or its number.
+//! A descriptor pins the inode, but the number of descriptors is limited. A file handle costs a few
+//! bytes; opening it needs `CAP_DAC_READ_SEARCH`, and it goes stale when the inode is deleted. A
+//! name needs nothing, and works until a host process removes or renames it. The invariant: opening
+//! a reference yields the inode that it was created for, never another one that took over its name
+//! or number.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
-use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -18,47 +17,46 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{NodeId, Result};
 use crate::io::File;
 use crate::sys::fd_slot::Borrowed;
 use crate::sys::file_handle::FileHandle;
 
-/// When inodes are held by file handle instead of by descriptor.
+/// When inodes are referred to by file handle instead of by descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InodeFileHandles {
-    /// Descriptors, as many as [`Options::max_open_inodes`](super::Options) allows; beyond
-    /// that file handles where they work, and names where they don't.
+    /// Descriptors, up to [`Options::max_open_inodes`](super::Options). Beyond that, file handles
+    /// where they work, and names elsewhere.
     #[default]
     Never,
     /// File handles where they work, elsewhere as with `Never`.
     Prefer,
-    /// File handles; an inode whose file system has none answers `EOPNOTSUPP`.
+    /// File handles only. Lookups on a file system without file handles fail with `EOPNOTSUPP`.
     Mandatory,
 }
 
-/// Names an inode among all that the host has at the same time.
+/// Identifies an inode among all that exist on the host at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) number: u64,
-    /// Major number in the upper half, minor in the lower.
+    /// The major number is in the upper half, the minor number in the lower.
     pub(super) device: u64,
-    /// Where it is mounted: the same inode through two mounts is two inodes to the guest, since
-    /// what lies below may differ.
+    /// The mount: one inode in two mounts is two inodes to the guest, as different file systems may
+    /// be mounted below it.
     pub(super) mount: u64,
 }
 
-/// What a `statx` tells of who an inode is.
+/// What a `statx` tells about the identity of an inode.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Identity {
     pub(super) key: Key,
-    /// When it was made, nanoseconds since 1970, where the file system knows. Tells an inode
-    /// from an earlier one of the same number.
+    /// The birth time in nanoseconds since 1970, if the file system has it. It tells an inode from
+    /// an earlier one with the same number.
     pub(super) birth: Option<i64>,
     pub(super) kind: FileType,
 }
 
-/// What an [`Identity`] is made of, and what LOOKUP answers.
+/// The fields that [`Identity`] and a LOOKUP reply need.
 pub(super) const IDENTITY: StatxFlags = StatxFlags::BASIC_STATS
     .union(StatxFlags::BTIME)
     .union(StatxFlags::MNT_ID);
@@ -89,18 +87,18 @@ impl Identity {
     }
 }
 
-/// `statx` of the very inode that `fd` is open on.
+/// Calls `statx` on the inode that `fd` is open on.
 pub(super) fn stat_fd(fd: impl AsFd, mask: StatxFlags) -> Result<Statx> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, mask)
 }
 
-/// A mount that file handles are opened in.
+/// A mount in which file handles can be opened.
 #[derive(Debug)]
 pub(super) struct Mount {
-    /// Anything in the mount, opened for reading: the kernel takes no `O_PATH` here. `None` in
-    /// tests alone.
+    /// Any file or directory in the mount, opened for reading: the kernel doesn't accept `O_PATH`
+    /// here. `None` only in tests.
     anchor: Option<OwnedFd>,
-    /// How many anchors there are. Orders nothing; a budget goes by it.
+    /// The number of anchors. It orders nothing and is used for limits.
     anchors: Arc<AtomicUsize>,
 }
 
@@ -110,10 +108,10 @@ impl Drop for Mount {
     }
 }
 
-/// How an inode is reached while no descriptor of it is open.
+/// How an inode is opened when it has no descriptor.
 #[derive(Debug)]
 pub(super) enum ReopenMethod {
-    /// Not at all: its descriptor is kept until the guest forgets it.
+    /// It can't be opened: its descriptor is kept until the guest forgets it.
     None,
     /// By a file handle.
     Handle {
@@ -124,72 +122,79 @@ pub(super) enum ReopenMethod {
     Name(ParentLink),
     /// By a file that the guest has open.
     Open(File),
-    /// It is no longer in the store, and gets no descriptor any more.
-    Forgotten,
+    /// It is no longer in the store and gets no descriptor any more.
+    Removed,
 }
 
-/// Where an inode was last seen. The parent is named by its node id, so it may be moved without
-/// its children being told; the store keeps it as long as they are there.
+/// The name under which an inode was last seen. The parent is referred to by its node id, so it can
+/// be renamed without changing its children. The store keeps it while it has children.
 #[derive(Clone, Debug)]
 pub(super) struct ParentLink {
     pub(super) parent: NodeId,
     pub(super) name: Box<CStr>,
-    /// What tells the inode from a later one that number and birth can't tell it from; 0 where
-    /// they can. See [`print_of`].
-    pub(super) print: u64,
+    /// Tells the inode from a later one if number and birth time can't; 0 if they can. See
+    /// [`digest_of`].
+    pub(super) digest: u64,
 }
 
-/// A digest of the file handle, which needs no privilege to be asked for and has the inode's
-/// generation in it; never 0.
-pub(super) fn print_of(fd: impl AsFd) -> Result<u64> {
+/// A digest of the file handle, never 0. Reading a handle needs no privilege, and the handle
+/// includes the generation of the inode.
+pub(super) fn digest_of(fd: impl AsFd) -> Result<u64> {
     FileHandle::of(fd).map(|handle| digest(&handle))
 }
 
-/// As [`print_of`], of what goes by `name` in `directory`.
-pub(super) fn print_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
+/// As [`digest_of`], for `name` in `directory`.
+pub(super) fn digest_at(directory: impl AsFd, name: &CStr) -> Result<u64> {
     FileHandle::at(directory, name).map(|handle| digest(&handle))
 }
 
+/// The state table stores this value, so it must not depend on the version of a crate.
 fn digest(handle: &FileHandle) -> u64 {
-    Mix::default().hash_one(handle).max(1)
+    let bytes = handle.bytes();
+    let length = (bytes.len() as u64).to_le_bytes();
+    let digest = length.iter().chain(bytes).fold(0, |digest: u64, byte| {
+        let product = (digest ^ u64::from(*byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        product ^ product >> 32
+    });
+    digest.max(1)
 }
 
-/// A descriptor of an inode for the length of one operation, `O_PATH`.
+/// An `O_PATH` descriptor of an inode, for the duration of one operation.
 #[derive(Debug)]
 pub(super) struct InodeFd<'a> {
     inode: &'a Inode,
-    fd: Either<'a>,
+    fd: Source<'a>,
 }
 
 #[derive(Debug)]
-enum Either<'a> {
-    /// The inode's own.
+enum Source<'a> {
+    /// The inode's own descriptor.
     Installed(Borrowed<'a>),
-    /// For this operation alone.
+    /// A descriptor for this operation only.
     Opened(OwnedFd),
 }
 
 impl<'a> InodeFd<'a> {
-    pub(super) fn held(inode: &'a Inode, fd: Borrowed<'a>) -> Self {
-        let fd = Either::Installed(fd);
+    pub(super) fn installed(inode: &'a Inode, fd: Borrowed<'a>) -> Self {
+        let fd = Source::Installed(fd);
         Self { inode, fd }
     }
 
     pub(super) fn opened(inode: &'a Inode, fd: OwnedFd) -> Self {
-        let fd = Either::Opened(fd);
+        let fd = Source::Opened(fd);
         Self { inode, fd }
     }
 
-    /// Whether it was opened for this operation alone.
+    /// Whether it was opened for this operation only.
     pub(super) fn is_opened(&self) -> bool {
-        matches!(self.fd, Either::Opened(_))
+        matches!(self.fd, Source::Opened(_))
     }
 
-    /// The descriptor, if it was opened for this operation alone.
+    /// Returns the descriptor if it was opened for this operation only.
     pub(super) fn into_opened(self) -> Option<OwnedFd> {
         match self.fd {
-            Either::Installed(_) => None,
-            Either::Opened(fd) => Some(fd),
+            Source::Installed(_) => None,
+            Source::Opened(fd) => Some(fd),
         }
     }
 
@@ -202,13 +207,13 @@ impl<'a> InodeFd<'a> {
 impl AsFd for InodeFd<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.fd {
-            Either::Installed(fd) => fd.as_fd(),
-            Either::Opened(fd) => fd.as_fd(),
+            Source::Installed(fd) => fd.as_fd(),
+            Source::Opened(fd) => fd.as_fd(),
         }
     }
 }
 
-/// A directory in which names are looked up: an inode, and a descriptor of it.
+/// A directory in which names are looked up: an inode and a descriptor of it.
 pub(super) trait Directory: AsFd {
     fn inode(&self) -> &Inode;
 }
@@ -241,38 +246,38 @@ impl Mount {
     }
 }
 
-/// Opens what `fd` is open on anew, through its link in `/proc/self/fd`.
+/// Opens the file that `fd` is open on once more, through its link in `/proc/self/fd`.
 pub(super) fn reopen_fd(fd: impl AsFd, proc_fds: &OwnedFd, flags: OFlags) -> Result<OwnedFd> {
     let name = DecInt::from_fd(fd);
     let flags = flags | OFlags::CLOEXEC;
     rustix::fs::openat(proc_fds, name.as_c_str(), flags, Mode::empty())
 }
 
-/// Decides how each inode is held.
+/// Decides which kind of reference each inode has.
 #[derive(Debug)]
-pub(super) struct Holder {
+pub(super) struct ReopenPolicy {
     mode: InodeFileHandles,
     mounts: Mutex<HashMap<u64, Exportable>>,
-    /// The mount of the shared directory stays anchored there: that is busy anyway.
+    /// The mount of the shared directory stays anchored, as the server keeps it busy anyway.
     root: Option<Arc<Mount>>,
-    /// How many descriptors mounts have.
+    /// The number of descriptors that mounts have.
     anchors: Arc<AtomicUsize>,
 }
 
-/// Whether a mount's inodes can be opened by file handle.
+/// Whether inodes of a mount can be opened by file handle.
 #[derive(Debug)]
 enum Exportable {
-    /// As long as some inode there is held so: the anchor keeps the mount busy.
+    /// Held by the inodes that have such a handle: an anchor keeps its mount busy.
     Yes(Weak<Mount>),
     No,
 }
 
-impl Holder {
-    /// Finds out whether file handles work for the shared directory, open as `root`.
+impl ReopenPolicy {
+    /// Checks whether file handles work for the shared directory, open as `root`.
     ///
     /// # Errors
     ///
-    /// They don't, and are mandatory.
+    /// File handles don't work and are mandatory.
     pub(super) fn new(
         mode: InodeFileHandles,
         root: BorrowedFd<'_>,
@@ -280,7 +285,7 @@ impl Holder {
         proc_fds: &OwnedFd,
     ) -> Result<Self> {
         let anchors = Arc::default();
-        let (root, verdict) = match meet_mount(root, identity.kind, proc_fds, &anchors) {
+        let (root, verdict) = match probe_mount(root, identity.kind, proc_fds, &anchors) {
             Ok((mount, _)) => {
                 let verdict = Exportable::Yes(Arc::downgrade(&mount));
                 (Some(mount), verdict)
@@ -296,14 +301,14 @@ impl Holder {
         })
     }
 
-    /// How many descriptors mounts have.
+    /// The number of descriptors that mounts have.
     pub(super) fn anchors(&self) -> usize {
         self.anchors.load(Ordering::Relaxed)
     }
 
-    /// The way by file handle to a new inode, which `fd` is open on; `None` if it shall be held
-    /// by a descriptor.
-    pub(super) fn way_to_new(
+    /// The file handle of a new inode, open as `fd`. Returns `None` if the inode is to have a
+    /// descriptor.
+    pub(super) fn method_for_new(
         &self,
         fd: BorrowedFd<'_>,
         identity: &Identity,
@@ -313,18 +318,18 @@ impl Holder {
             return Ok(None);
         }
         match self.by_handle(fd, identity, proc_fds) {
-            Ok(way) => Ok(Some(way)),
+            Ok(method) => Ok(Some(method)),
             Err(error) if self.mode == InodeFileHandles::Mandatory => Err(error),
             Err(_) => Ok(None),
         }
     }
 
-    /// The mount of the shared directory, where file handles can be opened in it.
+    /// The mount of the shared directory, if file handles can be opened in it.
     pub(super) fn shared_mount(&self) -> Option<Arc<Mount>> {
         self.root.clone()
     }
 
-    /// The mount with the number `id`, if file handles are opened in it already.
+    /// The mount with the number `id`, if file handles are already opened in it.
     pub(super) fn mount(&self, id: u64) -> Option<Arc<Mount>> {
         let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         match mounts.get(&id)? {
@@ -334,12 +339,12 @@ impl Holder {
     }
 
     /// Whether an inode that was opened by its file handle keeps the descriptor until it is
-    /// needed elsewhere.
-    pub(super) fn keeps_opened(&self) -> bool {
+    /// evicted.
+    pub(super) fn keeps_opened_fds(&self) -> bool {
         self.mode == InodeFileHandles::Never
     }
 
-    /// The way by file handle to the inode that `fd` is open on.
+    /// The file handle of the inode that `fd` is open on, as its reopen method.
     pub(super) fn by_handle(
         &self,
         fd: BorrowedFd<'_>,
@@ -359,15 +364,16 @@ impl Holder {
         };
         let found = match known {
             Some(mount) => FileHandle::of(fd).map(|handle| (mount, handle)),
-            None => meet_mount(fd, identity.kind, proc_fds, &self.anchors),
+            None => probe_mount(fd, identity.kind, proc_fds, &self.anchors),
         };
-        // Whether a mount can be used is asked of its directories and files alone: others
-        // can't serve as its anchor. Being short of descriptors says nothing of the mount.
-        let telling = matches!(identity.kind, FileType::Directory | FileType::RegularFile);
+        // Only files and directories tell whether a mount is usable, as nothing else can be its
+        // anchor. A shortage of descriptors says nothing about the mount.
+        let is_representative =
+            matches!(identity.kind, FileType::Directory | FileType::RegularFile);
         let verdict = match &found {
             Ok((mount, _)) => Some(Exportable::Yes(Arc::downgrade(mount))),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::STALE) => None,
-            Err(_) => telling.then_some(Exportable::No),
+            Err(_) => is_representative.then_some(Exportable::No),
         };
         if let Some(verdict) = verdict {
             let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -378,8 +384,8 @@ impl Holder {
     }
 }
 
-/// Tries whether the mount that `fd` is on can open file handles.
-fn meet_mount(
+/// Checks whether file handles can be opened in the mount that `fd` is on.
+fn probe_mount(
     fd: BorrowedFd<'_>,
     kind: FileType,
     proc_fds: &OwnedFd,
@@ -398,4 +404,16 @@ fn meet_mount(
         anchors: Arc::clone(anchors),
     };
     Ok((Arc::new(mount), handle))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digest_of_file_handle_is_the_same_in_every_version() {
+        let bytes: Vec<u8> = (1..=16).collect();
+        let handle = FileHandle::from_bytes(&bytes).unwrap();
+        assert_eq!(digest(&handle), 13_940_510_430_640_886_229);
+    }
 }

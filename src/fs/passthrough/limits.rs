@@ -1,10 +1,10 @@
-//! How much one guest may hold: inodes, open files, locks, and the descriptors of all these.
+//! Limits how many inodes, open files, locks and descriptors one guest can have.
 //!
-//! Each costs the host memory or a descriptor, and a guest's kernel that goes wild, or is told
-//! to, would take all there is. Part of the process's descriptors is reserved: for the front end's
-//! messages, the guest's memory, queues, workers, and a process that recovers the session. The
-//! invariant: what is over a bound is refused before anything takes effect. Threads that ask at
-//! the same moment may go over by one each.
+//! Each of them costs the host memory or a descriptor, and a faulty or malicious guest kernel would
+//! use up all there is. Some of the process's descriptors are reserved for the front end's
+//! messages, guest memory, queues, workers, and a process that recovers the session. The invariant:
+//! a request that exceeds a limit is refused before it takes effect. Threads that check at the same
+//! moment can each exceed a limit by one.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,95 +13,96 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::options::{Options, descriptor_limit, guest_descriptors};
-use super::reopen::LEAST;
+use super::reopen::MIN_FDS;
 use crate::fs::Result;
 
-/// DirentCache of directories that are kept from one READDIR to the next, each of 64 KiB; a further
-/// directory is read on at the place where it stopped, which costs a call more.
-pub(super) const PIECES: usize = 1024;
+/// The number of open directories that keep their entry buffer, 64 KiB each, from one READDIR to
+/// the next. Beyond that a directory seeks back to its position, which costs one more call.
+pub(super) const MAX_DIRENT_BUFFERS: usize = 1024;
 
-/// Descriptors beyond the guest's that operations may take for a moment.
-const FOR_A_MOMENT: usize = 2 * LEAST;
+/// Descriptors beyond the guest's limit that operations may use for a moment.
+const TRANSIENT_FDS: usize = 2 * MIN_FDS;
 
-/// How often the log tells of a shortage at most.
-const INTERVAL: Duration = Duration::from_secs(60);
+/// The shortest time between two warnings in the log.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The bounds on descriptors.
+/// The limits on descriptors.
 #[derive(Debug)]
-pub(super) struct Bounds {
-    /// What the process may have open, as it was at the start: a sandbox doesn't let it be asked.
+pub(super) struct FdLimits {
+    /// The limit of the process at the start. A sandbox may not be able to read it later.
     limit: usize,
-    /// Beyond so many, those that can be opened again are closed.
-    pub(super) most: usize,
-    /// Beyond so many, none is opened that can't be closed before the guest gives it back.
-    all: usize,
-    /// How many of them open files, directories and locks may have.
+    /// Above this number, descriptors that can be reopened are closed.
+    pub(super) soft: usize,
+    /// Above this number, no descriptor is opened that can't be closed before the guest releases
+    /// it.
+    hard: usize,
+    /// How many descriptors open files, directories and locks can have.
     pub(super) handles: usize,
-    /// When the log last told of a shortage.
-    told: Mutex<Option<Instant>>,
+    /// When the last warning was logged.
+    last_warning: Mutex<Option<Instant>>,
 }
 
-impl Bounds {
+impl FdLimits {
     pub(super) fn new(options: &Options) -> Self {
-        let all = guest_descriptors(options.reserved_descriptors);
+        let hard = guest_descriptors(options.reserved_descriptors);
         Self {
             limit: descriptor_limit(),
-            most: options.max_open_inodes.unwrap_or(all).min(all),
-            all,
-            handles: options.max_handles.unwrap_or(all).min(all),
-            told: Mutex::default(),
+            soft: options.max_open_inodes.unwrap_or(hard).min(hard),
+            hard,
+            handles: options.max_handles.unwrap_or(hard).min(hard),
+            last_warning: Mutex::default(),
         }
     }
 }
 
 impl Passthrough {
-    /// How many descriptors the server has open for the guest.
+    /// The number of descriptors that the server has open for the guest.
     pub(super) fn descriptors(&self) -> usize {
         self.inodes.descriptors()
             + self.handles.count()
             + self.locks.count()
-            + self.on_demand.count()
+            + self.handleless.count()
             + self.closed_fds.count()
             + self.closer.count()
-            + self.holder.anchors()
+            + self.reopen_policy.anchors()
     }
 
-    /// Asked before the guest gets to know a further inode. What it has given back makes room.
+    /// Checks the limits before the guest gets to know another inode. Forgotten inodes make room.
     pub(super) fn room_for_inode(&self) -> Result<()> {
         while self.inodes.known() > self.options.max_inodes {
-            if !self.inodes.let_oldest_go() {
+            if !self.inodes.drop_oldest_forgotten() {
                 return Err(Errno::NFILE);
             }
         }
-        self.inodes.room_in_table();
-        // Nearly always its descriptor can be closed again.
-        self.room_below(self.bounds.all.saturating_add(FOR_A_MOMENT))
+        self.inodes.make_room_in_table();
+        // Its descriptor can nearly always be closed again.
+        self.room_below(self.fd_limits.hard.saturating_add(TRANSIENT_FDS))
     }
 
-    /// Asked before a further file or directory is opened for the guest.
+    /// Checks the limits before another file or directory is opened for the guest.
     pub(super) fn room_for_handle(&self) -> Result<()> {
         self.sharing.opens();
-        if self.handles.count().saturating_add(self.locks.count()) >= self.bounds.handles {
+        if self.handles.count().saturating_add(self.locks.count()) >= self.fd_limits.handles {
             return Err(Errno::NFILE);
         }
         self.room_for_descriptor()
     }
 
-    /// Asked before a further descriptor is opened that can't be closed until the guest gives it
-    /// back, and before an inode loses the name by which its descriptor could be opened again.
+    /// Checks the limit before opening a descriptor that can't be closed until the guest releases
+    /// it, and before an inode loses the name by which it could be reopened.
     pub(super) fn room_for_descriptor(&self) -> Result<()> {
-        self.room_below(self.bounds.all)
+        self.room_below(self.fd_limits.hard)
     }
 
-    /// Makes sure that there are fewer descriptors than `bound`.
+    /// Ensures that there are fewer than `bound` descriptors.
     fn room_below(&self, bound: usize) -> Result<()> {
         if self.descriptors() < bound {
             return Ok(());
         }
         let too_many = || self.descriptors() >= bound;
         self.closed_fds.clear();
-        self.close_some(|| too_many() && self.inodes.descriptors() > LEAST);
-        self.on_demand.close_some(too_many);
+        self.close_some(|| too_many() && self.inodes.descriptors() > MIN_FDS);
+        self.handleless.close_some(too_many);
         if too_many() {
             self.share_descriptors();
         }
@@ -112,25 +113,25 @@ impl Passthrough {
         }
     }
 
-    /// Tells the operator, now and then, why the guest gets `ENFILE`.
-    pub(super) fn tell_of_shortage(&self) {
+    /// Logs, at most once in each interval, why the guest gets `ENFILE`.
+    pub(super) fn warn_of_shortage(&self) {
         {
-            let mut told = self
-                .bounds
-                .told
+            let mut last_warning = self
+                .fd_limits
+                .last_warning
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            if told.is_some_and(|told| told.elapsed() < INTERVAL) {
+            if last_warning.is_some_and(|last_warning| last_warning.elapsed() < WARN_INTERVAL) {
                 return;
             }
-            *told = Some(Instant::now());
+            *last_warning = Some(Instant::now());
         }
-        let Bounds {
+        let FdLimits {
             limit,
-            all,
+            hard,
             handles,
             ..
-        } = self.bounds;
+        } = self.fd_limits;
         let known = self.inodes.known();
         let open = self.handles.count() + self.locks.count();
         let inodes = self.inodes.descriptors();
@@ -138,14 +139,14 @@ impl Passthrough {
             "raise --rlimit-nofile, or the limit that the server is started with (ulimit -n)";
         if known > self.options.max_inodes {
             log::warn!("the guest gets ENFILE: it knows {known} inodes; raise --max-inodes");
-        } else if open >= handles && handles < all {
+        } else if open >= handles && handles < hard {
             log::warn!(
                 "the guest gets ENFILE: it has {open} files, directories and locks open; raise \
                  --max-handles"
             );
-        } else if self.descriptors() >= all {
+        } else if self.descriptors() >= hard {
             log::warn!(
-                "the guest gets ENFILE: it may use {all} of the server's {limit} file \
+                "the guest gets ENFILE: it may use {hard} of the server's {limit} file \
                  descriptors, and has {open} for open files, directories and locks, and {inodes} \
                  for inodes, of which those without a name can't be closed; {advice}"
             );

@@ -1,55 +1,54 @@
-//! Record locks: who holds them on the host.
+//! Record locks, and the descriptors that hold them on the host.
 //!
-//! The guest's lock owners (its processes, or its open files) must be told apart on the host,
-//! which knows this server as one process. So each owner has a descriptor of each file that it
-//! has locked, opened for nothing else, and locks belong to its open file description
-//! (`F_OFD_SETLK`): they conflict with other owners' and with those of the host's processes. A
-//! lock that one guest process takes for writing needs a descriptor for writing, so that is
-//! tried first, whatever the guest has open, unless the share is read-only. The host does not
-//! look for deadlocks among such locks, as it does for those of processes.
+//! The guest has several lock owners (its processes or open files), but to the host this server is
+//! one process. So each owner has a descriptor of each file that it has locked, opened for this
+//! purpose only. The locks belong to the descriptor's open file description (`F_OFD_SETLK`) and
+//! conflict with those of other owners and of host processes. A write lock needs a descriptor that
+//! is open for writing, so that is tried first, regardless of how the guest opened the file, unless
+//! the share is read-only. The host does not detect deadlocks among such locks, as it does among
+//! those of processes.
 //!
-//! The invariant: as long as somebody may use an owner's descriptor, it stays the owner's one
-//! and only of that file.
+//! The invariant: while a request may use an owner's descriptor of a file, the owner has no other
+//! descriptor of that file.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustc_hash::FxHashMap;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Passthrough;
 use super::inode::Inode;
-use super::mix::Mix;
 use crate::fs::{Handle, HandleKind, LockOwner, NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{LockFields, LockRecord, Range, Table};
 
-/// All that may be locked of a file.
+/// The whole range of a file.
 const EVERYTHING: Lock = Lock::Record(RecordLock {
     kind: LockKind::Unlock,
     start: 0,
     end: i64::MAX.cast_unsigned(),
 });
 
-/// What an owner has of one file.
+/// The locks of an owner on one file.
 #[derive(Debug)]
 struct Owned {
-    /// What outlives this process. It ends before the file is closed.
+    /// The state that outlives this process. It is dropped before the file is closed.
     record: LockRecord,
     owner: LockOwner,
     file: Arc<File>,
-    /// What the last lock was asked for with.
+    /// The handle of the last lock request.
     handle: Handle,
 }
 
-/// The descriptors that record locks belong to.
+/// The descriptors that hold record locks.
 #[derive(Debug)]
 pub(super) struct Locks {
     table: Arc<Table>,
-    nodes: Mutex<HashMap<NodeId, Vec<Owned>, Mix>>,
-    /// How many there are. Changed under the lock; a bound goes by it.
+    nodes: Mutex<FxHashMap<NodeId, Vec<Owned>>>,
+    /// The number of descriptors. It changes under the lock and is used for limits.
     count: AtomicUsize,
 }
 
@@ -62,14 +61,14 @@ impl Locks {
         }
     }
 
-    /// The descriptor of an owner that has one.
+    /// The descriptor of an owner, if it has one.
     pub(super) fn find(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
         let nodes = self.nodes();
         let owned = nodes.get(&node)?.iter().find(|one| one.owner == owner)?;
         Some(Arc::clone(&owned.file))
     }
 
-    /// The same, from now on with this handle.
+    /// As [`find`](Self::find), and records the handle.
     fn find_with(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Option<Arc<File>> {
         let mut nodes = self.nodes();
         let of_node = nodes.get_mut(&node)?;
@@ -81,7 +80,7 @@ impl Locks {
     fn add(&self, node: NodeId, handle: Handle, owner: LockOwner, file: File) -> Result<Arc<File>> {
         let mut nodes = self.nodes();
         let of_node = nodes.entry(node).or_default();
-        // Another thread of the same owner may have come first.
+        // Another thread of the same owner may have been first.
         if let Some(owned) = of_node.iter_mut().find(|one| one.owner == owner) {
             owned.used_with(handle);
             return Ok(Arc::clone(&owned.file));
@@ -93,10 +92,10 @@ impl Locks {
             fd: file.as_fd().as_raw_fd(),
         };
         let record = self.table.new_lock(&fields).ok_or(Errno::NOLCK)?;
-        Ok(self.put_in(of_node, record, file))
+        Ok(self.push(of_node, record, file))
     }
 
-    fn put_in(&self, of_node: &mut Vec<Owned>, record: LockRecord, file: File) -> Arc<File> {
+    fn push(&self, of_node: &mut Vec<Owned>, record: LockRecord, file: File) -> Arc<File> {
         let fields = record.fields();
         let file = Arc::new(file);
         of_node.push(Owned {
@@ -109,26 +108,26 @@ impl Locks {
         file
     }
 
-    /// Puts in what a record tells of; `file` has its locks.
+    /// Adds an owner that has a record. `file` holds its locks.
     pub(super) fn put(&self, record: LockRecord, file: File) {
         let node = NodeId(record.fields().node);
         let mut nodes = self.nodes();
-        self.put_in(nodes.entry(node).or_default(), record, file);
+        self.push(nodes.entry(node).or_default(), record, file);
     }
 
-    /// Calls `each` with all owners, what they have, and what has it on the host.
+    /// Calls `each` with all owners, their locks, and the descriptors that hold them.
     pub(super) fn each(&self, mut each: impl FnMut(&LockFields, Vec<Range>, &File)) {
         for owned in self.nodes().values().flatten() {
             each(&owned.record.fields(), owned.record.ranges(), &owned.file);
         }
     }
 
-    /// Puts in an owner of another server; `file` has its locks.
+    /// Adds an owner of another server. `file` holds its locks.
     ///
     /// # Errors
     ///
-    /// `EEXIST` if the owner is here already, `ENOLCK` if there is no room in the table.
-    pub(super) fn bring(&self, fields: &LockFields, ranges: &[Range], file: File) -> Result<()> {
+    /// `EEXIST` if the owner is already known, `ENOLCK` if the table has no room.
+    pub(super) fn import(&self, fields: &LockFields, ranges: &[Range], file: File) -> Result<()> {
         if self
             .find(NodeId(fields.node), LockOwner(fields.owner))
             .is_some()
@@ -143,30 +142,27 @@ impl Locks {
         Ok(())
     }
 
-    /// Takes note that an owner has got a lock, or given it up.
+    /// Records that an owner has acquired or released a lock.
     pub(super) fn note(&self, node: NodeId, owner: LockOwner, lock: RecordLock) {
         let nodes = self.nodes();
         let of_node = nodes.get(&node);
         let Some(owned) = of_node.and_then(|all| all.iter().find(|one| one.owner == owner)) else {
             return;
         };
-        let ranges = after(owned.record.ranges(), lock);
+        let ranges = ranges_after(owned.record.ranges(), lock);
         if !owned.record.set_ranges(&ranges) {
-            log::warn!(
-                "node {}: more locks than the state table has room for",
-                node.0
-            );
+            log::warn!("node {}: the state table has no room for its locks", node.0);
         }
     }
 
-    /// Gives up an owner's locks on a file: it has closed a descriptor of it.
+    /// Releases an owner's locks on a file, as it has closed a descriptor of the file.
     pub(super) fn end(&self, node: NodeId, owner: LockOwner) {
         self.end_where(node, |one| one.owner == owner);
     }
 
-    /// Gives up the locks that were last asked for with a handle which is no more. Those of
-    /// processes have been given up before, as each has closed it; those of open files in the
-    /// guest (its own `F_OFD_SETLK`) are told of by nothing else.
+    /// Releases the locks that were last requested with a handle that is released now. Locks of
+    /// processes were released before, when each process closed the file. For locks of open files
+    /// in the guest (its own `F_OFD_SETLK`) this is the only notice.
     pub(super) fn released(&self, node: NodeId, handle: Handle) {
         self.end_where(node, |one| one.handle == handle);
     }
@@ -180,7 +176,7 @@ impl Locks {
         drop(ended);
     }
 
-    /// How many descriptors locks have.
+    /// The number of descriptors that locks have.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
@@ -196,10 +192,10 @@ impl Locks {
                 return true;
             }
             if let Err(error) = one.file.try_lock(EVERYTHING) {
-                log::debug!("giving up locks: {error}");
+                log::debug!("can't release locks: {error}");
             }
             one.record.set_ranges(&[]);
-            // A request that is under way, or waits, goes on and may lock again.
+            // A running or waiting request continues and may lock again.
             Arc::strong_count(&one.file) > 1
         });
         self.count
@@ -209,7 +205,7 @@ impl Locks {
         }
     }
 
-    fn nodes(&self) -> MutexGuard<'_, HashMap<NodeId, Vec<Owned>, Mix>> {
+    fn nodes(&self) -> MutexGuard<'_, FxHashMap<NodeId, Vec<Owned>>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -221,9 +217,9 @@ impl Owned {
     }
 }
 
-/// `ranges`, after `lock` was set: it takes the place of what it covers, and what touches it and is of
-/// its kind becomes one with it, as in the kernel.
-fn after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
+/// `ranges` after `lock` was set. The lock replaces what it covers, and merges with adjacent ranges
+/// of the same kind, as in the kernel.
+fn ranges_after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
     let exclusive = lock.kind == LockKind::Exclusive;
     let (mut start, mut end) = (lock.start, lock.end);
     let mut left = Vec::with_capacity(ranges.len() + 2);
@@ -259,14 +255,14 @@ fn after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
 }
 
 impl Passthrough {
-    /// The descriptor that an owner's locks on an open file belong to, opened if need be.
+    /// The descriptor for an owner's locks on an open file. It is opened if the owner has none.
     pub(super) fn lock_file_of(
         &self,
         node: NodeId,
         handle: Handle,
         owner: LockOwner,
     ) -> Result<Arc<File>> {
-        // Only who has the file open may lock it.
+        // A file must be open to be locked.
         self.handles.file(node, handle, HandleKind::File)?;
         let inode = self.inode(node)?;
         if let Some(file) = self.locks.find_with(node, handle, owner) {
@@ -280,7 +276,7 @@ impl Passthrough {
         }
     }
 
-    /// A descriptor of `inode` for locks of both kinds, where that can be had.
+    /// Opens `inode` for locks of both kinds, if possible.
     pub(super) fn open_to_lock(&self, inode: &Inode) -> Result<OwnedFd> {
         let most = if self.options.readonly {
             OFlags::RDONLY
@@ -306,7 +302,7 @@ mod tests {
     fn ranges(locks: &[(LockKind, u64, u64)]) -> Vec<(bool, u64, u64)> {
         let mut ranges = Vec::new();
         for &(kind, start, end) in locks {
-            ranges = after(ranges, RecordLock { kind, start, end });
+            ranges = ranges_after(ranges, RecordLock { kind, start, end });
         }
         let plain = |range: Range| (range.exclusive, range.start, range.end);
         ranges.into_iter().map(plain).collect()

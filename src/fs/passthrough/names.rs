@@ -1,7 +1,7 @@
-//! Names made, moved and removed: CREATE, MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME.
+//! Creates, renames and removes names: CREATE, MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME.
 //!
-//! The invariant: what is created belongs to the caller, and nothing that is there already is
-//! opened or changed by a creation.
+//! The invariant: a new file belongs to the caller, and a creation neither opens nor changes an
+//! existing file.
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
@@ -14,23 +14,27 @@ use super::Passthrough;
 use super::attributes::{PERMISSIONS, decode_device};
 use super::credentials::CredentialsGuard;
 use super::current_request;
-use super::dir_seqcount::Changing;
+use super::dir_seqcount::DirChange;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::{Directory, IDENTITY, Identity, InodeFd, ReopenMethod, stat_fd};
 use super::lookup::component;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 use crate::sys::file_handle::FileHandle;
 
-/// How often a CREATE without `O_EXCL` looks again when others make and remove the name.
+/// How often a CREATE without `O_EXCL` retries while others create and remove the name.
 const CREATE_TRIES: usize = 16;
 
 const SET_GROUP_ID: u32 = 0o2000;
 const GROUP_EXECUTE: u32 = 0o0010;
 
 impl Passthrough {
-    pub(super) fn section(&self, caller: &Caller, umask: Option<u32>) -> Result<CredentialsGuard> {
+    pub(super) fn as_caller(
+        &self,
+        caller: &Caller,
+        umask: Option<u32>,
+    ) -> Result<CredentialsGuard> {
         self.credential_policy
-            .section(&self.proc_fds, &self.on_host(caller)?, umask)
+            .as_caller(&self.proc_fds, &self.on_host(caller)?, umask)
     }
 
     pub(super) fn make_symlink(
@@ -45,7 +49,7 @@ impl Passthrough {
         self.confirm(caller, &parent)?;
         self.room_for_inode()?;
         {
-            let _as_caller = self.section(caller, None)?;
+            let _as_caller = self.as_caller(caller, None)?;
             rustix::fs::symlinkat(target, &parent, component(name)?)?;
         }
         self.find_new(parent, name)
@@ -61,7 +65,7 @@ impl Passthrough {
         let parent = self.inode(parent)?;
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
-        // No type at all is a regular file, as in mknod(2).
+        // No file type means a regular file, as in mknod(2).
         let kind = match FileType::from_raw_mode(new.mode) {
             FileType::Unknown if new.mode & !PERMISSIONS == 0 => FileType::RegularFile,
             FileType::Unknown | FileType::Directory | FileType::Symlink => {
@@ -69,12 +73,12 @@ impl Passthrough {
             }
             kind => kind,
         };
-        let mode = self.honest_mode(caller, &parent, new.mode)?;
+        let mode = self.permitted_mode(caller, &parent, new.mode)?;
         self.room_for_inode()?;
         let (major, minor) = decode_device(new.rdev);
         let device = rustix::fs::makedev(major, minor);
         {
-            let _as_caller = self.section(caller, Some(new.umask))?;
+            let _as_caller = self.as_caller(caller, Some(new.umask))?;
             rustix::fs::mknodat(&parent, component(name)?, kind, mode, device)?;
         }
         self.find_new(parent, name)
@@ -93,15 +97,17 @@ impl Passthrough {
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
         self.room_for_inode()?;
         {
-            let _as_caller = self.section(caller, Some(new.umask))?;
+            let _as_caller = self.as_caller(caller, Some(new.umask))?;
             rustix::fs::mkdirat(&parent, component(name)?, mode)?;
         }
         self.find_new(parent, name)
     }
 
-    /// `O_EXCL` is always said to the host: it makes the kernel neither follow a symbolic link
-    /// nor mind `fs.protected_regular`, and tells a new file, which is the caller's, from one
-    /// that is there, which is opened as OPEN would.
+    /// Creates and opens a file.
+    ///
+    /// The host always gets `O_EXCL`. With it the kernel neither follows a symbolic link nor
+    /// applies `fs.protected_regular`, and a new file, which belongs to the caller, can be told
+    /// from an existing one, which is opened as by OPEN.
     pub(super) fn create_file(
         &self,
         caller: &Caller,
@@ -114,7 +120,7 @@ impl Passthrough {
         let parent = self.fd(&parent)?;
         let exclusive = flags & OFlags::EXCL.bits() != 0;
         if self.options.readonly {
-            // What is there can be opened for reading, as on any file system.
+            // An existing file can be opened for reading, as on any read-only file system.
             if exclusive {
                 return Err(Errno::ROFS);
             }
@@ -125,7 +131,7 @@ impl Passthrough {
             });
         }
         self.confirm(caller, &parent)?;
-        let mode = self.honest_mode(caller, &parent, new.mode)?;
+        let mode = self.permitted_mode(caller, &parent, new.mode)?;
         for _ in 0..CREATE_TRIES {
             let create = || self.create_new(caller, &parent, name, flags, new.umask, mode);
             match self.labelled(new.label, Some((parent.inode().node(), name)), create) {
@@ -154,11 +160,11 @@ impl Passthrough {
         self.room_for_inode()?;
         self.room_for_handle()?;
         let fd = {
-            let _as_caller = self.section(caller, Some(umask))?;
+            let _as_caller = self.as_caller(caller, Some(umask))?;
             let name = component(name)?;
             self.with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
-        let entry = self.find_created(parent, name, &fd)?;
+        let entry = self.entry_of_created(parent, name, &fd)?;
         self.opened_entry(entry, fd, flags)
     }
 
@@ -174,7 +180,7 @@ impl Passthrough {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
                 self.forget_lookups(entry.node, 1);
-                // An inode that has ended since; its name may be another's by now.
+                // The inode was removed in the meantime. The name may now belong to another inode.
                 Err(if error == Errno::STALE {
                     Errno::NOENT
                 } else {
@@ -184,8 +190,8 @@ impl Passthrough {
         }
     }
 
-    /// Another name for an inode, by its link in `/proc/self/fd`: unlike `AT_EMPTY_PATH` this
-    /// needs no privilege.
+    /// Creates another name for an inode through its link in `/proc/self/fd`, which needs no
+    /// privilege, unlike `AT_EMPTY_PATH`.
     pub(super) fn make_link(
         &self,
         caller: &Caller,
@@ -198,7 +204,7 @@ impl Passthrough {
         let fd = self.fd(&inode)?;
         let parent_fd = self.fd(&parent)?;
         self.confirm_both(caller, &fd, &parent_fd)?;
-        let moment = self.inodes.moment(&parent);
+        let dir_seq = self.inodes.dir_seq(&parent);
         rustix::fs::linkat(
             &self.proc_fds,
             fd.proc_name().as_c_str(),
@@ -206,8 +212,8 @@ impl Passthrough {
             component(name)?,
             AtFlags::SYMLINK_FOLLOW,
         )?;
-        self.inodes.see(&inode, &parent, name, moment);
-        self.find_again(fd)
+        self.inodes.record_name(&inode, &parent, name, dir_seq);
+        self.entry_of_open(fd)
     }
 
     pub(super) fn remove(
@@ -235,75 +241,76 @@ impl Passthrough {
         }
         let removed = self.remove_known(named.as_ref(), parent, name, flags);
         if let Some(known) = &named {
-            self.lay_down_again(&known.inode);
+            self.evict_forgotten(&known.inode);
         }
         removed
     }
 
     fn remove_known(
         &self,
-        named: Option<&Known>,
+        named: Option<&KnownInode>,
         fd: &InodeFd<'_>,
         name: &CStr,
         flags: AtFlags,
     ) -> Result<()> {
         let parent = fd.inode();
         if let Some(known) = named.filter(|known| known.links == 1) {
-            let moment = self.inodes.moment(parent);
-            self.inodes.see(&known.inode, parent, name, moment);
+            let dir_seq = self.inodes.dir_seq(parent);
+            self.inodes.record_name(&known.inode, parent, name, dir_seq);
         }
-        let changing = self.inodes.changing([parent, parent]);
+        let change = self.inodes.begin_name_change([parent, parent]);
         let new = self.known_if_by_handle(named, fd, name);
         let victim = named.or(new.as_ref()).map(|known| self.victim(known));
         let victim = victim.transpose()?;
         let removed = rustix::fs::unlinkat(fd, name, flags);
         if let Some(victim) = victim {
-            self.bury(victim, removed.is_ok(), (parent, name), &changing);
+            self.finish_unlink(victim, removed.is_ok(), (parent, name), &change);
         }
         removed
     }
 
-    /// The descriptor of an inode whose name is about to change, if it can be reached.
+    /// A descriptor of an inode whose name is about to change, if it can be opened.
     ///
     /// # Errors
     ///
-    /// There is none left, so the name must not change: the inode would be out of reach then.
-    fn use_of<'a>(&self, known: Option<&'a Known>) -> Result<Option<Result<InodeFd<'a>>>> {
+    /// No descriptor is left. The name must not change then, as the inode could not be reopened.
+    fn pin<'a>(&self, known: Option<&'a KnownInode>) -> Result<Option<Result<InodeFd<'a>>>> {
         match known.map(|known| self.fd(&known.inode)) {
             Some(Err(Errno::MFILE | Errno::NFILE)) => Err(Errno::NFILE),
-            reached => Ok(reached),
+            opened => Ok(opened),
         }
     }
 
-    /// What goes by `name` in `parent`, if inodes are held by file handle and it was not `known`
-    /// before changes of names there were announced: who looks it up meanwhile sees those.
+    /// The inode with `name` in `parent`, if inodes have file handles and it was not `known` before
+    /// the name change was announced. A lookup that adds the inode in between sees the
+    /// announcement.
     fn known_if_by_handle(
         &self,
-        known: Option<&Known>,
+        known: Option<&KnownInode>,
         parent: &InodeFd<'_>,
         name: &CStr,
-    ) -> Option<Known> {
-        if known.is_some() || self.holder.keeps_opened() {
+    ) -> Option<KnownInode> {
+        if known.is_some() || self.reopen_policy.keeps_opened_fds() {
             return None;
         }
         self.known(parent, name, false)
     }
 
-    /// Prepares an inode for the loss of a name. Whoever is using a descriptor keeps it from being
-    /// closed before the store is told, and one that is about to lose its last name has one from
-    /// here on, as a file handle would lead nowhere.
+    /// Prepares an inode for the loss of a name. A descriptor in use is not closed before the store
+    /// has recorded the loss. An inode that is about to lose its last name keeps a descriptor from
+    /// here on, as its file handle will not open it.
     ///
     /// # Errors
     ///
-    /// As [`use_of`](Self::use_of).
-    fn victim<'a>(&self, known: &'a Known) -> Result<Victim<'a>> {
+    /// As [`pin`](Self::pin).
+    fn victim<'a>(&self, known: &'a KnownInode) -> Result<Victim<'a>> {
         let inode = &*known.inode;
         self.inodes.set_nameless(inode, true);
-        let by_handle = matches!(&*inode.held(), RefKind::Handle(_));
+        let by_handle = matches!(&*inode.ref_kind(), RefKind::Handle(_));
         let mut fd = None;
         if !by_handle || known.is_last() {
-            fd = match self.use_of(Some(known)) {
-                Ok(reached) => reached.and_then(Result::ok),
+            fd = match self.pin(Some(known)) {
+                Ok(opened) => opened.and_then(Result::ok),
                 Err(error) => {
                     self.inodes.set_nameless(inode, false);
                     return Err(error);
@@ -314,7 +321,7 @@ impl Passthrough {
                 .and_then(InodeFd::into_opened)
             {
                 fd = match self.inodes.install(inode, opened) {
-                    Ok(held) => Some(InodeFd::held(inode, held)),
+                    Ok(fd) => Some(InodeFd::installed(inode, fd)),
                     Err(opened) => Some(InodeFd::opened(inode, opened)),
                 };
             }
@@ -326,13 +333,13 @@ impl Passthrough {
         })
     }
 
-    /// Takes note that a name was taken from `victim`, or not after all.
-    fn bury(
+    /// Records whether `victim` lost a name.
+    fn finish_unlink(
         &self,
         victim: Victim<'_>,
         lost: bool,
         (parent, name): (&Inode, &CStr),
-        changing: &Changing<'_>,
+        change: &DirChange<'_>,
     ) {
         let Victim {
             known,
@@ -341,50 +348,54 @@ impl Passthrough {
         } = victim;
         let inode = &*known.inode;
         if lost && let Some(fd) = &fd {
-            self.inodes.lose(inode, parent, name, changing);
+            self.inodes.record_removal(inode, parent, name, change);
             if known.is_last() {
-                self.close_spares(inode.node());
+                self.close_cached(inode.node());
             } else {
-                // It has other names, of which none is known: to a process that has not got the
-                // descriptor nothing else leads there. One without file handles can be looked for.
+                // It has other names, none of them known. A server process that doesn't inherit the
+                // descriptor can only find it by searching the share; recording the handle says
+                // that it has a name. Without file handles the record is empty, which says the
+                // same.
                 let handle = FileHandle::of(fd);
                 let bytes = handle.as_ref().map_or(&[][..], FileHandle::bytes);
-                let held = inode.held();
-                if !matches!(*held, RefKind::Handle(_)) {
+                let ref_kind = inode.ref_kind();
+                if !matches!(*ref_kind, RefKind::Handle(_)) {
                     inode.record().set_handle(bytes);
                 }
             }
-            let held = inode.held();
-            if known.is_last() && inode.slot().is_full() && matches!(*held, RefKind::Handle(_)) {
-                self.inodes.change_way(inode, held, ReopenMethod::None);
+            let ref_kind = inode.ref_kind();
+            if known.is_last() && inode.slot().is_full() && matches!(*ref_kind, RefKind::Handle(_))
+            {
+                self.inodes
+                    .change_reopen_method(inode, ref_kind, ReopenMethod::None);
             }
         }
-        let nameless = lost
+        let is_nameless = lost
             && (known.is_last() || {
                 let links = fd.as_ref().map(|fd| stat_fd(fd, StatxFlags::NLINK));
                 matches!(links, Some(Ok(stat)) if stat.stx_nlink == 0)
             });
-        if !nameless {
+        if !is_nameless {
             self.inodes.set_nameless(inode, false);
         }
         drop(fd);
-        if by_handle && !lost && !self.holder.keeps_opened() {
-            // However lately it was used.
+        if by_handle && !lost && !self.reopen_policy.keeps_opened_fds() {
+            // Evict it even if it was used recently.
             inode.slot().second_chance();
             self.close_now(inode);
         }
     }
 
-    /// The inode that the guest has by `name` in `parent`. If it is about to lose that, a process
-    /// after this one shall know that it had it.
-    fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<Known> {
+    /// The inode that the guest knows under `name` in `parent`. If `loses` is set, the inode number
+    /// is recorded in the journal for the next server process.
+    fn known(&self, parent: &InodeFd<'_>, name: &CStr, loses: bool) -> Option<KnownInode> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY).ok()?;
         if loses && let Some(entry) = self.table().own_journal_entry(current_request::unique()) {
             entry.seen(stat.stx_ino);
         }
         let inode = self.inodes.peek(&Identity::of(&stat))?;
-        Some(Known {
+        Some(KnownInode {
             inode,
             links: stat.stx_nlink,
         })
@@ -404,10 +415,10 @@ impl Passthrough {
         }
         let old_parent = self.inode(from.0)?;
         let new_parent = self.inode(to.0)?;
-        // A whiteout is created, and so it is somebody's.
+        // A whiteout is a new file, so it needs an owner.
         let _as_caller = flags
             .contains(RenameFlags::WHITEOUT)
-            .then(|| self.section(caller, None))
+            .then(|| self.as_caller(caller, None))
             .transpose()?;
         let old_fd = self.fd(&old_parent)?;
         let new_fd = self.fd(&new_parent)?;
@@ -420,18 +431,20 @@ impl Passthrough {
         let known = (moved.as_ref(), replaced.as_ref());
         let renamed = self.move_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
         for known in moved.iter().chain(&replaced) {
-            self.lay_down_again(&known.inode);
+            self.evict_forgotten(&known.inode);
         }
         renamed
     }
 
-    /// The permission bits of a new file, without a set-group-ID bit that the caller has no right
-    /// to. In a set-group-ID directory a file gets the directory's group; the kernel takes the bit
-    /// from an executable file whose creator isn't in that group, but it would not from the server,
-    /// who has `CAP_FSETID`. Kernels from 6.0 on have done so in the guest already; those from 6.3 on
-    /// say of a member by a supplementary group that it is one, and before that it may set the bit
-    /// afterwards. Where owners are mapped, the guest's kernel alone knows who is privileged.
-    pub(super) fn honest_mode(
+    /// The permission bits of a new file, without a set-group-ID bit that the caller may not set.
+    ///
+    /// In a set-group-ID directory a file gets the directory's group. The kernel clears the bit of
+    /// an executable file if the creator isn't in that group, but it would not for the server,
+    /// which has `CAP_FSETID`. Guest kernels since 6.0 clear the bit themselves. Guest kernels
+    /// since 6.3 report a caller that is in the group by a supplementary group as a member; with
+    /// older ones such a caller can set the bit afterwards. If ids are mapped, only the guest's
+    /// kernel knows which callers are privileged.
+    pub(super) fn permitted_mode(
         &self,
         caller: &Caller,
         parent: &impl AsFd,
@@ -454,34 +467,35 @@ impl Passthrough {
 
     fn move_known(
         &self,
-        (moved, replaced): (Option<&Known>, Option<&Known>),
+        (moved, replaced): (Option<&KnownInode>, Option<&KnownInode>),
         (old_fd, old_name): (&InodeFd<'_>, &CStr),
         (new_fd, new_name): (&InodeFd<'_>, &CStr),
         flags: RenameFlags,
     ) -> Result<()> {
         let (old_parent, new_parent) = (old_fd.inode(), new_fd.inode());
         if let Some(known) = moved {
-            let moment = self.inodes.moment(old_parent);
-            self.inodes.see(&known.inode, old_parent, old_name, moment);
+            let dir_seq = self.inodes.dir_seq(old_parent);
+            self.inodes
+                .record_name(&known.inode, old_parent, old_name, dir_seq);
         }
-        // Whoever is using a descriptor keeps it from being closed before the store is told.
-        let by_name = |known: &&Known| !matches!(&*known.inode.held(), RefKind::Handle(_));
+        // A descriptor in use is not closed before the store has recorded the rename.
+        let by_name = |known: &&KnownInode| !matches!(&*known.inode.ref_kind(), RefKind::Handle(_));
         let in_use = [
-            self.use_of(moved.filter(by_name))?,
-            self.use_of(replaced.filter(by_name))?,
+            self.pin(moved.filter(by_name))?,
+            self.pin(replaced.filter(by_name))?,
         ];
-        let changing = self.inodes.changing([old_parent, new_parent]);
+        let change = self.inodes.begin_name_change([old_parent, new_parent]);
         let new = self.known_if_by_handle(replaced, new_fd, new_name);
         let replaced = replaced.or(new.as_ref());
-        let node = |known: &Known| known.inode.node();
-        // Two names of one inode: both stay.
+        let node = |known: &KnownInode| known.inode.node();
+        // Both names are links of one inode. rename(2) does nothing then.
         let same = moved.is_some() && moved.map(node) == replaced.map(node);
         let exchanged = flags.contains(RenameFlags::EXCHANGE);
         let victim = replaced.filter(|_| !same && !exchanged);
         let victim = victim.map(|known| self.victim(known)).transpose()?;
         let renamed = rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags);
         if let Some(victim) = victim {
-            self.bury(victim, renamed.is_ok(), (new_parent, new_name), &changing);
+            self.finish_unlink(victim, renamed.is_ok(), (new_parent, new_name), &change);
         }
         renamed?;
         if same {
@@ -489,26 +503,28 @@ impl Passthrough {
         }
         if let Some(known) = replaced.filter(|_| exchanged) {
             let (parent, name) = (old_parent, old_name);
-            self.inodes.rename(&known.inode, parent, name, &changing);
+            self.inodes
+                .record_rename(&known.inode, parent, name, &change);
         }
         if let Some(known) = moved {
             let (parent, name) = (new_parent, new_name);
-            self.inodes.rename(&known.inode, parent, name, &changing);
+            self.inodes
+                .record_rename(&known.inode, parent, name, &change);
         }
-        drop(changing);
+        drop(change);
         drop(in_use);
         Ok(())
     }
 }
 
 /// An inode whose name is about to change.
-struct Known {
+struct KnownInode {
     inode: Arc<Inode>,
     links: u32,
 }
 
-impl Known {
-    /// Whether it has no name but this one.
+impl KnownInode {
+    /// Whether this is its last name.
     fn is_last(&self) -> bool {
         self.links == 1 || self.inode.kind() == FileType::Directory
     }
@@ -516,8 +532,8 @@ impl Known {
 
 /// An inode that is about to lose a name.
 struct Victim<'a> {
-    known: &'a Known,
+    known: &'a KnownInode,
     by_handle: bool,
-    /// What keeps it, if it could be opened.
+    /// A descriptor that keeps the inode alive, if it could be opened.
     fd: Option<InodeFd<'a>>,
 }

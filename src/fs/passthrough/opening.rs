@@ -1,7 +1,8 @@
-//! Opening: which of the guest's flags count on the host, and what of a file may be opened.
+//! Opens files and directories: which of the guest's flags apply on the host, and what may be
+//! opened.
 //!
-//! The invariant: nothing but regular files and directories is opened, and whatever opens a
-//! file for changing has asked whether that is allowed.
+//! The invariant: only regular files and directories are opened, and a file is opened for a change
+//! only after the check that changes are allowed.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,13 +13,13 @@ use rustix::io::Errno;
 
 use super::handleless_open::IMPLICIT;
 use super::inode::Inode;
-use super::revalidate::goes_by_name;
+use super::revalidate::is_reopened_by_name;
 use super::{Cache, Passthrough};
 use crate::fs::{Caller, Entry, HandleKind, NegotiatedTerms, NodeId, Opened, Result};
 use crate::io::File;
 
-/// The [`NegotiatedTerms`] that hold now. They change while no request is under way, so no access orders
-/// anything.
+/// The [`NegotiatedTerms`] in force. They change only while no request is running, so accesses to
+/// them order nothing.
 #[derive(Debug, Default)]
 pub(super) struct CurrentTerms {
     collects_writes: AtomicBool,
@@ -54,39 +55,45 @@ impl CurrentTerms {
 }
 
 impl Passthrough {
-    /// The flags of the guest's `open(2)` that are passed on to the host's.
+    /// The flags of the guest's `open(2)` that are passed on to the host.
     ///
-    /// Not so `O_CREAT` and `O_EXCL`, which are said where they are meant; `O_APPEND`, which the
-    /// guest may take back without telling, and says with each write; `O_NOFOLLOW`, as the way
-    /// to the inode is a link; `O_NONBLOCK`, which would make io_uring give up instead of waiting
-    /// for the disk; `O_NOATIME` unless asked for, as the host refuses it to a server that
-    /// doesn't own the file; and all that is none of a regular file's. What is kept for all that
-    /// use a file without OPEN is opened as none of them in particular.
+    /// These flags are not passed on:
+    ///
+    /// - `O_CREAT` and `O_EXCL`, which CREATE sets itself;
+    /// - `O_APPEND`, which the guest can clear without notice, and which it says with each write;
+    /// - `O_NOFOLLOW`, as the path in `/proc/self/fd` is a symbolic link;
+    /// - `O_NONBLOCK`, which would make io_uring fail instead of waiting for the disk;
+    /// - `O_NOATIME`, unless the option is set, as the host refuses it if the server doesn't own
+    ///   the file;
+    /// - all flags that mean nothing for a regular file.
+    ///
+    /// With `--no-open` one file serves all users of an inode, so it is opened without any of the
+    /// optional flags.
     pub(super) fn file_flags(&self, flags: u32) -> OFlags {
         let flags = OFlags::from_bits_retain(flags);
         let dsync = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
-        let mut kept = OFlags::RWMODE | OFlags::TRUNC;
+        let mut host_flags = OFlags::RWMODE | OFlags::TRUNC;
         if !self.terms.no_open() {
-            kept |= OFlags::SYNC | dsync;
+            host_flags |= OFlags::SYNC | dsync;
             if self.options.allow_direct_io {
-                kept |= OFlags::DIRECT;
+                host_flags |= OFlags::DIRECT;
             }
             if self.options.preserve_noatime {
-                kept |= OFlags::NOATIME;
+                host_flags |= OFlags::NOATIME;
             }
         }
-        let mut kept = flags & kept;
+        let mut host_flags = flags & host_flags;
         let read_too = self.terms.collects_writes() || self.terms.no_open();
-        if read_too && kept & OFlags::RWMODE == OFlags::WRONLY {
-            kept = kept.difference(OFlags::RWMODE) | OFlags::RDWR;
+        if read_too && host_flags & OFlags::RWMODE == OFlags::WRONLY {
+            host_flags = host_flags.difference(OFlags::RWMODE) | OFlags::RDWR;
         }
-        kept | OFlags::NOCTTY
+        host_flags | OFlags::NOCTTY
     }
 
-    /// The inode of a regular file. Anything else is refused, without a call that could block or
-    /// act: FIFOs, sockets and devices are the guest's own affair, and a guest's kernel never
-    /// asks for them. `ENXIO` is what Linux says to who opens a socket, or a device that isn't
-    /// there; `ELOOP` what it says to who opens a symbolic link and follows none.
+    /// The inode of a regular file. Other types are refused without a system call that could block
+    /// or act on a device: FIFOs, sockets and devices are handled by the guest's kernel, which
+    /// never opens them here. `ENXIO` is Linux's error for opening a socket or a missing device,
+    /// `ELOOP` that for opening a symbolic link with `O_NOFOLLOW`.
     pub(super) fn regular(&self, node: NodeId) -> Result<Arc<Inode>> {
         let inode = self.inode(node)?;
         match inode.kind() {
@@ -97,23 +104,23 @@ impl Passthrough {
         }
     }
 
-    /// Opens a regular file, as OPEN.
+    /// Opens a regular file, as for OPEN.
     pub(super) fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
         let inode = self.regular(node)?;
         self.room_for_handle()?;
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
-        if let Some(file) = self.spare(node, flags) {
+        if let Some(file) = self.take_closed(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
         let changes = truncates || flags & OFlags::RWMODE != OFlags::RDONLY;
-        let by_name = goes_by_name(&inode);
+        let by_name = is_reopened_by_name(&inode);
         if changes && (by_name || truncates) {
             self.writable()?;
             self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;
         }
-        // Where owners are mapped, user 0 may be anybody.
+        // If ids are mapped, user 0 may be any user.
         let privileged = caller.uid == Some(0) && !self.terms.idmapped();
         let file = if truncates && (caller.kill_set_id || !privileged) {
             self.writable()?;
@@ -139,7 +146,7 @@ impl Passthrough {
 
     pub(super) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
         if self.options.readonly {
-            // Reading leaves no trace, where the host allows that.
+            // Reading leaves no trace, if the host allows that.
             match self.reopen(inode, flags | OFlags::NOATIME) {
                 Err(Errno::PERM) => {}
                 opened => return opened,
@@ -148,9 +155,9 @@ impl Passthrough {
         self.reopen(inode, flags)
     }
 
-    /// Opens a file that the caller `appends` to, or not. A file that may be appended to only
-    /// (`chattr +a`) can't be opened without `O_APPEND`, and no change of flags makes it be
-    /// written elsewhere.
+    /// Opens a file for writing; `appends` says whether the caller opened it with `O_APPEND`. An
+    /// append-only file (`chattr +a`) can't be opened without that flag, and the kernel never lets
+    /// it be written anywhere but at the end.
     pub(super) fn open_appendable(
         &self,
         inode: &Inode,
@@ -170,8 +177,8 @@ impl Passthrough {
         self.open_for_reading(inode, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
-    /// What the guest knows and has open from now on: `entry`, counted already, and `fd`, which was
-    /// opened with `flags`.
+    /// Adds an open file to the handles: `entry`, whose lookup is counted already, and `fd`, which
+    /// was opened with `flags`.
     pub(super) fn opened_entry(
         &self,
         entry: Entry,
@@ -187,7 +194,7 @@ impl Passthrough {
         }
     }
 
-    /// What the guest has open from now on: `fd`, which was opened with `flags`.
+    /// Adds `fd`, which was opened with `flags`, to the handles.
     pub(super) fn opened(
         &self,
         node: NodeId,

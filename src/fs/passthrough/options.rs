@@ -1,7 +1,6 @@
-//! How a directory is shared: the options, and how many descriptors there are for it.
+//! The options of a share, and how many descriptors there are for it.
 //!
-//! The invariant: the default suits every guest, and takes no more than the limits that the process
-//! has.
+//! The invariant: the defaults suit every guest and stay within the limits of the process.
 
 use std::time::Duration;
 
@@ -14,26 +13,26 @@ use super::migration::MigrationOptions;
 use super::xattr_map::XattrMap;
 use crate::state::Limits;
 
-/// Inodes that a guest may know unless the options say otherwise. One costs the server 200 to
-/// 400 bytes, and the guest, whose kernel has an inode and a name for it, about four times that.
+/// The default number of inodes that a guest may know. One costs the server 200 to 400 bytes, and
+/// the guest, whose kernel has an inode and a name for it, about four times that.
 const MOST_INODES: usize = 1 << 24;
 
-/// What the guest may keep of the files it has opened.
+/// What the guest may cache of the files it opens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
     /// Nothing.
     Never,
-    /// Names, attributes and lists of names; not the data of files.
+    /// Names, attributes and directory entries, but not the data of files.
     Metadata,
-    /// Data until the file has changed, as its attributes tell.
+    /// Data too, until the file's attributes show a change.
     #[default]
     Auto,
-    /// Everything, also across close and open.
+    /// Everything, even across close and open.
     Always,
 }
 
 impl Cache {
-    /// How long names and attributes hold.
+    /// How long names and attributes stay valid.
     #[must_use]
     pub fn ttl(self) -> Duration {
         Duration::from_secs(match self {
@@ -47,59 +46,60 @@ impl Cache {
 /// How a directory is shared.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// When inodes are held by file handle.
+    /// When inodes are referred to by file handle.
     pub inode_file_handles: InodeFileHandles,
-    /// How many descriptors inodes and open files may have together before inodes that are not
-    /// in use give up theirs; `None` for three quarters of what `RLIMIT_NOFILE` allows when the
-    /// file system is made, which is also the most, unless that leaves fewer than
-    /// `reserved_descriptors`. See [`raise_descriptor_limit`].
+    /// How many descriptors inodes and open files may have in total before unused inodes give up
+    /// theirs. `None` means three quarters of `RLIMIT_NOFILE` at construction, or less if that
+    /// would leave fewer than `reserved_descriptors`; this is also the maximum. See
+    /// [`raise_descriptor_limit`].
     pub max_open_inodes: Option<usize>,
-    /// How many descriptors the guest never gets, however few there are: for whoever serves it.
-    /// At most half of them.
+    /// How many descriptors the guest never gets, however few there are, as the server needs them
+    /// itself. At most half of all.
     pub reserved_descriptors: usize,
-    /// How many inodes the guest may know at the same time, besides the root; beyond that what
-    /// would make one known is `ENFILE`. The host's memory is what this is about.
+    /// How many inodes the guest may know at the same time, besides the root. A lookup beyond that
+    /// fails with `ENFILE`. This limits the host's memory.
     pub max_inodes: usize,
-    /// How many inodes that the guest has given back are remembered, so that its file handles of
-    /// them stay good; the longest given back goes first, and all give way to what it knows. 0
-    /// for none.
+    /// How many forgotten inodes are kept, so that the guest's file handles of them stay valid. The
+    /// longest forgotten is dropped first, and all are dropped before an inode that the guest knows
+    /// is refused. 0 for none.
     pub remember_inodes: usize,
-    /// How many files and directories it may have open, those included that locks need; beyond
-    /// that opening is `ENFILE`, and locking `ENOLCK`. `None` for three quarters of what
-    /// `RLIMIT_NOFILE` allows, which is also the most.
+    /// How many files and directories the guest may have open, including those needed for locks.
+    /// Beyond that, opening fails with `ENFILE` and locking with `ENOLCK`. `None` means three
+    /// quarters of `RLIMIT_NOFILE`, which is also the maximum.
     pub max_handles: Option<usize>,
-    /// How many files that the guest has closed may be kept open for when it opens them again, a
-    /// quarter of all descriptors at most; 0 for none.
+    /// How many files that the guest has closed may stay open in case it opens them again, at most
+    /// a quarter of all descriptors; 0 for none.
     pub max_spare_files: usize,
-    /// What the guest may keep of open files and directories.
+    /// What the guest may cache of open files and directories.
     pub cache: Cache,
-    /// How long the guest may rely on attributes.
+    /// How long attributes stay valid in the guest.
     pub attribute_ttl: Duration,
-    /// How long the guest may rely on names.
+    /// How long names stay valid in the guest.
     pub entry_ttl: Duration,
-    /// How user ids are translated between guest and host.
+    /// How user ids are mapped between guest and host.
     pub users: IdMap,
-    /// How group ids are.
+    /// How group ids are mapped.
     pub groups: IdMap,
-    /// Extended attributes are served; else they answer `EOPNOTSUPP`. On unless switched off:
-    /// programs take their absence for data loss (`cp -a`, `rsync -X`, package managers).
+    /// Whether extended attributes are served. If not, requests fail with `EOPNOTSUPP`. On by
+    /// default: programs report their absence as data loss (`cp -a`, `rsync -X`, package managers).
     pub xattr: bool,
-    /// Under which names.
+    /// How the names of extended attributes are mapped.
     pub xattr_map: Option<XattrMap>,
-    /// `O_DIRECT` of the guest is passed on to the host; else the host's cache stays in use.
+    /// Whether the guest's `O_DIRECT` is passed on to the host. If not, the host's page cache is
+    /// used.
     pub allow_direct_io: bool,
-    /// `O_NOATIME` of the guest is passed on to the host, which may refuse it.
+    /// Whether the guest's `O_NOATIME` is passed on to the host, which may refuse it.
     pub preserve_noatime: bool,
-    /// Whatever would change something is refused with `EROFS`.
+    /// Whether every change is refused with `EROFS`.
     pub readonly: bool,
-    /// Entries say where another file system begins.
+    /// Whether entries say that another file system is mounted there.
     pub announce_submounts: bool,
-    /// How a guest is moved to another server, or comes from one.
+    /// How the session is migrated.
     pub migration: MigrationOptions,
 }
 
 impl Options {
-    /// How large a table has to be for all that a guest may hold, of a device with so many queues.
+    /// The size of the state table for all that a guest may have, on a device with `queues` queues.
     #[must_use]
     pub fn limits(&self, queues: u16) -> Limits {
         let all = guest_descriptors(self.reserved_descriptors);
@@ -138,8 +138,8 @@ impl Default for Options {
     }
 }
 
-/// Raises the limit of open descriptors (`RLIMIT_NOFILE`) as far as it goes without privilege,
-/// and answers what it is then; `None` for no limit. For the server's start.
+/// Raises the soft limit of open descriptors (`RLIMIT_NOFILE`) to the hard limit. Returns the new
+/// limit, or `None` if there is none. Called at the start of the server.
 pub fn raise_descriptor_limit() -> Option<u64> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -151,7 +151,7 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     }
     match rustix::process::setrlimit(Resource::Nofile, raised) {
         Ok(()) => raised.current,
-        // Only a seccomp filter forbids this. What depends on the limit goes by what it is.
+        // Only a seccomp filter forbids this. The limit is read again where it matters.
         Err(error) => {
             log::warn!("can't raise the limit of open descriptors to its maximum: {error}");
             limit.current
@@ -159,11 +159,12 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     }
 }
 
-/// Sets the limit of open descriptors, and raises the hard limit too if need be.
+/// Sets the limit of open descriptors. Raises the hard limit as well if needed.
 ///
 /// # Errors
 ///
-/// `EPERM`: the hard limit is lower, and the process has no privilege to raise it, or nobody has.
+/// `EPERM` if the hard limit is lower and the process may not raise it, or if the kernel allows no
+/// process so many.
 pub fn set_descriptor_limit(limit: u64) -> Result<(), Errno> {
     let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
     let wanted = Rlimit {
@@ -181,8 +182,8 @@ pub(super) fn descriptor_limit() -> usize {
     })
 }
 
-/// How many of them may be open for the guest; the others are for queues, rings, sockets, the front
-/// end's messages and operations that run.
+/// How many of them may be open for the guest. The others are for queues, rings, sockets, the front
+/// end's messages, and running operations.
 pub(super) fn guest_descriptors(reserved: usize) -> usize {
     let limit = descriptor_limit();
     limit - (limit / 4).max(reserved.min(limit / 2))

@@ -1,6 +1,6 @@
-//! Requests that a previous process has begun: what the passthrough tells of them.
+//! Tells what a previous server process already did for a request that is replayed.
 //!
-//! The invariant: a request counts as done only if what is there now shows it.
+//! The invariant: a request counts as done only if the current state of the file system shows it.
 
 use std::ffi::CStr;
 
@@ -11,7 +11,7 @@ use crate::io::{Lock, LockKind};
 impl Replay for Passthrough {
     fn begin_request(&self, unique: u64) {
         current_request::set(unique);
-        if let Some(number) = self.begun.seen(unique)
+        if let Some(number) = self.previous_attempts.seen(unique)
             && let Some(entry) = self.table().own_journal_entry(unique)
         {
             entry.seen(number);
@@ -19,30 +19,30 @@ impl Replay for Passthrough {
     }
 
     fn was_forgotten(&self, node: NodeId, unique: u64) -> bool {
-        // One that is forgotten altogether has nothing to give back.
-        self.begun.has_forgotten(unique, node) || self.inodes.any(node).is_none()
+        // An inode that is no longer in the store has no lookups left.
+        self.previous_attempts.has_forgotten(unique, node) || self.inodes.any(node).is_none()
     }
 
     fn recorded_inode(&self, unique: u64) -> Option<u64> {
-        self.begun.seen(unique)
+        self.previous_attempts.seen(unique)
     }
 
     fn inode_at(&self, parent: NodeId, name: &CStr) -> Result<u64> {
-        self.key_at(parent, name)
+        self.identity_at(parent, name)
             .map(|identity| identity.key.number)
     }
 
     fn is_known(&self, parent: NodeId, name: &CStr) -> bool {
-        let there = self.key_at(parent, name);
+        let there = self.identity_at(parent, name);
         there.is_ok_and(|identity| self.inodes.peek(&identity).is_some())
     }
 
     fn was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
-        self.has_lost(parent, name, number)
+        self.name_was_removed(parent, name, number)
     }
 
     fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool {
-        self.has_moved(from, to, number)
+        self.name_was_moved(from, to, number)
     }
 
     fn record_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {

@@ -1,16 +1,16 @@
-//! Going on from a table that another process has left: after a crash, an upgrade, a migration.
+//! Resumes a session from the table that another process left: after a crash, an upgrade, or a
+//! migration.
 //!
-//! Inodes, open files and locks come back with their descriptors where these are still there under
-//! their numbers, because this process has those of the one before ([`Past::bequeathed`]); else they
-//! are opened anew, by file handle or by parent and name, inodes when they are needed, files and locks
-//! at once. What was not yet answered when the other process ended is undone as far as it counts,
-//! since it is going to be done again. The invariant: whatever is opened is the inode that it was,
-//! as device, number and birth say; what can't be had any more is `ESTALE` or `EBADF` to the guest,
-//! and never another file.
+//! Inodes, open files and locks get their descriptors back if this process has those of the
+//! previous process under the same numbers ([`Past::inherited_fds`]). Otherwise they are reopened,
+//! by file handle or by parent and name: inodes when they are needed, files and locks at once. The
+//! lookups counted by requests that were not answered are undone, as these requests are served
+//! again. The invariant: a reopened inode is the same inode by device, number and birth time; one
+//! that can't be reopened is `ESTALE` or `EBADF` to the guest, never another file.
 //!
-//! With descriptors bequeathed the shared directory, too, is the one that was open before: a server
-//! in a mount namespace of its own has other mounts than the one before it, between which no name can
-//! be moved.
+//! With inherited descriptors, the root is also the directory that was open before: a server in its
+//! own mount namespace has other mounts than the previous server, and a name can't be moved between
+//! mounts.
 
 mod seek;
 
@@ -22,7 +22,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use self::seek::Sought;
+use self::seek::LostInodeSearch;
 use super::Passthrough;
 use super::inode::{Inode, RefKind};
 use super::inode_ref::{IDENTITY, Identity, Key, stat_fd};
@@ -34,16 +34,17 @@ use crate::state::{HandleRecord, InodeRecord, LockRecord, Table};
 use crate::sys::file_handle::FileHandle;
 use crate::sys::inherit;
 
-/// What is known of how the process before ended.
+/// What is known about the end of the previous server process.
 #[derive(Clone, Debug, Default)]
 pub struct Past {
-    /// This process has its descriptors, under the same numbers, and nothing else has.
+    /// This process has the previous one's descriptors, under the same numbers, and no other
+    /// process does.
     pub inherited_fds: bool,
-    /// The requests that were under way, and not yet done.
+    /// The requests that were running and not finished.
     pub under_way: Vec<u64>,
 }
 
-/// What has come back.
+/// What was restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// Inodes.
@@ -52,7 +53,7 @@ pub struct Restored {
     pub files: usize,
     /// Lock owners.
     pub locks: usize,
-    /// Open files and lock owners that have not.
+    /// Open files and lock owners that could not be restored.
     pub lost: usize,
 }
 
@@ -71,18 +72,18 @@ impl std::fmt::Display for Restored {
     }
 }
 
-/// What is known of requests that a process before this one had begun.
+/// What earlier server processes recorded about unfinished requests.
 #[derive(Debug, Default)]
-pub(super) struct Begun {
+pub(super) struct PreviousAttempts {
     seen: HashMap<u64, u64>,
     forgotten: HashSet<(u64, NodeId)>,
-    /// Of its inodes, those that were looked for.
-    sought: Sought,
+    /// The search for inodes whose known name is gone.
+    search: LostInodeSearch,
 }
 
-impl Begun {
+impl PreviousAttempts {
     pub(super) fn seen(&self, unique: u64) -> Option<u64> {
-        // Nearly always there is nothing.
+        // The map is nearly always empty.
         self.seen.get(&unique).copied()
     }
 
@@ -91,14 +92,14 @@ impl Begun {
     }
 }
 
-/// The records that a table has.
+/// The records in a table.
 #[derive(Debug)]
 pub(super) struct Records {
     pub(super) root: InodeRecord,
     pub(super) others: Others,
 }
 
-/// All of them but the root's.
+/// All records except that of the root.
 #[derive(Debug)]
 pub(super) struct Others {
     inodes: Vec<InodeRecord>,
@@ -107,7 +108,7 @@ pub(super) struct Others {
 }
 
 impl Records {
-    /// Those of `table`; `None` if it knows of no root.
+    /// Takes the records of `table`. Returns `None` if there is no root.
     pub(super) fn of(table: &Arc<Table>) -> Option<Self> {
         let (handles, locks) = (table.take_handles(), table.take_locks());
         let mut inodes = table.take_inodes();
@@ -122,7 +123,7 @@ impl Records {
     }
 }
 
-/// Who the inode of a record was to the process before.
+/// The key that the inode had in the previous process.
 pub(super) fn key_of(record: &InodeRecord) -> Key {
     Key {
         number: record.number(),
@@ -131,16 +132,16 @@ pub(super) fn key_of(record: &InodeRecord) -> Key {
     }
 }
 
-/// The descriptor that was written down as `fd`, if it is open on that inode.
-pub(super) fn inherited_fds(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
+/// The inherited descriptor with the recorded number `fd`, if it is open on that inode.
+pub(super) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
     let fd = inherit::bequeathed_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
     let key = Identity::of(&stat).key;
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
 }
 
-/// A server's end is not the end of what its guest holds: that ends by FORGET, RELEASE, or with the
-/// guest's session ([`reset`](crate::fs::FileSystem::reset)), and otherwise is the next process's.
+/// The guest's state doesn't end with the server. It ends with FORGET, RELEASE, or the guest's
+/// session ([`reset`](crate::fs::FileSystem::reset)); otherwise the next server process resumes it.
 impl Drop for Passthrough {
     fn drop(&mut self) {
         self.table().close();
@@ -148,27 +149,28 @@ impl Drop for Passthrough {
 }
 
 impl Passthrough {
-    /// Takes in what `records` tell of.
+    /// Restores what `records` describe.
     pub(super) fn restore(&mut self, mut records: Others, old_root: Key, past: &Past) -> Restored {
         let under_way: HashSet<u64> = past.under_way.iter().copied().collect();
         let mut restored = Restored::default();
-        self.find_begun(&mut records.inodes, &under_way);
+        self.load_previous_attempts(&mut records.inodes, &under_way);
         let known: HashSet<u64> = records.inodes.iter().map(InodeRecord::node).collect();
         let inodes: Vec<Inode> = records
             .inodes
             .into_iter()
             .map(|record| self.restored_inode(record, &known, old_root, past))
             .collect();
-        // Of young ones number and birth tell too little later on; at this moment they do.
+        // For young inodes number and birth time are sufficient now, but not later, so they are
+        // opened now.
         let unsure = |inode: &&Inode| !inode.is_settled() && !inode.slot().is_full();
         let young: Vec<NodeId> = inodes.iter().filter(unsure).map(Inode::node).collect();
-        self.inodes.take_in(inodes);
+        self.inodes.restore_all(inodes);
         restored.inodes = self.inodes.len();
         if !past.inherited_fds {
-            self.begun.sought = Sought::from(self.table().nodes_given_out());
+            self.previous_attempts.search = LostInodeSearch::from(self.table().nodes_given_out());
             let open = records.handles.iter();
             let open = open.map(|record| NodeId(record.fields().node));
-            self.find_all(young.into_iter().chain(open).collect());
+            self.search_by_node(young.into_iter().chain(open).collect());
         }
         for record in records.handles {
             match self.restored_file(&record, &under_way, past) {
@@ -177,7 +179,7 @@ impl Passthrough {
                     if let Some(inode) = self.inodes.any(node)
                         && inode.kind() == FileType::RegularFile
                     {
-                        self.share_restored(&inode, &file);
+                        self.share_if_nameless(&inode, &file);
                     }
                     self.handles.put(record, file);
                     restored.files += 1;
@@ -185,7 +187,7 @@ impl Passthrough {
                 Ok(None) => {}
                 Err(error) => {
                     let node = record.fields().node;
-                    log::warn!("an open file of node {node} can't be opened again: {error}");
+                    log::warn!("can't reopen an open file of node {node}: {error}");
                     restored.lost += 1;
                 }
             }
@@ -198,7 +200,7 @@ impl Passthrough {
                 }
                 Err(error) => {
                     let node = record.fields().node;
-                    log::warn!("locks on node {node} can't be taken again: {error}");
+                    log::warn!("can't acquire the locks on node {node} again: {error}");
                     restored.lost += 1;
                 }
             }
@@ -207,9 +209,9 @@ impl Passthrough {
         restored
     }
 
-    /// Finds out how far requests came that were under way, and takes back the lookups that they have
-    /// added: they will be served again.
-    fn find_begun(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
+    /// Reads how far unfinished requests got, and undoes the lookups that they counted, as they
+    /// will be served again.
+    fn load_previous_attempts(&mut self, inodes: &mut [InodeRecord], under_way: &HashSet<u64>) {
         let table = Arc::clone(self.table());
         let by_node: HashMap<u64, usize> = (0..inodes.len())
             .map(|at| (inodes[at].node(), at))
@@ -218,21 +220,21 @@ impl Passthrough {
         for mut done in table.take_doings(|unique| under_way.contains(&unique)) {
             let unique = done.unique;
             if done.seen != 0 {
-                self.begun.seen.insert(unique, done.seen);
+                self.previous_attempts.seen.insert(unique, done.seen);
             }
-            let mut given_back = std::mem::take(&mut done.given_back);
+            let mut forgotten = std::mem::take(&mut done.given_back);
             if let Some((node, back)) = done.doubtful
                 && let Some(record) = record(node)
                 && record.was_counted_by(unique, !back)
             {
                 if back {
-                    given_back.push(node);
+                    forgotten.push(node);
                 } else {
                     record.set_lookups(record.lookups().saturating_sub(1), 0, false);
                 }
             }
-            let forgotten = given_back.into_iter().map(|node| (unique, NodeId(node)));
-            self.begun.forgotten.extend(forgotten);
+            let forgotten = forgotten.into_iter().map(|node| (unique, NodeId(node)));
+            self.previous_attempts.forgotten.extend(forgotten);
             while let Some(node) = done.added.last().copied() {
                 match record(node) {
                     Some(record) => table.undo(&mut done, record),
@@ -242,17 +244,17 @@ impl Passthrough {
         }
     }
 
-    /// Who goes by a name; counts nothing.
-    pub(super) fn key_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
+    /// The identity of the inode with this name. Counts no lookup.
+    pub(super) fn identity_at(&self, parent: NodeId, name: &CStr) -> Result<Identity> {
         let parent = self.inode(parent)?;
         let stat = stat_name(&self.fd(&parent)?, name)?;
         Ok(Identity::of(&stat))
     }
 
-    /// Opens an inode, so that what a lookup finds can be compared with it.
-    fn make_sure(&self, inode: &Inode) {
+    /// Opens an inode, so that the result of a lookup can be compared with it.
+    fn open_to_compare(&self, inode: &Inode) {
         if let Err(error) = self.open_closed(inode) {
-            log::debug!("node {} can't be reached: {error}", inode.node().0);
+            log::debug!("can't open node {}: {error}", inode.node().0);
         }
     }
 
@@ -264,7 +266,7 @@ impl Passthrough {
         past: &Past,
     ) -> Inode {
         let fd = if past.inherited_fds {
-            inherited_fds(record.descriptor(), &record)
+            inherited_fd(record.descriptor(), &record)
         } else {
             None
         };
@@ -284,23 +286,23 @@ impl Passthrough {
         });
         let handle = || {
             FileHandle::from_bytes(&record.handle()?)?;
-            Some(RefKind::Handle(self.holder.mount(record.mount())?))
+            Some(RefKind::Handle(self.reopen_policy.mount(record.mount())?))
         };
         let name = name.then_some(RefKind::Name);
-        let held = match (&fd, name) {
+        let ref_kind = match (&fd, name) {
             (Some(_), Some(name)) => Some(name),
             (_, name) => handle().or(name),
         };
-        if held.is_none() {
-            // Nothing but its descriptor leads there, and nobody can tell why.
+        if ref_kind.is_none() {
+            // Only a descriptor led to it, and the reason is unknown.
             record.set_nameless(true);
         }
-        let inode = Inode::recorded(record, fd, held.unwrap_or(RefKind::Nothing));
+        let inode = Inode::recorded(record, fd, ref_kind.unwrap_or(RefKind::Nothing));
         inode.settle_by_record();
         inode
     }
 
-    /// The file that a record tells of; `None` if its OPEN is going to be done again.
+    /// The file of a handle's record. Returns `None` if its OPEN will be served again.
     fn restored_file(
         &self,
         record: &HandleRecord,
@@ -309,8 +311,8 @@ impl Passthrough {
     ) -> Result<Option<File>> {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
-        let had = if past.inherited_fds {
-            inherited_fds(Some(fields.fd), inode.record())
+        let inherited = if past.inherited_fds {
+            inherited_fd(Some(fields.fd), inode.record())
         } else {
             None
         };
@@ -318,17 +320,17 @@ impl Passthrough {
             return Ok(None);
         }
         let flags = OFlags::from_bits_retain(fields.flags).difference(OFlags::TRUNC);
-        let (fd, anew) = match had {
+        let (fd, reopened) = match inherited {
             Some(fd) => (fd, false),
             None if fields.directory => (self.open_directory(&inode)?, true),
             None if inode.kind() == FileType::RegularFile => (self.reopen(&inode, flags)?, true),
             None => return Err(Errno::STALE),
         };
-        if anew {
+        if reopened {
             record.set_descriptor(Some(fd.as_raw_fd()));
         }
         if fields.directory {
-            // Where its stream, which is new, believes it to stand.
+            // The new stream assumes this position.
             rustix::fs::seek(&fd, SeekFrom::Start(0))?;
             return Ok(Some(File::from_fd(fd)));
         }
@@ -338,12 +340,12 @@ impl Passthrough {
             2 => LockKind::Exclusive,
             _ => LockKind::Unlock,
         };
-        if anew
+        if reopened
             && kind != LockKind::Unlock
             && let Err(error) = file.try_lock(Lock::Whole(kind))
         {
             log::warn!(
-                "a lock on node {} can't be taken again: {error}",
+                "can't acquire a lock on node {} again: {error}",
                 fields.node
             );
         }
@@ -354,7 +356,7 @@ impl Passthrough {
         let fields = record.fields();
         let inode = self.inodes.any(NodeId(fields.node)).ok_or(Errno::STALE)?;
         if past.inherited_fds
-            && let Some(fd) = inherited_fds(Some(fields.fd), inode.record())
+            && let Some(fd) = inherited_fd(Some(fields.fd), inode.record())
         {
             return Ok(File::from_fd(fd));
         }
@@ -378,33 +380,32 @@ impl Passthrough {
         Ok(file)
     }
 
-    /// Whether the inode with this `number` goes by `name` no more, as after an UNLINK or RMDIR by the
-    /// process before, which did not come to write it down.
-    pub(super) fn has_lost(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
-        let there = self.key_at(parent, name);
+    /// Whether the inode with this `number` no longer has `name`, as after an UNLINK or RMDIR that
+    /// the previous process executed but did not record.
+    pub(super) fn name_was_removed(&self, parent: NodeId, name: &CStr, number: u64) -> bool {
+        let there = self.identity_at(parent, name);
         if there.is_ok_and(|there| there.key.number == number) {
             return false;
         }
         if let (Ok(parent), Some(lost)) = (self.inode(parent), self.inodes.by_name(parent, name)) {
-            let changing = self.inodes.changing([&parent, &parent]);
-            may_have_others(&lost);
-            self.inodes.lose(&lost, &parent, name, &changing);
+            let change = self.inodes.begin_name_change([&parent, &parent]);
+            note_other_names(&lost);
+            self.inodes.record_removal(&lost, &parent, name, &change);
             self.inodes.set_nameless(&lost, true);
         }
         true
     }
 
-    /// Whether the inode with this `number`, which went by `from`, goes by `to` now, as after a RENAME
-    /// by the process before, which did not come to write it down. It is known by its new name from
-    /// here on.
-    pub(super) fn has_moved(
+    /// Whether the inode with this `number` has moved from `from` to `to`, as after a RENAME that
+    /// the previous process executed but did not record. If so, records its new name.
+    pub(super) fn name_was_moved(
         &self,
         from: (NodeId, &CStr),
         to: (NodeId, &CStr),
         number: u64,
     ) -> bool {
-        let left = self.key_at(from.0, from.1);
-        let there = match self.key_at(to.0, to.1) {
+        let left = self.identity_at(from.0, from.1);
+        let there = match self.identity_at(to.0, to.1) {
             Ok(there) if there.key.number == number => there,
             _ => return false,
         };
@@ -414,37 +415,37 @@ impl Passthrough {
         if let (Ok(old), Ok(new)) = (self.inode(from.0), self.inode(to.0)) {
             let moved = self.inodes.by_name(from.0, from.1);
             let replaced = self.inodes.by_name(to.0, to.1);
-            let changing = self.inodes.changing([&old, &new]);
+            let change = self.inodes.begin_name_change([&old, &new]);
             let is = |inode: &Arc<Inode>, identity: &Identity| inode.may_be(identity);
             if let Some(moved) = moved.as_ref().filter(|it| is(it, &there)) {
-                self.inodes.rename(moved, &new, to.1, &changing);
+                self.inodes.record_rename(moved, &new, to.1, &change);
             }
             match (&replaced, &left) {
                 (Some(other), _) if is(other, &there) => {}
-                // They have changed places.
+                // The two were exchanged.
                 (Some(other), Ok(left)) if is(other, left) => {
-                    self.inodes.rename(other, &old, from.1, &changing);
+                    self.inodes.record_rename(other, &old, from.1, &change);
                 }
                 (Some(other), _) => {
-                    may_have_others(other);
-                    self.inodes.lose(other, &new, to.1, &changing);
+                    note_other_names(other);
+                    self.inodes.record_removal(other, &new, to.1, &change);
                     self.inodes.set_nameless(other, true);
                 }
                 _ => {}
             }
-            drop(changing);
+            drop(change);
             moved
                 .iter()
                 .chain(&replaced)
-                .for_each(|inode| self.make_sure(inode));
+                .for_each(|inode| self.open_to_compare(inode));
         }
         true
     }
 }
 
-/// Takes note that an inode whose known name is gone may have another one.
-fn may_have_others(inode: &Inode) {
-    let _held = inode.held();
+/// Records that an inode whose known name is gone may have another name.
+fn note_other_names(inode: &Inode) {
+    let _ref_kind = inode.ref_kind();
     if inode.record().handle().is_none() {
         inode.record().set_handle(&[]);
     }

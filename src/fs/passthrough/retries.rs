@@ -1,12 +1,13 @@
 //! Requests that were refused with `ESTALE` so that the guest looks the path up again.
 //!
-//! Linux repeats a system call once after `ESTALE`, and looks up each name of the path anew while it
-//! does so. If the repeated request failed as well, the program would get the error. So what the
-//! second request names is let through: it is either an inode that the process has just looked up,
-//! which somebody on the host has replaced since, or the same inode again, and then the process does
-//! not go by a name at all (a working directory, `/proc/self/fd`, an `O_PATH` descriptor).
+//! After `ESTALE` Linux repeats a system call once, and looks up each name of the path again. If
+//! the repeated request failed as well, the program would get the error. So the second request is
+//! served. It names either an inode that the process has just looked up, which a host process has
+//! replaced since, or the same inode again. In the second case the process doesn't use a path at
+//! all (a working directory, `/proc/self/fd`, an `O_PATH` descriptor).
 //!
-//! The invariant: one refusal lets at most one request through, of the process that was refused.
+//! The invariant: one refusal lets at most one request through, and only of the process that was
+//! refused.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,15 +15,16 @@ use std::time::{Duration, Instant};
 
 use crate::fs::NodeId;
 
-/// Processes share slots; two that are refused at the same time and share one may get an error.
+/// Processes share slots. If two processes with the same slot are refused at the same time, one may
+/// get an error.
 const SLOTS: usize = 256;
 
-/// Inodes that a process has looked up since it was refused: the last ones of the longest path that
+/// How many looked-up inodes are stored since a refusal: the last names of the longest path that
 /// matters, twice, as a rename has two paths.
 const FOUND: usize = 8;
 
 /// How long a process may take to repeat its request.
-const LASTS: Duration = Duration::from_secs(2);
+const RETRY_WINDOW: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct Refused {
@@ -30,14 +32,14 @@ struct Refused {
     at: Instant,
     node: NodeId,
     found: [NodeId; FOUND],
-    /// How many it has looked up.
+    /// How many inodes it has looked up.
     count: usize,
 }
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// The process that was refused, and one; 0 for none. Tells the others without a lock that they
-    /// have no business here. Orders nothing: it changes under the lock.
+    /// The id of the refused process plus one; 0 for none. It lets other processes pass without the
+    /// lock. It changes under the lock and orders nothing.
     pid: AtomicU64,
     refused: Mutex<Option<Refused>>,
 }
@@ -53,7 +55,7 @@ impl Slot {
     }
 }
 
-/// The processes of the guest that were refused a request lately.
+/// The guest's processes that were refused recently.
 #[derive(Debug)]
 pub(super) struct Retries(Box<[Slot]>);
 
@@ -66,7 +68,7 @@ impl Retries {
         &self.0[usize::try_from(pid).unwrap_or_default() % SLOTS]
     }
 
-    /// A request of `pid` that named `node` is refused.
+    /// Records that a request of `pid` on `node` was refused.
     pub(super) fn refuse(&self, pid: u32, node: NodeId) {
         let slot = self.slot(pid);
         let mut refused = slot.lock();
@@ -80,7 +82,7 @@ impl Retries {
         slot.pid.store(u64::from(pid) + 1, Ordering::Relaxed);
     }
 
-    /// `pid` has looked up `node`.
+    /// Records that `pid` has looked up `node`.
     #[inline]
     pub(super) fn found(&self, pid: u32, node: NodeId) {
         let slot = self.slot(pid);
@@ -93,7 +95,7 @@ impl Retries {
         }
     }
 
-    /// A request of `pid` is served without any doubt.
+    /// Records that a request of `pid` passed the check.
     #[inline]
     pub(super) fn served(&self, pid: u32) {
         if self.slot(pid).is_of(pid) {
@@ -101,12 +103,12 @@ impl Retries {
         }
     }
 
-    /// Whether a request of `pid` that names `nodes` is the repetition of one that was refused.
+    /// Whether a request of `pid` on `nodes` repeats a refused one.
     pub(super) fn is_repeated(&self, pid: u32, mut nodes: impl Iterator<Item = NodeId>) -> bool {
         self.take(pid).is_some_and(|refused| {
             let found = &refused.found[..refused.count.min(FOUND)];
             let is_known = |node| refused.node == node || found.contains(&node);
-            refused.at.elapsed() < LASTS && nodes.all(is_known)
+            refused.at.elapsed() < RETRY_WINDOW && nodes.all(is_known)
         })
     }
 

@@ -1,17 +1,18 @@
-//! Whether what the guest wants to change is still what its path leads to on the host.
+//! Checks that an inode which the guest wants to change still has the path that the guest knows.
 //!
-//! A guest's kernel relies on a name for as long as it was told. If somebody on the host removes or
-//! replaces the file meanwhile, a write to the inode that the guest knows would be lost: it would
-//! go to a file that has no name, or to a backup that has another one. So whoever is about to
-//! change something is answered `ESTALE` if the name leads elsewhere, and the guest's kernel looks the
-//! path up again and repeats the request. Reading goes on as promised.
+//! A guest's kernel relies on a name as long as its timeout allows. If a host process removes or
+//! replaces the file in that time, a write to the inode that the guest knows would be lost: it
+//! would go to a file without a name, or to a backup with another name. So a request that changes
+//! an inode fails with `ESTALE` if the name leads elsewhere. The guest's kernel then looks the path
+//! up again and repeats the request. Reads are not checked.
 //!
-//! What is not refused: what the guest has open, as no path is followed there; an inode whose last
-//! name the guest itself has removed; what is repeated after a refusal (see `retries`).
+//! Not refused are: requests on files that the guest has open, as they follow no path; requests on
+//! inodes whose last name the guest itself has removed; and a request that is repeated after a
+//! refusal (see `retries`).
 //!
-//! The invariant: a request that is let through without having been refused before names an inode
-//! that had its name, in its directory, after the request had arrived. The next [`ABOVE`]
-//! directories above that are looked at once in [`PERIOD`].
+//! The invariant: if a request is served without having been refused before, its inode had its
+//! name, in its directory, after the request arrived. The next [`MAX_PARENTS`] directories above
+//! that one are checked once in each [`PERIOD`].
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,38 +29,38 @@ use super::retries::Retries;
 use crate::fs::{Caller, NodeId, Result};
 use crate::io::File;
 
-/// How often a name is looked at again that the guest itself is just changing.
-const TRIES: usize = 2000;
+/// How often a name is checked again while the guest itself changes it.
+const MAX_TRIES: usize = 2000;
 
-/// How many directories above an inode are looked at, so that a request in a deep tree costs no more
-/// than others.
-const ABOVE: usize = 16;
+/// How many directories above an inode are checked at most. This limits the cost of a request in a
+/// deep tree.
+const MAX_PARENTS: usize = 16;
 
-/// For how long, and at most twice as long, the directories above an inode are taken to be where
-/// they were, in milliseconds.
+/// How long a checked directory counts as unchanged, in milliseconds. It can be up to twice as
+/// long.
 const PERIOD: u64 = 8;
 
-/// Directories whose place was looked at lately.
-const PLACES: usize = 512;
+/// The number of directories for which the last check is stored.
+const DIR_SLOTS: usize = 512;
 
-/// Processes of which is known what they have opened last.
-const OPENED: usize = 512;
+/// The number of processes for which the last opened inode is stored.
+const OPENED_SLOTS: usize = 512;
 
-/// Of a word in [`Places`]: the period is below, the node above.
+/// The lower bits of a word in [`ConfirmedDirs`] are the period, the upper bits the node id.
 const PERIOD_BITS: u32 = 24;
 
-/// Which directories were where they were known to be, all above them included, and when.
+/// Directories that were found, with all directories above them, at their known path, and when.
 #[derive(Debug)]
-struct Places(Box<[AtomicU64]>);
+struct ConfirmedDirs(Box<[AtomicU64]>);
 
-impl Places {
+impl ConfirmedDirs {
     fn word(&self, node: NodeId) -> &AtomicU64 {
-        &self.0[usize::try_from(node.0 % PLACES as u64).unwrap_or_default()]
+        &self.0[usize::try_from(node.0 % DIR_SLOTS as u64).unwrap_or_default()]
     }
 
     fn is_confirmed(&self, node: NodeId, period: u64) -> bool {
         let word = self.word(node).load(Ordering::Relaxed);
-        // Another node of this number has been given out before, if at all.
+        // Node ids are not reused, so a word with this number is about this node.
         word >> PERIOD_BITS == node.0 && period.wrapping_sub(word) & ((1 << PERIOD_BITS) - 1) <= 1
     }
 
@@ -71,12 +72,12 @@ impl Places {
     }
 }
 
-/// What is known of paths that the guest follows.
+/// What is known about the paths that the guest uses.
 #[derive(Debug)]
 pub(super) struct Paths {
     retries: Retries,
-    places: Places,
-    /// What processes have opened last for writing.
+    confirmed_dirs: ConfirmedDirs,
+    /// The inodes that processes opened last for writing.
     opened: Box<[AtomicU64]>,
 }
 
@@ -84,24 +85,24 @@ impl Paths {
     pub(super) fn new() -> Self {
         Self {
             retries: Retries::new(),
-            places: Places((0..PLACES).map(|_| AtomicU64::new(0)).collect()),
-            opened: (0..OPENED).map(|_| AtomicU64::new(0)).collect(),
+            confirmed_dirs: ConfirmedDirs((0..DIR_SLOTS).map(|_| AtomicU64::new(0)).collect()),
+            opened: (0..OPENED_SLOTS).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
     fn opened(&self, caller: &Caller) -> &AtomicU64 {
-        &self.opened[usize::try_from(caller.pid).unwrap_or_default() % OPENED]
+        &self.opened[usize::try_from(caller.pid).unwrap_or_default() % OPENED_SLOTS]
     }
 }
 
 impl Passthrough {
-    /// Takes note that `caller` has looked up `node`.
+    /// Records that `caller` has looked up `node`.
     pub(super) fn note_lookup(&self, caller: &Caller, node: NodeId) {
         self.paths.retries.found(caller.pid, node);
     }
 
-    /// Refuses a request that changes what `named` names, or names in it, if the path to that leads
-    /// elsewhere.
+    /// Refuses a request that changes the inode `named`, or names in it, if its path leads
+    /// elsewhere now.
     ///
     /// # Errors
     ///
@@ -110,7 +111,7 @@ impl Passthrough {
         self.confirm_both(caller, named, named)
     }
 
-    /// As [`confirm`](Self::confirm), of two.
+    /// As [`confirm`](Self::confirm), for two inodes.
     pub(super) fn confirm_both(
         &self,
         caller: &Caller,
@@ -133,17 +134,17 @@ impl Passthrough {
         self.refuse(caller, stale.map(|(fd, _)| fd.inode().node()))
     }
 
-    /// As [`confirm`](Self::confirm), for a request that may come of a descriptor and doesn't say so,
-    /// as those of `fchmod(2)` and `fsetxattr(2)`.
+    /// As [`confirm`](Self::confirm), for a request that may refer to an open file without saying
+    /// so, as `fchmod(2)` and `fsetxattr(2)` do.
     pub(super) fn confirm_unless_open(&self, caller: &Caller, named: &InodeFd<'_>) -> Result<()> {
         let node = named.inode().node();
         let directory = named.inode().kind() == FileType::Directory;
-        let untold = match directory {
+        let implicit = match directory {
             true => self.terms.no_opendir(),
             false => self.terms.no_open(),
         };
-        if untold {
-            // It may be open, and then it may have been renamed.
+        if implicit {
+            // The guest may have it open, and then it may have been renamed.
             return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if self.is_current(named) {
@@ -156,9 +157,9 @@ impl Passthrough {
         self.refuse(caller, [node].into_iter())
     }
 
-    /// Refuses a request that changes what is open as `file` if the name of that was taken by
-    /// somebody else: for files whose opening the guest doesn't tell.
-    pub(super) fn confirm_untold(&self, node: NodeId, file: &File) -> Result<()> {
+    /// Refuses a request that changes the open `file` if a host process has removed its last name.
+    /// For files that the guest opens without OPEN.
+    pub(super) fn confirm_implicit(&self, node: NodeId, file: &File) -> Result<()> {
         if has_any_name(file) {
             return Ok(());
         }
@@ -168,8 +169,7 @@ impl Passthrough {
         }
     }
 
-    /// As [`confirm`](Self::confirm), for an inode that is held by its file handle and is now open as
-    /// `file`.
+    /// As [`confirm`](Self::confirm), for an inode with a file handle that is now open as `file`.
     pub(super) fn confirm_opened(
         &self,
         caller: &Caller,
@@ -178,7 +178,7 @@ impl Passthrough {
     ) -> Result<()> {
         let is_current = named.record().is_nameless()
             || has_any_name(&file)
-            || goes_by_name(named) && self.has_its_name(named, None);
+            || is_reopened_by_name(named) && self.has_current_name(named, None);
         if is_current {
             self.paths.retries.served(caller.pid);
             return Ok(());
@@ -186,22 +186,23 @@ impl Passthrough {
         self.refuse(caller, [named.node()].into_iter())
     }
 
-    /// Takes note that `caller` has opened `node` for writing: if it is to be emptied, a SETATTR that
-    /// names no handle follows.
+    /// Records that `caller` has opened `node` for writing. With `O_TRUNC`, a SETATTR without a
+    /// handle follows.
     pub(super) fn note_opened(&self, caller: &Caller, node: NodeId) {
         self.paths.opened(caller).store(node.0, Ordering::Relaxed);
     }
 
-    /// Refuses SETATTR without a handle, likewise. `untold` is whether the guest says that it comes of
-    /// a descriptor; `size` whether it changes the size, which it would say of with a descriptor.
+    /// As [`confirm`](Self::confirm), for SETATTR without an explicit handle. `implicit` says that
+    /// the request comes from a file opened without OPEN. `size` says that it changes the size;
+    /// such a request has a handle if it comes from a descriptor.
     pub(super) fn confirm_attributes(
         &self,
         caller: &Caller,
         named: &InodeFd<'_>,
-        untold: bool,
+        implicit: bool,
         size: bool,
     ) -> Result<()> {
-        if untold {
+        if implicit {
             return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if !size {
@@ -220,13 +221,13 @@ impl Passthrough {
     }
 
     fn confirm_not_removed(&self, named: &Inode, fd: BorrowedFd<'_>) -> Result<()> {
-        let is_there = named.record().is_nameless()
+        let has_name = named.record().is_nameless()
             || has_any_name(fd)
-            || goes_by_name(named) && self.has_its_name(named, None);
-        if is_there { Ok(()) } else { Err(Errno::STALE) }
+            || is_reopened_by_name(named) && self.has_current_name(named, None);
+        if has_name { Ok(()) } else { Err(Errno::STALE) }
     }
 
-    /// A descriptor of what `caller` wants to change.
+    /// A descriptor of an inode that `caller` wants to change.
     pub(super) fn fd_to_change<'a>(
         &self,
         caller: &Caller,
@@ -254,33 +255,33 @@ impl Passthrough {
         Err(Errno::STALE)
     }
 
-    /// Whether the path by which the guest knows an inode, open as `fd`, leads there, as far as it is known.
+    /// Whether the path by which the guest knows the inode, open as `fd`, still leads to it.
     fn is_current(&self, fd: &InodeFd<'_>) -> bool {
         let inode = fd.inode();
         inode.node() == NodeId::ROOT
             || inode.record().is_nameless()
-            || self.has_its_name(inode, Some(fd.as_fd())) && self.is_in_its_place(inode)
+            || self.has_current_name(inode, Some(fd.as_fd())) && self.has_current_parents(inode)
     }
 
-    /// Whether the directories above `inode` are where they were.
-    fn is_in_its_place(&self, inode: &Inode) -> bool {
+    /// Whether the directories above `inode` are at their known paths.
+    fn has_current_parents(&self, inode: &Inode) -> bool {
         let is_above = |node: &NodeId| *node != NodeId::ROOT;
         let Some(mut at) = inode.parent().filter(is_above) else {
             return true;
         };
         let period = now();
-        let mut confirmed = [at; ABOVE];
+        let mut confirmed = [at; MAX_PARENTS];
         let mut count = 0;
-        while count < ABOVE && !self.paths.places.is_confirmed(at, period) {
+        while count < MAX_PARENTS && !self.paths.confirmed_dirs.is_confirmed(at, period) {
             let Some(directory) = self.inodes.any(at) else {
                 break;
             };
-            // One that is closed is opened by its name, and so looked at, when it is needed.
+            // A closed directory is opened by its name when it is needed, which checks it.
             let above = directory.parent().and_then(|node| self.inodes.any(node));
             if !above.is_some_and(|above| above.slot().is_full()) {
                 break;
             }
-            if !directory.record().is_nameless() && !self.has_its_name(&directory, None) {
+            if !directory.record().is_nameless() && !self.has_current_name(&directory, None) {
                 return false;
             }
             confirmed[count] = at;
@@ -291,58 +292,58 @@ impl Passthrough {
             }
         }
         for node in &confirmed[..count] {
-            self.paths.places.confirm(*node, period);
+            self.paths.confirmed_dirs.confirm(*node, period);
         }
         true
     }
 
-    /// Whether the name by which `inode` is known leads to it; where none is known, whether it has
-    /// one, as far as it is open as `fd`.
-    fn has_its_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
-        for _ in 0..TRIES {
+    /// Whether the known name of `inode` leads to it. If no name is known, whether it has a name at
+    /// all, as far as `fd` tells.
+    fn has_current_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
+        for _ in 0..MAX_TRIES {
             let Some(parent) = inode.parent().and_then(|node| self.inodes.any(node)) else {
                 return fd.is_none_or(has_any_name);
             };
-            let moment = self.inodes.moment(&parent);
-            let ReopenMethod::Name(place) = inode.way() else {
+            let dir_seq = self.inodes.dir_seq(&parent);
+            let ReopenMethod::Name(link) = inode.reopen_method() else {
                 continue;
             };
-            if place.parent != parent.node() {
+            if link.parent != parent.node() {
                 continue;
             }
             let found = self
                 .fd(&parent)
-                .and_then(|fd| stat_name(&fd, &place.name))
+                .and_then(|fd| stat_name(&fd, &link.name))
                 .map(|stat| Identity::of(&stat));
             match found {
                 Ok(found) if inode.may_be(&found) => return true,
-                _ if !self.inodes.lasts(moment) => std::thread::yield_now(),
-                Ok(found) => return self.is_now(inode, &found),
+                _ if !self.inodes.is_unchanged(dir_seq) => std::thread::yield_now(),
+                Ok(found) => return self.has_become(inode, &found),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => {
                     // The guest may have removed it a moment ago.
                     return inode.record().is_nameless();
                 }
-                // That says nothing of the inode.
+                // This error says nothing about the inode.
                 Err(_) => return true,
             }
         }
-        // The guest itself is changing names there all the time.
+        // The guest itself keeps changing names in the directory.
         true
     }
 
-    /// Whether `inode` has become `identity`, as on an overlay that has copied it up.
-    fn is_now(&self, inode: &Inode, identity: &Identity) -> bool {
+    /// Whether `inode` has the new identity `identity`, as after a copy-up on overlayfs.
+    fn has_become(&self, inode: &Inode, identity: &Identity) -> bool {
         let stat = self.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
         stat.is_ok_and(|stat| Identity::of(&stat).key == identity.key)
     }
 }
 
-/// Whether what is open has any name; if that can't be told it is taken to have one.
+/// Whether an open file has a name. Returns true if that is unknown.
 fn has_any_name(fd: impl AsFd) -> bool {
     stat_fd(fd, StatxFlags::NLINK).map_or(true, |stat| stat.stx_nlink > 0)
 }
 
-/// The number of the period that is now, by a clock that costs nothing to read.
+/// The number of the current period, by a clock that is cheap to read.
 fn now() -> u64 {
     let now = rustix::time::clock_gettime(ClockId::MonotonicCoarse);
     let milliseconds = now
@@ -352,7 +353,7 @@ fn now() -> u64 {
     milliseconds.cast_unsigned() / PERIOD
 }
 
-/// Whether a name leads to `inode`, as far as is known.
-pub(super) fn goes_by_name(inode: &Inode) -> bool {
-    matches!(&*inode.held(), RefKind::Name)
+/// Whether `inode` is reopened by a name.
+pub(super) fn is_reopened_by_name(inode: &Inode) -> bool {
+    matches!(&*inode.ref_kind(), RefKind::Name)
 }

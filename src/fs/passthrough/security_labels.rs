@@ -1,10 +1,10 @@
-//! Security labels of what is made (`--security-label`).
+//! Sets the security labels of new files (`--security-label`).
 //!
-//! Where the host has SELinux, and the label is SELinux's and keeps its name, the thread says
-//! what its next inode shall be labelled with (`/proc/thread-self/attr/fscreate`), and the inode
-//! never goes without. Elsewhere it is an extended attribute like any other, set right
-//! afterwards. The invariant: what could not be labelled as the guest asks is not there when
-//! the guest hears of it, and nothing that was there before is labelled.
+//! If the host uses SELinux, and the label is SELinux's and keeps its name, the thread sets the
+//! label of the next file it creates (`/proc/thread-self/attr/fscreate`), so the file never exists
+//! without it. Otherwise the label is an extended attribute like any other, set after the creation.
+//! The invariant: a file that could not be labelled as the guest asked is removed before the guest
+//! gets a reply, and no existing file is labelled.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -18,44 +18,44 @@ use super::inode_ref::{IDENTITY, Identity};
 use super::{Passthrough, XattrMap};
 use crate::fs::{Entry, HandleKind, Label, NodeId, Opened, Result};
 
-/// The attribute that SELinux has its labels in.
+/// The extended attribute of SELinux labels.
 const SELINUX: &CStr = c"security.selinux";
 
-/// Whether this host's kernel has SELinux and uses it.
+/// Whether this host's kernel uses SELinux.
 pub(super) fn host_has_selinux() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
 
-/// By what name the host has SELinux' labels, if setting that takes `CAP_SYS_ADMIN` there.
+/// The name that SELinux labels have on the host, if setting it needs `CAP_SYS_ADMIN` there.
 #[must_use]
 pub fn label_that_needs_privilege(map: Option<&XattrMap>) -> Option<String> {
     let name = match map {
         Some(map) => map.to_host(SELINUX).ok()?,
         None => Cow::Borrowed(SELINUX),
     };
-    let kept = [&b"security."[..], b"trusted."];
+    let privileged = [&b"security."[..], b"trusted."];
     let name = name.to_bytes();
-    let is_kept = kept.iter().any(|prefix| name.starts_with(prefix));
+    let is_privileged = privileged.iter().any(|prefix| name.starts_with(prefix));
     // SELinux itself decides about its own attribute.
     let decides = host_has_selinux() && name == SELINUX.to_bytes();
-    (is_kept && !decides).then(|| String::from_utf8_lossy(name).into_owned())
+    (is_privileged && !decides).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
-/// What a creation answers.
-pub(super) trait Made {
+/// The result of a creation.
+pub(super) trait Created {
     fn entry(&self) -> &Entry;
     fn opened(&self) -> Option<&Opened> {
         None
     }
 }
 
-impl Made for Entry {
+impl Created for Entry {
     fn entry(&self) -> &Entry {
         self
     }
 }
 
-impl Made for (Entry, Opened) {
+impl Created for (Entry, Opened) {
     fn entry(&self) -> &Entry {
         &self.0
     }
@@ -65,7 +65,7 @@ impl Made for (Entry, Opened) {
     }
 }
 
-/// As long as it lives, what the thread makes gets a label.
+/// While it exists, new files of this thread get a label.
 struct Labelling(OwnedFd);
 
 impl Labelling {
@@ -81,20 +81,20 @@ impl Labelling {
 
 impl Drop for Labelling {
     fn drop(&mut self) {
-        // An empty line takes the label back.
+        // An empty line removes the label.
         if let Err(error) = rustix::io::pwrite(&self.0, b"\n", 0) {
-            log::error!("can't stop labelling what this thread makes: {error}");
+            log::error!("can't stop labelling this thread's new files: {error}");
         }
     }
 }
 
 impl Passthrough {
-    /// Calls `make`, which makes an inode, as `name` in `parent` if it gets a name at all, and
-    /// labels that.
-    pub(super) fn labelled<M: Made>(
+    /// Calls `make`, which creates a file, as `name` in `parent` if it has a name, and labels the
+    /// file.
+    pub(super) fn labelled<M: Created>(
         &self,
         label: Option<Label<'_>>,
-        place: Option<(NodeId, &CStr)>,
+        link: Option<(NodeId, &CStr)>,
         make: impl FnOnce() -> Result<M>,
     ) -> Result<M> {
         let Some(Label { name, value }) = label else {
@@ -105,47 +105,47 @@ impl Passthrough {
             let _labelling = Labelling::begin(&self.proc_fds, value)?;
             return make();
         }
-        let made = make()?;
-        let node = made.entry().node;
+        let created = make()?;
+        let node = created.entry().node;
         let set = |path: &CStr| rustix::fs::setxattr(path, &*on_host, value, XattrFlags::empty());
         match self.with_path(node, set) {
-            Ok(()) => Ok(made),
+            Ok(()) => Ok(created),
             Err(error) => {
-                self.unmake(&made, place);
+                self.undo_create(&created, link);
                 Err(error)
             }
         }
     }
 
     /// Undoes a creation.
-    fn unmake(&self, made: &impl Made, place: Option<(NodeId, &CStr)>) {
-        let entry = made.entry();
-        if let Some((parent, name)) = place
-            && let Err(error) = self.remove_made(entry, parent, name)
+    fn undo_create(&self, created: &impl Created, link: Option<(NodeId, &CStr)>) {
+        let entry = created.entry();
+        if let Some((parent, name)) = link
+            && let Err(error) = self.remove_created(entry, parent, name)
         {
-            log::warn!("something without a label can't be removed again: {error}");
+            log::warn!("can't remove a new file that could not be labelled: {error}");
         }
-        if let Some(opened) = made.opened()
-            && self.told(Some(opened.handle)).is_some()
+        if let Some(opened) = created.opened()
+            && self.explicit(Some(opened.handle)).is_some()
         {
             let _unknown = self
                 .handles
                 .release(entry.node, opened.handle, HandleKind::File);
         }
         self.forget_lookups(entry.node, 1);
-        drop(self.on_demand.forget(entry.node));
+        drop(self.handleless.forget(entry.node));
     }
 
-    /// Removes `name`, unless it is somebody else's by now.
-    fn remove_made(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
-        let made = self.inode(entry.node)?;
+    /// Removes `name`, unless it belongs to another file now.
+    fn remove_created(&self, entry: &Entry, parent: NodeId, name: &CStr) -> Result<()> {
+        let created = self.inode(entry.node)?;
         let directory = self.inode(parent)?;
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let there = rustix::fs::statx(self.fd(&directory)?, name, flags, IDENTITY)?;
-        if Identity::of(&there).key != made.key() {
+        if Identity::of(&there).key != created.key() {
             return Err(Errno::STALE);
         }
-        let flags = match made.kind() {
+        let flags = match created.kind() {
             FileType::Directory => AtFlags::REMOVEDIR,
             _ => AtFlags::empty(),
         };

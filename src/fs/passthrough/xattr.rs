@@ -1,9 +1,9 @@
-//! Extended attributes, by the host's rules.
+//! Extended attributes.
 //!
-//! There are no system calls for those of an `O_PATH` descriptor. `/proc/self/fd/N` leads to
-//! the very inode, be it a symbolic link, a device or a file without a name, and is reached by
-//! the path `"N"`, as `/proc/self/fd` is the working directory of a prepared thread. The
-//! invariant: no path but such a number is ever used, and only on a prepared thread.
+//! There are no system calls for the extended attributes of an `O_PATH` descriptor.
+//! `/proc/self/fd/N` leads to the exact inode, even if that is a symbolic link, a device or a file
+//! without a name. Its path is `"N"`, as `/proc/self/fd` is the working directory of a prepared
+//! thread. The invariant: no path other than such a number is used, and only on a prepared thread.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -16,19 +16,19 @@ use super::Passthrough;
 use super::attributes::PERMISSIONS;
 use crate::fs::{Caller, NodeId, Result};
 
-/// The longest value, and the longest list of names (`XATTR_SIZE_MAX` and `XATTR_LIST_MAX`,
-/// uapi `linux/limits.h`).
+/// The size limit of a value and of a list of names (`XATTR_SIZE_MAX` and `XATTR_LIST_MAX`, uapi
+/// `linux/limits.h`).
 const LONGEST: usize = 65536;
 
-/// What attributes begin with that are there for a superuser alone.
+/// The prefix of attributes that only privileged users may see.
 const TRUSTED: &[u8] = b"trusted.";
 
-/// The ACL that decides on access to the file itself.
+/// The ACL that controls access to the file itself.
 const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
 impl Passthrough {
-    /// Calls `set`, and takes the set-group-ID bit from what `path` leads to if that went well,
-    /// as `setfacl(1)` does for a user who isn't in the file's group.
+    /// Calls `set`. If that succeeds, clears the set-group-ID bit of the file at `path`, as
+    /// `setfacl(1)` does for a user who isn't in the file's group.
     fn without_set_group_id(&self, path: &CStr, set: impl FnOnce() -> Result<()>) -> Result<()> {
         set()?;
         let stat = rustix::fs::statat(&self.proc_fds, path, AtFlags::empty())?;
@@ -49,7 +49,8 @@ impl Passthrough {
         self.with_path_for(None, node, act)
     }
 
-    /// As [`with_path`](Self::with_path), for an `act` that changes the inode for this caller.
+    /// As [`with_path`](Self::with_path), for an `act` that changes the inode on behalf of a
+    /// caller.
     fn with_path_for<T>(
         &self,
         changing: Option<&Caller>,
@@ -68,7 +69,7 @@ impl Passthrough {
         act(fd.proc_name().as_c_str())
     }
 
-    /// What the guest's `name` is called on the host.
+    /// The name on the host for the guest's `name`.
     pub(super) fn host_name<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
         match &self.options.xattr_map {
             Some(map) => map.to_host(name),
@@ -88,7 +89,7 @@ impl Passthrough {
             let on_host = self.host_name(name)?;
             let set = || rustix::fs::setxattr(path, &*on_host, value, flags);
             if caller.kill_set_id && name == ACCESS_ACL {
-                // The guest's kernel knows that the caller isn't in the file's group.
+                // The flag says that the caller isn't in the file's group.
                 return self.without_set_group_id(path, set);
             }
             set()
@@ -110,10 +111,10 @@ impl Passthrough {
         })
     }
 
-    /// `trusted.` attributes are not listed to ordinary users, as on any local file system. The
-    /// guest's kernel doesn't see to that, and of the caller tells the user id alone, or not even
-    /// that: then they are listed, lest a superuser's copies lose them. Whether they can be read is up
-    /// to the guest's kernel in any case.
+    /// LISTXATTR. `trusted.` attributes are not listed to ordinary users, as on a local file
+    /// system. The guest's kernel doesn't filter them, and it reports at most the caller's user id.
+    /// If the id is unknown, they are listed, so that copies made by a privileged user don't lose
+    /// them. The guest's kernel decides in any case whether they can be read.
     pub(super) fn attribute_names(
         &self,
         caller: &Caller,
@@ -178,8 +179,8 @@ fn is_listed_all(caller: &Caller) -> bool {
     caller.uid.is_none_or(|uid| uid == 0)
 }
 
-/// Reads at most `limit` bytes. The kernel takes a limit of 0 for a question of length, but
-/// here it is one like any other.
+/// Reads at most `limit` bytes. For the kernel a limit of 0 asks for the length; here it is a limit
+/// like any other.
 fn read(limit: usize, fill: impl FnOnce(&mut Vec<u8>) -> Result<usize>) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(limit.clamp(1, LONGEST));
     fill(&mut bytes)?;

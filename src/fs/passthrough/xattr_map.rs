@@ -1,8 +1,7 @@
-//! Rules that give extended attributes other names on the host than in the guest.
+//! Rules that map the names of extended attributes between guest and host.
 //!
-//! The language is the one that users of virtio-fs know: `:type:scope:key:prepend:`, the first
-//! rule that matches decides. The invariant: a name that no rule lets through reaches neither
-//! the host nor the guest.
+//! The syntax is that of virtiofsd: `:type:scope:key:prepend:`. The first matching rule decides.
+//! The invariant: a name that no rule lets through reaches neither the host nor the guest.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
@@ -12,10 +11,10 @@ use rustix::io::Errno;
 
 use crate::fs::Result;
 
-/// Longest name of an attribute, bytes (`XATTR_NAME_MAX`).
+/// The longest name of an attribute, in bytes (`XATTR_NAME_MAX`).
 const NAME_MAX: usize = 255;
 
-/// What is wrong with the rules, and where.
+/// Why the rules are invalid, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rule {rule}, at character {at} (`{here}`): {fault}")]
 pub struct XattrMapError {
@@ -23,42 +22,42 @@ pub struct XattrMapError {
     rule: usize,
     /// Counted from 1, in the whole text.
     at: usize,
-    /// The text from there on, or its beginning.
+    /// The text from that position, possibly shortened.
     here: String,
     fault: RuleFault,
 }
 
-/// What can be wrong with a rule.
+/// Why a rule is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum RuleFault {
-    #[error("there is no rule")]
+    #[error("no rule given")]
     Empty,
-    #[error("a rule begins with its separator, which is no letter, digit or `\\`")]
+    #[error("a rule starts with its separator, which can't be a letter, digit or `\\`")]
     Separator,
-    #[error("the {0} doesn't end: the separator is missing behind it")]
+    #[error("the {0} has no end: no separator follows it")]
     Endless(&'static str),
-    #[error("no such type; there are prefix, ok, bad, unsupported and map")]
+    #[error("unknown type; expected prefix, ok, bad, unsupported or map")]
     Type,
-    #[error("no such scope; there are client, server and all")]
+    #[error("unknown scope; expected client, server or all")]
     Scope,
     #[error("prefix needs something to prepend")]
     NothingToPrepend,
     #[error("nothing may follow a map, which decides on every name")]
     BehindMap,
-    #[error("there is a NUL in it")]
+    #[error("it contains a NUL")]
     Nul,
 }
 
-/// What a rule does with a name that it matches.
+/// What a rule does with a matching name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
-    /// Put the prefix before the guest's name, and take it from the host's.
+    /// Add the prefix to the guest's name, and strip it from the host's.
     Prefix,
-    /// Let it through as it is.
+    /// Leave it unchanged.
     Ok,
-    /// `EPERM` for the guest; hidden if it is the host's.
+    /// Fail with `EPERM` for the guest's names, hide the host's.
     Bad,
-    /// `EOPNOTSUPP` for the guest; hidden if it is the host's.
+    /// Fail with `EOPNOTSUPP` for the guest's names, hide the host's.
     Unsupported,
 }
 
@@ -66,13 +65,13 @@ enum Act {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rule {
     act: Act,
-    /// Matches names that come from the guest.
+    /// Whether it matches names from the guest.
     client: bool,
-    /// Matches names that come from the host.
+    /// Whether it matches names from the host.
     server: bool,
-    /// What a guest's name begins with.
+    /// The prefix of the guest's names that match.
     key: String,
-    /// What a host's name begins with.
+    /// The prefix of the host's names that match.
     prepend: String,
 }
 
@@ -83,12 +82,12 @@ pub struct XattrMap {
 }
 
 impl XattrMap {
-    /// What the guest's `name` is called on the host.
+    /// Maps the guest's `name` to the host's.
     ///
     /// # Errors
     ///
-    /// `EPERM` or `EOPNOTSUPP` as the rules say, `EPERM` if they say nothing, and `ERANGE` if
-    /// the host's name would be too long.
+    /// `EPERM` or `EOPNOTSUPP` if a rule says so, `EPERM` if no rule matches, and `ERANGE` if the
+    /// host's name would be too long.
     pub(super) fn to_host<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
         let matches =
             |rule: &&Rule| rule.client && name.to_bytes().starts_with(rule.key.as_bytes());
@@ -108,7 +107,7 @@ impl XattrMap {
         }
     }
 
-    /// What the host's `name` is called in the guest; `None` if it isn't shown there.
+    /// Maps the host's `name` to the guest's. Returns `None` if it is hidden.
     pub(super) fn to_guest<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
         let (rule, rest) = self.rules.iter().find_map(|rule| {
             let rest = name.strip_prefix(rule.prepend.as_bytes())?;
@@ -121,7 +120,7 @@ impl XattrMap {
         }
     }
 
-    /// The host's list of names, each with its NUL, as the guest shall see it.
+    /// Maps the host's list of NUL-terminated names to the guest's.
     pub(super) fn list_for_guest(&self, names: &[u8]) -> Vec<u8> {
         let mut list = Vec::with_capacity(names.len());
         for name in names.split(|byte| *byte == 0) {
@@ -159,7 +158,7 @@ impl FromStr for XattrMap {
     }
 }
 
-/// Where reading the rules stands.
+/// The state of the parser.
 struct Parser<'a> {
     text: &'a str,
     rest: &'a str,
@@ -167,14 +166,14 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    /// Goes to the next rule; `false` at the end.
+    /// Advances to the next rule. Returns `false` at the end.
     fn next_rule(&mut self) -> bool {
         self.rest = self.rest.trim_start();
         self.rule += 1;
         !self.rest.is_empty()
     }
 
-    /// Reads a rule, of which a map makes several; answers whether it was a map.
+    /// Parses a rule; a map yields several. Returns whether it was a map.
     fn rule(&mut self, rules: &mut Vec<Rule>) -> std::result::Result<bool, XattrMapError> {
         let start = self.rest;
         let separator = match start.chars().next() {
@@ -223,7 +222,7 @@ impl<'a> Parser<'a> {
         Ok(false)
     }
 
-    /// Reads up to the next separator.
+    /// Parses up to the next separator.
     fn field(
         &mut self,
         separator: char,
@@ -239,7 +238,7 @@ impl<'a> Parser<'a> {
         Ok(field)
     }
 
-    /// An error at `here`, which is an end of the text.
+    /// An error at `here`, which is a suffix of the text.
     fn error(&self, here: &str, fault: RuleFault) -> XattrMapError {
         let before = self.text.len() - here.len();
         let before = self.text.get(..before).unwrap_or_default();
@@ -252,8 +251,8 @@ impl<'a> Parser<'a> {
     }
 }
 
-/// The rules that a map stands for: names that begin with `key` have `prepend` before them on
-/// the host, names there that would look like those are hidden, and all others stay.
+/// The rules that a map stands for: names with the prefix `key` get `prepend` on the host, host
+/// names that would look like those are hidden, and all others stay.
 fn map(key: &str, prepend: &str, rules: &mut Vec<Rule>) {
     let rule = |act, client, server, key: &str, prepend: &str| Rule {
         act,
@@ -364,21 +363,21 @@ mod tests {
     #[test]
     fn errors_point_at_the_place() {
         for (text, message) in [
-            ("", "rule 1, at character 1 (``): there is no rule"),
+            ("", "rule 1, at character 1 (``): no rule given"),
             (
                 ":ok:all::: :nope:all:::",
-                "rule 2, at character 13 (`nope:all:::`): no such type; there are prefix, ok, \
-                 bad, unsupported and map",
+                "rule 2, at character 13 (`nope:all:::`): unknown type; expected prefix, ok, \
+                 bad, unsupported or map",
             ),
             (
                 ":ok:both:::",
-                "rule 1, at character 5 (`both:::`): no such scope; there are client, server and \
-                 all",
+                "rule 1, at character 5 (`both:::`): unknown scope; expected client, server \
+                 or all",
             ),
             (
                 ":ok:all::",
-                "rule 1, at character 10 (``): the prepend doesn't end: the separator is missing \
-                 behind it",
+                "rule 1, at character 10 (``): the prepend has no end: no separator follows \
+                 it",
             ),
             (
                 ":prefix:all:user.::",
@@ -386,8 +385,8 @@ mod tests {
             ),
             (
                 "ok:all:::",
-                "rule 1, at character 1 (`ok:all:::`): a rule begins with its separator, which \
-                 is no letter, digit or `\\`",
+                "rule 1, at character 1 (`ok:all:::`): a rule starts with its separator, which \
+                 can't be a letter, digit or `\\`",
             ),
             (
                 ":map::user.v.::ok:all:::",

@@ -1,51 +1,52 @@
-//! Inodes that the guest has given back, and that are kept for the file handles it may have of them.
+//! Inodes that the guest has forgotten, but that are kept because it may have file handles of them.
 //!
-//! They stand in a line, the longest given back first, and stay in the store by a hold of their
-//! own, which is one count more beside lookups and children. The invariant: an inode stands in
-//! the line as long as its mark says so; both change only under the lock of its shard by
-//! identity, and one that the guest has stands in no line.
+//! They are in a queue, the longest forgotten first. Being in the queue keeps an inode in the
+//! store, as lookups and children do. The invariant: an inode is in the queue exactly while its
+//! `forgotten` flag is set; both change only under the lock of its shard by identity, and an inode
+//! that the guest knows is not in the queue.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Store;
+use rustc_hash::FxHashMap;
+
+use super::InodeStore;
 use crate::fs::NodeId;
 use crate::fs::passthrough::inode::{Inode, RefKind};
-use crate::fs::passthrough::mix::Mix;
 
-/// Entries in vain that are not worth a clearing.
-const FEW: usize = 64;
+/// How many stale entries may be in the queue before it is compacted.
+const COMPACT_SLACK: usize = 64;
 
-/// The line, and how long it may be.
+/// The queue, and how long it may be.
 #[derive(Debug)]
-pub(super) struct Remembered {
-    most: usize,
-    line: Mutex<Line>,
-    /// How many stand in it. Orders nothing.
+pub(super) struct ForgottenInodes {
+    max: usize,
+    queue: Mutex<Queue>,
+    /// The length of the queue. Orders nothing.
     count: AtomicUsize,
 }
 
-/// When an inode was given back, among all that were.
+/// The position of an inode in the order of forgetting.
 type Turn = u64;
 
 #[derive(Debug, Default)]
-struct Line {
-    /// Those in the line.
-    turns: HashMap<NodeId, Turn, Mix>,
-    /// In which order; an entry with a turn that its inode has no more is in vain.
+struct Queue {
+    /// The inodes in the queue.
+    turns: FxHashMap<NodeId, Turn>,
+    /// The order. An entry is stale if its inode has another turn now, or none.
     order: VecDeque<(NodeId, Turn)>,
     next: Turn,
 }
 
-impl Line {
-    fn holds(&self, node: NodeId, turn: Turn) -> bool {
+impl Queue {
+    fn has_turn(&self, node: NodeId, turn: Turn) -> bool {
         self.turns.get(&node) == Some(&turn)
     }
 
-    fn strike(&mut self, node: NodeId) {
+    fn remove(&mut self, node: NodeId) {
         self.turns.remove(&node);
-        if self.order.len() > 2 * self.turns.len() + FEW {
+        if self.order.len() > 2 * self.turns.len() + COMPACT_SLACK {
             let turns = &self.turns;
             self.order
                 .retain(|(node, turn)| turns.get(node) == Some(turn));
@@ -55,18 +56,18 @@ impl Line {
     }
 }
 
-impl Remembered {
-    /// For `most` inodes.
-    pub(super) fn new(most: usize) -> Self {
+impl ForgottenInodes {
+    /// For up to `max` inodes.
+    pub(super) fn new(max: usize) -> Self {
         Self {
-            most,
-            line: Mutex::default(),
+            max,
+            queue: Mutex::default(),
             count: AtomicUsize::new(0),
         }
     }
 
-    fn line(&self) -> MutexGuard<'_, Line> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn len(&self) -> usize {
@@ -74,143 +75,142 @@ impl Remembered {
     }
 
     fn add(&self, inode: &Inode) {
-        let mut line = self.line();
-        let (node, turn) = (inode.node(), line.next);
-        line.next += 1;
-        line.turns.insert(node, turn);
-        line.order.push_back((node, turn));
-        inode.set_remembered(true);
-        self.count.store(line.turns.len(), Ordering::Relaxed);
+        let mut queue = self.queue();
+        let (node, turn) = (inode.node(), queue.next);
+        queue.next += 1;
+        queue.turns.insert(node, turn);
+        queue.order.push_back((node, turn));
+        inode.set_forgotten(true);
+        self.count.store(queue.turns.len(), Ordering::Relaxed);
     }
 
-    /// Takes `inode` out of the line; answers whether it stood there.
+    /// Removes `inode` from the queue. Returns whether it was there.
     #[inline]
     pub(super) fn take(&self, inode: &Inode) -> bool {
-        let stood = inode.is_remembered();
-        if stood {
-            self.strike(inode);
+        let was_queued = inode.is_forgotten();
+        if was_queued {
+            self.remove(inode);
         }
-        stood
+        was_queued
     }
 
-    fn strike(&self, inode: &Inode) {
-        let mut line = self.line();
-        line.strike(inode.node());
-        inode.set_remembered(false);
-        self.count.store(line.turns.len(), Ordering::Relaxed);
+    fn remove(&self, inode: &Inode) {
+        let mut queue = self.queue();
+        queue.remove(inode.node());
+        inode.set_forgotten(false);
+        self.count.store(queue.turns.len(), Ordering::Relaxed);
     }
 
-    /// Takes `inode` out of the line if this is still its turn.
+    /// Removes `inode` from the queue if this is still its turn.
     fn take_turn(&self, inode: &Inode, turn: Turn) -> bool {
-        let due = self.line().holds(inode.node(), turn);
-        due && self.take(inode)
+        let is_due = self.queue().has_turn(inode.node(), turn);
+        is_due && self.take(inode)
     }
 
     fn oldest(&self) -> Option<(NodeId, Turn)> {
-        let mut line = self.line();
-        while let Some((node, turn)) = line.order.front().copied() {
-            if line.holds(node, turn) {
+        let mut queue = self.queue();
+        while let Some((node, turn)) = queue.order.front().copied() {
+            if queue.has_turn(node, turn) {
                 return Some((node, turn));
             }
-            line.order.pop_front();
+            queue.order.pop_front();
         }
         None
     }
 }
 
-impl Store {
-    /// Whether inodes are remembered at all.
-    pub(in crate::fs::passthrough) fn remembers(&self) -> bool {
-        self.remembered.most > 0
+impl InodeStore {
+    /// Whether forgotten inodes are kept at all.
+    pub(in crate::fs::passthrough) fn keeps_forgotten(&self) -> bool {
+        self.forgotten.max > 0
     }
 
-    /// How many are.
-    pub(in crate::fs::passthrough) fn remembered(&self) -> usize {
-        self.remembered.len()
+    /// The number of forgotten inodes.
+    pub(in crate::fs::passthrough) fn forgotten(&self) -> usize {
+        self.forgotten.len()
     }
 
-    /// The inode that `node` stands for, if the guest has it, or has given it back and it is
-    /// remembered.
-    pub(in crate::fs::passthrough) fn get_or_remembered(&self, node: NodeId) -> Option<Arc<Inode>> {
+    /// The inode that `node` stands for, if the guest knows it or it is kept after being forgotten.
+    pub(in crate::fs::passthrough) fn get_or_forgotten(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
-        let had = known.node() == NodeId::ROOT || known.lookups() > 0;
-        (had || known.is_remembered()).then_some(known)
+        let known_to_guest = known.node() == NodeId::ROOT || known.lookups() > 0;
+        (known_to_guest || known.is_forgotten()).then_some(known)
     }
 
-    /// Remembers an inode that was just given back, unless there is nothing that leads to it, or
-    /// another has its number by now. Asked under its shard's lock.
-    pub(super) fn remember(&self, keys: &super::Keys, inode: &Arc<Inode>) -> bool {
+    /// Keeps an inode that was just forgotten, unless it can't be reopened or another inode has its
+    /// key now. Called under the lock of its shard.
+    pub(super) fn keep_forgotten(&self, keys: &super::Keys, inode: &Arc<Inode>) -> bool {
         let own = || super::by_key(keys, &inode.key()).is_some_and(|it| Arc::ptr_eq(it, inode));
-        let may = self.remembers()
+        let keep = self.keeps_forgotten()
             && inode.node() != NodeId::ROOT
-            && !matches!(*inode.held(), RefKind::Forgotten)
+            && !matches!(*inode.ref_kind(), RefKind::Removed)
             && own();
-        if may {
-            self.remembered.add(inode);
+        if keep {
+            self.forgotten.add(inode);
         }
-        may
+        keep
     }
 
-    /// Gives back all lookups, and remembers nothing.
-    pub(in crate::fs::passthrough) fn forget_for_good(&self, node: NodeId) {
+    /// Subtracts all lookups and removes the inode.
+    pub(in crate::fs::passthrough) fn forget_and_remove(&self, node: NodeId) {
         if let Some(inode) = self.get(node).filter(|_| node != NodeId::ROOT) {
             self.forget_inode(&inode, u64::MAX, false);
         }
     }
 
-    /// Ends that `inode` is remembered; it goes, unless somebody else counts on it.
-    pub(in crate::fs::passthrough) fn let_go(&self, inode: &Arc<Inode>) {
+    /// Takes `inode` out of the forgotten ones. Removes it unless something else needs it.
+    pub(in crate::fs::passthrough) fn drop_forgotten(&self, inode: &Arc<Inode>) {
         let keys = self.keys(&inode.key());
-        if self.remembered.take(inode) {
-            self.end_uncounted(keys, inode);
+        if self.forgotten.take(inode) {
+            self.remove_if_unused(keys, inode);
         }
     }
 
-    /// Ends that more are remembered than may be.
-    pub(in crate::fs::passthrough) fn let_surplus_go(&self) {
-        while self.remembered.len() > self.remembered.most && self.let_oldest_go() {}
+    /// Drops forgotten inodes until there are no more than allowed.
+    pub(in crate::fs::passthrough) fn drop_surplus_forgotten(&self) {
+        while self.forgotten.len() > self.forgotten.max && self.drop_oldest_forgotten() {}
     }
 
-    /// Ends that the one is remembered that was given back before all others; false if none is.
-    pub(in crate::fs::passthrough) fn let_oldest_go(&self) -> bool {
-        if self.remembered.len() == 0 {
+    /// Drops the longest forgotten inode. Returns false if there is none.
+    pub(in crate::fs::passthrough) fn drop_oldest_forgotten(&self) -> bool {
+        if self.forgotten.len() == 0 {
             return false;
         }
-        let Some((node, turn)) = self.remembered.oldest() else {
+        let Some((node, turn)) = self.forgotten.oldest() else {
             return false;
         };
-        // Otherwise another thread was faster.
+        // Otherwise another thread has dropped it.
         if let Some(inode) = self.any(node) {
             let keys = self.keys(&inode.key());
-            if self.remembered.take_turn(&inode, turn) {
-                self.end_uncounted(keys, &inode);
+            if self.forgotten.take_turn(&inode, turn) {
+                self.remove_if_unused(keys, &inode);
             }
         }
         true
     }
 
-    /// Makes sure that what is remembered does not keep the table from taking in a further inode.
-    pub(in crate::fs::passthrough) fn room_in_table(&self) {
-        while self.remembered.len() > 0 && !self.table.has_room_for_inode() {
-            if !self.let_oldest_go() {
+    /// Drops forgotten inodes until the table has room for a new inode.
+    pub(in crate::fs::passthrough) fn make_room_in_table(&self) {
+        while self.forgotten.len() > 0 && !self.table.has_room_for_inode() {
+            if !self.drop_oldest_forgotten() {
                 return;
             }
         }
     }
 
-    /// The inodes that the guest has, the root left out, as long known first.
-    pub(in crate::fs::passthrough) fn had(&self) -> Vec<NodeId> {
-        let mut had: Vec<NodeId> = self
-            .everything()
+    /// The inodes that the guest knows, without the root, the longest known first.
+    pub(in crate::fs::passthrough) fn known_to_guest(&self) -> Vec<NodeId> {
+        let mut known_to_guest: Vec<NodeId> = self
+            .all_with_forgotten()
             .into_iter()
             .filter(|inode| inode.lookups() > 0)
             .map(|inode| inode.node())
             .collect();
-        had.sort_unstable();
-        had
+        known_to_guest.sort_unstable();
+        known_to_guest
     }
 
-    /// Of `inodes`, the ones that the guest has, and those that the way to them leads through.
+    /// Those of `inodes` that the guest knows, and the parents needed to reopen them.
     pub(super) fn needed(&self, inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
         let mut needed: HashSet<NodeId> = HashSet::new();
         for inode in inodes.iter().filter(|inode| inode.lookups() > 0) {

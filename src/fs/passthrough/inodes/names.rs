@@ -1,194 +1,206 @@
-//! By which name an inode is found: taken note of as lookups, links, renames and removals show it.
+//! Records the names by which inodes can be reopened, as lookups, links, renames and removals show
+//! them.
 //!
-//! The invariant: a name is taken note of only if names in its directory have not changed since
-//! before it was looked at, and the directory of a name that leads somewhere stays in the store.
+//! The invariant: a name is recorded only if no name in its directory has changed since before the
+//! name was read, and the parent of a recorded name stays in the store.
 
 use std::ffi::CStr;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
-use super::{DEEPEST, Store};
+use super::{InodeStore, MAX_DEPTH};
 use crate::fs::NodeId;
-use crate::fs::passthrough::dir_seqcount::{Changing, DirSeq};
+use crate::fs::passthrough::dir_seqcount::{DirChange, DirSeq};
 use crate::fs::passthrough::inode::{Inode, RefKind};
 use crate::fs::passthrough::inode_ref::{ParentLink, ReopenMethod};
 
-impl Store {
-    /// Takes note that `inode`, which the guest has, went by `name` in `parent` since `moment`,
-    /// unless names in `parent` have changed meanwhile.
-    pub(in crate::fs::passthrough) fn see(
+impl InodeStore {
+    /// Records that `inode`, which the guest knows, had `name` in `parent` at `dir_seq`, unless
+    /// names in `parent` have changed since.
+    pub(in crate::fs::passthrough) fn record_name(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        moment: DirSeq,
+        dir_seq: DirSeq,
     ) {
         if inode.record.is_nameless() {
-            // Under the lock: who takes the name away has announced that before.
-            let _held = inode.held();
-            if moment.lasts(&self.changes) {
+            // Under the lock: a thread that removes the name announces the change before it takes
+            // the lock.
+            let _ref_kind = inode.ref_kind();
+            if dir_seq.is_unchanged(&self.dir_seqcounts) {
                 inode.record.set_nameless(false);
             }
         }
-        self.see_if(inode, parent, name, 0, || moment.lasts(&self.changes));
+        self.record_name_if(inode, parent, name, 0, || {
+            dir_seq.is_unchanged(&self.dir_seqcounts)
+        });
     }
 
-    /// As [`see`](Self::see), for an inode that was just added without being opened; `print` is
-    /// as in [`ParentLink`]. Answers whether it can be reached now.
-    pub(in crate::fs::passthrough) fn see_new(
+    /// As [`record_name`](Self::record_name), for an inode that was just added without being
+    /// opened. `digest` is that of [`ParentLink`]. Returns whether the inode can be opened now.
+    pub(in crate::fs::passthrough) fn record_name_of_new(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        print: u64,
-        moment: DirSeq,
+        digest: u64,
+        dir_seq: DirSeq,
     ) -> bool {
-        self.see_if(inode, parent, name, print, || moment.lasts(&self.changes));
-        inode.slot.is_full() || !matches!(&*inode.held(), RefKind::Nothing)
+        self.record_name_if(inode, parent, name, digest, || {
+            dir_seq.is_unchanged(&self.dir_seqcounts)
+        });
+        inode.slot.is_full() || !matches!(&*inode.ref_kind(), RefKind::Nothing)
     }
 
-    /// As [`see`](Self::see), for who changes the name.
-    pub(in crate::fs::passthrough) fn rename(
+    /// As [`record_name`](Self::record_name), for the thread that changes the name itself.
+    pub(in crate::fs::passthrough) fn record_rename(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        _: &Changing<'_>,
+        _: &DirChange<'_>,
     ) {
-        self.see_if(inode, parent, name, 0, || true);
+        self.record_name_if(inode, parent, name, 0, || true);
     }
 
-    fn see_if(
+    fn record_name_if(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        print: u64,
+        digest: u64,
         valid: impl FnOnce() -> bool,
     ) {
-        let settled = {
-            let held = inode.held();
-            match &*held {
-                RefKind::Name => inode.goes_by(&held, parent.node(), name),
+        let is_settled = {
+            let ref_kind = inode.ref_kind();
+            match &*ref_kind {
+                RefKind::Name => inode.is_linked_as(&ref_kind, parent.node(), name),
                 RefKind::Nothing | RefKind::Open(_) => {
                     inode.node() == NodeId::ROOT || inode.node() == parent.node()
                 }
-                RefKind::Handle(_) | RefKind::Forgotten => true,
+                RefKind::Handle(_) | RefKind::Removed => true,
             }
         };
-        if settled || !self.adopt(parent) {
+        if is_settled || !self.add_child(parent) {
             return;
         }
-        let place = ParentLink {
+        let link = ParentLink {
             parent: parent.node(),
             name: name.into(),
-            print,
+            digest,
         };
-        if let Some(left) = self.put(inode, place, valid) {
-            self.leave(left);
+        if let Some(old_parent) = self.set_parent_link(inode, link, valid) {
+            self.remove_child(old_parent);
         }
         if inode.children.load(Ordering::Relaxed) > 0 {
-            self.unwind(inode.node(), parent.node());
+            self.break_cycle(inode.node(), parent.node());
         }
     }
 
-    /// Makes `place` the way to `inode`; answers which parent has a child less now.
-    fn put(
+    /// Makes `link` the inode's parent link. Returns the parent that lost a child by this.
+    fn set_parent_link(
         &self,
         inode: &Inode,
-        place: ParentLink,
+        link: ParentLink,
         valid: impl FnOnce() -> bool,
     ) -> Option<NodeId> {
-        let mut held = inode.held();
-        // Asked under the lock: who changes the name says so before he comes here.
-        if !valid() || matches!(*held, RefKind::Handle(_) | RefKind::Forgotten) {
-            return Some(place.parent);
+        let mut ref_kind = inode.ref_kind();
+        // Checked under the lock: a thread that changes the name announces the change first.
+        if !valid() || matches!(*ref_kind, RefKind::Handle(_) | RefKind::Removed) {
+            return Some(link.parent);
         }
-        let parent = place.parent;
-        // What tells it from another of its name stays.
-        let print = inode.print(&held).unwrap_or(place.print);
-        let left = inode.set_way(&mut held, ReopenMethod::Name(ParentLink { print, ..place }));
-        if !matches!(*held, RefKind::Name) {
-            // The table is full; nothing leads there through the parent.
-            drop(held);
-            if let Some(left) = left {
-                self.leave(left);
+        let parent = link.parent;
+        // The digest belongs to the inode, so it stays.
+        let digest = inode.digest(&ref_kind).unwrap_or(link.digest);
+        let old_parent = inode.set_reopen_method(
+            &mut ref_kind,
+            ReopenMethod::Name(ParentLink { digest, ..link }),
+        );
+        if !matches!(*ref_kind, RefKind::Name) {
+            // The table is full, so the inode has no parent link now.
+            drop(ref_kind);
+            if let Some(old_parent) = old_parent {
+                self.remove_child(old_parent);
             }
             return Some(parent);
         }
         if inode.slot.is_full() {
-            self.clock.add(inode);
+            self.evictor.add(inode);
         }
-        left
+        old_parent
     }
 
-    /// Takes note that `inode` has lost `name` in `parent`. If that was the way to it, its
-    /// descriptor, which the caller uses, stays from now on.
-    pub(in crate::fs::passthrough) fn lose(
+    /// Records that `inode` has lost `name` in `parent`. If it was to be reopened by that name, its
+    /// descriptor, which the caller is using, is kept from now on.
+    pub(in crate::fs::passthrough) fn record_removal(
         &self,
         inode: &Inode,
         parent: &Inode,
         name: &CStr,
-        _: &Changing<'_>,
+        _: &DirChange<'_>,
     ) {
-        let left = {
-            let mut held = inode.held();
-            if !inode.goes_by(&held, parent.node(), name) {
+        let old_parent = {
+            let mut ref_kind = inode.ref_kind();
+            if !inode.is_linked_as(&ref_kind, parent.node(), name) {
                 return;
             }
-            inode.set_way(&mut held, ReopenMethod::None)
+            inode.set_reopen_method(&mut ref_kind, ReopenMethod::None)
         };
-        if let Some(left) = left {
-            self.leave(left);
+        if let Some(old_parent) = old_parent {
+            self.remove_child(old_parent);
         }
     }
 
-    /// Which changes of names were known when this was called: before the name is looked at.
-    pub(in crate::fs::passthrough) fn moment(&self, parent: &Inode) -> DirSeq {
-        self.changes.moment(parent.node())
+    /// The current sequence count of the directory. Read it before reading a name.
+    pub(in crate::fs::passthrough) fn dir_seq(&self, parent: &Inode) -> DirSeq {
+        self.dir_seqcounts.dir_seq(parent.node())
     }
 
-    /// Announces that names in two directories change, until the answer is dropped. To be called
-    /// while the descriptors of the inodes concerned are in use.
-    pub(in crate::fs::passthrough) fn changing(&self, parents: [&Inode; 2]) -> Changing<'_> {
-        self.changes.begin(parents.map(Inode::node))
+    /// Announces that names in two directories are about to change, until the return value is
+    /// dropped. The caller must be using the descriptors of the inodes concerned.
+    pub(in crate::fs::passthrough) fn begin_name_change(
+        &self,
+        parents: [&Inode; 2],
+    ) -> DirChange<'_> {
+        self.dir_seqcounts.begin(parents.map(Inode::node))
     }
 
-    /// Whether names in the directory of `moment` have not changed since.
-    pub(in crate::fs::passthrough) fn lasts(&self, moment: DirSeq) -> bool {
-        moment.lasts(&self.changes)
+    /// Whether no name in the directory has changed since `dir_seq`.
+    pub(in crate::fs::passthrough) fn is_unchanged(&self, dir_seq: DirSeq) -> bool {
+        dir_seq.is_unchanged(&self.dir_seqcounts)
     }
 
-    /// Sets whether the guest itself has taken the last name from `inode`, or is about to do so.
+    /// Sets whether the guest has removed the last name of `inode` or is about to do so.
     pub(in crate::fs::passthrough) fn set_nameless(&self, inode: &Inode, nameless: bool) {
-        let _held = inode.held();
+        let _ref_kind = inode.ref_kind();
         inode.record.set_nameless(nameless);
     }
 
-    /// How many changes of names there have been.
-    pub(in crate::fs::passthrough) fn changes(&self) -> u64 {
-        self.changes.count()
+    /// The total number of name changes.
+    pub(in crate::fs::passthrough) fn name_changes(&self) -> u64 {
+        self.dir_seqcounts.count()
     }
 
-    /// Makes `way` what leads to `inode`, whose guard `held` is.
-    pub(in crate::fs::passthrough) fn change_way(
+    /// Sets the reopen method of `inode`, whose lock `ref_kind` is.
+    pub(in crate::fs::passthrough) fn change_reopen_method(
         &self,
         inode: &Inode,
-        mut held: MutexGuard<'_, RefKind>,
-        way: ReopenMethod,
+        mut ref_kind: MutexGuard<'_, RefKind>,
+        method: ReopenMethod,
     ) {
-        let left = inode.set_way(&mut held, way);
-        drop(held);
-        if let Some(left) = left {
-            self.leave(left);
+        let old_parent = inode.set_reopen_method(&mut ref_kind, method);
+        drop(ref_kind);
+        if let Some(old_parent) = old_parent {
+            self.remove_child(old_parent);
         }
     }
 
-    /// Breaks a circle of names, which can only come of names that are outdated: directories
-    /// that the host moved about. `node` is now known to be in `parent`.
-    fn unwind(&self, node: NodeId, parent: NodeId) {
+    /// Breaks a cycle of parent links. A cycle arises only from outdated names, when the host moves
+    /// directories. `node` is now known to be in `parent`.
+    fn break_cycle(&self, node: NodeId, parent: NodeId) {
         let mut at = self.any(parent);
-        for _ in 0..DEEPEST {
+        for _ in 0..MAX_DEPTH {
             let Some(inode) = at else {
                 return;
             };
@@ -196,9 +208,9 @@ impl Store {
                 return;
             };
             if up == node {
-                let held = inode.held();
-                if inode.parent_by(&held) == Some(node) {
-                    self.change_way(&inode, held, ReopenMethod::None);
+                let ref_kind = inode.ref_kind();
+                if inode.parent_of_kind(&ref_kind) == Some(node) {
+                    self.change_reopen_method(&inode, ref_kind, ReopenMethod::None);
                 }
                 return;
             }

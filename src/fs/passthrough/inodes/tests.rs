@@ -1,4 +1,4 @@
-//! The store by itself: counts, names and identities, without a file system.
+//! The store alone: counts, names and identities, without a file system.
 
 use rustix::fs::FileType;
 
@@ -24,21 +24,21 @@ fn identity(number: u64, birth: Option<i64>) -> Identity {
     }
 }
 
-fn handle() -> New {
-    New {
+fn handle() -> NewInode {
+    NewInode {
         fd: None,
-        way: ReopenMethod::Handle {
+        method: ReopenMethod::Handle {
             mount: Mount::nowhere(),
             handle: FileHandle::invented(b"handle"),
         },
     }
 }
 
-fn store() -> Store {
-    remembering(0)
+fn store() -> InodeStore {
+    store_keeping(0)
 }
 
-fn remembering(most: usize) -> Store {
+fn store_keeping(max: usize) -> InodeStore {
     let fd = std::fs::File::open("/dev/null").unwrap().into();
     let limits = Limits {
         inodes: 100,
@@ -46,17 +46,19 @@ fn remembering(most: usize) -> Store {
         queues: 1,
     };
     let table = Table::in_memory(&limits).unwrap();
-    Store::new(&identity(2, Some(LONG_AGO)), fd, &table, most).unwrap()
+    InodeStore::new(&identity(2, Some(LONG_AGO)), fd, &table, max).unwrap()
 }
 
-/// Gives lookups back; answers whether the inode is remembered from now on.
-fn forget(store: &Store, node: NodeId, count: u64) -> bool {
+/// Subtracts lookups. Returns whether the store keeps the inode as a forgotten one.
+fn forget(store: &InodeStore, node: NodeId, count: u64) -> bool {
     let inode = store.get(node);
     inode.is_some_and(|inode| store.forget(&inode, count))
 }
 
-fn admit(store: &Store, identity: &Identity) -> Arc<Inode> {
-    store.admit(identity, handle(), |_, _| false).unwrap()
+fn admit(store: &InodeStore, identity: &Identity) -> Arc<Inode> {
+    store
+        .find_or_insert(identity, handle(), |_, _| false)
+        .unwrap()
 }
 
 #[test]
@@ -78,7 +80,7 @@ fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
     assert!(!forget(&store, inode.node(), 1));
     assert!(store.get(inode.node()).is_none());
     assert!(store.find(&who).is_none());
-    assert!(!store.count(&inode));
+    assert!(!store.count_lookup(&inode));
 }
 
 #[test]
@@ -118,7 +120,7 @@ fn a_reused_number_with_another_birth_is_another_inode() {
     assert!(store.find(&later).is_none());
     let new = admit(&store, &later);
     assert_ne!(new.node(), old.node());
-    // The old one is still the guest's, and its end takes nothing from the new one.
+    // The guest still knows the old one, and removing it doesn't affect the new one.
     assert!(store.get(old.node()).is_some());
     assert!(!forget(&store, old.node(), 1));
     assert_eq!(store.find(&later).unwrap().node(), new.node());
@@ -130,7 +132,7 @@ fn a_young_inode_is_not_told_by_its_birth_alone() {
     let who = identity(10, now());
     let inode = admit(&store, &who);
     assert!(store.find(&who).is_none());
-    let found = store.admit(&who, handle(), |_, _| true).unwrap();
+    let found = store.find_or_insert(&who, handle(), |_, _| true).unwrap();
     assert_eq!(found.node(), inode.node());
 }
 
@@ -147,17 +149,17 @@ fn a_disowned_inode_gives_way_to_the_next_lookup() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let stale = admit(&store, &who);
-    store.disown(&stale);
+    store.remove_key_of(&stale);
     assert_ne!(admit(&store, &who).node(), stale.node());
 }
 
-fn open() -> New {
-    New::open(std::fs::File::open("/dev/null").unwrap().into())
+fn open() -> NewInode {
+    NewInode::open(std::fs::File::open("/dev/null").unwrap().into())
 }
 
 fn name_of(inode: &Inode) -> Option<String> {
-    match inode.way() {
-        ReopenMethod::Name(place) => Some(place.name.to_str().unwrap().to_owned()),
+    match inode.reopen_method() {
+        ReopenMethod::Name(link) => Some(link.name.to_str().unwrap().to_owned()),
         _ => None,
     }
 }
@@ -166,22 +168,22 @@ fn name_of(inode: &Inode) -> Option<String> {
 fn a_name_seen_before_it_changed_is_not_gone_by() {
     let store = store();
     let parent = store
-        .admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
+        .find_or_insert(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
     let inode = store
-        .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
+        .find_or_insert(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
-    let early = store.moment(&parent);
-    store.see(&inode, &parent, c"old", early);
+    let early = store.dir_seq(&parent);
+    store.record_name(&inode, &parent, c"old", early);
     assert_eq!(name_of(&inode).unwrap(), "old");
-    let changing = store.changing([&parent, &parent]);
-    let within = store.moment(&parent);
-    store.rename(&inode, &parent, c"new", &changing);
-    store.see(&inode, &parent, c"old", within);
+    let changing = store.begin_name_change([&parent, &parent]);
+    let within = store.dir_seq(&parent);
+    store.record_rename(&inode, &parent, c"new", &changing);
+    store.record_name(&inode, &parent, c"old", within);
     drop(changing);
-    store.see(&inode, &parent, c"old", early);
+    store.record_name(&inode, &parent, c"old", early);
     assert_eq!(name_of(&inode).unwrap(), "new");
-    store.see(&inode, &parent, c"old", store.moment(&parent));
+    store.record_name(&inode, &parent, c"old", store.dir_seq(&parent));
     assert_eq!(name_of(&inode).unwrap(), "old");
 }
 
@@ -189,12 +191,12 @@ fn a_name_seen_before_it_changed_is_not_gone_by() {
 fn a_directory_stays_for_what_is_found_through_it() {
     let store = store();
     let parent = store
-        .admit(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
+        .find_or_insert(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
     let inode = store
-        .admit(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
+        .find_or_insert(&identity(10, Some(LONG_AGO)), open(), |_, _| false)
         .unwrap();
-    store.see(&inode, &parent, c"name", store.moment(&parent));
+    store.record_name(&inode, &parent, c"name", store.dir_seq(&parent));
     assert!(!forget(&store, parent.node(), 1));
     assert!(store.get(parent.node()).is_none(), "it is not the guest's");
     assert!(store.any(parent.node()).is_some());
@@ -231,7 +233,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
                 for turn in 0..20_000 {
                     let who = identity(10 + turn % 3, Some(LONG_AGO));
                     let inode = store.find(&who).unwrap_or_else(|| admit(&store, &who));
-                    // Until given back, a lookup is a right to the node id.
+                    // A lookup keeps the node id until it is forgotten.
                     assert!(store.get(inode.node()).is_some());
                     assert!(!forget(&store, inode.node(), 1));
                 }
@@ -249,108 +251,108 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
     );
 }
 
-/// Makes an inode with this number known, and gives it back.
-fn forget_lookups(store: &Store, number: u64) -> NodeId {
+/// Adds an inode with this number and forgets it.
+fn forget_lookups(store: &InodeStore, number: u64) -> NodeId {
     let node = admit(store, &identity(number, Some(LONG_AGO))).node();
     forget(store, node, 1);
-    store.let_surplus_go();
+    store.drop_surplus_forgotten();
     node
 }
 
 #[test]
 fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
-    let store = remembering(3);
+    let store = store_keeping(3);
     let nodes: Vec<NodeId> = (10..14)
         .map(|number| forget_lookups(&store, number))
         .collect();
-    let there = |node: &NodeId| store.get_or_remembered(*node).is_some();
+    let there = |node: &NodeId| store.get_or_forgotten(*node).is_some();
     assert!(nodes.iter().all(|node| store.get(*node).is_none()));
     assert_eq!(nodes.iter().filter(|node| there(node)).count(), 3);
     assert!(!there(&nodes[0]));
-    // It is the same node again, and goes to the end of the line when it is given back.
+    // It is the same node, and goes to the end of the queue when it is forgotten.
     assert_eq!(forget_lookups(&store, 11), nodes[1]);
     let other = forget_lookups(&store, 20);
     assert!(there(&nodes[1]) && !there(&nodes[2]) && there(&nodes[3]) && there(&other));
-    assert_eq!((store.remembered(), store.len()), (3, 4));
+    assert_eq!((store.forgotten(), store.len()), (3, 4));
     store.clear();
-    assert_eq!((store.remembered(), store.len()), (0, 1));
+    assert_eq!((store.forgotten(), store.len()), (0, 1));
 }
 
 #[test]
 fn what_is_known_again_stands_in_no_line() {
-    let store = remembering(2);
+    let store = store_keeping(2);
     let who = identity(10, Some(LONG_AGO));
     for _ in 0..1000 {
         let node = forget_lookups(&store, 10);
-        // Not by a `statx` alone: it has no descriptor yet.
+        // A `statx` is not sufficient: the inode has no descriptor yet.
         assert!(store.find(&who).is_none());
-        assert!(store.count(&store.get_or_remembered(node).unwrap()));
-        assert_eq!(store.remembered(), 0);
+        assert!(store.count_lookup(&store.get_or_forgotten(node).unwrap()));
+        assert_eq!(store.forgotten(), 0);
         assert_eq!(store.find(&who).unwrap().node(), node);
-        assert!(!store.let_oldest_go());
+        assert!(!store.drop_oldest_forgotten());
         forget(&store, node, 2);
-        assert_eq!(store.remembered(), 1);
+        assert_eq!(store.forgotten(), 1);
     }
-    store.let_go(&store.get_or_remembered(NodeId(2)).unwrap());
-    assert_eq!((store.remembered(), store.len()), (0, 1));
+    store.drop_forgotten(&store.get_or_forgotten(NodeId(2)).unwrap());
+    assert_eq!((store.forgotten(), store.len()), (0, 1));
 }
 
 #[test]
 fn another_inode_of_the_same_number_ends_what_is_remembered() {
-    let store = remembering(2);
+    let store = store_keeping(2);
     let old = forget_lookups(&store, 10);
     let new = admit(&store, &identity(10, Some(LONG_AGO + 1)));
-    assert!(store.get_or_remembered(old).is_none());
-    assert_eq!((store.remembered(), store.len()), (0, 2));
-    // And one that has lost its number while it was known is not remembered.
+    assert!(store.get_or_forgotten(old).is_none());
+    assert_eq!((store.forgotten(), store.len()), (0, 2));
+    // An inode that lost its number while the guest knew it is not kept.
     admit(&store, &identity(10, Some(LONG_AGO + 2)));
     assert!(!forget(&store, new.node(), 1));
-    assert!(store.get_or_remembered(new.node()).is_none());
+    assert!(store.get_or_forgotten(new.node()).is_none());
 }
 
 #[test]
 fn what_is_remembered_by_its_name_keeps_its_directory() {
-    let store = remembering(1);
+    let store = store_keeping(1);
     let root = store.get(NodeId::ROOT).unwrap();
     let admit_open = |number| {
         let who = identity(number, Some(LONG_AGO));
-        store.admit(&who, open(), |_, _| false).unwrap()
+        store.find_or_insert(&who, open(), |_, _| false).unwrap()
     };
     let dir = admit_open(10);
-    store.see(&dir, &root, c"dir", store.moment(&root));
+    store.record_name(&dir, &root, c"dir", store.dir_seq(&root));
     let file = admit_open(11);
-    store.see(&file, &dir, c"file", store.moment(&dir));
+    store.record_name(&file, &dir, c"file", store.dir_seq(&dir));
     for inode in [&dir, &file] {
         forget(&store, inode.node(), 1);
-        store.let_surplus_go();
+        store.drop_surplus_forgotten();
     }
-    // The directory is here for the file alone.
-    assert_eq!((store.remembered(), store.len()), (1, 3));
-    assert!(store.get_or_remembered(dir.node()).is_none());
+    // The directory is in the store only for the file.
+    assert_eq!((store.forgotten(), store.len()), (1, 3));
+    assert!(store.get_or_forgotten(dir.node()).is_none());
     assert!(store.all().is_empty());
-    assert!(store.let_oldest_go());
-    assert_eq!((store.remembered(), store.len()), (0, 1));
+    assert!(store.drop_oldest_forgotten());
+    assert_eq!((store.forgotten(), store.len()), (0, 1));
 }
 
 #[test]
 fn what_is_remembered_makes_room_in_the_table() {
-    let store = remembering(usize::MAX);
+    let store = store_keeping(usize::MAX);
     let mut number = 10;
     while store.table.has_room_for_inode() {
         let inode = admit(&store, &identity(number, Some(LONG_AGO)));
         forget(&store, inode.node(), 1);
         number += 1;
     }
-    let before = store.remembered();
+    let before = store.forgotten();
     assert!(before > 100);
-    store.room_in_table();
-    assert_eq!(store.remembered(), before - 1);
+    store.make_room_in_table();
+    assert_eq!(store.forgotten(), before - 1);
     assert!(store.table.has_room_for_inode());
 }
 
 #[test]
 fn racing_threads_agree_on_what_is_remembered() {
-    let store = remembering(2);
+    let store = store_keeping(2);
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
@@ -358,19 +360,19 @@ fn racing_threads_agree_on_what_is_remembered() {
                     let inode = admit(&store, &identity(10 + turn % 4, Some(LONG_AGO)));
                     let node = inode.node();
                     forget(&store, node, 1);
-                    store.let_surplus_go();
-                    if let Some(again) = store.get_or_remembered(node)
-                        && store.count(&again)
+                    store.drop_surplus_forgotten();
+                    if let Some(again) = store.get_or_forgotten(node)
+                        && store.count_lookup(&again)
                     {
                         forget(&store, node, 1);
-                        store.let_surplus_go();
+                        store.drop_surplus_forgotten();
                     }
                 }
             });
         }
     });
-    assert!(store.remembered() <= 2);
-    assert_eq!(store.len(), store.remembered() + 1);
-    while store.let_oldest_go() {}
-    assert_eq!((store.remembered(), store.len()), (0, 1));
+    assert!(store.forgotten() <= 2);
+    assert_eq!(store.len(), store.forgotten() + 1);
+    while store.drop_oldest_forgotten() {}
+    assert_eq!((store.forgotten(), store.len()), (0, 1));
 }

@@ -1,7 +1,7 @@
-//! What goes along with files that have lost their last name: all that they are.
+//! Migrates the content and metadata of files that have lost their last name.
 //!
-//! The invariant: at no time does a name in the shared directory lead to what is made here for longer
-//! than it takes to open it.
+//! The invariant: a recreated file has a name in the shared directory for no longer than it takes
+//! to open it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,12 +14,12 @@ use super::super::inode_ref::{reopen_fd, stat_fd};
 use crate::fs::{NodeId, Result};
 use crate::state::stream::{CONTENT_MOST, Nameless};
 
-/// The longest piece of a file: how much is read at once.
-const PIECE: usize = 1 << 20;
+/// How many bytes of a file are read at once.
+const CHUNK_LEN: usize = 1 << 20;
 
 impl Passthrough {
-    /// What is in a file, or directory, that has no name any more. `left` is how many bytes may
-    /// still be taken along.
+    /// The content and metadata of a file or directory without a name. `left` is the number of
+    /// bytes that may still be sent.
     pub(super) fn content_of(&self, inode: &Inode, left: &mut u64) -> Result<Nameless> {
         let fd = self.fd(inode)?;
         let stat = stat_fd(&fd, StatxFlags::BASIC_STATS)?;
@@ -47,54 +47,56 @@ impl Passthrough {
         loop {
             at = match rustix::fs::seek(&file, SeekFrom::Data(at)) {
                 Ok(at) => at,
-                // Nothing but a hole is left.
+                // The rest is a hole.
                 Err(Errno::NXIO) => return Ok(nameless),
                 Err(error) => return Err(error),
             };
             let hole = rustix::fs::seek(&file, SeekFrom::Hole(at))?;
             while at < hole {
-                let wanted = usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE);
-                let mut piece = vec![0; wanted];
-                let read = rustix::io::pread(&file, &mut piece[..], at)?;
+                let wanted = usize::try_from(hole - at)
+                    .unwrap_or(CHUNK_LEN)
+                    .min(CHUNK_LEN);
+                let mut chunk = vec![0; wanted];
+                let read = rustix::io::pread(&file, &mut chunk[..], at)?;
                 if read == 0 {
                     return Ok(nameless);
                 }
-                piece.truncate(read);
+                chunk.truncate(read);
                 *left = left.checked_sub(read as u64).ok_or(Errno::FBIG)?;
-                nameless.pieces.push((at, piece));
+                nameless.pieces.push((at, chunk));
                 at += read as u64;
             }
         }
     }
 
-    /// How much may be taken along in all.
-    pub(super) fn content_most() -> u64 {
+    /// How many bytes of content may be sent in total.
+    pub(super) fn max_content() -> u64 {
         CONTENT_MOST
     }
 
-    /// Makes a file, or directory, without a name; answers an `O_PATH` descriptor of it.
-    pub(super) fn make_again(&self, kind: FileType, nameless: &Nameless) -> Result<OwnedFd> {
+    /// Creates a file or directory without a name. Returns an `O_PATH` descriptor of it.
+    pub(super) fn recreate_nameless(&self, kind: FileType, nameless: &Nameless) -> Result<OwnedFd> {
         self.writable()?;
         let root = self.inodes.any(NodeId::ROOT).ok_or(Errno::STALE)?;
         let root = self.fd(&root)?;
         match kind {
             FileType::RegularFile => {
                 let file = self.nameless_file(root.as_fd())?;
-                for (at, piece) in &nameless.pieces {
-                    write_all(&file, piece, *at)?;
+                for (at, chunk) in &nameless.pieces {
+                    write_all(&file, chunk, *at)?;
                 }
                 rustix::fs::ftruncate(&file, nameless.size)?;
-                dress(&file, nameless)?;
+                set_metadata(&file, nameless)?;
                 self.with_room(|| reopen_fd(&file, &self.proc_fds, OFlags::PATH))
             }
             FileType::Directory => {
                 let (name, ()) =
-                    with_a_name(|name| rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU))?;
+                    with_unused_name(|name| rustix::fs::mkdirat(root.as_fd(), name, Mode::RWXU))?;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let opened = rustix::fs::openat(root.as_fd(), &*name, flags, Mode::empty());
                 rustix::fs::unlinkat(root.as_fd(), &*name, rustix::fs::AtFlags::REMOVEDIR)?;
                 let directory = opened?;
-                dress(&directory, nameless)?;
+                set_metadata(&directory, nameless)?;
                 self.with_room(|| reopen_fd(&directory, &self.proc_fds, OFlags::PATH))
             }
             _ => Err(Errno::OPNOTSUPP),
@@ -104,21 +106,21 @@ impl Passthrough {
     fn nameless_file(&self, root: BorrowedFd<'_>) -> Result<OwnedFd> {
         let mode = Mode::RUSR | Mode::WUSR;
         let access = OFlags::RDWR | OFlags::CLOEXEC;
-        // The root may be open for nothing but its path.
+        // The root may be an `O_PATH` descriptor.
         let here = OFlags::TMPFILE | access;
         match self.with_room(|| rustix::fs::openat(root, c".", here, mode)) {
             Err(Errno::OPNOTSUPP | Errno::ISDIR) => {}
             made => return made,
         }
         let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | access;
-        let (name, file) = with_a_name(|name| rustix::fs::openat(root, name, new, mode))?;
+        let (name, file) = with_unused_name(|name| rustix::fs::openat(root, name, new, mode))?;
         rustix::fs::unlinkat(root, &*name, rustix::fs::AtFlags::empty())?;
         Ok(file)
     }
 }
 
-/// Makes something under a name that nobody has.
-fn with_a_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(String, T)> {
+/// Creates something under a name that doesn't exist.
+fn with_unused_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(String, T)> {
     loop {
         let name = format!(".ringfsd-{:016x}", super::super::lookup::new_generation());
         match make(&name) {
@@ -141,8 +143,8 @@ fn write_all(file: &OwnedFd, bytes: &[u8], mut at: u64) -> Result<()> {
     Ok(())
 }
 
-/// Owner, mode and times; an owner that this server may not give a file to stays its own.
-fn dress(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
+/// Sets owner, mode and times. If this server may not give files to that owner, it stays the owner.
+fn set_metadata(file: &OwnedFd, nameless: &Nameless) -> Result<()> {
     let owned = std::os::unix::fs::fchown(file, Some(nameless.uid), Some(nameless.gid));
     match owned.map_err(|error| Errno::from_io_error(&error)) {
         Ok(()) | Err(Some(Errno::PERM | Errno::INVAL)) => {}

@@ -1,8 +1,8 @@
-//! At the destination: each inode is found, each file opened again.
+//! The destination's side: finds each inode and opens each file again.
 //!
-//! Whether source and destination share one file system is told by the shared directory itself: only
-//! then does a name that is missing mean that somebody has taken it away, and do numbers of inodes
-//! mean something. The invariant: a node id leads to the inode that it was described as, or to none.
+//! The identity of the shared directory shows whether source and destination share one file system.
+//! Only then does a missing name mean that somebody has removed it, and only then can inode numbers
+//! be compared. The invariant: a node id leads to the inode that the source described, or to none.
 
 use std::collections::HashSet;
 use std::ffi::CString;
@@ -14,12 +14,12 @@ use rustix::io::Errno;
 
 use super::super::Passthrough;
 use super::super::inode_ref::{
-    IDENTITY, Identity, InodeFd, Key, Mount, ParentLink, ReopenMethod, print_at, stat_fd,
+    IDENTITY, Identity, InodeFd, Key, Mount, ParentLink, ReopenMethod, digest_at, stat_fd,
 };
 use super::super::lookup::component;
 use super::super::opening::regular_file;
 use super::locks::record_of;
-use super::save::KEPT;
+use super::save::REOPEN_FLAGS;
 use super::{MigrationMode, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
@@ -27,37 +27,37 @@ use crate::state::HandleFields;
 use crate::state::stream::{Find, Inode, Open, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
-/// Node ids and handles begin at 1; no server ever comes so far.
+/// Node ids and handles start at 1, and no server gets this far.
 const LAST_NUMBER: u64 = 1 << 62;
 
-/// What is known of the migration as a whole.
-struct Circumstances {
+/// What is known about the migration as a whole.
+struct LoadContext {
     /// Both sides share one file system.
     shared: bool,
-    /// Nodes that are open, or locked.
+    /// Nodes that are open or locked.
     in_use: HashSet<u64>,
 }
 
 /// An inode that was found.
 struct Found {
-    /// None where the way is enough until it is needed.
+    /// `None` if the reopen method is sufficient until the inode is needed.
     fd: Option<OwnedFd>,
     stat: Statx,
-    way: ReopenMethod,
+    method: ReopenMethod,
 }
 
 impl Found {
-    fn open(fd: OwnedFd, way: ReopenMethod) -> Result<Self, Errno> {
+    fn open(fd: OwnedFd, method: ReopenMethod) -> Result<Self, Errno> {
         let stat = stat_fd(&fd, IDENTITY)?;
         let fd = Some(fd);
-        Ok(Self { fd, stat, way })
+        Ok(Self { fd, stat, method })
     }
 
     fn identity(&self) -> Identity {
         Identity::of(&self.stat)
     }
 
-    /// Whether it has number and birth of what was described.
+    /// Whether it has the number and birth time of the description.
     fn is(&self, inode: &Inode) -> bool {
         let identity = self.identity();
         (identity.key.number, identity.birth) == (inode.number, inode.birth)
@@ -68,11 +68,11 @@ impl Passthrough {
     pub(in super::super) fn load_snapshot(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
         let opens = snapshot.opens.iter().map(|open| open.node);
         let locked = snapshot.locks.iter().map(|locks| locks.node);
-        let circumstances = Circumstances {
+        let context = LoadContext {
             shared: self.is_shared_with(snapshot),
             in_use: opens.chain(locked).collect(),
         };
-        self.check_bounds(snapshot)?;
+        self.check_limits(snapshot)?;
         if snapshot.generation != 0 {
             self.table().set_generation(snapshot.generation);
         }
@@ -80,17 +80,17 @@ impl Passthrough {
         self.handles.skip_to_handle(snapshot.next_handle);
         let mut lost = 0_usize;
         for inode in &snapshot.inodes {
-            match self.find_again_as(inode, &circumstances) {
-                Ok(Some(found)) => self.bring(inode, found)?,
-                Ok(None) => self.bring_lost(inode),
+            match self.find_inode(inode, &context) {
+                Ok(Some(found)) => self.import(inode, found)?,
+                Ok(None) => self.import_lost(inode),
                 Err(source) => {
                     let error = MoveError::Inode {
                         node: inode.node,
                         how: inode.find.to_string(),
                         source,
                     };
-                    self.tolerate(error, &mut lost)?;
-                    self.bring_lost(inode);
+                    self.count_loss(error, &mut lost)?;
+                    self.import_lost(inode);
                 }
             }
         }
@@ -101,16 +101,16 @@ impl Passthrough {
                     flags: open.flags,
                     source,
                 };
-                self.tolerate(error, &mut lost)?;
+                self.count_loss(error, &mut lost)?;
             }
         }
-        self.bring_locks(snapshot, &mut lost)?;
+        self.import_locks(snapshot, &mut lost)?;
         log::info!(
             "migration: {} inodes, {} open files, {} lock owners; {lost} of them lost; {}",
             snapshot.inodes.len(),
             snapshot.opens.len(),
             snapshot.locks.len(),
-            if circumstances.shared {
+            if context.shared {
                 "the same file system"
             } else {
                 "another file system"
@@ -119,17 +119,17 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Whether there may be so much here.
-    fn check_bounds(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
-        let bounds = [
+    /// Checks that the snapshot is within this server's limits.
+    fn check_limits(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
+        let limits = [
             ("inodes", snapshot.inodes.len(), self.options.max_inodes),
             (
                 "open files and lock owners",
                 snapshot.opens.len().saturating_add(snapshot.locks.len()),
-                self.bounds.handles,
+                self.fd_limits.handles,
             ),
         ];
-        for (what, have, most) in bounds {
+        for (what, have, most) in limits {
             if have > most {
                 return Err(MoveError::TooMany { what, have, most });
             }
@@ -140,8 +140,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// What becomes of a loss.
-    pub(super) fn tolerate(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
+    /// Fails, or counts and logs the loss, as the option `on_error` says.
+    pub(super) fn count_loss(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
         if self.options.migration.on_error == OnMigrationError::Abort {
             return Err(error);
         }
@@ -154,7 +154,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Whether the source's shared directory is this one.
+    /// Whether the source shares this very directory.
     fn is_shared_with(&self, snapshot: &Snapshot) -> bool {
         let own = self.inodes.any(NodeId::ROOT).and_then(|root| {
             let fd = self.fd(&root).ok()?;
@@ -168,36 +168,32 @@ impl Passthrough {
         knows && own == Some((root.handle.clone(), root.number, root.birth))
     }
 
-    /// Finds an inode; `None` if it has ended, so that it is missed by nobody.
-    fn find_again_as(
-        &self,
-        inode: &Inode,
-        circumstances: &Circumstances,
-    ) -> Result<Option<Found>, Errno> {
+    /// Finds an inode. Returns `None` if it no longer exists and the guest doesn't need it.
+    fn find_inode(&self, inode: &Inode, context: &LoadContext) -> Result<Option<Found>, Errno> {
         let found = match &inode.find {
             Find::Gone => return Ok(None),
             Find::Lost => Err(Errno::STALE),
-            // In another directory's file system it would lead to whatever has that number there; in
-            // this one's, perhaps out of the directory that is shared.
-            Find::Handle if circumstances.shared => self.by_bytes(&inode.handle),
+            // In another file system the handle would open whatever inode has that number, and in
+            // this one it could open a file outside the shared directory.
+            Find::Handle if context.shared => self.by_handle(&inode.handle),
             Find::Handle => Err(Errno::STALE),
             Find::Path { from, path, verify } => {
-                self.by_path(inode, (NodeId(*from), path), *verify, circumstances)
+                self.by_path(inode, (NodeId(*from), path), *verify, context)
             }
-            // While the source has it open, its handle leads to it.
-            Find::Nameless(nameless) => match self.by_bytes(&inode.handle) {
-                Ok(found) if circumstances.shared && found.is(inode) => Ok(found),
+            // The handle can be opened while the source has the file open.
+            Find::Nameless(nameless) => match self.by_handle(&inode.handle) {
+                Ok(found) if context.shared && found.is(inode) => Ok(found),
                 _ => {
                     let kind = FileType::from_raw_mode(inode.kind);
-                    let made = self.make_again(kind, nameless);
+                    let made = self.recreate_nameless(kind, nameless);
                     made.and_then(|fd| Found::open(fd, ReopenMethod::None))
                 }
             },
         };
         match found {
             Ok(found) if found.identity().kind.as_raw_mode() == inode.kind => Ok(Some(found)),
-            Ok(_) => missing(Errno::STALE, inode, circumstances),
-            Err(error) => missing(error, inode, circumstances),
+            Ok(_) => missing(Errno::STALE, inode, context),
+            Err(error) => missing(error, inode, context),
         }
     }
 
@@ -206,28 +202,28 @@ impl Passthrough {
         inode: &Inode,
         (from, path): (NodeId, &[u8]),
         verify: bool,
-        circumstances: &Circumstances,
+        context: &LoadContext,
     ) -> Result<Found, Errno> {
         let parent = self.inodes.any(from).ok_or(Errno::STALE)?;
         let parent = self.fd(&parent)?;
-        let place = (!path.contains(&b'/'))
+        let link = (!path.contains(&b'/'))
             .then(|| CString::new(path).map_err(|_nul| Errno::INVAL))
             .transpose()?
             .map(|name| ParentLink {
                 parent: from,
                 name: name.into_boxed_c_str(),
-                print: 0,
+                digest: 0,
             });
-        let in_use = circumstances.in_use.contains(&inode.node);
-        let found = match place {
-            // The most there are: a name each, and nothing that the guest does with them now.
-            Some(place) if !verify && !in_use && self.holder.keeps_opened() => {
-                self.by_name(&parent, place)?
+        let in_use = context.in_use.contains(&inode.node);
+        let found = match link {
+            // This is the most frequent case: an inode with a name that the guest isn't using.
+            Some(link) if !verify && !in_use && self.reopen_policy.keeps_opened_fds() => {
+                self.by_name(&parent, link)?
             }
-            place => {
-                // Without a place it will be learned when the name is seen.
-                let way = place.map_or(ReopenMethod::None, ReopenMethod::Name);
-                Found::open(self.follow(parent.as_fd(), path)?, way)?
+            link => {
+                // Without a link, the name is recorded when a lookup sees it.
+                let method = link.map_or(ReopenMethod::None, ReopenMethod::Name);
+                Found::open(self.follow(parent.as_fd(), path)?, method)?
             }
         };
         if verify
@@ -236,51 +232,51 @@ impl Passthrough {
         {
             return Err(Errno::STALE);
         }
-        if circumstances.shared && !found.is(inode) {
+        if context.shared && !found.is(inode) {
             return Err(Errno::STALE);
         }
         Ok(found)
     }
 
-    /// What has a name that it will be found by when it is used, if that can be told then.
-    fn by_name(&self, parent: &InodeFd<'_>, mut place: ParentLink) -> Result<Found, Errno> {
+    /// An inode that can be opened by its name later, provided it can be identified then.
+    fn by_name(&self, parent: &InodeFd<'_>, mut link: ParentLink) -> Result<Found, Errno> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        let name = component(&place.name)?;
+        let name = component(&link.name)?;
         let stat = rustix::fs::statx(parent, name, flags, IDENTITY)?;
         let identity = Identity::of(&stat);
-        let print = if identity.is_settled() {
+        let digest = if identity.is_settled() {
             Some(0)
         } else {
-            let print = identity.birth.map(|_| print_at(parent, name));
-            print.and_then(Result::ok)
+            let digest = identity.birth.map(|_| digest_at(parent, name));
+            digest.and_then(Result::ok)
         };
-        let Some(print) = print else {
+        let Some(digest) = digest else {
             let fd = self.follow(parent.as_fd(), name.to_bytes())?;
-            return Found::open(fd, ReopenMethod::Name(place));
+            return Found::open(fd, ReopenMethod::Name(link));
         };
-        place.print = print;
-        let way = ReopenMethod::Name(place);
+        link.digest = digest;
+        let method = ReopenMethod::Name(link);
         Ok(Found {
             fd: None,
             stat,
-            way,
+            method,
         })
     }
 
-    fn by_bytes(&self, bytes: &[u8]) -> Result<Found, Errno> {
-        // Who can name a handle can name any file of the file system: only where the operator
-        // wants that.
+    fn by_handle(&self, bytes: &[u8]) -> Result<Found, Errno> {
+        // A handle can name any file of the file system, so it is accepted only if the operator
+        // allows it.
         if self.options.migration.mode != MigrationMode::FileHandles {
             return Err(Errno::OPNOTSUPP);
         }
         let handle = FileHandle::from_bytes(bytes).ok_or(Errno::STALE)?;
-        let mount: Arc<Mount> = self.holder.shared_mount().ok_or(Errno::OPNOTSUPP)?;
+        let mount: Arc<Mount> = self.reopen_policy.shared_mount().ok_or(Errno::OPNOTSUPP)?;
         let fd = self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
         Found::open(fd, ReopenMethod::Handle { mount, handle })
     }
 
-    /// Gives the guest's name to what was found.
-    fn bring(&self, inode: &Inode, found: Found) -> Result<(), MoveError> {
+    /// Adds a found inode under the guest's node id.
+    fn import(&self, inode: &Inode, found: Found) -> Result<(), MoveError> {
         let node = NodeId(inode.node);
         let fail = |source| MoveError::Inode {
             node: inode.node,
@@ -288,23 +284,25 @@ impl Passthrough {
             source,
         };
         let identity = found.identity();
-        let held = match &found.fd {
+        let by_policy = match &found.fd {
             Some(fd) => {
-                let way = self
-                    .holder
-                    .way_to_new(fd.as_fd(), &identity, &self.proc_fds);
-                way.map_err(fail)?
+                let method =
+                    self.reopen_policy
+                        .method_for_new(fd.as_fd(), &identity, &self.proc_fds);
+                method.map_err(fail)?
             }
             None => None,
         };
-        let (fd, way) = match (held, found.way) {
-            // Without a name it may end any time, but for its descriptor.
+        let (fd, method) = match (by_policy, found.method) {
+            // Without a name only the descriptor keeps it alive.
             _ if found.stat.stx_nlink == 0 => (found.fd, ReopenMethod::None),
-            (Some(way), _) => (None, way),
-            (None, way) => (found.fd, way),
+            (Some(method), _) => (None, method),
+            (None, method) => (found.fd, method),
         };
-        let brought = self.inodes.bring(node, inode.lookups, &identity, fd, way);
-        if !brought {
+        let imported = self
+            .inodes
+            .import(node, inode.lookups, &identity, fd, method);
+        if !imported {
             return Err(fail(Errno::EXIST));
         }
         if found.stat.stx_nlink == 0
@@ -316,10 +314,10 @@ impl Passthrough {
         Ok(())
     }
 
-    /// The guest has it and gets `ESTALE`.
-    fn bring_lost(&self, inode: &Inode) {
+    /// Adds a placeholder, for which the guest gets `ESTALE`.
+    fn import_lost(&self, inode: &Inode) {
         let identity = Identity {
-            // Nothing has this key.
+            // No inode has this key.
             key: Key {
                 number: inode.node,
                 device: u64::MAX,
@@ -330,10 +328,10 @@ impl Passthrough {
         };
         let node = NodeId(inode.node);
         self.inodes
-            .bring(node, inode.lookups, &identity, None, ReopenMethod::None);
+            .import(node, inode.lookups, &identity, None, ReopenMethod::None);
     }
 
-    /// Opens what the guest has open.
+    /// Opens a file or directory that the guest has open.
     fn open_as(&self, open: &Open) -> Result<(), Errno> {
         let node = NodeId(open.node);
         let inode = self.inodes.any(node).ok_or(Errno::STALE)?;
@@ -343,7 +341,7 @@ impl Passthrough {
             if inode.kind() != FileType::RegularFile {
                 return Err(Errno::STALE);
             }
-            let flags = OFlags::from_bits_retain(open.flags & KEPT.cast_unsigned());
+            let flags = OFlags::from_bits_retain(open.flags & REOPEN_FLAGS.cast_unsigned());
             let flags = flags | OFlags::NOCTTY;
             let fd = match flags & OFlags::RWMODE {
                 OFlags::RDONLY => self.open_for_reading(&inode, flags)?,
@@ -358,23 +356,19 @@ impl Passthrough {
             handle: open.handle,
             node: open.node,
             directory: open.directory,
-            flags: open.flags & KEPT.cast_unsigned(),
+            flags: open.flags & REOPEN_FLAGS.cast_unsigned(),
             fd: file.as_fd().as_raw_fd(),
         };
-        self.handles.bring(&fields, record_of(open.flock), file)
+        self.handles.import(&fields, record_of(open.flock), file)
     }
 }
 
-/// What a failure to find an inode comes to.
-fn missing(
-    error: Errno,
-    inode: &Inode,
-    circumstances: &Circumstances,
-) -> Result<Option<Found>, Errno> {
+/// Decides what it means that an inode was not found.
+fn missing(error: Errno, inode: &Inode, context: &LoadContext) -> Result<Option<Found>, Errno> {
     let ended = matches!(error, Errno::NOENT | Errno::NOTDIR | Errno::STALE);
-    let missed = circumstances.in_use.contains(&inode.node) || matches!(inode.find, Find::Lost);
-    if ended && circumstances.shared && !missed {
-        // Somebody on the host has taken it away, or put another in its place.
+    let missed = context.in_use.contains(&inode.node) || matches!(inode.find, Find::Lost);
+    if ended && context.shared && !missed {
+        // Somebody on the host has removed or replaced it.
         return Ok(None);
     }
     Err(error)

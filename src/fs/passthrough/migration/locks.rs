@@ -1,9 +1,10 @@
-//! Locks go with their guest.
+//! Migrates locks.
 //!
-//! On the host a lock is held by one server at a time. So the source gives its locks up once what it
-//! saved is on its way, and the destination takes them; a source that goes on after all takes them
-//! back. Between the two somebody else on the host may be faster. The invariant: whoever doesn't get
-//! a lock back says so: the destination by refusing the guest, the source in its log.
+//! On the host only one server can hold a lock at a time. So the source releases its locks once the
+//! snapshot is on its way, and the destination acquires them. If the migration fails, the source
+//! acquires them again. In between, another process on the host can take a lock. The invariant: a
+//! lock that isn't acquired is reported: the destination refuses the guest, the source logs a
+//! warning.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
@@ -16,14 +17,14 @@ use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::stream::{self, Flock, Locks, Snapshot};
 use crate::state::{LockFields, Range};
 
-/// All that may be locked of a file.
+/// The whole range of a file.
 const EVERYTHING: Lock = Lock::Record(RecordLock {
     kind: LockKind::Unlock,
     start: 0,
     end: i64::MAX.cast_unsigned(),
 });
 
-/// What a handle's record says that the whole file is locked for.
+/// The lock on the whole file that a handle's record says.
 pub(super) fn flock_of(record: u64) -> Flock {
     match record {
         1 => Flock::Shared,
@@ -32,7 +33,7 @@ pub(super) fn flock_of(record: u64) -> Flock {
     }
 }
 
-/// The same, for a record.
+/// The reverse, for a record.
 pub(super) fn record_of(flock: Flock) -> u64 {
     match flock {
         Flock::None => 0,
@@ -65,7 +66,7 @@ pub(super) fn locks_of(fields: &LockFields, ranges: &[Range]) -> Locks {
     }
 }
 
-/// Takes record locks that were had before.
+/// Acquires record locks.
 fn take(file: &File, ranges: &[Range]) -> Result<(), Errno> {
     ranges.iter().try_for_each(|range| {
         let kind = if range.exclusive {
@@ -90,8 +91,8 @@ fn set(file: &File, lock: Lock) -> Result<(), Errno> {
 }
 
 impl Passthrough {
-    /// Takes the locks that the guest had elsewhere.
-    pub(super) fn bring_locks(
+    /// Acquires the locks that the guest had at the source.
+    pub(super) fn import_locks(
         &self,
         snapshot: &Snapshot,
         lost: &mut usize,
@@ -104,20 +105,20 @@ impl Passthrough {
             let file = self.handles.file(node, handle, HandleKind::File);
             if let Err(source) = file.and_then(|file| set(&file, lock)) {
                 let node = open.node;
-                self.tolerate(MoveError::Lock { node, source }, lost)?;
+                self.count_loss(MoveError::Lock { node, source }, lost)?;
                 self.handles.note_lock(NodeId(node), handle, 0);
             }
         }
         for locks in &snapshot.locks {
-            if let Err(source) = self.bring_owner(locks) {
+            if let Err(source) = self.import_owner(locks) {
                 let node = locks.node;
-                self.tolerate(MoveError::Lock { node, source }, lost)?;
+                self.count_loss(MoveError::Lock { node, source }, lost)?;
             }
         }
         Ok(())
     }
 
-    fn bring_owner(&self, locks: &Locks) -> Result<(), Errno> {
+    fn import_owner(&self, locks: &Locks) -> Result<(), Errno> {
         let inode = self.inodes.any(NodeId(locks.node)).ok_or(Errno::STALE)?;
         let ranges: Vec<Range> = locks
             .ranges
@@ -136,38 +137,38 @@ impl Passthrough {
             handle: locks.handle,
             fd: file.as_fd().as_raw_fd(),
         };
-        self.locks.bring(&fields, &ranges, file)
+        self.locks.import(&fields, &ranges, file)
     }
 
-    /// Gives up all locks on the host; what is remembered of them stays.
+    /// Releases all locks on the host. The records of them stay.
     pub(in super::super) fn release_locks_for_migration(&self) {
         self.locks_released.store(true, Ordering::Relaxed);
-        let give_up = |file: &File, lock| {
+        let release = |file: &File, lock| {
             if let Err(error) = set(file, lock) {
-                log::warn!("migration: giving up a lock: {error}");
+                log::warn!("migration: can't release a lock: {error}");
             }
         };
         self.handles.each(|_, lock, file| {
             if flock_of(lock) != Flock::None {
-                give_up(file, Lock::Whole(LockKind::Unlock));
+                release(file, Lock::Whole(LockKind::Unlock));
             }
         });
         self.locks.each(|_, ranges, file| {
             if !ranges.is_empty() {
-                give_up(file, EVERYTHING);
+                release(file, EVERYTHING);
             }
         });
     }
 
-    /// Takes them back, if they were given up.
+    /// Acquires the locks again, if they were released.
     pub(in super::super) fn reacquire_locks(&self) {
         if !self.locks_released.swap(false, Ordering::Relaxed) {
             return;
         }
         let lost = |node: u64, error: Errno| {
             log::warn!(
-                "migration: a lock on node {node} was taken by another meanwhile, and the guest \
-                 believes to have it: {error}"
+                "migration: another process has taken a lock on node {node} that the guest believes \
+                 to hold: {error}"
             );
         };
         self.handles.each(|fields, lock, file| {

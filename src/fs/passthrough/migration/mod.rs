@@ -1,10 +1,9 @@
-//! The session of a guest that is moved to another server, on this host or another.
+//! Moves the session of a guest to another server, on this host or another.
 //!
-//! [`save`] writes down how each inode is found again, [`load`] finds it. What has lost its last name
-//! and is still open has no way to it but its file handle, for as long as somebody has it open; so
-//! its content goes along. Where an inode isn't found, the option `on_error` says whether that is the
-//! end of the migration. The invariant: the guest's node ids and handles lead to what they led to
-//! before, or to errors.
+//! [`save`] describes how each inode can be found, and [`load`] finds it. An open file without a
+//! name can be found only by its file handle, and only while it stays open, so its content is sent
+//! as well. If an inode isn't found, the option `on_error` decides whether the migration fails. The
+//! invariant: the guest's node ids and handles lead to what they led to before, or to errors.
 
 mod content;
 mod load;
@@ -29,26 +28,26 @@ pub enum MigrationMode {
     FileHandles,
 }
 
-/// What the destination does about an inode that it can't have.
+/// What the destination does if it can't find an inode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnMigrationError {
-    /// Refuses the guest, which goes on where it was.
+    /// Refuse the guest, which continues at the source.
     #[default]
     Abort,
-    /// Takes the guest, which gets errors for that inode.
+    /// Accept the guest, which gets errors for that inode.
     GuestError,
 }
 
-/// How a session is moved.
+/// How a session is migrated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MigrationOptions {
-    /// How inodes are described.
+    /// How the source describes inodes.
     pub mode: MigrationMode,
-    /// What is done about those that are not found.
+    /// What the destination does if an inode is not found.
     pub on_error: OnMigrationError,
-    /// With paths go file handles, by which the destination makes sure of what it finds.
+    /// Send file handles along with paths, so that the destination can verify what it finds.
     pub verify_handles: bool,
-    /// The source looks whether each path leads to its inode, before it tells it.
+    /// Check at the source that each path leads to its inode before sending it.
     pub confirm_paths: bool,
 }
 

@@ -1,7 +1,6 @@
-//! Paths in the shared directory: whether one leads to an inode, and which one does.
+//! Paths in the shared directory: whether a path leads to an inode, and which path an inode has.
 //!
-//! The invariant: no path that is followed leads out of the shared directory, or through a symbolic
-//! link.
+//! The invariant: a path is never followed out of the shared directory or through a symbolic link.
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,7 +16,7 @@ use super::super::lookup::component;
 use crate::fs::{NodeId, Result};
 
 impl Passthrough {
-    /// Opens what `path` leads to from `from`, `O_PATH`.
+    /// Opens `path`, relative to `from`, as an `O_PATH` descriptor.
     pub(in super::super) fn follow(&self, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut at: Option<OwnedFd> = None;
@@ -31,8 +30,8 @@ impl Passthrough {
         at.ok_or(Errno::INVAL)
     }
 
-    /// Whether `path` leads from `from` to `inode`.
-    pub(super) fn leads(&self, from: NodeId, path: &[u8], inode: &Inode) -> bool {
+    /// Whether `path`, relative to `from`, leads to `inode`.
+    pub(super) fn path_leads_to(&self, from: NodeId, path: &[u8], inode: &Inode) -> bool {
         let found = self.inodes.any(from).ok_or(Errno::STALE).and_then(|from| {
             let from = self.fd(&from)?;
             let fd = self.follow(from.as_fd(), path)?;
@@ -41,7 +40,7 @@ impl Passthrough {
         found.is_ok_and(|identity| inode.may_be(&identity))
     }
 
-    /// The path of what `fd` is open on, from the shared directory on, as the host's kernel
+    /// The path of the file that `fd` is open on, relative to the shared directory, as the kernel
     /// knows it.
     pub(super) fn path_of(&self, fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
         let root = self.inodes.any(NodeId::ROOT).ok_or(Errno::STALE)?;

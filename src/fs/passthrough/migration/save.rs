@@ -1,7 +1,7 @@
-//! At the source: how each inode is found again.
+//! The source's side: describes how each inode can be found.
 //!
-//! Nothing is changed here but descriptors, which may be opened and closed as ever. The invariant: an
-//! inode stands behind the directory that its path leads on from.
+//! Nothing changes here, except that descriptors are opened and closed as usual. The invariant: in
+//! the snapshot an inode comes after the directory that its path starts from.
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -20,16 +20,16 @@ use crate::fs::{MoveError, NodeId};
 use crate::state::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
-/// Of the flags that a file was opened with: what it can be opened with again.
-pub(super) const KEPT: i32 = libc::O_ACCMODE
+/// The open flags that are kept when a file is opened again.
+pub(super) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
     | libc::O_NOATIME
     | libc::O_SYNC
     | libc::O_DSYNC;
 
-/// How long the guest is kept waiting for what no known name leads to.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the search for names may delay the guest.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Passthrough {
     pub(in super::super) fn snapshot(&self) -> Result<Snapshot, MoveError> {
@@ -46,7 +46,7 @@ impl Passthrough {
             snapshot.opens.push(Open {
                 handle: fields.handle,
                 node: fields.node,
-                flags: fields.flags & KEPT.cast_unsigned(),
+                flags: fields.flags & REOPEN_FLAGS.cast_unsigned(),
                 directory: fields.directory,
                 flock: flock_of(lock),
             });
@@ -55,26 +55,26 @@ impl Passthrough {
             in_use.insert(NodeId(fields.node));
             snapshot.locks.push(locks_of(fields, &ranges));
         });
-        let mut left = Self::content_most();
-        let mut hidden = Vec::new();
-        for inode in in_order(self.inodes.all()) {
+        let mut left = Self::max_content();
+        let mut unnamed = Vec::new();
+        for inode in parents_first(self.inodes.all()) {
             let used = in_use.contains(&inode.node());
             let described = self.describe(&inode, used, &mut left);
             if described.find == Find::Lost {
-                hidden.push(inode);
+                unnamed.push(inode);
             }
             snapshot.inodes.push(described);
         }
-        self.find_hidden(&hidden, &mut snapshot);
+        self.search_unnamed(&unnamed, &mut snapshot);
         Ok(snapshot)
     }
 
-    /// Looks for names of what has one, though none that is known.
-    fn find_hidden(&self, hidden: &[Arc<Inode>], snapshot: &mut Snapshot) {
-        if hidden.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
+    /// Searches for the names of inodes that have a name, but no known one.
+    fn search_unnamed(&self, unnamed: &[Arc<Inode>], snapshot: &mut Snapshot) {
+        if unnamed.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
             return;
         }
-        let mut paths = self.search(hidden, PATIENCE);
+        let mut paths = self.search(unnamed, SEARCH_TIMEOUT);
         for inode in &mut snapshot.inodes {
             if let Some(path) = paths.remove(&NodeId(inode.node)) {
                 inode.find = Find::Path {
@@ -83,7 +83,7 @@ impl Passthrough {
                     verify: self.options.migration.verify_handles,
                 };
             } else if inode.find == Find::Lost {
-                log::warn!("migration: inode {} can't be taken along", inode.node);
+                log::warn!("migration: can't migrate inode {}", inode.node);
             }
         }
     }
@@ -107,7 +107,7 @@ impl Passthrough {
 
     fn describe(&self, inode: &Arc<Inode>, in_use: bool, left: &mut u64) -> stream::Inode {
         let mut handle = Vec::new();
-        let find = match self.way_for_others(inode, in_use, left, &mut handle) {
+        let find = match self.find_for_destination(inode, in_use, left, &mut handle) {
             Ok(find) => find,
             Err(Errno::STALE) if !in_use => Find::Gone,
             Err(error) => {
@@ -126,7 +126,7 @@ impl Passthrough {
         }
     }
 
-    fn way_for_others(
+    fn find_for_destination(
         &self,
         inode: &Arc<Inode>,
         in_use: bool,
@@ -146,17 +146,17 @@ impl Passthrough {
             path,
             verify: options.verify_handles,
         };
-        let place = match &inode.way() {
-            ReopenMethod::Name(place) => Some((place.parent, place.name.to_bytes().to_vec())),
+        let link = match &inode.reopen_method() {
+            ReopenMethod::Name(link) => Some((link.parent, link.name.to_bytes().to_vec())),
             ReopenMethod::None
             | ReopenMethod::Handle { .. }
             | ReopenMethod::Open(_)
-            | ReopenMethod::Forgotten => None,
+            | ReopenMethod::Removed => None,
         };
-        // What others are found by is few, and would take them along into the void.
+        // There are few parents and open files, and if they are lost, others are lost with them.
         let confirm = options.confirm_paths || in_use || inode.has_children();
-        if let Some((parent, name)) = place
-            && (!confirm || self.leads(parent, &name, inode))
+        if let Some((parent, name)) = link
+            && (!confirm || self.path_leads_to(parent, &name, inode))
         {
             return Ok(found(parent, name));
         }
@@ -166,7 +166,7 @@ impl Passthrough {
             (self.path_of(fd.as_fd()), links)
         };
         if let Ok(path) = path
-            && self.leads(NodeId::ROOT, &path, inode)
+            && self.path_leads_to(NodeId::ROOT, &path, inode)
         {
             return Ok(found(NodeId::ROOT, path));
         }
@@ -180,8 +180,8 @@ impl Passthrough {
         self.content_of(inode, left).map(Find::Nameless)
     }
 
-    /// Whether the guest may use an inode that has no name. It tells of open files as far as that
-    /// was agreed on, and of no process's working directory.
+    /// Whether the guest may be using an inode that has no name. It reports open files unless
+    /// `--no-open` is negotiated, and never reports working directories.
     fn may_be_in_use(&self, inode: &Inode, open: bool) -> bool {
         match inode.kind() {
             FileType::Directory => true,
@@ -190,14 +190,14 @@ impl Passthrough {
         }
     }
 
-    /// Whether the inode lies where file handles are opened by the shared directory's mount.
+    /// Whether the inode is in the mount of the shared directory, where file handles can be opened.
     fn is_on_shared(&self, inode: &Inode) -> bool {
         let root = self.inodes.any(NodeId::ROOT);
         root.is_some_and(|root| root.key().mount == inode.key().mount)
     }
 
     fn handle_of(&self, inode: &Inode) -> Result<Vec<u8>, Errno> {
-        if let ReopenMethod::Handle { handle, .. } = &inode.way() {
+        if let ReopenMethod::Handle { handle, .. } = &inode.reopen_method() {
             return Ok(handle.bytes().to_vec());
         }
         let handle = FileHandle::of(self.fd(inode)?)?;
@@ -205,10 +205,10 @@ impl Passthrough {
     }
 }
 
-/// The inodes, each behind the one that its name leads on from.
-fn in_order(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
-    let parent = |inode: &Inode| match &inode.way() {
-        ReopenMethod::Name(place) => Some(place.parent),
+/// The inodes, each after the parent that its link names.
+fn parents_first(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
+    let parent = |inode: &Inode| match &inode.reopen_method() {
+        ReopenMethod::Name(link) => Some(link.parent),
         _ => None,
     };
     let mut waiting: std::collections::HashMap<NodeId, Vec<Arc<Inode>>> =
@@ -226,7 +226,7 @@ fn in_order(inodes: Vec<Arc<Inode>>) -> Vec<Arc<Inode>> {
         ready.extend(waiting.remove(&inode.node()).unwrap_or_default());
         ordered.push(inode);
     }
-    // A circle, of names that are all outdated: found by other ways, or not at all.
+    // A cycle of outdated names. These are found in another way, or not at all.
     ordered.extend(waiting.into_values().flatten());
     ordered
 }

@@ -1,8 +1,8 @@
-//! The whole shared directory, looked through for inodes that no known name leads to: those of which
-//! somebody on the host has moved or removed the one that was known.
+//! Searches the whole shared directory for inodes whose known name a host process has moved or
+//! removed.
 //!
-//! Numbers in the lists of names tell which are worth a look. The invariant: what is found is the
-//! inode, as a `statx` says; the search ends, whatever there is.
+//! The inode numbers in directory entries show which entries to look at. The invariant: what is
+//! found is the inode, as a `statx` confirms, and the search always ends.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -18,27 +18,27 @@ use super::super::inode::Inode;
 use super::super::inode_ref::{IDENTITY, Identity, stat_fd};
 use crate::fs::{NodeId, Result};
 
-/// Bytes of names that are read at once.
-const PIECE: usize = 64 * 1024;
+/// How many bytes of directory entries are read at once.
+const BUFFER_LEN: usize = 64 * 1024;
 
-/// Bytes that a path may have, as deep as the search goes.
-const LONGEST: usize = 64 * 1024;
+/// The longest path that the search follows, in bytes.
+const MAX_PATH_LEN: usize = 64 * 1024;
 
-/// A search that is under way.
+/// A search in progress.
 pub(in super::super) struct Search<'a> {
-    /// What is looked for, by its number: several, where there are several file systems.
+    /// The wanted inodes by number. Several file systems can have the same number.
     wanted: HashMap<u64, Vec<&'a Arc<Inode>>>,
     found: HashMap<NodeId, Vec<u8>>,
-    begun: Instant,
+    started: Instant,
 }
 
 impl<'a> Search<'a> {
-    /// For names of `wanted`.
+    /// Searches for names of `wanted`.
     pub(in super::super) fn new(wanted: &'a [Arc<Inode>]) -> Self {
         let mut search = Self {
             wanted: HashMap::new(),
             found: HashMap::new(),
-            begun: Instant::now(),
+            started: Instant::now(),
         };
         for inode in wanted {
             let of_number = search.wanted.entry(inode.key().number);
@@ -47,15 +47,15 @@ impl<'a> Search<'a> {
         search
     }
 
-    /// Takes note of the directories in one, and of what is looked for.
-    pub(in super::super) fn look_through(
+    /// Reads a directory. Adds its subdirectories to `pending`, and records the wanted inodes.
+    pub(in super::super) fn read_directory(
         &mut self,
         directory: BorrowedFd<'_>,
         path: &[u8],
-        waiting: &mut Vec<Vec<u8>>,
+        pending: &mut Vec<Vec<u8>>,
     ) -> Result<()> {
-        let mut piece = Vec::with_capacity(PIECE);
-        let mut entries = RawDir::new(directory, piece.spare_capacity_mut());
+        let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let name = entry.file_name();
@@ -78,48 +78,48 @@ impl<'a> Search<'a> {
             }
             let may_be_directory =
                 matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-            if may_be_directory && path.len() + name.count_bytes() < LONGEST {
-                waiting.push(longer());
+            if may_be_directory && path.len() + name.count_bytes() < MAX_PATH_LEN {
+                pending.push(longer());
             }
         }
         Ok(())
     }
 
-    /// The paths of those that were found.
+    /// The paths of the inodes that were found.
     pub(in super::super) fn into_found(self) -> HashMap<NodeId, Vec<u8>> {
         self.found
     }
 }
 
 impl Passthrough {
-    /// Looks for names of `wanted`, for so long at most; answers the paths of those that have one.
+    /// Searches for names of `wanted` until `timeout`. Returns the paths that it found.
     pub(in super::super) fn search(
         &self,
         wanted: &[Arc<Inode>],
-        patience: Duration,
+        timeout: Duration,
     ) -> HashMap<NodeId, Vec<u8>> {
         let mut search = Search::new(wanted);
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
             return HashMap::new();
         };
-        // Paths of directories that are to be read; deep ones are opened from the root again, so
-        // that no more than one is open.
-        let mut waiting = vec![Vec::new()];
-        while let Some(path) = waiting.pop() {
+        // Paths of directories to read. Each is opened from the root, so that only one is open at a
+        // time.
+        let mut pending = vec![Vec::new()];
+        while let Some(path) = pending.pop() {
             if search.found.len() == wanted.len() {
                 break;
             }
-            if search.begun.elapsed() > patience {
+            if search.started.elapsed() > timeout {
                 log::warn!(
-                    "the search for {} inodes has been given up after {} seconds",
+                    "gave up the search for {} inodes after {} seconds",
                     wanted.len() - search.found.len(),
-                    patience.as_secs()
+                    timeout.as_secs()
                 );
                 break;
             }
             let read = self.fd(&root).and_then(|root| {
                 let directory = self.directory_at(root.as_fd(), &path)?;
-                search.look_through(directory.as_fd(), &path, &mut waiting)
+                search.read_directory(directory.as_fd(), &path, &mut pending)
             });
             if let Err(error) = read {
                 log::debug!("search: {}: {error}", path.escape_ascii());

@@ -1,9 +1,9 @@
-//! Looks for inodes that another process has left, and that no known name leads to.
+//! Finds inodes of the previous server process whose known name is gone.
 //!
-//! The process before had them open. A file with several names may have lost the one that it was known
-//! by, and somebody on the host may have renamed it since; it still has a name, and so it is found:
-//! in the directories that the guest knows, else anywhere in the share. The invariant: an inode is
-//! looked for once, and the guest waits for all of that no longer than [`PATIENCE`].
+//! The previous process had them open. A file with several names may have lost the one that was
+//! known, or a host process may have renamed it. As it still has a name, it can be found: in the
+//! directories that the guest knows, or else anywhere in the share. The invariant: each inode is
+//! searched for once, and all searches together delay the guest by at most [`SEARCH_TIMEOUT`].
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -20,13 +20,13 @@ use super::super::lookup::stat_name;
 use super::super::migration::Search;
 use crate::fs::{NodeId, Result};
 
-/// How long the guest is kept waiting for what no known name leads to.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long searches delay the guest at most.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What has been looked for.
+/// The state of the search for lost inodes.
 #[derive(Debug, Default)]
-pub(in super::super) struct Sought {
-    /// Node ids below are of the process before. 0 if it has left its descriptors too.
+pub(in super::super) struct LostInodeSearch {
+    /// Smaller node ids belong to the previous process. 0 if its descriptors were inherited.
     below: u64,
     spent: Mutex<Spent>,
 }
@@ -35,12 +35,12 @@ pub(in super::super) struct Sought {
 struct Spent {
     time: Duration,
     nodes: HashSet<NodeId>,
-    /// All that were lost were looked for when the first was.
-    has_begun: bool,
+    /// The first search looked for all lost inodes.
+    all_searched: bool,
 }
 
-impl Sought {
-    /// Nothing yet, of the inodes with node ids below.
+impl LostInodeSearch {
+    /// For inodes with smaller node ids than `below`.
     pub(super) fn from(below: u64) -> Self {
         Self {
             below,
@@ -50,116 +50,119 @@ impl Sought {
 }
 
 impl Passthrough {
-    /// A descriptor of `inode`, which can't be opened because of `error`, if it can be found again.
-    pub(in super::super) fn seek<'a>(&self, inode: &'a Inode, error: Errno) -> Result<InodeFd<'a>> {
-        let sought = &self.begun.sought;
-        if error != Errno::STALE || inode.node().0 >= sought.below || !has_name(inode) {
+    /// A descriptor of `inode`, which can't be opened because of `error`, if a search finds it.
+    pub(in super::super) fn search_lost<'a>(
+        &self,
+        inode: &'a Inode,
+        error: Errno,
+    ) -> Result<InodeFd<'a>> {
+        let search = &self.previous_attempts.search;
+        if error != Errno::STALE || inode.node().0 >= search.below || !has_name(inode) {
             return Err(error);
         }
-        let mut spent = sought.spent.lock().unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::replace(&mut spent.has_begun, true) {
-            // All at once: a search takes as long for many as for one.
+        let mut spent = search.spent.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut spent.all_searched, true) {
+            // A search takes as long for many inodes as for one.
             let all = self.inodes.all().into_iter();
             let lost =
-                |other: &Arc<Inode>| other.node().0 < sought.below && self.has_lost_itself(other);
-            self.look_for(all.filter(lost).collect(), &mut spent);
+                |other: &Arc<Inode>| other.node().0 < search.below && self.own_name_is_lost(other);
+            self.search_for(all.filter(lost).collect(), &mut spent);
         }
         if !spent.nodes.contains(&inode.node())
             && self.open_closed(inode).is_err()
             && let Some(inode) = self.inodes.any(inode.node())
         {
-            self.look_for(vec![inode], &mut spent);
+            self.search_for(vec![inode], &mut spent);
         }
         drop(spent);
-        // Found just now, or by another thread.
+        // This or another thread has found it.
         self.open_closed(inode)
     }
 
-    /// Whether the inode, which may have a name, is not to be reached, and not for a directory's sake that
-    /// its name is in.
-    fn has_lost_itself(&self, inode: &Inode) -> bool {
+    /// Whether the name of an inode is gone, as opposed to that of a directory above it.
+    fn own_name_is_lost(&self, inode: &Inode) -> bool {
         if inode.slot().is_full() || !has_name(inode) {
             return false;
         }
-        let ReopenMethod::Name(place) = inode.way() else {
+        let ReopenMethod::Name(link) = inode.reopen_method() else {
             return true;
         };
-        let Some(parent) = self.inodes.any(place.parent) else {
+        let Some(parent) = self.inodes.any(link.parent) else {
             return true;
         };
-        // Not by way of `fd`, which would look for the directory in turn.
+        // `fd` would search for the directory in turn.
         let Ok(parent) = self.open_closed(&parent) else {
             return false;
         };
-        let there = stat_name(&parent, &place.name).map(|stat| Identity::of(&stat));
+        let there = stat_name(&parent, &link.name).map(|stat| Identity::of(&stat));
         !there.is_ok_and(|identity| inode.may_be(&identity))
     }
 
-    /// Opens inodes of the process before, wherever their names are by now.
-    pub(super) fn find_all(&self, nodes: HashSet<NodeId>) {
+    /// Opens inodes of the previous process, wherever their names are now.
+    pub(super) fn search_by_node(&self, nodes: HashSet<NodeId>) {
         let nodes = nodes.into_iter().filter_map(|node| self.inodes.any(node));
         let missing = nodes
             .filter(|inode| self.open_closed(inode).is_err() && has_name(inode))
             .collect();
-        let spent = &self.begun.sought.spent;
+        let spent = &self.previous_attempts.search.spent;
         let mut spent = spent.lock().unwrap_or_else(PoisonError::into_inner);
-        self.look_for(missing, &mut spent);
+        self.search_for(missing, &mut spent);
     }
 
     #[cfg(test)]
-    pub(in super::super) fn has_looked_for(&self, node: NodeId) -> bool {
-        let spent = &self.begun.sought.spent;
+    pub(in super::super) fn has_searched_for(&self, node: NodeId) -> bool {
+        let spent = &self.previous_attempts.search.spent;
         let spent = spent.lock().unwrap_or_else(PoisonError::into_inner);
         spent.nodes.contains(&node)
     }
 
-    fn look_for(&self, mut missing: Vec<Arc<Inode>>, spent: &mut Spent) {
+    fn search_for(&self, mut missing: Vec<Arc<Inode>>, spent: &mut Spent) {
         missing.retain(|inode| spent.nodes.insert(inode.node()));
-        let left = PATIENCE.saturating_sub(spent.time);
+        let left = SEARCH_TIMEOUT.saturating_sub(spent.time);
         if missing.is_empty() || left.is_zero() {
             return;
         }
-        let begun = Instant::now();
+        let started = Instant::now();
         let count = missing.len();
-        self.look_in_known(&mut missing, left);
+        self.search_known_directories(&mut missing, left);
         if !missing.is_empty() {
-            self.look_everywhere(&mut missing, left.saturating_sub(begun.elapsed()));
+            self.search_share(&mut missing, left.saturating_sub(started.elapsed()));
         }
-        // A line for each inode would be a guest's to fill the log with.
+        // One line for each inode would let a guest fill the log.
         let level = if spent.time.is_zero() {
             log::Level::Info
         } else {
             log::Level::Debug
         };
-        spent.time += begun.elapsed();
+        spent.time += started.elapsed();
         log::log!(
             level,
-            "{count} inodes were not where they were known to be; {} of them are found, in {:.1} ms",
+            "{count} inodes were not found by their known names; a search found {} of them in {:.1} ms",
             count - missing.len(),
-            begun.elapsed().as_secs_f64() * 1000.0
+            started.elapsed().as_secs_f64() * 1000.0
         );
     }
 
-    /// In the directories that the guest knows, by which what is found is known from then on. Leaves
-    /// of `missing` those that are not found.
-    fn look_in_known(&self, missing: &mut Vec<Arc<Inode>>, patience: Duration) {
-        let begun = Instant::now();
+    /// Searches the directories that the guest knows and records the names it finds. Leaves in
+    /// `missing` what is not found.
+    fn search_known_directories(&self, missing: &mut Vec<Arc<Inode>>, timeout: Duration) {
+        let started = Instant::now();
         let root = self.inodes.any(NodeId::ROOT);
         let is_directory = |inode: &Arc<Inode>| inode.kind() == FileType::Directory;
         let known = self.inodes.all().into_iter().filter(is_directory);
         for directory in root.into_iter().chain(known) {
-            if missing.is_empty() || begun.elapsed() > patience {
+            if missing.is_empty() || started.elapsed() > timeout {
                 return;
             }
             let mut search = Search::new(missing);
-            let moment = self.inodes.moment(&directory);
+            let dir_seq = self.inodes.dir_seq(&directory);
             let read = self.open_closed(&directory).and_then(|fd| {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY;
                 let fd = self.with_room(|| reopen_fd(&fd, &self.proc_fds, flags))?;
-                search.look_through(fd.as_fd(), &[], &mut Vec::new())
+                search.read_directory(fd.as_fd(), &[], &mut Vec::new())
             });
             if let Err(error) = read {
-                log::debug!("node {} can't be read: {error}", directory.node().0);
+                log::debug!("can't read directory node {}: {error}", directory.node().0);
             }
             let found = search.into_found();
             if found.is_empty() {
@@ -170,16 +173,16 @@ impl Passthrough {
                 let Some(Ok(name)) = name.map(std::ffi::CString::new) else {
                     return true;
                 };
-                self.inodes.see(inode, &directory, &name, moment);
-                // One that is young can be told from others now, and hardly later.
+                self.inodes.record_name(inode, &directory, &name, dir_seq);
+                // A young inode can be told from others now, but hardly later.
                 self.open_closed(inode).is_err()
             });
         }
     }
 
-    /// In the whole share. What is found keeps its descriptor until a lookup sees it.
-    fn look_everywhere(&self, missing: &mut Vec<Arc<Inode>>, patience: Duration) {
-        let mut paths = self.search(missing, patience);
+    /// Searches the whole share. What is found keeps its descriptor until a lookup sees it.
+    fn search_share(&self, missing: &mut Vec<Arc<Inode>>, timeout: Duration) {
+        let mut paths = self.search(missing, timeout);
         let Some(root) = self.inodes.any(NodeId::ROOT) else {
             return;
         };
@@ -193,14 +196,14 @@ impl Passthrough {
             match opened {
                 Ok(fd) => {
                     self.inodes
-                        .change_way(inode, inode.held(), ReopenMethod::None);
-                    // It may have been forgotten meanwhile.
+                        .change_reopen_method(inode, inode.ref_kind(), ReopenMethod::None);
+                    // The guest may have forgotten it in the meantime.
                     drop(self.inodes.install(inode, fd));
                     self.inodes.set_nameless(inode, false);
                     false
                 }
                 Err(error) => {
-                    log::debug!("node {} can't be reached: {error}", inode.node().0);
+                    log::debug!("can't open node {}: {error}", inode.node().0);
                     true
                 }
             }
@@ -208,12 +211,12 @@ impl Passthrough {
     }
 }
 
-/// Whether the inode had a name when it was seen last: one that is known, or, as its file handle tells
-/// which was written down for that, another one.
+/// Whether the inode had a name when it was last seen: a known name, or, if a file handle is
+/// recorded for it, another one.
 fn has_name(inode: &Inode) -> bool {
-    match &*inode.held() {
+    match &*inode.ref_kind() {
         RefKind::Name => true,
         RefKind::Nothing => inode.record().handle().is_some(),
-        RefKind::Open(_) | RefKind::Handle(_) | RefKind::Forgotten => false,
+        RefKind::Open(_) | RefKind::Handle(_) | RefKind::Removed => false,
     }
 }

@@ -1,4 +1,4 @@
-//! GETATTR, SETATTR and ACCESS on every sort of inode.
+//! GETATTR, SETATTR and ACCESS on every type of inode.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::Duration;
@@ -126,7 +126,7 @@ fn all_changes_at_once_end_as_asked() {
         assert_eq!(changed.mode & 0o7777, 0o6755);
         assert_eq!((changed.uid, changed.gid, changed.size), (1000, 1000, 2));
         assert_eq!((changed.accessed, changed.modified), (SOME_TIME, SOME_TIME));
-        // A change of owner alone takes the set-id bits away, as on the host.
+        // A change of owner alone clears the set-id bits, as on the host.
         let owner = Changes {
             uid: Some(1001),
             ..Changes::default()
@@ -294,10 +294,10 @@ fn access_goes_by_mode_and_caller() {
 #[test]
 fn statfs_tells_of_the_hosts_file_system() {
     in_each_mode(|rig| {
-        let told = rig.fs.statfs(ROOT).unwrap();
+        let explicit = rig.fs.statfs(ROOT).unwrap();
         let host = rustix::fs::statvfs(rig.dir.path()).unwrap();
-        assert_eq!(told.blocks, host.f_blocks);
-        assert_eq!(u64::from(told.fragment_size), host.f_frsize);
-        assert_eq!(u64::from(told.name_length), host.f_namemax);
+        assert_eq!(explicit.blocks, host.f_blocks);
+        assert_eq!(u64::from(explicit.fragment_size), host.f_frsize);
+        assert_eq!(u64::from(explicit.name_length), host.f_namemax);
     });
 }

@@ -1,4 +1,4 @@
-//! Descriptors are bounded: what was closed is found again, and is never another file.
+//! The descriptor limit: closed inodes are found again and are never another file.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -15,7 +15,7 @@ fn rename(rig: &Rig, from: (NodeId, &str), to: (NodeId, &str), flags: u32) {
         .unwrap();
 }
 
-/// Uses other inodes until whatever can be closed is closed.
+/// Uses other inodes until every descriptor that can be closed is closed.
 fn push_out(rig: &Rig) {
     for n in 0..3 {
         let name = format!("other{n}");
@@ -109,7 +109,7 @@ fn what_was_renamed_inside_the_share_is_found_again() {
         rig.fs.forget(dir, 1);
         rig.fs.forget(to, 1);
         push_out(rig);
-        // Directories that the guest has forgotten are still the way to what it hasn't.
+        // A forgotten directory is still needed to reopen its child.
         assert_eq!(rig.attributes(file.node).unwrap().size, 7);
         rig.fs.forget(deep, 1);
         rig.fs.forget(file.node, 1);
@@ -141,7 +141,7 @@ fn what_was_unlinked_stays_usable_while_it_is_open() {
         push_out(rig);
         unlink(rig, "removed");
         rename(rig, (ROOT, "new"), (ROOT, "replaced"), 0);
-        // Others that take the names.
+        // Other files take over the names.
         rig.host_file("removed", "another");
         for node in [removed.node, replaced.node] {
             push_out(rig);
@@ -202,7 +202,7 @@ fn a_name_taken_behind_our_back_is_stale_and_never_another_file() {
             std::fs::read_to_string(rig.path("file")).unwrap(),
             "another"
         );
-        // Seen again, it is what it was.
+        // A lookup finds the same inode again.
         assert_ne!(rig.node("file"), file.node);
         assert_eq!(rig.node("moved"), file.node);
         assert_eq!(rig.node("elsewhere"), dir_node);
@@ -254,7 +254,7 @@ fn directories_that_seem_to_lie_in_each_other_are_stale_and_given_back() {
         let handle = rig.fs.opendir(&SUPERUSER, node_b, 0).unwrap();
         std::fs::rename(&in_a, &b).unwrap();
         std::fs::rename(&a, &in_b).unwrap();
-        // `b` can't be reached by its name now; seen in it, `a` would be.
+        // The name of `b` doesn't lead to it now. If it did, `a` would be found in it.
         let _ = rig.find(node_b, "a");
         rig.node("b");
         push_out(rig);
@@ -284,7 +284,7 @@ fn a_directory_however_deep_is_opened_again() {
         push_out(rig);
         assert!(rig.attributes(at).is_ok());
         assert!(rig.fs.inode_descriptors() < 10);
-        // All but the deepest: each is kept by its child.
+        // All but the deepest, as each is kept by its child.
         for node in &nodes[..nodes.len() - 1] {
             rig.fs.forget(*node, 1);
         }
@@ -319,7 +319,7 @@ fn lookups_renames_unlinks_and_forgets_race_with_closing() {
             for thread in 0..4u64 {
                 scope.spawn(move || race(rig, thread));
             }
-            // Directories move all the time, and what is in them is found all the same.
+            // The directories are renamed all the time, and their contents are still found.
             scope.spawn(|| {
                 for turn in 0..500 {
                     let name = format!("dir{}", turn % 4);
@@ -379,7 +379,7 @@ fn an_inode_is_reached_while_others_rename_it_and_look_it_up() {
     });
 }
 
-/// Does in directory `thread` what only its owner does, and looks into the others.
+/// In directory `thread`, does what only this thread does there, and looks into the others.
 fn race(rig: &Rig, thread: u64) {
     let find_dir = |n: u64| loop {
         match rig.find(ROOT, &format!("dir{n}")) {
@@ -427,7 +427,7 @@ fn race(rig: &Rig, thread: u64) {
                 let other = random(4);
                 let name = format!("{other}-{file}");
                 let dir = dirs[usize::try_from(other).unwrap()];
-                // Its owner may just have taken it away.
+                // Its owner may just have removed it.
                 if let Ok(found) = rig.find(dir, &name) {
                     rig.fs.forget(found.node, 1);
                 }

@@ -1,16 +1,16 @@
-//! What the guest has closed is opened again without opening it.
+//! Files that the guest has closed are reused by the next OPEN.
 
 use super::*;
 use crate::fs::{HandleKind, OpenFile};
 
-/// Opens the file and closes it again; answers how many are put by then.
+/// Opens the file and closes it again. Returns the number of cached files.
 fn open_and_close(rig: &Rig, node: NodeId, flags: u32) -> usize {
     let opened = rig.fs.open(&SUPERUSER, node, flags).unwrap();
     rig.fs.release(node, opened.handle).unwrap();
     rig.fs.closed_fds.count()
 }
 
-/// With so many files put by at most.
+/// Runs `test` with at most this many cached files.
 fn keeping(most: usize, test: impl Fn(&Rig) + Sync) {
     let options = Options {
         max_spare_files: most,
@@ -75,7 +75,7 @@ fn what_was_opened_for_more_than_reading_is_closed() {
         }
         let sync = libc::O_SYNC.cast_unsigned();
         assert_eq!(open_and_close(rig, node, sync), 0);
-        // And what is put by is not given to who asks for more.
+        // A cached file is not used for an OPEN that asks for more.
         assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
         let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
         assert_eq!(rig.fs.closed_fds.count(), 1);

@@ -1,4 +1,4 @@
-//! Who owns what is made, and that the ids left on a thread take no right away.
+//! The owner of new files, and that ids left on a thread don't remove any right.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::process::Command;
@@ -12,7 +12,7 @@ fn set_mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
 }
 
-/// Takes capabilities from the calling thread for good.
+/// Drops capabilities of the calling thread for good.
 fn drop_capabilities(which: CapabilitySet) {
     let sets = rustix::thread::capabilities(None).unwrap();
     let left = CapabilitySets {
@@ -58,12 +58,12 @@ fn the_ids_that_a_creation_leaves_take_no_right_away() {
         if !is_root() {
             return;
         }
-        // Root's own, closed to everybody else.
+        // Owned by root and closed to everybody else.
         let private = rig.host_dir("private");
         std::fs::write(private.join("file"), "old").unwrap();
         set_mode(&private.join("file"), 0o400);
         set_mode(&private, 0o700);
-        // Somebody else's file in a sticky directory that is a third one's.
+        // A file in a sticky directory, owned by two other users.
         let sticky = rig.host_dir("sticky");
         std::fs::write(sticky.join("file"), "").unwrap();
         chown(sticky.join("file"), Some(2), Some(2)).unwrap();
@@ -125,7 +125,7 @@ fn a_directory_writable_through_a_supplementary_group_takes_new_files() {
         set_mode(&shared, 0o770);
         let parent = rig.node("shared");
         let fs = &rig.fs;
-        // The guest's kernel knows that the caller is in group 2000; nobody says so here.
+        // Only the guest's kernel knows that the caller is in group 2000.
         fs.create(&user(1000), parent, c"file", O_RDWR, &new(0o644))
             .unwrap();
         fs.mkdir(&user(1000), parent, c"dir", &new(0o755)).unwrap();
@@ -254,7 +254,7 @@ fn a_create_that_finds_the_file_of_another_in_a_sticky_directory_opens_it() {
         if !is_root() {
             return;
         }
-        // `fs.protected_regular` would refuse this to root itself.
+        // `fs.protected_regular` would refuse this even to root.
         let sticky = rig.host_dir("sticky");
         set_mode(&sticky, 0o1777);
         std::fs::write(sticky.join("file"), "content").unwrap();

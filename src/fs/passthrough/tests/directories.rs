@@ -1,4 +1,4 @@
-//! READDIR and READDIRPLUS: each entry once, whatever happens meanwhile.
+//! READDIR and READDIRPLUS return each entry once, whatever changes in between.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
@@ -115,7 +115,7 @@ fn entries_deleted_while_reading_disturb_no_other() {
         let directory = Directory::open(rig, ROOT);
         let mut seen = Vec::new();
         let mut offset = 0;
-        // Removes what it has read, as `rm -r` does.
+        // Removes the entries that it has read, as `rm -r` does.
         loop {
             let listed = directory.read(offset, 64, true);
             let Some(last) = listed.last() else { break };
@@ -204,7 +204,7 @@ fn two_handles_of_one_directory_read_each_for_itself() {
     });
 }
 
-/// Lists the root with one lookup of each entry; answers the node that goes by `name`.
+/// Lists the root with one lookup of each entry. Returns the node with `name`.
 fn listed_node(rig: &Rig, name: &str) -> NodeId {
     let listed = Directory::open(rig, ROOT).read_all(0, 100, true);
     let found = listed.iter().find(|it| it.name == name).unwrap();

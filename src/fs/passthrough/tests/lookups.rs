@@ -1,4 +1,4 @@
-//! LOOKUP and FORGET: what is known, what it costs, and what it can never be.
+//! LOOKUP and FORGET: what is found, what it costs, and what is never found.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 
@@ -155,7 +155,7 @@ fn a_directory_that_the_host_moves_away_is_still_itself_and_leads_nowhere() {
         assert!(rig.find(node, "inside").is_ok());
         assert_eq!(rig.find(node, "neighbour").err(), Some(Errno::NOENT));
         assert_eq!(rig.find(node, "..").err(), Some(Errno::INVAL));
-        // Refused once if the name is known, so that the guest looks at it again.
+        // Refused once if the name is known, so that the guest looks it up again.
         let create = || rig.fs.create(&SUPERUSER, node, c"new", O_RDWR, &new(0o644));
         let made = match create() {
             Err(Errno::STALE) => create(),
@@ -177,7 +177,7 @@ fn a_name_replaced_by_the_host_is_another_node() {
             std::fs::rename(&path, rig.path("name")).unwrap();
             let found = rig.find(ROOT, "name").unwrap();
             assert_eq!(found.attributes.inode, inode);
-            // Not stale, however soon the number was used again.
+            // Not stale, however soon the number was reused.
             let attributes = rig.attributes(found.node).unwrap();
             assert_eq!(attributes.inode, inode);
             let opened = rig.fs.open(&SUPERUSER, found.node, O_RDONLY).unwrap();
@@ -211,8 +211,8 @@ fn a_reused_inode_number_is_never_another_file() {
                 std::fs::remove_file(path).unwrap();
                 rig.fs.forget(found.node, 1);
             }
-            // Others may keep the inode for a moment longer: a child that has not begun its
-            // program yet has all our descriptors, and a sync holds what it waits for.
+            // Others may keep the inode alive for a moment: a child process before its exec has all
+            // our descriptors, and a sync holds the files that it waits for.
             match rig.attributes(old.node) {
                 Err(error) => {
                     assert_eq!(error, Errno::STALE);
@@ -251,7 +251,7 @@ fn beyond_the_budget_of_descriptors_file_handles_take_over() {
             })
             .collect();
         assert_eq!(rig.fs.inode_descriptors(), 10);
-        // The inodes, and what file handles are opened through.
+        // The inodes, and the anchor for opening file handles.
         assert_eq!(rig.descriptors(), 11);
         for (name, node) in names.iter().zip(&nodes) {
             let number = std::fs::metadata(rig.path(name)).unwrap().ino();

@@ -1,20 +1,20 @@
-//! A process that has no descriptors of the one before finds what still has a name, though not the
-//! one that was known.
+//! A process without inherited descriptors finds inodes whose known name is gone but that have
+//! another one.
 
 use super::restored::killed;
 use super::*;
-use crate::fs::passthrough::inode::LATER;
+use crate::fs::passthrough::inode::CLOCK_AHEAD;
 use crate::fs::{HandleKind, OpenFile, Replay};
 
-/// Runs `test` with files that number and birth tell from all later ones, and with young ones, each on
-/// a thread that can't open file handles.
+/// Runs `test` with settled files and with young ones, each on a thread that can't open file
+/// handles.
 fn by_name_alone(test: impl Fn(Rig) + Sync) {
     for later in [0, 60_000_000_000] {
         on_a_thread(|| {
             let mut sets = rustix::thread::capabilities(None).unwrap();
             sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
             rustix::thread::set_capabilities(None, sets).unwrap();
-            LATER.set(later);
+            CLOCK_AHEAD.set(later);
             test(Rig::new(Options::default()).unwrap());
         });
     }
@@ -52,7 +52,7 @@ fn file_that_lost_its_known_name_is_found_by_another() {
         for (node, other) in nodes.iter().zip(others) {
             is_there(&rig, *node, other);
         }
-        // The same nodes by those names.
+        // The same nodes under those names.
         assert_eq!(rig.node("other"), nodes[0]);
         let deep = rig.find(rig.node("unknown"), "deep").unwrap().node;
         assert_eq!(rig.find(deep, "other").unwrap().node, nodes[2]);
@@ -145,9 +145,9 @@ fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
         is_there(&rig, in_dir[1], "other/stays");
         assert_eq!(rig.attributes(gone), Err(Errno::STALE));
         for node in [dir, gone, renamed] {
-            assert!(rig.fs.has_looked_for(node));
+            assert!(rig.fs.has_searched_for(node));
         }
-        assert!(!rig.fs.has_looked_for(there));
+        assert!(!rig.fs.has_searched_for(there));
         is_there(&rig, in_dir[0], "other/again");
         is_there(&rig, renamed, "new");
         is_there(&rig, there, "there");
@@ -175,10 +175,10 @@ fn file_without_any_name_is_stale_and_not_looked_for() {
         let node = rig.node("file");
         rig.fs.unlink(&SUPERUSER, ROOT, c"file").unwrap();
         let (rig, _) = killed(rig).next(false, &[]);
-        // What takes its number is another inode.
+        // The file that takes its number is another inode.
         rig.host_file("other", "");
         assert_eq!(rig.attributes(node), Err(Errno::STALE));
-        assert!(!rig.fs.has_looked_for(node));
+        assert!(!rig.fs.has_searched_for(node));
         assert_ne!(rig.node("other"), node);
     });
 }

@@ -1,18 +1,18 @@
-//! The passthrough against real directories: how the suites below set it up.
+//! Tests of the passthrough with real directories, and their common setup.
 //!
-//! Each test runs once with inodes held by descriptors, once with file handles, and once with
-//! names, as soon as an inode is not in use, each time on a thread of its own, which the passthrough may change as it likes. The invariant: a test
-//! that the machine can't run says so; it never passes in silence.
+//! Each test runs three times: with descriptors, with file handles, and with names as soon as an
+//! inode is not in use. Each run has its own thread, which the passthrough may change at will. The
+//! invariant: a test that can't run on this machine reports that; it never passes silently.
 
 mod attributes;
 mod bounded;
 mod closed_fds;
 mod credentials;
 mod directories;
+mod forgotten_inodes;
 mod lookups;
 mod lost_names;
 mod names;
-mod remembered;
 mod restored;
 mod xattrs;
 
@@ -46,7 +46,7 @@ struct Rig {
     fs: Passthrough,
 }
 
-/// Runs `test` in each way to hold inodes that works here.
+/// Runs `test` with each kind of inode reference that works on this machine.
 fn in_each_mode(test: impl Fn(&Rig) + Sync) {
     by_descriptor_and_by_handle(&test);
     by_name(1, test);
@@ -66,7 +66,7 @@ fn by_name(most: usize, test: impl Fn(&Rig) + Sync) {
     });
 }
 
-/// Runs `test` in the ways to hold inodes that let the host move and remove names.
+/// Runs `test` with the kinds of inode references that survive renames and removals by the host.
 fn by_descriptor_and_by_handle(test: impl Fn(&Rig) + Sync) {
     for mode in [InodeFileHandles::Never, InodeFileHandles::Mandatory] {
         let options = Options {
@@ -94,7 +94,7 @@ fn on_a_thread(act: impl FnOnce() + Send) {
     });
 }
 
-/// Whether the tests run as root; says so if not.
+/// Whether the tests run as root. Reports it if not.
 fn is_root() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
@@ -144,7 +144,7 @@ impl Rig {
         self.dir.path().join(name)
     }
 
-    /// Makes a file on the host's side.
+    /// Creates a file on the host.
     fn host_file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.path(name);
         std::fs::write(&path, content).unwrap();
@@ -161,7 +161,7 @@ impl Rig {
         self.fs.lookup(&SUPERUSER, parent, &c(name))
     }
 
-    /// Looks up a name of the root that is there.
+    /// Looks up an existing name in the root.
     fn node(&self, name: &str) -> NodeId {
         self.find(ROOT, name).unwrap().node
     }
@@ -205,7 +205,7 @@ fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path).unwrap().mode() & 0o7777
 }
 
-/// One entry that a READDIR gave.
+/// One entry of a READDIR reply.
 #[derive(Clone, Debug)]
 struct Listed {
     name: String,

@@ -107,9 +107,9 @@ fn open_honours_its_flags() {
         let opened = rig.fs.open(&SUPERUSER, node, O_WRONLY | append).unwrap();
         let flags = flags_of(rig, node, opened);
         assert!(flags.contains(rustix::fs::OFlags::WRONLY));
-        // Said with each write instead.
+        // It is sent with each write instead.
         assert!(!flags.contains(rustix::fs::OFlags::APPEND));
-        // What would follow, block, or be the guest's own affair is left out.
+        // Flags that would follow a link, block, or concern only the guest are left out.
         let others = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOATIME | libc::O_DIRECT;
         let opened = rig
             .fs

@@ -1,4 +1,4 @@
-//! A file system that goes on from the table of another, which ended without a word.
+//! A file system that resumes from the table of another, which ended without notice.
 
 use std::mem::ManuallyDrop;
 
@@ -10,7 +10,7 @@ use crate::fs::{HandleKind, OpenFile, Replay};
 use crate::io::{Lock, LockKind, RecordLock};
 use crate::state::Table;
 
-/// A file system whose process was killed: nothing of it is dropped.
+/// A file system whose process was killed, so none of it is dropped.
 pub(super) struct Killed {
     dir: TempDir,
     fs: ManuallyDrop<Passthrough>,
@@ -29,7 +29,7 @@ impl Killed {
         self.dir.path().join(name)
     }
 
-    /// The next one, with the descriptors of this one or without.
+    /// The next server process, with or without the descriptors of this one.
     pub(super) fn next(self, inherited_fds: bool, under_way: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
@@ -48,7 +48,7 @@ impl Killed {
     }
 }
 
-/// Runs `test` with descriptors that are still there, and with such as are not.
+/// Runs `test` with and without inherited descriptors.
 pub(super) fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
     for inherited_fds in [true, false] {
         on_a_thread(|| match Rig::new(options.clone()) {
@@ -106,7 +106,7 @@ fn inodes_and_open_files_are_what_they_were() {
             assert_eq!(read(&rig, file.node, opened.handle), b"content");
             let attributes = rig.attributes(file.node).unwrap();
             assert_eq!(attributes.inode, file.attributes.inode);
-            // The same inode by its name, and a new one is another.
+            // Its name leads to the same inode, and a new file is another inode.
             let found = rig.find(ROOT, "moved").unwrap();
             assert_eq!((found.node, found.generation), (file.node, file.generation));
             assert_eq!(rig.node("other"), dir);
@@ -117,7 +117,7 @@ fn inodes_and_open_files_are_what_they_were() {
                 .readdir(&SUPERUSER, dir, listing.handle, 0, false, &mut names)
                 .unwrap();
             assert_eq!(names.listed.len(), 2, "what was moved is gone from there");
-            // Twice before, and once now.
+            // Two lookups before the restart, and one after it.
             rig.fs.forget(file.node, 2);
             assert!(rig.attributes(file.node).is_ok());
             rig.fs.release(file.node, opened.handle).unwrap();
@@ -146,7 +146,7 @@ fn an_unlinked_file_lives_on_with_its_descriptor() {
             assert_eq!(read(&rig, entry.node, opened.handle), b"precious");
             assert_eq!(rig.attributes(entry.node).unwrap().links, 0);
         } else {
-            // The host has it no more, as far as this process can reach it.
+            // This process can't reach it on the host.
             assert_eq!((restored.files, restored.lost), (0, 1));
             assert_eq!(rig.attributes(entry.node), Err(Errno::STALE));
         }
@@ -184,7 +184,7 @@ fn locks_are_held_still_or_again() {
         drop(open);
         let rig = killed(rig);
         if !inherited_fds {
-            // What a process holds goes with it.
+            // The descriptors of a killed process are closed.
             let old = rig
                 .fs
                 .file(node, opened.handle, HandleKind::File)
@@ -217,7 +217,7 @@ fn what_was_not_answered_does_not_count() {
         rig.fs.begin_request(2);
         let node = rig.node("file");
         rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
-        // Each by a thread that got no further.
+        // Each on a thread that got no further.
         let stop = std::sync::Barrier::new(4);
         let (unheard, new) = std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -241,7 +241,7 @@ fn what_was_not_answered_does_not_count() {
             (opening.join().unwrap(), finding.join().unwrap())
         });
         rig.fs.begin_request(0);
-        // The guest has heard of the first two alone.
+        // The guest has had replies only to the first two.
         let (rig, restored) = killed(rig).next(inherited_fds, &[4, 6, 8]);
         assert_eq!((restored.inodes, restored.files), (2, 1));
         assert!(rig.fs.file(node, unheard.handle, HandleKind::File).is_err());
@@ -277,7 +277,7 @@ fn a_rename_that_was_done_is_recognised() {
         let path = |name: &str| rig.path(name);
         let number = |name: &str| std::fs::metadata(path(name)).unwrap().ino();
         let [number_of_a, number_of_b] = ["a", "b"].map(number);
-        // The process was killed between the system call and its writing down.
+        // The process was killed between the system call and the record of it.
         std::fs::rename(path("a"), path("moved")).unwrap();
         let (rig, _) = killed(rig).next(inherited_fds, &[]);
         let (old, new) = (c("a"), c("moved"));
@@ -287,10 +287,10 @@ fn a_rename_that_was_done_is_recognised() {
         assert!(renamed(&old, &new, number_of_a));
         assert_eq!(rig.node("moved"), a);
         assert!(rig.attributes(a).is_ok());
-        // Not done: it is there under its old name, whatever the new one is.
+        // Not executed: the old name exists, whatever the new one is.
         assert!(!renamed(c"b", c"c", number_of_b));
         assert!(!renamed(c"b", c"nothing", number_of_b));
-        // Changed places.
+        // Exchanged.
         rustix::fs::renameat_with(
             rustix::fs::CWD,
             rig.path("b"),
@@ -343,7 +343,7 @@ fn each_lookup_counts_once_whoever_counted_last() {
         };
         rig.fs.begin_request(0);
         let node = rig.node("file");
-        // Not answered, and counted over by one that was.
+        // Not answered, and counted after one that was.
         look_up(30);
         std::thread::scope(|scope| {
             let answered = scope.spawn(|| look_up(32)).join();
@@ -434,7 +434,7 @@ fn what_the_guest_has_unlinked_itself_is_not_refused_by_the_next_process() {
         std::fs::remove_file(rig.path("removed")).unwrap();
         let (rig, _) = killed(rig).next(inherited_fds, &[]);
         let open = |node| rig.fs.open(&SUPERUSER, node, O_RDWR).map(drop);
-        // Without its descriptor nobody can keep what has no name.
+        // A nameless inode can't be kept without its descriptor.
         let expected = if inherited_fds {
             Ok(())
         } else {

@@ -1,4 +1,4 @@
-//! Extended attributes on every sort of inode.
+//! Extended attributes on every type of inode.
 
 use std::os::unix::fs::symlink;
 
@@ -6,7 +6,7 @@ use rustix::fs::XattrFlags;
 
 use super::*;
 
-/// Attributes are set on the host's side to compare with.
+/// Reads an attribute on the host for comparison.
 fn host_value(path: &Path, name: &str) -> Option<Vec<u8>> {
     let mut value = Vec::with_capacity(100);
     let spare = rustix::buffer::spare_capacity(&mut value);
@@ -18,7 +18,7 @@ fn set(rig: &Rig, node: NodeId, name: &str, value: &[u8], flags: XattrFlags) -> 
     rig.fs.setxattr(&SUPERUSER, node, &c(name), value, flags)
 }
 
-/// Whether the file system under the tests has attributes of users.
+/// Whether the file system under the tests has user attributes.
 fn has_attributes(rig: &Rig) -> bool {
     let has = set(rig, ROOT, "user.probe", b"", XattrFlags::empty()).is_ok();
     if !has {
@@ -82,7 +82,7 @@ fn links_and_special_files_have_their_own() {
             assert_eq!(host_value(&rig.path(name), "trusted.x").unwrap(), b"value");
             let value = rig.fs.getxattr(&SUPERUSER, node, c"trusted.x", 10);
             assert_eq!(value.unwrap(), b"value");
-            // The host has those of users on files and directories alone.
+            // The host has user attributes only on files and directories.
             let refused = set(rig, node, "user.x", b"value", XattrFlags::empty());
             assert_eq!(refused, Err(Errno::PERM));
         }

@@ -1,4 +1,5 @@
-//! What the guest has given back and finds again by a file handle: LOOKUP of `.` and `..` alone.
+//! Inodes that the guest has forgotten and finds again by a file handle, with LOOKUP of `.` and
+//! `..`.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -6,8 +7,8 @@ use super::*;
 use crate::fs::Migrate;
 use crate::fs::passthrough::tests::restored::either_way;
 
-/// Runs `test` with inodes remembered by file handle, and by name.
-fn remembering(most: usize, test: impl Fn(&Rig) + Sync) {
+/// Runs `test` with forgotten inodes that are reopened by file handle, and by name.
+fn keeping_forgotten(most: usize, test: impl Fn(&Rig) + Sync) {
     let modes = [
         InodeFileHandles::Never,
         InodeFileHandles::Prefer,
@@ -38,8 +39,8 @@ fn by_name_alone(most: usize, test: impl Fn(&Rig) + Sync) {
     });
 }
 
-/// Looks up a file of the root, and gives it back.
-fn given_back(rig: &Rig, name: &str) -> Entry {
+/// Looks up a file of the root, and forgets it.
+fn forget_at_once(rig: &Rig, name: &str) -> Entry {
     if !rig.path(name).exists() {
         rig.host_file(name, name);
     }
@@ -54,7 +55,7 @@ fn is_stale(rig: &Rig, node: NodeId) -> bool {
 
 #[test]
 fn a_file_handle_finds_what_was_given_back() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         let dir = rig.host_dir("dir");
         std::fs::write(dir.join("file"), "content").unwrap();
         let before = rig.descriptors();
@@ -62,11 +63,11 @@ fn a_file_handle_finds_what_was_given_back() {
         let file = rig.find(dir.node, "file").unwrap();
         rig.fs.forget(dir.node, 1);
         rig.fs.forget(file.node, 1);
-        assert_eq!(rig.fs.remembered_inodes(), 2);
-        // What file handles are opened in may be open from here on.
+        assert_eq!(rig.fs.forgotten_inodes(), 2);
+        // The anchor for opening file handles may be open from here on.
         assert!(rig.fs.inode_descriptors() == 1 && rig.descriptors() <= before + 1);
 
-        // By nothing else.
+        // No other request finds it.
         assert_eq!(rig.attributes(file.node).err(), Some(Errno::STALE));
         let opened = rig.fs.open(&SUPERUSER, file.node, O_RDONLY);
         assert_eq!(opened.err(), Some(Errno::STALE));
@@ -78,28 +79,28 @@ fn a_file_handle_finds_what_was_given_back() {
         let again = rig.fs.lookup_self(file.node).unwrap();
         assert_eq!((again.node, again.generation), (file.node, file.generation));
         assert_eq!(again.attributes.inode, file.attributes.inode);
-        assert_eq!(rig.fs.remembered_inodes(), 1);
+        assert_eq!(rig.fs.forgotten_inodes(), 1);
         assert_eq!(rig.attributes(file.node).unwrap().size, 7);
-        // `..` of what is remembered counts what is above it, and nothing else.
+        // `..` of a forgotten inode counts a lookup of the parent, and nothing else.
         let root = rig.fs.lookup_parent(dir.node).unwrap();
-        assert_eq!((root.node, rig.fs.remembered_inodes()), (ROOT, 1));
+        assert_eq!((root.node, rig.fs.forgotten_inodes()), (ROOT, 1));
         assert_eq!(rig.attributes(dir.node).err(), Some(Errno::STALE));
         let found = rig.fs.lookup_self(dir.node).unwrap();
         assert_eq!((found.node, rig.node("dir")), (dir.node, dir.node));
         assert_eq!(rig.find(dir.node, "file").unwrap().node, file.node);
-        assert_eq!(rig.fs.remembered_inodes(), 0);
-        // It is counted as anything else is.
+        assert_eq!(rig.fs.forgotten_inodes(), 0);
+        // Its lookups are counted as usual.
         rig.fs.forget(file.node, 2);
-        assert_eq!(rig.fs.remembered_inodes(), 1);
+        assert_eq!(rig.fs.forgotten_inodes(), 1);
         rig.fs.reset();
         assert!(is_stale(rig, file.node));
-        assert_eq!((rig.fs.remembered_inodes(), rig.fs.known_inodes()), (0, 1));
+        assert_eq!((rig.fs.forgotten_inodes(), rig.fs.known_inodes()), (0, 1));
     });
 }
 
 #[test]
 fn the_parent_of_a_directory_is_found_again_too() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         let (outer, inner) = (rig.host_dir("outer"), rig.host_dir("outer/inner"));
         assert!(outer.exists() && inner.exists());
         let outer = rig.find(ROOT, "outer").unwrap();
@@ -108,7 +109,7 @@ fn the_parent_of_a_directory_is_found_again_too() {
         rig.fs.forget(inner.node, 1);
         let parent = rig.fs.lookup_parent(inner.node).unwrap();
         assert_eq!(parent.node, outer.node);
-        assert_eq!(rig.fs.remembered_inodes(), 1);
+        assert_eq!(rig.fs.forgotten_inodes(), 1);
         assert_eq!(rig.find(outer.node, "inner").unwrap().node, inner.node);
     });
 }
@@ -116,21 +117,21 @@ fn the_parent_of_a_directory_is_found_again_too() {
 #[test]
 fn nothing_is_remembered_unless_asked_for() {
     in_each_mode(|rig| {
-        let entry = given_back(rig, "file");
+        let entry = forget_at_once(rig, "file");
         assert!(is_stale(rig, entry.node));
-        assert_eq!((rig.fs.remembered_inodes(), rig.fs.known_inodes()), (0, 1));
+        assert_eq!((rig.fs.forgotten_inodes(), rig.fs.known_inodes()), (0, 1));
     });
 }
 
 #[test]
 fn the_longest_given_back_is_forgotten_first() {
-    remembering(2, |rig| {
-        let entries: Vec<Entry> = ["a", "b", "c"].map(|name| given_back(rig, name)).into();
+    keeping_forgotten(2, |rig| {
+        let entries: Vec<Entry> = ["a", "b", "c"].map(|name| forget_at_once(rig, name)).into();
         assert!(is_stale(rig, entries[0].node));
-        // Used again, and given back after the other.
+        // Used again, and forgotten after the other.
         assert!(rig.fs.lookup_self(entries[1].node).is_ok());
         rig.fs.forget(entries[1].node, 1);
-        let fourth = given_back(rig, "d");
+        let fourth = forget_at_once(rig, "d");
         assert!(is_stale(rig, entries[2].node));
         assert!(rig.fs.lookup_self(entries[1].node).is_ok());
         assert!(rig.fs.lookup_self(fourth.node).is_ok());
@@ -139,9 +140,9 @@ fn the_longest_given_back_is_forgotten_first() {
 
 #[test]
 fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         rig.host_file("young", "");
-        // Of an old one number and birth are enough to tell it.
+        // An old file is identified by number and birth time.
         let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
         let mut names = vec!["young"];
         match std::fs::hard_link(old, rig.path("old")) {
@@ -150,7 +151,7 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
         }
         let opened = usize::from(rig.fs.options.inode_file_handles == InodeFileHandles::Never);
         for name in names {
-            let first = given_back(rig, name);
+            let first = forget_at_once(rig, name);
             let descriptors = rig.fs.inode_descriptors();
             let again = rig.find(ROOT, name).unwrap();
             assert_eq!(
@@ -159,7 +160,7 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
             );
             assert_eq!(rig.fs.inode_descriptors(), descriptors + opened);
         }
-        // What has lost its name is there as long as the guest has it.
+        // An inode that lost its name exists as long as the guest knows it.
         if opened == 1 {
             let node = rig.node("young");
             rig.fs.unlink(&SUPERUSER, ROOT, c"young").unwrap();
@@ -173,20 +174,20 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
 
 #[test]
 fn what_is_removed_meanwhile_is_stale_and_keeps_no_space() {
-    remembering(10, |rig| {
-        let entry = given_back(rig, "file");
+    keeping_forgotten(10, |rig| {
+        let entry = forget_at_once(rig, "file");
         std::fs::remove_file(rig.path("file")).unwrap();
         assert!(is_stale(rig, entry.node));
-        // By the guest, before it gives it back.
+        // Removed by the guest before it forgets the inode.
         rig.host_file("other", "");
         let other = rig.node("other");
-        let before = rig.fs.remembered_inodes();
+        let before = rig.fs.forgotten_inodes();
         rig.fs.unlink(&SUPERUSER, ROOT, c"other").unwrap();
         rig.fs.forget(other, 1);
         assert!(is_stale(rig, other));
-        assert!(rig.fs.remembered_inodes() <= before + 1);
-        // By a guest that doesn't know it any more.
-        let third = given_back(rig, "third");
+        assert!(rig.fs.forgotten_inodes() <= before + 1);
+        // Removed by a guest that has forgotten the inode.
+        let third = forget_at_once(rig, "third");
         let dir = rig.host_dir("dir");
         let fourth = rig.find(ROOT, "dir").unwrap();
         rig.fs.forget(fourth.node, 1);
@@ -205,11 +206,11 @@ fn what_is_removed_meanwhile_is_stale_and_keeps_no_space() {
 
 #[test]
 fn another_file_of_the_same_number_or_name_is_never_it() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         let mut reused = 0;
         for turn in 0..30 {
             let path = rig.host_file("file", "old");
-            let old = given_back(rig, "file");
+            let old = forget_at_once(rig, "file");
             std::fs::remove_file(&path).unwrap();
             rig.host_file("file", "newer");
             reused += usize::from(std::fs::metadata(&path).unwrap().ino() == old.attributes.inode);
@@ -233,13 +234,13 @@ fn another_file_of_the_same_number_or_name_is_never_it() {
 
 #[test]
 fn what_is_moved_meanwhile_is_found_where_it_is() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         rig.host_dir("dir");
         rig.host_file("dir/file", "content");
         let dir = rig.node("dir");
         let file = rig.find(dir, "file").unwrap();
         rig.fs.forget(file.node, 1);
-        // The directory by the guest, which knows it.
+        // The guest renames the directory, which it knows.
         let (from, to) = (c("dir"), c("moved"));
         rig.fs
             .rename(&SUPERUSER, (ROOT, &from), (ROOT, &to), 0)
@@ -250,7 +251,7 @@ fn what_is_moved_meanwhile_is_found_where_it_is() {
             file.attributes.inode
         );
         rig.fs.forget(file.node, 1);
-        // The file by the host: a name doesn't lead there any more.
+        // The host renames the file, so the known name doesn't lead to it any more.
         std::fs::rename(rig.path("moved/file"), rig.path("here")).unwrap();
         let found = rig.fs.lookup_self(file.node);
         let named = found.err() == Some(Errno::STALE);
@@ -262,7 +263,7 @@ fn what_is_moved_meanwhile_is_found_where_it_is() {
 
 #[test]
 fn one_of_two_names_is_enough() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         let path = rig.host_file("one", "content");
         let one = rig.find(ROOT, "one").unwrap();
         rig.fs.link(&SUPERUSER, one.node, ROOT, c"two").unwrap();
@@ -275,12 +276,12 @@ fn one_of_two_names_is_enough() {
 
 #[test]
 fn who_comes_back_finds_what_it_had_and_who_is_new_does_not() {
-    remembering(3, |rig| {
+    keeping_forgotten(3, |rig| {
         let names = ["a", "b", "c", "d", "e"];
         names
             .iter()
             .for_each(|name| drop(rig.host_file(name, name)));
-        let before = given_back(rig, "a");
+        let before = forget_at_once(rig, "a");
         let entries: Vec<Entry> = names[1..]
             .iter()
             .map(|name| rig.find(ROOT, name).unwrap())
@@ -317,9 +318,9 @@ fn what_is_remembered_gives_way_to_what_is_known() {
         ..Options::default()
     };
     with(options, |rig| {
-        let first = given_back(rig, "a");
-        let second = given_back(rig, "b");
-        assert_eq!(rig.fs.remembered_inodes(), 2);
+        let first = forget_at_once(rig, "a");
+        let second = forget_at_once(rig, "b");
+        assert_eq!(rig.fs.forgotten_inodes(), 2);
         for name in ["c", "d", "e"] {
             rig.host_file(name, "");
             rig.node(name);
@@ -346,13 +347,13 @@ fn what_is_remembered_ends_with_its_process() {
         rig.fs.forget(other.node, 1);
         rig.fs.forget(dir.node, 1);
         let (rig, _) = restored::killed(rig).next(inherited_fds, &[]);
-        assert_eq!(rig.fs.remembered_inodes(), 0);
+        assert_eq!(rig.fs.forgotten_inodes(), 0);
         assert!(is_stale(&rig, other.node) && is_stale(&rig, dir.node));
         assert!(rig.attributes(known.node).is_ok());
         rig.fs.forget(known.node, 1);
-        assert_eq!(rig.fs.remembered_inodes(), 1);
+        assert_eq!(rig.fs.forgotten_inodes(), 1);
         assert!(rig.fs.lookup_self(known.node).is_ok());
-        // Whose session this was is not known for sure once it has ended.
+        // Once a resumed session has ended, the next guest may be a different one.
         rig.fs.unmounted();
         assert!(is_stale(&rig, known.node));
         assert_eq!(rig.fs.known_inodes(), 1);
@@ -364,13 +365,13 @@ fn what_is_remembered_ends_with_its_process() {
 
 #[test]
 fn a_guest_that_moves_takes_along_what_it_knows_alone() {
-    remembering(10, |rig| {
+    keeping_forgotten(10, |rig| {
         rig.host_dir("dir");
         rig.host_file("dir/known", "");
         let dir = rig.find(ROOT, "dir").unwrap();
         let known = rig.find(dir.node, "known").unwrap();
         rig.fs.forget(dir.node, 1);
-        let other = given_back(rig, "other");
+        let other = forget_at_once(rig, "other");
         let snapshot = rig.fs.save().unwrap();
         let nodes: Vec<u64> = snapshot.inodes.iter().map(|inode| inode.node).collect();
         assert!(nodes.contains(&known.node.0) && !nodes.contains(&other.node.0));
@@ -380,7 +381,7 @@ fn a_guest_that_moves_takes_along_what_it_knows_alone() {
 
 #[test]
 fn racing_threads_leave_nothing_behind_but_what_is_remembered() {
-    remembering(2, |rig| {
+    keeping_forgotten(2, |rig| {
         for n in 0..3 {
             rig.host_file(&n.to_string(), "");
         }
@@ -400,8 +401,8 @@ fn racing_threads_leave_nothing_behind_but_what_is_remembered() {
                 });
             }
         });
-        assert!(rig.fs.remembered_inodes() <= 2);
-        assert_eq!(rig.fs.known_inodes(), rig.fs.remembered_inodes() + 1);
+        assert!(rig.fs.forgotten_inodes() <= 2);
+        assert_eq!(rig.fs.known_inodes(), rig.fs.forgotten_inodes() + 1);
         assert_eq!(rig.fs.inode_descriptors(), 1);
     });
 }

@@ -1,0 +1,381 @@
+//! The FUSE operations of the passthrough: `impl FileSystem`.
+//!
+//! Each method checks what applies to the whole operation (read-only, negotiated terms) and calls
+//! the method of `Passthrough` that does the work, in the file of its topic.
+//!
+//! The invariant: an operation that changes something first checks that the share is writable.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::Passthrough;
+use crate::fs::{
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
+    LockOwner, Migrate, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Replay, Result,
+    Statistics, Timestamp, XattrFlags,
+};
+use crate::io::File;
+use crate::sys;
+
+impl FileSystem for Passthrough {
+    /// Gives the thread its own working directory, umask and file system ids. The passthrough owns
+    /// these from now on, and nothing else may change them. A thread that was not prepared is
+    /// prepared by the first request that needs it.
+    fn prepare_thread(&self) -> std::io::Result<()> {
+        Ok(self.prepare()?)
+    }
+
+    fn reset(&self) {
+        self.end_session();
+        self.inherited.store(false, Ordering::Relaxed);
+        self.inodes.clear();
+        self.table().clear_thread_journals();
+    }
+
+    fn unmounted(&self) {
+        if self.outlives_session() {
+            self.end_session();
+            self.forget_all();
+            self.table().clear_thread_journals();
+        } else {
+            self.reset();
+        }
+    }
+
+    fn begin(&self, terms: &NegotiatedTerms) {
+        self.terms.set(terms);
+    }
+
+    fn replay(&self) -> Option<&dyn Replay> {
+        Some(self)
+    }
+
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        Some(self)
+    }
+
+    fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.look_up_for(caller, parent, name)
+    }
+
+    fn lookup_self(&self, node: NodeId) -> Result<Entry> {
+        self.find_self(node)
+    }
+
+    fn lookup_parent(&self, node: NodeId) -> Result<Entry> {
+        self.find_parent(node)
+    }
+
+    fn forget(&self, node: NodeId, count: u64) {
+        self.forget_lookups(node, count);
+        let has_idle_files = self.handleless.count() > 0 || self.closed_fds.count() > 0;
+        if has_idle_files && self.inodes.get(node).is_none() {
+            self.close_idle_files(node);
+        }
+    }
+
+    fn getattr(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Duration)> {
+        self.attributes_of(node, handle)
+    }
+
+    fn statx(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        self.attributes_with_birth(node, handle)
+    }
+
+    fn setattr(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Option<Handle>,
+        changes: &Changes,
+    ) -> Result<(Attributes, Duration)> {
+        self.writable()?;
+        self.change(caller, node, handle, changes)
+    }
+
+    fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
+        let inode = self.inode(node)?;
+        if inode.kind() != FileType::Symlink {
+            return Err(Errno::INVAL);
+        }
+        let target = rustix::fs::readlinkat(self.fd(&inode)?, c"", Vec::new())?;
+        Ok(target.into_bytes())
+    }
+
+    fn symlink(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        target: &CStr,
+        label: Option<Label<'_>>,
+    ) -> Result<Entry> {
+        self.writable()?;
+        self.labelled(label, Some((parent, name)), || {
+            self.make_symlink(caller, parent, name, target)
+        })
+    }
+
+    fn mknod(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
+        self.writable()?;
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_node(caller, parent, name, new)
+        })
+    }
+
+    fn mkdir(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        new: &NewNode<'_>,
+    ) -> Result<Entry> {
+        self.writable()?;
+        self.labelled(new.label, Some((parent, name)), || {
+            self.make_directory(caller, parent, name, new)
+        })
+    }
+
+    fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
+        self.remove(caller, parent, name, AtFlags::empty())
+    }
+
+    fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
+        self.remove(caller, parent, name, AtFlags::REMOVEDIR)
+    }
+
+    fn rename(
+        &self,
+        caller: &Caller,
+        from: (NodeId, &CStr),
+        to: (NodeId, &CStr),
+        flags: u32,
+    ) -> Result<()> {
+        self.writable()?;
+        self.move_name(caller, from, to, flags)
+    }
+
+    fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
+        self.writable()?;
+        self.make_link(caller, node, parent, name)
+    }
+
+    fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
+        if self.terms.no_open() {
+            return Err(Errno::NOSYS);
+        }
+        self.open_file(caller, node, flags)
+    }
+
+    fn create(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        name: &CStr,
+        flags: u32,
+        new: &NewNode<'_>,
+    ) -> Result<(Entry, Opened)> {
+        self.create_file(caller, parent, name, flags, new)
+    }
+
+    fn tmpfile(
+        &self,
+        caller: &Caller,
+        parent: NodeId,
+        flags: u32,
+        new: &NewNode<'_>,
+    ) -> Result<(Entry, Opened)> {
+        self.writable()?;
+        self.labelled(new.label, None, || {
+            self.make_nameless(caller, parent, flags, new)
+        })
+    }
+
+    /// Closes a duplicate of the descriptor, which makes network file systems report pending
+    /// errors.
+    fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_implicit(handle, HandleKind::File) {
+            // The guest never opened this file, so it doesn't close it. `ENOSYS` stops further
+            // FLUSHes.
+            return Err(Errno::NOSYS);
+        }
+        let file = self.handles.file(node, handle, HandleKind::File)?;
+        let duplicate = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
+        sys::file::close(duplicate)
+    }
+
+    fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_implicit(handle, HandleKind::File) {
+            return Ok(());
+        }
+        self.locks.released(node, handle);
+        let released = self.handles.release(node, handle, HandleKind::File)?;
+        self.unshare(node, &released.file);
+        self.cache_closed(node, released);
+        Ok(())
+    }
+
+    fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
+        self.writable()?;
+        self.kill_set_id_before_change(&self.file_of(node, handle, HandleKind::File, true)?)
+    }
+
+    fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.closer.pending()
+    }
+
+    fn report_shortage(&self) {
+        self.warn_of_shortage();
+    }
+
+    fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
+        self.file_of(node, handle, kind, false).map(OpenFile::Host)
+    }
+
+    fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
+        self.file_of(node, handle, HandleKind::File, true)
+            .map(OpenFile::Host)
+    }
+
+    fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
+        self.lock_file_of(node, handle, owner)
+    }
+
+    fn lock_file_if_any(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
+        self.locks.find(node, owner)
+    }
+
+    fn end_locks(&self, node: NodeId, owner: LockOwner) {
+        self.locks.end(node, owner);
+    }
+
+    fn whole_file_system(&self, node: NodeId) -> Result<OpenFile> {
+        self.file_system_file(node).map(OpenFile::Host)
+    }
+
+    fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {
+        self.flags_of(node, handle)
+    }
+
+    fn set_inode_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
+        self.writable()?;
+        self.change_flags(node, handle, flags)
+    }
+
+    fn extended_inode_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
+        self.extended_flags(node, handle)
+    }
+
+    fn set_extended_inode_flags(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        flags: &InodeFlags,
+    ) -> Result<()> {
+        self.writable()?;
+        self.change_extended_flags(node, handle, flags)
+    }
+
+    fn statfs(&self, node: NodeId) -> Result<Statistics> {
+        self.statistics(node)
+    }
+
+    fn setxattr(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: XattrFlags,
+    ) -> Result<()> {
+        self.writable()?;
+        self.set_attribute(caller, node, name, value, flags)
+    }
+
+    fn getxattr(&self, _: &Caller, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
+        self.attribute(node, name, limit)
+    }
+
+    fn getxattr_len(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<usize> {
+        self.attribute_len(node, name)
+    }
+
+    fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
+        self.attribute_names(caller, node, limit)
+    }
+
+    fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
+        self.attribute_names_len(caller, node)
+    }
+
+    fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()> {
+        self.writable()?;
+        self.remove_attribute(caller, node, name)
+    }
+
+    fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {
+        if self.terms.no_opendir() {
+            return Err(Errno::NOSYS);
+        }
+        self.room_for_handle()?;
+        let fd = self.open_directory(&*self.inode(node)?)?;
+        self.opened(node, fd, OFlags::RDONLY, HandleKind::Directory)
+    }
+
+    fn readdir(
+        &self,
+        _: &Caller,
+        node: NodeId,
+        handle: Handle,
+        offset: u64,
+        plus: bool,
+        sink: &mut dyn DirSink,
+    ) -> Result<()> {
+        self.read_entries(node, handle, offset, plus, sink)
+    }
+
+    fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()> {
+        if self.is_implicit(handle, HandleKind::Directory) {
+            return Ok(());
+        }
+        self.handles
+            .release(node, handle, HandleKind::Directory)
+            .map(drop)
+    }
+
+    fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
+        self.may(caller, node, mask)
+    }
+
+    fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {
+        let file = self.file_of(node, handle, HandleKind::File, false)?;
+        let to = match whence.cast_signed() {
+            libc::SEEK_DATA => SeekFrom::Data(offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(offset),
+            _ => return Err(Errno::INVAL),
+        };
+        rustix::fs::seek(&file, to)
+    }
+}
