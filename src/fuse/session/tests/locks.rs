@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::fuse::session::replay::SAID;
+use crate::fuse::session::replay::RECORDED;
 
 fn limited(limit: Duration) -> Guest {
     Guest::with_options(SessionOptions {
@@ -27,19 +27,19 @@ fn replayed_wait_counts_from_where_it_began() {
     let (mut first, _) = MemoryTransport::new(Vec::new(), 0);
     assert_eq!(guest.session.wait_limit(&mut first), Some(hour));
     let intent = first.intended().unwrap();
-    assert_eq!(intent[0], SAID);
+    assert_eq!(intent[0], RECORDED);
 
     let mut replayed = MemoryTransport::with_previous_attempt(intent);
     assert!(guest.session.wait_limit(&mut replayed).unwrap() <= hour);
     assert_eq!(replayed.intended(), None, "it stays what it was");
     // The machine has been up for longer than a millisecond.
-    let mut old = MemoryTransport::with_previous_attempt([SAID, 1, 0, 0]);
+    let mut old = MemoryTransport::with_previous_attempt([RECORDED, 1, 0, 0]);
     let short = limited(Duration::from_millis(1));
     assert_eq!(short.session.wait_limit(&mut old), Some(Duration::ZERO));
     // Killed before it could say when; or its machine has been started anew since.
     let mut silent = MemoryTransport::with_previous_attempt([0; 4]);
     assert_eq!(guest.session.wait_limit(&mut silent), Some(hour));
     assert!(silent.intended().is_some());
-    let mut before_boot = MemoryTransport::with_previous_attempt([SAID, u64::MAX, 0, 0]);
+    let mut before_boot = MemoryTransport::with_previous_attempt([RECORDED, u64::MAX, 0, 0]);
     assert_eq!(guest.session.wait_limit(&mut before_boot), Some(hour));
 }

@@ -313,6 +313,6 @@ fn a_request_too_long_for_the_stack_is_fetched_whole() {
 
 #[test]
 fn the_log_gets_fewer_lines_the_more_there_would_be() {
-    let lines = |happened: u64| (1..=happened).filter(|count| worth_a_line(*count)).count();
+    let lines = |happened: u64| (1..=happened).filter(|count| should_log(*count)).count();
     assert_eq!((lines(16), lines(1 << 20)), (16, 16 + 16));
 }
