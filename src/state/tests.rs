@@ -229,7 +229,7 @@ fn damaged_records_are_refused() {
     assert!(record.set_name(1, b"name", 0));
     let first = slabs::word_of({
         let mut at = 0;
-        table.slabs.each(RecordKind::Inode, |place| at = place);
+        table.slabs.for_each(RecordKind::Inode, |slot| at = slot);
         at
     });
     // Node id, texts, state; and what the chunk is for.

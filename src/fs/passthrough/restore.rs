@@ -215,7 +215,7 @@ impl Passthrough {
             .map(|at| (inodes[at].node(), at))
             .collect();
         let record = |node: u64| by_node.get(&node).and_then(|at| inodes.get(*at));
-        for mut done in table.take_doings(|unique| under_way.contains(&unique)) {
+        for mut done in table.take_journal_entries(|unique| under_way.contains(&unique)) {
             let unique = done.unique;
             if done.seen != 0 {
                 self.begun.seen.insert(unique, done.seen);
