@@ -1,4 +1,4 @@
-//! Tests of decoding: what is right comes out as it went in, and nothing that is wrong does.
+//! Tests of decoding: valid requests are decoded unchanged, and invalid ones are rejected.
 
 mod extensions;
 mod open_files;
@@ -26,7 +26,7 @@ fn lookup(name: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_header_says_who_asks_and_for_what() {
+fn header_fields_are_decoded() {
     let bytes = request(Opcode::Lookup.number(), 99, &[b"name\0"]);
     let request = decode(&bytes).unwrap();
     assert_eq!(
@@ -183,7 +183,7 @@ fn names_that_no_directory_takes_are_refused_everywhere() {
     };
     let link = abi::LinkIn { oldnodeid: 1 };
     for &(name, expected) in names {
-        // LOOKUP of these is for file handles, and a matter of its own.
+        // LOOKUP of these serves file handles, and is tested by itself.
         let looked_up = match name {
             b".\0" | b"..\0" => b"./\0",
             name => name,
@@ -275,12 +275,12 @@ fn extended_attributes_are_kept_in_their_bounds() {
 }
 
 #[test]
-fn an_error_names_the_request_and_its_fault() {
+fn error_names_request_and_fault() {
     let error = decode(&lookup(b"a/b\0")).unwrap_err();
     assert_eq!(error.to_string(), "request 24301 with opcode 1");
     assert_eq!(
         error.fault.to_string(),
-        "a name is empty, a dot or two, or has a slash in it"
+        "a name is empty, `.` or `..`, or contains a slash"
     );
     let error = decode(&[0; 3]).unwrap_err();
     assert_eq!(error.to_string(), "request unknown with opcode unknown");
@@ -288,7 +288,7 @@ fn an_error_names_the_request_and_its_fault() {
 }
 
 #[test]
-fn node_0_and_nobody_are_refused() {
+fn node_0_and_id_none_are_refused() {
     assert_eq!(
         fault(&request(Opcode::Lookup.number(), 0, &[b"name\0"])),
         Fault::Node
@@ -344,7 +344,7 @@ fn offsets_beyond_what_a_file_can_have_are_refused() {
             Errno::INVAL
         );
     }
-    // The kernel passes this on unlooked at; what is wrong with it is the host's to say.
+    // The kernel passes this on unchecked; the host decides whether it is valid.
     let seek = abi::LseekIn {
         offset: beyond,
         whence: 3,
@@ -695,7 +695,7 @@ proptest! {
     }
 }
 
-/// What every request has that comes out of [`decode`].
+/// The properties of every request that [`decode`] returns.
 fn check(request: &Request<'_>) {
     let name_is_good = |name: &CStr| {
         let bytes = name.to_bytes();

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_ends_the_wait_it_names() {
+    fn interrupt_ends_the_wait_with_its_number() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         let mut one = blocking_locks.begin(2, None).unwrap();
         let mut other = blocking_locks.begin(4, None).unwrap();
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_that_comes_first_ends_the_wait_as_it_begins() {
+    fn early_interrupt_ends_wait_at_its_start() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         blocking_locks.interrupt(2);
         assert_eq!(blocking_locks.begin(2, None).err(), Some(Errno::INTR));
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_waits_while_a_queue_is_stopped() {
+    fn no_wait_begins_while_a_queue_is_stopped() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         let mut wait = blocking_locks.begin(2, None).unwrap();
         let no_waits = NoWaits::new(&blocking_locks);
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_bounded_and_their_names_unique() {
+    fn waits_are_limited_and_their_numbers_unique() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         let mut waits: Vec<_> = (0..MAX_WAITS as u64)
             .map(|unique| blocking_locks.begin(unique, None).unwrap())

@@ -62,7 +62,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             max_background: agreed.max_background,
         });
         if let Some(negotiated) = &negotiated {
-            let missing = negotiated.flags.without(init::served(&self.options));
+            let missing = negotiated.flags.without(init::accepted(&self.options));
             if missing != InitFlags::NONE {
                 return Err(MoveError::Options {
                     missing: missing.to_string(),
