@@ -1,4 +1,4 @@
-//! What threads share by atomics of our own, the scheduler's channel and the ring's waker, under
+//! What threads share by atomics of our own, the scheduler's channel and the ring's alarm, under
 //! every order of events:
 //! `RUSTFLAGS="--cfg ringfsd_loom" cargo test --release --test loom`.
 

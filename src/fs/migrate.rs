@@ -1,7 +1,7 @@
 //! What a file system offers so that a guest's session can be migrated to another server.
 //!
-//! The invariant: after an error from [`Migrate::load`] the session is empty once it is reset, and after
-//! one from [`Migrate::save`] it is unchanged.
+//! The invariant: after an error from [`Migrate::load`] the session is empty once it is reset, and
+//! after one from [`Migrate::save`] it is unchanged.
 
 use rustix::io::Errno;
 

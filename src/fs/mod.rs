@@ -1,10 +1,10 @@
 //! File systems: the trait that the FUSE dispatch serves, and the file systems behind it.
 //!
-//! [`FileSystem`] is FUSE and nothing else; [`Replay`] and [`Migrate`] are what a file system may offer
-//! beyond. Metadata operations are plain calls; data (`read`, `write`, `fsync`, `fallocate`, copies) go
-//! through the [`OpenFile`] that [`FileSystem::file`] returns, on the worker's runtime. The invariant: a
-//! file system never sees a name that is empty, `.` or `..`, has a `/` or a NUL in it or is longer than
-//! 255 bytes; the dispatch has refused it.
+//! [`FileSystem`] has the FUSE operations only; [`Replay`] and [`Migrate`] are optional. Metadata
+//! operations are plain calls; data (`read`, `write`, `fsync`, `fallocate`, copies) go through the
+//! [`OpenFile`] that [`FileSystem::file`] returns, on the worker's runtime. The invariant: a file
+//! system never sees a name that is empty, `.` or `..`, contains a `/` or a NUL, or is longer than
+//! 255 bytes; the dispatch has rejected it.
 
 mod migrate;
 mod open_file;
@@ -65,7 +65,7 @@ pub struct Caller {
 impl Caller {
     /// Whether the guest's kernel left out the caller's ids.
     #[must_use]
-    pub fn is_untold(&self) -> bool {
+    pub fn lacks_ids(&self) -> bool {
         self.uid.is_none() || self.gid.is_none()
     }
 }
@@ -299,9 +299,9 @@ pub trait FileSystem: Send + Sync + 'static {
         None
     }
 
-    /// Whether metadata methods (all but the five named below) may block: wait for a network, another
-    /// process, or a disk for long. They are then called on threads that may wait, and can't stop a
-    /// worker or delay other requests.
+    /// Whether metadata methods (all but the five named below) may block: wait for a network,
+    /// another process, or a disk for long. They are then called on threads that may wait, and
+    /// can't stop a worker or delay other requests.
     ///
     /// Never called on such a thread, and therefore not allowed to block: [`forget`](Self::forget),
     /// [`file`](Self::file), [`file_to_change`](Self::file_to_change), [`begin`](Self::begin) and

@@ -29,14 +29,15 @@ pub enum OpenFile {
 
 /// An open file that isn't a file of the host.
 ///
-/// Errors are errnos for the guest (`io::Error::from_raw_os_error`); an error without one becomes `EIO`.
+/// Errors are errnos for the guest (`io::Error::from_raw_os_error`); an error without one becomes
+/// `EIO`.
 pub trait FileObject: fmt::Debug + Send + Sync + 'static {
-    /// READ: fills `buffer` from `offset` on; returns how many bytes, fewer than it holds only at the
-    /// end of the file.
+    /// READ: fills `buffer` from `offset` on; returns how many bytes, fewer than it holds only at
+    /// the end of the file.
     fn read(self: Arc<Self>, buffer: GuestBuffer, offset: u64) -> ObjectFuture<Transferred>;
 
-    /// WRITE: writes `buffer` at `offset`, or at the end of the file if `mode` says so; returns how many
-    /// bytes.
+    /// WRITE: writes `buffer` at `offset`, or at the end of the file if `mode` says so; returns how
+    /// many bytes.
     fn write(
         self: Arc<Self>,
         mode: WriteMode,
@@ -47,7 +48,8 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
     /// FSYNC, FSYNCDIR and SYNCFS: makes written data durable.
     fn sync(self: Arc<Self>, kind: SyncKind) -> ObjectFuture<io::Result<()>>;
 
-    /// FALLOCATE of `len` bytes from `offset` on; `mode` has the `FALLOC_FL_*` flags of `fallocate(2)`.
+    /// FALLOCATE of `len` bytes from `offset` on; `mode` has the `FALLOC_FL_*` flags of
+    /// `fallocate(2)`.
     fn allocate(
         self: Arc<Self>,
         _mode: u32,
@@ -57,8 +59,9 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
         Box::pin(async { Err(Errno::OPNOTSUPP.into()) })
     }
 
-    /// COPY_FILE_RANGE: copies up to `len` bytes from `offset` on to `target_offset` in `target`; returns
-    /// how many. With `EOPNOTSUPP`, the default, and `EXDEV` the guest's kernel reads and writes instead.
+    /// COPY_FILE_RANGE: copies up to `len` bytes from `offset` on to `target_offset` in `target`;
+    /// returns how many. With `EOPNOTSUPP`, the default, and `EXDEV` the guest's kernel reads and
+    /// writes instead.
     fn copy_to(
         self: Arc<Self>,
         _offset: u64,

@@ -41,7 +41,8 @@ pub trait Replay {
     /// the inode is then known by its new name.
     fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool;
 
-    /// Records a lock that was taken or released on what [`FileSystem::file`](super::FileSystem::file) or
+    /// Records a lock that was taken or released on what
+    /// [`FileSystem::file`](super::FileSystem::file) or
     /// [`FileSystem::lock_file`](super::FileSystem::lock_file) returned.
     fn record_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock);
 }

@@ -156,8 +156,8 @@ impl GuestBuffer {
         for vec in self.io_vecs(offset) {
             let n = vec.iov_len.min(source.len() - done);
             let from = source[done..done + n].as_ptr();
-            // SAFETY: `iov_base..+n` stays mapped while `self` lives, and is no memory of `source`'s,
-            // to which a guest has no access, so the two don't overlap.
+            // SAFETY: `iov_base..+n` stays mapped while `self` lives, and is no memory of
+            // `source`'s, to which a guest has no access, so the two don't overlap.
             unsafe { std::ptr::copy_nonoverlapping(from, vec.iov_base.cast::<u8>(), n) };
             done += n;
         }

@@ -288,14 +288,14 @@ impl Table {
     }
 
     /// Maximum length of the front end's session, bytes.
-    pub const MOST_FRONT: usize = (FRONT - 2) * WORD;
+    pub const MAX_FRONT_LEN: usize = (FRONT - 2) * WORD;
 
     /// The front end's session, as `vhost_user` encoded it.
     #[must_use]
     pub fn front(&self) -> Option<Vec<u8>> {
         let first = front_at(self.load(at::FRONT))?;
         let len = usize::try_from(self.load(first)).ok()?;
-        if len > Self::MOST_FRONT {
+        if len > Self::MAX_FRONT_LEN {
             return None;
         }
         let words = (0..len.div_ceil(WORD)).map(|n| self.load(first + 2 + n));
@@ -306,7 +306,7 @@ impl Table {
     /// Records the front end's session; empty bytes mean that there is none. A reader finds either
     /// all of it, or all of the previous one. Must not be called concurrently.
     pub fn set_front(&self, bytes: &[u8]) {
-        if bytes.is_empty() || bytes.len() > Self::MOST_FRONT {
+        if bytes.is_empty() || bytes.len() > Self::MAX_FRONT_LEN {
             self.store(at::FRONT, 0);
             return;
         }

@@ -36,7 +36,7 @@ pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
-pub use self::thread_journal::{Done, JournalEntry};
+pub use self::thread_journal::{JournalEntry, PreviousEntry};
 
 use self::header::Layout;
 use self::slabs::{RecordKind, Slabs};

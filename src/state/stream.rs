@@ -481,19 +481,19 @@ type Read<T> = Result<T, StreamError>;
 impl<'a> Reader<'a> {
     fn snapshot(&mut self) -> Read<Snapshot> {
         let mut snapshot = Snapshot::default();
-        let mut begun = false;
+        let mut has_session = false;
         loop {
             let at = self.at;
             let tag = self.byte()?;
             let mut record = self.record()?;
-            if !begun && tag != tag::SESSION {
+            if !has_session && tag != tag::SESSION {
                 return Err(wrong("no session to begin with", at));
             }
             match tag {
-                tag::SESSION if begun => return Err(wrong("a second session", at)),
+                tag::SESSION if has_session => return Err(wrong("a second session", at)),
                 tag::SESSION => {
                     record.session(&mut snapshot)?;
-                    begun = true;
+                    has_session = true;
                 }
                 tag::INODE => snapshot.inodes.push(record.inode()?),
                 tag::OPEN => snapshot.opens.push(record.open()?),
@@ -608,18 +608,22 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A list whose elements take at least `least` bytes each.
-    fn list<T>(&mut self, least: usize, mut one: impl FnMut(&mut Self) -> Read<T>) -> Read<Vec<T>> {
+    /// A list whose elements take at least `min_len` bytes each.
+    fn list<T>(
+        &mut self,
+        min_len: usize,
+        mut read_element: impl FnMut(&mut Self) -> Read<T>,
+    ) -> Read<Vec<T>> {
         let at = self.at;
         let count = self.word()?;
-        let room = self.end.saturating_sub(self.at) / least.max(1);
+        let room = self.end.saturating_sub(self.at) / min_len.max(1);
         let count = usize::try_from(count)
             .ok()
             .filter(|count| *count <= room)
             .ok_or(wrong("a list longer than its record", at))?;
         let mut list = Vec::with_capacity(count);
         for _ in 0..count {
-            list.push(one(self)?);
+            list.push(read_element(self)?);
         }
         Ok(list)
     }
@@ -677,9 +681,9 @@ impl<'a> Reader<'a> {
     }
 
     fn optional(&mut self) -> Read<Option<i64>> {
-        let there = self.flag()?;
+        let is_some = self.flag()?;
         let number = self.word()?.cast_signed();
-        Ok(there.then_some(number))
+        Ok(is_some.then_some(number))
     }
 }
 

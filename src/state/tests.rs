@@ -254,7 +254,7 @@ fn damaged_records_are_refused() {
 fn front_session_is_whole_or_absent() {
     let table = table();
     assert_eq!(table.front(), None);
-    for len in [1, 7, 8, 9, 1000, Table::MOST_FRONT] {
+    for len in [1, 7, 8, 9, 1000, Table::MAX_FRONT_LEN] {
         let bytes: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
         table.set_front(&bytes);
         assert_eq!(table.front().unwrap(), bytes);

@@ -28,7 +28,7 @@ const SEEN: usize = 2;
 const NOTES: usize = 3;
 
 /// Bit of a note: lookups were dropped.
-const GIVEN_BACK: u64 = 1;
+const DROPPED: u64 = 1;
 
 /// The journal of one thread.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +39,7 @@ pub struct JournalEntry<'a> {
 
 /// The journal of a thread of a previous process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Done {
+pub struct PreviousEntry {
     /// The request.
     pub unique: u64,
     /// The number of the inode that the thread was about to remove or rename; 0 for none.
@@ -47,10 +47,10 @@ pub struct Done {
     /// Nodes of which it added a lookup, one entry for each.
     pub added: Vec<u64>,
     /// Nodes of which it dropped lookups.
-    pub given_back: Vec<u64>,
+    pub dropped: Vec<u64>,
     /// The last node, if it is in doubt whether its count was changed, and whether lookups were
     /// dropped.
-    pub doubtful: Option<(u64, bool)>,
+    pub in_doubt: Option<(u64, bool)>,
     first: usize,
 }
 
@@ -93,16 +93,16 @@ impl Table {
 
     /// Returns the journals that threads of previous processes left, for the requests that `wanted`
     /// accepts. The threads of this process use the other half from now on.
-    pub fn take_journal_entries(&self, wanted: impl Fn(u64) -> bool) -> Vec<Done> {
+    pub fn take_journal_entries(&self, wanted: impl Fn(u64) -> bool) -> Vec<PreviousEntry> {
         let last = self.half_in_use();
         let halves = [last, 1 - last];
-        let mut found: Vec<Done> = Vec::new();
+        let mut found: Vec<PreviousEntry> = Vec::new();
         for half in halves {
             for index in 0..THREADS {
-                let done = self.entry_at(half * THREADS + index).read();
-                let is_new = found.iter().all(|one| one.unique != done.unique);
-                if done.unique != 0 && wanted(done.unique) && is_new {
-                    found.push(done);
+                let entry = self.entry_at(half * THREADS + index).read();
+                let is_new = found.iter().all(|one| one.unique != entry.unique);
+                if entry.unique != 0 && wanted(entry.unique) && is_new {
+                    found.push(entry);
                 }
             }
         }
@@ -110,12 +110,12 @@ impl Table {
         found
     }
 
-    /// Reverts the last lookup in `done`, which was added to the node of `record`.
-    pub fn undo(&self, done: &mut Done, record: &InodeRecord) {
+    /// Reverts the last lookup in `entry`, which was added to the node of `record`.
+    pub fn undo(&self, entry: &mut PreviousEntry, record: &InodeRecord) {
         // In this order a kill in between leaves one lookup too many, which keeps the inode known,
         // and never one too few, which would lose it.
-        done.added.pop();
-        self.store(done.first + COUNT, done.added.len() as u64);
+        entry.added.pop();
+        self.store(entry.first + COUNT, entry.added.len() as u64);
         record.set_lookups(record.lookups().saturating_sub(1), 0, false);
     }
 }
@@ -136,10 +136,10 @@ impl JournalEntry<'_> {
 
     /// Records that a lookup of `node` is about to be added, or lookups to be dropped.
     #[inline]
-    pub fn before(&self, node: u64, given_back: bool) {
+    pub fn before(&self, node: u64, dropped: bool) {
         let count = self.count();
         if NOTES + count + 1 < WORDS {
-            let note = node << 1 | u64::from(given_back);
+            let note = node << 1 | u64::from(dropped);
             self.table.store(self.first + NOTES + count + 1, 0);
             self.table.store(self.first + NOTES + count, note);
         }
@@ -159,32 +159,32 @@ impl JournalEntry<'_> {
         usize::try_from(count).map_or(WORDS, |count| count.min(WORDS))
     }
 
-    fn read(&self) -> Done {
-        let mut done = Done {
+    fn read(&self) -> PreviousEntry {
+        let mut entry = PreviousEntry {
             unique: self.table.load(self.first + UNIQUE),
             seen: self.table.load(self.first + SEEN),
             first: self.first,
-            ..Done::default()
+            ..PreviousEntry::default()
         };
-        if done.unique == 0 {
-            return done;
+        if entry.unique == 0 {
+            return entry;
         }
         let count = self.count().min(WORDS - NOTES - 1);
         for n in 0..count {
             let note = self.table.load(self.first + NOTES + n);
-            if note & GIVEN_BACK == 0 {
-                done.added.push(note >> 1);
+            if note & DROPPED == 0 {
+                entry.added.push(note >> 1);
             } else {
-                done.given_back.push(note >> 1);
+                entry.dropped.push(note >> 1);
             }
         }
         let last = self.table.load(self.first + NOTES + count);
         let node = last >> 1;
         // A node that was counted before carries the mark of that count.
-        if last != 0 && !done.added.contains(&node) && !done.given_back.contains(&node) {
-            done.doubtful = Some((node, last & GIVEN_BACK != 0));
+        if last != 0 && !entry.added.contains(&node) && !entry.dropped.contains(&node) {
+            entry.in_doubt = Some((node, last & DROPPED != 0));
         }
-        done
+        entry
     }
 }
 

@@ -220,8 +220,8 @@ impl Passthrough {
             if done.seen != 0 {
                 self.begun.seen.insert(unique, done.seen);
             }
-            let mut given_back = std::mem::take(&mut done.given_back);
-            if let Some((node, back)) = done.doubtful
+            let mut given_back = std::mem::take(&mut done.dropped);
+            if let Some((node, back)) = done.in_doubt
                 && let Some(record) = record(node)
                 && record.was_counted_by(unique, !back)
             {

@@ -84,7 +84,7 @@ fn requests_cut_short_at_any_length_are_faults() {
         } else {
             bytes.len()
         };
-        let least = if opcode == Opcode::Init {
+        let min_len = if opcode == Opcode::Init {
             HEADER_LEN + 16
         } else {
             needed
@@ -95,7 +95,7 @@ fn requests_cut_short_at_any_length_are_faults() {
                 "{opcode:?} of {len} bytes, the header full"
             );
         }
-        for len in 0..least {
+        for len in 0..min_len {
             let mut cut = bytes[..len].to_vec();
             if len >= 4 {
                 claim_len(&mut cut, len);
@@ -304,7 +304,7 @@ fn node_0_and_id_none_are_refused() {
     for id in [24, 28] {
         let mut bytes = lookup(b"name\0");
         bytes[id..id + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
-        assert!(decode(&bytes).unwrap().caller.is_untold());
+        assert!(decode(&bytes).unwrap().caller.lacks_ids());
     }
 }
 
@@ -433,10 +433,10 @@ fn a_batch_of_forgets_is_whole() {
             (Fault::Truncated, true)
         );
     }
-    let most = vec![ForgetOne::default(); 65_535];
-    assert!(decode(&batch(65_535, &most)).is_ok());
-    let more = vec![ForgetOne::default(); 65_536];
-    assert!(decode(&batch(65_536, &more)).is_err());
+    let longest = vec![ForgetOne::default(); 65_535];
+    assert!(decode(&batch(65_535, &longest)).is_ok());
+    let too_long = vec![ForgetOne::default(); 65_536];
+    assert!(decode(&batch(65_536, &too_long)).is_err());
 }
 
 #[test]
@@ -631,12 +631,12 @@ proptest! {
         node in prop_oneof![Just(0), any::<u64>()],
         arguments in prop::collection::vec(prop_oneof![Just(0), any::<u8>()], 0..600),
         extensions in prop_oneof![Just(0), any::<u16>()],
-        told in prop_oneof![Just(None), any::<u32>().prop_map(Some), (0u32..700).prop_map(Some)],
+        claimed in prop_oneof![Just(None), any::<u32>().prop_map(Some), (0u32..700).prop_map(Some)],
     ) {
         let mut bytes = request(opcode, node, &[&arguments]);
         bytes[36..38].copy_from_slice(&extensions.to_ne_bytes());
-        if let Some(told) = told {
-            claim_len(&mut bytes, told as usize);
+        if let Some(claimed) = claimed {
+            claim_len(&mut bytes, claimed as usize);
         }
         match decode(&bytes) {
             Ok(request) => check(&request),

@@ -119,7 +119,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
         let opened = self.fs.file_to_change(request.node, range.handle);
-        let both = opened.and_then(|file| {
+        let target = opened.and_then(|file| {
             let payload = transport.payload(len).ok_or(Errno::INVAL)?;
             if request.caller.kill_set_id && len > 0 && !self.fs.may_block() {
                 self.fs.kill_set_id(request.node, range.handle)?;
@@ -131,7 +131,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
         };
-        let (file, buffer) = match both {
+        let (file, buffer) = match target {
             Ok((OpenFile::Host(file), buffer)) if !self.fs.may_block() => (file, buffer),
             Ok((file, buffer)) => {
                 let session = Arc::clone(self);

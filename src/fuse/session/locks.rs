@@ -96,7 +96,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Err(errno) => Err(errno),
         };
         let (file, mut wait) = match waits {
-            Ok(both) => both,
+            Ok(registered) => registered,
             Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
         let session = Arc::clone(self);

@@ -113,12 +113,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 fs.getxattr_len(caller, node, name).and_then(xattr_len)
             }
             Operation::Getxattr { name, size } => {
-                let limit = bounded(size, room, XATTR_MAX);
+                let limit = limited(size, room, XATTR_MAX);
                 within(fs.getxattr(caller, node, name, limit)?, limit)
             }
             Operation::Listxattr { size: 0 } => fs.listxattr_len(caller, node).and_then(xattr_len),
             Operation::Listxattr { size } => {
-                let limit = bounded(size, room, XATTR_MAX);
+                let limit = limited(size, room, XATTR_MAX);
                 within(fs.listxattr(caller, node, limit)?, limit)
             }
             // The opcode table dispatches none of these to this method.
@@ -151,7 +151,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             offset,
             size,
         } = range;
-        let mut records = Records::new(bounded(size, room, READDIR_MAX), plus);
+        let mut records = Records::new(limited(size, room, READDIR_MAX), plus);
         let node: NodeId = request.node;
         let result = self
             .fs
@@ -167,12 +167,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 }
 
-/// The size that a guest asks for, limited by the reply's `room` and by `most`.
-fn bounded(size: u32, room: usize, most: usize) -> usize {
+/// The size that a guest asks for, limited by the reply's `room` and by `max`.
+fn limited(size: u32, room: usize, max: usize) -> usize {
     usize::try_from(size)
         .unwrap_or(usize::MAX)
         .min(room)
-        .min(most)
+        .min(max)
 }
 
 fn within(bytes: Vec<u8>, limit: usize) -> Result<Answer, Errno> {

@@ -174,7 +174,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let fetched = fetch(&mut transport, &mut inline, &mut spilled)
             .and_then(|bytes| Ok((bytes, decode_as(bytes, self.agreed())?)));
         let (bytes, request) = match fetched {
-            Ok(both) => both,
+            Ok(decoded) => decoded,
             Err(error) => {
                 self.refuse(transport, &error);
                 return Outcome::Done;
@@ -211,7 +211,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Handler::Session => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
             Handler::Unserved => Err(Errno::NOSYS),
-            _ if request.caller.is_untold() && !self.has_agreed(InitFlags::ALLOW_IDMAP) => {
+            _ if request.caller.lacks_ids() && !self.has_agreed(InitFlags::ALLOW_IDMAP) => {
                 Err(Errno::INVAL)
             }
             _ => Ok(()),
@@ -440,17 +440,22 @@ fn fetch<'a, E: Transport>(
     spilled: &'a mut Vec<u8>,
 ) -> Result<&'a [u8], DecodeError> {
     let (header, rest) = inline.split_at_mut(HEADER_LEN);
-    let got = transport.read(header);
-    let wanted = bytes_wanted(header.get(..got).unwrap_or_default(), transport.readable())?;
+    let header_len = transport.read(header);
+    let wanted = bytes_wanted(
+        header.get(..header_len).unwrap_or_default(),
+        transport.readable(),
+    )?;
     if let Some(rest) = rest.get_mut(..wanted) {
-        let more = transport.read(rest);
-        return Ok(inline.get(..got.saturating_add(more)).unwrap_or_default());
+        let body_len = transport.read(rest);
+        return Ok(inline
+            .get(..header_len.saturating_add(body_len))
+            .unwrap_or_default());
     }
     spilled.reserve_exact(HEADER_LEN.saturating_add(wanted));
     spilled.extend_from_slice(header);
     spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
     let room = spilled.get_mut(HEADER_LEN..).unwrap_or_default();
-    let more = transport.read(room);
-    spilled.truncate(HEADER_LEN.saturating_add(more));
+    let body_len = transport.read(room);
+    spilled.truncate(HEADER_LEN.saturating_add(body_len));
     Ok(spilled)
 }

@@ -28,7 +28,7 @@ pub(super) struct SessionBarrier {
 
 /// Proves that the thread is inside the barrier.
 #[derive(Debug)]
-pub(super) struct Inside<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuard<'a, ()>);
+pub(super) struct InsideBarrier<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuard<'a, ()>);
 
 /// Proves that no thread is inside the barrier.
 #[derive(Debug)]
@@ -38,9 +38,9 @@ pub(super) struct ClosedBarrier<'a>(
 
 impl SessionBarrier {
     /// Enters the barrier; waits while it is closed. A thread that is inside must not call this.
-    pub(super) fn enter(&self) -> Inside<'_> {
+    pub(super) fn enter(&self) -> InsideBarrier<'_> {
         let shard = self.shards.get(own_shard()).unwrap_or(&self.shards[0]);
-        Inside(shard.0.read().unwrap_or_else(PoisonError::into_inner))
+        InsideBarrier(shard.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Waits until no thread is inside, and lets none in. A thread that is inside must not call
