@@ -14,10 +14,10 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use ringfsd::scheduler::{Receiver, channel};
 
-#[path = "../src/io/engine/uring/alarm.rs"]
-mod alarm;
+#[path = "../src/io/engine/uring/poll_waker.rs"]
+mod poll_waker;
 
-use alarm::MemoryLostEvent;
+use poll_waker::PollWaker;
 
 /// Runs `model` in every order of events with at most two preemptions, which is where nearly all
 /// known faults of this kind lie; without a bound the larger models take hours.
@@ -156,10 +156,10 @@ impl Wake for Woken {
 fn a_wake_while_a_future_is_polled_is_seen_or_passed_on() {
     every_order(|| {
         let runtime = Arc::new(Woken(AtomicBool::new(false)));
-        let alarm = MemoryLostEvent::new(Waker::from(Arc::clone(&runtime)));
+        let poll_waker = PollWaker::new(Waker::from(Arc::clone(&runtime)));
         let work = loom::sync::Arc::new(AtomicBool::new(false));
         let other = {
-            let (work, waker) = (work.clone(), Waker::from(Arc::clone(&alarm)));
+            let (work, waker) = (work.clone(), Waker::from(Arc::clone(&poll_waker)));
             thread::spawn(move || {
                 work.store(true, Ordering::Relaxed);
                 waker.wake();
@@ -167,7 +167,7 @@ fn a_wake_while_a_future_is_polled_is_seen_or_passed_on() {
         };
         let mut seen = false;
         assert!(
-            alarm
+            poll_waker
                 .run(|| {
                     seen = work.load(Ordering::Relaxed);
                     Poll::<()>::Pending

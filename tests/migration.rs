@@ -366,7 +366,7 @@ fn a_destination_without_the_file_refuses_or_lets_the_guest_have_errors() {
     let (there, there_handle) = file(&mut guest, ROOT, c"there", b"here");
     let (_, state) = save(&mut guest);
     assert!(load(&strict, &state).is_err());
-    strict.wait_for("is not to be had as ");
+    strict.wait_for("can't be found as ");
     strict.wait_until_it_listens();
     let mut moved = load(&lenient, &state).unwrap();
     assert_eq!(moved.read(there, there_handle, 0, 9).unwrap(), b"there");
@@ -465,7 +465,7 @@ fn the_guest_goes_by_what_it_has_agreed_on() {
     let mut guest = begin(&from);
     let (_, state) = save(&mut guest);
     assert!(load(&without, &state).is_err());
-    without.wait_for("POSIX_LOCKS, which this server has not been started for");
+    without.wait_for("POSIX_LOCKS, which this server has not enabled");
 }
 
 #[test]

@@ -337,7 +337,7 @@ fn a_guest_that_begins_anew_ends_a_kept_session_and_the_log_says_so() {
     kept.server.wait();
     kept.next();
     let mut fs = kept.session();
-    kept.server.wait_for("the session from before is given up");
+    kept.server.wait_for("the previous session is discarded");
     assert!(fs.getattr(held.file).is_err());
     assert_eq!(fs.lookup(ROOT, c"dir").unwrap().attr.nlink, 2);
 }

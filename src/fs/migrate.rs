@@ -1,7 +1,7 @@
 //! What a file system offers so that a guest's session can be migrated to another server.
 //!
-//! The invariant: after an error from [`Migrate::load`] the session is empty once it is reset, and after
-//! one from [`Migrate::save`] it is unchanged.
+//! The invariant: after an error from [`Migrate::load`] the session is empty once it is reset, and
+//! after one from [`Migrate::save`] it is unchanged.
 
 use rustix::io::Errno;
 
@@ -11,8 +11,8 @@ use crate::state::stream::{Snapshot, StreamError};
 ///
 /// A file system without it can't be migrated; the VMM's request is refused.
 pub trait Migrate {
-    /// All that the session holds, for another server; changes nothing here. Called while no request is
-    /// in flight.
+    /// Everything the session holds, for another server. Changes nothing here. Called while no
+    /// request is in flight.
     ///
     /// # Errors
     ///
@@ -22,7 +22,7 @@ pub trait Migrate {
     /// Releases what only one server can hold, such as locks: the snapshot has been sent.
     fn release_for_migration(&self);
 
-    /// Takes back what was released, as the session continues here after all.
+    /// Acquires again what was released, because the session continues here after all.
     fn reacquire(&self);
 
     /// Continues from what another server saved. Called after
@@ -31,69 +31,69 @@ pub trait Migrate {
     ///
     /// # Errors
     ///
-    /// See [`MoveError`]. Parts of the session may be there until the next reset.
+    /// See [`MoveError`]. Parts of the session may remain until the next reset.
     fn load(&self, snapshot: &Snapshot) -> Result<(), MoveError>;
 }
 
-/// Why a session can't be moved.
+/// Why a session can't be migrated.
 #[derive(Debug, thiserror::Error)]
 pub enum MoveError {
-    /// It is made of what no other server can have.
-    #[error("what is served can't be moved to another server")]
+    /// The session depends on something that no other server can have.
+    #[error("this file system can't be migrated to another server")]
     Unsupported,
-    /// The stream is none.
-    #[error("reading what the source has sent")]
+    /// The stream is malformed.
+    #[error("decoding the state sent by the source")]
     Stream(#[from] StreamError),
-    /// The guest goes by what this server does not do.
+    /// The guest uses features that this server doesn't offer.
     #[error(
-        "the guest's session has {missing}, which this server has not been started for: give it the \
+        "the guest's session uses {missing}, which this server has not enabled: start it with the \
          options of the source's server"
     )]
     Options {
-        /// What.
+        /// The missing features.
         missing: String,
     },
-    /// The guest has more than it may have here.
-    #[error("the guest has {have} {what}, and {most} are the most that it may have here")]
+    /// The guest holds more than the limits of this server allow.
+    #[error("the guest has {have} {what}, and this server allows {most}")]
     TooMany {
-        /// Of what.
+        /// What is counted.
         what: &'static str,
-        /// How many it has.
+        /// How many the guest has.
         have: usize,
-        /// How many it may have.
+        /// How many are allowed.
         most: usize,
     },
-    /// Numbers that no server comes to.
-    #[error("the source claims to have given out more numbers than there are")]
+    /// The source claims identifiers that are out of range.
+    #[error("the source claims to have assigned more identifiers than exist")]
     Numbers,
-    /// Something is not where it must be.
-    #[error("the guest's inode {node} is not to be had {how}")]
+    /// An inode was not found.
+    #[error("the guest's inode {node} can't be found {how}")]
     Inode {
-        /// What the guest calls it.
+        /// The guest's node id.
         node: u64,
-        /// How it was looked for.
+        /// How it was searched for.
         how: String,
-        /// What the host says.
+        /// The host's error.
         #[source]
         source: Errno,
     },
-    /// A file can't be opened as the guest has it open.
+    /// A file can't be opened with the flags the guest has it open with.
     #[error("the guest's inode {node} can't be opened again with flags {flags:#o}")]
     Open {
-        /// What the guest calls it.
+        /// The guest's node id.
         node: u64,
-        /// What it was open with.
+        /// The flags.
         flags: u32,
-        /// What the host says.
+        /// The host's error.
         #[source]
         source: Errno,
     },
-    /// A lock is not to be had again.
-    #[error("a lock of the guest on its inode {node} is not to be had")]
+    /// A lock can't be acquired here.
+    #[error("a lock of the guest on its inode {node} can't be acquired")]
     Lock {
-        /// What the guest calls it.
+        /// The guest's node id.
         node: u64,
-        /// What the host says.
+        /// The host's error.
         #[source]
         source: Errno,
     },

@@ -1,10 +1,10 @@
 //! File systems: the trait that the FUSE dispatch serves, and the file systems behind it.
 //!
-//! [`FileSystem`] is FUSE and nothing else; [`Replay`] and [`Migrate`] are what a file system may offer
-//! beyond. Metadata operations are plain calls; data (`read`, `write`, `fsync`, `fallocate`, copies) go
-//! through the [`OpenFile`] that [`FileSystem::file`] returns, on the worker's runtime. The invariant: a
-//! file system never sees a name that is empty, `.` or `..`, has a `/` or a NUL in it or is longer than
-//! 255 bytes; the dispatch has refused it.
+//! [`FileSystem`] has the FUSE operations only; [`Replay`] and [`Migrate`] are optional. Metadata
+//! operations are plain calls; data (`read`, `write`, `fsync`, `fallocate`, copies) go through the
+//! [`OpenFile`] that [`FileSystem::file`] returns, on the worker's runtime. The invariant: a file
+//! system never sees a name that is empty, `.` or `..`, contains a `/` or a NUL, or is longer than
+//! 255 bytes; the dispatch has rejected it.
 
 mod migrate;
 mod open_file;
@@ -23,11 +23,11 @@ pub use self::replay::Replay;
 
 use crate::io::File;
 
-/// What an operation ends with: an answer, or an errno for the guest.
+/// The result of an operation: a value, or an errno for the guest.
 pub type Result<T> = std::result::Result<T, Errno>;
 
-/// Names an inode towards the guest; given out by the file system, valid until forgotten as
-/// often as it was looked up.
+/// Identifies an inode to the guest. Assigned by the file system; valid until it has been forgotten
+/// as often as it was looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u64);
 
@@ -36,50 +36,50 @@ impl NodeId {
     pub const ROOT: Self = Self(1);
 }
 
-/// Names an open file or directory towards the guest.
+/// Identifies an open file or directory to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Handle(pub u64);
 
-/// Names a holder of record locks in the guest: a process, or an open file.
+/// Identifies an owner of record locks in the guest: a process, or an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LockOwner(pub u64);
 
-/// Who asks: the process in the guest that a request is made for.
+/// The process in the guest that a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Caller {
-    /// File system user id, as the guest has it. `None` if the guest's kernel doesn't tell:
-    /// with [`NegotiatedTerms::idmapped`] it tells only the owner of what is to be created.
+    /// File system user id in the guest. `None` if the guest's kernel doesn't send it: with
+    /// [`NegotiatedTerms::idmapped`] it sends only the owner of a new inode.
     pub uid: Option<u32>,
     /// File system group id, likewise.
     pub gid: Option<u32>,
     /// Process id in the guest; 0 for the guest's kernel itself.
     pub pid: u32,
-    /// It is not privileged to keep the set-user-ID and set-group-ID bits of a file that it
-    /// changes (`CAP_FSETID`), says the guest's kernel, and the file system shall take them away.
+    /// The caller lacks `CAP_FSETID`, according to the guest's kernel, so the file system must
+    /// clear the set-user-ID and set-group-ID bits of a file that this request changes.
     pub kill_set_id: bool,
-    /// Where something is created: the directory's group, if the caller is in that beside its
-    /// own, as the guest's kernel says.
+    /// For creating requests: the parent directory's group, if the caller is a member of it besides
+    /// its own group, according to the guest's kernel.
     pub group: Option<u32>,
 }
 
 impl Caller {
-    /// Whether the guest's kernel doesn't tell who it is.
+    /// Whether the guest's kernel left out the caller's ids.
     #[must_use]
-    pub fn is_untold(&self) -> bool {
+    pub fn lacks_ids(&self) -> bool {
         self.uid.is_none() || self.gid.is_none()
     }
 }
 
-/// A security label: an extended attribute that a new inode has from its beginning.
+/// A security label: an extended attribute that an inode is created with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label<'a> {
-    /// As the guest calls it; begins with `security.`.
+    /// Name in the guest; begins with `security.`.
     pub name: &'a CStr,
-    /// What it says.
+    /// Value.
     pub value: &'a [u8],
 }
 
-/// A moment: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
+/// A point in time: seconds since 1970 (may be negative) and nanoseconds below 1,000,000,000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Timestamp {
     /// Seconds since 1970-01-01 00:00:00 UTC.
@@ -88,7 +88,7 @@ pub struct Timestamp {
     pub nanoseconds: u32,
 }
 
-/// What `stat` tells of an inode.
+/// The attributes of an inode, as `stat(2)` returns them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Attributes {
     /// Inode number on the host.
@@ -117,12 +117,13 @@ pub struct Attributes {
     pub block_size: u32,
 }
 
-/// An inode as LOOKUP and its relatives answer it. Each answer counts as one lookup.
+/// An inode as LOOKUP and the creating requests return it. Each entry that is returned counts as
+/// one lookup.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
     /// The inode.
     pub node: NodeId,
-    /// Tells a reused [`NodeId`] from its earlier meaning.
+    /// Distinguishes a reused [`NodeId`] from its earlier use.
     pub generation: u64,
     /// Its attributes.
     pub attributes: Attributes,
@@ -130,11 +131,11 @@ pub struct Entry {
     pub attribute_ttl: Duration,
     /// How long the guest may rely on the name.
     pub entry_ttl: Duration,
-    /// It is a directory on another file system than its parent.
+    /// Whether it is a directory on another file system than its parent.
     pub submount: bool,
 }
 
-/// What SETATTR changes; `None` stays as it is.
+/// What SETATTR changes; `None` leaves the attribute as it is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Changes {
     /// Permission bits.
@@ -143,7 +144,7 @@ pub struct Changes {
     pub uid: Option<u32>,
     /// Group.
     pub gid: Option<u32>,
-    /// Bytes; more than there are adds zeroes.
+    /// Bytes; a larger size than the current one appends zeros.
     pub size: Option<u64>,
     /// Last access.
     pub accessed: Option<NewTime>,
@@ -156,49 +157,49 @@ pub struct Changes {
 pub enum NewTime {
     /// The host's time now.
     Now,
-    /// This one.
+    /// This point in time.
     At(Timestamp),
 }
 
-/// What a new file, directory or node is made with.
+/// The properties of a new file, directory or device node.
 #[derive(Clone, Copy, Debug)]
 pub struct NewNode<'a> {
     /// Type and permission bits as the caller gave them, the umask not yet applied.
     pub mode: u32,
-    /// The caller's umask. Where the parent has a default ACL it doesn't apply, as on any
-    /// Linux file system.
+    /// The caller's umask. It doesn't apply if the parent has a default ACL, as on any Linux file
+    /// system.
     pub umask: u32,
     /// Device number, for device nodes.
     pub rdev: u32,
-    /// What it is labelled with.
+    /// Security label.
     pub label: Option<Label<'a>>,
 }
 
 /// An opened file or directory.
 #[derive(Clone, Copy, Debug)]
 pub struct Opened {
-    /// What the guest calls it from now on.
+    /// The handle that the guest uses from now on.
     pub handle: Handle,
-    /// Keep what the guest has cached of the file (`FOPEN_KEEP_CACHE`).
+    /// The guest keeps what it has cached of the file (`FOPEN_KEEP_CACHE`).
     pub keep_cache: bool,
-    /// The guest shall not cache the file (`FOPEN_DIRECT_IO`).
+    /// The guest must not cache the file (`FOPEN_DIRECT_IO`).
     pub direct_io: bool,
     /// The guest may cache the directory's entries (`FOPEN_CACHE_DIR`).
     pub cache_dir: bool,
 }
 
-/// What `statfs` tells of a file system.
+/// Usage and limits of a file system, as `statfs(2)` returns them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Statistics {
-    /// Blocks in all, in units of `fragment_size`.
+    /// Total blocks, in units of `fragment_size`.
     pub blocks: u64,
-    /// Blocks free.
+    /// Free blocks.
     pub blocks_free: u64,
-    /// Blocks free for an ordinary user.
+    /// Free blocks for an ordinary user.
     pub blocks_available: u64,
-    /// Inodes in all.
+    /// Total inodes.
     pub files: u64,
-    /// Inodes free.
+    /// Free inodes.
     pub files_free: u64,
     /// Preferred size of an operation, bytes.
     pub block_size: u32,
@@ -208,29 +209,30 @@ pub struct Statistics {
     pub name_length: u32,
 }
 
-/// One name in a directory, as READDIR gives it.
+/// One directory entry, as READDIR returns it.
 #[derive(Clone, Copy, Debug)]
 pub struct DirEntry<'a> {
     /// Inode number on the host.
     pub inode: u64,
-    /// Where the next entry begins: the `offset` to go on reading from.
+    /// Offset at which reading continues after this entry.
     pub next_offset: u64,
     /// `DT_*` of `readdir(3)`.
     pub kind: u8,
-    /// The name; `.` and `..` included.
+    /// The name; may be `.` or `..`.
     pub name: &'a CStr,
 }
 
-/// Takes directory entries as long as there is room.
+/// Receives directory entries until it is full.
 pub trait DirSink {
-    /// Whether `name` still fits; asked before anything is looked up for it.
+    /// Whether `name` still fits. Called before the name is looked up.
     fn has_room(&self, name: &CStr) -> bool;
-    /// Adds one entry. For READDIRPLUS `entry` is what a LOOKUP of the name gave and counts as
-    /// one; it is `None` for READDIR, for `.` and `..`, and for names that vanished meanwhile.
+    /// Adds one entry. For READDIRPLUS `entry` is the result of looking up the name and counts as
+    /// one lookup; it is `None` for READDIR, for `.` and `..`, and for names that have vanished
+    /// meanwhile.
     fn add(&mut self, dir_entry: DirEntry<'_>, entry: Option<&Entry>);
 }
 
-/// What sort of thing a [`Handle`] is expected to be.
+/// What kind of open file a [`Handle`] is expected to refer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandleKind {
     /// From [`FileSystem::open`] or [`FileSystem::create`].
@@ -239,95 +241,95 @@ pub enum HandleKind {
     Directory,
 }
 
-/// Which of the set-xattr flags of `setxattr(2)` hold.
+/// The flags of `setxattr(2)`.
 pub type XattrFlags = rustix::fs::XattrFlags;
 
-/// What FSGETXATTR reads and FSSETXATTR sets: `struct fsxattr`, byte for byte.
+/// The argument of FSGETXATTR and FSSETXATTR: `struct fsxattr`, byte for byte.
 pub type InodeFlags = [u8; 28];
 
-/// What was agreed on with the guest's kernel, as far as a file system has to go by it.
+/// The part of the INIT negotiation that a file system depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct NegotiatedTerms {
-    /// The guest collects writes: it reads files that it has opened for writing only, and knows
-    /// the end of a file better than the host.
+    /// The guest caches writes (writeback cache). It reads files that it has opened for writing
+    /// only, and knows the end of a file better than the host does.
     pub collects_writes: bool,
-    /// Files may be used without OPEN; the handle then is 0, and there is no RELEASE.
+    /// Files may be used without OPEN; the handle is then 0, and RELEASE is not sent.
     pub no_open: bool,
-    /// Directories may be, likewise.
+    /// Directories may be used without OPENDIR, likewise.
     pub no_opendir: bool,
-    /// The guest may mount with other owners than ours (idmapped mounts). The ids of a caller then
-    /// come with creating requests alone, and are those that the new inode is to have: user 0 among
-    /// them need not be privileged in the guest, nor another user unprivileged.
+    /// The guest may use idmapped mounts. Then only creating requests carry the caller's ids, and
+    /// these are the ids that the new inode gets. User 0 among them need not be privileged in the
+    /// guest, nor another user unprivileged.
     pub idmapped: bool,
 }
 
 /// A file system as FUSE sees it.
 ///
 /// All methods may be called from several threads at once. Errors are errnos for the guest:
-/// `ENOENT` for a name that is not there, `ESTALE` for a node that can't be found any more,
+/// `ENOENT` for a name that doesn't exist, `ESTALE` for a node that can't be found any more,
 /// `EBADF` for an unknown handle.
 pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// Called once on each thread that will call the other methods.
     ///
     /// # Errors
     ///
-    /// The host refuses what the thread needs.
+    /// Fails if the host refuses a resource that the thread needs.
     fn prepare_thread(&self) -> std::io::Result<()> {
         Ok(())
     }
 
-    /// Forgets everything that a session holds: every node but the root, every handle. Called
-    /// when the device is reset, and when its VMM has gone.
+    /// Forgets everything that a session holds: every node but the root, every handle. Called when
+    /// the device is reset, and when its VMM has disconnected.
     fn reset(&self);
-    /// As [`reset`](Self::reset), when a guest says INIT or DESTROY. It is the same guest that comes
-    /// back: LOOKUP of `.` and `..` may go on finding nodes that it had.
+    /// Like [`reset`](Self::reset), for a guest that sends INIT or DESTROY. The same guest may
+    /// return, so LOOKUP of `.` and `..` may still find nodes that it had.
     fn unmounted(&self) {
         self.reset();
     }
-    /// INIT is answered: what holds until [`reset`](Self::reset), and before it nothing does.
+    /// Called when INIT has been negotiated. `terms` apply until [`reset`](Self::reset).
     fn begin(&self, _terms: &NegotiatedTerms) {}
 
-    /// How another process can continue the session, if this file system supports it.
+    /// Support for another process to continue the session, if this file system has it.
     fn replay(&self) -> Option<&dyn Replay> {
         None
     }
 
-    /// How another server can continue the session, if this file system supports it.
+    /// Support for another server to continue the session, if this file system has it.
     fn migrate(&self) -> Option<&dyn Migrate> {
         None
     }
 
-    /// Whether metadata methods (all but the five named below) may block: wait for a network, another
-    /// process, or a disk for long. They are then called on threads that may wait, and can't stop a
-    /// worker or delay other requests.
+    /// Whether metadata methods (all but the five named below) may block: wait for a network,
+    /// another process, or a disk for long. They are then called on threads that may wait, and
+    /// can't stop a worker or delay other requests.
     ///
-    /// Never called on such a thread, and never allowed to block, are [`forget`](Self::forget),
-    /// [`file`](Self::file), [`file_to_change`](Self::file_to_change), [`begin`](Self::begin) and the
-    /// methods for locks. Data operations are asynchronous: see [`FileObject`].
+    /// Never called on such a thread, and therefore not allowed to block: [`forget`](Self::forget),
+    /// [`file`](Self::file), [`file_to_change`](Self::file_to_change), [`begin`](Self::begin) and
+    /// the methods for locks. Data operations are asynchronous: see [`FileObject`].
     fn may_block(&self) -> bool {
         false
     }
 
     /// LOOKUP: finds `name` in `parent`.
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry>;
-    /// LOOKUP of `.`: the node itself, counted once more.
+    /// LOOKUP of `.`: the node itself. Counts as one more lookup of it.
     fn lookup_self(&self, _node: NodeId) -> Result<Entry> {
         Err(Errno::NOSYS)
     }
-    /// LOOKUP of `..`: the directory above, never one above the root.
+    /// LOOKUP of `..`: the parent directory, but never one above the root.
     fn lookup_parent(&self, _node: NodeId) -> Result<Entry> {
         Err(Errno::NOSYS)
     }
-    /// FORGET: the guest gives back `count` lookups.
+    /// FORGET: the guest drops `count` lookups.
     fn forget(&self, node: NodeId, count: u64);
-    /// GETATTR, with how long the answer holds.
+    /// GETATTR; the duration is how long the guest may cache the attributes.
     fn getattr(
         &self,
         caller: &Caller,
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)>;
-    /// STATX: as GETATTR, and when the inode was made, where that is known.
+    /// STATX: like GETATTR, with the time the inode was created if that is known.
     fn statx(
         &self,
         _node: NodeId,
@@ -335,7 +337,7 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
         Err(Errno::NOSYS)
     }
-    /// SETATTR: answers the attributes after the change.
+    /// SETATTR: returns the attributes after the change.
     fn setattr(
         &self,
         caller: &Caller,
@@ -343,9 +345,9 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)>;
-    /// READLINK: where a symbolic link points, without a NUL.
+    /// READLINK: the target of a symbolic link, without a NUL.
     fn readlink(&self, caller: &Caller, node: NodeId) -> Result<Vec<u8>>;
-    /// SYMLINK: makes a link `name` that points to `target`.
+    /// SYMLINK: creates a link `name` that points to `target`.
     fn symlink(
         &self,
         caller: &Caller,
@@ -384,11 +386,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<()>;
     /// LINK: a second name for `node`.
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry>;
-    /// OPEN; `flags` are those of `open(2)`, `O_CREAT` and `O_EXCL` never among them. `ENOSYS`
-    /// says that it isn't needed, where that was agreed on.
+    /// OPEN; `flags` are those of `open(2)` without `O_CREAT` and `O_EXCL`. `ENOSYS` means that the
+    /// guest needs no OPEN, if that was negotiated.
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
-    /// CREATE: makes and opens a regular file; without `O_EXCL` in `flags` one that is already
-    /// there is opened.
+    /// CREATE: creates and opens a regular file. Without `O_EXCL` in `flags` an existing file is
+    /// opened.
     fn create(
         &self,
         caller: &Caller,
@@ -397,7 +399,7 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
         flags: u32,
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)>;
-    /// TMPFILE: makes and opens a regular file on the file system of `parent`, without a name.
+    /// TMPFILE: creates and opens a regular file without a name on the file system of `parent`.
     fn tmpfile(
         &self,
         _caller: &Caller,
@@ -407,39 +409,40 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<(Entry, Opened)> {
         Err(Errno::NOSYS)
     }
-    /// A wait for what was given back and is still being closed, if there is any: the space of files
-    /// without a name is free after it.
+    /// Returns a blocking wait for files that the guest has released and that are still being
+    /// closed, if there are any. The space of files without a name is free after it.
     fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
         None
     }
-    /// A request was refused with `ENFILE`, which may be worth a line in the log.
+    /// Called when a request was refused with `ENFILE`, so that the file system may log it.
     fn report_shortage(&self) {}
-    /// FLUSH: a descriptor of the guest is closed; errors of earlier writes come out here.
+    /// FLUSH: a descriptor in the guest is closed; returns the errors of earlier writes.
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
-    /// RELEASE: the last descriptor is closed; the handle ends.
+    /// RELEASE: the last descriptor is closed; the handle becomes invalid.
     fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
-    /// Takes the set-user-ID and set-group-ID bits from a file that is about to be written for a
+    /// Clears the set-user-ID and set-group-ID bits of a file that is about to be written by a
     /// caller that may not keep them.
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()>;
     /// The open file behind a handle: for READ, FSYNC, and to copy from.
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile>;
-    /// The same for changing it: for WRITE, FALLOCATE, and to copy to.
+    /// The open file behind a handle that is about to be changed: for WRITE, FALLOCATE, and to copy
+    /// to.
     fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
         self.file(node, handle, HandleKind::File)
     }
     /// For GETLK, SETLK and SETLKW: the host's file whose open file description holds the record
-    /// locks of `owner` on an open file, and of nobody else. Whoever has it keeps it the
-    /// owner's.
+    /// locks of `owner`, and of nobody else, on an open file. The file stays the owner's as long as
+    /// the `Arc` is held.
     fn lock_file(&self, _node: NodeId, _handle: Handle, _owner: LockOwner) -> Result<Arc<File>> {
         Err(Errno::NOSYS)
     }
-    /// The same, if the owner has had locks there.
+    /// Like [`lock_file`](Self::lock_file), but `None` if the owner has had no locks on the file.
     fn lock_file_if_any(&self, _node: NodeId, _owner: LockOwner) -> Option<Arc<File>> {
         None
     }
-    /// Gives up all record locks of `owner` on a file: FLUSH.
+    /// Releases all record locks of `owner` on a file. Called for FLUSH.
     fn end_locks(&self, _node: NodeId, _owner: LockOwner) {}
-    /// For SYNCFS: any file of the file system that `node` is on.
+    /// For SYNCFS: a file on the file system that `node` is on.
     fn whole_file_system(&self, _node: NodeId) -> Result<OpenFile> {
         Err(Errno::NOSYS)
     }
@@ -475,21 +478,21 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()>;
-    /// GETXATTR: the value, at most `limit` bytes of it, else `ERANGE`.
+    /// GETXATTR: the value, or `ERANGE` if it is longer than `limit` bytes.
     fn getxattr(&self, caller: &Caller, node: NodeId, name: &CStr, limit: usize)
     -> Result<Vec<u8>>;
-    /// GETXATTR with size 0: how long the value is.
+    /// GETXATTR with size 0: the length of the value.
     fn getxattr_len(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<usize>;
-    /// LISTXATTR: the names, each with its NUL, at most `limit` bytes in all, else `ERANGE`.
+    /// LISTXATTR: the names, each with its NUL, or `ERANGE` if they take more than `limit` bytes.
     fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>>;
-    /// LISTXATTR with size 0: how long the list is.
+    /// LISTXATTR with size 0: the length of the list.
     fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize>;
     /// REMOVEXATTR.
     fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()>;
     /// OPENDIR.
     fn opendir(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
-    /// READDIR and, with `plus`, READDIRPLUS: entries from `offset` on, 0 being the start, until
-    /// `sink` has no more room.
+    /// READDIR and, with `plus`, READDIRPLUS: passes entries from `offset` on (0 is the start) to
+    /// `sink` until it is full.
     fn readdir(
         &self,
         caller: &Caller,
@@ -499,9 +502,9 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
         plus: bool,
         sink: &mut dyn DirSink,
     ) -> Result<()>;
-    /// RELEASEDIR: the handle ends.
+    /// RELEASEDIR: the handle becomes invalid.
     fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()>;
-    /// ACCESS: whether the caller may do what `mask` (`R_OK`, `W_OK`, `X_OK`) says.
+    /// ACCESS: succeeds if the caller has the permissions in `mask` (`R_OK`, `W_OK`, `X_OK`).
     fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()>;
     /// LSEEK with `SEEK_DATA` or `SEEK_HOLE`: the new offset.
     fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64>;

@@ -1,4 +1,4 @@
-//! What a file system returns for an open file: where the data are read and written.
+//! What a file system returns for an open file: the object that data are read from and written to.
 //!
 //! The invariant: the guest's buffer is owned by the operation until it completes, and is returned
 //! with the result.
@@ -13,30 +13,31 @@ use rustix::io::Errno;
 
 use crate::io::{File, GuestBuffer, SyncKind, Transferred, WriteMode};
 
-/// An operation of a [`FileObject`]. It runs on the worker's own runtime, so it must not block: what
-/// may wait is awaited, or runs in [`io::blocking`](crate::io::blocking()).
+/// An operation of a [`FileObject`]. It runs on the worker's own runtime, so it must not block:
+/// waiting must be awaited, or moved to [`io::blocking`](crate::io::blocking()).
 pub type ObjectFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// An open file.
 #[derive(Clone, Debug)]
 pub enum OpenFile {
-    /// A file of the host. The engine reads and writes it, without a copy, and tries first whether that
-    /// can be done without waiting.
+    /// A file of the host. The engine reads and writes it without a copy, and first tries whether
+    /// that is possible without waiting.
     Host(File),
     /// Anything else.
     Object(Arc<dyn FileObject>),
 }
 
-/// An open file that is no file of the host.
+/// An open file that isn't a file of the host.
 ///
-/// Errors are errnos for the guest (`io::Error::from_raw_os_error`); an error without one becomes `EIO`.
+/// Errors are errnos for the guest (`io::Error::from_raw_os_error`); an error without one becomes
+/// `EIO`.
 pub trait FileObject: fmt::Debug + Send + Sync + 'static {
-    /// READ: fills `buffer` from `offset` on; returns how many bytes, fewer than it holds only at the
-    /// end of the file.
+    /// READ: fills `buffer` from `offset` on; returns how many bytes, fewer than it holds only at
+    /// the end of the file.
     fn read(self: Arc<Self>, buffer: GuestBuffer, offset: u64) -> ObjectFuture<Transferred>;
 
-    /// WRITE: writes `buffer` at `offset`, or at the end of the file if `mode` says so; returns how many
-    /// bytes.
+    /// WRITE: writes `buffer` at `offset`, or at the end of the file if `mode` says so; returns how
+    /// many bytes.
     fn write(
         self: Arc<Self>,
         mode: WriteMode,
@@ -44,10 +45,11 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
         offset: u64,
     ) -> ObjectFuture<Transferred>;
 
-    /// FSYNC, FSYNCDIR and SYNCFS: makes what was written durable.
+    /// FSYNC, FSYNCDIR and SYNCFS: makes written data durable.
     fn sync(self: Arc<Self>, kind: SyncKind) -> ObjectFuture<io::Result<()>>;
 
-    /// FALLOCATE of `len` bytes from `offset` on; `mode` has the `FALLOC_FL_*` flags of `fallocate(2)`.
+    /// FALLOCATE of `len` bytes from `offset` on; `mode` has the `FALLOC_FL_*` flags of
+    /// `fallocate(2)`.
     fn allocate(
         self: Arc<Self>,
         _mode: u32,
@@ -57,8 +59,9 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
         Box::pin(async { Err(Errno::OPNOTSUPP.into()) })
     }
 
-    /// COPY_FILE_RANGE: copies up to `len` bytes from `offset` on to `target_offset` in `target`; returns
-    /// how many. With `EOPNOTSUPP`, the default, and `EXDEV` the guest's kernel reads and writes instead.
+    /// COPY_FILE_RANGE: copies up to `len` bytes from `offset` on to `target_offset` in `target`;
+    /// returns how many. With `EOPNOTSUPP`, the default, and `EXDEV` the guest's kernel reads and
+    /// writes instead.
     fn copy_to(
         self: Arc<Self>,
         _offset: u64,
@@ -71,11 +74,11 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
 }
 
 impl OpenFile {
-    /// The host's file, where only that will do: record locks and `flock`.
+    /// The host's file, for operations that need one: record locks and `flock`.
     ///
     /// # Errors
     ///
-    /// `ENOSYS` if it is none.
+    /// `ENOSYS` if this isn't a file of the host.
     pub fn host(self) -> super::Result<File> {
         match self {
             Self::Host(file) => Ok(file),
@@ -91,7 +94,7 @@ impl OpenFile {
         }
     }
 
-    /// Makes what was written durable.
+    /// Makes written data durable.
     ///
     /// # Errors
     ///
@@ -131,7 +134,7 @@ impl OpenFile {
     ///
     /// # Errors
     ///
-    /// Those of `copy_file_range(2)`; `EXDEV` from a file of the host to one that is none.
+    /// Those of `copy_file_range(2)`; `EXDEV` from a file of the host to a [`FileObject`].
     pub async fn copy_to(
         self,
         offset: u64,

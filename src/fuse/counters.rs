@@ -1,16 +1,15 @@
-//! What a session has served, in numbers.
+//! Counters of the requests that a session has served.
 //!
-//! Only counts; showing the numbers is another room's affair. The invariant: a number never
-//! goes down.
+//! This module only counts; others report the numbers. The invariant: a counter never decreases.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::abi::Opcode;
 
-/// One more than the highest opcode, rounded up; slot 0, which no opcode has, is for the rest.
+/// At least one more than the highest opcode. Slot 0, which no opcode uses, counts unknown opcodes.
 const SLOTS: usize = 64;
 
-/// The counters of a session. They are for looking at only, so each is `Relaxed`.
+/// The counters of a session. They order nothing, so all accesses are `Relaxed`.
 #[derive(Debug)]
 pub struct Counters {
     requests: [AtomicU64; SLOTS],
@@ -36,7 +35,7 @@ impl Counters {
         self.slot(opcode.number()).map_or(0, load)
     }
 
-    /// Requests with an opcode that the protocol doesn't have.
+    /// Requests with an opcode that is not in the protocol.
     pub fn unknown(&self) -> u64 {
         self.slot(0).map_or(0, load)
     }
@@ -51,7 +50,7 @@ impl Counters {
         load(&self.malformed)
     }
 
-    /// Requests that could not be answered at once.
+    /// Requests that were deferred to a future.
     pub fn later(&self) -> u64 {
         load(&self.later)
     }
@@ -67,7 +66,7 @@ impl Counters {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts, and returns how many there are now.
+    /// Counts one, and returns the new total.
     pub(super) fn count_malformed(&self) -> u64 {
         self.malformed
             .fetch_add(1, Ordering::Relaxed)

@@ -1,7 +1,7 @@
 //! Replies to READDIR and READDIRPLUS.
 //!
-//! Entries as a file system hands them out become records as the guest reads them. The
-//! invariant: never more bytes than the limit given at the start, and no half record.
+//! Encodes the entries that a file system passes as the records that the guest reads. The
+//! invariant: the records never exceed the limit given at the start, and none is partial.
 
 use std::cell::Cell;
 use std::ffi::CStr;
@@ -23,7 +23,7 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Room for `limit` bytes of records, those of READDIRPLUS if `plus`.
+    /// Reserves `limit` bytes for records, those of READDIRPLUS if `plus`.
     pub(super) fn new(limit: usize, plus: bool) -> Self {
         Self {
             bytes: Vec::with_capacity(limit),
@@ -34,7 +34,7 @@ impl Records {
         }
     }
 
-    /// Whether not even the first entry fitted.
+    /// Whether not even the first entry fit.
     pub(super) fn is_too_small(&self) -> bool {
         self.refused.get() && self.bytes.is_empty()
     }
@@ -86,7 +86,7 @@ impl DirSink for Records {
             return;
         }
         if self.plus {
-            // Node 0 says that nothing was looked up.
+            // Node id 0 means that nothing was looked up.
             self.submounts |= entry.is_some_and(|entry| entry.submount);
             let out = entry.map(entry_out).unwrap_or_default();
             self.bytes.extend_from_slice(out.as_bytes());

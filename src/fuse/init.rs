@@ -1,7 +1,7 @@
-//! INIT: what the guest offers, what is taken of it, and the reply.
+//! INIT: negotiates the protocol version, the flags and the limits of a session.
 //!
-//! Only decides; the session acts on it. The invariant: no flag is agreed on that the guest
-//! didn't offer.
+//! This module only decides; the session applies the result. The invariant: no flag is negotiated
+//! that the guest didn't offer.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,21 +10,21 @@ use thiserror::Error;
 
 use super::abi::{self, InitFlags, InitIn, InitOut};
 
-/// The oldest minor version served: that of Linux 4.18. The first kernel with virtio-fs, 5.4,
+/// The oldest supported minor version: that of Linux 4.18. The first kernel with virtio-fs, 5.4,
 /// has 31.
 const OLDEST_MINOR: u32 = 27;
 
-/// Bytes that `max_pages` counts in, whatever the guest's own pages are.
+/// The unit of `max_pages` in bytes, whatever the size of the guest's pages.
 const PAGE: u32 = 4096;
 
-/// What is taken of a guest's offer whatever the options say.
+/// The flags that are accepted from a guest whatever the options say.
 ///
-/// Not so `ATOMIC_O_TRUNC`, by which OPEN truncates. Linux sends OPEN before it has asked whether
-/// the file may be truncated: one that is being executed and was opened by `O_RDONLY | O_TRUNC`,
-/// or one that Landlock keeps from being truncated, would be empty by the time that `open(2)`
-/// fails; and it leaves set-id bits to the server, who can't know what groups the caller is in.
-/// Without it the guest's kernel asks, and then truncates by SETATTR.
-const ALWAYS: InitFlags = union(&[
+/// `ATOMIC_O_TRUNC`, which makes OPEN truncate, is not among them. Linux sends OPEN before it has
+/// checked whether the file may be truncated: a file that is being executed and is opened with
+/// `O_RDONLY | O_TRUNC`, or one that Landlock protects from truncation, would be empty by the time
+/// `open(2)` fails. It also leaves set-ID bits to the server, which can't know the caller's groups.
+/// Without the flag the guest's kernel checks first, and then truncates by SETATTR.
+const ALWAYS_ACCEPTED: InitFlags = union(&[
     InitFlags::ASYNC_READ,
     InitFlags::EXPORT_SUPPORT,
     InitFlags::BIG_WRITES,
@@ -37,75 +37,75 @@ const ALWAYS: InitFlags = union(&[
     InitFlags::CREATE_SUPP_GROUP,
 ]);
 
-/// When directory entries come with what a LOOKUP of each would say.
+/// When the guest reads directories by READDIRPLUS, which returns each entry with the result of its
+/// LOOKUP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Readdirplus {
     /// Never.
     Never,
-    /// When the guest's kernel thinks that it will need it.
+    /// When the guest's kernel expects to need it.
     #[default]
     Auto,
     /// Always.
     Always,
 }
 
-/// Whether the guest shall do something that not every guest can.
+/// Whether a feature is wanted that not every guest supports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Wanted {
     /// No.
     #[default]
     No,
-    /// If it can.
+    /// If the guest supports it.
     IfOffered,
-    /// It must, or there is no session.
+    /// Required: a guest without support is rejected.
     Needed,
 }
 
-/// What of a session can be chosen.
+/// The options of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
-    /// The longest WRITE and READ the guest may send, bytes; from 4 KiB to 1 MiB, and brought
-    /// there if it isn't.
+    /// Maximum length of WRITE and READ, bytes; clamped to between 4 KiB and 1 MiB.
     pub max_write: u32,
-    /// When to answer READDIRPLUS.
+    /// When to use READDIRPLUS.
     pub readdirplus: Readdirplus,
-    /// How many requests the guest may have under way in the background (read-ahead,
-    /// write-back, direct I/O). Congestion begins at three quarters of it.
+    /// Maximum number of background requests of the guest (read-ahead, write-back, direct I/O).
+    /// Congestion begins at three quarters of it.
     pub max_background: u16,
-    /// How long the guest may rely on a name not being there; not at all if zero.
+    /// How long the guest may cache that a name doesn't exist; not at all if zero.
     pub negative_ttl: Duration,
-    /// The guest may keep where symbolic links point, as long as their attributes hold.
+    /// The guest may cache the targets of symbolic links as long as their attributes are valid.
     pub cache_symlinks: bool,
-    /// The guest may mount by itself what is announced as a submount.
+    /// The guest may mount directories that are announced as submounts by itself.
     pub submounts: bool,
-    /// The server takes set-user-ID bits away where the guest asks for it.
+    /// The server clears set-user-ID bits when the guest asks for it.
     pub kill_set_id: bool,
-    /// New inodes come with a security label.
+    /// Requests that create an inode carry a security label.
     pub security_label: bool,
-    /// The guest goes by POSIX ACLs.
+    /// The guest enforces POSIX ACLs.
     pub posix_acl: Wanted,
-    /// The guest may collect writes.
+    /// The guest may cache writes.
     pub writeback: bool,
-    /// Files need no OPEN.
+    /// Files can be used without OPEN.
     pub no_open: bool,
-    /// Directories need no OPENDIR.
+    /// Directories can be used without OPENDIR.
     pub no_opendir: bool,
-    /// The guest may map files shared that it opened for direct I/O.
+    /// The guest may create shared mappings of files that it opened for direct I/O.
     pub direct_io_mmap: bool,
-    /// Record locks come here.
+    /// Record locks are sent to the server.
     pub posix_locks: bool,
-    /// Locks on whole files come here.
+    /// Locks on whole files (`flock(2)`) are sent to the server.
     pub flock: bool,
-    /// How long a request may wait for a lock; without limit if zero.
+    /// How long a request may wait for a lock; no limit if zero.
     pub lock_wait_limit: Duration,
-    /// The guest may mount with mapped owners (idmapped mounts). Only for transports whose guests
-    /// mount with `default_permissions`, as Linux' virtio-fs driver always does: a kernel that
-    /// doesn't would refuse the session.
+    /// The guest may use idmapped mounts. Only for transports whose guests mount with
+    /// `default_permissions`, as Linux' virtio-fs driver always does: a kernel that doesn't would
+    /// reject the session.
     pub idmap: bool,
 }
 
 impl SessionOptions {
-    /// The longest WRITE there can be, bytes.
+    /// The largest possible WRITE, bytes.
     pub const MAX_WRITE: u32 = 1024 * 1024;
 }
 
@@ -133,25 +133,26 @@ impl Default for SessionOptions {
     }
 }
 
-/// What guest and server agreed on.
+/// The negotiated parameters of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Negotiated {
-    /// Minor version both speak.
+    /// Minor version that is used.
     pub minor: u32,
-    /// Flags both have.
+    /// Flags that both support.
     pub flags: InitFlags,
     /// Read-ahead of the guest, bytes.
     pub max_readahead: u32,
-    /// Longest WRITE, bytes.
+    /// Maximum length of a WRITE, bytes.
     pub max_write: u32,
-    /// Most pages of 4 KiB in one request; 0 where the guest doesn't ask.
+    /// Maximum number of pages of 4 KiB in one request; 0 if the guest doesn't support the limit.
     pub max_pages: u16,
-    /// Most requests in the background.
+    /// Maximum number of background requests.
     pub max_background: u16,
 }
 
 impl Negotiated {
-    /// As words for [`from_words`](Self::from_words), in whatever process.
+    /// Encodes the parameters for [`from_words`](Self::from_words), which may run in another
+    /// process.
     pub(super) fn words(&self) -> [u64; 8] {
         let pages = u64::from(self.max_pages) | u64::from(self.max_background) << 16;
         [
@@ -180,7 +181,7 @@ impl Negotiated {
         }
     }
 
-    /// The reply that says so.
+    /// The reply to INIT.
     pub(super) fn reply(&self) -> InitOut {
         let (flags, flags2) = self.flags.halves();
         let quarter = self.max_background / 4;
@@ -215,34 +216,37 @@ impl fmt::Display for Negotiated {
     }
 }
 
-/// What an INIT leads to.
+/// The outcome of an INIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Agreement {
     /// The session begins.
     Agreed(Negotiated),
-    /// The guest speaks a newer protocol; it is told ours and will send INIT again.
+    /// The guest uses a newer major version; it gets ours and sends INIT again.
     NewerMajor,
 }
 
-/// Why there is no session with this guest.
+/// Why a guest is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub(super) enum Unserved {
+pub(super) enum NegotiationError {
     #[error(
-        "the guest speaks FUSE {major}.{minor}; 7.27 (Linux 4.18) is the oldest that is served \
-         here"
+        "the guest uses FUSE {major}.{minor}, but the oldest supported version is 7.27 (Linux \
+         4.18)"
     )]
     TooOld { major: u32, minor: u32 },
-    #[error("the guest has no POSIX ACLs, without which it is not to be served")]
-    NoAcl,
+    #[error("the guest doesn't support POSIX ACLs, which the options require")]
+    NoPosixAcl,
 }
 
-/// Decides on an INIT.
-pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agreement, Unserved> {
+/// Negotiates an INIT.
+pub(super) fn negotiate(
+    init: &InitIn,
+    options: &SessionOptions,
+) -> Result<Agreement, NegotiationError> {
     if init.major > abi::MAJOR {
         return Ok(Agreement::NewerMajor);
     }
     if init.major < abi::MAJOR || init.minor < OLDEST_MINOR {
-        return Err(Unserved::TooOld {
+        return Err(NegotiationError::TooOld {
             major: init.major,
             minor: init.minor,
         });
@@ -253,9 +257,9 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
     } else {
         offered
     };
-    let flags = offered & wanted(options);
+    let flags = offered & accepted_by_options(options);
     if options.posix_acl == Wanted::Needed && !flags.contains(InitFlags::POSIX_ACL) {
-        return Err(Unserved::NoAcl);
+        return Err(NegotiationError::NoPosixAcl);
     }
     let max_write = options.max_write.clamp(PAGE, SessionOptions::MAX_WRITE);
     let max_pages = if flags.contains(InitFlags::MAX_PAGES) {
@@ -273,7 +277,7 @@ pub(super) fn negotiate(init: &InitIn, options: &SessionOptions) -> Result<Agree
     }))
 }
 
-/// The reply to a guest whose protocol is newer: it looks at the version only.
+/// The reply to a guest with a newer major version, which looks only at the version.
 pub(super) fn our_version() -> InitOut {
     InitOut {
         major: abi::MAJOR,
@@ -282,9 +286,9 @@ pub(super) fn our_version() -> InitOut {
     }
 }
 
-/// What can be served with these options to a guest that has agreed on it elsewhere: what would be
-/// agreed on, and what is the guest's own affair.
-pub(super) fn served(options: &SessionOptions) -> InitFlags {
+/// The flags that a session negotiated by another server may have: those that these options would
+/// accept, and those that concern only the guest.
+pub(super) fn accepted(options: &SessionOptions) -> InitFlags {
     let own = union(&[
         InitFlags::DO_READDIRPLUS,
         InitFlags::READDIRPLUS_AUTO,
@@ -292,10 +296,10 @@ pub(super) fn served(options: &SessionOptions) -> InitFlags {
         InitFlags::SUBMOUNTS,
         InitFlags::DIRECT_IO_ALLOW_MMAP,
     ]);
-    wanted(options) | own
+    accepted_by_options(options) | own
 }
 
-fn wanted(options: &SessionOptions) -> InitFlags {
+fn accepted_by_options(options: &SessionOptions) -> InitFlags {
     let readdirplus = match options.readdirplus {
         Readdirplus::Never => InitFlags::NONE,
         Readdirplus::Auto => InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
@@ -317,16 +321,16 @@ fn wanted(options: &SessionOptions) -> InitFlags {
         (options.idmap, InitFlags::ALLOW_IDMAP),
     ]
     .into_iter()
-    .filter(|(wanted, _)| *wanted)
-    .fold(ALWAYS | readdirplus, |all, (_, flag)| all | flag)
+    .filter(|(accepted_by_options, _)| *accepted_by_options)
+    .fold(ALWAYS_ACCEPTED | readdirplus, |all, (_, flag)| all | flag)
 }
 
 const fn union(flags: &[InitFlags]) -> InitFlags {
     let mut all = InitFlags::NONE;
     let mut rest = flags;
-    while let [flag, behind @ ..] = rest {
+    while let [flag, tail @ ..] = rest {
         all = all.with(*flag);
-        rest = behind;
+        rest = tail;
     }
     all
 }
@@ -335,7 +339,7 @@ const fn union(flags: &[InitFlags]) -> InitFlags {
 mod tests {
     use super::*;
 
-    /// What the kernels with these minor versions offer a virtio-fs server.
+    /// What kernels with these minor versions offer a virtio-fs server.
     fn offer(minor: u32) -> InitIn {
         let until_27 = 0x003f_fffb;
         let (flags, flags2) = match minor {
@@ -362,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smaller_minor_version_is_spoken() {
+    fn smaller_minor_version_is_used() {
         for (theirs, both) in [
             (27, 27),
             (31, 31),
@@ -379,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn no_flag_is_taken_that_was_not_offered() {
+    fn flag_that_was_not_offered_is_not_accepted() {
         for minor in [27, 31, 36, 37, 38, 41, 45] {
             let init = offer(minor);
             let reply = agreed(&init, &SessionOptions::default()).reply();
@@ -395,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_gets_what_it_can() {
+    fn old_kernel_gets_its_flags() {
         let flags = agreed(&offer(27), &SessionOptions::default()).flags;
         assert!(flags.contains(InitFlags::ASYNC_READ | InitFlags::PARALLEL_DIROPS));
         assert!(!flags.contains(InitFlags::MAX_PAGES));
@@ -432,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_served_is_not_taken() {
+    fn unsupported_flag_is_not_accepted() {
         let everything = InitIn {
             flags: u32::MAX,
             flags2: u32::MAX,
@@ -461,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn mapped_owners_are_taken_where_the_transport_allows() {
+    fn idmap_is_accepted_if_enabled() {
         for (idmap, minor, agreed_on) in [(true, 41, true), (false, 41, false), (true, 31, false)] {
             let options = SessionOptions {
                 idmap,
@@ -469,13 +473,13 @@ mod tests {
             };
             let flags = agreed(&offer(minor), &options).flags;
             assert_eq!(flags.contains(InitFlags::ALLOW_IDMAP), agreed_on);
-            // A guest that goes by it can be taken over only where it is served.
-            assert_eq!(served(&options).contains(InitFlags::ALLOW_IDMAP), idmap);
+            // A guest that uses it can be taken over only where it is supported.
+            assert_eq!(accepted(&options).contains(InitFlags::ALLOW_IDMAP), idmap);
         }
     }
 
     #[test]
-    fn truncation_is_never_left_to_open() {
+    fn atomic_truncation_is_never_accepted() {
         for no_open in [false, true] {
             let options = SessionOptions {
                 no_open,
@@ -488,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn readdirplus_is_as_the_options_say() {
+    fn readdirplus_follows_option() {
         let both = InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO;
         for (readdirplus, expected) in [
             (Readdirplus::Never, InitFlags::NONE),
@@ -504,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn options_out_of_bounds_are_brought_there() {
+    fn options_out_of_range_are_clamped() {
         for (asked, write, pages) in [(0, 4096, 1), (5000, 5000, 2), (u32::MAX, 1 << 20, 256)] {
             let options = SessionOptions {
                 max_write: asked,
@@ -518,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_major_version_is_told_ours() {
+    fn newer_major_version_gets_ours() {
         let newer = InitIn {
             major: 8,
             minor: 0,
@@ -532,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_is_too_old_is_told_what_it_needs() {
+    fn old_guest_error_names_required_version() {
         for (major, minor) in [(7, 26), (7, 0), (6, 45), (0, 0)] {
             let old = InitIn {
                 major,
@@ -545,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_line_names_what_counts() {
+    fn log_line_names_parameters() {
         let negotiated = agreed(&offer(31), &SessionOptions::default());
         let line = negotiated.to_string();
         assert!(

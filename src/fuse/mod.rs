@@ -1,7 +1,7 @@
-//! FUSE: the ABI, decoding, dispatch and replies; knows nothing of virtio.
+//! FUSE: the ABI, decoding, dispatch and replies, independent of virtio.
 //!
-//! A transport hands each request over as an [`Transport`]; [`Session::serve`] answers it. The
-//! invariant: every exchange is answered exactly once, whatever is in it.
+//! A transport passes each request as a [`Transport`], and [`Session::serve`] answers it. The
+//! invariant: every request is answered exactly once, whatever its content.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![cfg_attr(

@@ -1,7 +1,7 @@
-//! Replies: from what a file system says to what a guest reads.
+//! Converts the results of a file system to FUSE replies and sends them.
 //!
-//! Converts and sends; decides nothing. The invariant: a reply's header counts exactly the
-//! bytes that are sent with it.
+//! It makes no decisions. The invariant: a reply's header counts exactly the bytes that are sent
+//! with it.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use super::{OUT_HEADER_LEN, Transport};
 use crate::fs::{Attributes, Entry, Opened, Statistics, Timestamp};
 use crate::io::{LockKind, RecordLock};
 
-/// What a request is answered with.
+/// The reply to a request.
 #[derive(Debug)]
 pub(super) enum Answer {
-    /// Done, and no more to say.
+    /// Success without a body.
     Done,
     Entry(EntryOut),
     Attributes(AttrOut),
@@ -38,7 +38,7 @@ pub(super) enum Answer {
 }
 
 impl Answer {
-    /// Sends it as the reply to `unique`.
+    /// Sends the reply to the request `unique`.
     pub(super) fn send<E: Transport>(&self, transport: E, unique: u64) {
         let (first, second): (&[u8], &[u8]) = match self {
             Self::Done => (&[], &[]),
@@ -61,17 +61,17 @@ impl Answer {
     }
 }
 
-/// Sends an error as the reply to `unique`.
+/// Sends an error as the reply to the request `unique`.
 pub(super) fn send_error<E: Transport>(transport: E, unique: u64, errno: Errno) {
     transport.reply(&[&error_reply(unique, errno)]);
 }
 
-/// Sends the reply to `unique` whose `filled` bytes are in place.
+/// Sends the reply to the request `unique`; its `filled` bytes are already in place.
 pub(super) fn send_filled<E: Transport>(transport: E, unique: u64, filled: usize) {
     transport.reply_filled(&header(unique, 0, filled), filled);
 }
 
-/// An inode, as LOOKUP answers it.
+/// An inode, as LOOKUP returns it.
 pub(super) fn entry_out(entry: &Entry) -> EntryOut {
     EntryOut {
         nodeid: entry.node.0,
@@ -91,7 +91,7 @@ pub(super) fn entry_out(entry: &Entry) -> EntryOut {
     }
 }
 
-/// No inode, as LOOKUP answers it where the guest may rely on that for `ttl`.
+/// A negative entry, as LOOKUP returns it; the guest may cache it for `ttl`.
 pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
     EntryOut {
         entry_valid: ttl.as_secs(),
@@ -100,7 +100,7 @@ pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
     }
 }
 
-/// Attributes, as GETATTR answers them.
+/// Attributes, as GETATTR returns them.
 pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
     AttrOut {
         attr_valid: ttl.as_secs(),
@@ -110,21 +110,25 @@ pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
     }
 }
 
-/// Attributes, as STATX answers them.
+/// Attributes, as STATX returns them.
 pub(super) fn statx_out(
-    (from, born, ttl): &(Attributes, Option<Timestamp>, Duration),
+    (from, birth, ttl): &(Attributes, Option<Timestamp>, Duration),
 ) -> Box<StatxOut> {
     let time = |at: Timestamp| StatxTime {
         tv_sec: at.seconds,
         tv_nsec: at.nanoseconds,
         reserved: 0,
     };
-    let born_bit = if born.is_some() { libc::STATX_BTIME } else { 0 };
+    let birth_bit = if birth.is_some() {
+        libc::STATX_BTIME
+    } else {
+        0
+    };
     Box::new(StatxOut {
         attr_valid: ttl.as_secs(),
         attr_valid_nsec: ttl.subsec_nanos(),
         stat: Statx {
-            mask: libc::STATX_BASIC_STATS | born_bit,
+            mask: libc::STATX_BASIC_STATS | birth_bit,
             blksize: from.block_size,
             nlink: from.links,
             uid: from.uid,
@@ -135,7 +139,7 @@ pub(super) fn statx_out(
             size: from.size,
             blocks: from.blocks,
             atime: time(from.accessed),
-            btime: time(born.unwrap_or_default()),
+            btime: time(birth.unwrap_or_default()),
             ctime: time(from.changed),
             mtime: time(from.modified),
             rdev_major: from.rdev >> 8 & 0xfff,
@@ -180,7 +184,7 @@ pub(super) fn statfs_out(statistics: &Statistics) -> StatfsOut {
     }
 }
 
-/// A lock, as GETLK answers it.
+/// A lock, as GETLK returns it.
 pub(super) fn file_lock(lock: &RecordLock) -> FileLock {
     let kind = match lock.kind {
         LockKind::Shared => libc::F_RDLCK,
@@ -212,20 +216,20 @@ fn attr(from: &Attributes) -> Attr {
         gid: from.gid,
         rdev: from.rdev,
         blksize: from.block_size,
-        // No file is for DAX, and none is where another file system begins.
+        // No file is offered for DAX; `entry_out` sets the submount flag.
         flags: 0,
     }
 }
 
-/// The reply that fails the request `unique` with `errno`, for a transport that must answer for
-/// a request which nobody answered.
+/// The reply that fails the request `unique` with `errno`, for a transport that completes a request
+/// which was dropped without a reply.
 #[must_use]
 pub fn error_reply(unique: u64, errno: Errno) -> [u8; OUT_HEADER_LEN] {
     header(unique, errno.raw_os_error().saturating_neg(), 0)
 }
 
 fn header(unique: u64, error: i32, body: usize) -> [u8; OUT_HEADER_LEN] {
-    // Longer than a `u32` counts no reply is: the transport's room ends before.
+    // No reply is longer than a `u32` can count: the transport's space is smaller.
     let len = u32::try_from(body.saturating_add(OUT_HEADER_LEN)).unwrap_or(u32::MAX);
     zerocopy::transmute!(OutHeader { len, error, unique })
 }

@@ -1,28 +1,30 @@
-//! What a transport must offer for one request and its reply.
+//! The interface between the dispatch and the transport of one request and its reply.
 
 use crate::io::GuestBuffer;
 
 /// Length of `fuse_out_header` in bytes; every reply begins with one.
 pub const OUT_HEADER_LEN: usize = 16;
 
-/// What a request that can't be done twice has said before it took effect. All words are 0 where
-/// nothing was said.
+/// What was recorded about a request that can't be repeated, before it took effect. All words are 0
+/// if nothing was recorded.
 pub type RecordedIntent = [u64; 4];
 
-/// One request on its transport: bytes to read in order, room for the reply.
+/// One request on its transport: bytes to read in order, and space for the reply.
 ///
-/// Each byte of the request is read once only, as the guest may change it meanwhile. One of
-/// the three ways to answer must be taken; an exchange that is dropped instead answers an
-/// error by itself, so that the guest never waits for ever.
+/// Each byte of the request is read only once, as the guest may change it meanwhile. One of the
+/// three replying methods must be called. A transport that is dropped without a reply sends an
+/// error by itself, so the guest never waits forever.
 pub trait Transport: Sized + 'static {
-    /// Notes which request this is, where that outlives the process: before it takes effect.
+    /// Records the request's number where it outlives the process. Called before the request takes
+    /// effect.
     fn note(&mut self, _unique: u64) {}
 
-    /// Says what the request intends, where that outlives the process: before it takes effect.
+    /// Records what the request is about to do where it outlives the process. Called before the
+    /// request takes effect.
     fn record_intent(&mut self, _intent: RecordedIntent) {}
 
-    /// Whether a process that is no more has begun this request and not answered it; then, what
-    /// it had said.
+    /// What a previous process recorded about this request, if it began the request and did not
+    /// answer it.
     fn previous_attempt(&self) -> Option<RecordedIntent> {
         None
     }
@@ -30,28 +32,29 @@ pub trait Transport: Sized + 'static {
     /// Bytes of the request that have not been read yet.
     fn readable(&self) -> usize;
 
-    /// Copies the next bytes of the request; returns how many, fewer than asked only at the end.
+    /// Copies the next bytes of the request and returns their number, which is less than asked for
+    /// only at the end of the request.
     fn read(&mut self, into: &mut [u8]) -> usize;
 
-    /// The next `len` bytes of the request, left where they are: the payload of a WRITE.
-    /// `None` if there are not that many.
+    /// The next `len` bytes of the request, without a copy: the payload of a WRITE. `None` if fewer
+    /// are left.
     fn payload(&mut self, len: usize) -> Option<GuestBuffer>;
 
-    /// Room for the reply in bytes, header included.
+    /// Space for the reply in bytes, header included.
     fn writable(&self) -> usize;
 
-    /// The room behind the reply's header, `len` bytes of it: the target of a READ. `None` if
-    /// there is not that much.
+    /// The first `len` bytes of the space behind the reply's header: the target of a READ. `None`
+    /// if there is less.
     fn reply_buffer(&mut self, len: usize) -> Option<GuestBuffer>;
 
-    /// Answers with `parts`, one after the other. Nothing is written, and the exchange ends
-    /// with an empty reply, where the room is too small.
+    /// Replies with `parts`, one after the other. If the space is too small, nothing is written and
+    /// the reply is empty.
     fn reply(self, parts: &[&[u8]]);
 
-    /// Answers with `header`, the `filled` bytes behind it being in place already: they came
-    /// through [`reply_buffer`](Self::reply_buffer).
+    /// Replies with `header` and the `filled` bytes behind it, which were written through
+    /// [`reply_buffer`](Self::reply_buffer).
     fn reply_filled(self, header: &[u8; OUT_HEADER_LEN], filled: usize);
 
-    /// Ends the exchange without a reply: FORGET and the like.
+    /// Completes the request without a reply: FORGET and BATCH_FORGET, INTERRUPT.
     fn no_reply(self);
 }

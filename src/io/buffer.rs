@@ -1,9 +1,8 @@
-//! Guest buffers: memory that somebody else may change at any time, as the target or the
-//! source of one file operation.
+//! Guest buffers: memory shared with a guest, as the source or target of one file operation.
 //!
-//! A buffer is a list of [`FileVolatileBuf`]s and a guard that keeps the memory behind them
-//! mapped. `FileVolatileBuf` itself pins nothing, which is why the guard stands beside it. The
-//! invariant: as long as a [`GuestBuffer`] lives, every byte it names stays mapped.
+//! The guest may change the memory at any time. A buffer is a list of [`FileVolatileBuf`]s and a
+//! guard that keeps the memory behind them mapped, because `FileVolatileBuf` itself pins nothing.
+//! The invariant: as long as a [`GuestBuffer`] exists, all of its bytes stay mapped.
 
 #![allow(unsafe_code, reason = "raw guest memory becomes buffers here")]
 
@@ -14,19 +13,19 @@ use std::sync::Arc;
 use fuse_backend_rs::file_buf::FileVolatileBuf;
 use smallvec::SmallVec;
 
-/// Keeps the memory of a [`GuestBuffer`] mapped for as long as it is held.
+/// Keeps the memory of a [`GuestBuffer`] mapped while it is held.
 pub type Guard = Arc<dyn Any + Send + Sync>;
 
-/// The most pieces the kernel takes in one vectored operation (`IOV_MAX`, uapi `linux/uio.h`).
+/// The maximum number of segments in one vectored operation (`IOV_MAX`, uapi `linux/uio.h`).
 pub(crate) const IOV_MAX: usize = 1024;
 
-/// The `iovec`s of one operation; up to eight live on the stack.
+/// The `iovec`s of one operation; up to eight are on the stack.
 pub(crate) type IoVecs = SmallVec<[libc::iovec; 8]>;
 
 /// Scattered memory, shared with a guest, that one file operation reads into or writes from.
 ///
-/// No byte of it is ever looked at here: the kernel moves the data straight between the file
-/// and the pieces.
+/// The bytes are not accessed here, except by the copy methods: the kernel moves the data directly
+/// between the file and the segments.
 pub struct GuestBuffer {
     pieces: SmallVec<[FileVolatileBuf; 4]>,
     len: usize,
@@ -34,8 +33,8 @@ pub struct GuestBuffer {
 }
 
 impl GuestBuffer {
-    /// Makes a buffer of `pieces` (address and length in bytes, in order), kept mapped by
-    /// `guard`. Pieces of length 0 are left out, and neighbours in memory become one piece.
+    /// Creates a buffer from `pieces` (address and length in bytes, in order), kept mapped by
+    /// `guard`. Pieces of length 0 are left out, and adjacent ones are merged.
     ///
     /// # Safety
     ///
@@ -59,7 +58,7 @@ impl GuestBuffer {
                 len += next_len;
                 continue;
             }
-            // SAFETY: the caller vouches for the pieces that this one was joined of.
+            // SAFETY: the caller guarantees it for the pieces that were merged into this one.
             unsafe { buffer.push(start, len) };
             (start, len) = (next, next_len);
         }
@@ -78,16 +77,16 @@ impl GuestBuffer {
             return;
         }
         self.len += len;
-        // Neighbours may come of two mappings, so what is joined goes by its address.
+        // Adjacent pieces may belong to two mappings, so the merged piece uses the exposed address.
         let start = std::ptr::with_exposed_provenance_mut(start.expose_provenance());
-        // SAFETY: the caller vouches that `start..start + len` stays mapped as long as the
-        // guard, which the buffer owns beside this piece.
+        // SAFETY: the caller guarantees that `start..start + len` stays mapped as long as the
+        // guard, which the buffer owns along with this piece.
         self.pieces
             .push(unsafe { FileVolatileBuf::from_raw_ptr(start, len, len) });
     }
 
-    /// Makes a buffer of memory of its own, for use without a guest. Read the result of an
-    /// operation back with [`copy_out`](Self::copy_out).
+    /// Creates a buffer that owns its memory, for use without a guest. Read the result of an
+    /// operation with [`copy_out`](Self::copy_out).
     #[must_use]
     pub fn from_vec(bytes: Vec<u8>) -> Self {
         let len = bytes.len();
@@ -104,13 +103,13 @@ impl GuestBuffer {
         self.len
     }
 
-    /// Whether there is no byte in the buffer.
+    /// Whether the buffer has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Cuts the buffer off after `len` bytes, if it is longer.
+    /// Truncates the buffer to `len` bytes, if it is longer.
     pub fn truncate(&mut self, len: usize) {
         let mut left = len;
         self.pieces.retain(|piece| {
@@ -123,20 +122,20 @@ impl GuestBuffer {
         self.len = self.len.min(len);
     }
 
-    /// The pieces, for a file system that wants them one by one.
+    /// The pieces, for a file system that handles them one by one.
     #[must_use]
     pub fn pieces(&self) -> &[FileVolatileBuf] {
         &self.pieces
     }
 
-    /// What keeps the memory mapped.
+    /// The guard that keeps the memory mapped.
     #[must_use]
     pub fn guard(&self) -> &Guard {
         &self.guard
     }
 
-    /// Copies the bytes from `offset` on into `target`, as many as there are; returns how many.
-    /// For file systems whose data are in memory; a guest may change the bytes meanwhile.
+    /// Copies bytes from `offset` on into `target` until either ends, and returns their number. For
+    /// file systems whose data are in memory. A guest may change the bytes meanwhile.
     pub fn copy_out(&self, offset: usize, target: &mut [u8]) -> usize {
         let mut done = 0;
         for vec in self.io_vecs(offset) {
@@ -150,16 +149,15 @@ impl GuestBuffer {
         done
     }
 
-    /// Copies `source` into the buffer from its byte `offset` on, as much as there is room for; returns
-    /// how many bytes. For file systems whose data are in memory; a guest may change the bytes at any
-    /// time.
+    /// Copies `source` into the buffer at `offset` until either ends, and returns the number of
+    /// bytes. For file systems whose data are in memory. A guest may change the bytes at any time.
     pub fn copy_in(&mut self, offset: usize, source: &[u8]) -> usize {
         let mut done = 0;
         for vec in self.io_vecs(offset) {
             let n = vec.iov_len.min(source.len() - done);
             let from = source[done..done + n].as_ptr();
-            // SAFETY: `iov_base..+n` stays mapped while `self` lives, and is no memory of `source`'s,
-            // to which a guest has no access, so the two don't overlap.
+            // SAFETY: `iov_base..+n` stays mapped while `self` lives, and is no memory of
+            // `source`'s, to which a guest has no access, so the two don't overlap.
             unsafe { std::ptr::copy_nonoverlapping(from, vec.iov_base.cast::<u8>(), n) };
             done += n;
         }
@@ -208,8 +206,8 @@ struct Owned(*mut [u8]);
 
 // SAFETY: the pointer is the only one to memory that belongs to this value alone.
 unsafe impl Send for Owned {}
-// SAFETY: nothing is read or written through a shared `Owned`; users go by the raw address and
-// order their accesses themselves.
+// SAFETY: nothing is read or written through a shared `Owned`; users access the memory by raw
+// address and order their accesses themselves.
 unsafe impl Sync for Owned {}
 
 impl Drop for Owned {

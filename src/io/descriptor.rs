@@ -1,7 +1,7 @@
-//! An open descriptor and what has been learned of it.
+//! An open descriptor and the known properties of its file.
 //!
-//! Operations that are under way share it with the [`File`](super::File)s that were cloned from one
-//! another. The invariant: a fact is looked up once and never changes afterwards.
+//! Running operations share it with the [`File`](super::File)s that were cloned from one another.
+//! The invariant: a property is looked up once and never changes afterwards.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -12,24 +12,24 @@ use rustix::fs::{FileType, OFlags};
 /// `ramfs` of `statfs(2)`.
 const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
-/// A descriptor with the facts by which operations on it are chosen. It is closed with the last file
-/// and the last operation that shares it.
+/// A descriptor with the facts that decide how operations on it are performed. It is closed with
+/// the last file and the last operation that shares it.
 #[derive(Debug)]
 pub(super) struct Descriptor {
     fd: OwnedFd,
-    /// [`Facts`] learned so far. Each bit is set once and means the same whoever set it, and no
-    /// other memory is reached through it: all accesses are `Relaxed`.
+    /// The [`Facts`] known so far. Each bit is set once, its meaning doesn't depend on which thread
+    /// set it, and no other memory is reached through it: all accesses are `Relaxed`.
     facts: AtomicU8,
 }
 
-/// What has been learned of a descriptor.
+/// Known properties of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Facts(u8);
 
 impl Facts {
     /// The other bits have been looked up.
     const KNOWN: u8 = 1;
-    /// A regular file or a block device: has offsets, and only the disk to wait for.
+    /// A regular file or a block device: it has offsets, and operations wait only for the disk.
     pub(super) const SEEKABLE: u8 = 1 << 1;
     /// A regular file.
     pub(super) const REGULAR: u8 = 1 << 2;
@@ -39,8 +39,8 @@ impl Facts {
     pub(super) const SYNCED: u8 = 1 << 4;
     /// The file system doesn't support `RWF_NOWAIT`.
     pub(super) const NO_NOWAIT: u8 = 1 << 5;
-    /// A file of a file system in memory, which doesn't support `RWF_NOWAIT` either: there is no disk
-    /// to wait for.
+    /// A file on a file system in memory, which doesn't support `RWF_NOWAIT` either: there is no
+    /// disk to wait for.
     pub(super) const IN_MEMORY: u8 = 1 << 6;
 
     fn of(kind: FileType, flags: OFlags) -> u8 {
@@ -52,7 +52,7 @@ impl Facts {
         if flags.contains(OFlags::DIRECT) {
             facts |= Self::DIRECT;
         }
-        // O_SYNC has the bit of O_DSYNC in it; rustix has one name too many for O_SYNC.
+        // O_SYNC includes the bit of O_DSYNC; rustix has one name too many for O_SYNC.
         if flags.bits() & libc::O_DSYNC.cast_unsigned() != 0 {
             facts |= Self::SYNCED;
         }
@@ -66,7 +66,7 @@ impl Facts {
 }
 
 impl Descriptor {
-    /// A descriptor of which nothing is known yet.
+    /// A descriptor without known facts.
     pub(super) fn new(fd: OwnedFd) -> Self {
         Self {
             fd,
@@ -82,13 +82,13 @@ impl Descriptor {
         }
     }
 
-    /// The descriptor itself.
+    /// Returns the descriptor.
     pub(super) fn into_fd(self) -> OwnedFd {
         self.fd
     }
 
-    /// The facts, looked up at the first call. A descriptor whose flags can't be had is treated as
-    /// one that may wait for ever.
+    /// The facts, looked up by the first call. If that fails, the descriptor is treated as one that
+    /// may wait forever.
     pub(super) fn facts(&self) -> Facts {
         let known = self.facts.load(Ordering::Relaxed);
         if known & Facts::KNOWN != 0 {
@@ -98,7 +98,7 @@ impl Descriptor {
         Facts(learned | self.facts.fetch_or(learned, Ordering::Relaxed))
     }
 
-    /// Adds a fact that an operation has shown.
+    /// Adds a fact that an operation has found out.
     pub(super) fn learn(&self, bit: u8) {
         self.facts.fetch_or(bit, Ordering::Relaxed);
     }
@@ -109,14 +109,14 @@ impl Descriptor {
         Ok(Facts::of(FileType::from_raw_mode(mode), flags))
     }
 
-    /// Whether the file has no disk behind it but the host's memory.
+    /// Whether the file is on a file system in memory.
     pub(super) fn is_in_memory(&self) -> bool {
         rustix::fs::fstatfs(self)
-            .is_ok_and(|told| [libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&told.f_type))
+            .is_ok_and(|statistics| [libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&statistics.f_type))
     }
 
-    /// Whether a short `O_DIRECT` read that ended at `offset` has met the end of the file. Reading on
-    /// there would be refused, as the end of a file needs not be aligned.
+    /// Whether a short `O_DIRECT` read that ended at `offset` has reached the end of the file.
+    /// Reading on from there would fail, because the end of a file need not be aligned.
     pub(super) fn is_direct_at_end(&self, offset: u64) -> bool {
         self.facts().has(Facts::DIRECT)
             && rustix::fs::fstat(self)
@@ -136,8 +136,8 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// The position in the file of a buffer's byte `done`, the buffer beginning at `offset`; refuses
-/// what doesn't fit `off_t`, where −1 would mean the descriptor's own position.
+/// The position in the file of byte `done` of a buffer that begins at `offset`. Fails for what
+/// doesn't fit `off_t`, where −1 would mean the descriptor's own position.
 pub(super) fn position(offset: u64, done: usize) -> io::Result<i64> {
     offset
         .checked_add(done as u64)

@@ -1,8 +1,7 @@
-//! Engines: who performs the file operations that may wait.
+//! Engines: what performs the file operations that may wait.
 //!
-//! An [`Engine`] is one module with all that is its own: the event loop that it runs on and the
-//! operations. Another engine is another module and one more arm here. The invariant: every engine
-//! gives the same answers.
+//! Each [`Engine`] is one module with its event loop and its operations. Another engine needs
+//! another module and one more arm here. The invariant: every engine gives the same results.
 
 pub(super) mod thread_pool;
 pub(super) mod uring;
@@ -16,7 +15,7 @@ use std::sync::Arc;
 use super::buffer::GuestBuffer;
 use super::descriptor::{Descriptor, Facts};
 
-/// Who performs the file operations that may wait.
+/// What performs the file operations that may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Engine {
     /// tokio's current-thread runtime; operations that may wait run on its blocking threads.
@@ -47,7 +46,7 @@ pub enum SyncKind {
 pub type Transferred = (io::Result<usize>, GuestBuffer);
 
 thread_local! {
-    /// The engine of what `block_on` runs on this thread, if it does.
+    /// The engine of the runtime that runs on this thread in `block_on`.
     static CURRENT: Cell<Option<Engine>> = const { Cell::new(None) };
 }
 
@@ -57,7 +56,7 @@ impl Engine {
         CURRENT.get()
     }
 
-    /// Who performs operations on `descriptor`: the ring takes none that may wait without end.
+    /// The engine for operations on `descriptor`: the ring gets none that may wait forever.
     fn of(descriptor: &Descriptor) -> Self {
         match Self::current() {
             Some(Self::Uring) if descriptor.facts().has(Facts::SEEKABLE) => Self::Uring,
@@ -66,8 +65,8 @@ impl Engine {
     }
 }
 
-/// Reads into `buffer` behind its first `filled` bytes until it is full or the file ends; `offset` is
-/// the position of the buffer's beginning.
+/// Reads into `buffer` after its first `filled` bytes, until it is full or the file ends; `offset`
+/// is the position of the buffer's start.
 pub(super) async fn read(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
@@ -124,7 +123,7 @@ pub(super) enum EventLoop {
     Uring(uring::EventLoop),
 }
 
-/// What the kernel refused of an event loop.
+/// The part of an event loop that the kernel refused.
 pub(super) enum SetupError {
     EventLoop(io::Error),
     Ring(io::Error),
@@ -146,7 +145,7 @@ impl EventLoop {
         }
     }
 
-    /// Runs `future`, and what it spawns, until `future` ends.
+    /// Runs `future`, and the tasks it spawns, until `future` completes.
     pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
         let _restore = Restore(CURRENT.replace(Some(self.engine())));
         match self {
@@ -156,7 +155,7 @@ impl EventLoop {
     }
 }
 
-/// Restores what was current before, also when `block_on` unwinds.
+/// Restores the previous value, also when `block_on` unwinds.
 struct Restore(Option<Engine>);
 
 impl Drop for Restore {
@@ -165,7 +164,7 @@ impl Drop for Restore {
     }
 }
 
-/// What the event loops of all engines have in common.
+/// The settings that the event loops of all engines share.
 fn tokio_builder() -> tokio::runtime::Builder {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().thread_name("ringfsd-blocking");

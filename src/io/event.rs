@@ -1,4 +1,4 @@
-//! An eventfd awaited on the runtime of whoever owns it.
+//! An eventfd that is awaited on the caller's runtime. The invariant: no signal is lost.
 
 #![allow(unsafe_code, reason = "tokio wants a promise about the descriptor")]
 
@@ -10,21 +10,21 @@ use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// An eventfd that somebody signals, as a guest does to kick a queue.
+/// An eventfd that another process signals, as a guest does to kick a queue.
 ///
-/// It is never read: the descriptor is registered edge-triggered, and each write to an eventfd is
-/// a new edge. That saves a system call for each signal. The counter of 2⁶⁴ - 2 doesn't overflow.
+/// It is never read: the descriptor is registered edge-triggered, and each write to an eventfd is a
+/// new edge. That saves a system call for each signal. The counter, up to 2⁶⁴ - 2, doesn't
+/// overflow.
 #[derive(Debug)]
 pub struct Event(AsyncFd<Arc<OwnedFd>>);
 
 impl Event {
-    /// Waits for `eventfd` from now on, on the current runtime. What was signalled before shows
-    /// as one signal.
+    /// Registers `eventfd` with the current runtime. Earlier signals count as one.
     ///
     /// # Errors
     ///
-    /// The descriptor is of a kind that can't be waited for (`EPERM`), or there is no memory or
-    /// room for it (`ENOMEM`, `ENOSPC`).
+    /// Fails if the descriptor can't be polled (`EPERM`), or if there is no memory or space for it
+    /// (`ENOMEM`, `ENOSPC`).
     ///
     /// # Panics
     ///
@@ -39,7 +39,7 @@ impl Event {
         }
     }
 
-    /// Ready once for all signals since the last time. One task at a time may wait.
+    /// Ready once for all signals since the last time. Only one task at a time may wait.
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.0
             .poll_read_ready(cx)
@@ -47,13 +47,13 @@ impl Event {
     }
 }
 
-/// Whether a write to `fd` waits until there is room: some front ends make their eventfds so.
+/// Whether a write to `fd` blocks until there is space: some front ends create their eventfds so.
 pub(crate) fn writing_blocks(fd: impl AsFd) -> bool {
     let flags = rustix::fs::fcntl_getfl(fd);
     flags.map_or(true, |flags| !flags.contains(rustix::fs::OFlags::NONBLOCK))
 }
 
-/// Whether a write to `fd` would not wait at this moment.
+/// Whether a write to `fd` would not block at this moment.
 pub(crate) fn takes_writing(fd: impl AsFd) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::OUT)];

@@ -1,9 +1,9 @@
-//! A file of the host: vectored operations at an offset, at once where they can't wait, else
-//! on whichever runtime the caller runs on.
+//! A file of the host with vectored operations at an offset: performed at once if they can't wait,
+//! else on the caller's runtime.
 //!
-//! [`File`] doesn't keep a position and doesn't belong to a thread: clones may be used on
-//! several runtimes at once. The invariant: a read that is answered as short has met the end of
-//! the file, and a write is handed to the kernel whole.
+//! [`File`] keeps no position and isn't bound to a thread: clones may be used on several runtimes
+//! at once. The invariant: a short read has reached the end of the file, and a write is passed to
+//! the kernel as a whole.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,27 +17,27 @@ use super::descriptor::{Descriptor, Facts};
 use super::engine::{self, SyncKind, thread_pool};
 use super::vectored;
 
-/// What `statx` tells of a file.
+/// The metadata of a file, as `statx(2)` returns it.
 pub type Metadata = rustix::fs::Statx;
 
-/// What came of trying an operation that must not wait.
+/// The result of trying an operation that must not wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
-    /// It is done: this many bytes; fewer than asked for at the end of the file only.
+    /// Done: this many bytes, fewer than asked for only at the end of the file.
     Done(usize),
-    /// The first so many bytes are done, more than none; the rest would wait. Go on with
+    /// This many bytes are done, more than none; the rest would wait. Continue with
     /// [`File::read_at_from`].
     Partial(usize),
-    /// Nothing is done: it would wait, or can't be known not to.
+    /// Nothing is done: the operation would wait, or might.
     WouldBlock,
 }
 
-/// What a write shall do beyond what the descriptor's own flags say.
+/// What a write does beyond the descriptor's own flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteMode {
-    /// Write at the end of the file, wherever that is then, instead of at the offset.
+    /// Write at the end of the file at that moment instead of at the offset.
     pub append: bool,
-    /// Be durable when it is answered, as with `O_SYNC` or `O_DSYNC`.
+    /// Be durable on completion, as with `O_SYNC` or `O_DSYNC`.
     pub durable: Option<SyncKind>,
 }
 
@@ -54,8 +54,8 @@ impl WriteMode {
     }
 }
 
-/// A host file for asynchronous vectored operations. Clones share one descriptor, which is
-/// closed with the last of them and of the operations still running.
+/// A host file for asynchronous vectored operations. Clones share one descriptor, which is closed
+/// with the last clone and the last running operation.
 #[derive(Clone, Debug)]
 pub struct File {
     inner: Arc<Descriptor>,
@@ -70,8 +70,8 @@ impl File {
         }
     }
 
-    /// Takes over a descriptor that was opened with `flags` on a file of this `kind`, which is
-    /// then not asked for again.
+    /// Takes over a descriptor that was opened with `flags` on a file of this `kind`, so that these
+    /// need not be looked up.
     #[must_use]
     pub fn opened(fd: OwnedFd, kind: FileType, flags: OFlags) -> Self {
         Self {
@@ -79,8 +79,8 @@ impl File {
         }
     }
 
-    /// Opens `path` as `options` say. Opening may wait (for a disk, for the other end of a
-    /// FIFO), and does so on a blocking thread.
+    /// Opens `path` with `options`. Opening may wait (for a disk, for the other end of a FIFO), so
+    /// it runs on a blocking thread.
     ///
     /// # Errors
     ///
@@ -96,14 +96,15 @@ impl File {
             .map(Self::from)
     }
 
-    /// Reads from `offset` on into `buffer`, as long as there are bytes: fewer than the buffer
-    /// holds only at the end of the file. Hands the buffer back with how many there were.
+    /// Reads from `offset` on into `buffer`, until it is full or the file ends. Returns the number
+    /// of bytes, and the buffer.
     ///
     /// A buffer of more pieces than one operation takes (1024) is filled by several.
     ///
     /// # Errors
     ///
-    /// Those of `preadv(2)`, whatever was read before; `EINVAL` for an offset above 2⁶³ − 1.
+    /// Those of `preadv(2)`, even if some bytes were read before; `EINVAL` for an offset above 2⁶³
+    /// − 1.
     ///
     /// # Panics
     ///
@@ -116,9 +117,9 @@ impl File {
         self.read_at_from(buffer, 0, offset).await
     }
 
-    /// Like [`read_at`](Self::read_at) where the first `filled` bytes of the buffer are there
-    /// already: `offset` still is the place of the buffer's beginning in the file, and the
-    /// answer counts the bytes that were there.
+    /// Like [`read_at`](Self::read_at) for a buffer whose first `filled` bytes are already read.
+    /// `offset` is still the position of the buffer's start, and the result includes the `filled`
+    /// bytes.
     ///
     /// # Errors
     ///
@@ -139,11 +140,11 @@ impl File {
         engine::read(&self.inner, buffer, filled, offset).await
     }
 
-    /// Writes `buffer` at `offset` by one operation; returns how many bytes were written, which
-    /// are fewer only where `pwritev(2)` writes fewer (the disk or a limit is full).
+    /// Writes `buffer` at `offset` by one operation. Returns the number of bytes, which is less
+    /// than the buffer's length only where `pwritev(2)` writes less (the disk or a limit is full).
     ///
     /// A buffer of more pieces than one operation takes (1024) can't be one write: it becomes
-    /// several, in order, and ends with the first that is short.
+    /// several, in order, and ends with the first short one.
     ///
     /// # Errors
     ///
@@ -160,7 +161,7 @@ impl File {
         engine::write(&self.inner, buffer, offset, 0).await
     }
 
-    /// As [`write_at`](Self::write_at), in this `mode`.
+    /// Like [`write_at`](Self::write_at), in this `mode`.
     ///
     /// # Errors
     ///
@@ -179,8 +180,8 @@ impl File {
         engine::write(&self.inner, buffer, offset, flags).await
     }
 
-    /// Writes what is left of a buffer of which the first `done` bytes are written, on a thread that
-    /// may wait; the answer counts these. `offset` is the place of the buffer's beginning.
+    /// Writes the rest of a buffer whose first `done` bytes are written, on a blocking thread; the
+    /// result includes them. `offset` is the position of the buffer's start.
     ///
     /// # Errors
     ///
@@ -200,14 +201,15 @@ impl File {
         thread_pool::write(&self.inner, buffer, (done, offset), flags).await
     }
 
-    /// Reads as much as is there without waiting, or from a file system in memory, where there is
-    /// nothing to wait for. For a file that isn't on the page cache's side of things (`O_DIRECT`,
-    /// any other file system without `RWF_NOWAIT`, a device) this is [`Attempt::WouldBlock`] without a
-    /// system call.
+    /// Reads what is available without waiting, or anything from a file system in memory, where
+    /// nothing is waited for. For a file that bypasses the page cache or can't be read without
+    /// waiting (`O_DIRECT`, any other file system without `RWF_NOWAIT`, a device) this is
+    /// [`Attempt::WouldBlock`] without a system call.
     ///
     /// # Errors
     ///
-    /// Those of `preadv2(2)`, whatever was read before; `EINVAL` for an offset above 2⁶³ − 1.
+    /// Those of `preadv2(2)`, even if some bytes were read before; `EINVAL` for an offset above 2⁶³
+    /// − 1.
     pub fn try_read_at(&self, buffer: &mut GuestBuffer, offset: u64) -> io::Result<Attempt> {
         if buffer.is_empty() {
             return self.read_nothing(buffer, offset).map(Attempt::Done);
@@ -244,11 +246,11 @@ impl File {
         Ok(Attempt::Done(filled))
     }
 
-    /// Writes at once, by one `pwritev`, if the write ends in the page cache; it is
-    /// [`Attempt::WouldBlock`] with nothing written for `O_DIRECT`, `O_SYNC`, `O_DSYNC` and
-    /// whatever isn't a regular file, and never [`Attempt::Partial`]: a write is one write.
+    /// Writes at once, by one `pwritev`, if the write ends in the page cache. For `O_DIRECT`,
+    /// `O_SYNC`, `O_DSYNC` and anything that isn't a regular file it is [`Attempt::WouldBlock`]
+    /// with nothing written. Never [`Attempt::Partial`]: a write is one write.
     ///
-    /// The kernel makes writers wait when too much is dirty, here as anywhere.
+    /// The kernel makes writers wait when too many pages are dirty, here as elsewhere.
     ///
     /// # Errors
     ///
@@ -257,8 +259,8 @@ impl File {
         self.try_write_as(WriteMode::default(), buffer, offset)
     }
 
-    /// As [`try_write_at`](Self::try_write_at), in this `mode`; what shall be durable would
-    /// block.
+    /// Like [`try_write_at`](Self::try_write_at), in this `mode`. A durable write is
+    /// [`Attempt::WouldBlock`].
     ///
     /// # Errors
     ///
@@ -278,11 +280,11 @@ impl File {
             .map(Attempt::Done)
     }
 
-    /// Makes what was written durable.
+    /// Makes written data durable.
     ///
     /// # Errors
     ///
-    /// Those of `fsync(2)`, among them those of earlier writes.
+    /// Those of `fsync(2)`, including those of earlier writes.
     ///
     /// # Panics
     ///
@@ -291,7 +293,7 @@ impl File {
         engine::sync(&self.inner, kind).await
     }
 
-    /// Makes all of the file system that the file is on durable, as `syncfs(2)`.
+    /// Makes the whole file system that the file is on durable, as `syncfs(2)`.
     ///
     /// # Errors
     ///
@@ -320,8 +322,8 @@ impl File {
         engine::allocate(&self.inner, mode, offset, len).await
     }
 
-    /// The file's metadata, by one `statx`, at once: what an open file's inode says needs no
-    /// waiting on a local file system.
+    /// The file's metadata, by one `statx`, at once: an open file's inode needs no waiting on a
+    /// local file system.
     ///
     /// # Errors
     ///
@@ -331,8 +333,8 @@ impl File {
         Ok(rustix::fs::statx(self, c"", AtFlags::EMPTY_PATH, mask)?)
     }
 
-    /// Copies up to `len` bytes from `offset` on to `target_offset` in `target`, within the
-    /// kernel; returns how many, which may be fewer, and are 0 at the end of this file.
+    /// Copies up to `len` bytes from `offset` on to `target_offset` in `target`, within the kernel.
+    /// Returns the number of bytes, which may be less than `len` and is 0 at the end of this file.
     ///
     /// # Errors
     ///
@@ -362,22 +364,22 @@ impl File {
         .map_err(io::Error::from)
     }
 
-    /// The descriptor, if this is the last clone and no operation is under way.
+    /// The descriptor, if this is the last clone and no operation is running.
     pub(crate) fn into_fd(self) -> Option<OwnedFd> {
         Arc::into_inner(self.inner).map(Descriptor::into_fd)
     }
 
-    /// How many clones there are, and operations under way.
+    /// The number of clones and running operations.
     pub(crate) fn users(&self) -> usize {
         Arc::strong_count(&self.inner)
     }
 
-    /// A read of no bytes, which never waits: the kernel still checks the open mode.
+    /// Reads no bytes, which never waits: the kernel still checks the open mode.
     fn read_nothing(&self, empty: &GuestBuffer, offset: u64) -> io::Result<usize> {
         vectored::read(self.as_fd(), empty, 0, offset, 0)
     }
 
-    /// What of `mode` the descriptor doesn't do by itself.
+    /// The part of `mode` that the descriptor's flags don't cover.
     fn mode_beyond(&self, mode: WriteMode) -> WriteMode {
         let durable = mode
             .durable

@@ -1,15 +1,14 @@
-//! Locks on files: record locks of an open file description, and locks of the whole file.
+//! Locks on files: record locks of an open file description, and locks on the whole file.
 //!
-//! A lock that has to be waited for is waited for by a thread of its own, in the host's kernel:
-//! only that knows when a lock held by another process of the host is given up, and it keeps
-//! the order of those who wait. Two mechanisms, one for locks held through this server and one
-//! for the others', would have to agree on that order; polling costs while nothing happens. A
-//! lock is rarely waited for, so a thread with a small stack is cheap enough; how many there
-//! may be is the caller's to say.
+//! A blocked lock is waited for by a thread of its own in the host's kernel. Only the kernel knows
+//! when a lock held by another process of the host is released, and it keeps the order of the
+//! waiters. Two mechanisms, one for locks held through this server and one for others, would have
+//! to agree on that order, and polling costs while nothing happens. Waiting for locks is rare, so a
+//! thread with a small stack is cheap enough; the caller limits their number.
 //!
-//! The invariant: a wait ends when it is cancelled, whether the signal comes before, in or
-//! after the system call. A signal is lost that comes before it, so it is sent until the thread
-//! has answered.
+//! The invariant: a wait ends when it is cancelled, whether the signal arrives before, in or after
+//! the system call. A signal that arrives before the call has no effect, so it is sent until the
+//! thread has finished.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -28,61 +27,61 @@ use tokio::sync::oneshot;
 use super::File;
 use crate::sys;
 
-/// Stack of a thread that waits in one system call.
+/// Stack size of a thread that waits in one system call.
 const STACK: usize = 64 * 1024;
-/// How long a thread that was told to stop waiting may take before it is told again.
-const AGAIN: Duration = Duration::from_millis(1);
+/// How long to wait for a thread to stop before it is signalled again.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The last byte there can be; a lock that reaches there reaches to the end of the file.
-const LAST: u64 = i64::MAX.cast_unsigned();
+/// The last possible byte; a lock that includes it extends to the end of the file.
+const LAST_BYTE: u64 = i64::MAX.cast_unsigned();
 
-/// What a lock is for.
+/// The kind of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockKind {
-    /// Shared with others of its kind.
+    /// A shared lock.
     Shared,
-    /// For one alone.
+    /// An exclusive lock.
     Exclusive,
-    /// None: what was held is given up.
+    /// No lock: releases the current one.
     Unlock,
 }
 
 /// A lock on a part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordLock {
-    /// What it is for.
+    /// Its kind.
     pub kind: LockKind,
     /// The first byte.
     pub start: u64,
-    /// The last byte, at most 2⁶³ − 1, which is the end of the file wherever that is.
+    /// The last byte, at most 2⁶³ − 1, which means the end of the file wherever that is.
     pub end: u64,
 }
 
-/// A lock. The two sorts know nothing of each other.
+/// A lock. The two kinds are independent of each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lock {
-    /// On a part, as `fcntl(F_OFD_SETLK)`.
+    /// On a range of bytes, as `fcntl(F_OFD_SETLK)`.
     Record(RecordLock),
     /// On the whole file, as `flock(2)`.
     Whole(LockKind),
 }
 
 impl File {
-    /// Takes a lock, or gives it up, at once.
+    /// Acquires or releases a lock without waiting.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if another lock is in the way, else those of `fcntl(2)` and `flock(2)`.
+    /// `EAGAIN` if another lock conflicts, else those of `fcntl(2)` and `flock(2)`.
     pub fn try_lock(&self, lock: Lock) -> io::Result<()> {
         Ok(set(self, lock, false)?)
     }
 
-    /// A lock that is in the way of `lock`, if there is one.
+    /// A lock that conflicts with `lock`, if there is one.
     ///
     /// # Errors
     ///
     /// Those of `fcntl(F_OFD_GETLK)`.
-    pub fn lock_in_the_way(&self, lock: RecordLock) -> io::Result<Option<RecordLock>> {
+    pub fn conflicting_lock(&self, lock: RecordLock) -> io::Result<Option<RecordLock>> {
         let found = sys::lock::record(self, sys::lock::Act::Test, to_host(lock)?)?;
         let kind = match found.kind {
             libc::F_RDLCK => LockKind::Shared,
@@ -91,19 +90,19 @@ impl File {
         };
         let start = u64::try_from(found.start).unwrap_or_default();
         let end = match u64::try_from(found.len) {
-            Ok(0) | Err(_) => LAST,
-            Ok(len) => start.saturating_add(len - 1).min(LAST),
+            Ok(0) | Err(_) => LAST_BYTE,
+            Ok(len) => start.saturating_add(len - 1).min(LAST_BYTE),
         };
         Ok(Some(RecordLock { kind, start, end }))
     }
 
-    /// Takes a lock, waiting for it until `cancelled` ends. The future must be run to its end,
-    /// or a thread waits on.
+    /// Acquires a lock, waiting for it until `cancelled` completes. The future must run to
+    /// completion, or a thread keeps waiting.
     ///
     /// # Errors
     ///
-    /// What `cancelled` says if it ends first; `ENOLCK` if there is no thread to be had; as
-    /// [`try_lock`](Self::try_lock) else.
+    /// The errno of `cancelled` if it completes first; `ENOLCK` if no thread can be started;
+    /// otherwise as [`try_lock`](Self::try_lock).
     ///
     /// # Panics
     ///
@@ -111,12 +110,12 @@ impl File {
     pub async fn lock(&self, lock: Lock, cancelled: impl Future<Output = Errno>) -> io::Result<()> {
         let waiter = Arc::new(Waiter::default());
         let (done, mut answer) = oneshot::channel();
-        let (file, of_thread) = (self.clone(), Arc::clone(&waiter));
+        let (file, thread_waiter) = (self.clone(), Arc::clone(&waiter));
         let wait = move || {
-            let result = of_thread.wait(&file, lock);
-            // Not before the file is let go of, so that no lock outlives who asked for it.
+            let result = thread_waiter.wait(&file, lock);
+            // Not before the file is dropped, so that no lock outlives its requester.
             drop(file);
-            // Who asks waits for this; see above.
+            // The receiver waits for this; see above.
             let _ = done.send(result);
         };
         thread::Builder::new()
@@ -132,15 +131,15 @@ impl File {
             cancelled.as_mut().poll(cx).map(Err)
         })
         .await;
-        let why = match ended {
+        let cancel_errno = match ended {
             Ok(result) => return Ok(result.unwrap_or(Err(Errno::IO))?),
-            Err(why) => why,
+            Err(cancel_errno) => cancel_errno,
         };
         loop {
             waiter.cancel();
-            match tokio::time::timeout(AGAIN, &mut answer).await {
-                Ok(Ok(Err(Errno::INTR))) => return Err(why.into()),
-                // It was given after all, or failed by itself.
+            match tokio::time::timeout(SIGNAL_INTERVAL, &mut answer).await {
+                Ok(Ok(Err(Errno::INTR))) => return Err(cancel_errno.into()),
+                // The lock was acquired after all, or failed by itself.
                 Ok(result) => return Ok(result.unwrap_or(Err(Errno::IO))?),
                 Err(_not_yet) => {}
             }
@@ -148,12 +147,12 @@ impl File {
     }
 }
 
-/// A thread that waits.
+/// A waiting thread.
 #[derive(Debug, Default)]
 struct Waiter {
     /// Set before the signal is sent. Orders nothing else: `Relaxed`.
     cancelled: AtomicBool,
-    /// The thread, as long as it is alive for certain.
+    /// The thread, while it is certainly alive.
     thread: Mutex<Option<Pid>>,
 }
 
@@ -166,7 +165,7 @@ impl Waiter {
                 break Err(Errno::INTR);
             }
             match set(file, lock, true) {
-                // Somebody else's signal, unless it is ours.
+                // Another signal, unless it is ours: check again.
                 Err(Errno::INTR) => {}
                 result => break result,
             }
@@ -216,7 +215,7 @@ fn set(file: &File, lock: Lock, wait: bool) -> Result<(), Errno> {
 fn to_host(lock: RecordLock) -> Result<sys::lock::Record, Errno> {
     let signed = |offset: u64| i64::try_from(offset).or(Err(Errno::INVAL));
     let len = match lock.end {
-        LAST => 0,
+        LAST_BYTE => 0,
         end => end
             .checked_sub(lock.start)
             .and_then(|len| len.checked_add(1))
@@ -245,9 +244,9 @@ mod tests {
             end,
         };
         assert_eq!(to_host(lock(5, 5)).unwrap().len, 1);
-        assert_eq!(to_host(lock(0, LAST - 1)).unwrap().len, i64::MAX);
-        assert_eq!(to_host(lock(7, LAST)).unwrap().len, 0);
+        assert_eq!(to_host(lock(0, LAST_BYTE - 1)).unwrap().len, i64::MAX);
+        assert_eq!(to_host(lock(7, LAST_BYTE)).unwrap().len, 0);
         assert_eq!(to_host(lock(7, 6)), Err(Errno::INVAL));
-        assert_eq!(to_host(lock(u64::MAX, LAST)), Err(Errno::INVAL));
+        assert_eq!(to_host(lock(u64::MAX, LAST_BYTE)), Err(Errno::INVAL));
     }
 }

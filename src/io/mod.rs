@@ -1,8 +1,8 @@
-//! Asynchronous files and guest buffers, over io_uring and tokio.
+//! Asynchronous files and guest buffers, on io_uring or tokio's thread pool.
 //!
-//! This room knows files, memory and the two runtimes; it knows neither virtio nor FUSE, and
-//! is of use without them. Its invariant: whatever the kernel may still read from or write to
-//! is owned by the operation, never borrowed.
+//! This module owns files, buffers and the runtimes. It depends on neither virtio nor FUSE and can
+//! be used without them. The invariant: memory that the kernel may still read or write is owned by
+//! the operation, never borrowed.
 
 mod buffer;
 mod descriptor;

@@ -1,7 +1,7 @@
-//! Whether this kernel, as set up for this process, has the io_uring that the server needs.
+//! Finds out whether this process can use the io_uring features that the server needs.
 //!
-//! Nothing is guessed from version numbers: a small ring is made and asked. The invariant:
-//! whatever the answer, it comes with a reason that fits one line of a log.
+//! Nothing is inferred from version numbers: a small ring is created and tested. The invariant:
+//! every result has a reason that fits into one log line.
 
 use std::io;
 
@@ -12,57 +12,57 @@ use super::engine::uring::setup;
 use super::runtime::{DEFAULT_RING_ENTRIES, RuntimeError};
 use super::unavailable::Unavailable;
 
-/// Which runtime is wanted.
+/// The requested runtime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// io_uring where it can be used, else tokio.
+    /// io_uring if it is usable, else tokio.
     #[default]
     Auto,
-    /// io_uring or nothing.
+    /// io_uring, or an error.
     Uring,
     /// tokio.
     Tokio,
 }
 
-/// Which runtime it came to, and why.
+/// The chosen engine, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
     /// The engine.
     pub engine: Engine,
-    /// Why, for a log: part of a sentence, without a full stop.
+    /// The reason for the log: part of a sentence, without a full stop.
     pub reason: String,
 }
 
-/// Tries io_uring out: sets up a ring and asks whether it has every operation in use.
+/// Tests io_uring: sets up a ring and checks that it supports every operation in use.
 ///
 /// # Errors
 ///
-/// Why it can't be used.
+/// The reason why it can't be used.
 pub fn probe() -> Result<(), Unavailable> {
     let ring = setup::disabled(DEFAULT_RING_ENTRIES).map_err(|e| match e.raw_os_error() {
         Some(libc::EINVAL) => Unavailable::Lacks(vec!["IORING_SETUP_R_DISABLED"]),
         _ => explain(e, sysctl()),
     })?;
-    lacking(&ring)?;
+    check_features(&ring)?;
     setup::close_and_enable(&ring)
         .map_err(|_refused| Unavailable::Lacks(vec!["IORING_REGISTER_RESTRICTIONS"]))
 }
 
-/// Decides which runtime to take.
+/// Chooses the engine.
 ///
 /// # Errors
 ///
-/// io_uring was asked for by name and can't be used.
+/// Fails if io_uring was requested explicitly and can't be used.
 pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
     let chosen = |engine, reason: String| Ok(Chosen { engine, reason });
     match choice {
-        Choice::Tokio => chosen(Engine::ThreadPool, "asked for".into()),
+        Choice::Tokio => chosen(Engine::ThreadPool, "requested".into()),
         Choice::Uring => match probe() {
-            Ok(()) => chosen(Engine::Uring, "asked for".into()),
+            Ok(()) => chosen(Engine::Uring, "requested".into()),
             Err(e) => Err(RuntimeError::Unavailable(e)),
         },
         Choice::Auto => match probe() {
-            Ok(()) => chosen(Engine::Uring, "the kernel has all it needs".into()),
+            Ok(()) => chosen(Engine::Uring, "the kernel supports it".into()),
             Err(Unavailable::Other(e)) => {
                 chosen(Engine::ThreadPool, format!("io_uring can't be set up: {e}"))
             }
@@ -71,12 +71,12 @@ pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
     }
 }
 
-fn lacking(ring: &IoUring) -> Result<(), Unavailable> {
+fn check_features(ring: &IoUring) -> Result<(), Unavailable> {
     let mut probe = Probe::new();
     if ring.submitter().register_probe(&mut probe).is_err() {
         return Err(Unavailable::Lacks(vec!["IORING_REGISTER_PROBE"]));
     }
-    let mut lacks: Vec<_> = setup::OPERATIONS
+    let mut missing: Vec<_> = setup::OPERATIONS
         .into_iter()
         .filter(|&(code, _)| !probe.is_supported(code))
         .map(|(_, name)| name)
@@ -86,20 +86,20 @@ fn lacking(ring: &IoUring) -> Result<(), Unavailable> {
         (params.is_feature_nodrop(), "FEAT_NODROP"),
         (params.is_feature_submit_stable(), "FEAT_SUBMIT_STABLE"),
     ];
-    lacks.extend(
+    missing.extend(
         features
             .iter()
             .filter(|(has, _)| !has)
             .map(|(_, name)| name),
     );
-    if lacks.is_empty() {
+    if missing.is_empty() {
         Ok(())
     } else {
-        Err(Unavailable::Lacks(lacks))
+        Err(Unavailable::Lacks(missing))
     }
 }
 
-/// The value of `kernel.io_uring_disabled`; kernels from 6.6 on have it.
+/// The value of `kernel.io_uring_disabled`, which kernels have since 6.6.
 fn sysctl() -> Option<u32> {
     let text = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok()?;
     text.trim().parse().ok()
@@ -117,7 +117,7 @@ fn explain(error: io::Error, sysctl: Option<u32>) -> Unavailable {
         },
         (Some(libc::EPERM), _) => Unavailable::Filtered { errno: "EPERM" },
         (Some(libc::EACCES), _) => Unavailable::Filtered { errno: "EACCES" },
-        // The sysctl is there, so the kernel has io_uring.
+        // The sysctl exists, so the kernel has io_uring.
         (Some(libc::ENOSYS), Some(_)) => Unavailable::Filtered { errno: "ENOSYS" },
         (Some(libc::ENOSYS), None) => Unavailable::NotInKernel,
         (Some(libc::ENOMEM), _) => Unavailable::Memory,
@@ -129,19 +129,19 @@ fn explain(error: io::Error, sysctl: Option<u32>) -> Unavailable {
 mod tests {
     use super::*;
 
-    fn told(errno: i32, sysctl: Option<u32>) -> String {
+    fn message(errno: i32, sysctl: Option<u32>) -> String {
         explain(io::Error::from_raw_os_error(errno), sysctl).to_string()
     }
 
     #[test]
-    fn each_cause_is_told_from_the_others() {
-        assert!(told(libc::ENOSYS, None).contains("has no io_uring"));
-        assert!(told(libc::ENOSYS, Some(0)).contains("seccomp"));
-        assert!(told(libc::EPERM, None).contains("seccomp"));
-        assert!(told(libc::EPERM, Some(0)).contains("seccomp"));
-        assert!(told(libc::EPERM, Some(1)).contains("kernel.io_uring_group"));
-        assert!(told(libc::EPERM, Some(2)).contains("kernel.io_uring_disabled is 2"));
-        assert!(told(libc::ENOMEM, Some(0)).contains("LimitMEMLOCK"));
-        assert_eq!(told(libc::EMFILE, None), "io_uring can't be set up");
+    fn each_cause_has_its_own_message() {
+        assert!(message(libc::ENOSYS, None).contains("has no io_uring"));
+        assert!(message(libc::ENOSYS, Some(0)).contains("seccomp"));
+        assert!(message(libc::EPERM, None).contains("seccomp"));
+        assert!(message(libc::EPERM, Some(0)).contains("seccomp"));
+        assert!(message(libc::EPERM, Some(1)).contains("kernel.io_uring_group"));
+        assert!(message(libc::EPERM, Some(2)).contains("kernel.io_uring_disabled is 2"));
+        assert!(message(libc::ENOMEM, Some(0)).contains("LimitMEMLOCK"));
+        assert_eq!(message(libc::EMFILE, None), "io_uring can't be set up");
     }
 }

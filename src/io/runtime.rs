@@ -1,9 +1,9 @@
 //! A single-threaded runtime with an [`Engine`] for file operations.
 //!
-//! What runs on a [`Runtime`] needs not know which engine it has: tasks, timers and descriptor
-//! readiness are tokio's on all, and a [`File`](super::File) asks for the current one. The
-//! invariant: dropping a runtime returns only when the kernel touches no memory of its
-//! operations any more, and frees none of that memory before.
+//! Code on a [`Runtime`] needn't know its engine: tasks, timers and descriptor readiness are
+//! tokio's with every engine, and a [`File`](super::File) uses the current one. The invariant:
+//! dropping a runtime returns only when the kernel no longer accesses memory of its operations, and
+//! frees none of that memory earlier.
 
 use std::fmt;
 use std::future::Future;
@@ -16,49 +16,48 @@ pub use tokio::task::JoinHandle;
 use super::engine::{self, Engine, EventLoop, SetupError};
 use super::unavailable::Unavailable;
 
-/// Operations that a ring hands over at once, unless said otherwise.
+/// Default size of a ring: operations that it submits at once.
 pub const DEFAULT_RING_ENTRIES: u32 = 256;
 
-/// Why a runtime can't be had.
+/// Why a runtime can't be created.
 #[derive(Debug, Error)]
 pub enum RuntimeError {
     /// The kernel refused the epoll instance or eventfd that tokio needs.
     #[error("can't set up tokio's event loop")]
     EventLoop(#[source] io::Error),
-    /// The kernel refused a ring, though it may have granted others before.
+    /// The kernel refused a ring, although it may have granted others before.
     #[error("can't set up an io_uring of {entries} entries")]
     Ring {
-        /// The size asked for.
+        /// The requested size.
         entries: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The ring was asked for by name, and isn't to be had.
-    #[error(
-        "io_uring was asked for but can't be used; choose `auto` or `tokio`, or mend the cause"
-    )]
+    /// io_uring was requested explicitly and can't be used.
+    #[error("io_uring was requested but can't be used; choose `auto` or `tokio`, or fix the cause")]
     Unavailable(#[source] Unavailable),
 }
 
-/// A single-threaded runtime with an engine for file operations. It stays on the thread that made it.
+/// A single-threaded runtime with an engine for file operations. It stays on the thread that
+/// created it.
 pub struct Runtime {
     event_loop: EventLoop,
 }
 
 impl Runtime {
-    /// Makes a runtime on this thread; a ring has [`DEFAULT_RING_ENTRIES`].
+    /// Creates a runtime on this thread; a ring has [`DEFAULT_RING_ENTRIES`].
     ///
     /// # Errors
     ///
-    /// The kernel refuses what the runtime needs. Ask [`choose`](super::choose) first for an
-    /// explanation that helps.
+    /// Fails if the kernel refuses what the runtime needs. Call [`choose`](super::choose) first for
+    /// a helpful explanation.
     pub fn new(engine: Engine) -> Result<Self, RuntimeError> {
         Self::with_ring_entries(engine, DEFAULT_RING_ENTRIES)
     }
 
-    /// Makes a runtime whose ring, if it has one, hands up to `entries` operations to the kernel
-    /// at once. More may be in flight.
+    /// Creates a runtime whose ring, if it has one, submits up to `entries` operations at once.
+    /// More may be in flight.
     ///
     /// # Errors
     ///
@@ -71,24 +70,24 @@ impl Runtime {
         Ok(Self { event_loop })
     }
 
-    /// Its engine.
+    /// The runtime's engine.
     #[must_use]
     pub fn engine(&self) -> Engine {
         self.event_loop.engine()
     }
 
-    /// The engine of the runtime that the calling code runs on, `None` outside of `block_on`.
+    /// The engine of the runtime that the caller runs on; `None` outside of `block_on`.
     #[must_use]
     pub fn current() -> Option<Engine> {
         Engine::current()
     }
 
-    /// Runs `future`, and what it spawns, until `future` ends. Tasks that are left go on at the
-    /// next call.
+    /// Runs `future`, and the tasks it spawns, until `future` completes. Remaining tasks continue
+    /// at the next call.
     ///
     /// # Panics
     ///
-    /// As `future` does, or when called from within a runtime.
+    /// If `future` does, or when called from within a runtime.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.event_loop.block_on(future)
     }
@@ -102,15 +101,15 @@ impl fmt::Debug for Runtime {
     }
 }
 
-/// Whether operations of the runtime that the caller runs on are complete that it hasn't seen yet:
-/// something to look at, beside one's own work, before one sleeps.
+/// Whether operations of the caller's runtime have completed that it hasn't processed yet. Worth
+/// checking, beside one's own work, before going to sleep.
 #[must_use]
 pub fn has_completions() -> bool {
     engine::uring::has_completions()
 }
 
-/// Starts a task on the runtime that the caller runs on; the task needs not be `Send`. Keep
-/// the handle and await it: every task belongs to someone who joins it.
+/// Starts a task on the caller's runtime; the task need not be `Send`. Keep the handle and await
+/// it: every task belongs to an owner that joins it.
 ///
 /// # Panics
 ///

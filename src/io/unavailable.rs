@@ -1,6 +1,6 @@
 //! Why io_uring can't be used by this process.
 //!
-//! The invariant: each reason says what an administrator can do about it, where anything can be done.
+//! The invariant: each reason says what an administrator can do about it, if anything.
 
 use std::io;
 
@@ -12,34 +12,34 @@ pub enum Unavailable {
     /// `io_uring_setup(2)` doesn't exist.
     #[error("this kernel has no io_uring (it takes Linux 5.10 or later with CONFIG_IO_URING)")]
     NotInKernel,
-    /// It exists, and a filter says it doesn't; or refuses it.
+    /// It exists, but a filter hides or refuses it.
     #[error(
         "io_uring is refused to this process ({errno}), most likely by a seccomp filter, as \
          container engines set by default; allow io_uring_setup, io_uring_enter and io_uring_register there"
     )]
     Filtered {
-        /// What the call said.
+        /// The call's error.
         errno: &'static str,
     },
-    /// The administrator switched it off.
+    /// The administrator disabled it.
     #[error("io_uring is switched off: sysctl kernel.io_uring_disabled is {level}; {remedy}")]
     SwitchedOff {
         /// The sysctl's value.
         level: u32,
-        /// What lets this process use it.
+        /// How to allow it for this process.
         remedy: &'static str,
     },
-    /// The ring doesn't fit the limit of locked memory, which all processes of a user share (kernels
-    /// before 5.12 and from 6.14 on), or no memory is left.
+    /// The ring exceeds the limit for locked memory, which all processes of a user share (kernels
+    /// before 5.12 and from 6.14 on), or there is no memory left.
     #[error(
         "no memory for a ring: it counts as locked memory on some kernels, and all rings of a user \
          together; raise the limit (ulimit -l, LimitMEMLOCK=)"
     )]
     Memory,
-    /// The kernel is too old for some operation.
+    /// The kernel is too old for an operation.
     #[error("this kernel's io_uring lacks {}", .0.join(", "))]
     Lacks(Vec<&'static str>),
-    /// Something else.
+    /// Another error.
     #[error("io_uring can't be set up")]
     Other(#[source] io::Error),
 }

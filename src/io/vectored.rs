@@ -1,6 +1,6 @@
 //! `preadv2(2)` and `pwritev2(2)` on guest buffers.
 //!
-//! The invariant: the memory that a call names stays mapped until it returns, as the buffer is
+//! The invariant: the memory that a call names stays mapped until it returns, because the buffer is
 //! borrowed.
 
 #![allow(unsafe_code, reason = "system calls that take raw guest memory")]
@@ -19,8 +19,8 @@ type Call = unsafe extern "C" fn(
     libc::c_int,
 ) -> libc::ssize_t;
 
-/// One `preadv2` with `flags` into the buffer from its byte `done` on; retried when a signal
-/// interrupts it.
+/// One `preadv2` with `flags` into the buffer from byte `done` on; retried if a signal interrupts
+/// it.
 ///
 /// # Errors
 ///
@@ -35,8 +35,8 @@ pub(super) fn read(
     transfer(libc::preadv2, fd, buffer, done, (offset, flags))
 }
 
-/// One `pwritev2` with `flags` of the buffer from its byte `done` on; retried when a signal
-/// interrupts it.
+/// One `pwritev2` with `flags` of the buffer from byte `done` on; retried if a signal interrupts
+/// it.
 ///
 /// # Errors
 ///
@@ -51,7 +51,7 @@ pub(super) fn write(
     transfer(libc::pwritev2, fd, buffer, done, (offset, flags))
 }
 
-/// The buffer from its byte `done` on by one `pwritev2`, or by as few as take all pieces.
+/// Writes the buffer from byte `done` on by one `pwritev2`, or by the fewest that hold all pieces.
 ///
 /// # Errors
 ///
@@ -75,13 +75,13 @@ pub(super) fn write_all_pieces(
     }
 }
 
-/// Bytes that one operation moves from byte `done` of the buffer on, if it moves all it can.
+/// The bytes that one operation transfers from byte `done` of the buffer on, if it is complete.
 pub(super) fn one_operation(buffer: &GuestBuffer, done: usize) -> usize {
     let pieces = buffer.io_vecs(done);
     pieces.iter().take(IOV_MAX).map(|piece| piece.iov_len).sum()
 }
 
-/// A write that failed after some bytes is short, as the file has them.
+/// The result of a write that failed after `done` bytes: short if any were written.
 pub(super) fn ok_if_any(done: usize, error: io::Error) -> io::Result<usize> {
     if done > 0 { Ok(done) } else { Err(error) }
 }

@@ -1,22 +1,22 @@
-//! Texts in the table: words that a record refers to. A text never changes; another takes its place,
-//! by one store in the record.
+//! Blobs in the state table: names, file handles and lock ranges that records refer to. A blob
+//! never changes; a record switches to another blob by one store.
 //!
-//! The first word of a text has its length in bytes in its upper sixteen bits. In the lower ones a name
-//! has the node id of its directory, and a mark if its second word is a print; any other text has
-//! nothing there.
+//! The first word of a blob has its length in bytes in the upper 16 bits. The lower bits are 0,
+//! except for a name: there they hold the node id of its directory, and a mark if the second word
+//! is a print (a digest of the inode's file handle).
 
 use super::slabs::{RecordKind, word_of};
-use super::{RecordRef, Table};
+use super::{SlotRef, Table};
 use crate::sys::shared::WORD;
 
-/// The longest text, bytes.
-pub(super) const LONGEST: usize = 60_000;
+/// The longest blob, bytes.
+pub(super) const MAX_LEN: usize = 60_000;
 
 const LEN: u32 = 48;
 const PRINTED: u64 = 1 << 47;
 const PARENT: u64 = PRINTED - 1;
 
-/// A name, and where it is.
+/// A name and its directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name {
     /// The node id of the directory.
@@ -27,7 +27,7 @@ pub struct Name {
     pub print: u64,
 }
 
-/// `bytes` as words, the last one filled up with zeros.
+/// `bytes` as words, the last one padded with zeros.
 fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.chunks(WORD).map(|chunk| {
         let mut word = [0; WORD];
@@ -37,13 +37,13 @@ fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 impl Table {
-    /// Writes a text down. `None` if the table is full, or the text too long.
-    pub(super) fn new_text(&self, bytes: &[u8]) -> Option<RecordRef> {
+    /// Writes a blob. `None` if the table is full, or the blob too long.
+    pub(super) fn new_blob(&self, bytes: &[u8]) -> Option<SlotRef> {
         self.new_words(bytes.len(), 0, None, bytes)
     }
 
-    /// Writes a name down, likewise.
-    pub(super) fn new_name(&self, parent: u64, bytes: &[u8], print: u64) -> Option<RecordRef> {
+    /// Writes a name, likewise.
+    pub(super) fn new_name(&self, parent: u64, bytes: &[u8], print: u64) -> Option<SlotRef> {
         let print = (print != 0).then_some(print);
         let marked = if print.is_some() { PRINTED } else { 0 };
         if parent > PARENT {
@@ -58,48 +58,48 @@ impl Table {
         low: u64,
         second: Option<u64>,
         bytes: &[u8],
-    ) -> Option<RecordRef> {
-        if len > LONGEST {
+    ) -> Option<SlotRef> {
+        if len > MAX_LEN {
             return None;
         }
         let words = 1 + usize::from(second.is_some()) + bytes.len().div_ceil(WORD);
-        let place = self.take(RecordKind::text(words)?)?;
-        let first = word_of(place);
+        let slot = self.allocate(RecordKind::blob(words)?)?;
+        let first = word_of(slot);
         let head = [(len as u64) << LEN | low].into_iter().chain(second);
         for (n, word) in head.chain(words_of(bytes)).enumerate() {
             self.store(first + n, word);
         }
-        Some(place)
+        Some(slot)
     }
 
-    /// Where the bytes of the text at `place` begin, how many they are, and its first word.
-    fn text_at(&self, place: RecordRef) -> (usize, usize, u64) {
-        let first = word_of(place);
+    /// Position of the bytes of the blob at `slot`, their number, and the first word.
+    fn blob_at(&self, slot: SlotRef) -> (usize, usize, u64) {
+        let first = word_of(slot);
         let head = self.load(first);
-        let len = usize::try_from(head >> LEN).unwrap_or(0).min(LONGEST);
+        let len = usize::try_from(head >> LEN).unwrap_or(0).min(MAX_LEN);
         let skip = if head & PRINTED == 0 { 1 } else { 2 };
         (first + skip, len, head)
     }
 
-    /// The text at `place`.
-    pub(super) fn text(&self, place: RecordRef) -> Vec<u8> {
-        let (first, len, _) = self.text_at(place);
+    /// The blob at `slot`.
+    pub(super) fn blob(&self, slot: SlotRef) -> Vec<u8> {
+        let (first, len, _) = self.blob_at(slot);
         let words = (0..len.div_ceil(WORD)).map(|n| self.load(first + n));
         words.flat_map(u64::to_le_bytes).take(len).collect()
     }
 
-    /// The name at `place`.
-    pub(super) fn name(&self, place: RecordRef) -> Name {
+    /// The name at `slot`.
+    pub(super) fn name(&self, slot: SlotRef) -> Name {
         Name {
-            parent: self.parent_of(place),
-            bytes: self.text(place),
-            print: self.print_of(place),
+            parent: self.parent_of(slot),
+            bytes: self.blob(slot),
+            print: self.print_of(slot),
         }
     }
 
-    /// The print of the name at `place`; 0 for none.
-    pub(super) fn print_of(&self, place: RecordRef) -> u64 {
-        let (first, _, head) = self.text_at(place);
+    /// The print of the name at `slot`; 0 for none.
+    pub(super) fn print_of(&self, slot: SlotRef) -> u64 {
+        let (first, _, head) = self.blob_at(slot);
         if head & PRINTED == 0 {
             0
         } else {
@@ -107,36 +107,36 @@ impl Table {
         }
     }
 
-    /// The directory of the name at `place`.
-    pub(super) fn parent_of(&self, place: RecordRef) -> u64 {
-        self.load(word_of(place)) & PARENT
+    /// The directory of the name at `slot`.
+    pub(super) fn parent_of(&self, slot: SlotRef) -> u64 {
+        self.load(word_of(slot)) & PARENT
     }
 
-    /// Whether the name at `place` is this one.
-    pub(super) fn is_name(&self, place: RecordRef, parent: u64, bytes: &[u8]) -> bool {
-        let (first, len, head) = self.text_at(place);
+    /// Whether the name at `slot` is `bytes` in `parent`.
+    pub(super) fn is_name(&self, slot: SlotRef, parent: u64, bytes: &[u8]) -> bool {
+        let (first, len, head) = self.blob_at(slot);
         (head & PARENT, len) == (parent, bytes.len())
             && words_of(bytes)
                 .enumerate()
                 .all(|(n, word)| self.load(first + n) == word)
     }
 
-    /// Gives a text up that no record refers to any more.
-    pub(super) fn end_text(&self, place: RecordRef) {
-        if place != 0 {
-            self.give_back(place);
+    /// Frees a blob that no record refers to any more.
+    pub(super) fn free_blob(&self, slot: SlotRef) {
+        if slot != 0 {
+            self.free(slot);
         }
     }
 
-    /// Takes the text at `place` of a table that was opened. False if it can't be one.
-    pub(super) fn claim_text(&self, place: RecordRef) -> bool {
-        let Some(room) = self.slabs.text_words(place) else {
+    /// Claims the blob at `slot` of a table that was opened. False if it is not a valid blob.
+    pub(super) fn claim_blob(&self, slot: SlotRef) -> bool {
+        let Some(room) = self.slabs.blob_words(slot) else {
             return false;
         };
-        let head = self.load(word_of(place));
+        let head = self.load(word_of(slot));
         let len = usize::try_from(head >> LEN).unwrap_or(usize::MAX);
         let skip = if head & PRINTED == 0 { 1 } else { 2 };
         let words = skip + len.div_ceil(WORD);
-        len <= LONGEST && words <= room && self.slabs.claim(place, words)
+        len <= MAX_LEN && words <= room && self.slabs.claim(slot, words)
     }
 }

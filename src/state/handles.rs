@@ -1,13 +1,13 @@
 //! Records of open files and directories.
 //!
-//! The words of a record: handle; node id; the request that opened it; flags; what the
-//! whole file is locked for; two that are spare; state and descriptor.
+//! The words of a record: handle; node id; the request that opened it; flags; kind of the lock on
+//! the whole file; two unused words; state and descriptor.
 
 use std::sync::Arc;
 
 use super::inodes::{descriptor, with_descriptor};
 use super::slabs::{RecordKind, STATE, word_of};
-use super::{RecordRef, StateError, Table};
+use super::{SlotRef, StateError, Table};
 
 const HANDLE: usize = 0;
 const NODE: usize = 1;
@@ -21,54 +21,54 @@ const DIRECTORY: u64 = 2;
 /// An open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HandleFields {
-    /// What the guest calls it.
+    /// The guest's handle.
     pub handle: u64,
     /// The inode.
     pub node: u64,
-    /// It is a directory.
+    /// Whether it is a directory.
     pub directory: bool,
-    /// What it was opened with: flags of `open(2)`.
+    /// Flags of `open(2)`.
     pub flags: u32,
     /// The number of its descriptor.
     pub fd: i32,
 }
 
-/// The record of an open file; dropping it ends it, unless the table is closed.
+/// The record of an open file. Dropping it removes it from the table, unless the table is closed.
 #[derive(Debug)]
 pub struct HandleRecord {
     table: Arc<Table>,
-    place: RecordRef,
+    slot: SlotRef,
 }
 
 impl Table {
-    /// Writes down what the request `unique` has opened. `None` if the table is full.
+    /// Records what the request `unique` has opened. `None` if the table is full.
     pub fn new_handle(
         self: &Arc<Self>,
         fields: &HandleFields,
         unique: u64,
     ) -> Option<HandleRecord> {
-        let place = self.take(RecordKind::Handle)?;
+        let slot = self.allocate(RecordKind::Handle)?;
         let record = HandleRecord {
             table: Arc::clone(self),
-            place,
+            slot,
         };
         record.set(HANDLE, fields.handle);
         record.set(NODE, fields.node);
         record.set(UNIQUE, unique);
         record.set(FLAGS, u64::from(fields.flags));
         record.set(LOCK, 0);
-        let sort = if fields.directory { DIRECTORY } else { FILE };
-        record.set(STATE, sort | with_descriptor(Some(fields.fd)));
+        let kind = if fields.directory { DIRECTORY } else { FILE };
+        record.set(STATE, kind | with_descriptor(Some(fields.fd)));
         Some(record)
     }
 
-    /// The open files of a table that was opened. To be called once.
+    /// The open files of a table that was opened. Must be called only once.
     pub fn take_handles(self: &Arc<Self>) -> Vec<HandleRecord> {
         let mut records = Vec::new();
-        self.slabs.each(RecordKind::Handle, |place| {
+        self.slabs.for_each(RecordKind::Handle, |slot| {
             records.push(HandleRecord {
                 table: Arc::clone(self),
-                place,
+                slot,
             });
         });
         records
@@ -78,8 +78,8 @@ impl Table {
         let mut fault = None;
         let mut handles = std::collections::HashSet::new();
         let known = self.handles_given_out();
-        self.slabs.each(RecordKind::Handle, |place| {
-            let at = word_of(place);
+        self.slabs.for_each(RecordKind::Handle, |slot| {
+            let at = word_of(slot);
             let handle = self.load(at + HANDLE);
             let what = if !matches!(self.load(at + STATE) & 0xff, FILE | DIRECTORY) {
                 "the state of an open file"
@@ -96,14 +96,14 @@ impl Table {
 
 impl HandleRecord {
     fn get(&self, at: usize) -> u64 {
-        self.table.load(word_of(self.place) + at)
+        self.table.load(word_of(self.slot) + at)
     }
 
     fn set(&self, at: usize, value: u64) {
-        self.table.store(word_of(self.place) + at, value);
+        self.table.store(word_of(self.slot) + at, value);
     }
 
-    /// What was written down.
+    /// The recorded fields.
     #[must_use]
     pub fn fields(&self) -> HandleFields {
         let state = self.get(STATE);
@@ -122,21 +122,21 @@ impl HandleRecord {
         self.get(UNIQUE)
     }
 
-    /// What the whole file is locked for (`flock(2)`): 0 for nothing.
+    /// The lock on the whole file (`flock(2)`): 0 for none.
     #[must_use]
     pub fn lock(&self) -> u64 {
         self.get(LOCK)
     }
 
-    /// Sets it.
+    /// Sets the lock on the whole file.
     pub fn set_lock(&self, kind: u64) {
         self.set(LOCK, kind);
     }
 
-    /// Sets its descriptor, where it was opened anew.
+    /// Sets the descriptor, after the file was reopened.
     pub fn set_descriptor(&self, fd: Option<i32>) {
-        let sort = self.get(STATE) & 0xff;
-        self.set(STATE, sort | with_descriptor(fd));
+        let kind = self.get(STATE) & 0xff;
+        self.set(STATE, kind | with_descriptor(fd));
     }
 }
 
@@ -146,6 +146,6 @@ impl Drop for HandleRecord {
             return;
         }
         self.set(STATE, 0);
-        self.table.give_back(self.place);
+        self.table.free(self.slot);
     }
 }

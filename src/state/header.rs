@@ -1,5 +1,5 @@
-//! The first page of the table: whose it is, how it is laid out, what was agreed on; and the block
-//! in which the front end's part lies.
+//! The header of the state table (its first page): layout, counters and the negotiated parameters;
+//! and the block that holds the front end's session.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -17,67 +17,68 @@ pub(super) const CHUNK: usize = 8192;
 
 /// The first word of a table.
 const MAGIC: u64 = u64::from_le_bytes(*b"ringfsd\0");
-/// What this program writes and reads. Whatever moves or gets another meaning needs another.
+/// The version that this program writes and reads. Any change of position or meaning requires
+/// another one.
 pub(super) const VERSION: u64 = 1;
 
-/// Words of a page: what is given back to the system is whole pages.
+/// Words of a page: memory is returned to the system in whole pages.
 const PAGE: usize = 512;
 
-/// Where the words of the header are.
+/// Positions of the words of the header.
 mod at {
     pub(super) const MAGIC: usize = 0;
     pub(super) const VERSION: usize = 1;
     pub(super) const CHUNKS: usize = 2;
     pub(super) const QUEUES: usize = 3;
-    /// Over the four before.
+    /// Digest of the four words before.
     pub(super) const CHECK: usize = 4;
-    /// Node ids below were given out.
+    /// Node ids below this one are used.
     pub(super) const NODES: usize = 8;
-    /// Handles below were.
+    /// Handles below this one are used.
     pub(super) const HANDLES: usize = 9;
     pub(super) const GENERATION: usize = 10;
-    /// Which half of the threads' room is in use: 0 or 1.
+    /// The half of the thread journals that is in use: 0 or 1.
     pub(super) const HALF: usize = 11;
-    /// The log has told that a VMM can connect: 0 or 1.
+    /// Whether the log line that a VMM can connect was written: 0 or 1.
     pub(super) const ANNOUNCED: usize = 12;
-    /// Which of the front end's two blocks holds: 1 or 2, and 0 for none.
+    /// The valid one of the front end's two blocks: 1 or 2, or 0 for none.
     pub(super) const FRONT: usize = 16;
-    /// Which of the two agreements does.
+    /// The valid one of the two agreements.
     pub(super) const AGREED: usize = 24;
     pub(super) const AGREEMENTS: usize = 32;
     /// How much of the reply to the front end was sent.
     pub(super) const RECEIPT: usize = 56;
 }
 
-/// Words of what was agreed on with the guest: as `fuse` writes them.
+/// The negotiated parameters, as `fuse` encodes them.
 pub type Agreement = [u64; 8];
 
 /// Words of each of the front end's two blocks.
 const FRONT: usize = 16 * 1024;
 
-/// Words for each queue: what is in flight, and what became of it.
+/// Words for each queue: the requests in flight and their results.
 const QUEUE: usize = 1 << 19;
 
-/// How much a table is to hold.
+/// The capacity of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Inodes, at most.
+    /// Maximum number of inodes.
     pub inodes: usize,
-    /// Open files and lock owners together, at most.
+    /// Maximum number of open files and lock owners together.
     pub handles: usize,
     /// Queues of the device.
     pub queues: u16,
 }
 
 impl Limits {
-    /// How long the file of such a table is, most of it holes.
+    /// The length of the table's file, most of which is holes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         Layout::of(self).bytes()
     }
 }
 
-/// Where the parts of a table are, in words from its beginning.
+/// Positions of the parts of a table, in words from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) queue_count: usize,
@@ -90,8 +91,8 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn of(limits: &Limits) -> Self {
-        // A record, and as much again for its name and file handle, or twice as much for one of
-        // the longest names: a guest whose names are all long knows fewer inodes.
+        // A record, and the same again for its name and file handle, or twice as much with one of
+        // the longest names. A guest whose names are all long can know fewer inodes.
         let inodes = limits.inodes.saturating_mul(16);
         let handles = limits.handles.saturating_mul(8);
         let words = inodes.saturating_add(handles).saturating_add(64 * CHUNK);
@@ -116,11 +117,11 @@ impl Layout {
         self.chunks + self.chunk_count * CHUNK
     }
 
-    /// What is used from the beginning: where, and how many words.
+    /// The ranges that are always used: position and number of words.
     pub(super) fn always_used(&self) -> impl Iterator<Item = (usize, usize)> {
         let head = (0, self.queues);
         let kinds = (self.kinds, self.chunk_count);
-        // As many requests in flight as queues have entries, as a rule.
+        // Room for as many requests in flight as queues usually have entries.
         let queues = (0..self.queue_count).map(|queue| (self.queues + queue * QUEUE, 1024 * 8));
         [head, kinds].into_iter().chain(queues)
     }
@@ -139,7 +140,7 @@ impl Layout {
     }
 }
 
-/// Mixes a few words into one.
+/// A digest of some words.
 pub(super) fn digest(words: impl IntoIterator<Item = u64>) -> u64 {
     words.into_iter().fold(0x9e37_79b9_7f4a_7c15, |sum, word| {
         let product = (sum ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd);
@@ -156,7 +157,7 @@ pub(super) fn write(words: &SharedWords, layout: &Layout) {
         (at::NODES, 2),
         (at::HANDLES, 1),
         (at::VERSION, VERSION),
-        // Last: without it, it is no table.
+        // Last, because only this word makes it a table.
         (at::MAGIC, MAGIC),
     ];
     for (at, value) in parts {
@@ -166,7 +167,7 @@ pub(super) fn write(words: &SharedWords, layout: &Layout) {
     }
 }
 
-/// Reads the header of what is in `file`, which has `found` bytes.
+/// Reads the header of `file`, which has `found` bytes.
 pub(super) fn read(file: &OwnedFd, found: u64) -> Result<Layout, StateError> {
     let mut bytes = [0; (at::CHECK + 1) * WORD];
     let len = rustix::io::pread(file.as_fd(), &mut bytes, 0).map_err(StateError::Length)?;
@@ -187,7 +188,7 @@ pub(super) fn read(file: &OwnedFd, found: u64) -> Result<Layout, StateError> {
     }
     let damaged = |what, at| StateError::Damaged { what, at };
     let (chunks, queues) = (word(at::CHUNKS), word(at::QUEUES));
-    // More than any file can be long.
+    // More than the longest file could hold.
     if chunks > 1 << 32 || queues > 1 << 16 {
         return Err(damaged("the sizes in its header", at::CHUNKS));
     }
@@ -203,44 +204,43 @@ pub(super) fn read(file: &OwnedFd, found: u64) -> Result<Layout, StateError> {
     Ok(layout)
 }
 
-/// How many node ids and handles are taken out of the table at once: so that it isn't written to
-/// for each.
-const NUMBERS: u64 = 1 << 12;
+/// How many node ids and handles are reserved at once, so that the table isn't written for each.
+const RESERVED_NUMBERS: u64 = 1 << 12;
 
 impl Table {
-    /// Node ids that were never given out: the first, and how many from there on.
+    /// Reserves unused node ids: the first, and their number.
     pub fn more_nodes(&self) -> (u64, u64) {
-        self.more(at::NODES)
+        self.reserve_numbers(at::NODES)
     }
 
-    /// Handles that were never given out: the first, and how many from there on.
+    /// Reserves unused handles: the first, and their number.
     pub fn more_handles(&self) -> (u64, u64) {
-        self.more(at::HANDLES)
+        self.reserve_numbers(at::HANDLES)
     }
 
-    fn more(&self, at: usize) -> (u64, u64) {
-        let first = self.word(at).fetch_add(NUMBERS, Ordering::AcqRel);
-        (first, NUMBERS)
+    fn reserve_numbers(&self, at: usize) -> (u64, u64) {
+        let first = self.word(at).fetch_add(RESERVED_NUMBERS, Ordering::AcqRel);
+        (first, RESERVED_NUMBERS)
     }
 
-    /// Node ids below were given out, or are as good as.
+    /// Node ids below this one are used or reserved.
     #[must_use]
     pub fn nodes_given_out(&self) -> u64 {
         self.load(at::NODES)
     }
 
-    /// Handles below were given out, or are as good as.
+    /// Handles below this one are used or reserved.
     #[must_use]
     pub fn handles_given_out(&self) -> u64 {
         self.load(at::HANDLES)
     }
 
-    /// Takes node ids below `node` for given out.
+    /// Marks node ids below `node` as used.
     pub fn skip_to_node(&self, node: u64) {
         self.word(at::NODES).fetch_max(node, Ordering::AcqRel);
     }
 
-    /// Takes handles below `handle` for given out.
+    /// Marks handles below `handle` as used.
     pub fn skip_to_handle(&self, handle: u64) {
         self.word(at::HANDLES).fetch_max(handle, Ordering::AcqRel);
     }
@@ -254,23 +254,25 @@ impl Table {
         self.half.store(half, Ordering::Relaxed);
     }
 
-    /// What handles of one table are told from those of another by; 0 until it is set.
+    /// A number that distinguishes this table's handles from those of other tables; 0 until it is
+    /// set.
     pub fn generation(&self) -> u64 {
         self.load(at::GENERATION)
     }
 
-    /// Sets it.
+    /// Sets the generation.
     pub fn set_generation(&self, generation: u64) {
         self.store(at::GENERATION, generation);
     }
 
-    /// What was agreed on with the guest, while there is a session.
+    /// The negotiated parameters, while there is a session.
     pub fn agreement(&self) -> Option<Agreement> {
         let first = agreement_at(self.load(at::AGREED))?;
         Some(std::array::from_fn(|n| self.load(first + n)))
     }
 
-    /// Remembers what was agreed on, or that nothing is any more. Not to be called by two at once.
+    /// Records the negotiated parameters, or that there are none any more. Must not be called
+    /// concurrently.
     pub fn set_agreement(&self, agreement: Option<Agreement>) {
         let Some(agreement) = agreement else {
             self.store(at::AGREED, 0);
@@ -285,15 +287,15 @@ impl Table {
         self.store(at::AGREED, other);
     }
 
-    /// The most bytes that the front end's part may have.
-    pub const MOST_FRONT: usize = (FRONT - 2) * WORD;
+    /// Maximum length of the front end's session, bytes.
+    pub const MAX_FRONT_LEN: usize = (FRONT - 2) * WORD;
 
-    /// What the front end has said, as `front` wrote it down.
+    /// The front end's session, as `vhost_user` encoded it.
     #[must_use]
     pub fn front(&self) -> Option<Vec<u8>> {
         let first = front_at(self.load(at::FRONT))?;
         let len = usize::try_from(self.load(first)).ok()?;
-        if len > Self::MOST_FRONT {
+        if len > Self::MAX_FRONT_LEN {
             return None;
         }
         let words = (0..len.div_ceil(WORD)).map(|n| self.load(first + 2 + n));
@@ -301,10 +303,10 @@ impl Table {
         (digest(words) == self.load(first + 1)).then_some(bytes)
     }
 
-    /// Remembers what the front end has said; with no bytes, that there is none. Whoever reads
-    /// finds all of it, or all of what was there before. Not to be called by two at once.
+    /// Records the front end's session; empty bytes mean that there is none. A reader finds either
+    /// all of it, or all of the previous one. Must not be called concurrently.
     pub fn set_front(&self, bytes: &[u8]) {
-        if bytes.is_empty() || bytes.len() > Self::MOST_FRONT {
+        if bytes.is_empty() || bytes.len() > Self::MAX_FRONT_LEN {
             self.store(at::FRONT, 0);
             return;
         }
@@ -325,37 +327,36 @@ impl Table {
         self.store(at::FRONT, other);
     }
 
-    /// Whether a process of this server has told launchers that a VMM can connect.
+    /// Whether a process of this server has announced that a VMM can connect.
     #[must_use]
     pub fn is_announced(&self) -> bool {
         self.load(at::ANNOUNCED) == 1
     }
 
-    /// One has.
+    /// Records that this was announced.
     pub fn set_announced(&self) {
         self.store(at::ANNOUNCED, 1);
     }
 
-    /// How much was sent of the reply that stands in the front end's part. Not to be used by two at
-    /// once.
+    /// How much was sent of the reply in the front end's session. Must not be used concurrently.
     pub(crate) fn receipt(&self) -> Option<Receipt<'_>> {
         Receipt::new(self.words.get_some(at::RECEIPT, Receipt::WORDS)?)
     }
 
-    /// Whether there is something to go on from: a guest's session, or a front end's.
+    /// Whether there is a session to resume: a guest's, or a front end's.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
         self.agreement().is_some() || self.front().is_some()
     }
 
-    /// How many queues it has room for.
+    /// The number of queues that the table has space for.
     #[must_use]
     pub fn queue_count(&self) -> usize {
         self.layout.queue_count
     }
 
-    /// The words of queue `index`, [`QueuePart::WORDS`] of them, 0 in a new table. `None` if the
-    /// table has been made for fewer queues.
+    /// The words of queue `index`, [`QueuePart::WORDS`] of them; they are 0 in a new table. `None`
+    /// if the table was made for fewer queues.
     #[must_use]
     pub fn queue(self: &Arc<Self>, index: u16) -> Option<QueuePart> {
         let index = usize::from(index);
@@ -366,7 +367,7 @@ impl Table {
     }
 }
 
-/// The part of the table that belongs to one queue: what is in flight, and what became of it.
+/// The part of the table that belongs to one queue: the requests in flight and their results.
 #[derive(Clone, Debug)]
 pub struct QueuePart {
     table: Arc<Table>,
@@ -374,10 +375,10 @@ pub struct QueuePart {
 }
 
 impl QueuePart {
-    /// How many words it has.
+    /// The number of words.
     pub const WORDS: usize = QUEUE;
 
-    /// One of its words; `None` beyond the last.
+    /// One word; `None` beyond the last.
     #[inline]
     #[must_use]
     pub fn word(&self, at: usize) -> Option<&AtomicU64> {
@@ -398,16 +399,16 @@ impl QueuePart {
     }
 }
 
-fn agreement_at(which: u64) -> Option<usize> {
-    match which {
+fn agreement_at(half: u64) -> Option<usize> {
+    match half {
         1 => Some(at::AGREEMENTS),
         2 => Some(at::AGREEMENTS + 8),
         _ => None,
     }
 }
 
-fn front_at(which: u64) -> Option<usize> {
-    match which {
+fn front_at(half: u64) -> Option<usize> {
+    match half {
         1 => Some(PAGE),
         2 => Some(PAGE + FRONT),
         _ => None,

@@ -1,14 +1,15 @@
-//! Records of lock owners: which ranges of a file one has, and the descriptor that they belong to.
+//! Records of lock owners: the ranges of a file that an owner has locked, and the descriptor that
+//! holds the locks.
 //!
-//! The words of a record: owner; node id; the handle that was locked with last; the text of its
-//! ranges; three that are spare; state and descriptor.
+//! The words of a record: owner; node id; the handle used for the last lock; the blob of its
+//! ranges; three unused words; state and descriptor.
 
 use std::sync::Arc;
 
-use super::blobs::LONGEST;
+use super::blobs::MAX_LEN;
 use super::inodes::{descriptor, with_descriptor};
 use super::slabs::{RecordKind, STATE, word_of};
-use super::{RecordRef, StateError, Table};
+use super::{SlotRef, StateError, Table};
 
 const OWNER: usize = 0;
 const NODE: usize = 1;
@@ -23,41 +24,41 @@ const RANGE: usize = 24;
 /// A lock owner of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockFields {
-    /// What the guest calls the owner.
+    /// The guest's number for the owner.
     pub owner: u64,
     /// The inode.
     pub node: u64,
-    /// What was locked with last.
+    /// The handle used for the last lock.
     pub handle: u64,
-    /// The number of the descriptor that the locks belong to.
+    /// The number of the descriptor that holds the locks.
     pub fd: i32,
 }
 
-/// Part of a file that is locked.
+/// A locked part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// For one alone; else shared with others of its kind.
+    /// Whether the lock is exclusive; otherwise it is shared.
     pub exclusive: bool,
     /// The first byte.
     pub start: u64,
-    /// The last one.
+    /// The last byte.
     pub end: u64,
 }
 
-/// The record of a lock owner; dropping it ends it, unless the table is closed.
+/// The record of a lock owner. Dropping it removes it from the table, unless the table is closed.
 #[derive(Debug)]
 pub struct LockRecord {
     table: Arc<Table>,
-    place: RecordRef,
+    slot: SlotRef,
 }
 
 impl Table {
-    /// Writes a lock owner down that has no range yet. `None` if the table is full.
+    /// Records a lock owner that has no ranges yet. `None` if the table is full.
     pub fn new_lock(self: &Arc<Self>, fields: &LockFields) -> Option<LockRecord> {
-        let place = self.take(RecordKind::Lock)?;
+        let slot = self.allocate(RecordKind::Lock)?;
         let record = LockRecord {
             table: Arc::clone(self),
-            place,
+            slot,
         };
         record.set(OWNER, fields.owner);
         record.set(NODE, fields.node);
@@ -67,13 +68,13 @@ impl Table {
         Some(record)
     }
 
-    /// The lock owners of a table that was opened. To be called once.
+    /// The lock owners of a table that was opened. Must be called only once.
     pub fn take_locks(self: &Arc<Self>) -> Vec<LockRecord> {
         let mut records = Vec::new();
-        self.slabs.each(RecordKind::Lock, |place| {
+        self.slabs.for_each(RecordKind::Lock, |slot| {
             records.push(LockRecord {
                 table: Arc::clone(self),
-                place,
+                slot,
             });
         });
         records
@@ -81,13 +82,13 @@ impl Table {
 
     pub(super) fn check_locks(&self) -> Result<(), StateError> {
         let mut fault = None;
-        self.slabs.each(RecordKind::Lock, |place| {
-            let at = word_of(place);
+        self.slabs.for_each(RecordKind::Lock, |slot| {
+            let at = word_of(slot);
             let ranges = self.load(at + RANGES);
             let what = if self.load(at + STATE) & 0xff != LIVE {
                 "the state of a lock owner"
             } else if ranges != 0
-                && !RecordRef::try_from(ranges).is_ok_and(|place| self.claim_text(place))
+                && !SlotRef::try_from(ranges).is_ok_and(|slot| self.claim_blob(slot))
             {
                 "the ranges of a lock owner"
             } else {
@@ -101,14 +102,14 @@ impl Table {
 
 impl LockRecord {
     fn get(&self, at: usize) -> u64 {
-        self.table.load(word_of(self.place) + at)
+        self.table.load(word_of(self.slot) + at)
     }
 
     fn set(&self, at: usize, value: u64) {
-        self.table.store(word_of(self.place) + at, value);
+        self.table.store(word_of(self.slot) + at, value);
     }
 
-    /// What was written down.
+    /// The recorded fields.
     #[must_use]
     pub fn fields(&self) -> LockFields {
         LockFields {
@@ -119,26 +120,26 @@ impl LockRecord {
         }
     }
 
-    /// Sets what was locked with last.
+    /// Sets the handle used for the last lock.
     pub fn set_handle(&self, handle: u64) {
         self.set(HANDLE, handle);
     }
 
-    /// Sets its descriptor, where it was opened anew.
+    /// Sets the descriptor, after the file was reopened.
     pub fn set_descriptor(&self, fd: Option<i32>) {
         self.set(STATE, LIVE | with_descriptor(fd));
     }
 
-    /// What is locked.
+    /// The locked ranges.
     #[must_use]
     pub fn ranges(&self) -> Vec<Range> {
-        let Some(place) = RecordRef::try_from(self.get(RANGES))
+        let Some(slot) = SlotRef::try_from(self.get(RANGES))
             .ok()
             .filter(|it| *it != 0)
         else {
             return Vec::new();
         };
-        let bytes = self.table.text(place);
+        let bytes = self.table.blob(slot);
         let word = |bytes: &[u8], at: usize| {
             let word = bytes
                 .get(at..at + 8)
@@ -155,9 +156,9 @@ impl LockRecord {
             .collect()
     }
 
-    /// Sets what is locked. False if that can't be written down: the ranges are too many.
+    /// Sets the locked ranges. False if they can't be recorded because there are too many.
     pub fn set_ranges(&self, ranges: &[Range]) -> bool {
-        if ranges.len() > LONGEST / RANGE {
+        if ranges.len() > MAX_LEN / RANGE {
             return false;
         }
         let bytes: Vec<u8> = ranges
@@ -168,14 +169,14 @@ impl LockRecord {
         let new = if ranges.is_empty() {
             Some(0)
         } else {
-            self.table.new_text(&bytes)
+            self.table.new_blob(&bytes)
         };
         let Some(new) = new else {
             return false;
         };
-        let old = RecordRef::try_from(self.get(RANGES)).unwrap_or(0);
+        let old = SlotRef::try_from(self.get(RANGES)).unwrap_or(0);
         self.set(RANGES, u64::from(new));
-        self.table.end_text(old);
+        self.table.free_blob(old);
         true
     }
 }
@@ -185,9 +186,9 @@ impl Drop for LockRecord {
         if self.table.is_closed() {
             return;
         }
-        let ranges = RecordRef::try_from(self.get(RANGES)).unwrap_or(0);
+        let ranges = SlotRef::try_from(self.get(RANGES)).unwrap_or(0);
         self.set(STATE, 0);
-        self.table.end_text(ranges);
-        self.table.give_back(self.place);
+        self.table.free_blob(ranges);
+        self.table.free(self.slot);
     }
 }

@@ -1,15 +1,17 @@
-//! The one table of what a session holds: inodes, open files, locks, agreements.
+//! The state table: everything that a guest's session holds (inodes, open files, locks, negotiated
+//! parameters), in shared memory.
 //!
-//! It lies in a file that is mapped shared (`memfd_create(2)`, or one that the operator names), and
-//! is changed in place as requests change it, so that whoever maps the file after the server was
-//! killed goes on from there. Three uses: a new process after a crash, a new program after an
-//! upgrade, another host after a migration. It knows nothing of what it remembers but its shape.
+//! The table is a file that is mapped shared (`memfd_create(2)`, or a file that the operator names)
+//! and changed in place while requests are served. Another process that maps the file resumes the
+//! session: a new process after a crash, or a new program after an upgrade. [`stream`] holds the
+//! format for a migration to another host. The table doesn't know what its fields mean, only their
+//! layout.
 //!
-//! What is written down is complete before it is shown, by one store; so the table is right after
-//! each store, wherever the process is killed. A record carries the number of the request that has
-//! changed it last: a request that was under way then can be told from one that has taken effect.
-//! The invariant: a table that [`Table::open`] accepts is used without further doubt, and one that
-//! it refuses has not been changed.
+//! Data are written completely before one store makes them visible, so the table is consistent
+//! after each store, wherever the process is killed. A record carries the number of the request
+//! that changed it last, which tells whether an interrupted request took effect. The invariant: a
+//! table that [`Table::open`] accepts is used without further checks, and one that it rejects is
+//! left unchanged.
 
 mod blobs;
 mod handles;
@@ -34,77 +36,77 @@ pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
-pub use self::thread_journal::{Done, JournalEntry};
+pub use self::thread_journal::{JournalEntry, PreviousEntry};
 
 use self::header::Layout;
 use self::slabs::{RecordKind, Slabs};
 use crate::sys::closing::First;
 use crate::sys::shared::{SharedWords, WORD};
 
-/// Why there is no table.
+/// Why a table can't be created or opened.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// The file can't be made as long as it has to be.
-    #[error("making room for the table of what a session holds ({bytes} bytes, mostly holes)")]
+    /// The file can't be extended to the table's size.
+    #[error("allocating the state table ({bytes} bytes, mostly holes)")]
     Grow {
-        /// How long.
+        /// The size.
         bytes: u64,
-        /// Why not.
+        /// The host's error.
         source: Errno,
     },
     /// The file can't be mapped.
-    #[error("mapping the table of what a session holds")]
+    #[error("mapping the state table")]
     Map(#[source] Errno),
-    /// Its length can't be asked for.
-    #[error("reading how long the state file is")]
+    /// The file's length can't be read.
+    #[error("reading the length of the state file")]
     Length(#[source] Errno),
-    /// The file is something else.
+    /// The file is not a state table.
     #[error("this is no state file of ringfsd")]
     Foreign,
-    /// Another program's version.
+    /// The table has a version that this program doesn't support.
     #[error(
-        "the state has version {found}, and this program reads {known}: start the version that \
-         wrote it, or remove the file if no VMM is to go on from it"
+        "the state has version {found}, but this program reads version {known}: start the version that \
+         wrote it, or remove the file if no session is to be resumed from it"
     )]
     Version {
-        /// That of the file.
+        /// The file's version.
         found: u64,
-        /// The one that is understood.
+        /// The supported version.
         known: u64,
     },
     /// Part of the file is missing.
-    #[error("the state file has been cut: {found} bytes of {wanted} are there")]
+    #[error("the state file is truncated: it has {found} of {wanted} bytes")]
     Cut {
-        /// Bytes that are there.
+        /// The file's length, bytes.
         found: u64,
-        /// Bytes that were written.
+        /// The table's size, bytes.
         wanted: u64,
     },
-    /// Something in it can't be.
+    /// The table has an invalid value.
     #[error("the state is damaged: {what} at word {at}")]
     Damaged {
-        /// What.
+        /// The invalid value.
         what: &'static str,
-        /// Where, in words of 64 bits from the beginning.
+        /// Its position, in words of 64 bits from the start.
         at: usize,
     },
 }
 
-/// The table.
+/// The state table.
 #[derive(Debug)]
 pub struct Table {
     words: SharedWords,
     layout: Layout,
     slabs: Slabs,
-    /// Which half of the threads' room this process has; orders nothing.
+    /// The half of the thread journals that this process uses. Orders nothing.
     half: AtomicUsize,
-    /// Records that are dropped stay; see [`close`](Self::close).
+    /// Dropped records stay in the table; see [`close`](Self::close).
     closed: AtomicBool,
-    /// Has the file's lock given up early.
+    /// Makes the kernel release the file's lock early.
     first: OnceLock<First>,
 }
 
-/// Reserves the room of some words on the file system, where that can be had.
+/// Reserves space for some words on the file system, if it supports that.
 fn reserve(file: &OwnedFd, first: usize, words: usize) -> Result<(), Errno> {
     let (offset, len) = ((first * WORD) as u64, (words * WORD) as u64);
     match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, len) {
@@ -113,30 +115,30 @@ fn reserve(file: &OwnedFd, first: usize, words: usize) -> Result<(), Errno> {
     }
 }
 
-/// A place in the table that something is written to.
-type RecordRef = u32;
+/// Position of a record or blob in the table: the index of its first word.
+type SlotRef = u32;
 
 impl Table {
-    /// Of the form that this program writes and reads.
+    /// The version that this program writes and reads.
     pub const VERSION: u64 = header::VERSION;
 
-    /// A new table, in a file of this process's own that no name leads to.
+    /// Creates a table in an anonymous file.
     ///
     /// # Errors
     ///
-    /// There is no memory for one, or no room for its addresses.
+    /// Fails if there is no memory for the table, or no address space.
     pub fn in_memory(limits: &Limits) -> Result<Arc<Self>, StateError> {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = rustix::fs::memfd_create(c"ringfsd-state", flags).map_err(StateError::Map)?;
-        Self::made(file, limits, false)
+        Self::create_in(file, limits, false)
     }
 
-    /// As [`in_memory`](Self::in_memory), for this process alone: without a file, where
-    /// `RLIMIT_FSIZE` allows none that is so large.
+    /// Like [`in_memory`](Self::in_memory), for this process only: uses memory without a file if
+    /// `RLIMIT_FSIZE` doesn't allow a file of this size.
     ///
     /// # Errors
     ///
-    /// There is no memory for one, or no room for its addresses.
+    /// Fails if there is no memory for the table, or no address space.
     pub fn for_this_process(limits: &Limits) -> Result<Arc<Self>, StateError> {
         match Self::in_memory(limits) {
             Err(StateError::Grow {
@@ -145,23 +147,23 @@ impl Table {
             }) => {
                 let layout = Layout::of(limits);
                 let words = SharedWords::without_file(layout.words()).map_err(StateError::Map)?;
-                Ok(Self::begun(words, layout, false))
+                Ok(Self::with_words(words, layout, false))
             }
             done => done,
         }
     }
 
-    /// A new table in `file`, which is empty, and which nobody cuts while the table is there. The
-    /// room that the table takes of its file system is reserved before it is used.
+    /// Creates a table in `file`, which must be empty and must not be truncated while the table
+    /// exists. Space on the file system is reserved before it is used.
     ///
     /// # Errors
     ///
-    /// The file can't be as long as it has to be, or can't be mapped.
+    /// Fails if the file can't be extended to the table's size, or can't be mapped.
     pub fn create(file: OwnedFd, limits: &Limits) -> Result<Arc<Self>, StateError> {
-        Self::made(file, limits, true)
+        Self::create_in(file, limits, true)
     }
 
-    fn made(file: OwnedFd, limits: &Limits, reserved: bool) -> Result<Arc<Self>, StateError> {
+    fn create_in(file: OwnedFd, limits: &Limits, reserved: bool) -> Result<Arc<Self>, StateError> {
         let layout = Layout::of(limits);
         let bytes = layout.bytes();
         let grow = |source| StateError::Grow { bytes, source };
@@ -172,10 +174,10 @@ impl Table {
             }
         }
         let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
-        Ok(Self::begun(words, layout, reserved))
+        Ok(Self::with_words(words, layout, reserved))
     }
 
-    fn begun(words: SharedWords, layout: Layout, reserved: bool) -> Arc<Self> {
+    fn with_words(words: SharedWords, layout: Layout, reserved: bool) -> Arc<Self> {
         header::write(&words, &layout);
         Arc::new(Self {
             slabs: Slabs::new(&layout, reserved),
@@ -187,18 +189,18 @@ impl Table {
         })
     }
 
-    /// The table that is in `file`.
+    /// Opens the table in `file`.
     ///
     /// # Errors
     ///
-    /// See [`StateError`]; the file is as it was then.
+    /// See [`StateError`]. The file is then unchanged.
     pub fn open(file: OwnedFd) -> Result<Arc<Self>, StateError> {
         let stat = rustix::fs::fstat(&file).map_err(StateError::Length)?;
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         let layout = header::read(&file, found)?;
         let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
-        // Whether room has to be reserved is not written down: it does no harm.
-        let slabs = Slabs::found(&words, &layout)?;
+        // Whether space must be reserved is not recorded; reserving does no harm.
+        let slabs = Slabs::from_table(&words, &layout)?;
         let table = Self {
             words,
             layout,
@@ -212,57 +214,57 @@ impl Table {
         Ok(Arc::new(table))
     }
 
-    /// The file that it is in, if it is in one.
+    /// The table's file, if it has one.
     #[must_use]
     pub fn file(&self) -> Option<&OwnedFd> {
         self.words.file()
     }
 
-    /// Ends this process's use of the table: records that are dropped from now on stay in it, for the
-    /// next process. Until then dropping a record ends it.
+    /// Ends this process's use of the table: records that are dropped from now on stay in it for
+    /// the next process. Before that, dropping a record removes it from the table.
     pub fn close(&self) {
-        // Relaxed: whoever drops records afterwards has been handed them by the caller.
+        // Relaxed: a thread that drops records afterwards received them from the caller.
         self.closed.store(true, Ordering::Relaxed);
     }
 
-    /// Takes [`close`](Self::close) back: dropping a record ends it.
+    /// Reverts [`close`](Self::close): dropping a record removes it again.
     pub fn reopen(&self) {
         self.closed.store(false, Ordering::Relaxed);
     }
 
-    /// Whether records stay although they are dropped.
+    /// Whether dropped records stay in the table.
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
-    /// Has the file, and with it the lock on it, given up before the files that a guest has, should the
-    /// process be killed.
+    /// If the process is killed, makes the kernel close this file, and release the lock on it,
+    /// before the guest's files.
     pub fn close_first(&self) {
         if let Some(file) = self.file() {
             self.first.get_or_init(|| First::new(file));
         }
     }
 
-    /// Bytes that records and what belongs to them have at this moment.
+    /// Bytes that records and their blobs occupy at this moment.
     #[must_use]
     pub fn bytes_in_use(&self) -> usize {
         self.slabs.bytes_in_use()
     }
 
-    /// The numbers of all descriptors that records name.
+    /// The numbers of all descriptors that are recorded.
     #[must_use]
     pub fn descriptors(&self) -> Vec<i32> {
         let mut fds = Vec::new();
         for kind in [RecordKind::Inode, RecordKind::Handle, RecordKind::Lock] {
-            self.slabs.each(kind, |place| {
-                let state = self.load(slabs::word_of(place) + slabs::STATE);
+            self.slabs.for_each(kind, |slot| {
+                let state = self.load(slabs::word_of(slot) + slabs::STATE);
                 fds.extend(inodes::descriptor(state));
             });
         }
         fds
     }
 
-    /// The word at `index`, which the layout says is there.
+    /// The word at `index`, which must be within the layout.
     #[inline]
     fn word(&self, index: usize) -> &AtomicU64 {
         static BEYOND: AtomicU64 = AtomicU64::new(0);
@@ -272,7 +274,8 @@ impl Table {
 
     #[inline]
     fn load(&self, index: usize) -> u64 {
-        // Acquire: pairs with `store`; what was written before a word is seen with it.
+        // Acquire: pairs with `store`, so everything that was written before the word is visible
+        // with it.
         self.word(index).load(Ordering::Acquire)
     }
 
@@ -281,23 +284,23 @@ impl Table {
         self.word(index).store(value, Ordering::Release);
     }
 
-    /// Takes a place for something of `kind`; `None` if the table is full.
-    fn take(&self, kind: RecordKind) -> Option<RecordRef> {
-        self.slabs.take(&self.words, kind)
+    /// Allocates a slot for a record or blob of `kind`; `None` if the table is full.
+    fn allocate(&self, kind: RecordKind) -> Option<SlotRef> {
+        self.slabs.allocate(&self.words, kind)
     }
 
-    /// Gives a place back whose first word, or state, says already that nothing is there.
-    fn give_back(&self, place: RecordRef) {
-        self.slabs.give_back(&self.words, place);
+    /// Frees a slot whose first word, or state, already says that it is unused.
+    fn free(&self, slot: SlotRef) {
+        self.slabs.free(&self.words, slot);
     }
 
-    /// Whether each record is one that this program could have written.
+    /// Checks that each record is one that this program could have written.
     fn check(&self) -> Result<(), StateError> {
         self.check_inodes()?;
         self.check_handles()?;
         self.check_locks()?;
-        // Texts that no record refers to any more go back.
-        self.slabs.settle(&self.words);
+        // Blobs that no record refers to are freed.
+        self.slabs.finish_claims(&self.words);
         Ok(())
     }
 }

@@ -1,63 +1,62 @@
-//! Room in the table: chunks of places of one size.
+//! Allocates slots for records and blobs: chunks of slots of one size.
 //!
-//! What a chunk is for stands in the table; which of its places are taken is this process's own
-//! knowledge, found out anew when a table is opened, so that there is nothing of the allocation
-//! that a kill could leave half done. A chunk without anything in it is given back to the system.
-//! The invariant: a place that is taken is taken by one.
+//! The table records the kind of each chunk. Which slots are in use is known only to this process
+//! and determined anew when a table is opened, so a kill can't leave an allocation half done. An
+//! empty chunk is returned to the system. The invariant: a slot in use has one owner.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::header::{CHUNK, Layout};
-use super::{RecordRef, StateError, reserve};
+use super::{SlotRef, StateError, reserve};
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Words of a record: a cache line.
 pub(super) const RECORD: usize = 8;
 
-/// The word of a record that says whether it is one. Not 0 if so.
+/// The word of a record that says whether it is in use. Not 0 if so.
 pub(super) const STATE: usize = RECORD - 1;
 
-/// Words of the texts that there are.
-const TEXTS: [usize; 14] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 64, 256, 1024, CHUNK];
+/// Sizes of blobs, in words.
+const BLOB_SIZES: [usize; 14] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 64, 256, 1024, CHUNK];
 
-/// What a chunk is made of.
+/// What the slots of a chunk hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RecordKind {
     Inode,
     Handle,
     Lock,
-    /// Texts of so many words: names, file handles, ranges. One of `TEXTS`.
-    Text(usize),
+    /// Blobs of this many words: names, file handles, ranges. One of `BLOB_SIZES`.
+    Blob(usize),
 }
 
 impl RecordKind {
-    /// The smallest text with `words`; `None` if there is none so long.
-    pub(super) fn text(words: usize) -> Option<Self> {
-        TEXTS
+    /// The smallest blob size that holds `words`; `None` if there is none.
+    pub(super) fn blob(words: usize) -> Option<Self> {
+        BLOB_SIZES
             .into_iter()
             .find(|size| *size >= words)
-            .map(Self::Text)
+            .map(Self::Blob)
     }
 
     fn words(self) -> usize {
         match self {
             Self::Inode | Self::Handle | Self::Lock => RECORD,
-            Self::Text(words) => words,
+            Self::Blob(words) => words,
         }
     }
 
-    /// How many fit in a chunk.
-    fn places(self) -> usize {
+    /// Number of slots in a chunk.
+    fn slots(self) -> usize {
         CHUNK / self.words()
     }
 
-    /// As it stands in the table.
+    /// The number that stands for it in the table.
     fn number(self) -> u64 {
         match self {
             Self::Inode => 1,
             Self::Handle => 2,
             Self::Lock => 3,
-            Self::Text(words) => 16 + words as u64,
+            Self::Blob(words) => 16 + words as u64,
         }
     }
 
@@ -66,39 +65,44 @@ impl RecordKind {
             1 => Some(Self::Inode),
             2 => Some(Self::Handle),
             3 => Some(Self::Lock),
-            text => TEXTS
+            blob => BLOB_SIZES
                 .into_iter()
-                .map(Self::Text)
-                .find(|kind| kind.number() == text),
+                .map(Self::Blob)
+                .find(|kind| kind.number() == blob),
         }
     }
 
-    /// Which list of chunks with room is this kind's.
+    /// The index of this kind's list of chunks with free slots.
     fn list(self) -> usize {
         match self {
             Self::Inode => 0,
             Self::Handle => 1,
             Self::Lock => 2,
-            Self::Text(words) => 3 + TEXTS.iter().position(|size| *size == words).unwrap_or(0),
+            Self::Blob(words) => {
+                3 + BLOB_SIZES
+                    .iter()
+                    .position(|size| *size == words)
+                    .unwrap_or(0)
+            }
         }
     }
 }
 
-const LISTS: usize = 3 + TEXTS.len();
+const LISTS: usize = 3 + BLOB_SIZES.len();
 
-/// The first word of a place.
-pub(super) fn word_of(place: RecordRef) -> usize {
-    place as usize
+/// The first word of a slot.
+pub(super) fn word_of(slot: SlotRef) -> usize {
+    slot as usize
 }
 
-/// A chunk that is in use.
+/// A chunk in use.
 #[derive(Debug)]
 struct Chunk {
     kind: RecordKind,
-    taken: usize,
-    /// One bit a place.
+    used: usize,
+    /// One bit for each slot.
     bits: Box<[u64]>,
-    /// It stands in its kind's list.
+    /// Whether it is on its kind's list.
     listed: bool,
 }
 
@@ -106,82 +110,82 @@ impl Chunk {
     fn new(kind: RecordKind) -> Self {
         Self {
             kind,
-            taken: 0,
-            bits: vec![0; kind.places().div_ceil(64)].into(),
+            used: 0,
+            bits: vec![0; kind.slots().div_ceil(64)].into(),
             listed: false,
         }
     }
 
-    /// Takes the place with number `at`; false if it is taken.
+    /// Marks slot number `at` as used; false if it is used already.
     fn mark(&mut self, at: usize) -> bool {
         let (Some(bits), bit) = (self.bits.get_mut(at / 64), 1 << (at % 64)) else {
             return false;
         };
-        if at >= self.kind.places() || *bits & bit != 0 {
+        if at >= self.kind.slots() || *bits & bit != 0 {
             return false;
         }
         *bits |= bit;
-        self.taken += 1;
+        self.used += 1;
         true
     }
 
-    /// Takes any place.
-    fn take(&mut self) -> Option<usize> {
+    /// Allocates any free slot.
+    fn allocate(&mut self) -> Option<usize> {
         let free = self.bits.iter().position(|bits| *bits != u64::MAX)?;
         let at = free * 64 + self.bits[free].trailing_ones() as usize;
         self.mark(at).then_some(at)
     }
 
     fn is_full(&self) -> bool {
-        self.taken == self.kind.places()
+        self.used == self.kind.slots()
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// By number; `None` for one that is nobody's.
+    /// By number; `None` for an unused chunk.
     chunks: Vec<Option<Chunk>>,
-    /// Chunks in use that may have room, by kind.
+    /// Chunks in use that may have free slots, by kind.
     with_room: [Vec<u32>; LISTS],
-    /// Chunks that are nobody's, below the length of `chunks`.
+    /// Unused chunks below the length of `chunks`.
     free: Vec<u32>,
-    /// Words taken.
+    /// Words in use.
     words: usize,
 }
 
-/// Which places are taken.
+/// The allocator of a table.
 #[derive(Debug)]
 pub(super) struct Slabs {
-    /// Where the table says what each chunk is for.
-    kinds: usize,
-    /// Where the first chunk begins.
+    /// Position of the chunks' kinds in the table.
+    chunk_kinds: usize,
+    /// Position of the first chunk.
     start: usize,
-    /// How many there may be.
-    most: usize,
-    /// Room of a chunk is reserved on the file system before it is used.
+    /// Maximum number of chunks.
+    max_chunks: usize,
+    /// Whether space for a chunk is reserved on the file system before it is used.
     reserved: bool,
     state: Mutex<State>,
 }
 
 impl Slabs {
-    /// Of a new table.
+    /// The allocator of a new table.
     pub(super) fn new(layout: &Layout, reserved: bool) -> Self {
         Self {
-            kinds: layout.kinds,
+            chunk_kinds: layout.kinds,
             start: layout.chunks,
-            most: layout.chunk_count,
+            max_chunks: layout.chunk_count,
             reserved,
             state: Mutex::default(),
         }
     }
 
-    /// Of a table that is there: chunks with their kinds, and no place taken yet but those of
-    /// records. See [`claim`](Self::claim).
-    pub(super) fn found(words: &SharedWords, layout: &Layout) -> Result<Self, StateError> {
+    /// The allocator of an existing table: it has the chunks with their kinds, and only the slots
+    /// of records are in use. See [`claim`](Self::claim).
+    pub(super) fn from_table(words: &SharedWords, layout: &Layout) -> Result<Self, StateError> {
         let slabs = Self::new(layout, true);
         let mut state = slabs.lock();
         for number in 0..layout.chunk_count {
-            let at = slabs.kinds + number;
+            let at = slabs.chunk_kinds + number;
             let kind = words.get(at).map_or(0, load);
             if kind == 0 {
                 continue;
@@ -189,15 +193,15 @@ impl Slabs {
             let what = "a chunk of an unknown kind";
             let kind = RecordKind::from_number(kind).ok_or(StateError::Damaged { what, at })?;
             let mut chunk = Chunk::new(kind);
-            if !matches!(kind, RecordKind::Text(_)) {
-                for place in 0..kind.places() {
-                    let first = slabs.start + number * CHUNK + place * RECORD;
+            if !matches!(kind, RecordKind::Blob(_)) {
+                for slot in 0..kind.slots() {
+                    let first = slabs.start + number * CHUNK + slot * RECORD;
                     if words.get(first + STATE).map_or(0, load) != 0 {
-                        chunk.mark(place);
+                        chunk.mark(slot);
                     }
                 }
             }
-            state.words += chunk.taken * kind.words();
+            state.words += chunk.used * kind.words();
             state.chunks.resize_with(number, || None);
             state.chunks.push(Some(chunk));
         }
@@ -209,17 +213,17 @@ impl Slabs {
         Ok(slabs)
     }
 
-    /// Takes the text at `place` of a table that was opened, of at least `words`. False if there
-    /// is none, or it is taken.
-    pub(super) fn claim(&self, place: RecordRef, words: usize) -> bool {
+    /// Claims the blob at `slot` of a table that was opened, of at least `words`. False if there is
+    /// none, or it is claimed already.
+    pub(super) fn claim(&self, slot: SlotRef, words: usize) -> bool {
         let mut state = self.lock();
-        let Some((number, at)) = self.number_of(place) else {
+        let Some((number, at)) = self.number_of(slot) else {
             return false;
         };
         let Some(Some(chunk)) = state.chunks.get_mut(number) else {
             return false;
         };
-        let RecordKind::Text(size) = chunk.kind else {
+        let RecordKind::Blob(size) = chunk.kind else {
             return false;
         };
         let claimed = words <= size && at.is_multiple_of(size) && chunk.mark(at / size);
@@ -229,33 +233,33 @@ impl Slabs {
         claimed
     }
 
-    /// How many words the text at `place` has room for; `None` if there is none.
-    pub(super) fn text_words(&self, place: RecordRef) -> Option<usize> {
+    /// The size in words of the blob slot at `slot`; `None` if there is none.
+    pub(super) fn blob_words(&self, slot: SlotRef) -> Option<usize> {
         let state = self.lock();
-        let (number, at) = self.number_of(place)?;
+        let (number, at) = self.number_of(slot)?;
         match state.chunks.get(number)?.as_ref()?.kind {
-            RecordKind::Text(size) if at.is_multiple_of(size) => Some(size),
+            RecordKind::Blob(size) if at.is_multiple_of(size) => Some(size),
             _ => None,
         }
     }
 
-    /// After the last [`claim`](Self::claim): chunks are open for what is new. Chunks that nothing
-    /// was claimed of are given back.
-    pub(super) fn settle(&self, words: &SharedWords) {
+    /// Called after the last [`claim`](Self::claim): makes free slots available and releases chunks
+    /// of which nothing was claimed.
+    pub(super) fn finish_claims(&self, words: &SharedWords) {
         let mut state = self.lock();
         for number in 0..state.chunks.len() {
             let Some(chunk) = &state.chunks[number] else {
                 continue;
             };
-            if chunk.taken == 0 {
+            if chunk.used == 0 {
                 self.release(&mut state, words, number);
             } else if !chunk.is_full() {
-                list(&mut state, number);
+                add_to_list(&mut state, number);
             }
         }
     }
 
-    pub(super) fn take(&self, words: &SharedWords, kind: RecordKind) -> Option<RecordRef> {
+    pub(super) fn allocate(&self, words: &SharedWords, kind: RecordKind) -> Option<SlotRef> {
         let mut state = self.lock();
         loop {
             let Some(number) = state.with_room[kind.list()].last().copied() else {
@@ -263,11 +267,11 @@ impl Slabs {
                 continue;
             };
             let number = number as usize;
-            let place = match &mut state.chunks[number] {
-                Some(chunk) if chunk.kind == kind => chunk.take(),
+            let slot = match &mut state.chunks[number] {
+                Some(chunk) if chunk.kind == kind => chunk.allocate(),
                 _ => None,
             };
-            if let Some(at) = place {
+            if let Some(at) = slot {
                 state.words += kind.words();
                 let word = self.start + number * CHUNK + at * kind.words();
                 return u32::try_from(word).ok();
@@ -282,7 +286,7 @@ impl Slabs {
     fn open_chunk(&self, state: &mut State, words: &SharedWords, kind: RecordKind) -> Option<()> {
         let number = match state.free.pop() {
             Some(number) => number as usize,
-            None if state.chunks.len() < self.most => {
+            None if state.chunks.len() < self.max_chunks => {
                 state.chunks.push(None);
                 state.chunks.len() - 1
             }
@@ -298,15 +302,15 @@ impl Slabs {
         }
         state.chunks[number] = Some(Chunk::new(kind));
         words
-            .get(self.kinds + number)?
+            .get(self.chunk_kinds + number)?
             .store(kind.number(), std::sync::atomic::Ordering::Release);
-        list(state, number);
+        add_to_list(state, number);
         Some(())
     }
 
-    pub(super) fn give_back(&self, words: &SharedWords, place: RecordRef) {
+    pub(super) fn free(&self, words: &SharedWords, slot: SlotRef) {
         let mut state = self.lock();
-        let Some((number, at)) = self.number_of(place) else {
+        let Some((number, at)) = self.number_of(slot) else {
             return;
         };
         let Some(Some(chunk)) = state.chunks.get_mut(number) else {
@@ -318,28 +322,28 @@ impl Slabs {
             return;
         }
         chunk.bits[at] &= !bit;
-        chunk.taken -= 1;
-        let (empty, list_of) = (chunk.taken == 0, chunk.kind.list());
+        chunk.used -= 1;
+        let (empty, list_of) = (chunk.used == 0, chunk.kind.list());
         let alone = state.with_room[list_of].len() < 2;
         state.words -= size;
-        // One that is the last of its kind with room will be needed again.
+        // The last chunk of its kind with free slots will be needed again.
         if empty && !alone {
             self.release(&mut state, words, number);
         } else {
-            list(&mut state, number);
+            add_to_list(&mut state, number);
         }
     }
 
-    /// Makes a chunk nobody's.
+    /// Releases a chunk.
     fn release(&self, state: &mut State, words: &SharedWords, number: usize) {
         if let Some(chunk) = state.chunks[number].take() {
             let listed = &mut state.with_room[chunk.kind.list()];
             listed.retain(|one| *one as usize != number);
         }
-        if let Some(kind) = words.get(self.kinds + number) {
+        if let Some(kind) = words.get(self.chunk_kinds + number) {
             kind.store(0, std::sync::atomic::Ordering::Release);
         }
-        // Where the file system can't, the memory waits for its next use.
+        // If the file system can't free the space, the memory stays for the chunk's next use.
         if words.give_back(self.start + number * CHUNK, CHUNK).is_err() {
             for word in 0..CHUNK {
                 if let Some(word) = words.get(self.start + number * CHUNK + word) {
@@ -356,9 +360,9 @@ impl Slabs {
         self.lock().words * WORD
     }
 
-    /// Calls `each` with the places of the records of `kind`.
-    pub(super) fn each(&self, kind: RecordKind, mut each: impl FnMut(RecordRef)) {
-        let taken: Vec<RecordRef> = {
+    /// Calls `each` with the slots of the records of `kind`.
+    pub(super) fn for_each(&self, kind: RecordKind, mut each: impl FnMut(SlotRef)) {
+        let used: Vec<SlotRef> = {
             let state = self.lock();
             let of_kind = |chunk: &&Option<Chunk>| chunk.as_ref().is_some_and(|it| it.kind == kind);
             let numbered = state.chunks.iter().enumerate();
@@ -366,23 +370,23 @@ impl Slabs {
                 .filter(|(_, chunk)| of_kind(chunk))
                 .flat_map(|(number, chunk)| {
                     let bits = chunk.iter().flat_map(|chunk| chunk.bits.iter().enumerate());
-                    let taken = bits.flat_map(|(word, bits)| {
+                    let used = bits.flat_map(|(word, bits)| {
                         (0..64)
                             .filter(move |bit| bits >> bit & 1 != 0)
                             .map(move |bit| word * 64 + bit)
                     });
-                    taken.map(move |at| self.start + number * CHUNK + at * RECORD)
+                    used.map(move |at| self.start + number * CHUNK + at * RECORD)
                 })
                 .filter_map(|word| u32::try_from(word).ok())
                 .collect()
         };
-        taken.into_iter().for_each(&mut each);
+        used.into_iter().for_each(&mut each);
     }
 
-    /// The chunk that `place` is in, and the word of that where it begins.
-    fn number_of(&self, place: RecordRef) -> Option<(usize, usize)> {
-        let word = word_of(place).checked_sub(self.start)?;
-        (word / CHUNK < self.most).then_some((word / CHUNK, word % CHUNK))
+    /// The chunk that `slot` is in, and the slot's position in it.
+    fn number_of(&self, slot: SlotRef) -> Option<(usize, usize)> {
+        let word = word_of(slot).checked_sub(self.start)?;
+        (word / CHUNK < self.max_chunks).then_some((word / CHUNK, word % CHUNK))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -394,8 +398,8 @@ fn load(word: &std::sync::atomic::AtomicU64) -> u64 {
     word.load(std::sync::atomic::Ordering::Acquire)
 }
 
-/// Puts a chunk with room on its kind's list, if it isn't there.
-fn list(state: &mut State, number: usize) {
+/// Puts a chunk with free slots on its kind's list, unless it is there.
+fn add_to_list(state: &mut State, number: usize) {
     let Some(Some(chunk)) = state.chunks.get_mut(number) else {
         return;
     };

@@ -1,23 +1,24 @@
-//! What a session holds, as it travels from one server to another when a virtual machine is moved.
+//! The stream format of a session that is migrated to another server.
 //!
-//! Plain data, and the bytes that it becomes: a header with a version, records with their lengths,
-//! a checksum over all of it. Nothing here opens or knows files. All numbers are little-endian. The
-//! invariant: [`decode`] answers what [`encode`] was given, or an error; it takes no more memory
-//! than a few times what it is given, whatever that says, and panics on nothing.
+//! Plain data and its encoding: a header with a version, records with their lengths, and a checksum
+//! over all of it. Nothing here opens or knows files. All numbers are little-endian. The invariant:
+//! [`decode`] returns what [`encode`] was given, or an error; whatever its input, it never panics
+//! and takes no more memory than a few times the input's size.
 //!
-//! A record may become longer in a later version of the program without a new version of the stream,
-//! as what stands behind what is known is passed over; what must not be passed over takes one.
+//! A later version of the program may append fields to a record without a new version of the
+//! stream, because unknown bytes at the end of a record are skipped. A change that must not be
+//! skipped needs a new version.
 
 use std::fmt;
 
 /// The version of the stream that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
 
-/// The longest stream that is read or written, bytes: a few million inodes, and what
+/// Maximum length of a stream, bytes: enough for a few million inodes and the contents that
 /// [`CONTENT_MOST`] allows.
 pub const MOST: usize = 1 << 30;
 
-/// Bytes of files without a name that are taken along, all together.
+/// Maximum total size of the contents of files without a name that are sent along, bytes.
 pub const CONTENT_MOST: u64 = 256 << 20;
 
 const MAGIC: [u8; 8] = *b"RINGFSDm";
@@ -28,57 +29,57 @@ const HEADER: usize = MAGIC.len() + 4 + 4;
 /// Bytes behind the last record.
 const CHECKSUM: usize = 8;
 
-/// Why a stream can't be used. Nothing of it has been, then.
+/// Why a stream can't be decoded. None of it has then been used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
-    /// It is something else.
-    #[error("this is not the state of a session of ringfsd: both sides have to run it")]
+    /// It is not a session of ringfsd.
+    #[error("this is not a session of ringfsd: both sides must run ringfsd")]
     Foreign,
-    /// Another program's version.
+    /// The version is not supported.
     #[error(
-        "the state comes in version {found}, and this server reads {VERSION}: run the same version of \
+        "the state has version {found}, but this server reads version {VERSION}: run the same version of \
          ringfsd on both sides"
     )]
     Version {
-        /// The one that was found.
+        /// The stream's version.
         found: u32,
     },
-    /// It ends before its end.
-    #[error("the state has been cut short: {found} bytes of it have come")]
+    /// The stream is truncated.
+    #[error("the state is truncated: only {found} bytes were received")]
     Cut {
-        /// Bytes that have come.
+        /// Bytes that were received.
         found: usize,
     },
-    /// Bytes have changed on their way.
-    #[error("the state is damaged: its checksum is another")]
+    /// The checksum doesn't match.
+    #[error("the state is damaged: its checksum doesn't match")]
     Checksum,
-    /// Something in it can't be.
-    #[error("the state can't be right: {what} at byte {at}")]
+    /// The stream has an invalid value.
+    #[error("the state is invalid: {what} at byte {at}")]
     Wrong {
-        /// What.
+        /// The invalid value.
         what: &'static str,
-        /// Where.
+        /// Its position.
         at: usize,
     },
     /// Longer than [`MOST`].
-    #[error("the state is longer than the {MOST} bytes that there may be")]
+    #[error("the state is longer than the allowed {MOST} bytes")]
     TooLong,
 }
 
-/// All that a session holds.
+/// Everything that a session holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// What INIT has agreed on; `None` before it.
+    /// The negotiated parameters; `None` before INIT.
     pub agreement: Option<Agreement>,
-    /// What the guest's file handles have been told apart by so far.
+    /// The generation of the guest's file handles so far.
     pub generation: u64,
-    /// The next node id to be given out.
+    /// The next unused node id.
     pub next_node: u64,
-    /// The next handle.
+    /// The next unused handle.
     pub next_handle: u64,
     /// The shared directory.
     pub root: Root,
-    /// Inodes, each behind those that it is found by.
+    /// Inodes, each after the inodes that it is found by.
     pub inodes: Vec<Inode>,
     /// Open files and directories.
     pub opens: Vec<Open>,
@@ -86,12 +87,12 @@ pub struct Snapshot {
     pub locks: Vec<Locks>,
 }
 
-/// What INIT has agreed on, as far as the guest goes by it.
+/// The negotiated parameters that the guest depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Agreement {
     /// Minor version of FUSE.
     pub minor: u32,
-    /// All flags, in their places.
+    /// All flags of INIT, both halves.
     pub flags: u64,
     /// Read-ahead, bytes.
     pub max_readahead: u32,
@@ -103,33 +104,33 @@ pub struct Agreement {
     pub max_background: u16,
 }
 
-/// By what the shared directory is known again.
+/// How the shared directory is recognised.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Root {
     /// Its file handle; empty where the file system has none.
     pub handle: Vec<u8>,
     /// Its inode number.
     pub number: u64,
-    /// When it was made, nanoseconds since 1970.
+    /// Creation time, nanoseconds since 1970.
     pub birth: Option<i64>,
 }
 
 /// An inode that the guest knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inode {
-    /// What the guest calls it.
+    /// The guest's number for it.
     pub node: u64,
-    /// Lookups that the guest has not given back.
+    /// Lookups that the guest has not dropped.
     pub lookups: u64,
-    /// Its type, as in `st_mode`.
+    /// File type, as in `st_mode`.
     pub kind: u32,
-    /// Its number where it comes from.
+    /// Inode number at the source.
     pub number: u64,
-    /// When it was made, nanoseconds since 1970, where that is known.
+    /// Creation time, nanoseconds since 1970, if known.
     pub birth: Option<i64>,
-    /// Its file handle; empty where it isn't known, or not to be gone by.
+    /// File handle; empty if it is unknown or unreliable.
     pub handle: Vec<u8>,
-    /// How it is found.
+    /// How the inode is found.
     pub find: Find,
 }
 
@@ -138,21 +139,22 @@ pub struct Inode {
 pub enum Find {
     /// By its file handle.
     Handle,
-    /// By a path that leads on from another inode: names with `/` between them.
+    /// By a path relative to another inode: names with `/` between them.
     Path {
-        /// Where it begins. The root, or an inode that stands before this one.
+        /// The starting inode: the root, or an inode earlier in the list.
         from: u64,
-        /// The names.
+        /// The path.
         path: Vec<u8>,
-        /// The handle is there to make sure of it.
+        /// Whether the file handle must match.
         verify: bool,
     },
-    /// It has no name any more, and is still used: it is made anew. By its handle, if that leads
-    /// there.
+    /// It has no name any more but is still in use. It is found by its handle if possible, and
+    /// otherwise created anew.
     Nameless(Nameless),
-    /// Not at all, as it has ended: the guest gets errors, as it would have.
+    /// Not found, because it no longer exists: the guest gets errors, as it would have at the
+    /// source.
     Gone,
-    /// Not at all, though it is there: the guest would get errors without a reason.
+    /// Not found, although it exists: the guest would get errors without a reason.
     Lost,
 }
 
@@ -167,24 +169,24 @@ pub struct Nameless {
     pub gid: u32,
     /// Bytes.
     pub size: u64,
-    /// Last access, and last change of the data: nanoseconds since 1970.
+    /// Times of the last access and the last change of the data: nanoseconds since 1970.
     pub times: [i64; 2],
-    /// What stands where; zeros in between.
+    /// Contents as offset and bytes; zeros in between.
     pub pieces: Vec<(u64, Vec<u8>)>,
 }
 
 /// An open file or directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Open {
-    /// What the guest calls it.
+    /// The guest's number for it.
     pub handle: u64,
-    /// Of which inode.
+    /// The inode's node id.
     pub node: u64,
     /// The host's flags, as `open(2)` has them.
     pub flags: u32,
-    /// It is a directory's.
+    /// Whether it is a directory.
     pub directory: bool,
-    /// The lock on the whole file that goes with it.
+    /// The lock on the whole file.
     pub flock: Flock,
 }
 
@@ -194,33 +196,33 @@ pub enum Flock {
     /// None.
     #[default]
     None,
-    /// One that others may have as well.
+    /// A shared lock.
     Shared,
-    /// One that nobody else has.
+    /// An exclusive lock.
     Exclusive,
 }
 
 /// The record locks that an owner has on a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Locks {
-    /// On which inode.
+    /// The inode's node id.
     pub node: u64,
-    /// Whose they are.
+    /// The lock owner.
     pub owner: u64,
-    /// What the last one was asked for with.
+    /// The handle used for the last lock.
     pub handle: u64,
-    /// Which bytes.
+    /// The locked ranges.
     pub ranges: Vec<Range>,
 }
 
-/// Bytes that are locked.
+/// A locked range of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// The first byte.
     pub start: u64,
-    /// The last one.
+    /// The last byte.
     pub end: u64,
-    /// Nobody else may read there.
+    /// Whether the lock is exclusive.
     pub exclusive: bool,
 }
 
@@ -241,7 +243,7 @@ mod found_by {
     pub(super) const GONE: u8 = 6;
 }
 
-/// The bytes of `snapshot`.
+/// Encodes `snapshot`.
 ///
 /// # Errors
 ///
@@ -350,7 +352,7 @@ fn put_inode(out: &mut Vec<u8>, inode: &Inode) {
     }
 }
 
-/// Appends a record: its tag, how long it is, and what it says.
+/// Appends a record: tag, length and contents.
 fn record(out: &mut Vec<u8>, tag: u8, body: impl FnOnce(&mut Vec<u8>)) {
     out.push(tag);
     let length = out.len();
@@ -379,7 +381,7 @@ fn len<T>(of: &[T]) -> u64 {
     of.len() as u64
 }
 
-/// Mixes words; for what goes wrong by accident, not on purpose.
+/// A checksum against accidental damage, not against manipulation.
 fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = bytes.len() as u64;
     let mut mix = |word: u64| {
@@ -396,13 +398,13 @@ fn checksum(bytes: &[u8]) -> u64 {
     sum
 }
 
-/// As much of a stream as there may be without its checksum, with one.
+/// Appends the checksum to a stream without one.
 #[must_use]
 pub fn sealed(body: &[u8]) -> Vec<u8> {
     [body, &checksum(body).to_le_bytes()].concat()
 }
 
-/// The snapshot that `stream` is, if it is one as a whole.
+/// Decodes `stream`.
 ///
 /// # Errors
 ///
@@ -428,8 +430,8 @@ pub fn decode(stream: &[u8]) -> Result<Snapshot, StreamError> {
         return Err(cut);
     }
     if checksum(body) != u64::from_le_bytes(*sum) {
-        // What isn't there can't be told from what is wrong, but for the end.
-        return Err(if ends(stream) {
+        // Missing bytes and wrong bytes can be told apart only by whether the end is there.
+        return Err(if is_complete(stream) {
             StreamError::Checksum
         } else {
             cut
@@ -443,8 +445,8 @@ pub fn decode(stream: &[u8]) -> Result<Snapshot, StreamError> {
     .snapshot()
 }
 
-/// Whether the records lead to an end that is the stream's.
-fn ends(stream: &[u8]) -> bool {
+/// Whether the records end where the stream ends.
+fn is_complete(stream: &[u8]) -> bool {
     let mut at = HEADER;
     loop {
         let Some((tag, rest)) = stream.get(at..).and_then(<[u8]>::split_first) else {
@@ -467,7 +469,7 @@ fn ends(stream: &[u8]) -> bool {
     }
 }
 
-/// What is left of a stream, or of one record of it.
+/// The unread part of a stream, or of one record.
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -479,31 +481,31 @@ type Read<T> = Result<T, StreamError>;
 impl<'a> Reader<'a> {
     fn snapshot(&mut self) -> Read<Snapshot> {
         let mut snapshot = Snapshot::default();
-        let mut begun = false;
+        let mut has_session = false;
         loop {
             let at = self.at;
             let tag = self.byte()?;
             let mut record = self.record()?;
-            if !begun && tag != tag::SESSION {
+            if !has_session && tag != tag::SESSION {
                 return Err(wrong("no session to begin with", at));
             }
             match tag {
-                tag::SESSION if begun => return Err(wrong("a second session", at)),
+                tag::SESSION if has_session => return Err(wrong("a second session", at)),
                 tag::SESSION => {
                     record.session(&mut snapshot)?;
-                    begun = true;
+                    has_session = true;
                 }
                 tag::INODE => snapshot.inodes.push(record.inode()?),
                 tag::OPEN => snapshot.opens.push(record.open()?),
                 tag::LOCKS => snapshot.locks.push(record.locks()?),
                 tag::END if self.at == self.end => return Ok(snapshot),
-                tag::END => return Err(wrong("something behind the end", self.at)),
+                tag::END => return Err(wrong("data behind the end", self.at)),
                 _ => return Err(wrong("a record of an unknown kind", at)),
             }
         }
     }
 
-    /// The record that comes next, by itself.
+    /// A reader for the next record.
     fn record(&mut self) -> Read<Self> {
         let at = self.at;
         let length = self.length()?;
@@ -569,7 +571,7 @@ impl<'a> Reader<'a> {
             }),
             found_by::LOST => Find::Lost,
             found_by::GONE => Find::Gone,
-            _ => return Err(wrong("an unknown way to an inode", at)),
+            _ => return Err(wrong("an unknown method to find an inode", at)),
         })
     }
 
@@ -606,18 +608,22 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A list whose members have `least` bytes at least.
-    fn list<T>(&mut self, least: usize, mut one: impl FnMut(&mut Self) -> Read<T>) -> Read<Vec<T>> {
+    /// A list whose elements take at least `min_len` bytes each.
+    fn list<T>(
+        &mut self,
+        min_len: usize,
+        mut read_element: impl FnMut(&mut Self) -> Read<T>,
+    ) -> Read<Vec<T>> {
         let at = self.at;
         let count = self.word()?;
-        let room = self.end.saturating_sub(self.at) / least.max(1);
+        let room = self.end.saturating_sub(self.at) / min_len.max(1);
         let count = usize::try_from(count)
             .ok()
             .filter(|count| *count <= room)
             .ok_or(wrong("a list longer than its record", at))?;
         let mut list = Vec::with_capacity(count);
         for _ in 0..count {
-            list.push(one(self)?);
+            list.push(read_element(self)?);
         }
         Ok(list)
     }
@@ -627,7 +633,7 @@ impl<'a> Reader<'a> {
         Ok(self.take(length)?.to_vec())
     }
 
-    /// A length that what is left has room for.
+    /// A length, which must not exceed what is left.
     fn length(&mut self) -> Read<usize> {
         let at = self.at;
         let length = self.word()?;
@@ -662,7 +668,7 @@ impl<'a> Reader<'a> {
         match self.byte()? {
             0 => Ok(false),
             1 => Ok(true),
-            _ => Err(wrong("neither yes nor no", at)),
+            _ => Err(wrong("an invalid boolean", at)),
         }
     }
 
@@ -675,9 +681,9 @@ impl<'a> Reader<'a> {
     }
 
     fn optional(&mut self) -> Read<Option<i64>> {
-        let there = self.flag()?;
+        let is_some = self.flag()?;
         let number = self.word()?.cast_signed();
-        Ok(there.then_some(number))
+        Ok(is_some.then_some(number))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Tables written, lost at any moment, and opened again.
+//! Tests of state tables: written, abandoned and opened again.
 
 use super::*;
 
@@ -14,7 +14,7 @@ fn table() -> Arc<Table> {
     Table::in_memory(&limits()).unwrap()
 }
 
-/// The same table as another process would find it.
+/// The same table as another process would open it.
 fn opened(table: &Table) -> Result<Arc<Table>, StateError> {
     Table::open(table.file().unwrap().try_clone().unwrap())
 }
@@ -65,7 +65,7 @@ fn records_dropped_after_close_stay() {
 }
 
 #[test]
-fn what_was_written_is_found_again() {
+fn records_are_found_after_reopening() {
     let table = table();
     let fields = inode(&table, 10);
     let record = table.new_inode(&fields, 42).unwrap();
@@ -99,8 +99,8 @@ fn what_was_written_is_found_again() {
     table.set_agreement(Some([1, 2, 3, 4, 5, 6, 7, 8]));
     table.set_front(b"what the VMM has said");
 
-    let again = opened(&table).unwrap();
-    let inodes = again.take_inodes();
+    let reopened = opened(&table).unwrap();
+    let inodes = reopened.take_inodes();
     assert_eq!(inodes.len(), 1);
     let found = &inodes[0];
     assert_eq!((found.node(), found.number()), (fields.node, 10));
@@ -120,25 +120,25 @@ fn what_was_written_is_found_again() {
     assert_eq!(found.handle(), Some(b"a handle".to_vec()));
     assert_eq!((found.lookups(), found.descriptor()), (1, Some(0)));
     assert!(found.was_counted_by(42, true) && !found.was_counted_by(42, false));
-    let handles = again.take_handles();
+    let handles = reopened.take_handles();
     assert_eq!(handles[0].fields(), open);
     assert_eq!((handles[0].opened_by(), handles[0].lock()), (44, 2));
-    let locks = again.take_locks();
+    let locks = reopened.take_locks();
     assert_eq!(
         (locks[0].fields(), locks[0].ranges()),
         (owner, ranges.to_vec())
     );
-    assert_eq!(again.agreement(), Some([1, 2, 3, 4, 5, 6, 7, 8]));
-    assert_eq!(again.front().unwrap(), b"what the VMM has said");
-    assert!(again.more_nodes().0 > fields.node);
-    assert!(again.more_handles().0 > open.handle);
-    assert_eq!(again.bytes_in_use(), table.bytes_in_use());
-    // They stand for the same records, which can end once.
+    assert_eq!(reopened.agreement(), Some([1, 2, 3, 4, 5, 6, 7, 8]));
+    assert_eq!(reopened.front().unwrap(), b"what the VMM has said");
+    assert!(reopened.more_nodes().0 > fields.node);
+    assert!(reopened.more_handles().0 > open.handle);
+    assert_eq!(reopened.bytes_in_use(), table.bytes_in_use());
+    // They refer to the same records, which can be freed only once.
     std::mem::forget((record, handle, lock));
 }
 
 #[test]
-fn all_is_given_back() {
+fn dropped_records_free_their_space() {
     let table = table();
     let keep = table.new_inode(&inode(&table, 1), 0).unwrap();
     let before = table.bytes_in_use();
@@ -162,7 +162,7 @@ fn all_is_given_back() {
 }
 
 #[test]
-fn a_full_table_says_so() {
+fn full_table_refuses_records() {
     let small = Limits {
         inodes: 0,
         handles: 0,
@@ -194,7 +194,7 @@ fn a_name_is_replaced_by_one_store() {
 }
 
 #[test]
-fn what_is_no_table_is_refused() {
+fn file_without_table_is_refused() {
     let memfd = |bytes: &[u8]| {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = rustix::fs::memfd_create(c"test", flags).unwrap();
@@ -229,10 +229,10 @@ fn damaged_records_are_refused() {
     assert!(record.set_name(1, b"name", 0));
     let first = slabs::word_of({
         let mut at = 0;
-        table.slabs.each(RecordKind::Inode, |place| at = place);
+        table.slabs.for_each(RecordKind::Inode, |slot| at = slot);
         at
     });
-    // Node id, texts, state; and what the chunk is for.
+    // Node id, blobs, state; and the kind of the chunk.
     for (at, bad) in [
         (first, 0),
         (first, 1 << 40),
@@ -251,10 +251,10 @@ fn damaged_records_are_refused() {
 }
 
 #[test]
-fn the_front_ends_block_is_whole_or_not_there() {
+fn front_session_is_whole_or_absent() {
     let table = table();
     assert_eq!(table.front(), None);
-    for len in [1, 7, 8, 9, 1000, Table::MOST_FRONT] {
+    for len in [1, 7, 8, 9, 1000, Table::MAX_FRONT_LEN] {
         let bytes: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
         table.set_front(&bytes);
         assert_eq!(table.front().unwrap(), bytes);

@@ -1,23 +1,25 @@
-//! What each thread is doing: of the request that it serves, what has been counted so far, and what was
-//! seen before it was removed.
+//! A journal for each thread: what it has counted so far for the request that it serves, and which
+//! inode it is about to remove.
 //!
-//! Of a request that was under way when its process was killed, the next one has to know how far it
-//! came. What a thread has counted stands here as long as it serves that request, one note before and
-//! one after each count; so of all counts at most one is in doubt, and of that the mark in the record
-//! tells. The threads of a process write to one half of the room, and what the process before has left
-//! stays in the other until the next but one. A request that counts nothing leaves the notes of the
-//! last one that did. The invariant: a thread's notes are of one request.
+//! If a process is killed while it serves a request, the next one must know how far the request
+//! came. A thread's journal holds its lookup counts as long as it serves that request, with one
+//! note before and one after each count. So at most one count is in doubt, and the mark in the
+//! inode's record resolves it. The threads of a process write to one half of the space; the notes
+//! of the previous process stay in the other half until the process after that. A request that
+//! counts nothing leaves the notes of the last one that did. The invariant: a thread's notes belong
+//! to one request.
 //!
-//! The words of a thread: the request; how many notes; the number of the inode that was seen; then the
-//! notes, a node id and whether lookups of it were given back.
+//! The words of a thread: the request; the number of notes; the number of the inode that was seen;
+//! then the notes, each a node id and whether lookups of it were dropped.
 
 use std::sync::atomic::Ordering;
 
 use super::{InodeRecord, Table};
 
-/// Threads of a process that there is room for.
+/// Maximum number of threads of a process.
 pub(super) const THREADS: usize = 256;
-/// Words of each: as many notes as a listing can need, and a few pages in all.
+/// Words of each thread: as many notes as a directory listing can need, and a whole number of
+/// pages.
 pub(super) const WORDS: usize = 8192;
 
 const UNIQUE: usize = 0;
@@ -25,81 +27,82 @@ const COUNT: usize = 1;
 const SEEN: usize = 2;
 const NOTES: usize = 3;
 
-/// Of a note: lookups were given back.
-const GIVEN_BACK: u64 = 1;
+/// Bit of a note: lookups were dropped.
+const DROPPED: u64 = 1;
 
-/// A thread's room.
+/// The journal of one thread.
 #[derive(Clone, Copy, Debug)]
 pub struct JournalEntry<'a> {
     table: &'a Table,
     first: usize,
 }
 
-/// What a thread of another process was doing.
+/// The journal of a thread of a previous process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Done {
+pub struct PreviousEntry {
     /// The request.
     pub unique: u64,
-    /// The number of the inode that it was about to remove or to move; 0 for none.
+    /// The number of the inode that the thread was about to remove or rename; 0 for none.
     pub seen: u64,
-    /// Nodes of which it has added a lookup, one for each.
+    /// Nodes of which it added a lookup, one entry for each.
     pub added: Vec<u64>,
-    /// Nodes of which it has given lookups back.
-    pub given_back: Vec<u64>,
-    /// The last node, if it is in doubt whether that was still done, and whether it was given back.
-    pub doubtful: Option<(u64, bool)>,
+    /// Nodes of which it dropped lookups.
+    pub dropped: Vec<u64>,
+    /// The last node, if it is in doubt whether its count was changed, and whether lookups were
+    /// dropped.
+    pub in_doubt: Option<(u64, bool)>,
     first: usize,
 }
 
 impl Table {
-    /// The room of the thread with number `index`; `None` beyond the last.
+    /// The journal of the thread with number `index`; `None` beyond the last.
     #[inline]
     #[must_use]
-    pub fn doing(&self, index: usize) -> Option<JournalEntry<'_>> {
+    pub fn journal_entry(&self, index: usize) -> Option<JournalEntry<'_>> {
         let half = self.half.load(Ordering::Relaxed);
-        (index < THREADS).then(|| self.doing_at(half * THREADS + index))
+        (index < THREADS).then(|| self.entry_at(half * THREADS + index))
     }
 
-    /// The calling thread's room, for notes of the request `unique`. Most requests count nothing, and
-    /// so never ask for it.
+    /// The calling thread's journal, for notes of the request `unique`. Most requests count
+    /// nothing, and so never need it.
     #[inline]
     #[must_use]
     pub fn own_journal_entry(&self, unique: u64) -> Option<JournalEntry<'_>> {
-        let entry = self.doing(thread::number())?;
+        let entry = self.journal_entry(thread::number())?;
         if self.load(entry.first + UNIQUE) != unique {
             entry.begin(unique);
         }
         Some(entry)
     }
 
-    /// Forgets all notes: the numbers of requests begin anew.
+    /// Discards all notes, because request numbers start over.
     pub fn clear_thread_journals(&self) {
         for index in 0..thread::numbers().min(THREADS) {
             for half in [0, 1] {
-                self.store(self.doing_at(half * THREADS + index).first + UNIQUE, 0);
+                self.store(self.entry_at(half * THREADS + index).first + UNIQUE, 0);
             }
         }
     }
 
-    fn doing_at(&self, room: usize) -> JournalEntry<'_> {
+    fn entry_at(&self, index: usize) -> JournalEntry<'_> {
         JournalEntry {
             table: self,
-            first: self.layout.journal_entries + room * WORDS,
+            first: self.layout.journal_entries + index * WORDS,
         }
     }
 
-    /// What threads of the processes before this one were doing, of the requests for which
-    /// `wanted` says so; this one's threads have the other half from now on.
-    pub fn take_doings(&self, wanted: impl Fn(u64) -> bool) -> Vec<Done> {
+    /// Returns the journals that threads of previous processes left, for the requests that `wanted`
+    /// accepts. The threads of this process use the other half from now on.
+    pub fn take_journal_entries(&self, wanted: impl Fn(u64) -> bool) -> Vec<PreviousEntry> {
         let last = self.half_in_use();
         let halves = [last, 1 - last];
-        let mut found: Vec<Done> = Vec::new();
+        let mut found: Vec<PreviousEntry> = Vec::new();
         for half in halves {
             for index in 0..THREADS {
-                let done = self.doing_at(half * THREADS + index).read();
-                let is_new = found.iter().all(|one| one.unique != done.unique);
-                if done.unique != 0 && wanted(done.unique) && is_new {
-                    found.push(done);
+                let entry = self.entry_at(half * THREADS + index).read();
+                let is_new = found.iter().all(|one| one.unique != entry.unique);
+                if entry.unique != 0 && wanted(entry.unique) && is_new {
+                    found.push(entry);
                 }
             }
         }
@@ -107,18 +110,18 @@ impl Table {
         found
     }
 
-    /// Takes back that a lookup was added to the node of `record`, the last that `done` has noted.
-    pub fn undo(&self, done: &mut Done, record: &InodeRecord) {
-        // In this order a kill in between leaves one too many, which keeps an inode known, and never
-        // one too few, which would lose it.
-        done.added.pop();
-        self.store(done.first + COUNT, done.added.len() as u64);
+    /// Reverts the last lookup in `entry`, which was added to the node of `record`.
+    pub fn undo(&self, entry: &mut PreviousEntry, record: &InodeRecord) {
+        // In this order a kill in between leaves one lookup too many, which keeps the inode known,
+        // and never one too few, which would lose it.
+        entry.added.pop();
+        self.store(entry.first + COUNT, entry.added.len() as u64);
         record.set_lookups(record.lookups().saturating_sub(1), 0, false);
     }
 }
 
 impl JournalEntry<'_> {
-    /// The thread serves the request `unique` from now on.
+    /// Starts the journal of the request `unique`.
     pub fn begin(&self, unique: u64) {
         self.table.store(self.first + UNIQUE, 0);
         self.table.store(self.first + COUNT, 0);
@@ -126,23 +129,23 @@ impl JournalEntry<'_> {
         self.table.store(self.first + UNIQUE, unique);
     }
 
-    /// It has seen the inode with this number, and is about to remove or to move it.
+    /// Records the number of the inode that is about to be removed or renamed.
     pub fn seen(&self, number: u64) {
         self.table.store(self.first + SEEN, number);
     }
 
-    /// It is about to add a lookup of `node`, or to give some back.
+    /// Records that a lookup of `node` is about to be added, or lookups to be dropped.
     #[inline]
-    pub fn before(&self, node: u64, given_back: bool) {
+    pub fn before(&self, node: u64, dropped: bool) {
         let count = self.count();
         if NOTES + count + 1 < WORDS {
-            let note = node << 1 | u64::from(given_back);
+            let note = node << 1 | u64::from(dropped);
             self.table.store(self.first + NOTES + count + 1, 0);
             self.table.store(self.first + NOTES + count, note);
         }
     }
 
-    /// It has done so.
+    /// Records that this has been done.
     #[inline]
     pub fn after(&self) {
         let count = self.count();
@@ -156,42 +159,41 @@ impl JournalEntry<'_> {
         usize::try_from(count).map_or(WORDS, |count| count.min(WORDS))
     }
 
-    fn read(&self) -> Done {
-        let mut done = Done {
+    fn read(&self) -> PreviousEntry {
+        let mut entry = PreviousEntry {
             unique: self.table.load(self.first + UNIQUE),
             seen: self.table.load(self.first + SEEN),
             first: self.first,
-            ..Done::default()
+            ..PreviousEntry::default()
         };
-        if done.unique == 0 {
-            return done;
+        if entry.unique == 0 {
+            return entry;
         }
         let count = self.count().min(WORDS - NOTES - 1);
         for n in 0..count {
             let note = self.table.load(self.first + NOTES + n);
-            if note & GIVEN_BACK == 0 {
-                done.added.push(note >> 1);
+            if note & DROPPED == 0 {
+                entry.added.push(note >> 1);
             } else {
-                done.given_back.push(note >> 1);
+                entry.dropped.push(note >> 1);
             }
         }
         let last = self.table.load(self.first + NOTES + count);
         let node = last >> 1;
-        // A node that was counted before carries the mark of that.
-        if last != 0 && !done.added.contains(&node) && !done.given_back.contains(&node) {
-            done.doubtful = Some((node, last & GIVEN_BACK != 0));
+        // A node that was counted before carries the mark of that count.
+        if last != 0 && !entry.added.contains(&node) && !entry.dropped.contains(&node) {
+            entry.in_doubt = Some((node, last & DROPPED != 0));
         }
-        done
+        entry
     }
 }
 
-/// The number of the calling thread among those of the process, taken anew by another when the thread
-/// has ended.
+/// Numbers of the process's threads. The number of a thread that has ended is reused.
 mod thread {
     use std::cell::OnceCell;
     use std::sync::{Mutex, PoisonError};
 
-    /// Numbers that threads have given back, and the first that was never given out.
+    /// Numbers that ended threads have returned, and the first number that was never used.
     static NUMBERS: Mutex<(Vec<usize>, usize)> = Mutex::new((Vec::new(), 0));
 
     struct Number(usize);
@@ -213,7 +215,7 @@ mod thread {
         }
     }
 
-    /// How many threads have ever had a number at the same time.
+    /// The maximum number of threads that have had a number at the same time.
     pub(super) fn numbers() -> usize {
         NUMBERS.lock().unwrap_or_else(PoisonError::into_inner).1
     }

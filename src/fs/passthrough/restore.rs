@@ -217,13 +217,13 @@ impl Passthrough {
             .map(|at| (inodes[at].node(), at))
             .collect();
         let record = |node: u64| by_node.get(&node).and_then(|at| inodes.get(*at));
-        for mut done in table.take_doings(|unique| under_way.contains(&unique)) {
+        for mut done in table.take_journal_entries(|unique| under_way.contains(&unique)) {
             let unique = done.unique;
             if done.seen != 0 {
                 self.previous_attempts.seen.insert(unique, done.seen);
             }
-            let mut forgotten = std::mem::take(&mut done.given_back);
-            if let Some((node, back)) = done.doubtful
+            let mut forgotten = std::mem::take(&mut done.dropped);
+            if let Some((node, back)) = done.in_doubt
                 && let Some(record) = record(node)
                 && record.was_counted_by(unique, !back)
             {

@@ -1,11 +1,11 @@
 //! Flags of the protocol.
 //!
-//! Only values; who sets which is decided in `init` and `reply`.
+//! Only values; `init` and `reply` decide which are set.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
-/// The flags of INIT, both halves of them: bits 32 and up travel in `flags2`.
+/// The flags of INIT, both halves: bits 32 and up are sent in `flags2`.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct InitFlags(u64);
 
@@ -20,13 +20,13 @@ macro_rules! init_flags {
 }
 
 init_flags! {
-    /// Several reads of one file may be under way at once.
+    /// Several reads of one file may run at once.
     ASYNC_READ = 0,
-    /// POSIX locks go to the server.
+    /// POSIX locks are sent to the server.
     POSIX_LOCKS = 1,
     /// Never used by a kernel.
     FILE_OPS = 2,
-    /// OPEN carries `O_TRUNC`, instead of a SETATTR behind it.
+    /// OPEN carries `O_TRUNC`, instead of a following SETATTR.
     ATOMIC_O_TRUNC = 3,
     /// LOOKUP of `.` and `..` works on any node.
     EXPORT_SUPPORT = 4,
@@ -34,75 +34,75 @@ init_flags! {
     BIG_WRITES = 5,
     /// The server applies the umask.
     DONT_MASK = 6,
-    /// Of `/dev/fuse` only.
+    /// Only for `/dev/fuse`.
     SPLICE_WRITE = 7,
-    /// Of `/dev/fuse` only.
+    /// Only for `/dev/fuse`.
     SPLICE_MOVE = 8,
-    /// Of `/dev/fuse` only.
+    /// Only for `/dev/fuse`.
     SPLICE_READ = 9,
-    /// `flock` goes to the server.
+    /// `flock` is sent to the server.
     FLOCK_LOCKS = 10,
     /// IOCTL on directories.
     HAS_IOCTL_DIR = 11,
     /// Cached pages are dropped when size or time of the file changed.
     AUTO_INVAL_DATA = 12,
-    /// READDIRPLUS is served.
+    /// READDIRPLUS is supported.
     DO_READDIRPLUS = 13,
     /// The guest chooses between READDIR and READDIRPLUS.
     READDIRPLUS_AUTO = 14,
-    /// Direct reads and writes may be under way at once.
+    /// Direct reads and writes may run at once.
     ASYNC_DIO = 15,
     /// The guest caches writes.
     WRITEBACK_CACHE = 16,
     /// ENOSYS to OPEN means that none is needed.
     NO_OPEN_SUPPORT = 17,
-    /// LOOKUP and READDIR of one directory may be under way at once.
+    /// LOOKUP and READDIR of one directory may run at once.
     PARALLEL_DIROPS = 18,
     /// The server clears set-user-ID bits.
     HANDLE_KILLPRIV = 19,
     /// POSIX ACLs.
     POSIX_ACL = 20,
-    /// Of `/dev/fuse` only.
+    /// Only for `/dev/fuse`.
     ABORT_ERROR = 21,
-    /// `max_pages` in the reply counts.
+    /// `max_pages` in the reply is valid.
     MAX_PAGES = 22,
     /// Symbolic links may be cached.
     CACHE_SYMLINKS = 23,
     /// ENOSYS to OPENDIR means that none is needed.
     NO_OPENDIR_SUPPORT = 24,
-    /// Cached pages are dropped when the server says so only.
+    /// Cached pages are dropped only when the server says so.
     EXPLICIT_INVAL_DATA = 25,
-    /// `map_alignment` in the reply counts.
+    /// `map_alignment` in the reply is valid.
     MAP_ALIGNMENT = 26,
     /// The guest mounts submounts by itself.
     SUBMOUNTS = 27,
     /// The server clears set-user-ID bits as the kernel would.
     HANDLE_KILLPRIV_V2 = 28,
-    /// SETXATTR has its long argument.
+    /// SETXATTR has its extended argument.
     SETXATTR_EXT = 29,
-    /// `flags2` counts.
+    /// `flags2` is valid.
     INIT_EXT = 30,
-    /// Security context with new nodes.
+    /// Requests that create a node carry a security context.
     SECURITY_CTX = 32,
     /// DAX is chosen for each inode.
     HAS_INODE_DAX = 33,
-    /// The group of a new node's parent comes with the request.
+    /// Requests that create a node carry the parent's group.
     CREATE_SUPP_GROUP = 34,
     /// Entries may be expired by notification.
     HAS_EXPIRE_ONLY = 35,
     /// Shared mappings of files opened with direct I/O.
     DIRECT_IO_ALLOW_MMAP = 36,
-    /// Reads and writes may go to a file of the guest's own.
+    /// Reads and writes may be passed through to a file of the guest's own.
     PASSTHROUGH = 37,
     /// No NFS export.
     NO_EXPORT_SUPPORT = 38,
     /// Requests may be sent again.
     HAS_RESEND = 39,
-    /// The guest may mount with mapped owners; callers are told with creating requests alone.
+    /// The guest may use idmapped mounts; only creating requests carry the caller's ids.
     ALLOW_IDMAP = 40,
-    /// Of `/dev/fuse` only.
+    /// Only for `/dev/fuse`.
     OVER_IO_URING = 41,
-    /// `request_timeout` in the reply counts.
+    /// `request_timeout` in the reply is valid.
     REQUEST_TIMEOUT = 42,
 }
 
@@ -110,19 +110,19 @@ impl InitFlags {
     /// No flag.
     pub const NONE: Self = Self(0);
 
-    /// All of them in one word.
+    /// All flags as one word.
     #[must_use]
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// The flags of such a word.
+    /// The flags in a word from [`bits`](Self::bits).
     #[must_use]
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
 
-    /// Puts the two halves together.
+    /// Combines the two halves.
     #[must_use]
     pub fn from_halves(flags: u32, flags2: u32) -> Self {
         Self(u64::from(flags) | u64::from(flags2) << 32)
@@ -138,19 +138,19 @@ impl InitFlags {
         )
     }
 
-    /// Whether all of `other` are here.
+    /// Whether all flags of `other` are set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// These and `other`.
+    /// The union with `other`.
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// These without `other`.
+    /// The flags without those in `other`.
     #[must_use]
     pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
@@ -197,7 +197,7 @@ impl fmt::Display for InitFlags {
     }
 }
 
-/// Which fields of SETATTR count (`FATTR_*`).
+/// Which fields of SETATTR are valid (`FATTR_*`).
 pub mod setattr_valid {
     /// `mode`.
     pub const MODE: u32 = 1;
@@ -213,19 +213,19 @@ pub mod setattr_valid {
     pub const MTIME: u32 = 1 << 5;
     /// `fh`.
     pub const FH: u32 = 1 << 6;
-    /// The host's time now in place of `atime`.
+    /// The host's current time in place of `atime`.
     pub const ATIME_NOW: u32 = 1 << 7;
-    /// The host's time now in place of `mtime`.
+    /// The host's current time in place of `mtime`.
     pub const MTIME_NOW: u32 = 1 << 8;
     /// `lock_owner`.
     pub const LOCKOWNER: u32 = 1 << 9;
-    /// `ctime`; of a guest that caches writes only.
+    /// `ctime`; only from a guest that caches writes.
     pub const CTIME: u32 = 1 << 10;
     /// Clear set-user-ID bits.
     pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// What the reply to OPEN, OPENDIR and CREATE says of the file (`FOPEN_*`).
+/// Flags in the reply to OPEN, OPENDIR and CREATE (`FOPEN_*`).
 pub mod open_reply_flags {
     /// Don't cache the file.
     pub const DIRECT_IO: u32 = 1;
@@ -239,33 +239,33 @@ pub mod open_reply_flags {
     pub const STREAM: u32 = 1 << 4;
     /// No FLUSH when a descriptor is closed.
     pub const NOFLUSH: u32 = 1 << 5;
-    /// Direct writes may be under way at once.
+    /// Direct writes may run at once.
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
 /// Flags of GETATTR.
 pub mod getattr_flags {
-    /// `fh` counts.
+    /// `fh` is valid.
     pub const FH: u32 = 1;
 }
 
-/// Flags of OPEN and CREATE beside those of `open(2)`.
+/// Flags of OPEN and CREATE in addition to those of `open(2)`.
 pub mod open_flags {
     /// Clear set-user-ID bits of a file that is truncated.
     pub const KILL_SUIDGID: u32 = 1;
 }
 
-/// Flags of SETXATTR in its long form.
+/// Flags of SETXATTR in its extended form.
 pub mod setxattr_flags {
-    /// Clear the set-group-ID bit, an ACL being set.
+    /// Clear the set-group-ID bit because an ACL is set.
     pub const ACL_KILL_SGID: u32 = 1;
 }
 
 /// Flags of WRITE.
 pub mod write_flags {
-    /// From the page cache, the handle being guessed.
+    /// From the page cache; the handle is a guess.
     pub const CACHE: u32 = 1;
-    /// `lock_owner` counts.
+    /// `lock_owner` is valid.
     pub const LOCKOWNER: u32 = 1 << 1;
     /// Clear set-user-ID bits.
     pub const KILL_SUIDGID: u32 = 1 << 2;
@@ -285,7 +285,7 @@ pub mod lk_flags {
 
 /// Flags of IOCTL.
 pub mod ioctl_flags {
-    /// The server may ask for any memory of the caller; of CUSE only.
+    /// The server may access any memory of the caller; only for CUSE.
     pub const UNRESTRICTED: u32 = 1 << 1;
 }
 

@@ -1,9 +1,8 @@
-//! The FUSE ABI up to 7.45: numbers and layouts, as Linux's `uapi/linux/fuse.h` has them.
+//! The FUSE ABI up to 7.45: numbers and layouts of Linux's `uapi/linux/fuse.h`.
 //!
-//! Nothing here decides anything. Structures are plain integers in host byte order, so that
-//! any bytes of the right length are a valid value. The invariant: every structure has exactly
-//! the size the kernel gives it, and no padding the compiler put in; both are checked when this
-//! is compiled.
+//! This module has no logic. Structures are plain integers in host byte order, so any bytes of the
+//! right length are a valid value. The invariant: every structure has exactly the kernel's size and
+//! no padding inserted by the compiler; both are checked at compile time.
 
 mod flags;
 mod opcode;
@@ -25,20 +24,20 @@ pub use structures::{
     WriteOut,
 };
 
-/// The major version spoken here.
+/// The supported major version.
 pub const MAJOR: u32 = 7;
 
-/// The newest minor version known here.
+/// The newest supported minor version.
 pub const MINOR: u32 = 45;
 
-/// Length of the INIT argument before 7.36, and of the part of it every kernel sends.
+/// Length of the INIT argument before 7.36, and of the part that every kernel sends.
 pub const INIT_IN_SHORT_LEN: usize = 16;
 
 /// Extension of a request that holds supplementary groups (`FUSE_EXT_GROUPS`).
 pub const EXT_GROUPS: u32 = 32;
 
-/// The most labels that an extension may hold (`FUSE_MAX_NR_SECCTX`), whose number stands where
-/// the sort of others does.
+/// Maximum number of labels in an extension (`FUSE_MAX_NR_SECCTX`). The number is in the field that
+/// holds the type of other extensions.
 pub const MAX_SECURITY_CONTEXTS: u32 = 31;
 
 /// `total_extlen` in [`InHeader`] counts in units of this many bytes.

@@ -1,50 +1,52 @@
-//! The table of opcodes: for each its number, the limit of its arguments, the size of its reply, what
-//! serving it again does, and who serves it.
+//! The table of opcodes: for each its number, the limit of its arguments, the size of its reply,
+//! the effect of a replay, and its handler.
 //!
-//! Decoding, dispatch and replay read it. The invariant: an [`Opcode`] is always one that the protocol
-//! has, and has a whole row; 0, 7, 19 and whatever else a guest may think up has no value here.
+//! Decoding, dispatch and replay read it. The invariant: an [`Opcode`] exists in the protocol and
+//! has a complete row; numbers such as 0, 7 and 19, or any other that a guest may send, have no
+//! value here.
 
 use super::structures::{
     AttrOut, CopyFileRangeOut, EntryOut, InitOut, LkOut, LseekOut, OpenOut, StatfsOut, StatxOut,
     WriteOut,
 };
 
-/// What a request's arguments are, as far as it limits their length.
+/// The kind of a request's arguments, which limits their length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arguments {
-    /// Nothing that is looked at.
+    /// Ignored.
     Ignored,
     /// One structure, or none.
     Structure,
     /// A structure and names of directory entries.
     Names,
-    /// The same and, for a new inode, a symbolic link's target, a security label and a group.
+    /// As [`Names`](Self::Names) and, for a new inode, a symbolic link's target, a security label
+    /// and a group.
     NamesAndExtensions,
     /// A structure and the name of an extended attribute.
     XattrName,
-    /// The same and its value.
+    /// As [`XattrName`](Self::XattrName), and the attribute's value.
     XattrValue,
     /// Nodes to forget.
     Forgets,
-    /// The structure of WRITE; the data are not among what is decoded.
+    /// The structure of WRITE; the data are not decoded.
     Write,
 }
 
-/// What serving a request again does, if a previous process has begun it and not answered.
+/// The effect of replaying a request that a previous process began and did not answer.
 ///
-/// Lookup counts and handles don't matter here: the state table tells those of the previous process apart.
+/// Lookup counts and handles don't matter here: the state table tells which belong to the previous
+/// process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplayClass {
-    /// The same as serving it once.
+    /// The same as executing it once.
     Idempotent,
-    /// Something else; the guard finds out whether it took effect.
+    /// A different one; the guard determines whether the request took effect.
     Guarded(Guard),
-    /// It is not served again from a journal: it has no effect that outlives the process, or ends the
-    /// session.
+    /// It is never replayed: it has no effect that outlives the process, or it ends the session.
     Never,
 }
 
-/// How it is found out whether a request took effect.
+/// How to determine whether a request took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guard {
     /// The new inode is younger than the request, and of its type.
@@ -55,52 +57,52 @@ pub enum Guard {
     Removal,
     /// The inode that the previous process recorded has its new name.
     Rename,
-    /// The attribute was not there when the request was begun.
+    /// The attribute did not exist when the request began.
     NewXattr,
-    /// The attribute was there when the request was begun.
+    /// The attribute existed when the request began.
     XattrRemoval,
-    /// The handle has ended.
+    /// The handle is no longer valid.
     Release,
-    /// The previous process recorded which lookups it has taken back.
+    /// The previous process recorded which lookups it dropped.
     Forget,
-    /// The previous process recorded where the file ended.
+    /// The previous process recorded the file's end.
     Append,
 }
 
-/// Who serves a request.
+/// The handler of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Handler {
     /// INIT and DESTROY, while no other request is served.
     Session,
-    /// Takes lookups back; has no reply.
+    /// Drops lookups; has no reply.
     Forget,
     /// Stops a waiting request; has no reply.
     Interrupt,
-    /// One call of the file system and one answer.
+    /// One call of the file system and one reply.
     Metadata,
     /// An operation on an open file that may become a future.
     Data,
-    /// A lock, where locks were negotiated.
+    /// A lock, if locks were negotiated.
     Lock,
-    /// Nobody: `ENOSYS`.
+    /// None: `ENOSYS`.
     Unserved,
 }
 
 /// A row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// What its arguments are.
+    /// The kind of its arguments.
     pub arguments: Arguments,
-    /// Bytes that a reply needs behind its header whatever the answer. Operations that are asked for a
-    /// number of bytes reply with less, so they need none.
+    /// Bytes that a reply needs behind its header in any case. Operations that request a number of
+    /// bytes reply with less if necessary, so they need none.
     pub reply: usize,
-    /// What serving it again does.
+    /// The effect of a replay.
     pub replay: ReplayClass,
-    /// Who serves it.
+    /// Its handler.
     pub handler: Handler,
 }
 
-/// The row of what the protocol doesn't have.
+/// The row for opcodes that are not in the protocol.
 pub const UNKNOWN: Row = Row {
     arguments: Arguments::Ignored,
     reply: 0,
@@ -114,7 +116,7 @@ macro_rules! opcodes {
         $name:ident = $number:literal: $arguments:ident, [$($reply:ty),*],
         $replay:ident $(($guard:expr))?, $handler:ident;
     )*) => {
-        /// What a request asks for (`enum fuse_opcode`).
+        /// The operation of a request (`enum fuse_opcode`).
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[repr(u32)]
         pub enum Opcode {
@@ -122,7 +124,7 @@ macro_rules! opcodes {
         }
 
         impl Opcode {
-            /// All of them, in the order of their numbers.
+            /// All opcodes, in the order of their numbers.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
             /// The opcode with this number, if there is one.
@@ -134,13 +136,13 @@ macro_rules! opcodes {
                 }
             }
 
-            /// The number a request carries for it.
+            /// Its number in a request.
             #[must_use]
             pub const fn number(self) -> u32 {
                 self as u32
             }
 
-            /// Its row.
+            /// Its row in the table.
             #[must_use]
             pub const fn row(self) -> &'static Row {
                 match self {
@@ -159,7 +161,7 @@ macro_rules! opcodes {
 opcodes! {
     /// Find a name in a directory.
     Lookup = 1: Names, [EntryOut], Idempotent, Metadata;
-    /// Give back lookups of one node; has no reply.
+    /// Drop lookups of one node; has no reply.
     Forget = 2: Structure, [], Guarded(Guard::Forget), Forget;
     /// Read attributes.
     Getattr = 3: Structure, [AttrOut], Idempotent, Metadata;
@@ -167,11 +169,11 @@ opcodes! {
     Setattr = 4: Structure, [AttrOut], Idempotent, Metadata;
     /// Read a symbolic link.
     Readlink = 5: Structure, [], Idempotent, Metadata;
-    /// Make a symbolic link.
+    /// Create a symbolic link.
     Symlink = 6: NamesAndExtensions, [EntryOut], Guarded(Guard::NewInode), Metadata;
-    /// Make a file, FIFO, socket or device node.
+    /// Create a file, FIFO, socket or device node.
     Mknod = 8: NamesAndExtensions, [EntryOut], Guarded(Guard::NewInode), Metadata;
-    /// Make a directory.
+    /// Create a directory.
     Mkdir = 9: NamesAndExtensions, [EntryOut], Guarded(Guard::NewInode), Metadata;
     /// Remove a name.
     Unlink = 10: Names, [], Guarded(Guard::Removal), Metadata;
@@ -179,7 +181,7 @@ opcodes! {
     Rmdir = 11: Names, [], Guarded(Guard::Removal), Metadata;
     /// Rename.
     Rename = 12: Names, [], Guarded(Guard::Rename), Metadata;
-    /// Make a hard link.
+    /// Create a hard link.
     Link = 13: Names, [EntryOut], Guarded(Guard::NewLink), Metadata;
     /// Open a file.
     Open = 14: Structure, [OpenOut], Idempotent, Metadata;
@@ -189,9 +191,9 @@ opcodes! {
     Write = 16: Write, [WriteOut], Guarded(Guard::Append), Data;
     /// Statistics of the file system.
     Statfs = 17: Structure, [StatfsOut], Idempotent, Metadata;
-    /// Close a file for good.
+    /// Release an open file.
     Release = 18: Structure, [], Guarded(Guard::Release), Metadata;
-    /// Write a file back to disk.
+    /// Sync a file to disk.
     Fsync = 20: Structure, [], Idempotent, Data;
     /// Set an extended attribute.
     Setxattr = 21: XattrValue, [], Guarded(Guard::NewXattr), Metadata;
@@ -209,21 +211,21 @@ opcodes! {
     Opendir = 27: Structure, [OpenOut], Idempotent, Metadata;
     /// Read directory entries.
     Readdir = 28: Structure, [], Idempotent, Metadata;
-    /// Close a directory for good.
+    /// Release an open directory.
     Releasedir = 29: Structure, [], Guarded(Guard::Release), Metadata;
-    /// Write a directory back to disk.
+    /// Sync a directory to disk.
     Fsyncdir = 30: Structure, [], Idempotent, Data;
     /// Test for a lock.
     Getlk = 31: Structure, [LkOut], Idempotent, Lock;
-    /// Take or give up a lock.
+    /// Acquire or release a lock.
     Setlk = 32: Structure, [], Idempotent, Lock;
-    /// Take a lock, waiting for it.
+    /// Acquire a lock, waiting for it.
     Setlkw = 33: Structure, [], Idempotent, Lock;
     /// Test permissions.
     Access = 34: Structure, [], Idempotent, Metadata;
-    /// Make and open a file.
+    /// Create and open a file.
     Create = 35: NamesAndExtensions, [EntryOut, OpenOut], Guarded(Guard::NewInode), Metadata;
-    /// Stop waiting for an earlier request.
+    /// Interrupt an earlier request.
     Interrupt = 36: Structure, [], Never, Interrupt;
     /// Map a block to the device.
     Bmap = 37: Structure, [], Never, Unserved;
@@ -233,9 +235,9 @@ opcodes! {
     Ioctl = 39: Structure, [], Idempotent, Metadata;
     /// Poll for events.
     Poll = 40: Structure, [], Never, Unserved;
-    /// Data the server asked for by a notification.
+    /// Data that the server requested by a notification.
     NotifyReply = 41: Structure, [], Never, Unserved;
-    /// Give back lookups of many nodes; has no reply.
+    /// Drop lookups of many nodes; has no reply.
     BatchForget = 42: Forgets, [], Guarded(Guard::Forget), Forget;
     /// Allocate or free space.
     Fallocate = 43: Structure, [], Idempotent, Data;
@@ -247,17 +249,17 @@ opcodes! {
     Lseek = 46: Structure, [LseekOut], Idempotent, Metadata;
     /// Copy between files.
     CopyFileRange = 47: Structure, [CopyFileRangeOut], Idempotent, Data;
-    /// Map a part of a file into the DAX window.
+    /// Map a range of a file into the DAX window.
     Setupmapping = 48: Structure, [], Never, Unserved;
     /// Remove mappings from the DAX window.
     Removemapping = 49: Structure, [], Never, Unserved;
-    /// Write the whole file system back to disk.
+    /// Sync the whole file system to disk.
     Syncfs = 50: Structure, [], Idempotent, Data;
-    /// Make a file without a name.
+    /// Create a file without a name.
     Tmpfile = 51: NamesAndExtensions, [EntryOut, OpenOut], Idempotent, Metadata;
-    /// Read attributes as `statx` has them.
+    /// Read attributes in the form of `statx`.
     Statx = 52: Structure, [StatxOut], Idempotent, Metadata;
-    /// Copy between files, with a result of 64 bits.
+    /// Copy between files, with a 64-bit result.
     CopyFileRange64 = 53: Structure, [CopyFileRangeOut], Idempotent, Data;
 }
 

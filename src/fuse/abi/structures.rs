@@ -1,6 +1,6 @@
 //! Layouts of arguments and replies.
 //!
-//! Named after the kernel's, without `fuse_`. A field means what it means in
+//! Named after the kernel's structures, without `fuse_`. Fields have the meaning given in
 //! `uapi/linux/fuse.h`.
 
 #![allow(
@@ -16,7 +16,7 @@ use std::mem::{align_of, size_of};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Declares structures of the ABI, each with the size the kernel gives it.
+/// Declares structures of the ABI, each with its size in the kernel.
 macro_rules! layouts {
     ($($(#[$doc:meta])* $name:ident[$size:literal] { $($field:ident: $type:ty,)* })*) => {
         $(
@@ -33,7 +33,7 @@ macro_rules! layouts {
     };
 }
 
-// Headers and what many replies are made of.
+// Headers, and parts of many replies.
 layouts! {
     /// Begins every request.
     InHeader[40] {
@@ -44,10 +44,10 @@ layouts! {
     OutHeader[16] { len: u32, error: i32, unique: u64, }
     /// Begins an extension behind a request's arguments; `size` includes it.
     ExtHeader[8] { size: u32, kind: u32, }
-    /// Behind an [`ExtHeader`]: this many group ids follow.
+    /// After an [`ExtHeader`]: this many group ids follow.
     SuppGroups[4] { nr_groups: u32, }
-    /// Behind an [`ExtHeader`] whose kind is the number of labels: one of them; its name and
-    /// `size` bytes follow.
+    /// After an [`ExtHeader`] whose kind is the number of labels: one label; its name and `size`
+    /// bytes follow.
     Secctx[8] { size: u32, padding: u32, }
     /// Attributes.
     Attr[88] {
@@ -55,7 +55,7 @@ layouts! {
         mtimensec: u32, ctimensec: u32, mode: u32, nlink: u32, uid: u32, gid: u32, rdev: u32,
         blksize: u32, flags: u32,
     }
-    /// Reply to LOOKUP and whatever makes a name.
+    /// Reply to LOOKUP and to requests that create a name.
     EntryOut[128] {
         nodeid: u64, generation: u64, entry_valid: u64, attr_valid: u64, entry_valid_nsec: u32,
         attr_valid_nsec: u32, attr: Attr,
@@ -77,11 +77,11 @@ layouts! {
         map_alignment: u16, flags2: u32, max_stack_depth: u32, request_timeout: u16,
         unused: [u16; 11],
     }
-    /// Argument of INTERRUPT: which request it means.
+    /// Argument of INTERRUPT: the request to interrupt.
     InterruptIn[8] { unique: u64, }
     /// Argument of SYNCFS.
     SyncfsIn[8] { padding: u64, }
-    /// What STATFS answers.
+    /// Body of the reply to STATFS.
     Kstatfs[80] {
         blocks: u64, bfree: u64, bavail: u64, files: u64, ffree: u64, bsize: u32, namelen: u32,
         frsize: u32, padding: u32, spare: [u32; 6],
@@ -110,7 +110,7 @@ layouts! {
     StatxIn[24] { getattr_flags: u32, reserved: u32, fh: u64, sx_flags: u32, sx_mask: u32, }
     /// A time in [`Statx`].
     StatxTime[16] { tv_sec: i64, tv_nsec: u32, reserved: i32, }
-    /// What STATX answers.
+    /// Body of the reply to STATX.
     Statx[256] {
         mask: u32, blksize: u32, attributes: u64, nlink: u32, uid: u32, gid: u32, mode: u16,
         spare0: u16, ino: u64, size: u64, blocks: u64, attributes_mask: u64, atime: StatxTime,
@@ -135,9 +135,9 @@ layouts! {
     AccessIn[8] { mask: u32, padding: u32, }
     /// Argument of SETXATTR; name and value follow.
     SetxattrIn[8] { size: u32, flags: u32, }
-    /// Argument of SETXATTR where `SETXATTR_EXT` was agreed on.
+    /// Argument of SETXATTR if `SETXATTR_EXT` was negotiated.
     SetxattrExtIn[16] { size: u32, flags: u32, setxattr_flags: u32, padding: u32, }
-    /// Argument of GETXATTR, where the name follows, and of LISTXATTR.
+    /// Argument of GETXATTR (the name follows) and of LISTXATTR.
     GetxattrIn[8] { size: u32, padding: u32, }
     /// Reply to GETXATTR and LISTXATTR with size 0.
     GetxattrOut[8] { size: u32, padding: u32, }
@@ -149,7 +149,7 @@ layouts! {
     OpenIn[8] { flags: u32, open_flags: u32, }
     /// Argument of CREATE and TMPFILE; the name follows.
     CreateIn[16] { flags: u32, mode: u32, umask: u32, open_flags: u32, }
-    /// Reply to OPEN and OPENDIR, and the end of that to CREATE.
+    /// Reply to OPEN and OPENDIR, and the end of the reply to CREATE.
     OpenOut[16] { fh: u64, open_flags: u32, backing_id: i32, }
     /// Argument of RELEASE and RELEASEDIR.
     ReleaseIn[24] { fh: u64, flags: u32, release_flags: u32, lock_owner: u64, }
@@ -182,7 +182,7 @@ layouts! {
     }
     /// Reply to COPY_FILE_RANGE_64.
     CopyFileRangeOut[8] { bytes_copied: u64, }
-    /// Begins a directory entry; the name follows, filled up to a multiple of 8 bytes.
+    /// Begins a directory entry; the name follows, padded to a multiple of 8 bytes.
     Dirent[24] { ino: u64, off: u64, namelen: u32, kind: u32, }
     /// A lock.
     FileLock[24] { start: u64, end: u64, kind: u32, pid: u32, }
@@ -196,7 +196,7 @@ layouts! {
     BmapOut[8] { block: u64, }
     /// Argument of IOCTL.
     IoctlIn[32] { fh: u64, flags: u32, cmd: u32, arg: u64, in_size: u32, out_size: u32, }
-    /// A piece of the caller's memory, for IOCTL.
+    /// A segment of the caller's memory, for IOCTL.
     IoctlIovec[16] { base: u64, len: u64, }
     /// Reply to IOCTL.
     IoctlOut[16] { result: i32, flags: u32, in_iovs: u32, out_iovs: u32, }

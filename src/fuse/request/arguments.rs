@@ -1,4 +1,5 @@
-//! Takes the arguments of a request apart, from front to back.
+//! Parses the arguments of a request, from front to back. The invariant: a name, id or offset that
+//! is returned is valid, and nothing is read behind the end.
 
 use std::ffi::CStr;
 
@@ -15,7 +16,7 @@ const TARGET_MAX: usize = 4095;
 /// Longest name of an extended attribute, in bytes without the NUL (`XATTR_NAME_MAX`).
 const XATTR_NAME_MAX: usize = 255;
 
-/// What is left of a request's arguments.
+/// The unparsed rest of a request's arguments.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arguments<'a>(pub(super) &'a [u8]);
 
@@ -30,8 +31,8 @@ impl<'a> Arguments<'a> {
     /// The argument of INIT, which is shorter in older kernels.
     pub(super) fn init(self) -> Result<InitIn, Fault> {
         let mut init = InitIn::default();
-        let have = self.0.len().min(size_of::<InitIn>());
-        if have < crate::fuse::abi::INIT_IN_SHORT_LEN {
+        let available = self.0.len().min(size_of::<InitIn>());
+        if available < crate::fuse::abi::INIT_IN_SHORT_LEN {
             return Err(Fault::Truncated);
         }
         for (to, from) in init.as_mut_bytes().iter_mut().zip(self.0) {
@@ -77,7 +78,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// The next string, whatever is in it.
+    /// The next string, without checks.
     pub(super) fn string(&mut self) -> Result<&'a CStr, Fault> {
         let string = CStr::from_bytes_until_nul(self.0).map_err(|_endless| Fault::Unterminated)?;
         self.bytes(string.to_bytes_with_nul().len())?;
@@ -85,7 +86,7 @@ impl<'a> Arguments<'a> {
     }
 }
 
-/// A node, which is not 0.
+/// A node id; 0 is refused.
 pub(super) fn node(id: u64) -> Result<NodeId, Fault> {
     match id {
         0 => Err(Fault::Node),
@@ -103,7 +104,7 @@ pub(super) fn given_handle(valid: u32, bit: u32, fh: u64) -> Option<Handle> {
     given(valid, bit, Handle(fh))
 }
 
-/// A user or group id that is not the one which system calls take for 'leave it'.
+/// A user or group id other than the value that system calls take as "unchanged".
 pub(super) fn id(id: u32) -> Result<u32, Fault> {
     match id {
         u32::MAX => Err(Fault::Id),
@@ -111,7 +112,7 @@ pub(super) fn id(id: u32) -> Result<u32, Fault> {
     }
 }
 
-/// A place in a file, which system calls take as signed.
+/// An offset in a file, which is signed for system calls.
 pub(super) fn offset(offset: u64) -> Result<u64, Fault> {
     match i64::try_from(offset) {
         Ok(_) => Ok(offset),
@@ -119,14 +120,14 @@ pub(super) fn offset(offset: u64) -> Result<u64, Fault> {
     }
 }
 
-/// `len` bytes from `start`, none of them beyond where a file can reach.
+/// Checks that `len` bytes from `start` on don't exceed the largest offset.
 pub(super) fn extent(start: u64, len: u64) -> Result<(), Fault> {
     let end = start.checked_add(len).ok_or(Fault::Value("length"))?;
     offset(start)?;
     offset(end).map(|_| ())
 }
 
-/// A moment; the kernel's seconds are signed behind an unsigned field.
+/// A point in time; the unsigned field holds signed seconds.
 pub(super) fn timestamp(seconds: u64, nanoseconds: u32) -> Result<Timestamp, Fault> {
     if nanoseconds >= 1_000_000_000 {
         return Err(Fault::Value("nanoseconds"));

@@ -1,4 +1,4 @@
-//! From bytes to a [`Request`].
+//! Decodes bytes to a [`Request`]. The invariant: only the bytes that the header counts are read.
 
 use zerocopy::FromBytes;
 
@@ -12,22 +12,22 @@ use crate::io::{Lock, LockKind, RecordLock, SyncKind, WriteMode};
 /// Length of the header that begins every request, in bytes.
 pub const HEADER_LEN: usize = size_of::<InHeader>();
 
-/// Longest value of an extended attribute, bytes (`XATTR_SIZE_MAX`).
+/// Maximum length of an extended attribute's value, bytes (`XATTR_SIZE_MAX`).
 const XATTR_SIZE_MAX: usize = 65_536;
 
-/// Longest arguments of an operation with names: two names, or a name and a symbolic link's
-/// target, and the structure before them.
+/// Maximum length of the arguments of an operation with names: two names, or a name and a symbolic
+/// link's target, and the structure before them.
 const NAMES_MAX: usize = 8 * 1024;
-/// Longest arguments of SETXATTR.
+/// Maximum length of the arguments of SETXATTR.
 const SETXATTR_MAX: usize = size_of::<abi::SetxattrExtIn>() + 256 + XATTR_SIZE_MAX;
-/// Longest arguments of BATCH_FORGET that are worth copying: 65,535 nodes.
+/// Maximum length of the arguments of BATCH_FORGET: 65,535 nodes.
 const BATCH_FORGET_MAX: usize = 1024 * 1024;
-/// Longer than any argument that is one structure.
+/// More than the longest argument that is one structure.
 const STRUCTURE_MAX: usize = 128;
 
-/// The flags of `open(2)` that a guest may give. What is missing here is done by the guest's
-/// kernel itself (`O_CREAT`, `O_NOCTTY`, …) or would make OPEN something else (`O_PATH`,
-/// `O_TMPFILE`, `O_ASYNC`).
+/// The flags of `open(2)` that a guest may use. The others are handled by the guest's kernel itself
+/// (`O_CREAT`, `O_NOCTTY`, …) or would make OPEN a different operation (`O_PATH`, `O_TMPFILE`,
+/// `O_ASYNC`).
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
@@ -40,22 +40,22 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_SYNC
     | libc::O_TRUNC;
 
-/// How long the arguments of an operation may be, and what is wrong if they are longer.
+/// Maximum length of an operation's arguments, and the fault if they are longer.
 struct Limit {
     bytes: usize,
     beyond: Option<Fault>,
 }
 
-/// How many bytes of a request to hand to [`decode()`] beyond its `header`, which are its first
-/// [`HEADER_LEN`] bytes; `behind` bytes are there.
+/// How many bytes of a request to pass to [`decode()`] after its `header`, the first [`HEADER_LEN`]
+/// bytes; `behind` bytes are available.
 ///
 /// # Errors
 ///
-/// The header is cut short, or counts bytes that are not there.
+/// Fails if the header is truncated, or counts bytes that are not there.
 pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> {
     let (header, _) = in_header(header)?;
     match arguments_len(&header) {
-        Ok(told) if told <= behind => Ok(told.min(limit(&header).bytes)),
+        Ok(counted) if counted <= behind => Ok(counted.min(limit(&header).bytes)),
         _ => Err(DecodeError {
             unique: Some(header.unique),
             opcode: Some(header.opcode),
@@ -64,20 +64,19 @@ pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> 
     }
 }
 
-/// Decodes a request from its bytes, header first; the data of a WRITE need not be there.
+/// Decodes a request from its bytes, header first; the data of a WRITE need not be included.
 ///
-/// Bytes behind those that the header counts are ignored, and so are bytes behind the
-/// arguments. Of the flags to OPEN, OPENDIR and CREATE those that are the guest's own affair
-/// are taken away.
+/// Bytes after those that the header counts, or after the arguments, are ignored. Flags to OPEN,
+/// OPENDIR and CREATE that concern only the guest are removed.
 ///
 /// # Errors
 ///
-/// Whatever a guest may think up; see [`Fault`].
+/// Any of [`Fault`].
 pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
     decode_as(bytes, InitFlags::NONE)
 }
 
-/// As [`decode()`], for a guest with which these flags of INIT were `agreed` on: some make
+/// As [`decode()`], for a guest with which the flags in `agreed` were negotiated: some make
 /// arguments longer (`SETXATTR_EXT`) or add to them (`SECURITY_CTX`, `CREATE_SUPP_GROUP`).
 ///
 /// # Errors
@@ -100,8 +99,8 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
         kill_set_id,
         group,
     } = decoded.map_err(failed)?;
-    // Others are asked for by the guest's kernel itself, with no user and on no node. FORGET of node 0
-    // does no harm, so it belongs to them.
+    // Other requests come from the guest's kernel itself, without a user and a node. FORGET of node
+    // 0 does no harm, so it is among them.
     if matches!(
         row.handler,
         Handler::Metadata | Handler::Data | Handler::Lock
@@ -114,8 +113,8 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
         row,
         node: NodeId(header.nodeid),
         caller: Caller {
-            uid: told(header.uid),
-            gid: told(header.gid),
+            uid: known_id(header.uid),
+            gid: known_id(header.gid),
             pid: header.pid,
             kill_set_id,
             group,
@@ -124,8 +123,8 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
     })
 }
 
-/// A caller's id, unless it is the number that stands for none (`FUSE_INVALID_UIDGID`).
-fn told(id: u32) -> Option<u32> {
+/// A caller's id; `None` for the value that means "none" (`FUSE_INVALID_UIDGID`).
+fn known_id(id: u32) -> Option<u32> {
     (id != u32::MAX).then_some(id)
 }
 
@@ -146,7 +145,7 @@ fn in_header(bytes: &[u8]) -> Result<(InHeader, &[u8]), DecodeError> {
     })
 }
 
-/// Bytes of arguments, as the header says; the data of a WRITE and extensions included.
+/// Length of the arguments according to the header, including the data of a WRITE and extensions.
 fn arguments_len(header: &InHeader) -> Result<usize, Fault> {
     usize::try_from(header.len)
         .ok()
@@ -168,31 +167,33 @@ fn limit(header: &InHeader) -> Limit {
     Limit { bytes, beyond }
 }
 
-/// What follows the header of a request.
+/// The bytes after the header of a request.
 struct Body<'a> {
-    /// The arguments, as far as they are looked at.
+    /// The arguments that are decoded.
     arguments: Arguments<'a>,
-    /// Extensions, where the header counts them.
+    /// The extensions, if the header counts them.
     extensions: &'a [u8],
-    /// Bytes of data behind the arguments.
+    /// Number of data bytes after the arguments.
     data: usize,
-    /// What INIT has agreed on.
+    /// The negotiated flags.
     agreed: InitFlags,
 }
 
 impl<'a> Body<'a> {
     fn of(header: &InHeader, behind: &'a [u8], agreed: InitFlags) -> Result<Self, Fault> {
-        let told = arguments_len(header)?;
+        let counted = arguments_len(header)?;
         let limit = limit(header);
-        if told > limit.bytes
+        if counted > limit.bytes
             && let Some(fault) = limit.beyond
         {
             return Err(fault);
         }
         let extensions_len = usize::from(header.total_extlen).saturating_mul(abi::EXT_UNIT);
-        let without = told.checked_sub(extensions_len).ok_or(Fault::Extensions)?;
+        let without = counted
+            .checked_sub(extensions_len)
+            .ok_or(Fault::Extensions)?;
         let bytes = behind
-            .get(..told.min(limit.bytes))
+            .get(..counted.min(limit.bytes))
             .ok_or(Fault::Truncated)?;
         let (arguments, extensions) = bytes.split_at_checked(without).unwrap_or((bytes, &[]));
         Ok(Self {
@@ -203,8 +204,7 @@ impl<'a> Body<'a> {
         })
     }
 
-    /// What the request says behind its names, if that was agreed on. Linux before 6.3 doesn't count a
-    /// label.
+    /// The extensions that were negotiated. Linux before 6.3 doesn't count a label in the header.
     fn extensions(&self) -> Result<Extensions<'a>, Fault> {
         let labels = self.agreed.contains(InitFlags::SECURITY_CTX);
         let groups = self.agreed.contains(InitFlags::CREATE_SUPP_GROUP);
@@ -222,12 +222,12 @@ impl<'a> Body<'a> {
     }
 }
 
-/// An operation, and what the request says of its caller.
+/// An operation, and the request's statements about its caller.
 struct Decoded<'a> {
     operation: Operation<'a>,
-    /// The caller may not keep set-ID bits. No kernel says so unless that was agreed on.
+    /// The caller may not keep set-ID bits. Kernels send this only if it was negotiated.
     kill_set_id: bool,
-    /// The directory's group, if the caller is in that besides its own.
+    /// The directory's group, if the caller is in it besides its own.
     group: Option<u32>,
 }
 
@@ -241,7 +241,7 @@ impl<'a> From<Operation<'a>> for Decoded<'a> {
     }
 }
 
-/// Decodes what is asked for.
+/// Decodes the operation.
 fn operation(opcode: Opcode, mut body: Body<'_>) -> Result<Decoded<'_>, Fault> {
     let mut kill_set_id = false;
     let mut group = None;
@@ -425,7 +425,7 @@ fn operation(opcode: Opcode, mut body: Body<'_>) -> Result<Decoded<'_>, Fault> {
         }
         Opcode::Tmpfile => {
             let args: abi::CreateIn = arguments.take()?;
-            // The name is for show; Linux says "/", which no entry could have.
+            // The name is a placeholder; Linux sends "/", which is no valid name.
             arguments.string()?;
             let extensions = body.extensions()?;
             group = extensions.group;
@@ -509,7 +509,7 @@ fn operation(opcode: Opcode, mut body: Body<'_>) -> Result<Decoded<'_>, Fault> {
             }
             Operation::Lseek {
                 handle: Handle(fh),
-                // Any program may ask for what is before the beginning: the host answers.
+                // A program may request a negative offset; the host decides on it.
                 offset,
                 whence,
             }
@@ -557,8 +557,8 @@ fn created<'a>(args: &abi::CreateIn, label: Option<Label<'a>>) -> NewNode<'a> {
     }
 }
 
-/// Numbers are of uapi `linux/fs.h`. The plain flags are a long by their numbers and an int in
-/// truth; kernels send either.
+/// The numbers are from uapi `linux/fs.h`. The plain flags are a long according to their numbers
+/// but an int in practice; kernels send either.
 fn ioctl(args: &abi::IoctlIn, mut data: Arguments<'_>) -> Result<Ioctl, Fault> {
     const GET_FLAGS: u32 = 0x8008_6601;
     const SET_FLAGS: u32 = 0x4008_6602;
@@ -604,7 +604,7 @@ fn locking(opcode: Opcode, args: abi::LkIn) -> Result<Operation<'static>, Fault>
             wait: opcode == Opcode::Setlkw,
         }));
     }
-    // There is no asking for locks on the whole file, nor for what is in the way of none.
+    // GETLK exists neither for locks on the whole file nor for an unlock.
     if whole || kind == LockKind::Unlock {
         return Err(Fault::Value("type"));
     }
@@ -639,7 +639,7 @@ fn xattr_flags(bits: u32) -> Result<XattrFlags, Fault> {
     }
 }
 
-/// What the flags of `open(2)` mean for a write. `O_SYNC` has the bit of `O_DSYNC` in it.
+/// The flags of `open(2)` that affect a write. `O_SYNC` includes the bit of `O_DSYNC`.
 fn write_mode(flags: i32) -> WriteMode {
     WriteMode {
         append: flags & libc::O_APPEND != 0,

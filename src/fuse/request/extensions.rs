@@ -1,8 +1,8 @@
-//! What follows the names of a request that makes an inode: security label and group.
+//! The extensions behind the names of a request that creates an inode: security label and group.
 //!
-//! Where the header counts extensions they are its last bytes; Linux before 6.3 doesn't count
-//! a label. The invariant: of each sort there is at most one, in either order, and every
-//! byte that is told is accounted for.
+//! If the header counts extensions, they are the last bytes of the request. Linux before 6.3
+//! doesn't count a label. The invariant: there is at most one extension of each kind, in either
+//! order, and every counted byte belongs to one.
 
 use zerocopy::FromBytes;
 
@@ -13,16 +13,16 @@ use crate::fuse::abi::{
     EXT_GROUPS, EXT_UNIT, ExtHeader, MAX_SECURITY_CONTEXTS, Secctx, SuppGroups,
 };
 
-/// What a label's name begins with: what else is an extended attribute is none.
+/// The prefix of a label's name; other extended attributes are not labels.
 const NAMESPACE: &[u8] = b"security.";
 
-/// Longest label, bytes: that of an extended attribute (`XATTR_SIZE_MAX`).
+/// Maximum length of a label, bytes: that of an extended attribute (`XATTR_SIZE_MAX`).
 const LABEL_MAX: usize = 65_536;
 
-/// Longest extensions of a request: a label with its name, a group, and what is around them.
+/// Maximum length of a request's extensions: a label with its name, a group, and their headers.
 pub(super) const EXTENSIONS_MAX: usize = LABEL_MAX + 1024;
 
-/// What extensions say.
+/// The contents of the extensions.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Extensions<'a> {
     pub(super) label: Option<Label<'a>>,
@@ -30,7 +30,7 @@ pub(super) struct Extensions<'a> {
 }
 
 impl<'a> Extensions<'a> {
-    /// Takes `bytes` apart, one record after the other.
+    /// Parses `bytes`, one record after the other.
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, Fault> {
         let mut all = Self::default();
         let mut rest = bytes;
@@ -42,7 +42,7 @@ impl<'a> Extensions<'a> {
                 .get(size_of::<ExtHeader>()..len)
                 .ok_or(Fault::Extensions)?;
             match header.kind {
-                // The number of labels stands where other records have their sort.
+                // The number of labels is in the field that holds the type of other records.
                 count @ 0..=MAX_SECURITY_CONTEXTS if !labels => {
                     all.label = label(count, record)?;
                     labels = true;
@@ -60,7 +60,7 @@ impl<'a> Extensions<'a> {
     }
 }
 
-/// A guest's kernel has at most one label for an inode.
+/// A guest's kernel sends at most one label for an inode.
 fn label(count: u32, record: &[u8]) -> Result<Option<Label<'_>>, Fault> {
     let mut record = Arguments(record);
     let label = match count {
@@ -80,11 +80,11 @@ fn label(count: u32, record: &[u8]) -> Result<Option<Label<'_>>, Fault> {
         }
         _ => return Err(Fault::Extensions),
     };
-    no_more(record)?;
+    check_padding(record)?;
     Ok(label)
 }
 
-/// It names at most one group: the directory's, if the caller is in that besides his own.
+/// At most one group: the directory's, if the caller is in it besides its own.
 fn group(record: &[u8]) -> Result<Option<u32>, Fault> {
     let mut record = Arguments(record);
     let group = match take::<SuppGroups>(&mut record)?.nr_groups {
@@ -92,7 +92,7 @@ fn group(record: &[u8]) -> Result<Option<u32>, Fault> {
         1 => Some(id(take(&mut record)?)?),
         _ => return Err(Fault::Extensions),
     };
-    no_more(record)?;
+    check_padding(record)?;
     Ok(group)
 }
 
@@ -100,8 +100,8 @@ fn take<T: FromBytes>(record: &mut Arguments<'_>) -> Result<T, Fault> {
     record.take().or(Err(Fault::Extensions))
 }
 
-/// Only what fills a record up may be left.
-fn no_more(record: Arguments<'_>) -> Result<(), Fault> {
+/// Only padding may be left.
+fn check_padding(record: Arguments<'_>) -> Result<(), Fault> {
     if record.0.len() < EXT_UNIT {
         Ok(())
     } else {

@@ -1,4 +1,4 @@
-//! What can be wrong with the bytes of a request.
+//! The faults of a malformed request.
 
 use rustix::io::Errno;
 use thiserror::Error;
@@ -9,11 +9,11 @@ use crate::fuse::abi::Opcode;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("request {} with opcode {}", known(*unique), known(opcode.map(u64::from)))]
 pub struct DecodeError {
-    /// What the guest calls the request, if that many bytes were there.
+    /// The request's number, if that many bytes were there.
     pub unique: Option<u64>,
-    /// The operation's number, if the header was there.
+    /// The opcode, if the header was complete.
     pub opcode: Option<u32>,
-    /// What is wrong with it.
+    /// The fault.
     #[source]
     pub fault: Fault,
 }
@@ -41,23 +41,23 @@ fn known(number: Option<u64>) -> String {
 /// What is wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Fault {
-    /// The header is cut short.
+    /// The header is truncated.
     #[error("the header has only {0} bytes")]
     Header(usize),
-    /// The header's length can't be true.
+    /// The header's length is wrong.
     #[error("the header says that the request has {0} bytes")]
     Length(u32),
-    /// The arguments are cut short.
-    #[error("the arguments are cut short")]
+    /// The arguments are truncated.
+    #[error("the arguments are truncated")]
     Truncated,
     /// The extensions are longer than the request.
     #[error("the extensions are longer than the request")]
     Extensions,
-    /// A name does not end.
+    /// A name is not terminated.
     #[error("a name has no NUL")]
     Unterminated,
     /// A name is empty, `.` or `..`, or has a slash in it.
-    #[error("a name is empty, a dot or two, or has a slash in it")]
+    #[error("a name is empty, `.` or `..`, or contains a slash")]
     Name,
     /// A name is longer than any directory takes.
     #[error("a name is too long")]
@@ -68,17 +68,17 @@ pub enum Fault {
     /// The value of an extended attribute is longer than any can be.
     #[error("the value of an extended attribute is too long")]
     XattrValue,
-    /// A symbolic link is to point nowhere.
+    /// The target of a symbolic link is empty.
     #[error("the target of a symbolic link is empty")]
     EmptyTarget,
-    /// Node 0, which there is not.
+    /// Node 0, which doesn't exist.
     #[error("the node is 0")]
     Node,
-    /// A user or group id that stands for none.
-    #[error("the user or group id stands for none")]
+    /// A user or group id that means "none".
+    #[error("the user or group id is invalid")]
     Id,
-    /// A value that the field can't have.
-    #[error("{0} can't have this value")]
+    /// A value that is invalid for its field.
+    #[error("the value of {0} is invalid")]
     Value(&'static str),
 }
 

@@ -1,10 +1,10 @@
 //! Requests as plain data, decoded without I/O.
 //!
-//! [`decode()`] turns the bytes of a request into a [`Request`] or says what is wrong with them;
-//! it allocates nothing and looks at each byte of its input as it is then, so the input has to
-//! be a private copy. [`bytes_wanted`] tells how much of a request to copy. The payload of a
-//! WRITE is never part of it. The invariant: what comes out has been checked; names fit into a
-//! directory, offsets into an `i64`, nanoseconds into a second, and nodes are not 0.
+//! [`decode()`] turns the bytes of a request into a [`Request`] or returns what is wrong with them.
+//! It allocates nothing. It reads its input without copying, so the input must be a private copy;
+//! [`bytes_wanted`] tells how many bytes to copy, which never include the payload of a WRITE. The
+//! invariant: a decoded request has been checked: names are valid for a directory, offsets fit an
+//! `i64`, nanoseconds are less than a second, and nodes are not 0.
 
 mod arguments;
 mod decode;
@@ -29,30 +29,30 @@ use crate::io::{Lock, RecordLock, WriteMode};
 /// One request of a guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// What the guest calls this request; the reply carries it.
+    /// The guest's number for the request; the reply carries it.
     pub unique: u64,
-    /// The operation's number, for counting.
+    /// The opcode as sent, for counting.
     pub opcode: u32,
     /// The opcode's row in the table.
     pub row: &'static Row,
-    /// The node the operation is on; meaningless for the few that are on none.
+    /// The node that the operation is on; meaningless for the few operations without one.
     pub node: NodeId,
-    /// Who asks.
+    /// The calling process.
     pub caller: Caller,
-    /// What is asked for.
+    /// The requested operation.
     pub operation: Operation<'a>,
 }
 
-/// What a request asks for. Names and values point into the bytes it was decoded from.
+/// The operation of a request. Names and values point into the bytes it was decoded from.
 #[derive(Clone, Copy, Debug)]
 pub enum Operation<'a> {
-    /// Begin a session. What an older kernel leaves out is 0.
+    /// Begin a session. Fields that an older kernel doesn't send are 0.
     Init(InitIn),
     /// End the session.
     Destroy,
-    /// Stop waiting for an earlier request.
+    /// Interrupt an earlier request.
     Interrupt {
-        /// What that one is called.
+        /// The number of that request.
         unique: u64,
     },
     /// Find a name in a directory.
@@ -64,53 +64,53 @@ pub enum Operation<'a> {
     LookupSelf,
     /// LOOKUP of `..`.
     LookupParent,
-    /// Give back lookups.
+    /// Drop lookups.
     Forget {
         /// How many.
         count: u64,
     },
-    /// Give back lookups of many nodes.
+    /// Drop lookups of many nodes.
     BatchForget(Forgets<'a>),
     /// Read attributes.
     Getattr {
-        /// Of this open file, if it is given.
+        /// Of this open file, if given.
         handle: Option<Handle>,
     },
-    /// Read attributes as `statx` has them.
+    /// Read attributes in the form of `statx`.
     Statx {
-        /// Of this open file, if it is given.
+        /// Of this open file, if given.
         handle: Option<Handle>,
     },
     /// Change attributes.
     Setattr {
-        /// Of this open file, if it is given.
+        /// Of this open file, if given.
         handle: Option<Handle>,
         /// The changes.
         changes: Changes,
     },
     /// Read a symbolic link.
     Readlink,
-    /// Make a symbolic link.
+    /// Create a symbolic link.
     Symlink {
         /// Its name.
         name: &'a CStr,
-        /// Where it points.
+        /// Its target.
         target: &'a CStr,
-        /// What it is labelled with.
+        /// Its security label.
         label: Option<Label<'a>>,
     },
-    /// Make a file, FIFO, socket or device node.
+    /// Create a file, FIFO, socket or device node.
     Mknod {
         /// Its name.
         name: &'a CStr,
-        /// What it is made with.
+        /// The properties of the new inode.
         new: NewNode<'a>,
     },
-    /// Make a directory.
+    /// Create a directory.
     Mkdir {
         /// Its name.
         name: &'a CStr,
-        /// What it is made with.
+        /// The properties of the new inode.
         new: NewNode<'a>,
     },
     /// Remove a name.
@@ -129,19 +129,19 @@ pub enum Operation<'a> {
         from: &'a CStr,
         /// The new directory and name.
         to: (NodeId, &'a CStr),
-        /// Those of `renameat2(2)`; 0 for RENAME.
+        /// Flags of `renameat2(2)`; 0 for RENAME.
         flags: u32,
     },
-    /// Make a hard link in the request's node.
+    /// Create a hard link in the request's node.
     Link {
-        /// To this one.
+        /// The existing node.
         node: NodeId,
         /// The new name.
         name: &'a CStr,
     },
     /// Open a file.
     Open {
-        /// Those of `open(2)` that a guest may give; see [`decode()`].
+        /// The flags of `open(2)` that a guest may use; see [`decode()`].
         flags: u32,
     },
     /// Open a directory.
@@ -149,55 +149,55 @@ pub enum Operation<'a> {
         /// As for [`Open`](Self::Open).
         flags: u32,
     },
-    /// Make and open a file.
+    /// Create and open a file.
     Create {
         /// Its name.
         name: &'a CStr,
         /// As for [`Open`](Self::Open), and `O_EXCL`.
         flags: u32,
-        /// What it is made with.
+        /// The properties of the new inode.
         new: NewNode<'a>,
     },
-    /// Make and open a file without a name.
+    /// Create and open a file without a name.
     Tmpfile {
         /// As for [`Create`](Self::Create).
         flags: u32,
-        /// What it is made with.
+        /// The properties of the new inode.
         new: NewNode<'a>,
     },
-    /// Write the whole file system back to disk.
+    /// Sync the whole file system to disk.
     Syncfs,
-    /// Device control, as far as it is about inodes.
+    /// Device control that concerns inodes.
     Ioctl {
         /// The file or directory.
         handle: Handle,
-        /// What is asked for.
+        /// The requested operation.
         ioctl: Ioctl,
     },
     /// Read data.
     Read(Range),
     /// Write data, which follow the request.
     Write {
-        /// Where.
+        /// The range to write.
         range: Range,
-        /// What the guest has opened the file for, as far as a write goes by it.
+        /// The open flags of the file that affect a write.
         mode: WriteMode,
     },
     /// READDIR and READDIRPLUS.
     Readdir {
-        /// The open directory, where to go on in it, and how many bytes of entries to answer.
+        /// The open directory, the offset to continue from, and the maximum size of the entries.
         range: Range,
-        /// Whether each entry comes with what a LOOKUP would say.
+        /// Whether each entry is returned with the result of its LOOKUP.
         plus: bool,
     },
     /// Statistics of the file system.
     Statfs,
-    /// Close a file for good.
+    /// Release an open file.
     Release {
         /// The file.
         handle: Handle,
     },
-    /// Close a directory for good.
+    /// Release an open directory.
     Releasedir {
         /// The directory.
         handle: Handle,
@@ -206,16 +206,16 @@ pub enum Operation<'a> {
     Flush {
         /// Of this file.
         handle: Handle,
-        /// Who closes it, and gives up its record locks thereby.
+        /// The owner that closes it, whose record locks are released.
         owner: LockOwner,
     },
-    /// Find a lock that is in the way.
+    /// Find a conflicting lock.
     Getlk {
         /// The file.
         handle: Handle,
-        /// Who wants the lock.
+        /// The owner that wants the lock.
         owner: LockOwner,
-        /// The lock, which is not one to be given up.
+        /// The lock; its kind is never [`LockKind::Unlock`](crate::io::LockKind::Unlock).
         lock: RecordLock,
     },
     /// SETLK and SETLKW.
@@ -224,7 +224,7 @@ pub enum Operation<'a> {
     Fsync {
         /// The file or directory.
         handle: Handle,
-        /// Whether data are enough.
+        /// Whether syncing the data suffices.
         data_only: bool,
         /// Whether it is a directory.
         directory: bool,
@@ -235,19 +235,19 @@ pub enum Operation<'a> {
         name: &'a CStr,
         /// Its value.
         value: &'a [u8],
-        /// Whether it has to be there, or not to be there.
+        /// Whether the attribute must exist, or must not exist.
         flags: XattrFlags,
     },
     /// Read an extended attribute.
     Getxattr {
         /// Its name.
         name: &'a CStr,
-        /// Bytes the guest has room for; 0 asks for the length.
+        /// Maximum size of the reply, bytes; 0 requests the length.
         size: u32,
     },
     /// List the extended attributes.
     Listxattr {
-        /// Bytes the guest has room for; 0 asks for the length.
+        /// Maximum size of the reply, bytes; 0 requests the length.
         size: u32,
     },
     /// Remove an extended attribute.
@@ -264,34 +264,34 @@ pub enum Operation<'a> {
     Fallocate {
         /// The file.
         handle: Handle,
-        /// From here.
+        /// Start offset.
         offset: u64,
         /// Bytes.
         len: u64,
-        /// That of `fallocate(2)`.
+        /// The mode of `fallocate(2)`.
         mode: u32,
     },
     /// Find data or a hole.
     Lseek {
         /// The file.
         handle: Handle,
-        /// From here.
+        /// Start offset.
         offset: u64,
         /// `SEEK_DATA` or `SEEK_HOLE`.
         whence: u32,
     },
     /// COPY_FILE_RANGE and COPY_FILE_RANGE_64.
     CopyFileRange(Copying),
-    /// An operation that is not served, or that the protocol doesn't have.
+    /// An operation that is not supported, or not in the protocol.
     Unserved,
 }
 
-/// A part of an open file or directory.
+/// A range of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// The file or directory.
     pub handle: Handle,
-    /// Where the part begins.
+    /// Start offset.
     pub offset: u64,
     /// Bytes.
     pub size: u32,
@@ -300,28 +300,28 @@ pub struct Range {
 /// A copy from one open file to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copying {
-    /// Copy from this file of the request's node,
+    /// The source file, of the request's node.
     pub from: Handle,
-    /// from here,
+    /// Offset in the source.
     pub from_offset: u64,
-    /// to this node,
+    /// The target node.
     pub to_node: NodeId,
-    /// as this open file of it,
+    /// The target file, of that node.
     pub to: Handle,
-    /// to there,
+    /// Offset in the target.
     pub to_offset: u64,
-    /// this many bytes.
+    /// Number of bytes.
     pub len: u64,
-    /// Whether the reply has room for a count of 64 bits.
+    /// Whether the reply holds a 64-bit count.
     pub wide: bool,
 }
 
-/// What IOCTL asks for.
+/// The command of an IOCTL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ioctl {
     /// `FS_IOC_GETFLAGS`.
     GetFlags {
-        /// Bytes that the guest wants of them: 4 or 8.
+        /// Size of the flags that the guest expects: 4 or 8 bytes.
         size: usize,
     },
     /// `FS_IOC_SETFLAGS`.
@@ -334,12 +334,12 @@ pub enum Ioctl {
     Other,
 }
 
-/// A lock to take or to give up.
+/// A lock to acquire or release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Locking {
     /// The file.
     pub handle: Handle,
-    /// Who takes it; for a lock on the whole file, the open file itself does.
+    /// The owner; for a lock on the whole file, the open file itself owns it.
     pub owner: LockOwner,
     /// The lock.
     pub lock: Lock,
@@ -352,7 +352,7 @@ pub struct Locking {
 pub struct Forgets<'a>(&'a [u8]);
 
 impl<'a> Forgets<'a> {
-    /// Each node and how many lookups of it are given back. A node may be 0, or unknown.
+    /// Each node and the number of lookups to drop. A node may be 0, or unknown.
     pub fn iter(&self) -> impl Iterator<Item = (NodeId, u64)> + 'a {
         let mut rest = self.0;
         std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! Tests of decoding: what is right comes out as it went in, and nothing that is wrong does.
+//! Tests of decoding: valid requests are decoded unchanged, and invalid ones are rejected.
 
 mod extensions;
 mod open_files;
@@ -26,7 +26,7 @@ fn lookup(name: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_header_says_who_asks_and_for_what() {
+fn header_fields_are_decoded() {
     let bytes = request(Opcode::Lookup.number(), 99, &[b"name\0"]);
     let request = decode(&bytes).unwrap();
     assert_eq!(
@@ -84,7 +84,7 @@ fn requests_cut_short_at_any_length_are_faults() {
         } else {
             bytes.len()
         };
-        let least = if opcode == Opcode::Init {
+        let min_len = if opcode == Opcode::Init {
             HEADER_LEN + 16
         } else {
             needed
@@ -95,7 +95,7 @@ fn requests_cut_short_at_any_length_are_faults() {
                 "{opcode:?} of {len} bytes, the header full"
             );
         }
-        for len in 0..least {
+        for len in 0..min_len {
             let mut cut = bytes[..len].to_vec();
             if len >= 4 {
                 claim_len(&mut cut, len);
@@ -183,7 +183,7 @@ fn names_that_no_directory_takes_are_refused_everywhere() {
     };
     let link = abi::LinkIn { oldnodeid: 1 };
     for &(name, expected) in names {
-        // LOOKUP of these is for file handles, and a matter of its own.
+        // LOOKUP of these serves file handles, and is tested by itself.
         let looked_up = match name {
             b".\0" | b"..\0" => b"./\0",
             name => name,
@@ -275,12 +275,12 @@ fn extended_attributes_are_kept_in_their_bounds() {
 }
 
 #[test]
-fn an_error_names_the_request_and_its_fault() {
+fn error_names_request_and_fault() {
     let error = decode(&lookup(b"a/b\0")).unwrap_err();
     assert_eq!(error.to_string(), "request 24301 with opcode 1");
     assert_eq!(
         error.fault.to_string(),
-        "a name is empty, a dot or two, or has a slash in it"
+        "a name is empty, `.` or `..`, or contains a slash"
     );
     let error = decode(&[0; 3]).unwrap_err();
     assert_eq!(error.to_string(), "request unknown with opcode unknown");
@@ -288,7 +288,7 @@ fn an_error_names_the_request_and_its_fault() {
 }
 
 #[test]
-fn node_0_and_nobody_are_refused() {
+fn node_0_and_id_none_are_refused() {
     assert_eq!(
         fault(&request(Opcode::Lookup.number(), 0, &[b"name\0"])),
         Fault::Node
@@ -304,7 +304,7 @@ fn node_0_and_nobody_are_refused() {
     for id in [24, 28] {
         let mut bytes = lookup(b"name\0");
         bytes[id..id + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
-        assert!(decode(&bytes).unwrap().caller.is_untold());
+        assert!(decode(&bytes).unwrap().caller.lacks_ids());
     }
 }
 
@@ -344,7 +344,7 @@ fn offsets_beyond_what_a_file_can_have_are_refused() {
             Errno::INVAL
         );
     }
-    // The kernel passes this on unlooked at; what is wrong with it is the host's to say.
+    // The kernel passes this on unchecked; the host decides whether it is valid.
     let seek = abi::LseekIn {
         offset: beyond,
         whence: 3,
@@ -433,10 +433,10 @@ fn a_batch_of_forgets_is_whole() {
             (Fault::Truncated, true)
         );
     }
-    let most = vec![ForgetOne::default(); 65_535];
-    assert!(decode(&batch(65_535, &most)).is_ok());
-    let more = vec![ForgetOne::default(); 65_536];
-    assert!(decode(&batch(65_536, &more)).is_err());
+    let longest = vec![ForgetOne::default(); 65_535];
+    assert!(decode(&batch(65_535, &longest)).is_ok());
+    let too_long = vec![ForgetOne::default(); 65_536];
+    assert!(decode(&batch(65_536, &too_long)).is_err());
 }
 
 #[test]
@@ -631,12 +631,12 @@ proptest! {
         node in prop_oneof![Just(0), any::<u64>()],
         arguments in prop::collection::vec(prop_oneof![Just(0), any::<u8>()], 0..600),
         extensions in prop_oneof![Just(0), any::<u16>()],
-        told in prop_oneof![Just(None), any::<u32>().prop_map(Some), (0u32..700).prop_map(Some)],
+        claimed in prop_oneof![Just(None), any::<u32>().prop_map(Some), (0u32..700).prop_map(Some)],
     ) {
         let mut bytes = request(opcode, node, &[&arguments]);
         bytes[36..38].copy_from_slice(&extensions.to_ne_bytes());
-        if let Some(told) = told {
-            claim_len(&mut bytes, told as usize);
+        if let Some(claimed) = claimed {
+            claim_len(&mut bytes, claimed as usize);
         }
         match decode(&bytes) {
             Ok(request) => check(&request),
@@ -695,7 +695,7 @@ proptest! {
     }
 }
 
-/// What every request has that comes out of [`decode`].
+/// The properties of every request that [`decode`] returns.
 fn check(request: &Request<'_>) {
     let name_is_good = |name: &CStr| {
         let bytes = name.to_bytes();

@@ -1,7 +1,8 @@
-//! Metadata of a file system whose methods may block.
+//! Metadata operations of a file system whose methods may block.
 //!
-//! The request is served on a thread of the runtime that may wait, so that neither the worker nor other
-//! requests wait for it. The invariant: nothing is done there for a session that has ended meanwhile.
+//! The request is served on a blocking thread of the runtime, so neither the worker nor other
+//! requests wait for it. The invariant: nothing takes effect there for a session that has ended
+//! meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +18,7 @@ use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io::blocking;
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Serves the request in `bytes` on a thread that may wait, and answers `exchange` then.
+    /// Serves the request in `bytes` on a blocking thread, then replies through `transport`.
     pub(super) fn metadata_blocking<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -29,13 +30,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let (session, bytes) = (Arc::clone(self), Box::<[u8]>::from(bytes));
         let served = blocking(move || session.serve_copy(&bytes, room, ended));
         let session = Arc::clone(self);
-        self.later(async move {
+        self.defer(async move {
             let answer = served.await.unwrap_or_else(|error| Err(errno(&error)));
             session.finish(transport, unique, answer);
         })
     }
 
-    /// Serves the request in `bytes`, unless more sessions than `ended` have ended.
+    /// Serves the request in `bytes`. Fails if the number of ended sessions is no longer `ended`.
     fn serve_copy(&self, bytes: &[u8], room: usize, ended: u64) -> Result<Answer, Errno> {
         self.fs.prepare_thread().map_err(|error| errno(&error))?;
         let _inside = self.barrier.enter();

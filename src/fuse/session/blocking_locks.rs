@@ -1,8 +1,8 @@
 //! Requests that wait for the guest itself: for a lock that another of its processes holds.
 //!
-//! Whoever waits so may wait without end, and must be able to be ended: by INTERRUPT, by the
-//! end of the session, and while a queue is stopped, which waits for all that was taken off it.
-//! The invariant: a wait that has begun is ended by the next of these, and none begins while a
+//! Such a wait has no limit of its own. It is ended by INTERRUPT, by the end of the session, and
+//! when a queue is stopped, because stopping waits for all requests taken off the queue. The
+//! invariant: a wait that has begun is ended by the first of these events, and none begins while a
 //! queue is being stopped.
 
 use std::collections::{HashMap, VecDeque};
@@ -13,12 +13,13 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// The most waits of a session; each costs a thread.
-const MOST: usize = 256;
-/// INTERRUPT requests that are remembered because their request may yet come: it is on another queue.
-const EARLY: usize = 64;
+/// Maximum number of waits in a session; each occupies a thread.
+const MAX_WAITS: usize = 256;
+/// Maximum number of INTERRUPTs that are kept because their request may still arrive on another
+/// queue.
+const MAX_EARLY_INTERRUPTS: usize = 64;
 
-/// The requests that wait.
+/// The waiting requests of a session.
 #[derive(Debug, Default)]
 pub(super) struct BlockingLocks {
     state: Mutex<State>,
@@ -26,40 +27,44 @@ pub(super) struct BlockingLocks {
 
 #[derive(Debug, Default)]
 struct State {
-    /// How many queues are being stopped.
-    held: usize,
-    under_way: HashMap<u64, oneshot::Sender<Errno>>,
-    early: VecDeque<u64>,
+    /// How many [`NoWaits`] exist: queues that are being stopped.
+    stops: usize,
+    active: HashMap<u64, oneshot::Sender<Errno>>,
+    early_interrupts: VecDeque<u64>,
 }
 
 impl BlockingLocks {
-    /// Registers a wait of the request `unique`, which ends by itself after `limit`.
+    /// Registers a wait of the request `unique`. The wait ends by itself after `limit`.
     ///
     /// # Errors
     ///
-    /// `ENOLCK` if too many wait, `EINTR` if the request has been interrupted already, `EAGAIN`
-    /// while a queue is being stopped, `EINVAL` if a request of that name waits.
+    /// `ENOLCK` if too many requests wait, `EINTR` if the request was interrupted already, `EAGAIN`
+    /// while a queue is being stopped, `EINVAL` if a request with this number waits already.
     pub(super) fn begin(
         self: &Arc<Self>,
         unique: u64,
         limit: Option<Duration>,
     ) -> Result<Wait, Errno> {
         let mut state = self.state();
-        if let Some(at) = state.early.iter().position(|early| *early == unique) {
-            state.early.remove(at);
+        if let Some(at) = state
+            .early_interrupts
+            .iter()
+            .position(|early| *early == unique)
+        {
+            state.early_interrupts.remove(at);
             return Err(Errno::INTR);
         }
-        if state.held != 0 {
+        if state.stops != 0 {
             return Err(Errno::AGAIN);
         }
-        if state.under_way.len() >= MOST {
+        if state.active.len() >= MAX_WAITS {
             return Err(Errno::NOLCK);
         }
-        if state.under_way.contains_key(&unique) {
+        if state.active.contains_key(&unique) {
             return Err(Errno::INVAL);
         }
         let (end, ended) = oneshot::channel();
-        state.under_way.insert(unique, end);
+        state.active.insert(unique, end);
         Ok(Wait {
             blocking_locks: Arc::clone(self),
             unique,
@@ -68,25 +73,25 @@ impl BlockingLocks {
         })
     }
 
-    /// INTERRUPT: ends a wait, or remembers to. Names are never used twice, so one that is
-    /// remembered in vain does no harm.
+    /// INTERRUPT: ends a wait, or keeps the number for a wait that begins later. Request numbers
+    /// are never reused, so a number kept in vain does no harm.
     pub(super) fn interrupt(&self, unique: u64) {
         let mut state = self.state();
-        if let Some(end) = state.under_way.remove(&unique) {
-            // One that has just ended by itself doesn't listen any more.
+        if let Some(end) = state.active.remove(&unique) {
+            // A wait that has just ended by itself no longer listens.
             let _ = end.send(Errno::INTR);
             return;
         }
-        if state.early.len() >= EARLY {
-            state.early.pop_front();
+        if state.early_interrupts.len() >= MAX_EARLY_INTERRUPTS {
+            state.early_interrupts.pop_front();
         }
-        state.early.push_back(unique);
+        state.early_interrupts.push_back(unique);
     }
 
     /// Ends all waits with `errno`.
     pub(super) fn end_all(&self, errno: Errno) {
         let mut state = self.state();
-        state.early.clear();
+        state.early_interrupts.clear();
         end_all(&mut state, errno);
     }
 
@@ -96,12 +101,12 @@ impl BlockingLocks {
 }
 
 fn end_all(state: &mut State, errno: Errno) {
-    for (_, end) in state.under_way.drain() {
+    for (_, end) in state.active.drain() {
         let _ = end.send(errno);
     }
 }
 
-/// One wait; dropped when it is over.
+/// A registered wait; dropping it removes the registration.
 #[derive(Debug)]
 pub(super) struct Wait {
     blocking_locks: Arc<BlockingLocks>,
@@ -111,8 +116,8 @@ pub(super) struct Wait {
 }
 
 impl Wait {
-    /// Ends when the wait has to, with what the request is to be answered with. At the limit that is
-    /// `EAGAIN`, for the reason that [`NoWaits::new`] gives.
+    /// Completes when the wait must end, with the errno for the request. At the limit that is
+    /// `EAGAIN`, for the reason given at [`NoWaits::new`].
     pub(super) async fn ended(&mut self) -> Errno {
         let ended = async { (&mut self.ended).await.unwrap_or(Errno::INTR) };
         match self.limit {
@@ -124,12 +129,12 @@ impl Wait {
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        // The name is free once the guest has its answer, so it must not be found then.
-        self.blocking_locks.state().under_way.remove(&self.unique);
+        // The guest may reuse the number once it has the reply, so it must not be found after that.
+        self.blocking_locks.state().active.remove(&self.unique);
     }
 }
 
-/// While it lives nothing waits for the guest.
+/// While it exists, no request waits for the guest.
 #[derive(Debug)]
 #[must_use = "waits begin again when it is dropped"]
 pub struct NoWaits(Arc<BlockingLocks>);
@@ -137,22 +142,22 @@ pub struct NoWaits(Arc<BlockingLocks>);
 impl NoWaits {
     /// Ends all waits.
     ///
-    /// With `EAGAIN`, which a program that asked for a lock knows as 'somebody else has it'. To
-    /// `EINTR` a Linux guest would wait for the signal that came, and hand a number of its own
-    /// to the program where there was none.
-    pub(super) fn new(waiting: &Arc<BlockingLocks>) -> Self {
-        let mut state = waiting.state();
-        state.held = state.held.saturating_add(1);
+    /// The waits end with `EAGAIN`, which a program that requests a lock knows as "held by another
+    /// process". On `EINTR` a Linux guest would wait for a signal, and without one return a
+    /// kernel-internal number to the program.
+    pub(super) fn new(blocking_locks: &Arc<BlockingLocks>) -> Self {
+        let mut state = blocking_locks.state();
+        state.stops = state.stops.saturating_add(1);
         end_all(&mut state, Errno::AGAIN);
         drop(state);
-        Self(Arc::clone(waiting))
+        Self(Arc::clone(blocking_locks))
     }
 }
 
 impl Drop for NoWaits {
     fn drop(&mut self) {
         let mut state = self.0.state();
-        state.held = state.held.saturating_sub(1);
+        state.stops = state.stops.saturating_sub(1);
     }
 }
 
@@ -165,45 +170,48 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_ends_the_wait_it_names() {
-        let waiting = Arc::new(BlockingLocks::default());
-        let mut one = waiting.begin(2, None).unwrap();
-        let mut other = waiting.begin(4, None).unwrap();
-        waiting.interrupt(2);
+    fn interrupt_ends_the_wait_with_its_number() {
+        let blocking_locks = Arc::new(BlockingLocks::default());
+        let mut one = blocking_locks.begin(2, None).unwrap();
+        let mut other = blocking_locks.begin(4, None).unwrap();
+        blocking_locks.interrupt(2);
         assert_eq!(answer(&mut one), Some(Errno::INTR));
         assert_eq!(answer(&mut other), None);
     }
 
     #[test]
-    fn an_interrupt_that_comes_first_ends_the_wait_as_it_begins() {
-        let waiting = Arc::new(BlockingLocks::default());
-        waiting.interrupt(2);
-        assert_eq!(waiting.begin(2, None).err(), Some(Errno::INTR));
-        assert!(waiting.begin(2, None).is_ok());
-        (0..1000).for_each(|unique| waiting.interrupt(unique));
-        assert_eq!(waiting.state().early.len(), EARLY);
+    fn early_interrupt_ends_wait_at_its_start() {
+        let blocking_locks = Arc::new(BlockingLocks::default());
+        blocking_locks.interrupt(2);
+        assert_eq!(blocking_locks.begin(2, None).err(), Some(Errno::INTR));
+        assert!(blocking_locks.begin(2, None).is_ok());
+        (0..1000).for_each(|unique| blocking_locks.interrupt(unique));
+        assert_eq!(
+            blocking_locks.state().early_interrupts.len(),
+            MAX_EARLY_INTERRUPTS
+        );
     }
 
     #[test]
-    fn nothing_waits_while_a_queue_is_stopped() {
-        let waiting = Arc::new(BlockingLocks::default());
-        let mut wait = waiting.begin(2, None).unwrap();
-        let held = NoWaits::new(&waiting);
+    fn no_wait_begins_while_a_queue_is_stopped() {
+        let blocking_locks = Arc::new(BlockingLocks::default());
+        let mut wait = blocking_locks.begin(2, None).unwrap();
+        let no_waits = NoWaits::new(&blocking_locks);
         assert_eq!(answer(&mut wait), Some(Errno::AGAIN));
-        assert_eq!(waiting.begin(4, None).err(), Some(Errno::AGAIN));
-        drop(held);
-        assert!(waiting.begin(4, None).is_ok());
+        assert_eq!(blocking_locks.begin(4, None).err(), Some(Errno::AGAIN));
+        drop(no_waits);
+        assert!(blocking_locks.begin(4, None).is_ok());
     }
 
     #[test]
-    fn waits_are_bounded_and_their_names_unique() {
-        let waiting = Arc::new(BlockingLocks::default());
-        let mut waits: Vec<_> = (0..MOST as u64)
-            .map(|unique| waiting.begin(unique, None).unwrap())
+    fn waits_are_limited_and_their_numbers_unique() {
+        let blocking_locks = Arc::new(BlockingLocks::default());
+        let mut waits: Vec<_> = (0..MAX_WAITS as u64)
+            .map(|unique| blocking_locks.begin(unique, None).unwrap())
             .collect();
-        assert_eq!(waiting.begin(4711, None).err(), Some(Errno::NOLCK));
+        assert_eq!(blocking_locks.begin(4711, None).err(), Some(Errno::NOLCK));
         waits.pop();
-        assert_eq!(waiting.begin(0, None).err(), Some(Errno::INVAL));
-        assert!(waiting.begin(4711, None).is_ok());
+        assert_eq!(blocking_locks.begin(0, None).err(), Some(Errno::INVAL));
+        assert!(blocking_locks.begin(4711, None).is_ok());
     }
 }

@@ -1,8 +1,8 @@
-//! Operations on the data of open files.
+//! Data operations on open files.
 //!
-//! READ and WRITE are tried at once, between the file and the guest's own pages; what would
-//! wait, and what always may, becomes a future. The invariant: such a future owns all that it
-//! touches, the exchange included, and answers it itself.
+//! READ and WRITE are tried at once, between the file and the guest's own pages. An operation that
+//! would wait, or always may wait, becomes a future. The invariant: such a future owns everything
+//! that it touches, including the transport, and sends the reply itself.
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::fuse::request::{Copying, Operation, Range, Request};
 use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io::{Attempt, SyncKind, Transferred, WriteMode, blocking};
 
-/// Most bytes of one COPY_FILE_RANGE: what the host's kernel moves in one call at most
+/// Maximum length of one COPY_FILE_RANGE, bytes: the most that the host's kernel copies in one call
 /// (`MAX_RW_COUNT`), and a count that fits into the reply.
 const COPY_MAX: u64 = 0x7fff_f000;
 
@@ -46,11 +46,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => self.fallocate(transport, request, handle, (offset, len, mode)),
             Operation::CopyFileRange(copying) => self.copy(transport, request, copying),
             Operation::Syncfs => self.syncfs(transport, request),
-            _ => self.now(transport, request.unique, Err(Errno::NOSYS)),
+            _ => self.reply_now(transport, request.unique, Err(Errno::NOSYS)),
         }
     }
 
-    /// READ: straight into the room of the reply.
+    /// READ: directly into the reply's space in guest memory.
     fn read<E: Transport>(
         self: &Arc<Self>,
         mut transport: E,
@@ -70,7 +70,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let read = object.read(buffer, range.offset);
                 return self.filled_by(transport, unique, read);
             }
-            Err(errno) => return self.now(transport, unique, Err(errno)),
+            Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
         let filled = match file.try_read_at(&mut buffer, range.offset) {
             Ok(Attempt::Done(n)) => {
@@ -82,7 +82,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok(Attempt::WouldBlock) => 0,
             Err(error) => {
                 drop(buffer);
-                return self.now(transport, unique, Err(errno(&error)));
+                return self.reply_now(transport, unique, Err(errno(&error)));
             }
         };
         self.filled_by(transport, unique, async move {
@@ -90,7 +90,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
-    /// Answers a READ once `read` has filled the room of the reply.
+    /// Replies to a READ once `read` has filled the reply's space.
     fn filled_by<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -98,7 +98,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         read: impl Future<Output = Transferred> + 'static,
     ) -> Outcome {
         let session = Arc::clone(self);
-        self.later(async move {
+        self.defer(async move {
             let (result, buffer) = read.await;
             drop(buffer);
             match result {
@@ -108,7 +108,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
-    /// WRITE: straight from where the guest has the data.
+    /// WRITE: directly from guest memory.
     fn write<E: Transport>(
         self: &Arc<Self>,
         mut transport: E,
@@ -119,7 +119,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let unique = request.unique;
         let len = usize::try_from(range.size).unwrap_or(usize::MAX);
         let opened = self.fs.file_to_change(request.node, range.handle);
-        let both = opened.and_then(|file| {
+        let target = opened.and_then(|file| {
             let payload = transport.payload(len).ok_or(Errno::INVAL)?;
             if request.caller.kill_set_id && len > 0 && !self.fs.may_block() {
                 self.fs.kill_set_id(request.node, range.handle)?;
@@ -127,11 +127,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok((file, payload))
         });
         let mode = WriteMode {
-            // A guest that collects writes has found the end of the file already.
+            // A guest with a writeback cache has determined the end of the file itself.
             append: mode.append && !self.has_agreed(InitFlags::WRITEBACK_CACHE),
             ..mode
         };
-        let (file, buffer) = match both {
+        let (file, buffer) = match target {
             Ok((OpenFile::Host(file), buffer)) if !self.fs.may_block() => (file, buffer),
             Ok((file, buffer)) => {
                 let session = Arc::clone(self);
@@ -139,42 +139,42 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     .caller
                     .kill_set_id
                     .then_some((request.node, range.handle));
-                return self.after(transport, request, Ok(()), async move |()| {
+                return self.defer_with(transport, request, Ok(()), async move |()| {
                     session.kill_set_id_where_it_may_block(kill).await?;
                     let (result, buffer) = file.write(mode, buffer, range.offset).await;
                     drop(buffer);
                     result.map(written)
                 });
             }
-            Err(errno) => return self.now(transport, unique, Err(errno)),
+            Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
-        let begun = match mode.append {
+        let replay_offset = match mode.append {
             true => replay_append(&mut transport, &file),
             false => None,
         };
         let mode = WriteMode {
-            append: mode.append && begun.is_none(),
+            append: mode.append && replay_offset.is_none(),
             ..mode
         };
-        let offset = begun.unwrap_or(range.offset);
+        let offset = replay_offset.unwrap_or(range.offset);
         let first = match file.try_write_as(mode, &buffer, offset) {
             Ok(Attempt::WouldBlock) => None,
             Ok(Attempt::Done(n) | Attempt::Partial(n)) => Some(Ok(n)),
             Err(error) => Some(Err(error)),
         };
         if let Some(result) = &first
-            && done_of_short(result, buffer.len()).is_none()
+            && bytes_before_shortage(result, buffer.len()).is_none()
         {
             let answer = first.unwrap_or(Ok(0)).map(written);
-            return self.now(transport, unique, answer.map_err(|error| errno(&error)));
+            return self.reply_now(transport, unique, answer.map_err(|error| errno(&error)));
         }
         let session = Arc::clone(self);
-        self.after(transport, request, Ok(()), async move |()| {
+        self.defer_with(transport, request, Ok(()), async move |()| {
             let (mut result, mut buffer) = match first {
                 Some(result) => (result, buffer),
                 None => file.write_as(mode, buffer, offset).await,
             };
-            if let Some(done) = done_of_short(&result, buffer.len()) {
+            if let Some(done) = bytes_before_shortage(&result, buffer.len()) {
                 session.reclaim().await;
                 (result, buffer) = file.write_rest(mode, buffer, done, offset).await;
             }
@@ -183,7 +183,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         })
     }
 
-    /// FSYNC, and FSYNCDIR where `directory` is true.
+    /// FSYNC, or FSYNCDIR if `directory` is true.
     fn fsync<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -202,7 +202,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             SyncKind::All
         };
         let file = self.fs.file(request.node, handle, of);
-        self.after(transport, request, file, async move |file: OpenFile| {
+        self.defer_with(transport, request, file, async move |file: OpenFile| {
             file.sync(kind).await.map(done)
         })
     }
@@ -210,12 +210,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// SYNCFS.
     fn syncfs<E: Transport>(self: &Arc<Self>, transport: E, request: &Request<'_>) -> Outcome {
         let file = self.fs.whole_file_system(request.node);
-        self.after(transport, request, file, async |file: OpenFile| {
+        self.defer_with(transport, request, file, async |file: OpenFile| {
             file.sync_file_system().await.map(done)
         })
     }
 
-    /// FALLOCATE of `len` bytes from `offset` on, in a `mode` of `fallocate(2)`.
+    /// FALLOCATE of `len` bytes from `offset` on, with the `mode` of `fallocate(2)`.
     fn fallocate<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -225,12 +225,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let file = self.file_to_change(request, (request.node, handle), len);
         let session = Arc::clone(self);
-        self.after(transport, request, file, async move |(file, kill)| {
+        self.defer_with(transport, request, file, async move |(file, kill)| {
             Arc::clone(&session)
                 .kill_set_id_where_it_may_block(kill)
                 .await?;
             let mut result = file.clone().allocate(mode, offset, len).await;
-            if is_short(&result) {
+            if is_shortage_error(&result) {
                 session.reclaim().await;
                 result = file.allocate(mode, offset, len).await;
             }
@@ -252,7 +252,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok((from, to))
         });
         let session = Arc::clone(self);
-        self.after(
+        self.defer_with(
             transport,
             request,
             files,
@@ -266,7 +266,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     from.copy_to(copying.from_offset, to, copying.to_offset, len)
                 };
                 let mut result = copy().await;
-                if is_short(&result) {
+                if is_shortage_error(&result) {
                     session.reclaim().await;
                     result = copy().await;
                 }
@@ -281,10 +281,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
         )
     }
 
-    /// A file that is about to be changed by something in which a guest's kernel doesn't say
-    /// whether its caller may keep set-user-ID bits: only a superuser may, if it says who that is. A change of no bytes is
-    /// refused, or changes nothing. What is left to do about the bits where that may block comes with
-    /// the file.
+    /// The file for an operation in which a guest's kernel doesn't say whether its caller may keep
+    /// the set-user-ID bits. Only a superuser may, if the request says who the caller is. An
+    /// operation on no bytes fails or changes nothing. If clearing the bits may block, it is left
+    /// to the caller, and the second value says of which file.
     fn file_to_change(
         &self,
         request: &Request<'_>,
@@ -314,27 +314,28 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Ok(())
     }
 
-    /// Does `act` with what is `ready`, and answers then; at once if nothing is.
-    fn after<E: Transport, T: 'static>(
+    /// Defers `act` with the value in `prepared`, and replies when it is done. Replies at once if
+    /// `prepared` is an error.
+    fn defer_with<E: Transport, T: 'static>(
         self: &Arc<Self>,
         transport: E,
         request: &Request<'_>,
-        ready: Result<T, Errno>,
+        prepared: Result<T, Errno>,
         act: impl AsyncFnOnce(T) -> io::Result<Answer> + 'static,
     ) -> Outcome {
         let unique = request.unique;
-        let ready = match ready {
-            Ok(ready) => ready,
-            Err(errno) => return self.now(transport, unique, Err(errno)),
+        let prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
         let session = Arc::clone(self);
-        self.later(async move {
-            let answer = act(ready).await.map_err(|error| errno(&error));
+        self.defer(async move {
+            let answer = act(prepared).await.map_err(|error| errno(&error));
             session.finish(transport, unique, answer);
         })
     }
 
-    pub(super) fn now<E: Transport>(
+    pub(super) fn reply_now<E: Transport>(
         &self,
         transport: E,
         unique: u64,
@@ -344,23 +345,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Outcome::Done
     }
 
-    pub(super) fn later(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
+    pub(super) fn defer(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
         self.counters.count_later();
         Outcome::Later(Box::pin(future))
     }
 }
 
-/// Whether it failed for want of room.
-fn is_short<T>(result: &io::Result<T>) -> bool {
+/// Whether it failed for lack of space.
+fn is_shortage_error<T>(result: &io::Result<T>) -> bool {
     matches!(result, Err(error) if is_shortage(errno(error)))
 }
 
-/// How much is done of a write of `len` bytes that found too little room. One that ended early
-/// may have: what is left of it says why.
-fn done_of_short(result: &io::Result<usize>, len: usize) -> Option<usize> {
+/// How many bytes were written, if a write of `len` bytes ran out of space; `None` if it did not. A
+/// write that ended early may have: writing the rest will tell.
+fn bytes_before_shortage(result: &io::Result<usize>, len: usize) -> Option<usize> {
     match result {
         Ok(done) => (*done < len).then_some(*done),
-        Err(_) => is_short(result).then_some(0),
+        Err(_) => is_shortage_error(result).then_some(0),
     }
 }
 
@@ -368,7 +369,7 @@ fn done(_: ()) -> Answer {
     Answer::Done
 }
 
-/// The answer to a WRITE: how many bytes. What is asked for fits into a `u32`, so this does.
+/// The reply to a WRITE: the number of bytes. The requested size is a `u32`, so the number fits.
 fn written(n: usize) -> Answer {
     Answer::Written(WriteOut {
         size: u32::try_from(n).unwrap_or(u32::MAX),
@@ -376,7 +377,8 @@ fn written(n: usize) -> Answer {
     })
 }
 
-/// The errno for the guest. An error that the host's kernel didn't give is the server's own.
+/// The errno for the guest. An error without an errno comes from the server itself and becomes
+/// `EIO`.
 pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }

@@ -1,7 +1,7 @@
-//! IOCTL: the few that are safe to pass on, as they read or set flags of the inode alone.
+//! IOCTL: passes on the few commands that only read or set flags of the inode.
 //!
-//! Which they are is told by number and size, and everything else is `ENOTTY`, as it is to a
-//! file that doesn't know the call. The invariant: nothing of an unknown call reaches the host.
+//! A command is recognised by its number and size; any other is `ENOTTY`, as for a file that
+//! doesn't know the command. The invariant: nothing of an unknown command reaches the host.
 
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
@@ -25,7 +25,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         match ioctl {
             Ioctl::GetFlags { size } => {
                 bytes.extend(fs.inode_flags(node, handle)?.to_ne_bytes());
-                // Its number says that it is a long; every file system makes it an int.
+                // Its number encodes a long, but every file system uses an int.
                 bytes.resize(size_of::<IoctlOut>().saturating_add(size), 0);
             }
             Ioctl::SetFlags(flags) => fs.set_inode_flags(node, handle, flags)?,

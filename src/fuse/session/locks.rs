@@ -1,7 +1,7 @@
-//! GETLK, SETLK, SETLKW, and `flock` which comes as the latter two.
+//! GETLK, SETLK, SETLKW, and `flock`, which is sent as SETLK or SETLKW.
 //!
-//! A lock is tried at once; what has to be waited for becomes a future, which blocks nobody.
-//! The invariant: a lock is never held for an owner who was told that it is not.
+//! A lock is tried at once. If it must be waited for, the wait is a future and blocks no other
+//! request. The invariant: a lock is never held for an owner that was told that it is not.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::blocking_locks::NoWaits;
 use super::data::errno;
-use super::replay::SAID;
+use super::replay::RECORDED;
 use super::{Outcome, Session};
 use crate::fs::{FileSystem, Handle, HandleKind, LockOwner, NodeId, Result};
 use crate::fuse::Transport;
@@ -21,13 +21,13 @@ use crate::fuse::request::{Locking, Operation, Request};
 use crate::io::{File, Lock, LockKind, RecordLock};
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Ends all that waits for the guest itself, and lets nothing wait so as long as the answer
-    /// lives. For the time in which a queue is stopped: whatever was taken off it then ends.
+    /// Ends all waits for the guest itself, and prevents new ones as long as the returned value
+    /// exists. Used while a queue is stopped, so that the requests taken off it complete.
     pub fn end_waits(&self) -> NoWaits {
         NoWaits::new(&self.blocking_locks)
     }
 
-    /// Serves GETLK, SETLK or SETLKW, if INIT has agreed on locks of this sort.
+    /// Serves GETLK, SETLK or SETLKW, if locks of this kind were negotiated.
     pub(super) fn lock<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -50,11 +50,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => self.getlk(request.node, handle, owner, lock),
             _ => Err(Errno::NOSYS),
         };
-        self.now(transport, request.unique, answer)
+        self.reply_now(transport, request.unique, answer)
     }
 
-    /// GETLK. Who holds the lock in the way is a number that means nothing to the guest, so it
-    /// is told 0: nobody that it could name.
+    /// GETLK. The process that holds the conflicting lock has no id in the guest, so the reply has
+    /// pid 0.
     fn getlk(
         &self,
         node: NodeId,
@@ -64,8 +64,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Result<Answer> {
         let open = self.fs.file(node, handle, HandleKind::File)?.host()?;
         let found = match self.fs.lock_file_if_any(node, owner) {
-            Some(own) => own.lock_in_the_way(lock),
-            None => open.lock_in_the_way(lock),
+            Some(owner_file) => owner_file.conflicting_lock(lock),
+            None => open.conflicting_lock(lock),
         };
         let found = found.map_err(|error| errno(&error))?;
         let unlocked = RecordLock {
@@ -86,7 +86,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let unique = request.unique;
         let waits = match self.lock_or_wait(request, &locking) {
-            Ok(None) => return self.now(transport, unique, Ok(Answer::Done)),
+            Ok(None) => return self.reply_now(transport, unique, Ok(Answer::Done)),
             Ok(Some(file)) => {
                 let limit = self.wait_limit(&mut transport);
                 self.blocking_locks
@@ -96,18 +96,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Err(errno) => Err(errno),
         };
         let (file, mut wait) = match waits {
-            Ok(both) => both,
-            Err(errno) => return self.now(transport, unique, Err(errno)),
+            Ok(registered) => registered,
+            Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
         let session = Arc::clone(self);
         let node = request.node;
-        self.later(async move {
+        self.defer(async move {
             let result = file.lock(locking.lock, wait.ended()).await;
             if result.is_ok() {
                 let Locking { handle, owner, .. } = locking;
                 session.record_lock(node, handle, owner, locking.lock);
             }
-            // Both before the guest hears of it: it may use the name again, and close the file.
+            // Both before the reply, after which the guest may reuse the number and close the file.
             drop((wait, file));
             let answer = result.map(|()| Answer::Done).map_err(|error| errno(&error));
             session.finish(transport, unique, answer);
@@ -120,8 +120,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// How long a request may still wait. The time is counted from when it began to wait, in whatever
-    /// process: a process that replays the request finds that in what the one before intended.
+    /// How long a request may still wait, counted from when it began to wait in whichever process:
+    /// a process that replays the request finds that time in the recorded intent.
     pub(super) fn wait_limit<E: Transport>(&self, transport: &mut E) -> Option<Duration> {
         let limit = self.options.lock_wait_limit;
         if limit.is_zero() {
@@ -129,17 +129,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
         let now = since_boot();
         let began = match transport.previous_attempt() {
-            Some([SAID, nanoseconds, ..]) => Duration::from_nanos(nanoseconds),
+            Some([RECORDED, nanoseconds, ..]) => Duration::from_nanos(nanoseconds),
             _ => {
                 let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-                transport.record_intent([SAID, nanoseconds, 0, 0]);
+                transport.record_intent([RECORDED, nanoseconds, 0, 0]);
                 now
             }
         };
         Some(limit.saturating_sub(now.saturating_sub(began)))
     }
 
-    /// Sets a lock at once, or answers what to wait with.
+    /// Sets a lock at once, or returns the file to wait with.
     fn lock_or_wait(&self, request: &Request<'_>, locking: &Locking) -> Result<Option<Arc<File>>> {
         let (node, handle) = (request.node, locking.handle);
         let file = match locking.lock {
@@ -149,7 +149,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 ..
             }) => match self.fs.lock_file_if_any(node, locking.owner) {
                 Some(file) => file,
-                // Who has no locks gives none up.
+                // An owner without locks has none to release.
                 None => return Ok(None),
             },
             Lock::Record(_) => self.fs.lock_file(node, handle, locking.owner)?,
@@ -165,7 +165,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 }
 
-/// A clock that all processes of the host share and nobody sets.
+/// A clock that all processes of the host share and that is never set.
 fn since_boot() -> Duration {
     Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
-//! Operations that end soon: names, attributes, opening and closing.
+//! Metadata operations: names, attributes, extended attributes, opening and closing.
 //!
-//! Each is one call of the file system and one answer. The invariant: nothing here waits for
-//! anything but the file system's own call.
+//! Each is one call of the file system and one reply. The invariant: nothing here waits for
+//! anything but that call.
 
 use rustix::io::Errno;
 
@@ -20,13 +20,13 @@ const READDIR_MAX: usize = 1024 * 1024;
 const XATTR_MAX: usize = 64 * 1024;
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Serves `request`; `room` bytes are there behind the reply's header.
+    /// Serves `request`; the reply may have `room` bytes behind its header.
     pub(super) fn metadata(&self, request: &Request<'_>, room: usize) -> Result<Answer, Errno> {
         let fs = &*self.fs;
         let (caller, node) = (&request.caller, request.node);
         let done = |()| Answer::Done;
         let entry = |entry: Entry| {
-            self.mind_submounts(entry.submount);
+            self.warn_about_submounts(entry.submount);
             Answer::Entry(entry_out(&entry))
         };
         match request.operation {
@@ -113,15 +113,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 fs.getxattr_len(caller, node, name).and_then(xattr_len)
             }
             Operation::Getxattr { name, size } => {
-                let limit = bounded(size, room, XATTR_MAX);
+                let limit = limited(size, room, XATTR_MAX);
                 within(fs.getxattr(caller, node, name, limit)?, limit)
             }
             Operation::Listxattr { size: 0 } => fs.listxattr_len(caller, node).and_then(xattr_len),
             Operation::Listxattr { size } => {
-                let limit = bounded(size, room, XATTR_MAX);
+                let limit = limited(size, room, XATTR_MAX);
                 within(fs.listxattr(caller, node, limit)?, limit)
             }
-            // The table leads none of these here.
+            // The opcode table dispatches none of these to this method.
             Operation::Init(_)
             | Operation::Destroy
             | Operation::Interrupt { .. }
@@ -151,15 +151,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
             offset,
             size,
         } = range;
-        let mut records = Records::new(bounded(size, room, READDIR_MAX), plus);
+        let mut records = Records::new(limited(size, room, READDIR_MAX), plus);
         let node: NodeId = request.node;
         let result = self
             .fs
             .readdir(&request.caller, node, handle, offset, plus, &mut records);
-        self.mind_submounts(records.has_submounts());
+        self.warn_about_submounts(records.has_submounts());
         match result {
-            // What was looked up for the entries before the error counts: they go out, and the
-            // error comes again when the guest reads on.
+            // The lookups for the entries before the error are counted already, so the entries are
+            // returned. The error occurs again when the guest continues reading.
             Err(errno) if records.is_empty() => Err(errno),
             _ if records.is_too_small() => Err(Errno::INVAL),
             _ => Ok(Answer::Bytes(records.into_bytes())),
@@ -167,12 +167,12 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 }
 
-/// What a guest asks for, as far as there is room and sense.
-fn bounded(size: u32, room: usize, most: usize) -> usize {
+/// The size that a guest asks for, limited by the reply's `room` and by `max`.
+fn limited(size: u32, room: usize, max: usize) -> usize {
     usize::try_from(size)
         .unwrap_or(usize::MAX)
         .min(room)
-        .min(most)
+        .min(max)
 }
 
 fn within(bytes: Vec<u8>, limit: usize) -> Result<Answer, Errno> {

@@ -1,7 +1,7 @@
-//! A session that is moved to another server: saved here, loaded there.
+//! Migration of a session to another server: saving it here, loading it there.
 //!
-//! No request is under way meanwhile, as the queues are stopped; the gate makes sure of it. The
-//! invariant: a session that was loaded is whole, and one that could not be is none.
+//! The queues are stopped meanwhile, so no request is being served; the barrier makes sure of it.
+//! The invariant: a session that was loaded is complete, and if loading fails there is no session.
 
 use super::{Session, terms};
 use crate::fs::{FileSystem, Migrate, MoveError};
@@ -10,8 +10,7 @@ use crate::fuse::init::{self, Negotiated};
 use crate::state::stream::{self, Agreement};
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// All that the session is, as bytes for [`load`](Self::load). It goes on here if its queues
-    /// do.
+    /// The whole session, as bytes for [`load`](Self::load). It continues here if its queues do.
     ///
     /// # Errors
     ///
@@ -30,7 +29,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Ok(stream::encode(&snapshot)?)
     }
 
-    /// What was saved has been sent: another server may have what one alone can have.
+    /// Called when the saved session has been sent. Releases what only one server can hold.
     pub fn release_for_migration(&self) {
         let _closed = self.barrier.close();
         if let Some(migrate) = self.fs.migrate() {
@@ -38,18 +37,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// The session goes on here; does nothing unless something was lent.
+    /// Called when the session continues here. Does nothing unless something was released.
     pub fn reacquire(&self) {
         if let Some(migrate) = self.fs.migrate() {
             migrate.reacquire();
         }
     }
 
-    /// Goes on from what another server has saved. What was there is forgotten.
+    /// Continues a session that another server has saved. The current session is discarded.
     ///
     /// # Errors
     ///
-    /// See [`MoveError`]; the session then waits for INIT.
+    /// See [`MoveError`]. The session then waits for INIT.
     pub fn load(&self, bytes: &[u8]) -> Result<(), MoveError> {
         let snapshot = stream::decode(bytes)?;
         let closed = self.barrier.close();
@@ -63,7 +62,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             max_background: agreed.max_background,
         });
         if let Some(negotiated) = &negotiated {
-            let missing = negotiated.flags.without(init::served(&self.options));
+            let missing = negotiated.flags.without(init::accepted(&self.options));
             if missing != InitFlags::NONE {
                 return Err(MoveError::Options {
                     missing: missing.to_string(),
@@ -76,9 +75,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             return Err(error);
         }
         if let Some(negotiated) = negotiated {
-            log::info!("session goes on: {negotiated}");
+            log::info!("session resumed: {negotiated}");
             self.agree(negotiated);
-            self.remember(Some(negotiated.words()));
+            self.record_agreement(Some(negotiated.words()));
         }
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! A session: one guest kernel's use of one file system, from INIT to DESTROY.
 //!
-//! [`Session::serve`] takes a request through decoding, dispatch and reply. Metadata are
-//! answered at once; what may wait becomes a future. The invariant: nothing takes effect whose
-//! reply could not be delivered, so no lookup is counted and no handle opened that the guest
-//! doesn't hear of.
+//! [`Session::serve`] decodes, dispatches and answers a request. Metadata operations are answered
+//! at once; an operation that may wait becomes a future. The invariant: no request takes effect
+//! whose reply can't be delivered, so no lookup is counted and no handle opened that the guest
+//! doesn't learn of.
 
 mod blocking;
 mod blocking_locks;
@@ -31,25 +31,25 @@ pub use self::reclaim::Queues;
 
 use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
-use self::session_barrier::{Closed, SessionBarrier};
+use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::abi::{Handler, InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
 use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId};
-use crate::state::{Agreement as Words, Table};
+use crate::state::{Agreement as AgreementWords, Table};
 
-/// Longest request that is copied without a heap: a RENAME2 with two names of 255 bytes.
+/// Longest request that is copied to the stack: a RENAME2 with two names of 255 bytes.
 const INLINE: usize = 568;
 
-/// How serving a request ended.
+/// The outcome of [`Session::serve`].
 #[must_use = "a request left for later is answered only if its future is run"]
 pub enum Outcome {
-    /// The exchange is answered.
+    /// The request is answered.
     Done,
-    /// The exchange will be answered by this future, which has to be run to its end: the kernel
-    /// may be writing to the guest's memory for it. It belongs to the thread's own runtime.
+    /// This future will answer the request. It must run to completion, because the kernel may be
+    /// writing to the guest's memory for it. It belongs to the thread's own runtime.
     Later(Pin<Box<dyn Future<Output = ()>>>),
 }
 
@@ -62,34 +62,36 @@ impl fmt::Debug for Outcome {
     }
 }
 
-/// Serves the requests of one guest from a file system. May be shared by many threads.
+/// Serves the requests of one guest from a file system. Many threads may share it.
 #[derive(Debug)]
 pub struct Session<F: ?Sized> {
     options: SessionOptions,
-    /// Whether INIT was answered. A request that is served on another thread comes after the
-    /// reply to INIT, which orders it by the guest's memory; `Acquire` pairs with the `Release`
-    /// in `init` all the same, so that what `FileSystem::reset` did is seen too.
+    /// Whether INIT was answered. A request that another thread serves follows the reply to INIT,
+    /// so the guest's memory orders the two. `Acquire` still pairs with the `Release` in `init`, so
+    /// that the effects of `FileSystem::reset` are visible too.
     ready: AtomicBool,
-    /// The flags of `negotiated`, for the requests that go by them. Set before `ready`.
+    /// The flags of `negotiated`, for requests that depend on them. Set before `ready`.
     agreed: AtomicU64,
     negotiated: Mutex<Option<Negotiated>>,
-    /// How many sessions have ended. Changes while the gate is closed, and is read inside: `Relaxed`.
+    /// How many sessions have ended. Written only while the barrier is closed and read only inside
+    /// it, so `Relaxed` suffices.
     ended: AtomicU64,
     counters: Counters,
-    /// Requests are in it while they are served; sessions begin and end while nobody is.
+    /// Entered by each request while it is served. A session begins or ends only while no request
+    /// is inside.
     barrier: SessionBarrier,
     blocking_locks: Arc<BlockingLocks>,
-    /// Who serves the queues that requests come on, if there are any.
+    /// Serves the queues that requests arrive on, if there are any.
     queues: OnceLock<Box<dyn Queues>>,
-    /// The log has told that the guest can't be told of submounts.
-    told_of_submounts: AtomicBool,
-    /// Where what was agreed on is written down for a process after this one.
+    /// Whether the warning about submounts was logged.
+    submounts_warned: AtomicBool,
+    /// Where the negotiated parameters are recorded for a process that takes over.
     table: Option<Arc<Table>>,
     fs: Arc<F>,
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// A session that waits for INIT.
+    /// Creates a session that waits for INIT.
     pub fn new(fs: Arc<F>, options: SessionOptions) -> Self {
         Self {
             options,
@@ -101,18 +103,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
             barrier: SessionBarrier::default(),
             blocking_locks: Arc::default(),
             queues: OnceLock::new(),
-            told_of_submounts: AtomicBool::new(false),
+            submounts_warned: AtomicBool::new(false),
             table: None,
             fs,
         }
     }
 
-    /// The same, with what is agreed on written down in `table`. If something stands there
-    /// already, the session goes on with that.
+    /// Records the negotiated parameters in `table`. If the table has some already, the session
+    /// resumes with them.
     #[must_use]
     pub fn remembering(mut self, table: Arc<Table>) -> Self {
-        if let Some(words) = table.agreement() {
-            self.agree(Negotiated::from_words(words));
+        if let Some(agreement) = table.agreement() {
+            self.agree(Negotiated::from_words(agreement));
         }
         self.table = Some(table);
         self
@@ -124,7 +126,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         &self.fs
     }
 
-    /// What was agreed on with the guest; `None` before INIT and after DESTROY.
+    /// The negotiated parameters; `None` before INIT and after DESTROY.
     pub fn negotiated(&self) -> Option<Negotiated> {
         *self
             .negotiated
@@ -132,32 +134,33 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was served.
+    /// The session's counters.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 
-    /// Ends the session: the device was reset, or the guest is gone. Requests that other threads
-    /// are serving end first.
+    /// Ends the session, because the device was reset or the guest is gone. Waits for requests that
+    /// other threads are serving.
     pub fn reset(&self) {
         self.end(&self.barrier.close());
     }
 
-    fn end(&self, closed: &Closed<'_>) {
-        self.disagree(closed);
+    fn end(&self, closed: &ClosedBarrier<'_>) {
+        self.clear_agreement(closed);
         self.fs.reset();
     }
 
-    /// Ends the session, which the guest itself has ended: it may have others.
-    fn unmount(&self, closed: &Closed<'_>) {
-        self.disagree(closed);
+    /// Ends the session on the guest's own request (INIT or DESTROY). The same guest may begin
+    /// another one.
+    fn unmount(&self, closed: &ClosedBarrier<'_>) {
+        self.clear_agreement(closed);
         self.fs.unmounted();
     }
 
-    fn disagree(&self, _closed: &Closed<'_>) {
+    fn clear_agreement(&self, _closed: &ClosedBarrier<'_>) {
         self.ready.store(false, Ordering::Release);
         self.ended.fetch_add(1, Ordering::Relaxed);
-        self.remember(None);
+        self.record_agreement(None);
         *self
             .negotiated
             .lock()
@@ -165,13 +168,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.blocking_locks.end_all(Errno::INTR);
     }
 
-    /// Answers one request, now or later.
+    /// Serves one request: answers it, or returns the future that will.
     pub fn serve<E: Transport>(self: &Arc<Self>, mut transport: E) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
         let fetched = fetch(&mut transport, &mut inline, &mut spilled)
             .and_then(|bytes| Ok((bytes, decode_as(bytes, self.agreed())?)));
         let (bytes, request) = match fetched {
-            Ok(both) => both,
+            Ok(decoded) => decoded,
             Err(error) => {
                 self.refuse(transport, &error);
                 return Outcome::Done;
@@ -179,7 +182,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         };
         self.counters.count_request(request.opcode);
         if request.row.handler == Handler::Session {
-            return self.begin_or_end(transport, &request);
+            return self.serve_init_or_destroy(transport, &request);
         }
         let _inside = self.barrier.enter();
         transport.note(request.unique);
@@ -194,12 +197,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
             handler => match self.admit(&request, transport.writable()) {
                 Ok(()) => self.dispatch(transport, &request, handler, bytes),
-                Err(errno) => self.now(transport, request.unique, Err(errno)),
+                Err(errno) => self.reply_now(transport, request.unique, Err(errno)),
             },
         }
     }
 
-    /// Whether `request` may take effect: its time has come, and there is `room` for its reply.
+    /// Fails if `request` must not take effect: in this state of the session, or because `room` is
+    /// too small for its reply.
     fn admit(&self, request: &Request<'_>, room: usize) -> Result<(), Errno> {
         let needed = request.row.reply.saturating_add(OUT_HEADER_LEN);
         match request.row.handler {
@@ -207,14 +211,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Handler::Session => Ok(()),
             _ if !self.is_ready() => Err(Errno::IO),
             Handler::Unserved => Err(Errno::NOSYS),
-            _ if request.caller.is_untold() && !self.has_agreed(InitFlags::ALLOW_IDMAP) => {
+            _ if request.caller.lacks_ids() && !self.has_agreed(InitFlags::ALLOW_IDMAP) => {
                 Err(Errno::INVAL)
             }
             _ => Ok(()),
         }
     }
 
-    /// Takes `request`, which was decoded from `bytes`, to its handler.
+    /// Dispatches `request`, which was decoded from `bytes`, to its handler.
     fn dispatch<E: Transport>(
         self: &Arc<Self>,
         mut transport: E,
@@ -248,10 +252,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
                         }
                     }
                 };
-                self.now(transport, request.unique, answer)
+                self.reply_now(transport, request.unique, answer)
             }
             Handler::Session | Handler::Forget | Handler::Interrupt | Handler::Unserved => {
-                self.now(transport, request.unique, Err(Errno::NOSYS))
+                self.reply_now(transport, request.unique, Err(Errno::NOSYS))
             }
         }
     }
@@ -263,18 +267,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 self.forget(transport, request.unique, (request.node, count));
             }
             Operation::BatchForget(forgets) => {
-                for one in forgets.iter() {
-                    self.forget(transport, request.unique, one);
+                for forgotten in forgets.iter() {
+                    self.forget(transport, request.unique, forgotten);
                 }
             }
-            // Only what may wait for a guest without end, as a lock, is stopped.
+            // Only requests that may wait for the guest without a limit, such as locks, are
+            // interrupted.
             Operation::Interrupt { unique } => self.blocking_locks.interrupt(unique),
             _ => {}
         }
     }
 
-    /// INIT and DESTROY, which other requests are kept apart from.
-    fn begin_or_end<E: Transport>(&self, transport: E, request: &Request<'_>) -> Outcome {
+    /// INIT and DESTROY, which never run beside other requests.
+    fn serve_init_or_destroy<E: Transport>(&self, transport: E, request: &Request<'_>) -> Outcome {
         let answer =
             self.admit(request, transport.writable())
                 .and_then(|()| match request.operation {
@@ -284,28 +289,28 @@ impl<F: FileSystem + ?Sized> Session<F> {
                         Ok(Answer::Done)
                     }
                 });
-        self.now(transport, request.unique, answer)
+        self.reply_now(transport, request.unique, answer)
     }
 
-    /// INIT. A second one means that the guest has started anew.
+    /// INIT. A second one means that the guest has restarted.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
         let closed = self.barrier.close();
-        if self.is_ready() && worth_a_line(self.counters.requests(Opcode::Init)) {
-            log::info!("the session from before is given up: the guest has begun anew (INIT)");
+        if self.is_ready() && should_log(self.counters.requests(Opcode::Init)) {
+            log::info!("the previous session is discarded: the guest sent INIT again");
         }
         self.unmount(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {
-                if worth_a_line(self.counters.requests(Opcode::Init)) {
+                if should_log(self.counters.requests(Opcode::Init)) {
                     log::info!("session begins: {negotiated}");
                 }
                 self.agree(negotiated);
-                self.remember(Some(negotiated.words()));
+                self.record_agreement(Some(negotiated.words()));
                 Ok(Answer::Init(negotiated.reply()))
             }
             Ok(Agreement::NewerMajor) => Ok(Answer::Init(our_version())),
             Err(error) => {
-                if worth_a_line(self.counters.requests(Opcode::Init)) {
+                if should_log(self.counters.requests(Opcode::Init)) {
                     log::error!("no session: {error}");
                 }
                 Err(Errno::PROTO)
@@ -313,13 +318,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    fn remember(&self, agreement: Option<Words>) {
+    fn record_agreement(&self, agreement: Option<AgreementWords>) {
         if let Some(table) = &self.table {
             table.set_agreement(agreement);
         }
     }
 
-    /// Goes by what was agreed on from here on.
+    /// Applies the negotiated parameters from now on.
     fn agree(&self, negotiated: Negotiated) {
         *self
             .negotiated
@@ -339,22 +344,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// Whether INIT has agreed on these flags.
+    /// Whether all of these flags were negotiated.
     fn has_agreed(&self, flags: InitFlags) -> bool {
         self.agreed().contains(flags)
     }
 
-    /// Says once that the guest sees a file system within the share, and can't be told where it begins.
-    fn mind_submounts(&self, seen: bool) {
+    /// Warns once that the share contains another file system and that the guest can't be told
+    /// where it begins.
+    fn warn_about_submounts(&self, seen: bool) {
         if seen
             && !self.agreed().contains(InitFlags::SUBMOUNTS)
-            && !self.told_of_submounts.swap(true, Ordering::Relaxed)
+            && !self.submounts_warned.swap(true, Ordering::Relaxed)
         {
             log::warn!(
-                "other file systems are mounted in the shared directory, and the guest's kernel can't be \
-                 told where they begin (Linux can from 5.10 on): there files may have the inode numbers \
-                 of others, which backup and copying programs take for hard links; unmount them, or \
-                 share each by itself"
+                "other file systems are mounted in the shared directory, and the guest's kernel doesn't \
+                 support submounts (Linux does since 5.10): files on them may have the same inode \
+                 numbers as others, which backup and copy programs take for hard links; unmount \
+                 them, or share each separately"
             );
         }
     }
@@ -373,14 +379,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Ok(answer) => answer.send(transport, unique),
             Err(errno) => {
                 self.counters.count_error();
-                send_error(transport, unique, self.for_guest(errno));
+                send_error(transport, unique, self.guest_errno(errno));
             }
         }
     }
 
-    /// What the guest is told instead of the server's own affair: that its process has no
-    /// descriptor left says nothing of the one that asks.
-    fn for_guest(&self, errno: Errno) -> Errno {
+    /// The errno to send to the guest. A shortage of descriptors in the server's process says
+    /// nothing about the guest's process.
+    fn guest_errno(&self, errno: Errno) -> Errno {
         match errno {
             Errno::MFILE | Errno::NFILE => {
                 self.fs.report_shortage();
@@ -390,13 +396,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// Ends the exchange of a request that can't be decoded.
+    /// Answers a request that can't be decoded.
     fn refuse<E: Transport>(&self, transport: E, error: &DecodeError) {
-        // Any program in the guest can ask for a name that is too long, and its kernel passes it
-        // on: nothing is malformed about that.
+        // Any program in the guest can use a name that is too long, and the guest's kernel passes
+        // it on, so this is not a malformed request.
         if error.errno() != Errno::NAMETOOLONG {
             let count = self.counters.count_malformed();
-            if worth_a_line(count) {
+            if should_log(count) {
                 let fault = error.source().map(ToString::to_string).unwrap_or_default();
                 log::warn!("malformed request no. {count}: {error}: {fault}");
             }
@@ -410,7 +416,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 }
 
-/// What of the agreement a file system has to go by.
+/// The part of the negotiated flags that a file system depends on.
 fn terms(flags: InitFlags) -> NegotiatedTerms {
     NegotiatedTerms {
         collects_writes: flags.contains(InitFlags::WRITEBACK_CACHE),
@@ -420,31 +426,36 @@ fn terms(flags: InitFlags) -> NegotiatedTerms {
     }
 }
 
-/// Whether the log gets a line for something that happened for the `count`th time: the first
-/// few times and then ever more seldom, so that a guest can't fill it.
-fn worth_a_line(count: u64) -> bool {
+/// Whether the `count`th occurrence of an event is logged: the first few are, then ever fewer, so
+/// that a guest can't fill the log.
+fn should_log(count: u64) -> bool {
     count <= 16 || count.is_power_of_two()
 }
 
-/// Copies of a request what [`decode_as()`] needs to `inline`, or to `spilled` where it is too
-/// long for that; answers where it is.
+/// Copies the part of a request that [`decode_as()`] needs to `inline`, or to `spilled` if it is
+/// too long, and returns it.
 fn fetch<'a, E: Transport>(
     transport: &mut E,
     inline: &'a mut [u8; INLINE],
     spilled: &'a mut Vec<u8>,
 ) -> Result<&'a [u8], DecodeError> {
     let (header, rest) = inline.split_at_mut(HEADER_LEN);
-    let got = transport.read(header);
-    let wanted = bytes_wanted(header.get(..got).unwrap_or_default(), transport.readable())?;
+    let header_len = transport.read(header);
+    let wanted = bytes_wanted(
+        header.get(..header_len).unwrap_or_default(),
+        transport.readable(),
+    )?;
     if let Some(rest) = rest.get_mut(..wanted) {
-        let more = transport.read(rest);
-        return Ok(inline.get(..got.saturating_add(more)).unwrap_or_default());
+        let body_len = transport.read(rest);
+        return Ok(inline
+            .get(..header_len.saturating_add(body_len))
+            .unwrap_or_default());
     }
     spilled.reserve_exact(HEADER_LEN.saturating_add(wanted));
     spilled.extend_from_slice(header);
     spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
     let room = spilled.get_mut(HEADER_LEN..).unwrap_or_default();
-    let more = transport.read(room);
-    spilled.truncate(HEADER_LEN.saturating_add(more));
+    let body_len = transport.read(room);
+    spilled.truncate(HEADER_LEN.saturating_add(body_len));
     Ok(spilled)
 }

@@ -1,11 +1,12 @@
-//! Requests that find no room on the host are tried once more, after what was given back is gone.
+//! Retries requests that fail for lack of space or descriptors, once the resources that the guest
+//! has released are free.
 //!
-//! A guest's kernel says that it drops an inode by FORGET, on a queue of its own, and that a file is
-//! closed by RELEASE, which it doesn't wait for. So a program that removes a file and writes another
-//! one may be served before the host has closed the first: its space, or its descriptor, isn't
-//! free yet. An operation that fails for want of room waits until what is on the queues by then is
-//! served and the files concerned are closed, and is tried again. STATFS waits beforehand. The
-//! invariant: each is tried twice at most.
+//! A guest's kernel drops an inode by FORGET, on a queue of its own, and closes a file by RELEASE,
+//! which it doesn't wait for. So a program that removes a file and writes another one may be served
+//! before the host has closed the first: its space, or its descriptor, is not free yet. An
+//! operation that fails for lack of space waits until the requests that are on the queues at that
+//! moment are served and the files concerned are closed, and is then tried again. STATFS waits
+//! beforehand. The invariant: each operation is tried at most twice.
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -21,13 +22,14 @@ use crate::fuse::request::{Request, decode_as};
 use crate::fuse::{OUT_HEADER_LEN, Transport};
 use crate::io;
 
-/// Who serves the queues that requests come on.
+/// The queues that requests arrive on.
 pub trait Queues: Debug + Send + Sync {
-    /// Serves what is on the queues by now; done when all of that is served that can be soon.
+    /// Serves the requests that are on the queues now. Completes when all of them are served that
+    /// don't have to wait.
     fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>>;
 }
 
-/// Whether an operation failed for want of what FORGET and RELEASE set free: space, inodes, quota,
+/// Whether an operation failed for lack of what FORGET and RELEASE free: space, inodes, quota,
 /// descriptors.
 pub(super) fn is_shortage(errno: Errno) -> bool {
     matches!(
@@ -37,19 +39,19 @@ pub(super) fn is_shortage(errno: Errno) -> bool {
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Says who serves the queues. Said once, before anything is served.
+    /// Sets the queues. Called once, before any request is served.
     pub fn set_queues(&self, queues: Box<dyn Queues>) {
         if self.queues.set(queues).is_err() {
-            log::debug!("who serves the queues is known already");
+            log::debug!("the queues are set already");
         }
     }
 
-    /// Whether anything may be free after a [`reclaim`](Self::reclaim) that isn't now.
+    /// Whether a [`reclaim`](Self::reclaim) can free anything.
     pub(super) fn may_reclaim(&self) -> bool {
         self.queues.get().is_some() || self.fs.pending_closes().is_some()
     }
 
-    /// Waits until what the guest has given back so far is free.
+    /// Waits until everything that the guest has released so far is free.
     pub(super) async fn reclaim(&self) {
         if let Some(queues) = self.queues.get() {
             queues.serve_waiting().await;
@@ -61,8 +63,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// Serves the request in `bytes`, which was decoded once, after a [`reclaim`](Self::reclaim).
-    /// `failed` is what it is answered if it can't be served any more.
+    /// Serves the request in `bytes`, which was decoded successfully before, after a
+    /// [`reclaim`](Self::reclaim). Replies with `failed` if it can't be decoded any more.
     pub(super) fn after_reclaim<E: Transport>(
         self: &Arc<Self>,
         transport: E,
@@ -71,21 +73,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Outcome {
         let session = Arc::clone(self);
         let bytes = bytes.to_vec();
-        self.later(async move {
+        self.defer(async move {
             session.reclaim().await;
             let answer = match decode_as(&bytes, session.agreed()) {
-                Ok(request) => session.once_more(&transport, &request),
+                Ok(request) => session.retry(&transport, &request),
                 Err(_) => Err(failed),
             };
             session.finish(transport, unique, answer);
         })
     }
 
-    fn once_more<E: Transport>(
-        &self,
-        transport: &E,
-        request: &Request<'_>,
-    ) -> Result<Answer, Errno> {
+    fn retry<E: Transport>(&self, transport: &E, request: &Request<'_>) -> Result<Answer, Errno> {
         let _inside = self.barrier.enter();
         if !self.is_ready() {
             return Err(Errno::IO);

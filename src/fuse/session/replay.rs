@@ -1,10 +1,12 @@
-//! Requests that a process has begun which is no more: done once, as the guest sees it.
+//! Replays requests that a previous server process left unanswered, so that the guest sees each
+//! executed once.
 //!
-//! After a crash what was in flight is served again. Most requests can be done twice, and those that
-//! count (lookups, handles) are told apart by the numbers in the state table. The others say
-//! beforehand what they intend, where that outlives the process ([`Transport::intend`]): enough to tell
-//! afterwards, by what is there now, whether they took effect. The invariant: an operation that took
-//! effect is answered with what happened, and not done again.
+//! After a crash the requests in flight are served again. Most can be repeated. Those that change
+//! counts (lookups, handles) are told apart by the request numbers in the state table. For the
+//! others an intent is recorded before they take effect, where it outlives the process
+//! ([`Transport::record_intent`]): enough to tell from the present state of the file system whether
+//! they took effect. The invariant: an operation that took effect is answered with its result, and
+//! not executed again.
 
 use std::ffi::CStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,16 +23,16 @@ use crate::fuse::request::{Operation, Request};
 use crate::fuse::transport::RecordedIntent;
 use crate::io::File;
 
-/// How far the clock that file systems stamp with may be behind.
-const BEHIND: Duration = Duration::from_millis(20);
+/// How far the clock of file system timestamps may lag behind.
+const TIMESTAMP_LAG: Duration = Duration::from_millis(20);
 
-/// An intent's first word: it was said.
-pub(super) const SAID: u64 = 1;
+/// First word of an intent: an intent was recorded.
+pub(super) const RECORDED: u64 = 1;
 
-/// Now, in nanoseconds since 1970, as an intent has it.
-fn stamp() -> u64 {
+/// The current time in nanoseconds since 1970, as an intent records it.
+fn intent_timestamp() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    let since = since.unwrap_or_default().saturating_sub(BEHIND);
+    let since = since.unwrap_or_default().saturating_sub(TIMESTAMP_LAG);
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -48,7 +50,7 @@ fn is_completed(replay: &dyn Replay, request: &Request<'_>) -> bool {
     }
 }
 
-/// The name of a new inode.
+/// The name of the inode that the operation creates.
 fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
     match *operation {
         Operation::Mkdir { name, .. }
@@ -60,8 +62,8 @@ fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
-    /// Records what `request` intends, if serving it twice differs from serving it once, and if it is
-    /// going to take effect at all.
+    /// Records the intent of `request`, if repeating it makes a difference and if it is going to
+    /// take effect at all.
     pub(super) fn record_intent<E: Transport>(&self, transport: &mut E, request: &Request<'_>) {
         let (ReplayClass::Guarded(guard), Some(replay)) = (request.row.replay, self.fs.replay())
         else {
@@ -79,19 +81,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
             (Guard::XattrRemoval, Operation::Removexattr { name }) => is_there(name),
             (Guard::NewLink | Guard::NewXattr | Guard::XattrRemoval, _) => false,
-            // What these go by is recorded where they take effect.
+            // The information that these depend on is recorded where they take effect.
             (
                 Guard::Removal | Guard::Rename | Guard::Release | Guard::Forget | Guard::Append,
                 _,
             ) => false,
         };
         if takes_effect {
-            transport.record_intent([SAID, stamp(), 0, 0]);
+            transport.record_intent([RECORDED, intent_timestamp(), 0, 0]);
         }
     }
 
-    /// Serves a request that the previous process has begun, and may have completed; `intent` is what
-    /// that had recorded.
+    /// Serves a request that the previous process began and may have completed; `intent` is what
+    /// that process recorded.
     pub(super) fn replay_metadata(
         &self,
         request: &Request<'_>,
@@ -102,7 +104,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         else {
             return self.metadata(request, room);
         };
-        // The error that a request is answered with which the previous process has completed.
+        // The error that the request fails with if the previous process completed it.
         let completed = match guard {
             Guard::Removal | Guard::Rename => {
                 return if is_completed(replay, request) {
@@ -115,24 +117,25 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let is_known = |name| replay.is_known(request.node, name);
                 let known = new_name(&request.operation).is_some_and(is_known);
                 return match (self.metadata(request, room), new_name(&request.operation)) {
-                    // What the guest knows was not made by a request that it has no answer to.
-                    (Err(Errno::EXIST), Some(name)) if intent[0] == SAID && !known => {
-                        self.made(request, name, intent, Errno::EXIST)
+                    // An inode that the guest knows wasn't created by a request that it has no
+                    // reply to.
+                    (Err(Errno::EXIST), Some(name)) if intent[0] == RECORDED && !known => {
+                        self.created(request, name, intent, Errno::EXIST)
                     }
                     (answer, _) => answer,
                 };
             }
             Guard::NewLink => {
                 return match self.metadata(request, room) {
-                    Err(Errno::EXIST) if intent[0] == SAID => self.linked(request),
+                    Err(Errno::EXIST) if intent[0] == RECORDED => self.replay_link(request),
                     answer => answer,
                 };
             }
-            Guard::NewXattr if intent[0] == SAID => Errno::EXIST,
-            Guard::XattrRemoval if intent[0] == SAID => Errno::NODATA,
+            Guard::NewXattr if intent[0] == RECORDED => Errno::EXIST,
+            Guard::XattrRemoval if intent[0] == RECORDED => Errno::NODATA,
             Guard::NewXattr | Guard::XattrRemoval => return self.metadata(request, room),
             Guard::Release => Errno::BADF,
-            // Not metadata: see `forget_again` and `append_again`.
+            // Not metadata: see `replay_forget` and `replay_append`.
             Guard::Forget | Guard::Append => return Err(Errno::NOSYS),
         };
         match self.metadata(request, room) {
@@ -141,8 +144,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// The answer to a LINK whose name is there, if it leads to the inode; else that it is there.
-    fn linked(&self, request: &Request<'_>) -> Result<Answer> {
+    /// The reply to a LINK whose name exists: success if the name leads to the inode, else
+    /// `EEXIST`.
+    fn replay_link(&self, request: &Request<'_>) -> Result<Answer> {
         let Operation::Link { node: old, name } = request.operation else {
             return Err(Errno::EXIST);
         };
@@ -154,19 +158,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Err(Errno::EXIST)
     }
 
-    /// The answer to who makes `name`, if the process before made it; else the error that it is there.
-    fn made(
+    /// The reply to a request that creates `name`, which exists: success if the previous process
+    /// created it, else `errno`.
+    fn created(
         &self,
         request: &Request<'_>,
         name: &CStr,
         intent: RecordedIntent,
         errno: Errno,
     ) -> Result<Answer> {
-        let entry = self.made_entry(request, name, intent, errno)?;
+        let entry = self.created_entry(request, name, intent, errno)?;
         let Operation::Create { flags, .. } = request.operation else {
             return Ok(Answer::Entry(entry_out(&entry)));
         };
-        match self.fs.open(&request.caller, entry.node, flags & !NEW) {
+        match self
+            .fs
+            .open(&request.caller, entry.node, flags & !CREATION_FLAGS)
+        {
             Ok(opened) => Ok(Answer::Created(entry_out(&entry), open_out(&opened))),
             Err(errno) => {
                 self.fs.forget(entry.node, 1);
@@ -175,39 +183,39 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// The entry of `name`, if the process before made it; else the error that it is there.
-    fn made_entry(
+    /// The entry of `name`, if the previous process created it, else `errno`.
+    fn created_entry(
         &self,
         request: &Request<'_>,
         name: &CStr,
         intent: RecordedIntent,
         errno: Errno,
     ) -> Result<Entry> {
-        let [SAID, since, ..] = intent else {
+        let [RECORDED, since, ..] = intent else {
             return Err(errno);
         };
         let entry = self.fs.lookup(&request.caller, request.node, name)?;
-        let young = match self.fs.statx(entry.node, None) {
+        let is_recent = match self.fs.statx(entry.node, None) {
             Ok((attributes, birth, _)) => {
                 nanoseconds(birth.unwrap_or(attributes.changed)) >= i128::from(since)
             }
             Err(_) => false,
         };
-        let of_kind = entry.attributes.mode & libc::S_IFMT;
+        let entry_kind = entry.attributes.mode & libc::S_IFMT;
         let kind = match request.operation {
             Operation::Mkdir { .. } => libc::S_IFDIR,
             Operation::Symlink { .. } => libc::S_IFLNK,
             Operation::Mknod { new, .. } if new.mode & libc::S_IFMT != 0 => new.mode & libc::S_IFMT,
             _ => libc::S_IFREG,
         };
-        if young && of_kind == kind {
+        if is_recent && entry_kind == kind {
             return Ok(entry);
         }
         self.fs.forget(entry.node, 1);
         Err(errno)
     }
 
-    /// FORGET, by a request that a process before this one may have done.
+    /// FORGET, in a request that the previous process may have completed.
     pub(super) fn replay_forget(&self, unique: u64, node: NodeId, count: u64) {
         let replay = self.fs.replay();
         if !replay.is_some_and(|replay| replay.was_forgotten(node, unique)) {
@@ -216,8 +224,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 }
 
-/// Flags of `open(2)` that make, or empty, a file: `O_EXCL` and `O_TRUNC`.
-const NEW: u32 = (libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
+/// Flags of `open(2)` that apply only to creating the file, or empty it: `O_EXCL` and `O_TRUNC`.
+const CREATION_FLAGS: u32 = (libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
 
 fn nanoseconds(at: Timestamp) -> i128 {
     i128::from(at.seconds)
@@ -225,13 +233,13 @@ fn nanoseconds(at: Timestamp) -> i128 {
         .saturating_add(i128::from(at.nanoseconds))
 }
 
-/// Where an append begins. Says so; or, if a process before this one has begun it, answers where that
-/// began: all of it is to be written there once more, as part of it may be.
+/// Records the offset where an append begins. If a previous process has recorded one, returns it:
+/// the data must be written there again as a whole, because part of them may have been.
 pub(super) fn replay_append<E: Transport>(transport: &mut E, file: &File) -> Option<u64> {
-    if let Some([SAID, before, ..]) = transport.previous_attempt() {
+    if let Some([RECORDED, before, ..]) = transport.previous_attempt() {
         return Some(before);
     }
     let end = rustix::fs::fstat(file).ok()?.st_size;
-    transport.record_intent([SAID, u64::try_from(end).ok()?, 0, 0]);
+    transport.record_intent([RECORDED, u64::try_from(end).ok()?, 0, 0]);
     None
 }

@@ -1,21 +1,22 @@
-//! Requests go through a gate that closes where a session ends.
+//! A barrier that keeps requests apart from the beginning and end of a session.
 //!
 //! INIT, DESTROY and a reset of the device empty the file system's tables. A request that another
-//! thread is in the middle of would add to them afterwards what nobody gives back. So each request
-//! is in the gate while it is served, and who ends a session closes it first, which waits until
-//! all are out. What goes on later, by a future, adds nothing to the tables.
+//! thread is serving at that moment would then add entries that the guest never releases. So each
+//! request is inside the barrier while it is served, and whoever ends a session closes the barrier
+//! first, which waits until all requests have left. A future that continues later adds nothing to
+//! the tables.
 //!
-//! Each thread has a way through of its own, as far as they go round, so that threads don't
-//! contend for one word at each request. The invariant: while the gate is closed, nobody is in it.
+//! Each thread has a shard of its own, as far as there are enough, so threads don't contend for one
+//! word on each request. The invariant: while the barrier is closed, no request is inside.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// More than a session has threads, as a rule.
+/// Usually more than a session has threads.
 const SHARDS: usize = 8;
 
-/// A cache line of its own.
+/// A lock in a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Shard(RwLock<()>);
@@ -25,32 +26,33 @@ pub(super) struct SessionBarrier {
     shards: [Shard; SHARDS],
 }
 
-/// Shows that a thread is in the gate.
+/// Proves that the thread is inside the barrier.
 #[derive(Debug)]
-pub(super) struct Inside<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuard<'a, ()>);
+pub(super) struct InsideBarrier<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuard<'a, ()>);
 
-/// Shows that nobody is.
+/// Proves that no thread is inside the barrier.
 #[derive(Debug)]
-pub(super) struct Closed<'a>(
+pub(super) struct ClosedBarrier<'a>(
     #[allow(dead_code, reason = "held")] [RwLockWriteGuard<'a, ()>; SHARDS],
 );
 
 impl SessionBarrier {
-    /// Goes in; waits while the gate is closed. Not to be called by a thread that is inside.
-    pub(super) fn enter(&self) -> Inside<'_> {
-        let way = self.shards.get(own_shard()).unwrap_or(&self.shards[0]);
-        Inside(way.0.read().unwrap_or_else(PoisonError::into_inner))
+    /// Enters the barrier; waits while it is closed. A thread that is inside must not call this.
+    pub(super) fn enter(&self) -> InsideBarrier<'_> {
+        let shard = self.shards.get(own_shard()).unwrap_or(&self.shards[0]);
+        InsideBarrier(shard.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Waits until nobody is inside, and lets nobody in. Not to be called from inside.
-    pub(super) fn close(&self) -> Closed<'_> {
-        // Always in this order, so that two who close don't wait for each other.
+    /// Waits until no thread is inside, and lets none in. A thread that is inside must not call
+    /// this.
+    pub(super) fn close(&self) -> ClosedBarrier<'_> {
+        // Always in this order, so that two threads that close don't deadlock.
         let shards = self.shards.each_ref();
-        Closed(shards.map(|way| way.0.write().unwrap_or_else(PoisonError::into_inner)))
+        ClosedBarrier(shards.map(|shard| shard.0.write().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
-/// The calling thread's way.
+/// The index of the calling thread's shard.
 fn own_shard() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
@@ -70,7 +72,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     #[test]
-    fn nobody_is_inside_while_the_gate_is_closed() {
+    fn no_thread_is_inside_while_the_barrier_is_closed() {
         let barrier = SessionBarrier::default();
         let closed = AtomicBool::new(false);
         let stop = AtomicBool::new(false);

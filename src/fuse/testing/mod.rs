@@ -1,7 +1,8 @@
-//! Doubles for the tests of this room: requests as a guest would write them, an exchange in
-//! memory, and a file system that has one directory.
+//! Test doubles for this module: requests as a guest would write them, a transport in memory, and a
+//! file system with one directory.
 //!
-//! Without I/O but for one anonymous file in memory, as data operations go to a descriptor.
+//! They do no I/O except on one anonymous file in memory, because data operations need a
+//! descriptor.
 
 mod one_directory;
 mod samples;
@@ -19,10 +20,10 @@ use crate::io::GuestBuffer;
 pub(super) use one_directory::{HANDLE, OneDirectory, attributes};
 pub(super) use samples::samples;
 
-/// What every request made here is called.
+/// The number of every request created here.
 pub(super) const UNIQUE: u64 = 0x5eed;
 
-/// The bytes of a request with `arguments`, on `node`.
+/// Encodes a request with `arguments`, on `node`.
 pub(super) fn request(opcode: u32, node: u64, arguments: &[&[u8]]) -> Vec<u8> {
     let arguments = arguments.concat();
     let header = InHeader {
@@ -39,21 +40,21 @@ pub(super) fn request(opcode: u32, node: u64, arguments: &[&[u8]]) -> Vec<u8> {
     [header.as_bytes(), &arguments].concat()
 }
 
-/// The same for an opcode, on the root.
+/// Encodes a request for `opcode`, on the root.
 pub(super) fn on_root(opcode: Opcode, arguments: &[&[u8]]) -> Vec<u8> {
     request(opcode.number(), 1, arguments)
 }
 
-/// How an exchange ended.
+/// The result of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// With these bytes.
+    /// A reply of these bytes.
     Reply(Vec<u8>),
-    /// With a header, and so many bytes in place.
+    /// A header, and this many bytes in place behind it.
     Filled(Vec<u8>, usize),
-    /// Without a reply.
+    /// No reply.
     Nothing,
-    /// It was dropped.
+    /// The transport was dropped.
     Dropped,
 }
 
@@ -67,12 +68,12 @@ impl Ending {
         &bytes[OUT_HEADER_LEN..]
     }
 
-    /// The reply's body as a structure; it has to have its length.
+    /// The reply's body as a structure, whose length it must have.
     pub(super) fn structure<T: FromBytes + Immutable>(&self) -> T {
         T::read_from_bytes(self.body()).expect("a reply of the structure's length")
     }
 
-    /// The errno, 0 for none. Checks the header on the way.
+    /// The errno, 0 for none. Also checks the header.
     pub(super) fn errno(&self) -> i32 {
         -self.header().error
     }
@@ -94,27 +95,27 @@ impl Ending {
     }
 }
 
-/// An exchange in memory.
+/// A transport in memory.
 pub(super) struct MemoryTransport {
     request: Vec<u8>,
     at: usize,
     room: usize,
-    begun: Option<RecordedIntent>,
-    intended: Option<RecordedIntent>,
+    previous_attempt: Option<RecordedIntent>,
+    recorded_intent: Option<RecordedIntent>,
     ending: Rc<RefCell<Option<Ending>>>,
 }
 
 impl MemoryTransport {
-    /// One that a process before this one has begun, with this intent.
+    /// A transport of a request that a previous process began, with this intent.
     pub(super) fn with_previous_attempt(intent: RecordedIntent) -> Self {
         let (mut transport, _) = Self::new(Vec::new(), 0);
-        transport.begun = Some(intent);
+        transport.previous_attempt = Some(intent);
         transport
     }
 
-    /// The intent that this process has said.
-    pub(super) fn intended(&self) -> Option<RecordedIntent> {
-        self.intended
+    /// The intent that this process recorded.
+    pub(super) fn recorded_intent(&self) -> Option<RecordedIntent> {
+        self.recorded_intent
     }
 
     pub(super) fn new(request: Vec<u8>, room: usize) -> (Self, Rc<RefCell<Option<Ending>>>) {
@@ -124,8 +125,8 @@ impl MemoryTransport {
                 request,
                 at: 0,
                 room,
-                begun: None,
-                intended: None,
+                previous_attempt: None,
+                recorded_intent: None,
                 ending: Rc::clone(&ending),
             },
             ending,
@@ -134,17 +135,17 @@ impl MemoryTransport {
 
     fn end(&self, ending: Ending) {
         let before = self.ending.borrow_mut().replace(ending);
-        assert_eq!(before, None, "answered twice");
+        assert_eq!(before, None, "replied twice");
     }
 }
 
 impl Transport for MemoryTransport {
     fn record_intent(&mut self, intent: RecordedIntent) {
-        self.intended = Some(intent);
+        self.recorded_intent = Some(intent);
     }
 
     fn previous_attempt(&self) -> Option<RecordedIntent> {
-        self.begun
+        self.previous_attempt
     }
 
     fn readable(&self) -> usize {
@@ -198,13 +199,13 @@ impl Drop for MemoryTransport {
     }
 }
 
-/// A session with a [`OneDirectory`], and what to say to it.
+/// A guest of a session with a [`OneDirectory`].
 pub(super) struct Guest {
     pub(super) session: Arc<Session<OneDirectory>>,
 }
 
 impl Guest {
-    /// A session that waits for INIT.
+    /// A guest whose session waits for INIT.
     pub(super) fn new() -> Self {
         Self::with_options(SessionOptions::default())
     }
@@ -215,10 +216,10 @@ impl Guest {
         }
     }
 
-    /// A session that has begun.
+    /// A guest whose session has begun.
     pub(super) fn ready() -> Self {
         let guest = Self::new();
-        let reply = guest.say(init_of(7, 41, InitFlags::INIT_EXT), 4096);
+        let reply = guest.serve(init_of(7, 41, InitFlags::INIT_EXT), 4096);
         assert_eq!(reply.errno(), 0);
         guest
     }
@@ -227,28 +228,28 @@ impl Guest {
         self.session.file_system()
     }
 
-    /// How an exchange with `room` for the reply ends, at once.
-    pub(super) fn say(&self, request: Vec<u8>, room: usize) -> Ending {
+    /// Serves a request with `room` for the reply, which must be sent at once.
+    pub(super) fn serve(&self, request: Vec<u8>, room: usize) -> Ending {
         let (transport, ending) = MemoryTransport::new(request, room);
         let outcome = self.session.serve(transport);
-        assert!(matches!(outcome, Outcome::Done), "left for later");
+        assert!(matches!(outcome, Outcome::Done), "deferred");
         ending.take().expect("an answer")
     }
 
-    /// The same where the answer comes later.
-    pub(super) fn say_and_wait(&self, request: Vec<u8>, room: usize) -> Ending {
+    /// Serves a request whose reply must be deferred.
+    pub(super) fn serve_deferred(&self, request: Vec<u8>, room: usize) -> Ending {
         let (transport, ending) = MemoryTransport::new(request, room);
         let Outcome::Later(future) = self.session.serve(transport) else {
-            panic!("answered at once");
+            panic!("replied at once");
         };
-        assert_eq!(*ending.borrow(), None, "answered before it was done");
+        assert_eq!(*ending.borrow(), None, "replied before it was done");
         let runtime = crate::io::Runtime::new(crate::io::Engine::ThreadPool).unwrap();
         runtime.block_on(future);
         ending.take().expect("an answer")
     }
 }
 
-/// An INIT as a kernel of this version sends it.
+/// Encodes INIT as a kernel of this version sends it.
 pub(super) fn init_of(major: u32, minor: u32, flags: InitFlags) -> Vec<u8> {
     let (flags, flags2) = flags.halves();
     let init = InitIn {
@@ -264,7 +265,7 @@ pub(super) fn init_of(major: u32, minor: u32, flags: InitFlags) -> Vec<u8> {
     request(Opcode::Init.number(), 0, &[&bytes[..len]])
 }
 
-/// Makes the header say that the request has `len` bytes.
+/// Sets the length in the header to `len` bytes.
 pub(super) fn claim_len(request: &mut [u8], len: usize) {
     request[..4].copy_from_slice(&u32::try_from(len).unwrap().to_ne_bytes());
 }

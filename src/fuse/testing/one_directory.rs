@@ -1,4 +1,4 @@
-//! A file system of one directory, for tests.
+//! A file system with one directory, for tests.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
@@ -13,11 +13,11 @@ use crate::fs::{
 };
 use crate::io::File;
 
-/// The handle of the only file there is.
+/// The handle of the only file.
 pub(in crate::fuse) const HANDLE: Handle = Handle(7);
 
-/// A file system of one directory. All its names are one file in memory, opened once and for
-/// all as [`HANDLE`]; it counts what is looked up and given back.
+/// A file system with one directory. All names are the same file in memory, which is open once as
+/// [`HANDLE`]. It counts lookups and opens.
 #[derive(Debug)]
 pub(in crate::fuse) struct OneDirectory {
     state: Mutex<State>,
@@ -45,7 +45,7 @@ impl Default for OneDirectory {
 }
 
 impl OneDirectory {
-    /// Lookups of `node` that were not given back.
+    /// Lookups of `node` that were not dropped.
     pub(in crate::fuse) fn lookups(&self, node: u64) -> u64 {
         self.state
             .lock()
@@ -56,7 +56,7 @@ impl OneDirectory {
             .unwrap_or(0)
     }
 
-    /// Handles that were not given back.
+    /// Handles that were not released.
     pub(in crate::fuse) fn opened(&self) -> u64 {
         self.state.lock().unwrap().opened
     }
@@ -65,16 +65,16 @@ impl OneDirectory {
         self.state.lock().unwrap().resets
     }
 
-    /// What was asked for since the last time, as text.
+    /// The calls since the last time, as text.
     pub(in crate::fuse) fn calls(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().calls)
     }
 
-    pub(in crate::fuse) fn file_itself(&self) -> &File {
+    pub(in crate::fuse) fn backing_file(&self) -> &File {
         &self.file
     }
 
-    /// Puts a name there.
+    /// Creates a name.
     pub(in crate::fuse) fn put(&self, name: &CStr) {
         let mut state = self.state.lock().unwrap();
         let node = 100 + state.names.len() as u64;
@@ -336,7 +336,7 @@ impl FileSystem for OneDirectory {
             .ok_or(Errno::NODATA)
     }
 
-    /// Breaks its contract: the limit is not kept.
+    /// Breaks the contract: ignores the limit.
     fn listxattr(&self, _: &Caller, _: NodeId, _: usize) -> Result<Vec<u8>> {
         let state = self.state.lock().unwrap();
         Ok(state
@@ -365,7 +365,7 @@ impl FileSystem for OneDirectory {
         Ok(self.open_one())
     }
 
-    /// Fails behind the last name with EIO if there is one called `bad`.
+    /// Fails with EIO after the last name if one is called `bad`.
     fn readdir(
         &self,
         _: &Caller,

@@ -1,11 +1,11 @@
-//! A request that is right for each opcode.
+//! A valid request for each opcode.
 
 use zerocopy::IntoBytes;
 
 use super::{HANDLE, init_of, on_root};
 use crate::fuse::abi::{self, InitFlags, Opcode};
 
-/// One request that is right for each opcode that is served, on the root.
+/// One valid request for each supported opcode, on the root.
 pub(in crate::fuse) fn samples() -> Vec<(Opcode, Vec<u8>)> {
     let fh = HANDLE.0;
     let sample = |opcode, arguments: &[&[u8]]| (opcode, on_root(opcode, arguments));

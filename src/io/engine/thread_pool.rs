@@ -1,7 +1,7 @@
-//! The thread pool engine: what may wait runs on a blocking thread of tokio's.
+//! The thread pool engine: operations that may wait run on tokio's blocking threads.
 //!
-//! The other engines come here for what they can't do themselves. The invariant: a call that may
-//! wait owns everything it needs, so whoever asked for it may go away.
+//! The other engines use it for operations that they can't perform themselves. The invariant: a
+//! call that may wait owns everything it needs, so its caller may be dropped.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -36,13 +36,13 @@ impl EventLoop {
         })
     }
 
-    /// Runs `future`, and what it spawns, until `future` ends.
+    /// Runs `future`, and the tasks it spawns, until `future` completes.
     pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.tasks.block_on(&self.tokio, future)
     }
 }
 
-/// Reads into the buffer behind its first `filled` bytes, until it is full or the file ends.
+/// Reads into the buffer after its first `filled` bytes, until it is full or the file ends.
 pub(in crate::io) fn read(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
@@ -57,7 +57,7 @@ pub(in crate::io) fn read(
                 0 => break,
                 n => filled += n,
             }
-            // What isn't a file or a disk may wait for more to come.
+            // Anything other than a file or a disk may wait for more data to arrive.
             let over = filled == buffer.len() || !file.facts().has(Facts::SEEKABLE);
             if over || file.is_direct_at_end(offset.saturating_add(filled as u64)) {
                 break;
@@ -67,8 +67,8 @@ pub(in crate::io) fn read(
     })
 }
 
-/// Writes the buffer from a byte on, which `from` says with the offset of the buffer's beginning, by one
-/// `pwritev2` with `flags`.
+/// Writes the buffer by one `pwritev2` with `flags`; `from` is the first byte to write and the
+/// offset of the buffer's start.
 pub(in crate::io) fn write(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
@@ -106,8 +106,8 @@ pub(super) async fn allocate(
         .map_err(io::Error::from)
 }
 
-/// Runs `call`, which may block, on a thread of the current runtime that may wait; on the calling one,
-/// which waits then, where the host has no thread to give.
+/// Runs `call`, which may block, on a blocking thread of the current runtime. If the host has no
+/// thread to give, it runs on the calling thread, which then waits.
 ///
 /// Dropping the future doesn't stop the call.
 ///
@@ -126,8 +126,8 @@ where
     if has_no_threads() {
         return Ok(call());
     }
-    // Whoever takes the call out runs it: tokio keeps what it has found no thread for, and may find
-    // one later.
+    // Whoever takes the call out of the mutex runs it: tokio keeps a call that it found no thread
+    // for, and may find one later.
     let call = Arc::new(Mutex::new(Some(call)));
     let here = Arc::clone(&call);
     let there = move || take(&call).map(|call| call());
@@ -146,8 +146,8 @@ where
     }
 }
 
-/// How long to do without a thread after there was none. tokio panics then, each time.
-const WITHOUT_THREADS: Duration = Duration::from_secs(1);
+/// How long not to ask for a thread after there was none, because tokio panics each time.
+const RETRY_THREADS_AFTER: Duration = Duration::from_secs(1);
 
 thread_local! {
     /// When this thread's runtime last found no thread.
@@ -157,15 +157,15 @@ thread_local! {
 fn has_no_threads() -> bool {
     NO_THREADS
         .get()
-        .is_some_and(|then| then.elapsed() < WITHOUT_THREADS)
+        .is_some_and(|failed_at| failed_at.elapsed() < RETRY_THREADS_AFTER)
 }
 
 fn take<C>(call: &Mutex<Option<C>>) -> Option<C> {
     call.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// Runs `call` on `buffer` likewise and returns the buffer, or an empty one with `ECANCELED` when
-/// the runtime ends before.
+/// Runs `call` on `buffer` with [`run`] and returns the buffer, or an empty one with `ECANCELED` if
+/// the runtime ends first.
 fn run_on_buffer<C>(
     buffer: GuestBuffer,
     call: C,

@@ -1,20 +1,20 @@
-//! The io_uring engine: tokio's current-thread runtime with a ring beside it, and the file operations
-//! on that.
+//! The io_uring engine: tokio's current-thread runtime with a ring beside it, and file operations
+//! on that ring.
 //!
-//! The runtime sleeps in tokio's epoll instance, which the ring's own descriptor is part of: that
-//! costs no more than to sleep in the ring itself, and leaves timers and readiness to tokio. All
-//! runs within the future that tokio is given to block on, so that each turn of it ends with one
-//! look at the ring: entries in, completions out. The invariant: what an entry points to is
-//! owned by the operation at an address that doesn't change, and is freed only after the kernel
-//! has completed the operation, also when its future or the runtime is dropped before.
+//! The runtime sleeps in tokio's epoll instance, which watches the ring's descriptor: that costs no
+//! more than sleeping in the ring itself, and leaves timers and readiness to tokio. Everything runs
+//! within the future that tokio blocks on, so each of its turns ends with one visit to the ring:
+//! entries in, completions out. The invariant: memory that an entry points to is owned by the
+//! operation at an address that doesn't change, and is freed only after the kernel has completed
+//! the operation, even if its future or the runtime is dropped earlier.
 
 #![allow(
     unsafe_code,
     reason = "ring entries hold raw addresses of guest memory"
 )]
 
-mod alarm;
 mod driver;
+mod poll_waker;
 pub(in crate::io) mod setup;
 mod slots;
 
@@ -32,25 +32,26 @@ use io_uring::{opcode, types};
 use tokio::io::unix::AsyncFd;
 use tokio::task::LocalSet;
 
-use self::alarm::Alarm;
-use self::driver::{Driver, Watched};
-use self::slots::Held;
+use self::driver::{Driver, WatchedFd};
+use self::poll_waker::PollWaker;
+use self::slots::Resources;
 use super::{SetupError, SyncKind, Transferred, thread_pool};
 use crate::io::buffer::{GuestBuffer, IOV_MAX};
 use crate::io::descriptor::{Descriptor, Facts, position};
 use crate::io::vectored::{ok_if_any, one_operation};
 
 thread_local! {
-    /// The ring of the runtime that runs on this thread, if any does.
+    /// The ring of the runtime that runs on this thread, if any.
     static CURRENT: RefCell<Option<Rc<Driver>>> = const { RefCell::new(None) };
 }
 
 /// A runtime with a ring.
 ///
-/// It is dropped in this order: the tasks first, then what they leave to the kernel.
+/// Fields are dropped in this order: the tasks first, then the operations that they leave to the
+/// kernel.
 pub(in crate::io) struct EventLoop {
     tasks: LocalSet,
-    watched: AsyncFd<Watched>,
+    watched: AsyncFd<WatchedFd>,
     driver: Closing,
     tokio: tokio::runtime::Runtime,
 }
@@ -69,7 +70,7 @@ impl EventLoop {
     pub(super) fn new(entries: u32) -> Result<Self, SetupError> {
         let driver = Rc::new(Driver::new(entries).map_err(SetupError::Ring)?);
         let tokio = super::tokio_builder()
-            // A completion may wake the thread out of its sleep without waking any task.
+            // A completion may wake the thread without waking any task.
             .on_thread_unpark(|| {
                 if let Some(driver) = current() {
                     driver.reap();
@@ -78,7 +79,7 @@ impl EventLoop {
             .build()
             .map_err(SetupError::EventLoop)?;
         let entered = tokio.enter();
-        // SAFETY: the field stands before the driver's, so it is dropped before that is closed.
+        // SAFETY: the field precedes the driver's, so it is dropped before the driver is closed.
         let watched = unsafe { driver.watch() }.map_err(SetupError::EventLoop)?;
         drop(entered);
         Ok(Self {
@@ -89,21 +90,21 @@ impl EventLoop {
         })
     }
 
-    /// Runs `future`, and what it spawns, until `future` ends.
+    /// Runs `future`, and the tasks it spawns, until `future` completes.
     pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
         let driver = &self.driver.0;
         let _restore = Restore(CURRENT.replace(Some(Rc::clone(driver))));
         let mut work = pin!(self.tasks.run_until(future));
-        let mut known = None;
+        let mut cached = None;
         self.tokio.block_on(poll_fn(|cx| {
-            // Who blocks on a future wakes it by the same waker each time.
-            let (alarm, waker) = known.get_or_insert_with(|| {
-                let alarm = Alarm::new(cx.waker().clone());
-                let waker = Waker::from(Arc::clone(&alarm));
-                (alarm, waker)
+            // tokio's `block_on` uses the same waker for each poll.
+            let (poll_waker, waker) = cached.get_or_insert_with(|| {
+                let poll_waker = PollWaker::new(cx.waker().clone());
+                let waker = Waker::from(Arc::clone(&poll_waker));
+                (poll_waker, waker)
             });
             let mut cx = Context::from_waker(waker);
-            alarm.run(|| {
+            poll_waker.run(|| {
                 let polled = work.as_mut().poll(&mut cx);
                 driver.turn(&self.watched, &mut cx);
                 polled
@@ -112,7 +113,7 @@ impl EventLoop {
     }
 }
 
-/// Puts back what was current before, also when `block_on` unwinds.
+/// Restores the previous value, also when `block_on` unwinds.
 struct Restore(Option<Rc<Driver>>);
 
 impl Drop for Restore {
@@ -125,7 +126,7 @@ fn current() -> Option<Rc<Driver>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
-/// Whether operations of the current runtime are complete that it hasn't seen yet.
+/// Whether operations of the current runtime have completed that it hasn't processed yet.
 pub(in crate::io) fn has_completions() -> bool {
     CURRENT.with_borrow(|driver| {
         driver
@@ -134,7 +135,7 @@ pub(in crate::io) fn has_completions() -> bool {
     })
 }
 
-/// Reads into the buffer behind its first `filled` bytes, until it is full or the file ends.
+/// Reads into the buffer after its first `filled` bytes, until it is full or the file ends.
 pub(super) async fn read(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
@@ -150,7 +151,7 @@ pub(super) async fn read(
             Ok(0) => break,
             Ok(n) => filled += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            // A ring gives up on a descriptor with O_NONBLOCK where `preadv` would wait.
+            // A ring fails on a descriptor with O_NONBLOCK where `preadv` would wait.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return thread_pool::read(descriptor, buffer, filled, offset).await;
             }
@@ -164,7 +165,7 @@ pub(super) async fn read(
     (Ok(filled), buffer)
 }
 
-/// Writes the buffer by one operation, or by as few as take all pieces.
+/// Writes the buffer by one operation, or by the fewest that hold all pieces.
 pub(super) async fn write(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
@@ -197,19 +198,20 @@ pub(super) async fn write(
     }
 }
 
-/// What a transfer does.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Transfer {
     /// From the file into the buffer.
     Read,
     /// From the buffer into the file, past the page cache.
     Write,
-    /// From the buffer into the page cache. The kernel's own threads do it from the beginning:
-    /// tried inline, such a write may stop where it would wait and go on later, and so be two.
+    /// From the buffer into the page cache, by the kernel's own threads from the start. Tried
+    /// inline, such a write may stop where it would wait and continue later, and so become two
+    /// writes.
     WriteBuffered,
 }
 
-/// One operation on the buffer from its byte `done` on, the buffer beginning at `offset`.
+/// One operation on the buffer from byte `done` on; the buffer begins at `offset`.
 async fn transfer(
     kind: Transfer,
     descriptor: &Arc<Descriptor>,
@@ -248,15 +250,15 @@ async fn transfer(
         Transfer::WriteBuffered => entry.flags(Flags::ASYNC),
         Transfer::Read | Transfer::Write => entry,
     };
-    let held = Held {
+    let resources = Resources {
         buffer: Some(buffer),
         _vecs: vecs,
         _descriptor: Arc::clone(descriptor),
     };
-    // SAFETY: the entry names the descriptor, the vector's heap memory and the buffer's pieces,
-    // all of which `held` owns and none of which moves with it.
-    let (result, held) = unsafe { perform(entry, held) }.await;
-    let buffer = held.buffer.expect("invariant: it was put in above");
+    // SAFETY: the entry names the descriptor, the vector's heap memory and the buffer's pieces, all
+    // of which `resources` owns and none of which moves with it.
+    let (result, resources) = unsafe { perform(entry, resources) }.await;
+    let buffer = resources.buffer.expect("invariant: it was set above");
     (result, buffer)
 }
 
@@ -286,31 +288,31 @@ pub(super) async fn allocate(
     on_descriptor(entry, descriptor).await
 }
 
-/// An operation that takes nothing but the descriptor.
+/// An operation that needs only the descriptor.
 async fn on_descriptor(entry: Entry, descriptor: &Arc<Descriptor>) -> io::Result<()> {
-    let held = Held {
+    let resources = Resources {
         buffer: None,
         _vecs: Vec::new(),
         _descriptor: Arc::clone(descriptor),
     };
-    // SAFETY: the entry names nothing but the descriptor, which `held` keeps open.
-    let (result, _) = unsafe { perform(entry, held) }.await;
+    // SAFETY: the entry names only the descriptor, which `resources` keeps open.
+    let (result, _) = unsafe { perform(entry, resources) }.await;
     result.map(drop)
 }
 
-/// Puts `entry` on the ring and waits for its completion; hands `held` back after it.
+/// Puts `entry` on the ring, waits for its completion, and returns `resources` with the result.
 ///
 /// # Safety
 ///
-/// Whatever the entry points to must be owned by `held`, at an address that stays the same when
-/// `held` moves.
+/// Everything that the entry points to must be owned by `resources`, at an address that stays the
+/// same when `resources` moves.
 ///
 /// # Panics
 ///
 /// When the caller doesn't run on a runtime with a ring.
-async unsafe fn perform(entry: Entry, held: Held) -> (io::Result<usize>, Held) {
+async unsafe fn perform(entry: Entry, resources: Resources) -> (io::Result<usize>, Resources) {
     let driver = current().expect("an operation on the ring takes a runtime with a ring");
-    // SAFETY: the caller vouches for it.
-    let operation = unsafe { driver.start(entry, held) };
+    // SAFETY: the caller guarantees it.
+    let operation = unsafe { driver.start(entry, resources) };
     operation.await
 }

@@ -1,4 +1,4 @@
-//! States written and read, whole and damaged.
+//! Tests of the stream format, intact and damaged.
 
 use proptest::collection::vec;
 use proptest::option;
@@ -142,7 +142,7 @@ fn sample() -> Snapshot {
     }
 }
 
-/// As `bytes`, with a checksum that is right.
+/// `bytes` with a valid checksum.
 fn resealed(bytes: &[u8]) -> Vec<u8> {
     sealed(&bytes[..bytes.len().saturating_sub(CHECKSUM)])
 }
@@ -155,7 +155,7 @@ proptest! {
     }
 
     #[test]
-    fn a_change_of_any_byte_is_noticed(snapshot in snapshot(), at in any::<u16>(), bit in 0_u8..8) {
+    fn change_of_any_byte_is_detected(snapshot in snapshot(), at in any::<u16>(), bit in 0_u8..8) {
         let mut bytes = encode(&snapshot).unwrap();
         let at = usize::from(at) % bytes.len();
         bytes[at] ^= 1_u8 << bit;
@@ -163,7 +163,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_it_panic(bytes in vec(any::<u8>(), 0..400), known in any::<bool>()) {
+    fn no_input_makes_decode_panic(bytes in vec(any::<u8>(), 0..400), known in any::<bool>()) {
         let mut bytes = bytes;
         if known && bytes.len() > 40 {
             bytes[..8].copy_from_slice(&MAGIC);
@@ -176,7 +176,7 @@ proptest! {
     }
 
     #[test]
-    fn a_change_that_the_checksum_goes_with_makes_it_not_panic(
+    fn change_with_valid_checksum_does_not_panic(
         snapshot in snapshot(),
         at in any::<u16>(),
         byte in any::<u8>(),
@@ -189,7 +189,7 @@ proptest! {
 }
 
 #[test]
-fn a_stream_that_is_cut_says_so() {
+fn truncated_stream_is_reported() {
     let bytes = encode(&sample()).unwrap();
     for found in 0..bytes.len() {
         assert_eq!(
@@ -201,7 +201,7 @@ fn a_stream_that_is_cut_says_so() {
 }
 
 #[test]
-fn other_versions_and_other_programs_are_told_apart() {
+fn other_version_and_other_program_have_own_errors() {
     let mut bytes = encode(&sample()).unwrap();
     bytes[8] = 2;
     assert_eq!(decode(&bytes), Err(StreamError::Version { found: 2 }));
@@ -210,7 +210,7 @@ fn other_versions_and_other_programs_are_told_apart() {
 }
 
 #[test]
-fn what_a_later_program_adds_to_a_record_is_passed_over() {
+fn unknown_data_at_end_of_record_are_skipped() {
     let mut out = encode(&sample()).unwrap();
     out.truncate(out.len() - CHECKSUM - 9);
     record(&mut out, tag::OPEN, |out| {
@@ -226,7 +226,7 @@ fn what_a_later_program_adds_to_a_record_is_passed_over() {
 }
 
 #[test]
-fn a_list_that_claims_too_much_takes_no_memory() {
+fn list_with_too_large_count_takes_no_memory() {
     let mut out = encode(&Snapshot::default()).unwrap();
     out.truncate(out.len() - CHECKSUM - 9);
     record(&mut out, tag::LOCKS, |out| {

@@ -200,7 +200,7 @@ fn locks_are_held_still_or_again() {
         let somebody = crate::io::File::from(std::fs::File::open(path).unwrap());
         let in_the_way = |start, end| {
             let wanted = lock(LockKind::Exclusive, start, end);
-            somebody.lock_in_the_way(wanted).unwrap()
+            somebody.conflicting_lock(wanted).unwrap()
         };
         assert_eq!(in_the_way(0, 19), Some(lock(LockKind::Exclusive, 0, 4)));
         assert_eq!(in_the_way(5, 19), None);

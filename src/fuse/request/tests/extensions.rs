@@ -1,11 +1,11 @@
-//! Tests of what follows the names: labels and groups.
+//! Tests of the extensions behind the names: labels and groups.
 
 use super::*;
 use crate::fuse::abi::InitFlags;
 
 const LABEL: &[u8] = b"system_u:object_r:tmp_t:s0\0";
 
-/// An extension of `kind` around `body`, filled up with zeroes.
+/// An extension of `kind` with `body`, padded with zeros.
 fn record(kind: u32, body: &[&[u8]]) -> Vec<u8> {
     let mut bytes = body.concat();
     let len = (bytes.len() + 8).next_multiple_of(8);
@@ -37,8 +37,8 @@ fn groups(ids: &[u32]) -> Vec<u8> {
     )
 }
 
-/// Each request that makes something, with these extensions, counted in the header or not.
-fn made_with(extensions: &[u8], counted: bool) -> Vec<Vec<u8>> {
+/// Each request that creates an inode, with these extensions, counted in the header or not.
+fn creating_requests(extensions: &[u8], counted: bool) -> Vec<Vec<u8>> {
     let create = abi::CreateIn::default();
     let mut requests = vec![
         on_root(Opcode::Symlink, &[b"name\0", b"target\0", extensions]),
@@ -66,7 +66,7 @@ fn both() -> InitFlags {
     InitFlags::SECURITY_CTX | InitFlags::CREATE_SUPP_GROUP
 }
 
-fn said<'a>(request: &Request<'a>) -> (Option<(&'a CStr, &'a [u8])>, Option<u32>) {
+fn extensions_of<'a>(request: &Request<'a>) -> (Option<(&'a CStr, &'a [u8])>, Option<u32>) {
     let label = match request.operation {
         Operation::Symlink { label, .. } => label,
         Operation::Mknod { new, .. }
@@ -91,36 +91,42 @@ fn labels_and_groups_come_in_either_order() {
         ([none.clone(), groups(&[])].concat(), (None, None)),
         (none, (None, None)),
     ] {
-        for bytes in made_with(&extensions, true) {
-            assert_eq!(said(&decode_as(&bytes, both()).unwrap()), expected);
-            // Nobody goes by what nobody has agreed on.
-            assert_eq!(said(&decode(&bytes).unwrap()), (None, None));
+        for bytes in creating_requests(&extensions, true) {
+            assert_eq!(extensions_of(&decode_as(&bytes, both()).unwrap()), expected);
+            // An extension that wasn't negotiated is ignored.
+            assert_eq!(extensions_of(&decode(&bytes).unwrap()), (None, None));
             let labels = decode_as(&bytes, InitFlags::SECURITY_CTX).unwrap();
-            assert_eq!(said(&labels), (expected.0, None));
+            assert_eq!(extensions_of(&labels), (expected.0, None));
             let groups = decode_as(&bytes, InitFlags::CREATE_SUPP_GROUP).unwrap();
-            assert_eq!(said(&groups), (None, expected.1));
+            assert_eq!(extensions_of(&groups), (None, expected.1));
         }
     }
 }
 
 #[test]
 fn a_label_need_not_be_counted_in_the_header() {
-    // Linux before 6.3 doesn't fill it up either.
+    // Linux before 6.3 doesn't pad it either.
     let mut odd = label();
     let len = 8 + 8 + b"security.selinux\0".len() + LABEL.len();
     odd.truncate(len);
     odd[..4].copy_from_slice(&u32::try_from(len).unwrap().to_ne_bytes());
     for extensions in [label(), odd] {
-        for bytes in made_with(&extensions, false) {
+        for bytes in creating_requests(&extensions, false) {
             let request = decode_as(&bytes, InitFlags::SECURITY_CTX).unwrap();
-            assert_eq!(said(&request).0, Some((c"security.selinux", LABEL)));
+            assert_eq!(
+                extensions_of(&request).0,
+                Some((c"security.selinux", LABEL))
+            );
             let request = decode_as(&bytes, InitFlags::CREATE_SUPP_GROUP).unwrap();
-            assert_eq!(said(&request), (None, None));
+            assert_eq!(extensions_of(&request), (None, None));
         }
     }
-    // One without extensions is right too.
-    for bytes in made_with(&[], false) {
-        assert_eq!(said(&decode_as(&bytes, both()).unwrap()), (None, None));
+    // A request without extensions is valid too.
+    for bytes in creating_requests(&[], false) {
+        assert_eq!(
+            extensions_of(&decode_as(&bytes, both()).unwrap()),
+            (None, None)
+        );
     }
 }
 
@@ -157,12 +163,12 @@ fn what_is_malformed_is_refused() {
         [label(), vec![0; 8]].concat(),
         vec![0; 8],
     ] {
-        for bytes in made_with(&extensions, true) {
+        for bytes in creating_requests(&extensions, true) {
             let error = decode_as(&bytes, both()).expect_err("malformed");
             assert_eq!(error.errno(), Errno::INVAL, "{extensions:?}");
         }
     }
-    for bytes in made_with(&label()[..30], false) {
+    for bytes in creating_requests(&label()[..30], false) {
         assert!(decode_as(&bytes, both()).is_err());
     }
 }
@@ -170,13 +176,16 @@ fn what_is_malformed_is_refused() {
 #[test]
 fn all_of_a_long_label_is_wanted() {
     let extensions = label_of(b"security.selinux\0", &[b'x'; 65_536]);
-    for bytes in made_with(&extensions, true) {
+    for bytes in creating_requests(&extensions, true) {
         let wanted = bytes_wanted(&bytes[..HEADER_LEN], bytes.len() - HEADER_LEN);
         assert_eq!(wanted, Ok(bytes.len() - HEADER_LEN));
         let request = decode_as(&bytes, both()).unwrap();
-        assert_eq!(said(&request).0.map(|(_, value)| value.len()), Some(65_536));
+        assert_eq!(
+            extensions_of(&request).0.map(|(_, value)| value.len()),
+            Some(65_536)
+        );
     }
-    for bytes in made_with(&label_of(b"security.selinux\0", &[b'x'; 70_000]), true) {
+    for bytes in creating_requests(&label_of(b"security.selinux\0", &[b'x'; 70_000]), true) {
         assert_eq!(decode_as(&bytes, both()).unwrap_err().errno(), Errno::INVAL);
     }
 }
@@ -188,7 +197,7 @@ proptest! {
         counted in any::<bool>(),
         flags in any::<u64>(),
     ) {
-        for mut request in made_with(&bytes, false) {
+        for mut request in creating_requests(&bytes, false) {
             if counted {
                 let units = u16::try_from(bytes.len() / 8).unwrap();
                 request[36..38].copy_from_slice(&units.to_ne_bytes());
@@ -214,7 +223,7 @@ proptest! {
         let at = at.index(extensions.len());
         extensions[at] = byte;
         extensions.truncate(cut.index(extensions.len() / 8 + 1) * 8);
-        for bytes in made_with(&extensions, true) {
+        for bytes in creating_requests(&extensions, true) {
             match decode_as(&bytes, both()) {
                 Ok(request) => check(&request),
                 Err(error) => prop_assert_eq!(error.errno(), Errno::INVAL),
@@ -230,9 +239,9 @@ proptest! {
     ) {
         let name = std::ffi::CString::new(name).unwrap();
         let extensions = [label_of(name.as_bytes_with_nul(), &value), groups(&[group])].concat();
-        for bytes in made_with(&extensions, true) {
+        for bytes in creating_requests(&extensions, true) {
             let request = decode_as(&bytes, both()).unwrap();
-            prop_assert_eq!(said(&request), (Some((&*name, &*value)), Some(group)));
+            prop_assert_eq!(extensions_of(&request), (Some((&*name, &*value)), Some(group)));
         }
     }
 }

@@ -28,7 +28,7 @@ fn locking(opcode: Opcode, args: &abi::LkIn) -> Result<Locking, Fault> {
 }
 
 #[test]
-fn a_record_lock_is_taken_or_given_up_at_once_or_waited_for() {
+fn record_lock_is_acquired_released_or_waited_for() {
     for (kind, meaning) in [
         (libc::F_RDLCK, LockKind::Shared),
         (libc::F_WRLCK, LockKind::Exclusive),
@@ -59,14 +59,14 @@ fn a_lock_of_flock_is_on_the_whole_file_whatever_its_range() {
         };
         let lock = locking(Opcode::Setlk, &args).unwrap().lock;
         assert_eq!(lock, Lock::Whole(LockKind::Exclusive));
-        // There is no asking for one.
+        // GETLK doesn't exist for it.
         let asked = on_root(Opcode::Getlk, &[args.as_bytes()]);
         assert_eq!(fault(&asked), Fault::Value("type"));
     }
 }
 
 #[test]
-fn locks_that_can_not_be_are_refused() {
+fn invalid_locks_are_refused() {
     let most = i64::MAX as u64;
     assert!(locking(Opcode::Setlk, &lock_in(libc::F_RDLCK, 0, most)).is_ok());
     assert!(locking(Opcode::Setlk, &lock_in(libc::F_RDLCK, 7, 7)).is_ok());
@@ -87,7 +87,7 @@ fn locks_that_can_not_be_are_refused() {
 }
 
 #[test]
-fn who_asks_for_a_lock_in_the_way_says_for_which() {
+fn getlk_names_the_wanted_lock() {
     let ask = |kind| on_root(Opcode::Getlk, &[lock_in(kind, 10, 20).as_bytes()]);
     let bytes = ask(libc::F_WRLCK);
     let Operation::Getlk {
@@ -136,7 +136,7 @@ const GET_EXTENDED: u32 = 0x801c_581f;
 const SET_EXTENDED: u32 = 0x401c_5820;
 
 #[test]
-fn flags_of_inodes_are_the_only_control() {
+fn only_ioctls_for_inode_flags_are_supported() {
     assert_eq!(ioctl(GET, 0, 4, &[]), Ok(Ioctl::GetFlags { size: 4 }));
     assert_eq!(ioctl(GET, 0, 8, &[]), Ok(Ioctl::GetFlags { size: 8 }));
     let flags = 0x20u32.to_ne_bytes();
@@ -167,7 +167,7 @@ fn flags_of_inodes_are_the_only_control() {
 }
 
 #[test]
-fn control_has_the_data_that_it_counts() {
+fn ioctl_has_the_data_that_it_counts() {
     for len in 0..4 {
         assert_eq!(ioctl(SET, 4, 0, &[0; 4][..len]), Err(Fault::Truncated));
     }
@@ -178,7 +178,7 @@ fn control_has_the_data_that_it_counts() {
 }
 
 #[test]
-fn control_that_may_ask_for_any_memory_is_none() {
+fn unrestricted_ioctl_is_not_supported() {
     let args = abi::IoctlIn {
         flags: abi::ioctl_flags::UNRESTRICTED,
         cmd: SET,
@@ -214,7 +214,7 @@ proptest! {
     }
 
     #[test]
-    fn any_control_is_decoded_or_refused(
+    fn any_ioctl_is_decoded_or_refused(
         cmd in prop_oneof![
             Just(GET), Just(SET), Just(GET_EXTENDED), Just(SET_EXTENDED), any::<u32>()
         ],

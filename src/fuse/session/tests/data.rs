@@ -1,10 +1,10 @@
-//! Tests of reading, writing, and what else is done with the data of files.
+//! Tests of operations on the data of files.
 
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::super::{data, fetch};
-use super::{FH, ROOM, finished, write};
+use super::{FH, ROOM, serve_any, write};
 use crate::fuse::Transport;
 use crate::fuse::abi::{self, Opcode};
 use crate::fuse::testing::{Ending, Guest, MemoryTransport, claim_len, on_root, samples};
@@ -21,15 +21,15 @@ fn read(offset: u64, size: u32) -> Vec<u8> {
 
 fn contents(guest: &Guest) -> Vec<u8> {
     let mut bytes = vec![0; 1 << 16];
-    let n = rustix::io::pread(guest.fs().file_itself(), &mut bytes, 0).unwrap();
+    let n = rustix::io::pread(guest.fs().backing_file(), &mut bytes, 0).unwrap();
     bytes.truncate(n);
     bytes
 }
 
 #[test]
-fn data_are_written_and_read_at_once_where_that_cannot_wait() {
+fn cached_read_and_write_complete_at_once() {
     let guest = Guest::ready();
-    let written: abi::WriteOut = guest.say(write(2, b"data"), 24).structure();
+    let written: abi::WriteOut = guest.serve(write(2, b"data"), 24).structure();
     assert_eq!(written.size, 4);
     assert_eq!(contents(&guest), b"\0\0data");
     let lengths = [
@@ -41,7 +41,7 @@ fn data_are_written_and_read_at_once_where_that_cannot_wait() {
         (0, 0, 0),
     ];
     for (offset, size, filled) in lengths {
-        let ending = finished(&guest, read(offset, size), ROOM);
+        let ending = serve_any(&guest, read(offset, size), ROOM);
         let Ending::Filled(_, n) = ending else {
             panic!("{ending:?}")
         };
@@ -50,29 +50,29 @@ fn data_are_written_and_read_at_once_where_that_cannot_wait() {
 }
 
 #[test]
-fn a_read_is_as_long_as_there_is_room() {
+fn read_is_limited_by_room() {
     let guest = Guest::ready();
-    guest.say(write(0, &[1; 100]), ROOM);
-    let ending = finished(&guest, read(0, 100), 16 + 60);
+    guest.serve(write(0, &[1; 100]), ROOM);
+    let ending = serve_any(&guest, read(0, 100), 16 + 60);
     assert!(matches!(ending, Ending::Filled(_, 60)), "{ending:?}");
-    assert_eq!(finished(&guest, read(0, 100), 15), Ending::Nothing);
+    assert_eq!(serve_any(&guest, read(0, 100), 15), Ending::Nothing);
 }
 
 #[test]
-fn a_write_without_all_its_data_or_room_writes_nothing() {
+fn write_without_all_data_or_room_writes_nothing() {
     let guest = Guest::ready();
     let mut short = write(0, b"data");
     short.pop();
-    assert_eq!(guest.say(short.clone(), ROOM).errno(), libc::EINVAL);
+    assert_eq!(guest.serve(short.clone(), ROOM).errno(), libc::EINVAL);
     let len = short.len();
     claim_len(&mut short, len);
-    assert_eq!(guest.say(short, ROOM).errno(), libc::EINVAL);
-    assert_eq!(guest.say(write(0, b"data"), 23).errno(), libc::EINVAL);
+    assert_eq!(guest.serve(short, ROOM).errno(), libc::EINVAL);
+    assert_eq!(guest.serve(write(0, b"data"), 23).errno(), libc::EINVAL);
     assert_eq!(contents(&guest), b"");
 }
 
 #[test]
-fn a_handle_that_is_not_open_is_refused() {
+fn unknown_handle_is_ebadf() {
     let guest = Guest::ready();
     for (opcode, mut bytes) in samples() {
         let on_file = [
@@ -85,15 +85,15 @@ fn a_handle_that_is_not_open_is_refused() {
         ];
         if on_file.contains(&opcode) {
             bytes[40] ^= 0xff;
-            assert_eq!(guest.say(bytes, ROOM).errno(), libc::EBADF, "{opcode:?}");
+            assert_eq!(guest.serve(bytes, ROOM).errno(), libc::EBADF, "{opcode:?}");
         }
     }
 }
 
 #[test]
-fn what_may_wait_is_left_for_later() {
+fn operation_that_may_wait_is_deferred() {
     let guest = Guest::ready();
-    guest.say(write(0, b"0123456789"), ROOM);
+    guest.serve(write(0, b"0123456789"), ROOM);
     guest.fs().calls();
     let sync = abi::FsyncIn {
         fh: FH,
@@ -104,7 +104,7 @@ fn what_may_wait_is_left_for_later() {
         (Opcode::Fsync, "file File"),
         (Opcode::Fsyncdir, "file Directory"),
     ] {
-        let reply = guest.say_and_wait(on_root(opcode, &[sync.as_bytes()]), ROOM);
+        let reply = guest.serve_deferred(on_root(opcode, &[sync.as_bytes()]), ROOM);
         assert_eq!(reply.body(), b"");
         assert_eq!(guest.fs().calls(), [call]);
     }
@@ -120,19 +120,19 @@ fn what_may_wait_is_left_for_later() {
             &[abi::FallocateIn { mode, ..allocate }.as_bytes()],
         )
     };
-    assert_eq!(guest.say_and_wait(allocate(0), ROOM).body(), b"");
+    assert_eq!(guest.serve_deferred(allocate(0), ROOM).body(), b"");
     assert_eq!(contents(&guest).len(), 16);
     assert_eq!(
-        guest.say_and_wait(allocate(1 << 30), ROOM).errno(),
+        guest.serve_deferred(allocate(1 << 30), ROOM).errno(),
         libc::EOPNOTSUPP
     );
     assert_eq!(guest.session.counters().later(), 4);
 }
 
 #[test]
-fn a_range_is_copied_and_counted_in_both_widths() {
+fn copy_counts_bytes_in_both_widths() {
     let guest = Guest::ready();
-    guest.say(write(0, b"0123456789"), ROOM);
+    guest.serve(write(0, b"0123456789"), ROOM);
     let args = abi::CopyFileRangeIn {
         fh_in: FH,
         off_in: 2,
@@ -142,7 +142,7 @@ fn a_range_is_copied_and_counted_in_both_widths() {
         len: 4,
         flags: 0,
     };
-    let reply = guest.say_and_wait(on_root(Opcode::CopyFileRange, &[args.as_bytes()]), ROOM);
+    let reply = guest.serve_deferred(on_root(Opcode::CopyFileRange, &[args.as_bytes()]), ROOM);
     assert_eq!(reply.structure::<abi::WriteOut>().size, 4);
     assert_eq!(contents(&guest)[20..], *b"2345");
     let huge = abi::CopyFileRangeIn {
@@ -152,12 +152,12 @@ fn a_range_is_copied_and_counted_in_both_widths() {
         ..args
     };
     let huge = on_root(Opcode::CopyFileRange64, &[huge.as_bytes()]);
-    let copied: abi::CopyFileRangeOut = guest.say_and_wait(huge, ROOM).structure();
+    let copied: abi::CopyFileRangeOut = guest.serve_deferred(huge, ROOM).structure();
     assert_eq!(copied.bytes_copied, 16);
 }
 
 #[test]
-fn an_exchange_that_a_dropped_future_holds_is_not_answered_twice() {
+fn dropped_future_drops_its_transport() {
     let guest = Guest::ready();
     let sync = abi::FsyncIn {
         fh: FH,
@@ -169,7 +169,7 @@ fn an_exchange_that_a_dropped_future_holds_is_not_answered_twice() {
 }
 
 #[test]
-fn a_write_leaves_its_data_where_they_are() {
+fn write_payload_is_not_fetched() {
     let (mut transport, _) = MemoryTransport::new(write(0, &[1; 5000]), 0);
     let (mut inline, mut spilled) = ([0; super::super::INLINE], Vec::new());
     let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
@@ -177,7 +177,7 @@ fn a_write_leaves_its_data_where_they_are() {
 }
 
 #[test]
-fn an_errno_of_the_servers_own_is_eio() {
+fn error_without_errno_is_eio() {
     assert_eq!(data::errno(&std::io::Error::other("no errno")), Errno::IO);
     assert_eq!(data::errno(&Errno::NOSPC.into()), Errno::NOSPC);
 }

@@ -1,5 +1,4 @@
-//! Tests of whole exchanges, a request in and a reply out: the life of a session, and what is
-//! true of every request.
+//! Tests of whole requests and replies: the life of a session, and properties of every request.
 
 mod data;
 mod locks;
@@ -33,8 +32,8 @@ fn write(offset: u64, data: &[u8]) -> Vec<u8> {
     on_root(Opcode::Write, &[args.as_bytes(), data])
 }
 
-/// How an exchange ends, now or later.
-fn finished(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
+/// Serves a request whose reply may be deferred.
+fn serve_any(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
     let (transport, ending) = MemoryTransport::new(request, room);
     if let Outcome::Later(future) = guest.session.serve(transport) {
         crate::io::Runtime::new(crate::io::Engine::ThreadPool)
@@ -45,13 +44,13 @@ fn finished(guest: &Guest, request: Vec<u8>, room: usize) -> Ending {
 }
 
 #[test]
-fn init_is_answered_with_what_both_have() {
+fn init_reply_has_common_flags() {
     for (minor, len) in [(27, 16), (31, 16), (36, 64), (38, 64), (41, 64), (45, 64)] {
         let guest = Guest::new();
         let offered = InitFlags::ASYNC_READ | InitFlags::MAX_PAGES | InitFlags::SETXATTR_EXT;
         let init = init_of(7, minor, offered);
         assert_eq!(init.len(), 40 + len);
-        let reply: InitOut = guest.say(init, 80).structure();
+        let reply: InitOut = guest.serve(init, 80).structure();
         assert_eq!((reply.major, reply.minor), (7, minor));
         assert_eq!(
             reply.flags,
@@ -63,11 +62,11 @@ fn init_is_answered_with_what_both_have() {
 }
 
 #[test]
-fn nothing_is_served_before_init() {
+fn requests_before_init_fail() {
     let guest = Guest::new();
     guest.fs().put(c"name");
     for (opcode, bytes) in samples() {
-        let ending = guest.say(bytes, ROOM);
+        let ending = guest.serve(bytes, ROOM);
         match opcode {
             Opcode::Init | Opcode::Destroy => {
                 assert_eq!(ending.errno(), 0);
@@ -83,51 +82,56 @@ fn nothing_is_served_before_init() {
 }
 
 #[test]
-fn a_guest_that_is_too_old_stays_outside() {
+fn init_of_old_version_is_rejected() {
     let guest = Guest::new();
-    let reply = guest.say(init_of(7, 26, InitFlags::NONE), ROOM);
+    let reply = guest.serve(init_of(7, 26, InitFlags::NONE), ROOM);
     assert_eq!(reply.errno(), libc::EPROTO);
     assert_eq!(guest.session.negotiated(), None);
-    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
+    assert_eq!(guest.serve(lookup(b"name"), ROOM).errno(), libc::EIO);
 }
 
 #[test]
-fn a_guest_that_is_too_new_is_told_our_version_and_tries_again() {
+fn init_of_newer_major_is_answered_with_ours() {
     let guest = Guest::new();
-    let reply: InitOut = guest.say(init_of(8, 3, InitFlags::NONE), ROOM).structure();
+    let reply: InitOut = guest
+        .serve(init_of(8, 3, InitFlags::NONE), ROOM)
+        .structure();
     assert_eq!((reply.major, reply.minor), (7, 45));
-    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
-    assert_eq!(guest.say(init_of(7, 45, InitFlags::NONE), ROOM).errno(), 0);
-    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::ENOENT);
+    assert_eq!(guest.serve(lookup(b"name"), ROOM).errno(), libc::EIO);
+    assert_eq!(
+        guest.serve(init_of(7, 45, InitFlags::NONE), ROOM).errno(),
+        0
+    );
+    assert_eq!(guest.serve(lookup(b"name"), ROOM).errno(), libc::ENOENT);
 }
 
 #[test]
-fn a_second_init_and_destroy_forget_what_was_there() {
+fn second_init_and_destroy_reset_file_system() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
-    guest.say(lookup(b"name"), ROOM);
+    guest.serve(lookup(b"name"), ROOM);
     assert_eq!(guest.fs().lookups(100), 1);
-    guest.say(init_of(7, 38, InitFlags::NONE), ROOM);
+    guest.serve(init_of(7, 38, InitFlags::NONE), ROOM);
     assert_eq!(guest.fs().lookups(100), 0);
     assert_eq!(guest.session.negotiated().unwrap().minor, 38);
-    guest.say(lookup(b"name"), ROOM);
-    assert_eq!(guest.say(on_root(Opcode::Destroy, &[]), ROOM).body(), b"");
+    guest.serve(lookup(b"name"), ROOM);
+    assert_eq!(guest.serve(on_root(Opcode::Destroy, &[]), ROOM).body(), b"");
     assert_eq!(guest.fs().lookups(100), 0);
     assert_eq!(guest.session.negotiated(), None);
-    assert_eq!(guest.say(lookup(b"name"), ROOM).errno(), libc::EIO);
+    assert_eq!(guest.serve(lookup(b"name"), ROOM).errno(), libc::EIO);
 }
 
 #[test]
-fn an_interrupt_is_not_answered() {
+fn interrupt_has_no_reply() {
     let interrupt = on_root(
         Opcode::Interrupt,
         &[abi::InterruptIn { unique: 9 }.as_bytes()],
     );
-    assert_eq!(Guest::ready().say(interrupt, ROOM), Ending::Nothing);
+    assert_eq!(Guest::ready().serve(interrupt, ROOM), Ending::Nothing);
 }
 
 #[test]
-fn a_reply_without_room_has_no_effect() {
+fn request_without_room_for_reply_has_no_effect() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
     let open = on_root(Opcode::Open, &[abi::OpenIn::default().as_bytes()]);
@@ -146,7 +150,7 @@ fn a_reply_without_room_has_no_effect() {
             .into_iter()
             .filter(|room| *room < needed)
         {
-            let ending = guest.say(bytes.clone(), room);
+            let ending = guest.serve(bytes.clone(), room);
             if room < 16 {
                 assert_eq!(ending, Ending::Nothing);
             } else {
@@ -154,23 +158,23 @@ fn a_reply_without_room_has_no_effect() {
             }
             assert_eq!((guest.fs().lookups(100), guest.fs().opened()), (0, 0));
         }
-        assert_eq!(guest.say(bytes, needed).errno(), 0);
+        assert_eq!(guest.serve(bytes, needed).errno(), 0);
         guest.session.reset();
-        guest.say(init_of(7, 41, InitFlags::NONE), ROOM);
+        guest.serve(init_of(7, 41, InitFlags::NONE), ROOM);
     }
     let before = guest.fs().resets();
     assert_eq!(
-        guest.say(init_of(7, 41, InitFlags::NONE), 79).errno(),
+        guest.serve(init_of(7, 41, InitFlags::NONE), 79).errno(),
         libc::EINVAL
     );
     assert_eq!(guest.fs().resets(), before);
 }
 
 #[test]
-fn what_is_not_served_is_enosys() {
+fn unsupported_opcode_is_enosys() {
     let guest = Guest::ready();
     for opcode in [0, 7, 19, 31, 33, 37, 40, 41, 48, 54, 4096, u32::MAX] {
-        let ending = guest.say(request(opcode, 1, &[&[0; 64]]), ROOM);
+        let ending = guest.serve(request(opcode, 1, &[&[0; 64]]), ROOM);
         assert_eq!(ending.errno(), libc::ENOSYS, "{opcode}");
     }
     assert_eq!(guest.session.counters().unknown(), 6);
@@ -178,8 +182,8 @@ fn what_is_not_served_is_enosys() {
 }
 
 #[test]
-fn caller_without_ids_is_served_where_that_was_agreed_on() {
-    let untold = |at: usize| {
+fn caller_without_ids_is_served_if_negotiated() {
+    let without_ids = |at: usize| {
         let mut bytes = lookup(b"name");
         bytes[at..at + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
         bytes
@@ -193,13 +197,17 @@ fn caller_without_ids_is_served_where_that_was_agreed_on() {
             ..SessionOptions::default()
         });
         guest.fs().put(c"name");
-        // Before INIT nothing is said about it.
+        // Before INIT the check is not reached.
         for at in [24, 28] {
-            assert_eq!(guest.say(untold(at), ROOM).errno(), libc::EIO);
+            assert_eq!(guest.serve(without_ids(at), ROOM).errno(), libc::EIO);
         }
-        assert_eq!(guest.say(init_of(7, 41, flags), ROOM).errno(), 0);
+        assert_eq!(guest.serve(init_of(7, 41, flags), ROOM).errno(), 0);
         for at in [24, 28] {
-            assert_eq!(guest.say(untold(at), ROOM).errno(), errno, "{flags} {at}");
+            assert_eq!(
+                guest.serve(without_ids(at), ROOM).errno(),
+                errno,
+                "{flags} {at}"
+            );
         }
     }
 }
@@ -211,7 +219,7 @@ fn every_sample_is_served_and_counted() {
     guest.fs().put(c"there");
     for (opcode, bytes) in samples() {
         let before = guest.session.counters().requests(opcode);
-        let ending = finished(&guest, bytes, ROOM);
+        let ending = serve_any(&guest, bytes, ROOM);
         assert_ne!(ending, Ending::Dropped);
         if let Ending::Reply(_) | Ending::Filled(..) = ending {
             let by_option = [Opcode::Getlk, Opcode::Setlk, Opcode::Setlkw];
@@ -228,14 +236,14 @@ fn every_sample_is_served_and_counted() {
 }
 
 #[test]
-fn requests_cut_short_at_any_length_are_answered_with_an_errno() {
+fn truncated_request_gets_errno() {
     let guest = Guest::ready();
     for (opcode, bytes) in samples() {
         if opcode == Opcode::Destroy {
             continue;
         }
         for len in 0..bytes.len() {
-            let ending = finished(&guest, bytes[..len].to_vec(), ROOM);
+            let ending = serve_any(&guest, bytes[..len].to_vec(), ROOM);
             let silent = len < 16 || len >= 40 && opcode.has_no_reply();
             if silent {
                 assert_eq!(ending, Ending::Nothing, "{opcode:?} of {len} bytes");
@@ -249,16 +257,16 @@ fn requests_cut_short_at_any_length_are_answered_with_an_errno() {
 }
 
 #[test]
-fn every_request_is_answered_whatever_its_room() {
+fn every_request_is_answered_with_any_room() {
     let guest = Guest::ready();
     for (_, bytes) in samples() {
         for room in (0..200).chain([ROOM]) {
-            let ending = finished(&guest, bytes.clone(), room);
+            let ending = serve_any(&guest, bytes.clone(), room);
             assert_ne!(ending, Ending::Dropped);
             if let Ending::Reply(_) = ending {
                 ending.errno();
             }
-            guest.say(init_of(7, 41, InitFlags::NONE), ROOM);
+            guest.serve(init_of(7, 41, InitFlags::NONE), ROOM);
         }
     }
 }
@@ -266,8 +274,8 @@ fn every_request_is_answered_whatever_its_room() {
 #[test]
 fn errors_and_malformed_requests_are_counted() {
     let guest = Guest::ready();
-    guest.say(lookup(b"nothing"), ROOM);
-    guest.say(lookup(b"a/b"), ROOM);
+    guest.serve(lookup(b"nothing"), ROOM);
+    guest.serve(lookup(b"a/b"), ROOM);
     let counters = guest.session.counters();
     assert_eq!(
         (counters.errors(), counters.malformed(), counters.later()),
@@ -283,7 +291,7 @@ fn errors_and_malformed_requests_are_counted() {
 }
 
 #[test]
-fn the_longest_rename_needs_no_heap_for_its_bytes() {
+fn longest_rename_is_fetched_to_stack() {
     let name = [[b'a'; 255].as_slice(), &[0]].concat();
     let args = abi::Rename2In {
         newdir: 1,
@@ -298,7 +306,7 @@ fn the_longest_rename_needs_no_heap_for_its_bytes() {
 }
 
 #[test]
-fn a_request_too_long_for_the_stack_is_fetched_whole() {
+fn request_too_long_for_stack_is_fetched_whole() {
     let value: Vec<u8> = (0..4000).map(|at: u16| at.to_le_bytes()[0]).collect();
     let args = abi::SetxattrIn {
         size: 4000,
@@ -312,7 +320,7 @@ fn a_request_too_long_for_the_stack_is_fetched_whole() {
 }
 
 #[test]
-fn the_log_gets_fewer_lines_the_more_there_would_be() {
-    let lines = |happened: u64| (1..=happened).filter(|count| worth_a_line(*count)).count();
+fn repeated_event_is_logged_ever_less() {
+    let lines = |happened: u64| (1..=happened).filter(|count| should_log(*count)).count();
     assert_eq!((lines(16), lines(1 << 20)), (16, 16 + 16));
 }

@@ -25,7 +25,7 @@ fn readdir(plus: bool, offset: u64, size: u32) -> Vec<u8> {
 fn lookup_answers_the_entry() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
-    let entry: abi::EntryOut = guest.say(lookup(b"name"), ROOM).structure();
+    let entry: abi::EntryOut = guest.serve(lookup(b"name"), ROOM).structure();
     let expected = abi::EntryOut {
         nodeid: 100,
         generation: 3,
@@ -53,7 +53,7 @@ fn lookup_answers_the_entry() {
         },
     };
     assert_eq!(entry, expected);
-    assert_eq!(guest.say(lookup(b"other"), ROOM).errno(), libc::ENOENT);
+    assert_eq!(guest.serve(lookup(b"other"), ROOM).errno(), libc::ENOENT);
 }
 
 #[test]
@@ -61,20 +61,20 @@ fn forgets_are_not_answered() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
     for _ in 0..5 {
-        guest.say(lookup(b"name"), ROOM);
+        guest.serve(lookup(b"name"), ROOM);
     }
     let forget = request(2, 100, &[abi::ForgetIn { nlookup: 2 }.as_bytes()]);
-    assert_eq!(guest.say(forget, 0), Ending::Nothing);
+    assert_eq!(guest.serve(forget, 0), Ending::Nothing);
     assert_eq!(guest.fs().lookups(100), 3);
     let one = |nodeid| abi::ForgetOne { nodeid, nlookup: 1 };
     let ones = [one(100), one(0), one(5), one(100)];
     let batch = abi::BatchForgetIn { count: 4, dummy: 0 };
     let batch = on_root(Opcode::BatchForget, &[batch.as_bytes(), ones.as_bytes()]);
-    assert_eq!(guest.say(batch, 0), Ending::Nothing);
+    assert_eq!(guest.serve(batch, 0), Ending::Nothing);
     assert_eq!(guest.fs().lookups(100), 1);
     let lying = abi::BatchForgetIn { count: 5, dummy: 0 };
     let lying = on_root(Opcode::BatchForget, &[lying.as_bytes(), ones.as_bytes()]);
-    assert_eq!(guest.say(lying, ROOM), Ending::Nothing);
+    assert_eq!(guest.serve(lying, ROOM), Ending::Nothing);
     assert_eq!(guest.fs().lookups(100), 1);
     assert_eq!(guest.session.counters().malformed(), 1);
 }
@@ -93,10 +93,10 @@ fn getattr_says_who_asks_and_of_what() {
             .as_bytes()],
         )
     };
-    let reply: abi::AttrOut = guest.say(getattr(0), ROOM).structure();
+    let reply: abi::AttrOut = guest.serve(getattr(0), ROOM).structure();
     assert_eq!((reply.attr_valid, reply.attr_valid_nsec), (1, 5));
     assert_eq!(reply.attr.ino, attributes(1).inode);
-    guest.say(getattr(1), ROOM);
+    guest.serve(getattr(1), ROOM);
     let who =
         "Caller { uid: Some(1000), gid: Some(100), pid: 42, kill_set_id: false, group: None }";
     let expected = [
@@ -141,7 +141,7 @@ fn names_and_flags_reach_the_file_system() {
         on_root(Opcode::Rename2, &[rename.as_bytes(), b"a\0", b"b\0"]),
     ];
     for request in requests {
-        assert_eq!(guest.say(request, ROOM).errno(), 0);
+        assert_eq!(guest.serve(request, ROOM).errno(), 0);
     }
     let expected = [
         r#"mknod "fifo" NewNode { mode: 4534, umask: 18, rdev: 5, label: None }"#,
@@ -163,12 +163,12 @@ fn create_answers_entry_and_handle() {
         open_flags: 0,
     };
     let create = on_root(Opcode::Create, &[args.as_bytes(), b"new\0"]);
-    let reply = guest.say(create.clone(), ROOM);
+    let reply = guest.serve(create.clone(), ROOM);
     let (entry, behind) = abi::EntryOut::read_from_prefix(reply.body()).unwrap();
     let opened = abi::OpenOut::read_from_bytes(behind).unwrap();
     assert_eq!(entry.nodeid, 100);
     assert_eq!((opened.fh, opened.open_flags), (FH, 0b1010));
-    assert_eq!(guest.say(create, ROOM).errno(), libc::EEXIST);
+    assert_eq!(guest.serve(create, ROOM).errno(), libc::EEXIST);
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn files_and_directories_are_opened_and_closed() {
         (Opcode::Opendir, Opcode::Releasedir),
     ] {
         let opened: abi::OpenOut = guest
-            .say(on_root(open, &[abi::OpenIn::default().as_bytes()]), ROOM)
+            .serve(on_root(open, &[abi::OpenIn::default().as_bytes()]), ROOM)
             .structure();
         assert_eq!(opened.fh, FH);
         assert_eq!(guest.fs().opened(), 1);
@@ -189,7 +189,7 @@ fn files_and_directories_are_opened_and_closed() {
         };
         assert_eq!(
             guest
-                .say(on_root(close, &[release.as_bytes()]), ROOM)
+                .serve(on_root(close, &[release.as_bytes()]), ROOM)
                 .body(),
             b""
         );
@@ -201,14 +201,14 @@ fn files_and_directories_are_opened_and_closed() {
 fn readlink_answers_a_path_if_there_is_room() {
     let guest = Guest::ready();
     let readlink = on_root(Opcode::Readlink, &[]);
-    assert_eq!(guest.say(readlink.clone(), 26).body(), b"over/there");
-    assert_eq!(guest.say(readlink, 25).errno(), libc::ENAMETOOLONG);
+    assert_eq!(guest.serve(readlink.clone(), 26).body(), b"over/there");
+    assert_eq!(guest.serve(readlink, 25).errno(), libc::ENAMETOOLONG);
 }
 
 #[test]
 fn statfs_and_lseek_answer_numbers() {
     let guest = Guest::ready();
-    let statfs: abi::StatfsOut = guest.say(on_root(Opcode::Statfs, &[]), ROOM).structure();
+    let statfs: abi::StatfsOut = guest.serve(on_root(Opcode::Statfs, &[]), ROOM).structure();
     assert_eq!(
         (statfs.st.blocks, statfs.st.bfree, statfs.st.namelen),
         (1, 2, 255)
@@ -220,7 +220,7 @@ fn statfs_and_lseek_answer_numbers() {
         padding: 0,
     };
     let seek: abi::LseekOut = guest
-        .say(on_root(Opcode::Lseek, &[seek.as_bytes()]), ROOM)
+        .serve(on_root(Opcode::Lseek, &[seek.as_bytes()]), ROOM)
         .structure();
     assert_eq!(seek.offset, 42);
 }
@@ -234,8 +234,8 @@ fn access_and_flush_answer_yes_or_no() {
             &[abi::AccessIn { mask, padding: 0 }.as_bytes()],
         )
     };
-    assert_eq!(guest.say(access(4), ROOM).body(), b"");
-    assert_eq!(guest.say(access(2), ROOM).errno(), libc::EACCES);
+    assert_eq!(guest.serve(access(4), ROOM).body(), b"");
+    assert_eq!(guest.serve(access(2), ROOM).errno(), libc::EACCES);
     let flush = |fh| {
         on_root(
             Opcode::Flush,
@@ -246,8 +246,8 @@ fn access_and_flush_answer_yes_or_no() {
             .as_bytes()],
         )
     };
-    assert_eq!(guest.say(flush(FH), ROOM).body(), b"");
-    assert_eq!(guest.say(flush(8), ROOM).errno(), libc::EBADF);
+    assert_eq!(guest.serve(flush(FH), ROOM).body(), b"");
+    assert_eq!(guest.serve(flush(8), ROOM).errno(), libc::EBADF);
 }
 
 #[test]
@@ -269,29 +269,32 @@ fn extended_attributes_are_set_read_listed_and_removed() {
             &[abi::GetxattrIn { size, padding: 0 }.as_bytes()],
         )
     };
-    assert_eq!(guest.say(get(0), ROOM).errno(), libc::ENODATA);
-    assert_eq!(guest.say(set(0), ROOM).body(), b"");
-    assert_eq!(guest.say(set(1), ROOM).errno(), libc::EEXIST);
-    assert_eq!(
-        guest.say(get(0), ROOM).structure::<abi::GetxattrOut>().size,
-        5
-    );
-    assert_eq!(guest.say(get(5), ROOM).body(), b"value");
-    assert_eq!(guest.say(get(4), ROOM).errno(), libc::ERANGE);
-    assert_eq!(guest.say(get(100), 16 + 4).errno(), libc::ERANGE);
-    assert_eq!(guest.say(get(u32::MAX), ROOM).body(), b"value");
+    assert_eq!(guest.serve(get(0), ROOM).errno(), libc::ENODATA);
+    assert_eq!(guest.serve(set(0), ROOM).body(), b"");
+    assert_eq!(guest.serve(set(1), ROOM).errno(), libc::EEXIST);
     assert_eq!(
         guest
-            .say(list(0), ROOM)
+            .serve(get(0), ROOM)
+            .structure::<abi::GetxattrOut>()
+            .size,
+        5
+    );
+    assert_eq!(guest.serve(get(5), ROOM).body(), b"value");
+    assert_eq!(guest.serve(get(4), ROOM).errno(), libc::ERANGE);
+    assert_eq!(guest.serve(get(100), 16 + 4).errno(), libc::ERANGE);
+    assert_eq!(guest.serve(get(u32::MAX), ROOM).body(), b"value");
+    assert_eq!(
+        guest
+            .serve(list(0), ROOM)
             .structure::<abi::GetxattrOut>()
             .size,
         7
     );
-    assert_eq!(guest.say(list(7), ROOM).body(), b"user.a\0");
-    assert_eq!(guest.say(list(6), ROOM).errno(), libc::ERANGE);
+    assert_eq!(guest.serve(list(7), ROOM).body(), b"user.a\0");
+    assert_eq!(guest.serve(list(6), ROOM).errno(), libc::ERANGE);
     let remove = on_root(Opcode::Removexattr, &[b"user.a\0"]);
-    assert_eq!(guest.say(remove.clone(), ROOM).body(), b"");
-    assert_eq!(guest.say(remove, ROOM).errno(), libc::ENODATA);
+    assert_eq!(guest.serve(remove.clone(), ROOM).body(), b"");
+    assert_eq!(guest.serve(remove, ROOM).errno(), libc::ENODATA);
 }
 
 #[test]
@@ -300,7 +303,7 @@ fn readdir_answers_records_that_fit() {
     for name in [c"a", c"eight888", c"z"] {
         guest.fs().put(name);
     }
-    let reply = guest.say(readdir(false, 0, 4096), ROOM);
+    let reply = guest.serve(readdir(false, 0, 4096), ROOM);
     assert_eq!(reply.body().len(), 32 + 32 + 32);
     let (first, behind) = abi::Dirent::read_from_prefix(reply.body()).unwrap();
     assert_eq!(
@@ -313,11 +316,17 @@ fn readdir_answers_records_that_fit() {
         }
     );
     assert_eq!(behind[..8], *b"a\0\0\0\0\0\0\0");
-    assert_eq!(guest.say(readdir(false, 1, 95), ROOM).body().len(), 64);
-    assert_eq!(guest.say(readdir(false, 1, 63), ROOM).body().len(), 32);
-    assert_eq!(guest.say(readdir(false, 0, 4096), 16 + 40).body().len(), 32);
-    assert_eq!(guest.say(readdir(false, 3, 4096), ROOM).body(), b"");
-    assert_eq!(guest.say(readdir(false, 0, 31), ROOM).errno(), libc::EINVAL);
+    assert_eq!(guest.serve(readdir(false, 1, 95), ROOM).body().len(), 64);
+    assert_eq!(guest.serve(readdir(false, 1, 63), ROOM).body().len(), 32);
+    assert_eq!(
+        guest.serve(readdir(false, 0, 4096), 16 + 40).body().len(),
+        32
+    );
+    assert_eq!(guest.serve(readdir(false, 3, 4096), ROOM).body(), b"");
+    assert_eq!(
+        guest.serve(readdir(false, 0, 31), ROOM).errno(),
+        libc::EINVAL
+    );
     assert_eq!(guest.fs().lookups(100), 0);
 }
 
@@ -329,7 +338,7 @@ fn readdirplus_counts_a_lookup_for_each_entry_it_answers() {
     }
     let record = 128 + 24 + 8;
     let size = u32::try_from(2 * record + 100).unwrap();
-    let reply = guest.say(readdir(true, 0, size), ROOM);
+    let reply = guest.serve(readdir(true, 0, size), ROOM);
     assert_eq!(reply.body().len(), 2 * record);
     let (entry, behind) = abi::EntryOut::read_from_prefix(reply.body()).unwrap();
     let (dirent, _) = abi::Dirent::read_from_prefix(behind).unwrap();
@@ -343,20 +352,23 @@ fn an_error_behind_the_first_entry_does_not_lose_that_entry() {
     let guest = Guest::ready();
     guest.fs().put(c"a");
     guest.fs().put(c"bad");
-    let reply = guest.say(readdir(true, 0, 4096), ROOM);
+    let reply = guest.serve(readdir(true, 0, 4096), ROOM);
     assert_eq!(reply.body().len(), 160);
     assert_eq!(guest.fs().lookups(100), 1);
-    assert_eq!(guest.say(readdir(true, 1, 4096), ROOM).errno(), libc::EIO);
+    assert_eq!(guest.serve(readdir(true, 1, 4096), ROOM).errno(), libc::EIO);
 }
 
 #[test]
 fn a_directory_reply_takes_no_more_memory_than_there_is_room() {
     let guest = Guest::ready();
     guest.fs().put(c"a");
-    assert_eq!(guest.say(readdir(false, 0, u32::MAX), 200).body().len(), 32);
+    assert_eq!(
+        guest.serve(readdir(false, 0, u32::MAX), 200).body().len(),
+        32
+    );
     assert_eq!(
         guest
-            .say(readdir(false, 0, u32::MAX), 64 << 20)
+            .serve(readdir(false, 0, u32::MAX), 64 << 20)
             .body()
             .len(),
         32

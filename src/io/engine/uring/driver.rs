@@ -1,11 +1,12 @@
-//! One thread's ring: entries in, completions out, together for all that one turn of the
-//! runtime has done.
+//! The driver of one thread's ring: submits and reaps operations in batches, once for each turn of
+//! the runtime.
 //!
-//! An operation is put on the submission ring when its future is first polled. A few at a time are
-//! handed to the kernel ([`TOGETHER`]), and what is left at the end of the turn
-//! ([`Driver::turn`]), whether or not the thread is going to sleep. No more are given to the kernel than the completion ring has
-//! room for, so it never overflows; the rest waits here. The invariant: what the kernel may
-//! still touch is in [`Slots`], which is dropped only when nothing is on the ring.
+//! An operation is put on the submission ring when its future is first polled. Every
+//! [`SUBMIT_BATCH`] entries are submitted to the kernel at once, and the rest at the end of the
+//! turn ([`Driver::turn`]), whether or not the thread is about to sleep. The kernel never gets more
+//! than the completion ring can hold, so that never overflows; further entries wait here. The
+//! invariant: everything that the kernel may still access is in [`Slots`], which is dropped only
+//! when nothing is on the ring.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -24,33 +25,33 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::setup;
-use super::slots::{Held, Key, Leftover, Slots, outcome};
+use super::slots::{Key, Leftover, Resources, Slots, outcome};
 
-/// Operations that are handed to the kernel by one call, so that the disk begins with the first while
-/// those after them are prepared. Measured at 32 O_DIRECT reads in flight, on a disk that takes up
-/// all it finds and tells of it together: 50 thousand a second with one call a turn, 56 with 8, 57 with 4.
-const TOGETHER: usize = 4;
+/// Operations that are submitted by one call, so that the disk starts on the first while later ones
+/// are prepared. Measured at 32 O_DIRECT reads in flight, on a disk that takes all it finds and
+/// reports it together: 50 thousand a second with one call a turn, 56 with 8, 57 with 4.
+const SUBMIT_BATCH: usize = 4;
 
-/// User data of a cancellation, whose own result says nothing.
+/// User data of a cancellation, whose own result is ignored.
 const CANCELLATION: u64 = u64::MAX;
 
 /// The ring of one thread.
 pub(in crate::io) struct Driver {
-    /// Never borrowed while others' code runs: wakers, and the ends of what operations own.
+    /// Never borrowed while foreign code runs: wakers, and the destructors of resources.
     inner: RefCell<Inner>,
-    /// An empty list with room, for [`Driver::reap`].
+    /// An empty list with capacity, for [`Driver::reap`].
     leftovers: Cell<Vec<Leftover>>,
 }
 
 struct Inner {
-    /// Gone when it has been closed.
+    /// `None` when it has been closed.
     ring: Option<IoUring>,
-    /// Entries that have been put on the ring and whose completions haven't been taken off it.
+    /// Entries that were put on the ring and whose completions haven't been reaped.
     on_ring: usize,
-    /// How many of them there may be.
+    /// The maximum of `on_ring`.
     limit: usize,
-    /// Entries that don't fit any more.
-    waiting: VecDeque<Entry>,
+    /// Entries that don't fit on the ring.
+    queued: VecDeque<Entry>,
     slots: ManuallyDrop<Slots>,
 }
 
@@ -64,29 +65,29 @@ impl Driver {
                 ring: Some(ring),
                 on_ring: 0,
                 limit,
-                waiting: VecDeque::new(),
+                queued: VecDeque::new(),
                 slots: ManuallyDrop::default(),
             }),
             leftovers: Cell::default(),
         })
     }
 
-    /// Lets the current runtime watch the ring.
+    /// Registers the ring with the current runtime.
     ///
     /// # Safety
     ///
-    /// The answer must be dropped before the driver is closed.
-    pub(super) unsafe fn watch(&self) -> io::Result<AsyncFd<Watched>> {
+    /// The returned value must be dropped before the driver is closed.
+    pub(super) unsafe fn watch(&self) -> io::Result<AsyncFd<WatchedFd>> {
         let inner = self.inner.borrow();
         let fd = inner.ring.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         // SAFETY: the caller drops this before the ring's descriptor is closed.
-        let watched = unsafe { AsyncFd::register_with_interest(Watched(fd), Interest::READABLE) };
+        let watched = unsafe { AsyncFd::register_with_interest(WatchedFd(fd), Interest::READABLE) };
         watched.map_err(|error| error.into_parts().1)
     }
 
-    /// Ends a turn: hands what has come together to the kernel, and takes what is complete.
-    /// `watched` wakes the runtime for what comes later.
-    pub(super) fn turn(&self, watched: &AsyncFd<Watched>, cx: &mut Context<'_>) {
+    /// Ends a turn: submits the collected entries and reaps completions. `watched` wakes the
+    /// runtime for later ones.
+    pub(super) fn turn(&self, watched: &AsyncFd<WatchedFd>, cx: &mut Context<'_>) {
         self.inner.borrow_mut().submit();
         self.reap();
         if self.inner.borrow().on_ring == 0 {
@@ -102,7 +103,7 @@ impl Driver {
         }
     }
 
-    /// Takes what is complete off the ring, without a system call unless the kernel wants one.
+    /// Reaps completions, without a system call unless the kernel wants one.
     pub(super) fn reap(&self) {
         let mut leftovers = self.leftovers.take();
         self.inner.borrow_mut().reap(&mut leftovers);
@@ -110,7 +111,7 @@ impl Driver {
         self.leftovers.set(leftovers);
     }
 
-    /// Whether something is complete; for who looks again and again.
+    /// Whether there are completions to reap; for busy polling.
     pub(super) fn has_completions(&self) -> bool {
         self.inner.borrow_mut().has_completions()
     }
@@ -119,14 +120,14 @@ impl Driver {
     ///
     /// # Safety
     ///
-    /// Whatever the entry points to must be owned by `held`, at an address that stays the same
-    /// when `held` moves.
-    pub(super) unsafe fn start(self: &Rc<Self>, entry: Entry, held: Held) -> Operation {
+    /// Everything that the entry points to must be owned by `resources`, at an address that stays
+    /// the same when `resources` moves.
+    pub(super) unsafe fn start(self: &Rc<Self>, entry: Entry, resources: Resources) -> Operation {
         let mut inner = self.inner.borrow_mut();
-        let key = inner.slots.insert(held);
+        let key = inner.slots.insert(resources);
         let entry = entry.user_data(key.data());
         let leftover = if inner.ring.is_some() {
-            inner.give(entry);
+            inner.enqueue(entry);
             None
         } else {
             inner.slots.complete(key, -libc::ECANCELED)
@@ -139,15 +140,15 @@ impl Driver {
         }
     }
 
-    /// Cancels what can be cancelled, waits for the kernel to be done with everything, and
-    /// closes the ring.
+    /// Cancels what can be cancelled, waits until the kernel is done with everything, and closes
+    /// the ring.
     pub(super) fn close(&self) {
         let mut leftovers = Vec::new();
         self.inner.borrow_mut().cancel_all(&mut leftovers);
         finish(&mut leftovers);
         loop {
             let mut inner = self.inner.borrow_mut();
-            let done = inner.on_ring == 0 && inner.waiting.is_empty();
+            let done = inner.on_ring == 0 && inner.queued.is_empty();
             if done {
                 inner.ring = None;
             }
@@ -167,29 +168,29 @@ impl Driver {
     }
 }
 
-/// Runs others' code: wakes, and frees.
+/// Runs foreign code: wakes tasks and frees resources.
 fn finish(leftovers: &mut Vec<Leftover>) {
     for leftover in leftovers.drain(..) {
         match leftover {
             Leftover::Waiter(waker) => waker.wake(),
-            Leftover::Memory(held) => drop(held),
+            Leftover::Memory(resources) => drop(resources),
         }
     }
 }
 
 impl Inner {
-    /// Puts an entry on the ring, or keeps it until there is room.
-    fn give(&mut self, entry: Entry) {
-        if self.on_ring < self.limit && self.waiting.is_empty() && self.push(&entry) {
-            if self.entries() >= TOGETHER {
+    /// Puts an entry on the ring, or queues it until there is space.
+    fn enqueue(&mut self, entry: Entry) {
+        if self.on_ring < self.limit && self.queued.is_empty() && self.push(&entry) {
+            if self.entries() >= SUBMIT_BATCH {
                 self.submit();
             }
             return;
         }
-        self.waiting.push_back(entry);
+        self.queued.push_back(entry);
     }
 
-    /// False if there is no room.
+    /// Returns false if there is no space.
     fn push(&mut self, entry: &Entry) -> bool {
         for _ in 0..2 {
             let Some(ring) = &mut self.ring else {
@@ -205,7 +206,7 @@ impl Inner {
         false
     }
 
-    /// Hands all entries to the kernel, as far as it takes them now.
+    /// Submits all entries, as far as the kernel takes them now.
     fn submit(&mut self) {
         let Some(ring) = &mut self.ring else { return };
         while !ring.submission().is_empty() {
@@ -214,7 +215,7 @@ impl Inner {
                 Ok(_) => (),
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => (),
                 Err(e) => {
-                    log::debug!("handing operations to the kernel: {e}");
+                    log::debug!("submitting operations to the kernel: {e}");
                     return;
                 }
             }
@@ -225,8 +226,8 @@ impl Inner {
         let Some(ring) = &mut self.ring else { return };
         if ring.submission().taskrun() {
             let flags = EnterFlags::GETEVENTS.bits();
-            // SAFETY: nothing is submitted, waited for or passed. What it could say (EINTR) means
-            // that there is more to come, which the flag shows the next time.
+            // SAFETY: nothing is submitted, waited for or passed. The only error (EINTR) means that
+            // there is more to come, which the flag shows the next time.
             let _ = unsafe { ring.submitter().enter::<libc::sigset_t>(0, 0, flags, None) };
         }
         for completion in ring.completion() {
@@ -235,22 +236,22 @@ impl Inner {
                 leftovers.extend(self.slots.complete(key, completion.result()));
             }
         }
-        if self.waiting.is_empty() {
+        if self.queued.is_empty() {
             return;
         }
         while self.on_ring < self.limit {
-            let Some(entry) = self.waiting.pop_front() else {
+            let Some(entry) = self.queued.pop_front() else {
                 break;
             };
             if !self.push(&entry) {
-                self.waiting.push_front(entry);
+                self.queued.push_front(entry);
                 break;
             }
         }
         self.submit();
     }
 
-    /// How many the kernel hasn't taken.
+    /// Number of entries that the kernel hasn't taken.
     fn entries(&mut self) -> usize {
         self.ring.as_mut().map_or(0, |ring| ring.submission().len())
     }
@@ -261,20 +262,21 @@ impl Inner {
             .is_some_and(|ring| !ring.completion().is_empty() || ring.submission().taskrun())
     }
 
-    /// Gives up what the kernel hasn't been told of, and asks it to give up what it hasn't begun.
+    /// Completes the queued entries as cancelled, and asks the kernel to cancel what it hasn't
+    /// started.
     fn cancel_all(&mut self, leftovers: &mut Vec<Leftover>) {
-        for entry in std::mem::take(&mut self.waiting) {
+        for entry in std::mem::take(&mut self.queued) {
             if let Some(key) = Key::from_data(entry.get_user_data()) {
                 leftovers.extend(self.slots.complete(key, -libc::ECANCELED));
             }
         }
-        for key in self.slots.under_way() {
+        for key in self.slots.in_flight() {
             let cancel = opcode::AsyncCancel::new(key.data()).build();
-            self.give(cancel.user_data(CANCELLATION));
+            self.enqueue(cancel.user_data(CANCELLATION));
         }
     }
 
-    /// Sleeps until something is complete.
+    /// Sleeps until an operation completes.
     fn wait(&mut self) -> io::Result<()> {
         let Some(ring) = &self.ring else {
             return Ok(());
@@ -292,10 +294,11 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.on_ring == 0 {
-            // SAFETY: dropped here only. The kernel has nothing of theirs any more.
+            // SAFETY: dropped only here. The kernel has no operation any more.
             unsafe { ManuallyDrop::drop(&mut self.slots) };
         }
-        // Else the memory is lost: that is better than to free what the kernel writes to.
+        // Otherwise the memory is leaked, which is better than freeing memory that the kernel
+        // writes to.
     }
 }
 
@@ -305,33 +308,33 @@ impl fmt::Debug for Driver {
     }
 }
 
-/// The descriptor of a ring that somebody else closes.
+/// The descriptor of a ring, not owned.
 #[derive(Debug)]
-pub(super) struct Watched(RawFd);
+pub(super) struct WatchedFd(RawFd);
 
-impl AsRawFd for Watched {
+impl AsRawFd for WatchedFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0
     }
 }
 
-/// One operation under way. Dropped before its end, it goes on all the same.
+/// One operation in flight. If it is dropped early, the operation still runs to completion.
 pub(super) struct Operation {
     driver: Rc<Driver>,
-    /// None when it has given its result.
+    /// `None` when it has returned its result.
     key: Option<Key>,
 }
 
 impl Future for Operation {
-    type Output = (io::Result<usize>, Held);
+    type Output = (io::Result<usize>, Resources);
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let key = self.key.expect("invariant: not polled after its end");
         let polled = self.driver.inner.borrow_mut().slots.poll(key, cx.waker());
         match polled {
-            Ok((result, held)) => {
+            Ok((result, resources)) => {
                 self.key = None;
-                Poll::Ready((outcome(result), held))
+                Poll::Ready((outcome(result), resources))
             }
             Err(_old_waker) => Poll::Pending,
         }

@@ -1,8 +1,8 @@
-//! How rings are made: with what the kernel has to make them cheap, and closed to everything
-//! that isn't used.
+//! Creates rings: with the flags that make them cheap on this kernel, and restricted to the
+//! operations in use.
 //!
-//! The invariant: a ring that leaves here takes the operations of [`OPERATIONS`] and no other,
-//! and nothing can be registered with it any more.
+//! The invariant: a ring that [`ring`] returns accepts only the operations in [`OPERATIONS`], and
+//! nothing can be registered with it any more.
 
 use std::io;
 
@@ -10,10 +10,10 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::{Builder, IoUring, opcode};
 
-/// Completions the kernel keeps room for, for each entry of the submission ring.
+/// Completion ring entries for each entry of the submission ring.
 const COMPLETIONS_PER_ENTRY: u32 = 4;
 
-/// The operations in use, and what the kernel calls them.
+/// The operations in use, and their names in the kernel.
 pub(in crate::io) const OPERATIONS: [(u8, &str); 7] = [
     (opcode::Readv::CODE, "READV"),
     (opcode::Writev::CODE, "WRITEV"),
@@ -27,21 +27,22 @@ pub(in crate::io) const OPERATIONS: [(u8, &str); 7] = [
 /// The flags that entries may have.
 const ENTRY_FLAGS: Flags = Flags::ASYNC;
 
-/// Makes a ring of `entries` for the calling thread, and for it alone.
+/// Creates a ring of `entries` for use by the calling thread only.
 pub(in crate::io) fn ring(entries: u32) -> io::Result<IoUring> {
     let ring = disabled(entries)?;
     close_and_enable(&ring)?;
     Ok(ring)
 }
 
-/// A ring that takes nothing yet, with as many of the kernel's savings as it knows.
+/// Creates a ring that doesn't accept operations yet, with as many cost-saving flags as the kernel
+/// supports.
 ///
-/// Completions are posted as the thread enters the kernel by itself, not by interrupting it
+/// Completions are posted when the thread enters the kernel by itself, without interrupting it
 /// (COOP_TASKRUN, Linux 5.19), and only one thread uses the ring (SINGLE_ISSUER, 6.0).
-/// DEFER_TASKRUN isn't taken: such a ring's descriptor doesn't become readable by itself, so a
+/// DEFER_TASKRUN is not used: the descriptor of such a ring doesn't become readable by itself, so a
 /// thread that sleeps in epoll would need an eventfd, and two more calls for each sleep.
 pub(in crate::io) fn disabled(entries: u32) -> io::Result<IoUring> {
-    let savings: [fn(&mut Builder); 3] = [
+    let flag_sets: [fn(&mut Builder); 3] = [
         |setup| {
             cooperative(setup).setup_single_issuer();
         },
@@ -51,17 +52,17 @@ pub(in crate::io) fn disabled(entries: u32) -> io::Result<IoUring> {
         |_| (),
     ];
     let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
-    for save in savings {
+    for set_flags in flag_sets {
         let mut setup = IoUring::builder();
         setup
             .dontfork()
             .setup_clamp()
             .setup_r_disabled()
             .setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY));
-        save(&mut setup);
+        set_flags(&mut setup);
         match setup.build(entries) {
             Ok(ring) => return Ok(ring),
-            // A flag that this kernel doesn't know.
+            // This kernel doesn't know one of the flags.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => refused = e,
             Err(e) => return Err(e),
         }
@@ -76,7 +77,7 @@ fn cooperative(setup: &mut Builder) -> &mut Builder {
         .setup_submit_all()
 }
 
-/// Forbids what isn't used, for good, and lets the ring go.
+/// Permanently restricts the ring to what is used, and enables it.
 pub(in crate::io) fn close_and_enable(ring: &IoUring) -> io::Result<()> {
     let mut allowed: Vec<_> = OPERATIONS
         .iter()

@@ -1,7 +1,7 @@
-//! The operations that are under way on one ring, and what they own.
+//! The operations in flight on one ring, and the resources that they own.
 //!
-//! The invariant: what an operation owns leaves its slot only with its result, so not before
-//! the kernel is done with it.
+//! The invariant: an operation's resources leave its slot only with its result, so not before the
+//! kernel is done with them.
 
 use std::io;
 use std::sync::Arc;
@@ -10,17 +10,17 @@ use std::task::Waker;
 use crate::io::buffer::GuestBuffer;
 use crate::io::descriptor::Descriptor;
 
-/// What an operation owns while the kernel works on it.
-pub(super) struct Held {
-    /// What it reads into or writes from, if it does.
+/// The resources of an operation while the kernel works on it.
+pub(super) struct Resources {
+    /// The buffer that it reads into or writes from, if any.
     pub(super) buffer: Option<GuestBuffer>,
-    /// On the heap, where it stays when this moves.
+    /// On the heap, so it stays in place when this value moves.
     pub(super) _vecs: Vec<libc::iovec>,
     /// Keeps the descriptor open.
     pub(super) _descriptor: Arc<Descriptor>,
 }
 
-/// Which operation; the user data of its entry.
+/// Identifies an operation; the user data of its entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key(u32);
 
@@ -30,7 +30,7 @@ impl Key {
         u64::from(self.0)
     }
 
-    /// Out of user data, unless that is no operation's.
+    /// From user data, unless that belongs to no operation.
     pub(super) fn from_data(data: u64) -> Option<Self> {
         u32::try_from(data).ok().map(Self)
     }
@@ -38,31 +38,31 @@ impl Key {
 
 enum Slot {
     Free,
-    /// The kernel has it, or will have.
-    UnderWay {
-        held: Held,
-        /// None where nobody waits any more.
+    /// The kernel has the operation, or will get it.
+    InFlight {
+        resources: Resources,
+        /// `None` if nothing waits for it any more.
         waiter: Option<Waiter>,
     },
     Done {
-        held: Held,
+        resources: Resources,
         result: i32,
     },
 }
 
-/// Who waits for an operation.
+/// What waits for an operation.
 enum Waiter {
-    /// Somebody who hasn't asked yet.
-    Silent,
+    /// A future that hasn't been polled yet.
+    NotPolled,
     Waker(Waker),
 }
 
-/// What is left of a completed operation, to be dealt with where nothing is borrowed.
+/// The remains of a completed operation, to be handled while nothing is borrowed.
 pub(super) enum Leftover {
-    /// Somebody to be woken.
+    /// A task to wake.
     Waiter(Waker),
-    /// What nobody waits for.
-    Memory(#[allow(dead_code, reason = "to be dropped")] Box<Held>),
+    /// Resources of an operation that nothing waits for.
+    Memory(#[allow(dead_code, reason = "to be dropped")] Box<Resources>),
 }
 
 /// The operations of one ring.
@@ -73,10 +73,10 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// Takes in what an operation owns.
-    pub(super) fn insert(&mut self, held: Held) -> Key {
-        let waiter = Some(Waiter::Silent);
-        let slot = Slot::UnderWay { held, waiter };
+    /// Stores the resources of an operation.
+    pub(super) fn insert(&mut self, resources: Resources) -> Key {
+        let waiter = Some(Waiter::NotPolled);
+        let slot = Slot::InFlight { resources, waiter };
         if let Some(key) = self.free.pop() {
             *self.at(key) = slot;
             return key;
@@ -86,60 +86,64 @@ impl Slots {
         key
     }
 
-    /// The result and what the operation owned, if it is complete; else `waker` is kept.
-    /// Answers also a waker that is not needed any more.
-    pub(super) fn poll(&mut self, key: Key, waker: &Waker) -> Result<(i32, Held), Option<Waker>> {
+    /// Returns the result and the operation's resources if it is complete; otherwise keeps `waker`.
+    /// An error holds a waker that is no longer needed.
+    pub(super) fn poll(
+        &mut self,
+        key: Key,
+        waker: &Waker,
+    ) -> Result<(i32, Resources), Option<Waker>> {
         match self.at(key) {
             Slot::Done { .. } => (),
-            Slot::UnderWay { waiter, .. } => {
+            Slot::InFlight { waiter, .. } => {
                 return Err(match waiter {
-                    Some(Waiter::Waker(known)) if known.will_wake(waker) => None,
+                    Some(Waiter::Waker(current)) if current.will_wake(waker) => None,
                     _ => match waiter.replace(Waiter::Waker(waker.clone())) {
                         Some(Waiter::Waker(old)) => Some(old),
-                        Some(Waiter::Silent) | None => None,
+                        Some(Waiter::NotPolled) | None => None,
                     },
                 });
             }
-            // Only who waits frees it.
+            // Only the waiting future frees it.
             Slot::Free => return Err(None),
         }
         match self.release(key) {
-            Slot::Done { held, result } => Ok((result, held)),
-            Slot::Free | Slot::UnderWay { .. } => Err(None),
+            Slot::Done { resources, result } => Ok((result, resources)),
+            Slot::Free | Slot::InFlight { .. } => Err(None),
         }
     }
 
-    /// Nobody waits any more. Answers what is not needed any more.
+    /// Called when nothing waits for the operation any more. Returns what is no longer needed.
     pub(super) fn abandon(&mut self, key: Key) -> Option<Leftover> {
-        if let Slot::UnderWay { waiter, .. } = self.at(key) {
+        if let Slot::InFlight { waiter, .. } = self.at(key) {
             return match waiter.take() {
                 Some(Waiter::Waker(waker)) => Some(Leftover::Waiter(waker)),
-                Some(Waiter::Silent) | None => None,
+                Some(Waiter::NotPolled) | None => None,
             };
         }
         match self.release(key) {
-            Slot::Done { held, .. } => Some(Leftover::Memory(Box::new(held))),
-            Slot::Free | Slot::UnderWay { .. } => None,
+            Slot::Done { resources, .. } => Some(Leftover::Memory(Box::new(resources))),
+            Slot::Free | Slot::InFlight { .. } => None,
         }
     }
 
-    /// The kernel is done, or has never begun.
+    /// Called when the kernel has completed the operation, or never started it.
     pub(super) fn complete(&mut self, key: Key, result: i32) -> Option<Leftover> {
         match std::mem::replace(self.at(key), Slot::Free) {
-            Slot::UnderWay { held, waiter } => match waiter {
+            Slot::InFlight { resources, waiter } => match waiter {
                 Some(waiter) => {
-                    *self.at(key) = Slot::Done { held, result };
+                    *self.at(key) = Slot::Done { resources, result };
                     match waiter {
                         Waiter::Waker(waker) => Some(Leftover::Waiter(waker)),
-                        Waiter::Silent => None,
+                        Waiter::NotPolled => None,
                     }
                 }
                 None => {
                     self.free.push(key);
-                    Some(Leftover::Memory(Box::new(held)))
+                    Some(Leftover::Memory(Box::new(resources)))
                 }
             },
-            // The kernel completes an operation once.
+            // The kernel completes each operation once.
             other => {
                 *self.at(key) = other;
                 None
@@ -147,12 +151,12 @@ impl Slots {
         }
     }
 
-    /// Those the kernel has, or will have.
-    pub(super) fn under_way(&self) -> Vec<Key> {
+    /// The operations that the kernel has, or will get.
+    pub(super) fn in_flight(&self) -> Vec<Key> {
         (0..)
             .map(Key)
             .zip(&self.slots)
-            .filter(|(_, slot)| matches!(slot, Slot::UnderWay { .. }))
+            .filter(|(_, slot)| matches!(slot, Slot::InFlight { .. }))
             .map(|(key, _)| key)
             .collect()
     }
@@ -167,7 +171,7 @@ impl Slots {
     }
 }
 
-/// What a completion says.
+/// The result of a completion.
 pub(super) fn outcome(result: i32) -> io::Result<usize> {
     usize::try_from(result).map_err(|_negative| io::Error::from_raw_os_error(-result))
 }

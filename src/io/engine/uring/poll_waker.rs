@@ -1,8 +1,8 @@
-//! A waker that knows whether what it wakes is running just now.
+//! A waker that knows whether its future is being polled.
 //!
-//! A future that is woken while it runs is polled again by whoever runs it, at once: to go
-//! through the runtime for that costs a look at epoll each time. The invariant: a wake that
-//! comes while nothing runs, or that nobody sees in the end, is passed on.
+//! A future that is woken while it is polled is polled again at once, because going through the
+//! runtime for that would cost a look at epoll each time. The invariant: a wake that comes while
+//! the future isn't being polled, or that no poll has seen in the end, is passed on to the runtime.
 
 use std::sync::Arc;
 #[cfg(not(ringfsd_loom))]
@@ -12,25 +12,25 @@ use std::task::{Poll, Wake, Waker};
 #[cfg(ringfsd_loom)]
 use loom::sync::atomic::{AtomicU8, Ordering};
 
-/// Polls of one turn, before the runtime's other business has its turn.
-const ROUNDS: usize = 4;
+/// Maximum number of polls before the runtime gets its turn.
+const MAX_POLLS: usize = 4;
 
-/// The future is being polled, and will be again if it is woken.
+/// The future is being polled, and is polled again if it is woken.
 const RUNNING: u8 = 1;
 /// It was woken since its last poll began.
 const WOKEN: u8 = 2;
 
-/// One future's waker.
+/// The waker of one future.
 #[derive(Debug)]
-pub(super) struct Alarm {
+pub(super) struct PollWaker {
     runtime: Waker,
-    /// [`RUNNING`] and [`WOKEN`]. One word, so that a wake and the end of a run come one after
-    /// the other; all changes are `AcqRel`, so a poll sees what it was woken for.
+    /// [`RUNNING`] and [`WOKEN`], in one word so that a wake and the end of a run are ordered. All
+    /// changes are `AcqRel`, so a poll sees what it was woken for.
     state: AtomicU8,
 }
 
-impl Alarm {
-    /// For a future whose runtime is woken by `runtime`.
+impl PollWaker {
+    /// Creates the waker of a future whose runtime is woken by `runtime`.
     pub(super) fn new(runtime: Waker) -> Arc<Self> {
         Arc::new(Self {
             runtime,
@@ -38,10 +38,10 @@ impl Alarm {
         })
     }
 
-    /// Polls by `poll` while it is woken by what it does, a few times at most.
+    /// Calls `poll`, and again while it wakes itself, at most [`MAX_POLLS`] times.
     pub(super) fn run<R>(&self, mut poll: impl FnMut() -> Poll<R>) -> Poll<R> {
         let mut polled = Poll::Pending;
-        for _ in 0..ROUNDS {
+        for _ in 0..MAX_POLLS {
             self.state.swap(RUNNING, Ordering::AcqRel);
             polled = poll();
             if polled.is_ready() || self.state.load(Ordering::Relaxed) & WOKEN == 0 {
@@ -55,7 +55,7 @@ impl Alarm {
     }
 }
 
-impl Wake for Alarm {
+impl Wake for PollWaker {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
@@ -82,17 +82,17 @@ mod tests {
     }
 
     #[test]
-    fn a_wake_goes_on_unless_somebody_polls_for_it() {
+    fn wake_reaches_runtime_unless_polled() {
         let count = Arc::new(Count::default());
         let wakes = || count.0.load(Ordering::Relaxed);
-        let alarm = Alarm::new(Waker::from(Arc::clone(&count)));
-        let waker = Waker::from(Arc::clone(&alarm));
+        let poll_waker = PollWaker::new(Waker::from(Arc::clone(&count)));
+        let waker = Waker::from(Arc::clone(&poll_waker));
 
         waker.wake_by_ref();
         assert_eq!(wakes(), 1, "nothing was running");
 
         let mut polls = 0;
-        let polled = alarm.run(|| {
+        let polled = poll_waker.run(|| {
             polls += 1;
             if polls == 1 {
                 waker.wake_by_ref();
@@ -102,14 +102,14 @@ mod tests {
         assert_eq!((polled, polls, wakes()), (Poll::Pending, 2, 1));
 
         polls = 0;
-        let polled = alarm.run(|| {
+        let polled = poll_waker.run(|| {
             polls += 1;
             waker.wake_by_ref();
             Poll::<()>::Pending
         });
-        assert_eq!((polled, polls, wakes()), (Poll::Pending, ROUNDS, 2));
+        assert_eq!((polled, polls, wakes()), (Poll::Pending, MAX_POLLS, 2));
 
-        let polled = alarm.run(|| {
+        let polled = poll_waker.run(|| {
             waker.wake_by_ref();
             Poll::Ready(7)
         });
@@ -124,25 +124,25 @@ mod tests {
             .unwrap();
         let sent = Arc::new(AtomicUsize::new(0));
         let seen = Arc::new(AtomicUsize::new(0));
-        let mut alarm = None;
+        let mut poll_waker = None;
         let mut other = None;
         runtime.block_on(std::future::poll_fn(|cx| {
-            let alarm = alarm.get_or_insert_with(|| Alarm::new(cx.waker().clone()));
+            let poll_waker = poll_waker.get_or_insert_with(|| PollWaker::new(cx.waker().clone()));
             other.get_or_insert_with(|| {
-                let waker = Waker::from(Arc::clone(alarm));
+                let waker = Waker::from(Arc::clone(poll_waker));
                 let (sent, seen) = (Arc::clone(&sent), Arc::clone(&seen));
                 std::thread::spawn(move || {
                     for n in 1..=WAKES {
                         sent.store(n, Ordering::Relaxed);
                         waker.wake_by_ref();
-                        // A wake that is lost leaves both waiting for ever.
+                        // If a wake is lost, both threads wait forever.
                         while seen.load(Ordering::Acquire) < n {
                             std::thread::yield_now();
                         }
                     }
                 })
             });
-            alarm.run(|| {
+            poll_waker.run(|| {
                 let n = sent.load(Ordering::Acquire);
                 seen.store(n, Ordering::Release);
                 if n == WAKES {
