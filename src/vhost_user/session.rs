@@ -302,8 +302,8 @@ impl<'a, R: Runner> Session<'a, R> {
             next: vring.base,
         };
         let in_table = self.table.queue(index.0);
-        let front_ends = self.inflight.as_ref().and_then(|region| region.part(index));
-        let part = front_ends.or_else(|| in_table.clone().map(InflightPart::in_table));
+        let from_front_end = self.inflight.as_ref().and_then(|region| region.part(index));
+        let part = from_front_end.or_else(|| in_table.clone().map(InflightPart::in_table));
         let tracking = part.map(|inflight| Tracking {
             inflight,
             journal: in_table.map(Journal::new),

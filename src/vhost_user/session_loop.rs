@@ -95,6 +95,7 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Receives and handles messages until the session ends.
     fn handle(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
         loop {
             let kick = self

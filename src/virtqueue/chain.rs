@@ -27,7 +27,7 @@ pub(super) struct Table {
 /// How a chain ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// By one of the replies.
+    /// It was returned by one of the replies.
     Replied,
     /// It was dropped without a reply.
     Dropped,

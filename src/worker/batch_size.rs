@@ -52,7 +52,7 @@ impl BatchSize {
         }
         let waiting = waiting();
         if waiting == 0 {
-            // The drain publishes at its end, or the guest adds chains right now.
+            // The drain ends and publishes then, or continues with chains that arrive right now.
             return false;
         }
         let now = Instant::now();

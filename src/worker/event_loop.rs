@@ -288,6 +288,7 @@ impl<F: FileSystem> EventLoop<F> {
         queues.iter().any(|owned| owned.ready)
     }
 
+    /// Sleeps until there is an event.
     async fn wait(&mut self) -> Event {
         let Self {
             commands,

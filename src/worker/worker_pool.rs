@@ -37,7 +37,7 @@ pub enum WorkerPoolError {
     /// The file system can't prepare a thread.
     #[error("preparing a worker thread for the file system")]
     Prepare(#[source] io::Error),
-    /// A thread ended before it was ready, and has logged why.
+    /// A thread ended before it was ready, and has reported why.
     #[error("a worker thread ended while it was starting")]
     Ended,
 }
