@@ -128,7 +128,7 @@ fn ring_in_memory_that_is_not_shared_is_named_as_that() {
     let _ended = session.connection.set_vring_addr_raw(address);
     let line = server.wait_for("the session is ended");
     assert!(
-        line.contains("in no memory that the VMM has shared"),
+        line.contains("outside the memory that the VMM has shared"),
         "{line}"
     );
 }

@@ -57,7 +57,7 @@ impl Ring {
         let table = Table::in_memory(&limits).expect("a table");
         let part = || table.queue(1).expect("a queue");
         let tracking = Tracking {
-            inflight: InflightPart::kept(part()),
+            inflight: InflightPart::in_table(part()),
             journal: Some(Journal::new(part())),
         };
         Self::tracked_by(Some(tracking), reply)
@@ -123,7 +123,7 @@ impl Ring {
             }
             self.driver.publish();
             let start = Instant::now();
-            while let Some(chain) = self.device.take() {
+            while let Some(chain) = self.device.pop() {
                 serve(chain.expect("a good chain"));
             }
             self.device.used().publish();
@@ -162,7 +162,7 @@ fn chains(criterion: &mut Criterion) {
         group.bench_function(format!("buffer of {pages} pages for a READ"), |bench| {
             bench.iter_custom(|count| {
                 read.time(count, |mut chain| {
-                    black_box(chain.room(OUT_HEADER_LEN, bytes));
+                    black_box(chain.reply_buffer(OUT_HEADER_LEN, bytes));
                     chain.reply_filled(&[0; OUT_HEADER_LEN], bytes);
                 })
             });

@@ -1,12 +1,12 @@
-//! An asynchronous channel that many send to and many receive from.
+//! An asynchronous, unbounded channel with many senders and many receivers.
 //!
-//! First in, first out, for items and for waiting receivers. A receiver that waits sleeps in its
-//! own runtime and is woken by at most one item each. The invariants: U receivers waiting and
-//! not woken means that at least as many have been woken, and not looked yet, as there are items
-//! queued; and a woken receiver that goes away instead of looking wakes another.
+//! Items and waiting receivers are served first in, first out. A waiting receiver sleeps in its own
+//! runtime, and each item wakes at most one receiver. The invariants: if a receiver is still
+//! asleep, at least as many receivers have been notified but not yet polled as there are queued
+//! items; and a notified receiver that is dropped instead of polled notifies another one.
 //!
-//! One lock, held for a few instructions and never while a waker runs; wakers may therefore do
-//! what they like, also use the channel.
+//! There is one lock. It is held for a few instructions and never while a waker runs, so a waker
+//! may use the channel.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,14 +20,14 @@ use thiserror::Error;
 
 use super::sync::{Arc, AtomicUsize, Mutex, MutexGuard, Ordering};
 
-/// Makes a channel without a limit to its length.
+/// Creates an unbounded channel.
 #[must_use]
 pub fn channel<T>() -> (Sender<T>, Receiver<T>) {
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
             items: VecDeque::new(),
             waiters: VecDeque::new(),
-            next_ticket: 0,
+            next_id: 0,
             closed: false,
             senders: 1,
             receivers: 1,
@@ -41,22 +41,22 @@ pub fn channel<T>() -> (Sender<T>, Receiver<T>) {
     (sender, Receiver { shared })
 }
 
-/// The channel is closed; what couldn't be sent.
+/// The error of sending on a closed channel; contains what wasn't sent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the channel is closed")]
 pub struct SendError<T>(pub T);
 
-/// The end that items are put in. The channel closes when the last of its clones is dropped.
+/// The sending end. The channel closes when the last clone is dropped.
 pub struct Sender<T> {
     shared: Arc<Shared<T>>,
 }
 
 impl<T> Sender<T> {
-    /// Puts one item in and wakes a receiver, if one waits.
+    /// Sends one item, and wakes a waiting receiver if there is one.
     ///
     /// # Errors
     ///
-    /// The channel is closed; the item comes back.
+    /// Fails and returns the item if the channel is closed.
     pub fn send(&self, item: T) -> Result<(), SendError<T>> {
         let mut state = self.shared.lock();
         if state.closed {
@@ -71,17 +71,16 @@ impl<T> Sender<T> {
         Ok(())
     }
 
-    /// Puts several items in at once, in order, and wakes as many receivers as there are items,
-    /// if so many wait.
+    /// Sends several items at once, in order, and wakes up to as many waiting receivers.
     ///
     /// # Errors
     ///
-    /// The channel is closed; all items come back.
+    /// Fails and returns all items if the channel is closed.
     pub fn send_batch<I>(&self, items: I) -> Result<(), SendError<Vec<T>>>
     where
         I: IntoIterator<Item = T>,
     {
-        // The iterator is the caller's code and doesn't run under the lock.
+        // The iterator is the caller's code, so run it without the lock.
         let items: SmallVec<[T; 32]> = items.into_iter().collect();
         let mut wakers: SmallVec<[Waker; 16]> = SmallVec::new();
         let mut state = self.shared.lock();
@@ -98,32 +97,31 @@ impl<T> Sender<T> {
         Ok(())
     }
 
-    /// Receivers that wait for an item and have not been woken. A hint: it may have changed
-    /// when the caller acts on it. Takes no lock.
+    /// Returns the number of receivers that wait for an item and were not woken. This is a hint,
+    /// which may be out of date when the caller uses it. Takes no lock.
     #[must_use]
     pub fn idle(&self) -> usize {
         self.shared.idle()
     }
 
-    /// Closes the channel: nothing more can be sent, and receivers get what is left, then
+    /// Closes the channel. Nothing more can be sent; receivers get the remaining items, then
     /// `None`.
     pub fn close(&self) {
         self.shared.close();
     }
 }
 
-/// The end that items are taken from. The channel closes when the last of its clones is
-/// dropped, and what is in it then is dropped too.
+/// The receiving end. When the last clone is dropped, the channel closes and its items are dropped.
 pub struct Receiver<T> {
     shared: Arc<Shared<T>>,
 }
 
 impl<T> Receiver<T> {
-    /// Takes the oldest item if there is one. Without an item this takes no lock.
+    /// Takes the oldest item, if there is one. Takes no lock if there is none.
     #[must_use]
     pub fn try_recv(&self) -> Option<T> {
-        // Relaxed: a hint. It publishes nothing (the lock does), and an item that was sent
-        // before this call in the order of events is counted by then.
+        // Relaxed: a hint, which synchronizes nothing (the lock does). An item whose sending
+        // happens before this call is counted.
         if self.shared.queued.load(Ordering::Relaxed) == 0 {
             return None;
         }
@@ -133,23 +131,23 @@ impl<T> Receiver<T> {
         item
     }
 
-    /// Waits for an item; `None` once the channel is closed and empty.
+    /// Waits for an item. Returns `None` once the channel is closed and empty.
     ///
-    /// The future may be dropped at any time without an item being lost.
+    /// Dropping the future loses no item.
     pub fn recv(&self) -> Recv<'_, T> {
         Recv {
             shared: &self.shared,
-            ticket: None,
+            id: None,
         }
     }
 
-    /// Receivers that wait, as [`Sender::idle`].
+    /// Returns the number of waiting receivers, as [`Sender::idle`] does.
     #[must_use]
     pub fn idle(&self) -> usize {
         self.shared.idle()
     }
 
-    /// Closes the channel, as [`Sender::close`].
+    /// Closes the channel, as [`Sender::close`] does.
     pub fn close(&self) {
         self.shared.close();
     }
@@ -159,8 +157,8 @@ impl<T> Receiver<T> {
 #[must_use = "futures do nothing unless awaited"]
 pub struct Recv<'a, T> {
     shared: &'a Shared<T>,
-    /// Set while this is among the waiters, or has been woken and has not looked yet.
-    ticket: Option<u64>,
+    /// Set while this is among the waiters, or was woken and not polled yet.
+    id: Option<u64>,
 }
 
 impl<T> Future for Recv<'_, T> {
@@ -169,23 +167,23 @@ impl<T> Future for Recv<'_, T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
         let mut state = self.shared.lock();
         if let Some(item) = state.items.pop_front() {
-            let waiting = self.ticket.take().and_then(|ticket| state.leave(ticket));
+            let waiting = self.id.take().and_then(|id| state.leave(id));
             self.shared.publish(state);
             drop(waiting);
             return Poll::Ready(Some(item));
         }
         if state.closed {
-            // Closing has woken, and thereby removed, all waiters.
+            // Closing has woken and removed all waiters.
             drop(state);
-            self.ticket = None;
+            self.id = None;
             return Poll::Ready(None);
         }
         let waker = cx.waker();
-        let replaced = match self.ticket.and_then(|ticket| state.waiter(ticket)) {
+        let replaced = match self.id.and_then(|id| state.waiter(id)) {
             Some(waiter) if waiter.waker.will_wake(waker) => None,
             Some(waiter) => Some(std::mem::replace(&mut waiter.waker, waker.clone())),
             None => {
-                self.ticket = Some(state.join(waker.clone()));
+                self.id = Some(state.join(waker.clone()));
                 None
             }
         };
@@ -197,10 +195,10 @@ impl<T> Future for Recv<'_, T> {
 
 impl<T> Drop for Recv<'_, T> {
     fn drop(&mut self) {
-        let Some(ticket) = self.ticket else { return };
+        let Some(id) = self.id else { return };
         let mut state = self.shared.lock();
-        let waiting = state.leave(ticket);
-        // Not among the waiters: it was woken for an item, which somebody else must look for.
+        let waiting = state.leave(id);
+        // Not among the waiters, so it was woken for an item. Another receiver must take that.
         let next = if waiting.is_none() && !state.items.is_empty() {
             state.wake_one()
         } else {
@@ -216,37 +214,36 @@ impl<T> Drop for Recv<'_, T> {
 
 struct Shared<T> {
     state: Mutex<State<T>>,
-    /// How many items there are; changes under the lock, read without.
+    /// Number of items. Stored under the lock, loaded without it.
     queued: AtomicUsize,
-    /// How many waiters there are; changes under the lock, read without.
+    /// Number of waiters. Stored under the lock, loaded without it.
     idle: AtomicUsize,
 }
 
 struct State<T> {
     items: VecDeque<T>,
-    /// Receivers that wait and have not been woken, in the order they came.
+    /// Receivers that wait and were not woken, in order of arrival.
     waiters: VecDeque<Waiter>,
-    next_ticket: u64,
+    next_id: u64,
     closed: bool,
     senders: usize,
     receivers: usize,
 }
 
 struct Waiter {
-    ticket: u64,
+    id: u64,
     waker: Waker,
 }
 
 impl<T> Shared<T> {
     fn lock(&self) -> MutexGuard<'_, State<T>> {
-        // Nothing under the lock leaves the state half changed, so poison means nothing.
+        // Nothing panics with the state half changed, so poisoning can be ignored.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shows the counts to those who look without the lock, and unlocks.
+    /// Stores the counts that are loaded without the lock, and unlocks.
     ///
-    /// Relaxed: the stores are ordered by the lock, and the loads are hints that nothing else
-    /// is read by.
+    /// Relaxed: the lock orders the stores, and the loads are hints that guard no other data.
     #[allow(
         clippy::needless_pass_by_value,
         reason = "taking the guard is what ends the locked section"
@@ -273,25 +270,25 @@ impl<T> Shared<T> {
 }
 
 impl<T> State<T> {
-    /// Takes the first waiter out of the list, to be woken when the lock is released.
+    /// Removes the first waiter, to be woken after the lock was released.
     fn wake_one(&mut self) -> Option<Waker> {
         self.waiters.pop_front().map(|waiter| waiter.waker)
     }
 
-    fn waiter(&mut self, ticket: u64) -> Option<&mut Waiter> {
-        self.waiters.iter_mut().find(|w| w.ticket == ticket)
+    fn waiter(&mut self, id: u64) -> Option<&mut Waiter> {
+        self.waiters.iter_mut().find(|w| w.id == id)
     }
 
     fn join(&mut self, waker: Waker) -> u64 {
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.waiters.push_back(Waiter { ticket, waker });
-        ticket
+        let id = self.next_id;
+        self.next_id += 1;
+        self.waiters.push_back(Waiter { id, waker });
+        id
     }
 
-    /// Takes a waiter out of the list; `None` if it has been woken.
-    fn leave(&mut self, ticket: u64) -> Option<Waiter> {
-        let at = self.waiters.iter().position(|w| w.ticket == ticket)?;
+    /// Removes a waiter; returns `None` if it was woken.
+    fn leave(&mut self, id: u64) -> Option<Waiter> {
+        let at = self.waiters.iter().position(|w| w.id == id)?;
         self.waiters.remove(at)
     }
 }
@@ -334,10 +331,10 @@ impl<T> Drop for Receiver<T> {
             return;
         }
         state.closed = true;
-        let left = std::mem::take(&mut state.items);
+        let remaining = std::mem::take(&mut state.items);
         self.shared.publish(state);
-        // Items may have destructors that take time, or use the channel.
-        drop(left);
+        // Without the lock: destructors of items may take long, or use the channel.
+        drop(remaining);
     }
 }
 
@@ -356,7 +353,7 @@ impl<T> fmt::Debug for Receiver<T> {
 impl<T> fmt::Debug for Recv<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Recv")
-            .field("ticket", &self.ticket)
+            .field("id", &self.id)
             .finish_non_exhaustive()
     }
 }
@@ -369,7 +366,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts how often it is woken.
+    /// Counts wake-ups.
     #[derive(Default)]
     struct Woken(Count);
 
@@ -389,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn items_come_out_in_the_order_they_went_in() {
+    fn items_are_received_in_order_of_sending() {
         let (sender, receiver) = channel();
         sender.send(1).unwrap();
         sender.send_batch([2, 3]).unwrap();
@@ -398,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_wakes_no_more_receivers_than_it_has_items() {
+    fn batch_wakes_one_receiver_for_each_item() {
         let (sender, receiver) = channel();
         let (woken, waker) = counting();
         let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(receiver.recv())).collect();
@@ -412,13 +409,13 @@ mod tests {
     }
 
     #[test]
-    fn receivers_are_served_in_the_order_they_came() {
+    fn receivers_are_woken_in_order_of_waiting() {
         let (sender, receiver) = channel();
         let (mut first, mut second) = (pin!(receiver.recv()), pin!(receiver.recv()));
         let ((first_woken, one), (second_woken, two)) = (counting(), counting());
         assert!(poll(&mut first, &one).is_pending());
         assert!(poll(&mut second, &two).is_pending());
-        // Looking again doesn't lose the place.
+        // Polling again keeps the position.
         assert!(poll(&mut first, &one).is_pending());
         sender.send(1).unwrap();
         assert_eq!(first_woken.0.load(Ordering::Relaxed), 1);
@@ -426,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_woken_receiver_that_is_dropped_passes_the_wake_on() {
+    fn dropped_notified_receiver_notifies_another() {
         let (sender, receiver) = channel();
         let (woken, waker) = counting();
         let mut first = Box::pin(receiver.recv());
@@ -441,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_that_gives_up_is_not_idle() {
+    fn dropped_receiver_is_not_idle() {
         let (sender, receiver) = channel::<()>();
         let mut recv = Box::pin(receiver.recv());
         assert!(poll(&mut recv.as_mut(), Waker::noop()).is_pending());
@@ -451,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_received_after_closing() {
+    fn remaining_items_are_received_after_close() {
         let (sender, receiver) = channel();
         sender.send(1).unwrap();
         receiver.close();
@@ -464,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_sender_closes_and_wakes_who_waits() {
+    fn drop_of_last_sender_closes_and_wakes_receivers() {
         let (sender, receiver) = channel::<()>();
         let other = sender.clone();
         let (woken, waker) = counting();
@@ -478,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_can_receive_any_more_is_dropped() {
+    fn drop_of_last_receiver_drops_items() {
         let (sender, receiver) = channel();
         let item = Arc::new(());
         sender.send(Arc::clone(&item)).unwrap();

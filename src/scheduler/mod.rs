@@ -1,12 +1,12 @@
-//! Placement and spreading of work over workers; knows nothing of virtio.
+//! Distributes work over workers; knows nothing of virtio.
 //!
-//! Who owns what, how much of a backlog is worth handing over, and the channel that carries it.
-//! The invariant: what has been sent is received exactly once, and no receiver waits while there
-//! is something for it.
+//! Decides which worker owns a queue and how much of a backlog is worth handing over, and provides
+//! the channel for it. The invariant: each item that is sent is received exactly once, and no
+//! receiver sleeps while an item is queued for it.
 
 mod channel;
 mod placement;
 mod sync;
 
 pub use channel::{Receiver, Recv, SendError, Sender, channel};
-pub use placement::{KEPT, Placement, WorkerId};
+pub use placement::{MIN_OWN_SHARE, Placement, WorkerId};

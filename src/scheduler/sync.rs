@@ -1,5 +1,7 @@
-//! The locks and atomics of this room: the standard library's, or loom's where a test runs
-//! every order of events (`RUSTFLAGS="--cfg ringfsd_loom"`).
+//! The locks and atomics of this module: the standard library's, or loom's, with which a test
+//! checks all interleavings (`RUSTFLAGS="--cfg ringfsd_loom"`).
+//!
+//! The invariant: code that uses this module is the same in both configurations.
 
 #[cfg(not(ringfsd_loom))]
 pub(super) use std::sync::{

@@ -1,10 +1,10 @@
-//! DEVICE_STATE: what the guest's session holds goes out, or comes in, over a descriptor.
+//! DEVICE_STATE: saves or loads the state of the guest's session over a descriptor.
 //!
 //! See the vhost-user specification, "Migrating back-end state". The front end hands over one end
-//! of a pipe and then asks how it went (CHECK_DEVICE_STATE). The transfer runs in a thread of its own,
-//! so that messages are answered meanwhile, and it ends by itself: after so many bytes, so much time,
-//! when the server is to stop, or when the session ends. Saving gives nothing up. The invariant: what has come in is handed on
-//! only when all of it has come.
+//! of a pipe and later asks for the result (CHECK_DEVICE_STATE). A [`Transfer`] runs in a thread of
+//! its own, so that the session keeps handling messages. It is bounded in size and in time, and it
+//! ends when the server is stopped or the session ends. Saving releases nothing that the session
+//! holds. The invariant: received state is loaded only after all of it has arrived.
 
 use std::fmt;
 use std::fs::File;
@@ -20,29 +20,30 @@ use rustix::io::Errno;
 
 use crate::state::stream;
 
-/// For how long nothing may move.
-const SILENCE: Duration = Duration::from_secs(60);
+/// How long a transfer may make no progress.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The same once the front end has asked how it went: it has closed its end before.
-const SILENCE_ASKED: Duration = Duration::from_secs(2);
+/// The same once the front end has asked for the result: it closes its end before it asks.
+const IDLE_TIMEOUT_CHECKED: Duration = Duration::from_secs(2);
 
-/// How long a transfer may take.
+/// How long a whole transfer may take.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Bytes that are moved at once.
-const PIECE: usize = 256 * 1024;
+/// Bytes that one read or write moves at most.
+const CHUNK: usize = 256 * 1024;
 
-/// Bytes that a pipe may hold, without privilege and unless the host says less.
-const PIPE: usize = 1 << 20;
+/// Requested capacity of the pipe in bytes: the most that an unprivileged process can set by
+/// default.
+const PIPE_SIZE: usize = 1 << 20;
 
-/// Why something can't be saved or loaded, as whoever does so says it.
+/// Why a [`DeviceState`] can't be saved or loaded.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// A device whose state can't be had.
+/// The state of a device that supports neither saving nor loading.
 #[derive(Debug)]
-pub(super) struct Stateless;
+pub(super) struct NoDeviceState;
 
-impl DeviceState for Stateless {
+impl DeviceState for NoDeviceState {
     fn save(&self) -> Result<Vec<u8>, Cause> {
         Err("the device's state can't be saved".into())
     }
@@ -54,88 +55,90 @@ impl DeviceState for Stateless {
     }
 }
 
-/// What saves and loads. The queues are stopped while it does.
+/// Saves and loads the state of a device. The queues are stopped meanwhile.
 pub trait DeviceState: fmt::Debug + Send + Sync {
-    /// All that a guest's session holds, as bytes. The session goes on if its queues do.
+    /// Serializes everything that the guest's session holds. The session stays usable: it continues
+    /// if its queues are started again.
     ///
     /// # Errors
     ///
-    /// It can't be had.
+    /// Fails if the state can't be saved.
     fn save(&self) -> Result<Vec<u8>, Cause>;
 
-    /// The bytes are with the front end, all of them: whoever loads them may have what one alone
-    /// can have.
+    /// Reports that the front end has received all bytes. The session then has to release what only
+    /// one server can own, so that the server that loads the state can acquire it.
     fn saved(&self);
 
-    /// Goes on from the bytes of another server. What was there before is forgotten.
+    /// Replaces the session by the one that another server has saved as `bytes`.
     ///
     /// # Errors
     ///
-    /// They can't be gone on from. There is no session, then.
+    /// Fails if the state can't be loaded. The session is empty then.
     fn load(&self, bytes: &[u8]) -> Result<(), Cause>;
 }
 
-/// Which way.
+/// Whether a transfer saves or loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Save,
     Load,
 }
 
-/// Why a transfer has failed.
+/// Why a transfer failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TransferError {
-    #[error("a transfer of the device's state was asked for while queues run")]
-    Running,
-    #[error("a transfer of the device's state was asked for while another is under way")]
-    UnderWay,
-    #[error("the front end asked how a transfer went that it had not begun")]
-    None,
-    #[error("starting the thread that transfers the device's state")]
+    #[error("the front end requested a transfer of the device state while queues run")]
+    QueuesRunning,
+    #[error("the front end requested a transfer of the device state during another one")]
+    InProgress,
+    #[error("the front end asked for the result of a transfer that it had not started")]
+    NotStarted,
+    #[error("starting the thread that transfers the device state")]
     Thread(#[source] io::Error),
-    #[error("saving the device's state")]
+    #[error("saving the device state")]
     Save(#[source] Cause),
-    #[error("loading the device's state")]
+    #[error("loading the device state")]
     Load(#[source] Cause),
-    #[error("the front end's descriptor for the device's state")]
+    #[error("using the front end's descriptor for the device state")]
     Descriptor(#[source] Errno),
-    #[error("the device's state stood still for {} seconds", .0.as_secs())]
-    Silent(Duration),
-    #[error("the device's state was not through after {} seconds", TRANSFER_TIMEOUT.as_secs())]
-    Long,
-    #[error("the device's state has more than {} bytes", stream::MOST)]
-    Large,
+    #[error("the transfer of the device state made no progress for {} seconds", .0.as_secs())]
+    Stalled(Duration),
+    #[error("the transfer of the device state took more than {} seconds", TRANSFER_TIMEOUT.as_secs())]
+    TimedOut,
+    #[error("the device state has more than {} bytes", stream::MOST)]
+    TooLarge,
     #[error(
-        "the server is to stop, or the front end is gone, while the device's state is transferred"
+        "the server was stopped, or the front end disconnected, during the transfer of the device \
+         state"
     )]
-    Stop,
-    #[error("the thread that transferred the device's state has panicked")]
+    Cancelled,
+    #[error("the thread that transferred the device state panicked")]
     Panicked,
 }
 
-/// The transfer of a session, if there is one.
+/// The transfer of a session's state, if one was started.
 #[derive(Debug)]
 pub(super) struct Transfer {
-    /// Readable when the server is to stop.
+    /// Readable once the server is asked to stop.
     stop: io::Result<OwnedFd>,
-    running: Option<Running>,
+    running: Option<RunningTransfer>,
 }
 
-/// A transfer that was begun.
+/// A transfer that was started and whose result nobody has taken yet.
 #[derive(Debug)]
-struct Running {
+struct RunningTransfer {
     thread: JoinHandle<Result<(), TransferError>>,
     wakeup: Arc<Wakeup>,
 }
 
-/// What the thread of a transfer is told while it waits.
+/// Wakes the thread of a transfer while it waits for the pipe.
 #[derive(Debug)]
 struct Wakeup {
     /// An eventfd.
     event: OwnedFd,
-    /// The front end is gone; else it asks how it went. Set before the event, whose reading
-    /// orders it.
-    gone: AtomicBool,
+    /// Whether the session has ended; otherwise the front end asks for the result. Set before the
+    /// eventfd is written, whose reading orders it.
+    session_ended: AtomicBool,
 }
 
 impl Wakeup {
@@ -143,13 +146,13 @@ impl Wakeup {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         Ok(Self {
             event: rustix::event::eventfd(0, flags)?,
-            gone: AtomicBool::new(false),
+            session_ended: AtomicBool::new(false),
         })
     }
 
-    fn tell(&self, gone: bool) {
-        self.gone.store(gone, Ordering::Relaxed);
-        // It can't be full, as it is told twice at most.
+    fn notify(&self, session_ended: bool) {
+        self.session_ended.store(session_ended, Ordering::Relaxed);
+        // The counter can't overflow: `notify` is called twice at most.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 }
@@ -162,17 +165,19 @@ impl Transfer {
         }
     }
 
-    /// Begins one over `fd`.
-    pub(super) fn begin(
+    /// Starts a transfer over `fd`.
+    pub(super) fn start(
         &mut self,
         direction: Direction,
         fd: File,
         state: Arc<dyn DeviceState>,
     ) -> Result<(), TransferError> {
         match &self.running {
-            Some(running) if !running.thread.is_finished() => return Err(TransferError::UnderWay),
-            // One that nobody has asked about.
-            Some(_) | None => drop(self.end()),
+            Some(running) if !running.thread.is_finished() => {
+                return Err(TransferError::InProgress);
+            }
+            // Nobody has asked for the result of the previous one.
+            Some(_) | None => drop(self.finish()),
         }
         let stop = match &self.stop {
             Ok(stop) => stop.try_clone(),
@@ -181,149 +186,150 @@ impl Transfer {
         let stop = stop.map_err(TransferError::Thread)?;
         let wakeup = Wakeup::new().map_err(|error| TransferError::Thread(error.into()))?;
         let wakeup = Arc::new(wakeup);
-        let nudged = Arc::clone(&wakeup);
+        let thread_wakeup = Arc::clone(&wakeup);
         let run = move || {
-            let mut way = PipeWait::new(&fd, &stop, &nudged)?;
+            let mut pipe = PipeTransfer::new(&fd, &stop, &thread_wakeup)?;
             match direction {
                 Direction::Save => {
                     let bytes = state.save().map_err(TransferError::Save)?;
-                    way.send(&bytes)?;
+                    pipe.send(&bytes)?;
                     state.saved();
-                    log::info!("the device's state, {} bytes, is saved", bytes.len());
+                    log::info!("saved the device state: {} bytes", bytes.len());
                 }
                 Direction::Load => {
-                    let bytes = way.receive()?;
+                    let bytes = pipe.receive()?;
                     state.load(&bytes).map_err(TransferError::Load)?;
-                    log::info!("the device's state, {} bytes, is loaded", bytes.len());
+                    log::info!("loaded the device state: {} bytes", bytes.len());
                 }
             }
             Ok(())
         };
         let thread = std::thread::Builder::new().name("state".to_owned());
         let thread = thread.spawn(run).map_err(TransferError::Thread)?;
-        self.running = Some(Running { thread, wakeup });
+        self.running = Some(RunningTransfer { thread, wakeup });
         Ok(())
     }
 
-    /// Waits for the end of the one that was begun, and answers how it went.
-    pub(super) fn end(&mut self) -> Result<(), TransferError> {
-        let Running { thread, wakeup } = self.running.take().ok_or(TransferError::None)?;
-        wakeup.tell(false);
+    /// Waits for the end of the transfer that was started, and returns its result.
+    pub(super) fn finish(&mut self) -> Result<(), TransferError> {
+        let running = self.running.take();
+        let RunningTransfer { thread, wakeup } = running.ok_or(TransferError::NotStarted)?;
+        wakeup.notify(false);
         thread.join().unwrap_or(Err(TransferError::Panicked))
     }
 }
 
 impl Drop for Transfer {
     fn drop(&mut self) {
-        if let Some(Running { thread, wakeup }) = self.running.take() {
-            wakeup.tell(true);
+        if let Some(RunningTransfer { thread, wakeup }) = self.running.take() {
+            wakeup.notify(true);
             drop(thread.join());
         }
     }
 }
 
-/// What bytes go over.
-struct PipeWait<'a> {
+/// The front end's descriptor, and what may end the wait for it.
+struct PipeTransfer<'a> {
     fd: BorrowedFd<'a>,
     stop: BorrowedFd<'a>,
-    nudged: &'a Wakeup,
-    silence: Duration,
-    begun: Instant,
+    wakeup: &'a Wakeup,
+    idle_timeout: Duration,
+    started: Instant,
 }
 
-impl<'a> PipeWait<'a> {
-    fn new(fd: &'a File, stop: &'a OwnedFd, nudged: &'a Wakeup) -> Result<Self, TransferError> {
+impl<'a> PipeTransfer<'a> {
+    fn new(fd: &'a File, stop: &'a OwnedFd, wakeup: &'a Wakeup) -> Result<Self, TransferError> {
         let fd = fd.as_fd();
         let flags = rustix::fs::fcntl_getfl(fd).map_err(TransferError::Descriptor)?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(TransferError::Descriptor)?;
-        // As large as it may be: each time it is full or empty the guest waits for two processes to
-        // take turns. What is no pipe, or may not, stays as it is.
-        let _ = rustix::pipe::fcntl_setpipe_size(fd, PIPE);
+        // Each time the pipe is full or empty the guest waits for a switch between two processes,
+        // so make it as large as allowed. Where that fails, or `fd` is no pipe, it stays as it is.
+        let _ = rustix::pipe::fcntl_setpipe_size(fd, PIPE_SIZE);
         Ok(Self {
             fd,
             stop: stop.as_fd(),
-            nudged,
-            silence: SILENCE,
-            begun: Instant::now(),
+            wakeup,
+            idle_timeout: IDLE_TIMEOUT,
+            started: Instant::now(),
         })
     }
 
     fn send(&mut self, bytes: &[u8]) -> Result<(), TransferError> {
         let mut left = bytes;
         while !left.is_empty() {
-            let piece = &left[..left.len().min(PIECE)];
+            let chunk = &left[..left.len().min(CHUNK)];
             let fd = self.fd;
-            let sent = self.act(PollFlags::OUT, || rustix::io::write(fd, piece))?;
+            let sent = self.retry(PollFlags::OUT, || rustix::io::write(fd, chunk))?;
             left = left.get(sent..).unwrap_or_default();
         }
         Ok(())
     }
 
-    /// All that comes until the other side closes.
+    /// Reads until the other side closes its end.
     fn receive(&mut self) -> Result<Vec<u8>, TransferError> {
         let mut bytes = Vec::new();
-        let mut piece = vec![0; PIECE];
+        let mut chunk = vec![0; CHUNK];
         loop {
             let fd = self.fd;
-            let came = self.act(PollFlags::IN, || rustix::io::read(fd, &mut piece[..]))?;
-            let came = piece.get(..came).unwrap_or_default();
-            if came.is_empty() {
+            let count = self.retry(PollFlags::IN, || rustix::io::read(fd, &mut chunk[..]))?;
+            let received = chunk.get(..count).unwrap_or_default();
+            if received.is_empty() {
                 return Ok(bytes);
             }
-            if bytes.len() + came.len() > stream::MOST {
-                return Err(TransferError::Large);
+            if bytes.len() + received.len() > stream::MOST {
+                return Err(TransferError::TooLarge);
             }
-            bytes.extend_from_slice(came);
+            bytes.extend_from_slice(received);
         }
     }
 
-    /// Does what can't wait, once it need not.
-    fn act(
+    /// Waits for `event` and runs `operation`, until that succeeds or fails for good.
+    fn retry(
         &mut self,
         event: PollFlags,
-        mut act: impl FnMut() -> rustix::io::Result<usize>,
+        mut operation: impl FnMut() -> rustix::io::Result<usize>,
     ) -> Result<usize, TransferError> {
         loop {
             self.wait(event)?;
-            match act() {
+            match operation() {
                 Err(Errno::AGAIN | Errno::INTR) => {}
-                done => return done.map_err(TransferError::Descriptor),
+                result => return result.map_err(TransferError::Descriptor),
             }
         }
     }
 
     fn wait(&mut self, event: PollFlags) -> Result<(), TransferError> {
         loop {
-            let left = TRANSFER_TIMEOUT.saturating_sub(self.begun.elapsed());
+            let left = TRANSFER_TIMEOUT.saturating_sub(self.started.elapsed());
             if left.is_zero() {
-                return Err(TransferError::Long);
+                return Err(TransferError::TimedOut);
             }
             let mut fds = [
                 PollFd::from_borrowed_fd(self.fd, event),
                 PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.nudged.event.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.wakeup.event.as_fd(), PollFlags::IN),
             ];
-            let wait = left.min(self.silence);
+            let wait = left.min(self.idle_timeout);
             let timeout = Timespec {
                 tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
                 tv_nsec: wait.subsec_nanos().into(),
             };
             match poll(&mut fds, Some(&timeout)) {
-                Ok(0) => return Err(TransferError::Silent(wait)),
+                Ok(0) => return Err(TransferError::Stalled(wait)),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(TransferError::Descriptor(error)),
             }
-            let [own, stop, nudged] = fds.map(|fd| fd.revents());
-            if !nudged.is_empty() {
-                let _ = rustix::io::read(&self.nudged.event, &mut [0; 8][..]);
-                // It waits for an answer.
-                self.silence = SILENCE_ASKED;
+            let [pipe, stop, wakeup] = fds.map(|fd| fd.revents());
+            if !wakeup.is_empty() {
+                let _ = rustix::io::read(&self.wakeup.event, &mut [0; 8][..]);
+                // The front end is waiting for the result.
+                self.idle_timeout = IDLE_TIMEOUT_CHECKED;
             }
-            if !stop.is_empty() || self.nudged.gone.load(Ordering::Relaxed) {
-                return Err(TransferError::Stop);
+            if !stop.is_empty() || self.wakeup.session_ended.load(Ordering::Relaxed) {
+                return Err(TransferError::Cancelled);
             }
-            if !own.is_empty() {
+            if !pipe.is_empty() {
                 return Ok(());
             }
         }
@@ -337,20 +343,20 @@ mod tests {
 
     use super::*;
 
-    /// Has a state, and remembers what it was given.
+    /// Saves a given state, and records what it loads.
     #[derive(Debug, Default)]
-    struct Memory {
-        has: Vec<u8>,
-        got: Mutex<Option<Vec<u8>>>,
+    struct FakeState {
+        content: Vec<u8>,
+        loaded: Mutex<Option<Vec<u8>>>,
         saved: Mutex<bool>,
     }
 
-    impl DeviceState for Memory {
+    impl DeviceState for FakeState {
         fn save(&self) -> Result<Vec<u8>, Cause> {
-            if self.has.is_empty() {
-                return Err("there is nothing".into());
+            if self.content.is_empty() {
+                return Err("no state".into());
             }
-            Ok(self.has.clone())
+            Ok(self.content.clone())
         }
 
         fn saved(&self) {
@@ -358,20 +364,20 @@ mod tests {
         }
 
         fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
-            *self.got.lock().unwrap() = Some(bytes.to_vec());
+            *self.loaded.lock().unwrap() = Some(bytes.to_vec());
             if bytes == b"bad" {
-                Err("it is bad".into())
+                Err("bad state".into())
             } else {
                 Ok(())
             }
         }
     }
 
-    fn memory(has: &[u8]) -> Arc<Memory> {
-        let has = has.to_vec();
-        Arc::new(Memory {
-            has,
-            ..Memory::default()
+    fn state(content: &[u8]) -> Arc<FakeState> {
+        let content = content.to_vec();
+        Arc::new(FakeState {
+            content,
+            ..FakeState::default()
         })
     }
 
@@ -386,118 +392,121 @@ mod tests {
     }
 
     #[test]
-    fn a_state_larger_than_a_pipe_goes_out_as_a_whole() {
-        let memory = memory(&vec![7; 300_000]);
+    fn save_of_state_larger_than_pipe_is_complete() {
+        let state = state(&vec![7; 300_000]);
         let (mut transfer, _stopper) = transfer();
         let (mut read, write) = pipe();
         transfer
-            .begin(Direction::Save, write, memory.clone())
+            .start(Direction::Save, write, state.clone())
             .unwrap();
         let mut bytes = Vec::new();
         read.read_to_end(&mut bytes).unwrap();
-        transfer.end().unwrap();
-        assert_eq!(bytes, memory.has);
-        assert!(*memory.saved.lock().unwrap());
+        transfer.finish().unwrap();
+        assert_eq!(bytes, state.content);
+        assert!(*state.saved.lock().unwrap());
     }
 
     #[test]
-    fn a_state_that_is_not_taken_is_not_saved() {
-        let memory = memory(&vec![7; 300_000]);
+    fn save_to_closed_pipe_fails_without_saved_callback() {
+        let state = state(&vec![7; 300_000]);
         let (mut transfer, _stopper) = transfer();
         let (read, write) = pipe();
-        // Not later: all of it may be in the pipe by then.
+        // Closed before the start: later, the whole state might already be in the pipe.
         drop(read);
         transfer
-            .begin(Direction::Save, write, memory.clone())
+            .start(Direction::Save, write, state.clone())
             .unwrap();
         assert!(matches!(
-            transfer.end(),
+            transfer.finish(),
             Err(TransferError::Descriptor(Errno::PIPE))
         ));
-        assert!(!*memory.saved.lock().unwrap());
+        assert!(!*state.saved.lock().unwrap());
     }
 
     #[test]
-    fn a_state_is_loaded_when_all_of_it_has_come() {
-        let memory = memory(b"");
+    fn load_happens_only_after_all_bytes_arrived() {
+        let state = state(b"");
         let (mut transfer, _stopper) = transfer();
         let (read, mut write) = pipe();
         transfer
-            .begin(Direction::Load, read, memory.clone())
+            .start(Direction::Load, read, state.clone())
             .unwrap();
         write.write_all(b"one ").unwrap();
-        assert_eq!(*memory.got.lock().unwrap(), None);
+        assert_eq!(*state.loaded.lock().unwrap(), None);
         write.write_all(b"two").unwrap();
         drop(write);
-        transfer.end().unwrap();
-        assert_eq!(memory.got.lock().unwrap().as_deref(), Some(&b"one two"[..]));
+        transfer.finish().unwrap();
+        assert_eq!(
+            state.loaded.lock().unwrap().as_deref(),
+            Some(&b"one two"[..])
+        );
     }
 
     #[test]
-    fn what_went_wrong_is_told_once_and_the_next_one_may_go_well() {
-        let memory = memory(b"");
+    fn failed_load_is_reported_once_and_next_load_succeeds() {
+        let state = state(b"");
         let (mut transfer, _stopper) = transfer();
         let (read, mut write) = pipe();
         write.write_all(b"bad").unwrap();
         drop(write);
         transfer
-            .begin(Direction::Load, read, memory.clone())
+            .start(Direction::Load, read, state.clone())
             .unwrap();
-        assert!(matches!(transfer.end(), Err(TransferError::Load(_))));
-        assert!(matches!(transfer.end(), Err(TransferError::None)));
+        assert!(matches!(transfer.finish(), Err(TransferError::Load(_))));
+        assert!(matches!(transfer.finish(), Err(TransferError::NotStarted)));
         let (read, mut write) = pipe();
         write.write_all(b"good").unwrap();
         drop(write);
-        transfer.begin(Direction::Load, read, memory).unwrap();
-        transfer.end().unwrap();
+        transfer.start(Direction::Load, read, state).unwrap();
+        transfer.finish().unwrap();
     }
 
     #[test]
-    fn stop_ends_a_transfer_that_waits() {
-        let memory = memory(b"");
+    fn stop_cancels_waiting_transfer() {
+        let state = state(b"");
         let (mut transfer, stopper) = transfer();
         let (read, _write) = pipe();
-        transfer.begin(Direction::Load, read, memory).unwrap();
+        transfer.start(Direction::Load, read, state).unwrap();
         rustix::io::write(&stopper, &[0]).unwrap();
-        assert!(matches!(transfer.end(), Err(TransferError::Stop)));
+        assert!(matches!(transfer.finish(), Err(TransferError::Cancelled)));
     }
 
     #[test]
-    fn the_end_of_a_session_ends_a_transfer_that_waits() {
-        let memory = memory(b"");
+    fn end_of_session_cancels_waiting_transfer() {
+        let state = state(b"");
         let (mut transfer, _stopper) = transfer();
         let (read, _write) = pipe();
-        let begun = Instant::now();
-        transfer.begin(Direction::Load, read, memory).unwrap();
+        let started = Instant::now();
+        transfer.start(Direction::Load, read, state).unwrap();
         drop(transfer);
-        assert!(begun.elapsed() < SILENCE / 2);
+        assert!(started.elapsed() < IDLE_TIMEOUT / 2);
     }
 
     #[test]
-    fn who_asks_before_the_end_is_not_kept_waiting() {
-        let memory = memory(b"");
+    fn check_of_stalled_transfer_fails_soon() {
+        let state = state(b"");
         let (mut transfer, _stopper) = transfer();
         let (read, _write) = pipe();
-        transfer.begin(Direction::Load, read, memory).unwrap();
+        transfer.start(Direction::Load, read, state).unwrap();
         assert!(matches!(
-            transfer.end(),
-            Err(TransferError::Silent(SILENCE_ASKED))
+            transfer.finish(),
+            Err(TransferError::Stalled(IDLE_TIMEOUT_CHECKED))
         ));
     }
 
     #[test]
-    fn two_at_once_are_refused() {
-        let memory = memory(b"");
+    fn second_concurrent_transfer_is_refused() {
+        let state = state(b"");
         let (mut transfer, _stopper) = transfer();
         let ((read, write), (other, _)) = (pipe(), pipe());
         transfer
-            .begin(Direction::Load, read, memory.clone())
+            .start(Direction::Load, read, state.clone())
             .unwrap();
         assert!(matches!(
-            transfer.begin(Direction::Load, other, memory),
-            Err(TransferError::UnderWay)
+            transfer.start(Direction::Load, other, state),
+            Err(TransferError::InProgress)
         ));
         drop(write);
-        transfer.end().unwrap();
+        transfer.finish().unwrap();
     }
 }

@@ -1,8 +1,8 @@
-//! Where front ends connect: a socket of our own, or one that a launcher hands over.
+//! The listening socket for front ends: created by the server, or inherited from a launcher.
 //!
-//! The invariant: a socket file is replaced or removed only if nobody listens on it, or if it
-//! is the very file we made; and a socket that we make is at no moment open to anybody but the
-//! server's user and the group that it is given to.
+//! The invariant: a socket file is replaced or removed only if no process listens on it, or if it
+//! is the file that this server created. A socket that the server creates is at no time accessible
+//! to anyone but the server's user and the group that `--socket-group` names.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -16,49 +16,49 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// The most bytes of a socket's path: `sun_path` without the NUL at its end.
-const LONGEST: usize = 107;
+/// Longest path of a socket in bytes: `sun_path` without its terminating NUL.
+const MAX_PATH_LEN: usize = 107;
 
-/// Why there is nothing to listen on; the text says what to do.
+/// Why the server can't listen. The message says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Another server has the socket.
+    /// Another server listens on the socket.
     #[error("another server listens on {0}: stop it, or give this one another path with --socket")]
     InUse(PathBuf),
-    /// Something else is there.
-    #[error("{0} is there and is not a socket: remove it, or give another path with --socket")]
+    /// The path names a file that is not a socket.
+    #[error("{0} exists and is not a socket: remove it, or give another path with --socket")]
     NotASocket(PathBuf),
-    /// Longer than an address of a socket can be.
+    /// The path is longer than the address of a socket can be.
     #[error(
-        "{path} can't be the path of a socket: it has {len} bytes, and {LONGEST} is the most; give a \
-         shorter one with --socket"
+        "{path} can't be the path of a socket: it has {len} bytes, and the limit is {MAX_PATH_LEN}; \
+         give a shorter one with --socket"
     )]
     TooLong {
         /// The path.
         path: PathBuf,
-        /// Its bytes.
+        /// Its length in bytes.
         len: usize,
     },
-    /// The socket can't be made.
-    #[error("making the socket {path}")]
+    /// Creating the socket failed.
+    #[error("creating the socket {path}")]
     Bind {
-        /// Where.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// There is no such group.
+    /// The group of `--socket-group` doesn't exist.
     #[error("there is no group {0}, given with --socket-group")]
     NoGroup(String),
-    /// The socket can't be given to a group.
+    /// Changing the socket's group failed.
     #[error("giving the socket {path} to group {group}")]
     Group {
-        /// Which socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// Whom to.
+        /// Name or number of the group.
         group: String,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -67,18 +67,18 @@ pub enum ListenError {
     NotOpen {
         /// Its number.
         fd: RawFd,
-        /// What the kernel says.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The descriptor is a connection already.
+    /// The descriptor of `--fd` is a connection instead of a listening socket.
     #[error(
-        "descriptor {0}, given with --fd, is a connected socket, and this server waits for its VMM on \
-         a listening one: listen before the server is started, or give a path with --socket"
+        "descriptor {0}, given with --fd, is a connected socket, and this server needs a listening \
+         one: listen before starting the server, or give a path with --socket"
     )]
     Connected(RawFd),
-    /// The descriptor is not what `--fd` wants.
-    #[error("descriptor {0} is not a listening unix stream socket, which --fd takes")]
+    /// The descriptor of `--fd` is not a listening Unix stream socket.
+    #[error("descriptor {0}, given with --fd, is not a listening Unix stream socket")]
     NotListening(RawFd),
 }
 
@@ -91,7 +91,7 @@ pub struct Listener {
     first: Option<First>,
 }
 
-/// The file of a socket that we made; removed when this is dropped.
+/// The file of a socket that this server created; dropping this removes the file.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -99,23 +99,24 @@ pub struct SocketFile {
     inode: u64,
 }
 
-/// Connections that may wait to be accepted.
+/// Connections that the kernel queues until they are accepted.
 const BACKLOG: i32 = 128;
 
 impl Listener {
-    /// Listens on a new socket at `path`, to which only the server's own user can connect; the file
-    /// that a dead server left there is replaced.
+    /// Listens on a new socket at `path`, to which only the server's own user can connect. Replaces
+    /// the socket file of a server that no longer runs.
     ///
     /// # Errors
     ///
-    /// A live server or something other than a socket is at `path`, or the host refuses.
+    /// Fails if a running server or something other than a socket is at `path`, or if the host
+    /// refuses.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let fail = |source| ListenError::Bind {
             path: path.to_owned(),
             source,
         };
         let len = path.as_os_str().len();
-        if len > LONGEST {
+        if len > MAX_PATH_LEN {
             return Err(ListenError::TooLong {
                 path: path.to_owned(),
                 len,
@@ -129,7 +130,10 @@ impl Listener {
                 return Err(ListenError::InUse(path.to_owned()));
             }
             Ok(_) => {
-                log::info!("replacing the socket {} of a dead server", path.display());
+                log::info!(
+                    "replacing the socket {}, on which no server listens",
+                    path.display()
+                );
                 std::fs::remove_file(path).map_err(fail)?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => (),
@@ -152,11 +156,12 @@ impl Listener {
         })
     }
 
-    /// Lets the members of `group`, a name or a number, connect to a socket that we made.
+    /// Lets the members of `group`, a name or a number, connect to a socket that this server
+    /// created.
     ///
     /// # Errors
     ///
-    /// There is no such group, or the server may not give files to it.
+    /// Fails if the group doesn't exist, or if the server may not give files to it.
     pub fn admit_group(&self, group: &str) -> Result<(), ListenError> {
         let Some(file) = &self.file else {
             return Ok(());
@@ -176,12 +181,12 @@ impl Listener {
         file.admit(id).map_err(|error| fail(error.into()))
     }
 
-    /// Takes over the listening socket that the launcher left open as descriptor `fd`; its file
-    /// stays the launcher's. To be called before other descriptors are made.
+    /// Takes ownership of the listening socket that the launcher left open as descriptor `fd`. The
+    /// socket's file stays with the launcher. Must be called before any other descriptor is opened.
     ///
     /// # Errors
     ///
-    /// The descriptor is not open, or is not a listening unix stream socket.
+    /// Fails if the descriptor is not open, or is not a listening Unix stream socket.
     pub fn inherited(fd: RawFd) -> Result<Self, ListenError> {
         match sys::inherit::inherited_fd(fd) {
             Ok(fd) => Self::from_fd(fd),
@@ -214,11 +219,11 @@ impl Listener {
         })
     }
 
-    /// Goes on with a listening socket that an earlier program in this process has left open.
+    /// Resumes listening on a socket that the program executed earlier in this process left open.
     ///
     /// # Errors
     ///
-    /// It is none.
+    /// Fails if `fd` is not a listening Unix stream socket.
     pub fn left(fd: OwnedFd, file: Option<SocketFile>) -> Result<Self, ListenError> {
         let mut listener = Self::from_fd(fd)?;
         if let Some(file) = &file {
@@ -228,44 +233,44 @@ impl Listener {
         Ok(listener)
     }
 
-    /// The file of a socket that we made.
+    /// Returns the file of the socket, if this server created it.
     #[must_use]
     pub fn file(&self) -> Option<&SocketFile> {
         self.file.as_ref()
     }
 
-    /// Has the socket closed before the files that a guest has, should the process be killed.
+    /// If the process is killed, makes the kernel close the socket before the guest's files.
     pub fn close_first(&mut self) {
         self.first = Some(First::new(&self.socket));
     }
 
-    /// Takes the next connection; waits for one.
+    /// Waits for the next connection and accepts it.
     ///
     /// # Errors
     ///
-    /// Those of `accept(2)`.
+    /// Fails as `accept(2)` does.
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.socket.accept().map(|(stream, _peer)| stream)
     }
 
-    /// Where it listens, for people.
+    /// Returns a name for the socket that messages can show.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Stops listening here and keeps the file, which another process listens on.
+    /// Stops listening, and keeps the file for another process that listens on it.
     #[must_use]
     pub fn into_file(self) -> Option<SocketFile> {
         self.file
     }
 
-    /// Goes on listening, and gives the file away.
+    /// Keeps listening, and gives the ownership of the file to the caller.
     pub fn take_file(&mut self) -> Option<SocketFile> {
         self.file.take()
     }
 
-    /// Leaves the file to another process, which has it by [`into_file`](Self::into_file) or
+    /// Leaves the file to another process, which got it by [`into_file`](Self::into_file) or
     /// [`take_file`](Self::take_file).
     pub fn leave_file(&mut self) {
         std::mem::forget(self.file.take());
@@ -273,9 +278,9 @@ impl Listener {
 }
 
 impl SocketFile {
-    /// Gives the file to a group, and only then lets that group connect.
+    /// Changes the file's group, and only then lets that group connect.
     fn admit(&self, group: u32) -> Result<(), Errno> {
-        // By a descriptor: the path may be somebody else's file by now.
+        // Through a descriptor: the path may name another file by now.
         let file = open_socket(&self.path)?;
         let stat = rustix::fs::fstat(&file)?;
         let ours = stat.st_uid == rustix::process::geteuid().as_raw();
@@ -285,7 +290,7 @@ impl SocketFile {
         let group = Some(Gid::from_raw(group));
         rustix::fs::chownat(&file, c"", None, group, AtFlags::EMPTY_PATH)?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        // Entries that a default ACL of the directory has added would come into force.
+        // The chmod below would activate entries that a default ACL of the directory has added.
         match rustix::fs::removexattr(&path, c"system.posix_acl_access") {
             Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error),
@@ -293,13 +298,13 @@ impl SocketFile {
         rustix::fs::chmod(&path, Mode::RWXU | Mode::RWXG)
     }
 
-    /// Where it is, its device and its inode.
+    /// Returns the file's path, device and inode number.
     #[must_use]
     pub fn place(&self) -> (&Path, u64, u64) {
         (&self.path, self.device, self.inode)
     }
 
-    /// What an earlier program in this process has made.
+    /// Describes a socket file that the program executed earlier in this process created.
     #[must_use]
     pub fn left(path: PathBuf, device: u64, inode: u64) -> Self {
         Self {
@@ -326,20 +331,20 @@ impl Drop for SocketFile {
     }
 }
 
-/// A listening socket at `path` whose file has mode 0700 from the moment it is there, or less where the
-/// umask takes something away.
+/// Creates a listening socket at `path` whose file has mode 0700, less the umask, from its creation
+/// on.
 fn bind_private(path: &Path) -> Result<UnixListener, Errno> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // Linux gives the file the mode that the socket has, less the umask.
+    // Linux gives the file the mode of the socket, less the umask.
     rustix::fs::fchmod(&socket, Mode::RWXU)?;
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 
-/// The socket's file itself, `O_PATH`.
+/// Opens the socket's file itself, with `O_PATH`.
 fn open_socket(path: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty())?;
@@ -350,8 +355,8 @@ fn open_socket(path: &Path) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Whether a process has the socket at `path` open. The question is put as a datagram socket,
-/// which a stream socket refuses by its type: so a live server never notices it.
+/// Whether a process has the socket at `path` open. Probes it with a datagram socket, which a
+/// stream socket refuses by its type, so a running server never notices the probe.
 fn is_alive(path: &Path) -> io::Result<bool> {
     let address = SocketAddrUnix::new(path)?;
     let probe = rustix::net::socket_with(
@@ -372,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_socket_of_a_dead_server_is_replaced_and_that_of_a_live_one_is_not() {
+    fn bind_replaces_socket_of_dead_server_only() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
@@ -384,7 +389,7 @@ mod tests {
 
     #[test]
     fn socket_is_private_whatever_the_umask() {
-        // This thread's alone.
+        // Makes the umask this thread's own.
         sys::credentials::unshare_fs_context().unwrap();
         let dir = tempfile::tempdir().unwrap();
         for umask in [0, 0o002, 0o022, 0o077] {
@@ -398,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_socket_stays() {
+    fn bind_over_regular_file_keeps_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         std::fs::write(&path, "precious").unwrap();
@@ -408,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_file_goes_with_the_listener_unless_it_is_another_by_then() {
+    fn drop_of_listener_removes_only_its_own_socket_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         drop(Listener::bind(&path).unwrap());
@@ -422,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_does_not_listen_is_refused() {
+    fn inherited_descriptor_that_does_not_listen_is_refused() {
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(matches!(
             Listener::from_fd(one.into()),
@@ -436,9 +441,9 @@ mod tests {
     }
 
     #[test]
-    fn path_beyond_what_a_socket_can_have_is_refused_with_its_length() {
+    fn bind_to_too_long_path_fails_with_its_length() {
         let dir = tempfile::tempdir().unwrap();
-        let room = LONGEST - dir.path().as_os_str().len() - 1;
+        let room = MAX_PATH_LEN - dir.path().as_os_str().len() - 1;
         assert!(Listener::bind(&dir.path().join("x".repeat(room))).is_ok());
         let long = Listener::bind(&dir.path().join("x".repeat(room + 1)));
         let error = long.unwrap_err();

@@ -1,9 +1,9 @@
-//! Waits until a message of the front end is there as a whole.
+//! Waits until a complete message of the front end is in the socket's receive buffer.
 //!
-//! `vhost` reads a message with calls that block and that it repeats for ever, so a front end
-//! that stalls within one would keep the server from being stopped. Here the message is only
-//! looked at: nothing is taken off the socket, and what makes no sense is left to `vhost` to
-//! refuse. The invariant: what `Incoming::Message` says can be taken without waiting.
+//! `vhost` reads a message with blocking calls that it repeats until the message is complete, so a
+//! front end that stalls within a message would keep the server from stopping. This module only
+//! peeks: it takes nothing off the socket, and leaves malformed messages to `vhost` to refuse. The
+//! invariant: the bytes that `Incoming::Message` reports can be read without blocking.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -13,85 +13,90 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-/// How long a front end may take over one message, once it has begun it.
+/// How long a front end may take to send one message, from its first byte on.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a message that is not whole is looked at; a socket doesn't tell of the rest coming.
+/// How often an incomplete message is checked: a socket that is readable already reports no further
+/// bytes.
 const INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 1_000_000,
 };
 
-/// Request, flags and size, four bytes each (vhost-user specification, "Header").
+/// Length of a header: request, flags and size of four bytes each (vhost-user specification,
+/// "Header").
 const HEADER: usize = 12;
 
-/// The largest size that `vhost` accepts; it refuses a header with more without reading on.
+/// The largest body that `vhost` accepts. It refuses a header with a larger size without reading
+/// the body.
 const MAX_BODY: usize = 0x1000;
 
-/// What came first.
+/// What ended the wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Incoming {
-    /// Something is there that can be taken.
+    /// Bytes can be read.
     Message {
-        /// How many bytes: a message, or its beginning, if that is for `vhost` to refuse, or if its
-        /// front end has gone; 0 if there is nothing more.
+        /// How many: a complete message; or its beginning, if `vhost` will refuse that or the front
+        /// end has disconnected; or 0 at the end of the stream.
         len: usize,
-        /// Nothing comes after it.
+        /// Whether these are the last bytes of the stream.
         last: bool,
     },
-    /// The server is to stop.
+    /// The server was asked to stop.
     Stop,
-    /// What was also waited for has come about, and no message.
-    Watched,
-    /// Part of a message is there and the rest doesn't come.
+    /// The [`Watch`] fired and no message has arrived.
+    WatchFired,
+    /// The rest of a message has not arrived in time.
     Stalled {
-        /// Bytes of it that are there.
+        /// Bytes of it that have arrived.
         have: usize,
     },
 }
 
-/// What is also waited for.
+/// A condition that ends the wait besides a message.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Watch<'a> {
-    /// Nothing.
+    /// None.
     Nothing,
-    /// That this is readable.
+    /// The descriptor is readable.
     Readable(BorrowedFd<'a>),
-    /// That it is so late.
+    /// The time has come.
     Until(Instant),
 }
 
 impl Watch<'_> {
-    /// How long may be waited at most.
-    fn left(self) -> Option<Timespec> {
+    /// The longest time that `poll(2)` may wait.
+    fn timeout(self) -> Option<Timespec> {
         let Self::Until(end) = self else { return None };
         let left = end.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
     }
 }
 
-/// Waits on `socket` for the next message, or until `stop` is readable, or for what `watch` says.
+/// Waits for the next message on `socket`, until `stop` is readable, or until `watch` fires.
 ///
 /// # Errors
 ///
-/// Those of `poll(2)`, and of looking at the socket.
+/// Fails if polling or peeking at the socket fails.
 pub(super) fn wait(
     socket: &UnixStream,
     stop: BorrowedFd<'_>,
     watch: Watch<'_>,
 ) -> std::io::Result<Incoming> {
-    let mut begun = None;
+    // When the first part of an incomplete message was seen.
+    let mut started = None;
     loop {
-        let also = match watch {
+        let watched = match watch {
             Watch::Readable(fd) => fd,
-            // Once more.
+            // A placeholder: `stop` is polled twice.
             Watch::Nothing | Watch::Until(_) => stop,
         };
         let mut fds =
-            [stop, socket.as_fd(), also].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        // Once a part is there the socket is readable all the time and can't be waited for.
-        let polled = match begun {
-            None => poll(&mut fds, watch.left().as_ref()),
+            [stop, socket.as_fd(), watched].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        // With part of a message in it the socket is always readable, so it can't be polled for the
+        // rest.
+        let polled = match started {
+            None => poll(&mut fds, watch.timeout().as_ref()),
             Some(_) => poll(&mut fds[..1], Some(&INTERVAL)),
         };
         match polled {
@@ -102,23 +107,24 @@ pub(super) fn wait(
         if !fds[0].revents().is_empty() {
             return Ok(Incoming::Stop);
         }
-        let is_time = polled == Ok(0) || !fds[2].revents().is_empty();
-        if begun.is_none() && is_time && fds[1].revents().is_empty() {
-            return Ok(Incoming::Watched);
+        let fired = polled == Ok(0) || !fds[2].revents().is_empty();
+        if started.is_none() && fired && fds[1].revents().is_empty() {
+            return Ok(Incoming::WatchFired);
         }
-        if let Some((len, last)) = is_whole(socket)? {
+        if let Some((len, last)) = readable_message(socket)? {
             return Ok(Incoming::Message { len, last });
         }
-        if begun.get_or_insert_with(Instant::now).elapsed() > MESSAGE_TIMEOUT {
+        if started.get_or_insert_with(Instant::now).elapsed() > MESSAGE_TIMEOUT {
             let have = queued(socket)?;
             return Ok(Incoming::Stalled { have });
         }
     }
 }
 
-/// How many bytes can be taken without waiting for more, if that is a message, can't become one, or
-/// is all that comes; and whether it is that.
-fn is_whole(socket: &UnixStream) -> std::io::Result<Option<(usize, bool)>> {
+/// Returns how many bytes to read, and whether they are the last of the stream. They are a complete
+/// message, a header that `vhost` will refuse, or all that a disconnected front end has sent.
+/// `None` if the message is incomplete.
+fn readable_message(socket: &UnixStream) -> std::io::Result<Option<(usize, bool)>> {
     let mut header = [0; HEADER];
     let (have, _) = match rustix::net::recv(
         socket,
@@ -140,16 +146,16 @@ fn is_whole(socket: &UnixStream) -> std::io::Result<Option<(usize, bool)>> {
     if have == HEADER && body > MAX_BODY {
         return Ok(Some((HEADER, false)));
     }
-    // In this order: what was sent before the front end went is there by then.
-    let gone = has_hung_up(socket)?;
-    let there = queued(socket)?;
-    if have == HEADER && there >= HEADER + body {
+    // In this order: what the front end sent before it disconnected is in the buffer then.
+    let disconnected = has_hung_up(socket)?;
+    let available = queued(socket)?;
+    if have == HEADER && available >= HEADER + body {
         return Ok(Some((HEADER + body, false)));
     }
-    Ok(gone.then_some((there, true)))
+    Ok(disconnected.then_some((available, true)))
 }
 
-/// How many bytes wait to be read, over all that was sent.
+/// How many bytes can be read, over all messages sent.
 fn queued(socket: &UnixStream) -> std::io::Result<usize> {
     let bytes = rustix::io::ioctl_fionread(socket)?;
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
@@ -179,32 +185,32 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_there_when_its_last_byte_is() {
+    fn message_is_readable_once_its_last_byte_arrived() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(8, 7)).unwrap();
-        assert_eq!(is_whole(&ours).unwrap(), None);
+        assert_eq!(readable_message(&ours).unwrap(), None);
         theirs.write_all(&[7, 7]).unwrap();
-        assert_eq!(is_whole(&ours).unwrap(), Some((HEADER + 8, false)));
+        assert_eq!(readable_message(&ours).unwrap(), Some((HEADER + 8, false)));
     }
 
     #[test]
-    fn part_of_a_header_is_no_message_until_its_sender_goes() {
+    fn partial_header_is_readable_only_after_disconnect() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(0, 0)[..5]).unwrap();
-        assert_eq!(is_whole(&ours).unwrap(), None);
+        assert_eq!(readable_message(&ours).unwrap(), None);
         drop(theirs);
-        assert_eq!(is_whole(&ours).unwrap(), Some((5, true)));
+        assert_eq!(readable_message(&ours).unwrap(), Some((5, true)));
     }
 
     #[test]
-    fn a_size_that_nobody_accepts_is_not_waited_for() {
+    fn header_with_too_large_size_is_readable_without_body() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(0x1001, 0)).unwrap();
-        assert_eq!(is_whole(&ours).unwrap(), Some((HEADER, false)));
+        assert_eq!(readable_message(&ours).unwrap(), Some((HEADER, false)));
     }
 
     #[test]
-    fn stop_ends_the_wait_within_a_message() {
+    fn stop_ends_wait_within_message() {
         let (ours, mut theirs) = pair();
         let (stop, mut stopper) = pair();
         theirs.write_all(&message(8, 1)).unwrap();
@@ -215,15 +221,15 @@ mod tests {
     }
 
     #[test]
-    fn watch_ends_the_wait_and_a_message_comes_first() {
+    fn watch_ends_wait_unless_message_arrived() {
         let (ours, mut theirs) = pair();
         let (stop, _stopper) = pair();
         let (event, mut other) = pair();
         let late = Watch::Until(Instant::now());
         let on = |watch| wait(&ours, stop.as_fd(), watch).unwrap();
-        assert_eq!(on(late), Incoming::Watched);
+        assert_eq!(on(late), Incoming::WatchFired);
         other.write_all(&[0]).unwrap();
-        assert_eq!(on(Watch::Readable(event.as_fd())), Incoming::Watched);
+        assert_eq!(on(Watch::Readable(event.as_fd())), Incoming::WatchFired);
         theirs.write_all(&message(0, 0)).unwrap();
         for watch in [Watch::Readable(event.as_fd()), late] {
             assert!(matches!(on(watch), Incoming::Message { .. }));

@@ -1,9 +1,9 @@
-//! The front door: listening, and one vhost-user session at a time.
+//! The vhost-user back end: the listening socket, and one vhost-user session at a time.
 //!
-//! The session follows the vhost-user specification as the back end of a virtio-fs device; it
-//! implements `vhost`'s request handler itself, because the ready-made daemon keeps the kick
-//! eventfds in a thread of its own, where here they belong to the workers. The invariant:
-//! while anything changes that a running queue relies on, that queue is stopped and drained.
+//! A session implements the back end of a virtio-fs device as the vhost-user specification
+//! describes it. It implements `vhost`'s request handler itself, because the daemon of
+//! `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the workers own
+//! them. The invariant: a queue is stopped and drained before anything changes that it relies on.
 
 mod device_state;
 mod listener;
@@ -29,37 +29,38 @@ pub use session_snapshot::{SessionSnapshot, SnapshotError, VERSION};
 
 use crate::virtqueue::{Queue, QueueIndex};
 
-/// What runs the queues for a session.
+/// Runs the queues of a session.
 pub trait Runner {
-    /// Serves `queue` from now on, looking at it once without a kick.
+    /// Starts serving `queue`; looks at its ring once without a kick.
     ///
     /// # Errors
     ///
-    /// The queue's thread is gone, or can't wait for `kick`.
+    /// Fails if the queue's thread has ended, or can't wait for `kick`.
     fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> std::io::Result<()>;
 
-    /// Stops serving the queue, waits until everything taken off it has been returned, and
-    /// answers the available entry that comes next; `None` if it wasn't being served.
+    /// Stops serving the queue, waits until all chains taken off it have been returned, and returns
+    /// the index of the next available entry. Returns `None` if the queue wasn't being served.
     fn stop(&mut self, queue: QueueIndex) -> Option<u16>;
 
-    /// Forgets what the guest held: it has been reset.
+    /// Discards the state of the guest, which has been reset.
     fn reset(&mut self);
 
-    /// All queues run again that ran in the process that served before.
+    /// Reports that all queues run again that ran in the previous server process.
     fn resumed(&mut self) {}
 
-    /// What the guest's session is saved and loaded by. By default nothing is.
+    /// Returns what saves and loads the state of the guest's session. By default neither is
+    /// supported.
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
-        Arc::new(device_state::Stateless)
+        Arc::new(device_state::NoDeviceState)
     }
 }
 
-/// How a session is told to end.
+/// Tells a session to end.
 #[derive(Clone, Copy, Debug)]
 pub struct Stop<'a> {
-    /// Readable when it is to.
+    /// Readable once the session has to end.
     pub asked: BorrowedFd<'a>,
-    /// Whether another process is to go on with it: then nothing of it is closed.
+    /// Whether another process will resume the session. Then none of its descriptors is closed.
     pub leave: &'a AtomicBool,
 }
 
@@ -72,11 +73,11 @@ impl Stop<'_> {
     }
 }
 
-/// Polls two descriptors until one of them can be read or has ended; true if it is `stop`.
+/// Polls two descriptors until one of them is readable or closed; returns true if `stop` is.
 ///
 /// # Errors
 ///
-/// Those of `poll(2)`.
+/// Fails as `poll(2)` does.
 pub fn wait_readable(fd: impl AsFd, stop: BorrowedFd<'_>) -> std::io::Result<bool> {
     use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [

@@ -1,7 +1,7 @@
-//! From a session to its record, and back.
+//! Takes a snapshot of a session, and restores a session from one.
 //!
-//! The invariant: a session is restored as a whole, each descriptor being what it is said to be, or
-//! not at all.
+//! The invariant: a session is restored completely, with each descriptor checked to be of the kind
+//! that the snapshot says, or not at all.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use crate::sys;
 use crate::virtqueue::memory::{DirtyLog, Region};
 use crate::virtqueue::{InflightRegion, Memory, QueueIndex};
 
-/// What keeps the descriptors open that a record names.
+/// Keeps the descriptors open that a snapshot names.
 #[derive(Debug, Default)]
 pub(super) struct OpenDescriptors {
     _regions: Memory,
@@ -29,11 +29,11 @@ pub(super) struct OpenDescriptors {
 }
 
 impl<R: Runner> Session<'_, R> {
-    /// All that the session goes by, but the socket and what is under way there.
-    pub(super) fn record(&self) -> (SessionSnapshot, OpenDescriptors) {
+    /// Returns the state of the session, except for the socket and the message being handled.
+    pub(super) fn snapshot(&self) -> (SessionSnapshot, OpenDescriptors) {
         let regions = self.regions.regions().iter().filter_map(|region| {
             let (file, offset) = region.file()?;
-            let (guest, user, len) = region.place();
+            let (guest, user, len) = region.addresses();
             Some(RegionRecord {
                 guest,
                 user,
@@ -53,49 +53,49 @@ impl<R: Runner> Session<'_, R> {
             let file = FileRecord { fd, offset, len };
             Some((file, region.shape()))
         });
-        let record = SessionSnapshot {
-            asked: self.asked,
+        let snapshot = SessionSnapshot {
+            features_requested: self.features_requested,
             features: self.features,
             protocol: self.protocol,
             regions: regions.collect(),
             log,
             inflight,
-            vrings: self.vrings.iter().map(Vring::record).collect(),
+            vrings: self.vrings.iter().map(Vring::snapshot).collect(),
             ..SessionSnapshot::default()
         };
         let fds = self.vrings.iter().flat_map(|vring| {
             let fds = [&vring.kick, &vring.call_fd, &vring.err];
             fds.into_iter().flatten().cloned()
         });
-        let held = OpenDescriptors {
+        let open = OpenDescriptors {
             _regions: self.regions.clone(),
             _log: self.log.clone(),
             _inflight: self.inflight.clone(),
             _fds: fds.collect(),
         };
-        (record, held)
+        (snapshot, open)
     }
 
-    /// Makes the session what the record says, and runs its queues.
-    pub(super) fn restore(&mut self, record: &SessionSnapshot) -> Result<(), SessionError> {
-        // All first, so that none of them is left open.
-        let files = record.regions.iter().map(|region| adopt(region.fd));
+    /// Restores the session from `snapshot`, and starts its queues.
+    pub(super) fn restore(&mut self, snapshot: &SessionSnapshot) -> Result<(), SessionError> {
+        // Adopt all descriptors before anything can fail, so that none of them leaks.
+        let files = snapshot.regions.iter().map(|region| adopt(region.fd));
         let files = files.collect::<Result<Vec<_>, _>>()?;
-        let log = record.log.map(|log| adopt(log.fd)).transpose()?;
-        let inflight = record
+        let log = snapshot.log.map(|log| adopt(log.fd)).transpose()?;
+        let inflight = snapshot
             .inflight
             .map(|(file, _)| adopt(file.fd))
             .transpose()?;
-        let mut vrings = Vec::with_capacity(record.vrings.len());
-        for (index, vring) in (0..).zip(&record.vrings) {
+        let mut vrings = Vec::with_capacity(snapshot.vrings.len());
+        for (index, vring) in (0..).zip(&snapshot.vrings) {
             vrings.push(Vring::restored(QueueIndex(index), vring)?);
         }
         let queues = self.device.queues();
         if vrings.len() != usize::from(queues) {
-            let there = vrings.len();
-            return Err(SessionError::OtherDevice { there, queues });
+            let recorded = vrings.len();
+            return Err(SessionError::OtherDevice { recorded, queues });
         }
-        let regions = record.regions.iter().zip(files).map(|(region, file)| {
+        let regions = snapshot.regions.iter().zip(files).map(|(region, file)| {
             let RegionRecord {
                 guest,
                 user,
@@ -103,26 +103,38 @@ impl<R: Runner> Session<'_, R> {
                 offset,
                 ..
             } = *region;
-            Region::map(File::from(file), offset, guest, user, len, &self.alarm)
+            Region::map(
+                File::from(file),
+                offset,
+                guest,
+                user,
+                len,
+                &self.memory_lost,
+            )
         });
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let regions = Memory::new(regions, None)?;
-        let log = record.log.zip(log).map(|(record, file)| {
-            DirtyLog::map(File::from(file), record.offset, record.len, &self.alarm)
+        let log = snapshot.log.zip(log).map(|(record, file)| {
+            DirtyLog::map(
+                File::from(file),
+                record.offset,
+                record.len,
+                &self.memory_lost,
+            )
         });
         let log = log.transpose()?.map(Arc::new);
-        let inflight = record
+        let inflight = snapshot
             .inflight
             .zip(inflight)
             .map(|((record, shape), file)| {
-                let part = (record.offset, record.len);
-                InflightRegion::map(File::from(file), part, shape, &self.alarm)
+                let range = (record.offset, record.len);
+                InflightRegion::map(File::from(file), range, shape, &self.memory_lost)
             });
         let inflight = inflight.transpose().map_err(SessionError::Inflight)?;
         self.change_all(|session| {
-            session.asked = record.asked;
-            session.features = record.features;
-            session.protocol = record.protocol;
+            session.features_requested = snapshot.features_requested;
+            session.features = snapshot.features;
+            session.protocol = snapshot.protocol;
             session.regions = regions;
             session.log = log;
             session.inflight = inflight;
@@ -132,7 +144,7 @@ impl<R: Runner> Session<'_, R> {
 }
 
 impl Vring {
-    fn record(&self) -> VringRecord {
+    fn snapshot(&self) -> VringRecord {
         let number = |fd: &Option<Arc<OwnedFd>>| fd.as_ref().map(|fd| fd.as_raw_fd());
         VringRecord {
             size: self.size,
@@ -156,7 +168,7 @@ impl Vring {
             call_fd: call_fd.clone(),
             err: record.err.map(adopt).transpose()?.map(Arc::new),
             enabled: record.enabled,
-            // Nobody runs it any more.
+            // The process that ran it has ended.
             running: false,
             ..Self::default()
         };
@@ -165,22 +177,22 @@ impl Vring {
     }
 }
 
-/// The front end's socket.
-pub(super) fn socket(record: &SessionSnapshot) -> Result<UnixStream, SessionError> {
-    let fd = adopt(record.socket)?;
+/// Adopts the front end's socket.
+pub(super) fn socket(snapshot: &SessionSnapshot) -> Result<UnixStream, SessionError> {
+    let fd = adopt(snapshot.socket)?;
     let is_socket = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
         && sockopt::socket_type(&fd) == Ok(SocketType::STREAM);
     if is_socket {
         return Ok(UnixStream::from(fd));
     }
-    Err(SessionError::NotLeft {
-        fd: record.socket,
-        source: io::Error::other("it is no unix stream socket"),
+    Err(SessionError::NotInherited {
+        fd: snapshot.socket,
+        source: io::Error::other("it is not a Unix stream socket"),
     })
 }
 
-/// The messages by which front end and `vhost` came to agree.
-pub(super) fn agreement(record: &SessionSnapshot) -> Vec<Vec<u8>> {
+/// Returns the messages that repeat the feature negotiation between the front end and `vhost`.
+pub(super) fn negotiation(snapshot: &SessionSnapshot) -> Vec<Vec<u8>> {
     const GET_FEATURES: u32 = 1;
     const SET_FEATURES: u32 = 2;
     const SET_PROTOCOL_FEATURES: u32 = 16;
@@ -191,23 +203,28 @@ pub(super) fn agreement(record: &SessionSnapshot) -> Vec<Vec<u8>> {
         let head = [request, VERSION, size].map(u32::to_ne_bytes).concat();
         [&head[..], body.as_ref().map_or(&[], <[u8; 8]>::as_slice)].concat()
     };
-    let asked = record.asked.then(|| message(GET_FEATURES, None));
-    let taken = record
+    let requested = snapshot
+        .features_requested
+        .then(|| message(GET_FEATURES, None));
+    let accepted = snapshot
         .features
-        .map(|_| message(SET_FEATURES, record.features));
-    let protocol = record
+        .map(|_| message(SET_FEATURES, snapshot.features));
+    let protocol = snapshot
         .protocol
-        .map(|_| message(SET_PROTOCOL_FEATURES, record.protocol));
-    [asked, taken, protocol].into_iter().flatten().collect()
+        .map(|_| message(SET_PROTOCOL_FEATURES, snapshot.protocol));
+    [requested, accepted, protocol]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
-/// Takes a descriptor over. The record names it once, and by [`super::resume`]'s promise nobody else
-/// here owns it.
+/// Takes ownership of a descriptor. The snapshot names it once, and the caller of [`super::resume`]
+/// guarantees that nothing else in this process owns it.
 fn adopt(fd: RawFd) -> Result<OwnedFd, SessionError> {
-    sys::inherit::inherited_fd(fd).map_err(|source| SessionError::NotLeft { fd, source })
+    sys::inherit::inherited_fd(fd).map_err(|source| SessionError::NotInherited { fd, source })
 }
 
-/// As [`adopt`], all of them.
+/// Takes ownership of several descriptors, as [`adopt`] does.
 pub(super) fn adopt_all(fds: &[RawFd]) -> Result<Vec<OwnedFd>, SessionError> {
     fds.iter().map(|fd| adopt(*fd)).collect()
 }

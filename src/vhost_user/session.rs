@@ -1,7 +1,9 @@
-//! One vhost-user session: what the messages of one front end do, from connect to disconnect.
+//! One vhost-user session: handles the messages of one front end, from connect to disconnect.
 //!
-//! See the vhost-user specification, "Back-end implementation". The invariant: a queue runs
-//! exactly when it is started, enabled and described, and never while one of these changes.
+//! See the vhost-user specification, "Back-end implementation". A [`Session`] owns the memory
+//! table, the dirty log, the in-flight region and the state of each vring. The invariant: a queue
+//! runs exactly if its ring is started, enabled and completely described, and never while one of
+//! these changes.
 
 use std::fs::File;
 use std::io;
@@ -27,12 +29,12 @@ use crate::virtqueue::{
     QueueError, QueueIndex, RingAddresses, Setup, Tracking,
 };
 
-/// What to do about memory that is not shared.
-pub(super) const SHARE: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
+/// How to make a VMM share its memory.
+pub(super) const SHARE_MEMORY_HINT: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
      Cloud Hypervisor with `--memory size=SIZE,shared=on`, libvirt with `<memoryBacking><source \
      type='memfd'/><access mode='shared'/></memoryBacking>`";
 
-/// What is offered of the protocol. REPLY_ACK is `vhost`'s own work.
+/// Protocol features that are offered. `vhost` implements REPLY_ACK.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -42,115 +44,117 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
     .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
-/// How a session ended, if well.
+/// How a session ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The front end has gone.
+    /// The front end disconnected.
     Disconnected,
     /// The server was asked to stop.
     Stopped,
-    /// The server was asked to leave it to another process, for which all has stayed open.
+    /// The server was asked to leave the session to another process. Its descriptors have stayed
+    /// open.
     Left,
 }
 
-/// Why a session ended: the front end's fault, or the host's.
+/// Why a session failed: through a fault of the front end or of the host.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// A message that can't be, or that comes at the wrong time.
+    /// A message was malformed, or came at the wrong time.
     #[error("the front end broke the vhost-user protocol")]
     Protocol(#[source] ProtocolError),
-    /// Part of a message, and nothing more.
-    #[error("the front end stopped within a message, of which {have} bytes have come")]
+    /// The front end stopped sending within a message.
+    #[error("the front end stopped within a message, of which {have} bytes have arrived")]
     Stalled {
-        /// Bytes that have come.
+        /// Bytes that have arrived.
         have: usize,
     },
-    /// Features that were not offered.
-    #[error("the front end took features {taken:#x} of which {extra:#x} were not offered")]
+    /// The front end accepted features that were not offered.
+    #[error("the front end accepted features {accepted:#x}, of which {extra:#x} were not offered")]
     Features {
-        /// What it took.
-        taken: u64,
-        /// What of that was not offered.
+        /// The features that it accepted.
+        accepted: u64,
+        /// Those of them that were not offered.
         extra: u64,
     },
-    /// A queue that the device doesn't have.
+    /// The front end named a queue that the device doesn't have.
     #[error("the front end set up queue {index}, but there are {queues}; see --request-queues")]
     NoSuchQueue {
-        /// Asked for.
+        /// The queue that it named.
         index: u32,
-        /// How many there are.
+        /// The number of queues.
         queues: u16,
     },
-    /// A kick without an eventfd asks for polling.
+    /// The kick came without an eventfd, which asks the back end to poll the ring.
     #[error("queue {0} has no kick eventfd; polling rings is not supported")]
     NoKick(QueueIndex),
-    /// Something else than an eventfd, to which a write might wait or do who knows what.
-    #[error("what queue {0} was given to be called or kicked by is not an eventfd")]
+    /// The descriptor for a call or a kick is no eventfd. A write to it might block or have any
+    /// effect.
+    #[error("the descriptor for the call or kick of queue {0} is not an eventfd")]
     NotAnEventfd(QueueIndex),
-    /// The memory table can't be.
+    /// The memory table is invalid.
     #[error("the front end's memory can't be used")]
     Memory(#[from] MemoryError),
-    /// The VMM has kept the guest's memory to itself.
+    /// The VMM has not shared the guest's memory.
     #[error(
-        "the VMM has not shared the VM's memory ({regions} regions with {fds} descriptors): {SHARE}"
+        "the VMM has not shared the VM's memory ({regions} regions with {fds} descriptors): \
+         {SHARE_MEMORY_HINT}"
     )]
     NotShared {
-        /// Regions that were told of.
+        /// Regions that the message describes.
         regions: u32,
-        /// Descriptors that came with them.
+        /// Descriptors that came with it.
         fds: usize,
     },
-    /// Memory that was handed over is no longer there.
+    /// Part of the guest's memory is no longer accessible.
     #[error(
-        "the guest's memory at {0:#x} is gone: the file behind it was truncated, or the hardware \
-         has lost it"
+        "the guest's memory at {0:#x} is gone: its file was truncated, or the hardware lost the page"
     )]
     MemoryGone(GuestAddress),
-    /// What is in flight can't be kept where the front end wants it.
-    #[error("the front end's memory of what is in flight can't be used")]
+    /// The front end's in-flight region can't be used.
+    #[error("the front end's in-flight region can't be used")]
     Inflight(#[from] InflightError),
-    /// It is no longer there.
-    #[error("the memory of what is in flight is gone: the file behind it was truncated")]
+    /// The front end's in-flight region is no longer accessible.
+    #[error("the front end's in-flight region is gone: its file was truncated")]
     InflightGone,
-    /// The log that was handed over is no longer there.
-    #[error("the dirty log is gone: the file behind it was truncated")]
+    /// The dirty log is no longer accessible.
+    #[error("the dirty log is gone: its file was truncated")]
     LogGone,
-    /// There is nothing to notice that with.
-    #[error("watching over the guest's memory")]
+    /// The event that reports lost memory can't be created.
+    #[error("watching the guest's memory")]
     Watch(#[source] io::Error),
-    /// A ring can't be.
+    /// A queue's description is invalid.
     #[error("the front end's queue can't be used")]
     Queue(#[from] QueueError),
-    /// The worker can't take the queue.
+    /// The worker can't run the queue.
     #[error("starting queue {index}")]
     Run {
-        /// Which queue.
+        /// The queue.
         index: QueueIndex,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The device is another than it was.
-    #[error("the session has {there} queues, and this server {queues}; see --request-queues")]
+    /// The session of the previous process has another number of queues than this device.
+    #[error("the session has {recorded} queues, and this server {queues}; see --request-queues")]
     OtherDevice {
-        /// That the session has.
-        there: usize,
-        /// That there are.
+        /// Queues of the session.
+        recorded: usize,
+        /// Queues of this device.
         queues: u16,
     },
-    /// Something that an earlier process should have left.
-    #[error("going on with descriptor {fd} of the session")]
-    NotLeft {
-        /// Its number.
+    /// A descriptor that the previous process should have left open can't be used.
+    #[error("taking over descriptor {fd} of the session")]
+    NotInherited {
+        /// The descriptor's number.
         fd: std::os::fd::RawFd,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The server has no descriptor left for what it must open or be given.
+    /// The process has no free descriptor.
     #[error(
-        "the server has no file descriptor left: raise --rlimit-nofile, or the limit that it is \
-         started with (ulimit -n)"
+        "the server has no file descriptor left: raise --rlimit-nofile, or the limit under which it \
+         is started (ulimit -n)"
     )]
     Descriptors(#[source] io::Error),
     /// The socket can't be used.
@@ -159,7 +163,7 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    /// What went wrong with the front end's socket.
+    /// Converts an error of the front end's socket.
     pub(super) fn socket(error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => Self::Descriptors(error),
@@ -179,39 +183,39 @@ impl From<SessionError> for ProtocolError {
 pub(super) struct Session<'a, R> {
     pub(super) device: &'a Device,
     runner: &'a mut R,
-    /// What outlives this process.
+    /// State that outlives this process.
     table: Arc<Table>,
-    /// Raised when memory that was handed over is gone.
-    pub(super) alarm: Arc<MemoryLostEvent>,
-    /// GET_FEATURES has come.
-    pub(super) asked: bool,
+    /// Reports that memory of the front end is no longer accessible.
+    pub(super) memory_lost: Arc<MemoryLostEvent>,
+    /// Whether the front end has sent GET_FEATURES.
+    pub(super) features_requested: bool,
     pub(super) features: Option<u64>,
     pub(super) protocol: Option<u64>,
     pub(super) regions: Memory,
     pub(super) log: Option<Arc<DirtyLog>>,
-    /// Where the front end keeps what is in flight.
+    /// The front end's in-flight region.
     pub(super) inflight: Option<InflightRegion>,
-    /// `regions` with the log that is due.
+    /// `regions`, with `log` if LOG_ALL was negotiated.
     memory: Arc<Memory>,
     pub(super) vrings: Vec<Vring>,
     transfer: Transfer,
-    /// The log has told that the VMM takes a tag that there is not.
-    told_of_tag: bool,
+    /// Whether the warning that the VMM reads a missing tag was logged.
+    warned_of_missing_tag: bool,
 }
 
 impl<'a, R: Runner> Session<'a, R> {
     pub(super) fn new(
         device: &'a Device,
         runner: &'a mut R,
-        (table, alarm): (&Arc<Table>, &Arc<MemoryLostEvent>),
+        (table, memory_lost): (&Arc<Table>, &Arc<MemoryLostEvent>),
         stop: BorrowedFd<'_>,
     ) -> Self {
         Self {
             table: Arc::clone(table),
             device,
             runner,
-            alarm: Arc::clone(alarm),
-            asked: false,
+            memory_lost: Arc::clone(memory_lost),
+            features_requested: false,
             features: None,
             protocol: None,
             regions: Memory::default(),
@@ -220,15 +224,15 @@ impl<'a, R: Runner> Session<'a, R> {
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             transfer: Transfer::new(stop),
-            told_of_tag: false,
+            warned_of_missing_tag: false,
         }
     }
 
-    /// A front end that has just connected: what was in flight before the guest's session is none of
-    /// its.
+    /// Prepares for a front end that has just connected. If no guest's session is in the table, the
+    /// requests in flight there belong to an earlier front end.
     pub(super) fn begin(&self) {
         if self.table.agreement().is_none() {
-            forget_in_flight(&self.table);
+            clear_in_flight(&self.table);
         }
     }
 
@@ -236,7 +240,7 @@ impl<'a, R: Runner> Session<'a, R> {
         &self.memory
     }
 
-    fn has(&self, feature: u64) -> bool {
+    fn negotiated(&self, feature: u64) -> bool {
         self.features.unwrap_or(0) & feature != 0
     }
 
@@ -252,42 +256,42 @@ impl<'a, R: Runner> Session<'a, R> {
         }
     }
 
-    /// Changes one queue's description, the queue being stopped meanwhile.
+    /// Changes one queue's description. The queue is stopped meanwhile.
     fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<(), SessionError> {
         let (index, _) = self.vring(index)?;
         self.stop(index);
         change(&mut self.vrings[usize::from(index.0)]);
-        self.settle(index)
+        self.start_if_ready(index)
     }
 
-    /// Changes what all queues rely on, all being stopped meanwhile.
+    /// Changes what all queues rely on. All queues are stopped meanwhile.
     pub(super) fn change_all(
         &mut self,
         change: impl FnOnce(&mut Self),
     ) -> Result<(), SessionError> {
         self.stop_all();
         change(self);
-        let log = self.has(device::LOG_ALL).then(|| self.log.clone());
+        let log = self.negotiated(device::LOG_ALL).then(|| self.log.clone());
         let log = log.flatten();
         self.memory = Arc::new(self.regions.with_log(log));
         for index in 0..self.device.queues() {
-            self.settle(QueueIndex(index))?;
+            self.start_if_ready(QueueIndex(index))?;
         }
         Ok(())
     }
 
-    /// Runs the queue if it is to run and doesn't.
-    fn settle(&mut self, index: QueueIndex) -> Result<(), SessionError> {
-        let implicit = !self.has(device::PROTOCOL_FEATURES);
+    /// Starts the queue if it is ready and doesn't run.
+    fn start_if_ready(&mut self, index: QueueIndex) -> Result<(), SessionError> {
+        let enabled_at_start = !self.negotiated(device::PROTOCOL_FEATURES);
         let features = Features {
-            event_idx: self.has(device::EVENT_IDX),
-            indirect: self.has(device::INDIRECT_DESC),
+            event_idx: self.negotiated(device::EVENT_IDX),
+            indirect: self.negotiated(device::INDIRECT_DESC),
         };
         let vring = &mut self.vrings[usize::from(index.0)];
         if vring.running {
             return Ok(());
         }
-        let Some((addresses, kick)) = vring.ready(implicit) else {
+        let Some((addresses, kick)) = vring.ready(enabled_at_start) else {
             return Ok(());
         };
         let setup = Setup {
@@ -297,12 +301,12 @@ impl<'a, R: Runner> Session<'a, R> {
             addresses,
             next: vring.base,
         };
-        let kept = self.table.queue(index.0);
-        let handed = self.inflight.as_ref().and_then(|region| region.part(index));
-        let part = handed.or_else(|| kept.clone().map(InflightPart::kept));
+        let in_table = self.table.queue(index.0);
+        let from_front_end = self.inflight.as_ref().and_then(|region| region.part(index));
+        let part = from_front_end.or_else(|| in_table.clone().map(InflightPart::in_table));
         let tracking = part.map(|inflight| Tracking {
             inflight,
-            journal: kept.map(Journal::new),
+            journal: in_table.map(Journal::new),
         });
         let call = Arc::clone(&vring.call);
         let queue = Queue::tracked(&setup, &self.memory, call, tracking)?;
@@ -310,7 +314,10 @@ impl<'a, R: Runner> Session<'a, R> {
             .run(queue, kick)
             .map_err(|source| SessionError::Run { index, source })?;
         vring.running = true;
-        log::debug!("queue {index} runs: {} entries, {features:?}", vring.size);
+        log::debug!(
+            "queue {index} started: {} entries, {features:?}",
+            vring.size
+        );
         Ok(())
     }
 
@@ -321,7 +328,7 @@ impl<'a, R: Runner> Session<'a, R> {
             if let Some(next) = self.runner.stop(index) {
                 vring.base = next;
             }
-            log::debug!("queue {index} stopped at {}", vring.base);
+            log::debug!("queue {index} stopped at available index {}", vring.base);
         }
     }
 
@@ -340,21 +347,23 @@ impl<'a, R: Runner> Session<'a, R> {
         for vring in &mut self.vrings {
             vring.reset();
         }
-        // Nothing is in flight any more; the front end hands over another, or this one again.
+        // The reset ends all requests. The front end hands over a region again, this one or
+        // another.
         self.inflight = None;
-        forget_in_flight(&self.table);
+        clear_in_flight(&self.table);
         self.runner.reset();
     }
 }
 
-/// Nothing is in flight, as far as the table says.
-fn forget_in_flight(table: &Arc<Table>) {
+/// Clears the requests in flight in the table.
+fn clear_in_flight(table: &Arc<Table>) {
     let parts = (0..=u16::MAX).map_while(|index| table.queue(index));
-    parts.for_each(|part| InflightPart::kept(part).clear());
+    parts.for_each(|part| InflightPart::in_table(part).clear());
 }
 
-/// `fd`, if it may be an eventfd. The kernel tells files, pipes, sockets and devices from what
-/// has no place in any file system; nothing else of that kind takes a write and lets it wait.
+/// Returns `fd` if it may be an eventfd. `fstat` reports no file type for an anonymous inode, as an
+/// eventfd has, but one for files, pipes, sockets and devices. No other anonymous inode blocks a
+/// write.
 pub(super) fn eventfd(
     queue: QueueIndex,
     fd: impl Into<OwnedFd>,
@@ -366,54 +375,54 @@ pub(super) fn eventfd(
     }
 }
 
-type Answer<T> = Result<T, ProtocolError>;
+type HandlerResult<T> = Result<T, ProtocolError>;
 
-/// What the front end is told by a number, and an operator by the log.
-fn refused(error: TransferError) -> ProtocolError {
+/// Logs the cause of a failed transfer, as the front end gets only a number.
+fn transfer_failed(error: TransferError) -> ProtocolError {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    log::error!("migration: {text}");
+    log::error!("migration failed: {text}");
     ProtocolError::ReqHandlerError(io::Error::other(error))
 }
 
-/// For requests that belong to features which are not offered.
-fn not_offered<T>(what: &'static str) -> Answer<T> {
+/// Refuses a request that belongs to a feature which was not offered.
+fn not_offered<T>(what: &'static str) -> HandlerResult<T> {
     Err(ProtocolError::InvalidOperation(what))
 }
 
 impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
-    fn set_owner(&mut self) -> Answer<()> {
+    fn set_owner(&mut self) -> HandlerResult<()> {
         Ok(())
     }
 
-    fn reset_owner(&mut self) -> Answer<()> {
+    fn reset_owner(&mut self) -> HandlerResult<()> {
         self.stop_all();
         Ok(())
     }
 
-    fn reset_device(&mut self) -> Answer<()> {
+    fn reset_device(&mut self) -> HandlerResult<()> {
         self.reset();
         Ok(())
     }
 
-    fn get_features(&mut self) -> Answer<u64> {
-        self.asked = true;
+    fn get_features(&mut self) -> HandlerResult<u64> {
+        self.features_requested = true;
         Ok(device::FEATURES)
     }
 
-    fn set_features(&mut self, taken: u64) -> Answer<()> {
-        let extra = taken & !device::FEATURES;
+    fn set_features(&mut self, accepted: u64) -> HandlerResult<()> {
+        let extra = accepted & !device::FEATURES;
         if extra != 0 {
-            return Err(SessionError::Features { taken, extra }.into());
+            return Err(SessionError::Features { accepted, extra }.into());
         }
-        if Some(taken) == self.features {
+        if Some(accepted) == self.features {
             return Ok(());
         }
-        Ok(self.change_all(|session| session.features = Some(taken))?)
+        Ok(self.change_all(|session| session.features = Some(accepted))?)
     }
 
     fn set_mem_table(
@@ -421,7 +430,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         table: &[VhostUserMemoryRegion],
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
-    ) -> Answer<Option<Vec<VhostUserMemoryRegionBase>>> {
+    ) -> HandlerResult<Option<Vec<VhostUserMemoryRegionBase>>> {
         let regions = table
             .iter()
             .zip(files)
@@ -432,7 +441,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
                     region.guest_phys_addr,
                     region.user_addr,
                     region.memory_size,
-                    &self.alarm,
+                    &self.memory_lost,
                 )
             })
             .collect::<Result<Vec<_>, _>>()
@@ -448,14 +457,14 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         region: &VhostUserSingleMemoryRegion,
         file: File,
         _postcopy_listening: Option<bool>,
-    ) -> Answer<Option<VhostUserMemoryRegionBase>> {
+    ) -> HandlerResult<Option<VhostUserMemoryRegionBase>> {
         let regions = Region::map(
             file,
             region.mmap_offset,
             region.guest_phys_addr,
             region.user_addr,
             region.memory_size,
-            &self.alarm,
+            &self.memory_lost,
         )
         .and_then(|region| self.regions.with_region(region))
         .map_err(SessionError::Memory)?;
@@ -463,7 +472,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         Ok(None)
     }
 
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Answer<()> {
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> HandlerResult<()> {
         let regions = self
             .regions
             .without_region(region.guest_phys_addr, region.user_addr, region.memory_size)
@@ -471,11 +480,11 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         Ok(self.change_all(|session| session.regions = regions)?)
     }
 
-    fn get_max_mem_slots(&mut self) -> Answer<u64> {
-        Ok(Memory::MOST_REGIONS as u64)
+    fn get_max_mem_slots(&mut self) -> HandlerResult<u64> {
+        Ok(Memory::MAX_REGIONS as u64)
     }
 
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
+    fn set_vring_num(&mut self, index: u32, num: u32) -> HandlerResult<()> {
         let (queue, _) = self.vring(index)?;
         Queue::check_size(queue, num).map_err(SessionError::Queue)?;
         let size = u16::try_from(num).map_err(|_checked| ProtocolError::InvalidParam)?;
@@ -490,7 +499,7 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         used: u64,
         available: u64,
         log: u64,
-    ) -> Answer<()> {
+    ) -> HandlerResult<()> {
         let addresses = RingAddresses {
             descriptors: descriptor,
             available,
@@ -502,45 +511,45 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         Ok(self.change(index, |vring| vring.addresses = Some(addresses))?)
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Answer<()> {
+    fn set_vring_base(&mut self, index: u32, base: u32) -> HandlerResult<()> {
         // A split ring has its index in the low half (vhost-user specification, "A vring
         // state description").
         let base = u16::try_from(base & 0xffff).map_err(|_masked| ProtocolError::InvalidParam)?;
         Ok(self.change(index, |vring| vring.base = base)?)
     }
 
-    fn get_vring_base(&mut self, index: u32) -> Answer<VhostUserVringState> {
+    fn get_vring_base(&mut self, index: u32) -> HandlerResult<VhostUserVringState> {
         self.change(index, |vring| vring.kick = None)?;
         let (_, vring) = self.vring(index)?;
         Ok(VhostUserVringState::new(index, u32::from(vring.base)))
     }
 
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let (queue, _) = self.vring(u32::from(index))?;
         let kick = fd.ok_or(SessionError::NoKick(queue))?;
         let kick = eventfd(queue, kick)?;
         Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
     }
 
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let (queue, vring) = self.vring(u32::from(index))?;
         let fd = fd.map(|fd| eventfd(queue, fd)).transpose()?;
         vring.call.set(fd.clone());
         vring.call_fd = fd;
         if vring.running {
-            // What completed between the two eventfds may have called the old one.
+            // A completion during the exchange may have signalled the old eventfd.
             vring.call.signal();
         }
         Ok(())
     }
 
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let (_, vring) = self.vring(u32::from(index))?;
         vring.err = fd.map(|fd| Arc::new(fd.into()));
         Ok(())
     }
 
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Answer<()> {
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> HandlerResult<()> {
         let (_, vring) = self.vring(index)?;
         if vring.enabled == enable {
             return Ok(());
@@ -548,20 +557,20 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         Ok(self.change(index, |vring| vring.enabled = enable)?)
     }
 
-    fn get_protocol_features(&mut self) -> Answer<VhostUserProtocolFeatures> {
+    fn get_protocol_features(&mut self) -> HandlerResult<VhostUserProtocolFeatures> {
         Ok(PROTOCOL_FEATURES)
     }
 
-    fn set_protocol_features(&mut self, taken: u64) -> Answer<()> {
-        let extra = taken & !PROTOCOL_FEATURES.bits();
+    fn set_protocol_features(&mut self, accepted: u64) -> HandlerResult<()> {
+        let extra = accepted & !PROTOCOL_FEATURES.bits();
         if extra != 0 {
-            return Err(SessionError::Features { taken, extra }.into());
+            return Err(SessionError::Features { accepted, extra }.into());
         }
-        self.protocol = Some(taken);
+        self.protocol = Some(accepted);
         Ok(())
     }
 
-    fn get_queue_num(&mut self) -> Answer<u64> {
+    fn get_queue_num(&mut self) -> HandlerResult<u64> {
         Ok(u64::from(self.device.queues()))
     }
 
@@ -570,14 +579,14 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         offset: u32,
         size: u32,
         _flags: VhostUserConfigFlags,
-    ) -> Answer<Vec<u8>> {
+    ) -> HandlerResult<Vec<u8>> {
         if self.device.tag.is_none()
             && offset == 0
-            && !std::mem::replace(&mut self.told_of_tag, true)
+            && !std::mem::replace(&mut self.warned_of_missing_tag, true)
         {
             log::warn!(
-                "the VMM takes the tag, by which the guest mounts, from this server, and there is none: \
-                 give --tag NAME, unless the VMM has a setting of its own"
+                "the VMM reads the mount tag from this server, which has none: set --tag NAME, \
+                 unless the VMM has a setting of its own"
             );
         }
         let space = self.device.config_space();
@@ -588,55 +597,59 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         part.map(<[u8]>::to_vec).ok_or(ProtocolError::InvalidParam)
     }
 
-    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Answer<()> {
-        // A guest can cause this and must not end its session by it.
+    fn set_config(
+        &mut self,
+        offset: u32,
+        buf: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> HandlerResult<()> {
+        // A guest can cause this, so it must not end the session.
         log::debug!(
-            "{} bytes written to the configuration space at {offset}, which is read-only: ignored",
+            "ignoring a write of {} bytes at {offset} to the read-only configuration space",
             buf.len()
         );
         Ok(())
     }
 
-    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> HandlerResult<()> {
         log::debug!("dirty log on descriptor {}", file.as_raw_fd());
-        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.alarm)
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.memory_lost)
             .map_err(SessionError::Memory)?;
         Ok(self.change_all(|session| session.log = Some(Arc::new(log)))?)
     }
 
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Answer<()> {
-        not_offered("a GPU socket for a file system")
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> HandlerResult<()> {
+        not_offered("a file system has no use for a GPU socket")
     }
 
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Answer<File> {
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> HandlerResult<File> {
         not_offered("SHARED_OBJECT was not offered")
     }
 
-    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Answer<(VhostUserInflight, File)> {
+    fn get_inflight_fd(
+        &mut self,
+        wanted: &VhostUserInflight,
+    ) -> HandlerResult<(VhostUserInflight, File)> {
         let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        let most = self.device.queues();
-        if queues > most {
+        let max = self.device.queues();
+        if queues > max {
             let index = u32::from(queues.saturating_sub(1));
-            return Err(SessionError::NoSuchQueue {
-                index,
-                queues: most,
-            }
-            .into());
+            return Err(SessionError::NoSuchQueue { index, queues: max }.into());
         }
         let (file, len) = InflightRegion::create(queues, size).map_err(SessionError::Inflight)?;
         Ok((VhostUserInflight::new(len, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Answer<()> {
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> HandlerResult<()> {
         let region = InflightRegion::map(
             file,
             (given.mmap_offset, given.mmap_size),
             (given.num_queues, given.queue_size),
-            &self.alarm,
+            &self.memory_lost,
         )
         .map_err(SessionError::Inflight)?;
         let (queues, size) = (given.num_queues, given.queue_size);
-        log::debug!("in flight: {queues} queues of {size} entries");
+        log::debug!("in-flight region for {queues} queues of {size} entries");
         Ok(self.change_all(|session| session.inflight = Some(region))?)
     }
 
@@ -645,26 +658,28 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         direction: VhostTransferStateDirection,
         phase: VhostTransferStatePhase,
         fd: File,
-    ) -> Answer<Option<File>> {
+    ) -> HandlerResult<Option<File>> {
         let VhostTransferStatePhase::STOPPED = phase;
         let direction = match direction {
             VhostTransferStateDirection::SAVE => Direction::Save,
             VhostTransferStateDirection::LOAD => Direction::Load,
         };
         if self.vrings.iter().any(|vring| vring.running) {
-            return Err(refused(TransferError::Running));
+            return Err(transfer_failed(TransferError::QueuesRunning));
         }
         let state = self.runner.device_state();
-        self.transfer.begin(direction, fd, state).map_err(refused)?;
-        // Its own pipe is good enough.
+        self.transfer
+            .start(direction, fd, state)
+            .map_err(transfer_failed)?;
+        // The transfer uses the front end's descriptor, so the reply carries none.
         Ok(None)
     }
 
-    fn check_device_state(&mut self) -> Answer<()> {
-        self.transfer.end().map_err(refused)
+    fn check_device_state(&mut self) -> HandlerResult<()> {
+        self.transfer.finish().map_err(transfer_failed)
     }
 
-    fn get_shmem_config(&mut self) -> Answer<VhostUserShMemConfig> {
+    fn get_shmem_config(&mut self) -> HandlerResult<VhostUserShMemConfig> {
         not_offered("SHMEM was not offered")
     }
 }

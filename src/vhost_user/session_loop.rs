@@ -1,10 +1,10 @@
-//! The messages of one session, one after the other, and what is kept of them.
+//! Handles the messages of one session in order, and saves a snapshot at each step.
 //!
-//! Whatever a message changes is written down before it is answered, and the message itself before
-//! it is taken off the socket. So a process that goes on with the session after this one was
-//! killed deals with each message once, and a front end that waits for an answer gets it, once: how
-//! much of it was sent the kernel writes into the table, in the very call that sends it
-//! (`sys/receipt.rs`). The invariant: a descriptor that the table's block names is open.
+//! The loop saves a message before it takes the message off the socket, and saves what the message
+//! changes before it sends the reply. So a process that resumes the session after this one was
+//! killed handles each message once. A front end that waits for a reply gets it once: the kernel
+//! records in the table how much of the reply was sent, in the system call that sends it
+//! (`sys/receipt.rs`). The invariant: a descriptor that the snapshot in the table names is open.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,7 +18,7 @@ use super::proxy::{FdMessage, Proxy};
 use super::restore::{self, OpenDescriptors};
 use super::session::{End, Session, SessionError};
 use super::session_snapshot::{Pending, SessionSnapshot};
-use super::shared_memory::{self, Suspicion};
+use super::shared_memory::{self, PrivateMemoryCheck};
 use super::{Runner, Stop};
 use crate::state::Table;
 
@@ -34,10 +34,10 @@ pub(super) struct SessionLoop<'a, R: Runner> {
     session: Arc<Mutex<Session<'a, R>>>,
     handler: BackendReqHandler<Mutex<Session<'a, R>>>,
     table: &'a Arc<Table>,
-    /// What the block in the table names.
-    held: OpenDescriptors,
-    /// That the VMM's memory is another than this server's.
-    suspicion: Suspicion,
+    /// Keeps the descriptors open that the snapshot in the table names.
+    open: OpenDescriptors,
+    /// Detects a VMM that has not shared its memory.
+    private_memory: PrivateMemoryCheck,
 }
 
 impl<'a, R: Runner + Send> SessionLoop<'a, R> {
@@ -46,34 +46,34 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         session: Session<'a, R>,
         table: &'a Arc<Table>,
     ) -> Result<Self, SessionError> {
-        let (proxy, theirs) = Proxy::new(stream).map_err(SessionError::socket)?;
+        let (proxy, vhost_end) = Proxy::new(stream).map_err(SessionError::socket)?;
         let session = Arc::new(Mutex::new(session));
-        let handler = BackendReqHandler::from_stream(theirs, Arc::clone(&session));
+        let handler = BackendReqHandler::from_stream(vhost_end, Arc::clone(&session));
         Ok(Self {
             proxy,
             session,
             handler,
             table,
-            held: OpenDescriptors::default(),
-            suspicion: Suspicion::default(),
+            open: OpenDescriptors::default(),
+            private_memory: PrivateMemoryCheck::default(),
         })
     }
 
-    /// Talks until the front end goes or `stop` says so; from the beginning, or from where
-    /// `record` says that it was.
+    /// Handles messages until the front end disconnects or `stop` fires. Starts a new session, or
+    /// resumes the one of `snapshot`.
     pub(super) fn run(
         mut self,
-        record: Option<SessionSnapshot>,
+        snapshot: Option<SessionSnapshot>,
         stop: Stop<'_>,
     ) -> Result<End, SessionError> {
-        let begun = match record {
+        let started = match snapshot {
             None => {
                 self.save(Pending::Nothing);
                 Ok(None)
             }
-            Some(record) => self.go_on(record),
+            Some(snapshot) => self.resume(snapshot),
         };
-        let end = match begun {
+        let end = match started {
             Ok(None) => self.handle(stop),
             Ok(Some(end)) => Ok(end),
             Err(error) => Err(error),
@@ -83,7 +83,7 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
             .unwrap_or_else(PoisonError::into_inner)
             .stop_all();
         if matches!(end, Ok(End::Stopped)) && stop.leaves() {
-            // Whoever goes on has the same descriptors, and wants them open.
+            // The process that resumes the session shares these descriptors, and needs them open.
             std::mem::forget(self);
             return Ok(End::Left);
         }
@@ -95,14 +95,20 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Receives and handles messages until the session ends.
     fn handle(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
         loop {
-            let kick = self.suspicion.is_open().then(|| self.lock().first_kick());
-            let watch = self.suspicion.watch(kick.as_ref().and_then(Option::as_ref));
+            let kick = self
+                .private_memory
+                .awaits_kick()
+                .then(|| self.lock().first_kick());
+            let watch = self
+                .private_memory
+                .watch(kick.as_ref().and_then(Option::as_ref));
             let (len, last) = match message_reader::wait(&self.proxy.socket, stop.asked, watch) {
-                Ok(Incoming::Watched) => {
-                    if self.suspicion.is_due() {
-                        self.lock().tell_of_private_memory();
+                Ok(Incoming::WatchFired) => {
+                    if self.private_memory.watch_fired() {
+                        self.lock().warn_of_private_memory();
                     }
                     continue;
                 }
@@ -112,49 +118,53 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
                 Ok(Incoming::Stalled { have }) => return Err(SessionError::Stalled { have }),
                 Err(error) => return Err(SessionError::socket(error)),
             };
-            let seen = self.proxy.look(len).map_err(SessionError::socket)?;
-            if let Some(seen) = &seen {
-                self.save(Pending::message(seen));
+            let peeked = self.proxy.peek(len).map_err(SessionError::socket)?;
+            if let Some(peeked) = &peeked {
+                self.save(Pending::message(peeked));
             }
-            let taken = self.proxy.take(len).map_err(SessionError::socket)?;
-            let message = match seen {
-                // Its descriptors are the ones that are written down, so they stay open.
-                Some(seen) if seen.fds.len() == taken.fds.len() => seen,
-                seen => {
-                    self.save(Pending::message(&taken));
-                    drop(seen);
-                    taken
+            let received = self.proxy.receive(len).map_err(SessionError::socket)?;
+            let message = match peeked {
+                // The snapshot names the descriptors of the peeked message, so keep these open.
+                Some(peeked) if peeked.fds.len() == received.fds.len() => peeked,
+                peeked => {
+                    self.save(Pending::message(&received));
+                    drop(peeked);
+                    received
                 }
             };
-            if let Some(end) = self.deal_with(message, last)? {
+            if let Some(end) = self.handle_message(message, last)? {
                 return Ok(end);
             }
         }
     }
 
-    /// Does what a message says, and answers it.
-    fn deal_with(&mut self, message: FdMessage, last: bool) -> Result<Option<End>, SessionError> {
+    /// Handles a message and sends the reply.
+    fn handle_message(
+        &mut self,
+        message: FdMessage,
+        last: bool,
+    ) -> Result<Option<End>, SessionError> {
         self.proxy
             .forward(&message, last)
             .map_err(SessionError::socket)?;
         let outcome = self.handler.handle_request();
-        let answer = self.proxy.answer().map_err(SessionError::socket)?;
-        let sent = match &answer {
+        let reply = self.proxy.take_reply().map_err(SessionError::socket)?;
+        let sent = match &reply {
             None => Ok(None),
-            Some(answer) => {
-                // Before the answer stands there that it is about.
+            Some(reply) => {
+                // The receipt must be empty before the snapshot names the reply that it is about.
                 if let Some(receipt) = self.table.receipt() {
                     receipt.clear();
                 }
-                self.save(Pending::reply(answer));
-                self.answer(answer)
+                self.save(Pending::reply(reply));
+                self.send_reply(reply)
             }
         };
         self.save(Pending::Nothing);
-        let missing = outcome.is_err().then(|| shared_memory::missing(&message));
-        // What came and went with them is named no more.
-        drop((message, answer));
-        if let Some(error) = missing.flatten() {
+        let not_shared = outcome.is_err().then(|| shared_memory::diagnose(&message));
+        // The snapshot no longer names their descriptors.
+        drop((message, reply));
+        if let Some(error) = not_shared.flatten() {
             return Err(error);
         }
         match outcome {
@@ -164,9 +174,9 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         }
     }
 
-    /// Sends what the front end has not had of an answer that is written down.
-    fn answer(&self, answer: &FdMessage) -> Result<Option<End>, SessionError> {
-        match self.proxy.reply(answer, self.table.receipt()) {
+    /// Sends what the front end has not received yet of a reply that the snapshot names.
+    fn send_reply(&self, reply: &FdMessage) -> Result<Option<End>, SessionError> {
+        match self.proxy.send_reply(reply, self.table.receipt()) {
             Ok(()) => Ok(None),
             Err(error) => match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
@@ -177,20 +187,21 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         }
     }
 
-    /// Writes down how things stand. What is named no more is closed only after that.
+    /// Saves a snapshot in the table. Descriptors that it no longer names are closed only
+    /// afterwards.
     fn save(&mut self, pending: Pending) {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut record, held) = session.record();
+        let (mut snapshot, open) = session.snapshot();
         drop(session);
-        record.socket = self.proxy.socket.as_raw_fd();
-        record.pending = pending;
-        self.table.set_front(&record.encode());
-        self.held = held;
+        snapshot.socket = self.proxy.socket.as_raw_fd();
+        snapshot.pending = pending;
+        self.table.set_front(&snapshot.encode());
+        self.open = open;
     }
 
-    /// Brings `vhost` and the session to where the record says that they were.
-    fn go_on(&mut self, mut record: SessionSnapshot) -> Result<Option<End>, SessionError> {
-        for message in restore::agreement(&record) {
+    /// Restores `vhost` and the session from the snapshot, and handles the pending message.
+    fn resume(&mut self, mut snapshot: SessionSnapshot) -> Result<Option<End>, SessionError> {
+        for message in restore::negotiation(&snapshot) {
             let message = FdMessage {
                 bytes: message,
                 fds: Vec::new(),
@@ -199,12 +210,12 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
                 .forward(&message, false)
                 .map_err(SessionError::socket)?;
             self.handler.handle_request().map_err(session_error)?;
-            // The front end has had it.
-            self.proxy.answer().map_err(SessionError::socket)?;
+            // The front end received this reply from the previous process.
+            self.proxy.take_reply().map_err(SessionError::socket)?;
         }
-        let pending = std::mem::take(&mut record.pending);
+        let pending = std::mem::take(&mut snapshot.pending);
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        session.restore(&record)?;
+        session.restore(&snapshot)?;
         session.resumed();
         drop(session);
         match pending {
@@ -213,36 +224,36 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
                 Ok(None)
             }
             Pending::Message(bytes, fds) => {
-                let kept = FdMessage {
+                let saved = FdMessage {
                     bytes,
                     fds: restore::adopt_all(&fds)?,
                 };
-                self.save(Pending::message(&kept));
-                let message = match self.duplicate(&kept)? {
+                self.save(Pending::message(&saved));
+                let message = match self.duplicate(&saved)? {
                     Some(duplicate) => duplicate,
-                    None => kept,
+                    None => saved,
                 };
-                self.deal_with(message, false)
+                self.handle_message(message, false)
             }
             Pending::Reply(bytes, fds) => {
-                let answer = FdMessage {
+                let reply = FdMessage {
                     bytes,
                     fds: restore::adopt_all(&fds)?,
                 };
-                self.save(Pending::reply(&answer));
-                let sent = self.answer(&answer)?;
+                self.save(Pending::reply(&reply));
+                let sent = self.send_reply(&reply)?;
                 self.save(Pending::Nothing);
                 Ok(sent)
             }
         }
     }
 
-    /// Takes off the socket what has been kept of it already. Of two messages that look the same,
-    /// none of which waits for an answer, the second may carry other descriptors: doing one twice
-    /// then does no harm.
+    /// Takes a message off the socket if it is the one that was saved. Of two messages with the
+    /// same bytes whose sender expects no reply, the second may carry other descriptors, so it is
+    /// left on the socket. If it was the saved one after all, handling it twice does no harm.
     fn duplicate(&self, message: &FdMessage) -> Result<Option<FdMessage>, SessionError> {
         let len = message.bytes.len();
-        let next = match self.proxy.look(len) {
+        let next = match self.proxy.peek(len) {
             Ok(next) => next,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => return Err(SessionError::socket(error)),
@@ -251,9 +262,14 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
             let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
             bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
         };
-        let once = message.fds.is_empty() || word(4) & NEED_REPLY != 0 || word(0) == ADD_MEM_REG;
-        if once && next.is_some_and(|next| next.bytes == message.bytes) {
-            return self.proxy.take(len).map(Some).map_err(SessionError::socket);
+        let handle_once =
+            message.fds.is_empty() || word(4) & NEED_REPLY != 0 || word(0) == ADD_MEM_REG;
+        if handle_once && next.is_some_and(|next| next.bytes == message.bytes) {
+            return self
+                .proxy
+                .receive(len)
+                .map(Some)
+                .map_err(SessionError::socket);
         }
         Ok(None)
     }
@@ -273,7 +289,7 @@ fn numbers(message: &FdMessage) -> Vec<std::os::fd::RawFd> {
     message.fds.iter().map(AsRawFd::as_raw_fd).collect()
 }
 
-/// What we said ourselves comes back wrapped in the protocol's error; unwrap it.
+/// Unwraps a [`SessionError`] that a handler returned through `vhost`'s error type.
 fn session_error(error: ProtocolError) -> SessionError {
     match error {
         ProtocolError::ReqHandlerError(inner) => inner

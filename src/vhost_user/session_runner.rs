@@ -1,8 +1,8 @@
-//! A session that ends when the memory it was given is taken away.
+//! Runs a session, and ends it if memory of the front end is lost.
 //!
-//! A front end may truncate the file behind the guest's memory at any time. What is gone reads as
-//! zeros from then on, so nothing breaks at once, but nothing that follows makes sense. The
-//! invariant: a session whose memory was found gone ends, with an error that says where.
+//! A front end may truncate the file behind the guest's memory at any time. Lost memory reads as
+//! zeros from then on, so no access faults, but the data is meaningless. The invariant: a session
+//! whose memory was found lost ends with an error that says where.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,14 +19,14 @@ use crate::state::Table;
 use crate::virtqueue::InflightRegion;
 use crate::virtqueue::memory::{DirtyLog, MemoryLostEvent};
 
-/// Serves one front end until it disconnects or is to be stopped. All queues are stopped and
-/// drained when this returns, however it returns; and `table` knows of no session any more, unless
-/// it is left to another process. What is in flight is kept there, where the front end doesn't
-/// keep it.
+/// Serves one front end until it disconnects or `stop` fires. On return all queues are stopped and
+/// drained, also if the session failed, and `table` has no session, unless the session was left to
+/// another process. Requests in flight are recorded in `table` if the front end has no in-flight
+/// region.
 ///
 /// # Errors
 ///
-/// The front end breaks the protocol, hands over what can't be used, or takes it away again.
+/// Fails if the front end breaks the protocol, hands over unusable resources, or truncates memory.
 pub fn serve<R: Runner + Send>(
     stream: UnixStream,
     device: &Device,
@@ -34,60 +34,61 @@ pub fn serve<R: Runner + Send>(
     table: &Arc<Table>,
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
-    watch(runner, stop, |runner, alarm, stop| {
-        let session = Session::new(device, runner, (table, alarm), stop.asked);
+    run_watched(runner, stop, |runner, memory_lost, stop| {
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
         session.begin();
         let session_loop = SessionLoop::new(stream, session, table)?;
         session_loop.run(None, stop)
     })
 }
 
-/// Goes on with a session that another process has left behind, however it ended. Its queues go on
-/// where their rings stand, and messages where they were.
+/// Resumes the session of a process that has ended, for whatever reason. Its queues resume at the
+/// indexes of their rings, and message handling resumes with the pending message.
 ///
-/// To be called when nobody in this process owns a descriptor that the record names.
+/// The caller guarantees that nothing in this process owns a descriptor that `snapshot` names.
 ///
 /// # Errors
 ///
-/// As [`serve`]; and what the record says is not there.
+/// Fails as [`serve`] does, or if a descriptor is not what `snapshot` says.
 pub fn resume<R: Runner + Send>(
-    record: SessionSnapshot,
+    snapshot: SessionSnapshot,
     device: &Device,
     runner: &mut R,
     table: &Arc<Table>,
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
-    watch(runner, stop, |runner, alarm, stop| {
-        let stream = restore::socket(&record)?;
-        let session = Session::new(device, runner, (table, alarm), stop.asked);
+    run_watched(runner, stop, |runner, memory_lost, stop| {
+        let stream = restore::socket(&snapshot)?;
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
         let session_loop = SessionLoop::new(stream, session, table)?;
-        session_loop.run(Some(record), stop)
+        session_loop.run(Some(snapshot), stop)
     })
 }
 
-fn watch<R>(
+/// Runs `serve`, stops it if memory is lost, and returns an error in that case.
+fn run_watched<R>(
     runner: &mut R,
     stop: Stop<'_>,
     serve: impl FnOnce(&mut R, &Arc<MemoryLostEvent>, Stop<'_>) -> Result<End, SessionError>,
 ) -> Result<End, SessionError> {
-    let alarm = Arc::new(MemoryLostEvent::new().map_err(SessionError::Watch)?);
-    let either = either(stop.asked, alarm.as_fd()).map_err(SessionError::Watch)?;
-    let watched = Stop {
+    let memory_lost = Arc::new(MemoryLostEvent::new().map_err(SessionError::Watch)?);
+    let either = either_readable(stop.asked, memory_lost.as_fd()).map_err(SessionError::Watch)?;
+    let stop_or_lost = Stop {
         asked: either.as_fd(),
         ..stop
     };
-    let end = serve(runner, &alarm, watched);
-    match alarm.place() {
+    let end = serve(runner, &memory_lost, stop_or_lost);
+    match memory_lost.place() {
         None => end,
         Some(DirtyLog::GONE) => Err(SessionError::LogGone),
-        // Counted on from the first byte's.
-        Some(place) if place >= InflightRegion::GONE => Err(SessionError::InflightGone),
-        Some(place) => Err(SessionError::MemoryGone(place)),
+        // `GONE` is the address of the region's first byte.
+        Some(address) if address >= InflightRegion::GONE => Err(SessionError::InflightGone),
+        Some(address) => Err(SessionError::MemoryGone(address)),
     }
 }
 
-/// A descriptor that is readable when one of two is.
-fn either(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// Returns a descriptor that is readable whenever one of two is.
+fn either_readable(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let both = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     for fd in [one, other] {
         let data = epoll::EventData::new_u64(0);

@@ -1,48 +1,49 @@
-//! What a front end has said, as bytes.
+//! The snapshot of a vhost-user session, and its encoding as bytes.
 //!
-//! Plain numbers, little-endian, in a fixed order; descriptors by number, as the process that reads
-//! has them open too. The invariant: whatever the bytes are, decoding ends, and what it answers
-//! names each descriptor once. Whether a number is what it is said to be is for others to see.
+//! The encoding consists of little-endian numbers in a fixed order. Descriptors are encoded as
+//! numbers, because the process that decodes them has the same descriptors open. The invariant:
+//! decoding ends for any input, and a decoded snapshot names each descriptor once. This module
+//! doesn't check whether a descriptor is of the expected kind; `restore` does.
 
 use std::os::fd::RawFd;
 
 use crate::virtqueue::{Memory, RingAddresses};
 
-/// "RFfr": a session of the front.
+/// The bytes "RFfr", with which every snapshot begins.
 const MAGIC: u32 = 0x7266_4652;
 
-/// Of this form. A process refuses any that it doesn't know.
+/// Version of the encoding. A process refuses any other version.
 pub const VERSION: u32 = 1;
 
-/// As many queues as there can be.
-const MOST_VRINGS: usize = 1 + 1024;
+/// The most queues that a device can have.
+const MAX_VRINGS: usize = 1 + 1024;
 
-/// As many descriptors as come with one message.
-const MOST_FDS: usize = 256;
+/// The most descriptors of one message.
+const MAX_FDS: usize = 256;
 
-/// As long as a message is.
-const MOST_BYTES: usize = 12 + 0x1000;
+/// The most bytes of one message.
+const MAX_BYTES: usize = 12 + 0x1000;
 
-/// Why bytes are no record.
+/// Why bytes can't be decoded as a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SnapshotError {
-    /// They are something else.
-    #[error("it is no session's record")]
+    /// They don't begin as a snapshot does.
+    #[error("the data is no snapshot of a session")]
     Magic,
-    /// They are of another time.
-    #[error("it has version {0}, and this program knows {VERSION}")]
+    /// They have another version.
+    #[error("the snapshot has version {0}, and this program supports {VERSION}")]
     Version(u32),
-    /// They end too early, or too late.
-    #[error("it is damaged: {0} bytes too few or too many")]
+    /// They are too few or too many.
+    #[error("the snapshot is damaged: {0} bytes too few or too many")]
     Length(usize),
-    /// More of something than there can be.
-    #[error("it is damaged: it has {0} {1}")]
+    /// A count exceeds its limit.
+    #[error("the snapshot is damaged: it has {0} {1}")]
     TooMany(usize, &'static str),
-    /// A descriptor that can't be, or that stands there twice.
-    #[error("it is damaged: descriptor {0} can't be there, or is there twice")]
+    /// A descriptor is invalid, or is named twice.
+    #[error("the snapshot is damaged: descriptor {0} is invalid or named twice")]
     Descriptor(RawFd),
-    /// Something that is neither.
-    #[error("it is damaged: there is no {1} {0}")]
+    /// A number has no meaning.
+    #[error("the snapshot is damaged: there is no {1} {0}")]
     Unknown(u32, &'static str),
 }
 
@@ -76,52 +77,56 @@ pub(super) struct VringRecord {
     pub(super) err: Option<RawFd>,
 }
 
-/// What was under way.
+/// The message that was being handled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Pending {
-    /// Nothing.
+    /// None.
     #[default]
     Nothing,
-    /// A message that has come, and has not been dealt with.
+    /// A message was received and has not been handled.
     Message(Vec<u8>, Vec<RawFd>),
-    /// A message has been dealt with, and this is the answer, which may have been sent.
+    /// A message was handled, and this is the reply, which may have been sent.
     Reply(Vec<u8>, Vec<RawFd>),
 }
 
-/// All that a session goes by.
+/// The state of a session that another process needs to resume it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SessionSnapshot {
     pub(super) socket: RawFd,
-    /// The front end has asked what is offered: `vhost` acknowledges only then.
-    pub(super) asked: bool,
+    /// Whether the front end has sent GET_FEATURES, without which `vhost` acknowledges nothing.
+    pub(super) features_requested: bool,
     pub(super) features: Option<u64>,
     pub(super) protocol: Option<u64>,
     pub(super) regions: Vec<RegionRecord>,
     pub(super) log: Option<FileRecord>,
-    /// Where the front end keeps what is in flight: for so many queues, of so many entries.
+    /// The front end's in-flight region, with its number of queues and their entries.
     pub(super) inflight: Option<(FileRecord, (u16, u16))>,
     pub(super) vrings: Vec<VringRecord>,
     pub(super) pending: Pending,
 }
 
-/// Bits of a queue's flags.
+/// Flags of a queue.
 const ENABLED: u32 = 1;
 const ADDRESSES: u32 = 2;
 const LOGGED: u32 = 4;
 
-/// Bits of the session's flags.
-const ASKED: u32 = 1;
+/// Flags of the session.
+const FEATURES_REQUESTED: u32 = 1;
 const FEATURES: u32 = 2;
 const PROTOCOL: u32 = 4;
 const LOG: u32 = 8;
 const INFLIGHT: u32 = 16;
 
 impl SessionSnapshot {
-    /// The bytes.
+    /// Encodes the snapshot as bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut to = Writer(Vec::with_capacity(256 + 64 * self.vrings.len()));
-        let mut flags = if self.asked { ASKED } else { 0 };
+        let mut flags = if self.features_requested {
+            FEATURES_REQUESTED
+        } else {
+            0
+        };
         flags |= self.features.map_or(0, |_| FEATURES);
         flags |= self.protocol.map_or(0, |_| PROTOCOL);
         flags |= self.log.map_or(0, |_| LOG);
@@ -164,11 +169,11 @@ impl SessionSnapshot {
         to.0
     }
 
-    /// The record that the bytes are.
+    /// Decodes a snapshot.
     ///
     /// # Errors
     ///
-    /// They are none.
+    /// Fails if the bytes are no valid snapshot.
     pub fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
         let mut from = Reader(bytes);
         if from.number()? != MAGIC {
@@ -186,7 +191,7 @@ impl SessionSnapshot {
         let inflight = from.file()?;
         let shape = (from.short("number of queues")?, from.short("queue's size")?);
         let has = |flag| flags & flag != 0;
-        let count = from.count(Memory::MOST_REGIONS, "memory regions")?;
+        let count = from.count(Memory::MAX_REGIONS, "memory regions")?;
         let regions = (0..count).map(|_| {
             Ok(RegionRecord {
                 guest: from.long()?,
@@ -197,12 +202,12 @@ impl SessionSnapshot {
             })
         });
         let regions = regions.collect::<Result<_, SnapshotError>>()?;
-        let count = from.count(MOST_VRINGS, "queues")?;
+        let count = from.count(MAX_VRINGS, "queues")?;
         let vrings = (0..count).map(|_| VringRecord::decode(&mut from));
         let vrings = vrings.collect::<Result<_, SnapshotError>>()?;
         let kind = from.number()?;
-        let len = from.count(MOST_BYTES, "bytes of a message")?;
-        let fds = from.count(MOST_FDS, "descriptors of a message")?;
+        let len = from.count(MAX_BYTES, "bytes of a message")?;
+        let fds = from.count(MAX_FDS, "descriptors of a message")?;
         let fds = (0..fds).map(|_| from.some_fd()).collect::<Result<_, _>>()?;
         let rest = from.0;
         if rest.len() != len {
@@ -214,9 +219,9 @@ impl SessionSnapshot {
             2 => Pending::Reply(rest.to_vec(), fds),
             kind => return Err(SnapshotError::Unknown(kind, "state of a message")),
         };
-        let record = Self {
+        let snapshot = Self {
             socket,
-            asked: has(ASKED),
+            features_requested: has(FEATURES_REQUESTED),
             features: has(FEATURES).then_some(features),
             protocol: has(PROTOCOL).then_some(protocol),
             regions,
@@ -225,11 +230,11 @@ impl SessionSnapshot {
             vrings,
             pending,
         };
-        record.check()?;
-        Ok(record)
+        snapshot.check()?;
+        Ok(snapshot)
     }
 
-    /// The numbers of all descriptors that belong to the session.
+    /// Returns the numbers of all descriptors of the session.
     #[must_use]
     pub fn descriptors(&self) -> Vec<RawFd> {
         let mut fds = vec![self.socket];
@@ -245,7 +250,7 @@ impl SessionSnapshot {
         fds
     }
 
-    /// Each descriptor has one owner.
+    /// Checks that each descriptor is valid and named once.
     fn check(&self) -> Result<(), SnapshotError> {
         let mut fds = self.descriptors();
         fds.sort_unstable();
@@ -353,10 +358,10 @@ impl Reader<'_> {
         u16::try_from(number).map_err(|_too_large| SnapshotError::Unknown(number, what))
     }
 
-    /// How many follow, of what takes at least a byte each.
-    fn count(&mut self, most: usize, what: &'static str) -> Result<usize, SnapshotError> {
+    /// Reads the number of elements that follow, at most `max`.
+    fn count(&mut self, max: usize, what: &'static str) -> Result<usize, SnapshotError> {
         let count = usize::try_from(self.number()?).unwrap_or(usize::MAX);
-        if count > most {
+        if count > max {
             return Err(SnapshotError::TooMany(count, what));
         }
         Ok(count)
@@ -384,7 +389,7 @@ impl Reader<'_> {
 mod tests {
     use super::*;
 
-    fn record() -> SessionSnapshot {
+    fn snapshot() -> SessionSnapshot {
         let addresses = RingAddresses {
             descriptors: 0x1000,
             available: 0x2000,
@@ -409,7 +414,7 @@ mod tests {
         };
         SessionSnapshot {
             socket: 5,
-            asked: true,
+            features_requested: true,
             features: Some(1 << 32),
             protocol: Some(0),
             regions: vec![region],
@@ -432,23 +437,23 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_read_as_it_was_written() {
-        let mut record = record();
+    fn decode_of_encoded_snapshot_returns_it() {
+        let mut snapshot = snapshot();
         assert_eq!(
-            SessionSnapshot::decode(&record.encode()),
-            Ok(record.clone())
+            SessionSnapshot::decode(&snapshot.encode()),
+            Ok(snapshot.clone())
         );
-        assert_eq!(record.descriptors(), [5, 7, 8, 9, 10, 11, 20, 21]);
-        record.pending = Pending::Reply(vec![1; 20], vec![]);
-        record.log = None;
-        record.inflight = None;
-        record.features = None;
-        assert_eq!(SessionSnapshot::decode(&record.encode()), Ok(record));
+        assert_eq!(snapshot.descriptors(), [5, 7, 8, 9, 10, 11, 20, 21]);
+        snapshot.pending = Pending::Reply(vec![1; 20], vec![]);
+        snapshot.log = None;
+        snapshot.inflight = None;
+        snapshot.features = None;
+        assert_eq!(SessionSnapshot::decode(&snapshot.encode()), Ok(snapshot));
     }
 
     #[test]
-    fn a_record_that_was_cut_or_has_grown_is_refused() {
-        let bytes = record().encode();
+    fn decode_of_truncated_or_extended_snapshot_fails() {
+        let bytes = snapshot().encode();
         for len in 0..bytes.len() {
             assert!(SessionSnapshot::decode(&bytes[..len]).is_err(), "{len}");
         }
@@ -460,23 +465,23 @@ mod tests {
     }
 
     #[test]
-    fn no_damage_does_harm() {
-        let bytes = record().encode();
+    fn decode_of_damaged_snapshot_fails_or_yields_valid_one() {
+        let bytes = snapshot().encode();
         for at in 0..bytes.len() {
             for change in [1, 0x7f, 0x80, 0xff] {
                 let mut damaged = bytes.clone();
                 damaged[at] ^= change;
-                if let Ok(record) = SessionSnapshot::decode(&damaged) {
-                    assert!(record.check().is_ok());
-                    assert_eq!(SessionSnapshot::decode(&record.encode()), Ok(record));
+                if let Ok(snapshot) = SessionSnapshot::decode(&damaged) {
+                    assert!(snapshot.check().is_ok());
+                    assert_eq!(SessionSnapshot::decode(&snapshot.encode()), Ok(snapshot));
                 }
             }
         }
     }
 
     #[test]
-    fn other_versions_and_shared_descriptors_are_refused() {
-        let mut bytes = record().encode();
+    fn decode_refuses_other_versions_and_repeated_descriptors() {
+        let mut bytes = snapshot().encode();
         bytes[4] = 9;
         assert_eq!(
             SessionSnapshot::decode(&bytes),
@@ -485,9 +490,9 @@ mod tests {
         bytes[0] = 0;
         assert_eq!(SessionSnapshot::decode(&bytes), Err(SnapshotError::Magic));
         for fd in [7, 2, 0, -5] {
-            let mut record = record();
-            record.vrings[0].err = Some(fd);
-            let refused = SessionSnapshot::decode(&record.encode());
+            let mut snapshot = snapshot();
+            snapshot.vrings[0].err = Some(fd);
+            let refused = SessionSnapshot::decode(&snapshot.encode());
             assert_eq!(refused, Err(SnapshotError::Descriptor(fd)));
         }
     }

@@ -1,8 +1,8 @@
-//! Tells a VMM that keeps the guest's memory to itself from one that breaks the protocol.
+//! Detects a VMM that has not shared the guest's memory.
 //!
-//! Without memory that both have no request can be served, and each VMM has to be told to share it: the
-//! mistake that is made most often. The invariant: nothing here changes a session, only what is said
-//! of its end.
+//! Without shared memory no request can be served, and every VMM has to be configured to share it;
+//! forgetting this is the most common mistake. The invariant: nothing here changes a session, only
+//! the messages about it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -14,31 +14,31 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::Runner;
 use super::message_reader::Watch;
 use super::proxy::FdMessage;
-use super::session::{SHARE, Session, SessionError};
+use super::session::{SHARE_MEMORY_HINT, Session, SessionError};
 use super::vring::Vring;
 use crate::virtqueue::QueueIndex;
 use crate::virtqueue::memory::Window;
 
-/// `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG`.
+/// Numbers of the requests that hand over memory.
 const SET_MEM_TABLE: u32 = 5;
 const ADD_MEM_REG: u32 = 37;
 
-/// Bytes of a message's header, and of a region in a table.
+/// Length in bytes of a message's header, and of a region in a memory table.
 const HEADER: usize = 12;
 const REGION: usize = 32;
 
-/// What is wrong with a message that was refused, if it should have brought memory.
-pub(super) fn missing(message: &FdMessage) -> Option<SessionError> {
+/// Returns an error if a refused message should have handed over memory and lacks descriptors.
+pub(super) fn diagnose(message: &FdMessage) -> Option<SessionError> {
     let word = |at: usize| {
         let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
         bytes.map(|bytes| u32::from_ne_bytes(*bytes))
     };
     let regions = match word(0)? {
-        // The number comes first in the body, and four bytes later as many regions.
+        // The body begins with the number of regions and four bytes of padding; the regions follow.
         SET_MEM_TABLE => {
             let regions = word(HEADER)?;
             let described = message.bytes.len().checked_sub(HEADER + 8)? / REGION;
-            // What counts more or fewer than it has is another fault.
+            // A number that differs from the regions in the message is another fault.
             usize::try_from(regions)
                 .is_ok_and(|regions| regions == described)
                 .then_some(regions)?
@@ -47,75 +47,79 @@ pub(super) fn missing(message: &FdMessage) -> Option<SessionError> {
         _ => return None,
     };
     let fds = message.fds.len();
-    let none = regions == 0 || u32::try_from(fds).is_ok_and(|fds| fds < regions);
-    none.then_some(SessionError::NotShared { regions, fds })
+    let missing = regions == 0 || u32::try_from(fds).is_ok_and(|fds| fds < regions);
+    missing.then_some(SessionError::NotShared { regions, fds })
 }
 
-/// How long after the first kick something has to be in its queue.
+/// How long after the first kick its queue may stay empty.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A VMM may hand over a file that it has mapped for itself alone (QEMU's memory-backend-file without
-/// share=on). Then nothing of what the guest writes is seen here, and a queue that it has kicked is
-/// empty. Looked at once in a session.
+/// Progress of the check for private memory, which runs once in a session.
+///
+/// A VMM may hand over a file that it has mapped privately (QEMU's memory-backend-file without
+/// share=on). Then the server doesn't see what the guest writes, and a queue that the guest has
+/// kicked is empty.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) enum Suspicion {
-    /// No request queue has been kicked.
+pub(super) enum PrivateMemoryCheck {
+    /// Waiting for the first kick of a request queue.
     #[default]
-    Open,
-    /// One has, and is looked at then.
-    Until(Instant),
-    /// It was looked at.
-    Over,
+    AwaitingKick,
+    /// A queue was kicked and will be checked at this time.
+    CheckAt(Instant),
+    /// The check is over.
+    Done,
 }
 
-impl Suspicion {
-    /// Whether a kick is waited for.
-    pub(super) fn is_open(self) -> bool {
-        matches!(self, Self::Open)
+impl PrivateMemoryCheck {
+    /// Whether the check waits for a kick.
+    pub(super) fn awaits_kick(self) -> bool {
+        matches!(self, Self::AwaitingKick)
     }
 
+    /// Returns the condition to wait for; `kick` is that of [`Session::first_kick`].
     pub(super) fn watch(self, kick: Option<&Arc<OwnedFd>>) -> Watch<'_> {
         match (self, kick) {
-            (Self::Open, Some(kick)) => Watch::Readable(kick.as_fd()),
-            (Self::Until(end), _) => Watch::Until(end),
-            (Self::Open | Self::Over, _) => Watch::Nothing,
+            (Self::AwaitingKick, Some(kick)) => Watch::Readable(kick.as_fd()),
+            (Self::CheckAt(time), _) => Watch::Until(time),
+            (Self::AwaitingKick | Self::Done, _) => Watch::Nothing,
         }
     }
 
-    /// What was watched for has come about; whether the queue is to be looked at now.
-    pub(super) fn is_due(&mut self) -> bool {
-        let due = matches!(self, Self::Until(_));
+    /// Advances the check after its condition came true. Returns whether to check the queue now.
+    pub(super) fn watch_fired(&mut self) -> bool {
+        let due = matches!(self, Self::CheckAt(_));
         *self = if due {
-            Self::Over
+            Self::Done
         } else {
-            Self::Until(Instant::now() + GRACE)
+            Self::CheckAt(Instant::now() + GRACE)
         };
         due
     }
 }
 
 impl<R: Runner> Session<'_, R> {
-    /// The kick eventfd of the first request queue that runs. It is never read, and so stays readable.
+    /// Returns the kick eventfd of the first request queue that runs. Nothing reads it, so it stays
+    /// readable after a kick.
     pub(super) fn first_kick(&self) -> Option<Arc<OwnedFd>> {
         let mut requests = self.vrings.iter().skip(1);
         requests.find(|vring| vring.running)?.kick.clone()
     }
 
-    /// Tells of it, if a request queue was kicked in whose rings nothing has ever been.
-    pub(super) fn tell_of_private_memory(&self) {
+    /// Logs a warning if a request queue was kicked and both indexes of its rings are still 0.
+    pub(super) fn warn_of_private_memory(&self) {
         let requests = (0..).map(QueueIndex).zip(&self.vrings).skip(1);
         let mut kicked = requests.filter(|(_, vring)| vring.running && is_kicked(vring));
         if let Some((index, _)) = kicked.find(|(_, vring)| self.is_blank(vring) == Some(true)) {
             log::warn!(
-                "the guest has kicked queue {index}, and nothing is in it: if its mount hangs, the VMM \
-                 has mapped the VM's memory for itself alone; {SHARE}"
+                "the guest has kicked queue {index}, which is empty: if its mount hangs, the VMM has \
+                 not shared the VM's memory; {SHARE_MEMORY_HINT}"
             );
         }
     }
 
     fn is_blank(&self, vring: &Vring) -> Option<bool> {
         let addresses = vring.addresses?;
-        // Flags and index, two bytes each.
+        // A ring begins with its flags and its index, two bytes each.
         let index = |ring| {
             let window = Window::new(self.memory(), ring, 4, 2)?;
             Some(window.load_u16(2, Ordering::Relaxed))
@@ -145,20 +149,20 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_a_descriptor_is_not_shared() {
+    fn diagnose_reports_memory_without_descriptor() {
         let table = |regions: u32, described: usize| {
             let head = [SET_MEM_TABLE, 1, 8, regions, 0];
             [&head[..], &vec![0; 8 * described]].concat()
         };
-        assert!(missing(&message(&table(0, 0), 0)).is_some());
-        assert!(missing(&message(&table(2, 2), 1)).is_some());
-        assert!(missing(&message(&table(2, 2), 2)).is_none());
-        assert!(missing(&message(&table(2, 1), 1)).is_none());
-        assert!(missing(&message(&table(u32::MAX, 1), 1)).is_none());
-        assert!(missing(&message(&[ADD_MEM_REG, 1, 40], 0)).is_some());
-        assert!(missing(&message(&[1, 1, 0], 0)).is_none());
-        assert!(missing(&message(&[SET_MEM_TABLE], 0)).is_none());
-        let text = missing(&message(&table(1, 1), 0)).unwrap().to_string();
+        assert!(diagnose(&message(&table(0, 0), 0)).is_some());
+        assert!(diagnose(&message(&table(2, 2), 1)).is_some());
+        assert!(diagnose(&message(&table(2, 2), 2)).is_none());
+        assert!(diagnose(&message(&table(2, 1), 1)).is_none());
+        assert!(diagnose(&message(&table(u32::MAX, 1), 1)).is_none());
+        assert!(diagnose(&message(&[ADD_MEM_REG, 1, 40], 0)).is_some());
+        assert!(diagnose(&message(&[1, 1, 0], 0)).is_none());
+        assert!(diagnose(&message(&[SET_MEM_TABLE], 0)).is_none());
+        let text = diagnose(&message(&table(1, 1), 0)).unwrap().to_string();
         assert!(
             text.contains("share=on") && text.contains("shared=on"),
             "{text}"

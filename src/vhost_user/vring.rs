@@ -1,44 +1,44 @@
-//! What the front end has said of one queue so far.
+//! The state of one vring, as the front end has configured it so far.
 //!
-//! Plain state: nothing here touches guest memory or threads.
+//! Plain state. The invariant: nothing here accesses guest memory or starts and stops a queue.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::virtqueue::{Call, RingAddresses};
 
-/// One queue as the front end set it up.
+/// One vring.
 #[derive(Debug, Default)]
 pub(super) struct Vring {
-    /// Entries; 0 until SET_VRING_NUM.
+    /// Number of entries; 0 until SET_VRING_NUM.
     pub(super) size: u16,
     pub(super) addresses: Option<RingAddresses>,
-    /// The available entry that comes next; valid while the queue does not run.
+    /// Index of the next available entry; valid while the queue doesn't run.
     pub(super) base: u16,
-    /// There from SET_VRING_KICK until GET_VRING_BASE: the ring is started.
+    /// Set from SET_VRING_KICK to GET_VRING_BASE, while the ring is started.
     pub(super) kick: Option<Arc<OwnedFd>>,
     pub(super) call: Arc<Call>,
-    /// What `call` signals on.
+    /// The eventfd that `call` signals.
     pub(super) call_fd: Option<Arc<OwnedFd>>,
-    /// Kept for the front end's sake; nothing is ever signalled on it, because a guest's
-    /// faults are answered on the ring.
+    /// Kept because the protocol requires it. It is never signalled: faults of a guest are reported
+    /// on the ring.
     pub(super) err: Option<Arc<OwnedFd>>,
     pub(super) enabled: bool,
     pub(super) running: bool,
 }
 
 impl Vring {
-    /// What is needed to run the queue, if it is all there. `implicit` says that rings are
-    /// enabled as they start, because the front end has no way to enable them.
-    pub(super) fn ready(&self, implicit: bool) -> Option<(RingAddresses, Arc<OwnedFd>)> {
-        if self.size == 0 || !(self.enabled || implicit) {
+    /// Returns what is needed to run the queue, if the vring is ready. `enabled_at_start` says that
+    /// starting a ring enables it, because the front end has no message to enable rings.
+    pub(super) fn ready(&self, enabled_at_start: bool) -> Option<(RingAddresses, Arc<OwnedFd>)> {
+        if self.size == 0 || !(self.enabled || enabled_at_start) {
             return None;
         }
         Some((self.addresses?, Arc::clone(self.kick.as_ref()?)))
     }
 
-    /// Back to before the guest's driver came; the call and error eventfds stay, as QEMU sets
-    /// them before it resets.
+    /// Resets the vring to its state before the guest's driver set it up. Keeps the call and error
+    /// eventfds, which QEMU sets before it resets the device.
     pub(super) fn reset(&mut self) {
         *self = Self {
             call: Arc::clone(&self.call),

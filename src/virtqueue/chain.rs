@@ -1,7 +1,7 @@
-//! One request: a chain of descriptors, resolved to memory, and its way back.
+//! One request: a chain of descriptors, resolved to guest memory.
 //!
-//! The invariant: a chain that was taken goes back to the used ring once, by one of the
-//! answers or else when it is dropped.
+//! The invariant: a chain is returned to the used ring exactly once, by one of the replies or when
+//! it is dropped.
 
 use std::sync::Arc;
 
@@ -15,8 +15,7 @@ use super::sync::Window;
 use super::used::{QueueStats, Return, UsedRing};
 use crate::io::GuestBuffer;
 
-/// The descriptor table of a queue, the memory its descriptors point into, and where its chains
-/// go back.
+/// The descriptor table of a queue, the memory that its descriptors point into, and its used ring.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) size: u16,
@@ -25,43 +24,43 @@ pub(super) struct Table {
     pub(super) used: Arc<UsedRing>,
 }
 
-/// How a chain ends.
+/// How a chain ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// As whoever served it wished.
-    Answered,
-    /// Nobody has answered it.
+enum Outcome {
+    /// It was returned by one of the replies.
+    Replied,
+    /// It was dropped without a reply.
     Dropped,
-    /// There is a fault in it.
+    /// It was refused for a fault.
     Refused,
 }
 
-/// One request off the ring: bytes to read, room to write, and the duty to go back.
+/// One request taken off the ring: bytes to read, and room for the reply.
 ///
-/// It is moved from hand to hand, so what is large of it lies elsewhere.
+/// A chain is moved often, so its large parts are in a separate allocation.
 #[derive(Debug)]
 pub struct Chain {
-    body: Pooled,
+    segments: Pooled,
     table: Arc<Table>,
     head: u16,
-    /// The head is marked as in flight for this chain.
+    /// Whether the head is marked as in flight for this chain.
     marked: bool,
-    /// A server that is no more had taken it.
+    /// Whether a previous server process had taken the chain.
     resumed: bool,
     returned: bool,
 }
 
 impl Chain {
-    /// Walks the chain at `head`, which a server before this one may have taken. A bad one has been
-    /// returned empty when this says so.
-    pub(super) fn take(
+    /// Takes the chain at `head`; `resumed` says that a previous server process had taken it. A
+    /// faulty chain has been returned empty when this returns its fault.
+    pub(super) fn from_head(
         table: &Arc<Table>,
         head: u16,
         indirect: bool,
         resumed: bool,
     ) -> Result<Self, BadChain> {
         let mut chain = Self {
-            body: Pooled::take(),
+            segments: Pooled::new(),
             table: Arc::clone(table),
             head,
             marked: false,
@@ -69,11 +68,11 @@ impl Chain {
             returned: false,
         };
         let walked = chain.walk(indirect);
-        let pieces = chain.body.slices.len();
-        let (marked, counted) = chain.used().take(head, pieces, resumed);
+        let segments = chain.segments.slices.len();
+        let (marked, counted) = chain.used().begin(head, segments, resumed);
         chain.marked = marked;
         if counted.is_ok() {
-            chain.body.held = pieces;
+            chain.segments.counted = segments;
         }
         match walked.and(counted) {
             Ok(()) => Ok(chain),
@@ -81,28 +80,29 @@ impl Chain {
         }
     }
 
-    /// Takes a chain once more that was in flight as its server ended; `None` if it had been
-    /// answered: it has gone back with that answer.
+    /// Takes a chain again that was in flight when its server ended. Returns `None` if the reply
+    /// was in place already; the chain has been returned with it then.
     pub(super) fn resume(
         table: &Arc<Table>,
         from: Resumed,
         indirect: bool,
     ) -> Option<Result<Self, BadChain>> {
-        let mut chain = match Self::take(table, from.head, indirect, true) {
+        let mut chain = match Self::from_head(table, from.head, indirect, true) {
             Ok(chain) => chain,
             Err(fault) => return Some(Err(fault)),
         };
         if let Some(journal) = table.used.journal() {
-            if !journal.is_of(from.head, from.counter) {
+            if !journal.belongs_to(from.head, from.counter) {
                 journal.begin(from.head, from.counter);
-            } else if let Some(len) = journal.outcome(from.head) {
-                chain.put_back(usize::try_from(len).unwrap_or(0), End::Answered);
+            } else if let Some(len) = journal.reply_len(from.head) {
+                chain.complete(usize::try_from(len).unwrap_or(0), Outcome::Replied);
                 return None;
             }
         }
         Some(Ok(chain))
     }
 
+    /// Resolves the descriptors of the chain.
     fn walk(&mut self, indirect: bool) -> Result<(), BadChain> {
         let table = Arc::clone(&self.table);
         let mut index = self.head;
@@ -123,7 +123,7 @@ impl Chain {
                 }
                 return self.walk_indirect(&table.memory, &descriptor);
             }
-            self.body.add(&table.memory, &descriptor)?;
+            self.segments.add(&table.memory, &descriptor)?;
             if !descriptor.has(layout::NEXT) {
                 return Ok(());
             }
@@ -133,9 +133,9 @@ impl Chain {
     }
 
     fn walk_indirect(&mut self, memory: &Memory, table: &Descriptor) -> Result<(), BadChain> {
-        const ONE: u32 = 16;
-        let size = table.len.checked_div(ONE).unwrap_or(0);
-        if size == 0 || !table.len.is_multiple_of(ONE) || size > u32::from(u16::MAX) {
+        const DESCRIPTOR_LEN: u32 = 16;
+        let size = table.len.checked_div(DESCRIPTOR_LEN).unwrap_or(0);
+        if size == 0 || !table.len.is_multiple_of(DESCRIPTOR_LEN) || size > u32::from(u16::MAX) {
             return Err(BadChain::IndirectLength);
         }
         let mut index = 0;
@@ -153,7 +153,7 @@ impl Chain {
             if descriptor.has(layout::INDIRECT) {
                 return Err(BadChain::NestedIndirect);
             }
-            self.body.add(memory, &descriptor)?;
+            self.segments.add(memory, &descriptor)?;
             if !descriptor.has(layout::NEXT) {
                 return Ok(());
             }
@@ -162,26 +162,26 @@ impl Chain {
         Err(BadChain::Loop)
     }
 
-    /// Returns the chain empty for the fault in it.
+    /// Returns the chain empty because of `fault`.
     pub(super) fn refuse(mut self, fault: BadChain) -> BadChain {
-        self.put_back(0, End::Refused);
+        self.complete(0, Outcome::Refused);
         self.used().publish();
         fault
     }
 
-    /// Bytes that were not read yet.
+    /// Returns the number of bytes that were not read yet.
     #[must_use]
     pub fn readable(&self) -> usize {
-        self.body.readable_len
+        self.segments.readable_len
     }
 
-    /// Copies the next bytes out; returns how many, fewer than asked only at the end.
+    /// Copies the next bytes to `into`. Returns how many; fewer than `into` has only at the end.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let mut rest = into;
-        let wanted = rest.len().min(self.body.readable_len);
+        let wanted = rest.len().min(self.segments.readable_len);
         let mut missing = wanted;
         while missing != 0 {
-            let Some(part) = self.body.take_readable(missing) else {
+            let Some(part) = self.segments.take_readable(missing) else {
                 break;
             };
             let (now, later) = rest.split_at_mut(part.len);
@@ -189,64 +189,65 @@ impl Chain {
             rest = later;
             missing = missing.saturating_sub(part.len);
         }
-        self.body.copied = self.body.copied.saturating_add(wanted);
+        self.segments.copied = self.segments.copied.saturating_add(wanted);
         wanted
     }
 
-    /// The next `len` bytes to read, left where they are. `None` if there are fewer.
+    /// Returns the next `len` bytes as a buffer in guest memory, or `None` if fewer are left.
     pub fn payload(&mut self, len: usize) -> Option<GuestBuffer> {
-        if len > self.body.readable_len {
+        if len > self.segments.readable_len {
             return None;
         }
         let memory = Arc::clone(&self.table.memory);
         let mut missing = len;
-        let pieces = std::iter::from_fn(|| {
-            let part = (missing != 0).then(|| self.body.take_readable(missing))??;
+        let slices = std::iter::from_fn(|| {
+            let part = (missing != 0).then(|| self.segments.take_readable(missing))??;
             missing = missing.saturating_sub(part.len);
             Some(part)
         });
-        Some(super::memory::buffer(pieces, memory))
+        Some(super::memory::buffer(slices, memory))
     }
 
-    /// Room for the reply in bytes.
+    /// Returns the number of bytes that the reply may have.
     #[must_use]
     pub fn writable(&self) -> usize {
-        self.body.writable_len
+        self.segments.writable_len
     }
 
-    /// The room behind the first `skip` bytes, `len` bytes of it. `None` if there is less.
-    pub fn room(&mut self, skip: usize, len: usize) -> Option<GuestBuffer> {
+    /// Returns the `len` writable bytes after the first `skip` as a buffer, or `None` if there are
+    /// fewer.
+    pub fn reply_buffer(&mut self, skip: usize, len: usize) -> Option<GuestBuffer> {
         let end = skip.checked_add(len)?;
-        if end > self.body.writable_len {
+        if end > self.segments.writable_len {
             return None;
         }
-        self.body.lent = self.body.lent.max(end);
+        self.segments.lent_end = self.segments.lent_end.max(end);
         let memory = Arc::clone(&self.table.memory);
         Some(super::memory::buffer(
-            self.body.writable_range(skip, len),
+            self.segments.writable_range(skip, len),
             memory,
         ))
     }
 
-    /// Copies `from` to the writable bytes from `skip` on; the caller has seen that they fit.
+    /// Copies `from` to the writable bytes from `skip` on. The caller has checked that it fits.
     fn write(&mut self, skip: usize, from: &[u8]) {
-        self.body.copied = self.body.copied.saturating_add(from.len());
+        self.segments.copied = self.segments.copied.saturating_add(from.len());
         let mut rest = from;
-        for slice in self.body.writable_range(skip, from.len()) {
+        for slice in self.segments.writable_range(skip, from.len()) {
             let (now, later) = rest.split_at(slice.len.min(rest.len()));
             slice.write(now);
             rest = later;
         }
     }
 
-    /// Answers with `parts`, one after the other; with nothing if they don't fit. The guest
-    /// sees it at the next [`UsedRing::publish`].
+    /// Replies with the concatenation of `parts`, or with an empty reply if they don't fit. The
+    /// guest sees the reply after the next [`UsedRing::publish`].
     pub fn reply(mut self, parts: &[&[u8]]) {
         let total: usize = parts
             .iter()
             .fold(0, |sum, part| sum.saturating_add(part.len()));
-        if total > self.body.writable_len {
-            self.put_back(0, End::Answered);
+        if total > self.segments.writable_len {
+            self.complete(0, Outcome::Replied);
             return;
         }
         let mut at = 0;
@@ -254,33 +255,33 @@ impl Chain {
             self.write(at, part);
             at = at.saturating_add(part.len());
         }
-        self.put_back(total, End::Answered);
+        self.complete(total, Outcome::Replied);
     }
 
-    /// Answers with `header`, the `filled` bytes behind it being in place already.
+    /// Replies with `header` and the `filled` bytes after it, which are in place already.
     pub fn reply_filled(mut self, header: &[u8], filled: usize) {
         let total = header.len().saturating_add(filled);
-        if total > self.body.writable_len {
-            self.put_back(0, End::Answered);
+        if total > self.segments.writable_len {
+            self.complete(0, Outcome::Replied);
             return;
         }
         self.write(0, header);
-        self.put_back(total, End::Answered);
+        self.complete(total, Outcome::Replied);
     }
 
-    /// Goes back without an answer, as is right for FORGET.
+    /// Returns the chain without a reply, as FORGET requires.
     pub fn no_reply(mut self) {
-        self.put_back(0, End::Answered);
+        self.complete(0, Outcome::Replied);
     }
 
-    /// The first of its descriptors, by which the guest knows it.
+    /// Returns the index of the chain's first descriptor, by which the guest identifies it.
     #[must_use]
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// What the journal holds of the chain, if a server before this one had taken it and ended
-    /// before it was answered. To be asked for before anything is noted.
+    /// Returns the journal's record of the chain, if a previous server process had taken the chain
+    /// and ended before it replied. Must be called before anything is recorded.
     #[must_use]
     pub fn previous(&self) -> Option<Previous> {
         self.resumed.then(|| match self.used().journal() {
@@ -289,64 +290,68 @@ impl Chain {
         })
     }
 
-    /// Notes which request this is.
-    pub fn note_unique(&self, unique: u64) {
+    /// Records the number of the request in the journal.
+    pub fn record_unique(&self, unique: u64) {
         if let Some(journal) = self.journal() {
-            journal.note_unique(self.head, unique);
+            journal.record_unique(self.head, unique);
         }
     }
 
-    /// Notes what is about to be done for the request, in words of which the first is not 0; or,
-    /// by one that is, that what was noted means nothing any more.
-    pub fn set_intent(&self, intent: [u64; INTENT]) {
+    /// Records in the journal what the server is about to do for the request. The first word of an
+    /// intent must not be 0; recording one whose first word is 0 clears the intent.
+    pub fn record_intent(&self, intent: [u64; INTENT]) {
         if let Some(journal) = self.journal() {
-            journal.set_intent(self.head, intent);
+            journal.record_intent(self.head, intent);
         }
     }
 
-    /// Whether what is noted is kept.
+    /// Whether the chain has a slot in a journal.
     #[must_use]
     pub fn has_journal(&self) -> bool {
         self.journal().is_some()
     }
 
-    /// The journal, if the chain has a slot in it.
+    /// Returns the journal, if the chain has a slot in it.
     fn journal(&self) -> Option<&Journal> {
         self.table.used.journal().filter(|_| self.marked)
     }
 
-    /// Where this chain goes back.
+    /// Returns the used ring of the chain's queue.
     #[must_use]
     pub fn used(&self) -> &Arc<UsedRing> {
         &self.table.used
     }
 
-    fn put_back(&mut self, written: usize, end: End) {
+    /// Returns the chain to the used ring, with `written` bytes of reply.
+    fn complete(&mut self, written: usize, outcome: Outcome) {
         self.returned = true;
         if self.table.memory.is_logging() {
-            // What was lent may have been written to even if the operation failed.
-            for slice in self.body.writable_range(0, written.max(self.body.lent)) {
+            // Lent bytes may have been written even if the operation failed.
+            for slice in self
+                .segments
+                .writable_range(0, written.max(self.segments.lent_end))
+            {
                 self.table.memory.mark_dirty(slice.guest, slice.len as u64);
             }
         }
-        let more = QueueStats {
+        let stats = QueueStats {
             chains: 1,
-            dropped: u64::from(end == End::Dropped),
-            refused: u64::from(end == End::Refused),
-            copied: self.body.copied as u64,
+            dropped: u64::from(outcome == Outcome::Dropped),
+            refused: u64::from(outcome == Outcome::Refused),
+            copied: self.segments.copied as u64,
         };
         let len = u32::try_from(written).unwrap_or(0);
         if let Some(journal) = self.journal() {
-            // The reply is in place; whoever finds this mark need not serve the request again.
-            journal.done(self.head, len);
+            // The reply is in place, so a process that resumes need not serve the request again.
+            journal.record_reply(self.head, len);
         }
-        let back = Return {
+        let returned = Return {
             head: self.head,
             len,
-            pieces: self.body.held,
+            segments: self.segments.counted,
             marked: self.marked,
         };
-        self.used().push(back, more);
+        self.used().push(returned, stats);
     }
 }
 
@@ -355,8 +360,8 @@ impl Drop for Chain {
         if self.returned {
             return;
         }
-        // No one is left to publish this one with a batch.
-        self.put_back(0, End::Dropped);
+        // No later batch is certain to publish this.
+        self.complete(0, Outcome::Dropped);
         self.used().publish();
     }
 }

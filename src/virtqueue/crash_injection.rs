@@ -1,33 +1,35 @@
-//! A process that is killed, without one: after so many stores of a thread to memory that outlives
-//! the process, no further one is made.
+//! Simulates a killed process in tests: suppresses a thread's stores to memory that outlives the
+//! process, after a given number of them.
+//!
+//! The invariant: the stores of a thread take effect up to the simulated kill, and none after it.
 
 use std::cell::Cell;
 
 thread_local! {
-    /// Stores that are still made; without end where there is none.
-    static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Stores that still take effect; unlimited if `None`.
+    static REMAINING: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// Whether a store is made; asked before each.
-pub(super) fn is_alive() -> bool {
-    LEFT.with(|left| match left.get() {
+/// Counts a store, and returns whether it takes effect. Called before each store.
+pub(super) fn store_takes_effect() -> bool {
+    REMAINING.with(|left| match left.get() {
         None => true,
         Some(0) => false,
-        Some(more) => {
-            left.set(Some(more - 1));
+        Some(remaining) => {
+            left.set(Some(remaining - 1));
             true
         }
     })
 }
 
-/// Whether the next store is made.
-pub(super) fn is_running() -> bool {
-    LEFT.with(Cell::get) != Some(0)
+/// Whether the simulated process is still alive.
+pub(super) fn is_alive() -> bool {
+    REMAINING.with(Cell::get) != Some(0)
 }
 
-/// Does `act` as a process that is killed after `stores`; whether it was.
-pub(super) fn after(stores: usize, act: impl FnOnce()) -> bool {
-    LEFT.with(|left| left.set(Some(stores)));
-    act();
-    LEFT.with(Cell::take) == Some(0)
+/// Runs `process` and simulates its kill after `stores` stores. Returns whether it was killed.
+pub(super) fn kill_after(stores: usize, process: impl FnOnce()) -> bool {
+    REMAINING.with(|left| left.set(Some(stores)));
+    process();
+    REMAINING.with(Cell::take) == Some(0)
 }

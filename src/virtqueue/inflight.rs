@@ -1,15 +1,17 @@
-//! What is in flight, in memory that outlives the process (vhost-user specification, "Inflight I/O
-//! tracking").
+//! Tracks the heads in flight in memory that outlives the process (vhost-user specification,
+//! "Inflight I/O tracking").
 //!
-//! An [`InflightRegion`] is what a front end keeps for its back ends; each queue has an
-//! [`InflightPart`] of it, or one in the server's own memory, of the same layout. Where a server
-//! ends, however it does, the next one finds there which heads had been taken off the available
-//! ring and not been returned, and in what order. The invariant: after each store, the used ring's
-//! index and the part together say for every head that was taken whether it has been returned.
+//! An [`InflightRegion`] is memory that a front end keeps for its back ends. Each queue has an
+//! [`InflightPart`] of it, or one with the same layout in the server's state table. When a server
+//! process ends, for whatever reason, the next one finds there which heads were taken off the
+//! available ring and not returned, and in which order. The invariant: after each store, the index
+//! of the used ring and the part together say for every head that was taken whether it was
+//! returned.
 //!
-//! In words of 64 bits a part is: its features; version, entries, head of the last batch and used
-//! index, 16 bits each; then for each head a word with the mark in its low byte and the link to
-//! the one before it in the batch in its top 16 bits, and a word that counts.
+//! A part consists of 64-bit words: its features; then version, number of entries, head of the last
+//! batch and used index, with 16 bits each; then two words for each head. The first of these has
+//! the mark in its low byte and the link to the previous head of the batch in its top 16 bits; the
+//! second is a counter.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -18,7 +20,7 @@ use std::sync::Arc;
 use super::QueueIndex;
 use super::layout;
 use super::memory::{Mapping, MemoryError, MemoryLostEvent};
-use super::shared_words::Words;
+use super::shared_words::SharedWords;
 use crate::state::QueuePart;
 
 #[cfg(test)]
@@ -29,76 +31,76 @@ use crate::state::QueuePart;
 )]
 mod tests;
 
-/// The version of the layout; 0 is a part that was never used.
+/// The version of the layout; 0 marks a part that was never used.
 const VERSION: u16 = 1;
 
-/// Where the words of a part are.
+/// Positions of the words in a part.
 const FEATURES: usize = 0;
 const STATE: usize = 1;
 const ENTRIES: usize = 2;
 
-/// Names no head: a batch's list ends here at the latest. Only lists behind what a faulty driver
-/// made available are ended.
+/// Ends a batch's list. Only lists that follow a chain of a faulty driver are ended by it: in all
+/// others the used index says how many heads the last batch has.
 const NONE: u16 = u16::MAX;
 
-/// What can be wrong with a region.
+/// Why an in-flight region can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InflightError {
     /// It can't be mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// It can't be made.
-    #[error("making {len:#x} bytes for what is in flight")]
+    /// It can't be created.
+    #[error("creating an in-flight region of {len:#x} bytes")]
     Create {
         /// Its length in bytes.
         len: u64,
-        /// Why not.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// Queues of an impossible size.
-    #[error("what is in flight of {queues} queues of {size} entries can't be kept")]
+    /// The number or the size of the queues is invalid.
+    #[error("there can't be an in-flight region for {queues} queues of {size} entries")]
     Shape {
-        /// How many queues.
+        /// The number of queues.
         queues: u16,
-        /// How many entries each.
+        /// The number of entries of each.
         size: u16,
     },
-    /// It is too short for the queues that it is said to be of.
-    #[error("{len:#x} bytes for what is in flight, where the queues take {wanted:#x}")]
+    /// It is too short for its queues.
+    #[error("the in-flight region has {len:#x} bytes, and its queues need {wanted:#x}")]
     Short {
-        /// Bytes that it has.
+        /// Its length in bytes.
         len: u64,
-        /// Bytes that are needed.
+        /// The length that the queues need.
         wanted: u64,
     },
-    /// Not the layout that is known here.
-    #[error("what is in flight is in version {version}, with features {features:#x}")]
+    /// Its version or features are not supported.
+    #[error("the in-flight region has the unsupported version {version} or features {features:#x}")]
     Version {
-        /// What it says.
+        /// The version in the region.
         version: u16,
-        /// What it says.
+        /// The features in the region.
         features: u64,
     },
-    /// It is of a queue of another size.
-    #[error("what is in flight is of a queue of {found} entries, where it has {wanted}")]
+    /// It belongs to a queue of another size.
+    #[error("the in-flight region is of a queue of {found} entries instead of {wanted}")]
     Entries {
-        /// What it says.
+        /// The number in the region.
         found: u16,
-        /// What was handed over with it.
+        /// The number that the front end gave with the region.
         wanted: u16,
     },
-    /// A head is in flight that the queue doesn't have.
-    #[error("head {head} is said to be in flight, of a queue with {size} entries")]
+    /// It marks a head that the queue doesn't have.
+    #[error("the in-flight region marks head {head} of a queue with {size} entries")]
     Head {
-        /// Which.
+        /// The head.
         head: u16,
         /// The queue's size.
         size: u16,
     },
 }
 
-/// What a front end keeps of all queues, mapped.
+/// A front end's in-flight region for all queues, mapped.
 #[derive(Clone, Debug)]
 pub struct InflightRegion {
     mapping: Arc<Mapping>,
@@ -107,15 +109,15 @@ pub struct InflightRegion {
 }
 
 impl InflightRegion {
-    /// What an [`MemoryLostEvent`] calls the first byte of a region that is gone.
+    /// The address by which a [`MemoryLostEvent`] reports the first byte of a lost region.
     pub const GONE: u64 = u64::MAX - (1 << 40);
 
-    /// Makes a file for a region for `queues` queues of `size` entries each, empty, which nobody
-    /// can shorten; answers how long it is, too.
+    /// Creates a file for an empty region for `queues` queues of `size` entries each, sealed
+    /// against truncation. Returns the file and its length.
     ///
     /// # Errors
     ///
-    /// Queues can't be of that size, or there is no memory.
+    /// Fails if the number or size of the queues is invalid, or if there is no memory.
     pub fn create(queues: u16, size: u16) -> Result<(File, u64), InflightError> {
         use rustix::fs::{MemfdFlags, SealFlags};
         let len = region_len(queues, size)?;
@@ -128,22 +130,23 @@ impl InflightRegion {
         rustix::fs::ftruncate(&file, len).map_err(fail)?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         if let Err(error) = rustix::fs::fcntl_add_seals(&file, seals) {
-            log::debug!("what is in flight can be truncated by the front end: {error}");
+            log::debug!("the front end can truncate the in-flight region: {error}");
         }
         Ok((file.into(), len))
     }
 
-    /// Maps the region of `queues` queues of `size` entries each that is `len` bytes of `file` from
-    /// `offset` on. `alarm` tells [`GONE`](Self::GONE) should the file be truncated later.
+    /// Maps the region of `queues` queues of `size` entries each that takes `len` bytes of `file`
+    /// from `offset` on. If the file is truncated later, `memory_lost` reports [`GONE`](Self::GONE)
+    /// plus the offset.
     ///
     /// # Errors
     ///
-    /// It is too short, or the file is, or can't be mapped.
+    /// Fails if `len` or the file is too short, or if the file can't be mapped.
     pub fn map(
         file: File,
         (offset, len): (u64, u64),
         (queues, size): (u16, u16),
-        alarm: &Arc<MemoryLostEvent>,
+        memory_lost: &Arc<MemoryLostEvent>,
     ) -> Result<Self, InflightError> {
         let wanted = region_len(queues, size)?;
         if len < wanted {
@@ -151,7 +154,7 @@ impl InflightRegion {
         }
         let bytes =
             usize::try_from(wanted).map_err(|_wide| InflightError::Shape { queues, size })?;
-        let mapping = Mapping::of_words(file, offset, bytes, Self::GONE, alarm)?;
+        let mapping = Mapping::map_words(file, offset, bytes, Self::GONE, memory_lost)?;
         Ok(Self {
             mapping: Arc::new(mapping),
             queues,
@@ -159,20 +162,20 @@ impl InflightRegion {
         })
     }
 
-    /// What is mapped: the file, where in it the region begins, and how long it is.
+    /// Returns the mapped file, the offset of the region in it, and the region's length in bytes.
     #[must_use]
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
         let (file, offset) = self.mapping.file()?;
         Some((file, offset, region_len(self.queues, self.size).ok()?))
     }
 
-    /// For how many queues it is, of how many entries each.
+    /// Returns the number of queues and the number of entries of each.
     #[must_use]
     pub fn shape(&self) -> (u16, u16) {
         (self.queues, self.size)
     }
 
-    /// The part of a queue; `None` if the region is for fewer queues.
+    /// Returns the part of a queue, or `None` if the region is for fewer queues.
     #[must_use]
     pub fn part(&self, queue: QueueIndex) -> Option<InflightPart> {
         if queue.0 >= self.queues {
@@ -181,15 +184,15 @@ impl InflightRegion {
         let words = part_words(self.size);
         let first = words.checked_mul(usize::from(queue.0))?;
         Some(InflightPart {
-            words: Words::handed(Arc::clone(&self.mapping), first, words),
+            words: SharedWords::in_mapping(Arc::clone(&self.mapping), first, words),
             entries: self.size,
-            kept: false,
+            in_table: false,
         })
     }
 }
 
-/// Words of a part of `size` entries: whole lines of a processor's cache, as in other back ends.
-#[allow(clippy::arithmetic_side_effects, reason = "of a number of 16 bits")]
+/// Words of a part with `size` entries, rounded up to whole cache lines as in other back ends.
+#[allow(clippy::arithmetic_side_effects, reason = "`size` has 16 bits")]
 fn part_words(size: u16) -> usize {
     (ENTRIES + 2 * usize::from(size)).next_multiple_of(8)
 }
@@ -202,68 +205,68 @@ fn region_len(queues: u16, size: u16) -> Result<u64, InflightError> {
     Ok(len.saturating_mul(u64::from(queues)))
 }
 
-/// Where one queue's heads in flight are marked.
+/// The marks of one queue's heads in flight.
 #[derive(Clone, Debug)]
 pub struct InflightPart {
-    words: Words,
-    /// Heads that there is room for.
+    words: SharedWords,
+    /// Heads that the part has room for.
     entries: u16,
-    /// Nobody else has it.
-    kept: bool,
+    /// Whether it is in the state table, which no front end can access.
+    in_table: bool,
 }
 
-/// A head that was in flight as its server ended.
+/// A head that was in flight when its server ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Resumed {
     pub(super) head: u16,
     pub(super) counter: u64,
 }
 
-/// What was found in a part.
+/// The result of recovering a part.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct Recovered {
     pub(super) inflight: Inflight,
-    /// The heads in flight, in the order in which they were taken. `None` if the part has no past
-    /// that belongs to the rings.
-    pub(super) past: Option<Vec<Resumed>>,
+    /// The heads in flight, in the order in which they were taken. `None` if the part recorded
+    /// nothing about these rings.
+    pub(super) heads: Option<Vec<Resumed>>,
 }
 
 impl InflightPart {
-    /// Where the part begins in what is kept of a queue.
+    /// First word of the part in a queue's part of the state table.
     const FIRST: usize = super::Journal::WORDS;
 
-    /// The part that is in the words of a queue, of the server's own memory.
+    /// The part in a queue's part of the state table.
     #[must_use]
-    pub fn kept(part: QueuePart) -> Self {
+    pub fn in_table(part: QueuePart) -> Self {
         Self {
-            words: Words::kept(part, Self::FIRST, part_words(layout::MAX_SIZE)),
+            words: SharedWords::in_table(part, Self::FIRST, part_words(layout::MAX_SIZE)),
             entries: layout::MAX_SIZE,
-            kept: true,
+            in_table: true,
         }
     }
 
-    /// Forgets all that is in flight. For a queue that does not run and whose guest was reset.
+    /// Clears all marks. Only for a queue that doesn't run and whose guest was reset.
     pub fn clear(&self) {
         self.words.store(STATE, 0);
     }
 
-    /// Heads that there is room for.
+    /// Returns the number of heads that the part has room for.
     pub(super) fn entries(&self) -> u16 {
         self.entries
     }
 
-    /// Finds what is in flight of a queue of `size` entries, whose used ring's index is `used` and
-    /// whose available ring's is `available`.
+    /// Recovers the heads in flight of a queue of `size` entries, the indexes of whose used and
+    /// available ring are `used` and `available`.
     ///
     /// # Errors
     ///
-    /// The part is of something else, or was damaged.
+    /// Fails if the part belongs to another queue or is damaged.
     pub(super) fn recover(
         self,
         size: u16,
         used: u16,
         available: u16,
-    ) -> Result<Found, InflightError> {
+    ) -> Result<Recovered, InflightError> {
         let state = State::parse(self.words.load(STATE));
         let features = self.words.load(FEATURES);
         if state.version == 0 {
@@ -273,10 +276,10 @@ impl InflightPart {
             let version = state.version;
             return Err(InflightError::Version { version, features });
         }
-        let wanted = self.in_use(size);
+        let wanted = self.recorded_entries(size);
         if state.entries != wanted {
-            if self.kept {
-                // A ring of another size is another driver's.
+            if self.in_table {
+                // The part recorded the ring of a previous driver.
                 return Ok(self.reset(size, used));
             }
             let found = state.entries;
@@ -290,40 +293,41 @@ impl InflightPart {
         };
         let last_batch = used.wrapping_sub(state.used);
         if last_batch <= size {
-            inflight.end_last_batch(last_batch, used);
+            inflight.unmark_last_batch(last_batch, used);
         }
         let heads = inflight.marked(size)?;
         if last_batch > size || heads.len() > usize::from(available.wrapping_sub(used)) {
-            // Not those rings: their driver was reset, or it has written to what isn't its own.
+            // The part recorded other rings: the driver was reset, or it wrote to the device's
+            // index.
             if !heads.is_empty() {
                 log::warn!(
-                    "{} requests were in flight, and the rings (available {available}, used \
-                     {used}) are not those of that time: they are forgotten",
+                    "discarding {} requests in flight, which don't match the rings (available \
+                     {available}, used {used})",
                     heads.len()
                 );
             }
             return Ok(inflight.part.reset(size, used));
         }
         inflight.batch.reserve(usize::from(size));
-        Ok(Found {
+        Ok(Recovered {
             inflight,
-            past: Some(heads),
+            heads: Some(heads),
         })
     }
 
-    /// The number of entries that stands in a part for a queue of `size`.
-    fn in_use(&self, size: u16) -> u16 {
-        if self.kept { size } else { self.entries }
+    /// The number of entries that the part records for a queue of `size`.
+    fn recorded_entries(&self, size: u16) -> u16 {
+        if self.in_table { size } else { self.entries }
     }
 
-    /// Makes the part that of a queue with nothing in flight.
-    fn reset(self, size: u16, used: u16) -> Found {
-        // First, so that no half of the marks is ever taken for the whole.
+    /// Initializes the part for a queue with nothing in flight.
+    fn reset(self, size: u16, used: u16) -> Recovered {
+        // First, so that a partly initialized part is never taken for a valid one.
         self.words.store(STATE, 0);
         self.words.store(FEATURES, 0);
-        let entries = self.in_use(size);
+        let entries = self.recorded_entries(size);
         for head in 0..entries {
-            // To look at memory costs less than to write to it, where it may be a hole.
+            // A load is cheaper than a store where the memory may be a hole in its file.
             if self.words.load(entry(head)) != 0 {
                 self.words.store(entry(head), 0);
             }
@@ -335,33 +339,33 @@ impl InflightPart {
             used,
         };
         self.words.store(STATE, state.word());
-        Found {
+        Recovered {
             inflight: Inflight {
                 part: self,
                 state,
                 counter: 0,
                 batch: Vec::with_capacity(usize::from(size)),
             },
-            past: None,
+            heads: None,
         }
     }
 }
 
-/// The part of a queue that runs; whoever changes it holds the used ring's lock.
+/// The part of a running queue. Changes require the used ring's lock.
 #[derive(Debug)]
 pub(super) struct Inflight {
     part: InflightPart,
-    /// As it stands in the part.
+    /// A copy of the part's state word.
     state: State,
     /// Heads taken so far.
     counter: u64,
-    /// What was linked since the used index was last shown.
+    /// Heads linked since the used index was last published.
     batch: Vec<u16>,
 }
 
 impl Inflight {
-    /// Takes the marks off the last `count` heads that were linked: the guest has them back.
-    fn end_last_batch(&mut self, count: u16, used: u16) {
+    /// Unmarks the last `count` heads that were linked, which the guest has got back.
+    fn unmark_last_batch(&mut self, count: u16, used: u16) {
         let mut head = self.state.last;
         for _ in 0..count {
             if head >= self.part.entries {
@@ -376,13 +380,13 @@ impl Inflight {
         }
     }
 
-    /// The heads that are marked, in the order in which they were taken. Goes on counting where
-    /// that ended.
+    /// Returns the marked heads, in the order in which they were taken. Continues the counter from
+    /// the highest value in the part.
     fn marked(&mut self, size: u16) -> Result<Vec<Resumed>, InflightError> {
         let mut heads = Vec::new();
         for head in 0..self.state.entries {
             let counter = self.part.words.load(counter_of(head));
-            // Also of those that are back: no taking is ever counted like one before.
+            // Includes heads that were returned, so that no counter is used twice.
             self.counter = self.counter.max(counter.wrapping_add(1));
             if is_marked(self.part.words.load(entry(head))) {
                 if head >= size {
@@ -395,12 +399,12 @@ impl Inflight {
         Ok(heads)
     }
 
-    /// Whether the head may be taken: there is an entry for it, and it is not in flight.
+    /// Whether the head may be taken: the part has an entry for it, and it is not in flight.
     pub(super) fn is_free(&self, head: u16) -> bool {
         head < self.part.entries && !is_marked(self.part.words.load(entry(head)))
     }
 
-    /// What the next head to be marked counts as.
+    /// Returns the counter of the next head to be marked.
     pub(super) fn counter(&self) -> u64 {
         self.counter
     }
@@ -412,7 +416,7 @@ impl Inflight {
         self.part.words.store(entry(head), MARK);
     }
 
-    /// Links a head to the batch that is shown to the guest next.
+    /// Links a head to the batch that is published next.
     pub(super) fn link(&mut self, head: u16) {
         let word = MARK | u64::from(self.state.last) << LINK;
         self.part.words.store(entry(head), word);
@@ -421,22 +425,22 @@ impl Inflight {
         self.batch.push(head);
     }
 
-    /// Ends the list: what follows is something that has no entry, or whose entry is another's.
-    /// The batch before has been shown.
-    pub(super) fn cut(&mut self) {
+    /// Ends the list before a chain whose head has no entry, or whose entry belongs to another
+    /// chain. The previous batch must have been published.
+    pub(super) fn end_list(&mut self) {
         self.state.last = NONE;
         self.part.words.store(STATE, self.state.word());
     }
 
-    /// The guest has been shown all that was linked: the used index is `used`.
-    pub(super) fn shown(&mut self, used: u16) {
+    /// Unmarks all linked heads, after they were published with the used index `used`.
+    pub(super) fn published(&mut self, used: u16) {
         while let Some(head) = self.batch.pop() {
             self.unmark(head);
         }
         self.set_used(used);
     }
 
-    /// Takes the mark off; the link stays, for who has to go through the batch once more.
+    /// Removes the mark, and keeps the link for a process that has to follow the batch again.
     fn unmark(&self, head: u16) {
         let word = self.part.words.load(entry(head));
         self.part.words.store(entry(head), word & !MARKS);
@@ -453,9 +457,9 @@ impl Inflight {
 struct State {
     version: u16,
     entries: u16,
-    /// Head of the list of the last batch.
+    /// Head of the last batch's list.
     last: u16,
-    /// The used ring's index, as it was when the last batch's marks had been taken off.
+    /// The index of the used ring for which the marks of the last batch were removed.
     used: u16,
 }
 
@@ -491,13 +495,13 @@ fn link_of(word: u64) -> u16 {
     u16::from_le_bytes([low, high])
 }
 
-/// Where the word with the mark of a head is.
+/// Position of the word with a head's mark.
 #[allow(clippy::arithmetic_side_effects, reason = "a head has 16 bits")]
 fn entry(head: u16) -> usize {
     ENTRIES + 2 * usize::from(head)
 }
 
-/// Where the word is that a head was counted with.
+/// Position of the word with a head's counter.
 #[allow(clippy::arithmetic_side_effects, reason = "a head has 16 bits")]
 fn counter_of(head: u16) -> usize {
     ENTRIES + 2 * usize::from(head) + 1

@@ -1,41 +1,42 @@
-//! What became of each request in flight, beside the in-flight region: a slot for each head.
+//! Records the progress of each request in flight, in a slot for each head.
 //!
-//! The region tells a server that comes after this one which heads are in flight, and nothing of
-//! what was done for them. A slot says which request is at the head, what its server intended, and
-//! whether its reply is in the guest's memory already: then it goes back with that reply and is not
-//! served again. The invariant: a slot means something only as long as its head is in flight, and
-//! only to the one taking that its counter names.
+//! The in-flight region tells the next server process which heads are in flight, but not what was
+//! done for them. A slot says which request is at the head, what its server intended to do, and
+//! whether the reply is in the guest's memory already. In that case the chain is returned with that
+//! reply and the request is not served again. The invariant: a slot is valid only while its head is
+//! in flight, and only for the use of the head that its counter names.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::state::{QueuePart, Table};
 
-/// Words of a slot: as many as lie in a line of a processor's cache.
+/// Words of a slot, which fill one cache line.
 const SLOT: usize = 8;
 
-/// Of a slot's words, by what is stored in them.
-mod at {
+/// Positions of the words in a slot.
+mod word {
     pub(super) const UNIQUE: usize = 0;
     pub(super) const OUTCOME: usize = 1;
     pub(super) const INTENT: usize = 2;
-    /// The counter of the in-flight region's entry, and one more: 0 is a slot never used.
+    /// The counter of the in-flight region's entry, plus one; 0 marks a slot that was never used.
     pub(super) const COUNTER: usize = 6;
 }
 
-/// The reply is in place; its length lies in the low half.
-const DONE: u64 = 1 << 63;
+/// Set in the outcome once the reply is in place; the low half is the reply's length.
+const REPLIED: u64 = 1 << 63;
 
 /// Words of an intent.
 pub const INTENT: usize = 4;
 
-/// What a slot holds of a request that was in flight as its server ended.
+/// What a slot records of a request that was in flight when its server ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Previous {
-    /// The number of the FUSE request; 0 if it was not noted, so nothing was done for it.
+    /// The number of the FUSE request; 0 if it was not recorded, in which case nothing was done for
+    /// it.
     pub unique: u64,
-    /// As [`Chain::set_intent`](super::Chain::set_intent) has left it; the first word is 0 where
-    /// there was none.
+    /// The intent of [`Chain::record_intent`](super::Chain::record_intent); the first word is 0 if
+    /// there is none.
     pub intent: [u64; INTENT],
 }
 
@@ -43,35 +44,36 @@ pub struct Previous {
 #[derive(Clone, Debug)]
 pub struct Journal(QueuePart);
 
-/// The slot of one head. Where the table were too small there would be none, and nothing kept.
+/// The slot of one head; empty if the table were too small, and then records nothing.
 struct Slot<'a>(&'a [AtomicU64]);
 
 impl Slot<'_> {
     #[inline]
     fn load(&self, word: usize) -> u64 {
         let word = self.0.get(word);
-        // Relaxed: see `words`.
+        // Relaxed: see `SharedWords::load`.
         word.map_or(0, |word| u64::from_le(word.load(Ordering::Relaxed)))
     }
 
     #[inline]
     fn store(&self, word: usize, value: u64) {
         #[cfg(test)]
-        if !super::crash_injection::is_alive() {
+        if !super::crash_injection::store_takes_effect() {
             return;
         }
         if let Some(word) = self.0.get(word) {
-            // Release: see `words`.
+            // Release: see `SharedWords::store`.
             word.store(value.to_le(), Ordering::Release);
         }
     }
 }
 
-/// How many slots are looked at at once. Drivers use the lower heads first.
-const SOME: u16 = 1024;
+/// Slots that are scanned before the scan may end. Drivers use low heads first, so a block of
+/// unused slots ends it.
+const SCAN_BLOCK: u16 = 1024;
 
-/// The requests that were under way, and not yet answered, as the process before ended: of all
-/// queues that `table` keeps a journal of.
+/// Returns the numbers of the requests, on all queues with a journal in `table`, that the previous
+/// process had started and not replied to when it ended.
 #[must_use]
 pub fn under_way(table: &Arc<Table>) -> Vec<u64> {
     let parts = (0..=u16::MAX).map_while(|index| table.queue(index));
@@ -83,12 +85,12 @@ pub fn under_way(table: &Arc<Table>) -> Vec<u64> {
 impl Journal {
     fn under_way(&self) -> Vec<u64> {
         let mut requests = Vec::new();
-        for first in (0..super::layout::MAX_SIZE).step_by(usize::from(SOME)) {
+        for first in (0..super::layout::MAX_SIZE).step_by(usize::from(SCAN_BLOCK)) {
             let mut used = false;
-            for head in first..first.saturating_add(SOME) {
-                used |= self.slot(head).load(at::COUNTER) != 0;
-                let unique = self.slot(head).load(at::UNIQUE);
-                if unique != 0 && self.outcome(head).is_none() {
+            for head in first..first.saturating_add(SCAN_BLOCK) {
+                used |= self.slot(head).load(word::COUNTER) != 0;
+                let unique = self.slot(head).load(word::UNIQUE);
+                if unique != 0 && self.reply_len(head).is_none() {
                     requests.push(unique);
                 }
             }
@@ -99,11 +101,10 @@ impl Journal {
         requests
     }
 
-    /// How many words of what is kept of a queue are the journal's: a slot for each head that
-    /// there may be.
+    /// Words that the journal takes of a queue's part of the table: a slot for each possible head.
     pub const WORDS: usize = SLOT * (super::layout::MAX_SIZE as usize);
 
-    /// The journal that is in the words of a queue.
+    /// The journal in a queue's part of the table.
     #[must_use]
     pub fn new(part: QueuePart) -> Self {
         Self(part)
@@ -115,70 +116,76 @@ impl Journal {
         Slot(self.0.words(first, SLOT).unwrap_or_default())
     }
 
-    /// Begins the slot anew for a head about to be marked as in flight with `counter`.
+    /// Clears the slot of a head that is about to be marked as in flight with `counter`.
     #[inline]
     pub(super) fn begin(&self, head: u16, counter: u64) {
         let slot = self.slot(head);
-        // Until the counter stands there too, these are of the taking before, which is over.
-        slot.store(at::UNIQUE, 0);
-        slot.store(at::OUTCOME, 0);
-        // What is behind the first word of an intent means nothing without it.
-        slot.store(at::INTENT, 0);
-        slot.store(at::COUNTER, stamp(counter));
+        // Until the counter is stored, the slot still belongs to the previous use of the head,
+        // which has ended.
+        slot.store(word::UNIQUE, 0);
+        slot.store(word::OUTCOME, 0);
+        // The other words of an intent are ignored if the first one is 0.
+        slot.store(word::INTENT, 0);
+        slot.store(word::COUNTER, stamp(counter));
     }
 
-    /// Whether the slot is that of the taking that `counter` names.
-    pub(super) fn is_of(&self, head: u16, counter: u64) -> bool {
-        self.slot(head).load(at::COUNTER) == stamp(counter)
+    /// Whether the slot belongs to the use of the head that `counter` names.
+    pub(super) fn belongs_to(&self, head: u16, counter: u64) -> bool {
+        self.slot(head).load(word::COUNTER) == stamp(counter)
     }
 
-    pub(super) fn note_unique(&self, head: u16, unique: u64) {
-        self.slot(head).store(at::UNIQUE, unique);
+    /// Records the number of the request at `head`.
+    pub(super) fn record_unique(&self, head: u16, unique: u64) {
+        self.slot(head).store(word::UNIQUE, unique);
     }
 
-    /// The reply of `len` bytes is in the guest's memory.
-    pub(super) fn done(&self, head: u16, len: u32) {
-        self.slot(head).store(at::OUTCOME, DONE | u64::from(len));
+    /// Records that the reply of `len` bytes is in the guest's memory.
+    pub(super) fn record_reply(&self, head: u16, len: u32) {
+        self.slot(head)
+            .store(word::OUTCOME, REPLIED | u64::from(len));
     }
 
-    /// The length of the reply, if it is in the guest's memory.
-    pub(super) fn outcome(&self, head: u16) -> Option<u32> {
-        let outcome = self.slot(head).load(at::OUTCOME);
-        if outcome & DONE == 0 {
+    /// Returns the length of the reply, if it is in the guest's memory.
+    pub(super) fn reply_len(&self, head: u16) -> Option<u32> {
+        let outcome = self.slot(head).load(word::OUTCOME);
+        if outcome & REPLIED == 0 {
             return None;
         }
-        u32::try_from(outcome ^ DONE).ok()
+        u32::try_from(outcome ^ REPLIED).ok()
     }
 
-    pub(super) fn set_intent(&self, head: u16, intent: [u64; INTENT]) {
+    /// Records an intent; one whose first word is 0 clears it.
+    pub(super) fn record_intent(&self, head: u16, intent: [u64; INTENT]) {
         let [first, second, third, fourth] = intent;
         let slot = self.slot(head);
-        slot.store(at::INTENT, 0);
+        slot.store(word::INTENT, 0);
         if first != 0 {
-            for (word, value) in (at::INTENT..).zip([0, second, third, fourth]).skip(1) {
-                slot.store(word, value);
+            for (at, value) in (word::INTENT..).zip([0, second, third, fourth]).skip(1) {
+                slot.store(at, value);
             }
-            // Last: it shows the others.
-            slot.store(at::INTENT, first);
+            // Last, because it makes the others valid.
+            slot.store(word::INTENT, first);
         }
     }
 
+    /// Returns what the slot records.
     pub(super) fn previous(&self, head: u16) -> Previous {
         let slot = self.slot(head);
         let mut intent = [0; INTENT];
-        for (word, value) in (at::INTENT..).zip(&mut intent) {
-            *value = slot.load(word);
+        for (at, value) in (word::INTENT..).zip(&mut intent) {
+            *value = slot.load(at);
         }
         if intent.first() == Some(&0) {
             intent = [0; INTENT];
         }
         Previous {
-            unique: slot.load(at::UNIQUE),
+            unique: slot.load(word::UNIQUE),
             intent,
         }
     }
 }
 
+/// The value of the counter's word, which is never 0 in practice.
 fn stamp(counter: u64) -> u64 {
     counter.wrapping_add(1)
 }

@@ -1,6 +1,6 @@
-//! Where things lie in a split virtqueue (virtio 1.2, sections 2.7.5 to 2.7.8).
+//! The memory layout of a split virtqueue (virtio 1.2, sections 2.7.5 to 2.7.8).
 //!
-//! Numbers only; nothing here touches memory.
+//! Offsets, lengths and flags. The invariant: nothing here accesses memory.
 
 #![allow(
     clippy::arithmetic_side_effects,
@@ -15,11 +15,11 @@ pub(crate) const DESCRIPTOR_ALIGN: u64 = 16;
 pub(crate) const AVAILABLE_ALIGN: u64 = 2;
 pub(crate) const USED_ALIGN: u64 = 4;
 
-/// `VIRTQ_DESC_F_NEXT`: the chain goes on at `next`.
+/// `VIRTQ_DESC_F_NEXT`: the chain continues at `next`.
 pub(crate) const NEXT: u16 = 1;
-/// `VIRTQ_DESC_F_WRITE`: the device writes here.
+/// `VIRTQ_DESC_F_WRITE`: the device may write to the buffer.
 pub(crate) const WRITE: u16 = 2;
-/// `VIRTQ_DESC_F_INDIRECT`: a table of descriptors lies here.
+/// `VIRTQ_DESC_F_INDIRECT`: the buffer is a table of descriptors.
 pub(crate) const INDIRECT: u16 = 4;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver wants no call.
@@ -82,7 +82,7 @@ pub(crate) fn descriptor_at(index: u16) -> usize {
     usize::from(index) * DESCRIPTOR_LEN
 }
 
-/// Flags, index, the entries, and `used_event`.
+/// Length of the available ring: flags, index, entries and `used_event`.
 pub(crate) fn available_len(size: u16) -> u64 {
     6 + 2 * u64::from(size)
 }
@@ -95,7 +95,7 @@ pub(crate) fn used_event(size: u16) -> usize {
     4 + 2 * usize::from(size)
 }
 
-/// Flags, index, the elements, and `avail_event`.
+/// Length of the used ring: flags, index, elements and `avail_event`.
 pub(crate) fn used_len(size: u16) -> u64 {
     6 + 8 * u64::from(size)
 }
@@ -108,8 +108,8 @@ pub(crate) fn avail_event(size: u16) -> usize {
     4 + 8 * usize::from(size)
 }
 
-/// Whether a step of the index from `old` to `new` passes `event`: then the other side asked
-/// to be told (virtio 1.2, section 2.7.10.1).
+/// Whether a step of the index from `old` to `new` passes `event`, so that the other side asked for
+/// a notification (virtio 1.2, section 2.7.10.1).
 pub(crate) fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_passed_exactly_when_it_lies_in_the_step() {
+    fn passes_is_true_exactly_for_events_within_step() {
         assert!(passes(5, 6, 5));
         assert!(!passes(6, 6, 5));
         assert!(passes(5, 10, 3));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_wrap_at_the_size() {
+    fn entry_offsets_wrap_at_queue_size() {
         assert_eq!(available_entry(0x1_03, 0x100), 4 + 2 * 3);
         assert_eq!(used_element(0xffff, 0x100), 4 + 8 * 0xff);
     }

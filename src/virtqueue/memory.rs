@@ -1,24 +1,21 @@
-//! The guest's memory as the front end handed it over, and the log of the pages we change.
+//! The guest's memory, mapped from the front end's files, and the log of the pages changed there.
 //!
-//! A [`Memory`] is an immutable snapshot: a change of the memory table makes a new one, and
-//! the old mappings go when the last chain that points into them has been returned. The
-//! invariant: a pointer that leaves this file lies, with its whole length, in a mapping that
-//! the same snapshot keeps alive.
+//! A [`Memory`] is an immutable snapshot of the memory table. A change of the table makes a new
+//! snapshot, and the old mappings are removed when the last chain that points into them has been
+//! returned. The invariant: the memory behind a pointer that this module returns is completely
+//! within a mapping that the snapshot keeps alive.
 //!
-//! Whoever handed the memory over may take it away again, by truncating its file. All mappings
-//! are therefore watched: what is gone reads as zeros from then on, and the [`MemoryLostEvent`] tells.
+//! The front end can truncate the files at any time, so all mappings are watched: lost memory reads
+//! as zeros, and is reported through the [`MemoryLostEvent`].
 //!
-//! This is not `vm-memory`'s `GuestMemoryMmap` because the rings need the addresses once and
-//! not at each access, and because the dirty log of `vhost-user-backend`, which would be its
-//! bitmap, can't be made from outside that crate; the mapping itself is `vm-memory`'s.
+//! `vm-memory`'s `GuestMemoryMmap` isn't used, for two reasons: the rings resolve addresses once
+//! instead of at each access, and the dirty log of `vhost-user-backend`, which would be its bitmap,
+//! can't be constructed outside that crate. The mapping itself is `vm-memory`'s.
 
-#![allow(
-    unsafe_code,
-    reason = "the guest's memory is reached through raw pointers"
-)]
+#![allow(unsafe_code, reason = "guest memory is accessed through raw pointers")]
 #![allow(
     clippy::arithmetic_side_effects,
-    reason = "no region wraps around, which is checked as it is mapped; all else stays in one"
+    reason = "no region wraps around, as mapping it checks; all other addresses are within one"
 )]
 
 use std::fs::File;
@@ -43,7 +40,7 @@ pub type GuestAddress = u64;
 /// vhost-user specification, "Migration").
 pub const LOG_PAGE: u64 = 4096;
 
-/// What can be wrong with a memory table or a log.
+/// Why a memory table, an in-flight region or a dirty log can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The region can't be mapped.
@@ -53,21 +50,23 @@ pub enum MemoryError {
         guest: GuestAddress,
         /// Length of the region in bytes.
         len: u64,
-        /// Where in the file it begins.
+        /// Offset of the region in the file.
         offset: u64,
-        /// What `vm-memory` says.
+        /// The cause.
         #[source]
         source: MmapRegionError,
     },
-    /// The region has no byte, or runs past the end of the address space.
-    #[error("a memory region at {guest:#x} with {len:#x} bytes can't be")]
+    /// The region is empty, or exceeds the end of the address space.
+    #[error(
+        "a memory region at {guest:#x} with {len:#x} bytes can't be mapped: it is empty or too large"
+    )]
     Shape {
         /// Guest address of the region.
         guest: GuestAddress,
         /// Length of the region in bytes.
         len: u64,
     },
-    /// Two regions claim the same addresses.
+    /// Two regions have addresses in common.
     #[error("the memory regions at {first:#x} and {second:#x} overlap")]
     Overlap {
         /// Guest address of the lower region.
@@ -75,54 +74,54 @@ pub enum MemoryError {
         /// Guest address of the upper region.
         second: GuestAddress,
     },
-    /// More regions than there may be.
-    #[error("more than {most} memory regions")]
+    /// There are too many regions.
+    #[error("more than {max} memory regions")]
     TooMany {
-        /// How many there may be.
-        most: usize,
+        /// The limit.
+        max: usize,
     },
     /// The mapping can't be watched.
-    #[error("watching over {len:#x} bytes of memory, in case that its file is truncated")]
+    #[error("watching {len:#x} bytes of memory for a truncation of its file")]
     Watch {
         /// Length of the mapping in bytes.
         len: u64,
-        /// Why not.
+        /// The cause.
         #[source]
         source: rustix::io::Errno,
     },
-    /// A region to remove is not there.
+    /// The region to remove doesn't exist.
     #[error("there is no memory region at {guest:#x} with {len:#x} bytes to remove")]
     Unknown {
-        /// Guest address asked for.
+        /// Guest address of the request.
         guest: GuestAddress,
-        /// Length asked for.
+        /// Length of the request.
         len: u64,
     },
-    /// What is in flight can't be mapped.
-    #[error("mapping what is in flight, {len:#x} bytes at file offset {offset:#x}")]
+    /// The in-flight region can't be mapped.
+    #[error("mapping the in-flight region, {len:#x} bytes at file offset {offset:#x}")]
     MapInflight {
-        /// Length in bytes.
+        /// Length of the region in bytes.
         len: u64,
-        /// Where in the file it begins.
+        /// Offset of the region in the file.
         offset: u64,
-        /// What `vm-memory` says.
+        /// The cause.
         #[source]
         source: MmapRegionError,
     },
-    /// The log can't be mapped.
+    /// The dirty log can't be mapped.
     #[error("mapping the dirty log, {len:#x} bytes at file offset {offset:#x}")]
     MapLog {
         /// Length of the log in bytes.
         len: u64,
-        /// Where in the file it begins.
+        /// Offset of the log in the file.
         offset: u64,
-        /// What `vm-memory` says.
+        /// The cause.
         #[source]
         source: MmapRegionError,
     },
 }
 
-/// One stretch of guest memory, mapped.
+/// One mapped region of guest memory.
 #[derive(Clone, Debug)]
 pub struct Region {
     guest: GuestAddress,
@@ -131,7 +130,7 @@ pub struct Region {
     mapping: Arc<Mapping>,
 }
 
-/// A mapping that is watched. The watch ends before it is unmapped.
+/// A watched mapping. Its watch ends before it is unmapped.
 #[derive(Debug)]
 pub(super) struct Mapping {
     _watch: Watch,
@@ -139,25 +138,26 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
-    /// Maps `len` bytes of `file` from `offset` on; `base` is what `alarm` calls the first.
+    /// Maps `len` bytes of `file` from `offset` on; `base` is the address by which `memory_lost`
+    /// reports the first of them.
     fn new(
         file: File,
         (offset, len): (u64, usize),
         base: u64,
-        alarm: &Arc<MemoryLostEvent>,
+        memory_lost: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MapFault> {
         let unit = check_file(&file, offset, len)?;
         let bytes = MmapRegion::from_file(FileOffset::new(file, offset), len)?;
-        // SAFETY: the bytes are one mapping, which was made just now and is unmapped when the
-        // watch has ended (fields are dropped in order); all access to it is by raw pointers;
+        // SAFETY: the bytes are one mapping, which was made just above and is unmapped after the
+        // watch has ended (fields are dropped in order); all access to it is through raw pointers;
         // and a mapping begins at a multiple of the size of its pages.
-        let watch = unsafe { Watch::new((bytes.as_ptr(), len), unit, base, alarm) };
+        let watch = unsafe { Watch::new((bytes.as_ptr(), len), unit, base, memory_lost) };
         let watch = watch.map_err(MapFault::Watch)?;
-        // SAFETY: the range is the mapping just made, whose contents the advice doesn't touch.
-        let kept_out =
+        // SAFETY: the range is the mapping made above, whose contents the advice doesn't change.
+        let excluded =
             unsafe { rustix::mm::madvise(bytes.as_ptr().cast(), len, Advice::LinuxDontDump) };
-        if let Err(error) = kept_out {
-            log::debug!("a core would have the guest's memory in it: {error}");
+        if let Err(error) = excluded {
+            log::debug!("a core dump would include the guest's memory: {error}");
         }
         Ok(Self {
             _watch: watch,
@@ -165,16 +165,16 @@ impl Mapping {
         })
     }
 
-    /// Maps words of 64 bits: `len` bytes of `file` from `offset` on.
-    pub(super) fn of_words(
+    /// Maps 64-bit words: `len` bytes of `file` from `offset` on.
+    pub(super) fn map_words(
         file: File,
         offset: u64,
         len: usize,
         base: u64,
-        alarm: &Arc<MemoryLostEvent>,
+        memory_lost: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MemoryError> {
         let wide = len as u64;
-        Self::new(file, (offset, len), base, alarm).map_err(|fault| match fault {
+        Self::new(file, (offset, len), base, memory_lost).map_err(|fault| match fault {
             MapFault::Map(source) => MemoryError::MapInflight {
                 len: wide,
                 offset,
@@ -184,13 +184,13 @@ impl Mapping {
         })
     }
 
-    /// The little-endian word at `index`, of which there must be as many.
+    /// Loads the little-endian word at `index`, which must be within the mapping.
     #[inline]
     pub(super) fn load(&self, index: usize, order: Ordering) -> u64 {
         u64::from_le(self.word(index).load(order))
     }
 
-    /// Sets the little-endian word at `index`, of which there must be as many.
+    /// Stores the little-endian word at `index`, which must be within the mapping.
     #[inline]
     pub(super) fn store(&self, index: usize, value: u64, order: Ordering) {
         self.word(index).store(value.to_le(), order);
@@ -200,13 +200,14 @@ impl Mapping {
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.bytes.size() / 8);
         let pointer = self.bytes.as_ptr().wrapping_add(8 * index).cast::<u64>();
-        // SAFETY: within the mapping by the assertion, which lives as long as `self`, and aligned
-        // as a mapping begins at a page.
+        // SAFETY: the word is within the mapping by the assertion, the mapping lives as long as
+        // `self`, and the word is aligned because a mapping begins at a page.
         unsafe { AtomicU64::from_ptr(pointer) }
     }
 }
 
 impl Mapping {
+    /// Returns the mapped file, and the offset of the mapping in it.
     pub(super) fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         let offset = self.bytes.file_offset()?;
         Some((offset.file().as_fd(), offset.start()))
@@ -226,21 +227,21 @@ impl From<MmapRegionError> for MapFault {
 }
 
 impl Region {
-    /// Maps `len` bytes of `file` from `offset` on as the guest's memory at `guest`; `user` is
-    /// the address by which the front end names the same memory in ring addresses. `alarm` tells
-    /// the guest address that was found gone, should the file be truncated later.
+    /// Maps `len` bytes of `file` from `offset` on as the guest's memory at `guest`. `user` is the
+    /// address of the same memory in the front end, which ring addresses use. If the file is
+    /// truncated later, `memory_lost` reports the lost guest address.
     ///
     /// # Errors
     ///
-    /// The region is empty or runs over the end of the address space; the file is too short
-    /// or can't be mapped.
+    /// Fails if the region is empty or exceeds the end of the address space, or if the file is too
+    /// short or can't be mapped.
     pub fn map(
         file: File,
         offset: u64,
         guest: GuestAddress,
         user: u64,
         len: u64,
-        alarm: &Arc<MemoryLostEvent>,
+        memory_lost: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MemoryError> {
         let shape = MemoryError::Shape { guest, len };
         let Ok(size) = usize::try_from(len) else {
@@ -250,15 +251,17 @@ impl Region {
             return Err(shape);
         }
         let mapping =
-            Mapping::new(file, (offset, size), guest, alarm).map_err(|fault| match fault {
-                MapFault::Map(source) => MemoryError::Map {
-                    guest,
-                    len,
-                    offset,
-                    source,
+            Mapping::new(file, (offset, size), guest, memory_lost).map_err(
+                |fault| match fault {
+                    MapFault::Map(source) => MemoryError::Map {
+                        guest,
+                        len,
+                        offset,
+                        source,
+                    },
+                    MapFault::Watch(source) => MemoryError::Watch { len, source },
                 },
-                MapFault::Watch(source) => MemoryError::Watch { len, source },
-            })?;
+            )?;
         Ok(Self {
             guest,
             user,
@@ -267,20 +270,20 @@ impl Region {
         })
     }
 
-    /// Where it was said to be: guest address, front end's address, bytes.
+    /// Returns the guest address, the front end's address and the length in bytes.
     #[must_use]
-    pub fn place(&self) -> (GuestAddress, u64, u64) {
+    pub fn addresses(&self) -> (GuestAddress, u64, u64) {
         (self.guest, self.user, self.len)
     }
 
-    /// What is mapped: the file, which stays open as long as the region is there, and where in it
-    /// the region begins.
+    /// Returns the mapped file, which stays open as long as the region exists, and the offset of
+    /// the region in it.
     #[must_use]
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.mapping.file()
     }
 
-    /// The pointer to the byte `offset` into the region; `offset` must be below the length.
+    /// Returns a pointer to the byte at `offset` in the region; `offset` must be below its length.
     fn pointer(&self, offset: u64) -> *mut u8 {
         debug_assert!(offset < self.len);
         let offset = usize::try_from(offset).expect("invariant: a mapped length fits usize");
@@ -288,15 +291,15 @@ impl Region {
     }
 }
 
-/// A snapshot of the guest's memory, with the dirty log if one is kept.
+/// A snapshot of the guest's memory, with the dirty log if changes are logged.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
-    /// In order of guest addresses, none overlapping.
+    /// Sorted by guest address, without overlaps.
     regions: Vec<Region>,
     log: Option<Arc<DirtyLog>>,
 }
 
-/// A stretch of guest memory within one region.
+/// A contiguous part of guest memory within one region.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slice {
     pub(crate) pointer: *mut u8,
@@ -304,24 +307,23 @@ pub(crate) struct Slice {
     pub(crate) guest: GuestAddress,
 }
 
-// SAFETY: a slice is an address; whoever goes through it holds the snapshot it came from, and
-// the memory is shared with the guest anyway.
+// SAFETY: a slice is an address. Code that accesses memory through it holds the snapshot that it
+// came from, on any thread, and the memory is shared with the guest in any case.
 unsafe impl Send for Slice {}
 
 impl Memory {
-    /// The most regions that there may be; QEMU never has more. Each costs a mapping and a
-    /// descriptor.
-    pub const MOST_REGIONS: usize = 512;
+    /// The most regions of a snapshot; QEMU never uses more. Each takes a mapping and a descriptor.
+    pub const MAX_REGIONS: usize = 512;
 
-    /// A snapshot of `regions`, in any order.
+    /// Makes a snapshot of `regions`, which may be in any order.
     ///
     /// # Errors
     ///
-    /// Two of them overlap, or they are too many.
+    /// Fails if two of them overlap, or if there are too many.
     pub fn new(mut regions: Vec<Region>, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
-        if regions.len() > Self::MOST_REGIONS {
+        if regions.len() > Self::MAX_REGIONS {
             return Err(MemoryError::TooMany {
-                most: Self::MOST_REGIONS,
+                max: Self::MAX_REGIONS,
             });
         }
         regions.sort_by_key(|region| region.guest);
@@ -338,22 +340,22 @@ impl Memory {
         Ok(Self { regions, log })
     }
 
-    /// The same memory with `region` added.
+    /// Returns the same memory with `region` added.
     ///
     /// # Errors
     ///
-    /// It overlaps one that is there.
+    /// Fails if `region` overlaps another one, or if there are too many.
     pub fn with_region(&self, region: Region) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(region);
         Self::new(regions, self.log.clone())
     }
 
-    /// The same memory without the region at `guest`, `user` of `len` bytes.
+    /// Returns the same memory without the region of `len` bytes at `guest` and `user`.
     ///
     /// # Errors
     ///
-    /// There is none.
+    /// Fails if there is no such region.
     pub fn without_region(
         &self,
         guest: GuestAddress,
@@ -369,7 +371,7 @@ impl Memory {
         Self::new(regions, self.log.clone())
     }
 
-    /// The same memory with another log, or none.
+    /// Returns the same memory with another log, or without one.
     #[must_use]
     pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
         Self {
@@ -378,13 +380,13 @@ impl Memory {
         }
     }
 
-    /// The regions, by guest addresses.
+    /// Returns the regions, sorted by guest address.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 
-    /// The guest address of what the front end calls `user`.
+    /// Returns the guest address of the memory at the front end's address `user`.
     #[must_use]
     pub fn guest_address(&self, user: u64) -> Option<GuestAddress> {
         self.regions
@@ -393,7 +395,7 @@ impl Memory {
             .map(|r| r.guest + (user - r.user))
     }
 
-    /// The longest part of `guest..guest + len` that lies in one region, from its start.
+    /// Returns the longest prefix of `guest..guest + len` that is within one region.
     pub(crate) fn slice(&self, guest: GuestAddress, len: u64) -> Option<Slice> {
         let after = self.regions.partition_point(|r| r.guest <= guest);
         let region = self.regions.get(after.checked_sub(1)?)?;
@@ -409,13 +411,13 @@ impl Memory {
         })
     }
 
-    /// Gives `take` the parts of `guest..guest + len`, in order. False where one of them is not
-    /// there; `take` may have had some by then.
+    /// Calls `each` with the slices of `guest..guest + len`, in order. Returns false if part of the
+    /// range is not mapped, in which case `each` may have been called for the slices before it.
     pub(crate) fn slices(
         &self,
         mut guest: GuestAddress,
         len: u64,
-        mut take: impl FnMut(Slice),
+        mut each: impl FnMut(Slice),
     ) -> bool {
         let Some(end) = guest.checked_add(len) else {
             return false;
@@ -425,12 +427,13 @@ impl Memory {
                 return false;
             };
             guest += slice.len as u64;
-            take(slice);
+            each(slice);
         }
         true
     }
 
-    /// Copies from guest memory; false, and `into` undefined, where some of it is not there.
+    /// Copies from guest memory. Returns false, with the content of `into` unspecified, if part of
+    /// the range is not mapped.
     pub(crate) fn read(&self, guest: GuestAddress, into: &mut [u8]) -> bool {
         let mut done = 0;
         self.slices(guest, into.len() as u64, |slice| {
@@ -441,21 +444,21 @@ impl Memory {
         })
     }
 
-    /// Notes that `guest..guest + len` was changed, if a log is kept.
+    /// Marks `guest..guest + len` as changed, if changes are logged.
     pub(crate) fn mark_dirty(&self, guest: GuestAddress, len: u64) {
         if let Some(log) = &self.log {
             log.mark(guest, len);
         }
     }
 
-    /// Whether changes are to be logged.
+    /// Whether changes are logged.
     pub(crate) fn is_logging(&self) -> bool {
         self.log.is_some()
     }
 }
 
 impl Slice {
-    /// Copies the first `into.len()` bytes out; `into` must not be longer than the slice.
+    /// Copies the first `into.len()` bytes to `into`, which must not be longer than the slice.
     pub(crate) fn read(&self, into: &mut [u8]) {
         assert!(into.len() <= self.len);
         // SAFETY: the slice's holder keeps its snapshot, so `pointer..+len` is mapped, and the
@@ -463,11 +466,11 @@ impl Slice {
         unsafe { std::ptr::copy_nonoverlapping(self.pointer, into.as_mut_ptr(), into.len()) };
     }
 
-    /// Copies `from` over the first bytes; `from` must not be longer than the slice.
+    /// Copies `from`, which must not be longer than the slice, to its first bytes.
     pub(crate) fn write(&self, from: &[u8]) {
         assert!(from.len() <= self.len);
         #[cfg(test)]
-        if !super::crash_injection::is_alive() {
+        if !super::crash_injection::store_takes_effect() {
             return;
         }
         // SAFETY: the slice's holder keeps its snapshot, so `pointer..+len` is mapped, and the
@@ -475,7 +478,7 @@ impl Slice {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.pointer, from.len()) };
     }
 
-    /// The slice without its first `count` bytes, of which it must have that many.
+    /// Returns the slice without its first `count` bytes; `count` must not exceed its length.
     pub(crate) fn skip(self, count: usize) -> Self {
         assert!(count <= self.len);
         Self {
@@ -485,15 +488,15 @@ impl Slice {
         }
     }
 
-    /// The first `count` bytes of the slice, of which it must have that many.
+    /// Returns the first `count` bytes of the slice; `count` must not exceed its length.
     pub(crate) fn first(self, count: usize) -> Self {
         assert!(count <= self.len);
         Self { len: count, ..self }
     }
 }
 
-/// Memory that holds one part of a ring, resolved once: typed accesses at an offset. The models have
-/// one of their own, in `sync`.
+/// The memory of one part of a ring, resolved once, with typed accesses at an offset. Loom models
+/// use the `Window` of `sync` instead.
 #[cfg(not(ringfsd_loom))]
 #[derive(Debug)]
 pub(crate) struct Window {
@@ -508,8 +511,8 @@ unsafe impl Sync for Window {}
 
 #[cfg(not(ringfsd_loom))]
 impl Window {
-    /// The memory that the front end calls `user..user + len`, if it lies in one region and
-    /// `user` is a multiple of `align`.
+    /// Resolves `user..user + len` in the front end's addresses. Returns `None` if it isn't within
+    /// one region, or isn't mapped at a multiple of `align`.
     pub(crate) fn new(memory: &Arc<Memory>, user: u64, len: u64, align: u64) -> Option<Self> {
         let guest = memory.guest_address(user)?;
         let slice = memory.slice(guest, len)?;
@@ -522,7 +525,7 @@ impl Window {
         })
     }
 
-    /// Copies `into.len()` bytes at `offset` out.
+    /// Copies `into.len()` bytes from `offset` to `into`.
     pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
         self.slice.skip(offset).read(into);
     }
@@ -532,15 +535,15 @@ impl Window {
         self.slice.skip(offset).write(from);
     }
 
-    /// The 16-bit little-endian number at `offset`.
+    /// Loads the 16-bit little-endian number at `offset`.
     pub(crate) fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
         u16::from_le(self.atomic_u16(offset).load(order))
     }
 
-    /// Sets the 16-bit little-endian number at `offset`.
+    /// Stores the 16-bit little-endian number at `offset`.
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
         #[cfg(test)]
-        if !super::crash_injection::is_alive() {
+        if !super::crash_injection::store_takes_effect() {
             return;
         }
         self.atomic_u16(offset).store(value.to_le(), order);
@@ -549,14 +552,15 @@ impl Window {
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
         assert!(offset.is_multiple_of(2) && offset + 2 <= self.slice.len);
         let pointer = self.slice.pointer.wrapping_add(offset).cast::<u16>();
-        // SAFETY: within the window by the assertion, mapped by the snapshot it holds, and
-        // aligned as `new` checked the start and the assertion the offset.
+        // SAFETY: the number is within the window by the assertion, the snapshot that the window
+        // holds keeps it mapped, and it is aligned: `new` checked the start of the window (the
+        // callers pass an even alignment), and the assertion checked the offset.
         unsafe { AtomicU16::from_ptr(pointer) }
     }
 }
 
-/// Refuses a file that ends before the mapping would: touching the rest is a SIGBUS. Answers the
-/// size of the pages that it is mapped in.
+/// Refuses a file that is shorter than the mapping, as an access beyond its end raises SIGBUS.
+/// Returns the size of the pages in which the file is mapped.
 fn check_file(file: &File, offset: u64, len: usize) -> Result<usize, MapFault> {
     let metadata = file.metadata().map_err(MmapRegionError::Mmap)?;
     let wide = len as u64;
@@ -564,7 +568,7 @@ fn check_file(file: &File, offset: u64, len: usize) -> Result<usize, MapFault> {
         .checked_add(wide)
         .ok_or(MmapRegionError::InvalidOffsetLength)?;
     if !metadata.is_file() {
-        // A device has no length to check, and tells nobody how large its pages are.
+        // The length and the page size of a device can't be queried.
         return Ok(len.next_multiple_of(rustix::param::page_size()));
     }
     if end > metadata.len() {
@@ -575,43 +579,43 @@ fn check_file(file: &File, offset: u64, len: usize) -> Result<usize, MapFault> {
         return Ok(rustix::param::page_size());
     }
     let unit = usize::try_from(kind.f_bsize).unwrap_or(usize::MAX);
-    // The kernel maps whole pages, and unmaps nothing else.
+    // The kernel maps whole huge pages, and refuses to unmap parts of them.
     if unit == 0 || !len.is_multiple_of(unit) {
         return Err(MmapRegionError::InvalidOffsetLength.into());
     }
     Ok(unit)
 }
 
-/// Makes a buffer for the kernel of slices of one snapshot, which `guard` keeps mapped.
+/// Makes a buffer for I/O from slices of one snapshot, which `guard` keeps mapped.
 pub(super) fn buffer(slices: impl Iterator<Item = Slice>, guard: Arc<Memory>) -> GuestBuffer {
     let pieces = slices.map(|slice| (slice.pointer, slice.len));
-    // SAFETY: slices come from the snapshot that `guard` holds (the callers in this room have
-    // no other), so they stay mapped as long as it; no reference to guest memory is ever made.
+    // SAFETY: the slices come from the snapshot that `guard` holds (callers in this module have no
+    // other one), so they stay mapped as long as `guard` lives; no reference to guest memory is
+    // ever made.
     unsafe { GuestBuffer::from_raw_pieces(pieces, guard) }
 }
 
-/// The bitmap in which the front end wants to see what we changed (vhost-user specification,
-/// "Migration").
+/// The front end's bitmap of changed pages (vhost-user specification, "Migration").
 #[derive(Debug)]
 pub struct DirtyLog {
     mapping: Mapping,
 }
 
 impl DirtyLog {
-    /// What an [`MemoryLostEvent`] calls a log that is gone.
+    /// The address by which a [`MemoryLostEvent`] reports a lost log.
     pub const GONE: u64 = u64::MAX - 1;
 
-    /// Maps the log: `len` bytes of `file` from `offset` on, a bit for each [`LOG_PAGE`].
-    /// `alarm` tells [`GONE`](Self::GONE) should the file be truncated later.
+    /// Maps the log: `len` bytes of `file` from `offset` on, with a bit for each [`LOG_PAGE`]. If
+    /// the file is truncated later, `memory_lost` reports [`GONE`](Self::GONE).
     ///
     /// # Errors
     ///
-    /// The file is too short or can't be mapped.
+    /// Fails if the file is too short or can't be mapped.
     pub fn map(
         file: File,
         offset: u64,
         len: u64,
-        alarm: &Arc<MemoryLostEvent>,
+        memory_lost: &Arc<MemoryLostEvent>,
     ) -> Result<Self, MemoryError> {
         let fail = |fault| match fault {
             MapFault::Map(source) => MemoryError::MapLog {
@@ -624,19 +628,19 @@ impl DirtyLog {
         let size = usize::try_from(len)
             .map_err(|_too_large| fail(MmapRegionError::InvalidOffsetLength.into()))?;
         log::debug!("dirty log of {len} bytes on fd {}", file.as_raw_fd());
-        let mapping = Mapping::new(file, (offset, size), Self::GONE, alarm).map_err(fail)?;
+        let mapping = Mapping::new(file, (offset, size), Self::GONE, memory_lost).map_err(fail)?;
         Ok(Self { mapping })
     }
 
-    /// What is mapped: the file, where in it the log begins, and how long it is.
+    /// Returns the mapped file, the offset of the log in it, and the log's length in bytes.
     #[must_use]
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
         let (file, offset) = self.mapping.file()?;
         Some((file, offset, self.mapping.bytes.size() as u64))
     }
 
-    /// Sets the bits of all pages that `guest..guest + len` touches; what lies past the end of
-    /// the log is left out.
+    /// Sets the bits of all pages that overlap `guest..guest + len`. Ignores pages beyond the end
+    /// of the log.
     pub fn mark(&self, guest: GuestAddress, len: u64) {
         let Some(last) = len.checked_sub(1).map(|more| guest.saturating_add(more)) else {
             return;
@@ -652,8 +656,8 @@ impl DirtyLog {
             // mapping lives as long as `self`.
             let byte =
                 unsafe { AtomicU8::from_ptr(self.mapping.bytes.as_ptr().wrapping_add(byte)) };
-            // Release: pairs with the front end's atomic exchange when it collects the log;
-            // the page's new contents come before its bit.
+            // Release: pairs with the front end's atomic exchange when it collects the log. It
+            // orders the page's new contents before its bit.
             byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
     }
@@ -664,7 +668,7 @@ mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
 
-    fn alarm() -> Arc<MemoryLostEvent> {
+    fn memory_lost() -> Arc<MemoryLostEvent> {
         Arc::new(MemoryLostEvent::new().unwrap())
     }
 
@@ -673,53 +677,53 @@ mod tests {
             rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(len).unwrap();
-        Region::map(file, 0, guest, 0x7000_0000 + guest, len, &alarm()).unwrap()
+        Region::map(file, 0, guest, 0x7000_0000 + guest, len, &memory_lost()).unwrap()
     }
 
     #[test]
-    fn overlapping_regions_are_refused() {
+    fn memory_with_overlapping_regions_is_refused() {
         let result = Memory::new(vec![region(0x2000, 0x1000), region(0x0, 0x2001)], None);
         assert!(matches!(result, Err(MemoryError::Overlap { first: 0, .. })));
     }
 
     #[test]
-    fn a_file_that_is_too_short_is_refused() {
+    fn map_of_too_short_file_is_refused() {
         let fd = rustix::fs::memfd_create("short", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(0x1000).unwrap();
         assert!(matches!(
-            Region::map(file, 0, 0, 0, 0x2000, &alarm()),
+            Region::map(file, 0, 0, 0, 0x2000, &memory_lost()),
             Err(MemoryError::Map { .. })
         ));
     }
 
     #[test]
-    fn memory_that_is_taken_away_reads_as_zeros_and_is_told() {
+    fn lost_memory_reads_as_zeros_and_is_reported() {
         let fd = rustix::fs::memfd_create("taken", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(0x3000).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[7; 0x3000], 0).unwrap();
-        let alarm = alarm();
-        let again = file.try_clone().unwrap();
-        let region = Region::map(again, 0x1000, 0x8000, 0, 0x2000, &alarm).unwrap();
+        let memory_lost = memory_lost();
+        let map = file.try_clone().unwrap();
+        let region = Region::map(map, 0x1000, 0x8000, 0, 0x2000, &memory_lost).unwrap();
         let memory = Memory::new(vec![region], None).unwrap();
         let mut byte = [0];
         assert!(memory.read(0x9123, &mut byte));
-        assert_eq!((byte, alarm.place()), ([7], None));
+        assert_eq!((byte, memory_lost.place()), ([7], None));
         file.set_len(0x2000).unwrap();
         assert!(memory.read(0x9123, &mut byte));
-        assert_eq!((byte, alarm.place()), ([0], Some(0x9123)));
+        assert_eq!((byte, memory_lost.place()), ([0], Some(0x9123)));
         assert!(memory.read(0x8fff, &mut byte));
-        assert_eq!(byte, [7], "what is still there is not touched");
+        assert_eq!(byte, [7], "the rest keeps its content");
     }
 
     #[test]
-    fn there_are_only_so_many_regions() {
+    fn memory_with_too_many_regions_is_refused() {
         let regions = |count| (0..count).map(|i| region(i * 0x1000, 0x1000)).collect();
-        let most = Memory::MOST_REGIONS as u64;
-        assert!(Memory::new(regions(most), None).is_ok());
-        let error = Memory::new(regions(most + 1), None);
-        assert!(matches!(error, Err(MemoryError::TooMany { most: 512 })));
+        let max = Memory::MAX_REGIONS as u64;
+        assert!(Memory::new(regions(max), None).is_ok());
+        let error = Memory::new(regions(max + 1), None);
+        assert!(matches!(error, Err(MemoryError::TooMany { max: 512 })));
     }
 
     #[test]
@@ -741,13 +745,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_across_regions_is_read_back() {
+    fn write_across_regions_is_read_back() {
         let memory = Memory::new(vec![region(0, 0x1000), region(0x1000, 0x1000)], None).unwrap();
         let mut from = &b"across the border"[..];
         memory.slices(0xff8, from.len() as u64, |slice| {
-            let (now, later) = from.split_at(slice.len);
-            slice.write(now);
-            from = later;
+            let (part, rest) = from.split_at(slice.len);
+            slice.write(part);
+            from = rest;
         });
         let mut back = [0; 17];
         assert!(memory.read(0xff8, &mut back));
@@ -755,11 +759,11 @@ mod tests {
     }
 
     #[test]
-    fn the_log_marks_every_page_touched_and_nothing_past_its_end() {
+    fn log_marks_every_changed_page_within_its_length() {
         let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(4096).unwrap();
-        let log = DirtyLog::map(file.try_clone().unwrap(), 0, 2, &alarm()).unwrap();
+        let log = DirtyLog::map(file.try_clone().unwrap(), 0, 2, &memory_lost()).unwrap();
         log.mark(0xfff, 2);
         log.mark(0xf000, 0x10_0000);
         log.mark(0x5000, 0);

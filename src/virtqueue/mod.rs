@@ -1,10 +1,9 @@
-//! Ring → chain → guest buffers; completion, exactly once.
+//! The device side of split virtqueues (virtio 1.2, section 2.7), and access to guest memory.
 //!
-//! A [`Queue`] is the side of a split virtqueue (virtio 1.2, section 2.7) that takes chains off
-//! the ring; one task owns it. A [`Chain`] is one request: it may travel to any thread and is
-//! returned to the guest through the [`UsedRing`] that all chains of a queue share. The
-//! invariant: each chain taken is returned once, by an answer or by being dropped; and where a queue is
-//! tracked, once by this process and those that come after it together.
+//! A [`Queue`] takes chains off the available ring; one task owns it. A [`Chain`] is one request.
+//! It may move to any thread, and returns to the guest through the [`UsedRing`] that all chains of
+//! a queue share. The invariant: each chain taken is returned exactly once, by a reply or by being
+//! dropped. If the queue is tracked, this holds for this process and its successors together.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -41,12 +40,12 @@ pub use memory::{Memory, MemoryError};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::{Call, QueueStats, UsedRing};
 
-/// Which queue of the device: 0 is the high-priority queue, the request queues follow.
+/// Index of a queue of the device: 0 is the high-priority queue, and the request queues follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct QueueIndex(pub u16);
 
 impl QueueIndex {
-    /// FORGET and INTERRUPT come here (virtio 1.2, section 5.11.2).
+    /// The queue of FORGET and INTERRUPT (virtio 1.2, section 5.11.2).
     pub const HIGH_PRIORITY: Self = Self(0);
 }
 

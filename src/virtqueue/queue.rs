@@ -1,8 +1,8 @@
-//! Taking chains off the available ring.
+//! Takes chains off the available ring.
 //!
-//! The invariant: the ring's index is read once for each look, and an index that no right
-//! driver writes yields nothing rather than garbage. Where a server before this one has left
-//! chains in flight, they come first.
+//! A [`Queue`] owns the position in the ring. Chains that a previous server process left in flight
+//! come first. The invariant: each check reads the ring's index once, and an index that no correct
+//! driver writes yields no chains instead of invalid ones.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +17,7 @@ use super::memory::Memory;
 use super::sync::Window;
 use super::used::{Call, UsedRing};
 
-/// What of virtio was negotiated that a ring must know.
+/// The negotiated virtio features that concern a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// `VIRTIO_F_RING_EVENT_IDX`.
@@ -26,7 +26,7 @@ pub struct Features {
     pub indirect: bool,
 }
 
-/// Where the front end says that the parts of a ring lie, in its own addresses.
+/// Addresses of the parts of a ring, in the front end's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     /// The descriptor table.
@@ -39,69 +39,71 @@ pub struct RingAddresses {
     pub log: Option<u64>,
 }
 
-/// Why a queue can't be served.
+/// Why a queue can't be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// Not a power of two, or too many entries.
-    #[error("queue {0} can't have {1} entries: a power of two up to {max}", max = layout::MAX_SIZE)]
-    Size(QueueIndex, u32),
-    /// A part of the ring is not in what the front end has shared of the guest's memory.
+    /// The size is no power of two, or too large.
     #[error(
-        "the {part} of queue {index} at {address:#x} is in no memory that the VMM has shared: all of \
-         the VM's memory has to be shared with this server (QEMU: share=on, Cloud Hypervisor: \
-         shared=on)"
+        "queue {0} can't have {1} entries: the size must be a power of two up to {max}",
+        max = layout::MAX_SIZE
+    )]
+    Size(QueueIndex, u32),
+    /// Part of the ring is outside the memory that the front end has shared.
+    #[error(
+        "the {part} of queue {index} at {address:#x} is outside the memory that the VMM has shared: \
+         share all of the VM's memory with this server (QEMU: share=on, Cloud Hypervisor: shared=on)"
     )]
     NotShared {
-        /// Which queue.
+        /// The queue.
         index: QueueIndex,
-        /// Which part of it.
+        /// The part of the ring.
         part: &'static str,
-        /// The address given.
+        /// Its address.
         address: u64,
     },
-    /// A part of the ring runs over a region's end, or is not aligned.
+    /// Part of the ring exceeds the end of a region, or is not aligned.
     #[error("the {part} of queue {index} at {address:#x} is not aligned within guest memory")]
     Address {
-        /// Which queue.
+        /// The queue.
         index: QueueIndex,
-        /// Which part of it.
+        /// The part of the ring.
         part: &'static str,
-        /// The address given.
+        /// Its address.
         address: u64,
     },
-    /// What is said to be in flight can't be.
-    #[error("what was in flight of queue {index}")]
+    /// The requests in flight can't be recovered.
+    #[error("recovering the requests in flight of queue {index}")]
     Inflight {
-        /// Which queue.
+        /// The queue.
         index: QueueIndex,
-        /// Why not.
+        /// The cause.
         #[source]
         source: InflightError,
     },
 }
 
-/// A queue as it is set up.
+/// The parameters of a queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
-    /// Which queue.
+    /// The queue.
     pub index: QueueIndex,
-    /// Entries.
+    /// Number of entries.
     pub size: u16,
-    /// What a ring must know of what was negotiated.
+    /// The negotiated features.
     pub features: Features,
-    /// Where its parts are.
+    /// The addresses of its parts.
     pub addresses: RingAddresses,
-    /// The available entry to go on at, unless the past of the queue says another.
+    /// The available index to start at, unless the tracked requests in flight determine another.
     pub next: u16,
 }
 
-/// By what a queue is tracked, so that another server can go on where this one ends, however it
-/// ends.
+/// The records that track a queue, so that another process can resume it when this one ends, for
+/// whatever reason.
 #[derive(Clone, Debug)]
 pub struct Tracking {
-    /// Where heads in flight are marked.
+    /// Marks the heads in flight.
     pub inflight: InflightPart,
-    /// What became of each, if that is kept.
+    /// Records the progress of each request in flight.
     pub journal: Option<Journal>,
 }
 
@@ -114,19 +116,19 @@ pub struct Queue {
     table: Arc<Table>,
     available: Arc<Window>,
     used: Arc<UsedRing>,
-    /// What was in flight as the server before ended, the last one first.
+    /// Chains that were in flight when the previous server process ended, the last one first.
     resumed: Vec<Resumed>,
-    /// The last index seen that can't be, so that one fault is reported once.
+    /// The last invalid index of the available ring, so that it is logged once.
     bad_index: Option<u16>,
 }
 
 impl Queue {
-    /// Makes the queue `index` of `size` entries ready, to go on at the available entry `next`;
-    /// the used ring goes on where its own index stands.
+    /// Sets up the queue `index` of `size` entries. It starts at the available index `next`, and at
+    /// the used index that the used ring has.
     ///
     /// # Errors
     ///
-    /// The size can't be, or part of the ring is not in `memory`.
+    /// Fails if the size is invalid, or if part of the ring is outside `memory`.
     pub fn new(
         index: QueueIndex,
         size: u16,
@@ -146,13 +148,13 @@ impl Queue {
         Self::tracked(&setup, memory, call, None)
     }
 
-    /// Makes a queue ready that is tracked. If it has a past, chains in flight come once more, in
-    /// the order in which they were taken, and before what is new; and the guest is called for
-    /// what it may have been shown last.
+    /// Sets up a queue with optional tracking. Chains that a previous process left in flight come
+    /// first, in the order in which they were taken. The guest is called once in that case, because
+    /// it may have missed the call for the last published chains.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new); and what is said to be in flight can't be.
+    /// Fails as [`new`](Self::new) does, or if the requests in flight can't be recovered.
     pub fn tracked(
         setup: &Setup,
         memory: &Arc<Memory>,
@@ -213,23 +215,24 @@ impl Queue {
             call,
         );
         let mut resumed = Vec::new();
-        if let Some(Tracking { inflight, journal }) = tracking.filter(|it| it.reaches(index, size))
+        if let Some(Tracking { inflight, journal }) =
+            tracking.filter(|it| it.has_room_for(index, size))
         {
             // Acquire: as in `on_ring`.
-            let there = available.load_u16(layout::INDEX, Ordering::Acquire);
-            let found = inflight
-                .recover(size, used.returned(), there)
+            let available_index = available.load_u16(layout::INDEX, Ordering::Acquire);
+            let recovered = inflight
+                .recover(size, used.published_index(), available_index)
                 .map_err(|source| QueueError::Inflight { index, source })?;
-            used.track(found.inflight, journal);
-            if let Some(past) = found.past {
-                // No more heads than entries.
-                let in_flight = u16::try_from(past.len()).unwrap_or(size);
-                next = used.returned().wrapping_add(in_flight);
-                resumed = past;
+            used.track(recovered.inflight, journal);
+            if let Some(heads) = recovered.heads {
+                // There are no more heads than entries.
+                let in_flight = u16::try_from(heads.len()).unwrap_or(size);
+                next = used.published_index().wrapping_add(in_flight);
+                resumed = heads;
                 resumed.reverse();
-                used.call_again();
+                used.signal_call();
                 if in_flight != 0 {
-                    log::info!("queue {index} goes on with {in_flight} requests in flight");
+                    log::info!("queue {index} resumes with {in_flight} requests in flight");
                 }
             }
         }
@@ -252,11 +255,11 @@ impl Queue {
         })
     }
 
-    /// Whether a queue may have `size` entries.
+    /// Checks that a queue may have `size` entries.
     ///
     /// # Errors
     ///
-    /// It may not.
+    /// Fails if the size is no power of two, or too large.
     pub fn check_size(index: QueueIndex, size: u32) -> Result<(), QueueError> {
         if size.is_power_of_two() && size <= u32::from(layout::MAX_SIZE) {
             Ok(())
@@ -265,27 +268,27 @@ impl Queue {
         }
     }
 
-    /// Which queue this is.
+    /// Returns the index of the queue.
     #[must_use]
     pub fn index(&self) -> QueueIndex {
         self.used.index()
     }
 
-    /// The available entry that comes next: what GET_VRING_BASE answers.
+    /// Returns the next available index, which is the reply to GET_VRING_BASE.
     #[must_use]
     pub fn next_available(&self) -> u16 {
         self.next
     }
 
-    /// Where this queue's chains go back.
+    /// Returns the used ring of the queue.
     #[must_use]
     pub fn used(&self) -> &Arc<UsedRing> {
         &self.used
     }
 
-    /// Takes the next chain off the ring. A chain that can't be served has been returned
-    /// empty already and comes as the fault in it.
-    pub fn take(&mut self) -> Option<Result<Chain, BadChain>> {
+    /// Takes the next chain off the ring. A faulty chain has been returned empty already, and its
+    /// fault is the result.
+    pub fn pop(&mut self) -> Option<Result<Chain, BadChain>> {
         while let Some(resumed) = self.resumed.pop() {
             let chain = Chain::resume(&self.table, resumed, self.features.indirect);
             if chain.is_some() {
@@ -296,10 +299,10 @@ impl Queue {
             return None;
         }
         let entry = layout::available_entry(self.next, self.size);
-        // Relaxed: `on_ring` acquired the index that covers this entry.
+        // Relaxed: `on_ring` acquired the index that includes this entry.
         let head = self.available.load_u16(entry, Ordering::Relaxed);
         self.next = self.next.wrapping_add(1);
-        Some(Chain::take(
+        Some(Chain::from_head(
             &self.table,
             head,
             self.features.indirect,
@@ -313,24 +316,24 @@ impl Queue {
         self.waiting() != 0
     }
 
-    /// Whether there are chains to take that were in flight as the server before ended. As they are
-    /// in flight all the time, a queue that stops has to be rid of them.
+    /// Whether there are chains to take that a previous process left in flight. As they are still
+    /// in flight, all of them must be taken before the queue stops.
     #[must_use]
     pub fn is_resuming(&self) -> bool {
         !self.resumed.is_empty()
     }
 
-    /// How many chains there are to take.
+    /// Returns the number of chains to take.
     #[must_use]
     pub fn waiting(&mut self) -> u16 {
         let resumed = u16::try_from(self.resumed.len()).unwrap_or(u16::MAX);
         self.on_ring().saturating_add(resumed)
     }
 
-    /// How many chains there are on the ring.
+    /// Returns the number of chains on the available ring.
     fn on_ring(&mut self) -> u16 {
-        // Acquire: pairs with the driver's release (its write barrier) of the index; the
-        // entries and descriptors behind it are visible after.
+        // Acquire: pairs with the driver's release (its write barrier) of the index, and makes the
+        // entries and descriptors that it includes visible.
         let index = self.available.load_u16(layout::INDEX, Ordering::Acquire);
         let waiting = index.wrapping_sub(self.next);
         if waiting <= self.size {
@@ -338,8 +341,8 @@ impl Queue {
         }
         if self.bad_index.replace(index) != Some(index) {
             log::warn!(
-                "queue {}: the guest's available index jumped from {} to {index}, past all {} \
-                 entries; nothing is taken until it is right again",
+                "queue {}: the guest's available index jumped from {} to {index}, more than the {} \
+                 entries; no chain is taken until the index is valid again",
                 self.index(),
                 self.next,
                 self.size,
@@ -348,38 +351,37 @@ impl Queue {
         0
     }
 
-    /// Asks the guest for no kicks while chains are being taken.
-    pub fn disarm(&mut self) {
-        self.used.want_kick(None);
+    /// Asks the guest to send no kicks, for the time in which chains are being taken.
+    pub fn disable_notifications(&mut self) {
+        self.used.request_kick(None);
     }
 
-    /// Asks the guest for a kick at the next chain. True if one has come meanwhile, for which
-    /// there may be no kick: look again.
+    /// Asks the guest for a kick at the next chain. Returns true if there is a chain already, for
+    /// which no kick may come.
     #[must_use]
-    pub fn arm(&mut self) -> bool {
-        self.used.want_kick(Some(self.next));
+    pub fn enable_notifications(&mut self) -> bool {
+        self.used.request_kick(Some(self.next));
         self.waiting() != 0
     }
 
-    /// Asks the guest for a kick when more than an eighth of the queue is full, if it can be asked for
-    /// that (EVENT_IDX): else for none. True if that much is there already.
+    /// Asks the guest for a kick when more than an eighth of the queue is full. Without EVENT_IDX
+    /// this can't be requested, and no kick comes. Returns true if the queue is that full already.
     #[must_use]
-    pub fn arm_for_many(&mut self) -> bool {
-        let before_the_last = self.size / 8;
-        self.used
-            .want_kick_at(self.next.wrapping_add(before_the_last));
-        self.waiting() > before_the_last
+    pub fn enable_notifications_when_filled(&mut self) -> bool {
+        let threshold = self.size / 8;
+        self.used.request_kick_at(self.next.wrapping_add(threshold));
+        self.waiting() > threshold
     }
 }
 
 impl Tracking {
-    /// Whether a queue of `size` can be tracked by it.
-    fn reaches(&self, index: QueueIndex, size: u16) -> bool {
+    /// Whether the part has room for a queue of `size` entries; logs a warning if not.
+    fn has_room_for(&self, index: QueueIndex, size: u16) -> bool {
         let entries = self.inflight.entries();
         if size > entries {
             log::warn!(
-                "queue {index} has {size} entries, and there is room for {entries} in flight: it \
-                 is not tracked, and what is in flight is lost if the server ends"
+                "queue {index} is not tracked, as it has {size} entries and the in-flight region \
+                 {entries}: requests in flight are lost if the server ends"
             );
         }
         size <= entries

@@ -1,59 +1,61 @@
-//! What is large of a chain, in memory that is used again.
+//! A chain's large parts, in pooled allocations.
 //!
-//! A chain goes through several hands, and to copy some 200 bytes each time took up to 5 % of a
-//! GETATTR. So these lie on the heap, and each thread keeps some of what it has done with. The
-//! invariant: what is kept is empty.
+//! A chain is moved several times, and copying its roughly 200 bytes each time took up to 5 % of a
+//! GETATTR. So the segments are on the heap, and each thread pools some allocations that it no
+//! longer uses. The invariant: pooled segments are empty.
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 use smallvec::SmallVec;
 
-use super::bad_chain::{BadChain, MOST_PIECES};
+use super::bad_chain::{BadChain, MAX_SEGMENTS};
 use super::layout::{self, Descriptor};
 use super::memory::{Memory, Slice};
 
-/// Slices that a guest needs for any request without a payload of several pages.
+/// Slices that suffice for any request without a payload of several pages.
 const INLINE: usize = 6;
 
-/// How many a thread keeps: as many as one pass takes, and then some that were waited for.
-const KEPT: usize = 128;
+/// The most allocations that a thread pools: enough for the chains of one drain, and for some that
+/// completed later.
+const POOL_SIZE: usize = 128;
 
-/// How many of them may have come to room for many slices: 6 KiB each, where requests are of 1 MiB.
-const KEPT_LARGE: usize = 16;
+/// The pool size up to which allocations with room for more than [`INLINE`] slices are pooled: such
+/// an allocation takes 6 KiB for requests of 1 MiB.
+const POOL_SIZE_LARGE: usize = 16;
 
-/// For how many slices at most.
-const LARGE: usize = 1024;
+/// Allocations with room for more slices are never pooled.
+const MAX_POOLED_SLICES: usize = 1024;
 
 thread_local! {
-    #[allow(clippy::vec_box, reason = "they go in and out without being copied")]
-    /// What this thread has done with, the last on top.
-    static SPARE: RefCell<Vec<Box<Segments>>> = const { RefCell::new(Vec::new()) };
+    #[allow(clippy::vec_box, reason = "the boxes move in and out without a copy of their content")]
+    /// The pool of this thread, with the latest allocation on top.
+    static POOL: RefCell<Vec<Box<Segments>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Where a chain's bytes are, and how far it has come with them.
+/// The memory of a chain, and how much of it was read.
 #[derive(Debug, Default)]
 pub(super) struct Segments {
-    /// First what the device may read, then where it may write, in order.
+    /// The slices that the device may read, followed by those that it may write, in order.
     pub(super) slices: SmallVec<[Slice; INLINE]>,
-    /// The first slice that is writable.
+    /// Index of the first writable slice.
     pub(super) first_writable: usize,
-    /// The first that was not read to its end.
+    /// Index of the first slice that was not read completely.
     pub(super) next_readable: usize,
-    /// Bytes that were not read yet.
+    /// Readable bytes that were not read yet.
     pub(super) readable_len: usize,
-    /// Bytes of room to write, whether or not they were written.
+    /// Writable bytes, whether or not they were written.
     pub(super) writable_len: usize,
-    /// Of the room behind the header, what a [`GuestBuffer`](crate::io::GuestBuffer) was made of.
-    pub(super) lent: usize,
-    /// Bytes copied out of and into guest memory.
+    /// End of the writable bytes that a [`GuestBuffer`](crate::io::GuestBuffer) gives access to.
+    pub(super) lent_end: usize,
+    /// Bytes copied from and to guest memory.
     pub(super) copied: usize,
-    /// Pieces that the used ring counts as in flight.
-    pub(super) held: usize,
+    /// Segments that the used ring counts as in flight.
+    pub(super) counted: usize,
 }
 
 impl Segments {
-    /// Adds what one descriptor points to.
+    /// Adds the buffer of one descriptor.
     pub(super) fn add(&mut self, memory: &Memory, descriptor: &Descriptor) -> Result<(), BadChain> {
         let write = descriptor.has(layout::WRITE);
         if !write && self.writable_len != 0 {
@@ -70,27 +72,27 @@ impl Segments {
             return Err(BadChain::TooLong);
         }
         let slices = &mut self.slices;
-        let all_there = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
+        let all_mapped = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
             slices.push(slice);
         });
         if !write {
             self.first_writable = self.slices.len();
         }
-        if self.slices.len() > MOST_PIECES {
-            return Err(BadChain::Pieces);
+        if self.slices.len() > MAX_SEGMENTS {
+            return Err(BadChain::TooManySegments);
         }
-        if all_there {
+        if all_mapped {
             Ok(())
         } else {
             Err(BadChain::Address)
         }
     }
 
-    /// Takes up to `most` bytes, and at least one, of what is to be read next.
-    pub(super) fn take_readable(&mut self, most: usize) -> Option<Slice> {
+    /// Removes and returns the next readable bytes: at least one and at most `max`.
+    pub(super) fn take_readable(&mut self, max: usize) -> Option<Slice> {
         while self.next_readable < self.first_writable {
             let first = self.slices.get_mut(self.next_readable)?;
-            let count = first.len.min(most);
+            let count = first.len.min(max);
             let part = first.first(count);
             *first = first.skip(count);
             if first.len == 0 {
@@ -104,7 +106,7 @@ impl Segments {
         None
     }
 
-    /// The parts of the writable bytes `skip..skip + len`, in order.
+    /// Returns the slices of the writable bytes `skip..skip + len`, in order.
     pub(super) fn writable_range(&self, skip: usize, len: usize) -> impl Iterator<Item = Slice> {
         let (mut skip, mut len) = (skip, len);
         let writable = self.slices.get(self.first_writable..).unwrap_or_default();
@@ -121,7 +123,7 @@ impl Segments {
         })
     }
 
-    /// Empties it; the room for slices stays.
+    /// Empties the segments, and keeps the allocation.
     fn clear(&mut self) {
         let Self {
             slices,
@@ -129,9 +131,9 @@ impl Segments {
             next_readable,
             readable_len,
             writable_len,
-            lent,
+            lent_end,
             copied,
-            held,
+            counted,
         } = self;
         slices.clear();
         for number in [
@@ -139,47 +141,47 @@ impl Segments {
             next_readable,
             readable_len,
             writable_len,
-            lent,
+            lent_end,
             copied,
-            held,
+            counted,
         ] {
             *number = 0;
         }
     }
 
-    /// How many such a thread may keep.
-    fn worth_keeping(&self) -> usize {
+    /// The pool size up to which this allocation is pooled.
+    fn pool_limit(&self) -> usize {
         match self.slices.capacity() {
-            room if room <= INLINE => KEPT,
-            room if room <= LARGE => KEPT_LARGE,
+            capacity if capacity <= INLINE => POOL_SIZE,
+            capacity if capacity <= MAX_POOLED_SLICES => POOL_SIZE_LARGE,
             _ => 0,
         }
     }
 }
 
-/// A [`Segments`] on loan from the thread that it is dropped on.
+/// [`Segments`] that return to the pool of the thread on which they are dropped.
 #[derive(Debug)]
 pub(super) struct Pooled(Option<Box<Segments>>);
 
 impl Pooled {
-    /// An empty one.
-    pub(super) fn take() -> Self {
-        let spare = SPARE.with_borrow_mut(Vec::pop);
-        Self(Some(spare.unwrap_or_default()))
+    /// Returns empty segments, from this thread's pool if possible.
+    pub(super) fn new() -> Self {
+        let pooled = POOL.with_borrow_mut(Vec::pop);
+        Self(Some(pooled.unwrap_or_default()))
     }
 }
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        let Some(mut body) = self.0.take() else {
+        let Some(mut segments) = self.0.take() else {
             return;
         };
-        // A thread that ends keeps nothing.
-        let _ended = SPARE.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            if spare.len() < body.worth_keeping() {
-                body.clear();
-                spare.push(body);
+        // Fails on a thread that is ending and has no pool any more.
+        let _ended = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            if pool.len() < segments.pool_limit() {
+                segments.clear();
+                pool.push(segments);
             }
         });
     }
@@ -207,8 +209,8 @@ impl DerefMut for Pooled {
 mod tests {
     use super::*;
 
-    fn kept() -> usize {
-        SPARE.with_borrow(Vec::len)
+    fn pooled() -> usize {
+        POOL.with_borrow(Vec::len)
     }
 
     fn slice() -> Slice {
@@ -220,36 +222,36 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_again_is_empty() {
-        let mut first = Pooled::take();
+    fn reused_segments_are_empty() {
+        let mut first = Pooled::new();
         first.slices.push(slice());
         first.writable_len = 7;
         first.copied = 8;
         let address = std::ptr::from_ref::<Segments>(&first);
         drop(first);
-        let second = Pooled::take();
+        let second = Pooled::new();
         assert_eq!(std::ptr::from_ref::<Segments>(&second), address);
         assert!(second.slices.is_empty());
         assert_eq!((second.writable_len, second.copied), (0, 0));
     }
 
     #[test]
-    fn no_more_is_kept_than_is_of_use() {
-        let many: Vec<_> = (0..2 * KEPT).map(|_| Pooled::take()).collect();
+    fn pool_keeps_limited_number_of_allocations() {
+        let many: Vec<_> = (0..2 * POOL_SIZE).map(|_| Pooled::new()).collect();
         drop(many);
-        assert_eq!(kept(), KEPT);
+        assert_eq!(pooled(), POOL_SIZE);
 
-        for (slices, most) in [(100, KEPT_LARGE), (2 * LARGE, 0)] {
-            SPARE.take();
-            let large: Vec<_> = (0..KEPT)
+        for (slices, limit) in [(100, POOL_SIZE_LARGE), (2 * MAX_POOLED_SLICES, 0)] {
+            POOL.take();
+            let large: Vec<_> = (0..POOL_SIZE)
                 .map(|_| {
-                    let mut body = Pooled::take();
-                    body.slices.extend((0..slices).map(|_| slice()));
-                    body
+                    let mut segments = Pooled::new();
+                    segments.slices.extend((0..slices).map(|_| slice()));
+                    segments
                 })
                 .collect();
             drop(large);
-            assert_eq!(kept(), most, "of {slices} slices");
+            assert_eq!(pooled(), limit, "of {slices} slices");
         }
     }
 }

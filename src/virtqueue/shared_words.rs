@@ -1,8 +1,8 @@
-//! Words of 64 bits in memory that outlives this process: the front end's, or the state table's.
+//! 64-bit words in memory that outlives this process: the front end's, or the state table's.
 //!
-//! The invariant: each access is one load or store of one word, and none lies outside of the
-//! memory; whoever has the memory next sees the stores of one thread in their order, up to where
-//! it was killed.
+//! The invariant: each access loads or stores exactly one word within the memory. The process that
+//! uses the memory next sees the stores of a thread in program order, up to the one at which the
+//! thread was killed.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,72 +10,74 @@ use std::sync::atomic::Ordering;
 use super::memory::Mapping;
 use crate::state::QueuePart;
 
-/// Some words that follow one another.
+/// A sequence of consecutive words.
 #[derive(Clone, Debug)]
-pub(super) struct Words {
-    memory: Where,
+pub(super) struct SharedWords {
+    memory: Backing,
     first: usize,
     len: usize,
 }
 
 #[derive(Clone, Debug)]
-enum Where {
-    /// Of the front end, which may take it away: what is gone is 0.
-    Handed(Arc<Mapping>),
-    /// Of the server.
-    Kept(QueuePart),
+enum Backing {
+    /// Memory of the front end. If the front end truncates its file, the words read as 0.
+    Mapping(Arc<Mapping>),
+    /// The state table of the server.
+    Table(QueuePart),
 }
 
-impl Words {
-    /// `len` words from `first` on of what the front end has handed over.
-    pub(super) fn handed(mapping: Arc<Mapping>, first: usize, len: usize) -> Self {
+impl SharedWords {
+    /// The `len` words from `first` on in memory of the front end.
+    pub(super) fn in_mapping(mapping: Arc<Mapping>, first: usize, len: usize) -> Self {
         Self {
-            memory: Where::Handed(mapping),
+            memory: Backing::Mapping(mapping),
             first,
             len,
         }
     }
 
-    /// `len` words from `first` on of what is kept of a queue.
-    pub(super) fn kept(part: QueuePart, first: usize, len: usize) -> Self {
+    /// The `len` words from `first` on of a queue's part of the state table.
+    pub(super) fn in_table(part: QueuePart, first: usize, len: usize) -> Self {
         Self {
-            memory: Where::Kept(part),
+            memory: Backing::Table(part),
             first,
             len,
         }
     }
 
-    /// The word at `index`, 0 where there is none.
+    /// Loads the word at `index`; returns 0 if `index` is out of bounds.
     #[inline]
     pub(super) fn load(&self, index: usize) -> u64 {
-        let Some(index) = self.place(index) else {
+        let Some(index) = self.absolute_index(index) else {
             return 0;
         };
-        // Relaxed: threads of this process that have to see each other's words meet at a lock or
-        // hand a chain over; other processes have this memory before and after, not meanwhile.
+        // Relaxed: threads of this process that need each other's words synchronize through a lock
+        // or by moving a chain. Other processes use this memory before or after this one, never at
+        // the same time.
         match &self.memory {
-            Where::Handed(mapping) => mapping.load(index, Ordering::Relaxed),
-            Where::Kept(part) => part
+            Backing::Mapping(mapping) => mapping.load(index, Ordering::Relaxed),
+            Backing::Table(part) => part
                 .word(index)
                 .map_or(0, |word| u64::from_le(word.load(Ordering::Relaxed))),
         }
     }
 
-    /// Stores the word at `index`, if there is one, after all that was stored before.
+    /// Stores the word at `index`, after all previous stores. Does nothing if `index` is out of
+    /// bounds.
     #[inline]
     pub(super) fn store(&self, index: usize, value: u64) {
-        let Some(index) = self.place(index) else {
+        let Some(index) = self.absolute_index(index) else {
             return;
         };
         #[cfg(test)]
-        if !super::crash_injection::is_alive() {
+        if !super::crash_injection::store_takes_effect() {
             return;
         }
-        // Release: the compiler may not move what comes before behind it. To a process that has
-        // the memory after a kill, stores have come in the order in which the thread made them.
+        // Release: keeps the compiler from moving earlier stores behind this one. A process that
+        // uses the memory after a kill sees the stores in the order in which the thread made them.
         match &self.memory {
-            Where::Handed(mapping) => mapping.store(index, value, Ordering::Release),
-            Where::Kept(part) => {
+            Backing::Mapping(mapping) => mapping.store(index, value, Ordering::Release),
+            Backing::Table(part) => {
                 if let Some(word) = part.word(index) {
                     word.store(value.to_le(), Ordering::Release);
                 }
@@ -84,7 +86,7 @@ impl Words {
     }
 
     #[inline]
-    fn place(&self, index: usize) -> Option<usize> {
+    fn absolute_index(&self, index: usize) -> Option<usize> {
         if index >= self.len {
             return None;
         }

@@ -1,5 +1,8 @@
-//! The locks, fences and ring memory of this room: the standard library's and the guest's, or
-//! loom's where a test runs every order of events (`RUSTFLAGS="--cfg ringfsd_loom"`).
+//! The locks, fences and ring memory of this module: those of the standard library and the guest,
+//! or loom's models of them, with which a test checks all interleavings (`RUSTFLAGS="--cfg
+//! ringfsd_loom"`).
+//!
+//! The invariant: code that uses this module is the same in both configurations.
 
 #[cfg(not(ringfsd_loom))]
 pub(super) use {
@@ -21,7 +24,7 @@ mod model {
 
     use crate::virtqueue::Memory;
 
-    /// Stands for a part of a ring: numbers of 16 bits that loom knows of.
+    /// Models part of a ring as 16-bit atomics of loom.
     #[derive(Debug)]
     pub(in crate::virtqueue) struct Window(Box<[AtomicU16]>);
 

@@ -1,4 +1,4 @@
-//! The queue against a driver's side written here byte by byte.
+//! Tests of the queue with a driver that writes the ring byte by byte.
 
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ const USER: u64 = 0x7f00_0000_0000;
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
 pub(super) const AVAILABLE: u64 = 0x2000;
 pub(super) const USED: u64 = 0x3000;
-/// Where the second region begins; the third leaves a hole before it.
+/// Start of the second region. There is a hole between the second and the third.
 const BORDER: u64 = 0x1_0000;
 const END: u64 = 0x2_0000;
 const ISLAND: u64 = 0x4_0000;
 
-/// Guest memory and the driver's side of one queue in it.
+/// Guest memory, and the driver's side of one queue in it.
 pub(crate) struct Driver {
     files: Vec<(u64, std::fs::File)>,
     memory: Arc<Memory>,
@@ -32,18 +32,18 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(logging: bool) -> Self {
-        let alarm = Arc::new(super::memory::MemoryLostEvent::new().unwrap());
+        let memory_lost = Arc::new(super::memory::MemoryLostEvent::new().unwrap());
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
             let file = memfd(len);
             let map = file.try_clone().unwrap();
-            regions.push(Region::map(map, 0, start, USER + start, len, &alarm).unwrap());
+            regions.push(Region::map(map, 0, start, USER + start, len, &memory_lost).unwrap());
             files.push((start, file));
         }
         let log = logging.then(|| memfd(0x1000));
         let map = log.as_ref().map(|file| {
-            Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000, &alarm).unwrap())
+            Arc::new(DirtyLog::map(file.try_clone().unwrap(), 0, 0x1000, &memory_lost).unwrap())
         });
         Self {
             files,
@@ -73,7 +73,7 @@ impl Driver {
         .unwrap()
     }
 
-    /// A queue that is tracked; what the front end gives as the next entry is `next`.
+    /// Sets up a tracked queue; `next` is the available index that the front end gives.
     pub(super) fn tracked(
         &self,
         next: u16,
@@ -95,14 +95,14 @@ impl Driver {
         Queue::tracked(&setup, &self.memory, call, Some(tracking))
     }
 
-    /// Takes everything back that was made available.
+    /// Resets both rings, as a driver does when it starts again.
     pub(super) fn reset(&mut self) {
         self.available = 0;
         self.write(AVAILABLE + 2, &[0; 2]);
         self.write(USED + 2, &[0; 2]);
     }
 
-    /// Entries made available so far.
+    /// Returns the available index.
     pub(super) fn available(&self) -> u16 {
         self.available
     }
@@ -134,7 +134,7 @@ impl Driver {
         self.write(at + 14, &next.to_le_bytes());
     }
 
-    /// Lays descriptors out from index 0 of `table` on, chained.
+    /// Writes a chain of descriptors from index 0 of `table` on.
     pub(crate) fn chain(&self, table: u64, parts: &[(u64, u32, u16)]) {
         for (i, (address, len, flags)) in parts.iter().enumerate() {
             let last = i + 1 == parts.len();
@@ -151,9 +151,10 @@ impl Driver {
         self.write(AVAILABLE + 2, &self.available.to_le_bytes());
     }
 
-    pub(crate) fn take_one(&mut self, queue: &mut Queue) -> Result<Chain, BadChain> {
+    /// Makes head 0 available, and takes that chain off the ring.
+    pub(crate) fn pop_one(&mut self, queue: &mut Queue) -> Result<Chain, BadChain> {
         self.offer(0);
-        queue.take().unwrap()
+        queue.pop().unwrap()
     }
 
     pub(crate) fn used_index(&self) -> u16 {
@@ -193,14 +194,14 @@ const EVENT: Features = Features {
 };
 
 #[test]
-fn a_chain_is_read_in_order_across_descriptors_and_regions() {
+fn read_of_chain_crosses_descriptors_and_regions_in_order() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.write(0x5000, b"abc");
     driver.write(BORDER - 2, b"de");
     driver.write(BORDER, b"fgh");
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (BORDER - 2, 5, 0)]);
-    let mut chain = driver.take_one(&mut queue).unwrap();
+    let mut chain = driver.pop_one(&mut queue).unwrap();
     assert_eq!(chain.readable(), 8);
     let (mut first, mut rest) = ([0; 4], [0; 10]);
     assert_eq!(chain.read(&mut first), 4);
@@ -210,7 +211,7 @@ fn a_chain_is_read_in_order_across_descriptors_and_regions() {
 }
 
 #[test]
-fn a_reply_is_spread_over_the_writable_descriptors_and_shown_once_published() {
+fn reply_fills_writable_descriptors_and_is_visible_once_published() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     let parts = [
@@ -219,9 +220,9 @@ fn a_reply_is_spread_over_the_writable_descriptors_and_shown_once_published() {
         (BORDER - 1, 9, WRITE),
     ];
     driver.chain(DESCRIPTORS, &parts);
-    let chain = driver.take_one(&mut queue).unwrap();
+    let chain = driver.pop_one(&mut queue).unwrap();
     chain.reply(&[b"head", b"body"]);
-    assert_eq!(driver.used_index(), 0, "not shown before the batch is");
+    assert_eq!(driver.used_index(), 0, "visible before it was published");
     queue.used().publish();
     assert_eq!(driver.used_index(), 1);
     assert_eq!(driver.used_element(0), (0, 8));
@@ -230,11 +231,11 @@ fn a_reply_is_spread_over_the_writable_descriptors_and_shown_once_published() {
 }
 
 #[test]
-fn a_reply_that_does_not_fit_writes_nothing_and_ends_empty() {
+fn reply_that_does_not_fit_is_returned_empty() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
-    let chain = driver.take_one(&mut queue).unwrap();
+    let chain = driver.pop_one(&mut queue).unwrap();
     chain.reply(&[b"four"]);
     queue.used().publish();
     assert_eq!(driver.used_element(0), (0, 0));
@@ -246,26 +247,26 @@ fn a_dropped_chain_goes_back_by_itself_and_is_counted() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
-    drop(driver.take_one(&mut queue).unwrap());
+    drop(driver.pop_one(&mut queue).unwrap());
     assert_eq!((driver.used_index(), driver.used_element(0)), (1, (0, 0)));
     assert_eq!(
-        (queue.used().totals().dropped, queue.used().in_flight()),
+        (queue.used().stats().dropped, queue.used().in_flight()),
         (1, 0)
     );
 }
 
 #[test]
-fn an_indirect_table_is_walked() {
+fn chain_with_indirect_table_is_resolved() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(0x8008, &[(0x5000, 4, 0), (0x6000, 16, WRITE)]);
     driver.chain(DESCRIPTORS, &[(0x8008, 32, INDIRECT)]);
-    let chain = driver.take_one(&mut queue).unwrap();
+    let chain = driver.pop_one(&mut queue).unwrap();
     assert_eq!((chain.readable(), chain.writable()), (4, 16));
 }
 
 #[test]
-fn every_malformed_chain_goes_back_empty_with_its_fault_named() {
+fn malformed_chain_is_returned_empty_with_its_fault() {
     type Case = (&'static str, &'static [(u64, u32, u16)], BadChain);
     let cases: &[Case] = &[
         ("hole", &[(END - 4, 8, 0)], BadChain::Address),
@@ -302,7 +303,7 @@ fn every_malformed_chain_goes_back_empty_with_its_fault_named() {
         let mut driver = Driver::new(false);
         let mut queue = driver.queue(PLAIN);
         driver.chain(DESCRIPTORS, parts);
-        assert_eq!(driver.take_one(&mut queue).unwrap_err(), *fault, "{name}");
+        assert_eq!(driver.pop_one(&mut queue).unwrap_err(), *fault, "{name}");
         assert_eq!(
             (driver.used_index(), driver.used_element(0)),
             (1, (0, 0)),
@@ -312,28 +313,28 @@ fn every_malformed_chain_goes_back_empty_with_its_fault_named() {
 }
 
 #[test]
-fn circles_wild_indexes_and_nested_tables_are_named() {
+fn loops_invalid_indexes_and_nested_tables_are_refused() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.describe(DESCRIPTORS, 0, 0x5000, 1, NEXT, 0);
-    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Loop);
+    assert_eq!(driver.pop_one(&mut queue).unwrap_err(), BadChain::Loop);
     driver.describe(DESCRIPTORS, 0, 0x5000, 1, NEXT, SIZE);
-    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Index);
+    assert_eq!(driver.pop_one(&mut queue).unwrap_err(), BadChain::Index);
     driver.describe(0x8000, 0, 0x9000, 16, INDIRECT, 0);
     driver.describe(DESCRIPTORS, 0, 0x8000, 16, INDIRECT, 0);
     assert_eq!(
-        driver.take_one(&mut queue).unwrap_err(),
+        driver.pop_one(&mut queue).unwrap_err(),
         BadChain::NestedIndirect
     );
     driver.describe(0x8000, 0, 0x9000, 16, NEXT, 2);
     driver.describe(DESCRIPTORS, 0, 0x8000, 32, INDIRECT, 0);
-    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::Index);
+    assert_eq!(driver.pop_one(&mut queue).unwrap_err(), BadChain::Index);
     driver.offer(SIZE);
-    assert_eq!(queue.take().unwrap().unwrap_err(), BadChain::Index);
+    assert_eq!(queue.pop().unwrap().unwrap_err(), BadChain::Index);
     let mut queue = driver.queue(Features::default());
     driver.available = 0;
     driver.describe(DESCRIPTORS, 0, 0x8000, 16, INDIRECT, 0);
-    let fault = driver.take_one(&mut queue).unwrap_err();
+    let fault = driver.pop_one(&mut queue).unwrap_err();
     assert_eq!(fault, BadChain::IndirectNotNegotiated);
 }
 
@@ -342,12 +343,12 @@ fn more_in_flight_than_the_queue_has_entries_is_refused() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
-    let held: Vec<_> = (0..SIZE)
-        .map(|_| driver.take_one(&mut queue).unwrap())
+    let in_flight: Vec<_> = (0..SIZE)
+        .map(|_| driver.pop_one(&mut queue).unwrap())
         .collect();
-    assert_eq!(driver.take_one(&mut queue).unwrap_err(), BadChain::TooMany);
-    drop(held);
-    assert!(driver.take_one(&mut queue).is_ok());
+    assert_eq!(driver.pop_one(&mut queue).unwrap_err(), BadChain::TooMany);
+    drop(in_flight);
+    assert!(driver.pop_one(&mut queue).is_ok());
 }
 
 #[test]
@@ -355,32 +356,35 @@ fn pieces_of_memory_in_flight_are_bounded() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);
-    let others = super::bad_chain::MOST_IN_FLIGHT - 2;
-    queue.used().take(0, others, false).1.unwrap();
-    let held = driver.take_one(&mut queue).unwrap();
-    let refused = driver.take_one(&mut queue).unwrap_err();
-    assert_eq!(refused, BadChain::PiecesInFlight);
-    drop(held);
+    let others = super::bad_chain::MAX_SEGMENTS_IN_FLIGHT - 2;
+    queue.used().begin(0, others, false).1.unwrap();
+    let chain = driver.pop_one(&mut queue).unwrap();
+    let refused = driver.pop_one(&mut queue).unwrap_err();
+    assert_eq!(refused, BadChain::TooManySegmentsInFlight);
+    drop(chain);
     assert!(
-        driver.take_one(&mut queue).is_ok(),
-        "what is returned makes room"
+        driver.pop_one(&mut queue).is_ok(),
+        "a returned chain makes room"
     );
 }
 
 #[test]
-fn an_index_that_jumps_yields_nothing_until_it_is_right_again() {
+fn invalid_available_index_yields_no_chain_until_it_is_valid_again() {
     let driver = Driver::new(false);
     let mut queue = driver.queue(EVENT);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
     driver.write(AVAILABLE + 2, &(SIZE + 1).to_le_bytes());
-    assert!(queue.take().is_none());
-    assert!(!queue.arm(), "waiting for a kick, not spinning");
+    assert!(queue.pop().is_none());
+    assert!(
+        !queue.enable_notifications(),
+        "waiting for a kick, not spinning"
+    );
     driver.write(AVAILABLE + 2, &1u16.to_le_bytes());
-    assert!(queue.take().is_some());
+    assert!(queue.pop().is_some());
 }
 
 #[test]
-fn the_guest_is_called_when_it_asked_to_be() {
+fn publish_calls_guest_only_if_requested() {
     let driver = Driver::new(false);
     for (features, at, off, on) in [
         (EVENT, AVAILABLE + 4 + 2 * u64::from(SIZE), 5u16, 1u16),
@@ -419,7 +423,7 @@ fn the_guest_is_called_when_it_asked_to_be() {
         .unwrap();
         driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
         let mut serve = |driver: &mut Driver| {
-            driver.take_one(&mut queue).unwrap().no_reply();
+            driver.pop_one(&mut queue).unwrap().no_reply();
             queue.used().publish();
         };
         driver.write(at, &0u16.to_le_bytes());
@@ -438,55 +442,58 @@ fn the_guest_is_called_when_it_asked_to_be() {
 }
 
 #[test]
-fn kicks_are_asked_for_when_armed_only() {
+fn kicks_are_requested_only_while_notifications_are_enabled() {
     let mut driver = Driver::new(false);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
     let mut queue = driver.queue(PLAIN);
-    queue.disarm();
+    queue.disable_notifications();
     assert_eq!(driver.read::<2>(USED), [1, 0]);
-    assert!(!queue.arm());
+    assert!(!queue.enable_notifications());
     assert_eq!(driver.read::<2>(USED), [0, 0]);
     driver.offer(0);
-    assert!(queue.arm(), "one came before");
+    assert!(queue.enable_notifications(), "a chain was added before");
 
     let mut queue = driver.queue(EVENT);
-    queue.take().unwrap().unwrap().no_reply();
-    assert!(!queue.arm());
+    queue.pop().unwrap().unwrap().no_reply();
+    assert!(!queue.enable_notifications());
     let event: [u8; 2] = driver.read(USED + 4 + 8 * u64::from(SIZE));
     assert_eq!(u16::from_le_bytes(event), 1);
 }
 
 #[test]
-fn a_kick_for_more_than_an_eighth_of_the_queue_is_asked_for_where_it_can_be() {
+fn kick_for_filled_queue_is_requested_with_event_idx_only() {
     let mut driver = Driver::new(false);
     let event = USED + 4 + 8 * u64::from(SIZE);
     driver.write(event, &[7, 0]);
     let mut queue = driver.queue(EVENT);
-    assert!(!queue.arm_for_many());
+    assert!(!queue.enable_notifications_when_filled());
     assert_eq!(driver.read::<2>(event), [1, 0], "at the second of 8");
 
     let mut queue = driver.queue(PLAIN);
-    queue.disarm();
-    assert!(!queue.arm_for_many());
+    queue.disable_notifications();
+    assert!(!queue.enable_notifications_when_filled());
     assert_eq!(driver.read::<2>(USED), [1, 0], "not for each");
     driver.offer(0);
-    assert!(!queue.arm_for_many());
+    assert!(!queue.enable_notifications_when_filled());
     driver.offer(0);
-    assert!(queue.arm_for_many(), "they came before");
+    assert!(
+        queue.enable_notifications_when_filled(),
+        "the chains were added before"
+    );
 }
 
 #[test]
-fn what_a_reply_changes_is_logged_and_so_is_the_ring() {
+fn reply_marks_its_pages_and_the_ring_dirty() {
     let mut driver = Driver::new(true);
     let mut queue = driver.queue(PLAIN);
     driver.chain(
         DESCRIPTORS,
         &[(0x5ff0, 0x20, WRITE), (BORDER - 4, 16, WRITE)],
     );
-    let mut chain = driver.take_one(&mut queue).unwrap();
-    let room = chain.room(16, 0x18).unwrap();
-    assert_eq!(room.len(), 0x18);
-    drop(room);
+    let mut chain = driver.pop_one(&mut queue).unwrap();
+    let buffer = chain.reply_buffer(16, 0x18).unwrap();
+    assert_eq!(buffer.len(), 0x18);
+    drop(buffer);
     chain.reply_filled(&[7; 16], 0x18);
     queue.used().publish();
     assert_eq!(
@@ -496,18 +503,18 @@ fn what_a_reply_changes_is_logged_and_so_is_the_ring() {
 }
 
 #[test]
-fn what_was_lent_is_logged_even_if_the_reply_is_an_error() {
+fn error_reply_marks_lent_pages_dirty() {
     let mut driver = Driver::new(true);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 16, WRITE), (0x7000, 0x2000, WRITE)]);
-    let mut chain = driver.take_one(&mut queue).unwrap();
-    drop(chain.room(16, 0x2000).unwrap());
+    let mut chain = driver.pop_one(&mut queue).unwrap();
+    drop(chain.reply_buffer(16, 0x2000).unwrap());
     chain.reply(&[&[0; 16]]);
     assert_eq!(driver.dirty_pages(), [3, 5, 7, 8]);
 }
 
 #[test]
-fn rings_outside_of_memory_and_impossible_sizes_are_refused() {
+fn queue_with_ring_outside_memory_or_invalid_size_is_refused() {
     let driver = Driver::new(false);
     let make = |size, descriptors, available, used| {
         let addresses = RingAddresses {
@@ -558,8 +565,8 @@ fn rings_outside_of_memory_and_impossible_sizes_are_refused() {
 }
 
 proptest! {
-    /// Whatever the layout, reading piece by piece gives the bytes in order, the payload is
-    /// what is left, and a reply fills the room in order.
+    /// For any layout, partial reads return the bytes in order, the payload is the rest, and a
+    /// reply fills the writable descriptors in order.
     #[test]
     fn any_layout_is_read_and_written_in_order(
         readable in prop::collection::vec((0u64..0x8000, 0u32..700), 0..4),
@@ -568,8 +575,8 @@ proptest! {
     ) {
         let mut driver = Driver::new(false);
         let mut queue = driver.queue(PLAIN);
-        // Readable parts lie about the border of the regions, over a pattern; writable ones
-        // lie apart.
+        // Readable parts are around the border of two regions and contain a pattern; writable ones
+        // don't overlap them.
         let pattern: Vec<u8> = (0..0x4200u32).map(|i| u8::try_from(i % 253).unwrap()).collect();
         let (below, above) = pattern.split_at(0x4000);
         driver.write(BORDER - 0x4000, below);
@@ -590,7 +597,7 @@ proptest! {
             at += 0x400;
         }
         driver.chain(DESCRIPTORS, &parts);
-        let mut chain = driver.take_one(&mut queue).unwrap();
+        let mut chain = driver.pop_one(&mut queue).unwrap();
         let mut got = Vec::new();
         for take in takes {
             let mut bytes = vec![0; take];

@@ -1,12 +1,12 @@
-//! The used ring: where chains go back, from whatever thread.
+//! The used ring, to which any thread returns chains.
 //!
-//! Elements are written as chains complete; the index that shows them to the guest is stored
-//! once for each batch, by [`UsedRing::publish`], which also calls the guest if it wants that.
-//! The invariant: the index never passes an element that is not written yet.
+//! An element is written when its chain completes. [`UsedRing::publish`] stores the index, which
+//! makes the elements visible to the guest, once for each batch, and calls the guest if it wants
+//! that. The invariant: the index never passes an element that is not written yet.
 //!
-//! Where the queue is tracked, what is in flight is marked under the same lock: a head is marked as
-//! its chain is taken, linked to the batch as its element is written, and unmarked once the guest
-//! has been shown the index.
+//! If the queue is tracked, the same lock protects the marks of the heads in flight: a head is
+//! marked when its chain is taken, linked to the batch when its element is written, and unmarked
+//! after the index was published.
 
 #[cfg(all(test, ringfsd_loom))]
 mod loom_tests;
@@ -15,27 +15,27 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::QueueIndex;
-use super::bad_chain::{BadChain, MOST_IN_FLIGHT};
+use super::bad_chain::{BadChain, MAX_SEGMENTS_IN_FLIGHT};
 use super::inflight::Inflight;
 use super::journal::Journal;
 use super::layout;
 use super::memory::{GuestAddress, Memory};
 use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
 
-/// The eventfd by which the guest is told of used chains; the front end may change it at any
-/// time, also while the queue runs.
+/// The eventfd that notifies the guest of used chains. The front end may replace it at any time,
+/// also while the queue runs.
 #[derive(Debug, Default)]
 pub struct Call(Mutex<Option<Eventfd>>);
 
 #[derive(Debug)]
 struct Eventfd {
     fd: Arc<std::os::fd::OwnedFd>,
-    /// Writing may wait: where the front end has filled the counter up, for ever.
+    /// Whether a write may block; it blocks forever if the front end has filled the counter.
     blocks: bool,
 }
 
 impl Call {
-    /// Takes another eventfd, or none: then the guest polls.
+    /// Replaces the eventfd. Without one the guest polls.
     pub fn set(&self, eventfd: Option<Arc<std::os::fd::OwnedFd>>) {
         *self.lock() = eventfd.map(|fd| Eventfd {
             blocks: crate::io::writing_blocks(&fd),
@@ -53,7 +53,7 @@ impl Call {
             return;
         }
         if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
-            // EAGAIN is a counter at its limit: the guest has been called more than enough.
+            // EAGAIN says that the counter is at its limit, so the guest has calls pending anyway.
             log::debug!("calling the guest: {error}");
         }
     }
@@ -87,26 +87,27 @@ pub struct UsedRing {
     event_idx: bool,
     used: Window,
     available: Arc<Window>,
-    /// Where the ring's own changes are logged, if the front end asked for that.
+    /// Memory and guest address with which changes of the ring are logged, if the front end asked
+    /// for that.
     log: Option<(Arc<Memory>, GuestAddress)>,
     call: Arc<Call>,
-    /// What became of each head in flight.
+    /// Records the progress of each request in flight.
     journal: Option<Journal>,
     state: Mutex<State>,
     drained: Condvar,
 }
 
-/// What went through a queue since it was made.
+/// Statistics of a queue since it was set up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueStats {
     /// Chains returned.
     pub chains: u64,
-    /// Chains returned without an answer, by being dropped.
+    /// Chains that were dropped without a reply.
     pub dropped: u64,
-    /// Chains returned empty because of a fault in them.
+    /// Chains that were returned empty for a fault.
     pub refused: u64,
-    /// Bytes that were copied between guest memory and the server's: headers, arguments and
-    /// replies, but no payload of READ and WRITE.
+    /// Bytes copied between guest memory and the server's memory: headers, arguments and replies,
+    /// but not the payload of READ and WRITE.
     pub copied: u64,
 }
 
@@ -114,30 +115,30 @@ pub struct QueueStats {
 struct State {
     /// Elements written, modulo 2¹⁶.
     next: u16,
-    /// Elements the guest has been shown.
+    /// Elements published to the guest, modulo 2¹⁶.
     published: u16,
-    /// The index at the last decision about a call; none before the first.
+    /// The index at the last decision about a call; `None` before the first.
     signalled: Option<u16>,
-    /// Chains taken off the ring and not yet written back.
+    /// Chains taken off the ring and not returned yet.
     in_flight: u16,
-    /// Pieces of memory that they are made of.
-    pieces: usize,
-    /// Somebody waits for `in_flight` to become 0.
+    /// Memory segments of these chains.
+    segments: usize,
+    /// Whether a thread waits for `in_flight` to become 0.
     draining: bool,
-    totals: QueueStats,
-    /// Where heads in flight are marked, if the queue is tracked.
+    stats: QueueStats,
+    /// The marks of the heads in flight, if the queue is tracked.
     inflight: Option<Inflight>,
 }
 
-/// A chain's way back.
+/// A chain to be returned.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Return {
     pub(super) head: u16,
-    /// Bytes written.
+    /// Bytes of the reply.
     pub(super) len: u32,
-    /// Pieces that [`UsedRing::take`] has counted.
-    pub(super) pieces: usize,
-    /// The head is marked as in flight for this chain.
+    /// Segments that [`UsedRing::begin`] has counted.
+    pub(super) segments: usize,
+    /// Whether the head is marked as in flight for this chain.
     pub(super) marked: bool,
 }
 
@@ -151,7 +152,7 @@ impl UsedRing {
         log: Option<(Arc<Memory>, GuestAddress)>,
         call: Arc<Call>,
     ) -> Self {
-        // Relaxed: whoever ran this ring before has been drained and joined by the front.
+        // Relaxed: the session has drained and joined the threads that ran this ring before.
         let next = used.load_u16(layout::INDEX, Ordering::Relaxed);
         Self {
             index,
@@ -167,61 +168,62 @@ impl UsedRing {
                 published: next,
                 signalled: None,
                 in_flight: 0,
-                pieces: 0,
+                segments: 0,
                 draining: false,
-                totals: QueueStats::default(),
+                stats: QueueStats::default(),
                 inflight: None,
             }),
             drained: Condvar::new(),
         }
     }
 
-    /// Marks what is in flight from now on, and keeps a journal of it.
+    /// Starts to mark heads in flight, and to record the requests in `journal`.
     pub(super) fn track(&mut self, inflight: Inflight, journal: Option<Journal>) {
         self.lock().inflight = Some(inflight);
         self.journal = journal;
     }
 
-    /// The used ring's index: how many chains were ever returned, modulo 2¹⁶.
-    pub(super) fn returned(&self) -> u16 {
+    /// Returns the index of the used ring: the number of chains published so far, modulo 2¹⁶.
+    pub(super) fn published_index(&self) -> u16 {
         self.lock().published
     }
 
-    /// Calls the guest for what it may have been shown before, without having been called.
-    pub(super) fn call_again(&self) {
+    /// Calls the guest, whether it wants that or not.
+    pub(super) fn signal_call(&self) {
         self.call.signal();
     }
 
-    /// What became of each head in flight, if that is kept.
+    /// Returns the journal, if there is one.
     pub(super) fn journal(&self) -> Option<&Journal> {
         self.journal.as_ref()
     }
 
-    /// Which queue this is.
+    /// Returns the index of the queue.
     #[must_use]
     pub fn index(&self) -> QueueIndex {
         self.index
     }
 
-    /// Counts a chain of `pieces` as taken, and marks its head as in flight unless it is so
-    /// from before: `again`. Answers whether it is marked now, for this chain.
+    /// Counts a chain of `segments` as in flight, and marks its head unless it is marked already,
+    /// as `resumed` says. Returns whether the head is marked for this chain, and the outcome.
     ///
     /// # Errors
     ///
-    /// More than the queue may have in flight, or a head that is in flight, which a right driver
-    /// never has: the pieces are not counted then, and the chain is to be returned at once.
-    pub(super) fn take(
+    /// Fails if the queue has too much in flight, or if the head is in flight already, which no
+    /// correct driver causes. Then the segments are not counted, and the caller must return the
+    /// chain at once.
+    pub(super) fn begin(
         &self,
         head: u16,
-        pieces: usize,
-        again: bool,
+        segments: usize,
+        resumed: bool,
     ) -> (bool, Result<(), BadChain>) {
         let mut state = self.lock();
         let before = state.in_flight;
         state.in_flight = before.saturating_add(1);
-        let mut marked = again;
-        if !again && let Some(inflight) = &mut state.inflight {
-            // What has no entry is refused by who walks the chain.
+        let mut marked = resumed;
+        if !resumed && let Some(inflight) = &mut state.inflight {
+            // A head without an entry is refused when the chain is walked.
             if head < self.size && !inflight.is_free(head) {
                 return (false, Err(BadChain::Twice));
             }
@@ -236,23 +238,23 @@ impl UsedRing {
         if before >= self.size {
             return (marked, Err(BadChain::TooMany));
         }
-        let all = state.pieces.saturating_add(pieces);
-        if all > MOST_IN_FLIGHT {
-            return (marked, Err(BadChain::PiecesInFlight));
+        let all = state.segments.saturating_add(segments);
+        if all > MAX_SEGMENTS_IN_FLIGHT {
+            return (marked, Err(BadChain::TooManySegmentsInFlight));
         }
-        state.pieces = all;
+        state.segments = all;
         (marked, Ok(()))
     }
 
-    /// Writes the element that returns a chain; `more` is what that adds to the totals. The guest
-    /// sees it with the next [`publish`](Self::publish).
+    /// Writes the element that returns a chain, and adds `more` to the statistics. The guest sees
+    /// the element after the next [`publish`](Self::publish).
     pub(super) fn push(&self, chain: Return, more: QueueStats) {
         let mut state = self.lock();
-        state.pieces = state.pieces.saturating_sub(chain.pieces);
-        state.totals.chains = state.totals.chains.wrapping_add(more.chains);
-        state.totals.dropped = state.totals.dropped.wrapping_add(more.dropped);
-        state.totals.refused = state.totals.refused.wrapping_add(more.refused);
-        state.totals.copied = state.totals.copied.wrapping_add(more.copied);
+        state.segments = state.segments.saturating_sub(chain.segments);
+        state.stats.chains = state.stats.chains.wrapping_add(more.chains);
+        state.stats.dropped = state.stats.dropped.wrapping_add(more.dropped);
+        state.stats.refused = state.stats.refused.wrapping_add(more.refused);
+        state.stats.copied = state.stats.copied.wrapping_add(more.copied);
         if !chain.marked && state.inflight.is_some() && state.next != state.published {
             self.store_index(&mut state);
         }
@@ -260,7 +262,7 @@ impl UsedRing {
             if chain.marked {
                 inflight.link(chain.head);
             } else {
-                inflight.cut();
+                inflight.end_list();
             }
         }
         let at = layout::used_element(state.next, self.size);
@@ -272,22 +274,22 @@ impl UsedRing {
         self.log_change(at, element.len());
         state.next = state.next.wrapping_add(1);
         state.in_flight = state.in_flight.saturating_sub(1);
-        // To notify is a system call, also where nobody waits.
+        // Notifying is a system call even if no thread waits.
         if state.in_flight == 0 && state.draining {
             self.drained.notify_all();
         }
     }
 
-    /// Shows the guest all elements written so far: one store of the index, and at most one
-    /// call, where the guest wants it.
+    /// Makes all elements written so far visible to the guest, with one store of the index. Calls
+    /// the guest if it wants that.
     pub fn publish(&self) {
-        if self.show() {
+        if self.publish_index() {
             self.call.signal();
         }
     }
 
-    /// Stores the index; answers whether the guest wants to be called for that.
-    fn show(&self) -> bool {
+    /// Stores the index if elements were added. Returns whether the guest wants a call for that.
+    fn publish_index(&self) -> bool {
         let mut state = self.lock();
         if state.next == state.published {
             return false;
@@ -299,23 +301,23 @@ impl UsedRing {
     fn store_index(&self, state: &mut State) {
         let next = state.next;
         state.published = next;
-        // Release: pairs with the driver's acquire load of the index; elements and replies
-        // come before it.
+        // Release: pairs with the driver's acquire load of the index, and orders elements and
+        // replies before it.
         self.used.store_u16(layout::INDEX, next, Ordering::Release);
         self.log_change(layout::INDEX, 2);
-        // Behind the index, which says that the marks are out of date.
+        // After the index, which tells the next process that these marks are obsolete.
         if let Some(inflight) = &mut state.inflight {
-            inflight.shown(next);
+            inflight.published(next);
         }
     }
 
-    /// Whether the guest wants to be called for what was published since last asked (virtio
+    /// Whether the guest wants a call for the elements published since the last decision (virtio
     /// 1.2, section 2.7.7).
     fn wants_call(&self, state: &mut State) -> bool {
         let new = state.published;
         let old = state.signalled.replace(new);
         // SeqCst: pairs with the driver's full barrier between its store of `used_event` (or
-        // its flags) and its last look at the index: one of the two sees the other.
+        // its flags) and its last load of the index: at least one side sees the other's store.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self
@@ -328,8 +330,8 @@ impl UsedRing {
         }
     }
 
-    /// Waits until every chain taken has come back, and publishes them. Whoever calls this has
-    /// made sure that no further chain is taken.
+    /// Waits until all chains that were taken have been returned, and publishes them. The caller
+    /// must ensure that no further chain is taken.
     pub fn drain(&self) {
         self.wait_until_drained();
         self.publish();
@@ -347,25 +349,26 @@ impl UsedRing {
         state.draining = false;
     }
 
-    /// How many chains have been taken and not yet come back.
+    /// Returns the number of chains that were taken and not returned yet.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         self.lock().in_flight
     }
 
-    /// What went through the queue so far.
+    /// Returns the statistics of the queue so far.
     #[must_use]
-    pub fn totals(&self) -> QueueStats {
-        self.lock().totals
+    pub fn stats(&self) -> QueueStats {
+        self.lock().stats
     }
 
-    /// Asks the driver for a kick when its available index passes `next`, or for none. Who asks
-    /// for one looks at the ring afterwards: there may be no kick for what came before.
-    pub(super) fn want_kick(&self, next: Option<u16>) {
-        // Relaxed: the fence below orders these before that look.
+    /// Asks the driver for a kick when its available index passes `next`, or for no kick if `None`.
+    /// After asking for one the caller must check the ring again: chains that were added before may
+    /// come without a kick.
+    pub(super) fn request_kick(&self, next: Option<u16>) {
+        // Relaxed: the fence below orders these stores before that check.
         if self.event_idx {
             if let Some(next) = next {
-                self.want_kick_at(next);
+                self.request_kick_at(next);
             }
             return;
         }
@@ -374,13 +377,14 @@ impl UsedRing {
         self.log_change(layout::FLAGS, 2);
         if next.is_some() {
             // SeqCst: pairs with the driver's full barrier between its store of the index and its
-            // look at our flags: one of the two sees the other.
+            // load of these flags: at least one side sees the other's store.
             fence(Ordering::SeqCst);
         }
     }
 
-    /// Asks the driver for a kick when its available index passes `next`, if it can be asked for that.
-    pub(super) fn want_kick_at(&self, next: u16) {
+    /// Asks the driver for a kick when its available index passes `next`. Does nothing without
+    /// EVENT_IDX.
+    pub(super) fn request_kick_at(&self, next: u16) {
         if !self.event_idx {
             return;
         }
@@ -388,7 +392,7 @@ impl UsedRing {
         self.used.store_u16(at, next, Ordering::Relaxed);
         self.log_change(at, 2);
         // SeqCst: pairs with the driver's full barrier between its store of the index and its
-        // look at `avail_event`: one of the two sees the other.
+        // load of `avail_event`: at least one side sees the other's store.
         fence(Ordering::SeqCst);
     }
 

@@ -1,48 +1,50 @@
-//! In how many portions the replies of one pass are shown to the guest.
+//! Chooses after how many chains a worker publishes replies while it drains a queue.
 //!
-//! A guest that sleeps needs 10–50 µs to wake up, and one that is awake takes what it is shown and
-//! sends more: both better happen while the rest of a pass is served than after it, when the worker
-//! has nothing else to do. A guest that falls asleep in between has to be called for each portion, which
-//! costs a few microseconds; so where chains take long there are two portions only. The invariant:
-//! nothing that is complete waits for more than half of what the pass had found.
+//! A sleeping guest needs 10–50 µs to wake up, and a running one processes replies and sends new
+//! requests. Both should overlap with the rest of the drain, because the worker is idle after it. A
+//! guest that falls asleep in between must be called for each batch, which costs a few
+//! microseconds, so a drain of slow chains has only two batches. The invariant: a complete reply
+//! waits for at most half of the chains that the drain found at its start.
 
 use std::time::{Duration, Instant};
 
-/// No portion is larger where chains are served quickly. Measured at 32 in flight: GETATTR 0.64
-/// million a second with two portions to a pass, 0.85 with portions of 4, 0.73 with portions of 1;
-/// at 8 in flight OPEN, READ, RELEASE 0.11, 0.14 and 0.21 million.
-const MOST: usize = 4;
+/// The largest batch of fast chains. Measured at 32 in flight: 0.64 million GETATTR a second with
+/// two batches for each drain, 0.85 with batches of 4, and 0.73 with batches of 1. At 8 in flight
+/// OPEN, READ, RELEASE reach 0.11, 0.14 and 0.21 million.
+const MAX_FAST_BATCH: usize = 4;
 
-/// How much of what waits on the ring is one portion.
-const PART: usize = 4;
+/// A batch of fast chains is one part in this many of the chains on the ring.
+const FRACTION: usize = 4;
 
-/// A chain that takes longer than this takes longer than the guest does to answer and fall asleep.
+/// A chain that takes longer is slow: the guest processes the reply and falls asleep meanwhile.
 const SLOW: Duration = Duration::from_micros(8);
 
-/// The portions of one queue.
+/// The batches of one queue.
 #[derive(Debug, Default)]
 pub(super) struct BatchSize {
-    /// What a chain has taken lately, on average.
-    each: Duration,
-    /// Half of what the pass has found.
+    /// Moving average of the time that a chain takes.
+    chain_time: Duration,
+    /// Half of the chains that the drain found at its start.
     half: usize,
-    /// Chains of this portion, and how many of them are still to be served.
+    /// Chains of the current batch.
     size: usize,
+    /// Chains of it that are still to be served.
     left: usize,
-    /// When it began; unknown where a pass has begun with a lone chain, which costs no clock.
-    began: Option<Instant>,
+    /// Start of the batch. Unknown for the first batch of a drain that finds a single chain, which
+    /// saves reading the clock.
+    started: Option<Instant>,
 }
 
 impl BatchSize {
-    /// A pass begins, with `there` chains on the ring.
-    pub(super) fn begin(&mut self, there: usize) {
-        self.half = there / 2;
-        self.began = (there > 1).then(Instant::now);
-        self.next(there);
+    /// Starts a drain that finds `waiting` chains on the ring.
+    pub(super) fn begin(&mut self, waiting: usize) {
+        self.half = waiting / 2;
+        self.started = (waiting > 1).then(Instant::now);
+        self.next(waiting);
     }
 
-    /// One chain has been served. True if what is complete is to be shown now; `waiting` tells how
-    /// many are still on the ring.
+    /// Counts one served chain. Returns whether to publish now. `waiting` returns how many chains
+    /// are still on the ring.
     pub(super) fn served(&mut self, waiting: impl FnOnce() -> usize) -> bool {
         if self.left > 1 {
             self.left -= 1;
@@ -50,29 +52,29 @@ impl BatchSize {
         }
         let waiting = waiting();
         if waiting == 0 {
-            // The pass ends, or goes on with what comes just now.
+            // The drain ends and publishes then, or continues with chains that arrive right now.
             return false;
         }
         let now = Instant::now();
-        if let Some(began) = self.began.replace(now) {
-            self.learn(now.duration_since(began));
+        if let Some(started) = self.started.replace(now) {
+            self.learn(now.duration_since(started));
         }
         self.next(waiting);
         true
     }
 
-    /// A portion has taken so long.
-    fn learn(&mut self, took: Duration) {
-        let each = took / u32::try_from(self.size).unwrap_or(u32::MAX);
-        self.each = (self.each * 7 + each) / 8;
+    /// Updates the average with the time that the current batch took.
+    fn learn(&mut self, elapsed: Duration) {
+        let chain_time = elapsed / u32::try_from(self.size).unwrap_or(u32::MAX);
+        self.chain_time = (self.chain_time * 7 + chain_time) / 8;
     }
 
-    /// Another portion begins.
+    /// Starts the next batch.
     fn next(&mut self, waiting: usize) {
-        self.size = if self.each > SLOW {
+        self.size = if self.chain_time > SLOW {
             self.half.max(1)
         } else {
-            (waiting / PART).clamp(1, MOST)
+            (waiting / FRACTION).clamp(1, MAX_FAST_BATCH)
         };
         self.left = self.size;
     }
@@ -84,31 +86,31 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(1000);
 
-    /// After how many chains something is shown, in a pass over `there` that take `each`.
-    fn shown(there: usize, each: Duration) -> Vec<usize> {
+    /// After how many chains a drain of `waiting` chains publishes, if each takes `chain_time`.
+    fn published(waiting: usize, chain_time: Duration) -> Vec<usize> {
         let mut batch_size = BatchSize {
-            each,
+            chain_time,
             ..BatchSize::default()
         };
-        batch_size.begin(there);
-        let mut shown = Vec::new();
-        for served in 1..=there {
-            // Whatever this machine takes to run the test.
-            batch_size.each = each;
-            if batch_size.served(|| there - served) {
-                shown.push(served);
+        batch_size.begin(waiting);
+        let mut published = Vec::new();
+        for served in 1..=waiting {
+            // Ignore the time that the test itself takes.
+            batch_size.chain_time = chain_time;
+            if batch_size.served(|| waiting - served) {
+                published.push(served);
             }
         }
-        shown
+        published
     }
 
     #[test]
-    fn a_lone_chain_is_left_to_the_end_of_the_pass() {
-        assert!(shown(1, Duration::ZERO).is_empty());
+    fn single_chain_is_published_at_end_of_drain() {
+        assert!(published(1, Duration::ZERO).is_empty());
     }
 
     #[test]
-    fn what_comes_while_a_lone_chain_is_served_does_not_hold_it_back() {
+    fn single_chain_is_published_before_chains_that_arrive_meanwhile() {
         let mut batch_size = BatchSize::default();
         batch_size.begin(1);
         assert!(batch_size.served(|| 1));
@@ -117,20 +119,20 @@ mod tests {
     }
 
     #[test]
-    fn few_chains_are_shown_one_by_one_and_many_by_fours() {
-        let shown = shown(32, Duration::ZERO);
-        assert_eq!(shown[..4], [4, 8, 12, 16]);
-        assert_eq!(shown[shown.len() - 6..], [26, 27, 28, 29, 30, 31]);
+    fn fast_chains_are_published_by_fours_and_the_last_ones_singly() {
+        let published = published(32, Duration::ZERO);
+        assert_eq!(published[..4], [4, 8, 12, 16]);
+        assert_eq!(published[published.len() - 6..], [26, 27, 28, 29, 30, 31]);
     }
 
     #[test]
-    fn slow_chains_are_shown_by_halves() {
-        assert_eq!(shown(8, LONG), [4]);
-        assert_eq!(shown(3, LONG), [1, 2]);
+    fn slow_chains_are_published_by_halves() {
+        assert_eq!(published(8, LONG), [4]);
+        assert_eq!(published(3, LONG), [1, 2]);
     }
 
     #[test]
-    fn what_a_chain_takes_is_learned_and_forgotten() {
+    fn chain_time_average_follows_recent_batches() {
         let mut batch_size = BatchSize::default();
         batch_size.begin(8);
         batch_size.learn(SLOW * 32);
@@ -140,6 +142,6 @@ mod tests {
             batch_size.learn(Duration::ZERO);
         }
         batch_size.next(8);
-        assert_eq!(batch_size.size, 2, "quick again");
+        assert_eq!(batch_size.size, 2, "fast again");
     }
 }

@@ -1,71 +1,73 @@
 //! A bounded, adaptive busy poll before a worker sleeps.
 //!
-//! To sleep and be woken costs a request that comes alone more than to serve it. So a worker
-//! whose guest answers quickly looks at the rings for a moment before it sleeps. The invariant:
-//! a worker that has nothing to do for long stops looking after a few sleeps, and then uses no
-//! processor time at all.
+//! For a single request, sleeping and waking up cost more than serving it. So a worker whose guest
+//! sends the next request soon polls its rings for a short time before it sleeps. The invariant: a
+//! worker that stays idle stops polling after a few sleeps, and then uses no processor time.
 
 use std::time::{Duration, Instant};
 
-/// Below this, looking is not worth the two clock readings.
-const SHORTEST: Duration = Duration::from_micros(2);
+/// A shorter poll isn't worth its two readings of the clock.
+const MIN_WINDOW: Duration = Duration::from_micros(2);
 
-/// How long a worker looks before it sleeps.
+/// Decides how long a worker polls before it sleeps.
 #[derive(Debug)]
 pub(super) struct BusyPoll {
     limit: Duration,
+    /// How long the next poll takes; zero while polling doesn't pay.
     window: Duration,
-    began: Option<Instant>,
+    started: Option<Instant>,
 }
 
 impl BusyPoll {
-    /// Looks for `limit` at most; never, if that is zero.
+    /// Polls for at most `limit`; zero disables polling.
     pub(super) fn new(limit: Duration) -> Self {
         Self {
             limit,
             window: Duration::ZERO,
-            began: None,
+            started: None,
         }
     }
 
-    /// Whether looking has paid lately.
+    /// Whether polling has found something lately.
     pub(super) fn pays(&self) -> bool {
         !self.window.is_zero()
     }
 
-    /// Looks, by `found`, for as long as has paid lately. True if something was found.
-    pub(super) fn look(&mut self, mut found: impl FnMut() -> bool) -> bool {
+    /// Calls `found` until it returns true or the window is over. Returns whether it returned true.
+    pub(super) fn poll(&mut self, mut found: impl FnMut() -> bool) -> bool {
         if self.limit.is_zero() {
             return false;
         }
-        let began = Instant::now();
-        self.began = Some(began);
+        let started = Instant::now();
+        self.started = Some(started);
         if self.window.is_zero() {
             return false;
         }
         loop {
-            // A look is a load from memory that the guest writes; the clock costs more.
+            // `found` loads from memory that the guest writes, which is cheaper than reading the
+            // clock.
             for _ in 0..16 {
                 if found() {
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            if began.elapsed() >= self.window {
+            if started.elapsed() >= self.window {
                 break;
             }
         }
         self.window /= 2;
-        if self.window < SHORTEST {
+        if self.window < MIN_WINDOW {
             self.window = Duration::ZERO;
         }
         false
     }
 
-    /// Learns from a sleep that has ended by a kick: had looking for the whole limit found it?
+    /// Learns from a sleep that a kick has ended: enables polling if a poll of the whole limit
+    /// would have found the request.
     pub(super) fn woken(&mut self) {
-        if let Some(began) = self.began.take()
-            && began.elapsed() < self.limit
+        if let Some(started) = self.started.take()
+            && started.elapsed() < self.limit
         {
             self.window = self.limit;
         }
@@ -77,36 +79,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_a_limit_nothing_is_looked_at() {
+    fn poll_with_zero_limit_looks_at_nothing() {
         let mut busy_poll = BusyPoll::new(Duration::ZERO);
         busy_poll.woken();
-        assert!(!busy_poll.look(|| unreachable!("looked")));
+        assert!(!busy_poll.poll(|| unreachable!("polled")));
     }
 
     #[test]
-    fn looking_begins_after_a_short_sleep_and_ends_after_a_few_in_vain() {
+    fn poll_starts_after_short_sleep_and_stops_after_few_failures() {
         let mut busy_poll = BusyPoll::new(Duration::from_secs(1000));
-        assert!(!busy_poll.look(|| unreachable!("nothing has shown yet that it pays")));
+        assert!(!busy_poll.poll(|| unreachable!("polled before it has paid")));
         busy_poll.woken();
         assert!(
-            busy_poll.look(|| true),
+            busy_poll.poll(|| true),
             "the sleep was shorter than the limit"
         );
 
         let mut busy_poll = BusyPoll::new(Duration::from_micros(50));
         busy_poll.window = busy_poll.limit;
-        let mut in_vain = 0;
+        let mut failures = 0;
         loop {
-            let mut looked = false;
-            busy_poll.look(|| {
-                looked = true;
+            let mut polled = false;
+            busy_poll.poll(|| {
+                polled = true;
                 false
             });
-            if !looked {
+            if !polled {
                 break;
             }
-            in_vain += 1;
+            failures += 1;
         }
-        assert_eq!(in_vain, 5, "50, 25, 12.5, 6.25 and 3.1 microseconds");
+        assert_eq!(failures, 5, "50, 25, 12.5, 6.25 and 3.1 microseconds");
     }
 }

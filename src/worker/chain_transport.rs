@@ -1,8 +1,8 @@
-//! A chain as FUSE sees it: where virtio and FUSE meet.
+//! Implements the FUSE [`Transport`] for a virtqueue's chains.
 //!
-//! The invariant: a request that nobody answered, because what served it panicked or was
-//! dropped, is answered with EIO. An empty used element would look to the guest like a success
-//! without content.
+//! The invariant: a request without a reply, because serving it panicked or its future was dropped,
+//! gets the reply EIO. To the guest, an empty used element would look like a success without
+//! content.
 
 use crate::fuse::{OUT_HEADER_LEN, RecordedIntent, Transport, error_reply};
 use crate::io::GuestBuffer;
@@ -11,30 +11,30 @@ use crate::virtqueue::Chain;
 /// Where `unique` ends in `fuse_in_header`.
 const UNIQUE_END: usize = 16;
 
-/// One request's chain, with what an answer of last resort needs.
+/// One request's chain, with what the EIO reply needs.
 #[derive(Debug)]
 pub(super) struct ChainTransport {
     chain: Option<Chain>,
     /// The first bytes of the request, as far as they were read: length, opcode, `unique`.
-    start: [u8; UNIQUE_END],
-    started: usize,
-    /// A server before this one has begun it, and had said this.
-    begun: Option<RecordedIntent>,
+    header: [u8; UNIQUE_END],
+    header_len: usize,
+    /// The intent that a previous server process recorded for the request.
+    previous_intent: Option<RecordedIntent>,
 }
 
 impl ChainTransport {
     pub(super) fn new(chain: Chain) -> Self {
-        // Where nothing was noted nothing was done.
+        // Without a recorded `unique`, the previous process did nothing for the request.
         let previous = chain.previous().filter(|it| it.unique != 0);
         Self {
-            begun: previous.map(|it| it.intent),
+            previous_intent: previous.map(|it| it.intent),
             chain: Some(chain),
-            start: [0; UNIQUE_END],
-            started: 0,
+            header: [0; UNIQUE_END],
+            header_len: 0,
         }
     }
 
-    /// For one of the answers, which end the request.
+    /// Takes the chain, for a reply or for the drop, which end the request.
     fn take(&mut self) -> Option<Chain> {
         self.chain.take()
     }
@@ -43,18 +43,18 @@ impl ChainTransport {
 impl Transport for ChainTransport {
     fn note(&mut self, unique: u64) {
         if let Some(chain) = &self.chain {
-            chain.note_unique(unique);
+            chain.record_unique(unique);
         }
     }
 
     fn record_intent(&mut self, intent: RecordedIntent) {
         if let Some(chain) = &self.chain {
-            chain.set_intent(intent);
+            chain.record_intent(intent);
         }
     }
 
     fn previous_attempt(&self) -> Option<RecordedIntent> {
-        self.begun
+        self.previous_intent
     }
 
     fn readable(&self) -> usize {
@@ -63,10 +63,10 @@ impl Transport for ChainTransport {
 
     fn read(&mut self, into: &mut [u8]) -> usize {
         let count = self.chain.as_mut().map_or(0, |chain| chain.read(into));
-        let missing = &mut self.start[self.started..];
+        let missing = &mut self.header[self.header_len..];
         let more = missing.len().min(count);
         missing[..more].copy_from_slice(&into[..more]);
-        self.started += more;
+        self.header_len += more;
         count
     }
 
@@ -79,7 +79,7 @@ impl Transport for ChainTransport {
     }
 
     fn reply_buffer(&mut self, len: usize) -> Option<GuestBuffer> {
-        self.chain.as_mut()?.room(OUT_HEADER_LEN, len)
+        self.chain.as_mut()?.reply_buffer(OUT_HEADER_LEN, len)
     }
 
     fn reply(mut self, parts: &[&[u8]]) {
@@ -107,15 +107,15 @@ impl Drop for ChainTransport {
             return;
         };
         let used = chain.used().clone();
-        if self.started == UNIQUE_END {
-            let [_, _, _, _, _, _, _, _, unique @ ..] = self.start;
+        if self.header_len == UNIQUE_END {
+            let [_, _, _, _, _, _, _, _, unique @ ..] = self.header;
             let unique = u64::from_le_bytes(unique);
-            log::error!("request {unique:#x} was given up; the guest gets EIO");
+            log::error!("request {unique:#x} was dropped without a reply; replying EIO");
             chain.reply(&[&error_reply(unique, rustix::io::Errno::IO)]);
         } else {
             drop(chain);
         }
-        // No batch may come any more that would publish this.
+        // No later batch is certain to publish this.
         used.publish();
     }
 }
@@ -129,13 +129,13 @@ mod tests {
     const WRITE: u16 = 2;
 
     #[test]
-    fn a_request_that_is_given_up_is_answered_with_eio() {
+    fn drop_of_request_replies_eio() {
         for read in [40, 16, 15, 0] {
             let mut driver = Driver::new(false);
             let mut queue = driver.queue(PLAIN);
             driver.write(0x5008, &0x1234_5678_u64.to_le_bytes());
             driver.chain(DESCRIPTORS, &[(0x5000, 40, 0), (0x6000, 16, WRITE)]);
-            let mut request = ChainTransport::new(driver.take_one(&mut queue).unwrap());
+            let mut request = ChainTransport::new(driver.pop_one(&mut queue).unwrap());
             request.read(&mut vec![0; read]);
             drop(request);
             assert_eq!(driver.used_index(), 1, "{read} bytes were read");

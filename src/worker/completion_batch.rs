@@ -1,8 +1,8 @@
-//! Requests that a worker has under way: each is a local task, and what it completes is
-//! published together with what else completed in the same turn of the runtime, a few at a time.
+//! Counts a worker's requests in flight, and publishes their completions in batches.
 //!
-//! The invariant: whoever finishes leaves its used ring in the list before it wakes the
-//! publisher, so nothing completed stays unpublished.
+//! Each request that waits is a local task. Completions of one turn of the runtime are published
+//! together, a few at a time. The invariant: a task adds its used ring to the list before it wakes
+//! the publisher, so no completion stays unpublished.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -13,40 +13,41 @@ use tokio::sync::futures::Notified;
 
 use crate::virtqueue::UsedRing;
 
-/// Completions that are published together, at most: a disk may complete all there was at once, and
-/// stands still until the guest has been woken and has asked for more. Measured at 32 O_DIRECT reads in
-/// flight: 54 thousand a second with all of a turn together, 57 with 16, 58 with 8 or 4, 51 with 1.
-const TOGETHER: usize = 8;
+/// The most completions that are published together. A disk may complete all requests at once, and
+/// is idle then until the guest has woken up and sent more. Measured at 32 O_DIRECT reads in
+/// flight: 54 thousand a second with all completions of a turn together, 57 with 16, 58 with 8 or
+/// 4, 51 with 1.
+const MAX_BATCH: usize = 8;
 
-/// The requests under way on one worker.
+/// The requests in flight on one worker.
 #[derive(Debug, Default)]
 pub(super) struct CompletionBatch {
-    under_way: Cell<usize>,
+    in_flight: Cell<usize>,
     completed: RefCell<Vec<Arc<UsedRing>>>,
-    /// How many requests have been completed and not been published.
+    /// Completed requests that have not been published.
     unpublished: Cell<usize>,
     wake: Notify,
     idle: Notify,
 }
 
 impl CompletionBatch {
-    /// How many are under way.
-    pub(super) fn under_way(&self) -> usize {
-        self.under_way.get()
+    /// Returns the number of requests in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.get()
     }
 
-    /// Counts a request of `used` as under way until the ticket is dropped.
+    /// Counts a request of `used` as in flight until the guard is dropped.
     pub(super) fn begin(self: &Rc<Self>, used: Arc<UsedRing>) -> InFlightGuard {
-        self.under_way.set(self.under_way.get() + 1);
+        self.in_flight.set(self.in_flight.get() + 1);
         InFlightGuard {
             completions: Rc::clone(self),
             used: Some(used),
         }
     }
 
-    /// Publishes what completes, for ever. Tasks that complete in one turn of the runtime are
-    /// all ahead of this one in its queue, so one index store and one call serve them all, or what
-    /// is left of them.
+    /// Publishes completions in an endless loop. Tasks that complete in one turn of the runtime are
+    /// all ahead of this one in the runtime's queue, so one store of the index and one call serve
+    /// all that are still unpublished.
     pub(super) async fn publish(self: Rc<Self>) {
         loop {
             self.wake.notified().await;
@@ -54,7 +55,7 @@ impl CompletionBatch {
         }
     }
 
-    /// Publishes what is complete.
+    /// Publishes all completions.
     pub(super) fn publish_now(&self) {
         self.unpublished.set(0);
         for used in self.completed.take() {
@@ -62,21 +63,22 @@ impl CompletionBatch {
         }
     }
 
-    /// Ends when nothing is under way any more, after something was.
+    /// Completes when the last request in flight has completed.
     pub(super) fn idle(&self) -> Notified<'_> {
         self.idle.notified()
     }
 
-    /// Waits until nothing is under way.
+    /// Waits until no request is in flight, and publishes all completions.
     pub(super) async fn drained(&self) {
-        while self.under_way.get() != 0 {
+        while self.in_flight.get() != 0 {
             self.idle().await;
         }
         self.publish_now();
     }
 }
 
-/// One request under way; dropped when its chain has been returned, however that came about.
+/// Counts one request as in flight. It is dropped after the request's chain has been returned, also
+/// if the request panicked or was dropped.
 #[derive(Debug)]
 pub(super) struct InFlightGuard {
     completions: Rc<CompletionBatch>,
@@ -98,11 +100,11 @@ impl Drop for InFlightGuard {
         completions
             .unpublished
             .set(completions.unpublished.get() + 1);
-        if completions.unpublished.get() >= TOGETHER {
+        if completions.unpublished.get() >= MAX_BATCH {
             completions.publish_now();
         }
-        completions.under_way.set(completions.under_way.get() - 1);
-        if completions.under_way.get() == 0 {
+        completions.in_flight.set(completions.in_flight.get() - 1);
+        if completions.in_flight.get() == 0 {
             completions.idle.notify_one();
         }
     }

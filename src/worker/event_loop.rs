@@ -1,8 +1,8 @@
-//! The loop of one worker: its queues' kicks, the backlog of others, the session's commands.
+//! The event loop of one worker: serves its queues' kicks, other workers' backlog and commands.
 //!
-//! All is one task, so that a worker offers itself for others' backlog only while its thread
-//! has nothing to do. Requests that wait are tasks of their own beside it. The invariant:
-//! what a pass completes is published at its end at the latest, before the loop waits for anything.
+//! The loop is one task, so a worker is available for the backlog of others only while its thread
+//! is idle. A request that waits becomes a task of its own. The invariant: the completions of a
+//! drain are published before the loop waits for anything.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -29,28 +29,28 @@ use crate::io::{self, spawn};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{Chain, Queue, QueueIndex};
 
-/// Chains taken off a ring before their replies are published and other queues looked at.
-const BATCH: usize = 64;
+/// The most chains that one drain takes off a ring before the loop looks at other queues.
+const MAX_DRAIN: usize = 64;
 
-/// How long to look for what the disk does, at most: about as long as it takes to sleep and be
-/// woken, which costs processor time too. Most disks take longer.
-const DISK_POLL: Duration = Duration::from_micros(10);
+/// The longest busy poll for completions of the disk: about as long as sleeping and waking up take,
+/// which also cost processor time. Most disks take longer.
+const MAX_DISK_POLL: Duration = Duration::from_micros(10);
 
-/// What the session asks of a worker.
+/// A command of the session to a worker.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Serve this queue from now on.
+    /// Start serving this queue.
     Run {
         queue: Box<Queue>,
         kick: Arc<OwnedFd>,
         done: mpsc::Sender<std::io::Result<()>>,
     },
-    /// Serve what is on this thread's queues by now.
+    /// Serve the chains that are on this thread's queues now.
     ServeWaiting {
-        /// Dropped when that is done.
+        /// Dropped once they were served.
         done: oneshot::Sender<()>,
     },
-    /// Take no more off this queue; chains under way go on.
+    /// Take no more chains off this queue. Chains in flight continue.
     Stop {
         index: QueueIndex,
         done: mpsc::Sender<Option<Box<Queue>>>,
@@ -60,67 +60,67 @@ pub(super) enum Command {
 /// What a worker does before it sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum IdlePolicy {
-    /// Looks at its rings for up to so long, if that pays.
+    /// Polls its rings for up to this time, as long as that pays.
     BusyPoll(Duration),
-    /// ModerateKicks, if that pays: nobody waits for it.
+    /// Delays enabling kicks while they are frequent. Only for queues on which nobody waits.
     ModerateKicks,
 }
 
-/// How a worker gives to others and takes from them.
+/// The backlog that the workers share.
 #[derive(Debug)]
 pub(super) struct Backlog {
     pub(super) placement: Placement,
-    pub(super) give: Sender<Chain>,
-    pub(super) take: Receiver<Chain>,
+    pub(super) sender: Sender<Chain>,
+    pub(super) receiver: Receiver<Chain>,
 }
 
 /// A queue that this worker owns.
 #[derive(Debug)]
-struct Owned {
+struct OwnedQueue {
     queue: Box<Queue>,
     kick: io::Event,
-    /// There may be chains on the ring.
+    /// Whether there may be chains on the ring.
     ready: bool,
-    /// The guest has been asked for a kick at the next chain.
+    /// Whether the guest was asked for a kick at the next chain.
     notifications_enabled: bool,
     batch_size: BatchSize,
 }
 
-/// Why the loop goes on.
+/// What the loop handles next.
 enum Event {
-    /// Some queue is ready.
+    /// A queue may be ready.
     Ready,
     Command(Command),
-    /// Another worker's chain.
+    /// A chain of another worker's queue.
     Chain(Chain),
-    /// Nothing is under way any more.
+    /// The last request in flight has completed.
     Idle,
-    /// The session is over.
+    /// The session has ended.
     End,
 }
 
-/// One worker's loop.
-pub(super) struct Loop<F: ?Sized> {
+/// One worker's event loop.
+pub(super) struct EventLoop<F: ?Sized> {
     session: Arc<Session<F>>,
     commands: UnboundedReceiver<Command>,
-    /// None where there is nobody to share with, or nothing to be shared.
+    /// `None` for a single worker, and for the high-priority queue's thread.
     backlog: Option<Backlog>,
-    queues: Vec<Owned>,
-    /// Chains on their way to other workers.
-    batch: Vec<Chain>,
+    queues: Vec<OwnedQueue>,
+    /// Chains to be sent to other workers; kept to reuse its allocation.
+    offloaded: Vec<Chain>,
     completions: Rc<CompletionBatch>,
     faults: Faults,
-    /// For the guest's next request, with nothing under way.
+    /// Polls for the guest's next request while none is in flight.
     busy_poll: BusyPoll,
-    /// For the disk.
+    /// Polls for completions of the disk.
     disk_poll: BusyPoll,
-    /// Something of the last pass had to be waited for. Beside that, to be woken by the guest's next
-    /// request costs little.
+    /// Whether a request of the last drain had to wait. Compared with such a wait, waking up for
+    /// the guest's next request is cheap.
     waited: Cell<bool>,
-    nap: KickModeration,
+    moderation: KickModeration,
 }
 
-impl<F: FileSystem + ?Sized> Loop<F> {
+impl<F: FileSystem + ?Sized> EventLoop<F> {
     pub(super) fn new(
         session: Arc<Session<F>>,
         commands: UnboundedReceiver<Command>,
@@ -136,23 +136,23 @@ impl<F: FileSystem + ?Sized> Loop<F> {
             commands,
             backlog,
             queues: Vec::new(),
-            batch: Vec::new(),
+            offloaded: Vec::new(),
             completions: Rc::default(),
             faults: Faults::default(),
             busy_poll: BusyPoll::new(poll),
-            disk_poll: BusyPoll::new(poll.min(DISK_POLL)),
+            disk_poll: BusyPoll::new(poll.min(MAX_DISK_POLL)),
             waited: Cell::new(false),
-            nap: KickModeration::new(policy == IdlePolicy::ModerateKicks),
+            moderation: KickModeration::new(policy == IdlePolicy::ModerateKicks),
         }
     }
 
-    /// Serves until the session's end of the commands is gone, then waits for what is under way.
+    /// Serves until the session drops its command channel, then waits for the requests in flight.
     pub(super) async fn run(mut self) {
         let publisher = spawn(Rc::clone(&self.completions).publish());
         loop {
             match self.next_event().await {
                 Event::Ready => (),
-                // What completes may be one by one; the guest waits for it.
+                // Requests may complete one at a time, and the guest waits for them.
                 Event::Idle => self.completions.publish_now(),
                 Event::Command(command) => self.handle_command(command),
                 Event::Chain(chain) => self.serve_stolen(chain),
@@ -168,54 +168,54 @@ impl<F: FileSystem + ?Sized> Loop<F> {
         publisher.abort();
     }
 
-    /// What to do next; waits if there is nothing.
+    /// Returns the next event; waits if there is none.
     async fn next_event(&mut self) -> Event {
         if self.queues.iter().any(|owned| owned.ready) {
             if let Ok(command) = self.commands.try_recv() {
                 return Event::Command(command);
             }
-            // Lets the tasks run, and the runtime see the other queues' kicks.
+            // Lets other tasks run, and the runtime notice the kicks of other queues.
             tokio::task::yield_now().await;
             return Event::Ready;
         }
-        let waits = self.completions.under_way() != 0;
-        if waits && self.disk_poll.pays() {
-            // Hands to the kernel what is looked for then.
+        let in_flight = self.completions.in_flight() != 0;
+        if in_flight && self.disk_poll.pays() {
+            // Submits the operations whose completions the poll looks for.
             tokio::task::yield_now().await;
         }
-        if self.look() {
+        if self.poll_rings() {
             if !self.queues.iter().any(|owned| owned.ready) {
-                // Lets the tasks run whose operations are complete.
+                // Lets the tasks whose operations have completed run.
                 tokio::task::yield_now().await;
             }
             return Event::Ready;
         }
-        if self.nap.pays() {
-            return self.nap().await;
+        if self.moderation.is_active() {
+            return self.delay_kicks().await;
         }
-        if self.arm() {
+        if self.enable_notifications() {
             return Event::Ready;
         }
-        self.nap.sleeps();
+        self.moderation.sleep_starts();
         let event = self.wait().await;
         match event {
             Event::Ready => {
                 self.busy_poll.woken();
-                self.nap.woken();
+                self.moderation.woken();
             }
-            Event::Idle if waits => self.disk_poll.woken(),
+            Event::Idle if in_flight => self.disk_poll.woken(),
             _ => (),
         }
         event
     }
 
-    /// Sleeps for a moment, unless a ring fills up, and looks at the rings then.
-    async fn nap(&mut self) -> Event {
+    /// Sleeps for [`kick_moderation::DELAY`] or until a ring fills up, then checks the rings.
+    async fn delay_kicks(&mut self) -> Event {
         let queues = &mut self.queues;
-        let many = queues
-            .iter_mut()
-            .fold(false, |many, owned| many | owned.queue.arm_for_many());
-        if !many {
+        let filled = queues.iter_mut().fold(false, |filled, owned| {
+            filled | owned.queue.enable_notifications_when_filled()
+        });
+        if !filled {
             let commands = &mut self.commands;
             let woken = poll_fn(|cx| {
                 if let Poll::Ready(command) = commands.poll_recv(cx) {
@@ -230,7 +230,7 @@ impl<F: FileSystem + ?Sized> Loop<F> {
                     Poll::Pending
                 }
             });
-            if let Ok(Some(event)) = tokio::time::timeout(kick_moderation::LENGTH, woken).await {
+            if let Ok(Some(event)) = tokio::time::timeout(kick_moderation::DELAY, woken).await {
                 return event;
             }
         }
@@ -238,22 +238,21 @@ impl<F: FileSystem + ?Sized> Loop<F> {
             owned.ready |= owned.queue.has_more();
             found | owned.ready
         });
-        self.nap.taken(found);
+        self.moderation.delay_ended(found);
         Event::Ready
     }
 
-    /// Looks at the rings for a moment, and at what the kernel has completed. True if there is
-    /// something to do.
-    fn look(&mut self) -> bool {
+    /// Busy polls the rings and the runtime's completions. Returns whether there is work.
+    fn poll_rings(&mut self) -> bool {
         let queues = &mut self.queues;
         if queues.is_empty() {
             return false;
         }
-        let waits = self.completions.under_way() != 0;
-        if !waits && self.waited.get() {
+        let in_flight = self.completions.in_flight() != 0;
+        if !in_flight && self.waited.get() {
             return false;
         }
-        let busy_poll = if waits {
+        let busy_poll = if in_flight {
             &mut self.disk_poll
         } else {
             &mut self.busy_poll
@@ -264,31 +263,32 @@ impl<F: FileSystem + ?Sized> Loop<F> {
                 .filter(|owned| owned.notifications_enabled)
             {
                 owned.notifications_enabled = false;
-                owned.queue.disarm();
+                owned.queue.disable_notifications();
             }
         }
-        busy_poll.look(|| {
+        busy_poll.poll(|| {
             let any = queues.iter_mut().fold(false, |any, owned| {
                 owned.ready |= owned.queue.has_more();
                 any | owned.ready
             });
-            any || (waits && io::has_completions())
+            any || (in_flight && io::has_completions())
         })
     }
 
-    /// Asks for kicks. True if there is something to do instead.
-    fn arm(&mut self) -> bool {
+    /// Asks for kicks. Returns true if there is work already.
+    fn enable_notifications(&mut self) -> bool {
         let queues = &mut self.queues;
         for owned in queues
             .iter_mut()
             .filter(|owned| !owned.notifications_enabled)
         {
             owned.notifications_enabled = true;
-            owned.ready |= owned.queue.arm();
+            owned.ready |= owned.queue.enable_notifications();
         }
         queues.iter().any(|owned| owned.ready)
     }
 
+    /// Sleeps until there is an event.
     async fn wait(&mut self) -> Event {
         let Self {
             commands,
@@ -297,10 +297,10 @@ impl<F: FileSystem + ?Sized> Loop<F> {
             completions,
             ..
         } = self;
-        // Waiting here, and nowhere else, shows this worker to the others as idle.
+        // A worker that waits on this channel counts as idle for the others, so wait nowhere else.
         let mut chain = pin!(async {
             match backlog {
-                Some(backlog) => backlog.take.recv().await,
+                Some(backlog) => backlog.receiver.recv().await,
                 None => std::future::pending().await,
             }
         });
@@ -338,23 +338,23 @@ impl<F: FileSystem + ?Sized> Loop<F> {
         match command {
             Command::Run { queue, kick, done } => {
                 let outcome = io::Event::new(kick).map(|kick| {
-                    self.queues.push(Owned {
+                    self.queues.push(OwnedQueue {
                         queue,
                         kick,
-                        // What came before the kick could be seen has no kick any more.
+                        // Chains that were added before the kick was watched cause no further kick.
                         ready: true,
                         notifications_enabled: true,
                         batch_size: BatchSize::default(),
                     });
                 });
-                // The session waits for this; were it gone, so would be the need to tell.
+                // Fails only if the session has ended, which needs no reply.
                 let _ = done.send(outcome);
             }
             Command::ServeWaiting { done } => {
                 for at in 0..self.queues.len() {
-                    // A guest that goes on filling the ring doesn't keep it here.
-                    let passes = usize::from(self.queues[at].queue.waiting()).div_ceil(BATCH);
-                    (0..passes).for_each(|_| self.drain_batch(at));
+                    // Bounded, so a guest that keeps filling the ring can't hold the worker here.
+                    let drains = usize::from(self.queues[at].queue.waiting()).div_ceil(MAX_DRAIN);
+                    (0..drains).for_each(|_| self.drain_batch(at));
                 }
                 drop(done);
             }
@@ -369,34 +369,34 @@ impl<F: FileSystem + ?Sized> Loop<F> {
         }
     }
 
-    /// Takes what is on the ring of a queue, serves it, publishes the replies.
+    /// Serves up to [`MAX_DRAIN`] chains of a queue, and publishes the replies.
     fn drain_batch(&mut self, at: usize) {
         let owned = &mut self.queues[at];
         let index = owned.queue.index();
         if owned.notifications_enabled {
             owned.notifications_enabled = false;
-            owned.queue.disarm();
+            owned.queue.disable_notifications();
         }
         let used = Arc::clone(owned.queue.used());
-        let there = usize::from(owned.queue.waiting()).min(BATCH);
-        let away = self.backlog.as_ref().map_or(0, |backlog| {
-            backlog.placement.spread(there, backlog.give.idle())
+        let waiting = usize::from(owned.queue.waiting()).min(MAX_DRAIN);
+        let offloaded = self.backlog.as_ref().map_or(0, |backlog| {
+            backlog.placement.spread(waiting, backlog.sender.idle())
         });
-        if away != 0 {
-            self.offload(at, away);
+        if offloaded != 0 {
+            self.offload(at, offloaded);
         }
-        let mut taken = away;
+        let mut popped = offloaded;
         self.waited.set(false);
-        self.queues[at].batch_size.begin(there);
-        while (taken < BATCH || self.queues[at].queue.is_resuming())
-            && let Some(chain) = self.queues[at].queue.take()
+        self.queues[at].batch_size.begin(waiting);
+        while (popped < MAX_DRAIN || self.queues[at].queue.is_resuming())
+            && let Some(chain) = self.queues[at].queue.pop()
         {
-            taken += 1;
+            popped += 1;
             match chain {
                 Ok(chain) => self.serve(chain),
                 Err(fault) => self.faults.report(index, fault),
             }
-            let Owned {
+            let OwnedQueue {
                 batch_size, queue, ..
             } = &mut self.queues[at];
             if batch_size.served(|| usize::from(queue.waiting())) {
@@ -408,27 +408,27 @@ impl<F: FileSystem + ?Sized> Loop<F> {
         owned.ready = owned.queue.has_more();
     }
 
-    /// Takes `count` chains off a queue and lets other workers serve them.
+    /// Takes `count` chains off a queue and sends them to other workers.
     fn offload(&mut self, at: usize, count: usize) {
         let Some(backlog) = &self.backlog else {
             return;
         };
         let queue = &mut self.queues[at].queue;
         for _ in 0..count {
-            match queue.take() {
-                Some(Ok(chain)) => self.batch.push(chain),
+            match queue.pop() {
+                Some(Ok(chain)) => self.offloaded.push(chain),
                 Some(Err(fault)) => self.faults.report(queue.index(), fault),
                 None => break,
             }
         }
-        // Closed only when all workers are gone, this one included.
-        let _ = backlog.give.send_batch(self.batch.drain(..));
+        // The channel closes only after all workers have ended, including this one.
+        let _ = backlog.sender.send_batch(self.offloaded.drain(..));
     }
 
-    /// Serves chains of another worker's queue.
+    /// Serves chains of other workers' queues, beginning with `first`.
     fn serve_stolen(&mut self, first: Chain) {
         let mut next = Some(first);
-        let mut done = 0;
+        let mut served = 0;
         let mut last: Option<Arc<_>> = None;
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
@@ -438,12 +438,12 @@ impl<F: FileSystem + ?Sized> Loop<F> {
                 previous.publish();
             }
             self.serve(chain);
-            done += 1;
-            if done < BATCH && !self.queues.iter().any(|owned| owned.ready) {
+            served += 1;
+            if served < MAX_DRAIN && !self.queues.iter().any(|owned| owned.ready) {
                 next = self
                     .backlog
                     .as_ref()
-                    .and_then(|backlog| backlog.take.try_recv());
+                    .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
         if let Some(used) = last {
@@ -451,12 +451,12 @@ impl<F: FileSystem + ?Sized> Loop<F> {
         }
     }
 
-    /// Serves one chain: at once, or by a task where it must wait.
+    /// Serves one chain: at once, or in a task if the request waits.
     fn serve(&self, chain: Chain) {
         let used = Arc::clone(chain.used());
         let session = &self.session;
-        // Nothing a guest sends should panic; if something does, the request's own drop has
-        // answered it and the worker lives on.
+        // No request should cause a panic. If one does, dropping the transport has replied to it,
+        // and the worker continues.
         match catch_unwind(AssertUnwindSafe(|| {
             session.serve(ChainTransport::new(chain))
         })) {

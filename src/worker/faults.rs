@@ -1,32 +1,35 @@
-//! What guests do wrong, counted, and told at a bounded rate.
+//! Logs faulty chains of guests at a bounded rate.
+//!
+//! The invariant: a worker logs at most one line in each interval, and each line counts those that
+//! were suppressed.
 
 use std::time::{Duration, Instant};
 
 use crate::virtqueue::{BadChain, QueueIndex};
 
-/// The least time between two lines.
+/// The minimum time between two lines.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Counts faulty chains of one worker.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     last: Option<Instant>,
-    silent: u64,
+    suppressed: u64,
 }
 
 impl Faults {
-    /// Counts a chain that came with a fault and was returned empty.
+    /// Logs or counts a faulty chain that was returned empty.
     pub(super) fn report(&mut self, queue: QueueIndex, fault: BadChain) {
         let now = Instant::now();
         if self.last.is_some_and(|last| now - last < INTERVAL) {
-            self.silent = self.silent.saturating_add(1);
+            self.suppressed = self.suppressed.saturating_add(1);
             return;
         }
-        let silent = std::mem::take(&mut self.silent);
+        let suppressed = std::mem::take(&mut self.suppressed);
         self.last = Some(now);
         log::warn!(
-            "queue {queue}: the guest's driver put {fault} on the ring; returned empty \
-             ({silent} more such since the last line)"
+            "queue {queue}: the guest's driver put {fault} on the ring; the chain is returned empty \
+             ({suppressed} similar faults since the last message)"
         );
     }
 }

@@ -1,59 +1,61 @@
-//! A short sleep without being woken, where nobody waits for answers.
+//! Moderates the kicks of a queue on whose requests nobody waits.
 //!
-//! FORGETs come one by one, each with a kick, and often: to wake up for each costs more than to
-//! serve it, here and in the guest. So who has been woken twice in a short time sleeps for a while
-//! before it asks for each kick again, and finds several at once; a ring that fills up meanwhile wakes
-//! it. The invariant: a nap that was in vain is followed by a sleep without end, so idleness costs one nap.
+//! A guest often sends FORGETs in quick succession, each with a kick. A wake-up for each costs more
+//! than serving it, in the server and in the guest. So a worker that is woken twice in a short time
+//! sleeps for a fixed delay before it enables kicks again, and then finds several requests at once.
+//! A ring that fills up ends the delay. The invariant: a delay during which nothing arrived is
+//! followed by an unlimited sleep, so an idle queue costs one delay.
 
 use std::time::{Duration, Instant};
 
-/// How long. Nothing waits for a FORGET, and an INTERRUPT may well be so late.
-pub(super) const LENGTH: Duration = Duration::from_millis(1);
+/// Length of a delay. Nothing waits for a FORGET, and this much delay doesn't matter to an
+/// INTERRUPT.
+pub(super) const DELAY: Duration = Duration::from_millis(1);
 
-/// Being woken again within this time is often.
-const OFTEN: Duration = Duration::from_micros(500);
+/// A wake-up within this time after falling asleep enables moderation.
+const FREQUENT: Duration = Duration::from_micros(500);
 
-/// Whether to take a nap.
+/// Decides whether to delay enabling kicks.
 #[derive(Debug)]
 pub(super) struct KickModeration {
     allowed: bool,
-    pays: bool,
-    began: Option<Instant>,
+    active: bool,
+    sleep_started: Option<Instant>,
 }
 
 impl KickModeration {
-    /// For who may be so late, or not.
+    /// Never delays unless `allowed`.
     pub(super) fn new(allowed: bool) -> Self {
         Self {
             allowed,
-            pays: false,
-            began: None,
+            active: false,
+            sleep_started: None,
         }
     }
 
-    /// Whether to take one now.
-    pub(super) fn pays(&self) -> bool {
-        self.pays
+    /// Whether to delay now.
+    pub(super) fn is_active(&self) -> bool {
+        self.active
     }
 
-    /// One was taken, and something had come meanwhile or not.
-    pub(super) fn taken(&mut self, found: bool) {
-        self.pays = found;
+    /// Records a delay that has ended; `found` says whether requests arrived meanwhile.
+    pub(super) fn delay_ended(&mut self, found: bool) {
+        self.active = found;
     }
 
-    /// A sleep begins that ends with a kick.
-    pub(super) fn sleeps(&mut self) {
+    /// Records the start of a sleep that a kick ends.
+    pub(super) fn sleep_starts(&mut self) {
         if self.allowed {
-            self.began = Some(Instant::now());
+            self.sleep_started = Some(Instant::now());
         }
     }
 
-    /// It has ended by one.
+    /// Records that a kick ended the sleep.
     pub(super) fn woken(&mut self) {
-        self.pays = self
-            .began
+        self.active = self
+            .sleep_started
             .take()
-            .is_some_and(|began| began.elapsed() < OFTEN);
+            .is_some_and(|started| started.elapsed() < FREQUENT);
     }
 }
 
@@ -62,28 +64,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_taken_while_kicks_come_often() {
-        let mut nap = KickModeration::new(true);
-        assert!(!nap.pays());
-        nap.sleeps();
-        nap.began = nap.began.map(|began| began + Duration::from_secs(1000));
-        nap.woken();
-        assert!(nap.pays(), "woken at once");
-        nap.taken(true);
-        assert!(nap.pays());
-        nap.taken(false);
-        assert!(!nap.pays());
-        nap.sleeps();
-        nap.began = nap.began.and_then(|began| began.checked_sub(OFTEN));
-        nap.woken();
-        assert!(!nap.pays(), "woken late");
+    fn moderation_is_active_while_kicks_are_frequent() {
+        let mut moderation = KickModeration::new(true);
+        assert!(!moderation.is_active());
+        moderation.sleep_starts();
+        moderation.sleep_started = moderation
+            .sleep_started
+            .map(|started| started + Duration::from_secs(1000));
+        moderation.woken();
+        assert!(moderation.is_active(), "woken at once");
+        moderation.delay_ended(true);
+        assert!(moderation.is_active());
+        moderation.delay_ended(false);
+        assert!(!moderation.is_active());
+        moderation.sleep_starts();
+        moderation.sleep_started = moderation
+            .sleep_started
+            .and_then(|started| started.checked_sub(FREQUENT));
+        moderation.woken();
+        assert!(!moderation.is_active(), "woken late");
     }
 
     #[test]
-    fn it_is_never_taken_where_somebody_waits() {
-        let mut nap = KickModeration::new(false);
-        nap.sleeps();
-        nap.woken();
-        assert!(!nap.pays());
+    fn moderation_is_never_active_where_not_allowed() {
+        let mut moderation = KickModeration::new(false);
+        moderation.sleep_starts();
+        moderation.woken();
+        assert!(!moderation.is_active());
     }
 }

@@ -1,8 +1,8 @@
-//! The worker threads, their runtimes, the loop.
+//! The worker threads, which serve the chains of the queues.
 //!
-//! [`Threads`] is threads and runtimes, and of use without virtio; [`WorkerPool`] serves the queues of
-//! one session with them. The invariant: a chain is served by the worker that took it off its
-//! ring, unless that one has a backlog and another has nothing to do.
+//! [`Threads`] owns threads and their runtimes and knows nothing of virtio. [`WorkerPool`] serves
+//! the queues of one session with them. The invariant: the worker that takes a chain off a ring
+//! serves it, unless that worker has a backlog and another one is idle.
 
 mod batch_size;
 mod busy_poll;

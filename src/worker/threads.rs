@@ -1,7 +1,7 @@
-//! The threads: each with a runtime of its own, all running the same body.
+//! Threads that each have a runtime of their own and run the same future.
 //!
-//! The invariant: either all workers of a pool have started or none has, and no thread outlives
-//! its pool.
+//! The invariant: either all threads of a pool have started or none has, and no thread outlives its
+//! pool.
 
 use std::future::Future;
 use std::num::NonZeroUsize;
@@ -13,34 +13,34 @@ use thiserror::Error;
 use crate::io::{Engine, Runtime, RuntimeError};
 use crate::scheduler::WorkerId;
 
-/// Why a pool could not be started, or how it ended.
+/// Why the threads couldn't be started, or how they ended.
 #[derive(Debug, Error)]
 pub enum ThreadsError {
-    /// The system has no thread left for us.
+    /// The system can't create another thread.
     #[error("can't start the thread of worker {worker}")]
     Spawn {
-        /// Which worker.
+        /// The worker.
         worker: WorkerId,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
     /// A worker's runtime could not be set up.
     #[error("can't set up the runtime of worker {worker}")]
     Runtime {
-        /// Which worker.
+        /// The worker.
         worker: WorkerId,
-        /// Why.
+        /// The cause.
         #[source]
         source: RuntimeError,
     },
     /// Workers panicked; each has written its message to standard error.
-    #[error("{} of the workers panicked, the first being worker {}", .0.len(), .0[0])]
+    #[error("{} workers panicked, the first of them worker {}", .0.len(), .0[0])]
     Panicked(Vec<WorkerId>),
 }
 
 impl ThreadsError {
-    /// Whether it is a ring that can't be had.
+    /// Whether the cause is that no io_uring is available.
     #[must_use]
     pub fn is_of_ring(&self) -> bool {
         let source = match self {
@@ -51,31 +51,33 @@ impl ThreadsError {
     }
 }
 
-/// What a body is told about the worker it runs on.
+/// Describes a worker to the body that runs on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Worker {
-    /// Which one.
+    /// The worker's number.
     pub id: WorkerId,
-    /// How many there are.
+    /// The number of workers.
     pub workers: NonZeroUsize,
-    /// The runtime it runs on.
+    /// The engine of its runtime.
     pub engine: Engine,
 }
 
-/// Worker threads. Dropping the pool waits for them to end, which they do when their bodies do.
+/// A pool of worker threads. A thread ends when its body does; dropping the pool waits for all of
+/// them.
 #[derive(Debug)]
 pub struct Threads {
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Threads {
-    /// Starts `workers` threads called `ringfsd-work-N`, each with a runtime of `engine`, and
-    /// runs on each the future that `body` makes there. No body is called before every runtime
-    /// is there.
+    /// Starts `workers` threads named `ringfsd-work-N`, each with a runtime of `engine`. Each calls
+    /// `body` and runs the future that it returns. No body is called before all runtimes are set
+    /// up.
     ///
     /// # Errors
     ///
-    /// A thread or a runtime can't be had. No thread is left then, and no body has been called.
+    /// Fails if a thread or a runtime can't be created. Then no thread is left running, and no body
+    /// was called.
     pub fn start<B, F>(workers: NonZeroUsize, engine: Engine, body: B) -> Result<Self, ThreadsError>
     where
         B: Fn(Worker) -> F + Clone + Send + 'static,
@@ -84,11 +86,11 @@ impl Threads {
         Self::start_named("ringfsd-work", workers, engine, body)
     }
 
-    /// As [`start`](Self::start), the threads called `name-N`.
+    /// Starts threads as [`start`](Self::start) does, but names them `name-N`.
     ///
     /// # Errors
     ///
-    /// As for [`start`](Self::start).
+    /// Fails as [`start`](Self::start) does.
     pub fn start_named<B, F>(
         name: &str,
         workers: NonZeroUsize,
@@ -102,7 +104,7 @@ impl Threads {
         let mut pool = Self {
             threads: Vec::with_capacity(workers.get()),
         };
-        // Dropped on the way out of an error, before `pool`, so that the threads end.
+        // On an error this is dropped before `pool`, which ends the waiting threads.
         let mut gates = Vec::with_capacity(workers.get());
         for id in (0..workers.get()).map(WorkerId) {
             let (ready, is_ready) = mpsc::channel();
@@ -119,7 +121,7 @@ impl Threads {
                     let runtime = match Runtime::new(engine) {
                         Ok(runtime) => runtime,
                         Err(e) => {
-                            // Whoever starts us waits for this.
+                            // `start_named` waits for this.
                             let _ = ready.send(Err(e));
                             return;
                         }
@@ -142,23 +144,23 @@ impl Threads {
             }
         }
         for (_, _, gate) in gates {
-            // A worker that is gone already shows when it is joined.
+            // If the worker has ended already, joining it reports that.
             let _ = gate.send(());
         }
         Ok(pool)
     }
 
-    /// How many workers there are.
+    /// Returns the number of workers.
     #[must_use]
     pub fn workers(&self) -> usize {
         self.threads.len()
     }
 
-    /// Waits until every body has ended.
+    /// Waits until all bodies have ended.
     ///
     /// # Errors
     ///
-    /// [`ThreadsError::Panicked`], after all have ended, if any did so by a panic.
+    /// Returns [`ThreadsError::Panicked`], after all have ended, if any of them panicked.
     pub fn join(mut self) -> Result<(), ThreadsError> {
         match self.join_all() {
             panicked if panicked.is_empty() => Ok(()),
@@ -170,7 +172,7 @@ impl Threads {
         let this = thread::current().id();
         let mut panicked = Vec::new();
         for (id, thread) in self.threads.drain(..).enumerate() {
-            // A pool that is dropped by one of its own workers can't wait for it.
+            // A worker that drops its own pool can't wait for itself.
             if thread.thread().id() != this && thread.join().is_err() {
                 panicked.push(WorkerId(id));
             }

@@ -1,4 +1,4 @@
-//! The workers of one session: who serves which queue.
+//! The worker threads of one session, and the assignment of queues to them.
 //!
 //! The invariant: the high-priority queue has a thread of its own, so it never waits behind
 //! requests.
@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::event_loop::{Backlog, Command, IdlePolicy, Loop};
+use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
 use super::threads::{Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session};
@@ -24,21 +24,21 @@ use crate::io::Engine;
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
 
-/// How long to wait for the workers to serve what is on their queues: one of them may be held up by
-/// the host.
-const OTHERS: Duration = Duration::from_millis(100);
+/// How long to wait for the workers to serve the chains on their queues. The host may block one of
+/// them for longer.
+const SERVE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Why a crew can't start.
+/// Why a worker pool can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerPoolError {
-    /// A thread or its runtime can't be had.
+    /// A thread or its runtime can't be created.
     #[error("starting the worker threads")]
     Threads(#[from] ThreadsError),
-    /// The file system can't be used from a thread.
+    /// The file system can't prepare a thread.
     #[error("preparing a worker thread for the file system")]
     Prepare(#[source] io::Error),
-    /// A thread ended before it was ready; it has said why.
-    #[error("a worker thread ended as it started")]
+    /// A thread ended before it was ready, and has reported why.
+    #[error("a worker thread ended while it was starting")]
     Ended,
 }
 
@@ -46,18 +46,19 @@ pub enum WorkerPoolError {
 pub struct WorkerPool<F: ?Sized> {
     session: Arc<Session<F>>,
     placement: Placement,
-    /// The high-priority queue's thread first, then the workers.
+    /// The command channels: first that of the high-priority queue's thread, then those of the
+    /// workers.
     commands: Vec<UnboundedSender<Command>>,
     pools: Vec<Threads>,
 }
 
 impl<F: FileSystem + ?Sized> WorkerPool<F> {
     /// Starts `workers` threads with a runtime of `engine`, and one for the high-priority queue.
-    /// Workers look at their rings for up to `poll` before they sleep.
+    /// Workers busy poll their rings for up to `poll` before they sleep.
     ///
     /// # Errors
     ///
-    /// A thread or its runtime can't be had, or the file system refuses the thread.
+    /// Fails if a thread or its runtime can't be created, or if the file system can't prepare it.
     pub fn start(
         session: Arc<Session<F>>,
         workers: NonZeroUsize,
@@ -71,7 +72,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             commands: Vec::new(),
             pools: Vec::new(),
         };
-        // FORGET and INTERRUPT wait for nothing, so this thread needs no ring.
+        // FORGET and INTERRUPT never wait for I/O, so this thread needs no io_uring.
         pool.spawn(
             "ringfsd-high",
             NonZeroUsize::MIN,
@@ -79,14 +80,14 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             IdlePolicy::ModerateKicks,
             || None,
         )?;
-        let (give, take) = channel();
-        let alone = workers == NonZeroUsize::MIN;
-        let looks = IdlePolicy::BusyPoll(poll);
-        pool.spawn("ringfsd-work", workers, engine, looks, move || {
-            (!alone).then(|| Backlog {
+        let (sender, receiver) = channel();
+        let single = workers == NonZeroUsize::MIN;
+        let policy = IdlePolicy::BusyPoll(poll);
+        pool.spawn("ringfsd-work", workers, engine, policy, move || {
+            (!single).then(|| Backlog {
                 placement,
-                give: give.clone(),
-                take: take.clone(),
+                sender: sender.clone(),
+                receiver: receiver.clone(),
             })
         })?;
         let threads = pool.commands.iter().map(UnboundedSender::downgrade);
@@ -95,6 +96,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         Ok(pool)
     }
 
+    /// Starts `count` threads and waits until they are ready.
     fn spawn(
         &mut self,
         name: &str,
@@ -116,15 +118,15 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
                 .get_mut(worker.id.0)
                 .and_then(Option::take);
             let prepared = session.file_system().prepare_thread();
-            let go = prepared.is_ok();
-            // The starter waits for this, unless another thread has failed already.
+            let is_prepared = prepared.is_ok();
+            // `spawn` waits for this, unless another thread has failed already.
             let _ = ready.send(prepared);
-            let service = commands
-                .filter(|_| go)
-                .map(|commands| Loop::new(Arc::clone(&session), commands, backlog(), policy));
+            let event_loop = commands
+                .filter(|_| is_prepared)
+                .map(|commands| EventLoop::new(Arc::clone(&session), commands, backlog(), policy));
             async move {
-                if let Some(service) = service {
-                    service.run().await;
+                if let Some(event_loop) = event_loop {
+                    event_loop.run().await;
                 }
             }
         })?;
@@ -139,7 +141,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         Ok(())
     }
 
-    /// Which thread owns a queue.
+    /// Returns the index of the thread that owns a queue.
     fn owner(&self, index: QueueIndex) -> usize {
         match index.0.checked_sub(1) {
             None => 0,
@@ -147,44 +149,45 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         }
     }
 
-    /// Serves `queue` from now on; `kick` tells of new chains.
+    /// Starts serving `queue`. The guest announces new chains through `kick`.
     ///
     /// # Errors
     ///
-    /// `kick` can't be waited for, or the thread is gone.
+    /// Fails if the thread can't wait for `kick`, or has ended.
     pub fn run(&self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
-        let (done, answer) = mpsc::channel();
+        let (done, outcome) = mpsc::channel();
         let owner = self.owner(queue.index());
         let queue = Box::new(queue);
         let command = Command::Run { queue, kick, done };
-        let gone = || io::Error::other("the worker thread has ended");
+        let ended = || io::Error::other("the worker thread has ended");
         self.commands[owner]
             .send(command)
-            .map_err(|_unsent| gone())?;
-        answer.recv().map_err(|_ended| gone())?
+            .map_err(|_unsent| ended())?;
+        outcome.recv().map_err(|_closed| ended())?
     }
 
-    /// Stops serving the queue and waits until all that was taken off it has been returned.
-    /// Answers the queue, `None` if it wasn't being served.
+    /// Stops serving the queue and waits until all chains taken off it have been returned. Returns
+    /// the queue, or `None` if it wasn't being served.
     pub fn stop(&self, index: QueueIndex) -> Option<Queue> {
-        let (done, answer) = mpsc::channel();
+        let (done, stopped) = mpsc::channel();
         let command = Command::Stop { index, done };
         self.commands[self.owner(index)].send(command).ok()?;
-        let queue = answer.recv().ok()??;
-        // What waits for another process of the guest would wait on.
+        let queue = stopped.recv().ok()??;
+        // A request that waits for another process of the guest might wait forever otherwise.
         let _no_waits = self.session.end_waits();
         queue.used().drain();
-        log::debug!("queue {index}: {}", queue.used().totals());
+        log::debug!("queue {index}: {}", queue.used().stats());
         Some(*queue)
     }
 
-    /// The FUSE session that this crew serves.
+    /// Returns the FUSE session that these workers serve.
     #[must_use]
     pub fn session(&self) -> &Arc<Session<F>> {
         &self.session
     }
 
-    /// Ends all threads. Queues must have been stopped, or their guests wait in vain.
+    /// Ends all threads. All queues must have been stopped: requests on a queue that still runs are
+    /// never served.
     pub fn shutdown(self) {
         drop(self.commands);
         for pool in self.pools {
@@ -195,32 +198,33 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
     }
 }
 
-/// All threads of a crew, the high-priority queue's first. They end though they can be asked.
+/// The command channels of a pool's threads, that of the high-priority queue first. They are weak,
+/// so they don't keep the threads from ending.
 #[derive(Debug)]
 struct QueueThreads(Box<[WeakUnboundedSender<Command>]>);
 
 impl Queues for QueueThreads {
     fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>> {
-        let ask = |thread: &WeakUnboundedSender<Command>| {
+        let request = |thread: &WeakUnboundedSender<Command>| {
             let (done, is_done) = oneshot::channel();
             if let Some(commands) = thread.upgrade() {
-                // A thread that has ended drops it, and that ends the wait.
+                // A thread that has ended drops the command, which completes `is_done`.
                 let _ = commands.send(Command::ServeWaiting { done });
             }
             is_done
         };
-        let mut asked: VecDeque<_> = self.0.iter().map(ask).collect();
+        let mut pending: VecDeque<_> = self.0.iter().map(request).collect();
         Box::pin(async move {
-            // The first never waits for the host.
-            if let Some(high_priority) = asked.pop_front() {
+            // The high-priority queue's thread never waits for the host, so it needs no timeout.
+            if let Some(high_priority) = pending.pop_front() {
                 let _ = high_priority.await;
             }
             let others = async {
-                for done in asked {
-                    let _ = done.await;
+                for is_done in pending {
+                    let _ = is_done.await;
                 }
             };
-            let _ = tokio::time::timeout(OTHERS, others).await;
+            let _ = tokio::time::timeout(SERVE_TIMEOUT, others).await;
         })
     }
 }

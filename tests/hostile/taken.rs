@@ -152,7 +152,7 @@ pub fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
     rustix::fs::ftruncate(&file, 0).unwrap();
     let _answered_or_not = fs.submit(vmm::fuse::Call::new(opcode::STATFS, ROOT).reply(80));
     let line = server.wait_for("the session is ended: ");
-    assert!(line.contains("in flight is gone"), "{line}");
+    assert!(line.contains("in-flight region is gone"), "{line}");
     server.wait_until_it_listens();
     let mut fs = server.session(Profile::Simple, &Options::default());
     fs.getattr(ROOT).unwrap();

@@ -206,7 +206,7 @@ impl Play<'_> {
         self.guest.make_available(&heads);
         runtime.block_on(async {
             let mut later = Vec::new();
-            while let Some(chain) = queue.take() {
+            while let Some(chain) = queue.pop() {
                 let Ok(chain) = chain else { continue };
                 match self.session.serve(OnChain(chain)) {
                     Outcome::Done => {}
@@ -222,7 +222,7 @@ impl Play<'_> {
         queue.used().publish();
         assert_eq!(queue.used().in_flight(), 0, "a chain is stuck");
         assert_eq!(self.guest.used(), self.guest.available(), "all came back");
-        assert_eq!(queue.used().totals().dropped, 0, "a request was given up");
+        assert_eq!(queue.used().stats().dropped, 0, "a request was given up");
         for (head, len) in self.guest.used_elements(before) {
             let slot = u16::try_from(head).unwrap_or_default() / EACH;
             if let Some(record) = records.get(usize::from(slot)) {

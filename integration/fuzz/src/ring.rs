@@ -79,12 +79,12 @@ fn with(guest: &mut Guest, mut source: Source<'_>) {
             })
             .collect();
         guest.make_available(&heads);
-        let _again = queue.arm();
-        queue.disarm();
+        let _again = queue.enable_notifications();
+        queue.disable_notifications();
         chains += serve(&mut queue, &mut source);
         queue.used().publish();
         // A reply may have gone over the rings themselves, so what lies there tells nothing.
-        assert_eq!(queue.used().totals().chains, chains as u64, "all came back");
+        assert_eq!(queue.used().stats().chains, chains as u64, "all came back");
         assert_eq!(queue.used().in_flight(), 0);
         guest.go_on_at(queue.next_available());
     }
@@ -96,7 +96,7 @@ fn jump(guest: &mut Guest, queue: &mut Queue, source: &mut Source<'_>) {
     let far = source.u16();
     if far.wrapping_sub(guest.available()) > SIZE {
         guest.set_available(far);
-        assert!(queue.take().is_none(), "the index can't be");
+        assert!(queue.pop().is_none(), "the index can't be");
         guest.set_available(guest.available());
     }
 }
@@ -128,7 +128,7 @@ fn table(guest: &Guest, source: &mut Source<'_>, at: u64) {
 fn serve(queue: &mut Queue, source: &mut Source<'_>) -> usize {
     let mut taken = 0;
     let mut kept = Vec::new();
-    while let Some(chain) = queue.take() {
+    while let Some(chain) = queue.pop() {
         taken += 1;
         let Ok(mut chain) = chain else { continue };
         let act = source.u8();
@@ -145,7 +145,7 @@ fn serve(queue: &mut Queue, source: &mut Source<'_>) -> usize {
             assert_eq!(payload.is_some(), len <= left);
         }
         if act & 4 != 0 {
-            let room = chain.room(16, source.u16().into());
+            let room = chain.reply_buffer(16, source.u16().into());
             if let Some(room) = room {
                 assert!(room.len() + 16 <= writable);
             }

@@ -27,7 +27,7 @@ impl Transport for OnChain {
     }
 
     fn reply_buffer(&mut self, len: usize) -> Option<GuestBuffer> {
-        self.0.room(OUT_HEADER_LEN, len)
+        self.0.reply_buffer(OUT_HEADER_LEN, len)
     }
 
     fn reply(self, parts: &[&[u8]]) {

@@ -100,7 +100,7 @@ struct Taking {
 impl Runner for Taking {
     fn run(&mut self, mut queue: Queue, _kick: Arc<OwnedFd>) -> std::io::Result<()> {
         for _ in 0..64 {
-            let Some(chain) = queue.take() else { break };
+            let Some(chain) = queue.pop() else { break };
             drop(chain);
         }
         queue.used().publish();

@@ -1,4 +1,4 @@
-//! Servers that are killed between any two of their stores, and those that come after them.
+//! Tests of recovery after a server is killed between any two of its stores.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::fs::FileExt;
@@ -13,35 +13,35 @@ use crate::virtqueue::{
     BadChain, Call, Chain, Journal, Queue, QueueError, Tracking, crash_injection,
 };
 
-/// Requests have their number in 8 bytes, and get it back in as many or fewer.
+/// A request has its number in 8 bytes. The reply repeats 4 to 8 of them.
 const REQUESTS: u64 = 0x5000;
 const REPLIES: u64 = 0x6000;
 
-/// A guest, and the memory in which servers track what they have of it.
+/// A guest, and the memory in which servers track its requests.
 struct Guest {
     driver: Driver,
     file: File,
     region: InflightRegion,
     table: Arc<Table>,
-    kept: bool,
-    /// Numbers of requests that were made and have not come back, by head.
+    in_table: bool,
+    /// Numbers of the requests that were sent and not returned, by head.
     outstanding: BTreeMap<u16, u64>,
     /// The same heads, in the order in which they were made available.
     order: Vec<u16>,
-    made: u64,
+    sent: u64,
     popped: u16,
 }
 
 impl Guest {
-    fn new(kept: bool) -> Self {
+    fn new(in_table: bool) -> Self {
         let driver = Driver::new(false);
-        // A request takes two descriptors: head, and head + 1.
+        // A request uses two descriptors: head and head + 1.
         for head in (0..SIZE).step_by(2) {
             let at = 8 * u64::from(head);
             driver.describe(DESCRIPTORS, head, REQUESTS + at, 8, NEXT, head + 1);
             driver.describe(DESCRIPTORS, head + 1, REPLIES + at, 8, WRITE, 0);
         }
-        let alarm = Arc::new(MemoryLostEvent::new().unwrap());
+        let memory_lost = Arc::new(MemoryLostEvent::new().unwrap());
         let (file, len) = InflightRegion::create(2, SIZE).unwrap();
         let map = file.try_clone().unwrap();
         let limits = Limits {
@@ -52,22 +52,22 @@ impl Guest {
         let guest = Self {
             driver,
             file,
-            region: InflightRegion::map(map, (0, len), (2, SIZE), &alarm).unwrap(),
+            region: InflightRegion::map(map, (0, len), (2, SIZE), &memory_lost).unwrap(),
             table: Table::in_memory(&limits).unwrap(),
-            kept,
+            in_table,
             outstanding: BTreeMap::new(),
             order: Vec::new(),
-            made: 0,
+            sent: 0,
             popped: 0,
         };
-        // The first server has started before there is a request.
+        // The first server starts before there is a request.
         drop(guest.serve(true).unwrap());
         guest
     }
 
     fn part(&self) -> InflightPart {
-        if self.kept {
-            InflightPart::kept(self.table.queue(1).unwrap())
+        if self.in_table {
+            InflightPart::in_table(self.table.queue(1).unwrap())
         } else {
             self.region.part(QueueIndex(1)).unwrap()
         }
@@ -76,22 +76,22 @@ impl Guest {
     fn serve(&self, journal: bool) -> Result<Queue, QueueError> {
         let journal = journal.then(|| Journal::new(self.table.queue(1).unwrap()));
         let inflight = self.part();
-        // As Cloud Hypervisor does, whatever is in flight.
+        // Cloud Hypervisor gives this index, regardless of requests in flight.
         let next = self.driver.available();
         self.driver
             .tracked(next, Arc::default(), Tracking { inflight, journal })
     }
 
-    /// Makes a request at a head that is free.
+    /// Sends a request at `head`, unless that is in use.
     fn request(&mut self, head: u16) {
         if self.outstanding.contains_key(&head) {
             return;
         }
-        self.made += 1;
+        self.sent += 1;
         let at = 8 * u64::from(head);
-        self.driver.write(REQUESTS + at, &self.made.to_le_bytes());
+        self.driver.write(REQUESTS + at, &self.sent.to_le_bytes());
         self.driver.write(REPLIES + at, &[0; 8]);
-        self.outstanding.insert(head, self.made);
+        self.outstanding.insert(head, self.sent);
         self.order.push(head);
         self.driver.offer(head);
     }
@@ -100,15 +100,15 @@ impl Guest {
         heads.iter().for_each(|head| self.request(*head));
     }
 
-    /// Takes back what the used ring shows; each request has to be one that is outstanding, and to
-    /// have its own reply.
+    /// Takes returned requests off the used ring. Checks that each is outstanding and has its own
+    /// reply.
     fn pop(&mut self) -> usize {
         let before = self.popped;
         while self.popped != self.driver.used_index() {
             let (head, len) = self.driver.used_element(self.popped);
             let head = u16::try_from(head).unwrap();
             let number = self.outstanding.remove(&head);
-            let number = number.unwrap_or_else(|| panic!("head {head} comes back twice"));
+            let number = number.unwrap_or_else(|| panic!("head {head} is returned twice"));
             self.order.retain(|other| *other != head);
             assert_eq!(len, reply_len(number));
             let reply: [u8; 8] = self.driver.read(REPLIES + 8 * u64::from(head));
@@ -119,11 +119,11 @@ impl Guest {
         usize::from(self.popped.wrapping_sub(before))
     }
 
-    /// The heads that a server finds in flight and on the ring, in order; those whose reply is in
-    /// place come back by themselves.
-    fn rest(&mut self, queue: &mut Queue) -> VecDeque<Chain> {
+    /// Takes all chains that a server finds in flight and on the ring, in order. Those whose reply
+    /// is in place are returned without being taken.
+    fn take_all(&mut self, queue: &mut Queue) -> VecDeque<Chain> {
         let mut chains = VecDeque::new();
-        while let Some(chain) = queue.take() {
+        while let Some(chain) = queue.pop() {
             chains.push_back(chain.unwrap());
         }
         chains
@@ -155,65 +155,70 @@ fn number(chain: &mut Chain) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-fn answer(mut chain: Chain) {
+/// Replies to a request with its number, and records it in the journal.
+fn reply(mut chain: Chain) {
     let number = number(&mut chain);
-    chain.note_unique(number);
-    chain.set_intent([number, 1, 2, 3]);
+    chain.record_unique(number);
+    chain.record_intent([number, 1, 2, 3]);
     let len = usize::try_from(reply_len(number)).unwrap();
     chain.reply(&[&number.to_le_bytes()[..len]]);
 }
 
-/// What a server does in the tests of every cut: chains taken together and one by one, answered in
-/// another order, shown together and one by one.
-fn a_day(guest: &Guest, journal: bool) {
+/// What a server does before it is killed: takes chains together and singly, replies in another
+/// order, and publishes together and singly.
+fn serve_some(guest: &Guest, journal: bool) {
     let mut queue = guest.serve(journal).unwrap();
     let used = Arc::clone(queue.used());
-    let mut held: VecDeque<_> = (0..3).map(|_| queue.take().unwrap().unwrap()).collect();
-    answer(held.remove(1).unwrap());
-    answer(held.pop_back().unwrap());
+    let mut in_flight: VecDeque<_> = (0..3).map(|_| queue.pop().unwrap().unwrap()).collect();
+    reply(in_flight.remove(1).unwrap());
+    reply(in_flight.pop_back().unwrap());
     used.publish();
-    held.push_back(queue.take().unwrap().unwrap());
-    answer(held.pop_back().unwrap());
-    answer(held.pop_back().unwrap());
+    in_flight.push_back(queue.pop().unwrap().unwrap());
+    reply(in_flight.pop_back().unwrap());
+    reply(in_flight.pop_back().unwrap());
     used.publish();
 }
 
-/// The next server, and what the guest has to get from it.
-fn goes_on(guest: &mut Guest, journal: bool) {
+/// Runs the next server, and checks that the guest gets all replies from it.
+fn resume_and_check(guest: &mut Guest, journal: bool) {
     guest.pop();
     let order = guest.order.clone();
     let mut queue = guest.serve(journal).unwrap();
-    let chains = guest.rest(&mut queue);
+    let chains = guest.take_all(&mut queue);
     let taken: Vec<_> = chains.iter().map(Chain::head).collect();
     queue.used().publish();
     guest.pop();
     let left = order.iter().filter(|head| guest.order.contains(head));
-    assert_eq!(taken, left.copied().collect::<Vec<_>>(), "in their order");
-    chains.into_iter().for_each(answer);
+    assert_eq!(
+        taken,
+        left.copied().collect::<Vec<_>>(),
+        "in the order of arrival"
+    );
+    chains.into_iter().for_each(reply);
     queue.used().publish();
     guest.pop();
     assert!(guest.outstanding.is_empty());
-    // All is as in a queue in which nothing ever went wrong.
+    // The queue works as if no server had been killed.
     guest.request(2);
-    let chain = queue.take().unwrap().unwrap();
+    let chain = queue.pop().unwrap().unwrap();
     assert_eq!(chain.previous(), None);
-    answer(chain);
+    reply(chain);
     queue.used().publish();
     assert_eq!((guest.pop(), queue.used().in_flight()), (1, 0));
 }
 
 #[test]
-fn whatever_store_is_the_last_each_request_comes_back_once() {
-    for (kept, journal) in [(false, false), (false, true), (true, true)] {
+fn kill_after_any_store_returns_each_request_once() {
+    for (in_table, journal) in [(false, false), (false, true), (true, true)] {
         let mut cuts = 0;
         loop {
-            let mut guest = Guest::new(kept);
-            // Some are done before, so that marks and links of former times are there.
+            let mut guest = Guest::new(in_table);
+            // Complete some requests first, so that the part has old marks and links.
             guest.requests(&[0, 2, 4, 6]);
-            goes_on(&mut guest, journal);
+            resume_and_check(&mut guest, journal);
             guest.requests(&[6, 0, 2, 4]);
-            let killed = crash_injection::after(cuts, || a_day(&guest, journal));
-            goes_on(&mut guest, journal);
+            let killed = crash_injection::kill_after(cuts, || serve_some(&guest, journal));
+            resume_and_check(&mut guest, journal);
             if !killed {
                 break;
             }
@@ -224,19 +229,19 @@ fn whatever_store_is_the_last_each_request_comes_back_once() {
 }
 
 #[test]
-fn a_server_that_is_killed_as_it_takes_over_leaves_all_to_the_next() {
+fn kill_during_recovery_leaves_all_requests_to_next_server() {
     for first in 0..60 {
         for second in 0.. {
             let mut guest = Guest::new(false);
             guest.requests(&[6, 0, 2, 4]);
-            crash_injection::after(first, || a_day(&guest, true));
+            crash_injection::kill_after(first, || serve_some(&guest, true));
             guest.pop();
-            let killed = crash_injection::after(second, || {
+            let killed = crash_injection::kill_after(second, || {
                 let mut queue = guest.serve(true).unwrap();
-                guest.rest(&mut queue).into_iter().for_each(answer);
+                guest.take_all(&mut queue).into_iter().for_each(reply);
                 queue.used().publish();
             });
-            goes_on(&mut guest, true);
+            resume_and_check(&mut guest, true);
             if !killed {
                 break;
             }
@@ -245,23 +250,23 @@ fn a_server_that_is_killed_as_it_takes_over_leaves_all_to_the_next() {
 }
 
 #[test]
-fn what_was_noted_of_a_request_is_told_to_the_next_server() {
+fn recorded_intent_is_available_to_next_server() {
     let mut guest = Guest::new(false);
     guest.requests(&[4, 2, 6]);
-    crash_injection::after(1000, || {
+    crash_injection::kill_after(1000, || {
         let mut queue = guest.serve(true).unwrap();
-        let mut chains = guest.rest(&mut queue);
+        let mut chains = guest.take_all(&mut queue);
         assert!(chains.iter().all(|chain| chain.previous().is_none()));
-        chains[0].note_unique(77);
-        chains[0].set_intent([5, 6, 7, 8]);
-        chains[1].note_unique(78);
-        chains[1].set_intent([1, 1, 1, 1]);
-        chains[1].set_intent([0; 4]);
-        // The process is gone, and nothing is dropped.
+        chains[0].record_unique(77);
+        chains[0].record_intent([5, 6, 7, 8]);
+        chains[1].record_unique(78);
+        chains[1].record_intent([1, 1, 1, 1]);
+        chains[1].record_intent([0; 4]);
+        // A killed process drops nothing.
         chains.drain(..).for_each(std::mem::forget);
     });
     let mut queue = guest.serve(true).unwrap();
-    let chains = guest.rest(&mut queue);
+    let chains = guest.take_all(&mut queue);
     let previous: Vec<_> = chains
         .iter()
         .map(|chain| chain.previous().unwrap())
@@ -272,61 +277,59 @@ fn what_was_noted_of_a_request_is_told_to_the_next_server() {
 }
 
 #[test]
-fn a_slot_of_another_taking_is_not_taken_for_this_ones() {
+fn journal_slot_of_earlier_use_of_head_is_ignored() {
     let mut guest = Guest::new(false);
     guest.request(4);
-    // It is answered, by a server with a journal; then taken by one without.
-    goes_on(&mut guest, true);
+    // A server with a journal replies; then a server without one takes the next request.
+    resume_and_check(&mut guest, true);
     guest.request(4);
     let mut queue = guest.serve(false).unwrap();
     guest
-        .rest(&mut queue)
+        .take_all(&mut queue)
         .into_iter()
         .for_each(std::mem::forget);
     let mut queue = guest.serve(true).unwrap();
-    let chain = queue.take().unwrap().unwrap();
+    let chain = queue.pop().unwrap().unwrap();
     assert_eq!(chain.previous().unwrap().unique, 0);
-    answer(chain);
+    reply(chain);
     queue.used().publish();
     assert_eq!(guest.pop(), 1);
 }
 
 #[test]
-fn what_a_faulty_driver_does_twice_or_beyond_the_table_is_survived_at_every_cut() {
+fn kill_with_repeated_or_invalid_heads_returns_other_heads_once() {
     for cut in 0.. {
         let mut guest = Guest::new(false);
         guest.requests(&[6, 0, 2, 4]);
-        goes_on(&mut guest, true);
+        resume_and_check(&mut guest, true);
         let begin = guest.popped;
         for head in [6, 0, SIZE + 1, 0, 2] {
             guest.driver.offer(head);
         }
-        let killed = crash_injection::after(cut, || {
+        let killed = crash_injection::kill_after(cut, || {
             let mut queue = guest.serve(true).unwrap();
-            let chains: Vec<_> = std::iter::from_fn(|| queue.take()).collect();
+            let chains: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
             let faults: Vec<_> = chains.iter().map(|it| it.as_ref().err()).collect();
             let [index, twice] = [BadChain::Index, BadChain::Twice];
-            if crash_injection::is_running() {
+            if crash_injection::is_alive() {
                 assert_eq!(faults, [None, None, Some(&index), Some(&twice), None]);
             }
             let mut chains = chains.into_iter().flatten();
-            answer(chains.nth(1).unwrap());
+            reply(chains.nth(1).unwrap());
             queue.used().publish();
-            chains.for_each(answer);
+            chains.for_each(reply);
             queue.used().publish();
         });
         let mut queue = guest.serve(true).unwrap();
-        std::iter::from_fn(|| queue.take())
-            .flatten()
-            .for_each(answer);
+        std::iter::from_fn(|| queue.pop()).flatten().for_each(reply);
         queue.used().publish();
         assert_eq!(queue.used().in_flight(), 0);
         let mut back: Vec<_> = (begin..guest.driver.used_index())
             .map(|at| guest.driver.used_element(at).0)
             .collect();
         back.sort_unstable();
-        // Which of two of the same head is the second may differ, and one may be lost or come
-        // twice with it; the others come once.
+        // Of two chains with the same head either may be the repeated one, and one may be lost or
+        // returned twice with it. The other heads are returned once.
         back.retain(|head| *head != 0);
         assert_eq!(back, [2, 6, u32::from(SIZE) + 1], "cut {cut}");
         if !killed {
@@ -336,11 +339,11 @@ fn what_a_faulty_driver_does_twice_or_beyond_the_table_is_survived_at_every_cut(
 }
 
 #[test]
-fn the_layout_is_that_of_the_specification() {
+fn layout_is_that_of_specification() {
     let mut guest = Guest::new(false);
     let mut queue = guest.serve(false).unwrap();
     guest.requests(&[6, 2]);
-    let mut chains = guest.rest(&mut queue);
+    let mut chains = guest.take_all(&mut queue);
     let words = guest.words();
     assert_eq!(words[0], 0, "features");
     assert_eq!(words[1] & 0xffff_ffff, 1 | u64::from(SIZE) << 16);
@@ -350,15 +353,15 @@ fn the_layout_is_that_of_the_specification() {
         "head 6: inflight, counter"
     );
     assert_eq!((words[2 + 4], words[2 + 5]), (1, 2), "head 2");
-    answer(chains.pop_front().unwrap());
-    answer(chains.pop_front().unwrap());
+    reply(chains.pop_front().unwrap());
+    reply(chains.pop_front().unwrap());
     let words = guest.words();
     assert_eq!(words[1] >> 32 & 0xffff, 2, "last_batch_head");
     assert_eq!(words[2 + 4] >> 48, 6, "next");
     assert_eq!(
         (words[2 + 4] & 0xff, words[1] >> 48),
         (1, 0),
-        "not shown yet"
+        "not published yet"
     );
     queue.used().publish();
     let words = guest.words();
@@ -371,7 +374,7 @@ fn the_layout_is_that_of_the_specification() {
 }
 
 #[test]
-fn a_region_that_is_damaged_is_refused() {
+fn damaged_region_is_refused() {
     type Damage = (usize, u64, fn(&InflightError) -> bool);
     let cases: [Damage; 4] = [
         (0, 1, |e| {
@@ -411,12 +414,12 @@ fn a_region_that_is_damaged_is_refused() {
 }
 
 #[test]
-fn a_region_of_a_larger_queue_is_used_and_of_a_smaller_one_is_not() {
-    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
+fn region_for_larger_queue_is_used_and_for_smaller_one_is_not() {
+    let memory_lost = Arc::new(MemoryLostEvent::new().unwrap());
     for size in [SIZE * 2, SIZE / 2] {
         let mut guest = Guest::new(false);
         let (file, len) = InflightRegion::create(2, size).unwrap();
-        let region = InflightRegion::map(file, (0, len), (2, size), &alarm).unwrap();
+        let region = InflightRegion::map(file, (0, len), (2, size), &memory_lost).unwrap();
         guest.region = region;
         guest.requests(&[6, 2]);
         let tracking = Tracking {
@@ -424,14 +427,14 @@ fn a_region_of_a_larger_queue_is_used_and_of_a_smaller_one_is_not() {
             journal: None,
         };
         let mut queue = guest.driver.tracked(0, Arc::default(), tracking).unwrap();
-        let chains = guest.rest(&mut queue);
+        let chains = guest.take_all(&mut queue);
         assert_eq!(chains.len(), 2);
         chains.into_iter().for_each(std::mem::forget);
-        let mut again = guest.serve(false).unwrap();
-        let there = again.waiting();
-        assert_eq!(there, if size > SIZE { 2 } else { 0 });
+        let mut next = guest.serve(false).unwrap();
+        let waiting = next.waiting();
+        assert_eq!(waiting, if size > SIZE { 2 } else { 0 });
         if size > SIZE {
-            // A head in flight that the ring doesn't have.
+            // Mark a head that the ring doesn't have.
             let words = guest.part().words;
             words.store(entry(SIZE), MARK);
             let error = guest.serve(false).unwrap_err();
@@ -440,42 +443,42 @@ fn a_region_of_a_larger_queue_is_used_and_of_a_smaller_one_is_not() {
             };
             assert!(matches!(source, InflightError::Head { head: 8, size: 8 }));
         }
-        drop(guest.rest(&mut again));
+        drop(guest.take_all(&mut next));
     }
 }
 
 #[test]
-fn a_region_that_is_too_short_or_of_no_queue_is_refused() {
-    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
+fn region_that_is_too_short_or_has_no_queue_is_refused() {
+    let memory_lost = Arc::new(MemoryLostEvent::new().unwrap());
     let map = |len: u64, queues, size| {
         let (file, _) = InflightRegion::create(2, SIZE).unwrap();
-        InflightRegion::map(file, (0, len), (queues, size), &alarm)
+        InflightRegion::map(file, (0, len), (queues, size), &memory_lost)
     };
     let whole = InflightRegion::create(2, SIZE).unwrap().1;
     assert!(map(whole, 2, SIZE).is_ok());
     let short = map(whole - 1, 2, SIZE);
     assert!(matches!(short, Err(InflightError::Short { .. })));
-    // What the message says is longer than the file.
-    let lie = map(1 << 20, 100, SIZE);
-    assert!(matches!(lie, Err(InflightError::Memory(_))));
+    // The message claims more than the file has.
+    let longer = map(1 << 20, 100, SIZE);
+    assert!(matches!(longer, Err(InflightError::Memory(_))));
     for (queues, size) in [(0, 8), (1, 0), (1, 32769)] {
-        let none = map(whole, queues, size);
-        assert!(matches!(none, Err(InflightError::Shape { .. })));
+        let invalid = map(whole, queues, size);
+        assert!(matches!(invalid, Err(InflightError::Shape { .. })));
     }
     assert!(map(whole, 2, SIZE).unwrap().part(QueueIndex(2)).is_none());
 }
 
 #[test]
-fn rings_of_another_time_begin_afresh_where_the_front_end_says() {
+fn reset_rings_start_at_index_of_front_end() {
     let mut guest = Guest::new(false);
-    (0..40).for_each(|_| goes_on(&mut guest, false));
+    (0..40).for_each(|_| resume_and_check(&mut guest, false));
     guest.requests(&[6, 2]);
     let mut queue = guest.serve(false).unwrap();
     guest
-        .rest(&mut queue)
+        .take_all(&mut queue)
         .into_iter()
         .for_each(std::mem::forget);
-    // The guest boots anew.
+    // The guest reboots.
     guest.driver.reset();
     guest.outstanding.clear();
     guest.order.clear();
@@ -487,17 +490,17 @@ fn rings_of_another_time_begin_afresh_where_the_front_end_says() {
         journal: None,
     };
     let mut queue = guest.driver.tracked(0, Arc::default(), tracking).unwrap();
-    let chains = guest.rest(&mut queue);
+    let chains = guest.take_all(&mut queue);
     assert_eq!(chains.iter().map(Chain::head).collect::<Vec<_>>(), [4]);
     assert_eq!(chains[0].previous(), None);
 }
 
 #[test]
-fn a_guest_is_called_for_what_it_may_have_missed() {
+fn resumed_queue_calls_guest_once() {
     use rustix::event::{EventfdFlags, eventfd};
     let guest = Guest::new(false);
-    for past in [false, true] {
-        if !past {
+    for resumes in [false, true] {
+        if !resumes {
             guest.part().clear();
         }
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
@@ -509,18 +512,18 @@ fn a_guest_is_called_for_what_it_may_have_missed() {
             journal: None,
         };
         drop(guest.driver.tracked(0, call, tracking).unwrap());
-        assert_eq!(rustix::io::read(&fd, &mut [0; 8]).is_ok(), past);
+        assert_eq!(rustix::io::read(&fd, &mut [0; 8]).is_ok(), resumes);
     }
 }
 
 #[test]
-fn memory_that_is_taken_away_is_told() {
-    let alarm = Arc::new(MemoryLostEvent::new().unwrap());
+fn lost_region_is_reported() {
+    let memory_lost = Arc::new(MemoryLostEvent::new().unwrap());
     let fd = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let file = File::from(fd);
     file.set_len(0x10000).unwrap();
     let map = file.try_clone().unwrap();
-    let region = InflightRegion::map(map, (0, 0x10000), (2, 1024), &alarm).unwrap();
+    let region = InflightRegion::map(map, (0, 0x10000), (2, 1024), &memory_lost).unwrap();
     let mut guest = Guest::new(false);
     guest.region = region;
     let inflight = guest.part();
@@ -529,29 +532,29 @@ fn memory_that_is_taken_away_is_told() {
         journal: None,
     };
     let mut queue = guest.driver.tracked(0, Arc::default(), tracking).unwrap();
-    assert_eq!(alarm.place(), None);
+    assert_eq!(memory_lost.place(), None);
     file.set_len(0).unwrap();
     guest.request(2);
-    guest.rest(&mut queue).into_iter().for_each(answer);
+    guest.take_all(&mut queue).into_iter().for_each(reply);
     queue.used().publish();
     assert_eq!(guest.pop(), 1);
-    assert!(alarm.place().unwrap() >= InflightRegion::GONE);
+    assert!(memory_lost.place().unwrap() >= InflightRegion::GONE);
 }
 
 #[test]
-fn a_region_of_our_own_can_not_be_shortened() {
+fn created_region_is_sealed_against_truncation() {
     let (file, len) = InflightRegion::create(2, SIZE).unwrap();
     assert!(file.set_len(0).is_err());
     assert_eq!(file.metadata().unwrap().len(), len);
 }
 
-/// What happens in a life of a server and around it.
+/// A step of a server or its guest.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Request(u16),
     Pop,
     Take,
-    Answer(usize),
+    Reply(usize),
     Publish,
 }
 
@@ -560,57 +563,57 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..SIZE / 2).prop_map(|head| Step::Request(2 * head)),
         1 => Just(Step::Pop),
         3 => Just(Step::Take),
-        3 => (0usize..8).prop_map(Step::Answer),
+        3 => (0usize..8).prop_map(Step::Reply),
         1 => Just(Step::Publish),
     ];
     prop::collection::vec(step, 0..40)
 }
 
-fn live(guest: &mut Guest, steps: &[Step], journal: bool) {
+fn run_server(guest: &mut Guest, steps: &[Step], journal: bool) {
     let mut queue = guest.serve(journal).unwrap();
-    let mut held = Vec::new();
+    let mut in_flight = Vec::new();
     for step in steps {
         match *step {
             Step::Request(head) => guest.request(head),
             Step::Pop => {
                 guest.pop();
             }
-            Step::Take => match queue.take() {
-                Some(Ok(chain)) => held.push(chain),
-                // A process that is gone takes nothing, and finds marks that it took off.
-                Some(Err(fault)) => assert!(!crash_injection::is_running(), "{fault}"),
+            Step::Take => match queue.pop() {
+                Some(Ok(chain)) => in_flight.push(chain),
+                // The stores of a killed process have no effect, so it finds marks that it removed.
+                Some(Err(fault)) => assert!(!crash_injection::is_alive(), "{fault}"),
                 None => (),
             },
-            Step::Answer(which) if !held.is_empty() => {
-                answer(held.swap_remove(which % held.len()));
+            Step::Reply(which) if !in_flight.is_empty() => {
+                reply(in_flight.swap_remove(which % in_flight.len()));
             }
-            Step::Answer(_) => (),
+            Step::Reply(_) => (),
             Step::Publish => queue.used().publish(),
         }
     }
-    held.into_iter().for_each(std::mem::forget);
+    in_flight.into_iter().for_each(std::mem::forget);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Servers live and are killed, and the guest goes on: each of its requests comes back once,
+    /// Servers run and are killed while the guest continues: each of its requests is returned once,
     /// with its own reply.
     #[test]
-    fn through_any_lives_each_request_comes_back_once(
-        lives in prop::collection::vec((steps(), 0usize..120), 1..5),
-        kept in any::<bool>(),
+    fn any_sequence_of_killed_servers_returns_each_request_once(
+        servers in prop::collection::vec((steps(), 0usize..120), 1..5),
+        in_table in any::<bool>(),
         journal in any::<bool>(),
     ) {
-        let mut guest = Guest::new(kept);
-        for (steps, stores) in lives {
-            crash_injection::after(stores, || live(&mut guest, &steps, journal));
+        let mut guest = Guest::new(in_table);
+        for (steps, stores) in servers {
+            crash_injection::kill_after(stores, || run_server(&mut guest, &steps, journal));
             guest.pop();
         }
-        goes_on(&mut guest, journal);
+        resume_and_check(&mut guest, journal);
     }
 
-    /// Whatever a region says, it is refused or served, and no chain is served twice.
+    /// A region with any content is refused or used, and no chain is served twice.
     #[test]
     fn any_region_is_refused_or_served(
         words in prop::collection::vec((0usize..18, any::<u64>()), 0..12),
@@ -636,7 +639,7 @@ proptest! {
             guest.request(head);
         }
         if let Ok(mut queue) = guest.serve(true) {
-            let chains: Vec<_> = std::iter::from_fn(|| queue.take()).flatten().collect();
+            let chains: Vec<_> = std::iter::from_fn(|| queue.pop()).flatten().collect();
             let mut heads: Vec<_> = chains.iter().map(Chain::head).collect();
             heads.sort_unstable();
             let count = heads.len();

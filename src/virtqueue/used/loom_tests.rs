@@ -1,7 +1,8 @@
-//! The used ring against a driver, under every order of events.
+//! Checks the used ring against a model of a driver under all interleavings.
 //!
-//! The driver is played as Linux is: it stores its wish, makes a full barrier, and looks once
-//! more before it sleeps. Whoever is forgotten sleeps for ever, which loom reports.
+//! The driver behaves as Linux does: it requests a call, executes a full barrier, and checks the
+//! index once more before it sleeps. A missed notification makes it sleep forever, which loom
+//! reports.
 
 use loom::sync::Notify;
 use loom::thread;
@@ -10,8 +11,9 @@ use super::*;
 
 const SIZE: u16 = 4;
 
-/// As for the channel: more preemptions than two take hours and have found nothing.
-fn every_order(model: impl Fn() + Sync + Send + 'static) {
+/// Checks at most two preemptions, as the channel's tests do: more take hours and have found
+/// nothing.
+fn check_interleavings(model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = builder.preemption_bound.or(Some(2));
     builder.check(model);
@@ -31,17 +33,17 @@ fn ring(event_idx: bool) -> Arc<UsedRing> {
 }
 
 fn complete(ring: &UsedRing, head: u16) {
-    let back = Return {
+    let returned = Return {
         head,
         len: 0,
-        pieces: 0,
+        segments: 0,
         marked: false,
     };
-    ring.push(back, QueueStats::default());
+    ring.push(returned, QueueStats::default());
 }
 
-fn take(ring: &UsedRing) {
-    ring.take(0, 0, false).1.unwrap();
+fn begin(ring: &UsedRing) {
+    ring.begin(0, 0, false).1.unwrap();
 }
 
 fn used_index(ring: &UsedRing) -> u16 {
@@ -53,27 +55,27 @@ fn head(ring: &UsedRing, index: u16) -> u16 {
     ring.used.load_u16(at, Ordering::Relaxed)
 }
 
-/// The driver has seen the elements before `seen` and sleeps until there is another.
+/// The driver has processed the elements before `seen`, and sleeps until there is another.
 fn driver_sleeps(ring: &UsedRing, seen: u16, call: &Notify) {
     let at = layout::used_event(SIZE);
     ring.available.store_u16(at, seen, Ordering::Relaxed);
     ring.available
         .store_u16(layout::FLAGS, 0, Ordering::Relaxed);
     fence(Ordering::SeqCst);
-    // A sleep may end for nothing, so it is a loop.
+    // A wait may end spuriously.
     while used_index(ring) == seen {
         call.wait();
     }
 }
 
 #[test]
-fn a_driver_that_sleeps_is_called() {
+fn sleeping_driver_is_called() {
     for event_idx in [false, true] {
-        every_order(move || {
+        check_interleavings(move || {
             let ring = ring(event_idx);
-            take(&ring);
+            begin(&ring);
             complete(&ring, 1);
-            ring.show();
+            ring.publish_index();
             let no_call = layout::NO_INTERRUPT;
             ring.available
                 .store_u16(layout::FLAGS, no_call, Ordering::Relaxed);
@@ -81,9 +83,9 @@ fn a_driver_that_sleeps_is_called() {
             let worker = {
                 let (ring, call) = (Arc::clone(&ring), Arc::clone(&call));
                 thread::spawn(move || {
-                    take(&ring);
+                    begin(&ring);
                     complete(&ring, 2);
-                    if ring.show() {
+                    if ring.publish_index() {
                         call.notify();
                     }
                 })
@@ -96,19 +98,19 @@ fn a_driver_that_sleeps_is_called() {
 }
 
 #[test]
-fn two_workers_lose_no_element_and_show_none_too_early() {
-    every_order(|| {
+fn concurrent_pushes_lose_no_element_and_publish_none_early() {
+    check_interleavings(|| {
         let ring = ring(true);
         let workers = [1, 2].map(|head| {
             let ring = Arc::clone(&ring);
             thread::spawn(move || {
-                take(&ring);
+                begin(&ring);
                 complete(&ring, head);
-                ring.show();
+                ring.publish_index();
             })
         });
         for index in 0..used_index(&ring) {
-            assert_ne!(head(&ring, index), 0, "shown before it was written");
+            assert_ne!(head(&ring, index), 0, "published before it was written");
         }
         for worker in workers {
             worker.join().unwrap();
@@ -119,17 +121,17 @@ fn two_workers_lose_no_element_and_show_none_too_early() {
 }
 
 #[test]
-fn draining_ends_with_the_last_chain_and_shows_it() {
-    every_order(|| {
+fn drain_ends_after_last_chain_and_publishes_it() {
+    check_interleavings(|| {
         let ring = ring(true);
-        take(&ring);
-        take(&ring);
+        begin(&ring);
+        begin(&ring);
         let workers = [1, 2].map(|head| {
             let ring = Arc::clone(&ring);
             thread::spawn(move || complete(&ring, head))
         });
         ring.wait_until_drained();
-        ring.show();
+        ring.publish_index();
         assert_eq!(used_index(&ring), 2);
         for worker in workers {
             worker.join().unwrap();
@@ -138,14 +140,14 @@ fn draining_ends_with_the_last_chain_and_shows_it() {
 }
 
 #[test]
-fn a_worker_that_sleeps_is_kicked() {
+fn sleeping_worker_is_kicked() {
     for event_idx in [false, true] {
-        every_order(move || {
+        check_interleavings(move || {
             let ring = ring(event_idx);
-            // One chain has been taken, and no kick is wanted.
+            // One chain was taken, and no kick is requested.
             ring.available
                 .store_u16(layout::INDEX, 1, Ordering::Relaxed);
-            ring.want_kick(None);
+            ring.request_kick(None);
             let kick = Arc::new(Notify::new());
             let driver = {
                 let (ring, kick) = (Arc::clone(&ring), Arc::clone(&kick));
@@ -164,9 +166,9 @@ fn a_worker_that_sleeps_is_kicked() {
                     }
                 })
             };
-            ring.want_kick(Some(1));
-            let there = || ring.available.load_u16(layout::INDEX, Ordering::Acquire);
-            while there() == 1 {
+            ring.request_kick(Some(1));
+            let available_index = || ring.available.load_u16(layout::INDEX, Ordering::Acquire);
+            while available_index() == 1 {
                 kick.wait();
             }
             driver.join().unwrap();
