@@ -75,7 +75,7 @@ enum Forked {
     Serving(Box<Server>),
 }
 
-/// A supervisor, and what it makes serving processes of.
+/// A supervisor, and the resources of each serving process that it makes.
 #[derive(Debug)]
 pub(super) struct Supervising {
     pub(super) supervisor: Supervisor,
@@ -157,7 +157,7 @@ impl Supervising {
             resources,
             down_since: attempt.as_ref().map(UpgradeAttempt::since),
             attempt,
-            // Read now: once the file has been replaced, its path is another one.
+            // Read now: once the file is replaced, `/proc/self/exe` no longer has its path.
             program: std::env::current_exe().unwrap_or_default(),
             failures: Failures::default(),
             serving_since: None,
@@ -205,7 +205,7 @@ impl Supervising {
                         None => !self.supervisor.has_child(),
                     },
                     Err(error) => {
-                        log::error!("not upgraded: opening the new program: {error}");
+                        log::error!("not upgraded: getting the new program: {error}");
                         false
                     }
                 },
@@ -236,7 +236,7 @@ impl Supervising {
         Watched::Ended(ending)
     }
 
-    /// Handles that a process serves since then.
+    /// Handles the report of a process that serves since `since`.
     fn served(&mut self, since: Duration) {
         let pause = self
             .down_since

@@ -1,7 +1,7 @@
 //! An upgrade in progress, as one program passes it to the next.
 //!
 //! It owns the old program's file and the connection of the client that asked for the upgrade. The
-//! invariant: the client is told the outcome once, when a process serves.
+//! invariant: the outcome is reported once, when a process serves.
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
