@@ -1,4 +1,5 @@
-//! Options as resolved: an impossible setting can't be written down here.
+//! The resolved configuration of a server. The invariant: an impossible setting has no
+//! representation.
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
@@ -14,71 +15,71 @@ use crate::sandbox;
 /// Where front ends connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// On a socket that the server makes.
+    /// On a socket that the server creates.
     Path(PathBuf),
-    /// On a listening socket that the launcher handed over.
+    /// On a listening socket inherited from the launcher.
     Inherited(RawFd),
 }
 
 /// How many descriptors the server may have open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Descriptors {
-    /// As many as it may without privilege.
+    /// As many as the hard limit permits.
     Most,
-    /// As many as the launcher has set.
+    /// As many as the inherited soft limit permits.
     Inherited,
     /// This many.
     Limit(u64),
 }
 
-/// All that the server goes by.
+/// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where front ends connect.
     pub listen: Listen,
-    /// Who may connect to a socket that the server makes, beside its own user.
+    /// The group that may connect to a socket that the server creates, besides the server's user.
     pub socket_group: Option<String>,
     /// The directory that guests see.
     pub shared_dir: PathBuf,
-    /// The tag in the configuration space, for front ends that ask there.
+    /// The tag in the configuration space, for front ends that read it there.
     pub tag: Option<Tag>,
-    /// Request queues; the high-priority queue comes on top.
+    /// Request queues, without the high-priority queue.
     pub request_queues: NonZeroU16,
     /// Worker threads.
     pub workers: NonZeroUsize,
-    /// Which runtime the workers have.
+    /// The runtime of the workers.
     pub runtime: Choice,
-    /// How long a worker looks at its rings, at most, before it sleeps.
+    /// How long a worker polls its rings at most before it sleeps; zero disables polling.
     pub poll: Duration,
-    /// The file in which what the guest holds outlives this process.
+    /// The file that keeps the session's state across servers.
     pub state: Option<PathBuf>,
-    /// End after the first session.
+    /// Exit after the first session.
     pub once: bool,
-    /// Go on with another process when the serving one has been killed.
+    /// Restart the serving process if it is killed.
     pub supervise: bool,
-    /// How many descriptors may be open.
+    /// The limit of open descriptors.
     pub descriptors: Descriptors,
-    /// What keeps the server in.
+    /// The sandbox of the server.
     pub sandbox: sandbox::Options,
     /// What guests may do with the directory.
     pub share: Share,
 }
 
-/// What guests may do with the directory, as the two rooms concerned want it told.
+/// What guests may do with the directory: the options of the two rooms that implement it.
 #[derive(Clone, Debug, Default)]
 pub struct Share {
-    /// To the file system.
+    /// Options of the file system.
     pub file_system: passthrough::Options,
-    /// To the FUSE session.
+    /// Options of the FUSE session.
     pub session: SessionOptions,
 }
 
 impl Config {
-    /// As many workers as there are processors, up to four: a single guest rarely keeps more
-    /// busy, and each costs its ring's memory.
+    /// One worker for each processor, up to four: a single guest rarely keeps more busy, and each
+    /// costs its ring's memory.
     #[must_use]
     pub fn default_workers() -> NonZeroUsize {
-        const MOST: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
-        std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |cpus| cpus.min(MOST))
+        const MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
+        std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |cpus| cpus.min(MAX))
     }
 }

@@ -1,5 +1,5 @@
-//! What a virtio-fs device is: its queues, features and configuration space (virtio 1.2,
-//! section 5.11). Nothing here has state.
+//! The virtio-fs device: its queues, features and configuration space (virtio 1.2, section 5.11).
+//! Nothing here has state.
 
 use std::num::NonZeroU16;
 
@@ -14,30 +14,30 @@ pub const LOG_ALL: u64 = 1 << 26;
 /// `VHOST_USER_F_PROTOCOL_FEATURES` (vhost-user specification).
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// What is offered. A VMM may accept whatever stands here, so nothing does that isn't served.
+/// The features that the device offers. A VMM may accept each of them, so each is implemented.
 pub const FEATURES: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | LOG_ALL | PROTOCOL_FEATURES;
 
 /// Length of `struct virtio_fs_config`, bytes.
 pub const CONFIG_LEN: usize = TAG_LEN + 4 + 4;
 
-/// Bytes of the tag's field.
+/// Length of the tag field, bytes.
 const TAG_LEN: usize = 36;
 
 /// The name by which the guest mounts the file system: 1 to 36 bytes without a NUL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tag(String);
 
-/// Why a text can't be a tag.
+/// Why a string is not a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TagError {
-    /// Nothing to mount by.
+    /// The string is empty.
     #[error("a tag can't be empty")]
     Empty,
-    /// More than the field holds.
-    #[error("a tag can have 36 bytes, this one has {0}")]
+    /// The string is longer than the field.
+    #[error("a tag has at most 36 bytes, this one has {0}")]
     TooLong(usize),
-    /// A NUL ends the tag in the guest.
-    #[error("a tag can't have a NUL byte in it")]
+    /// The string has a NUL, which would end the tag in the guest.
+    #[error("a tag can't contain a NUL byte")]
     Nul,
 }
 
@@ -57,21 +57,21 @@ impl std::str::FromStr for Tag {
 /// A virtio-fs device as the front end sees it.
 #[derive(Clone, Debug)]
 pub struct Device {
-    /// The tag in the configuration space; empty where the VMM has its own.
+    /// The tag in the configuration space; `None` if the VMM has its own.
     pub tag: Option<Tag>,
-    /// Request queues; the high-priority queue comes on top.
+    /// Request queues, without the high-priority queue.
     pub request_queues: NonZeroU16,
 }
 
 impl Device {
-    /// All queues, the high-priority one included.
+    /// The number of all queues, including the high-priority queue.
     #[must_use]
     pub fn queues(&self) -> u16 {
         self.request_queues.get().saturating_add(1)
     }
 
-    /// The configuration space (`struct virtio_fs_config`): tag, number of request queues, and
-    /// the size of notification buffers, of which there are none.
+    /// The configuration space (`struct virtio_fs_config`): tag, number of request queues, and the
+    /// size of notification buffers, which is 0.
     #[must_use]
     pub fn config_space(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];

@@ -1,26 +1,26 @@
-//! A virtio-fs server: gives a virtual machine a directory of its host.
+//! A virtio-fs server: shares a directory of the host with a virtual machine.
 //!
-//! The crate is a library first. The rooms, upper ones use lower ones only:
+//! The crate is a library with a thin binary. Its modules; each uses only those below it:
 //!
-//! | room | what it does |
+//! | module | what it does |
 //! | --- | --- |
 //! | [`cli`] | options as typed |
-//! | [`server`] | composition root: the start-up order, once, top to bottom |
-//! | [`config`] | options as resolved |
-//! | [`vhost_user`] | listening; one vhost-user session |
-//! | [`device`] | what a virtio-fs device is |
-//! | [`worker`] | the threads, their runtimes, the loop |
+//! | [`server`] | composition root: start-up in order, supervision, upgrades |
+//! | [`config`] | the resolved configuration |
+//! | [`vhost_user`] | the listening socket; one vhost-user session |
+//! | [`device`] | the virtio-fs device: features, configuration space |
+//! | [`worker`] | worker threads, their runtimes and event loop |
 //! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
-//! | [`scheduler`] | placement and spreading; knows nothing of virtio |
-//! | [`fuse`] | ABI, decoding, dispatch, replies; knows nothing of virtio |
-//! | [`fs`] | the file system trait; the passthrough |
-//! | [`io`] | asynchronous file, guest buffers, over io_uring and tokio |
-//! | [`state`] | the one table of what a session holds |
-//! | [`sandbox`] | what keeps the server in |
+//! | [`scheduler`] | placement of tasks on threads; independent of virtio |
+//! | [`fuse`] | FUSE ABI, decoding, dispatch, replies; independent of virtio |
+//! | [`fs`] | the file system trait; the passthrough file system |
+//! | [`io`] | asynchronous files and guest buffers, over io_uring and tokio |
+//! | [`state`] | the table of a session's state, in shared memory |
+//! | [`sandbox`] | namespaces, root directory, capabilities, Landlock, seccomp |
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
-//! [`scheduler`] with [`worker::Threads`]; see `examples` of each.
+//! [`scheduler`] with [`worker::Threads`]; `integration/examples/copy_tree.rs` uses them all.
 
 pub mod cli;
 pub mod config;

@@ -29,11 +29,12 @@ fn main() -> ExitCode {
         return upgrade(&arguments);
     }
     if let Some(reason) = cli::refusal(&arguments) {
-        let refused = Options::command().error(ErrorKind::ArgumentConflict, reason);
-        refused.exit();
+        let error = Options::command().error(ErrorKind::ArgumentConflict, reason);
+        error.exit();
     }
     let options = Options::parse_from(cli::expand(arguments));
-    let (level, syslog) = (options.level(), options.syslog);
+    let logging = &options.observability;
+    let (level, syslog) = (logging.level(), logging.syslog);
     let config = match Config::try_from(options) {
         Ok(config) => config,
         Err(error) => Options::command()
@@ -42,14 +43,14 @@ fn main() -> ExitCode {
     };
     match server::check_for_upgrade(&config) {
         None => {}
-        Some(Ok(ready)) => return ExitCode::from(ready),
+        Some(Ok(status)) => return ExitCode::from(status),
         Some(Err(reason)) => {
             eprintln!("ringfsd: {reason}");
             return ExitCode::FAILURE;
         }
     }
-    let told = begin_to_log(level, syslog).and_then(|log| run(config, log.as_ref()));
-    match told {
+    let result = start_logging(level, syslog).and_then(|log| run(config, log.as_ref()));
+    match result {
         Ok(code) => code,
         Err(error) => {
             let error = server::explain(error.as_ref());
@@ -62,12 +63,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has a running server replaced by this program.
+/// Replaces a running server with this program.
 fn upgrade(arguments: &[OsString]) -> ExitCode {
     let pid = Upgrade::parse_from(arguments.iter().skip(1)).pid;
     match server::ask(pid) {
-        Ok(said) => {
-            println!("{said}");
+        Ok(outcome) => {
+            println!("{outcome}");
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -77,8 +78,8 @@ fn upgrade(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-/// Answers what the log is written to, if it isn't standard error.
-fn begin_to_log(
+/// Starts logging; returns the connection to syslog if the log goes there.
+fn start_logging(
     level: LogLevel,
     syslog: bool,
 ) -> Result<Option<Syslog>, Box<dyn std::error::Error>> {
@@ -87,27 +88,27 @@ fn begin_to_log(
     let mut log = None;
     if syslog {
         let syslog = Syslog::connect()
-            .map_err(|error| format!("--syslog: nobody listens on /dev/log: {error}"))?;
+            .map_err(|error| format!("--syslog: can't connect to /dev/log: {error}"))?;
         log = Some(syslog.clone());
-        // The number that the launcher knows, in whichever process.
+        // The process ID that the launcher knows, also in the serving process.
         let pid = std::process::id();
         builder
             .target(env_logger::Target::Pipe(Box::new(syslog)))
             .format(move |line, record| {
-                let head = cli::syslog_head(record.level(), pid);
-                writeln!(line, "{head}{}", record.args())
+                let header = cli::syslog_header(record.level(), pid);
+                writeln!(line, "{header}{}", record.args())
             });
     }
     builder.init();
     Ok(log)
 }
 
-/// Goes on as two processes: one serves, and the one that the launcher has started waits for it.
+/// Splits into two processes: one serves, and the one that the launcher started waits for it.
 fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let past = ExecHandover::take()?;
-    sandbox::reset_inherited(past.is_some())?;
+    let handover = ExecHandover::take()?;
+    sandbox::reset_inherited(handover.is_some())?;
     let log = log.map(AsFd::as_fd);
-    let server = match Server::start(config, log, past)? {
+    let server = match Server::start(config, log, handover)? {
         Started::Inside(server) => server,
         Started::Outside(outside) => match outside.watch(log)? {
             Watched::Inside(server) => server,
@@ -127,9 +128,9 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let (stop, signalled) = UnixStream::pair()?;
     let leave = Arc::new(AtomicBool::new(false));
     if server.is_supervised() {
-        die_of_panics();
+        abort_on_panic();
         let hangup = signal_hook::consts::SIGHUP;
-        // What is registered first is done first.
+        // Handlers run in the order of registration: the flag is set before `stop` is readable.
         signal_hook::flag::register(hangup, Arc::clone(&leave))?;
         signal_hook::low_level::pipe::register(hangup, signalled.try_clone()?)?;
     }
@@ -143,14 +144,14 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     }
 }
 
-/// Lets a panic of this thread end the process before anything is given back: another process goes
-/// on with it. Those of workers are caught, each with the request that it was about.
-fn die_of_panics() {
-    let this = std::thread::current().id();
-    let tell = std::panic::take_hook();
+/// Makes a panic of this thread abort the process before destructors release anything, so that
+/// another process can resume the session. Panics of workers are caught, each with its request.
+fn abort_on_panic() {
+    let main_thread = std::thread::current().id();
+    let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        tell(panic);
-        if std::thread::current().id() == this {
+        report(panic);
+        if std::thread::current().id() == main_thread {
             std::process::abort();
         }
     }));

@@ -300,8 +300,8 @@ fn spellings_of_crosvm_are_taken_or_refused_with_the_reason() {
     for (option, reason) in [
         ("--cfg=timeout=5", "--entry-timeout"),
         ("--skip-pivot-root=true", "--sandbox none"),
-        ("--uid=0", "leave --uid away"),
-        ("--gid=0", "leave --gid away"),
+        ("--uid=0", "omit --uid"),
+        ("--gid=0", "omit --gid"),
         ("--uid-map=0 1000 1", ":0:100000:65536:"),
     ] {
         let refused = support::output(&[&common[..], &[option]].concat());

@@ -142,23 +142,41 @@ fn a_syslog_is_told_what_would_be_logged() {
     assert!(server.said().is_empty(), "{:?}", server.said());
 }
 
+/// The section of the manual that has a heading with this option.
+fn manual_section<'a>(manual: &'a str, name: &str) -> Option<&'a str> {
+    let mut section = "";
+    for line in manual.lines() {
+        if let Some(title) = line.strip_prefix("## ") {
+            section = title;
+        }
+        let is_word = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if line.starts_with("### ") && line.split(|c| !is_word(c)).any(|word| word == name) {
+            return Some(section);
+        }
+    }
+    None
+}
+
 #[test]
-fn the_manual_has_a_paragraph_for_each_option() {
+fn manual_describes_each_option_under_its_heading() {
     let manual = include_str!("../docs/manual.md");
-    for argument in ringfsd::cli::Options::command().get_arguments() {
+    let command = ringfsd::cli::Options::command();
+    let mut sections = Vec::new();
+    for argument in command.get_arguments() {
         let name = match (argument.get_long(), argument.get_short()) {
             (Some("help" | "version"), _) => continue,
             (Some(long), _) => format!("--{long}"),
             (None, Some(short)) => format!("-{short}"),
             (None, None) => continue,
         };
-        let heading = |line: &&str| {
-            line.starts_with("### ")
-                && line
-                    .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
-                    .any(|word| word == name)
-        };
-        assert!(manual.lines().any(|line| heading(&line)), "{name}");
-        assert!(argument.get_help().is_some(), "{name}");
+        let section = argument.get_help_heading().unwrap();
+        let found = manual_section(manual, &name);
+        assert_eq!(found, Some(section), "{name}");
+        if sections.last() != Some(&section) {
+            sections.push(section);
+        }
     }
+    let titles = manual.lines().filter_map(|line| line.strip_prefix("## "));
+    let titles: Vec<_> = titles.filter(|title| sections.contains(title)).collect();
+    assert_eq!(titles, sections);
 }

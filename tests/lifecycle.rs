@@ -261,19 +261,26 @@ fn what_can_not_be_served_is_a_clear_error() {
 }
 
 #[test]
-fn help_and_version_are_there() {
-    let help = output(&["--help"]);
-    assert!(help.status.success());
-    let text = String::from_utf8(help.stdout).unwrap();
+fn help_lists_each_option_and_version_is_printed() {
+    let help = |option| {
+        let output = output(&[option]);
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (short, long) = (help("-h"), help("--help"));
     for option in [
         "--socket",
         "--socket-path",
         "--fd",
         "--shared-dir",
         "--request-queues",
+        "--log-level",
     ] {
-        assert!(text.contains(option), "{option}");
+        for text in [&short, &long] {
+            assert!(text.contains(option), "{option}");
+        }
     }
+    assert!(2 * short.lines().count() < long.lines().count());
     assert!(output(&["--version"]).status.success());
 }
 

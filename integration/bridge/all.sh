@@ -16,6 +16,8 @@ suites=(
     'fio --size 4M'
     'stress --seconds 1 --only access chmod copy-file dentry dir fallocate fpunch link rename seek symlink utime xattr'
     'git --commits 100 --files 200'
+    'memory-tree'
+    'memory-tree --may-block yes'
     'host-changes --seconds 3'
     'host-changes --seconds 3 --server-arg --cache=always'
 )

@@ -1,20 +1,19 @@
-//! What launchers say in older spellings, brought into the one that `Options` has.
+//! Rewrites the older spellings of launchers into the long options that `Options` parses.
 //!
-//! `-o` takes a list in which each item is a long option without its dashes. Its words become
-//! arguments of their own before they are parsed, so that there is one place where an option
-//! is understood. The invariant: what is not known here reaches the parser as it was typed, and
-//! is an error there.
+//! Each item of an `-o` list is a long option without its dashes. The items become arguments of
+//! their own before parsing, so each option is interpreted in one place. The invariant: what this
+//! module doesn't know reaches the parser unchanged, and is an error there.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-/// What this server is, for libvirt and others who ask before they start it (QEMU's
+/// What this server supports, for libvirt and other launchers that ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
 pub const CAPABILITIES: &str =
     "{\n  \"type\": \"fs\",\n  \"features\": [\n    \"migrate-precopy\"\n  ]\n}";
 
-/// Whether somebody asks for [`CAPABILITIES`]; then nothing else counts.
+/// Whether the arguments ask for [`CAPABILITIES`]; all other arguments are then ignored.
 #[must_use]
 pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
     arguments
@@ -24,13 +23,13 @@ pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
         .any(|argument| argument == "--print-capabilities")
 }
 
-/// Whether a running server is to be replaced: by the first word, which no option is.
+/// Whether the arguments are those of `ringfsd upgrade`.
 #[must_use]
 pub fn asks_for_upgrade(arguments: &[OsString]) -> bool {
     arguments.get(1).is_some_and(|first| first == "upgrade")
 }
 
-/// The arguments with every `-o LIST` replaced by the options that it names.
+/// Returns the arguments with each `-o LIST` replaced by the options that it names.
 #[must_use]
 pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut expanded = Vec::new();
@@ -48,52 +47,51 @@ pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             None => None,
         };
         match list {
-            Some(list) => expanded.extend(items(&list).filter_map(|item| long(&item))),
-            // An `-o` without a list is left to the parser, and so is everything else.
+            Some(list) => expanded.extend(items(&list).filter_map(|item| long_option(&item))),
+            // Left to the parser, an `-o` without a list too.
             None => expanded.push(argument),
         }
     }
     expanded
 }
 
-/// Options of `crosvm device fs` that this program hasn't got, and what to say of them.
-const CROSVM: &[(&str, &str)] = &[
+/// Options of `crosvm device fs` that this program doesn't have, and what to use instead.
+const CROSVM_OPTIONS: &[(&str, &str)] = &[
     (
         "--cfg",
-        "crosvm's list of settings is not known here: give each as an option (cache=P is --cache P, \
-         timeout=N is --attr-timeout N --entry-timeout N, writeback is --writeback, posix_acl is \
-         --posix-acl)",
+        "give each setting as an option (cache=P is --cache P, timeout=N is --attr-timeout N \
+         --entry-timeout N, writeback is --writeback, posix_acl is --posix-acl)",
     ),
     (
         "--uid",
-        "in a namespace with --uid-map the server takes the id that it can: leave --uid away",
+        "with --uid-map the server chooses its id in the namespace; omit --uid",
     ),
     (
         "--gid",
-        "in a namespace with --gid-map the server takes the id that it can: leave --gid away",
+        "with --gid-map the server chooses its id in the namespace; omit --gid",
     ),
     (
         "--skip-pivot-root",
-        "--sandbox namespace always changes the root: give --sandbox none to keep the host's",
+        "--sandbox namespace always changes the root directory; use --sandbox none to keep the \
+         host's",
     ),
 ];
 
-/// Why these arguments can't be what somebody wants, although each may be understood: an option that
-/// another program knows, or two directories to share.
+/// Returns why these arguments are refused before they are parsed: they have an option of crosvm, or
+/// name two directories to share.
 #[must_use]
 pub fn refusal(arguments: &[OsString]) -> Option<String> {
     let own = arguments.iter().skip(1);
     let own: Vec<_> = own.take_while(|argument| *argument != "--").collect();
     for argument in &own {
         let name = argument.as_bytes().split(|byte| *byte == b'=').next();
-        let known = CROSVM
+        let unsupported = CROSVM_OPTIONS
             .iter()
-            .find(|(known, _)| name == Some(known.as_bytes()));
-        if let Some((name, reason)) = known {
-            return Some(format!("{name} of crosvm is not taken: {reason}"));
+            .find(|(option, _)| name == Some(option.as_bytes()));
+        if let Some((name, advice)) = unsupported {
+            return Some(format!("crosvm's option {name} is not supported: {advice}"));
         }
     }
-    // Only what `-o` names stands in the one word after `source=`.
     let mut sources = Vec::new();
     let mut directories = Vec::new();
     let mut own = own.into_iter();
@@ -116,20 +114,20 @@ pub fn refusal(arguments: &[OsString]) -> Option<String> {
             directories.push(OsStr::from_bytes(path).to_owned());
         }
     }
-    // Of each of the two the last one counts.
+    // The last value of each option is the one that the parser uses.
     let (source, directory) = (sources.pop()?, directories.pop()?);
     (Path::new(&source) != Path::new(&directory)).then(|| {
         format!(
-            "-o source={} and --shared-dir {} name two directories, and one is shared: leave one of \
-             them away, or run a server for each",
+            "-o source={} and --shared-dir {} name two directories, but a server shares one: omit \
+             one of them, or run a server for each",
             source.display(),
             directory.display()
         )
     })
 }
 
-/// The items of a list, between its commas. Two commas are one of an item's own, as libvirt writes
-/// those of a path.
+/// The items of a comma-separated list. Two commas stand for one comma within an item, as libvirt
+/// writes a path that has one.
 fn items(list: &OsStr) -> impl Iterator<Item = Vec<u8>> {
     let mut items = vec![Vec::new()];
     let mut bytes = list.as_bytes().iter().peekable();
@@ -144,8 +142,8 @@ fn items(list: &OsStr) -> impl Iterator<Item = Vec<u8>> {
     items.into_iter().filter(|item| !item.is_empty())
 }
 
-/// The long option that an item of `-o` names; `None` for what needs none.
-fn long(item: &[u8]) -> Option<OsString> {
+/// The long option that an item of `-o` names; `None` if the item asks for a default.
+fn long_option(item: &[u8]) -> Option<OsString> {
     let (name, value) = match item.iter().position(|byte| *byte == b'=') {
         Some(at) => item.split_at(at),
         None => (item, &b""[..]),
@@ -158,7 +156,7 @@ fn long(item: &[u8]) -> Option<OsString> {
         b"source" => b"shared-dir",
         b"ro" => b"readonly",
         b"posix-lock" => b"posix-locks",
-        // What is so unless said otherwise.
+        // Defaults.
         b"readdirplus"
         | b"no-writeback"
         | b"no-allow-direct-io"
@@ -184,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_becomes_long_options() {
+    fn list_becomes_long_options() {
         assert_eq!(
             expanded(&["p", "-o", "source=/a=b,cache=auto,no_xattr,ro", "-d"]),
             [
@@ -212,18 +210,18 @@ mod tests {
     }
 
     #[test]
-    fn doubled_comma_is_one_of_the_path() {
-        let of = |list: &str| expanded(&["p", "-o", list]);
-        assert_eq!(of("source=/a,,b"), ["p", "--shared-dir=/a,b"]);
+    fn doubled_comma_is_one_comma_of_the_path() {
+        let expand_list = |list: &str| expanded(&["p", "-o", list]);
+        assert_eq!(expand_list("source=/a,,b"), ["p", "--shared-dir=/a,b"]);
         assert_eq!(
-            of("source=/a,,,ro"),
+            expand_list("source=/a,,,ro"),
             ["p", "--shared-dir=/a,", "--readonly"]
         );
-        assert_eq!(of("source=/,,,,a"), ["p", "--shared-dir=/,,a"]);
+        assert_eq!(expand_list("source=/,,,,a"), ["p", "--shared-dir=/,,a"]);
     }
 
     #[test]
-    fn refusal_names_two_directories_and_options_of_others() {
+    fn refusal_names_two_directories_and_options_of_crosvm() {
         let refused = |arguments: &[&str]| {
             let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
             refusal(&arguments)
@@ -250,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_stays() {
+    fn arguments_without_list_are_unchanged() {
         for same in [
             &["p", "--once", "-f"][..],
             &["p", "-o"],
@@ -261,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_are_asked_for_by_their_option_alone() {
+    fn capabilities_are_asked_for_by_their_option_only() {
         let asks = |arguments: &[&str]| {
             let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
             asks_for_capabilities(&arguments)

@@ -1,34 +1,62 @@
-//! Options of live migration: how a guest's session goes to another server, and comes from one.
+//! Options of the heading Migration: how a guest's session is sent to another server, and received.
 
 use clap::{Args, ValueEnum};
 
 use crate::fs::passthrough;
 
-/// How a guest is moved.
+/// Live migration.
 #[derive(Clone, Copy, Debug, Default, Args)]
-#[command(next_help_heading = "Live migration")]
+#[command(next_help_heading = "Migration")]
 pub struct Migration {
-    /// How this server tells the next one which files the guest has. find-paths: by their paths
-    /// in the directory, which the other side has too, or a copy of it. file-handles: by file
-    /// handle, where both share one file system (also a network's); give it on both sides, as
-    /// the destination needs CAP_DAC_READ_SEARCH for it.
-    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    /// Identify files: find-paths or file-handles
+    ///
+    /// How this server, as the source, tells the destination which files
+    /// the guest uses.
+    ///
+    /// - find-paths: by their paths in the directory, which the
+    ///   destination must have, too, or a copy of it
+    /// - file-handles: by file handle, if both servers share one file
+    ///   system; a network file system too. Give it on both sides: the
+    ///   destination needs CAP_DAC_READ_SEARCH for it
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
     pub migration_mode: Mode,
 
-    /// What this server does as a destination where a file of the guest is not to be had. abort:
-    /// it refuses the guest, which goes on where it was. guest-error: it takes the guest, which
-    /// gets errors for that file.
-    #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
+    /// If a file is missing: abort or guest-error
+    ///
+    /// What this server, as the destination, does if it can't find or open
+    /// a file of the guest.
+    ///
+    /// - abort: reject the guest, which resumes at the source
+    /// - guest-error: accept the guest, which gets errors for that file
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
     pub migration_on_error: OnError,
 
-    /// Send file handles along with paths, by which the destination makes sure that it finds the
-    /// very same files. For a file system that both sides share.
+    /// Send file handles along with paths
+    ///
+    /// The destination compares them to make sure that it has found the very same files. This is for
+    /// a file system that both servers share.
     #[arg(long)]
     pub migration_verify_handles: bool,
 
-    /// Look before each path is sent whether it leads to its file, and ask the host's kernel for
-    /// another if not. For directories in which others than guests rename; the guest stands
-    /// still meanwhile. For files that are open it is done always.
+    /// Check each path before it is sent
+    ///
+    /// If a path doesn't lead to its file, the host's kernel is asked for another. This is for
+    /// directories in which host programs rename files; the guest is paused meanwhile. Paths of open
+    /// files are always checked.
     #[arg(long)]
     pub migration_confirm_paths: bool,
 }
@@ -46,10 +74,10 @@ pub enum Mode {
 /// `--migration-on-error`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum OnError {
-    /// The guest stays where it is.
+    /// Reject the guest.
     #[default]
     Abort,
-    /// The guest gets errors.
+    /// Accept the guest, with errors for that file.
     GuestError,
 }
 
@@ -90,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_reaches_the_file_system() {
+    fn migration_options_reach_the_file_system() {
         assert_eq!(options(&[]), Migration::default().into());
         let all = options(&[
             "--migration-mode=file-handles",

@@ -1,7 +1,7 @@
-//! The log on its way to syslog.
+//! A log writer that sends records to syslog.
 //!
-//! One record is one datagram to `/dev/log`, in the form that daemons have always sent. The
-//! invariant: a log that nobody reads never makes the server wait.
+//! Each record is one datagram to `/dev/log`, in the traditional format (RFC 3164). The invariant: a
+//! syslog that doesn't read never blocks the server.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,11 +21,11 @@ pub struct Syslog {
 }
 
 impl Syslog {
-    /// Connects.
+    /// Connects to `/dev/log`.
     ///
     /// # Errors
     ///
-    /// Nobody listens on `/dev/log`.
+    /// Fails if no process listens there.
     pub fn connect() -> io::Result<Self> {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
@@ -42,10 +42,9 @@ impl AsFd for Syslog {
     }
 }
 
-/// What stands before a record of this level; `pid` is the number by which the host knows the
-/// server.
+/// The header of a record of this level; `pid` is the server's process ID on the host.
 #[must_use]
-pub fn head(level: log::Level, pid: u32) -> String {
+pub fn header(level: log::Level, pid: u32) -> String {
     let severity = match level {
         log::Level::Error => 3,
         log::Level::Warn => 4,
@@ -57,7 +56,7 @@ pub fn head(level: log::Level, pid: u32) -> String {
 
 impl io::Write for Syslog {
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        // A full or restarted syslog loses records; the server goes on.
+        // If syslog is full or restarting, the record is lost and the server continues.
         let _ = self.socket.send(record.trim_ascii_end());
         Ok(record.len())
     }
@@ -73,16 +72,16 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn a_record_is_a_datagram_with_its_severity() {
-        let (ours, theirs) = UnixDatagram::pair().unwrap();
+    fn record_is_one_datagram_with_its_severity() {
+        let (sender, receiver) = UnixDatagram::pair().unwrap();
         let mut syslog = Syslog {
-            socket: Arc::new(ours),
+            socket: Arc::new(sender),
         };
-        let line = format!("{}it listens\n", head(log::Level::Info, 17));
+        let line = format!("{}it listens\n", header(log::Level::Info, 17));
         syslog.write_all(line.as_bytes()).unwrap();
         let mut bytes = [0; 100];
-        let len = theirs.recv(&mut bytes).unwrap();
+        let len = receiver.recv(&mut bytes).unwrap();
         assert_eq!(&bytes[..len], b"<30>ringfsd[17]: it listens");
-        assert!(head(log::Level::Error, 1).starts_with("<27>"));
+        assert!(header(log::Level::Error, 1).starts_with("<27>"));
     }
 }

@@ -1,16 +1,16 @@
-//! Options of `ringfsd upgrade`.
+//! The command `ringfsd upgrade` and its options.
 
 use clap::Parser;
 
-/// Have a running server replaced by this program, while its guest goes on.
+/// Replace a running server with this program
 ///
-/// The server must have been started with --supervise. It runs this program in its place, with the
-/// arguments that it was started with; VMM and guest notice a pause. If this program doesn't get as
-/// far as serving, the server goes on as it was, and this command tells why.
+/// The server must have been started with --supervise. It executes this program in its process,
+/// with the arguments that it was started with; VMM and guest notice a pause. If this program can't
+/// serve, the server resumes as it was, and this command reports why.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ringfsd upgrade", version)]
+#[command(name = "ringfsd upgrade", bin_name = "ringfsd upgrade", version)]
 pub struct Upgrade {
-    /// The process that was started as the server.
+    /// Process that was started as the server
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: i32,
 }
@@ -21,7 +21,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_options_are_consistent() {
+    fn upgrade_needs_a_pid() {
         Upgrade::command().debug_assert();
         assert!(Upgrade::try_parse_from(["upgrade"]).is_err());
         assert_eq!(

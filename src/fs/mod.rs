@@ -266,7 +266,7 @@ pub struct NegotiatedTerms {
 /// All methods may be called from several threads at once. Errors are errnos for the guest:
 /// `ENOENT` for a name that is not there, `ESTALE` for a node that can't be found any more,
 /// `EBADF` for an unknown handle.
-pub trait FileSystem: Send + Sync + 'static {
+pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// Called once on each thread that will call the other methods.
     ///
     /// # Errors

@@ -64,7 +64,9 @@ pub struct Stop<'a> {
 }
 
 impl Stop<'_> {
-    fn leaves(&self) -> bool {
+    /// Whether another process is to continue with the session.
+    #[must_use]
+    pub fn leaves(&self) -> bool {
         // Acquire: pairs with the store before `asked` became readable.
         self.leave.load(Ordering::Acquire)
     }

@@ -100,7 +100,7 @@ enum Event {
 }
 
 /// One worker's loop.
-pub(super) struct Loop<F> {
+pub(super) struct Loop<F: ?Sized> {
     session: Arc<Session<F>>,
     commands: UnboundedReceiver<Command>,
     /// None where there is nobody to share with, or nothing to be shared.
@@ -120,7 +120,7 @@ pub(super) struct Loop<F> {
     nap: KickModeration,
 }
 
-impl<F: FileSystem> Loop<F> {
+impl<F: FileSystem + ?Sized> Loop<F> {
     pub(super) fn new(
         session: Arc<Session<F>>,
         commands: UnboundedReceiver<Command>,

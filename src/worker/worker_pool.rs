@@ -43,7 +43,7 @@ pub enum WorkerPoolError {
 }
 
 /// The threads of one session and the queues they serve.
-pub struct WorkerPool<F> {
+pub struct WorkerPool<F: ?Sized> {
     session: Arc<Session<F>>,
     placement: Placement,
     /// The high-priority queue's thread first, then the workers.
@@ -51,7 +51,7 @@ pub struct WorkerPool<F> {
     pools: Vec<Threads>,
 }
 
-impl<F: FileSystem> WorkerPool<F> {
+impl<F: FileSystem + ?Sized> WorkerPool<F> {
     /// Starts `workers` threads with a runtime of `engine`, and one for the high-priority queue.
     /// Workers look at their rings for up to `poll` before they sleep.
     ///
@@ -225,7 +225,7 @@ impl Queues for QueueThreads {
     }
 }
 
-impl<F> fmt::Debug for WorkerPool<F> {
+impl<F: ?Sized> fmt::Debug for WorkerPool<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkerPool")
             .field("threads", &self.commands.len())

@@ -218,7 +218,8 @@ pub(crate) fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
     let seed = rand_seed();
     println!("seed {seed}");
     let end = Instant::now() + duration();
-    let each = (duration() / 7).min(Duration::from_secs(20));
+    // What the host displaces stays open until the end of a round.
+    let each = (duration() / 7).min(Duration::from_secs(8));
     for round in 0.. {
         for (number, way) in WAYS.iter().enumerate() {
             if round > 0 && Instant::now() >= end {

@@ -18,12 +18,13 @@ pub(in crate::fuse) const HANDLE: Handle = Handle(7);
 
 /// A file system of one directory. All its names are one file in memory, opened once and for
 /// all as [`HANDLE`]; it counts what is looked up and given back.
+#[derive(Debug)]
 pub(in crate::fuse) struct OneDirectory {
     state: Mutex<State>,
     file: File,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     names: BTreeMap<CString, u64>,
     xattrs: BTreeMap<CString, Vec<u8>>,

@@ -1,0 +1,87 @@
+//! Options of the heading Extended attributes: whether they are served, under which names, and
+//! what the guest's kernel uses them for.
+
+use clap::{Args, ValueEnum};
+
+use crate::fs::passthrough::XattrMap;
+use crate::fuse::Wanted;
+
+/// Extended attributes, ACLs and labels.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Extended attributes")]
+pub struct ExtendedAttributes {
+    /// Serve extended attributes (default)
+    ///
+    /// Without them copies lose capabilities, labels and ACLs, which programs rely on. This is the
+    /// default; --no-xattr turns it off.
+    #[arg(long, overrides_with = "no_xattr")]
+    pub xattr: bool,
+
+    /// Don't serve extended attributes
+    ///
+    /// This saves the request for security.capability that the guest's kernel sends with each write.
+    #[arg(long)]
+    pub no_xattr: bool,
+
+    /// Store extended attributes under other names
+    ///
+    /// RULES have the form :TYPE:SCOPE:KEY:PREPEND: or :map:KEY:PREPEND:, which the manual explains.
+    /// Example for a server without privileges: :map::user.guest.:
+    #[arg(
+        long,
+        value_name = "RULES",
+        conflicts_with_all = ["no_xattr", "killpriv_v2"]
+    )]
+    pub xattrmap: Option<XattrMap>,
+
+    /// POSIX ACLs: never, auto or always
+    ///
+    /// The host's file system must support ACLs. --posix-acl alone means
+    /// always.
+    ///
+    /// - never: the guest sees no ACLs
+    /// - auto: with guests that support them
+    /// - always: reject guests without support
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t,
+        default_missing_value = "always",
+        conflicts_with = "no_xattr",
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
+    pub posix_acl: PosixAcl,
+
+    /// Label new files as the guest's kernel asks (SELinux)
+    ///
+    /// A new inode has the security label of the guest's kernel from its creation on. Needs
+    /// CAP_SYS_ADMIN, or --xattrmap to store labels under other names.
+    #[arg(long, conflicts_with = "no_xattr")]
+    pub security_label: bool,
+}
+
+/// `--posix-acl`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PosixAcl {
+    /// Not at all.
+    #[default]
+    Never,
+    /// With guests that support them.
+    Auto,
+    /// Only with guests that support them.
+    Always,
+}
+
+impl From<PosixAcl> for Wanted {
+    fn from(acl: PosixAcl) -> Self {
+        match acl {
+            PosixAcl::Never => Self::No,
+            PosixAcl::Auto => Self::IfOffered,
+            PosixAcl::Always => Self::Needed,
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The file system that is served: the one place where it is chosen and built.
+//!
+//! The invariant: nothing else in the server knows which file system it is.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::error::ServerError;
+use super::state_file::Kept;
+use crate::config::Config;
+use crate::fs::FileSystem;
+use crate::fs::passthrough::{
+    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, Shared,
+};
+use crate::sandbox::Needs;
+use crate::state::Table;
+
+pub(super) use crate::fs::passthrough::{raise_descriptor_limit, set_descriptor_limit};
+
+/// What the file system has of the host, in the sandbox.
+pub(super) struct Entered {
+    /// What is shared, `O_PATH`.
+    pub(super) root: OwnedFd,
+    /// The single file that is shared, `O_PATH`, if the root was made for one.
+    pub(super) file: Option<OwnedFd>,
+    /// `/proc/self/fd`, `O_PATH`.
+    pub(super) proc_fds: OwnedFd,
+    /// The server may set security labels.
+    pub(super) may_label: bool,
+}
+
+/// A file system, and where its session is recorded.
+pub(super) struct Built {
+    pub(super) fs: Arc<dyn FileSystem>,
+    pub(super) table: Arc<Table>,
+}
+
+/// Finds out whether what is to be served is there, before somebody relies on it.
+pub(super) fn check(config: &Config) -> Result<(), ServerError> {
+    passthrough::check_shared(&config.shared_dir)
+        .map_err(|error| share_error(&config.shared_dir, error))
+}
+
+/// What the file system needs of the sandbox.
+pub(super) fn needs(config: &Config) -> Needs {
+    let options = &config.share.file_system;
+    Needs {
+        readonly: options.readonly,
+        file_handles: options.inode_file_handles != InodeFileHandles::Never
+            || options.migration.mode == MigrationMode::FileHandles,
+    }
+}
+
+/// Builds the file system of what was `entered`, from what was `kept`.
+pub(super) fn build(config: &Config, entered: Entered, kept: Kept) -> Result<Built, ServerError> {
+    let Kept { table, past } = kept;
+    let options = Options {
+        reserved_descriptors: reserved_descriptors(config),
+        ..config.share.file_system.clone()
+    };
+    let unsettable = config
+        .share
+        .session
+        .security_label
+        .then(|| passthrough::label_that_needs_privilege(options.xattr_map.as_ref()))
+        .flatten();
+    let failed = |error| share_error(&config.shared_dir, error);
+    let shared = Shared {
+        root: entered.root,
+        proc_fds: entered.proc_fds,
+        path: config.shared_dir.clone(),
+    };
+    let (mut fs, restored) =
+        Passthrough::of(shared, options, &table, past.as_ref()).map_err(failed)?;
+    if past.is_some() {
+        log::info!("going on from where another process ended: {restored}");
+    }
+    if let Some(file) = entered.file {
+        fs.is_for(file);
+    }
+    if let Some(name) = unsettable.filter(|_| !entered.may_label) {
+        log::warn!(
+            "--security-label: the guest can make nothing that it has a label for (EPERM), as the \
+             server may not set {name} on the host: as root give --modcaps=+sys_admin, or keep the \
+             labels under another name with --xattrmap=:map:security.:user.guest.:"
+        );
+    }
+    Ok(Built {
+        fs: Arc::new(fs),
+        table,
+    })
+}
+
+fn share_error(path: &Path, error: PassthroughError) -> ServerError {
+    ServerError::Share {
+        path: path.to_path_buf(),
+        source: error.into(),
+    }
+}
+
+/// How many descriptors a session needs however much its guest holds: a worker's runtime, and what a
+/// request opens for a moment; what each queue is kicked and called by, the old and the new; and
+/// what a message brings, of which there are copies while it is dealt with, beside all else.
+fn reserved_descriptors(config: &Config) -> usize {
+    const WORKER: usize = 8;
+    const QUEUE: usize = 4;
+    const OTHERS: usize = 64;
+    let queues = usize::from(config.request_queues.get()) + 1;
+    WORKER * config.workers.get() + QUEUE * queues + OTHERS
+}

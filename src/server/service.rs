@@ -1,0 +1,366 @@
+//! Serves one file system to the VMMs that connect, one after the other.
+//!
+//! Owns the file system and how it is served: device, workers, engine. Knows neither where the file
+//! system comes from nor what the process is kept in. The invariant: whatever a session took (threads,
+//! descriptors, mappings) is released before the next one begins, unless it is left to another process.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::error::ServerError;
+use super::limits::explain;
+use crate::device::Device;
+use crate::fs::FileSystem;
+use crate::fuse::{Session, SessionOptions};
+use crate::io::{Choice, Chosen, Engine};
+use crate::sandbox::Serving;
+use crate::state::{Limits, Table};
+use crate::vhost_user::{
+    self, DeviceState, End, Listener, Runner, SessionError, SessionSnapshot, Stop,
+};
+use crate::virtqueue::{Queue, QueueIndex};
+use crate::worker::{Threads, ThreadsError, WorkerPool, WorkerPoolError};
+
+/// How a server's run is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It has served.
+    Ended,
+    /// Another process continues. Everything has to stay open: call [`Server::leave`](super::Server::leave).
+    Left,
+}
+
+/// How a file system is served.
+#[derive(Clone, Debug)]
+pub struct ServiceOptions {
+    /// The device that the VMM sees.
+    pub device: Device,
+    /// Threads that serve request queues.
+    pub workers: NonZeroUsize,
+    /// Which engine performs file operations that may wait.
+    pub runtime: Choice,
+    /// How long a worker polls its rings before it sleeps; zero disables polling.
+    pub poll: Duration,
+    /// What INIT offers to the guest.
+    pub session: SessionOptions,
+    /// Ends when the first VMM has disconnected.
+    pub once: bool,
+}
+
+/// A file system and how it is served.
+#[derive(Debug)]
+pub struct Service {
+    options: ServiceOptions,
+    runtime: Chosen,
+    fs: Arc<dyn FileSystem>,
+    /// What the session holds, where that outlives the process.
+    table: Arc<Table>,
+    /// What the guest holds is kept for the next server.
+    keeps: bool,
+    /// To be told once a VMM is served, or can connect.
+    serving: Serving,
+    /// This process, or one before it, has logged that a VMM can connect.
+    has_waited: bool,
+}
+
+impl Service {
+    /// Serves `fs` from memory of this process alone.
+    ///
+    /// # Errors
+    ///
+    /// The engine can't be had, or there is no memory for the rings' journals.
+    pub fn new(fs: Arc<dyn FileSystem>, options: ServiceOptions) -> Result<Self, ServerError> {
+        let runtime = crate::io::choose(options.runtime)?;
+        let table = Table::for_this_process(&Limits {
+            inodes: 0,
+            handles: 0,
+            queues: options.device.queues(),
+        })?;
+        Ok(Self::over(fs, options, runtime, table))
+    }
+
+    /// Serves `fs`, whose session is recorded in `table`.
+    pub(super) fn over(
+        fs: Arc<dyn FileSystem>,
+        options: ServiceOptions,
+        runtime: Chosen,
+        table: Arc<Table>,
+    ) -> Self {
+        Self {
+            options,
+            runtime,
+            fs,
+            table,
+            keeps: false,
+            serving: Serving::default(),
+            has_waited: false,
+        }
+    }
+
+    /// Keeps what the guest holds for the next server.
+    pub(super) fn keeping(mut self, keeps: bool) -> Self {
+        self.keeps = keeps;
+        self
+    }
+
+    /// Reports to `serving`; `has_waited` says that a process before this one has logged that a VMM can
+    /// connect.
+    pub(super) fn reporting(mut self, serving: Serving, has_waited: bool) -> Self {
+        self.serving = serving;
+        self.has_waited = has_waited;
+        self
+    }
+
+    /// The table of what the session holds.
+    pub(super) fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    /// Whether what the guest holds is kept for the next server.
+    pub(super) fn keeps(&self) -> bool {
+        self.keeps
+    }
+
+    /// Serves the VMMs that connect to `listener`, one after the other, until `stop` is readable, or
+    /// only the first if so configured.
+    ///
+    /// # Errors
+    ///
+    /// Connections can't be accepted any more, or the host has no threads for a session. What a VMM does
+    /// wrong ends its session and is logged.
+    pub fn run(&mut self, listener: &Listener, stop: Stop<'_>) -> Result<Exit, ServerError> {
+        loop {
+            self.serving.tell();
+            let name = listener.name();
+            if std::mem::replace(&mut self.has_waited, true) {
+                log::info!("ready for the next VMM on {name}");
+            } else {
+                // Launchers wait for these very words, and some for one line of them alone.
+                log::info!("Waiting for vhost-user socket connection on {name}");
+                self.table.set_announced();
+            }
+            if vhost_user::wait_readable(listener, stop.asked).map_err(ServerError::Accept)? {
+                log::info!("asked to stop");
+                return Ok(if stop.leaves() {
+                    Exit::Left
+                } else {
+                    Exit::Ended
+                });
+            }
+            let stream = listener.accept().map_err(ServerError::Accept)?;
+            log::info!("a VMM has connected");
+            let end = self.serve(stop, |device, runner, table, stop| {
+                vhost_user::serve(stream, device, runner, table, stop)
+            });
+            let end = match end {
+                // There may be threads for the next one.
+                Err(error @ ServerError::WorkerPool(_)) if !self.options.once => {
+                    log::error!("{}", explain(&error));
+                    End::Disconnected
+                }
+                end => end?,
+            };
+            if let Some(exit) = self.exit_after(end) {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Resumes the session that a previous process has left; returns how the server ends, if it does.
+    pub(super) fn resume(
+        &self,
+        session: SessionSnapshot,
+        stop: Stop<'_>,
+    ) -> Result<Option<Exit>, ServerError> {
+        let end = self.serve(stop, |device, runner, table, stop| {
+            vhost_user::resume(session, device, runner, table, stop)
+        })?;
+        Ok(self.exit_after(end))
+    }
+
+    fn exit_after(&self, end: End) -> Option<Exit> {
+        match end {
+            End::Left => Some(Exit::Left),
+            End::Stopped => Some(Exit::Ended),
+            End::Disconnected => self.options.once.then_some(Exit::Ended),
+        }
+    }
+
+    /// Finds out whether there are threads for a session, while whoever starts the server can still be
+    /// told.
+    pub(super) fn try_threads(&mut self) -> Result<(), ServerError> {
+        // One for the high-priority queue.
+        let count = self.options.workers.saturating_add(1);
+        let try_out = |engine| Threads::start(count, engine, |_| async {}).and_then(Threads::join);
+        match try_out(self.runtime.engine) {
+            Err(error) if self.may_change_engine(&error) => {
+                log::warn!("runtime tokio: {}", explain(&error));
+                self.runtime.engine = Engine::ThreadPool;
+                Ok(try_out(Engine::ThreadPool)?)
+            }
+            tried => Ok(tried?),
+        }
+    }
+
+    /// Whether another engine may do what this one can't.
+    fn may_change_engine(&self, error: &ThreadsError) -> bool {
+        let of_ring = ThreadsError::is_of_ring(error);
+        let may_choose = self.options.runtime == Choice::Auto;
+        of_ring && may_choose && self.runtime.engine == Engine::Uring
+    }
+
+    /// Starts the workers of a session. What the previous session had, or other servers of the same
+    /// user, may be in the way for a moment.
+    fn start_workers(
+        &self,
+        session: &Arc<Session<dyn FileSystem>>,
+    ) -> Result<Workers, ServerError> {
+        const TRIES: usize = 5;
+        const PAUSE: Duration = Duration::from_millis(20);
+        let ServiceOptions { workers, poll, .. } = self.options;
+        let start = |engine| WorkerPool::start(Arc::clone(session), workers, engine, poll);
+        let mut tries = 1;
+        loop {
+            let error = match start(self.runtime.engine) {
+                Ok(pool) => return Ok(pool),
+                Err(error) => error,
+            };
+            match &error {
+                _ if tries < TRIES => {}
+                WorkerPoolError::Threads(of_threads) if self.may_change_engine(of_threads) => {
+                    log::warn!("runtime tokio for this session: {}", explain(&error));
+                    return Ok(start(Engine::ThreadPool)?);
+                }
+                _ => return Err(error.into()),
+            }
+            tries += 1;
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Serves one VMM until it disconnects, with workers of its own.
+    fn serve<'a>(
+        &'a self,
+        stop: Stop<'a>,
+        run: impl FnOnce(
+            &'a Device,
+            &mut SessionWorkers<'a>,
+            &'a Arc<Table>,
+            Stop<'a>,
+        ) -> Result<End, SessionError>,
+    ) -> Result<End, ServerError> {
+        let session = Session::new(Arc::clone(&self.fs), self.options.session.clone())
+            .remembering(Arc::clone(&self.table));
+        if let Some(negotiated) = session.negotiated() {
+            log::info!("the guest's session goes on: {negotiated}");
+        }
+        let pool = self.start_workers(&Arc::new(session))?;
+        let kept = self.keeps && pool.session().negotiated().is_some();
+        let mut workers = SessionWorkers {
+            pool,
+            serving: &self.serving,
+            has_taken_over: false,
+        };
+        let end = run(&self.options.device, &mut workers, &self.table, stop);
+        // A connection that came to nothing is not that of the VMM for which the state is kept.
+        let is_a_stranger = kept && !workers.has_taken_over;
+        let pool = workers.pool;
+        if matches!(end, Ok(End::Left)) {
+            log::info!("asked to leave; all requests are answered");
+            // Its threads end with the process.
+            std::mem::forget(pool);
+            return Ok(End::Left);
+        }
+        // A server that is asked to stop leaves what the guest holds to the next one.
+        let stays = is_a_stranger || self.keeps && matches!(end, Ok(End::Stopped));
+        let had = pool.session().negotiated().is_some();
+        if !stays {
+            pool.session().reset();
+        }
+        let malformed = pool.session().counters().malformed();
+        if malformed != 0 {
+            log::warn!("the guest has sent {malformed} malformed requests");
+        }
+        pool.shutdown();
+        match &end {
+            Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
+            Ok(_) => log::info!("the VMM has disconnected"),
+            Err(error) => log::error!("the session is ended: {}", explain(error)),
+        }
+        match (self.keeps && had, stays) {
+            (false, _) => {}
+            (true, true) if matches!(end, Ok(End::Stopped)) => {
+                log::info!("what the guest holds is kept for the next server");
+            }
+            (true, true) => {
+                log::warn!("no queue was started: what the guest holds is kept for its VMM");
+            }
+            (true, false) => log::warn!("what the guest held is given up, as its VMM has gone"),
+        }
+        Ok(end.unwrap_or(End::Disconnected))
+    }
+}
+
+/// The workers of a session of any file system.
+type Workers = WorkerPool<dyn FileSystem>;
+
+/// The workers of a session, as its vhost-user side sees them.
+struct SessionWorkers<'a> {
+    pool: Workers,
+    serving: &'a Serving,
+    /// The connection has started a queue, or has said what is to become of what the guest holds.
+    has_taken_over: bool,
+}
+
+impl Runner for SessionWorkers<'_> {
+    fn run(&mut self, queue: Queue, kick: Arc<OwnedFd>) -> io::Result<()> {
+        // The guest may continue here after a migration that failed.
+        self.pool.session().reacquire();
+        self.pool.run(queue, kick)?;
+        self.has_taken_over = true;
+        Ok(())
+    }
+
+    fn stop(&mut self, index: QueueIndex) -> Option<u16> {
+        self.pool.stop(index).map(|queue| queue.next_available())
+    }
+
+    fn reset(&mut self) {
+        self.has_taken_over = true;
+        if self.pool.session().negotiated().is_some() {
+            log::info!("the VMM has reset the device: what the guest held is given up");
+        }
+        self.pool.session().reset();
+    }
+
+    fn resumed(&mut self) {
+        log::info!("the session goes on");
+        self.serving.tell();
+    }
+
+    fn device_state(&mut self) -> Arc<dyn DeviceState> {
+        self.has_taken_over = true;
+        Arc::new(Migration(Arc::clone(self.pool.session())))
+    }
+}
+
+/// A guest's session, as it is saved and loaded for a migration.
+#[derive(Debug)]
+struct Migration(Arc<Session<dyn FileSystem>>);
+
+impl DeviceState for Migration {
+    fn save(&self) -> Result<Vec<u8>, vhost_user::Cause> {
+        Ok(self.0.save()?)
+    }
+
+    fn saved(&self) {
+        self.0.release_for_migration();
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), vhost_user::Cause> {
+        Ok(self.0.load(bytes)?)
+    }
+}
