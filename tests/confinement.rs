@@ -28,7 +28,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Filter, ForkResult, Kind, Needs, Place, Seccomp};
+use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Seccomp};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -129,7 +129,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
     if attempt.outside {
         let path = OFlags::PATH | OFlags::DIRECTORY;
         let open = |name: &Path| rustix::fs::open(name, path, Mode::empty()).unwrap();
-        let place = Place {
+        let place = HostAccess {
             root: open(&attempt.share),
             file: None,
             proc_fds: open(Path::new("/proc/self/fd")),
@@ -212,7 +212,7 @@ impl Handle {
 }
 
 /// Whether what the server does goes on: a thread, memory, a file, also after a panic.
-fn lives(place: &Place) -> bool {
+fn lives(place: &HostAccess) -> bool {
     let thread = std::thread::spawn(|| vec![1_u8; 10 << 20].len());
     let made = rustix::fs::openat(
         &place.root,
@@ -228,7 +228,7 @@ fn lives(place: &Place) -> bool {
 }
 
 /// Tries one of [`ESCAPES`]; answers whether it has come through.
-fn gets_out(attempt: &Attempt, place: &Place, handle: Option<&Handle>) -> bool {
+fn gets_out(attempt: &Attempt, place: &HostAccess, handle: Option<&Handle>) -> bool {
     let read = OFlags::RDONLY | OFlags::CLOEXEC;
     let secret = attempt.secret.strip_prefix("/").unwrap();
     let opens = |from: BorrowedFd<'_>, path: &Path| {

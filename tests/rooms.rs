@@ -28,13 +28,6 @@ const CIRCLES_TO_BE_OPENED: &[&[&str]] = &[
         "src/fs/passthrough/inode.rs",
         "src/fs/passthrough/inode_ref.rs",
     ],
-    &[
-        "src/server/error.rs",
-        "src/server/exec_handover.rs",
-        "src/server/parent_process.rs",
-        "src/server/state_file.rs",
-        "src/server/upgrade.rs",
-    ],
 ];
 
 /// The heading of the table of rooms, in `docs/architecture.md`.

@@ -487,7 +487,7 @@ fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
         if upgraded.status.success() {
             continue;
         }
-        assert!(said(&upgraded).contains("the program from before goes on"));
+        assert!(said(&upgraded).contains("the previous program keeps running"));
         server.wait_for("not upgraded");
         held.check(&mut fs, &server);
         crash(&mut server);

@@ -1,7 +1,7 @@
-//! Another program in the place of this one: tried beforehand, and then run in the same process.
+//! Runs another program: in a child, to try it, or in this process, to replace this program.
 //!
-//! The invariant: a program that is only tried gets none of this one's descriptors, and can't keep
-//! it waiting.
+//! The invariant: a program that is only tried gets none of this process's descriptors, and is
+//! killed after a timeout.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,12 +17,12 @@ use crate::sys::process::{self, Fork};
 use crate::sys::supervision;
 pub use crate::sys::supervision::{Peer, Queued};
 
-/// A program, and how it is called.
+/// A program to run.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a> {
     /// The program's file.
     pub file: BorrowedFd<'a>,
-    /// Its arguments, its own name being the first.
+    /// Its arguments; the first one is its name.
     pub arguments: &'a [CString],
     /// Its environment.
     pub environment: &'a [CString],
@@ -32,7 +32,7 @@ pub struct Call<'a> {
 ///
 /// # Errors
 ///
-/// There is no `/proc`.
+/// `/proc` isn't mounted.
 pub fn own_program() -> std::io::Result<FdIdentity> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::PATH | OFlags::CLOEXEC;
@@ -40,32 +40,32 @@ pub fn own_program() -> std::io::Result<FdIdentity> {
     Ok(FdIdentity::new(file)?)
 }
 
-/// Runs a program beside this one, and answers how it has ended; by a signal, if it takes longer
-/// than `patience` allows. What it has to complain of it writes to `complaints`. To be called while
-/// signals are held, and the process has one thread.
+/// Runs a program in a child and returns how it has ended. It is killed after `timeout`. Its
+/// standard error is `stderr`. To be called while signals are blocked, and the process has one
+/// thread.
 ///
 /// # Errors
 ///
-/// There is no process to be had for it.
+/// The child can't be made or waited for.
 pub fn try_out(
     call: Call<'_>,
-    complaints: Option<BorrowedFd<'_>>,
-    patience: Duration,
+    stderr: Option<BorrowedFd<'_>>,
+    timeout: Duration,
 ) -> std::io::Result<Ending> {
     let child = match process::fork()? {
         Fork::Parent(child) => child,
         Fork::Child => {
-            let ready = prepare(complaints);
+            let ready = prepare(stderr);
             if ready.is_ok() {
-                // What it comes back with, its end tells.
+                // The exit status says that it failed.
                 let _ = supervision::run_instead(call.file, call.arguments, call.environment);
             }
             process::exit_now(126)
         }
     };
-    let end = now() + patience;
+    let end = now() + timeout;
     loop {
-        if let Some(ending) = look(child)? {
+        if let Some(ending) = reap(child)? {
             return Ok(ending);
         }
         match end.checked_sub(now()) {
@@ -74,23 +74,25 @@ pub fn try_out(
             }
             None => {
                 rustix::process::kill_process(child, Signal::KILL)?;
-                supervision::take_signal(&[libc::SIGCHLD], Some(patience))?;
+                supervision::take_signal(&[libc::SIGCHLD], Some(timeout))?;
             }
         }
     }
 }
 
-fn prepare(complaints: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
-    if let Some(complaints) = complaints {
-        rustix::stdio::dup2_stderr(complaints)?;
+/// Prepares the child: its standard error, descriptors and signals.
+fn prepare(stderr: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+    if let Some(stderr) = stderr {
+        rustix::stdio::dup2_stderr(stderr)?;
     }
     supervision::close_at_exec()?;
-    process::release_signals()?;
-    process::release_hangup()?;
+    process::unblock_signals()?;
+    process::unblock_hangup()?;
     Ok(())
 }
 
-fn look(child: Pid) -> std::io::Result<Option<Ending>> {
+/// How the child has ended, if it has.
+fn reap(child: Pid) -> std::io::Result<Option<Ending>> {
     match rustix::process::waitpid(Some(child), WaitOptions::NOHANG) {
         Ok(Some((_, status))) => Ok(ending(status)),
         Ok(None) | Err(Errno::INTR) => Ok(None),
@@ -98,8 +100,8 @@ fn look(child: Pid) -> std::io::Result<Option<Ending>> {
     }
 }
 
-/// Runs a program in the place of this one, which has everything open that this one has, and its
-/// capabilities. Comes back only if it can't be run.
+/// Replaces this program by another one, which keeps all descriptors and capabilities. Returns only
+/// if it can't be run.
 #[must_use]
 pub fn run_instead(call: Call<'_>) -> std::io::Error {
     let keep = || -> std::io::Result<()> {
@@ -112,26 +114,27 @@ pub fn run_instead(call: Call<'_>) -> std::io::Error {
         }
         Err(error) => error,
     };
-    // They are none of what a program is to get that is only tried.
+    // This program runs on, and a program that is tried must not get its descriptors.
     let _ = supervision::close_at_exec();
     error
 }
 
-/// Asks a supervisor for an upgrade, with a number that says where to find whoever asks.
+/// Asks a supervisor for an upgrade, with a number that names the client's socket.
 ///
 /// # Errors
 ///
-/// As `sigqueue(3)`.
+/// Those of `sigqueue(3)`.
 pub fn ask_for_upgrade(supervisor: i32, value: usize) -> std::io::Result<()> {
     let process = Pid::from_raw(supervisor).ok_or(Errno::SRCH)?;
     Ok(supervision::queue_hangup(process, value)?)
 }
 
-/// Who is at the other end of a unix socket: who has connected, or, seen from there, who listens.
+/// The process at the other end of a unix socket: the one that has connected, or the one that
+/// listens.
 ///
 /// # Errors
 ///
-/// As `getsockopt(2)`.
+/// Those of `getsockopt(2)`.
 pub fn peer(socket: impl AsFd) -> std::io::Result<Peer> {
     Ok(supervision::peer(socket)?)
 }

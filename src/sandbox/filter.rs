@@ -1,7 +1,8 @@
-//! The seccomp filter: made of the lists in `calls`, and of what arguments decide.
+//! The seccomp filter: the lists of `syscall_allowlist`, and the calls that are allowed only with
+//! certain arguments.
 //!
-//! The invariant: a filter holds for the thread that installs it and all that it starts, and is
-//! never taken away.
+//! The invariant: a filter applies to the thread that installs it and to all threads that this one
+//! starts, and is never removed.
 
 use std::collections::BTreeMap;
 
@@ -14,53 +15,54 @@ use super::syscall_allowlist;
 use crate::io::Engine;
 use crate::sys::process;
 
-/// What becomes of a system call that the server doesn't make.
+/// What happens on a system call that the server doesn't make.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Seccomp {
-    /// It ends the process.
+    /// The kernel kills the process.
     #[default]
     Kill,
-    /// It is made, and the kernel's log tells of it.
+    /// The call is allowed, and the kernel logs it.
     Log,
-    /// It ends the process, which tells of it before.
+    /// The process prints the call's number and exits.
     Trap,
-    /// It is made: there is no filter.
+    /// The call is allowed: there is no filter.
     None,
 }
 
-/// Why there is no filter.
+/// Why the filter can't be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
-    /// There is none for this architecture, or the rules contradict each other.
+    /// `seccompiler` doesn't support this architecture, or the rules contradict each other.
     #[error("making the seccomp filter; --seccomp none does without")]
     Make(#[source] seccompiler::BackendError),
-    /// The kernel doesn't take it.
+    /// The kernel refuses the filter.
     #[error(
-        "installing the seccomp filter (has this kernel CONFIG_SECCOMP_FILTER?); --seccomp none does without"
+        "installing the seccomp filter (has this kernel CONFIG_SECCOMP_FILTER?); --seccomp none does \
+         without"
     )]
     Install(#[source] seccompiler::Error),
-    /// Nothing tells of what is trapped.
+    /// The handler that prints trapped calls can't be installed.
     #[error("handling SIGSYS")]
     Handler(#[source] rustix::io::Errno),
 }
 
-/// System calls that are allowed.
+/// The compiled filter.
 #[derive(Clone, Debug)]
 pub struct Filter {
     action: Seccomp,
     programs: Vec<BpfProgram>,
 }
 
-/// An argument, and what it must be.
+/// A condition on an argument.
 #[derive(Clone, Copy, Debug)]
-enum Only {
-    /// One of these.
+enum Condition {
+    /// It is one of these values.
     OneOf(&'static [u64]),
-    /// Of the bits of the first, those of the second.
+    /// Its bits under the mask (first) have this value (second).
     Bits(u64, u64),
 }
 
-/// Flags that make a namespace.
+/// Flags of `clone` that make a namespace.
 const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
@@ -70,12 +72,12 @@ const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWNET;
 
 const fn bits(flags: libc::c_int) -> u64 {
-    // The kernel looks at 32 bits.
+    // The kernel reads 32 bits.
     flags.cast_unsigned() as u64
 }
 
-/// The requests of `ioctl` that are made: flags of inodes; a socket that shall not wait, and how
-/// much there is to read from one.
+/// The `ioctl` requests that the server makes: inode flags; non-blocking sockets, and how much
+/// there is to read from one.
 const REQUESTS: &[u64] = &[
     // FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
     0x8008_6601,
@@ -87,10 +89,10 @@ const REQUESTS: &[u64] = &[
     libc::FIONREAD,
 ];
 
-/// PR_GET_AUXV (uapi `linux/prctl.h`): where the size of a page stands.
+/// PR_GET_AUXV (uapi `linux/prctl.h`): the vector that contains the page size.
 const GET_AUXV: u64 = 0x4155_5856;
 
-/// A thread's name, whether it keeps its capabilities, and the size of a page.
+/// The operations of `prctl`: a thread's name, its security bits, and the page size.
 const PROPERTIES: &[u64] = &[
     GET_AUXV,
     bits(libc::PR_SET_NAME),
@@ -98,36 +100,49 @@ const PROPERTIES: &[u64] = &[
     bits(libc::PR_SET_SECUREBITS),
 ];
 
-/// System calls of which an argument, by its position, has to be something.
-const CONDITIONS: &[(libc::c_long, u8, Only)] = &[
-    // Threads, and no process.
+/// System calls that are allowed only if an argument, by its position, meets a condition.
+const CONDITIONS: &[(libc::c_long, u8, Condition)] = &[
+    // Make threads, but no processes.
     (
         libc::SYS_clone,
         0,
-        Only::Bits(
+        Condition::Bits(
             bits(libc::CLONE_THREAD | NAMESPACES),
             bits(libc::CLONE_THREAD),
         ),
     ),
-    // Between the front end's socket and the library that reads its messages.
-    (libc::SYS_socketpair, 0, Only::OneOf(&[bits(libc::AF_UNIX)])),
-    // Each thread has a working directory of its own.
-    (libc::SYS_unshare, 0, Only::OneOf(&[bits(libc::CLONE_FS)])),
-    // No memory is run that was written.
-    (libc::SYS_mmap, 2, Only::Bits(bits(libc::PROT_EXEC), 0)),
-    (libc::SYS_mprotect, 2, Only::Bits(bits(libc::PROT_EXEC), 0)),
-    (libc::SYS_prctl, 0, Only::OneOf(PROPERTIES)),
-    (libc::SYS_ioctl, 1, Only::OneOf(REQUESTS)),
+    // The pair between the front end's socket and the library that decodes its messages.
+    (
+        libc::SYS_socketpair,
+        0,
+        Condition::OneOf(&[bits(libc::AF_UNIX)]),
+    ),
+    // Give a thread its own working directory.
+    (
+        libc::SYS_unshare,
+        0,
+        Condition::OneOf(&[bits(libc::CLONE_FS)]),
+    ),
+    // Map no executable memory.
+    (libc::SYS_mmap, 2, Condition::Bits(bits(libc::PROT_EXEC), 0)),
+    (
+        libc::SYS_mprotect,
+        2,
+        Condition::Bits(bits(libc::PROT_EXEC), 0),
+    ),
+    (libc::SYS_prctl, 0, Condition::OneOf(PROPERTIES)),
+    (libc::SYS_ioctl, 1, Condition::OneOf(REQUESTS)),
 ];
 
 impl Filter {
-    /// The filter for an `engine`; `file_handles` tells whether files may be opened by handle.
+    /// Compiles the filter for an `engine`; `file_handles` says whether files may be opened by
+    /// handle.
     ///
     /// # Errors
     ///
-    /// There is none for this processor's architecture.
+    /// The processor's architecture isn't supported.
     pub fn new(action: Seccomp, engine: Engine, file_handles: bool) -> Result<Self, FilterError> {
-        let otherwise = match action {
+        let default = match action {
             Seccomp::Kill => SeccompAction::KillProcess,
             Seccomp::Log => SeccompAction::Log,
             Seccomp::Trap => SeccompAction::Trap,
@@ -153,37 +168,40 @@ impl Filter {
         for call in lists.copied().flatten() {
             rules.insert(*call, Vec::new());
         }
-        for (call, argument, only) in CONDITIONS {
-            rules.insert(*call, only.rules(*argument).map_err(FilterError::Make)?);
+        for (call, argument, condition) in CONDITIONS {
+            rules.insert(
+                *call,
+                condition.rules(*argument).map_err(FilterError::Make)?,
+            );
         }
-        // Its flags lie in memory, where no filter sees them. The C library takes `clone` then.
+        // Its flags are in memory, which a filter can't read. On ENOSYS the C library uses `clone`.
         rules.insert(libc::SYS_clone3, Vec::new());
-        let lacking = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
-        let without = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+        let not_implemented = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         let programs = [
-            (without, SeccompAction::Allow, lacking),
-            (rules, otherwise, SeccompAction::Allow),
+            (clone3, SeccompAction::Allow, not_implemented),
+            (rules, default, SeccompAction::Allow),
         ]
         .into_iter()
-        .map(|(rules, otherwise, then)| {
+        .map(|(rules, default, on_match)| {
             let architecture: TargetArch = std::env::consts::ARCH.try_into()?;
-            SeccompFilter::new(rules, otherwise, then, architecture)?.try_into()
+            SeccompFilter::new(rules, default, on_match, architecture)?.try_into()
         })
         .collect::<Result<_, _>>()
         .map_err(FilterError::Make)?;
         Ok(Self { action, programs })
     }
 
-    /// Lets the calling thread, and those it starts, make no other system calls from now on.
+    /// Installs the filter for the calling thread and all threads that it starts.
     ///
     /// # Errors
     ///
-    /// The kernel has no filters, or a filter of the launcher forbids them.
+    /// The kernel has no seccomp filters, or a filter of the launcher forbids to install one.
     pub fn install(&self) -> Result<(), FilterError> {
         if self.action == Seccomp::Trap {
-            process::tell_of_trapped_calls().map_err(FilterError::Handler)?;
+            process::print_trapped_calls().map_err(FilterError::Handler)?;
         }
-        // The last one forbids to install another.
+        // Once the last one is installed, no other can be.
         for program in &self.programs {
             seccompiler::apply_filter(program).map_err(FilterError::Install)?;
         }
@@ -191,8 +209,8 @@ impl Filter {
     }
 }
 
-impl Only {
-    /// One of the rules has to match.
+impl Condition {
+    /// The rules, one of which has to match.
     fn rules(self, argument: u8) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
         let rule = |operator, value| {
             let length = SeccompCmpArgLen::Dword;
@@ -214,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_call_is_listed_twice_nor_decided_about_in_two_places() {
+    fn each_call_is_listed_once() {
         let lists = syscall_allowlist::ALWAYS
             .iter()
             .copied()

@@ -1,8 +1,9 @@
-//! The process that stays outside: it passes signals on, and tells how the server has ended.
+//! The guardian, the process that stays outside of the sandbox: it passes signals on to the serving
+//! process, and ends the way that process has ended.
 //!
-//! It keeps what the server has left behind: the path of the socket, and the number by which the
-//! launcher knows the server. It reads nothing of what a guest or a VMM says. The invariant:
-//! neither process outlives the other.
+//! It keeps what the serving process can't: the socket's path, and the process id that the launcher
+//! knows. It reads nothing that a guest or a VMM sends. The invariant: neither process outlives the
+//! other.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -13,15 +14,15 @@ use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
 use crate::sys::process;
 
-/// The guardian's side.
+/// The guardian.
 #[derive(Debug)]
 pub struct Guardian {
     child: Pid,
-    /// Held as long as the guardian lives.
-    _hand: OwnedFd,
+    /// The write end of the [`DeathPipe`], open as long as the guardian lives.
+    _write_end: OwnedFd,
 }
 
-/// How the server has ended.
+/// How the serving process has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// With this status.
@@ -31,15 +32,19 @@ pub enum Ending {
 }
 
 impl Guardian {
-    pub(super) fn new(child: Pid, hand: OwnedFd) -> Self {
-        Self { child, _hand: hand }
+    pub(super) fn new(child: Pid, write_end: OwnedFd) -> Self {
+        Self {
+            child,
+            _write_end: write_end,
+        }
     }
 
-    /// Waits for the server's end, and passes on to it what asks this process to end.
+    /// Waits for the serving process to end, and passes on to it the signals that ask this process
+    /// to end.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids a call.
     pub fn watch(&self) -> std::io::Result<Ending> {
         loop {
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
@@ -52,10 +57,10 @@ impl Guardian {
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            // A signal that came since is still there, as all are held.
+            // A signal that has arrived since then is still pending, as all are blocked.
             if process::next_signal()? != libc::SIGCHLD {
                 match rustix::process::kill_process(self.child, Signal::TERM) {
-                    // It has ended, and its SIGCHLD is under way.
+                    // It has ended, and its SIGCHLD is pending.
                     Ok(()) | Err(Errno::SRCH) => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -73,15 +78,16 @@ pub(super) fn ending(status: WaitStatus) -> Option<Ending> {
 }
 
 impl Ending {
-    /// The status to end with, after the launcher has been told, as well as the system lets one,
-    /// by which signal the server was ended. To be called last.
+    /// Ends this process by the same signal, if that is how the serving process was killed.
+    /// Otherwise, and if the signal can't end this process, returns the status to exit with. To be
+    /// called last.
     #[must_use]
     pub fn pass_on(self) -> u8 {
         match self {
             Self::Status(code) => code,
             Self::Signal(signal) => {
                 process::end_by(signal);
-                // As shells have it.
+                // The convention of shells.
                 u8::try_from(128 + signal).unwrap_or(u8::MAX)
             }
         }
@@ -91,37 +97,37 @@ impl Ending {
 impl std::fmt::Display for Ending {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Status(code) => write!(f, "the serving process has ended with {code}"),
+            Self::Status(code) => write!(f, "the serving process has exited with {code}"),
             Self::Signal(libc::SIGSYS) => f.write_str(
-                "the serving process was killed (SIGSYS): it made a system call that it never \
-                 makes; the kernel's log has its number, and --seccomp trap tells it here",
+                "the serving process was killed (SIGSYS): it made a system call that isn't on its \
+                 list; the kernel's log has the number, and --seccomp trap shows it here",
             ),
             Self::Signal(signal) => write!(f, "the serving process was killed by signal {signal}"),
         }
     }
 }
 
-/// The server's side: tells it whether its guardian lives.
+/// The serving process's end of a pipe that shows whether its guardian lives.
 #[derive(Debug)]
 pub(super) struct DeathPipe(OwnedFd);
 
-/// Both ends, the guardian's second.
+/// Makes the pipe: the serving process's end and the guardian's.
 pub(super) fn death_pipe() -> Result<(DeathPipe, OwnedFd), Errno> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     Ok((DeathPipe(read), write))
 }
 
 impl DeathPipe {
-    /// One that becomes readable when the guardian ends.
+    /// Uses a descriptor that becomes readable when the guardian ends.
     pub(super) fn of(end: OwnedFd) -> Self {
         Self(end)
     }
 
-    /// Has the process killed when its guardian ends. To be called after the last change of
-    /// credentials, which would undo it.
-    pub(super) fn fasten(&self) -> Result<(), Errno> {
+    /// Makes the kernel kill the process when its guardian ends. To be called after the last change
+    /// of credentials, which would undo it.
+    pub(super) fn arm(&self) -> Result<(), Errno> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The guardian may have ended before.
+        // The guardian may have ended before that.
         let mut ends = [PollFd::new(&self.0, PollFlags::IN)];
         let now = rustix::event::Timespec {
             tv_sec: 0,

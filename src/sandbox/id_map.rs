@@ -1,8 +1,8 @@
-//! Ids of a user namespace: which ones there are, and which ids of the host they are.
+//! The user namespace and its id maps.
 //!
-//! The maps are written from outside by a process that lives only for that: of more ids than
-//! one's own the kernel takes them from nobody else, and `newuidmap` has to be run there. The
-//! invariant: the process is in its namespace with the maps asked for, or there is an error.
+//! A short-lived process outside of the namespace writes the maps: the kernel accepts a map of more
+//! ids than one's own only from there, and `newuidmap` has to run there too. The invariant: the
+//! process is in a namespace that has the maps of the options, or there is an error.
 
 use std::fmt::Write;
 use std::process::Command;
@@ -16,22 +16,22 @@ use rustix::thread::UnshareFlags;
 use super::{Kind, Options, SandboxError, privileges};
 use crate::sys::process::{self, Fork};
 
-/// Ids that follow each other, in the namespace and on the host.
+/// A range of ids, in the namespace and on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdRange {
-    /// The first in the namespace.
+    /// The first id in the namespace.
     pub inside: u32,
-    /// The first on the host.
+    /// The first id on the host.
     pub outside: u32,
-    /// How many.
+    /// The number of ids.
     pub count: u32,
 }
 
-/// What is no range.
+/// The error of a malformed range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a range is :NAMESPACE:HOST:COUNT:, three numbers between any character that is not a digit, \
-     such as :0:100000:65536: (crosvm's \"0 100000 65536\" is that; several are several options)"
+    "a range is :NAMESPACE:HOST:COUNT:, three numbers that any character but a digit separates, \
+     such as :0:100000:65536: (crosvm writes \"0 100000 65536\"; give the option once for each range)"
 )]
 pub struct IdRangeError;
 
@@ -62,37 +62,37 @@ impl FromStr for IdRange {
     }
 }
 
-/// Why the maps can't be.
+/// Why the id maps can't be written.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// One can't be written.
+    /// A map can't be written.
     #[error(
-        "the process that writes the maps has ended with {0}: a server that isn't root maps its own \
-         id alone, or ids that /etc/subuid and /etc/subgid give its user, with newuidmap and \
-         newgidmap (package uidmap)"
+        "the process that writes the maps has exited with {0}: a server that isn't root can map its \
+         own id, or ids that /etc/subuid and /etc/subgid give its user, for which it needs \
+         newuidmap and newgidmap (package uidmap)"
     )]
     Refused(i32),
-    /// There is no process to write them.
+    /// The process that writes the maps can't be made.
     #[error("starting the process that writes the maps")]
     Writer(#[source] Errno),
 }
 
-/// The maps of a namespace.
+/// The id maps of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Maps {
     users: Vec<IdRange>,
     groups: Vec<IdRange>,
 }
 
-/// Whose ids.
+/// Which of the two maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Whose {
+enum MapKind {
     User,
     Group,
 }
 
 impl Maps {
-    /// Those of the user namespace that is needed, if one is.
+    /// The maps of the user namespace, if the options need one.
     pub(super) fn wanted(options: &Options) -> Result<Option<Self>, SandboxError> {
         let mapped = !options.users.is_empty() || !options.groups.is_empty();
         if mapped && options.kind != Kind::Namespace {
@@ -102,7 +102,7 @@ impl Maps {
         Ok(wanted.then(|| Self::new(&options.users, &options.groups)))
     }
 
-    /// As told; where nothing is, the server's own id alone, which stays what it is.
+    /// These ranges; without ranges, the server's own id, mapped to itself.
     pub(super) fn new(users: &[IdRange], groups: &[IdRange]) -> Self {
         let or_own = |ranges: &[IdRange], own: u32| match ranges {
             [] => vec![IdRange {
@@ -118,34 +118,34 @@ impl Maps {
         }
     }
 
-    /// The user id and the group id that the server takes on: the superuser's if it is there, else
-    /// its own, else the first.
+    /// The user id and the group id that the server gets: 0 if it is mapped, else its own, else the
+    /// first.
     pub(super) fn own_ids(&self) -> (u32, u32) {
         let uid = rustix::process::geteuid().as_raw();
         let gid = rustix::process::getegid().as_raw();
         (own_id(&self.users, uid), own_id(&self.groups, gid))
     }
 
-    /// Whether there is but one user and one group, so that everything made is theirs.
+    /// Whether there is only one user and one group, which then own everything that is created.
     pub(super) fn is_single(&self) -> bool {
         let single = |ranges: &[IdRange]| matches!(ranges, [IdRange { count: 1, .. }]);
         single(&self.users) && single(&self.groups)
     }
 
-    /// Has the maps of `process` written, from outside of its namespace.
+    /// Writes the maps of `process`, from outside of its namespace.
     fn write(&self, process: Pid) -> Result<(), ()> {
-        self.write_one(process, Whose::User)?;
-        self.write_one(process, Whose::Group)
+        self.write_one(process, MapKind::User)?;
+        self.write_one(process, MapKind::Group)
     }
 
-    fn write_one(&self, process: Pid, whose: Whose) -> Result<(), ()> {
+    fn write_one(&self, process: Pid, kind: MapKind) -> Result<(), ()> {
         let process = process.as_raw_nonzero();
-        let (ranges, own, file, program) = match whose {
-            Whose::User => {
+        let (ranges, own, file, program) = match kind {
+            MapKind::User => {
                 let own = rustix::process::geteuid().as_raw();
                 (&self.users, own, "uid_map", "newuidmap")
             }
-            Whose::Group => {
+            MapKind::Group => {
                 let own = rustix::process::getegid().as_raw();
                 (&self.groups, own, "gid_map", "newgidmap")
             }
@@ -165,8 +165,8 @@ impl Maps {
                 let path = format!("/proc/{process}/{name}");
                 std::fs::write(&path, text).map_err(|error| failed(&path, &error))
             };
-            if whose == Whose::Group && !is_root {
-                // Else groups that take rights away could be left (user_namespaces(7)).
+            if kind == MapKind::Group && !is_root {
+                // Otherwise the process could leave a group that restricts it (user_namespaces(7)).
                 write("setgroups", "deny")?;
             }
             return write(file, &map);
@@ -207,33 +207,33 @@ fn own_id(ranges: &[IdRange], own: u32) -> u32 {
         .unwrap_or(own)
 }
 
-/// Moves the process into a user namespace with these maps, and, with `own_pids`, what it forks from
-/// now on into a PID namespace.
+/// Moves the process into a user namespace with these maps and, with `own_pids`, the processes that
+/// it forks from now on into a PID namespace.
 pub(super) fn enter_user_namespace(maps: &Maps, own_pids: bool) -> Result<(), SandboxError> {
     let no_writer = |error| SandboxError::Map(MapError::Writer(error));
-    let (go, told) = pipe_with(PipeFlags::CLOEXEC).map_err(no_writer)?;
+    let (wait_end, start_end) = pipe_with(PipeFlags::CLOEXEC).map_err(no_writer)?;
     let this = rustix::process::getpid();
     let writer = match process::fork().map_err(no_writer)? {
         Fork::Parent(writer) => writer,
         Fork::Child => {
-            drop(told);
+            drop(start_end);
             let mut byte = [0];
-            let code = match rustix::io::read(&go, &mut byte) {
+            let code = match rustix::io::read(&wait_end, &mut byte) {
                 Ok(1) if maps.write(this).is_ok() => 0,
                 _ => 1,
             };
             process::exit_now(code);
         }
     };
-    drop(go);
+    drop(wait_end);
     let mut namespaces = UnshareFlags::NEWUSER;
     namespaces.set(UnshareFlags::NEWPID, own_pids);
     let entered = process::unshare_namespaces(namespaces);
     if entered.is_ok() {
-        // Should the writer be gone, its status says so.
-        let _ = rustix::io::write(&told, &[1]);
+        // If the writer has ended already, its status says so.
+        let _ = rustix::io::write(&start_end, &[1]);
     }
-    drop(told);
+    drop(start_end);
     let status = loop {
         match rustix::process::waitpid(Some(writer), WaitOptions::empty()) {
             Err(Errno::INTR) | Ok(None) => {}
@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_three_numbers_between_delimiters() {
+    fn range_is_three_delimited_numbers() {
         let range = IdRange {
             inside: 0,
             outside: 100_000,
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_server_is_the_superuser_there_if_there_is_one() {
+    fn server_gets_id_0_if_it_is_mapped() {
         let range = |text: &str| text.parse::<IdRange>().unwrap();
         let many = [range(":1:100000:1000:"), range(":0:1000:1:")];
         assert_eq!(own_id(&many, 1000), 0);
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_word_ones_own_id_stays_what_it_is() {
+    fn own_id_is_mapped_to_itself_by_default() {
         let maps = Maps::new(&[], &[]);
         let own = rustix::process::geteuid().as_raw();
         assert_eq!(

@@ -1,10 +1,10 @@
-//! What keeps the server in: namespaces, root, ids, capabilities, Landlock, seccomp.
+//! The sandbox of the serving process: namespaces, root, ids, capabilities, Landlock, seccomp.
 //!
-//! The steps, and the order in which the server takes them (`docs/sandbox.md` has the reasons):
-//! [`begin`] splits the process in two; the guardian stays outside, and [`Inside`] takes what
-//! remains: [`enter`](Inside::enter) leaves the host's file systems and what isn't needed of the
-//! server's privileges, and [`Filter::install`] leaves all system calls but those that are made.
-//! The invariant: what was asked for holds, or there is an error; nothing weaker takes its place.
+//! The server takes three steps (`docs/sandbox.md` has the reasons for the order). [`begin`] splits
+//! the process in two; the guardian stays outside. In the serving process, [`Inside::enter`] gives
+//! up the host's file systems and the privileges that aren't needed. [`Filter::install`] then
+//! forbids the system calls that the server doesn't make. The invariant: the options are enforced
+//! as given, or there is an error; nothing weaker takes their place.
 
 pub mod exec;
 mod filter;
@@ -35,59 +35,59 @@ pub use self::supervisor::{
 use self::guardian::DeathPipe;
 use self::id_map::Maps;
 use self::mounts::View;
-use self::supervisor::Taken;
+use self::supervisor::OpenRefs;
 use crate::sys::process::{self, Fork};
 
-/// How the server is kept to the shared directory.
+/// How the server is confined to the shared directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
-    /// By namespaces of its own, in which there is nothing but that directory.
+    /// By its own namespaces, which contain that directory and nothing else.
     #[default]
     Namespace,
     /// By `chroot(2)`.
     Chroot,
-    /// By nothing of the kind: somebody else has seen to it.
+    /// By neither: the launcher has its own sandbox around the server.
     None,
 }
 
-/// What is asked for.
+/// The sandbox's options.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// How the server is kept to the shared directory.
+    /// How the server is confined to the shared directory.
     pub kind: Kind,
-    /// What becomes of a system call that the server doesn't make.
+    /// What happens on a system call that the server doesn't make.
     pub seccomp: Seccomp,
-    /// The user ids of the namespace and those that they are on the host.
+    /// The map of user ids of the namespace to user ids of the host.
     pub users: Vec<IdRange>,
-    /// The group ids.
+    /// The map of group ids.
     pub groups: Vec<IdRange>,
-    /// Capabilities to be kept beyond those that are needed, and to be dropped of these.
+    /// Capabilities to keep in addition to those that are needed, and capabilities to drop.
     pub capabilities: CapabilityChanges,
 }
 
-/// What the server is going to do, as far as it decides what has to be kept.
+/// What the server will do, as far as it decides which privileges it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// Nothing is changed in the shared directory.
+    /// It changes nothing in the shared directory.
     pub readonly: bool,
-    /// Files are reached by file handle.
+    /// It opens files by file handle.
     pub file_handles: bool,
 }
 
-/// Why the server can't be kept in as asked for; the text says what to do.
+/// Why the sandbox can't be set up; the text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// No second process.
-    #[error("making the process that serves")]
+    /// The second process can't be made.
+    #[error("making the serving process")]
     Fork(#[source] Errno),
-    /// The namespaces that take a privilege.
+    /// Making namespaces needs a privilege.
     #[error(
         "--sandbox namespace: can't make namespaces without CAP_SYS_ADMIN, which this process \
          lacks (in a container): give it that capability, or start the server with --sandbox \
-         chroot, which takes CAP_SYS_CHROOT, or --sandbox none, which takes nothing"
+         chroot, which needs CAP_SYS_CHROOT, or --sandbox none, which needs nothing"
     )]
     Privilege(#[source] Errno),
-    /// A user namespace.
+    /// The user namespace can't be made.
     #[error(
         "--sandbox namespace: can't make a user namespace: allow them (sysctls \
          user.max_user_namespaces, kernel.unprivileged_userns_clone, \
@@ -95,13 +95,13 @@ pub enum SandboxError {
          the server as root, or with --sandbox none"
     )]
     UserNamespace(#[source] Errno),
-    /// The maps of ids.
+    /// The id maps can't be written.
     #[error("mapping the ids of the user namespace")]
     Map(#[from] id_map::MapError),
-    /// Maps without a namespace to have them.
+    /// Id maps are given, but there is no namespace that they apply to.
     #[error("--uid-map and --gid-map need --sandbox namespace")]
     MapsWithoutNamespace,
-    /// The directory can't be had there.
+    /// The shared directory can't be opened.
     #[error("can't open the shared directory {path}")]
     Share {
         /// Which directory.
@@ -110,7 +110,7 @@ pub enum SandboxError {
         #[source]
         source: Errno,
     },
-    /// The server's user has no way into the directory.
+    /// The server's user may not search the shared directory.
     #[error(
         "the user that the server runs as ({user}) can't enter the shared directory {path}: give it \
          the permission to search it (chmod o+x, setfacl -m u:{user}:x), or start the server as a user \
@@ -119,127 +119,128 @@ pub enum SandboxError {
     NoEntry {
         /// Which directory.
         path: PathBuf,
-        /// Whom the host takes the server for.
+        /// The server's user id on the host.
         user: u32,
     },
-    /// A step of leaving the host's mounts.
-    #[error("--sandbox {kind}: {act}; --sandbox {other} does without")]
+    /// A step of leaving the host's mounts has failed.
+    #[error("--sandbox {kind}: {step}; --sandbox {other} does without")]
     Mounts {
         /// The kind of sandbox.
         kind: &'static str,
-        /// What was being done.
-        act: &'static str,
-        /// What doesn't do it.
+        /// The step that failed.
+        step: &'static str,
+        /// A kind of sandbox that doesn't need the step.
         other: &'static str,
-        /// Why not.
+        /// The error of the step.
         #[source]
         source: Errno,
     },
-    /// A single file, where no directory can be made for it.
+    /// The share is a single file, and no directory can be made for it.
     #[error(
         "{0} is a single file, which is shared in a directory of its own that only --sandbox \
-         namespace can make: take that, or share a directory with a hard link to the file in it"
+         namespace can make: use that, or share a directory with a hard link to the file in it"
     )]
     NotADirectory(PathBuf),
-    /// Taking on ids of the namespace.
-    #[error("taking on an id of the user namespace")]
+    /// The ids of the user namespace can't be set.
+    #[error("setting the ids of the user namespace")]
     Ids(#[source] Errno),
-    /// Dropping capabilities.
+    /// Capabilities can't be dropped.
     #[error("dropping capabilities")]
     Capabilities(#[source] Errno),
-    /// Descriptors that others left.
+    /// Inherited descriptors can't be closed.
     #[error("closing the descriptors that the launcher has left open")]
     Descriptors(#[source] std::io::Error),
-    /// A descriptor that isn't what it was.
+    /// A descriptor refers to another file than the recorded one.
     #[error(
-        "descriptor {0} is not what it was when the server began: the process that served has \
-         replaced it"
+        "descriptor {0} is not the file that it was when the server started: the serving \
+         process has replaced it"
     )]
     Replaced(RawFd),
-    /// A step of going back to where the earlier process was.
-    #[error("going back to the mounts of the process that served before: {act}")]
-    Back {
-        /// What was being done.
-        act: &'static str,
-        /// Why not.
+    /// The mounts of an earlier serving process can't be entered.
+    #[error("entering the mounts of the previous serving process: {step}")]
+    Reenter {
+        /// The step that failed.
+        step: &'static str,
+        /// The error of the step.
         #[source]
         source: Errno,
     },
-    /// Landlock is there and refuses.
+    /// The kernel has Landlock, and refuses the ruleset.
     #[error("restricting the server to the shared directory with Landlock")]
     Landlock(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Which of the two processes this has become.
+/// Which of the two processes this is.
 #[derive(Debug)]
 pub enum ForkResult {
-    /// The one that the launcher has started, which waits for the other one to end.
+    /// The process that the launcher has started, which waits for the serving process to end.
     Outside(Guardian),
-    /// The one that serves.
+    /// The serving process.
     Inside(Inside),
 }
 
-/// The process that serves, before it has left anything.
+/// The serving process, before it is confined.
 #[derive(Debug)]
 pub struct Inside {
     options: Options,
-    /// User and group that it is in its user namespace, if there is one.
+    /// The user and group ids of the process in its user namespace, if it has one.
     ids: Option<(u32, u32)>,
-    /// There are other ids than the server's own.
+    /// Whether there are ids beside the server's own.
     change_ids: bool,
     death_pipe: DeathPipe,
-    /// To tell the guardian by, if it is a supervisor.
+    /// The pipe on which the process reports to a supervisor.
     report: Option<OwnedFd>,
-    /// The numbers of what both processes have.
-    common: Vec<RawFd>,
-    /// Where an earlier process has served, if one has.
-    taken: Option<Taken>,
+    /// The numbers of the descriptors that both processes have.
+    shared: Vec<RawFd>,
+    /// The root and the mounts of an earlier serving process, if there was one.
+    previous: Option<OpenRefs>,
 }
 
-/// What the server has of the host once it is in.
+/// What a confined server can reach of the host.
 #[derive(Debug)]
-pub struct Place {
-    /// What is shared, `O_PATH`.
+pub struct HostAccess {
+    /// The shared directory, `O_PATH`.
     pub root: OwnedFd,
-    /// The single file, `O_PATH`, that the root was made for, where it was.
+    /// The shared file, `O_PATH`, if the share is a single file and the root was made for it.
     pub file: Option<OwnedFd>,
-    /// `/proc/self/fd`, `O_PATH`, without a way up from there where that can be had.
+    /// `/proc/self/fd`, `O_PATH`; if possible as a mount of its own, from which `..` leads nowhere.
     pub proc_fds: OwnedFd,
-    /// Whether files can be opened by file handle there.
+    /// Whether files can be opened by file handle.
     pub file_handles: bool,
-    /// Whether the server has `CAP_SYS_ADMIN` on the host, by which attributes are set that are kept
-    /// from others.
+    /// Whether the server has `CAP_SYS_ADMIN` on the host, which setting `security.*` and
+    /// `trusted.*` attributes needs.
     pub may_label: bool,
-    /// To be told once the server serves.
+    /// To report on once the server serves.
     pub serving: Serving,
-    /// The numbers of all descriptors that the process has, but those that an earlier one has left
-    /// and that are not its own for long: see [`close_all_but`].
+    /// The numbers of all descriptors that the process needs. Those of an earlier serving process
+    /// that the table of state doesn't name are to be closed: see [`close_all_but`].
     pub descriptors: Vec<RawFd>,
 }
 
-/// Splits the process in two. Of descriptors beyond standard error the one that serves keeps
-/// those of `keep` alone. Signals that end a server are held in both until [`release_signals`].
+/// Splits the process in two. The serving process keeps the descriptors of `keep` and the standard
+/// three, and closes all others. Signals that end a server are blocked in both processes until
+/// [`release_signals`].
 ///
-/// To be called while the process has one thread, and owns no descriptor but those.
+/// To be called while the process has one thread, and owns no other descriptors.
 ///
 /// # Errors
 ///
-/// See [`SandboxError`]; no second process is left then.
+/// See [`SandboxError`]; there is no second process then.
 pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, SandboxError> {
     let maps = Maps::wanted(options)?;
-    process::hold_signals().map_err(SandboxError::Fork)?;
-    // What is forked from here on is in the PID namespace.
+    process::block_signals().map_err(SandboxError::Fork)?;
+    // Processes that are forked from here on are in the PID namespace.
     let ids = maps.as_ref().map(Maps::own_ids);
     if let Some(maps) = &maps {
         id_map::enter_user_namespace(maps, true)?;
     } else if options.kind == Kind::Namespace {
         process::unshare_namespaces(UnshareFlags::NEWPID).map_err(SandboxError::Privilege)?;
     }
-    let (death_pipe, hand) = guardian::death_pipe().map_err(SandboxError::Fork)?;
+    let (death_pipe, write_end) = guardian::death_pipe().map_err(SandboxError::Fork)?;
     match process::fork().map_err(SandboxError::Fork)? {
-        Fork::Parent(child) => Ok(ForkResult::Outside(Guardian::new(child, hand))),
+        Fork::Parent(child) => Ok(ForkResult::Outside(Guardian::new(child, write_end))),
         Fork::Child => {
-            drop(hand);
+            drop(write_end);
             let mut numbers: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
             numbers.push(death_pipe.as_raw_fd());
             crate::sys::inherit::close_all_but(&numbers).map_err(SandboxError::Descriptors)?;
@@ -249,70 +250,70 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
                 change_ids: maps.is_none_or(|maps| !maps.is_single()),
                 death_pipe,
                 report: None,
-                common: numbers,
-                taken: None,
+                shared: numbers,
+                previous: None,
             }))
         }
     }
 }
 
 impl Inside {
-    /// Whether an earlier process has served.
+    /// Whether there was an earlier serving process.
     #[must_use]
     pub fn is_again(&self) -> bool {
-        self.taken.is_some()
+        self.previous.is_some()
     }
 
-    /// Whether another process goes on should this one be killed.
+    /// Whether another process takes over if this one is killed.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.report.is_some()
     }
 
-    /// Leaves everything of the host but `share`, and all privileges that `needs` doesn't name.
-    /// The process ends from now on if its guardian does.
+    /// Confines the process to `share` and drops all privileges that `needs` doesn't name. From
+    /// here on the process ends if its guardian does.
     ///
     /// # Errors
     ///
     /// See [`SandboxError`].
-    pub fn enter(self, share: &Path, needs: Needs) -> Result<Place, SandboxError> {
+    pub fn enter(self, share: &Path, needs: Needs) -> Result<HostAccess, SandboxError> {
         let kind = self.options.kind;
-        let again = self.taken.is_some();
+        let again = self.previous.is_some();
         let View {
             root,
             proc_fds,
             mounts,
             file,
-        } = match (self.taken, kind) {
-            (Some(taken), Kind::Namespace) => mounts::namespace_again(taken)?,
-            (Some(taken), Kind::Chroot) => mounts::chroot_again(taken)?,
-            (Some(taken), Kind::None) => mounts::none_again(taken)?,
+        } = match (self.previous, kind) {
+            (Some(previous), Kind::Namespace) => mounts::namespace_again(previous)?,
+            (Some(previous), Kind::Chroot) => mounts::chroot_again(previous)?,
+            (Some(previous), Kind::None) => mounts::none_again(previous)?,
             (None, Kind::Namespace) => mounts::namespace(share, needs.readonly)?,
             (None, Kind::Chroot) => mounts::chroot(share, needs.readonly)?,
             (None, Kind::None) => mounts::none(share, needs.readonly)?,
         };
         let supervised = self.report.is_some();
         if let Some((uid, gid)) = self.ids {
-            privileges::take_ids(uid, gid).map_err(SandboxError::Ids)?;
+            privileges::set_ids(uid, gid).map_err(SandboxError::Ids)?;
         }
         let changes = &self.options.capabilities;
-        let kept = privileges::drop_capabilities(needs, self.change_ids, changes)
+        let retained = privileges::drop_capabilities(needs, self.change_ids, changes)
             .map_err(SandboxError::Capabilities)?;
-        self.death_pipe.fasten().map_err(SandboxError::Fork)?;
-        // A file that was opened by its handle needs not be connected to a directory, and
-        // Landlock refuses what isn't.
-        if kept.file_handles && self.ids.is_none() {
-            log::info!("Landlock: not used, as files may be reached by file handle");
+        self.death_pipe.arm().map_err(SandboxError::Fork)?;
+        // A file that was opened by its handle may have no known directory above it, and Landlock
+        // refuses such files.
+        if retained.file_handles && self.ids.is_none() {
+            log::info!("Landlock: not used, as files may be opened by file handle");
         } else {
             paths::restrict_to(&root)?;
         }
-        let mut descriptors = self.common;
+        let mut descriptors = self.shared;
         descriptors.push(root.as_raw_fd());
         let root = if again {
-            // What goes on from a table finds the one that has been there in it, and takes it over.
-            let another = root.try_clone().map_err(SandboxError::Descriptors)?;
+            // The table of state names the original descriptor, and the file system takes it over.
+            let duplicate = root.try_clone().map_err(SandboxError::Descriptors)?;
             std::mem::forget(root);
-            another
+            duplicate
         } else {
             root
         };
@@ -323,19 +324,20 @@ impl Inside {
         };
         descriptors.extend([root.as_raw_fd(), proc_fds.as_raw_fd()]);
         descriptors.extend(serving.mounts.as_ref().map(AsRawFd::as_raw_fd));
-        Ok(Place {
+        Ok(HostAccess {
             root,
             file,
             proc_fds,
-            file_handles: kept.file_handles,
-            may_label: kept.admin && self.ids.is_none(),
+            file_handles: retained.file_handles,
+            may_label: retained.admin && self.ids.is_none(),
             serving,
             descriptors,
         })
     }
 }
 
-/// Closes whatever an earlier process has left open, but `keep` and standard input, output and error.
+/// Closes all descriptors that an earlier process has left open, except `keep` and standard input,
+/// output and error.
 ///
 /// # Errors
 ///
@@ -353,44 +355,44 @@ pub fn left_open(fd: RawFd) -> std::io::Result<OwnedFd> {
     crate::sys::inherit::inherited_fd(fd)
 }
 
-/// Ends the process at once, leaving all open that an other one goes on with.
+/// Ends the process at once and leaves everything open for the next one.
 pub fn leave(code: u8) -> ! {
     process::exit_now(code.into())
 }
 
-/// Undoes what the process has inherited of its launcher beside descriptors and limits: what it makes is
-/// its own user's alone, whatever the umask was, and no signal is blocked or ignored that matters here. With
-/// `supervises`, signals stay blocked that a supervisor goes by: an earlier program in this process may
-/// have left some pending. To be called first.
+/// Resets what the process has inherited from its launcher beside descriptors and limits: the
+/// umask, so that only the server's user may use what the server creates, and signals that are
+/// blocked or ignored. With `supervises`, a supervisor's signals stay blocked: an earlier program
+/// in this process may have left some pending. To be called first.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter of the launcher says.
+/// A seccomp filter of the launcher forbids a call.
 pub fn reset_inherited(supervises: bool) -> std::io::Result<()> {
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     Ok(process::reset_signals(supervises)?)
 }
 
-/// Lets `SIGHUP` come, by which a supervisor asks for all requests to be given back.
+/// Unblocks `SIGHUP`, by which a supervisor asks the serving process to return all requests.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// A seccomp filter forbids the call.
 pub fn release_hangup() -> std::io::Result<()> {
-    Ok(process::release_hangup()?)
+    Ok(process::unblock_hangup()?)
 }
 
-/// Lets the signals come that [`begin`] has held.
+/// Unblocks the signals that [`begin`] has blocked.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// A seccomp filter forbids the call.
 pub fn release_signals() -> std::io::Result<()> {
-    Ok(process::release_signals()?)
+    Ok(process::unblock_signals()?)
 }
 
-/// What this room does is done, and so is all else that the start needs: gives back the memory of
-/// the program's code.
+/// Releases the memory of the program's code once the start is over, most of which isn't needed
+/// again.
 pub fn forget_set_up() {
-    crate::sys::text_pages::give_back();
+    crate::sys::text_pages::release();
 }

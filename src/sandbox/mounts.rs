@@ -1,6 +1,7 @@
-//! Leaving the host's file systems: mount namespace and `pivot_root`, or `chroot`.
+//! Leaves the host's file systems: mount namespace and `pivot_root`, or `chroot`.
 //!
-//! The invariant: what is answered as the root was opened where the server lives from now on.
+//! The invariant: the root that is returned was opened in the mount namespace in which the process
+//! serves.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,52 +16,55 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::SandboxError;
-use super::supervisor::Taken;
+use super::supervisor::OpenRefs;
 use crate::sys::process;
 
-/// Of a mount through which nothing is changed (uapi `linux/mount.h`).
+/// The attribute of a read-only mount (uapi `linux/mount.h`).
 const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
-/// Of a mount on which nothing is run, no device opened: what the guest makes is its own affair.
+/// The attributes of a mount on which no program is run and no device opened, whatever a guest
+/// creates.
 const INERT: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
-/// What is left of the host's file systems.
+/// What the process can reach of the host's file systems.
 #[derive(Debug)]
 pub(super) struct View {
     pub(super) root: OwnedFd,
     pub(super) proc_fds: OwnedFd,
     /// The mount namespace, if it is not the guardian's.
     pub(super) mounts: Option<OwnedFd>,
-    /// What is shared, where that is a single file: the root then is a directory with it alone.
+    /// The share if it is a single file: the root is then a directory that contains only this file.
     pub(super) file: Option<OwnedFd>,
 }
 
-/// A step of one kind of sandbox that fails.
-fn namespace_step(act: &'static str) -> impl Fn(Errno) -> SandboxError {
+/// The error of a step of `--sandbox namespace`.
+fn namespace_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
     move |source| SandboxError::Mounts {
         kind: "namespace",
-        act,
+        step,
         other: "chroot",
         source,
     }
 }
 
-fn chroot_step(act: &'static str) -> impl Fn(Errno) -> SandboxError {
+/// The error of a step of `--sandbox chroot`.
+fn chroot_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
     move |source| SandboxError::Mounts {
         kind: "chroot",
-        act,
+        step,
         other: "none",
         source,
     }
 }
 
-/// Namespaces for mounts, network and IPC; the PID namespace has begun with the process.
+/// Enters new mount, network and IPC namespaces, with the share as root. The PID namespace has
+/// begun with the process.
 pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
     process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
-    // What is mounted here stays here; what the host mounts in the shared directory comes along.
+    // Mounts made here stay here; mounts that the host makes in the shared directory appear here.
     let slaves = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", slaves)
-        .map_err(namespace_step("can't make the mounts its own"))?;
+        .map_err(namespace_step("can't make the mounts private"))?;
     let proc_fds = clone_proc_fds().map_err(namespace_step(
         "can't keep /proc/self/fd (is /proc mounted?)",
     ))?;
@@ -76,20 +80,20 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
         path: share.to_owned(),
         source,
     })?;
-    let unusable = namespace_step("can't make the shared directory the root of mounts");
-    // Any directory would do: it is gone with the rest.
+    let unusable = namespace_step("can't make the shared directory the root");
+    // Any directory would do: it is unmounted with the rest.
     let file = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
         move_to(&tree, c"/proc").map_err(&unusable)?;
         enter(&tree, share)?.map_err(&unusable)?;
         None
     } else {
-        furnish(c"/proc", share, &tree).map_err(&unusable)?;
+        mount_single_file(c"/proc", share, &tree).map_err(&unusable)?;
         rustix::process::chdir(c"/proc").map_err(&unusable)?;
         Some(tree)
     };
     let leave =
         namespace_step("can't leave the host's root (pivot_root fails where that is an initramfs)");
-    // The old root comes to lie on the new one, and is taken away from there.
+    // This mounts the old root on top of the new one, from where it is unmounted.
     rustix::process::pivot_root(c".", c".").map_err(&leave)?;
     rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(&leave)?;
     rustix::process::chdir(c"/").map_err(&leave)?;
@@ -101,61 +105,63 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
     })
 }
 
-fn back(act: &'static str) -> impl Fn(Errno) -> SandboxError {
-    move |source| SandboxError::Back { act, source }
+/// The error of a step of entering an earlier process's mounts.
+fn reenter_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
+    move |source| SandboxError::Reenter { step, source }
 }
 
-/// Back into the mount namespace that an earlier process has made: what it has opened there can be
-/// linked and renamed with what is opened now only if the mounts are the same. Network and IPC are
-/// new.
-pub(super) fn namespace_again(taken: Taken) -> Result<View, SandboxError> {
+/// Enters the mount namespace of an earlier serving process: files that it has opened there can be
+/// linked and renamed together with files that are opened now only if the mounts are the same. The
+/// network and IPC namespaces are new.
+pub(super) fn namespace_again(previous: OpenRefs) -> Result<View, SandboxError> {
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
     process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
-    // There is no /proc where it goes.
+    // There is no /proc in that namespace.
     let proc_fds =
-        clone_proc_fds().map_err(back("can't keep /proc/self/fd (is /proc mounted?)"))?;
-    let lost = back("can't enter its mount namespace")(Errno::BADF);
-    let mounts = taken.mounts.ok_or(lost)?;
+        clone_proc_fds().map_err(reenter_step("can't keep /proc/self/fd (is /proc mounted?)"))?;
+    let missing = reenter_step("can't enter its mount namespace")(Errno::BADF);
+    let mounts = previous.mounts.ok_or(missing)?;
     rustix::thread::move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))
-        .map_err(back("can't enter its mount namespace"))?;
+        .map_err(reenter_step("can't enter its mount namespace"))?;
     Ok(View {
-        root: taken.root,
+        root: previous.root,
         proc_fds,
         mounts: Some(mounts),
         file: None,
     })
 }
 
-/// Mounts a directory at `place` that nothing can be changed in, and in it, under the name that
-/// it has as `share`, the single file that `tree` is.
-fn furnish(place: &CStr, share: &Path, tree: &OwnedFd) -> Result<(), Errno> {
+/// Mounts a read-only directory at `target` and in it the single file `tree`, under its name in
+/// `share`.
+fn mount_single_file(target: &CStr, share: &Path, tree: &OwnedFd) -> Result<(), Errno> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    rustix::mount::mount(c"none", place, c"tmpfs", flags, c"size=4k,mode=755")?;
-    let directory = rustix::fs::open(place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::mount::mount(c"none", target, c"tmpfs", flags, c"size=4k,mode=755")?;
+    let directory = rustix::fs::open(target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let name = CString::new(share.file_name().ok_or(Errno::INVAL)?.as_bytes())
         .map_err(|_nul| Errno::INVAL)?;
     let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
     rustix::fs::openat(&directory, &name, new, Mode::empty())?;
     let onto = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(tree, c"", &directory, &name, onto)?;
-    rustix::mount::mount_remount(place, flags | MountFlags::RDONLY, c"")
+    rustix::mount::mount_remount(target, flags | MountFlags::RDONLY, c"")
 }
 
-fn move_to(tree: &OwnedFd, place: &CStr) -> Result<(), Errno> {
-    let from_itself = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(tree, c"", CWD, place, from_itself)
+fn move_to(tree: &OwnedFd, target: &CStr) -> Result<(), Errno> {
+    let empty_path = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree, c"", CWD, target, empty_path)
 }
 
-/// Another root, and nothing else.
+/// Changes the root, and nothing else.
 pub(super) fn chroot(share: &Path, readonly: bool) -> Result<View, SandboxError> {
-    let place = open_in_place(share, readonly)?;
-    let change = chroot_step("can't change the root, which takes CAP_SYS_CHROOT");
-    enter(&place.root, share)?.map_err(&change)?;
-    change_root(&place.root).map_err(&change)?;
-    Ok(place)
+    let view = open_on_host(share, readonly)?;
+    let change = chroot_step("can't change the root, which needs CAP_SYS_CHROOT");
+    enter(&view.root, share)?.map_err(&change)?;
+    change_root(&view.root).map_err(&change)?;
+    Ok(view)
 }
 
-/// Makes the directory the working one; tells whose fault it is if it may not be searched.
+/// Makes `directory` the working directory. The error says so if the server's user may not search
+/// it.
 fn enter(directory: &OwnedFd, share: &Path) -> Result<Result<(), Errno>, SandboxError> {
     match rustix::process::fchdir(directory) {
         Err(Errno::ACCESS) => Err(SandboxError::NoEntry {
@@ -166,13 +172,13 @@ fn enter(directory: &OwnedFd, share: &Path) -> Result<Result<(), Errno>, Sandbox
     }
 }
 
-/// To the root that an earlier process has had.
-pub(super) fn chroot_again(taken: Taken) -> Result<View, SandboxError> {
-    let place = none_again(taken)?;
-    change_root(&place.root).map_err(chroot_step(
-        "can't change the root, which takes CAP_SYS_CHROOT",
+/// Changes to the root of an earlier serving process.
+pub(super) fn chroot_again(previous: OpenRefs) -> Result<View, SandboxError> {
+    let view = none_again(previous)?;
+    change_root(&view.root).map_err(chroot_step(
+        "can't change the root, which needs CAP_SYS_CHROOT",
     ))?;
-    Ok(place)
+    Ok(view)
 }
 
 fn change_root(root: &OwnedFd) -> Result<(), Errno> {
@@ -181,10 +187,11 @@ fn change_root(root: &OwnedFd) -> Result<(), Errno> {
     rustix::process::chdir(c"/")
 }
 
-/// The host's own mounts; a read-only copy of the share's where the server has the privilege.
+/// Uses the host's mounts; with `readonly`, a read-only clone of the share's mount if the server
+/// has the privilege to make one.
 pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
-    let view = open_in_place(share, readonly)?;
-    // The working directory stays the launcher's.
+    let view = open_on_host(share, readonly)?;
+    // Check only: the working directory stays the launcher's.
     let search = rustix::fs::accessat(&view.root, c".", Access::EXEC_OK, AtFlags::EACCESS);
     if search == Err(Errno::ACCESS) {
         return Err(SandboxError::NoEntry {
@@ -195,7 +202,7 @@ pub(super) fn none(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     Ok(view)
 }
 
-fn open_in_place(share: &Path, readonly: bool) -> Result<View, SandboxError> {
+fn open_on_host(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     let failed = |source| SandboxError::Share {
         path: share.to_owned(),
         source,
@@ -205,7 +212,7 @@ fn open_in_place(share: &Path, readonly: bool) -> Result<View, SandboxError> {
         clone_share(share, true).or_else(|error| {
             if matches!(error, Errno::PERM | Errno::NOSYS | Errno::INVAL) {
                 log::info!(
-                    "--readonly: kept by the server alone, as mounts can't be made ({error})"
+                    "--readonly: enforced by the server alone, as it can't make mounts ({error})"
                 );
                 open(share, OFlags::empty())
             } else {
@@ -227,29 +234,31 @@ fn open_in_place(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     })
 }
 
-/// The same, with the root that an earlier process has had.
-pub(super) fn none_again(taken: Taken) -> Result<View, SandboxError> {
-    let proc_fds = any_proc_fds().map_err(back("can't keep /proc/self/fd (is /proc mounted?)"))?;
+/// Uses the host's mounts, with the root of an earlier serving process.
+pub(super) fn none_again(previous: OpenRefs) -> Result<View, SandboxError> {
+    let proc_fds =
+        any_proc_fds().map_err(reenter_step("can't keep /proc/self/fd (is /proc mounted?)"))?;
     Ok(View {
-        root: taken.root,
+        root: previous.root,
         proc_fds,
         mounts: None,
         file: None,
     })
 }
 
-/// Without the privilege there is a way up from it, to what the host lets the server see.
+/// `/proc/self/fd`: as a mount of its own, or without that privilege the host's, from which `..`
+/// leads to the rest of `/proc`.
 fn any_proc_fds() -> Result<OwnedFd, Errno> {
     clone_proc_fds().or_else(|_without| open(Path::new("/proc/self/fd"), OFlags::DIRECTORY))
 }
 
-/// `/proc/self/fd` as a mount without a parent, from which no `..` leads up.
+/// `/proc/self/fd` as a mount without a parent, from which `..` leads nowhere.
 fn clone_proc_fds() -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     rustix::mount::open_tree(CWD, c"/proc/self/fd", flags)
 }
 
-/// A copy of what is mounted at and below the shared directory.
+/// Clones the mounts at and below the shared directory.
 fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::AT_RECURSIVE
@@ -258,13 +267,15 @@ fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
     let wanted = if readonly { INERT | READ_ONLY } else { INERT };
     let set = |attributes| process::add_mount_attributes(&tree, attributes);
     match set(wanted | libc::MOUNT_ATTR_NOSYMFOLLOW) {
-        // The last one is younger than the rest.
+        // NOSYMFOLLOW is newer than the rest.
         Err(Errno::INVAL) => set(wanted)?,
-        // What they refuse the server itself refuses too.
+        // The server refuses the same operations itself.
         Err(Errno::NOSYS) => {
-            log::info!("the flags of the share's mount stay as they are: Linux 5.12 can set them");
+            log::info!(
+                "the flags of the share's mount are unchanged: setting them needs Linux 5.12"
+            );
         }
-        done => done?,
+        result => result?,
     }
     Ok(tree)
 }

@@ -1,8 +1,8 @@
-//! Landlock: what the server may open, whatever descriptor or path leads there.
+//! Landlock: limits the files that the server may open, by whichever descriptor or path.
 //!
-//! It goes by the directories that lie above a file, so it holds where a way around namespaces or
-//! `chroot` has been found, and for what is moved out of the shared directory. The invariant: a
-//! kernel that has none of it is told of in the log; one that has it is made use of.
+//! The kernel checks the directories above a file. So the limit also holds if a compromised server
+//! escapes namespaces or `chroot`, and for directories that are moved out of the share. The
+//! invariant: if the kernel has Landlock, it is used; if not, the log says so.
 
 use std::os::fd::AsFd;
 
@@ -13,22 +13,23 @@ use landlock::{
 
 use super::SandboxError;
 
-/// What the kernel must have at least: without it nothing could be moved between directories
-/// (Linux 5.19).
-const LEAST: ABI = ABI::V2;
-/// What is used where the kernel has it.
-const BEST: ABI = ABI::V6;
+/// The oldest version that is used (Linux 5.19). Earlier ones forbid to rename between directories.
+const MIN: ABI = ABI::V2;
+/// The newest version that is used, if the kernel has it.
+const MAX: ABI = ABI::V6;
 
-/// Lets the calling thread, and those it starts, open and change nothing but what lies at or below
+/// Restricts the calling thread, and those it starts, to opening and changing files at or below
 /// `root`.
 ///
 /// # Errors
 ///
-/// The kernel has Landlock and refuses.
+/// The kernel has Landlock, and refuses the ruleset.
 pub(super) fn restrict_to(root: impl AsFd) -> Result<(), SandboxError> {
     match restrict(root) {
         Ok(RulesetStatus::NotEnforced) => {
-            log::info!("Landlock: not used, as this kernel lacks it (Linux 5.19 or later has it)");
+            log::info!(
+                "Landlock: not used, as this kernel doesn't have it (Linux 5.19 or later has it)"
+            );
         }
         Ok(status) => log::debug!("Landlock: {status:?}"),
         Err(error) => return Err(SandboxError::Landlock(Box::new(error))),
@@ -37,16 +38,16 @@ pub(super) fn restrict_to(root: impl AsFd) -> Result<(), SandboxError> {
 }
 
 fn restrict(root: impl AsFd) -> Result<RulesetStatus, RulesetError> {
-    let least = Ruleset::default()
+    let required = Ruleset::default()
         .set_compatibility(CompatLevel::SoftRequirement)
-        .handle_access(AccessFs::from_all(LEAST))?;
-    let ruleset = least
+        .handle_access(AccessFs::from_all(MIN))?;
+    let ruleset = required
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(BEST))?
-        .handle_access(AccessNet::from_all(BEST))?
-        .scope(Scope::from_all(BEST))?
+        .handle_access(AccessFs::from_all(MAX))?
+        .handle_access(AccessNet::from_all(MAX))?
+        .scope(Scope::from_all(MAX))?
         .create()?;
-    let allowed = AccessFs::from_all(BEST) & !AccessFs::Execute;
+    let allowed = AccessFs::from_all(MAX) & !AccessFs::Execute;
     let status = ruleset
         .add_rule(PathBeneath::new(root, allowed))?
         .restrict_self()?;

@@ -1,7 +1,7 @@
-//! What the server keeps of its privileges.
+//! The capabilities that the serving process keeps.
 //!
-//! The invariant: from the end of [`drop_capabilities`] on the process can't get back what it
-//! has dropped, by whatever program it might run.
+//! The invariant: once [`drop_capabilities`] has returned, the process can't get back what it has
+//! dropped, whatever program it runs.
 
 use std::str::FromStr;
 
@@ -10,17 +10,18 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid,
 
 use super::Needs;
 
-/// Capabilities to be kept beyond those that are needed, and to be dropped of these.
+/// Capabilities to keep in addition to those that are needed, and capabilities to drop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CapabilityChanges {
     kept: u64,
     dropped: u64,
 }
 
-/// What is no list of capabilities.
+/// The error of a malformed list of capabilities.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no capability to keep (+NAME) or to drop (-NAME); a list is such as +sys_admin:-mknod"
+    "{0:?} is neither a capability to keep (+NAME) nor one to drop (-NAME); a list looks like \
+     +sys_admin:-mknod"
 )]
 pub struct UnknownCapability(String);
 
@@ -44,30 +45,30 @@ impl FromStr for CapabilityChanges {
     }
 }
 
-/// What was kept.
+/// What the process can do with the capabilities that it has kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Kept {
-    /// File handles can be opened.
+pub(super) struct Retained {
+    /// It can open file handles (`CAP_DAC_READ_SEARCH`).
     pub(super) file_handles: bool,
-    /// `CAP_SYS_ADMIN`.
+    /// It has `CAP_SYS_ADMIN`.
     pub(super) admin: bool,
 }
 
-/// Whether the namespaces have to be had by way of a user namespace.
+/// Whether making namespaces needs a user namespace first.
 pub(super) fn is_ordinary_user() -> bool {
     let may = |sets: CapabilitySets| sets.effective.contains(CapabilitySet::SYS_ADMIN);
     !rustix::process::geteuid().is_root() && !rustix::thread::capabilities(None).is_ok_and(may)
 }
 
-/// What `needs` takes of the capabilities of a server that may have any.
+/// The capabilities that a server with these needs uses.
 fn needed(needs: Needs) -> CapabilitySet {
-    // Reading whatever the guest's superuser reads, without a trace.
+    // Read whatever the guest's superuser may read, without changing access times.
     let mut set = CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER;
     if needs.file_handles {
         set |= CapabilitySet::DAC_READ_SEARCH;
     }
     if !needs.readonly {
-        // Owners, modes, devices and file capabilities as the guest says.
+        // Set owners, modes, devices and file capabilities as the guest asks.
         set |= CapabilitySet::CHOWN
             | CapabilitySet::FSETID
             | CapabilitySet::SETUID
@@ -78,10 +79,10 @@ fn needed(needs: Needs) -> CapabilitySet {
     set
 }
 
-/// Takes on ids of the user namespace; the ones it has had may mean nothing there, but would go on
-/// meaning on the host what they have always meant.
-pub(super) fn take_ids(uid: u32, gid: u32) -> Result<(), Errno> {
-    keep_over_changes_of_ids()?;
+/// Sets the ids of the user namespace. The previous ids may not be mapped there, but would still
+/// own files on the host.
+pub(super) fn set_ids(uid: u32, gid: u32) -> Result<(), Errno> {
+    detach_capabilities_from_ids()?;
     if rustix::process::getegid().as_raw() != gid || rustix::process::getgid().as_raw() != gid {
         let gid = Gid::from_raw(gid);
         rustix::thread::set_thread_groups(&[])?;
@@ -94,9 +95,9 @@ pub(super) fn take_ids(uid: u32, gid: u32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Makes capabilities stay what they are when ids change, and root as good as anybody: by its id
-/// alone it gets no capability. Done here, as it takes one that is dropped.
-fn keep_over_changes_of_ids() -> Result<(), Errno> {
+/// Makes capabilities independent of ids: they stay when ids change, and id 0 alone gives none.
+/// This needs `CAP_SETPCAP`, which is dropped later.
+fn detach_capabilities_from_ids() -> Result<(), Errno> {
     let bits = CapabilitiesSecureBits::NO_SETUID_FIXUP
         | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
         | CapabilitiesSecureBits::NO_ROOT
@@ -107,13 +108,13 @@ fn keep_over_changes_of_ids() -> Result<(), Errno> {
     rustix::thread::set_capabilities_secure_bits(present | bits)
 }
 
-/// Lets the capabilities that the process has be those of the program that is run in its place: where
-/// it has them by a user namespace, and no id there of a superuser, they would be lost.
+/// Makes the next program in this process keep its capabilities. A process that has them from its
+/// user namespace, but isn't id 0 there, would lose them.
 pub(super) fn keep_over_exec() -> Result<(), Errno> {
     let mut sets = rustix::thread::capabilities(None)?;
     sets.inheritable = sets.permitted;
     match rustix::thread::set_capabilities(None, sets) {
-        // Of a superuser whose bounding set is smaller; such a one needs it not.
+        // EPERM: root with a reduced bounding set, which doesn't need this.
         Ok(()) | Err(Errno::PERM) => {}
         Err(error) => return Err(error),
     }
@@ -126,12 +127,12 @@ pub(super) fn keep_over_exec() -> Result<(), Errno> {
     Ok(())
 }
 
-/// Drops all capabilities but those that are needed, for ever.
+/// Drops all capabilities that aren't needed, for good.
 pub(super) fn drop_capabilities(
     needs: Needs,
     change_ids: bool,
     changes: &CapabilityChanges,
-) -> Result<Kept, Errno> {
+) -> Result<Retained, Errno> {
     rustix::thread::set_no_new_privs(true)?;
     let sets = rustix::thread::capabilities(None)?;
     let mut wanted = needed(needs);
@@ -142,14 +143,14 @@ pub(super) fn drop_capabilities(
     wanted -= CapabilitySet::from_bits_retain(changes.dropped);
     let missing = CapabilitySet::from_bits_retain(changes.kept) - sets.permitted;
     if !missing.is_empty() {
-        log::warn!("--modcaps: the server hasn't got {}", names(missing));
+        log::warn!("--modcaps: the server doesn't have {}", names(missing));
     }
     let kept = wanted & sets.permitted;
     if sets.effective.contains(CapabilitySet::SETPCAP) {
-        keep_over_changes_of_ids()?;
+        detach_capabilities_from_ids()?;
         for capability in CapabilitySet::all() - kept {
             match rustix::thread::remove_capability_from_bounding_set(capability) {
-                // Younger than the kernel.
+                // EINVAL: this kernel doesn't know the capability.
                 Ok(()) | Err(Errno::INVAL) => {}
                 Err(error) => return Err(error),
             }
@@ -165,7 +166,7 @@ pub(super) fn drop_capabilities(
         },
     )?;
     log::debug!("capabilities: {}", names(kept));
-    Ok(Kept {
+    Ok(Retained {
         file_handles: kept.contains(CapabilitySet::DAC_READ_SEARCH),
         admin: kept.contains(CapabilitySet::SYS_ADMIN),
     })
@@ -187,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_are_read_as_launchers_write_them() {
+    fn changes_are_parsed_with_and_without_prefix_in_any_case() {
         let changes: CapabilityChanges = "+sys_admin:-CAP_MKNOD:+Chown".parse().unwrap();
         let kept = CapabilitySet::SYS_ADMIN | CapabilitySet::CHOWN;
         assert_eq!(changes.kept, kept.bits());
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_that_is_only_read_takes_fewer() {
+    fn readonly_share_needs_fewer_capabilities() {
         let needs = Needs {
             readonly: true,
             file_handles: false,

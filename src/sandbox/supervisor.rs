@@ -1,13 +1,14 @@
-//! A guardian that makes another serving process when one has been killed.
+//! A guardian that can make another serving process when one has been killed.
 //!
-//! Both share one table of descriptors (`clone(2)` with `CLONE_FILES`), so whatever the serving
-//! process has open stays open under its number when it is killed, and the next one goes on with
-//! it. What becomes of an end, and what of a wish to be upgraded, others decide; here is how.
+//! The two share one descriptor table (`clone(2)` with `CLONE_FILES`). Whatever the serving process
+//! has open stays open under its number when it is killed, and the next one uses it. This module
+//! makes serving processes and reports events; `server` decides when to make one and when to
+//! upgrade.
 //!
-//! The invariant: a serving process that a guest has taken over may have put anything at any
-//! number. So the guardian acts on no descriptor that was open while one served, and the next
-//! serving process uses, as long as it has privileges, only those whose identity is the one that
-//! was noted before the first one served. What was noted lies in memory, which is not shared.
+//! The invariant: a compromised serving process may have put any file at any descriptor number. So
+//! the guardian uses no descriptor that was open while one served. The next serving process, as
+//! long as it has privileges, uses only descriptors whose identity was recorded before the first
+//! one served. The records are in memory, which is not shared.
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
@@ -24,22 +25,22 @@ use super::{Inside, Kind, Options, SandboxError};
 use crate::sys::process::{self, Fork, SUPERVISED};
 use crate::sys::supervision::{self, Queued};
 
-/// What a file is, whatever number it has.
+/// Which file a descriptor refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     device: (u32, u32),
     inode: u64,
     kind: u16,
-    /// By which mount it is reached.
+    /// The mount through which it was opened.
     mount: u64,
 }
 
 impl Identity {
-    /// Of what is open there.
+    /// The identity of the file that is open at `fd`.
     ///
     /// # Errors
     ///
-    /// Nothing is.
+    /// Those of `statx(2)`.
     pub fn of(fd: impl AsFd) -> Result<Self, Errno> {
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
         let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?;
@@ -80,16 +81,16 @@ impl std::str::FromStr for Identity {
     }
 }
 
-/// A descriptor that the next serving process is to find as the first one left it.
+/// A descriptor and the identity that its file had when it was recorded.
 #[derive(Debug)]
 pub struct FdIdentity {
-    /// It.
+    /// The descriptor.
     pub fd: OwnedFd,
     identity: Identity,
 }
 
 impl FdIdentity {
-    /// Notes what `fd` is now.
+    /// Records which file `fd` refers to now.
     ///
     /// # Errors
     ///
@@ -99,80 +100,80 @@ impl FdIdentity {
         Ok(Self { fd, identity })
     }
 
-    /// What an earlier program in this process has noted of the descriptor.
+    /// Takes over a descriptor whose identity an earlier program in this process has recorded.
     ///
     /// # Errors
     ///
-    /// There is no such descriptor.
-    pub fn left(fd: RawFd, identity: Identity) -> std::io::Result<Self> {
+    /// The descriptor isn't open.
+    pub fn inherited(fd: RawFd, identity: Identity) -> std::io::Result<Self> {
         let fd = crate::sys::inherit::inherited_fd(fd)?;
         Ok(Self { fd, identity })
     }
 
-    /// What it was.
+    /// The recorded identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// The descriptor, if it still is what it was.
+    /// Returns the descriptor if it still refers to the recorded file.
     ///
     /// # Errors
     ///
-    /// It isn't.
+    /// The descriptor refers to another file.
     pub fn take(self) -> Result<OwnedFd, SandboxError> {
         if Identity::of(&self.fd) == Ok(self.identity) {
             return Ok(self.fd);
         }
         let number = self.fd.as_raw_fd();
-        // Whatever it is now, it isn't this process's to close.
+        // This process doesn't own what is open there now.
         std::mem::forget(self.fd);
         Err(SandboxError::Replaced(number))
     }
 }
 
-/// What the first serving process has left of the host for, and every later one goes back to.
+/// The root and the mount namespace of the first serving process, which every later one enters.
 #[derive(Debug)]
 pub struct SandboxRefs {
-    /// What is shared.
+    /// The shared directory.
     pub root: FdIdentity,
     /// The mount namespace, with `--sandbox namespace`.
     pub mounts: Option<FdIdentity>,
 }
 
-/// What a later serving process takes of it.
+/// The same, checked and opened in a later serving process.
 #[derive(Debug)]
-pub(super) struct Taken {
+pub(super) struct OpenRefs {
     pub(super) root: OwnedFd,
     pub(super) mounts: Option<OwnedFd>,
 }
 
-/// Whom the serving process is, by its ids.
+/// The ids of the serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ids {
     /// User and group in the user namespace, if there is one.
     pub inside: Option<(u32, u32)>,
-    /// There are other ids than the server's own.
+    /// Whether there are ids beside the server's own.
     pub change: bool,
 }
 
-/// What an earlier program in this process has left.
+/// What an earlier program in this process has passed on.
 #[derive(Debug)]
 pub struct Past {
-    /// Whom the serving process is; the process is in its user namespace already.
+    /// The ids of the serving process. This process is in its user namespace already.
     pub ids: Ids,
-    /// Where it is.
+    /// The root and the mount namespace of the serving process.
     pub sandbox_refs: SandboxRefs,
 }
 
-/// What has happened.
+/// What a supervisor waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The serving process serves, since then ([`now`]).
+    /// The serving process serves, since this time ([`now`]).
     Serving(Duration),
-    /// It has ended. There is none now.
+    /// The serving process has ended.
     Ended(Ending),
-    /// Somebody wants the program to be replaced, and this came with it.
+    /// A client asks for an upgrade; with what its signal carried.
     Upgrade(Option<Queued>),
 }
 
@@ -180,8 +181,8 @@ pub enum Event {
 #[derive(Debug)]
 struct Child {
     pid: Pid,
-    /// Never closed here, as are the other descriptors that were made for it: the number may be
-    /// another's by then. The next process closes what it has no use for.
+    /// Never closed here, like the other descriptors that were made for the process: the number may
+    /// refer to another file by then. The next serving process closes those that it doesn't need.
     reports: ManuallyDrop<OwnedFd>,
 }
 
@@ -197,9 +198,8 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Gets ready to make serving processes: from here on signals are held. `keep` are the
-    /// descriptors that each of them gets; what this process has beyond these and standard
-    /// error is closed.
+    /// Prepares to make serving processes; from here on signals are blocked. `keep` are the
+    /// descriptors that each serving process gets. All others but standard error are closed.
     ///
     /// To be called while the process has one thread.
     ///
@@ -211,14 +211,14 @@ impl Supervisor {
         keep: &[BorrowedFd<'_>],
         past: Option<Past>,
     ) -> Result<Self, SandboxError> {
-        process::hold_signals().map_err(SandboxError::Fork)?;
-        process::hold_supervisors_signals().map_err(SandboxError::Fork)?;
+        process::block_signals().map_err(SandboxError::Fork)?;
+        process::block_supervisors_signals().map_err(SandboxError::Fork)?;
         let (ids, sandbox_refs) = match past {
             Some(past) => (past.ids, Some(past.sandbox_refs)),
             None => (enter_user_namespace(options)?, None),
         };
-        let noted = |fd: &BorrowedFd<'_>| Ok((fd.as_raw_fd(), Identity::of(fd)?));
-        let keep: Result<_, Errno> = keep.iter().map(noted).collect();
+        let record = |fd: &BorrowedFd<'_>| Ok((fd.as_raw_fd(), Identity::of(fd)?));
+        let keep: Result<_, Errno> = keep.iter().map(record).collect();
         Ok(Self {
             options: options.clone(),
             ids,
@@ -229,12 +229,13 @@ impl Supervisor {
         })
     }
 
-    /// Makes a serving process. Answers `Some` in it, and `None` in the guardian. `keep` is as
-    /// it was in the beginning; `own` is what only the guardian uses, and the process leaves alone.
+    /// Makes a serving process. Returns `Some` in it, and `None` in the guardian. `keep` is the
+    /// same as for [`begin`](Self::begin). `own` are descriptors that only the guardian uses, and
+    /// that the serving process neither uses nor closes.
     ///
     /// # Errors
     ///
-    /// See [`SandboxError`]; in the serving process also that `keep` isn't what it was.
+    /// See [`SandboxError`]; in the serving process also if a descriptor of `keep` was replaced.
     pub fn start(
         &mut self,
         keep: &[BorrowedFd<'_>],
@@ -244,29 +245,29 @@ impl Supervisor {
         let death_pipe = pidfd_open(this, PidfdFlags::empty()).map_err(SandboxError::Fork)?;
         let death_pipe = DeathPipe::of(death_pipe);
         let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
-        let (reports, reported) = pipe_with(flags).map_err(SandboxError::Fork)?;
-        supervision::tell_by_signal(&reports).map_err(SandboxError::Fork)?;
+        let (reports, report) = pipe_with(flags).map_err(SandboxError::Fork)?;
+        supervision::signal_on_input(&reports).map_err(SandboxError::Fork)?;
         let own_pids = self.options.kind == Kind::Namespace;
-        let made = supervision::clone_sharing_descriptors(own_pids);
-        let made = made.map_err(|errno| match errno {
+        let fork = supervision::clone_sharing_descriptors(own_pids);
+        let fork = fork.map_err(|errno| match errno {
             Errno::PERM => SandboxError::Privilege(errno),
             errno => SandboxError::Fork(errno),
         })?;
-        if let Fork::Parent(pid) = made {
+        if let Fork::Parent(pid) = fork {
             let reports = ManuallyDrop::new(reports);
             self.child = Some(Child { pid, reports });
-            // The process has them.
-            std::mem::forget((reported, death_pipe));
+            // The serving process owns them.
+            std::mem::forget((report, death_pipe));
             return Ok(None);
         }
-        let mut common: Vec<RawFd> = self.keep.iter().map(|(fd, _)| *fd).collect();
-        common.extend([death_pipe.as_raw_fd(), reported.as_raw_fd()]);
-        common.extend(own);
-        // The guardian's end.
-        common.push(reports.into_raw_fd());
-        let taken = match self.sandbox_refs.take() {
+        let mut shared: Vec<RawFd> = self.keep.iter().map(|(fd, _)| *fd).collect();
+        shared.extend([death_pipe.as_raw_fd(), report.as_raw_fd()]);
+        shared.extend(own);
+        // The guardian owns this end.
+        shared.push(reports.into_raw_fd());
+        let previous = match self.sandbox_refs.take() {
             None => {
-                crate::sys::inherit::close_all_but(&common).map_err(SandboxError::Descriptors)?;
+                crate::sys::inherit::close_all_but(&shared).map_err(SandboxError::Descriptors)?;
                 None
             }
             Some(sandbox_refs) => {
@@ -276,10 +277,10 @@ impl Supervisor {
                     }
                 }
                 let root = sandbox_refs.root.take()?;
-                common.push(root.as_raw_fd());
+                shared.push(root.as_raw_fd());
                 let mounts = sandbox_refs.mounts.map(FdIdentity::take).transpose()?;
-                common.extend(mounts.as_ref().map(AsRawFd::as_raw_fd));
-                Some(Taken { root, mounts })
+                shared.extend(mounts.as_ref().map(AsRawFd::as_raw_fd));
+                Some(OpenRefs { root, mounts })
             }
         };
         Ok(Some(Inside {
@@ -287,29 +288,29 @@ impl Supervisor {
             ids: self.ids.inside,
             change_ids: self.ids.change,
             death_pipe,
-            report: Some(reported),
-            common,
-            taken,
+            report: Some(report),
+            shared,
+            previous,
         }))
     }
 
-    /// Waits for what happens next. What asks this process to end is passed on to the serving
+    /// Waits for the next event. Signals that ask this process to end are passed on to the serving
     /// process.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids a call.
     pub fn next_event(&mut self) -> std::io::Result<Event> {
         loop {
-            if let Some(event) = self.look()? {
+            if let Some(event) = self.poll()? {
                 return Ok(event);
             }
-            // A signal that came since is still there, as all are held.
+            // A signal that has arrived since then is still pending, as all are blocked.
             match supervision::take_signal(&SUPERVISED, None)? {
-                Some(told) if told.signal == libc::SIGHUP => {
-                    return Ok(Event::Upgrade(told.queued));
+                Some(signal) if signal.number == libc::SIGHUP => {
+                    return Ok(Event::Upgrade(signal.queued));
                 }
-                Some(told) if matches!(told.signal, libc::SIGTERM | libc::SIGINT) => {
+                Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
                     self.stopping = true;
                     self.signal(Signal::TERM)?;
                 }
@@ -318,16 +319,16 @@ impl Supervisor {
         }
     }
 
-    /// As [`next_event`](Self::next_event), for as long as `patience` allows; signals but that of a child's end
-    /// stay held.
+    /// Like [`next_event`](Self::next_event), but returns `None` after `timeout`. Signals but those
+    /// of a child's end and of its reports stay pending.
     ///
     /// # Errors
     ///
-    /// As there.
-    pub fn next_within(&mut self, patience: Duration) -> std::io::Result<Option<Event>> {
-        let end = now() + patience;
+    /// As for [`next_event`](Self::next_event).
+    pub fn next_within(&mut self, timeout: Duration) -> std::io::Result<Option<Event>> {
+        let end = now() + timeout;
         loop {
-            if let Some(event) = self.look()? {
+            if let Some(event) = self.poll()? {
                 return Ok(Some(event));
             }
             let Some(left) = end.checked_sub(now()) else {
@@ -337,12 +338,12 @@ impl Supervisor {
         }
     }
 
-    fn look(&mut self) -> std::io::Result<Option<Event>> {
+    fn poll(&mut self) -> std::io::Result<Option<Event>> {
         let Some(child) = &self.child else {
             return Ok(None);
         };
         if let Some(report) = Report::read(&child.reports) {
-            self.note(report)?;
+            self.record_refs(report)?;
             return Ok(Some(Event::Serving(report.since)));
         }
         match rustix::process::waitpid(Some(child.pid), WaitOptions::NOHANG) {
@@ -358,27 +359,28 @@ impl Supervisor {
         }
     }
 
-    /// Notes where the first serving process is, before anybody could have taken it over.
-    fn note(&mut self, report: Report) -> std::io::Result<()> {
+    /// Records the root and the mount namespace of the first serving process, before a guest can
+    /// have compromised it.
+    fn record_refs(&mut self, report: Report) -> std::io::Result<()> {
         if self.sandbox_refs.is_some() {
             return Ok(());
         }
-        let noted =
+        let record =
             |fd| Ok::<_, std::io::Error>(FdIdentity::new(crate::sys::inherit::inherited_fd(fd)?)?);
-        let root = noted(report.root)?;
-        let mounts = report.mounts.map(noted).transpose()?;
+        let root = record(report.root)?;
+        let mounts = report.mounts.map(record).transpose()?;
         self.sandbox_refs = Some(SandboxRefs { root, mounts });
         Ok(())
     }
 
-    /// Whether somebody wants the server to end.
+    /// Whether the server was asked to end.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids a call.
     pub fn is_to_stop(&mut self) -> std::io::Result<bool> {
-        let asked = [libc::SIGTERM, libc::SIGINT];
-        self.stopping |= supervision::take_signal(&asked, Some(Duration::ZERO))?.is_some();
+        let signals = [libc::SIGTERM, libc::SIGINT];
+        self.stopping |= supervision::take_signal(&signals, Some(Duration::ZERO))?.is_some();
         Ok(self.stopping)
     }
 
@@ -388,20 +390,20 @@ impl Supervisor {
         self.child.is_some()
     }
 
-    /// Asks the serving process to give back all requests and to end, leaving everything open.
+    /// Asks the serving process to return all requests and to end, leaving everything open.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids a call.
     pub fn drain(&self) -> std::io::Result<()> {
         self.signal(Signal::HUP)
     }
 
-    /// Ends the serving process at once.
+    /// Kills the serving process.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids a call.
     pub fn kill(&self) -> std::io::Result<()> {
         self.signal(Signal::KILL)
     }
@@ -411,27 +413,27 @@ impl Supervisor {
             return Ok(());
         };
         match rustix::process::kill_process(child.pid, signal) {
-            // It has ended, and its SIGCHLD is under way.
+            // It has ended, and its SIGCHLD is pending.
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Whom the serving process is.
+    /// The ids of the serving process.
     #[must_use]
     pub fn ids(&self) -> Ids {
         self.ids
     }
 
-    /// Where it is, once the first one has served.
+    /// The root and the mount namespace of the serving process, once the first one has served.
     #[must_use]
     pub fn sandbox_refs(&self) -> Option<&SandboxRefs> {
         self.sandbox_refs.as_ref()
     }
 }
 
-/// The user namespace, where one is needed: the processes to come have their PID namespaces by
-/// being made.
+/// Enters a user namespace if one is needed. Each serving process gets its PID namespace by
+/// `clone`.
 fn enter_user_namespace(options: &Options) -> Result<Ids, SandboxError> {
     let maps = Maps::wanted(options)?;
     if let Some(maps) = &maps {
@@ -443,7 +445,7 @@ fn enter_user_namespace(options: &Options) -> Result<Ids, SandboxError> {
     })
 }
 
-/// The time by which pauses are measured, the same in each process.
+/// The present time on the monotonic clock, which all processes share.
 #[must_use]
 pub fn now() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
@@ -451,7 +453,7 @@ pub fn now() -> Duration {
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// What a serving process tells its guardian once it serves.
+/// What a serving process sends to its guardian once it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Report {
     root: RawFd,
@@ -485,7 +487,7 @@ impl Report {
     }
 }
 
-/// By which the serving process tells its guardian, if it is supervised, that it serves.
+/// The serving process's end of the pipe on which it reports to a supervisor that it serves.
 #[derive(Debug, Default)]
 pub struct Serving {
     pub(super) pipe: Option<OwnedFd>,
@@ -494,7 +496,7 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Tells it.
+    /// Reports that the process serves; does nothing without a supervisor.
     pub fn tell(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {
@@ -503,7 +505,7 @@ impl Serving {
             since: now(),
         };
         if let Err(error) = rustix::io::write(pipe, &report.bytes()) {
-            log::warn!("telling the guardian that the process serves: {error}");
+            log::warn!("reporting to the guardian that the process serves: {error}");
         }
     }
 }
@@ -513,7 +515,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_arrives_as_it_was_sent() {
+    fn report_arrives_as_sent() {
         let (reports, pipe) = pipe_with(PipeFlags::NONBLOCK).unwrap();
         assert_eq!(Report::read(&reports), None);
         for mounts in [None, Some(9)] {
@@ -528,11 +530,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_replaced_is_noticed() {
+    fn replaced_file_is_refused() {
         let open = |path: &str| OwnedFd::from(std::fs::File::open(path).unwrap());
         assert!(FdIdentity::new(open("/dev/null")).unwrap().take().is_ok());
-        let mut noted = FdIdentity::new(open("/dev/null")).unwrap();
-        rustix::io::dup2(open("/dev/zero"), &mut noted.fd).unwrap();
-        assert!(matches!(noted.take(), Err(SandboxError::Replaced(_))));
+        let mut recorded = FdIdentity::new(open("/dev/null")).unwrap();
+        rustix::io::dup2(open("/dev/zero"), &mut recorded.fd).unwrap();
+        assert!(matches!(recorded.take(), Err(SandboxError::Replaced(_))));
     }
 }

@@ -1,11 +1,11 @@
-//! The system calls that the server makes once it serves, and what for.
+//! The system calls that the server makes while it serves, by purpose.
 //!
-//! Read off the code, and checked against what its tests make. Those that some of their arguments
-//! decide about stand in `filter`; hot ones must not, as the kernel remembers of a system call
-//! that it is allowed only if that hangs on nothing else. The invariant: what stands here is made
-//! somewhere in this crate, in the libraries it is made of, or in the C library below them.
+//! The lists come from reading the code, and are checked against the calls of the tests. Calls that
+//! are allowed only with certain arguments are in `filter`. Frequent calls must not be there: the
+//! kernel caches that a call is allowed only if that doesn't depend on its arguments. The
+//! invariant: each listed call is made in this crate, in its dependencies, or in the C library.
 
-/// What file operations come to (`fs`, `io`).
+/// File operations (`fs`, `io`).
 const FILES: &[libc::c_long] = &[
     libc::SYS_openat,
     libc::SYS_close,
@@ -45,15 +45,15 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_removexattr,
     libc::SYS_fcntl,
     libc::SYS_flock,
-    // Asked for to know an inode again; to open by it takes another call, see HANDLES.
+    // Identifies an inode. Opening by handle is another call, see HANDLES.
     libc::SYS_name_to_handle_at,
-    // Files without a name that are moved with their guest.
+    // Migrates the content of unlinked files.
     libc::SYS_pread64,
     libc::SYS_fchown,
 ];
 
-/// Whose files they are to be (`fs::passthrough::credentials`): ids, umask and capabilities of
-/// one thread.
+/// The credentials of one thread, which decide who owns what it creates
+/// (`fs::passthrough::credentials`): ids, umask and capabilities.
 const CREDENTIALS: &[libc::c_long] = &[
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
@@ -67,7 +67,7 @@ const CREDENTIALS: &[libc::c_long] = &[
     libc::SYS_getegid,
 ];
 
-/// The VMM's socket (`front`), syslog's, and waiting for them.
+/// The sockets of the VMM (`vhost_user`) and of syslog, and waiting for them.
 const SOCKETS: &[libc::c_long] = &[
     libc::SYS_accept4,
     libc::SYS_recvfrom,
@@ -77,11 +77,11 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_sendmmsg,
     libc::SYS_shutdown,
     libc::SYS_ppoll,
-    // `vhost` looks at sockets that a front end hands over, wanted or not.
+    // `vhost` inspects descriptors that a front end sends.
     libc::SYS_getsockopt,
 ];
 
-/// The runtimes' way of waiting (`io`).
+/// How the runtimes wait (`io`).
 const EVENTS: &[libc::c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
@@ -92,13 +92,13 @@ const EVENTS: &[libc::c_long] = &[
     libc::SYS_epoll_pwait,
 ];
 
-/// Threads, memory, signals and time: the C library and Rust's.
+/// Threads, memory, signals and time, used by the C library and Rust's standard library.
 const PROCESS: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
-    // Where a front end keeps what is in flight.
+    // The in-flight region that is shared with the front end.
     libc::SYS_memfd_create,
     libc::SYS_futex,
     libc::SYS_set_robust_list,
@@ -120,25 +120,23 @@ const PROCESS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// A panic that tells where it was, which a worker survives: the program and its files are looked
-/// for, mostly in vain.
+/// The backtrace of a panic, which a worker survives: it looks for the program and its debug files.
 const PANIC: &[libc::c_long] = &[
     libc::SYS_getcwd,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
 ];
 
-/// Allowed whatever the server was asked for.
+/// Allowed with all options.
 pub(super) const ALWAYS: &[&[libc::c_long]] =
     &[FILES, CREDENTIALS, SOCKETS, EVENTS, PROCESS, PANIC];
 
-/// The runtime on `io_uring`. What is done by way of a ring is seen by no filter: the ring itself
-/// is restricted.
+/// The io_uring engine. No filter sees the operations of a ring; the ring itself is restricted.
 pub(super) const URING: &[libc::c_long] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
 ];
 
-/// Opening by file handle.
+/// Opens files by handle.
 pub(super) const HANDLES: &[libc::c_long] = &[libc::SYS_open_by_handle_at];

@@ -1,21 +1,21 @@
-//! How much memory the control groups of this process allow it, by what they say in their file systems.
+//! Reads the memory limits of this process's control groups from the cgroup file systems.
 //!
-//! The invariant: what can't be read limits nothing.
+//! The invariant: a file that can't be read sets no limit.
 
 use std::path::{Path, PathBuf};
 
-/// Where control groups are mounted, and what the file is called in which the limit is: version 2, alone
-/// or beside version 1, and that.
+/// Where control groups are mounted, and the name of the file with the limit: version 2 alone,
+/// version 2 beside version 1, and version 1.
 const MOUNTS: [(&str, &str); 3] = [
     ("/sys/fs/cgroup", "memory.max"),
     ("/sys/fs/cgroup/unified", "memory.max"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
 ];
 
-/// Beyond this it is version 1's way of saying that there is no limit.
-const NONE: u64 = 1 << 60;
+/// From this value on, a limit is how version 1 writes "no limit".
+const NO_LIMIT: u64 = 1 << 60;
 
-/// The smallest limit of memory, and where it stands.
+/// The smallest memory limit, and the file that sets it.
 pub(super) fn memory() -> Option<(u64, PathBuf)> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     let limits = MOUNTS
@@ -24,7 +24,7 @@ pub(super) fn memory() -> Option<(u64, PathBuf)> {
     limits.min()
 }
 
-/// The group's path, from a line as `0::/path` or `4:memory:/path`.
+/// The group's path, from a line such as `0::/path` or `4:memory:/path`.
 fn path_in<'a>(groups: &'a str, file: &str) -> Option<&'a str> {
     let wanted = if file == "memory.max" { "" } else { "memory" };
     groups.lines().find_map(|line| {
@@ -34,18 +34,18 @@ fn path_in<'a>(groups: &'a str, file: &str) -> Option<&'a str> {
     })
 }
 
-/// The smallest limit of the group at `path` and all above it. In a container the group itself may be
-/// what is mounted, and its path lead nowhere.
+/// The smallest limit of the group at `path` and of its ancestors. In a container the mount's root
+/// may be the group itself, and `path` may not exist below it.
 fn smallest(mount: &Path, path: &str, file: &str) -> Option<(u64, PathBuf)> {
     let group = mount.join(path.trim_start_matches('/'));
     let groups = group
         .ancestors()
         .take_while(|group| group.starts_with(mount));
     let limits = groups.filter_map(|group| {
-        let place = group.join(file);
-        let text = std::fs::read_to_string(&place).ok()?;
+        let path = group.join(file);
+        let text = std::fs::read_to_string(&path).ok()?;
         let limit = text.trim().parse().ok()?;
-        (limit < NONE).then_some((limit, place))
+        (limit < NO_LIMIT).then_some((limit, path))
     });
     limits.min()
 }
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn smallest_limit_above_a_group_counts() {
+    fn smallest_limit_of_group_and_ancestors_counts() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("outer/inner");
         std::fs::create_dir_all(&inner).unwrap();

@@ -1,10 +1,11 @@
-//! What one program leaves to the next in the same process, beside open descriptors: which of them
-//! is what.
+//! The list of open descriptors that one program passes to the next program in the same process.
 //!
-//! A list of words, one a line, in memory whose descriptor the environment names. A program reads
-//! the forms that it knows and refuses others, before the running one ends
-//! ([`check`](super::check_for_upgrade)). The invariant: no descriptor is taken that isn't what the
-//! list says it is.
+//! The list is a sequence of `name value` lines in a memfd, whose number is in an environment
+//! variable. A program reads the list formats that it knows. It refuses all others while the
+//! running program is still there ([`check_for_upgrade`](super::check_for_upgrade)). The invariant:
+//! a descriptor is used only if it is still the file that the list says it is.
+
+mod attempt;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -15,80 +16,82 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::upgrade::UpgradeAttempt;
+pub(super) use self::attempt::{
+    NOT_UPGRADED, START_TIMEOUT, UPGRADED, UpgradeAttempt, milliseconds, send_line,
+};
 use crate::sandbox::{FdIdentity, Identity, Ids, Past, SandboxError, SandboxRefs, Supervisor};
 use crate::vhost_user::{ListenError, Listener, SocketFile};
 
-/// The form of the list.
-pub(super) const FORM: u32 = 1;
+/// The version of the list's format.
+pub(super) const FORMAT: u32 = 1;
 
-/// Where the number of the descriptor stands.
+/// The environment variable that holds the number of the list's descriptor.
 pub(super) const VARIABLE: &str = "RINGFSD_HAND_OVER";
 
-/// Why there is nothing to take over.
+/// Why a program can't take over from the previous one.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecHandoverError {
-    /// The list isn't there.
+    /// The list can't be read.
     #[error("reading the list that {VARIABLE} names")]
     Read(#[source] std::io::Error),
-    /// It is of another form.
-    #[error("the list has form {0}, and this program knows {FORM}")]
-    Form(String),
-    /// It lacks something, or has nonsense for it.
-    #[error("the list has no {0} that makes sense")]
-    Lacks(&'static str),
-    /// A descriptor isn't there.
+    /// The list has another format.
+    #[error("the list has format {0}, and this program reads {FORMAT}")]
+    Format(String),
+    /// A value is missing or malformed.
+    #[error("the list has no valid {0}")]
+    Invalid(&'static str),
+    /// A descriptor isn't open.
     #[error("descriptor {fd}, which should be the {what}")]
-    Gone {
+    Closed {
         /// Its number.
         fd: RawFd,
         /// What it should be.
         what: &'static str,
-        /// Why it isn't.
+        /// The error of looking at it.
         #[source]
         source: std::io::Error,
     },
-    /// A descriptor is something else.
+    /// A descriptor is another file.
     #[error(transparent)]
-    Other(#[from] SandboxError),
-    /// Nothing listens.
-    #[error("going on to listen")]
+    Replaced(#[from] SandboxError),
+    /// The socket can't be listened on.
+    #[error("listening on the inherited socket")]
     Listen(#[from] ListenError),
 }
 
-/// What an earlier program in this process has left.
+/// The list that the previous program in this process has written.
 #[derive(Debug)]
 pub struct ExecHandover(BTreeMap<String, String>);
 
-/// Of it, what a server is made of.
-pub(super) struct Parts {
+/// The descriptors on the list that a server is built from.
+pub(super) struct ServerFds {
     pub(super) listener: Listener,
     pub(super) state: OwnedFd,
 }
 
 impl ExecHandover {
-    /// What has been left, if anything has. To be called at the start.
+    /// Reads the list, if a previous program has left one. To be called at the start.
     ///
     /// # Errors
     ///
-    /// The environment names a list, and there is none.
+    /// The environment names a list that can't be read.
     pub fn take() -> Result<Option<Self>, ExecHandoverError> {
         let Some(number) = std::env::var_os(VARIABLE) else {
             return Ok(None);
         };
-        // By which it can be found; what is run by a descriptor has its number for a name.
+        // A program that is run from a descriptor is named after the descriptor's number.
         let _ = rustix::thread::set_name(c"ringfsd");
         let fd = number.to_str().and_then(|text| text.parse().ok());
-        let fd = fd.ok_or(ExecHandoverError::Lacks("number"))?;
+        let fd = fd.ok_or(ExecHandoverError::Invalid("number"))?;
         let mut text = String::new();
         let file = crate::sandbox::left_open(fd).map_err(ExecHandoverError::Read)?;
         std::fs::File::from(file)
             .read_to_string(&mut text)
             .map_err(ExecHandoverError::Read)?;
         let list = Self::parse(&text);
-        match list.word("form") {
-            Ok(form) if form == FORM.to_string() => Ok(Some(list)),
-            Ok(form) => Err(ExecHandoverError::Form(form.to_owned())),
+        match list.value("form") {
+            Ok(format) if format == FORMAT.to_string() => Ok(Some(list)),
+            Ok(format) => Err(ExecHandoverError::Format(format.to_owned())),
             Err(error) => Err(error),
         }
     }
@@ -99,35 +102,35 @@ impl ExecHandover {
         Self(pairs.collect())
     }
 
-    fn word(&self, name: &'static str) -> Result<&str, ExecHandoverError> {
+    fn value(&self, name: &'static str) -> Result<&str, ExecHandoverError> {
         let value = self.0.get(name).map(String::as_str);
-        value.ok_or(ExecHandoverError::Lacks(name))
+        value.ok_or(ExecHandoverError::Invalid(name))
     }
 
     fn number<T: std::str::FromStr>(&self, name: &'static str) -> Result<T, ExecHandoverError> {
-        let number = self.word(name)?.parse();
-        number.map_err(|_unclear| ExecHandoverError::Lacks(name))
+        let number = self.value(name)?.parse();
+        number.map_err(|_malformed| ExecHandoverError::Invalid(name))
     }
 
     fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
-    /// `NUMBER IDENTITY`
-    fn noted(&self, name: &'static str) -> Result<FdIdentity, ExecHandoverError> {
-        let lacks = || ExecHandoverError::Lacks(name);
-        let (fd, identity) = self.word(name)?.split_once(' ').ok_or_else(lacks)?;
-        let fd = fd.parse().map_err(|_unclear| lacks())?;
-        let identity: Identity = identity.parse().map_err(|_unclear| lacks())?;
-        let gone = |source| ExecHandoverError::Gone {
+    /// Parses `NUMBER IDENTITY`.
+    fn fd_identity(&self, name: &'static str) -> Result<FdIdentity, ExecHandoverError> {
+        let invalid = || ExecHandoverError::Invalid(name);
+        let (fd, identity) = self.value(name)?.split_once(' ').ok_or_else(invalid)?;
+        let fd = fd.parse().map_err(|_malformed| invalid())?;
+        let identity: Identity = identity.parse().map_err(|_malformed| invalid())?;
+        let closed = |source| ExecHandoverError::Closed {
             fd,
             what: name,
             source,
         };
-        FdIdentity::left(fd, identity).map_err(gone)
+        FdIdentity::inherited(fd, identity).map_err(closed)
     }
 
-    fn maybe<T>(
+    fn optional<T>(
         &self,
         name: &'static str,
         get: impl FnOnce(&Self, &'static str) -> Result<T, ExecHandoverError>,
@@ -135,56 +138,58 @@ impl ExecHandover {
         self.has(name).then(|| get(self, name)).transpose()
     }
 
-    /// Takes all of it over.
-    pub(super) fn open(self) -> Result<(Past, UpgradeAttempt, Parts), ExecHandoverError> {
+    /// Takes over everything on the list.
+    pub(super) fn open(self) -> Result<(Past, UpgradeAttempt, ServerFds), ExecHandoverError> {
         let sandbox_refs = SandboxRefs {
-            root: self.noted("root")?,
-            mounts: self.maybe("mounts", Self::noted)?,
+            root: self.fd_identity("root")?,
+            mounts: self.optional("mounts", Self::fd_identity)?,
         };
         let ids = Ids {
             inside: self
-                .maybe("user", Self::number)?
-                .zip(self.maybe("group", Self::number)?),
+                .optional("user", Self::number)?
+                .zip(self.optional("group", Self::number)?),
             change: self.number::<u8>("ids")? != 0,
         };
-        let file = self.maybe("socket", |list, name| {
-            let lacks = || ExecHandoverError::Lacks(name);
-            let path = unhex(list.word(name)?).ok_or_else(lacks)?;
+        let file = self.optional("socket", |list, name| {
+            let invalid = || ExecHandoverError::Invalid(name);
+            let path = unhex(list.value(name)?).ok_or_else(invalid)?;
             let path = PathBuf::from(std::ffi::OsString::from_vec(path));
             let (device, inode) = (list.number("socket-device")?, list.number("socket-inode")?);
             Ok(SocketFile::left(path, device, inode))
         })?;
-        let listener = Listener::left(self.noted("listener")?.take()?, file)?;
-        let state = self.noted("state")?.take()?;
-        let asker = self.maybe("asker", Self::noted)?.map(FdIdentity::take);
+        let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
+        let state = self.fd_identity("state")?.take()?;
+        let client = self
+            .optional("asker", Self::fd_identity)?
+            .map(FdIdentity::take);
         let attempt = UpgradeAttempt {
             since: Duration::from_nanos(self.number("since")?),
-            old: self.maybe("old", Self::noted)?,
-            asker: asker.transpose()?.map(UnixStream::from),
-            failed: self.maybe("failed", |list, name| {
-                let text = unhex(list.word(name)?).unwrap_or_default();
+            old: self.optional("old", Self::fd_identity)?,
+            client: client.transpose()?.map(UnixStream::from),
+            failed: self.optional("failed", |list, name| {
+                let text = unhex(list.value(name)?).unwrap_or_default();
                 Ok(String::from_utf8_lossy(&text).into_owned())
             })?,
         };
         Ok((
             Past { ids, sandbox_refs },
             attempt,
-            Parts { listener, state },
+            ServerFds { listener, state },
         ))
     }
 }
 
-/// What is left to the next program.
+/// What is passed to the next program.
 #[derive(Debug)]
-pub(super) struct Leaving<'a> {
+pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
     pub(super) state: BorrowedFd<'a>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
 
-impl Leaving<'_> {
-    /// Writes the list, and answers the memory that it stands in.
+impl Outgoing<'_> {
+    /// Writes the list to a memfd and returns it.
     pub(super) fn write(&self) -> std::io::Result<OwnedFd> {
         let fd = rustix::fs::memfd_create("ringfsd-hand-over", rustix::fs::MemfdFlags::CLOEXEC)?;
         let text = self.text()?;
@@ -195,12 +200,12 @@ impl Leaving<'_> {
     }
 
     fn text(&self) -> std::io::Result<String> {
-        let mut list = List(format!("form {FORM}\n"));
+        let mut list = List(format!("form {FORMAT}\n"));
         let sandbox_refs = self.supervisor.sandbox_refs();
         if let Some(sandbox_refs) = sandbox_refs {
-            list.noted("root", &sandbox_refs.root);
+            list.fd_identity("root", &sandbox_refs.root);
             if let Some(mounts) = &sandbox_refs.mounts {
-                list.noted("mounts", mounts);
+                list.fd_identity("mounts", mounts);
             }
         }
         let ids = self.supervisor.ids();
@@ -219,10 +224,10 @@ impl Leaving<'_> {
         list.open("state", self.state)?;
         list.add("since", self.attempt.since.as_nanos());
         if let Some(old) = &self.attempt.old {
-            list.noted("old", old);
+            list.fd_identity("old", old);
         }
-        if let Some(asker) = &self.attempt.asker {
-            list.open("asker", asker)?;
+        if let Some(client) = &self.attempt.client {
+            list.open("asker", client)?;
         }
         if let Some(failed) = &self.attempt.failed {
             list.add("failed", hex(failed.as_bytes()));
@@ -239,8 +244,8 @@ impl List {
         let _ = writeln!(self.0, "{name} {value}");
     }
 
-    fn noted(&mut self, name: &str, noted: &FdIdentity) {
-        let value = format!("{} {}", noted.fd.as_raw_fd(), noted.identity());
+    fn fd_identity(&mut self, name: &str, identity: &FdIdentity) {
+        let value = format!("{} {}", identity.fd.as_raw_fd(), identity.identity());
         self.add(name, value);
     }
 
@@ -271,14 +276,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_path_survives() {
+    fn path_of_any_bytes_survives_hex() {
         let bytes = b"/run/\xff\n 1";
         assert_eq!(unhex(&hex(bytes)).unwrap(), bytes);
         assert_eq!(unhex("0g"), None);
     }
 
     #[test]
-    fn a_list_without_what_is_needed_is_refused() {
+    fn list_without_required_values_is_refused() {
         for text in [
             "",
             "form 1\n",
@@ -292,11 +297,11 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_is_another_is_refused() {
+    fn replaced_descriptor_is_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
         let text = format!("state {} 1:2:3:4:5\n", file.as_raw_fd());
-        let noted = ExecHandover::parse(&text).noted("state").unwrap();
-        let refused = noted.take();
+        let state = ExecHandover::parse(&text).fd_identity("state").unwrap();
+        let refused = state.take();
         assert!(matches!(refused, Err(SandboxError::Replaced(_))));
         std::mem::forget(file);
     }

@@ -1,7 +1,8 @@
-//! The limits that a launcher has set for the process: raised as far as that takes no privilege, refused
-//! where the server would die of them in the middle of serving, and named where they are in the way.
+//! Resource limits (`setrlimit(2)`) that the launcher has set.
 //!
-//! The invariant: a hard limit is the launcher's word, and is what it was when the server serves.
+//! Soft limits are raised as far as that needs no privilege. Limits that would kill the server
+//! while it serves are refused at the start, and errors name the limits that may have caused them.
+//! The invariant: while the server serves, each hard limit has the launcher's value.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -15,11 +16,11 @@ use super::control_group;
 use crate::config::Config;
 use crate::fs::passthrough;
 
-/// A limit, and where it is set.
+/// A limit and its names.
 #[derive(Clone, Copy, Debug)]
 struct Limit {
     resource: Resource,
-    /// Its name in `setrlimit(2)`, what a shell and what systemd calls it.
+    /// Its names in `setrlimit(2)`, in a shell and in systemd.
     names: &'static str,
 }
 
@@ -52,7 +53,7 @@ const TIME: Limit = Limit {
     names: "RLIMIT_CPU (ulimit -t, LimitCPU=)",
 };
 
-/// Those of which the soft limit becomes the hard one; descriptors have an option of their own.
+/// Limits whose soft limit is raised to the hard one. Descriptors have an option of their own.
 const RAISED: [Resource; 7] = [
     Resource::Fsize,
     Resource::As,
@@ -68,39 +69,38 @@ const STACK: Limit = Limit {
     names: "RLIMIT_STACK (ulimit -s, LimitSTACK=)",
 };
 
-/// What the first thread's stack may come to, and what it needs.
-const STACK_MOST: u64 = 8 << 20;
-const STACK_LEAST: u64 = 512 << 10;
+/// The largest stack of the first thread, and the smallest one that it can run on.
+const STACK_MAX: u64 = 8 << 20;
+const STACK_MIN: u64 = 512 << 10;
 
-/// What one inode that a guest knows costs of the heap, at most.
-const INODE: u64 = 400;
+/// The most bytes of heap for an inode that a guest knows.
+const INODE_HEAP: u64 = 400;
 
-/// And of the table of what a session holds.
-const RECORD: u64 = 128;
+/// Bytes of an inode's record in the state table.
+const INODE_RECORD: u64 = 128;
 
-/// What the server takes of a control group's memory when a guest holds nothing.
+/// Bytes of a control group's memory that the server uses when a guest holds nothing.
 const BASE: u64 = 8 << 20;
 
-/// What a descriptor costs the kernel, with the inode that it keeps there.
+/// Bytes of kernel memory for a descriptor and the inode that it keeps in memory.
 const DESCRIPTOR: u64 = 2048;
 
-/// What the server takes of memory beside its inodes, its table and the guest's memory.
-const REST: u64 = 256 << 20;
+/// Bytes of memory that the server uses beside its inodes, its state table and the guest's memory.
+const OTHER: u64 = 256 << 20;
 
-/// Descriptors of a server that serves a guest who has nothing open: its own, those of a worker, and those
-/// of a queue.
-const OWN: u64 = 24;
-const WORKER: u64 = 6;
-const QUEUE: u64 = 3;
+/// Descriptors that are needed while the guest has nothing open: the server's own, for each worker,
+/// and for each queue.
+const OWN_FDS: u64 = 24;
+const WORKER_FDS: u64 = 6;
+const QUEUE_FDS: u64 = 3;
 
-/// Why the server can't live with a limit; the text says what to do.
+/// Why the server can't run with a limit; the text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
-    /// The table can't be made.
+    /// The state table can't be created.
     #[error(
-        "{} allows files of {limit} bytes, and the table of what a session holds may need \
-         {needed}, mostly holes: raise it, give the server CAP_SYS_RESOURCE, or a smaller \
-         --max-inodes",
+        "{} allows files of {limit} bytes, and the session's state table may need {needed}, mostly \
+         holes: raise the limit, give the server CAP_SYS_RESOURCE, or lower --max-inodes",
         FILE_SIZE.names
     )]
     FileSize {
@@ -109,10 +109,10 @@ pub enum LimitError {
         /// What is needed.
         needed: u64,
     },
-    /// Memory would run out as the guest gets to know inodes.
+    /// Memory would run out as the guest looks up inodes.
     #[error(
         "{name} allows {limit} bytes, and the server may need {needed} for the {inodes} inodes of \
-         --max-inodes: raise it (the memory of a control group is a better limit), or give a smaller \
+         --max-inodes: raise the limit (a control group's memory limit is better), or lower \
          --max-inodes"
     )]
     Memory {
@@ -122,32 +122,32 @@ pub enum LimitError {
         limit: u64,
         /// What is needed.
         needed: u64,
-        /// For so many inodes.
+        /// For how many inodes.
         inodes: usize,
     },
     /// The kernel would kill the server.
     #[error(
-        "after {limit} seconds of processor time the kernel would kill the server, as {} says: set \
-         no such limit, or give --supervise, by which another process goes on",
+        "{} makes the kernel kill the server after {limit} seconds of processor time: remove the \
+         limit, or use --supervise, which starts another serving process",
         TIME.names
     )]
     Time {
         /// What is allowed.
         limit: u64,
     },
-    /// The first thread has no stack to speak of.
+    /// The first thread's stack would be too small.
     #[error(
-        "{} allows the first thread a stack of {limit} bytes, and it needs {STACK_LEAST}: raise it",
+        "{} allows the first thread a stack of {limit} bytes, and it needs {STACK_MIN}: raise it",
         STACK.names
     )]
     Stack {
         /// What is allowed.
         limit: u64,
     },
-    /// There are no descriptors for a session.
+    /// There are too few descriptors for a session.
     #[error(
         "{} allows {limit} descriptors, and the server needs {needed} for its {workers} workers and \
-         {queues} queues before the guest opens anything: raise it, or give fewer --workers and \
+         {queues} queues before the guest opens anything: raise the limit, or lower --workers and \
          --request-queues",
         DESCRIPTORS.names
     )]
@@ -156,32 +156,32 @@ pub enum LimitError {
         limit: u64,
         /// What is needed.
         needed: u64,
-        /// For so many workers.
+        /// For how many workers.
         workers: usize,
-        /// And so many queues.
+        /// And for how many queues.
         queues: u16,
     },
 }
 
-/// Raises soft limits as far as that takes no privilege. To be called first.
+/// Raises soft limits as far as that needs no privilege. To be called first.
 ///
 /// # Errors
 ///
-/// There is no stack for what follows.
+/// The stack is too small to run on.
 pub fn raise_limits() -> Result<(), LimitError> {
-    let raise = |resource, most: Option<u64>| {
+    let raise = |resource, max: Option<u64>| {
         let limit = getrlimit(resource);
-        let wanted = match (limit.maximum, most) {
-            (Some(hard), Some(most)) => Some(hard.min(most)),
-            (hard, most) => hard.or(most),
+        let wanted = match (limit.maximum, max) {
+            (Some(hard), Some(max)) => Some(hard.min(max)),
+            (hard, max) => hard.or(max),
         };
-        let lower = match (limit.current, wanted) {
+        let is_lower = match (limit.current, wanted) {
             (Some(soft), Some(wanted)) => soft < wanted,
             (soft, None) => soft.is_some(),
             (None, Some(_)) => false,
         };
-        if lower {
-            // Only a filter of the launcher's forbids it, and then the limit is what it is.
+        if is_lower {
+            // This fails only if a seccomp filter of the launcher forbids it: the limit stays then.
             let raised = Rlimit {
                 current: wanted,
                 ..limit
@@ -192,25 +192,26 @@ pub fn raise_limits() -> Result<(), LimitError> {
     for resource in RAISED {
         raise(resource, None);
     }
-    // Without a limit, programs are laid out in memory as they were of old.
-    raise(STACK.resource, Some(STACK_MOST));
+    // With no limit on the stack, Linux uses its legacy layout of memory.
+    raise(STACK.resource, Some(STACK_MAX));
     match getrlimit(STACK.resource).current {
-        Some(limit) if limit < STACK_LEAST => Err(LimitError::Stack { limit }),
+        Some(limit) if limit < STACK_MIN => Err(LimitError::Stack { limit }),
         _ => Ok(()),
     }
 }
 
-/// Has the guest hold less where no numbers were asked for, and the memory of a control group is too
-/// small for as much as usual: the kernel would kill the server, and the guest gets `ENFILE`.
+/// Lowers the limits on what a guest may hold if they are not set by options and the control group
+/// has too little memory for the defaults. Beyond them the guest gets `ENFILE`; the kernel would
+/// kill the server.
 pub(super) fn fit(config: &mut Config) {
-    let Some((limit, place)) = control_group::memory() else {
+    let Some((limit, path)) = control_group::memory() else {
         return;
     };
-    let room = limit.saturating_sub(BASE);
-    let part = |of, each| usize::try_from(room / of / each).unwrap_or(usize::MAX);
+    let available = limit.saturating_sub(BASE);
+    let part = |of, each| usize::try_from(available / of / each).unwrap_or(usize::MAX);
     let options = &mut config.share.file_system;
-    // The host's caches have the rest, which give way.
-    let inodes = part(2, INODE + RECORD).max(1024);
+    // The rest is for the host's caches, which the kernel shrinks when it has to.
+    let inodes = part(2, INODE_HEAP + INODE_RECORD).max(1024);
     options
         .max_open_inodes
         .get_or_insert(part(4, DESCRIPTOR).max(64));
@@ -220,20 +221,20 @@ pub(super) fn fit(config: &mut Config) {
     if options.max_inodes <= inodes {
         return;
     }
-    let place = place.display();
+    let path = path.display();
     if options.max_inodes == passthrough::Options::default().max_inodes {
-        log::info!("--max-inodes {inodes}: {place} allows {limit} bytes of memory");
+        log::info!("--max-inodes {inodes}: {path} allows {limit} bytes of memory");
         options.max_inodes = inodes;
     } else {
         log::warn!(
-            "--max-inodes {}: there may be memory for {inodes}, as {place} allows {limit} bytes",
+            "--max-inodes {}: memory may suffice for {inodes} only: {path} allows {limit} bytes",
             options.max_inodes
         );
     }
 }
 
-/// Refuses limits that the server would die of while it serves, and tells of those that the guest will
-/// notice.
+/// Refuses limits that would kill the server while it serves, and logs those that the guest will
+/// notice. `table` is the size of the state table.
 ///
 /// # Errors
 ///
@@ -244,13 +245,14 @@ pub(super) fn check(config: &Config, table: u64) -> Result<(), LimitError> {
             return Err(LimitError::Time { limit });
         }
         log::warn!(
-            "the kernel kills the process that serves after {limit} seconds of processor time, as \
-             {} says",
+            "{} makes the kernel kill the serving process after {limit} seconds of processor time",
             TIME.names
         );
     }
     let inodes = config.share.file_system.max_inodes;
-    let heap = INODE.saturating_mul(inodes as u64).saturating_add(REST);
+    let heap = INODE_HEAP
+        .saturating_mul(inodes as u64)
+        .saturating_add(OTHER);
     for (limit, needed) in [(ADDRESSES, heap.saturating_add(table)), (DATA, heap)] {
         let Some(allowed) = getrlimit(limit.resource).current else {
             continue;
@@ -266,9 +268,9 @@ pub(super) fn check(config: &Config, table: u64) -> Result<(), LimitError> {
         log::warn!("{} allows {allowed} bytes", limit.names);
     }
     let (workers, queues) = (config.workers.get(), config.request_queues.get());
-    let needed = OWN
-        .saturating_add(WORKER.saturating_mul(workers as u64))
-        .saturating_add(QUEUE.saturating_mul(u64::from(queues) + 1));
+    let needed = OWN_FDS
+        .saturating_add(WORKER_FDS.saturating_mul(workers as u64))
+        .saturating_add(QUEUE_FDS.saturating_mul(u64::from(queues) + 1));
     match getrlimit(DESCRIPTORS.resource).current {
         Some(limit) if limit < needed => {
             return Err(LimitError::Descriptors {
@@ -282,39 +284,38 @@ pub(super) fn check(config: &Config, table: u64) -> Result<(), LimitError> {
     }
     if let Some(limit) = getrlimit(FILE_SIZE.resource).current {
         log::warn!(
-            "no file that the guest writes can become larger than {limit} bytes (EFBIG), as {} says",
+            "{} keeps the guest from writing files larger than {limit} bytes (EFBIG)",
             FILE_SIZE.names
         );
     }
     Ok(())
 }
 
-/// What a file may come to that has to be made.
+/// The size limit of files that this process writes.
 pub(super) fn file_size() -> Option<u64> {
     getrlimit(FILE_SIZE.resource).current
 }
 
-/// Does something without the limit of file sizes, where the process has the privilege to lift it for
-/// that long.
-pub(super) fn without_file_size_limit<T>(act: impl FnOnce() -> T) -> T {
+/// Runs `f` with the file size limit lifted, if the process has the privilege to lift it.
+pub(super) fn without_file_size_limit<T>(f: impl FnOnce() -> T) -> T {
     let limit = getrlimit(FILE_SIZE.resource);
-    let none = Rlimit {
+    let unlimited = Rlimit {
         current: None,
         maximum: None,
     };
-    let lifted = limit.maximum.is_some() && setrlimit(FILE_SIZE.resource, none).is_ok();
-    let done = act();
+    let lifted = limit.maximum.is_some() && setrlimit(FILE_SIZE.resource, unlimited).is_ok();
+    let result = f();
     if lifted && let Err(error) = setrlimit(FILE_SIZE.resource, limit) {
         log::warn!("{} stays lifted: {error}", FILE_SIZE.names);
     }
-    done
+    result
 }
 
-/// What the limits were that [`explain`] names, when the process had not yet been kept to system calls of
-/// which asking for limits is none.
+/// The finite limits that [`explain`] may name, read before the seccomp filter forbids to ask for
+/// them.
 static KNOWN: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
 
-/// Remembers the limits, for [`explain`].
+/// Saves the limits for [`explain`].
 pub(super) fn remember() {
     let named = [FILE_SIZE, ADDRESSES, DATA, LOCKED, PROCESSES, DESCRIPTORS];
     let finite = named
@@ -323,7 +324,7 @@ pub(super) fn remember() {
     let _known = KNOWN.get_or_init(|| finite.collect());
 }
 
-/// An error with its causes, in one line, and the limits that may be behind it.
+/// Formats an error and its causes in one line, with the limits that may have caused it.
 #[must_use]
 pub fn explain(error: &(dyn Error + 'static)) -> String {
     let mut text = super::chain(error);

@@ -1,57 +1,58 @@
-//! The process that the launcher knows: it waits for the one that serves, and, if so asked for,
-//! makes another when that one was killed.
+//! The process that the launcher has started: it waits for the serving process, and with
+//! `--supervise` starts another one when that one is killed.
 //!
-//! The invariant: a server that can't be brought to serve is not tried for ever.
+//! It owns the guardian or the supervisor, and what serving processes are made of. The invariant: a
+//! server that never gets as far as serving is not restarted for ever.
+
+mod program_switch;
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::exec_handover::ExecHandover;
+use super::exec_handover::{ExecHandover, START_TIMEOUT, UpgradeAttempt, milliseconds};
 use super::state_file::State;
-use super::upgrade::{UpgradeAttempt, UpgradeRequest};
+use super::upgrade::UpgradeRequest;
 use super::{Server, ServerError, ServerResources, Started};
 use crate::sandbox::{self, Ending, Event, Guardian, Supervisor};
 use crate::vhost_user::SocketFile;
 
-/// The status with which a serving process ends that leaves its session to another.
+/// The exit status of a serving process that leaves its session to the next one.
 pub(super) const LEFT: u8 = 98;
 
-/// Serving processes one after the other that were killed before they have done much.
+/// A score of serving processes in a row that were killed too early.
 #[derive(Clone, Copy, Debug, Default)]
 struct Failures(u32);
 
 impl Failures {
-    /// One that serves for so long has done enough.
+    /// A process that serves for this long resets the score.
     const SERVED: Duration = Duration::from_millis(20);
-    /// Five that never served, or as many as this times that which hardly did, are enough.
+    /// The score of a process that never served; one that served too briefly scores 1.
     const NEVER: u32 = 20;
-    const MOST: u32 = 5 * Self::NEVER;
+    /// The limit: five processes that never served, or 100 that served too briefly.
+    const MAX: u32 = 5 * Self::NEVER;
 
-    /// Counts one that served for so long, if it did. True if another is not worth trying.
+    /// Adds a process that served for this long, if it did. Returns whether to give up.
     fn add(&mut self, served: Option<Duration>) -> bool {
         self.0 = match served {
             None => self.0 + Self::NEVER,
             Some(time) if time < Self::SERVED => self.0 + 1,
             Some(_) => 0,
         };
-        self.0 >= Self::MOST
+        self.0 >= Self::MAX
     }
 }
 
-/// How long a program may take to get to serve.
-pub(super) const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the serving process may take to return all requests. The next one replays the rest.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long giving all requests back may take. What isn't done by then is done again.
-pub(super) const DRAIN: Duration = Duration::from_secs(1);
-
-/// What stays outside of the sandbox: the guardian, and the socket's file, which is removed at
-/// the end.
+/// The part that stays outside of the sandbox: the guardian, and the socket's file, which it
+/// removes at the end.
 #[derive(Debug)]
-pub struct ParentProcess(Kind);
+pub struct ParentProcess(Role);
 
 #[derive(Debug)]
-enum Kind {
+enum Role {
     Waiting {
         guardian: Guardian,
         _socket: Option<SocketFile>,
@@ -59,45 +60,46 @@ enum Kind {
     Supervising(Box<Supervising>),
 }
 
-/// What has come of waiting.
+/// What [`ParentProcess::watch`] returns.
 #[derive(Debug)]
 pub enum Watched {
     /// The server has ended.
     Ended(Ending),
-    /// This is a new process, which serves.
+    /// This is a new serving process.
     Inside(Box<Server>),
 }
 
-/// Which process this is.
-enum Either {
+/// Which of the two processes this is.
+enum Forked {
     Guardian(Box<Supervising>),
     Serving(Box<Server>),
 }
 
-/// A supervisor, and what it makes servers of.
+/// A supervisor, and the resources of each serving process that it makes.
 #[derive(Debug)]
 pub(super) struct Supervising {
     pub(super) supervisor: Supervisor,
     pub(super) resources: ServerResources,
-    /// An upgrade of which it isn't known yet whether it is one.
+    /// An upgrade whose outcome isn't known yet.
     pub(super) attempt: Option<UpgradeAttempt>,
-    /// Where the program lies that runs here.
+    /// The path of the program that runs in this process.
     program: PathBuf,
     failures: Failures,
-    /// Since when nobody serves.
-    down: Option<Duration>,
-    serving: Option<Duration>,
+    /// When the last process stopped serving, if none serves.
+    down_since: Option<Duration>,
+    /// When the present process began to serve, if one does.
+    serving_since: Option<Duration>,
 }
 
 impl ParentProcess {
     pub(super) fn waiting(guardian: Guardian, socket: Option<SocketFile>) -> Self {
-        Self(Kind::Waiting {
+        Self(Role::Waiting {
             guardian,
             _socket: socket,
         })
     }
 
-    /// Goes on as a supervisor and the first process that serves.
+    /// Splits the process into a supervisor and the first serving process.
     pub(super) fn supervise(
         resources: ServerResources,
         log: Option<BorrowedFd<'_>>,
@@ -107,39 +109,39 @@ impl ParentProcess {
         Supervising::new(supervisor, resources, None).start(log)
     }
 
-    /// Goes on where another program in this process has been.
+    /// Takes over from the previous program in this process.
     pub(super) fn take_over(
         config: crate::config::Config,
         log: Option<BorrowedFd<'_>>,
         past: ExecHandover,
     ) -> Result<Started, ServerError> {
         let runtime = super::choose(&config)?;
-        let (past, attempt, parts) = past.open()?;
+        let (past, attempt, fds) = past.open()?;
         let resources = ServerResources {
             config,
             runtime,
-            listener: parts.listener,
-            state: State::Common(parts.state),
+            listener: fds.listener,
+            state: State::Common(fds.state),
         };
         let keep = resources.keep(log);
         let supervisor = Supervisor::begin(&resources.config.sandbox, &keep, Some(past))?;
         Supervising::new(supervisor, resources, Some(attempt)).start(log)
     }
 
-    /// Waits until the server has ended, and removes its socket. If so configured, goes on as another
-    /// process when the serving one was killed.
+    /// Waits until the server has ended, and removes its socket. With `--supervise`, returns
+    /// [`Watched::Inside`] in each further process that serves.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says; and in the other process, that it can't serve.
+    /// A seccomp filter of the launcher forbids a call; in a further process, it can't serve.
     pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
         sandbox::forget_set_up();
         match self.0 {
-            Kind::Waiting { guardian, .. } => {
+            Role::Waiting { guardian, .. } => {
                 let ending = guardian.watch().map_err(ServerError::Watch)?;
                 Ok(Watched::Ended(ending))
             }
-            Kind::Supervising(supervising) => supervising.watch(log),
+            Role::Supervising(supervising) => supervising.watch(log),
         }
     }
 }
@@ -153,34 +155,34 @@ impl Supervising {
         Self {
             supervisor,
             resources,
-            down: attempt.as_ref().map(UpgradeAttempt::since),
+            down_since: attempt.as_ref().map(UpgradeAttempt::since),
             attempt,
-            // Asked now, as the file may be another later.
+            // Read now: once the file is replaced, `/proc/self/exe` no longer has its path.
             program: std::env::current_exe().unwrap_or_default(),
             failures: Failures::default(),
-            serving: None,
+            serving_since: None,
         }
     }
 
     fn start(self, log: Option<BorrowedFd<'_>>) -> Result<Started, ServerError> {
-        match Box::new(self).another(log)? {
-            Either::Guardian(this) => Ok(Started::Outside(ParentProcess(Kind::Supervising(this)))),
-            Either::Serving(server) => Ok(Started::Inside(server)),
+        match Box::new(self).fork(log)? {
+            Forked::Guardian(this) => Ok(Started::Outside(ParentProcess(Role::Supervising(this)))),
+            Forked::Serving(server) => Ok(Started::Inside(server)),
         }
     }
 
-    /// Makes a process that serves.
-    fn another(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Either, ServerError> {
+    /// Makes a serving process.
+    fn fork(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Forked, ServerError> {
         let own = self.attempt.as_ref().map(UpgradeAttempt::descriptors);
         let keep = self.resources.keep(log);
         let started = self.supervisor.start(&keep, &own.unwrap_or_default());
         let Some(inside) = started? else {
-            return Ok(Either::Guardian(self));
+            return Ok(Forked::Guardian(self));
         };
-        // The guardian's.
+        // The guardian owns its descriptors.
         std::mem::forget(self.attempt);
         let server = self.resources.serve(inside)?;
-        Ok(Either::Serving(Box::new(server)))
+        Ok(Forked::Serving(Box::new(server)))
     }
 
     fn watch(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
@@ -192,18 +194,18 @@ impl Supervising {
                     event.map_err(ServerError::Watch)?
                 }
             };
-            let again = match event {
+            let restart = match event {
                 Some(Event::Serving(since)) => {
                     self.served(since);
                     false
                 }
                 Some(Event::Upgrade(queued)) => match UpgradeRequest::of(queued, &self.program) {
-                    Ok(wish) => match self.upgrade(wish)? {
+                    Ok(request) => match self.upgrade(request)? {
                         Some(ending) => return Ok(self.end(ending)),
                         None => !self.supervisor.has_child(),
                     },
                     Err(error) => {
-                        log::error!("not upgraded: finding the new program: {error}");
+                        log::error!("not upgraded: getting the new program: {error}");
                         false
                     }
                 },
@@ -217,45 +219,48 @@ impl Supervising {
                     true
                 }
             };
-            if again {
-                self = match self.another(log)? {
-                    Either::Guardian(this) => this,
-                    Either::Serving(server) => return Ok(Watched::Inside(server)),
+            if restart {
+                self = match self.fork(log)? {
+                    Forked::Guardian(this) => this,
+                    Forked::Serving(server) => return Ok(Watched::Inside(server)),
                 };
             }
         }
     }
 
-    /// The server's end.
+    /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched {
         drop(self.resources.listener.take_file());
-        // Numbers of descriptors, which the process that served may have closed.
+        // The serving process may have closed the descriptors, or opened others in their places.
         std::mem::forget(self);
         Watched::Ended(ending)
     }
 
-    /// A process serves, since then.
+    /// Handles the report of a process that serves since `since`.
     fn served(&mut self, since: Duration) {
-        let pause = self.down.take().map(|down| since.saturating_sub(down));
+        let pause = self
+            .down_since
+            .take()
+            .map(|down| since.saturating_sub(down));
         if let Some(attempt) = self.attempt.take() {
-            attempt.tell(pause.unwrap_or_default());
+            attempt.report(pause.unwrap_or_default());
         } else if let Some(pause) = pause {
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
-        self.serving = Some(since);
+        self.serving_since = Some(since);
     }
 
-    /// What to end with, if the end of the serving process is the server's.
+    /// Handles the end of the serving process. Returns an ending if the server ends with it.
     fn ended(&mut self, ending: Ending) -> Result<Option<Ending>, ServerError> {
         let now = sandbox::now();
-        let served = self.serving.take();
+        let served = self.serving_since.take();
         if self.attempt.is_some() {
             self.fall_back(&ending.to_string())
                 .map_err(ServerError::Watch)?;
         }
         match ending {
             Ending::Signal(libc::SIGSYS) => return Ok(Some(ending)),
-            // It was asked to leave, by somebody else than its guardian.
+            // `LEFT`: another process than the guardian has sent SIGHUP.
             Ending::Status(LEFT) | Ending::Signal(_) => {}
             Ending::Status(_) => return Ok(Some(ending)),
         }
@@ -264,27 +269,23 @@ impl Supervising {
         }
         let served = served.map(|since| now.saturating_sub(since));
         if self.failures.add(served) {
-            log::error!("{ending}; so have all of late, before they could serve: giving up");
+            log::error!("{ending}; too many have ended before they could serve: giving up");
             return Ok(Some(ending));
         }
         if self.supervisor.sandbox_refs().is_none() {
-            // The first has never served.
+            // The first one has never served.
             return Ok(Some(ending));
         }
-        log::error!("{ending}; another one takes its place");
-        self.down.get_or_insert(now);
+        log::error!("{ending}; starting another one");
+        self.down_since.get_or_insert(now);
         Ok(None)
     }
 
-    /// From now on nobody serves.
-    pub(super) fn is_down(&mut self, since: Duration) {
-        self.serving = None;
-        self.down.get_or_insert(since);
+    /// Records that no process serves from then on.
+    fn is_down(&mut self, since: Duration) {
+        self.serving_since = None;
+        self.down_since.get_or_insert(since);
     }
-}
-
-pub(super) fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }
 
 #[cfg(test)]
@@ -292,7 +293,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_never_serves_is_given_up_and_what_serves_is_not() {
+    fn server_that_never_serves_is_given_up_and_one_that_serves_is_not() {
         let (short, long) = (Some(Duration::ZERO), Some(Failures::SERVED));
         let given_up_after = |lives: &[Option<Duration>]| {
             let mut failures = Failures::default();

@@ -1,8 +1,8 @@
-//! Where it lies what a guest holds: in memory, or in a file that the operator names; for this process
-//! alone, or for those that follow it.
+//! Where the guest's state table is stored: in anonymous memory, or in the `--state` file; for this
+//! process alone, or for the next ones too.
 //!
-//! The invariant: a table that a process serves from was opened by it, after the one before has
-//! ended: what it remembers of the free places in it is its own.
+//! The invariant: a serving process opens the table itself, after the previous process has ended,
+//! so the list of free entries that it builds when it opens the table stays true.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -19,26 +19,27 @@ use crate::fs::passthrough::Past;
 use crate::state::{Limits, StateError, Table};
 use crate::virtqueue;
 
-/// A table, and what it tells of.
+/// An open table, and the session in it.
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) table: Arc<Table>,
-    /// If there is something to go on from.
+    /// What an earlier process has left in the table, if anything.
     pub(super) past: Option<Past>,
 }
 
-/// Where it lies.
+/// Where the table is stored.
 #[derive(Debug)]
 pub(super) enum State {
-    /// In memory that the process makes itself.
+    /// In memory that the serving process allocates.
     Own,
-    /// In a file that was opened.
+    /// In the state file, which is open.
     File(Kept),
-    /// In a file, or memory, that outlives the process.
+    /// In a file or a memfd that all serving processes share.
     Common(OwnedFd),
 }
 
-/// Lets nobody but the server's user open a state file, which may have been there before.
+/// Sets the mode of the state file, which may be an existing file, so that only the server's user
+/// can open it.
 fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
     let failed = |source: Errno| ServerError::StateFile {
         path: path.to_owned(),
@@ -58,7 +59,7 @@ fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
     Ok(())
 }
 
-/// How large a table has to be.
+/// The sizes that the table needs.
 pub(super) fn limits(config: &Config) -> Limits {
     let queues = config.request_queues.get().saturating_add(1);
     config.share.file_system.limits(queues)
@@ -67,7 +68,7 @@ pub(super) fn limits(config: &Config) -> Limits {
 impl State {
     pub(super) fn new(config: &Config) -> Result<Self, ServerError> {
         let size = file_size();
-        without_file_size_limit(|| Self::made(config)).map_err(|error| match (error, size) {
+        without_file_size_limit(|| Self::create(config)).map_err(|error| match (error, size) {
             (ServerError::InStateFile { source, .. } | ServerError::State(source), Some(limit))
                 if matches!(
                     source,
@@ -84,7 +85,7 @@ impl State {
         })
     }
 
-    fn made(config: &Config) -> Result<Self, ServerError> {
+    fn create(config: &Config) -> Result<Self, ServerError> {
         let limits = limits(config);
         let table = match (&config.state, config.supervise) {
             (None, false) => return Ok(Self::Own),
@@ -92,13 +93,13 @@ impl State {
             (Some(path), true) => Kept::open(path, &limits)?.table,
             (None, true) => Table::in_memory(&limits)?,
         };
-        // It has one, as it was made with one.
+        // Tables of these kinds have a file.
         let file = table.file().map(OwnedFd::try_clone).transpose();
         let file = file.map_err(ServerError::Keep)?;
         Ok(file.map_or(Self::Own, Self::Common))
     }
 
-    /// What has to be open in each process.
+    /// The file that every process needs open.
     pub(super) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own => None,
@@ -107,8 +108,8 @@ impl State {
         }
     }
 
-    /// The table of the process that serves, which has the descriptors of the one before where it
-    /// comes `again`.
+    /// Opens the table in the serving process. With `again`, the process has the descriptors of an
+    /// earlier serving process.
     pub(super) fn open(self, limits: &Limits, again: bool) -> Result<Kept, ServerError> {
         match self {
             Self::Own => Ok(Kept {
@@ -137,7 +138,7 @@ impl Kept {
         };
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
-        // As long as the file is open, in whichever process.
+        // The lock is held as long as any process has the file open.
         let lock = || match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::AGAIN) => Err(ServerError::StateInUse(path.to_owned())),
             locked => locked.map_err(failed),

@@ -1,19 +1,18 @@
-//! Another program in the place of the one that supervises, while a session goes on.
+//! The request to replace the running program by another one, and both ends of its socket.
 //!
-//! Who asks sends `SIGHUP`; with a number, there is a socket by that name on which it hands over the
-//! program and hears what has become of it. The new program is tried before anything is touched
-//! ([`check_for_upgrade`]); then the serving process gives all requests back and leaves; then the
-//! new program runs in this very process, and makes a serving process of its own. If that doesn't
-//! get as far as serving, the old program is run again the same way.
+//! A client asks by `SIGHUP`. If the signal carries a number, the client listens on a socket that
+//! is named by it; there it hands over the program and reads the outcome. The new program is tried
+//! before anything is changed ([`check_for_upgrade`]). The switch itself is
+//! `parent_process/program_switch.rs`.
 //!
-//! The invariant: until the new program serves, the old one's file is open, and whoever runs here
-//! goes back to it.
+//! The invariant: a program that is only tried changes nothing, and both ends of the socket check
+//! which process the other one is.
 
 use std::ffi::{CString, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{BufRead, IoSlice, IoSliceMut, Write};
+use std::io::{BufRead, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -26,299 +25,140 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-use super::exec_handover::{FORM, Leaving, VARIABLE};
-use super::parent_process::{DRAIN, LEFT, START_TIMEOUT, Supervising, milliseconds};
-use super::{ServerError, chain};
+use super::chain;
+use super::exec_handover::{FORMAT, NOT_UPGRADED, START_TIMEOUT, UPGRADED, VARIABLE};
 use crate::config::Config;
 use crate::sandbox::exec::{self, Queued};
-use crate::sandbox::{self, Ending, Event, FdIdentity};
+use crate::sandbox::{Ending, FdIdentity};
 use crate::state::Table;
 use crate::vhost_user;
 
-/// Where it stands what a program would have to understand that is only tried.
+/// The environment variable that lists the formats which a program that is tried has to read.
 const CHECK: &str = "RINGFSD_UPGRADE_CHECK";
 
-/// The status of one that does.
+/// The exit status of a program that reads all of them.
 const READY: u8 = 97;
 
-/// How long whoever asks, and is asked, may take to say something.
-const WORD: Duration = Duration::from_secs(2);
+/// How long either end of the socket may take to send something.
+const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How the lines begin by which whoever asks knows how it went.
-const DONE: &str = "upgraded ";
-const FAILED: &str = "not upgraded: ";
-
-/// What this program writes down for the next.
-fn forms() -> String {
+/// The formats that this program writes for the next one.
+fn formats() -> String {
     let (session, state) = (vhost_user::VERSION, Table::VERSION);
-    format!("hand-over={FORM} session={session} state={state}")
+    format!("hand-over={FORMAT} session={session} state={state}")
 }
 
-/// If this program is only being tried: whether it could go on from what the running one leaves, with
-/// the same arguments. `None` if it isn't.
+/// Whether this program can take over from the running one with the same arguments. `None` if the
+/// program isn't being tried for an upgrade.
 #[must_use]
 pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
-    let asked = std::env::var(CHECK).ok()?;
-    let known = forms();
-    let unknown: Vec<_> = asked
+    let wanted = std::env::var(CHECK).ok()?;
+    let known = formats();
+    let unknown: Vec<_> = wanted
         .split(' ')
-        .filter(|form| !known.split(' ').any(|known| known == *form))
+        .filter(|format| !known.split(' ').any(|known| known == *format))
         .collect();
     if !unknown.is_empty() {
         return Some(Err(format!(
-            "what the running program leaves, {}, this one can't read: it knows {known}",
+            "this program can't read {} of the running program: it reads {known}",
             unknown.join(" ")
         )));
     }
     if !config.supervise {
-        return Some(Err("without --supervise nothing is taken over".to_owned()));
+        return Some(Err(
+            "without --supervise a program can't take over".to_owned()
+        ));
     }
     let runtime = crate::io::choose(config.runtime);
     Some(runtime.map(|_| READY).map_err(|error| chain(&error)))
 }
 
-/// A program that is to take the place of this one, and who hears of it.
+/// A request to replace this program by another one.
 #[derive(Debug)]
 pub(super) struct UpgradeRequest {
-    program: FdIdentity,
-    asker: Option<UnixStream>,
+    pub(super) program: FdIdentity,
+    /// The connection that the outcome is reported on.
+    pub(super) client: Option<UnixStream>,
 }
 
 impl UpgradeRequest {
-    /// `queued` is what came with the signal; without, the program at `path` is meant.
+    /// `queued` is what came with the signal; without it, the program at `path` is the new one.
     pub(super) fn of(queued: Option<Queued>, path: &PathBuf) -> std::io::Result<Self> {
         let Some(Queued { value, sender }) = queued else {
             let file = std::fs::File::open(path)?;
             return Ok(Self {
                 program: FdIdentity::new(file.into())?,
-                asker: None,
+                client: None,
             });
         };
-        let asker = UnixStream::connect_addr(&name(value)?)?;
-        // The name is free again once whoever asks has gone, and anybody may take it.
-        if exec::peer(&asker)? != sender {
+        let client = UnixStream::connect_addr(&socket_name(value)?)?;
+        // The name is free again once the client has ended, and any process may take it.
+        if exec::peer(&client)? != sender {
             return Err(std::io::Error::other(
-                "another process listens where the one that asks should",
+                "another process listens on the socket of the one that sent the signal",
             ));
         }
-        asker.set_read_timeout(Some(WORD))?;
-        asker.set_write_timeout(Some(WORD))?;
-        let file = receive(&asker)?;
+        client.set_read_timeout(Some(SOCKET_TIMEOUT))?;
+        client.set_write_timeout(Some(SOCKET_TIMEOUT))?;
+        let file = receive_fd(&client)?;
         Ok(Self {
             program: FdIdentity::new(file)?,
-            asker: Some(asker),
+            client: Some(client),
         })
+    }
+
+    /// Runs the new program once, to find out whether it can take over. Changes nothing.
+    pub(super) fn try_program(&self) -> Result<(), String> {
+        let (arguments, environment) = (arguments(), environment(CHECK, &formats()));
+        let call = exec::Call {
+            file: self.program.fd.as_fd(),
+            arguments: &arguments,
+            environment: &environment,
+        };
+        let stderr = self.client.as_ref().map(AsFd::as_fd);
+        match exec::try_out(call, stderr, START_TIMEOUT) {
+            Ok(Ending::Status(READY)) => Ok(()),
+            Ok(Ending::Status(code)) => Err(format!(
+                "the new program refuses to take over, or isn't ringfsd (it exited with {code})"
+            )),
+            Ok(Ending::Signal(signal)) => Err(format!(
+                "the new program was killed by signal {signal} as it was tried"
+            )),
+            Err(error) => Err(format!("the new program can't be tried: {error}")),
+        }
     }
 }
 
-/// The name of the socket of who asks. Everybody can see it (`/proc/net/unix`), and connect.
-fn name(value: usize) -> std::io::Result<SocketAddr> {
+/// The name of the client's socket. Every process can see it (`/proc/net/unix`) and connect to it.
+fn socket_name(value: usize) -> std::io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("ringfsd-upgrade-{value:016x}"))
 }
 
-fn receive(asker: &UnixStream) -> std::io::Result<OwnedFd> {
+fn receive_fd(client: &UnixStream) -> std::io::Result<OwnedFd> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    // A signal ends a call that has a time limit, whatever its handler says.
+    // With a timeout on the socket, a signal ends the call even if its handler has SA_RESTART.
     rustix::io::retry_on_intr(|| {
         let mut bytes = [IoSliceMut::new(&mut byte)];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        rustix::net::recvmsg(asker, &mut bytes, &mut control, flags)
+        rustix::net::recvmsg(client, &mut bytes, &mut control, flags)
     })?;
     let fd = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    fd.ok_or_else(|| std::io::Error::other("whoever asks has handed over no program"))
+    fd.ok_or_else(|| std::io::Error::other("the client has sent no program"))
 }
 
-/// An upgrade under way.
-#[derive(Debug)]
-pub(super) struct UpgradeAttempt {
-    /// Since when nobody serves.
-    pub(super) since: Duration,
-    /// The program to go back to.
-    pub(super) old: Option<FdIdentity>,
-    pub(super) asker: Option<UnixStream>,
-    /// Why this program runs again.
-    pub(super) failed: Option<String>,
-}
-
-impl UpgradeAttempt {
-    pub(super) fn since(&self) -> Duration {
-        self.since
-    }
-
-    /// What the guardian needs for it.
-    pub(super) fn descriptors(&self) -> Vec<RawFd> {
-        let old = self.old.as_ref().map(|old| old.fd.as_raw_fd());
-        let asker = self.asker.as_ref().map(AsRawFd::as_raw_fd);
-        old.into_iter().chain(asker).collect()
-    }
-
-    /// Says how it went: this program serves.
-    pub(super) fn tell(self, pause: Duration) {
-        let pause = milliseconds(pause);
-        let version = env!("CARGO_PKG_VERSION");
-        match &self.failed {
-            None => {
-                log::warn!("upgraded to {version}; serving again, after {pause:.1} ms");
-                let word = format!("{DONE}to {version}; the guest waited for {pause:.1} ms");
-                say(self.asker.as_ref(), &word);
-            }
-            Some(reason) => {
-                log::error!("not upgraded: {reason}; serving again, after {pause:.1} ms");
-                let word = format!(
-                    "{FAILED}{reason}; the program from before goes on, the guest waited for \
-                     {pause:.1} ms"
-                );
-                say(self.asker.as_ref(), &word);
-            }
-        }
-    }
-}
-
-/// Whoever asks may have gone meanwhile.
-fn say(mut asker: Option<&UnixStream>, word: &str) {
-    if let Some(asker) = &mut asker {
-        let _ = writeln!(asker, "{word}");
-    }
-}
-
-impl Supervising {
-    /// Does what somebody wishes. Comes back if it can't be done, perhaps with the serving process
-    /// having left; with an ending, if that is the server's.
-    pub(super) fn upgrade(&mut self, wish: UpgradeRequest) -> Result<Option<Ending>, ServerError> {
-        if let Err(reason) = self.try_out(&wish) {
-            log::error!("{FAILED}{reason}");
-            say(wish.asker.as_ref(), &format!("{FAILED}{reason}"));
-            return Ok(None);
-        }
-        let since = sandbox::now();
-        let ending = self.empty_the_place().map_err(ServerError::Watch)?;
-        if !matches!(ending, Ending::Status(LEFT) | Ending::Signal(_)) {
-            return Ok(Some(ending));
-        }
-        if self.supervisor.is_to_stop().map_err(ServerError::Watch)? {
-            return Ok(Some(Ending::Status(0)));
-        }
-        self.is_down(since);
-        let mut attempt = UpgradeAttempt {
-            since,
-            old: exec::own_program().ok(),
-            asker: wish.asker,
-            failed: None,
-        };
-        let reason = match wish.program.take() {
-            Ok(program) => self.become_program(&program, &attempt),
-            Err(error) => chain(&error),
-        };
-        attempt.old = None;
-        attempt.failed = Some(reason);
-        self.attempt = Some(attempt);
-        Ok(None)
-    }
-
-    /// Whether the program could take over, found out without anything being touched.
-    fn try_out(&self, wish: &UpgradeRequest) -> Result<(), String> {
-        if self.supervisor.sandbox_refs().is_none() {
-            return Err("this server doesn't serve yet".to_owned());
-        }
-        let (arguments, environment) = (arguments(), environment(CHECK, &forms()));
-        let call = exec::Call {
-            file: wish.program.fd.as_fd(),
-            arguments: &arguments,
-            environment: &environment,
-        };
-        let complaints = wish.asker.as_ref().map(AsFd::as_fd);
-        match exec::try_out(call, complaints, START_TIMEOUT) {
-            Ok(Ending::Status(READY)) => Ok(()),
-            Ok(Ending::Status(code)) => Err(format!(
-                "the new program refuses, or is none of ringfsd (it ended with {code})"
-            )),
-            Ok(Ending::Signal(signal)) => Err(format!(
-                "the new program can't even be tried (signal {signal})"
-            )),
-            Err(error) => Err(format!("the new program can't be tried: {error}")),
-        }
-    }
-
-    /// Has the serving process give all requests back and leave.
-    fn empty_the_place(&mut self) -> std::io::Result<Ending> {
-        self.supervisor.drain()?;
-        loop {
-            match self.supervisor.next_within(DRAIN)? {
-                Some(Event::Ended(ending)) => return Ok(ending),
-                Some(_) => {}
-                None => {
-                    log::warn!("requests are not answered; they will be anew");
-                    self.supervisor.kill()?;
-                }
-            }
-        }
-    }
-
-    /// The new program doesn't serve: goes back to the old one. Comes back if there is none.
-    pub(super) fn fall_back(&mut self, reason: &str) -> std::io::Result<()> {
-        if self.supervisor.has_child() {
-            self.supervisor.kill()?;
-            while self.supervisor.has_child() {
-                self.supervisor.next_within(START_TIMEOUT)?;
-            }
-        }
-        let Some(attempt) = &mut self.attempt else {
-            return Ok(());
-        };
-        let Some(old) = attempt.old.take() else {
-            return Ok(());
-        };
-        attempt.failed = Some(reason.to_owned());
-        log::error!("{reason}: going back to the program from before");
-        let attempt = self.attempt.take();
-        if let Some(attempt) = attempt {
-            let error = match old.take() {
-                Ok(program) => self.become_program(&program, &attempt),
-                Err(error) => chain(&error),
-            };
-            log::error!("which can't be run: {error}");
-        }
-        Ok(())
-    }
-
-    /// Answers why it can't be.
-    fn become_program(&self, program: &OwnedFd, attempt: &UpgradeAttempt) -> String {
-        let Some(state) = self.resources.state.file() else {
-            return "there is no table of what the session holds".to_owned();
-        };
-        let leaving = Leaving {
-            supervisor: &self.supervisor,
-            listener: &self.resources.listener,
-            state,
-            attempt,
-        };
-        let list = match leaving.write() {
-            Ok(list) => list,
-            Err(error) => return format!("writing down what there is: {error}"),
-        };
-        let number = list.as_raw_fd().to_string();
-        let (arguments, environment) = (arguments(), environment(VARIABLE, &number));
-        let error = exec::run_instead(exec::Call {
-            file: program.as_fd(),
-            arguments: &arguments,
-            environment: &environment,
-        });
-        format!("the program can't be run: {error}")
-    }
-}
-
-fn arguments() -> Vec<CString> {
+/// The arguments of this program, for the next one.
+pub(super) fn arguments() -> Vec<CString> {
     let text = |argument: OsString| CString::new(argument.into_vec()).unwrap_or_default();
     std::env::args_os().map(text).collect()
 }
 
-/// The environment, with one variable of ours.
-fn environment(name: &str, value: &str) -> Vec<CString> {
+/// The environment of this program, with one variable added.
+pub(super) fn environment(name: &str, value: &str) -> Vec<CString> {
     let others = std::env::vars_os().filter(|(name, _)| name != VARIABLE && name != CHECK);
     let ours = (OsString::from(name), OsString::from(value));
     others
@@ -333,70 +173,69 @@ fn environment(name: &str, value: &str) -> Vec<CString> {
 /// Why a server isn't upgraded.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// Nobody is there.
-    #[error("there is no process {pid} to be seen")]
+    /// There is no such process.
+    #[error("reading /proc/{pid}: is there a process {pid}?")]
     NoProcess {
         /// Its number.
         pid: i32,
-        /// What the system says.
+        /// The error of reading `/proc`.
         #[source]
         source: std::io::Error,
     },
-    /// Somebody who wouldn't understand.
+    /// The process doesn't handle the signal.
     #[error(
-        "process {0} can't be upgraded: it is no ringfsd that was started with --supervise (or it is \
-         the process that serves: its parent is the one to ask). Start the server with --supervise \
-         to be able to upgrade it"
+        "process {0} can't be upgraded: it isn't a ringfsd that was started with --supervise, or it \
+         is the serving process (name its parent instead)"
     )]
     NotSupervised(i32),
-    /// It can't be asked.
-    #[error("asking process {pid}")]
+    /// The process can't be asked.
+    #[error("asking process {pid} for an upgrade")]
     Ask {
         /// Its number.
         pid: i32,
-        /// What the system says.
+        /// The error of the step that failed.
         #[source]
         source: std::io::Error,
     },
-    /// It says nothing.
-    #[error("process {0} doesn't answer: is it in other namespaces than this program?")]
+    /// The process doesn't connect, or disconnects too early.
+    #[error("process {0} doesn't reply: is it in other namespaces than this program?")]
     NoAnswer(i32),
-    /// It says no.
+    /// The process reports failure.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Has the supervisor `pid` run this very program instead, and waits until it does or doesn't.
-/// Answers what it says.
+/// Asks the supervisor `pid` to run this very program instead of its own, and waits for the
+/// outcome. Returns the line that reports it.
 ///
 /// # Errors
 ///
-/// It doesn't.
+/// The server isn't upgraded.
 pub fn ask(pid: i32) -> Result<String, AskError> {
-    let gone = |source| AskError::NoProcess { pid, source };
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(gone)?;
-    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).map_err(gone)?;
+    let unreadable = |source| AskError::NoProcess { pid, source };
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(unreadable)?;
+    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).map_err(unreadable)?;
     if !supervises(&status, &arguments) {
         return Err(AskError::NotSupervised(pid));
     }
     let failed = |source| AskError::Ask { pid, source };
-    // What is hashed makes no difference: the hasher has a random key.
+    // The hasher's key is random, so the hash of nothing is a random number.
     let value = RandomState::new().build_hasher().finish();
     let value = usize::try_from(value).unwrap_or(usize::MAX);
-    let listener = name(value).and_then(|name| UnixListener::bind_addr(&name));
+    let listener = socket_name(value).and_then(|name| UnixListener::bind_addr(&name));
     let listener = listener.map_err(failed)?;
     let program = exec::own_program().map_err(failed)?;
     exec::ask_for_upgrade(pid, value).map_err(failed)?;
-    if !comes(&listener, START_TIMEOUT).map_err(failed)? {
+    if !has_connection(&listener, START_TIMEOUT).map_err(failed)? {
         return Err(AskError::NoAnswer(pid));
     }
     let stream = loop {
         let (stream, _) = listener.accept().map_err(failed)?;
-        // Anybody can connect.
+        // Every process can connect.
         if exec::peer(&stream).map_err(failed)?.pid == pid {
             break stream;
         }
-        if !comes(&listener, START_TIMEOUT).map_err(failed)? {
+        if !has_connection(&listener, START_TIMEOUT).map_err(failed)? {
             return Err(AskError::NoAnswer(pid));
         }
     };
@@ -411,43 +250,44 @@ pub fn ask(pid: i32) -> Result<String, AskError> {
         SendFlags::NOSIGNAL,
     )
     .map_err(|error| failed(error.into()))?;
-    // Each step there takes so long at most.
+    // The supervisor takes up to four steps, each of which has this timeout.
     stream
         .set_read_timeout(Some(4 * START_TIMEOUT))
         .map_err(failed)?;
-    let mut said = Vec::new();
+    let mut lines = Vec::new();
     for line in std::io::BufReader::new(stream)
         .lines()
         .map_while(Result::ok)
     {
-        if line.starts_with(DONE) {
+        if line.starts_with(UPGRADED) {
             return Ok(line);
         }
-        let last = line.starts_with(FAILED);
-        said.push(line);
+        let last = line.starts_with(NOT_UPGRADED);
+        lines.push(line);
         if last {
-            return Err(AskError::Refused(said.join("; ")));
+            return Err(AskError::Refused(lines.join("; ")));
         }
     }
     Err(AskError::NoAnswer(pid))
 }
 
-/// Whether the process is a supervisor, by `/proc/PID/status` and `/proc/PID/cmdline`: others would end
-/// by the signal. The process that serves handles `SIGTERM` too.
+/// Whether a process is a supervisor, by its `/proc/PID/status` and `/proc/PID/cmdline`: the signal
+/// would end other processes. The serving process handles `SIGTERM` too.
 fn supervises(status: &str, arguments: &[u8]) -> bool {
     let mut lines = status.lines();
     let handled = lines.find_map(|line| line.strip_prefix("SigCgt:"));
     let handled = handled.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     let handles = |signal: i32| handled.is_some_and(|mask| mask & 1 << (signal - 1) != 0);
-    // An older spelling has no dashes, and others beside it.
+    // The option can be part of `-o LIST`, without dashes.
     let option = b"supervise";
-    let asked = arguments.windows(option.len()).any(|part| part == option);
-    asked && handles(libc::SIGHUP) && !handles(libc::SIGTERM)
+    let has_option = arguments.windows(option.len()).any(|part| part == option);
+    has_option && handles(libc::SIGHUP) && !handles(libc::SIGTERM)
 }
 
-fn comes(listener: &UnixListener, patience: Duration) -> std::io::Result<bool> {
+/// Whether a connection arrives within `timeout`.
+fn has_connection(listener: &UnixListener, timeout: Duration) -> std::io::Result<bool> {
     let mut fds = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
-    let seconds = i64::try_from(patience.as_secs()).unwrap_or(i64::MAX);
+    let seconds = i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX);
     let timeout = Timespec {
         tv_sec: seconds,
         tv_nsec: 0,
@@ -460,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_supervisor_is_sent_a_signal() {
+    fn only_supervisor_is_recognized() {
         let status = |handled: &str| format!("Name:\tringfsd\nSigCgt:\t{handled}\n");
         let arguments = b"ringfsd\0--supervise\0--fd=3\0";
         assert!(supervises(&status("0000000100000001"), arguments));
@@ -474,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_names_one_list() {
+    fn environment_has_one_handover_variable() {
         let texts = environment(VARIABLE, "7");
         let ours = texts.iter().filter(|text| {
             let text = text.to_string_lossy();

@@ -1,29 +1,29 @@
-//! A place for a descriptor that is closed while nobody uses it, and may be filled again.
+//! A slot for a descriptor that can be closed while no thread uses it, and opened again later.
 //!
-//! One word says which descriptor there is and how many use it, so borrowing one takes no lock
-//! and writes nothing that another slot's users read. The invariant: a descriptor leaves its
-//! slot only while nobody borrows it, and from then on somebody else owns it.
+//! One word contains the descriptor and the number of its borrowers. So borrowing takes no lock and
+//! writes to no memory that users of another slot read. The invariant: a descriptor leaves its slot
+//! only when its last borrower takes it out, which then owns it.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::closing;
 
-/// The descriptor's number and one; 0 for none.
+/// The descriptor's number plus one; 0 for none.
 const FD: u64 = 0xffff_ffff;
-/// One borrower; there are never more than threads can hold.
+/// One borrower. There are far fewer than the bits can count.
 const USER: u64 = 1 << 32;
 const USERS: u64 = ((1 << 28) - 1) * USER;
 /// Borrowed since the last [`Slot::second_chance`].
 const USED: u64 = 1 << 62;
-/// A mark that belongs to who owns the slot, see [`Slot::mark`].
+/// A mark for the slot's owner, see [`Slot::mark`].
 const MARK: u64 = 1 << 63;
 
-/// Holds a descriptor, or none.
+/// A slot that holds a descriptor or is empty.
 #[derive(Debug)]
 pub(crate) struct Slot(AtomicU64);
 
-/// A descriptor in use: it stays open, and in its slot.
+/// A borrowed descriptor: it stays open and in its slot.
 #[derive(Debug)]
 pub(crate) struct Borrowed<'a> {
     slot: &'a Slot,
@@ -45,7 +45,7 @@ impl Slot {
         self.borrow_as(USED)
     }
 
-    /// As [`borrow`](Self::borrow), without this counting as a use.
+    /// Like [`borrow`](Self::borrow), but doesn't count as a use.
     pub(crate) fn inspect(&self) -> Option<Borrowed<'_>> {
         self.borrow_as(0)
     }
@@ -54,7 +54,7 @@ impl Slot {
         let mut state = self.0.load(Ordering::Relaxed);
         loop {
             let fd = number(state)?;
-            // `Acquire` pairs with the `Release` of `fill`: the descriptor is open by now.
+            // `Acquire` pairs with the `Release` of `fill`: the descriptor is open.
             match self.0.compare_exchange_weak(
                 state,
                 (state + USER) | used,
@@ -75,7 +75,7 @@ impl Slot {
     ///
     /// # Errors
     ///
-    /// Gives `fd` back if there is a descriptor already.
+    /// Returns `fd` if the slot has a descriptor already.
     pub(crate) fn fill(&self, fd: OwnedFd) -> Result<Borrowed<'_>, OwnedFd> {
         let word = word(fd.as_raw_fd());
         let mut state = self.0.load(Ordering::Relaxed);
@@ -104,17 +104,17 @@ impl Slot {
     /// The descriptor, if there is one.
     pub(crate) fn into_inner(mut self) -> Option<OwnedFd> {
         let fd = number(std::mem::take(self.0.get_mut()))?;
-        // SAFETY: the number was taken out of the slot, where `into_raw_fd` had put the ownership of
-        // it, and nobody borrows from what is given away.
+        // SAFETY: the number was taken out of the slot, which had its ownership by `into_raw_fd`,
+        // and there is no borrower, as `self` is owned.
         Some(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Whether the descriptor was borrowed since this was last asked.
+    /// Whether the descriptor was borrowed since the last call.
     pub(crate) fn second_chance(&self) -> bool {
         self.0.fetch_and(!USED, Ordering::Relaxed) & USED != 0
     }
 
-    /// Sets or takes away the mark; answers whether it was set. Orders nothing.
+    /// Sets or clears the mark; returns whether it was set. Orders nothing.
     pub(crate) fn mark(&self, set: bool) -> bool {
         let before = if set {
             self.0.fetch_or(MARK, Ordering::Relaxed)
@@ -126,16 +126,16 @@ impl Slot {
 }
 
 impl Borrowed<'_> {
-    /// Takes the descriptor out of its slot, unless somebody else borrows it or has done so
-    /// since the last [`Slot::second_chance`].
+    /// Takes the descriptor out of its slot, unless there is another borrower or it was used since
+    /// the last [`Slot::second_chance`].
     pub(crate) fn take(self) -> Option<OwnedFd> {
         let mut state = self.slot.0.load(Ordering::Relaxed);
         loop {
             if state & USERS != USER || state & USED != 0 {
                 return None;
             }
-            // `Acquire` pairs with the `Release` of those who gave it back: all they did with
-            // the descriptor comes before it is closed.
+            // `Acquire` pairs with the `Release` of earlier borrowers' drops: all their uses of the
+            // descriptor happen before it is closed.
             match self.slot.0.compare_exchange_weak(
                 state,
                 state & MARK,
@@ -147,10 +147,10 @@ impl Borrowed<'_> {
             }
         }
         let fd = self.fd;
-        // The slot counts no borrower any more.
+        // The exchange has reset the number of borrowers.
         std::mem::forget(self);
-        // SAFETY: the exchange took the number out of the slot, where `into_raw_fd` had put the
-        // ownership of it, and did so while this was its only borrower.
+        // SAFETY: the exchange took the number out of the slot, which had its ownership by
+        // `into_raw_fd`, while this was its only borrower.
         Some(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }
@@ -163,8 +163,8 @@ impl Drop for Borrowed<'_> {
 
 impl AsFd for Borrowed<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the slot closes and hands out no descriptor that is borrowed, and this is a
-        // borrower as long as it lives.
+        // SAFETY: the slot neither closes nor gives away a descriptor that is borrowed, and this is
+        // a borrower as long as it lives.
         unsafe { BorrowedFd::borrow_raw(self.fd) }
     }
 }
@@ -172,7 +172,7 @@ impl AsFd for Borrowed<'_> {
 impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(fd) = number(*self.0.get_mut()) {
-            // SAFETY: the slot owns the descriptor, and nobody borrows from what is dropped.
+            // SAFETY: the slot owns the descriptor, and has no borrowers as it is dropped.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_in_use_is_not_taken() {
+    fn descriptor_in_use_is_not_taken() {
         let slot = Slot::full(null());
         let user = slot.inspect().unwrap();
         assert!(slot.inspect().unwrap().take().is_none());
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_was_used_gets_a_second_chance() {
+    fn used_descriptor_gets_a_second_chance() {
         let slot = Slot::full(null());
         assert!(!slot.second_chance());
         drop(slot.borrow());
@@ -218,14 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_slot_gives_another_descriptor_back() {
+    fn full_slot_returns_another_descriptor() {
         let slot = Slot::empty();
         drop(slot.fill(null()).unwrap());
         assert!(slot.fill(null()).is_err());
     }
 
     #[test]
-    fn the_mark_survives_filling_and_taking() {
+    fn mark_survives_filling_and_taking() {
         let slot = Slot::empty();
         assert!(!slot.mark(true));
         drop(slot.fill(null()).unwrap());

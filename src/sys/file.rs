@@ -1,6 +1,6 @@
-//! File operations that `rustix` lacks or answers less of.
+//! File operations that `rustix` lacks, or whose results it hides.
 //!
-//! The invariant: a buffer that the kernel fills is borrowed exclusively for the whole call.
+//! The invariant: a buffer that the kernel fills is exclusively borrowed for the whole call.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
@@ -9,12 +9,12 @@ use rustix::io::Errno;
 
 use super::last_errno;
 
-/// Reads raw directory entries (`getdents64(2)`) into `buffer`; answers how many bytes, 0 at
-/// the end. Unlike `rustix::fs::RawDir` it leaves the buffer to the caller between calls.
+/// Reads raw directory entries (`getdents64(2)`) into `buffer`; returns the number of bytes, 0 at
+/// the end. Unlike with `rustix::fs::RawDir`, the caller owns the buffer between calls.
 ///
 /// # Errors
 ///
-/// As the system call.
+/// Those of the system call.
 pub(crate) fn read_directory(directory: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     let fd = directory.as_fd().as_raw_fd();
     // SAFETY: the kernel writes at most `buffer.len()` bytes to `buffer`, which is exclusively
@@ -27,14 +27,14 @@ pub(crate) fn read_directory(directory: impl AsFd, buffer: &mut [u8]) -> Result<
     Ok(read)
 }
 
-/// Closes a descriptor and tells what the file system had left to say, which a drop does not.
+/// Closes a descriptor and returns the error of `close(2)`, which a drop ignores.
 ///
 /// # Errors
 ///
-/// Deferred errors of earlier writes (`EIO`, `ENOSPC`, `EDQUOT`). The descriptor is closed all
-/// the same.
+/// Deferred errors of earlier writes (`EIO`, `ENOSPC`, `EDQUOT`). The descriptor is closed in any
+/// case.
 pub(crate) fn close(fd: OwnedFd) -> Result<(), Errno> {
-    // SAFETY: `into_raw_fd` gives up ownership, so nobody else closes or uses the number.
+    // SAFETY: `into_raw_fd` gives up ownership, so no other code closes or uses the number.
     match unsafe { libc::close(fd.into_raw_fd()) } {
         0 => Ok(()),
         _ => Err(last_errno()),
@@ -45,7 +45,7 @@ pub(crate) fn close(fd: OwnedFd) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// As the system call; `EFBIG` for a size beyond what an offset can say.
+/// Those of the system call; `EFBIG` for a size beyond the largest offset.
 pub(crate) fn truncate(path: &CStr, size: u64) -> Result<(), Errno> {
     let size = libc::off64_t::try_from(size).or(Err(Errno::FBIG))?;
     // SAFETY: `path` is NUL-terminated and borrowed until the call returns.

@@ -1,6 +1,6 @@
-//! File handles: names of inodes that outlive descriptors (`name_to_handle_at(2)`).
+//! File handles: identifiers of inodes that outlive descriptors (`name_to_handle_at(2)`).
 //!
-//! The invariant: a [`FileHandle`] holds what the kernel once gave, byte for byte.
+//! The invariant: a [`FileHandle`] contains the bytes that the kernel has returned, unchanged.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -11,10 +11,10 @@ use smallvec::SmallVec;
 
 use super::last_errno;
 
-/// The most bytes a handle has (`MAX_HANDLE_SZ`, uapi `linux/fcntl.h`).
+/// The maximum size of a handle in bytes (`MAX_HANDLE_SZ`, uapi `linux/fcntl.h`).
 const MAX_BYTES: usize = 128;
 
-/// What the kernel calls `struct file_handle`, with room for the longest.
+/// The kernel's `struct file_handle`, with space for the longest handle.
 #[repr(C)]
 struct Raw {
     header: libc::file_handle,
@@ -34,47 +34,47 @@ impl Raw {
     }
 }
 
-/// Names an inode within its file system, for as long as the inode exists: the kernel's handle
-/// tells reused inode numbers apart. 12 bytes for ext4, 16 for XFS, which stay inline.
+/// Identifies an inode within its file system for as long as the inode exists: the kernel's handle
+/// distinguishes reused inode numbers. 12 bytes for ext4, 16 for XFS, which stay inline.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FileHandle {
-    /// The handle's type in native order, and then its bytes.
+    /// The handle's type in native byte order, followed by its bytes.
     parts: SmallVec<[u8; 16]>,
 }
 
-/// Bytes of the type that stands first in a [`FileHandle`].
+/// The size of the type at the beginning of a [`FileHandle`].
 const TYPE_LEN: usize = size_of::<libc::c_int>();
 
-/// How often to open a handle whose inode number is just being given to a new inode.
-const MOST_TRIES: u32 = 100;
+/// How often to retry to open a handle whose inode number is just being reused for a new inode.
+const MAX_RETRIES: u32 = 100;
 
 impl FileHandle {
-    /// The handle of the very inode that `fd` is open on; `O_PATH` will do.
+    /// The handle of the inode that `fd` refers to, which may be an `O_PATH` descriptor.
     ///
     /// # Errors
     ///
     /// `EOPNOTSUPP` if the file system has no handles.
     pub(crate) fn of(fd: impl AsFd) -> Result<Self, Errno> {
-        Self::ask(fd, c"", libc::AT_EMPTY_PATH)
+        Self::query(fd, c"", libc::AT_EMPTY_PATH)
     }
 
-    /// The handle of what goes by `name` in `directory`, itself if that is a symbolic link.
+    /// The handle of the entry `name` of `directory`. Doesn't follow a symbolic link.
     ///
     /// # Errors
     ///
-    /// As for [`of`](Self::of); `ENOENT` if there is no such name.
+    /// As for [`of`](Self::of); `ENOENT` if there is no such entry.
     pub(crate) fn at(directory: impl AsFd, name: &CStr) -> Result<Self, Errno> {
-        Self::ask(directory, name, 0)
+        Self::query(directory, name, 0)
     }
 
-    fn ask(fd: impl AsFd, path: &CStr, flags: libc::c_int) -> Result<Self, Errno> {
+    fn query(fd: impl AsFd, path: &CStr, flags: libc::c_int) -> Result<Self, Errno> {
         let mut raw = Raw::empty();
         raw.header.handle_bytes = u32::try_from(MAX_BYTES).or(Err(Errno::OVERFLOW))?;
         let mut mount_id = 0;
         // SAFETY: `raw` is a `file_handle` with `handle_bytes` writable bytes behind it, and
         // it and `mount_id` are exclusively borrowed during the call; the path ends with its
         // NUL; the descriptor is open as long as `fd` is borrowed.
-        let answer = unsafe {
+        let result = unsafe {
             libc::name_to_handle_at(
                 fd.as_fd().as_raw_fd(),
                 path.as_ptr(),
@@ -83,7 +83,7 @@ impl FileHandle {
                 flags,
             )
         };
-        if answer != 0 {
+        if result != 0 {
             return Err(last_errno());
         }
         let len = usize::try_from(raw.header.handle_bytes).or(Err(Errno::OVERFLOW))?;
@@ -93,12 +93,13 @@ impl FileHandle {
         Ok(Self { parts })
     }
 
-    /// Opens the inode; `mount` is a descriptor (not `O_PATH`) of anything in its mount.
-    /// Needs `CAP_DAC_READ_SEARCH`.
+    /// Opens the inode; `mount` is a descriptor (not `O_PATH`) of any file in its mount. Needs
+    /// `CAP_DAC_READ_SEARCH`.
     ///
     /// # Errors
     ///
-    /// `ESTALE` if the inode no longer exists, `EPERM` without the capability; as `open(2)` else.
+    /// `ESTALE` if the inode no longer exists, `EPERM` without the capability; otherwise those of
+    /// `open(2)`.
     pub(crate) fn open(&self, mount: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let (kind, bytes) = self
             .parts
@@ -112,7 +113,7 @@ impl FileHandle {
             .ok_or(Errno::STALE)?
             .copy_from_slice(bytes);
         let flags = (flags | OFlags::CLOEXEC).bits().cast_signed();
-        let mut tries = 0;
+        let mut retries = 0;
         loop {
             // SAFETY: `raw` is a `file_handle` with at least `handle_bytes` bytes behind it, and
             // exclusively borrowed during the call; `mount` is open as long as it is borrowed.
@@ -120,15 +121,14 @@ impl FileHandle {
                 libc::open_by_handle_at(mount.as_fd().as_raw_fd(), (&raw mut raw).cast(), flags)
             };
             if fd >= 0 {
-                // SAFETY: the kernel has just opened `fd` for this call, so nobody else owns it.
+                // SAFETY: the kernel has just opened `fd` for this call, so no other code owns it.
                 return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
             }
             match last_errno() {
                 // While an inode with the same number is being created, Linux finds neither the old
-                // nor the new one (`iget_locked` skips `I_CREATING`) and takes that for want of
-                // memory.
-                Errno::NOMEM if tries < MOST_TRIES => {
-                    tries += 1;
+                // nor the new one (`iget_locked` skips `I_CREATING`) and reports a lack of memory.
+                Errno::NOMEM if retries < MAX_RETRIES => {
+                    retries += 1;
                     std::thread::yield_now();
                 }
                 error => return Err(error),
@@ -136,13 +136,13 @@ impl FileHandle {
         }
     }
 
-    /// What it is made of, for [`from_bytes`](Self::from_bytes).
+    /// The bytes for [`from_bytes`](Self::from_bytes).
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.parts
     }
 
-    /// A handle of which [`bytes`](Self::bytes) were written down. What never was one leads
-    /// nowhere, or to what whoever wrote it could name.
+    /// Restores a handle from its [`bytes`](Self::bytes). Forged bytes give a handle that can't be
+    /// opened, or one of a file whose handle the forger knows.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         (TYPE_LEN..=TYPE_LEN + MAX_BYTES)
             .contains(&bytes.len())
@@ -151,7 +151,7 @@ impl FileHandle {
             })
     }
 
-    /// A handle that leads nowhere, for tests.
+    /// A handle that can't be opened, for tests.
     #[cfg(test)]
     pub(crate) fn invented(bytes: &[u8]) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! The host's groups by name.
+//! Looks up the host's groups by name.
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
@@ -6,10 +6,10 @@ use std::ptr;
 
 use rustix::io::Errno;
 
-/// The most bytes that a group's entry may take: the list of its members is part of it.
-const LONGEST: usize = 1 << 24;
+/// The maximum size of a group's entry, which contains the list of its members.
+const MAX_ENTRY: usize = 1 << 24;
 
-/// The id of the group that is called `name` (`getgrnam_r(3)`); `None` if there is none.
+/// The id of the group `name` (`getgrnam_r(3)`); `None` if there is no such group.
 ///
 /// # Errors
 ///
@@ -22,8 +22,8 @@ pub(crate) fn id_of(name: &str) -> Result<Option<u32>, Errno> {
     let mut strings = vec![0; 4096];
     loop {
         let mut found = ptr::null_mut();
-        // SAFETY: `name` ends with a NUL; `entry`, `found` and the whole of `strings`, whose
-        // length is told, are writable and exclusively borrowed during the call.
+        // SAFETY: `name` ends with a NUL; `entry`, `found` and all of `strings`, whose length is
+        // passed, are writable and exclusively borrowed during the call.
         let error = unsafe {
             libc::getgrnam_r(
                 name.as_ptr(),
@@ -37,7 +37,7 @@ pub(crate) fn id_of(name: &str) -> Result<Option<u32>, Errno> {
             0 if found.is_null() => return Ok(None),
             // SAFETY: the call has succeeded with a result, so it has filled in `entry`.
             0 => return Ok(Some(unsafe { entry.assume_init() }.gr_gid)),
-            libc::ERANGE if strings.len() < LONGEST => strings.resize(strings.len() * 4, 0),
+            libc::ERANGE if strings.len() < MAX_ENTRY => strings.resize(strings.len() * 4, 0),
             libc::EINTR => {}
             libc::ENOENT | libc::ESRCH => return Ok(None),
             error => return Err(Errno::from_raw_os_error(error)),
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roots_group_is_0_and_nonsense_is_none() {
+    fn root_is_found_and_unknown_names_are_not() {
         assert_eq!(id_of("root"), Ok(Some(0)));
         assert_eq!(id_of("no such group"), Ok(None));
         assert_eq!(id_of("with\0nul"), Ok(None));

@@ -1,8 +1,7 @@
-//! Inode flags and what goes with them (`FS_IOC_FSGETXATTR`, uapi `linux/fs.h`); the plain flags
-//! are `rustix`'s.
+//! Extended inode flags (`FS_IOC_FSGETXATTR`, uapi `linux/fs.h`). `rustix` has the plain flags.
 //!
-//! The invariant: the kernel reads and writes one [`ExtendedFlags`], and knows its size by the
-//! number of the call.
+//! The invariant: the kernel reads and writes one [`ExtendedFlags`], whose size is part of the
+//! request's number.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -32,14 +31,14 @@ pub(crate) struct ExtendedFlags {
 
 const _: () = assert!(size_of::<ExtendedFlags>() == 28);
 
-/// Reads them.
+/// Reads the extended flags.
 ///
 /// # Errors
 ///
 /// `ENOTTY` or `EOPNOTSUPP` if the file system has none.
 pub(crate) fn get(fd: impl AsFd) -> Result<ExtendedFlags, Errno> {
     let mut flags = ExtendedFlags::default();
-    // SAFETY: the number says that the kernel writes 28 bytes, which are exclusively borrowed
+    // SAFETY: by the request's number the kernel writes 28 bytes, which are exclusively borrowed
     // during the call; any bytes are valid; `fd` is open as long as it is borrowed.
     match unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), GET, &raw mut flags) } {
         -1 => Err(last_errno()),
@@ -47,13 +46,13 @@ pub(crate) fn get(fd: impl AsFd) -> Result<ExtendedFlags, Errno> {
     }
 }
 
-/// Sets them.
+/// Sets the extended flags.
 ///
 /// # Errors
 ///
-/// As [`get`]; `EPERM` for flags that the server may not set.
+/// As for [`get`]; `EPERM` for flags that the server may not set.
 pub(crate) fn set(fd: impl AsFd, flags: &ExtendedFlags) -> Result<(), Errno> {
-    // SAFETY: the number says that the kernel reads 28 bytes, which are borrowed during the
+    // SAFETY: by the request's number the kernel reads 28 bytes, which are borrowed during the
     // call; `fd` is open as long as it is borrowed.
     match unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), SET, std::ptr::from_ref(flags)) } {
         -1 => Err(last_errno()),

@@ -1,9 +1,8 @@
-//! Record locks of open file descriptions, and the signal that ends waiting for one.
+//! Record locks of open file descriptions, and the signal that interrupts a wait for a lock.
 //!
-//! A wait in `fcntl(F_OFD_SETLKW)` or `flock` ends early for nothing but a signal whose handler
-//! returns. `SIGURG` is taken: nothing here uses urgent data, and where the handler isn't
-//! installed it is ignored. The invariant: a signal goes to one thread, which its caller knows
-//! to be alive.
+//! A wait in `fcntl(F_OFD_SETLKW)` or `flock` ends early only by a signal whose handler returns.
+//! The signal is `SIGURG`: nothing here uses urgent data, and without a handler it is ignored. The
+//! invariant: a signal is sent to one thread, which the caller knows to be alive.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
@@ -13,21 +12,21 @@ use rustix::thread::Pid;
 
 use super::last_errno;
 
-/// The signal that ends a wait.
+/// The signal that interrupts a wait.
 const SIGNAL: libc::c_int = libc::SIGURG;
 
-/// What to do about a record lock.
+/// The operation on a record lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Act {
-    /// Tell what is in its way.
+    /// Return a conflicting lock.
     Test,
-    /// Take it or give it up, or fail.
+    /// Acquire or release it, or fail.
     Set,
-    /// Take it, waiting for it.
+    /// Acquire it, and wait for it.
     SetWait,
 }
 
-/// A record lock as `struct flock` has it; `len` 0 reaches to the end, wherever that is.
+/// A record lock as in `struct flock`; `len` 0 extends to the end of the file, also as it grows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) kind: libc::c_int,
@@ -35,13 +34,13 @@ pub(crate) struct Record {
     pub(crate) len: i64,
 }
 
-/// `fcntl(2)` with one of the `F_OFD_*` commands. Answers what is in the way for
-/// [`Act::Test`], else what was asked for.
+/// `fcntl(2)` with one of the `F_OFD_*` commands. Returns the conflicting lock for [`Act::Test`],
+/// otherwise `record`.
 ///
 /// # Errors
 ///
-/// `EAGAIN` where another lock is in the way, `EINTR` after a signal, `EBADF` where the
-/// descriptor is not open for what the lock is for; as the system call else.
+/// `EAGAIN` if another lock conflicts, `EINTR` after a signal, `EBADF` if the descriptor isn't open
+/// for the access that the lock needs; otherwise those of the system call.
 pub(crate) fn record(fd: impl AsFd, act: Act, record: Record) -> Result<Record, Errno> {
     let command = match act {
         Act::Test => libc::F_OFD_GETLK,
@@ -60,7 +59,7 @@ pub(crate) fn record(fd: impl AsFd, act: Act, record: Record) -> Result<Record, 
     // the call; `fd` is open as long as it is borrowed.
     match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), command, &raw mut lock) } {
         -1 => match last_errno() {
-            // POSIX lets a conflict be called either.
+            // POSIX allows either error for a conflict.
             Errno::ACCESS => Err(Errno::AGAIN),
             errno => Err(errno),
         },
@@ -72,11 +71,11 @@ pub(crate) fn record(fd: impl AsFd, act: Act, record: Record) -> Result<Record, 
     }
 }
 
-/// Lets [`interrupt`] end waits of the calling thread.
+/// Makes waits of the calling thread interruptible by [`interrupt`].
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// The error of a seccomp filter.
 pub(crate) fn be_interruptible() -> Result<(), Errno> {
     static HANDLER: OnceLock<Result<(), Errno>> = OnceLock::new();
     (*HANDLER.get_or_init(install))?;
@@ -86,8 +85,8 @@ pub(crate) fn be_interruptible() -> Result<(), Errno> {
     unsafe { libc::sigemptyset(&raw mut set) };
     // SAFETY: as before; the signal's number is valid.
     unsafe { libc::sigaddset(&raw mut set, SIGNAL) };
-    // A thread inherits what its parent blocks.
-    // SAFETY: the kernel reads `set`, and no earlier set is asked for.
+    // A thread inherits the signals that its parent blocks.
+    // SAFETY: the kernel reads `set`, and the earlier set is not requested.
     match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) }
     {
         0 => Ok(()),
@@ -95,8 +94,8 @@ pub(crate) fn be_interruptible() -> Result<(), Errno> {
     }
 }
 
-/// Ends a system call in which `thread`, one of this process, waits; does nothing to a thread
-/// that doesn't wait.
+/// Interrupts a system call in which `thread`, a thread of this process, waits. Has no effect on a
+/// thread that doesn't wait.
 ///
 /// # Errors
 ///
@@ -104,7 +103,7 @@ pub(crate) fn be_interruptible() -> Result<(), Errno> {
 pub(crate) fn interrupt(thread: Pid) -> Result<(), Errno> {
     let process = rustix::process::getpid().as_raw_nonzero().get();
     let thread = thread.as_raw_nonzero().get();
-    // SAFETY: takes numbers, and names a thread of this very process; the signal's handler
+    // SAFETY: takes numbers, and names a thread of this process; the signal's handler
     // does nothing.
     match unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGNAL) } {
         0 => Ok(()),
@@ -115,12 +114,12 @@ pub(crate) fn interrupt(thread: Pid) -> Result<(), Errno> {
 extern "C" fn nothing(_: libc::c_int) {}
 
 fn install() -> Result<(), Errno> {
-    // SAFETY: all zeroes is a valid `sigaction`: no flags (`SA_RESTART` above all, which would
-    // go on waiting), an empty mask.
+    // SAFETY: all zeroes is a valid `sigaction`: an empty mask and no flags (in particular not
+    // `SA_RESTART`, with which the wait would continue).
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
     // SAFETY: the handler touches nothing, so it may run at any moment on any thread; the
-    // kernel reads `action`, and no earlier one is asked for.
+    // kernel reads `action`, and the earlier one is not requested.
     match unsafe { libc::sigaction(SIGNAL, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(last_errno()),

@@ -1,8 +1,8 @@
 //! Thin typed wrappers over system calls that `rustix` does not have.
 //!
-//! No policy lives here: one function is one system call, with owned or borrowed descriptors
-//! for numbers and [`Errno`] for `errno`; `slot` is where a descriptor is owned by turns. The invariant: nothing outside this room needs
-//! `unsafe` to make a system call.
+//! There is no policy here. A function makes one system call, takes owned or borrowed descriptors
+//! instead of numbers, and returns [`Errno`]. `fd_slot` shares the ownership of a descriptor. The
+//! invariant: no code outside of this module needs `unsafe` to make a system call.
 
 #![allow(
     unsafe_code,
@@ -27,7 +27,7 @@ pub(crate) mod text_pages;
 
 use rustix::io::Errno;
 
-/// The `errno` that the last failed libc call of this thread left.
+/// The `errno` of the last libc call of this thread that failed.
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

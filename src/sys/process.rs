@@ -1,7 +1,7 @@
-//! Processes: forking, their signals, their ids' maps, and how they end.
+//! Processes: `fork`, namespaces, signals, mount attributes, and exit.
 //!
-//! The invariant: a process is forked only while it has one thread, so the child may do whatever
-//! its parent could.
+//! The invariant: a process is forked only while it has one thread, so the child may do everything
+//! that its parent could.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -16,24 +16,24 @@ use super::last_errno;
 /// Which of the two processes this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fork {
-    /// The old one; the new one's number.
+    /// The parent, with the child's number.
     Parent(Pid),
-    /// The new one.
+    /// The child.
     Child,
 }
 
-/// Makes another process of this one (`fork(2)`).
+/// Forks the process (`fork(2)`).
 ///
 /// # Errors
 ///
-/// `EBUSY` if the process has more threads than the calling one, `EAGAIN` and `ENOMEM` as the
+/// `EBUSY` if the process has other threads than the calling one; `EAGAIN` and `ENOMEM` of the
 /// system call.
 pub(crate) fn fork() -> Result<Fork, Errno> {
     if !has_one_thread()? {
         return Err(Errno::BUSY);
     }
-    // SAFETY: the process has one thread, so no lock is held by a thread that the child hasn't
-    // got, and the child may go on as its parent would.
+    // SAFETY: the process has one thread, so no lock is held by a thread that doesn't exist in the
+    // child, and the child may run any code that its parent may.
     match unsafe { libc::fork() } {
         -1 => Err(last_errno()),
         0 => Ok(Fork::Child),
@@ -45,24 +45,23 @@ pub(crate) fn fork() -> Result<Fork, Errno> {
 ///
 /// # Errors
 ///
-/// `ENOENT`: there is no `/proc`.
+/// `ENOENT` if `/proc` isn't mounted.
 pub(super) fn has_one_thread() -> Result<bool, Errno> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(|_no_proc| Errno::NOENT)?;
     Ok(threads.count() == 1)
 }
 
-/// Ends the process at once: neither destructors nor handlers of the exit are run, which are the
-/// parent's to run.
+/// Ends the process at once. Runs neither destructors nor exit handlers: those are the parent's.
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: takes a number, and never returns.
     unsafe { libc::_exit(code) }
 }
 
-/// Moves the process into new namespaces (`unshare(2)`); `flags` says which, and nothing else.
+/// Moves the process into new namespaces (`unshare(2)`).
 ///
 /// # Errors
 ///
-/// As the system call.
+/// Those of the system call; `EINVAL` if `flags` contains anything but namespaces.
 pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
     let namespaces = UnshareFlags::NEWUSER
         | UnshareFlags::NEWPID
@@ -72,15 +71,15 @@ pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
     if !namespaces.contains(flags) {
         return Err(Errno::INVAL);
     }
-    // SAFETY: none of these flags is `CLONE_FILES`, so descriptors go on meaning the same.
+    // SAFETY: none of these flags is `CLONE_FILES`, so descriptors keep their meaning.
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
-/// The signals that end the server, and the one that tells of a child's end.
-const WATCHED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
+/// The signals that end the server, and the one that reports a child's end.
+const GUARDED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
 
-/// What a supervisor waits for: these, the one that asks for an upgrade, and the one that tells of
-/// what the serving process reports.
+/// The signals that a supervisor waits for: the same, the one that asks for an upgrade, and the one
+/// that announces a report of the serving process.
 pub(crate) const SUPERVISED: [libc::c_int; 5] = [
     libc::SIGTERM,
     libc::SIGINT,
@@ -89,7 +88,7 @@ pub(crate) const SUPERVISED: [libc::c_int; 5] = [
     libc::SIGIO,
 ];
 
-/// The set of these signals.
+/// A set of signals.
 pub(super) fn signal_set(signals: &[libc::c_int]) -> libc::sigset_t {
     // SAFETY: all zeroes is a valid set of signals.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -104,31 +103,31 @@ pub(super) fn signal_set(signals: &[libc::c_int]) -> libc::sigset_t {
 
 fn mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), Errno> {
     let set = signal_set(signals);
-    // SAFETY: the kernel reads `set`, and no earlier set is asked for.
+    // SAFETY: the kernel reads `set`, and the earlier set is not requested.
     match unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) } {
         0 => Ok(()),
         errno => Err(Errno::from_raw_os_error(errno)),
     }
 }
 
-/// Keeps `SIGTERM`, `SIGINT` and `SIGCHLD` until they are asked for, and makes sure that a child
-/// that ends is waited for, whatever the launcher has left.
+/// Blocks `SIGTERM`, `SIGINT` and `SIGCHLD`. Also resets the action of `SIGCHLD`: if a launcher has
+/// it ignored, children can't be waited for.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
-pub(crate) fn hold_signals() -> Result<(), Errno> {
+/// The error of a seccomp filter.
+pub(crate) fn block_signals() -> Result<(), Errno> {
     set_default(libc::SIGCHLD)?;
-    mask(libc::SIG_BLOCK, &WATCHED)
+    mask(libc::SIG_BLOCK, &GUARDED)
 }
 
-/// Keeps also those that a supervisor goes by: [`SUPERVISED`]. For `SIGHUP` there is a handler, which
-/// never runs: others see by it (`/proc/PID/status`) that the signal ends nobody here.
+/// Blocks the supervisor's signals too ([`SUPERVISED`]). Installs a handler for `SIGHUP`, which
+/// never runs: it shows in `/proc/PID/status` that the signal doesn't end this process.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
-pub(crate) fn hold_supervisors_signals() -> Result<(), Errno> {
+/// The error of a seccomp filter.
+pub(crate) fn block_supervisors_signals() -> Result<(), Errno> {
     extern "C" fn nothing(_: libc::c_int) {}
     mask(libc::SIG_BLOCK, &SUPERVISED)?;
     let nothing: extern "C" fn(libc::c_int) = nothing;
@@ -139,26 +138,26 @@ pub(crate) fn hold_supervisors_signals() -> Result<(), Errno> {
     }
 }
 
-/// Lets them come again.
+/// Unblocks `SIGTERM`, `SIGINT` and `SIGCHLD`.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
-pub(crate) fn release_signals() -> Result<(), Errno> {
-    mask(libc::SIG_UNBLOCK, &WATCHED)
+/// The error of a seccomp filter.
+pub(crate) fn unblock_signals() -> Result<(), Errno> {
+    mask(libc::SIG_UNBLOCK, &GUARDED)
 }
 
-/// Lets `SIGHUP` come again.
+/// Unblocks `SIGHUP`.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
-pub(crate) fn release_hangup() -> Result<(), Errno> {
+/// The error of a seccomp filter.
+pub(crate) fn unblock_hangup() -> Result<(), Errno> {
     mask(libc::SIG_UNBLOCK, &[libc::SIGHUP])
 }
 
-/// Signals that a launcher may have had ignored, and that mean something here: a child's end, the request
-/// to end, a fault in memory.
+/// Signals that have a meaning here, and that a launcher may have set to be ignored: a child's end,
+/// requests to end, faults.
 const NOT_IGNORED: [libc::c_int; 9] = [
     libc::SIGTERM,
     libc::SIGINT,
@@ -171,13 +170,13 @@ const NOT_IGNORED: [libc::c_int; 9] = [
     libc::SIGSYS,
 ];
 
-/// Undoes what a launcher has left of blocked and ignored signals, and ignores `SIGXFSZ`: a write beyond
-/// `RLIMIT_FSIZE` fails with `EFBIG` and ends nobody. With `supervises`, [`SUPERVISED`] stay blocked: some
-/// may be pending.
+/// Resets the signals that a launcher has blocked or ignored. Ignores `SIGXFSZ`, so that a write
+/// beyond `RLIMIT_FSIZE` fails with `EFBIG` and doesn't end the process. With `supervises`,
+/// [`SUPERVISED`] stay blocked: some may be pending.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// The error of a seccomp filter.
 pub(crate) fn reset_signals(supervises: bool) -> Result<(), Errno> {
     for signal in NOT_IGNORED {
         if is_ignored(signal)? {
@@ -197,22 +196,22 @@ pub(crate) fn reset_signals(supervises: bool) -> Result<(), Errno> {
 fn is_ignored(signal: libc::c_int) -> Result<bool, Errno> {
     // SAFETY: all zeroes is a valid `sigaction`.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes `action`, and is given no new one.
+    // SAFETY: the kernel writes `action`, and no new action is passed.
     match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) } {
         0 => Ok(action.sa_sigaction == libc::SIG_IGN),
         _ => Err(last_errno()),
     }
 }
 
-/// Waits for one of the signals that are held, and answers which.
+/// Waits for one of the blocked signals and returns its number.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// The error of a seccomp filter.
 pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
-    let set = signal_set(&WATCHED);
+    let set = signal_set(&GUARDED);
     loop {
-        // SAFETY: the kernel reads `set`, and no information on the signal is asked for.
+        // SAFETY: the kernel reads `set`, and no information on the signal is requested.
         match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {
             -1 => match last_errno() {
                 Errno::INTR => {}
@@ -231,37 +230,37 @@ fn set_default(signal: libc::c_int) -> Result<(), Errno> {
     }
 }
 
-/// Ends the process by `signal`, as another process has ended; comes back only if the signal
-/// ends nobody.
+/// Ends the process by `signal`, as another process has ended. Returns only if the signal can't end
+/// it.
 pub(crate) fn end_by(signal: libc::c_int) {
-    // SIGKILL's action can't be set, and needs not be.
+    // SIGKILL's action can't be set, and needn't be.
     let _ = set_default(signal);
-    // The parent tells of it; a core would show nothing of the process that is meant.
+    // A core dump would show this process instead of the one that was killed.
     let no_core = rustix::process::Rlimit {
         current: Some(0),
         maximum: Some(0),
     };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
-    let _ = release_signals();
+    let _ = unblock_signals();
     // SAFETY: takes a number; the signal's action is the default one.
     unsafe { libc::raise(signal) };
 }
 
-/// `mount_setattr(2)` on the mount that `tree` is of, and all below it: sets `attributes`
-/// (`MOUNT_ATTR_*`), and clears none.
+/// Sets `attributes` (`MOUNT_ATTR_*`) of the mount of `tree` and all mounts below it, and clears
+/// none (`mount_setattr(2)`).
 ///
 /// # Errors
 ///
-/// As the system call; `ENOSYS` before Linux 5.12.
+/// Those of the system call; `ENOSYS` before Linux 5.12.
 pub(crate) fn add_mount_attributes(tree: impl AsFd, attributes: u64) -> Result<(), Errno> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: all zeroes is a valid `mount_attr`.
     let mut wanted: libc::mount_attr = unsafe { std::mem::zeroed() };
     wanted.attr_set = attributes;
     let path: &CStr = c"";
-    // SAFETY: `path` ends with a NUL, the kernel reads as many bytes of `wanted` as it is told,
+    // SAFETY: `path` ends with a NUL, the kernel reads as many bytes of `wanted` as its size says,
     // and `tree` is open as long as it is borrowed.
-    let done = unsafe {
+    let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             tree.as_fd().as_raw_fd(),
@@ -271,33 +270,37 @@ pub(crate) fn add_mount_attributes(tree: impl AsFd, attributes: u64) -> Result<(
             size_of::<libc::mount_attr>(),
         )
     };
-    if done == 0 { Ok(()) } else { Err(last_errno()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(last_errno())
+    }
 }
 
-/// Set once the handler of `SIGSYS` has begun, so that it tells of one system call. Orders nothing.
+/// Set when the handler of `SIGSYS` begins, so that it prints one system call. Orders nothing.
 static TRAPPED: AtomicBool = AtomicBool::new(false);
 
-/// Lets a system call that a seccomp filter traps end the process with 1, after its number was
-/// written to standard error.
+/// Installs a handler for system calls that a seccomp filter traps: it writes the call's number to
+/// standard error and exits with 1.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
-pub(crate) fn tell_of_trapped_calls() -> Result<(), Errno> {
+/// The error of a seccomp filter.
+pub(crate) fn print_trapped_calls() -> Result<(), Errno> {
     // SAFETY: all zeroes is a valid `sigaction`.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_flags = libc::SA_SIGINFO;
     action.sa_sigaction =
         trapped as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
-    // SAFETY: the handler makes only system calls, which may be made at any moment; the kernel
-    // reads `action`, and no earlier one is asked for.
+    // SAFETY: the handler makes only system calls, which are safe at any moment; the kernel reads
+    // `action`, and the earlier one is not requested.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(last_errno()),
     }
 }
 
-/// What the kernel tells of a `SIGSYS` by seccomp: `_sigsys` of `siginfo_t`, which `libc` lacks.
+/// What the kernel passes with a `SIGSYS` of seccomp: `_sigsys` of `siginfo_t`, which `libc` lacks.
 #[repr(C)]
 struct SigsysInfo {
     signal: libc::c_int,
@@ -311,20 +314,20 @@ struct SigsysInfo {
 const _: () = assert!(size_of::<SigsysInfo>() <= size_of::<libc::siginfo_t>());
 
 extern "C" fn trapped(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel hands over a `siginfo_t` of SIGSYS, whose beginning is laid out so.
+    // SAFETY: the kernel passes a `siginfo_t` of SIGSYS, which begins with these fields.
     let number = unsafe { (*info.cast::<SigsysInfo>()).number };
     if !TRAPPED.swap(true, Ordering::Relaxed) {
         let mut line = Line::default();
         line.text(b"ringfsd: system call ");
         line.number(number.unsigned_abs());
-        line.text(b" is not among those that the server makes (--seccomp trap): ended\n");
+        line.text(b" is not on the list of allowed calls (--seccomp trap): exiting\n");
         // SAFETY: the bytes are borrowed during the call, which may be made in a handler.
         unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len) };
     }
     exit_now(1)
 }
 
-/// A line put together without allocating, for a signal handler.
+/// A line that is formatted without allocating, for a signal handler.
 struct Line {
     bytes: [u8; 128],
     len: usize,
@@ -362,8 +365,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_of_several_threads_is_not_forked() {
-        // The tests have a thread each, and one that waits for them.
+    fn process_with_several_threads_is_not_forked() {
+        // Each test has a thread, and another one waits for them.
         assert_eq!(fork(), Err(Errno::BUSY));
     }
 
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_written_without_the_help_of_a_library() {
+    fn numbers_are_formatted_without_allocating() {
         let mut line = Line::default();
         for number in [0, 7, 101, 4_294_967_295] {
             line.number(number);

@@ -1,9 +1,9 @@
-//! A message that is sent once, however often the sender is killed.
+//! Sends a message exactly once, even if the sender is killed and another process continues.
 //!
-//! `sendmmsg(2)` writes how many bytes it has sent into the message's header, before it returns. With
-//! the header in memory that outlives the process, whoever goes on knows what was sent: a process
-//! that is killed leaves the kernel only after both. The invariant: what [`Receipt::sent`] says has
-//! been sent, and no more.
+//! `sendmmsg(2)` writes the number of bytes that it has sent into the message's header before it
+//! returns. The header is in memory that outlives the process. A process that is killed leaves the
+//! kernel only after both the sending and the writing, so the next process knows what was sent. The
+//! invariant: [`Receipt::sent`] is exactly the number of bytes that have been sent.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,48 +12,49 @@ use rustix::io::Errno;
 
 use super::last_errno;
 
-/// As many descriptors as the kernel lets one message carry (`SCM_MAX_FD`).
-const MOST_FDS: usize = 253;
+/// The most descriptors that the kernel allows in a message (`SCM_MAX_FD`).
+const MAX_FDS: usize = 253;
 
-/// How many words of shared memory a message takes.
+/// How many words of shared memory a receipt takes.
 const WORDS: usize = 8;
 
-/// The header of a control message, and descriptors.
+/// A control message with descriptors.
 #[repr(C)]
 struct Control {
     head: libc::cmsghdr,
-    fds: [RawFd; MOST_FDS],
+    fds: [RawFd; MAX_FDS],
 }
 
-/// How many bytes of one message were sent: [`WORDS`](Self::WORDS) words in shared memory, all 0 at
-/// first.
+/// Counts how many bytes of a message were sent, in [`WORDS`](Self::WORDS) words of shared memory
+/// that are 0 at first.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Receipt<'a> {
     /// The header (`struct mmsghdr`).
     header: &'a [AtomicU64; WORDS],
-    /// The last of its words: how many bytes the last call has sent, where the kernel writes it; and
-    /// in the padding after it, how many the calls before have.
+    /// The header's last word: the number of bytes that the last call has sent, which the kernel
+    /// writes, and in the padding after it the number of bytes that earlier calls have sent.
     count: &'a AtomicU64,
 }
 
-// The count stands in the last word, and leaves half of it.
+// The kernel's count is in the last word, and takes half of it.
 const _: () = assert!(std::mem::offset_of!(libc::mmsghdr, msg_len) == (WORDS - 1) * 8);
 const _: () = assert!(std::mem::offset_of!(libc::mmsghdr, msg_hdr) == 0);
 const _: () = assert!(size_of::<libc::mmsghdr>() == WORDS * 8);
 const _: () = assert!(align_of::<libc::mmsghdr>() <= align_of::<AtomicU64>());
 
 impl<'a> Receipt<'a> {
-    /// How many words one takes.
+    /// How many words a receipt takes.
     pub(crate) const WORDS: usize = WORDS;
 
-    /// Of these words, of which nobody else uses any. `None` if there are not as many.
+    /// A receipt in these words, which no other code uses. `None` if their number isn't
+    /// [`WORDS`](Self::WORDS).
     pub(crate) fn new(words: &'a [AtomicU64]) -> Option<Self> {
         let header: &[AtomicU64; WORDS] = words.try_into().ok()?;
         let count = header.last()?;
         Some(Self { header, count })
     }
 
-    /// Another message is to be sent, nothing of it has been.
+    /// Begins a new message: nothing of it has been sent.
     pub(crate) fn clear(self) {
         self.count.store(0, Ordering::Release);
     }
@@ -64,11 +65,11 @@ impl<'a> Receipt<'a> {
         usize::try_from(u64::from(now) + u64::from(before)).unwrap_or(usize::MAX)
     }
 
-    /// Sends what has not been sent of the message that `bytes` are, `fds` with its first byte.
+    /// Sends the rest of the message `bytes`; `fds` go with its first byte.
     ///
     /// # Errors
     ///
-    /// As `sendmsg(2)`; `E2BIG` for more descriptors than a message can carry.
+    /// Those of `sendmsg(2)`; `E2BIG` for more descriptors than a message can carry.
     pub(crate) fn send(
         self,
         socket: impl AsFd,
@@ -81,7 +82,8 @@ impl<'a> Receipt<'a> {
                 return Ok(());
             };
             let fds = if sent == 0 { fds } else { &[] };
-            // One store: either half alone would be wrong.
+            // One store for both halves: a process that is killed in between would leave a wrong
+            // sum.
             let before = u32::try_from(sent).map_err(|_large| Errno::MSGSIZE)?;
             self.count.store(word([0, before]), Ordering::Release);
             match self.send_some(socket.as_fd(), left, fds) {
@@ -91,22 +93,22 @@ impl<'a> Receipt<'a> {
         }
     }
 
-    /// One call.
+    /// Makes one call.
     fn send_some(
         self,
         socket: BorrowedFd<'_>,
         bytes: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Errno> {
-        if fds.len() > MOST_FDS {
+        if fds.len() > MAX_FDS {
             return Err(Errno::TOOBIG);
         }
-        // SAFETY: all zeroes is a valid header and valid numbers.
+        // SAFETY: all zeroes is a valid header, followed by valid numbers.
         let mut control: Control = unsafe { std::mem::zeroed() };
         let length = size_of::<libc::cmsghdr>() + size_of_val(fds);
         control.head.cmsg_level = libc::SOL_SOCKET;
         control.head.cmsg_type = libc::SCM_RIGHTS;
-        // The type is the C library's.
+        // The field's type depends on the C library.
         control.head.cmsg_len = length as _;
         for (to, fd) in control.fds.iter_mut().zip(fds) {
             *to = fd.as_raw_fd();
@@ -123,15 +125,16 @@ impl<'a> Receipt<'a> {
             header.msg_control = (&raw mut control).cast();
             header.msg_controllen = length.next_multiple_of(size_of::<usize>()) as _;
         }
-        let place = self.header.as_ptr().cast_mut().cast::<libc::mmsghdr>();
-        // SAFETY: within the words, which are as large and as aligned; the words are interior mutable,
-        // and nobody else uses any of them.
-        unsafe { place.cast::<libc::msghdr>().write(header) };
-        // SAFETY: the kernel reads the header and what it points to, all of which live until the call
-        // returns, and writes the message's length in it.
-        let done = unsafe { libc::sendmmsg(socket.as_raw_fd(), place, 1, libc::MSG_NOSIGNAL as _) };
-        let failed = (done < 0).then(last_errno);
-        // Addresses of this process are nobody's business.
+        let shared = self.header.as_ptr().cast_mut().cast::<libc::mmsghdr>();
+        // SAFETY: the header is within the words, which have its size and its alignment; the words
+        // are interior mutable, and no other code uses them.
+        unsafe { shared.cast::<libc::msghdr>().write(header) };
+        // SAFETY: the kernel reads the header and what it points to, all of which live until the
+        // call returns, and writes the message's length in it.
+        let result =
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), shared, 1, libc::MSG_NOSIGNAL as _) };
+        let failed = (result < 0).then(last_errno);
+        // Leave no addresses of this process in shared memory.
         for word in self.header.iter().take(WORDS - 1) {
             word.store(0, Ordering::Relaxed);
         }
@@ -161,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn message_that_was_sent_is_not_sent_again() {
+    fn sent_message_is_not_sent_again() {
         let words = words();
         let receipt = Receipt::new(&words).unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -173,7 +176,7 @@ mod tests {
         receipt.send(&ours, b"again", &[ours.as_fd()]).unwrap();
         drop(ours);
         let mut got = Vec::new();
-        // The descriptor that came along is gone with the bytes.
+        // Reading the bytes without a control buffer closes the descriptor that came with them.
         theirs.read_to_end(&mut got).unwrap();
         assert_eq!(got, b"onceagain");
         assert!(
@@ -184,11 +187,11 @@ mod tests {
     }
 
     #[test]
-    fn message_that_was_sent_in_part_is_sent_to_its_end() {
+    fn partly_sent_message_is_completed() {
         let words = words();
         let receipt = Receipt::new(&words).unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        // The last call has sent one byte, those before two.
+        // The last call has sent one byte, earlier ones two.
         receipt.count.store(word([1, 2]), Ordering::Relaxed);
         receipt.send(&ours, b"abcdef", &[]).unwrap();
         assert_eq!(receipt.sent(), 6);
@@ -199,14 +202,14 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_has_sent_nothing() {
+    fn failed_call_counts_nothing_as_sent() {
         let words = words();
         let receipt = Receipt::new(&words).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert_eq!(receipt.send(&ours, b"lost", &[]), Err(Errno::PIPE));
         assert_eq!(receipt.sent(), 0);
-        let many = vec![ours.as_fd(); MOST_FDS + 1];
+        let many = vec![ours.as_fd(); MAX_FDS + 1];
         assert_eq!(receipt.send(&ours, b"many", &many), Err(Errno::TOOBIG));
         assert!(Receipt::new(&words[1..]).is_none());
     }

@@ -1,8 +1,8 @@
-//! Words in memory that other processes may have too: a shared mapping of a file.
+//! A shared mapping of a file, accessed as atomic words.
 //!
-//! All access is by whole words of 64 bits, each atomic by itself, so whoever maps the file after
-//! this process was killed sees each word as it was before or after a store, and the stores of one
-//! thread in their order. The invariant: every word that is asked for lies in the mapping.
+//! All accesses are to whole words of 64 bits, each of which is atomic. A process that maps the
+//! file after this one was killed sees each word as it was before or after a store, and the stores
+//! of a thread in order. The invariant: each word that is returned is in the mapping.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
@@ -14,7 +14,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 /// Bytes of a word.
 pub(crate) const WORD: usize = size_of::<u64>();
 
-/// A file's first bytes as words, or memory that no file names, mapped until this is dropped.
+/// The first bytes of a file, or anonymous memory, as words. Mapped until this is dropped.
 #[derive(Debug)]
 pub(crate) struct SharedWords {
     start: NonNull<AtomicU64>,
@@ -22,18 +22,18 @@ pub(crate) struct SharedWords {
     file: Option<OwnedFd>,
 }
 
-// SAFETY: it owns its mapping, and gives out nothing but atomic words.
+// SAFETY: it owns its mapping, and lends nothing but atomic words.
 unsafe impl Send for SharedWords {}
 // SAFETY: as above.
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// Maps `words` words of `file`, which is at least as long, and stays so: a word that is no
-    /// longer there when it is used ends the process (`SIGBUS`).
+    /// Maps `words` words of `file`, which must have and keep at least this length: accessing a
+    /// word beyond its end kills the process (`SIGBUS`).
     ///
     /// # Errors
     ///
-    /// As `mmap(2)`; `EINVAL` for no words, or more than there are addresses.
+    /// Those of `mmap(2)`; `EINVAL` for no words, or more than the address space has.
     pub(crate) fn map(file: OwnedFd, words: usize) -> Result<Self, Errno> {
         let bytes = bytes_of(words)?;
         // SAFETY: a new mapping at an address that the kernel chooses touches no other memory.
@@ -47,12 +47,12 @@ impl SharedWords {
         })
     }
 
-    /// Maps `words` words of memory that is 0 and has no file. `RLIMIT_FSIZE` doesn't limit it, as it
-    /// does a `memfd`; nobody else can map it.
+    /// Maps `words` words of zeroed anonymous memory. Unlike a `memfd`, it isn't subject to
+    /// `RLIMIT_FSIZE`, and no other process can map it.
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map).
+    /// As for [`map`](Self::map).
     pub(crate) fn without_file(words: usize) -> Result<Self, Errno> {
         let bytes = bytes_of(words)?;
         // SAFETY: as for a file.
@@ -65,12 +65,12 @@ impl SharedWords {
         })
     }
 
-    /// How many there are.
+    /// The number of words.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// The file behind them, if there is one.
+    /// The mapped file, if there is one.
     pub(crate) fn file(&self) -> Option<&OwnedFd> {
         self.file.as_ref()
     }
@@ -96,33 +96,33 @@ impl SharedWords {
         }
         // SAFETY: the first of them is in bounds of the mapping, or just behind its end.
         let words = unsafe { self.start.add(index) };
-        // SAFETY: all of them are in bounds of the mapping, which lives as long as `self`, is aligned
-        // to pages, and is accessed by atomic words alone; any bytes are a valid word.
+        // SAFETY: all of them are in bounds of the mapping, which lives as long as `self`, is
+        // aligned to pages, and is accessed by atomic words alone; any bytes are a valid word.
         Some(unsafe { std::slice::from_raw_parts(words.as_ptr(), count) })
     }
 
-    /// Gives the memory of `words` words from `first` on back to the system; they are 0 from then
-    /// on. Both are to be whole pages, or the kernel refuses.
+    /// Releases the memory of `words` words from `first` on, which are 0 afterwards. The range must
+    /// consist of whole pages.
     ///
     /// # Errors
     ///
-    /// As `madvise(MADV_REMOVE)`: `EOPNOTSUPP` where the file system can't; `EINVAL` for what isn't
-    /// whole pages in the mapping.
+    /// Those of `madvise(MADV_REMOVE)`: `EOPNOTSUPP` if the file system doesn't support it;
+    /// `EINVAL` for a range that doesn't consist of whole pages or isn't in the mapping.
     pub(crate) fn give_back(&self, first: usize, words: usize) -> Result<(), Errno> {
         if first.checked_add(words).is_none_or(|end| end > self.len) {
             return Err(Errno::INVAL);
         }
-        // SAFETY: the range was found to be within the mapping.
+        // SAFETY: the range was checked to be within the mapping.
         let start = unsafe { self.start.add(first) };
-        // SAFETY: it is this mapping's own memory, which is accessed by atomic words alone: to
-        // whoever has one of them it becomes 0, as by a store.
+        // SAFETY: the memory belongs to this mapping and is accessed as atomic words alone, whose
+        // users see a change to 0 as if by a store.
         unsafe { rustix::mm::madvise(start.as_ptr().cast(), words * WORD, Advice::LinuxRemove) }
     }
 }
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing borrowed from it outlives it.
+        // SAFETY: this value owns the mapping, and nothing borrowed from it outlives it.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len * WORD) };
         if let Err(error) = unmapped {
             log::error!("unmapping shared memory: {error}");
@@ -161,13 +161,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_zero() {
+    fn released_words_are_zero() {
         for words in [words(2048), SharedWords::without_file(2048).unwrap()] {
-            give_back_and_check(&words);
+            release_and_check(&words);
         }
     }
 
-    fn give_back_and_check(words: &SharedWords) {
+    fn release_and_check(words: &SharedWords) {
         words.get(511).unwrap().store(1, Ordering::Relaxed);
         words.get(512).unwrap().store(2, Ordering::Relaxed);
         words.give_back(512, 512).unwrap();

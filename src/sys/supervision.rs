@@ -1,8 +1,8 @@
-//! One process in the place of another: a child that shares its parent's descriptors, signals with
-//! what they tell, another program in the same process.
+//! System calls of a supervisor: a child that shares the descriptor table, signals with their data,
+//! and `execve`.
 //!
-//! The invariant: a process is cloned only while it has one thread, and a descriptor outlives an
-//! `execve` only where [`keep_over_exec`] was asked for it.
+//! The invariant: a process is cloned only while it has one thread, and a descriptor survives an
+//! `execve` only after [`keep_over_exec`].
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -14,17 +14,17 @@ use rustix::process::Pid;
 use super::last_errno;
 use super::process::{Fork, has_one_thread};
 
-/// Makes another process of this one that shares its table of descriptors: what either opens or
-/// closes, the other has open or not, and all stays open until both have ended. With `own_pids`
-/// the new process is the first of a PID namespace.
+/// Makes a child that shares this process's descriptor table: a descriptor that either process
+/// opens or closes is open or closed in both, and stays open until both have ended. With `own_pids`
+/// the child is the first process of a PID namespace.
 ///
-/// The C library isn't told of it: it goes on taking the thread for the one it has known. With one
-/// thread no lock of its is held; of what it remembers of a thread only its number is wrong in the
-/// new process, which nothing there goes by but recursive locks, and these compare it with itself.
+/// The C library doesn't know of the new process, and takes its thread for the parent's. With one
+/// thread none of the library's locks is held. The only wrong thing that it remembers is the
+/// thread's number, which only recursive locks use, and these compare it with itself.
 ///
 /// # Errors
 ///
-/// `EBUSY` if the process has more threads than the calling one; as `clone(2)`.
+/// `EBUSY` if the process has other threads than the calling one; those of `clone(2)`.
 pub(crate) fn clone_sharing_descriptors(own_pids: bool) -> Result<Fork, Errno> {
     if !has_one_thread()? {
         return Err(Errno::BUSY);
@@ -32,9 +32,10 @@ pub(crate) fn clone_sharing_descriptors(own_pids: bool) -> Result<Fork, Errno> {
     let pids = if own_pids { libc::CLONE_NEWPID } else { 0 };
     let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD | pids);
     let none: libc::c_long = 0;
-    // SAFETY: memory isn't shared (no CLONE_VM), so the new process goes on with a stack and all
-    // else of its own; the process has one thread, so no lock is held by a thread that the new one
-    // hasn't got. Descriptors are shared, and what owns them in either process says who closes them.
+    // SAFETY: memory isn't shared (no CLONE_VM), so the child has its own copy of the stack and of
+    // all else; the process has one thread, so no lock is held by a thread that doesn't exist in
+    // the child. Descriptors are shared, and their owners in the two processes determine which one
+    // closes them.
     match unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) } {
         -1 => Err(last_errno()),
         0 => Ok(Fork::Child),
@@ -46,38 +47,39 @@ pub(crate) fn clone_sharing_descriptors(own_pids: bool) -> Result<Fork, Errno> {
     }
 }
 
-/// A signal that was held.
+/// A signal that was pending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Told {
-    /// Which.
-    pub(crate) signal: libc::c_int,
-    /// What came with it, where it was queued (`sigqueue(3)`).
+pub(crate) struct Received {
+    /// Its number.
+    pub(crate) number: libc::c_int,
+    /// Its data, if it was queued (`sigqueue(3)`).
     pub(crate) queued: Option<Queued>,
 }
 
-/// What comes with a signal that is queued.
+/// The data of a signal that was queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queued {
-    /// The sender's number.
+    /// The value that the sender has passed.
     pub value: usize,
-    /// Who the sender says it is. Whoever may send the signal may say what it likes.
+    /// The sender by its own account: a process that may send the signal can put in any ids.
     pub sender: Peer,
 }
 
 /// A process and its user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Its number; 0 for one that has none here.
+    /// The process id; 0 for a process that has none in this namespace.
     pub pid: i32,
-    /// The user's number.
+    /// The user id.
     pub uid: u32,
 }
 
-/// Who has connected, or listened, at the other end of a unix socket (`SO_PEERCRED`).
+/// The process that has connected to, or listens on, the other end of a unix socket
+/// (`SO_PEERCRED`).
 ///
 /// # Errors
 ///
-/// As `getsockopt(2)`.
+/// Those of `getsockopt(2)`.
 pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
     let mut peer = libc::ucred {
         pid: 0,
@@ -85,9 +87,9 @@ pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
         gid: u32::MAX,
     };
     let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
-    // SAFETY: the kernel writes as many bytes of `peer` as `len` says it has, and `len`; the descriptor
-    // is open as long as it is borrowed.
-    let done = unsafe {
+    // SAFETY: the kernel writes at most `len` bytes to `peer`, which has that size, and writes
+    // `len`; the descriptor is open as long as it is borrowed.
+    let result = unsafe {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
@@ -96,7 +98,7 @@ pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
             &raw mut len,
         )
     };
-    match done {
+    match result {
         0 => Ok(Peer {
             pid: peer.pid,
             uid: peer.uid,
@@ -105,20 +107,20 @@ pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
     }
 }
 
-/// Of `signals`, which are held, takes one that has come, or waits for one; for as long as `patience`
-/// says, or without end. `None` if none has come.
+/// Takes one of `signals`, which are blocked, or waits for one. Returns `None` if none has arrived
+/// within `timeout`; without a timeout, waits for as long as it takes.
 ///
 /// # Errors
 ///
-/// Whatever a seccomp filter says.
+/// The error of a seccomp filter.
 pub(crate) fn take_signal(
     signals: &[libc::c_int],
-    patience: Option<Duration>,
-) -> Result<Option<Told>, Errno> {
+    timeout: Option<Duration>,
+) -> Result<Option<Received>, Errno> {
     let set = super::process::signal_set(signals);
-    let timeout = patience.map(|patience| libc::timespec {
-        tv_sec: patience.as_secs().try_into().unwrap_or(libc::time_t::MAX),
-        tv_nsec: patience.subsec_nanos().into(),
+    let timeout = timeout.map(|timeout| libc::timespec {
+        tv_sec: timeout.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
     });
     let timeout = timeout
         .as_ref()
@@ -126,7 +128,7 @@ pub(crate) fn take_signal(
     // SAFETY: all zeroes is a valid `siginfo_t`.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     loop {
-        // SAFETY: the kernel reads `set` and `timeout`, which is null or points to what lives on this
+        // SAFETY: the kernel reads `set` and `timeout`, which is null or points to a value on this
         // stack, and writes `info`.
         match unsafe { libc::sigtimedwait(&raw const set, &raw mut info, timeout) } {
             -1 => match last_errno() {
@@ -134,45 +136,45 @@ pub(crate) fn take_signal(
                 Errno::AGAIN => return Ok(None),
                 errno => return Err(errno),
             },
-            signal => {
+            number => {
                 let queued = (info.si_code == libc::SI_QUEUE).then(|| Queued {
-                    // SAFETY: a signal that was queued carries a value.
+                    // SAFETY: a queued signal carries a value.
                     value: unsafe { info.si_value() }.sival_ptr.addr(),
                     sender: Peer {
-                        // SAFETY: and its sender.
+                        // SAFETY: a queued signal carries its sender's process id.
                         pid: unsafe { info.si_pid() },
-                        // SAFETY: and that one's user.
+                        // SAFETY: a queued signal carries its sender's user id.
                         uid: unsafe { info.si_uid() },
                     },
                 });
-                return Ok(Some(Told { signal, queued }));
+                return Ok(Some(Received { number, queued }));
             }
         }
     }
 }
 
-/// Sends `SIGHUP` with a number.
+/// Sends `SIGHUP` with a value.
 ///
 /// # Errors
 ///
-/// As `sigqueue(3)`: `ESRCH`, `EPERM`.
+/// Those of `sigqueue(3)`: `ESRCH`, `EPERM`.
 pub(crate) fn queue_hangup(process: Pid, value: usize) -> Result<(), Errno> {
     let value = libc::sigval {
         sival_ptr: std::ptr::without_provenance_mut(value),
     };
-    // SAFETY: takes numbers; nobody takes the value for an address.
+    // SAFETY: takes numbers; no code dereferences the value.
     match unsafe { libc::sigqueue(process.as_raw_nonzero().get(), libc::SIGHUP, value) } {
         0 => Ok(()),
         _ => Err(last_errno()),
     }
 }
 
-/// Has `SIGIO` come whenever there is something to read from `pipe`.
+/// Makes the kernel send `SIGIO` to this process whenever there is something to read from `pipe`.
 ///
 /// # Errors
 ///
-/// As `fcntl(2)`.
-pub(crate) fn tell_by_signal(pipe: impl AsFd) -> Result<(), Errno> {
+/// Those of `fcntl(2)`.
+pub(crate) fn signal_on_input(pipe: impl AsFd) -> Result<(), Errno> {
     let fd = pipe.as_fd().as_raw_fd();
     let this = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: takes numbers, of a descriptor that is open as long as it is borrowed.
@@ -186,20 +188,20 @@ pub(crate) fn tell_by_signal(pipe: impl AsFd) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Lets all descriptors that are open stay so when another program is run.
+/// Keeps all open descriptors open over `execve`.
 ///
 /// # Errors
 ///
 /// The table's size can't be read.
 pub(crate) fn keep_over_exec() -> std::io::Result<()> {
     for fd in 0..table_size()? {
-        // SAFETY: takes numbers; of a number that isn't open it says so.
+        // SAFETY: takes numbers; fails for a number that isn't open.
         unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
     }
     Ok(())
 }
 
-/// Has all descriptors but standard input, output and error closed when another program is run.
+/// Makes `execve` close all descriptors except standard input, output and error.
 ///
 /// # Errors
 ///
@@ -207,7 +209,7 @@ pub(crate) fn keep_over_exec() -> std::io::Result<()> {
 pub(crate) fn close_at_exec() -> std::io::Result<()> {
     let first = libc::STDERR_FILENO + 1;
     // SAFETY: takes numbers, and closes nothing now.
-    let done = unsafe {
+    let result = unsafe {
         libc::syscall(
             libc::SYS_close_range,
             first,
@@ -215,17 +217,17 @@ pub(crate) fn close_at_exec() -> std::io::Result<()> {
             libc::CLOSE_RANGE_CLOEXEC,
         )
     };
-    if done == 0 {
+    if result == 0 {
         return Ok(());
     }
     for fd in first..table_size()? {
-        // SAFETY: takes numbers; of a number that isn't open it says so.
+        // SAFETY: takes numbers; fails for a number that isn't open.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
     Ok(())
 }
 
-/// No descriptor of this process has a number as high as this.
+/// An upper bound of the descriptor numbers of this process.
 fn table_size() -> std::io::Result<RawFd> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let mut lines = status.lines();
@@ -233,7 +235,7 @@ fn table_size() -> std::io::Result<RawFd> {
     size.ok_or_else(|| std::io::Error::other("no FDSize in /proc/self/status"))
 }
 
-/// Runs the program that `file` is in the place of this one; comes back only if it can't be run.
+/// Replaces this program by the one in `file`. Returns only if it can't be run.
 pub(crate) fn run_instead(
     file: BorrowedFd<'_>,
     arguments: &[CString],
@@ -244,7 +246,8 @@ pub(crate) fn run_instead(
         pointers.chain([std::ptr::null()]).collect()
     };
     let (arguments, environment) = (list(arguments), list(environment));
-    // SAFETY: both lists end with null and point to strings that live on; the descriptor is open.
+    // SAFETY: both lists end with null and point to strings that outlive the call; the descriptor
+    // is open.
     unsafe { libc::fexecve(file.as_raw_fd(), arguments.as_ptr(), environment.as_ptr()) };
     last_errno()
 }
@@ -254,12 +257,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_of_several_threads_is_not_cloned() {
+    fn process_with_several_threads_is_not_cloned() {
         assert_eq!(clone_sharing_descriptors(false), Err(Errno::BUSY));
     }
 
     #[test]
-    fn what_is_no_program_can_not_be_run_instead() {
+    fn file_that_is_no_program_is_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
         let name = CString::new("name").unwrap();
         let error = run_instead(file.as_fd(), std::slice::from_ref(&name), &[]);
@@ -267,8 +270,8 @@ mod tests {
     }
 
     #[test]
-    fn no_signal_comes_of_itself() {
-        // Of all signals the one that nobody sends: no thread of the tests holds it.
+    fn no_signal_within_timeout_is_none() {
+        // No test sends this signal.
         let waited = take_signal(&[libc::SIGRTMAX()], Some(Duration::ZERO));
         assert_eq!(waited, Ok(None));
     }

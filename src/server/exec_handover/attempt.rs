@@ -1,0 +1,77 @@
+//! An upgrade in progress, as one program passes it to the next.
+//!
+//! It owns the old program's file and the connection of the client that asked for the upgrade. The
+//! invariant: the outcome is reported once, when a process serves.
+
+use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use crate::sandbox::FdIdentity;
+
+/// How long a program may take until it serves.
+pub(in crate::server) const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The first words of the line that reports success to the client.
+pub(in crate::server) const UPGRADED: &str = "upgraded ";
+/// The first words of the line that reports failure.
+pub(in crate::server) const NOT_UPGRADED: &str = "not upgraded: ";
+
+/// An upgrade in progress.
+#[derive(Debug)]
+pub(in crate::server) struct UpgradeAttempt {
+    /// When the previous process stopped serving.
+    pub(in crate::server) since: Duration,
+    /// The program to return to.
+    pub(in crate::server) old: Option<FdIdentity>,
+    /// The client that asked for the upgrade.
+    pub(in crate::server) client: Option<UnixStream>,
+    /// Why the upgrade failed, if the old program runs again.
+    pub(in crate::server) failed: Option<String>,
+}
+
+impl UpgradeAttempt {
+    pub(in crate::server) fn since(&self) -> Duration {
+        self.since
+    }
+
+    /// The descriptors that the guardian needs for the upgrade.
+    pub(in crate::server) fn descriptors(&self) -> Vec<RawFd> {
+        let old = self.old.as_ref().map(|old| old.fd.as_raw_fd());
+        let client = self.client.as_ref().map(AsRawFd::as_raw_fd);
+        old.into_iter().chain(client).collect()
+    }
+
+    /// Reports the outcome: this program serves.
+    pub(in crate::server) fn report(self, pause: Duration) {
+        let pause = milliseconds(pause);
+        let version = env!("CARGO_PKG_VERSION");
+        match &self.failed {
+            None => {
+                log::warn!("upgraded to {version}; serving again, after {pause:.1} ms");
+                let line = format!("{UPGRADED}to {version}; the guest waited for {pause:.1} ms");
+                send_line(self.client.as_ref(), &line);
+            }
+            Some(reason) => {
+                log::error!("not upgraded: {reason}; serving again, after {pause:.1} ms");
+                let line = format!(
+                    "{NOT_UPGRADED}{reason}; the previous program keeps running, the guest waited \
+                     for {pause:.1} ms"
+                );
+                send_line(self.client.as_ref(), &line);
+            }
+        }
+    }
+}
+
+/// Sends a line to the client, which may have disconnected.
+pub(in crate::server) fn send_line(mut client: Option<&UnixStream>, line: &str) {
+    if let Some(client) = &mut client {
+        let _ = writeln!(client, "{line}");
+    }
+}
+
+pub(in crate::server) fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
