@@ -1,10 +1,9 @@
-//! A process in the sandbox that tries to get out, and is held by what its attempt is meant to
-//! meet.
+//! Processes in the sandbox that try to get out, and the protection that must stop each of them.
 //!
-//! The server makes no forbidden system call, so this program does, with the library's sandbox
-//! around it. It has no test harness, whose threads would keep it from being split in two: called
-//! without arguments it runs all tests, each in a process of its own, which is this program called
-//! with the words of an attempt.
+//! The server makes no forbidden system call, so this program makes them, inside the library's
+//! sandbox. It has no test harness, whose threads would prevent the sandbox from forking: without
+//! arguments it runs all tests, each in a process of its own, which is this program called with the
+//! name of an attempt.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! What the guest's kernel says beside the name when something is made: labels and groups.
+//! Labels and groups that the guest's kernel sends beside the name of a new inode.
 
 #![allow(
     clippy::unwrap_used,

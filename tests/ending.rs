@@ -1,5 +1,5 @@
-//! A killed server gives up at once what the next one needs: its socket, its connection and the lock
-//! on its state file, however long the host takes to free the files that its guest has removed.
+//! A killed server releases at once what the next one needs: its socket, its connection and the
+//! lock of its state file, however long the host takes to free files that the guest has removed.
 
 #![allow(
     clippy::unwrap_used,

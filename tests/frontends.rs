@@ -1,4 +1,4 @@
-//! Each front end in its own order of messages, then a FUSE session over what it set up.
+//! Each front end's own order of messages, then a FUSE session over what it has set up.
 
 #![allow(
     clippy::unwrap_used,

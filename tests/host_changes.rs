@@ -1,7 +1,7 @@
-//! Files that somebody on the host removes or replaces while the guest relies on their names.
+//! Files that are removed or replaced on the host while the guest relies on their names.
 //!
-//! What the guest changes must not go to an inode that its path does not lead to any more: it is
-//! refused with `ESTALE`, upon which Linux looks the path up again and repeats the request.
+//! A change that the guest makes must not go to an inode that its path no longer leads to: the
+//! server refuses it with `ESTALE`, and Linux looks the path up again and repeats the request.
 
 #![allow(
     clippy::unwrap_used,

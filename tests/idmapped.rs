@@ -1,5 +1,5 @@
-//! Guests that may mount with mapped owners (idmapped mounts): Linux 6.12 and later. Their kernel
-//! tells who asks only where something is created.
+//! Guests that allow mounts with mapped owners (idmapped mounts): Linux 6.12 and later. Their
+//! kernel tells the caller's ids only in requests that create an inode.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,8 +1,8 @@
-//! A server that is killed with requests in flight, and another that goes on in its place.
+//! A server that is killed with requests in flight, and another that takes over from it.
 //!
-//! The front end reconnects as Cloud Hypervisor does: with the memory in which the first server has
-//! kept what is in flight, the base of each ring at its available index, and no kick. What the
-//! guest has asked for before it was killed must come back, each request once.
+//! The front end reconnects as Cloud Hypervisor does: with the in-flight region that the first
+//! server has used, the base of each ring at its available index, and no kick. Each request that
+//! the guest had sent before the kill must be completed exactly once.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,8 +1,8 @@
-//! What a launcher hands down beside the command line: signals that are blocked or ignored, limits, an
+//! What a launcher passes on beside the command line: blocked or ignored signals, limits, an
 //! environment, standard descriptors, a working directory.
 //!
-//! In each case the server serves, also in the process that comes after a killed one and in the program
-//! that comes after an upgrade; or it refuses, and names the limit.
+//! In each case the server serves, also in the process that follows a killed one and in the program
+//! that follows an upgrade; or it refuses to start and names the limit.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! The command lines of the programs that start the server, and the manual's word on each option.
+//! Command lines of the programs that start the server, and the manual's text on each option.
 
 #![allow(
     clippy::unwrap_used,

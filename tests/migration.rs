@@ -1,4 +1,4 @@
-//! A guest's session goes from one server to another, over a pipe as a VMM has it.
+//! A guest's session moves from one server to another, over a pipe as a VMM provides it.
 
 #![allow(
     clippy::unwrap_used,

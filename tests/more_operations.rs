@@ -1,4 +1,4 @@
-//! Operations that few programs use, over the socket, with what they do on the host.
+//! Operations that few programs use, over the socket, with their effect on the host.
 
 #![allow(
     clippy::unwrap_used,

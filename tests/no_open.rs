@@ -1,4 +1,4 @@
-//! Guests that use files and directories without OPEN, OPENDIR and what closes them.
+//! Guests that use files and directories without OPEN, OPENDIR, RELEASE and RELEASEDIR.
 
 #![allow(
     clippy::unwrap_used,

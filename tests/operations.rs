@@ -1,4 +1,4 @@
-//! Each operation of FUSE over the socket, with what it does to the directory on the host.
+//! Each FUSE operation over the socket, with its effect on the host's directory.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! Who may open what the server makes: its socket and its state file, whatever the launcher's umask.
+//! Who may open the server's socket and its state file, whatever the launcher's umask.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,8 +1,8 @@
-//! A VMM gets each reply exactly once, whichever instant the serving process is killed at.
+//! A VMM gets each reply exactly once, at whatever instant the serving process is killed.
 //!
-//! The serving process is traced and killed at each entry to and each return from a system call that
-//! it makes for one message: at the first of them, then at the second, until none is left. The VMM
-//! reads its reply before the kill or after it.
+//! The serving process is traced and killed at each entry to and each return from a system call
+//! that it makes for one message: at the first of them, then at the second, until none is left. The
+//! VMM reads its reply before the kill or after it.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! What a guest gets, and what it can't take from the server, when descriptors run short.
+//! What a guest gets when descriptors run short, and which of them it can't take from the server.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Space that a guest frees is free when it uses it: on a small tmpfs, of which the guest fills the
-//! greater part again and again.
+//! Space that a guest frees is available when it uses it next: on a small tmpfs, most of which the
+//! guest fills again and again.
 
 #![allow(
     clippy::unwrap_used,

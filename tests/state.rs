@@ -1,5 +1,5 @@
-//! What a guest holds outlives its server with `--state`: however the server ends, whoever connects
-//! meanwhile, and while the process of the one before is still ending.
+//! With `--state` a guest's session outlives its server: however the server ends, whoever connects
+//! in between, and while the previous process is still ending.
 
 #![allow(
     clippy::unwrap_used,

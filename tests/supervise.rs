@@ -1,7 +1,7 @@
 //! A server that is killed or replaced in the middle of a session: the VMM's connection, its memory
-//! and its rings go on.
+//! and its rings stay in use.
 //!
-//! Each way of being started is tried, as root and as an ordinary user.
+//! Each method of starting the server is tested, as root and as an ordinary user.
 
 #![allow(
     clippy::unwrap_used,

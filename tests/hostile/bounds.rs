@@ -1,4 +1,4 @@
-//! What one guest may hold.
+//! Limits on what one guest may hold.
 
 use std::collections::HashSet;
 use std::ffi::CString;

@@ -1,4 +1,4 @@
-//! Headers, lengths, opcodes, nodes, handles: whatever a field can hold.
+//! Headers, lengths, opcodes, nodes, handles: every value that a field can have.
 
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{AttrOut, EntryOut, FlushIn, OpenIn, ReadIn, ReleaseIn, WriteIn, opcode};

@@ -1,4 +1,4 @@
-//! A server, a session on it, and requests put on the ring by hand.
+//! A server, a session on it, and requests that are put on the ring by hand.
 
 use std::fmt;
 

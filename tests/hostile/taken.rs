@@ -1,4 +1,4 @@
-//! Memory that is taken away after it was handed over.
+//! Memory that is taken away after it was shared.
 
 use std::os::fd::AsFd;
 

@@ -1,4 +1,4 @@
-//! Memory outlives the operation, whoever goes away before its end.
+//! Memory outlives the operation, even if the task that started it goes away before its end.
 
 #![allow(unsafe_code, reason = "the suite plays the guest's memory")]
 

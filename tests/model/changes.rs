@@ -1,13 +1,14 @@
-//! A guest that writes, beside a host that changes the share directly: replaces files and
-//! directories by rename, removes them, keeps backups, truncates them. Whatever a program of the
-//! guest was told is done has to be where its path leads, or in what the host took away from there
-//! afterwards.
+//! A guest that writes while the host changes the share directly: it replaces files and directories
+//! by rename, removes them, makes backups, truncates. Each change that was acknowledged to a
+//! program of the guest must be in the file where its path leads, or in what the host removed from
+//! that path afterwards.
 //!
-//! Once the two take turns, in random sequences that are shortened where they fail, and once they
-//! run at the same time. The invariant: who may be told `ESTALE` is the guest's kernel, not a
+//! In one test the two take turns, in random sequences that are shortened if they fail; in the
+//! other they run at the same time. The invariant: only the guest's kernel gets `ESTALE`, never a
 //! program.
 //!
-//! `RINGFSD_HOST_CHANGES_SECONDS` makes the latter longer, `RINGFSD_MODEL_CASES` the former more.
+//! `RINGFSD_HOST_CHANGES_SECONDS` makes the latter longer, `RINGFSD_MODEL_CASES` adds cases to the
+//! former.
 
 use std::cell::Cell;
 use std::sync::Arc;

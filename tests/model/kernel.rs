@@ -1,10 +1,10 @@
-//! A guest's kernel: names and inodes that it caches, and what it asks the server when a program
-//! makes a system call. As Linux does it (`fs/namei.c`, `fs/fuse/dir.c`).
+//! A guest's kernel: names and inodes that it caches, and the requests that it sends when a program
+//! makes a system call, as Linux does (`fs/namei.c`, `fs/fuse/dir.c`).
 //!
-//! A name is used without asking for as long as the server said. A call that ends with `ESTALE`
-//! walks its path once more, and this time asks for each name; there is no third attempt. What is
-//! no longer in use is given back by FORGET. The invariant: no request is made while the tables are
-//! locked, and an inode is not given back while a call, a name or an open file uses it.
+//! A name is used without a request for as long as the server said. A call that fails with `ESTALE`
+//! walks its path once more, and then sends a request for each name; there is no third attempt.
+//! Inodes that are no longer in use are forgotten. The invariant: no request is made while the
+//! tables are locked, and an inode is not forgotten while a call, a name or an open file uses it.
 
 use std::collections::HashMap;
 use std::ffi::CString;

@@ -1,8 +1,8 @@
-//! Does operations on a file system, be it the one behind the socket or the host's own.
+//! Performs operations on a file system, be it the one behind the socket or the host's own.
 //!
-//! What a guest's kernel decides itself is decided here, for both alike: that only regular files are
-//! opened, and what is made and what is opened by O_CREAT. The invariant: whatever the two answer
-//! differently is the server's doing.
+//! What a guest's kernel decides itself is decided here, for both alike: that only regular files
+//! are opened, and what O_CREAT creates and what it opens. The invariant: if the results differ,
+//! the server is the cause.
 
 use crate::operation::{ATTRIBUTES, Directory, NAMES, Operation, Place, SLOTS, Target};
 use crate::support::pattern;

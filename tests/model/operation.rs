@@ -1,7 +1,7 @@
-//! What a case is made of: operations on names, on inodes that are held on to, and on open files.
+//! The parts of a case: operations on names, on inodes that stay in use, and on open files.
 //!
-//! Nothing is done here. The invariant: an operation names things by small numbers only, so that any
-//! sequence, and any part of one, can be done from an empty directory on.
+//! Nothing is performed here. The invariant: an operation names things by small numbers only, so
+//! that any sequence, and any part of one, can be performed on an empty directory.
 
 use proptest::prelude::*;
 use proptest::sample::select;

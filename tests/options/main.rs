@@ -1,4 +1,4 @@
-//! Each option of what the guest may do, by its effect over the socket.
+//! Each option on what the guest may do, tested by its effect over the socket.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,7 +1,7 @@
-//! What keeps the server in, tried from the guest's side and looked at from the host's.
+//! The isolation of the server, attacked from the guest's side and inspected from the host's.
 //!
-//! Each test runs in every sandbox there is, as root and as an ordinary user.
-//! `RINGFSD_RACE_SECONDS` makes the races longer than the gate has time for.
+//! Each test runs in every sandbox, as root and as an ordinary user. `RINGFSD_RACE_SECONDS` makes
+//! the races longer than the gate has time for.
 
 #![allow(
     clippy::unwrap_used,

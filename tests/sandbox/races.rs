@@ -1,5 +1,5 @@
-//! A guest at work while the host changes what is around it: as the guest may ask at any moment of
-//! that, nothing it gets may be from outside.
+//! A guest at work while the host changes its surroundings: whenever the guest sends a request,
+//! nothing that it gets may be from outside of the share.
 
 use std::ffi::CString;
 use std::os::unix::fs::symlink;

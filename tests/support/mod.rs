@@ -1,4 +1,4 @@
-//! A ringfsd process under test, started as a user would.
+//! A ringfsd process under test, started as a user would start it.
 
 #![allow(
     dead_code,

@@ -1,7 +1,7 @@
-//! What happened on a mount, counted: for the closing line, and for tests that must see none of
-//! the server's faults.
+//! Counts what happens on a mount: for the closing line, and for tests that must see no fault of
+//! the server.
 //!
-//! Relaxed throughout: the numbers order nothing.
+//! All accesses are relaxed: the numbers order nothing.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! `/dev/fuse`: opened, mounted, cloned for further threads, unmounted.
+//! `/dev/fuse`: opens it, mounts it, clones it for further threads, unmounts it.
 //!
 //! It knows nothing of requests. The invariant: a [`Device`] that exists belongs to a mount, so
 //! reading it never fails for want of one.

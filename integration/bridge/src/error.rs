@@ -1,6 +1,6 @@
-//! What ends a lane.
+//! The errors that end a lane.
 //!
-//! The invariant: an error says which of its peers failed it: the kernel, the server, or the memory.
+//! The invariant: an error says which peer failed: the kernel, the server, or the memory.
 
 use std::io;
 

@@ -1,7 +1,7 @@
-//! INIT: what of it can't go over this transport.
+//! INIT: removes what this transport doesn't support.
 //!
-//! Everything else is passed on as it is. The invariant: nothing is added that either side did
-//! not say.
+//! Everything else is passed on unchanged. The invariant: nothing is added that neither side has
+//! sent.
 
 use vmm::fuse::wire::{InitIn, InitOut, init};
 use vmm::memory::MemoryError;

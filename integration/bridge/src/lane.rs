@@ -1,8 +1,8 @@
 //! A lane: one descriptor of `/dev/fuse`, one track, one thread.
 //!
 //! It passes requests on and replies back and never waits for one of them: it sleeps only when
-//! there is neither a request nor a reply, so a request that blocks in the server stops nobody.
-//! Nothing is copied but headers: `/dev/fuse` is read to guest memory and written from there. The
+//! there is neither a request nor a reply, so a request that blocks in the server delays no other.
+//! Only headers are copied: `/dev/fuse` is read into guest memory and written from there. The
 //! invariant: a slot is free, or in exactly one chain in flight.
 
 use std::io;

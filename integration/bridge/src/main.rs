@@ -1,9 +1,9 @@
 //! Mounts a virtio-fs server with this machine's own FUSE client, without a virtual machine.
 //!
-//! Takes the place of a guest: the kernel's requests, read from `/dev/fuse`, go over virtqueues to
-//! a vhost-user server as a guest's driver would put them there, and the replies go back. This
-//! file starts and ends it all; `mount` is the mount, `lane` is where requests pass. The invariant:
-//! a mount does not outlive the server or this process, so nothing hangs on it.
+//! It takes the place of a guest: the kernel's requests, read from `/dev/fuse`, go over virtqueues
+//! to a vhost-user server as a guest's driver would put them there, and the replies go back. This
+//! file starts and ends everything; `mount` is the mount, `lane` passes requests. The invariant: a
+//! mount does not outlive the server or this process, so no program hangs on it.
 
 mod counters;
 mod device;

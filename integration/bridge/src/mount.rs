@@ -1,7 +1,7 @@
 //! One mount: the threads that pass its requests on, and its end.
 //!
-//! Knows nothing of how the session with the server came to be. The invariant: a mount does not
-//! outlive its lanes, so nothing hangs on it.
+//! It doesn't know how the session with the server was set up. The invariant: a mount does not
+//! outlive its lanes, so no program hangs on it.
 
 use std::io::{self, Read as _};
 use std::os::fd::AsFd;

@@ -1,7 +1,7 @@
-//! What a request needs of the transport: its queue, and the most that its reply can have.
+//! What a request needs of the transport: its queue, and the maximum size of its reply.
 //!
-//! Looks at headers and arguments as they lie in guest memory; changes nothing. The invariant:
-//! what is given as a reply's room is what Linux's virtio-fs driver gives.
+//! It reads headers and arguments in guest memory and changes nothing. The invariant: the room for
+//! a reply is what Linux's virtio-fs driver gives.
 
 use vmm::fuse::wire::{
     AttrOut, EntryOut, GetxattrIn, GetxattrOut, InHeader, InitOut, IoctlIn, IoctlOut, Kstatfs,

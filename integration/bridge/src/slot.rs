@@ -1,7 +1,7 @@
-//! Slots: places in guest memory, each for one request and its reply.
+//! Slots: areas of guest memory, each for one request and its reply.
 //!
-//! A request's header and arguments lie just before a page's boundary and a reply's header too,
-//! so that the data of WRITE and READ lie on whole pages, as they do in a guest's page cache. The
+//! A request's header and arguments end at a page boundary, and so does a reply's header, so that
+//! the data of WRITE and READ are on whole pages, as they are in a guest's page cache. The
 //! invariant: the two areas of a slot are its own; nothing here knows whether they are in use.
 
 use vmm::memory::MemoryError;

@@ -1,7 +1,7 @@
 //! A track: a request queue with the slots of its requests, which outlives a mount.
 //!
-//! A lane works on it and leaves it behind; what passes there is the lane's. The invariant: nothing
-//! is in flight on a track that no lane has, unless the lane was stopped.
+//! A lane works on it and leaves it behind; the requests on it are the lane's. The invariant:
+//! nothing is in flight on a track that no lane has, unless the lane was stopped.
 
 use std::io;
 use std::time::Duration;

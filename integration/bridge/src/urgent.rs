@@ -1,8 +1,8 @@
 //! The high-priority queue, which all lanes share.
 //!
-//! What goes over it has no reply, so nobody waits for it: an area that the server has given back
-//! is found when the next one is needed. The invariant: an area is in the hands of a lane, of the
-//! server, or spare.
+//! Its requests have no reply, so no lane waits for one: an area that the server has returned is
+//! found when the next one is needed. The invariant: an area belongs to a lane, to the server, or
+//! is free.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What a program's operation leaves behind, by which it can be recognized in a file.
+//! What a program's operation leaves in a file, by which it can be recognised.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;

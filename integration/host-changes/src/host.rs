@@ -1,9 +1,9 @@
 //! What users and programs of the host do to a shared directory: editors, builds, `git`, `rm`.
 //!
 //! Names that begin with `log` are neither renamed nor removed by the guest's programs, so the host
-//! may rename over them and remove them at once; what is at other names is first renamed to a name
-//! of the host's own, so that what was there is what is kept. The invariant of [`Share`] holds
-//! after each.
+//! may rename over them and remove them at once. Files at other names are first renamed to a name
+//! of the host's own, so that the file that is kept is the one that was there. The invariant of
+//! [`Share`] holds after each operation.
 
 use std::fs;
 use std::io::Write;

@@ -2,9 +2,9 @@
 //! each acknowledged record is.
 //!
 //! [`Share`] is the host's side, [`Writer`] the guest's programs over any [`Programs`], and
-//! [`Report`] what they found. The invariant: whatever the host takes away from a path stays open
-//! here, so that a record that the guest's program was told is written can be found, wherever it
-//! is.
+//! [`Report`] what they found. The invariant: whatever the host removes from a path stays open
+//! here, so that a record whose write was acknowledged to a program of the guest can be found,
+//! wherever it is.
 
 mod effect;
 mod host;

@@ -1,5 +1,5 @@
-//! Programs of a guest on a mount of this machine, while the host changes the directory that is
-//! shared.
+//! Runs programs of a guest on a mount of this machine, while the host changes the shared
+//! directory.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -1,8 +1,7 @@
-//! What programs of a guest do to the share, over whatever brings it to them.
+//! What programs of a guest do to the share, through a mount or any other access to it.
 //!
-//! [`Mounted`] is a mount on this machine, by plain system calls. The invariant: each method is
-//! what one call of a program is to the guest's kernel, so a second attempt after `ESTALE` is the
-//! kernel's.
+//! [`Mounted`] is a mount on this machine, used by plain system calls. The invariant: each method
+//! is one system call of a program, so a second attempt after `ESTALE` is the guest kernel's.
 
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};

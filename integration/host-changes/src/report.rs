@@ -1,4 +1,4 @@
-//! What programs found, counted.
+//! Counts what programs found.
 
 use std::fmt;
 

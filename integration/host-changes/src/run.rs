@@ -1,4 +1,4 @@
-//! Writers and the host at once, for a time.
+//! Runs writers and the host at the same time, for a given time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

@@ -1,8 +1,7 @@
-//! The shared directory as the host sees it, with everything that the host took away from a path.
+//! The shared directory as the host sees it, with everything that the host has removed from a path.
 //!
-//! The invariant: whoever holds the lock for reading finds each inode that was ever at a path
-//! either there, or below a displaced directory, or among the displaced files, up to how many are
-//! kept.
+//! The invariant: a reader of the lock finds each inode that was ever at a path either there, or
+//! below a displaced directory, or among the displaced files, up to the number that is kept.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;

@@ -2,8 +2,7 @@
 //! acknowledged.
 //!
 //! A writer changes only files that no other writer changes. The invariant: each acknowledged
-//! change is looked for before the writer makes the next, so that nothing but the host can have
-//! undone it.
+//! change is looked for before the writer makes the next, so that only the host can have undone it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

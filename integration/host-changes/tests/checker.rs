@@ -1,5 +1,5 @@
-//! The checker itself: it finds nothing wrong with programs that use the shared directory at once, and
-//! finds the losses of programs that go on using what a path once led to.
+//! Tests of the checker: it finds nothing wrong with programs that use the shared directory
+//! directly, and finds the losses of programs that keep using what a path once led to.
 
 #![allow(
     clippy::unwrap_used,

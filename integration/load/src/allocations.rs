@@ -1,4 +1,4 @@
-//! Counts allocations, for the tests that there are none.
+//! Counts allocations, for the tests that assert that there are none.
 
 #![expect(unsafe_code, reason = "an allocator can't be written without")]
 

@@ -1,7 +1,8 @@
-//! The system calls that a case can't do without, in a loop in one thread: the limit.
+//! The system calls that a case can't do without, in a loop in one thread: the upper limit for a
+//! server.
 //!
-//! No server, no queue, no FUSE: one operation after the other by the process that wants it. The
-//! invariant: files and choices are those of the case against a server.
+//! No server, no queue, no FUSE: one operation after the other by the process that uses the result.
+//! The invariant: files and random choices are those of the case against a server.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,9 +1,9 @@
-//! How fast the generator itself is: the cases against a responder in a thread of this process.
+//! Measures the generator itself: the cases against a responder in a thread of this process.
 //!
-//! It is measured in two ways. With the responder in a thread of its own, cache lines move between
-//! processors as they do with a server, but a busy machine shows. In turns in one thread, by CPU
-//! time, it does not. Both are lower bounds, as the responder's work is in them. The invariant: the
-//! same lanes and programs are used as against a server.
+//! There are two measurements. With the responder in a thread of its own, cache lines move between
+//! processors as they do with a server, but other load on the machine shows. In turns in one
+//! thread, by CPU time, it does not. Both are lower bounds, as they include the responder's work.
+//! The invariant: the same lanes and programs are used as against a server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

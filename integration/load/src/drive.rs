@@ -1,6 +1,6 @@
 //! The threads that drive the lanes, and the phases that they go through together.
 //!
-//! The invariant: when [`drive`] returns, its threads have ended, and where it returns an outcome
+//! The invariant: when [`drive`] returns, its threads have ended, and if it returns an outcome,
 //! nothing is in flight.
 
 use std::os::fd::AsFd;

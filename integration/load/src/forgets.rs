@@ -1,8 +1,9 @@
-//! FORGET, over the high-priority queue, where nobody waits for it.
+//! FORGET, over the high-priority queue, where no program waits for it.
 //!
-//! As Linux does it: one request for each inode, sent and not waited for; but after a listing,
-//! whose ten thousand inodes are forgotten in batches so that the listing is what is measured.
-//! The invariant: a request's place in guest memory is used again only once its chain is back.
+//! As in Linux, each inode has a request of its own, which is sent and not waited for. After a
+//! listing, its ten thousand inodes are forgotten in batches, so that the listing is what is
+//! measured. The invariant: a request's slot in guest memory is reused only once its chain has been
+//! returned.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

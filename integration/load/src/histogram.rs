@@ -1,4 +1,4 @@
-//! Latencies, counted in buckets whose width grows with the value, as HdrHistogram does it.
+//! Latencies, counted in buckets whose width grows with the value, as in HdrHistogram.
 //!
 //! The invariant: recording touches one counter and allocates nothing, and a quantile is at most
 //! one part in 64 off.

@@ -1,6 +1,6 @@
 //! One queue, and the slots that keep requests in flight on it.
 //!
-//! A [`Lane`] takes what has come back, lets the slots' programs go on, and counts. It waits for
+//! A [`Lane`] takes completions, resumes the programs of their slots, and counts. It waits for
 //! nothing; its thread does. The invariant: as many requests are in flight as there are slots,
 //! until the lane is told to stop, and no turn allocates.
 

@@ -1,7 +1,8 @@
-//! What files contain: at each offset something else, so that a byte in the wrong place shows.
+//! The content of the files: different at each offset, so that a byte in the wrong place is
+//! detected.
 //!
-//! The invariant: the content at an offset depends on the seed and the offset only, whatever
-//! pieces it is made in.
+//! The invariant: the content at an offset depends on the seed and the offset only, whatever the
+//! sizes in which it is made.
 
 /// Which content. A file's own number, or one of two that mark what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

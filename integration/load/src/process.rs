@@ -1,9 +1,9 @@
 //! What a server uses: CPU time, threads, context switches, memory.
 //!
-//! A server may be several processes (one that waits and one that serves, in a sandbox): all that
-//! the given one has started are counted with it. CPU time is the kernel's own count of nanoseconds
-//! for each whole process, threads that have ended included. The invariant: a [`Process`] is read,
-//! never touched.
+//! A server may be several processes (one that waits and one that serves, in a sandbox): all
+//! descendants of the given one are counted with it. CPU time is the kernel's own count of
+//! nanoseconds for each whole process, threads that have ended included. The invariant: a
+//! [`Process`] is read, never changed.
 
 #![expect(
     unsafe_code,

@@ -1,8 +1,8 @@
 //! What a slot does: the requests of one operation, one after the other.
 //!
-//! A [`Program`] keeps its requests ready in guest memory and patches what changes. It knows
-//! nothing of queues and of time. The invariant: one request of a program is on its way at a
-//! time, and neither `begin` nor `reply` allocates.
+//! A [`Program`] keeps its requests prepared in guest memory and patches what changes. It knows
+//! nothing of queues and of time. The invariant: one request of a program is in flight at a time,
+//! and neither `begin` nor `reply` allocates.
 
 mod attributes;
 mod data;

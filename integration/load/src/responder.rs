@@ -1,9 +1,9 @@
-//! The device's side of a ring, as little as can be: every request is answered at once, with
-//! nothing in it but the header of a reply without error.
+//! A minimal device side of a ring: every request is completed at once, with a reply that consists
+//! of a header without error.
 //!
-//! It is what the generator's own speed is measured against. The invariant: it reads and writes
-//! only inside the areas that it has resolved, and a reply's header only where the driver has
-//! made room for one.
+//! The generator's own speed is measured against it. The invariant: it reads and writes only inside
+//! the areas that it has resolved, and a reply's header only where the driver has made room for
+//! one.
 
 #![expect(
     unsafe_code,

@@ -1,4 +1,5 @@
-//! What the server is asked for once, before the cases: nodes that it then knows, and open files.
+//! What the server is asked for once, before the cases: the nodes that it then knows, and open
+//! files.
 //!
 //! The invariant: the nodes of a [`Scene`] stay known and its files stay open until the session
 //! ends.

@@ -1,7 +1,7 @@
-//! The files that the cases work on, made on the host's side of the share.
+//! The files that the cases use, made on the host's side of the share.
 //!
-//! One large file for the page cache and one for O_DIRECT, a directory of files that the server
-//! comes to know, one of files that it never knows for long, and one that is empty between
+//! There are a large file for the page cache and one for O_DIRECT, a directory of files that the
+//! server comes to know, one of files that it never knows for long, and one that is empty between
 //! cases. The invariant: small files never change, and each byte of every file is its pattern's
 //! unless a case has written there.
 

@@ -1,5 +1,5 @@
-//! Which cases there are, and how one is written: `read/4k@32x4` is random reads of 4 KiB, 32 in
-//! flight on each of 4 queues.
+//! The cases, and their notation: `read/4k@32x4` is random reads of 4 KiB, 32 in flight on each of
+//! 4 queues.
 //!
 //! The invariant: a [`Spec`] has a depth from 1 to 128, 1 to 16 queues, and a size that is a
 //! multiple of 4 KiB up to 1 MiB.

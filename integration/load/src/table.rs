@@ -1,9 +1,9 @@
 //! Results of several servers and several rounds, as tables of medians and ratios.
 //!
-//! The servers are known by their names: `ringfsd-uring`, to which the others are compared (or the
-//! first, where it is missing), `ringfsd-tokio`, `virtiofsd-N` with a pool of N threads,
-//! `c-virtiofsd`, `bare`, and `fio`, which stands in for `bare` where there is one. The
-//! invariant: a ratio is of medians of the same case in the same files.
+//! Servers are recognised by their names: `ringfsd-uring`, to which the others are compared (or the
+//! first, if it is missing), `ringfsd-tokio`, `virtiofsd-N` with a pool of N threads,
+//! `c-virtiofsd`, `bare`, and `fio`, which replaces `bare` where it has a result. The invariant: a
+//! ratio is of medians of the same case in the same files.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

@@ -1,6 +1,7 @@
-//! What a guest does, and the request that it makes of it.
+//! What a guest does, and the request for it.
 //!
-//! The invariant: a request says all of what is to be done; nothing of it is left to the model.
+//! The invariant: a request contains everything that is to be done; nothing of it is left to the
+//! model.
 
 use std::ffi::CString;
 

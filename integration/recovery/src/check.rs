@@ -1,4 +1,4 @@
-//! Looks whether all is as the model has it, by the guest's requests and on the host.
+//! Checks that everything is as the model says, by the guest's requests and on the host.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;

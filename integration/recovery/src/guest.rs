@@ -1,6 +1,6 @@
-//! One of the guest's threads: an operation at a time, each with the one answer that is right.
+//! One of the guest's threads: an operation at a time, each with the only result that is right.
 //!
-//! The invariant: what an operation has to answer is known before it is made.
+//! The invariant: the expected result of an operation is known before it is sent.
 
 use std::ffi::CString;
 

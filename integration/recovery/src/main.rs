@@ -1,11 +1,11 @@
-//! Kills a server in the middle of its work, again and again, and looks whether a guest notices.
+//! Kills a server in the middle of its work, again and again, and checks whether a guest notices.
 //!
-//! Several guests' threads make requests all the time, each in directories of its own, and each
-//! knows what must be there: what an operation answers, which names there are, what files hold,
-//! which node is which, what is open, what is locked. The process that serves gets SIGKILL at
-//! random moments; another goes on in its place. No request may be lost, none may take effect
-//! twice, and nothing may be forgotten. How long the guest waits is measured. The invariant: what
-//! fails once is told with all it takes to do it again, and ends the run.
+//! Several guest threads send requests all the time, each in directories of its own, and each knows
+//! what must be there: what an operation returns, which names exist, what files contain, which node
+//! is which, what is open, what is locked. The serving process gets SIGKILL at random moments, and
+//! another takes over. No request may be lost, none may take effect twice, and nothing may be
+//! forgotten. The guest's waiting times are measured. The invariant: the first failure ends the
+//! run, and is reported with everything that is needed to repeat it.
 
 mod act;
 mod check;

@@ -1,7 +1,7 @@
-//! What must be there: names, nodes, open files, locks of one guest's thread.
+//! What must be there: names, nodes, open files, locks of one guest thread.
 //!
-//! Plain state, changed by what requests answer. The invariant: while no request of this guest is
-//! in flight, the host's directory and the server's tables are exactly this.
+//! Plain state, updated by the replies. The invariant: while no request of this guest is in flight,
+//! the host's directory and the server's tables are exactly this.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;

@@ -1,6 +1,6 @@
 //! The server: started, killed, started again.
 //!
-//! The invariant: `kill` returns when the process is gone, not when it has been asked to go.
+//! The invariant: `kill` returns when the process is gone, not when the signal has been sent.
 
 use std::fs::File;
 use std::io;

@@ -1,8 +1,8 @@
-//! A vhost-user connection, seen from the front end.
+//! A vhost-user connection, as the front end has it.
 //!
-//! [`Connection::send`] and [`Connection::recv`] move any message, right or wrong; the methods
-//! named after messages (in `calls`) send right ones and check the replies. It knows no order:
-//! that is [`crate::profile`]'s. The invariant: nothing blocks longer than the timeout.
+//! [`Connection::send`] and [`Connection::recv`] transfer any message, right or wrong; the methods
+//! named after messages (in `calls`) send right ones and check the replies. It knows no order of
+//! messages: that is [`crate::profile`]'s. The invariant: nothing blocks longer than the timeout.
 
 mod calls;
 pub mod message;

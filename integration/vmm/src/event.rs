@@ -1,7 +1,7 @@
-//! Eventfds: what kicks, calls and errors are made of.
+//! Eventfds, which kicks, calls and errors are made of.
 //!
-//! An [`Event`] is one eventfd. It knows nothing of rings. A reader never blocks in `read`, even
-//! where the file description is a blocking one: it asks `poll` first.
+//! An [`Event`] is one eventfd. It knows nothing of rings. The invariant: a reader never blocks in
+//! `read`, even if the file description is a blocking one: it calls `poll` first.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,8 +1,8 @@
 //! A FUSE client over the queues: what the guest's kernel is to a virtio-fs server.
 //!
-//! A [`Client`] encodes requests, lays them out in guest memory, and checks what comes back. It
-//! caches nothing and counts no lookups: each method is one request. The invariant: a reply is
-//! handed out only if its header's `unique` is the request's and its `len` is the used length.
+//! A [`Client`] encodes requests, lays them out in guest memory, and checks the replies. It caches
+//! nothing and counts no lookups: each method is one request. The invariant: a reply is returned
+//! only if its header's `unique` is the request's and its `len` is the used length.
 
 mod attributes;
 mod directories;

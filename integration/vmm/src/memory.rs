@@ -1,10 +1,9 @@
 //! Guest memory: memfds at chosen guest addresses, mapped here too.
 //!
-//! It gives out addresses ([`Memory::alloc`]), copies bytes in and out, and resolves a guest
-//! address to a pointer for the rings. It does not say who may touch which bytes when: the other
-//! side is another process, and the ring's protocol says that. The invariant: a range that has
-//! been resolved lies wholly inside one mapping, which lives as long as any clone of its
-//! [`Memory`].
+//! It allocates addresses ([`Memory::alloc`]), copies bytes in and out, and resolves a guest
+//! address to a pointer for the rings. It does not say who may access which bytes when: the other
+//! side is another process, and the ring's protocol rules that. The invariant: a range that has
+//! been resolved is wholly inside one mapping, which lives as long as any clone of its [`Memory`].
 
 #![expect(
     unsafe_code,

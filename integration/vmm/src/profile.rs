@@ -1,8 +1,8 @@
-//! The front ends that exist: what each sends, and in what order.
+//! The existing front ends: what each sends, and in what order.
 //!
 //! A handshake has two halves. [`negotiate`](Profile::connect) is what a front end does when it
 //! starts; `activate` is what it does once the guest's driver is there, and again when the driver
-//! comes back. The orders were read off the front ends and are kept with their oddities.
+//! comes back. The orders were observed on the front ends and are kept with their oddities.
 
 mod activate;
 

@@ -1,9 +1,9 @@
 //! The driver's side of a split virtqueue (virtio 1.2, 2.7).
 //!
 //! A [`Queue`] puts chains on the available ring, kicks, and takes completions off the used ring.
-//! It knows nothing of vhost-user and nothing of what the chains carry. It allocates nothing
-//! after it has been made. The invariant: a descriptor is free, or part of exactly one chain in
-//! flight, whatever the device writes to the used ring.
+//! It knows nothing of vhost-user and nothing of the content of chains. It allocates nothing after
+//! it has been made. The invariant: a descriptor is free, or part of exactly one chain in flight,
+//! whatever the device writes to the used ring.
 
 mod areas;
 mod options;

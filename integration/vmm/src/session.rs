@@ -1,7 +1,7 @@
-//! A session: a connection, the guest memory and the queues that were handed over on it.
+//! A session: a connection, and the guest memory and queues that were shared over it.
 //!
-//! It stops, restarts, pauses and reconnects what a [`Profile`] has set up; the orders of the
-//! messages are the profile's. Dropping it is the front end's sudden death. The invariant: ring
+//! It stops, restarts, pauses and reconnects what a [`Profile`] has set up; the order of the
+//! messages is the profile's. Dropping it is the front end's sudden death. The invariant: ring
 //! number `i` of the back end is `queues[i]`, of which 0 is the high-priority queue.
 
 mod log;

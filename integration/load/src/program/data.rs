@@ -1,4 +1,4 @@
-//! READ and WRITE of a large file, at random places or in order.
+//! READ and WRITE of a large file, at random offsets or sequentially.
 
 use std::mem::offset_of;
 use std::sync::Arc;

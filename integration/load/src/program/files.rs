@@ -1,4 +1,4 @@
-//! Whole lives of files: made, opened, read, closed, removed.
+//! Whole lives of files: created, opened, read, closed, removed.
 
 use std::mem::offset_of;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; and FORGET of all that was looked up.
+//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; and FORGET of everything that was looked up.
 
 use std::mem::offset_of;
 

@@ -1,4 +1,4 @@
-//! A bit of everything, chosen anew for each operation.
+//! A mix of operations, chosen anew for each.
 
 use vmm::fuse::{Guest, Prepared};
 

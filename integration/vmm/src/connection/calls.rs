@@ -1,7 +1,7 @@
 //! The front end's messages, one method each, named as the specification names them.
 //!
-//! Where a method says nothing of errors, they are [`Connection::command`]'s for a message
-//! without a reply of its own, and [`Connection::query`]'s for one with.
+//! Where a method doesn't document errors, they are [`Connection::command`]'s for a message without
+//! a reply of its own, and [`Connection::query`]'s for one with a reply.
 
 #![expect(
     clippy::missing_errors_doc,

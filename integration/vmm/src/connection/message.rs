@@ -1,6 +1,6 @@
-//! The words of the vhost-user protocol: message numbers, feature bits, payloads.
+//! The vhost-user protocol's constants and structures: message numbers, feature bits, payloads.
 //!
-//! Only data: nothing here is sent. A payload's bytes are its message's body.
+//! Only data: nothing is sent here. A payload's bytes are its message's body.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 

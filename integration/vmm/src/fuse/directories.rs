@@ -1,4 +1,4 @@
-//! Requests about directories, and the entries that they give.
+//! Requests for directories, and the entries that they return.
 
 #![expect(
     clippy::missing_errors_doc,

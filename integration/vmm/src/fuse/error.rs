@@ -1,4 +1,4 @@
-//! What can go wrong with a request: the file system says no, or the server breaks the protocol.
+//! Errors of a request: the file system refuses it, or the server breaks the protocol.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Requests about open files and what is in them.
+//! Requests for open files and their data.
 
 #![expect(
     clippy::missing_errors_doc,

@@ -1,4 +1,4 @@
-//! How a request's bytes are laid out in guest memory and cut into descriptors.
+//! How a request's bytes are laid out in guest memory and split into descriptors.
 
 use crate::memory::{Buf, Gpa, Memory, MemoryError};
 

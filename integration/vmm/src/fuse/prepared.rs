@@ -1,8 +1,8 @@
 //! Requests that are made once and sent many times, without an allocation: for load.
 //!
-//! A [`Prepared`] request keeps its place in guest memory. Between two sendings its arguments can
-//! be patched where they lie. It goes over a [`Queue`] and not through the client, whose books
-//! allocate; whoever sends it pops the queue too.
+//! A [`Prepared`] request keeps its area in guest memory. Between two sendings its arguments can be
+//! patched in place. It goes over a [`Queue`] and not through the client, whose bookkeeping
+//! allocates; the sender pops the queue too.
 
 use zerocopy::{Immutable, IntoBytes};
 

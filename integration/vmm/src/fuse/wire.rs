@@ -1,7 +1,7 @@
 //! The FUSE protocol's structures and numbers, up to version 7.45.
 //!
-//! The names are those of the kernel's `include/uapi/linux/fuse.h` without their prefixes, and
-//! the fields' meanings are told there. Only data: nothing here is sent.
+//! The names are those of the kernel's `include/uapi/linux/fuse.h` without their prefixes, and the
+//! fields' meanings are documented there. Only data: nothing is sent here.
 
 #![expect(
     missing_docs,

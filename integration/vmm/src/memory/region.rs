@@ -1,6 +1,6 @@
-//! Regions of guest memory: as they are asked for, and as they are mapped.
+//! Regions of guest memory: as requested, and as mapped.
 //!
-//! The invariant: a [`MappedRegion`] is mapped from `new` to `drop`, and what `locate` gives lies
+//! The invariant: a [`MappedRegion`] is mapped from `new` to `drop`, and what `locate` returns is
 //! inside.
 
 use std::io;

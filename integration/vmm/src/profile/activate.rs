@@ -1,4 +1,4 @@
-//! The second half of each handshake: memory and rings are handed over, and the rings start.
+//! The second half of each handshake: memory and rings are shared, and the rings start.
 
 use super::Profile;
 use crate::connection::ConnectionError;

@@ -1,4 +1,4 @@
-//! What a queue may be told to be, and what can go wrong with it.
+//! A queue's options, and its errors.
 
 use std::io;
 

@@ -1,6 +1,6 @@
-//! The rings' fields as they are, for tests that play a driver that is wrong or hostile.
+//! Direct access to the rings' fields, for tests that play a wrong or hostile driver.
 //!
-//! Nothing here keeps the books: a head pushed here comes back by [`Queue::pop_raw`] only.
+//! Nothing is accounted for here: a head that is pushed here comes back by [`Queue::pop_raw`] only.
 
 use std::sync::atomic::Ordering;
 

@@ -1,4 +1,4 @@
-//! What a session may be told to be. Each front end has its own defaults for what is left open.
+//! A session's options. Each front end has defaults of its own for what is left open.
 
 use std::time::Duration;
 
