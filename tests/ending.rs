@@ -119,7 +119,7 @@ fn killed_server_gives_up_its_socket_and_locks_before_the_files_of_its_guest() {
                     given_up.get_or_insert(elapsed);
                 }
             }
-            assert!(elapsed < support::PATIENCE, "{given_up:?}");
+            assert!(elapsed < support::TIMEOUT, "{given_up:?}");
             std::thread::yield_now();
         }
         let [process, connection, socket, lock] = given_up.map(Option::unwrap);

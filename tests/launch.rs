@@ -600,7 +600,7 @@ mod control_groups {
         server.wait_for("--max-inodes");
         server.wait_until_it_listens();
         // Short of memory, the kernel takes its time.
-        let patient = Options::default().timeout(4 * support::PATIENCE);
+        let patient = Options::default().timeout(4 * support::TIMEOUT);
         let mut fs = server.session(Profile::Qemu, &patient);
         let end = (0..100_000).find_map(|number| {
             let name = std::ffi::CString::new(number.to_string()).unwrap();

@@ -13,7 +13,7 @@ use std::ffi::{CStr, OsString};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use support::{PATIENCE, Server};
+use support::{Server, TIMEOUT};
 use vmm::fuse::wire::{FileLock, LkIn, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -36,7 +36,7 @@ fn begin(server: &Server) -> Guest {
 /// Stops the guest and takes the state out of its server.
 fn save(guest: &mut Guest) -> (Vec<u16>, Vec<u8>) {
     let bases = guest.guest().stop().unwrap();
-    let state = guest.guest().save_state(PATIENCE).unwrap();
+    let state = guest.guest().save_state(TIMEOUT).unwrap();
     (bases, state)
 }
 
@@ -485,7 +485,7 @@ fn a_transfer_while_queues_run_is_refused_and_changes_nothing() {
     let (_share, from, _to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"here");
-    assert!(guest.guest().save_state(PATIENCE).is_err());
+    assert!(guest.guest().save_state(TIMEOUT).is_err());
     assert_eq!(guest.read(node, handle, 0, 10).unwrap(), b"here");
 }
 

@@ -8,7 +8,7 @@ use vmm::fuse::ROOT;
 use vmm::{Event, Memory, Options, Profile, Region, Session};
 
 use crate::faults::{FRAMES, RINGS, TABLES, header, send};
-use crate::support::{PATIENCE, Server};
+use crate::support::{Server, TIMEOUT};
 
 /// What was not offered, or is none of a file system's business.
 const FOREIGN: [(&str, u32, usize); 17] = [
@@ -152,7 +152,7 @@ pub fn stalled_eventfds_keep_nobody(runtime: &str) {
         .submit(vmm::fuse::Call::new(vmm::fuse::wire::opcode::STATFS, ROOT).reply(80))
         .unwrap();
     // Nothing calls, so the ring is looked at until it comes back.
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while fs.guest().queues[1].ready().unwrap() == 0 {
         assert!(Instant::now() < end, "the request does not come back");
         std::thread::yield_now();

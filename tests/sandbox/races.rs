@@ -68,7 +68,7 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut read, mut round) = (0, 0_u64);
     while Instant::now() < end || read <= 100 {
-        assert!(Instant::now() < end + support::PATIENCE, "{read}");
+        assert!(Instant::now() < end + support::TIMEOUT, "{read}");
         round += 1;
         let name = |kind: &str| CString::new(format!("{kind}{}", round % 24)).unwrap();
         for dir in [name("dir"), name("swap")] {
@@ -151,7 +151,7 @@ fn climb_while_moved(server: &Server, dirs: u64, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut climbed, mut round) = (0, 0_u64);
     while Instant::now() < end || climbed <= 100 {
-        assert!(Instant::now() < end + support::PATIENCE, "{climbed}");
+        assert!(Instant::now() < end + support::TIMEOUT, "{climbed}");
         round += 1;
         let name = CString::new(format!("dir{}", round % dirs)).unwrap();
         let Ok(dir) = fs.lookup(ROOT, &name) else {

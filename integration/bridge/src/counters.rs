@@ -19,8 +19,8 @@ impl Counters {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The server has broken the protocol; the first few times, and then ever more seldom, a
-    /// line says how.
+    /// The server has broken the protocol; prints how, the first few times and then less and less
+    /// often.
     pub(crate) fn count_fault(&self, what: fmt::Arguments<'_>) {
         let count = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
         if count <= 16 || count.is_power_of_two() {

@@ -24,5 +24,5 @@ pub use run::{Plan, run};
 pub use share::{DIRECTORIES, Share};
 pub use writer::{Action, File, Rules, Target, Writer};
 
-/// An answer, or the error number.
+/// A result, or the error number.
 pub type Result<T> = std::result::Result<T, i32>;

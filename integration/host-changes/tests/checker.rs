@@ -45,7 +45,7 @@ fn programs_that_never_look_again_lose_records() {
     assert!(report.fault().is_some());
 }
 
-/// A process that goes on using the inode that it has once found at a path.
+/// A process that keeps using the inode that it once found at a path.
 struct Forgetful {
     root: PathBuf,
     anywhere: Mounted,
