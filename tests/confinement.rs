@@ -194,7 +194,7 @@ impl Handle {
         (done == 0).then_some(Self(bytes))
     }
 
-    /// Whether it can be opened by way of a descriptor of its file system.
+    /// Whether it can be opened through a descriptor of its file system.
     fn opens(&self, mount: BorrowedFd<'_>) -> bool {
         let mut bytes = self.0.clone();
         // SAFETY: the buffer is what the kernel has filled.
@@ -210,7 +210,7 @@ impl Handle {
     }
 }
 
-/// Whether what the server does goes on: a thread, memory, a file, also after a panic.
+/// Whether the server's operations still work: a thread, memory, a file, also after a panic.
 fn lives(place: &Place) -> bool {
     let thread = std::thread::spawn(|| vec![1_u8; 10 << 20].len());
     let made = rustix::fs::openat(
@@ -438,15 +438,15 @@ fn all() -> ExitCode {
     if !root {
         println!("SKIPPED: what root does needs root");
     }
-    let mut ways = vec![("namespace", None), ("none", None)];
+    let mut setups = vec![("namespace", None), ("none", None)];
     if root {
-        ways.extend([
+        setups.extend([
             ("chroot", None),
             ("namespace", Some(USER)),
             ("none", Some(USER)),
         ]);
     }
-    for (kind, user) in ways {
+    for (kind, user) in setups {
         for what in ESCAPES {
             let output = scene.run([kind, "none", "tokio"], user, what);
             let name = format!("{kind}, {user:?}: {what}");

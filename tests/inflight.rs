@@ -131,7 +131,7 @@ fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &st
     serves(&mut fs);
 }
 
-/// What it holds lies in a file, from which the other one goes on without an INIT.
+/// The session is in a file, from which the other server resumes without an INIT.
 fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state");

@@ -238,7 +238,7 @@ mod surroundings {
             if !args.is_empty() {
                 let before = server.pid();
                 kill_serving(&server);
-                // What is asked of nobody is answered by the next.
+                // A request that no process has taken is served by the next one.
                 uses(&mut fs, &server, "after a kill");
                 assert_ne!(server.pid(), before);
             }
@@ -468,7 +468,7 @@ mod file_size {
 mod threads {
     use super::*;
 
-    /// Users that nobody else is, as all processes of a user count.
+    /// Otherwise unused users, as all processes of a user count.
     const ALONE: [u32; 3] = [64_901, 64_902, 64_903];
 
     fn is_root() -> bool {

@@ -341,7 +341,7 @@ fn a_source_goes_on_when_nothing_comes_of_it() {
         guest.guest().restart(&bases).unwrap();
         assert_eq!(guest.read(node, handle, 0, 10).unwrap(), b"here");
     }
-    // The destination still serves whoever comes.
+    // The destination still serves the next guest.
     let mut other = begin(&to);
     other.lookup(ROOT, c"file").unwrap();
     let mut moved = {
@@ -410,7 +410,7 @@ fn what_took_the_place_of_a_file_is_not_taken_for_it() {
         std::fs::rename(new, old).unwrap();
     }
     let mut moved = move_to(&to, &mut guest);
-    // What was open goes on as what it was.
+    // Open files stay what they were.
     assert_eq!(moved.read(node, handle, 0, 10).unwrap(), b"old");
     assert_ne!(moved.lookup(ROOT, c"file").unwrap().nodeid, node);
     // What was not is looked up again by the guest's kernel.

@@ -20,7 +20,7 @@ use support::Server;
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-/// An ordinary user, and a group that nobody is in.
+/// An ordinary user, and a group without members.
 const USER: u32 = 65534;
 const GROUP: u32 = 12345;
 

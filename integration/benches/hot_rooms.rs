@@ -1,7 +1,7 @@
-//! What the rooms on the way of each request cost by themselves: `cargo bench --bench hot_rooms`.
+//! The cost of each room on the path of a request: `cargo bench --bench hot_rooms`.
 //!
 //! A ring in shared memory is driven as a guest's driver does; only the server's half of the work
-//! is timed. Numbers are for one request, of which thirty-two come at once.
+//! is timed. Numbers are for one request, of which thirty-two arrive together.
 
 use std::hint::black_box;
 use std::sync::Arc;

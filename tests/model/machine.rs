@@ -57,7 +57,7 @@ pub(crate) trait System {
     fn set_owner(&mut self, node: &Self::Node, uid: u32, gid: u32) -> Result<()>;
     fn set_times(&mut self, node: &Self::Node, at: (i64, u32)) -> Result<()>;
     fn truncate(&mut self, node: &Self::Node, length: u64) -> Result<()>;
-    /// Names and types, as often as they are told.
+    /// Names and types, as often as they are listed.
     fn list(&mut self, node: &Self::Node, bytes: u32, plus: bool) -> Result<Vec<(String, u32)>>;
     fn set_attribute(
         &mut self,
@@ -96,7 +96,7 @@ pub(crate) enum Answer {
     EmptySlot,
     /// A guest's kernel doesn't ask this of an inode of this type, or so opened.
     NotAsked(u32),
-    /// Times are told only where they were set.
+    /// Times are reported only if they were set.
     Attributes(Attributes),
     Bytes(Vec<u8>),
     Count(usize),

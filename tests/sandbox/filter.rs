@@ -60,7 +60,7 @@ fn the_filter_answers_as_it_was_told_to() {
             None => println!("SKIPPED: this host tells of no filters"),
             Some(answered) => assert_eq!(answered, answer, "{args:?}"),
         }
-        // It goes on as if nothing had been.
+        // It continues as if nothing had happened.
         super::session(&server).getattr(vmm::fuse::ROOT).unwrap();
     }
 }

@@ -257,7 +257,7 @@ impl Queue {
     /// Makes all that is staged available.
     pub fn publish(&mut self) {
         // Release: pairs with the device's Acquire load of the available index; the entries and
-        // descriptors written before are seen by whoever sees the index.
+        // descriptors written before are seen by a thread that sees the index.
         self.areas.avail_idx().store(self.staged, Ordering::Release);
     }
 

@@ -45,7 +45,7 @@ pub enum SessionError {
     /// More queues than the back end has.
     #[error("{wanted} queues are requested and the back end has {offered}")]
     TooManyQueues {
-        /// What was asked for, the high-priority queue included.
+        /// The requested number, the high-priority queue included.
         wanted: u16,
         /// The reply to GET_QUEUE_NUM.
         offered: u64,

@@ -1,7 +1,7 @@
-//! A load that goes on until it is told to stop, and verifies all that it does: for a guest that is
-//! moved from one host to another meanwhile. Each part works on things that it has had open from
-//! the beginning and keeps a model of what must be there. Invariant: what a part reads comes from the
-//! server, not from this kernel's cache.
+//! A load that runs until it is told to stop, and verifies everything it does: for a guest that is
+//! migrated while it runs. Each part works on things that it has had open from the beginning and
+//! keeps a model of what must be there. Invariant: what a part reads comes from the server, not
+//! from this kernel's cache.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};

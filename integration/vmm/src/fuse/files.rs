@@ -213,7 +213,7 @@ impl<G: Guest> Client<G> {
         Ok(copied.value::<CopyFileRangeOut>()?.bytes_copied)
     }
 
-    /// GETLK: the lock that would be in the way of this one.
+    /// GETLK: the lock that conflicts with this one.
     pub fn getlk(
         &mut self,
         nodeid: u64,
