@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Passes every test there is, on a fresh Debian machine with Rust: installs what is missing, then
+# Runs every test, on a fresh Debian machine with Rust: installs what is missing, then runs
 # formatting, lints, spelling, dependencies, documentation, unit and loom tests, the tests over a
-# socket, a minute of each fuzz target, others' suites on a mount of this machine's own, real guests,
-# and others' suites in those.
+# socket, a minute of each fuzz target, other projects' suites on a mount of this machine, real
+# guests, and other projects' suites in those.
 #
 #   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery guest others
 set -euo pipefail
@@ -70,7 +70,7 @@ if wanted fuzz; then
 fi
 
 if wanted bridge; then
-    step "others' suites through the bridge"
+    step "other projects' suites through the bridge"
     integration/bridge/all.sh
 fi
 
@@ -89,21 +89,21 @@ if wanted guest; then
     step 'real guests'
     integration/guest/setup.sh
     cargo build --release --locked
-    # Each runtime, 1 and 4 request queues, an old kernel and one that spreads over the queues; each
-    # sandbox, as root and not. What a server never calls kills it in all of them.
+    # Each runtime, 1 and 4 request queues, an old kernel and one that uses all queues; each sandbox, as
+    # root and as an ordinary user. In all of them a system call that the filter lacks kills the server.
     integration/guest/suite.sh --runtime uring --queues 1 --kernel 6.1 --sandbox namespace
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
-    # A guest at work, whose server is killed and replaced.
+    # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
-    # A guest under load, moved to and fro.
+    # A guest under load that is migrated to and fro.
     integration/guest/migrate.sh --ordinary-user --queues 2
     integration/guest/migrate.sh --mode file-handles
 fi
 
 if wanted others; then
-    step "others' suites in a real guest"
+    step "other projects' suites in a real guest"
     cargo build --release --locked
     integration/guest/others.sh --only pjdfstest --queues 4
     integration/guest/others.sh --only fsx --ops 10000 --kernel 6.1 --runtime tokio

@@ -1,7 +1,7 @@
-//! From ring to ring without the heap: what each of the hottest requests takes of it.
+//! Counts the heap allocations of the hottest requests, from ring to ring.
 //!
-//! A worker that asked the allocator for each request would wait for other workers there. The
-//! server's threads run in this process, and whatever they allocate is counted.
+//! An allocation for each request would make workers wait for one another in the allocator. The
+//! server's threads run in this process, and all of their allocations are counted.
 
 #![allow(
     unsafe_code,

@@ -1,10 +1,9 @@
-//! A process in the sandbox that tries to get out, and is held by what its attempt is meant to
-//! meet.
+//! Processes in the sandbox that try to get out, and the protection that must stop each of them.
 //!
-//! The server makes no forbidden system call, so this program does, with the library's sandbox
-//! around it. It has no test harness, whose threads would keep it from being split in two: called
-//! without arguments it runs all tests, each in a process of its own, which is this program called
-//! with the words of an attempt.
+//! The server makes no forbidden system call, so this program makes them, inside the library's
+//! sandbox. It has no test harness, whose threads would prevent the sandbox from forking: without
+//! arguments it runs all tests, each in a process of its own, which is this program called with the
+//! name of an attempt.
 
 #![allow(
     clippy::unwrap_used,
@@ -195,7 +194,7 @@ impl Handle {
         (done == 0).then_some(Self(bytes))
     }
 
-    /// Whether it can be opened by way of a descriptor of its file system.
+    /// Whether it can be opened through a descriptor of its file system.
     fn opens(&self, mount: BorrowedFd<'_>) -> bool {
         let mut bytes = self.0.clone();
         // SAFETY: the buffer is what the kernel has filled.
@@ -211,7 +210,7 @@ impl Handle {
     }
 }
 
-/// Whether what the server does goes on: a thread, memory, a file, also after a panic.
+/// Whether the server's operations still work: a thread, memory, a file, also after a panic.
 fn lives(place: &HostAccess) -> bool {
     let thread = std::thread::spawn(|| vec![1_u8; 10 << 20].len());
     let made = rustix::fs::openat(
@@ -439,15 +438,15 @@ fn all() -> ExitCode {
     if !root {
         println!("SKIPPED: what root does needs root");
     }
-    let mut ways = vec![("namespace", None), ("none", None)];
+    let mut setups = vec![("namespace", None), ("none", None)];
     if root {
-        ways.extend([
+        setups.extend([
             ("chroot", None),
             ("namespace", Some(USER)),
             ("none", Some(USER)),
         ]);
     }
-    for (kind, user) in ways {
+    for (kind, user) in setups {
         for what in ESCAPES {
             let output = scene.run([kind, "none", "tokio"], user, what);
             let name = format!("{kind}, {user:?}: {what}");

@@ -1,4 +1,4 @@
-//! What the guest's kernel says beside the name when something is made: labels and groups.
+//! Labels and groups that the guest's kernel sends beside the name of a new inode.
 
 #![allow(
     clippy::unwrap_used,
@@ -259,7 +259,7 @@ fn a_member_by_a_supplementary_group_keeps_the_set_group_id_bit(runtime: &str) {
 fn labels_are_agreed_on_only_if_asked_for() {
     let (server, mut fs) = start("auto", &[]);
     assert!(!fs.has(init::SECURITY_CTX));
-    // And then nobody looks at them.
+    // And then the server ignores them.
     make(&mut fs, "file", 0o644, &label(c"security.ringfsd", LABEL)).unwrap();
     assert_eq!(on_host(&server, "file", "security.ringfsd"), None);
     let refused = support::output(&[

@@ -1,5 +1,4 @@
-//! READ and WRITE: whatever the layout of the buffers, the bytes are right, and none of them is
-//! copied on the way.
+//! READ and WRITE transfer the right bytes for every layout of buffers, and copy none of them.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! Descriptors are bounded, and a server without privileges finds again what it closed.
+//! Descriptors are limited, and an unprivileged server reopens what it has closed.
 //!
 //! `RINGFSD_TREE_FILES` makes the tree larger than the gate has time for.
 

@@ -1,4 +1,4 @@
-//! What the server says when something doesn't work: the cause by name, and what to do.
+//! Errors and warnings name the cause and say what to do.
 
 #![allow(
     clippy::unwrap_used,

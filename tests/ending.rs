@@ -1,5 +1,5 @@
-//! A killed server gives up at once what the next one needs: its socket, its connection and the lock
-//! on its state file, however long the host takes to free the files that its guest has removed.
+//! A killed server releases at once what the next one needs: its socket, its connection and the
+//! lock of its state file, however long the host takes to free files that the guest has removed.
 
 #![allow(
     clippy::unwrap_used,
@@ -119,7 +119,7 @@ fn killed_server_gives_up_its_socket_and_locks_before_the_files_of_its_guest() {
                     given_up.get_or_insert(elapsed);
                 }
             }
-            assert!(elapsed < support::PATIENCE, "{given_up:?}");
+            assert!(elapsed < support::TIMEOUT, "{given_up:?}");
             std::thread::yield_now();
         }
         let [process, connection, socket, lock] = given_up.map(Option::unwrap);

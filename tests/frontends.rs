@@ -1,4 +1,4 @@
-//! Each front end in its own order of messages, then a FUSE session over what it set up.
+//! Each front end's own order of messages, then a FUSE session over what it has set up.
 
 #![allow(
     clippy::unwrap_used,
@@ -120,7 +120,7 @@ fn what_is_in_flight_is_kept_for_those_who_ask_for_that() {
     assert_eq!(layout.mmap_size, u64::try_from(len).unwrap());
     let shorten = rustix::fs::ftruncate(file, 0);
     assert!(shorten.is_err(), "not even by the front end");
-    // Queues that stop and go on do so with the same memory.
+    // Queues that stop and resume do so with the same memory.
     let bases = session.stop().unwrap();
     session.restart(&bases).unwrap();
     vmm::fuse::Client::new(session).getattr(ROOT).unwrap();

@@ -1,7 +1,7 @@
-//! Files that somebody on the host removes or replaces while the guest relies on their names.
+//! Files that are removed or replaced on the host while the guest relies on their names.
 //!
-//! What the guest changes must not go to an inode that its path does not lead to any more: it is
-//! refused with `ESTALE`, upon which Linux looks the path up again and repeats the request.
+//! A change that the guest makes must not go to an inode that its path no longer leads to: the
+//! server refuses it with `ESTALE`, and Linux looks the path up again and repeats the request.
 
 #![allow(
     clippy::unwrap_used,
@@ -443,14 +443,15 @@ fn errno_of_open(scene: &mut Scene) -> Option<i32> {
 }
 
 fn guest_changes_what_it_has_unlinked_itself(runtime: &str) {
-    let mut ways: Vec<&[&str]> = vec![&[], &["--cache=always"], &["--no-open"], &["--writeback"]];
+    let mut option_sets: Vec<&[&str]> =
+        vec![&[], &["--cache=always"], &["--no-open"], &["--writeback"]];
     if rustix::process::geteuid().is_root() {
-        ways.push(&["--inode-file-handles=mandatory"]);
+        option_sets.push(&["--inode-file-handles=mandatory"]);
     } else {
         println!("SKIPPED in part: file handles need CAP_DAC_READ_SEARCH");
     }
-    for way in ways {
-        let mut scene = Scene::start(runtime, way);
+    for options in option_sets {
+        let mut scene = Scene::start(runtime, options);
         file_that_the_guest_itself_unlinks(&mut scene);
     }
 }
@@ -514,7 +515,7 @@ fn guest_replaces_what_it_reads(runtime: &str) {
     }
 }
 
-/// While somebody on the host replaces a file without a pause, what a guest's kernel repeats once
+/// While a file is replaced on the host without a pause, what a guest's kernel repeats once
 /// succeeds, and what is read needs no repetition.
 fn host_replaces_without_a_pause(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);

@@ -1,5 +1,5 @@
-//! Guests that may mount with mapped owners (idmapped mounts): Linux 6.12 and later. Their kernel
-//! tells who asks only where something is created.
+//! Guests that allow mounts with mapped owners (idmapped mounts): Linux 6.12 and later. Their
+//! kernel tells the caller's ids only in requests that create an inode.
 
 #![allow(
     clippy::unwrap_used,
@@ -244,7 +244,7 @@ fn the_guest_alone_knows_who_is_privileged(runtime: &str) {
     assert_eq!(mode(&dir.join("program")), 0o2755);
     let (nameless, _) = fs.tmpfile(parent, 0o2755).unwrap();
     assert_eq!(nameless.attr.mode & 0o7777, 0o2755);
-    // And whoever is user 0 here need not be it there. The name is the host's, and is emptied.
+    // And user 0 here need not be user 0 there. The name is the host's, and its file is truncated.
     std::fs::write(dir.join("hosts"), "content").unwrap();
     std::fs::set_permissions(dir.join("hosts"), PermissionsExt::from_mode(0o6777)).unwrap();
     fs.act_as(0, 0);

@@ -1,8 +1,8 @@
-//! A server that is killed with requests in flight, and another that goes on in its place.
+//! A server that is killed with requests in flight, and another that takes over from it.
 //!
-//! The front end reconnects as Cloud Hypervisor does: with the memory in which the first server has
-//! kept what is in flight, the base of each ring at its available index, and no kick. What the
-//! guest has asked for before it was killed must come back, each request once.
+//! The front end reconnects as Cloud Hypervisor does: with the in-flight region that the first
+//! server has used, the base of each ring at its available index, and no kick. Each request that
+//! the guest had sent before the kill must be completed exactly once.
 
 #![allow(
     clippy::unwrap_used,
@@ -131,7 +131,7 @@ fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &st
     serves(&mut fs);
 }
 
-/// What it holds lies in a file, from which the other one goes on without an INIT.
+/// The session is in a file, from which the other server resumes without an INIT.
 fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state");

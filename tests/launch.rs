@@ -1,8 +1,8 @@
-//! What a launcher hands down beside the command line: signals that are blocked or ignored, limits, an
+//! What a launcher passes on beside the command line: blocked or ignored signals, limits, an
 //! environment, standard descriptors, a working directory.
 //!
-//! In each case the server serves, also in the process that comes after a killed one and in the program
-//! that comes after an upgrade; or it refuses, and names the limit.
+//! In each case the server serves, also in the process that follows a killed one and in the program
+//! that follows an upgrade; or it refuses to start and names the limit.
 
 #![allow(
     clippy::unwrap_used,
@@ -238,7 +238,7 @@ mod surroundings {
             if !args.is_empty() {
                 let before = server.pid();
                 kill_serving(&server);
-                // What is asked of nobody is answered by the next.
+                // A request that no process has taken is served by the next one.
                 uses(&mut fs, &server, "after a kill");
                 assert_ne!(server.pid(), before);
             }
@@ -468,7 +468,7 @@ mod file_size {
 mod threads {
     use super::*;
 
-    /// Users that nobody else is, as all processes of a user count.
+    /// Otherwise unused users, as all processes of a user count.
     const ALONE: [u32; 3] = [64_901, 64_902, 64_903];
 
     fn is_root() -> bool {
@@ -600,7 +600,7 @@ mod control_groups {
         server.wait_for("--max-inodes");
         server.wait_until_it_listens();
         // Short of memory, the kernel takes its time.
-        let patient = Options::default().timeout(4 * support::PATIENCE);
+        let patient = Options::default().timeout(4 * support::TIMEOUT);
         let mut fs = server.session(Profile::Qemu, &patient);
         let end = (0..100_000).find_map(|number| {
             let name = std::ffi::CString::new(number.to_string()).unwrap();

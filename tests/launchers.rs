@@ -1,4 +1,4 @@
-//! The command lines of the programs that start the server, and the manual's word on each option.
+//! Command lines of the programs that start the server, and the manual's text on each option.
 
 #![allow(
     clippy::unwrap_used,
@@ -118,7 +118,7 @@ fn a_syslog_is_told_what_would_be_logged() {
     std::fs::create_dir(&dev).unwrap();
     std::fs::create_dir(&share).unwrap();
     let syslog = UnixDatagram::bind(dev.join("log")).unwrap();
-    syslog.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    syslog.set_read_timeout(Some(support::TIMEOUT)).unwrap();
     let mut command = std::process::Command::new("unshare");
     let script = "mount --bind \"$1\" /dev; \
                   exec \"$0\" --syslog --socket \"$2\" --shared-dir \"$3\"";

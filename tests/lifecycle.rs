@@ -1,4 +1,4 @@
-//! The server's life as its user sees it: starting, listening, sessions, ending.
+//! The server's life as its user sees it: start, listening, sessions, end.
 
 #![allow(
     clippy::unwrap_used,

@@ -76,7 +76,7 @@ fn owners_in_the_guest_are_told_apart(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     fs.setlk(node, handle, ALICE, lock(libc::F_WRLCK, 10, 19))
         .unwrap();
-    // Alice is not in her own way, Bob is told what is in his.
+    // Alice's own lock doesn't conflict with hers; Bob learns which one conflicts with his.
     let mine = fs
         .getlk(node, handle, ALICE, lock(libc::F_WRLCK, 0, END))
         .unwrap();
@@ -164,7 +164,7 @@ fn a_waiting_lock_blocks_nobody_and_comes_when_it_is_free(runtime: &str) {
     fs.write(node, handle, 0, b"meanwhile").unwrap();
     assert_eq!(fs.read(node, handle, 0, 9).unwrap(), b"meanwhile");
     assert!(fs.returned().unwrap().is_empty());
-    // Also a part that Bob gives up meanwhile leaves his wait alone.
+    // Releasing a part of his range doesn't end Bob's wait.
     flush(&mut fs, node, handle, BOB);
     assert!(fs.returned().unwrap().is_empty());
     fs.setlk(node, handle, ALICE, lock(libc::F_UNLCK, 0, END))
@@ -238,7 +238,7 @@ fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
     assert!(began.elapsed() >= limit);
     assert_eq!(errno(fs.collect(whole)), EAGAIN);
     assert!(began.elapsed() >= limit);
-    // Who was told that the lock is not his doesn't have it.
+    // An owner whose request was refused doesn't have the lock.
     for (opcode, kind) in [
         (opcode::SETLK, libc::F_UNLCK),
         (opcode::SETLK, libc::F_WRLCK),

@@ -1,6 +1,5 @@
-//! What threads share by atomics of our own, the scheduler's channel and the ring's alarm, under
-//! every order of events:
-//! `RUSTFLAGS="--cfg ringfsd_loom" cargo test --release --test loom`.
+//! Models of what threads share by atomics of our own, the scheduler's channel and the ring's
+//! alarm, under every interleaving: `cargo xtask test loom`.
 
 #![cfg(ringfsd_loom)]
 

@@ -1,4 +1,4 @@
-//! What an inode that the guest knows costs, and that all of it is given back.
+//! How much memory an inode that the guest knows costs, and that all of it is freed.
 
 #![allow(
     clippy::unwrap_used,

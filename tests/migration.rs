@@ -1,4 +1,4 @@
-//! A guest's session goes from one server to another, over a pipe as a VMM has it.
+//! A guest's session moves from one server to another, over a pipe as a VMM provides it.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,7 +13,7 @@ use std::ffi::{CStr, OsString};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use support::{PATIENCE, Server};
+use support::{Server, TIMEOUT};
 use vmm::fuse::wire::{FileLock, LkIn, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -36,7 +36,7 @@ fn begin(server: &Server) -> Guest {
 /// Stops the guest and takes the state out of its server.
 fn save(guest: &mut Guest) -> (Vec<u16>, Vec<u8>) {
     let bases = guest.guest().stop().unwrap();
-    let state = guest.guest().save_state(PATIENCE).unwrap();
+    let state = guest.guest().save_state(TIMEOUT).unwrap();
     (bases, state)
 }
 
@@ -341,7 +341,7 @@ fn a_source_goes_on_when_nothing_comes_of_it() {
         guest.guest().restart(&bases).unwrap();
         assert_eq!(guest.read(node, handle, 0, 10).unwrap(), b"here");
     }
-    // The destination still serves whoever comes.
+    // The destination still serves the next guest.
     let mut other = begin(&to);
     other.lookup(ROOT, c"file").unwrap();
     let mut moved = {
@@ -410,7 +410,7 @@ fn what_took_the_place_of_a_file_is_not_taken_for_it() {
         std::fs::rename(new, old).unwrap();
     }
     let mut moved = move_to(&to, &mut guest);
-    // What was open goes on as what it was.
+    // Open files stay what they were.
     assert_eq!(moved.read(node, handle, 0, 10).unwrap(), b"old");
     assert_ne!(moved.lookup(ROOT, c"file").unwrap().nodeid, node);
     // What was not is looked up again by the guest's kernel.
@@ -485,7 +485,7 @@ fn a_transfer_while_queues_run_is_refused_and_changes_nothing() {
     let (_share, from, _to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"here");
-    assert!(guest.guest().save_state(PATIENCE).is_err());
+    assert!(guest.guest().save_state(TIMEOUT).is_err());
     assert_eq!(guest.read(node, handle, 0, 10).unwrap(), b"here");
 }
 

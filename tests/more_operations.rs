@@ -1,4 +1,4 @@
-//! Operations that few programs use, over the socket, with what they do on the host.
+//! Operations that few programs use, over the socket, with their effect on the host.
 
 #![allow(
     clippy::unwrap_used,
@@ -180,7 +180,7 @@ fn a_dot_and_two_are_looked_up_for_export(runtime: &str) {
     assert_eq!(fs.lookup(ROOT, c"..").unwrap().nodeid, ROOT);
     assert_eq!(errno(fs.lookup(file.nodeid, c"..")), Some(libc::ENOTDIR));
 
-    // Counted as any lookup; once all are given back, the node is no more.
+    // Counted as any lookup; after all are forgotten, the node doesn't exist any more.
     fs.forget(file.nodeid, 1).unwrap();
     fs.lookup(file.nodeid, c".").unwrap();
     fs.forget(file.nodeid, 2).unwrap();

@@ -1,4 +1,4 @@
-//! Guests that use files and directories without OPEN, OPENDIR and what closes them.
+//! Guests that use files and directories without OPEN, OPENDIR, RELEASE and RELEASEDIR.
 
 #![allow(
     clippy::unwrap_used,
@@ -78,7 +78,7 @@ fn opening_and_closing_need_no_request(runtime: &str) {
     assert_eq!(fs.read(file, NONE, 3, 100).unwrap(), b"tent");
     // Linux asks this once, and then knows that it needn't.
     assert_eq!(errno(fs.flush(file, NONE)), Some(libc::ENOSYS));
-    // It says these only if it has learned meanwhile that OPEN is not needed.
+    // It sends these only if it has learned since that OPEN is not needed.
     fs.release(file, NONE).unwrap();
     fs.releasedir(ROOT, NONE).unwrap();
     assert_eq!(fs.read(file, NONE, 0, 3).unwrap(), b"con");
@@ -163,7 +163,7 @@ fn directories_are_read_without_a_handle(runtime: &str) {
     };
     let all = names(&mut fs);
     assert_eq!(all.len(), 502);
-    // One who stops half-way, and another who reads all meanwhile.
+    // One reader stops half-way, and another reads everything in the meantime.
     let half = fs.readdir(ROOT, NONE, 0, 4096).unwrap();
     assert_eq!(names(&mut fs), all);
     let mut rest = half;

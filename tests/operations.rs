@@ -1,4 +1,4 @@
-//! Each operation of FUSE over the socket, with what it does to the directory on the host.
+//! Each FUSE operation over the socket, with its effect on the host's directory.
 
 #![allow(
     clippy::unwrap_used,
@@ -175,7 +175,7 @@ fn a_fifo_blocks_nobody(runtime: &str) {
 fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
-    // Where owners may be mapped nobody says who asks.
+    // With mapped owners the caller's ids are unknown.
     fs.init_offering(LINUX_OFFERS & !init::ALLOW_IDMAP).unwrap();
     let (file, handle) = fs.create(ROOT, c"file", 0o777).unwrap();
     fs.release(file.nodeid, handle).unwrap();

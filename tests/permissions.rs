@@ -1,4 +1,4 @@
-//! Who may open what the server makes: its socket and its state file, whatever the launcher's umask.
+//! Who may open the server's socket and its state file, whatever the launcher's umask.
 
 #![allow(
     clippy::unwrap_used,
@@ -20,7 +20,7 @@ use support::Server;
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-/// An ordinary user, and a group that nobody is in.
+/// An ordinary user, and a group without members.
 const USER: u32 = 65534;
 const GROUP: u32 = 12345;
 

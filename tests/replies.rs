@@ -1,8 +1,8 @@
-//! A VMM gets each reply exactly once, whichever instant the serving process is killed at.
+//! A VMM gets each reply exactly once, at whatever instant the serving process is killed.
 //!
-//! The serving process is traced and killed at each entry to and each return from a system call that
-//! it makes for one message: at the first of them, then at the second, until none is left. The VMM
-//! reads its reply before the kill or after it.
+//! The serving process is traced and killed at each entry to and each return from a system call
+//! that it makes for one message: at the first of them, then at the second, until none is left. The
+//! VMM reads its reply before the kill or after it.
 
 #![allow(
     clippy::unwrap_used,
@@ -92,7 +92,7 @@ impl Tracee {
         operation & 0xff == ENTRY && number == ppoll && arguments[2] == 0
     }
 
-    /// Lets it go on to the next stop.
+    /// Lets it run to the next stop.
     fn step(&self) -> Stop {
         ptrace(libc::PTRACE_SYSCALL, self.0, 0, 0);
         self.wait()
@@ -152,7 +152,7 @@ fn is_readable(fs: &mut Client<Session>) -> bool {
     poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
 }
 
-/// How many system calls one message takes at most: a loop that goes on for longer is none.
+/// The limit of system calls for one message: more of them is an endless loop.
 const MOST: usize = 200;
 
 /// Kills the serving process at stop `at` of those that dealing with the message takes; `false` if

@@ -1,8 +1,9 @@
-//! The rooms of the crate use only those below them, as the table in `docs/architecture.md` says,
-//! and the files within a room use each other one way.
+//! Rooms use only rooms below them, as the table in `docs/architecture.md` says, and the files of a
+//! crate don't use each other in circles.
 //!
-//! The table is read, not repeated, so the two can't differ. What is found in the code is text: paths
-//! that begin with `crate`, `super`, `self` or `ringfsd`, grouped or not, outside of comments.
+//! The table is read, not repeated, so table and code can't differ. The search is textual: it finds
+//! paths that begin with `crate`, `super`, `self` or `ringfsd`, grouped or not, outside of
+//! comments.
 
 #![allow(
     clippy::unwrap_used,

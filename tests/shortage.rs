@@ -1,4 +1,4 @@
-//! What a guest gets, and what it can't take from the server, when descriptors run short.
+//! What a guest gets when descriptors run short, and which of them it can't take from the server.
 
 #![allow(
     clippy::unwrap_used,
@@ -92,7 +92,7 @@ fn hold_removed_directories(
     (held, None)
 }
 
-/// Kills the process that serves; another one goes on.
+/// Kills the serving process; another one continues.
 fn kill(server: &mut Server) {
     let pid = i32::try_from(server.pid()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
@@ -151,13 +151,13 @@ fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
         assert_eq!(errno(fs.open(file.nodeid, libc::O_RDONLY)), ENFILE);
         fs.getattr(held[0].nodeid).unwrap();
         if !args.is_empty() {
-            // Another process can go on with all of it.
+            // Another process can resume all of it.
             kill(&mut server);
             fs.getattr(held[0].nodeid).unwrap();
             assert_eq!(errno(fs.opendir(ROOT)), ENFILE);
         }
 
-        // One that is given back makes room, and so does a reboot.
+        // A forgotten one makes room, and so does a reboot.
         fs.forget(held[0].nodeid, 1).unwrap();
         let bases = fs.guest().stop().unwrap();
         fs.guest().restart(&bases).unwrap();
@@ -207,7 +207,7 @@ fn a_server_without_descriptors_says_so_and_blames_nobody(runtime: &str) {
     std::fs::write(server.share().join("file"), "content").unwrap();
     let mut fs = server.session(Profile::Simple, &many_regions());
     let file = fs.lookup(ROOT, c"file").unwrap();
-    // Fewer than are open: somebody lowers the limit of the running server.
+    // Fewer than are open: the limit of the running server is lowered.
     let lower = |limit: usize| {
         let status = Command::new("prlimit")
             .args(["--pid", &server.pid().to_string()])
@@ -268,7 +268,7 @@ fn half_the_limit_in_unlinked_open_files_hinders_nothing(runtime: &str) {
     assert!(after <= before + 4, "{before} before, {after} after");
 }
 
-/// Works with files that have no name, by handle and by node, which nobody else gets at.
+/// Uses files without a name, by handle and by node, which nothing else can reach.
 fn use_unlinked(fs: &mut Client<Session>, held: &[(EntryOut, Handle)], len: usize) {
     for (number, (one, handle)) in held.iter().enumerate() {
         let data = vec![number as u8; len];

@@ -1,5 +1,5 @@
-//! Space that a guest frees is free when it uses it: on a small tmpfs, of which the guest fills the
-//! greater part again and again.
+//! Space that a guest frees is available when it uses it next: on a small tmpfs, most of which the
+//! guest fills again and again.
 
 #![allow(
     clippy::unwrap_used,
@@ -68,7 +68,7 @@ fn fill(fs: &mut Client<Session>, node: u64, handle: Handle, size: u64) {
     }
 }
 
-/// What a guest's kernel does as a program removes a file that nobody has open: it doesn't wait for
+/// What a guest's kernel does when a program removes a file that is not open: it doesn't wait for
 /// the FORGET.
 fn remove(fs: &mut Client<Session>, name: &std::ffi::CStr, node: u64, lookups: u64) {
     fs.unlink(ROOT, name).unwrap();

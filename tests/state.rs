@@ -1,5 +1,5 @@
-//! What a guest holds outlives its server with `--state`: however the server ends, whoever connects
-//! meanwhile, and while the process of the one before is still ending.
+//! With `--state` a guest's session outlives its server: however the server ends, whoever connects
+//! in between, and while the previous process is still ending.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,7 +22,7 @@ use vmm::event::Event;
 use vmm::fuse::{Call, Client, Handle, Pending, ROOT, wire};
 use vmm::{Memory, Options, Profile, Region, Session};
 
-/// What a server says that has found something to go on from.
+/// What a server logs that resumes from a file.
 const GOES_ON: &str = "going on from where another process ended";
 
 fn options() -> Options {
@@ -148,10 +148,10 @@ impl Held {
     }
 }
 
-/// A way to end a server.
+/// How a server is ended.
 type End = fn(&Server);
 
-/// A server is ended in the middle of requests, a few times, and the next one goes on.
+/// A server is ended in the middle of requests, a few times, and the next one resumes.
 fn goes_on_after(name: &str, more: &[&str], end: End) {
     println!("{name} {more:?}");
     let mut kept = Kept::start(more);

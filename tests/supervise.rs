@@ -1,7 +1,7 @@
 //! A server that is killed or replaced in the middle of a session: the VMM's connection, its memory
-//! and its rings go on.
+//! and its rings stay in use.
 //!
-//! Each way of being started is tried, as root and as an ordinary user.
+//! Each method of starting the server is tested, as root and as an ordinary user.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,11 +28,11 @@ use vmm::{Options, Profile, Session};
 /// An ordinary user.
 const USER: u32 = 65534;
 
-/// What a server says that goes on.
+/// What a process logs that takes over.
 const AGAIN: &str = "serving again";
 
-/// All the ways there are for whoever runs the tests.
-fn ways() -> Vec<(&'static str, Option<u32>)> {
+/// All setups that the user of the tests can start.
+fn setups() -> Vec<(&'static str, Option<u32>)> {
     if rustix::process::geteuid().is_root() {
         vec![
             ("namespace", None),
@@ -47,10 +47,10 @@ fn ways() -> Vec<(&'static str, Option<u32>)> {
     }
 }
 
-fn start(way: (&str, Option<u32>), args: &[&str]) -> Server {
-    println!("{way:?}");
-    let args = [&["--supervise", "--sandbox", way.0], args].concat();
-    Server::start_as(way.1, &args)
+fn start(setup: (&str, Option<u32>), args: &[&str]) -> Server {
+    println!("{setup:?}");
+    let args = [&["--supervise", "--sandbox", setup.0], args].concat();
+    Server::start_as(setup.1, &args)
 }
 
 fn session(server: &Server, profile: Profile) -> Client<Session> {
@@ -138,8 +138,8 @@ impl Held {
 
 #[test]
 fn what_a_guest_holds_is_there_in_the_next_process() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Qemu);
         let held = Held::take(&mut fs);
         for _ in 0..2 {
@@ -215,8 +215,8 @@ fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
 
 #[test]
 fn a_session_goes_on_when_the_serving_process_is_killed() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Simple);
         goes_on(&mut fs, &server, 0);
         for round in 1..4 {
@@ -291,8 +291,8 @@ fn every_front_end_is_gone_on_with() {
 
 #[test]
 fn a_server_that_nobody_is_connected_to_listens_again() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         crash(&mut server);
         let mut fs = session(&server, Profile::Simple);
         goes_on(&mut fs, &server, 1);
@@ -318,7 +318,7 @@ fn nothing_of_the_dead_is_left_open() {
 fn a_server_that_dies_again_and_again_gives_up() {
     let mut server = start(("none", None), &[]);
     let mut dead = 0;
-    let end = std::time::Instant::now() + support::PATIENCE;
+    let end = std::time::Instant::now() + support::TIMEOUT;
     // As soon as there is one it is killed, mostly before it serves.
     while !server.has_ended() {
         if std::time::Instant::now() > end {
@@ -362,8 +362,8 @@ fn an_error_at_the_start_and_a_wanted_end_are_no_crash() {
 
 #[test]
 fn neither_process_outlives_the_guardian() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Simple);
         crash(&mut server);
         goes_on(&mut fs, &server, 1);
@@ -373,7 +373,7 @@ fn neither_process_outlives_the_guardian() {
     }
 }
 
-/// `ringfsd upgrade`, run by whoever may.
+/// `ringfsd upgrade`, run by a user who may.
 fn upgrade(program: &Path, pid: u32) -> Output {
     let mut command = Command::new(program);
     let output = command.args(["upgrade", "--pid", &pid.to_string()]);
@@ -387,14 +387,14 @@ fn said(output: &Output) -> String {
 
 #[test]
 fn a_session_goes_on_when_the_program_is_replaced() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Qemu);
         for round in 0..3 {
             let guardian = server.guardian();
             let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian);
             println!("{}", said(&output));
-            assert!(output.status.success(), "{way:?}: {}", said(&output));
+            assert!(output.status.success(), "{setup:?}: {}", said(&output));
             assert!(said(&output).contains("upgraded to"), "{}", said(&output));
             server.wait_for("upgraded to");
             goes_on(&mut fs, &server, round);
@@ -410,8 +410,8 @@ fn a_session_goes_on_when_the_program_is_replaced() {
 
 #[test]
 fn a_hangup_runs_the_program_anew_from_its_path() {
-    for way in ways() {
-        let mut server = start(way, &[]);
+    for setup in setups() {
+        let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Simple);
         server.signal(Signal::HUP);
         server.wait_for("upgraded to");
@@ -428,8 +428,8 @@ fn a_program_that_can_not_take_over_changes_nothing() {
     std::fs::write(&text, "no program\n").unwrap();
     std::fs::set_permissions(&text, PermissionsExt::from_mode(0o755)).unwrap();
     let programs = [Path::new("/bin/false"), Path::new("/bin/true"), &text];
-    for (round, way) in ways().into_iter().enumerate() {
-        // All of them once, one of them in each way.
+    for (round, setup) in setups().into_iter().enumerate() {
+        // All of them once, one of them in each setup.
         let programs = if round == 0 {
             &programs[..]
         } else {
@@ -440,7 +440,7 @@ fn a_program_that_can_not_take_over_changes_nothing() {
             let copy = dir.path().join("ringfsd");
             support::copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &copy);
             let mut server =
-                Server::start_program(&copy, way.1, &["--supervise", "--sandbox", way.0]);
+                Server::start_program(&copy, setup.1, &["--supervise", "--sandbox", setup.0]);
             let mut fs = session(&server, Profile::Simple);
             let serving = server.pid();
             std::fs::remove_file(&copy).unwrap();
@@ -529,7 +529,7 @@ fn program_of_another_user_is_refused() {
     let mut fs = session(&server, Profile::Qemu);
     let value = 0x7e57_0000_0000_0000 | usize::try_from(server.guardian()).unwrap();
     let listener = std::thread::spawn(move || {
-        // This thread's alone. It counts who somebody is when beginning to listen.
+        // This thread's alone. The user at the time of `listen` is what counts.
         let user = rustix::process::Uid::from_raw(USER);
         rustix::thread::set_thread_res_uid(user, user, user).unwrap();
         UnixListener::bind_addr(&asker(&format!("{value:016x}"))).unwrap()

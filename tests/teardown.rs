@@ -1,4 +1,4 @@
-//! What a session took is given back, however it ends.
+//! Everything that a session took is released, however the session ends.
 
 #![allow(
     clippy::unwrap_used,

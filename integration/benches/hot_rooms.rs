@@ -1,7 +1,7 @@
-//! What the rooms on the way of each request cost by themselves: `cargo bench --bench hot_rooms`.
+//! The cost of each room on the path of a request: `cargo bench --bench hot_rooms`.
 //!
 //! A ring in shared memory is driven as a guest's driver does; only the server's half of the work
-//! is timed. Numbers are for one request, of which thirty-two come at once.
+//! is timed. Numbers are for one request, of which thirty-two arrive together.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -24,13 +24,13 @@ use zerocopy::IntoBytes;
 /// Requests in flight.
 const DEPTH: u16 = 32;
 
-/// Entries of the ring: room for as many requests of 35 pieces.
+/// Entries of the ring: room for this number of requests of 35 descriptors.
 const ENTRIES: u16 = 2048;
 
 /// A request's header and arguments.
 const REQUEST: u32 = 80;
 
-/// Where the server looks for guest memory, and how much there is.
+/// The size of guest memory.
 const MEMORY: u64 = 16 << 20;
 
 /// Both sides of one queue.
@@ -42,12 +42,12 @@ struct Ring {
 }
 
 impl Ring {
-    /// Requests of two readable pieces; `reply` are the lengths of the writable ones.
+    /// Requests of two readable descriptors; `reply` has the lengths of the writable ones.
     fn new(reply: &[u32]) -> Self {
         Self::tracked_by(None, reply)
     }
 
-    /// As [`new`](Self::new), the queue being tracked, with a journal.
+    /// As [`new`](Self::new), with a tracked queue and a journal.
     fn tracked(reply: &[u32]) -> Self {
         let limits = Limits {
             inodes: 1,

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Has a bridge that stays connected (`bridge --stay-connected`) mount again, and waits until it has.
+# Tells a bridge that stays connected (`bridge --stay-connected`) to mount again, and waits for the
+# mount.
 #
 #   again.sh BRIDGE OPTION,... MOUNTPOINT
 #
-# BRIDGE is a path: BRIDGE.pid has the bridge's process, BRIDGE.wanted is the FIFO that it reads, and
-# BRIDGE.log what it says. The options may be empty. Exit status 1 where there is no bridge, 75 where
-# it has a mount that has not ended after five seconds, and 32, as mount(8), where it does not mount.
+# BRIDGE is a path: BRIDGE.pid has the bridge's process id, BRIDGE.wanted is the FIFO that it reads,
+# and BRIDGE.log its output. The options may be empty. Exit status 1 if there is no bridge, 75 if it
+# has a mount that has not ended after five seconds, and 32, as mount(8), if it does not mount.
 set -euo pipefail
 bridge=$1 options=$2 mountpoint=$3
 
-# said WHAT: how often.
+# said WHAT: prints how often the bridge has said it.
 said() { grep -c "^bridge: $1" "$bridge.log" || true; }
 runs() { [[ -s $bridge.pid ]] && kill -0 "$(<"$bridge.pid")" 2>/dev/null; }
 
@@ -20,7 +21,7 @@ for ((tries = 0; $(said 'mounted on') > $(said unmounted); tries++)); do
     runs || exit 1
 done
 before=$(said 'mounted on')
-# Doesn't block, should the bridge end now.
+# Open for reading too, so that it doesn't block if the bridge ends now.
 printf '%s %s\n' "$options" "$mountpoint" 1<>"$bridge.wanted"
 until (($(said 'mounted on') > before)); do
     if ! runs; then

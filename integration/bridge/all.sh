@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The suites here on both runtimes, each short enough that all of them take some minutes: for the
-# gate. What they need is installed; without /dev/fuse all are skipped, and counted so.
+# Runs the suites of this folder on both runtimes, each with short settings, so that all of them
+# take some minutes: for the gate. Installs what they need. Without /dev/fuse all are skipped, and
+# counted as skipped.
 #
 #   all.sh [RUNTIME...]    only on these: uring, tokio
 set -euo pipefail
@@ -25,7 +26,7 @@ runtimes=("${@:-uring}")
 (($#)) || runtimes=(uring tokio)
 passed=0 failed=0 skipped=0 began=$SECONDS
 
-# Somebody's modules are not loaded before they are asked for.
+# The module may not have been loaded yet.
 [[ -c /dev/fuse ]] || modprobe fuse 2>/dev/null || true
 if [[ ! -c /dev/fuse ]]; then
     skipped=$((${#suites[@]} * ${#runtimes[@]}))
@@ -33,7 +34,7 @@ if [[ ! -c /dev/fuse ]]; then
     exit 0
 fi
 
-# run RUNTIME SUITE [OPTION VALUE]...: one suite, whose lines are shown if it fails.
+# run RUNTIME SUITE [OPTION VALUE]...: runs one suite; shows its output if it fails.
 run() {
     local runtime=$1 suite=$2 output status=0 start=$SECONDS
     shift 2
@@ -53,7 +54,7 @@ run() {
 for runtime in "${runtimes[@]}"; do
     for suite in "${suites[@]}"; do
         read -ra words <<<"$suite"
-        # All after --only is one value.
+        # Everything after --only is one value.
         if [[ $suite == *' --only '* ]]; then
             read -ra words <<<"${suite%% --only *}"
             words+=(--only "${suite#* --only }")

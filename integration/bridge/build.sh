@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A cargo build inside the mount: sources, target directory and the program that comes out.
+# A cargo build inside the mount: sources, target directory and the resulting program.
 # Options: those of with.sh.
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
@@ -34,7 +34,7 @@ step 'a changed file is seen' 120 'cd "$crate" && sed -i "s/x \* x/x/" src/m40.r
     [[ $(cargo run --quiet) == 193440 ]]'
 step 'release and test' 300 'cd "$crate" && cargo build --quiet --release && cargo test --quiet'
 step 'clean' 60 'cd "$crate" && cargo clean --quiet && [[ ! -e target ]]'
-# What its dependencies need is there since the bridge was built, in the versions that it was built of.
+# Its dependencies were downloaded when the bridge was built, in the same versions.
 step 'a crate with dependencies' 600 'cp -r "$here/../vmm" "$MNT/vmm" && rm -rf "$MNT/vmm/target" &&
     cp "$here/../../Cargo.lock" "$MNT/vmm/" && cd "$MNT/vmm" && cargo build --quiet && cargo build -v 2>&1 | grep -q "Fresh ringfsd-vmm"'
 summary

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# fio: blocks with checksums are written and read back, in the ways that programs do it. Options:
-# those of with.sh, --size S (64M for each job).
+# fio: writes blocks with checksums and reads them back, with the access patterns of programs.
+# Options: those of with.sh, --size S (64M for each job).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 need fio fio
 own=size
 on_mount "$@"
 
-# job NAME OPTION...: one job, written and verified.
+# job NAME OPTION...: runs one job, which writes and verifies.
 job() {
     local name=$1
     shift

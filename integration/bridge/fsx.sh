@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# fsx (crates.io's): random operations on one file, mapped memory among them, each read checked.
-# Options: those of with.sh, --ops N (20,000 for each of four mixes, of the large one a tenth),
-# --seed S, --only 'NAME...'. What takes time is the disk, at each msync (TMPDIR=/dev/shm is ten times
-# as fast), and to wake another processor, on a virtual machine: in step as fsx, bridge and server work,
-# `taskset -c 0 fsx.sh` is twice as fast, and leaves room for another beside it.
+# fsx (of crates.io): random operations on one file, mapped memory among them, with each read checked.
+# Options: those of with.sh, --ops N (20,000 for each of four mixes; the large mix does a tenth),
+# --seed S, --only 'NAME...'. Most of the time goes to the disk, at each msync (TMPDIR=/dev/shm is ten
+# times as fast), and to waking another processor, on a virtual machine. As fsx, bridge and server
+# work in turns, `taskset -c 0 fsx.sh` is twice as fast, and another run fits beside it.
 # shellcheck disable=SC2016 # expanded by the shell that runs it
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
@@ -17,8 +17,8 @@ config=$(mktemp -d)
 trap 'rm -rf "$config"' EXIT
 
 # A process for each 10,000 operations, as fsx 0.3.2 keeps the mapping of each mapped read: with every
-# one it gets slower, and after some 400,000 operations it may have no more of them. Once in some million
-# operations it asks for a range of no bytes, which is EINVAL anywhere, and ends: the next goes on.
+# mapping it gets slower, and after some 400,000 operations it reaches the limit. Once in some million
+# operations it asks for a range of no bytes, which is EINVAL anywhere, and ends: the next continues.
 pieces='for ((n = 0; n < count; n += 10000)); do
     ops=$((count - n > 10000 ? 10000 : count - n))
     fsx -q -f "$config/$name.toml" -N "$ops" -S $((seed + n / 10000)) -P "$config" "$MNT/fsx-$name" \
@@ -27,7 +27,7 @@ pieces='for ((n = 0; n < count; n += 10000)); do
 done'
 export config seed
 
-# mix NAME OPS TOML...: one run with these settings.
+# mix NAME OPS TOML...: does one run with these settings.
 mix() {
     local name=$1 count=$2
     shift 2
@@ -43,6 +43,6 @@ mix default "$ops" 'flen = 262144'
 mix everything "$ops" 'flen = 262144' "${everything[@]}" 'posix_fallocate = 2'
 mix large $((ops / 10)) 'flen = 16777216' '[opsize]' 'max = 2097152' "${everything[@]}" \
     'posix_fallocate = 2'
-# fsx itself gets posix_fallocate wrong where it aligns: it asks for no bytes.
+# Without posix_fallocate: if fsx aligns, it asks for a range of no bytes.
 mix pages "$ops" 'flen = 1048576' '[opsize]' 'align = 4096' 'max = 131072' "${everything[@]}"
 summary

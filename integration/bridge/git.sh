@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# git: clones a repository that is made on the spot onto the mount, checks it, works in it.
-# Options: those of with.sh, --commits N (2,000), --files N (3,000); or --repository DIR, a bare one
-# that is there (an absolute path; a large one takes some minutes).
+# git: clones a repository that the script creates onto the mount, checks it, works in it.
+# Options: those of with.sh, --commits N (2,000), --files N (3,000); or --repository DIR, an existing
+# bare repository (an absolute path; a large one takes some minutes).
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
@@ -15,8 +15,8 @@ export GIT_CONFIG_GLOBAL=/dev/null GIT_AUTHOR_NAME=n GIT_AUTHOR_EMAIL=e GIT_COMM
 git() { command git -c advice.detachedHead=false -c gc.auto=0 -c safe.directory='*' "$@"; }
 export -f git
 
-# made: the repository, from a stream for fast-import: $files files in the first commit, one changed in
-# each further one.
+# made: creates the repository from a stream for fast-import, with $files files in the first commit
+# and one changed in each further commit.
 made() {
     awk -v commits="$commits" -v files="$files" 'BEGIN {
         for (c = 1; c <= commits; c++) {

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Programs write on the mount while the host changes the shared directory: it replaces files and
-# directories by rename, removes them, keeps backups, truncates them. Each record that a program was
-# told is written has to be at its path, or in what the host took away from there afterwards; no
-# reader may get ESTALE.
+# directories by rename, removes them, makes backups, truncates them. Each record whose write was
+# acknowledged to a program must be at its path, or in what the host removed from there afterwards;
+# no reader may get ESTALE.
 #
 # Options: those of with.sh, and
-#   --seconds N    how long (10)
-#   --writers N    how many programs write at once (3)
-#   --seed N       where random numbers start (the time)
+#   --seconds N    duration (10)
+#   --writers N    programs that write at the same time (3)
+#   --seed N       seed of the random numbers (the time)
 #   --mode M       file-handles: with --inode-file-handles=prefer; no-open: with --no-open
 set -euo pipefail
 # shellcheck source=suite.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Programs on the mount beside somebody who changes the same files on the host: what they write, set
-# and create arrives at what its path leads to, and none of them gets ESTALE. Options: those of
-# with.sh; --seconds N (1 for each storm).
+# Programs use the mount while the same files are changed on the host: what they write, set and create
+# reaches the file that the path leads to, and no program gets ESTALE. Options: those of with.sh;
+# --seconds N (1 for each storm).
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
 # shellcheck source=suite.sh
@@ -10,7 +10,7 @@ own='seconds'
 on_mount "$@"
 
 export seconds=${seconds:-1}
-# replaced FILE: somebody on the host has put another file in its place, with the same content.
+# replaced FILE: replaces it on the host by another file with the same content.
 replaced() { cp "$SHARE/$1" "$SHARE/.$1" && mv "$SHARE/.$1" "$SHARE/$1"; }
 export -f replaced
 
@@ -58,8 +58,8 @@ check 'what is open, and removed on the host, is used on' 10 bash -euc '
     exec 5>>"$MNT/open" && rm "$SHARE/open" && echo line >&5 && chmod 600 /proc/self/fd/5
     exec 6<>/proc/self/fd/5 && read -r line <&6 && [[ $line == line ]]'
 
-# Programs that open a file again and again, while it is replaced without a pause; prints how often
-# they opened it and how often that failed.
+# Opens a file again and again, while it is replaced without a pause; prints how often that was done
+# and how often it failed.
 storm() {
     perl -e '
         use Time::HiRes "time"; use Fcntl;

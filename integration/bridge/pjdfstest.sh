@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# pjdfstest (crates.io's) on the mount and on the plain directory beside it: what the mount fails
-# and the host's own file system does not. Options: those of with.sh.
+# pjdfstest (of crates.io) on the mount and on the plain directory beside it: a test fails if it fails
+# on the mount and not on the host's own file system. Options: those of with.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 need_crate pjdfstest 0.2.2
@@ -15,12 +15,12 @@ mkdir -p "$PLAIN/../other"
 mount -t tmpfs other "$PLAIN/../other"
 chmod 777 "$PLAIN/../other"
 
-# failures DIRECTORY RESULT: runs the suite, and lists what failed there, sorted.
+# failures DIRECTORY RESULT: runs the suite, and lists the tests that failed there, sorted.
 failures() {
     timeout --kill-after=10 600 pjdfstest --configuration-file "$here/pjdfstest.toml" \
         --path "$1" --secondary-fs "$PLAIN/../other" >"$results/$2.full" 2>&1 || true
     if ! grep -q '^Summary' "$results/$2.full"; then
-        echo "pjdfstest did not come to its end on $1:"
+        echo "pjdfstest did not finish on $1:"
         tail -n 5 "$results/$2.full"
         return 1
     fi

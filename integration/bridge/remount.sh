@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Mounts again and again on one connection, as a guest does: what was written is there, and what the
-# server remembers of the mount before still has its file handles. Options: those of with.sh but
-# --server; --times N (20).
+# Mounts repeatedly on one connection, as a guest does: written data are still there, and file handles
+# of inodes that the server remembers from the previous mount are still valid. Options: those of
+# with.sh except --server; --times N (20).
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
 # shellcheck source=suite.sh
@@ -9,7 +9,7 @@ set -euo pipefail
 own='times'
 on_mount --stay-connected --server-arg --remember-inodes=1000 "$@"
 
-# handle FILE: its file handle, in hexadecimal digits; opened HANDLE: what is in the file of this handle.
+# handle FILE: prints its file handle in hexadecimal; opened HANDLE: prints the content of its file.
 handle() {
     perl -e 'my ($h, $id) = (pack("Ii", 128, 0) . "\0" x 128, pack("i", 0));
         syscall(303, -100, $ARGV[0], $h, $id, 0) == 0 or die "name_to_handle_at: $!\n";

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Programs that write one file by rename and read it, while its inodes are held by file handle: none of
-# them gets an error. Options: those of with.sh but --server; --seconds N (3).
+# Programs write one file by rename and read it, while the server reopens its inodes by file handle:
+# no program gets an error. Options: those of with.sh except --server; --seconds N (3).
 # shellcheck disable=SC2016 # the steps are expanded by the shells that run them
 set -euo pipefail
 # shellcheck source=suite.sh
@@ -9,7 +9,7 @@ own='seconds'
 on_mount --request-queues 4 --server-arg --inode-file-handles=prefer "$@"
 
 export seconds=${seconds:-3}
-# writer NUMBER: writes by rename and reads, and fails if any of it fails.
+# writer NUMBER: writes by rename and reads, and fails at the first error.
 writer() {
     perl -e '
         use Time::HiRes "time";

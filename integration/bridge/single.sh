@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A single file as the share: the mount is a directory with that file in it, and nothing else.
-# Options: those of with.sh but --server and --server-arg.
+# Options: those of with.sh except --server and --server-arg.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 if [[ -z ${MNT:-} ]]; then

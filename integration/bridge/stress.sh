@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# stress-ng: its file system stressors, one after the other, with their own checks. Each is first
-# tried on the plain directory: what fails there is the host's and not counted. Options: those of
+# stress-ng: its file system stressors, one after the other, with their own checks. Each first runs on
+# the plain directory: if it fails there, the host is the cause, and it is skipped. Options: those of
 # with.sh, --seconds N (5 for each), --only 'NAME...'.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
@@ -9,7 +9,7 @@ own='seconds only'
 on_mount "$@"
 
 seconds=${seconds:-5} skipped=0
-# Those of the class that use files below the working directory.
+# The stressors of the class that use files below the working directory.
 stressors=${only:-access acl bad-ioctl chattr chdir chmod chown copy-file dentry dir dirdeep
     dirmany dnotify fallocate fanotify fcntl fiemap file-ioctl filename flock fpunch fsize fstat
     getdent handle hdd inode-flags inotify io iomix lease link locka lockf lockofd mknod mmap

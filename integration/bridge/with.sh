@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Runs a command with a virtio-fs server mounted here: starts the server on a scratch directory,
-# mounts it through the bridge, runs the command, unmounts, cleans up, gives back its exit status.
+# mounts it through the bridge, runs the command, unmounts, cleans up, returns its exit status.
 #
 #   with.sh [OPTION...] [--] COMMAND [ARGUMENT...]
 #
-#   --server S            ringfsd (default), virtiofsd, or a line for the shell in which %SOCKET%
-#                         and %SHARE% stand for the two paths
-#   --runtime R           of ringfsd: auto (default), uring, tokio
-#   --request-queues N    queues, each with a thread (default 2; 1 for virtiofsd)
+#   --server S            ringfsd (default), virtiofsd, or a shell command in which %SOCKET% and
+#                         %SHARE% stand for the two paths
+#   --runtime R           ringfsd's runtime: auto (default), uring, tokio
+#   --request-queues N    request queues, each with a thread (default 2; 1 for virtiofsd)
 #   --server-arg A        a further argument for ringfsd or virtiofsd; may be repeated
 #   --log FILE            keep the server's log
-#   --stay-connected      the command may unmount and have it mounted again on the same connection
+#   --stay-connected      the command may unmount and mount again on the same connection
 #                         (`umount "$MNT" && again.sh "$AGAIN" '' "$MNT"`)
 #
 # The command finds the mount in $MNT, the directory behind it in $SHARE, and in $PLAIN an empty
-# directory beside it, on the same file system. Where the server dies, panics or breaks the
-# protocol, the status is 125 whatever the command's is. $RINGFSD, $VIRTIOFSD and $BRIDGE name
-# programs to use instead of those that are built here or found in $PATH.
+# directory beside it, on the same file system. If the server dies, panics or breaks the protocol,
+# the status is 125 whatever the command's is. $RINGFSD, $VIRTIOFSD and $BRIDGE name programs to use
+# instead of those that are built here or found in $PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -46,7 +46,7 @@ if ((!$#)); then
     exit 2
 fi
 
-# built PROGRAM MANIFEST: builds a program, and says where it is.
+# built PROGRAM MANIFEST: builds a program, and prints its path.
 built() {
     local target
     cargo build --quiet --release --locked --manifest-path "$2" >&2
@@ -70,7 +70,7 @@ virtiofsd)
 esac
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-bridge.XXXXXX")
-# Tests become other users, who have to get there.
+# Tests become other users, who need access to it.
 chmod 755 "$work"
 export MNT=$work/mnt SHARE=$work/share PLAIN=$work/plain
 mkdir "$MNT" "$SHARE" "$PLAIN"
@@ -84,7 +84,7 @@ cleanup() {
         wait "$bridge_pid" || true
     fi
     if [[ $server_pid ]]; then server_stop "$server_pid"; fi
-    # Never through a mount that is still there.
+    # Never remove through a mount that still exists.
     if ! mountpoint -q "$MNT"; then rm -rf --one-file-system "$work"; fi
 }
 trap cleanup EXIT
@@ -122,7 +122,7 @@ server_stop "$server_pid"
 server_pid=''
 grep -vE '^bridge: (mounted on|unmounted)' "$work/bridge.log" >&2 || true
 grep -E 'WARN|ERROR|panicked' "$log" | sed 's/^/server: /' >&2 || true
-# virtiofsd ends with its client, and calls that a failure.
+# virtiofsd ends with its client, and reports that as a failure.
 if [[ $server == virtiofsd ]] && ((server_status == 1)); then server_status=0; fi
 if ((bridge_status || server_status)); then
     echo "with.sh: the bridge ended with $bridge_status, the server with $server_status" >&2

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # xfstests through the bridge: test and scratch file system are each a server of their own, started
-# by mount(8) and ended by umount(8), on ext4 images in $TMPDIR. The tests see no processes but their own
-# and a /tmp of their own, so several runs may go on at once, and nothing named here may lie in /tmp.
-# By hand only, as it takes an hour.
+# by mount(8) and ended by umount(8), on ext4 images in $TMPDIR. The tests have a PID namespace and a
+# /tmp of their own, so several runs are possible at the same time, and no path given here may be in
+# /tmp. Run by hand only, as it takes an hour.
 #
 #   xfstests.sh --checkout DIR [OPTION...] [-- ARGUMENT...]
 #
-#   --checkout DIR       xfstests, built
+#   --checkout DIR       a built checkout of xfstests
 #   --server S           ringfsd (default), virtiofsd, or none: the images alone, for comparison
-#   --runtime R          of ringfsd: auto (default), uring, tokio
+#   --runtime R          ringfsd's runtime: auto (default), uring, tokio
 #   --server-arg A       a further argument for ringfsd or virtiofsd; may be repeated
-#   --results DIR        where all that the tests say is kept
-#   --stay-connected     a server goes on over umount(8) and the next mount(8), as it does for a guest
-#                        that mounts again
+#   --results DIR        keep the output of the tests there
+#   --stay-connected     a server continues over umount(8) and the next mount(8), as it does for a
+#                        guest that mounts again
 #
 # The arguments are those of xfstests' `check` (`-g generic/quick`). $RINGFSD, $VIRTIOFSD and $BRIDGE
-# name the programs, which are not built here.
+# name the programs, which this script doesn't build.
 set -euo pipefail
 
 if [[ ${1:-} != --inside ]]; then
@@ -46,7 +46,7 @@ while (($#)); do
     shift 2
 done
 ((!$#)) && set -- -g generic/quick
-# Not below /tmp, which is replaced.
+# Not below /tmp, which is mounted over.
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/ringfsd-xfstests.XXXXXX")
 results=${results:-$work/results}
 mkdir -p "$results"
@@ -70,7 +70,7 @@ none) ;;
 *) echo "xfstests.sh: no server $server" >&2 && exit 2 ;;
 esac
 
-# What mount(8) calls, at the only place where it looks for it.
+# The helper of mount(8), in the only directory in which it is looked for.
 type=bridge-${work##*.}
 helper=/sbin/mount.fuse.$type
 
@@ -78,7 +78,7 @@ helper=/sbin/mount.fuse.$type
 cleanup() {
     local name
     for name in test scratch share/test share/scratch; do
-        # A server that still ends holds on to its share.
+        # A server that is still ending keeps its share busy.
         for ((tries = 0; tries < 50; tries++)); do
             mountpoint -q "$work/$name" || break
             umount -q "$work/$name" 2>/dev/null || sleep 0.1
@@ -126,7 +126,7 @@ if [[ \$stays ]]; then
     ${here@Q}/again.sh "\$(cat "\$kept" 2>/dev/null)" "\$options" "\$directory" || status=\$?
     case \$status in
     1) echo "\$bridge" >"\$kept" ;;
-    # Mounted elsewhere at the same time: with a server of its own.
+    # Mounted elsewhere at the same time: use another server.
     75) stays='' ;;
     *) exit "\$status" ;;
     esac
@@ -177,7 +177,7 @@ CONFIG
 
 status=0
 (cd "$checkout" && TMPDIR=/tmp HOST_OPTIONS=$work/config ./check "$@") 2>&1 | tee "$results/check.full" || status=$?
-# Those that stay connected say only now how it was.
+# Bridges that stay connected report their result only at their end.
 for kept in "$work"/*.kept; do
     bridge=$(cat "$kept" 2>/dev/null).pid
     [[ -s $bridge ]] || continue

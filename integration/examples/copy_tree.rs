@@ -30,10 +30,10 @@ use rustix::fs::{Mode, fchmod};
 /// Bytes of one read and one write.
 const CHUNK: u64 = 256 << 10;
 
-/// Chunks of one file under way at once.
+/// Chunks of one file in flight at the same time.
 const CHUNKS_IN_FLIGHT: usize = 8;
 
-/// Files of one worker under way at once.
+/// Files that one worker copies at the same time.
 const FILES_IN_FLIGHT: usize = 8;
 
 /// Copies the tree under SRC to DST, which must not exist yet.
@@ -48,7 +48,7 @@ struct Options {
     /// The directory to copy.
     #[arg(value_name = "SRC")]
     source: PathBuf,
-    /// What to copy it to.
+    /// The directory to copy to.
     #[arg(value_name = "DST")]
     target: PathBuf,
 }
@@ -66,7 +66,7 @@ struct Job {
     target: PathBuf,
 }
 
-/// What has been done so far, and what went wrong.
+/// Progress and failures.
 #[derive(Default)]
 struct Progress {
     files: AtomicU64,
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Copies; returns how many things could not be.
+/// Copies; returns the number of failures.
 fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
     let chosen = choose(match options.runtime {
         RuntimeName::Auto => Choice::Auto,
@@ -129,7 +129,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
     );
     drop(sender);
     pool.join()?;
-    // Only now: a directory may be one that nothing can be put in. The innermost first.
+    // Only now: a directory's mode may forbid new entries. The innermost first.
     for (directory, mode) in directories.iter().rev() {
         if let Err(e) = fs::set_permissions(directory, fs::Permissions::from_mode(*mode)) {
             progress.failed(directory, &e);
@@ -148,7 +148,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
     Ok(progress.failures.load(Ordering::Relaxed))
 }
 
-/// Makes what is not a file, and sends what is; `directories` gets each with its mode.
+/// Creates directories and links, and sends files; `directories` gets each directory with its mode.
 fn walk(
     source: &Path,
     target: &Path,
@@ -195,7 +195,7 @@ fn walk(
     }
 }
 
-/// What each worker does: several tasks take files until there are no more.
+/// A worker's body: several tasks take files until there are no more.
 async fn work(jobs: Receiver<Job>, progress: Arc<Progress>) {
     let tasks: Vec<_> = (0..FILES_IN_FLIGHT)
         .map(|_| {
@@ -261,7 +261,7 @@ struct Copy {
     source: File,
     target: File,
     len: u64,
-    /// Where the next chunk begins that nobody has taken.
+    /// The offset of the next chunk that no task has taken.
     next: Cell<u64>,
     copied: Cell<u64>,
 }
@@ -295,7 +295,7 @@ impl Copy {
                 result?
             }
         };
-        // Fewer, if the file has become shorter meanwhile.
+        // Fewer if the file has become shorter.
         buffer.truncate(filled);
         let written = match self.target.try_write_at(&buffer, offset)? {
             Attempt::Done(written) | Attempt::Partial(written) => written,
@@ -312,7 +312,7 @@ impl Copy {
     }
 }
 
-/// What a task of this worker ended with; a panic goes on in who waits for it.
+/// The result of a task of this worker; a panic is resumed in the task that waits for it.
 fn finished<T>(joined: Result<T, tokio::task::JoinError>) -> T {
     match joined {
         Ok(value) => value,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fuzzes each target under AddressSanitizer, from the seeds and what earlier runs have found.
+# Fuzzes each target under AddressSanitizer, from the seeds and the inputs that earlier runs have found.
 #
 #   run.sh SECONDS [TARGET...]    all targets at the same time
 #
-# Needs a nightly compiler; installs cargo-fuzz if it is missing. Says for each target how many
-# requests it has made. A find ends its run, and lies in artifacts/TARGET.
+# Needs a nightly compiler; installs cargo-fuzz if it is missing. Prints for each target how many
+# requests it has made. A crash ends the target's run, and its input is kept in artifacts/TARGET.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,7 +13,7 @@ if (($# < 1)); then
     exit 2
 fi
 seconds=$1
-# Whole paths: a thread that serves a share has a working directory of its own.
+# Absolute paths: a thread that serves a share has a working directory of its own.
 here=$PWD
 targets=("${@:2}")
 if ((${#targets[@]} == 0)); then
@@ -25,12 +25,12 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
 fi
 cargo +nightly fuzz build --fuzz-dir .
 
-# fuzz TARGET: runs one, and says in a line what it has done.
+# fuzz TARGET: runs one target, and prints a line about it.
 fuzz() {
     local target=$1 log cover
     mkdir -p "corpus/$target" "artifacts/$target"
     log=$(mktemp)
-    # By a pipe: targets limit how long a file they write can get.
+    # Through a pipe: targets limit the size of files that they write.
     if ! cargo +nightly fuzz run --fuzz-dir . "$target" "$here/corpus/$target" "$here/seeds/$target" -- \
         -max_total_time="$seconds" -max_len=8192 -timeout=30 -rss_limit_mb=2048 \
         -artifact_prefix="$here/artifacts/$target/" 2>&1 | cat >"$log"; then
@@ -38,7 +38,7 @@ fuzz() {
         tail -n 60 "$log"
         return 1
     fi
-    # Edges covered, as last said; then the inputs and the requests of the run.
+    # The last number of covered edges; then the inputs and the requests of the run.
     cover=$(grep -o 'cov: [0-9]*' "$log" | tail -n 1)
     echo "$target: ${cover:-cov: none}, $(grep -o '^Done [0-9]* runs' "$log"), $(grep '^fuzzed requests' "$log")"
     rm -f "$log"

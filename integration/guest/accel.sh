@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prints the QEMU arguments that say what runs the guest's instructions: KVM where a stock kernel
-# has really been seen to boot under it on this machine, TCG everywhere else. The answer is kept
-# in the cache folder until the machine is booted again or QEMU or the kernel changes.
+# Prints the QEMU arguments that select the accelerator: KVM if a stock kernel has booted under it on
+# this machine, TCG otherwise. The result is kept in the cache folder until the machine is rebooted or
+# QEMU or the kernel changes.
 #
 #   accel.sh            print the arguments, one a line
-#   accel.sh --kernel   print the parameter that tells the guest's kernel what to think of its TSC
+#   accel.sh --kernel   print the kernel parameter that says whether the guest can rely on its TSC
 #
 # Environment: RINGFSD_GUEST_CACHE (see setup.sh); RINGFSD_GUEST_ACCEL=kvm|tcg overrules the probe.
 set -euo pipefail
@@ -13,12 +13,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$(cd "$here/../.." && pwd)/target/guest}
 probe_limit=15
 
-# A kernel without any root file system: where it gets as far as missing that, it runs.
+# Boots a kernel without a root file system: if it gets as far as missing that, KVM works.
 kvm_boots_a_kernel() {
     [[ -r /dev/kvm && -w /dev/kvm ]] || return 1
     local kernel=$1 console
     console=$(mktemp)
-    # In a shell of its own, which keeps to itself what it says of a QEMU that aborts.
+    # In a subshell, so that its message about a QEMU that aborts is discarded.
     (
         timeout --kill-after=2 "$probe_limit" qemu-system-x86_64 \
             -accel kvm -cpu host -machine q35 -m 512 -nodefaults -no-user-config -display none \
@@ -49,8 +49,8 @@ main() {
             mv "$kept.$$" "$kept"
         fi
     fi
-    # An emulated kernel finds out how fast its TSC counts while the host may be busy with others;
-    # it then lives many times as fast as everybody else, and its time is up at once.
+    # An emulated kernel measures how fast its TSC counts while the host may be busy; its clock may
+    # then run many times too fast, and timeouts expire at once.
     if [[ ${1:-} == --kernel ]]; then
         if [[ $answer == kvm ]]; then echo tsc=reliable; else echo tsc=unstable; fi
         return

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shows ringfsd at work, from nothing: fetches what a guest needs, builds the server, shares a
-# folder, boots a virtual machine on it, and shows both sides of the share.
+# Demonstrates ringfsd from scratch: downloads what a guest needs, builds the server, shares a folder,
+# boots a virtual machine on it, and shows both sides of the share.
 #
 #   demo.sh
 #
-# Takes some three minutes after the first build, most of that where the machine has no KVM and
-# QEMU emulates each instruction; the figures for speed are then the emulation's, not the server's.
+# Takes some three minutes after the first build, most of that if the machine has no KVM and QEMU
+# emulates each instruction; the speeds shown are then the emulation's, not the server's.
 #
 # Environment: RINGFSD_GUEST_CACHE (see setup.sh).
 set -euo pipefail
@@ -27,7 +27,7 @@ trap cleanup EXIT
 work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-demo.XXXXXX")
 chmod 755 "$work"
 
-heading 'Making ready: QEMU, a kernel for the guest, the server'
+heading 'Preparing QEMU, a kernel for the guest, the server'
 "$here/setup.sh"
 cargo build --release --locked --manifest-path "$repo/Cargo.toml" --target-dir "$repo/target"
 "$repo/target/release/ringfsd" --version
@@ -43,7 +43,7 @@ ls -l "$work/share"
 
 heading 'A virtual machine on it'
 if [[ $("$here/accel.sh") != *kvm* ]]; then
-    printf 'No KVM here that runs it: it is emulated, and so are its figures for speed.\n\n'
+    printf 'KVM is not available: the guest is emulated, and its speeds say little.\n\n'
 fi
 
 cat >"$work/script" <<'GUEST'
@@ -72,7 +72,7 @@ echo '$ dd bs=1M ...'
 echo "read:  $(speed if=/mnt/64-MiB of=/dev/null)"
 echo "write: $(speed if=/dev/zero of=/mnt/written count=64 conv=fsync)"
 echo
-[ "$(md5sum </mnt/64-MiB)" = "$(cat /mnt/.sum)" ] && echo 'the 64 MiB are, bit for bit, those of the host'
+[ "$(md5sum </mnt/64-MiB)" = "$(cat /mnt/.sum)" ] && echo 'the 64 MiB are identical to those of the host'
 GUEST
 md5sum <"$work/share/64-MiB" >"$work/share/.sum"
 "$here/run.sh" --share "$work/share" --tag demo -- "$work/script"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the guest's initramfs for a kernel series and prints its path: busybox, the modules that
-# virtio-fs needs (in the order of loading), the static guest-suite and init. Built anew only when
-# one of these has changed.
+# virtio-fs needs (in the order of loading), the static guest-suite and init. Rebuilt only if one of
+# these has changed.
 #
 #   initramfs.sh 6.1|6.12
 #
@@ -19,7 +19,7 @@ die() {
     exit 1
 }
 
-# The static binary; into a target folder of its own, as it has flags of its own.
+# Builds the static binary in a target folder of its own, as it has flags of its own.
 build_suite() {
     local log=$cache/suite-build.log
     RUSTFLAGS='-C target-feature=+crt-static' cargo build --quiet --release --locked \
@@ -31,7 +31,7 @@ build_suite() {
     printf '%s\n' "$cache/suite/$target/release/guest-suite"
 }
 
-# Copies a module and what it needs into the tree, plain, each once, and notes the order.
+# Copies a module and its dependencies into the tree, uncompressed, each once, and records the order.
 add_module() {
     local kernel=$1 release=$2 tree=$3 module=$4 verb path name
     while read -r verb path _; do
@@ -41,7 +41,7 @@ add_module() {
         [[ ! -e $tree/lib/modules/$name ]] || continue
         case $path in
             *.xz) xz -dc "$path" >"$tree/lib/modules/$name" ;;
-            *.zst) die "$path: zstd modules are not known here" ;;
+            *.zst) die "$path: zstd modules are not supported" ;;
             *) cp "$path" "$tree/lib/modules/$name" ;;
         esac
         printf '%s\n' "$name" >>"$tree/lib/modules/order"
@@ -52,7 +52,7 @@ build() {
     local kernel=$1 suite=$2 busybox=$3 image=$4 tree release module applet
     release=$(<"$kernel/release")
     tree=$(mktemp -d "$cache/initramfs/.tree.XXXXXX")
-    # shellcheck disable=SC2064 # the path of now
+    # shellcheck disable=SC2064 # the current path
     trap "rm -rf '$tree' '$image.new'" EXIT
     chmod 755 "$tree"
     mkdir -p "$tree"/{bin,dev,etc,lib/modules,mnt,proc,root,run,sys,tmp,home/user}
@@ -86,7 +86,7 @@ main() {
         flock "$lock"
         if [[ ! -s $image ]]; then
             build "$kernel" "$suite" "$busybox" "$image"
-            # Older ones stay as long as a guest of now may still want them.
+            # Older ones stay as long as a running guest may still need them.
             find "$cache/initramfs" -name "$1-*.cpio" -mmin +60 ! -path "$image" -delete
         fi
     fi

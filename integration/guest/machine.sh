@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2034
-# To be sourced by what has set here to this folder: the QEMU command line of a guest, as far as all
-# of them have it in common.
+# To be sourced by a script that has set here to this folder: the part of QEMU's command line that all
+# guests share.
 
 # machine_arguments CPUS MEMORY CACHE KERNEL INITRAMFS CONSOLE: sets machine to QEMU's arguments for
 # a machine whose memory a server can map, which boots one of the cached kernels and writes to a
-# serial console. Fails if it is not known what can run a guest.
+# serial console. Fails if no accelerator can be chosen.
 machine_arguments() {
     local cpus=$1 memory=$2 kernel=$3/kernels/$4/vmlinuz initramfs=$5 accel tsc
     # A comma in a path is doubled for QEMU.

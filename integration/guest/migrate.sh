@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Moves a virtual machine between two QEMUs of this host, to and fro, each with a server of its own
-# on the same share, while a load in the guest verifies all that it reads (guest-suite --load).
-# Also breaks a migration off, and has a destination refuse one: the source goes on.
+# Migrates a virtual machine to and fro between two QEMUs of this host, each with a server of its own
+# on the same share, while a load in the guest verifies everything that it reads (guest-suite --load).
+# Also cancels a migration, and makes a destination refuse one: the source must continue.
 #
 #   migrate.sh [OPTION...]
 #
-#   --times N             how often it is moved (3)
+#   --times N             number of migrations (3)
 #   --mode MODE           find-paths or file-handles (find-paths)
 #   --between SECONDS     how long the load runs between two migrations (2)
-#   --server COMMAND      how a server is started, %SOCKET% and %SHARE% standing for the paths
-#   --ordinary-user       the servers are an ordinary user's
+#   --server COMMAND      starts a server; %SOCKET% and %SHARE% stand for the paths
+#   --ordinary-user       run the servers as an ordinary user
 #   --kernel 6.1|6.12     the guest's kernel (6.12)
 #   --queues N            request queues (1)
 #   --memory SIZE         the guest's memory (256M)
-#   --timeout SECONDS     how long everything may take (300, and 30 for each migration)
+#   --timeout SECONDS     limit for everything (300, and 30 for each migration)
 #   --log-dir DIR         keep the logs there
 #
-# Prints a line for each check; ends with 1 if one failed.
+# Prints a line for each check. Exit status 1 if one failed.
 #
 # Environment: RINGFSD_GUEST_CACHE, RINGFSD_GUEST_ACCEL (see setup.sh, accel.sh).
 set -euo pipefail
@@ -69,7 +69,7 @@ parse() {
         esac
         shift
     done
-    [[ $times =~ ^[1-9][0-9]*$ ]] || usage "--times $times is no number of migrations"
+    [[ $times =~ ^[1-9][0-9]*$ ]] || usage "--times $times is not a number of migrations"
     limit=${limit:-$((300 + 30 * times))}
     if [[ -z $server ]]; then
         server_default "$repo" "$queues"
@@ -77,7 +77,7 @@ parse() {
         [[ $mode != file-handles ]] || server+=" --inode-file-handles prefer"
     fi
     if $ordinary; then
-        [[ $(id -u) == 0 ]] || usage "--ordinary-user takes root, to become that user"
+        [[ $(id -u) == 0 ]] || usage "--ordinary-user needs root, to become that user"
     fi
 }
 
@@ -95,7 +95,7 @@ cleanup() {
     exit "$status"
 }
 
-# What can't be gone on from.
+# Reports a failure that ends the run.
 give_up() {
     failed "$@"
     local log
@@ -124,7 +124,7 @@ start_machine() {
     for pipe in qmp control; do mkfifo "$work/$pipe.$number".{in,out}; done
     machine_arguments 2 "$memory" "$cache" "$kernel" "$work/initramfs" "$logs/console.$number.log" ||
         give_up "machine_${number}_starts" "it is not known what can run a guest"
-    # Of one name each, so that a machine fits on another's place.
+    # Each device has a name, so that the machines match.
     setpriv --pdeathsig KILL qemu-system-x86_64 "${machine[@]}" -no-reboot \
         -chardev "pipe,id=control,path=$work/control.$number" -device virtserialport,chardev=control,name=control \
         -chardev "file,id=stdout,path=$logs/stdout,append=on" -device virtserialport,chardev=stdout,name=stdout \
@@ -136,11 +136,11 @@ start_machine() {
     vmm[number]=$!
     exec {qmp_in[number]}<>"$work/qmp.$number.in" {qmp_out[number]}<>"$work/qmp.$number.out"
     qmp "$number" qmp_capabilities
-    # The source learns of a destination that refuses, and goes on.
+    # The source is told of a destination that refuses, and continues.
     qmp "$number" migrate-set-capabilities '{"capabilities": [{"capability": "return-path", "state": true}]}'
 }
 
-# qmp MACHINE COMMAND [ARGUMENTS]: puts the answer into qmp_answer; fails for an error.
+# qmp MACHINE COMMAND [ARGUMENTS]: sets qmp_answer to the reply; fails on an error.
 qmp_answer=''
 qmp() {
     local number=$1 line
@@ -162,10 +162,10 @@ qmp() {
     return 1
 }
 
-# end_machine NUMBER: as a management program does with one that has been moved away.
+# end_machine NUMBER: quits it, as a management program does with a machine that was migrated away.
 end_machine() {
     local number=$1
-    # One whose migration has failed may have ended by itself.
+    # A machine whose migration has failed may have ended by itself.
     if kill -0 "${vmm[number]}" 2>/dev/null; then
         printf '{"execute": "quit"}\n' >&"${qmp_in[number]}"
     fi
@@ -174,7 +174,7 @@ end_machine() {
     unset "vmm[number]" "qmp_in[number]" "qmp_out[number]"
 }
 
-# settled MACHINE: waits until its migration is over; migration is what became of it then.
+# settled MACHINE: waits for the end of its migration; sets migration to the outcome.
 migration='' downtime=''
 settled() {
     local deadline=$((SECONDS + 60))
@@ -194,7 +194,7 @@ settled() {
     return 1
 }
 
-# has_status MACHINE STATUS: waits until a machine is in a state.
+# has_status MACHINE STATUS: waits until a machine is in this state.
 has_status() {
     local deadline=$((SECONDS + 20))
     while ((SECONDS < deadline)); do
@@ -205,14 +205,14 @@ has_status() {
     return 1
 }
 
-# The rounds that the load has told of last, all parts together; not under way: nothing.
+# Prints the rounds that the load has last reported, all parts together; nothing if it hasn't started.
 rounds() {
     awk '/^rounds / { sum = 0; gsub(/[^0-9 ]/, ""); for (i = 1; i <= NF; i++) sum += $i }
         END { print sum }' "$logs/stdout"
 }
 
-# goes_on: waits until the load has done more, and nothing has failed.
-goes_on() {
+# makes_progress: waits until the load has made progress; fails if the load has.
+makes_progress() {
     local before deadline=$((SECONDS + 60)) now
     before=$(rounds)
     while ((SECONDS < deadline)); do
@@ -226,7 +226,7 @@ goes_on() {
 
 ended() { tail -n 3 "$logs/stdout" "$logs/stderr" 2>/dev/null | tr '\n' ' '; }
 
-# migrate FROM TO: tells the source.
+# migrate FROM TO: starts a migration on the source.
 migrate() {
     qmp "$1" migrate "{\"uri\": \"unix:$work/incoming.$2\"}"
 }
@@ -248,7 +248,7 @@ main() {
         cp "$repo/target/release/ringfsd" "$work/ringfsd"
         chown -R daemon:daemon "$work/run" "$work/share" "$work/empty"
     fi
-    # Whatever waits, waits no longer.
+    # Ends what still waits.
     (sleep "$limit" && kill -TERM $$) &
     clock=$!
 
@@ -271,31 +271,31 @@ main() {
     done
     ok the_guest_starts_its_load
 
-    # Broken off while memory is being copied.
+    # Cancelled while memory is being copied.
     start_machine 1 1 -incoming "unix:$work/incoming.1"
     qmp 0 migrate-set-parameters '{"max-bandwidth": 1000000}'
     migrate 0 1 || give_up migration_begins "$qmp_answer"
     sleep 1
     qmp 0 migrate_cancel
     settled 0 || give_up migration_is_broken_off "$qmp_answer"
-    # QEMU 10 says the one or the other, as the destination hangs up sooner or later.
-    if [[ $migration == cancelled || $migration == failed ]] && goes_on; then
-        ok source_goes_on_after_a_migration_that_was_broken_off
+    # QEMU 10 reports one or the other, depending on when the destination hangs up.
+    if [[ $migration == cancelled || $migration == failed ]] && makes_progress; then
+        ok source_continues_after_a_cancelled_migration
     else
-        failed source_goes_on_after_a_migration_that_was_broken_off "$migration; $(ended)"
+        failed source_continues_after_a_cancelled_migration "$migration; $(ended)"
     fi
     end_machine 1
     qmp 0 migrate-set-parameters '{"max-bandwidth": 10000000000}'
 
-    # To where the files are not.
+    # To a share without the files.
     start_server 2 "$server" "$work/empty"
     start_machine 2 2 -incoming "unix:$work/incoming.2"
     migrate 0 2 || give_up migration_begins "$qmp_answer"
     settled 0 || give_up migration_is_refused "$qmp_answer"
-    if [[ $migration == failed ]] && has_status 0 running && goes_on; then
-        ok source_goes_on_after_a_migration_that_was_refused
+    if [[ $migration == failed ]] && has_status 0 running && makes_progress; then
+        ok source_continues_after_a_refused_migration
     else
-        failed source_goes_on_after_a_migration_that_was_refused "$migration; $(ended)"
+        failed source_continues_after_a_refused_migration "$migration; $(ended)"
     fi
     if kill -0 "${servers[2]}" 2>/dev/null; then
         ok destination_that_refused_lives
@@ -317,7 +317,7 @@ main() {
         end_machine "$now"
         now=$next
         downtimes+=("$downtime")
-        if goes_on; then
+        if makes_progress; then
             ok "migration_$number [$downtime ms without the guest running]"
         else
             give_up "migration_$number" "the load does not go on: $(ended)"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Others' suites in a real guest, on a share: pjdfstest and fsx of crates.io, linked statically.
-# integration/bridge runs more of them, and faster. Prints their closing lines, and before those what
-# failed and what was skipped for which reason. Exit status 1 if anything failed.
+# Runs other projects' suites in a real guest, on a share: pjdfstest and fsx of crates.io, linked
+# statically. integration/bridge runs more of them, and faster. Prints their closing lines, and before
+# those what failed and what was skipped for which reason. Exit status 1 if anything failed.
 #
 #   others.sh [OPTION...]
 #
 #   --only NAME         only this one: pjdfstest, fsx
 #   --ops N             operations of fsx (20,000)
-#   --timeout SECONDS   how long the guest may take (1200)
-#   --runtime R         of ringfsd: auto (default), uring, tokio
+#   --timeout SECONDS   limit for the guest (1200)
+#   --runtime R         ringfsd's runtime: auto (default), uring, tokio
 #   --kernel, --queues, --cpus, --server, --log-dir
 #                       as for run.sh
 #
@@ -47,7 +47,7 @@ parse() {
     fi
 }
 
-# program NAME VERSION: puts one of crates.io's into the share.
+# program NAME VERSION: puts a program of crates.io into the share.
 program() {
     crate "$1" "$2"
     cp "$crate" "$work/share/bin/$1"
@@ -92,8 +92,8 @@ run_pjdfstest() {
     echo "pjdfstest: $summary"
 }
 
-# A process for each 2,000 operations: fsx 0.3.2 keeps each mapping that it has read. One that asks for
-# a range of no bytes ends, and the next goes on, as in integration/bridge/fsx.sh.
+# A process for each 2,000 operations: fsx 0.3.2 keeps each mapping that it has read. A process that
+# asks for a range of no bytes ends, and the next continues, as in integration/bridge/fsx.sh.
 run_fsx() {
     n=0
     while [ "$n" -lt "$ops" ]; do
@@ -127,7 +127,7 @@ main() {
     program fsx 0.3.2
     configure
     guest_script >"$work/script"
-    # Before the clock runs.
+    # Before the time limit starts.
     "$here/initramfs.sh" "$kernel" >/dev/null
     "$here/run.sh" --share "$work/share" --server "$server" --kernel "$kernel" --queues "$queues" \
         --timeout "$limit" "${options[@]}" -- "$work/script"

@@ -2,10 +2,10 @@
 # To be sourced: counts what passed and what failed, and prints a line for each.
 
 passed=0 failed=0
-# By name: what has been told of.
+# The names that have been reported.
 declare -A seen=()
 
-# ok NAME[ WHAT IS WORTH KNOWING OF IT]
+# ok NAME[ REMARK]
 ok() {
     passed=$((passed + 1))
     seen[${1%% *}]=1
@@ -19,7 +19,7 @@ failed() {
     printf 'FAILED %s: %s\n' "$1" "$2"
 }
 
-# step NAME COMMAND...: what the command says is the reason if it fails.
+# step NAME COMMAND...: runs a command; its output is the reason if it fails.
 step() {
     local name=$1 why
     shift
@@ -31,7 +31,7 @@ step() {
     fi
 }
 
-# The closing line; fails if anything has failed.
+# Prints the closing line; fails if anything has failed.
 report() {
     printf '%d passed, %d failed\n' "$passed" "$failed"
     ((failed == 0))

@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
 # Starts a server, boots a guest on it, mounts the share at /mnt, runs a script in the guest, and
-# gives back the script's stdout, stderr and exit status as its own.
+# returns the script's stdout, stderr and exit status as its own.
 #
 #   run.sh [OPTION...] -- SCRIPT
 #
 # SCRIPT is a file (run by its #! line, which must name something the guest has) or shell text for
 # busybox sh. In the guest it finds busybox, guest-suite, $TAG and $BOOT.
 #
-#   --share DIR           what is served (a fresh, empty folder)
-#   --server COMMAND      how the server is started; %SOCKET% and %SHARE% stand for the paths
+#   --share DIR           the folder to serve (a new, empty one)
+#   --server COMMAND      starts the server; %SOCKET% and %SHARE% stand for the paths
 #                         (target/release/ringfsd --socket %SOCKET% --shared-dir %SHARE%, and
-#                         --request-queues N where there is more than one)
-#   --socket PATH         use the server that listens there, start none
+#                         --request-queues N if there is more than one)
+#   --socket PATH         use the server that listens there instead of starting one
 #   --kernel 6.1|6.12     the guest's kernel (6.12)
 #   --queues N            request queues (1)
-#   --queue-size N        entries of each queue (what QEMU takes)
+#   --queue-size N        entries of each queue (QEMU's default)
 #   --cpus N              the guest's CPUs (2)
 #   --memory SIZE         the guest's memory (1G)
 #   --tag TAG             the tag (share)
 #   --no-mount            do not mount the share
 #   --after-reset SCRIPT  reset the guest when the first script has ended with 0, or by the first
 #                         script's own `reboot -f`; then run this one
-#   --timeout SECONDS     how long everything may take (120)
+#   --timeout SECONDS     limit for everything (120)
 #   --log-dir DIR         keep console.log, server.log, vmm.log, stdout, stderr there
 #   --qemu-arg ARG        one more argument for QEMU; may be given again
 #   --quiet               do not show the logs of a failure
 #
-# Exit status: the script's own; 124 when the time is up; 125 when the rig, the server, the VMM or
-# the guest's kernel failed; 2 for options that can't be. Of any but 0 the logs are shown on stderr.
+# Exit status: the script's own; 124 on timeout; 125 if this script, the server, the VMM or the
+# guest's kernel failed; 2 for wrong options. Unless it is 0, the logs are shown on stderr.
 #
 # Environment: RINGFSD_GUEST_CACHE, RINGFSD_GUEST_ACCEL (see setup.sh, accel.sh).
 set -euo pipefail
@@ -64,7 +64,7 @@ parse() {
             --no-mount) mount=no ;;
             --quiet) quiet=true ;;
             --)
-                (($# == 2)) || usage "one SCRIPT is wanted after --, not $(($# - 1))"
+                (($# == 2)) || usage "exactly one SCRIPT goes after --, not $(($# - 1))"
                 script=$2
                 break
                 ;;
@@ -89,17 +89,17 @@ parse() {
                 shift
                 ;;
             --*) usage "no such option: $1 (--help lists them)" ;;
-            *) usage "$1 is no option; the script goes after --" ;;
+            *) usage "$1 is not an option; the script goes after --" ;;
         esac
         shift
     done
     [[ -n $script ]] || usage "no script to run"
     local number
     for number in "$queues" "$cpus" "$limit" ${queue_size:+"$queue_size"}; do
-        [[ $number =~ ^[1-9][0-9]*$ ]] || usage "$number is no number of something"
+        [[ $number =~ ^[1-9][0-9]*$ ]] || usage "$number is not a positive number"
     done
     [[ $memory =~ ^[1-9][0-9]*[MG]$ ]] || usage "--memory is given as 512M or 2G, not $memory"
-    [[ -z $share || -d $share ]] || usage "--share $share is no folder"
+    [[ -z $share || -d $share ]] || usage "--share $share is not a folder"
     [[ -s $cache/kernels/$kernel/vmlinuz ]] ||
         usage "no kernel $kernel; there are:$(printf ' %s' "$(cd "$cache/kernels" 2>/dev/null && echo *)") (setup.sh fetches them)"
     [[ -n $server ]] || server_default "$repo" "$queues"
@@ -122,8 +122,8 @@ cleanup() {
         server_stop "$server_pid"
         printf '%s\n' "$server_status" >"$logs/server.status"
     fi
-    # What the guest still said is passed on to the end. A reader whose pipe was never opened is
-    # released by opening it.
+    # The rest of the guest's output is passed on. A reader whose pipe was never opened is released by
+    # opening it.
     for process in $out $err; do
         : 9<>"$work/stdout" 8<>"$work/stderr"
         wait "$process" 2>/dev/null || true
@@ -136,18 +136,18 @@ cleanup() {
 # shellcheck disable=SC2317 # called by cleanup
 show_logs() {
     local log lines=40
-    # One whose time was up has told on its console where its processes were.
+    # A guest that timed out has printed on its console where its processes were.
     if ((status == 124)); then lines=200; fi
     for log in vmm server console; do
         [[ -s $logs/$log.log ]] || continue
         printf -- '--- %s.log, the last lines\n' "$log"
-        # Without what terminals would act on.
+        # Without control characters.
         tail -n "$lines" "$logs/$log.log" | tr -d '\r\033'
         printf '\n'
     done >&2
 }
 
-# Puts the scripts into an initramfs of their own behind the common one.
+# Packs the scripts into an initramfs of their own, appended to the common one.
 pack() {
     local common=$1 text=$2 name=$3
     if [[ -f $text ]]; then
@@ -160,10 +160,10 @@ pack() {
         cat "$common" - >"$work/initramfs"
 }
 
-# Answers the guest's init (the protocol is told there) and leaves the verdict in a file.
+# Replies to the guest's init (which documents the protocol) and leaves the verdict in a file.
 converse() {
     local boots=0 word rest
-    # Opened to be read only, so that it ends when the VMM has ended.
+    # Opened read-only, so that it ends when the VMM has ended.
     exec 8<"$work/control.out" 9<>"$work/control.in"
     while read -r word rest <&8; do
         case $word in
@@ -213,7 +213,7 @@ start_vmm() {
     [[ -z $queue_size ]] || device+=,queue-size=$queue_size
     [[ -n $after_reset ]] || reboot=(-no-reboot)
     machine_arguments "$cpus" "$memory" "$cache" "$kernel" "$work/initramfs" "$logs/console.log" ||
-        fail "it is not known what can run a guest"
+        fail "no accelerator can be chosen"
     setpriv --pdeathsig KILL qemu-system-x86_64 "${machine[@]}" "${reboot[@]}" \
         -chardev "pipe,id=control,path=$pipes/control" -device virtserialport,chardev=control,name=control \
         -chardev "file,id=stdout,path=$pipes/stdout" -device virtserialport,chardev=stdout,name=stdout \
@@ -223,7 +223,7 @@ start_vmm() {
     vmm=$!
 }
 
-# What ends because the VMM has ended may be seen before it.
+# A process that ends because the VMM has ended may be noticed before it.
 vmm_ends_too() {
     local tries
     for ((tries = 0; tries < 50; tries++)); do

@@ -1,17 +1,17 @@
 # shellcheck shell=bash disable=SC2034
 # To be sourced: starts a server for a guest, waits for its socket, ends it. A server is a process
-# group of its own, so that what it forks ends with it; and it ends with the script that started
-# it, whatever happens to that.
+# group of its own, so that its children end with it; and it ends with the script that started it,
+# however that ends.
 
-# server_default REPOSITORY QUEUES: sets server to how the repository's own is started.
+# server_default REPOSITORY QUEUES: sets server to the command of the repository's own server.
 server_default() {
     printf -v server '%q --socket %%SOCKET%% --shared-dir %%SHARE%%' "$1/target/release/ringfsd"
-    # One queue is offered always.
+    # One queue is the default.
     (($2 == 1)) || server+=" --request-queues $2"
 }
 
-# server_start COMMAND SOCKET SHARE LOG: starts COMMAND, a line for the shell in which %SOCKET% and
-# %SHARE% stand for the two paths. Sets server_pid.
+# server_start COMMAND SOCKET SHARE LOG: starts COMMAND, a shell command in which %SOCKET% and %SHARE%
+# stand for the two paths. Sets server_pid.
 server_start() {
     local command=$1 socket share
     printf -v socket %q "$2"
@@ -22,15 +22,15 @@ server_start() {
     server_pid=$!
 }
 
-# Whether somebody listens on a unix socket of this path, without connecting to it.
+# Whether a process listens on a unix socket of this path, without connecting to it.
 server_listens() {
     [[ -S $1 ]] && awk -v path="$1" '
         $4 == "00010000" && substr($0, length($0) - length(path)) == " " path { found = 1 }
         END { exit !found }' /proc/net/unix
 }
 
-# server_wait SOCKET SECONDS [PID]: waits until the socket is listened on; fails when the time is
-# up, and at once when the process has ended.
+# server_wait SOCKET SECONDS [PID]: waits until a process listens on the socket; fails on timeout, and
+# at once if the process has ended.
 server_wait() {
     local deadline=$((SECONDS + $2))
     until server_listens "$1"; do
@@ -40,8 +40,8 @@ server_wait() {
     done
 }
 
-# server_stop PID: asks the server to end, insists after five seconds. Sets server_status to what
-# it ended with.
+# server_stop PID: terminates the server, kills it after five seconds. Sets server_status to its exit
+# status.
 server_stop() {
     local tries
     kill -TERM -- "-$1" 2>/dev/null || true

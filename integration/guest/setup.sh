@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the machine ready to run guests: installs by apt what is missing (QEMU, from backports
-# where the release's own is older than 10; busybox; module and archive tools) and unpacks the
-# guests' kernels into the cache folder, without installing them. Does nothing, and fast, when
-# nothing is missing. Needs root only where something has to be installed.
+# Prepares the machine to run guests: installs by apt what is missing (QEMU, from backports if the
+# release's own is older than 10; busybox; module and archive tools) and unpacks the guests' kernels
+# into the cache folder, without installing them. Returns at once if nothing is missing. Needs root
+# only if something has to be installed.
 #
-#   setup.sh            make ready
-#   setup.sh --check    say what is missing, change nothing; exit 1 if something is
+#   setup.sh            prepare
+#   setup.sh --check    print what is missing, change nothing; exit 1 if something is missing
 #
 # Environment: RINGFSD_GUEST_CACHE, the cache folder (default: target/guest in the repository).
 set -euo pipefail
@@ -17,7 +17,7 @@ qemu_least=7
 kernels=(6.1 6.12)
 backports_list=/etc/apt/sources.list.d/ringfsd-backports.sources
 
-# A command that has to be there, and the package that brings it.
+# Required commands, and the packages that contain them.
 declare -A package_of=(
     [busybox]=busybox-static
     [cpio]=cpio
@@ -44,7 +44,7 @@ qemu_major() {
     printf '%s\n' "${BASH_REMATCH[1]}"
 }
 
-# The packages that are missing, QEMU apart.
+# Prints the packages that are missing, except QEMU.
 missing_packages() {
     local command
     for command in "${!package_of[@]}"; do
@@ -111,7 +111,7 @@ main_source() {
     fi
 }
 
-# Lets apt know the backports suite, from where the machine gets its own packages.
+# Adds the backports suite to apt, from the machine's own package source.
 add_backports() {
     local suite source uri key
     suite=$(codename)
@@ -129,7 +129,7 @@ add_backports() {
     apt-cache policy | grep -q "n=$suite-backports"
 }
 
-# The version that is installed, where an attempt at a newer one has been in vain.
+# The installed version, if an attempt to install a newer one has failed.
 vain() { printf '%s/no-newer-qemu-than-%s\n' "$cache" "$(qemu_major || echo none)"; }
 
 install_qemu() {
@@ -177,7 +177,7 @@ fetch_kernel() {
     read -r package version <<<"$wanted"
     say "fetching kernel $series ($package $version)"
     work=$(mktemp -d "$cache/kernels/.fetch.XXXXXX")
-    # apt-get downloads as a user of its own, who has to get into the folder.
+    # apt-get downloads as a user of its own, who needs access to the folder.
     chmod 755 "$work"
     (cd "$work" && apt download "$package=$version") || {
         rm -rf "$work"
@@ -225,7 +225,7 @@ main() {
         return 0
     fi
     ((${#packages[@]} == 0)) || say "missing: ${packages[*]}"
-    ((major >= qemu_wanted)) || say "QEMU is $( ((major)) && echo "$major" || echo missing ), wanted is $qemu_wanted"
+    ((major >= qemu_wanted)) || say "QEMU is $( ((major)) && echo "$major" || echo missing ), required is $qemu_wanted"
     ((${#lacking[@]} == 0)) || say "kernels not there yet: ${lacking[*]}"
     if $check; then return 1; fi
     type -P apt-get >/dev/null || die "no apt-get on this machine: install these by hand"

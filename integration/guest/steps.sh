@@ -15,7 +15,7 @@ step() {
     fi
 }
 
-# A tree's digest goes to the host as one number; the whole is left in the share, to be looked at.
+# Sends a tree's digest to the host as one number; the whole is left in the share, for inspection.
 digest() {
     guest-suite --digest "/mnt/$2" >"/tmp/$1" || echo "the digest of $2 failed"
     cp "/tmp/$1" "/mnt/out/$1"
@@ -48,7 +48,7 @@ remount() {
 }
 
 overlay() {
-    # The upper layer lies in the guest's memory: what is tested is the layer below.
+    # The upper layer is in the guest's memory: the layer below is what is tested.
     mkdir -p /tmp/layers/upper /tmp/layers/work /tmp/merged
     mount -t overlay overlay -o lowerdir=/mnt/doc,upperdir=/tmp/layers/upper,workdir=/tmp/layers/work \
         /tmp/merged || return 1
@@ -60,7 +60,7 @@ overlay() {
     [ "$(md5sum <"/mnt/doc/$file")" = "$before" ]
 }
 
-# Each CPU has a queue of its own, as far as they go; a kernel of before 6.11 uses only the first.
+# Each CPU has a queue of its own, as long as there are enough; a kernel before 6.11 uses only the first.
 queues() {
     cpu=0
     while [ "$cpu" -lt "$QUEUES" ]; do
@@ -89,7 +89,7 @@ first() {
     digest tree_as_written_by_the_guest written
     echo synced >/mnt/out/synced
     sync
-    # The reset comes while these are at it.
+    # The reset comes while these are writing.
     for writer in 1 2; do
         (while :; do echo line >>"/mnt/out/writer-$writer"; done) >/dev/null 2>&1 &
     done

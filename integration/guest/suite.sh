@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Proves a server with real guests: guest-suite in a guest; trees read and written there compared
-# with what the host sees; unmount and mount; a hard reset of the guest in the middle of work; a
-# second machine on the same server after the first has gone; the server's own end. Prints a line
-# for each step, and for each check of guest-suite that failed, and at the end "N passed, N failed",
-# which counts both. Exit status 1 if anything failed, 2 for options that can't be.
+# Tests a server with real guests: guest-suite in a guest; trees that are read and written there,
+# compared with what the host sees; unmount and mount; a hard reset of the guest in the middle of
+# work; a second machine on the same server after the first has gone; the server's own end. Prints a
+# line for each step, and for each check of guest-suite that failed, and at the end "N passed, N
+# failed", which counts both. Exit status 1 if anything failed, 2 for wrong options.
 #
 #   suite.sh [OPTION...]
 #
@@ -11,13 +11,13 @@
 #   --queues N          request queues (1); the guest gets as many CPUs, two at least
 #   --kernel 6.1|6.12   the guest's kernel (6.12)
 #   --sandbox KIND      given to the server as --sandbox KIND
-#   --ordinary-user     the server is not root: it is run by the user daemon, with a range of ids of
-#                       its own, which the namespace sandbox maps itself, and which for the others
-#                       a user namespace around the server has, as in a container without root
-#   --server COMMAND    how the server is started, as for run.sh
+#   --ordinary-user     run the server as the user daemon, with a range of ids of its own. The
+#                       namespace sandbox maps these itself; with the others a user namespace around
+#                       the server has them, as in a rootless container
+#   --server COMMAND    starts the server, as for run.sh
 #   --full              guest-suite with its full sizes: minutes instead of seconds
-#   --timeout SECONDS   how long each machine may take (300; with --full 1200)
-#   --verbose           a line for each check of guest-suite that passed, too
+#   --timeout SECONDS   limit for each machine (300; with --full 1200)
+#   --verbose           print a line for each check of guest-suite that passed, too
 #   --log-dir DIR       keep all logs there
 #
 # Environment: RINGFSD_GUEST_CACHE (see setup.sh).
@@ -36,7 +36,7 @@ runtime='' server='' sandbox='' ordinary=false queues=1 kernel=6.12 quick=--quic
 work='' share='' server_pid='' server_status='' guest=''
 declare -A value=()
 
-# What each machine has to report.
+# The steps that each machine must report.
 # shellcheck disable=SC2034 # used by name
 first=(
     guest_suite
@@ -90,11 +90,11 @@ parse() {
         esac
         shift
     done
-    [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is no number of queues"
+    [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is not a number of queues"
     [[ -n $limit ]] || limit=$([[ -n $quick ]] && echo 300 || echo 1200)
-    [[ $limit =~ ^[1-9][0-9]*$ ]] || usage "--timeout $limit is no number of seconds"
+    [[ $limit =~ ^[1-9][0-9]*$ ]] || usage "--timeout $limit is not a number of seconds"
     if $ordinary; then
-        [[ $(id -u) == 0 ]] || usage "--ordinary-user takes root, to become that user"
+        [[ $(id -u) == 0 ]] || usage "--ordinary-user needs root, to become that user"
         [[ -z $server ]] || usage "--ordinary-user and --server exclude each other"
     fi
     [[ -n $server ]] || server_default "$repo" "$queues"
@@ -102,8 +102,8 @@ parse() {
     [[ -z $sandbox ]] || printf -v server '%s --sandbox %q' "$server" "$sandbox"
 }
 
-# Has the server started by an ordinary user, who owns the share. Its ids are told to newuidmap in
-# files that only the server's mount namespace has in the place of the host's.
+# Makes an ordinary user start the server and own the share. newuidmap finds the user's ids in files
+# that replace the host's in the server's mount namespace only.
 make_ordinary() {
     local user
     user=$(id -u daemon):$(id -g daemon)
@@ -139,7 +139,7 @@ cleanup() {
     exit "$status"
 }
 
-# Counts what a guest says and passes on what there is to see of it.
+# Counts a guest's reports and passes on the lines to show.
 block='' block_passed=0 block_failed=0
 take() {
     local line=$1
@@ -198,10 +198,10 @@ machine() {
         elif ((status <= 128)); then
             break
         else
-            # The second is over, with a part of a line at the most.
+            # The second is over, with a part of a line at most.
             start+=$line
             if ! kill -0 "$server_pid" 2>/dev/null && ((++gone == 10)); then
-                # A guest without its server would only wait for its time to be up.
+                # A guest without its server would only wait for its time limit.
                 kill -TERM "$guest"
             fi
         fi
@@ -227,7 +227,7 @@ machine() {
 make_share() {
     mkdir "$share" "$share"/{doc,part,many,out}
     chmod 755 "$share"
-    # Real files: many small ones, of several owners of packages, with links among them.
+    # Real files: many small ones, of many packages, with links among them.
     (
         cd / && { find usr/share/doc usr/include usr/share -xdev \
             \( -type f -size -33k -o -type l \) -print0 2>/dev/null || true; } |
@@ -241,7 +241,7 @@ make_share() {
     (cd "$share/many" && seq -f 'entry-%05.0f' 1 10000 | xargs touch)
 }
 
-# A tree's digest, its owners being what they are to the server.
+# A tree's digest, with owners as the server sees them.
 digest() {
     local view=()
     ! $ordinary || view=(nsenter --user --preserve-credentials --target "$server_pid")
@@ -249,7 +249,7 @@ digest() {
     sha256sum <"$work/digest" | cut -c 1-64
 }
 
-# same NAME FOLDER: whether the guest has seen in a folder what the host sees.
+# same NAME FOLDER: checks that the guest has seen in a folder what the host sees.
 same() {
     local here_is
     [[ -n ${value[$1]:-} ]] || {
@@ -277,7 +277,7 @@ complaints() {
         "$logs"/*/console.log
 }
 
-# Ends with 0, or is ended by the signal that asked it to.
+# Accepts an exit status of 0, and termination by the signal that was sent.
 server_ends() {
     kill -0 "$server_pid" 2>/dev/null || {
         echo "it has ended already"

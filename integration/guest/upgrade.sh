@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Kills and upgrades a server under a guest at work, again and again: QEMU's connection, the guest's
-# mount and its open files go on, nothing is lost and nothing done twice. Prints a line for each step,
-# the pauses (median, 99th percentile, longest; milliseconds), and "N passed, N failed". Exit status 1
-# if anything failed, 2 for options that can't be.
+# Kills and upgrades a server repeatedly while a guest works: QEMU's connection, the guest's mount and
+# its open files stay in use, nothing is lost and nothing done twice. Prints a line for each step, the
+# pauses (median, 99th percentile, longest; milliseconds), and "N passed, N failed". Exit status 1 if
+# anything failed, 2 for wrong options.
 #
 #   upgrade.sh [OPTION...]
 #
-#   --kills N           how often the serving process is killed (10)
-#   --upgrades N        how often the program is replaced (10)
-#   --every SECONDS     how long the guest works in between (0.3)
+#   --kills N           number of kills of the serving process (10)
+#   --upgrades N        number of upgrades (10)
+#   --every SECONDS     time that the guest works in between (0.3)
 #   --queues N          request queues (1)
 #   --kernel 6.1|6.12   the guest's kernel (6.12)
-#   --server COMMAND    how the server is started, as for run.sh; --supervise has to be among it
+#   --server COMMAND    starts the server, as for run.sh; must contain --supervise
 #   --program FILE      the program to upgrade to (target/release/ringfsd)
 #   --log-dir DIR       keep all logs there
 #
@@ -78,7 +78,7 @@ cleanup() {
     exit "$status"
 }
 
-# The guest's part: each thing it does fails if it is done twice or not at all.
+# The guest's part: each of its operations fails if it is done twice or not at all.
 guest_script() {
     cat <<'SCRIPT'
 #!/bin/sh
@@ -121,7 +121,7 @@ exit $status
 SCRIPT
 }
 
-# Waits until the log has as many lines of this kind; fails when the server ends or the time is up.
+# Waits until the log has so many lines of this kind; fails if the server ends, or on timeout.
 logged() {
     local deadline=$((SECONDS + 30))
     until (($(grep -c "$1" "$logs/server.log" || true) >= $2)); do
@@ -135,7 +135,7 @@ kill_it() {
     local n child
     for ((n = 1; n <= kills; n++)); do
         sleep "$every"
-        child=$(pgrep -P "$server_pid") || { echo "nobody serves"; return 1; }
+        child=$(pgrep -P "$server_pid") || { echo "no process serves"; return 1; }
         kill -KILL "$child"
         logged '\] serving again, after' "$n" || return 1
     done
@@ -149,17 +149,17 @@ upgrade_it() {
     done
 }
 
-# Whether the guest still works: its log grows.
+# Checks that the guest still works: its logs grow.
 still_works() {
     local before deadline=$((SECONDS + 60))
     before=$(stat -c %s "$work/share/log.1" "$work/share/log.2" | paste -sd+ | bc)
     until (($(stat -c %s "$work/share/log.1" "$work/share/log.2" | paste -sd+ | bc) > before)); do
-        ((SECONDS < deadline)) || { echo "the guest does nothing any more"; return 1; }
+        ((SECONDS < deadline)) || { echo "the guest makes no progress"; return 1; }
         sleep 0.05
     done
 }
 
-# What was appended once each, in order; and what was left of the rest.
+# Checks that each line was appended once, in order, and that the remaining directories exist.
 all_is_there() {
     local w rounds
     for w in 1 2; do
@@ -175,7 +175,7 @@ all_is_there() {
     done
 }
 
-# Numbers, one a line, as median, 99th percentile and maximum.
+# Summarises numbers, one a line, as median, 99th percentile and maximum.
 figures() {
     sort -n | awk -v what="$1" '{ v[NR] = $1 }
         function rank(p) { r = int(NR * p + 0.999999); return v[r < 1 ? 1 : r] }

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Measures virtio-fs servers in turn on the same share with the same cases, and prints the medians
-# and ratios as Markdown. On Debian, as root; installs what is missing.
+# Measures virtio-fs servers in turn on the same share with the same cases, and prints medians and
+# ratios as Markdown. Runs on Debian, as root; installs what is missing.
 #
 #   compare.sh [OPTION...] [-- LOAD-OPTION...]
 #
 #   --rounds N        rounds, each of which runs every case with every server (3)
 #   --seconds S       time that a case is measured for (3)
-#   --warm-up S       time that it runs before (0.5)
-#   --cases A,B       cases, as load has them (those of docs/benchmarks.md)
-#   --servers A,B     of ringfsd-uring, ringfsd-tokio, ringfsd-default, virtiofsd-N with a pool of
+#   --warm-up S       time that it runs before it is measured (0.5)
+#   --cases A,B       cases, as `load --list` prints them (those of docs/benchmarks.md)
+#   --servers A,B     some of ringfsd-uring, ringfsd-tokio, ringfsd-default, virtiofsd-N with a pool of
 #                     N threads, c-virtiofsd, bare, fio (all, with pools of 0, 4 and 16)
 #   --quick           one round, half a second each
 #   --ringfsd PATH    this program instead of one built here
 #   --ringfsd-args A  more arguments for ringfsd
-#   --server N=LINE   one more server: its name, and a line for the shell in which %SOCKET% and
-#                     %SHARE% stand for the paths, and %QUEUES% for how many request queues
-#                     (without it, cases of more than one are left out); may be given again
-#   --server-cpus L   pin each server to these processors, as taskset has them (not pinned)
-#   --load-cpus L     pin the load generator and the bare calls so (not pinned)
+#   --server N=LINE   one more server: its name, and a shell command in which %SOCKET% and %SHARE%
+#                     stand for the paths, and %QUEUES% for the number of request queues (without
+#                     it, cases with more than one are left out); may be repeated
+#   --server-cpus L   pin each server to these processors, in taskset's notation (not pinned)
+#   --load-cpus L     pin the load generator and the bare calls likewise (not pinned)
 #   --file-size B     size of each of the two large files (256m)
 #   --dir DIR         where the share is made; not on tmpfs (the target directory)
-#   --results FILE    leave the single results there, a line of JSON each
+#   --results FILE    keep the single results there, a line of JSON each
 #
 # Every server runs as root, with logs for errors only. ringfsd and virtiofsd run with --sandbox
-# none, --seccomp none and --allow-direct-io. ringfsd-default is ringfsd as it comes, with its
-# sandbox and its system-call filter, so that it shows what these cost. The C virtiofsd can't do
-# without: it runs with sandbox=chroot, its system-call filter, and allow_direct_io.
+# none, --seccomp none and --allow-direct-io. ringfsd-default is ringfsd with default options, its
+# sandbox and its system-call filter, so that it shows what these cost. The C virtiofsd can't run
+# without either: it has sandbox=chroot, its system-call filter, and allow_direct_io.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -137,7 +137,7 @@ apt_install() {
     apt-get update -q >&2 && apt-get install -q -y --no-install-recommends "${missing[@]}" >&2
 }
 
-# Puts a program in place, or says why there is none.
+# Installs a program, or prints why it can't be had.
 get_virtiofsd() {
     virtiofsd=${VIRTIOFSD:-$peers/bin/virtiofsd}
     [[ -x $virtiofsd ]] && return
@@ -151,10 +151,10 @@ get_c_virtiofsd() {
     [[ -x $c_virtiofsd ]] && return
     local version folder
     apt-get update -q >&2 || true
-    # The last versions that had it are 7.2's.
+    # QEMU 7.2 is the last version that contains it.
     version=$(apt-cache madison qemu-system-common | awk '$3 ~ /^1:7\.2/ { print $3; exit }')
     if [[ -z $version ]]; then
-        echo 'compare.sh: no package of QEMU 7.2 here: the C virtiofsd is in that of Debian 12' >&2
+        echo 'compare.sh: no package of QEMU 7.2, which contains the C virtiofsd: Debian 12 has one' >&2
         return 1
     fi
     folder=$(mktemp -d "$scratch/deb-XXXXXX")
@@ -182,14 +182,14 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 mkdir "$share"
-[[ $cases != *direct* || $(stat -f -c %T "$share") != tmpfs ]] || fail "O_DIRECT cases, and $dir is on tmpfs: give a --dir on a disk"
+[[ $cases != *direct* || $(stat -f -c %T "$share") != tmpfs ]] || fail "O_DIRECT cases, and $dir is on tmpfs: choose a --dir on a disk"
 lines=${results:-$scratch/results}
 : >"$lines"
 
-# With the same directory for both, whether they are one workspace or two.
+# The same target directory for both, whether they are one workspace or two.
 cargo build --quiet --release --target-dir "$target" --manifest-path "$here/Cargo.toml"
 load=$target/release/load
-# A case that is only named gets its size and depth, so that fio can tell them.
+# A case without size and depth gets the defaults, so that fio can use them.
 for index in "${!case_list[@]}"; do
     full=$("$load" --list | awk -v name="${case_list[index]}" '
         $1 == name { gsub(/[][]/, "", $NF); print $NF }')
@@ -228,7 +228,7 @@ pinned() {
     fi
 }
 
-# The command of a server for so many queues.
+# Prints the command of a server with this number of queues.
 command_of() {
     local name=$1 queues=$2 line
     if [[ -n ${more_servers[$name]:-} ]]; then
@@ -258,7 +258,7 @@ command_of() {
     pinned "$line"
 }
 
-# Without a sandbox and a filter, as virtiofsd runs; an older one has neither.
+# Without a sandbox and a filter, as virtiofsd runs; an older ringfsd has no such options.
 ringfsd_open=
 if wanted ringfsd- && "$ringfsd" --help | grep -q -e --sandbox; then
     ringfsd_open=' --sandbox none --seccomp none'
@@ -270,7 +270,7 @@ fi
 
 pin_load=()
 [[ -z $load_cpus ]] || pin_load=(taskset -c "$load_cpus")
-# A case that takes longer than this does not end.
+# A case that takes longer than this is taken to hang.
 bound=$(awk -v a="$seconds" -v b="$warm_up" 'BEGIN { print int(a + b) + 60 }')
 
 failures=()
@@ -313,7 +313,7 @@ measure_bare() {
         failures+=("$1, bare")
 }
 
-# fio, for what goes past the page cache: the disk's own limit at that depth.
+# Runs fio for cases that bypass the page cache: the disk's own limit at that depth.
 measure_fio() {
     local case=$1 mode field
     [[ $case =~ ^(read|write)(-seq)?-direct/([0-9]+[km])@([0-9]+)$ ]] || return 0
@@ -345,7 +345,7 @@ milliseconds() {
 
 ### The rounds
 
-# Makes the files once, so that none of it is in what is measured.
+# Makes the files once, so that it is not measured.
 timeout 600 "$load" bare --shared-dir "$share" --case getattr --seconds 0 --warm-up 0 \
     --file-size "$file_size" --keep --json >/dev/null
 
@@ -353,7 +353,7 @@ total=$((rounds * ${#case_list[@]} * ${#server_list[@]}))
 count=0
 for ((round = 1; round <= rounds; round++)); do
     for case in "${case_list[@]}"; do
-        # Another begins in each round: the first of a case has to do with what the case before has left.
+        # Another server comes first in each round, as the first of a case is affected by the case before.
         for ((turn = 0; turn < ${#server_list[@]}; turn++)); do
             name=${server_list[(turn + round - 1) % ${#server_list[@]}]}
             count=$((count + 1))

@@ -1,4 +1,4 @@
-//! What one guest may hold.
+//! Limits on what one guest may hold.
 
 use std::collections::HashSet;
 use std::ffi::CString;
@@ -48,7 +48,7 @@ pub fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     let directory = fs.opendir(ROOT).unwrap();
     let listed = fs.readdirplus_all(ROOT, directory).unwrap();
     assert_eq!(listed.len(), 202);
-    // What is given back makes room.
+    // What is released makes room.
     fs.forget(nodes[0], 1_000_000).unwrap();
     // A stopped queue has dealt with all that was on it, and a FORGET has no answer.
     let bases = fs.guest().stop().unwrap();
@@ -200,7 +200,7 @@ pub fn waiting_locks_are_bounded(runtime: &str) {
         let refused = fs.collect(*wait).unwrap_err();
         assert_eq!(refused.errno(), Some(libc::ENOLCK));
     }
-    // The rest of the queue is served beside them, and they get the lock.
+    // The rest of the queue is served at the same time, and they get the lock.
     fs.getattr(ROOT).unwrap();
     fs.setlk(node, handle, 1, lock(libc::F_UNLCK, 0, 9))
         .unwrap();

@@ -1,4 +1,4 @@
-//! What a front end can send that is wrong: messages, memory, rings.
+//! Wrong messages, memory and rings that a front end can send.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,7 +1,7 @@
-//! What a hostile guest or VMM can think up, kind by kind; `docs/hostile-guest.md` has the table.
+//! Attacks by a hostile guest or VMM, kind by kind; `docs/hostile-guest.md` has the table.
 //!
-//! Each kind is a named case. After each the answer is checked, and then that the same session
-//! (for a VMM's faults: the next one) is served as if nothing had been.
+//! Each kind is a named case. After each the reply is checked, and then that the same session
+//! (after a VMM's fault: the next one) is served as usual.
 
 #![allow(
     clippy::unwrap_used,

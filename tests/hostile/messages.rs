@@ -8,7 +8,7 @@ use vmm::fuse::ROOT;
 use vmm::{Event, Memory, Options, Profile, Region, Session};
 
 use crate::faults::{FRAMES, RINGS, TABLES, header, send};
-use crate::support::{PATIENCE, Server};
+use crate::support::{Server, TIMEOUT};
 
 /// What was not offered, or is none of a file system's business.
 const FOREIGN: [(&str, u32, usize); 17] = [
@@ -76,8 +76,8 @@ fn session(server: &Server) -> Session {
 fn ends(server: &mut Server, mut session: Session, name: &str, words: &str) {
     // The answer to a message that would be right shows that the bad one has been dealt with.
     let after = session.connection.get_features();
-    let goes_on = matches!(after, Ok(_) | Err(ConnectionError::BadReply { .. }));
-    assert!(!goes_on, "after {name} the session goes on");
+    let continues = matches!(after, Ok(_) | Err(ConnectionError::BadReply { .. }));
+    assert!(!continues, "after {name} the session continues");
     let line = server.wait_for("the session is ended: ");
     assert!(line.contains(words), "{name}: {line}");
     drop(session);
@@ -140,7 +140,7 @@ fn in_any_order(server: &mut Server) {
     server.wait_until_it_listens();
 }
 
-/// An eventfd whose counter is full and whose writers wait: nobody does.
+/// An eventfd whose counter is full, so that writers would wait: the server must not.
 pub fn stalled_eventfds_keep_nobody(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -152,7 +152,7 @@ pub fn stalled_eventfds_keep_nobody(runtime: &str) {
         .submit(vmm::fuse::Call::new(vmm::fuse::wire::opcode::STATFS, ROOT).reply(80))
         .unwrap();
     // Nothing calls, so the ring is looked at until it comes back.
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while fs.guest().queues[1].ready().unwrap() == 0 {
         assert!(Instant::now() < end, "the request does not come back");
         std::thread::yield_now();

@@ -1,4 +1,4 @@
-//! Names: in every operation that takes one, everything that is none.
+//! Invalid names, in every operation that takes a name.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,4 @@
-//! Headers, lengths, opcodes, nodes, handles: whatever a field can hold.
+//! Headers, lengths, opcodes, nodes, handles: every value that a field can have.
 
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{AttrOut, EntryOut, FlushIn, OpenIn, ReadIn, ReleaseIn, WriteIn, opcode};
@@ -11,7 +11,7 @@ const EINVAL: Back = Back::Errno(libc::EINVAL);
 pub fn headers_and_numbers_get_an_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let good = request(opcode::GETATTR, ROOT, &[0; 16]);
-    // Cut short: whoever can be named gets an answer.
+    // Cut short: a request whose number can be read gets a reply.
     for len in 1..IN {
         let back = scene.request(&good[..len]);
         let right = if len < 16 { Back::Empty } else { EINVAL };

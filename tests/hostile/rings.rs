@@ -10,7 +10,7 @@ use crate::scene::{
     BORDER, Back, END, HIGH, HOLE, IN, INDIRECT, NEXT, Scene, WRITE, memory, readable, request,
     then, writable,
 };
-use crate::support::PATIENCE;
+use crate::support::TIMEOUT;
 
 /// What a GETATTR answers.
 const ATTR: Back = Back::Reply(size_of::<AttrOut>() as u32);
@@ -469,7 +469,7 @@ fn one_head_many_times(scene: &mut Scene, r: Descriptor, w: Descriptor) {
         queue.push_head(head);
     }
     queue.kick_always().unwrap();
-    queue.wait_for(64, PATIENCE).unwrap();
+    queue.wait_for(64, TIMEOUT).unwrap();
     let mut empty = 0;
     for _ in 0..64 {
         let back = queue.pop_raw().unwrap();

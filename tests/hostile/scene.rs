@@ -1,4 +1,4 @@
-//! A server, a session on it, and requests put on the ring by hand.
+//! A server, a session on it, and requests that are put on the ring by hand.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use vmm::ring::Descriptor;
 use vmm::{Gpa, Memory, Options, Profile, Queue, Region, Session};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::support::{PATIENCE, Server};
+use crate::support::{Server, TIMEOUT};
 
 /// `Descriptor::NEXT`, `WRITE` and `INDIRECT`, for short.
 pub const NEXT: u16 = Descriptor::NEXT;
@@ -145,7 +145,7 @@ impl Scene {
         let queue = self.queue();
         queue.push_head(head);
         queue.kick_always().unwrap();
-        queue.wait(PATIENCE).expect("the chain is stuck");
+        queue.wait(TIMEOUT).expect("the chain is stuck");
         let (id, len) = queue.pop_raw().unwrap().unwrap();
         assert_eq!(id, u32::from(head), "another chain came back");
         self.look(len)

@@ -1,4 +1,4 @@
-//! Memory that is taken away after it was handed over.
+//! Memory that is taken away after it was shared.
 
 use std::os::fd::AsFd;
 
@@ -141,7 +141,7 @@ pub fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
     let mut fs = server.session(Profile::CloudHypervisor, &Options::default());
     let session = fs.guest();
     let (layout, _) = session.inflight().unwrap();
-    // Not the file that the server has made, which nobody can shorten.
+    // Not the server's own file, which can't be truncated.
     let file = rustix::fs::memfd_create("in flight", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, layout.mmap_size).unwrap();
     session

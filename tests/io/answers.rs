@@ -1,4 +1,4 @@
-//! Both runtimes give the same answers, and one file serves several of them.
+//! Both runtimes return the same results, and one file serves several of them.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! Files that pass the page cache by.
+//! Files that bypass the page cache.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;

@@ -1,4 +1,4 @@
-//! Memory outlives the operation, whoever goes away before its end.
+//! Memory outlives the operation, even if the task that started it goes away before its end.
 
 #![allow(unsafe_code, reason = "the suite plays the guest's memory")]
 
@@ -121,7 +121,7 @@ fn a_dropped_runtime_frees_memory_after_the_kernel_is_done() {
                     let file = file.clone();
                     drop(spawn(async move { file.read_at(buffer, 0).await.0 }));
                 }
-                // Far enough for the operations to be under way, not for all to end.
+                // Long enough for the operations to be in flight, not for all to end.
                 for _ in 0..round % 4 {
                     file.sync(SyncKind::Data).await.unwrap();
                 }

@@ -1,4 +1,4 @@
-//! Memory as a guest has it: in pieces, and seen by others meanwhile.
+//! Memory as a guest has it: in segments, and accessed by others at the same time.
 
 #![allow(unsafe_code, reason = "the suite plays the guest's memory")]
 

@@ -1,13 +1,14 @@
-//! A guest that writes, beside a host that changes the share directly: replaces files and
-//! directories by rename, removes them, keeps backups, truncates them. Whatever a program of the
-//! guest was told is done has to be where its path leads, or in what the host took away from there
-//! afterwards.
+//! A guest that writes while the host changes the share directly: it replaces files and directories
+//! by rename, removes them, makes backups, truncates. Each change that was acknowledged to a
+//! program of the guest must be in the file where its path leads, or in what the host removed from
+//! that path afterwards.
 //!
-//! Once the two take turns, in random sequences that are shortened where they fail, and once they
-//! run at the same time. The invariant: who may be told `ESTALE` is the guest's kernel, not a
+//! In one test the two take turns, in random sequences that are shortened if they fail; in the
+//! other they run at the same time. The invariant: only the guest's kernel gets `ESTALE`, never a
 //! program.
 //!
-//! `RINGFSD_HOST_CHANGES_SECONDS` makes the latter longer, `RINGFSD_MODEL_CASES` the former more.
+//! `RINGFSD_HOST_CHANGES_SECONDS` makes the latter longer, `RINGFSD_MODEL_CASES` adds cases to the
+//! former.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -48,7 +49,7 @@ const PID: u32 = 1000;
 const THREADS: u16 = 4;
 
 /// How a server may be told to treat names, inodes and open files.
-const WAYS: [&[&str]; 7] = [
+const OPTION_SETS: [&[&str]; 7] = [
     &["--cache", "auto"],
     &["--cache", "always"],
     &["--cache", "auto", "--inode-file-handles", "prefer"],
@@ -186,8 +187,8 @@ pub(crate) fn nothing_is_lost_when_host_and_guest_take_turns(runtime: &str) {
     println!("seed {seed}");
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    for way in WAYS {
-        let arguments = [&["--runtime", runtime], way].concat();
+    for options in OPTION_SETS {
+        let arguments = [&["--runtime", runtime], options].concat();
         for (rng, usual) in [([7; 32], 5), (bytes, 2)] {
             let config = Config {
                 max_shrink_iters: 5000,
@@ -221,19 +222,19 @@ pub(crate) fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
     // What the host displaces stays open until the end of a round.
     let each = (duration() / 7).min(Duration::from_secs(8));
     for round in 0.. {
-        for (number, way) in WAYS.iter().enumerate() {
+        for (number, options) in OPTION_SETS.iter().enumerate() {
             if round > 0 && Instant::now() >= end {
                 return;
             }
             let threads = 1 + u16::try_from(number + round).unwrap() % THREADS;
             let queues = threads.to_string();
             let mut arguments = vec!["--runtime", runtime, "--request-queues", &queues];
-            arguments.extend(*way);
+            arguments.extend(*options);
             let plan = Plan {
                 duration: each,
                 seed: seed.wrapping_add(round as u64 * 1000 + number as u64 * 100),
                 pause: Duration::from_millis(10),
-                rules: rules(way, false),
+                rules: rules(options, false),
             };
             run_on(&arguments, threads, &plan);
         }

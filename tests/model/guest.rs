@@ -1,7 +1,7 @@
-//! The file system behind the socket, asked as a guest's kernel asks.
+//! The file system behind the socket, used as a guest's kernel uses it.
 //!
 //! Each name is looked up each time, nothing is cached. The invariant: each lookup that the server
-//! counts is counted here too and given back, by [`System::forget`] at the latest.
+//! counts is counted here too and forgotten, by [`System::forget`] at the latest.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};

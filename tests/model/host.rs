@@ -1,7 +1,7 @@
-//! A plain directory of the host, by plain system calls.
+//! A plain directory of the host, used by plain system calls.
 //!
 //! It does no more than what the trait says. The invariant: an inode is an `O_PATH` descriptor, so
-//! that it stays the same one whatever happens to its name.
+//! it stays the same one whatever happens to its name.
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, OwnedFd};

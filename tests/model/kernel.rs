@@ -1,10 +1,10 @@
-//! A guest's kernel: names and inodes that it caches, and what it asks the server when a program
-//! makes a system call. As Linux does it (`fs/namei.c`, `fs/fuse/dir.c`).
+//! A guest's kernel: names and inodes that it caches, and the requests that it sends when a program
+//! makes a system call, as Linux does (`fs/namei.c`, `fs/fuse/dir.c`).
 //!
-//! A name is used without asking for as long as the server said. A call that ends with `ESTALE`
-//! walks its path once more, and this time asks for each name; there is no third attempt. What is
-//! no longer in use is given back by FORGET. The invariant: no request is made while the tables are
-//! locked, and an inode is not given back while a call, a name or an open file uses it.
+//! A name is used without a request for as long as the server said. A call that fails with `ESTALE`
+//! walks its path once more, and then sends a request for each name; there is no third attempt.
+//! Inodes that are no longer in use are forgotten. The invariant: no request is made while the
+//! tables are locked, and an inode is not forgotten while a call, a name or an open file uses it.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -21,7 +21,7 @@ pub(crate) const DIRECTORIES_STAY: Duration = Duration::from_millis(30);
 
 type Result<T> = std::result::Result<T, i32>;
 
-/// How long after it was told `ESTALE` a process may pass once to an inode that it has looked up
+/// How long after it got `ESTALE` a process may pass once to an inode that it has looked up
 /// since, whatever has become of its name: else the second walk of a path could fail as the first
 /// did.
 const PASS: Duration = Duration::from_secs(2);
@@ -57,7 +57,7 @@ struct Name {
 #[derive(Clone, Copy, Debug)]
 struct Node {
     lookups: u64,
-    /// Names in the cache, calls that are under way, and open files.
+    /// Names in the cache, calls in progress, and open files.
     users: u64,
     open: u64,
     looked_up: Instant,
@@ -79,7 +79,7 @@ pub(crate) struct Open {
     node: u64,
     handle: Handle,
     flags: i32,
-    /// Whether the server has to be told that it is closed.
+    /// Whether closing it needs a RELEASE.
     release: bool,
 }
 
@@ -88,11 +88,11 @@ pub(crate) struct Open {
 pub(crate) struct Process {
     kernel: Arc<Kernel>,
     client: Client<Lane>,
-    /// Inodes that the call which is under way uses.
+    /// Inodes that the current call uses.
     used: Vec<u64>,
     /// When the second walk of a path began, which the server may rely on.
     walked_again: Option<Instant>,
-    /// When this process was last told `ESTALE`.
+    /// When this process last got `ESTALE`.
     refused: Option<Instant>,
     reliance: Option<Reliance>,
 }
@@ -220,7 +220,7 @@ impl Process {
         }
     }
 
-    /// Unmounts: everything is given back.
+    /// Unmounts: everything is forgotten.
     pub(crate) fn unmount(mut self) -> Client<Lane> {
         self.drop_caches().unwrap();
         assert!(self.kernel.tables().nodes.is_empty());
@@ -237,7 +237,7 @@ impl Process {
         }
     }
 
-    /// Changes the tables, and gives back what that leaves unused.
+    /// Changes the tables, and forgets what that leaves unused.
     fn update<T>(
         &mut self,
         change: impl FnOnce(&mut Tables, &mut Vec<(u64, u64)>) -> T,

@@ -1,10 +1,10 @@
-//! Does operations on a file system, be it the one behind the socket or the host's own.
+//! Performs operations on a file system, be it the one behind the socket or the host's own.
 //!
-//! What a guest's kernel decides itself is decided here, for both alike: that only regular files are
-//! opened, and what is made and what is opened by O_CREAT. The invariant: whatever the two answer
-//! differently is the server's doing.
+//! What a guest's kernel decides itself is decided here, for both alike: that only regular files
+//! are opened, and what O_CREAT creates and what it opens. The invariant: if the results differ,
+//! the server is the cause.
 
-use crate::operation::{ATTRIBUTES, Directory, NAMES, Operation, Place, SLOTS, Target};
+use crate::operation::{ATTRIBUTES, Directory, Location, NAMES, Operation, SLOTS, Target};
 use crate::support::pattern;
 
 /// An answer, or the error number.
@@ -57,7 +57,7 @@ pub(crate) trait System {
     fn set_owner(&mut self, node: &Self::Node, uid: u32, gid: u32) -> Result<()>;
     fn set_times(&mut self, node: &Self::Node, at: (i64, u32)) -> Result<()>;
     fn truncate(&mut self, node: &Self::Node, length: u64) -> Result<()>;
-    /// Names and types, as often as they are told.
+    /// Names and types, as often as they are listed.
     fn list(&mut self, node: &Self::Node, bytes: u32, plus: bool) -> Result<Vec<(String, u32)>>;
     fn set_attribute(
         &mut self,
@@ -96,7 +96,7 @@ pub(crate) enum Answer {
     EmptySlot,
     /// A guest's kernel doesn't ask this of an inode of this type, or so opened.
     NotAsked(u32),
-    /// Times are told only where they were set.
+    /// Times are reported only if they were set.
     Attributes(Attributes),
     Bytes(Vec<u8>),
     Count(usize),
@@ -156,7 +156,7 @@ impl<S: System> Machine<S> {
 
     fn directory(&mut self, directory: &Directory) -> Found<S::Node> {
         match directory {
-            Directory::Held(slot) => self.held(*slot),
+            Directory::Slot(slot) => self.in_slot(*slot),
             Directory::Path(names) => {
                 let mut node = self.system.root();
                 for name in *names {
@@ -167,20 +167,20 @@ impl<S: System> Machine<S> {
         }
     }
 
-    fn held(&self, slot: usize) -> Found<S::Node> {
-        let held = self.nodes[slot].clone();
-        held.ok_or(Stop::Early(Answer::EmptySlot))
+    fn in_slot(&self, slot: usize) -> Found<S::Node> {
+        let node = self.nodes[slot].clone();
+        node.ok_or(Stop::Early(Answer::EmptySlot))
     }
 
-    fn place(&mut self, place: &Place) -> Found<(S::Node, &'static str)> {
-        Ok((self.directory(&place.0)?, NAMES[place.1]))
+    fn location(&mut self, location: &Location) -> Found<(S::Node, &'static str)> {
+        Ok((self.directory(&location.0)?, NAMES[location.1]))
     }
 
     fn target(&mut self, target: &Target) -> Found<S::Node> {
         match target {
-            Target::Held(slot) => self.held(*slot),
-            Target::At(place) => {
-                let (directory, name) = self.place(place)?;
+            Target::Slot(slot) => self.in_slot(*slot),
+            Target::At(location) => {
+                let (directory, name) = self.location(location)?;
                 Ok(self.system.lookup(&directory, name)?)
             }
         }
@@ -210,8 +210,8 @@ impl<S: System> Machine<S> {
         Ok(Answer::Done)
     }
 
-    fn create(&mut self, place: &Place, mode: u32, flags: i32, slot: usize) -> Found<Answer> {
-        let (directory, name) = self.place(place)?;
+    fn create(&mut self, location: &Location, mode: u32, flags: i32, slot: usize) -> Found<Answer> {
+        let (directory, name) = self.location(location)?;
         let file = match self.system.lookup(&directory, name) {
             Err(libc::ENOENT) => {
                 let flags = flags | libc::O_CREAT;
@@ -220,7 +220,7 @@ impl<S: System> Machine<S> {
             Err(errno) => return Err(errno.into()),
             Ok(_) if flags & libc::O_EXCL != 0 => return Err(libc::EEXIST.into()),
             Ok(_) => {
-                let node = self.of_type(&Target::At(place.clone()), &[libc::S_IFREG])?;
+                let node = self.of_type(&Target::At(location.clone()), &[libc::S_IFREG])?;
                 self.system.open(&node, flags)?
             }
         };
@@ -229,8 +229,8 @@ impl<S: System> Machine<S> {
 
     fn try_apply(&mut self, operation: &Operation) -> Found<Answer> {
         match operation {
-            Operation::Hold(place, slot) => {
-                let node = self.target(&Target::At(place.clone()))?;
+            Operation::Hold(location, slot) => {
+                let node = self.target(&Target::At(location.clone()))?;
                 self.nodes[*slot] = Some(node);
             }
             Operation::Forget => {
@@ -238,37 +238,37 @@ impl<S: System> Machine<S> {
                 self.system.forget(&kept)?;
             }
             Operation::Drop(slot) => self.nodes[*slot] = None,
-            Operation::Create(place, mode, flags, slot) => {
-                return self.create(place, *mode, *flags, *slot);
+            Operation::Create(location, mode, flags, slot) => {
+                return self.create(location, *mode, *flags, *slot);
             }
-            Operation::MakeDirectory(place, mode) => {
-                let (directory, name) = self.place(place)?;
+            Operation::MakeDirectory(location, mode) => {
+                let (directory, name) = self.location(location)?;
                 self.system.make_directory((&directory, name), *mode)?;
             }
-            Operation::MakePipe(place, mode) => {
-                let (directory, name) = self.place(place)?;
+            Operation::MakePipe(location, mode) => {
+                let (directory, name) = self.location(location)?;
                 self.system.make_pipe((&directory, name), *mode)?;
             }
-            Operation::Symlink(place, to) => {
-                let (directory, name) = self.place(place)?;
+            Operation::Symlink(location, to) => {
+                let (directory, name) = self.location(location)?;
                 self.system.symlink((&directory, name), NAMES[*to])?;
             }
-            Operation::Link(target, place) => {
+            Operation::Link(target, location) => {
                 let node = self.target(target)?;
-                let (directory, name) = self.place(place)?;
+                let (directory, name) = self.location(location)?;
                 self.system.link(&node, (&directory, name))?;
             }
-            Operation::Unlink(place) => {
-                let (directory, name) = self.place(place)?;
+            Operation::Unlink(location) => {
+                let (directory, name) = self.location(location)?;
                 self.system.unlink((&directory, name))?;
             }
-            Operation::RemoveDirectory(place) => {
-                let (directory, name) = self.place(place)?;
+            Operation::RemoveDirectory(location) => {
+                let (directory, name) = self.location(location)?;
                 self.system.remove_directory((&directory, name))?;
             }
             Operation::Rename(from, to, flags) => {
-                let from = self.place(from)?;
-                let to = self.place(to)?;
+                let from = self.location(from)?;
+                let to = self.location(to)?;
                 self.system
                     .rename((&from.0, from.1), (&to.0, to.1), *flags)?;
             }

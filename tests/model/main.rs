@@ -1,7 +1,7 @@
 //! The passthrough file system against a plain directory: random sequences of operations, through
-//! the socket and by system calls, have to answer and to leave the same.
+//! the socket and by system calls, must return the same and leave the same.
 //!
-//! `RINGFSD_MODEL_CASES` makes it more than the gate has time for.
+//! `RINGFSD_MODEL_CASES` sets more cases than the gate has time for.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,7 +1,7 @@
-//! What a case is made of: operations on names, on inodes that are held on to, and on open files.
+//! The parts of a case: operations on names, on inodes that stay in use, and on open files.
 //!
-//! Nothing is done here. The invariant: an operation names things by small numbers only, so that any
-//! sequence, and any part of one, can be done from an empty directory on.
+//! Nothing is performed here. The invariant: an operation names things by small numbers only, so
+//! that any sequence, and any part of one, can be performed on an empty directory.
 
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -18,32 +18,32 @@ const PATHS: [&[usize]; 5] = [&[], &[0], &[1], &[0, 2], &[1, 2]];
 /// The longest offset of a read or write.
 const MOST_OFFSET: u64 = 200_000;
 
-/// A directory, or what stands in its place.
+/// A directory, or what has replaced it.
 #[derive(Clone, Debug)]
 pub(crate) enum Directory {
     /// By the names that lead there.
     Path(&'static [usize]),
-    /// What is held in this slot.
-    Held(usize),
+    /// The inode in this slot.
+    Slot(usize),
 }
 
 /// A name in a directory.
-pub(crate) type Place = (Directory, usize);
+pub(crate) type Location = (Directory, usize);
 
 /// An inode.
 #[derive(Clone, Debug)]
 pub(crate) enum Target {
     /// By its name.
-    At(Place),
-    /// What is held in this slot.
-    Held(usize),
+    At(Location),
+    /// The inode in this slot.
+    Slot(usize),
 }
 
 /// One step of a case.
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     /// Look a name up and hold on to the inode, whatever happens to the name.
-    Hold(Place, usize),
+    Hold(Location, usize),
     /// Let go of all inodes that are in no slot.
     Forget,
     /// Let go of one in a slot.
@@ -51,25 +51,25 @@ pub(crate) enum Operation {
     /// Attributes.
     Attributes(Target),
     /// Open with these flags; the file is made where the flags say so.
-    Create(Place, u32, i32, usize),
+    Create(Location, u32, i32, usize),
     /// Open an inode.
     Open(Target, i32, usize),
     /// Make a directory.
-    MakeDirectory(Place, u32),
+    MakeDirectory(Location, u32),
     /// Make a named pipe.
-    MakePipe(Place, u32),
+    MakePipe(Location, u32),
     /// Make a symbolic link, whose target is a name.
-    Symlink(Place, usize),
+    Symlink(Location, usize),
     /// Read a symbolic link.
     ReadLink(Target),
     /// Another name for an inode.
-    Link(Target, Place),
+    Link(Target, Location),
     /// Remove a name that is no directory.
-    Unlink(Place),
+    Unlink(Location),
     /// Remove a directory.
-    RemoveDirectory(Place),
+    RemoveDirectory(Location),
     /// Rename with these flags.
-    Rename(Place, Place, u32),
+    Rename(Location, Location, u32),
     /// Set the permissions.
     Mode(Target, u32),
     /// Set user and group.
@@ -114,18 +114,18 @@ fn directory() -> impl Strategy<Value = Directory> {
         // Most often in the same one, so that names meet.
         4 => Just(Directory::Path(PATHS[0])),
         4 => select(&PATHS[..]).prop_map(Directory::Path),
-        2 => (0..SLOTS).prop_map(Directory::Held),
+        2 => (0..SLOTS).prop_map(Directory::Slot),
     ]
 }
 
-fn place() -> impl Strategy<Value = Place> {
+fn location() -> impl Strategy<Value = Location> {
     (directory(), 0..NAMES.len())
 }
 
 fn target() -> impl Strategy<Value = Target> {
     prop_oneof![
-        5 => place().prop_map(Target::At),
-        3 => (0..SLOTS).prop_map(Target::Held),
+        5 => location().prop_map(Target::At),
+        3 => (0..SLOTS).prop_map(Target::Slot),
     ]
 }
 
@@ -172,17 +172,17 @@ fn names() -> impl Strategy<Value = Operation> {
     use Operation as O;
     let exclusive = select(vec![0, 0, libc::O_EXCL]);
     prop_oneof![
-        4 => (place(), mode(), access(), exclusive, 0..SLOTS).prop_map(
-            |(place, mode, access, exclusive, slot)| O::Create(place, mode, access | exclusive, slot)
+        4 => (location(), mode(), access(), exclusive, 0..SLOTS).prop_map(
+            |(location, mode, access, exclusive, slot)| O::Create(location, mode, access | exclusive, slot)
         ),
-        5 => (place(), mode()).prop_map(|(place, mode)| O::MakeDirectory(place, mode)),
-        1 => (place(), mode()).prop_map(|(place, mode)| O::MakePipe(place, mode)),
-        1 => (place(), 0..NAMES.len()).prop_map(|(place, to)| O::Symlink(place, to)),
-        2 => (target(), place()).prop_map(|(target, place)| O::Link(target, place)),
-        2 => place().prop_map(O::Unlink),
-        1 => place().prop_map(O::RemoveDirectory),
-        6 => (place(), place(), rename_flags()).prop_map(|(from, to, how)| O::Rename(from, to, how)),
-        3 => (place(), 0..SLOTS).prop_map(|(place, slot)| O::Hold(place, slot)),
+        5 => (location(), mode()).prop_map(|(location, mode)| O::MakeDirectory(location, mode)),
+        1 => (location(), mode()).prop_map(|(location, mode)| O::MakePipe(location, mode)),
+        1 => (location(), 0..NAMES.len()).prop_map(|(location, to)| O::Symlink(location, to)),
+        2 => (target(), location()).prop_map(|(target, location)| O::Link(target, location)),
+        2 => location().prop_map(O::Unlink),
+        1 => location().prop_map(O::RemoveDirectory),
+        6 => (location(), location(), rename_flags()).prop_map(|(from, to, how)| O::Rename(from, to, how)),
+        3 => (location(), 0..SLOTS).prop_map(|(location, slot)| O::Hold(location, slot)),
         1 => Just(O::Forget),
         1 => (0..SLOTS).prop_map(O::Drop),
         1 => target().prop_map(O::ReadLink),

@@ -1,8 +1,8 @@
-//! Several clients at once, each with a queue of its own, over all workers: each in a subtree of its
-//! own, where answers are the host's as ever, and now and then in one that they share.
+//! Several clients at once, each with a queue of its own, over all workers: each in a subtree of
+//! its own, where results must equal the host's, and now and then in a subtree that they share.
 //!
-//! In the shared one only what must hold in any order is looked at. The invariant: a name that is
-//! only ever replaced is always there, and its content is always one writer's.
+//! In the shared one only what must hold in any order is checked. The invariant: a name that is
+//! only ever replaced always exists, and its content is always one writer's.
 
 use std::path::Path;
 

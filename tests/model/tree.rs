@@ -1,6 +1,6 @@
-//! What a directory of the host holds in the end, in a form that two of them can be compared in.
+//! The final content of a host directory, in a form in which two directories can be compared.
 //!
-//! Times are not looked at, as two directories are not written at the same instant. The invariant:
+//! Times are not compared, as two directories are not written at the same instant. The invariant:
 //! hard links are told from copies: files that are one inode have the same number.
 
 use std::collections::BTreeMap;

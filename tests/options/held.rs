@@ -1,4 +1,4 @@
-//! Options of what the server has for a guest: threads, descriptors, file handles.
+//! Options that limit what the server keeps for a guest: threads, descriptors, file handles.
 
 use std::ffi::CString;
 use std::path::Path;

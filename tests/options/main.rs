@@ -1,4 +1,4 @@
-//! Each option of what the guest may do, by its effect over the socket.
+//! Each option on what the guest may do, tested by its effect over the socket.
 
 #![allow(
     clippy::unwrap_used,
@@ -452,7 +452,7 @@ fn a_single_file_is_shared_in_a_directory_of_its_own() {
         fs.write(file.nodeid, handle, 0, b"c").unwrap();
         fs.syncfs(ROOT).unwrap();
 
-        // What is beside it is not there, and nothing comes to be.
+        // Files beside it are invisible, and nothing can be created.
         let beside = fs.lookup(ROOT, c"beside").unwrap_err().errno();
         assert_eq!(beside, Some(libc::ENOENT));
         let made = fs.mkdir(ROOT, c"new", 0o755).unwrap_err().errno();

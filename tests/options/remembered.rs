@@ -1,4 +1,4 @@
-//! `--remember-inodes`: what the guest finds again of what it has given back.
+//! `--remember-inodes`: which forgotten inodes the guest finds again.
 
 use vmm::Session;
 use vmm::fuse::{Client, ROOT};

@@ -1,7 +1,7 @@
-//! `--seccomp`: what becomes of a system call that is never made.
+//! `--seccomp`: what happens on a system call that the server never makes.
 //!
-//! As it is never made, the filter is looked at. What each answer of a filter comes to,
-//! `tests/confinement.rs` tries.
+//! As it never makes one, these tests inspect the filter. `tests/confinement.rs` tests the effect
+//! of each result of a filter.
 
 use std::mem::MaybeUninit;
 
@@ -60,7 +60,7 @@ fn the_filter_answers_as_it_was_told_to() {
             None => println!("SKIPPED: this host tells of no filters"),
             Some(answered) => assert_eq!(answered, answer, "{args:?}"),
         }
-        // It goes on as if nothing had been.
+        // It continues as if nothing had happened.
         super::session(&server).getattr(vmm::fuse::ROOT).unwrap();
     }
 }

@@ -1,7 +1,7 @@
-//! What keeps the server in, tried from the guest's side and looked at from the host's.
+//! The isolation of the server, attacked from the guest's side and inspected from the host's.
 //!
-//! Each test runs in every sandbox there is, as root and as an ordinary user.
-//! `RINGFSD_RACE_SECONDS` makes the races longer than the gate has time for.
+//! Each test runs in every sandbox, as root and as an ordinary user. `RINGFSD_RACE_SECONDS` makes
+//! the races longer than the gate has time for.
 
 #![allow(
     clippy::unwrap_used,
@@ -35,14 +35,14 @@ use vmm::{Options, Profile, Session};
 /// An ordinary user.
 const USER: u32 = 65534;
 
-/// One way of running the server.
+/// How a server is run.
 #[derive(Clone, Copy, Debug)]
-struct Way {
+struct Setup {
     sandbox: &'static str,
     user: Option<u32>,
 }
 
-impl Way {
+impl Setup {
     fn start(self, args: &[&str]) -> Server {
         let args = [&["--sandbox", self.sandbox], args].concat();
         println!("{self:?}");
@@ -50,20 +50,20 @@ impl Way {
     }
 }
 
-/// All the ways there are for whoever runs the tests.
-fn ways() -> Vec<Way> {
-    let way = |sandbox, user| Way { sandbox, user };
+/// All setups that the user of the tests can start.
+fn setups() -> Vec<Setup> {
+    let setup = |sandbox, user| Setup { sandbox, user };
     if rustix::process::geteuid().is_root() {
         vec![
-            way("namespace", None),
-            way("chroot", None),
-            way("none", None),
-            way("namespace", Some(USER)),
-            way("none", Some(USER)),
+            setup("namespace", None),
+            setup("chroot", None),
+            setup("none", None),
+            setup("namespace", Some(USER)),
+            setup("none", Some(USER)),
         ]
     } else {
         println!("SKIPPED: what root does needs root");
-        vec![way("namespace", None), way("none", None)]
+        vec![setup("namespace", None), setup("none", None)]
     }
 }
 
@@ -94,7 +94,7 @@ fn capabilities(pid: u32) -> u64 {
     u64::from_str_radix(&status(pid, "CapEff"), 16).unwrap()
 }
 
-/// A directory beside the share, with a secret in it that everybody on the host may read.
+/// A directory beside the share, with a secret in it that every user of the host may read.
 fn outside(server: &Server) -> PathBuf {
     let outside = server.share().with_file_name("outside");
     std::fs::create_dir(&outside).unwrap();
@@ -118,15 +118,15 @@ fn is_untouched(outside: &Path) -> bool {
 fn the_process_that_serves_is_where_it_says() {
     let namespace =
         |pid: u32, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
-    for way in ways() {
-        let server = way.start(&[]);
+    for setup in setups() {
+        let server = setup.start(&[]);
         std::fs::write(server.share().join("marker"), "").unwrap();
         let (serving, here) = (server.pid(), std::process::id());
         let own: Vec<_> = ["mnt", "pid", "net", "ipc", "user"]
             .into_iter()
             .filter(|name| namespace(serving, name) != namespace(here, name))
             .collect();
-        match (way.sandbox, way.user) {
+        match (setup.sandbox, setup.user) {
             ("namespace", None) if rustix::process::geteuid().is_root() => {
                 assert_eq!(own, ["mnt", "pid", "net", "ipc"]);
             }
@@ -135,9 +135,9 @@ fn the_process_that_serves_is_where_it_says() {
         }
         // Seen from its root there is the share, mounted so that nothing is run or opened there.
         let root = PathBuf::from(format!("/proc/{serving}/root"));
-        assert_eq!(root.join("marker").exists(), way.sandbox != "none");
+        assert_eq!(root.join("marker").exists(), setup.sandbox != "none");
         let mounts = std::fs::read_to_string(format!("/proc/{serving}/mountinfo")).unwrap();
-        if way.sandbox == "namespace" {
+        if setup.sandbox == "namespace" {
             assert_eq!(mounts.lines().count(), 1, "{mounts}");
             assert!(mounts.contains("nosuid,nodev,noexec"), "{mounts}");
         }
@@ -148,7 +148,7 @@ fn the_process_that_serves_is_where_it_says() {
         let dangerous = 1 << 21 | 1 << 2 | 1 << 18 | 1 << 19 | 1 << 8;
         assert_eq!(capabilities(serving) & dangerous, 0);
         let bounding = u64::from_str_radix(&status(serving, "CapBnd"), 16).unwrap();
-        if way.user.is_none() {
+        if setup.user.is_none() {
             assert_eq!(bounding & dangerous, 0);
         }
     }
@@ -156,8 +156,8 @@ fn the_process_that_serves_is_where_it_says() {
 
 #[test]
 fn no_name_leads_outside() {
-    for way in ways() {
-        let server = way.start(&[]);
+    for setup in setups() {
+        let server = setup.start(&[]);
         let outside = outside(&server);
         let share = server.share();
         symlink(&outside, share.join("link")).unwrap();
@@ -222,8 +222,8 @@ fn no_name_leads_outside() {
 
 #[test]
 fn what_is_moved_out_is_not_a_way_out() {
-    for way in ways() {
-        let server = way.start(&[]);
+    for setup in setups() {
+        let server = setup.start(&[]);
         let outside = outside(&server);
         std::fs::create_dir(server.share().join("dir")).unwrap();
         let mut fs = session(&server);
@@ -238,8 +238,8 @@ fn what_is_moved_out_is_not_a_way_out() {
 
 #[test]
 fn forged_node_ids_and_handles_are_nothing() {
-    for way in ways() {
-        let server = way.start(&["--inode-file-handles", "never"]);
+    for setup in setups() {
+        let server = setup.start(&["--inode-file-handles", "never"]);
         let outside = outside(&server);
         let number = std::fs::metadata(outside.join("secret")).unwrap().ino();
         let mut fs = session(&server);
@@ -264,8 +264,8 @@ fn forged_node_ids_and_handles_are_nothing() {
 
 #[test]
 fn hard_links_are_to_what_is_inside() {
-    for way in ways() {
-        let server = way.start(&[]);
+    for setup in setups() {
+        let server = setup.start(&[]);
         let outside = outside(&server);
         let secret = outside.join("secret");
         symlink(&secret, server.share().join("link")).unwrap();
@@ -288,19 +288,19 @@ fn hard_links_are_to_what_is_inside() {
         for node in [0, 4711, u64::MAX] {
             assert!(fs.link(node, ROOT, c"third").is_err());
         }
-        assert_eq!(std::fs::metadata(&secret).unwrap().nlink(), 1, "{way:?}");
+        assert_eq!(std::fs::metadata(&secret).unwrap().nlink(), 1, "{setup:?}");
         assert!(is_untouched(&outside));
     }
 }
 
 #[test]
 fn device_nodes_and_set_user_id_files_give_the_guest_nothing_of_the_host() {
-    for way in ways() {
-        let server = way.start(&[]);
+    for setup in setups() {
+        let server = setup.start(&[]);
         let mut fs = session(&server);
         let null = 1 << 8 | 3;
         let device = fs.mknod(ROOT, c"device", libc::S_IFCHR | 0o666, null);
-        if way.user.is_none() && rustix::process::geteuid().is_root() {
+        if setup.user.is_none() && rustix::process::geteuid().is_root() {
             // It is there for the guest's own kernel; the server never opens it.
             let node = device.unwrap().nodeid;
             for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR] {
@@ -319,8 +319,8 @@ fn device_nodes_and_set_user_id_files_give_the_guest_nothing_of_the_host() {
         fs.chmod(program.nodeid, 0o4755).unwrap();
         let made = std::fs::metadata(server.share().join("program")).unwrap();
         assert_eq!(made.mode() & 0o7777, 0o4755);
-        if let Some(user) = way.user {
-            // Whoever runs it on the host becomes nobody but whom the server runs as.
+        if let Some(user) = setup.user {
+            // It can become no user of the host but the one that the server runs as.
             assert_eq!(made.uid(), user);
             assert_eq!(errno(fs.chown(program.nodeid, 0, 0)), Some(libc::EPERM));
         }
@@ -358,7 +358,7 @@ fn ids_can_be_mapped_to_others_of_the_host() {
         errno(by(&mut fs, c"by a stranger", 1000)),
         Some(libc::EPERM)
     );
-    // The host's superuser is nobody there, and keeps what is hers.
+    // The host's superuser doesn't exist there, and keeps her files.
     let roots = fs.lookup(ROOT, c"roots").unwrap();
     assert_eq!(roots.attr.uid, 65534);
     assert_eq!(errno(fs.chmod(roots.nodeid, 0o777)), Some(libc::EPERM));
@@ -448,8 +448,8 @@ fn a_user_maps_the_ids_that_the_host_gives() {
 
 #[test]
 fn a_share_that_is_read_only_is_left_without_a_trace() {
-    for way in ways() {
-        let server = way.start(&["--readonly"]);
+    for setup in setups() {
+        let server = setup.start(&["--readonly"]);
         let share = server.share();
         std::fs::write(share.join("file"), "content").unwrap();
         std::fs::create_dir(share.join("dir")).unwrap();
@@ -466,12 +466,12 @@ fn a_share_that_is_read_only_is_left_without_a_trace() {
             },
         };
         // Reading a link needs a mount that is read-only, which takes a privilege.
-        let mounted = way.sandbox == "namespace" || way.user.is_none();
+        let mounted = setup.sandbox == "namespace" || setup.user.is_none();
         let names = ["file", "dir", "link"];
         let names = if mounted { &names[..] } else { &names[..2] };
         for name in names {
             let path = share.join(name);
-            std::os::unix::fs::lchown(&path, way.user, way.user).unwrap();
+            std::os::unix::fs::lchown(&path, setup.user, setup.user).unwrap();
             rustix::fs::utimensat(CWD, &path, &old, AtFlags::SYMLINK_NOFOLLOW).unwrap();
         }
         let mut fs = session(&server);
@@ -487,7 +487,7 @@ fn a_share_that_is_read_only_is_left_without_a_trace() {
         assert_eq!(fs.readlink(link).unwrap(), b"file");
         for name in names {
             let accessed = std::fs::symlink_metadata(share.join(name)).unwrap().atime();
-            assert_eq!(accessed, 1_000_000, "{way:?}: {name}");
+            assert_eq!(accessed, 1_000_000, "{setup:?}: {name}");
         }
     }
 }
@@ -605,9 +605,9 @@ fn no_message_of_a_vmm_meets_the_filter() {
 
 #[test]
 fn neither_process_outlives_the_other() {
-    for way in ways() {
+    for setup in setups() {
         // Its own end: the socket goes, and the launcher is told how it was.
-        let mut server = way.start(&[]);
+        let mut server = setup.start(&[]);
         let serving = i32::try_from(server.pid()).unwrap();
         let serving = rustix::process::Pid::from_raw(serving).unwrap();
         rustix::process::kill_process(serving, Signal::KILL).unwrap();
@@ -616,7 +616,7 @@ fn neither_process_outlives_the_other() {
         assert!(server.said().iter().any(|line| line.contains("signal 9")));
 
         // The end of the one that the launcher knows, in the middle of a session.
-        let mut server = way.start(&[]);
+        let mut server = setup.start(&[]);
         let mut fs = session(&server);
         fs.create(ROOT, c"made", 0o644).unwrap();
         server.signal(Signal::KILL);

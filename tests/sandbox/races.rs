@@ -1,5 +1,5 @@
-//! A guest at work while the host changes what is around it: as the guest may ask at any moment of
-//! that, nothing it gets may be from outside.
+//! A guest at work while the host changes its surroundings: whenever the guest sends a request,
+//! nothing that it gets may be from outside of the share.
 
 use std::ffi::CString;
 use std::os::unix::fs::symlink;
@@ -10,9 +10,9 @@ use rustix::fs::{CWD, RenameFlags};
 use vmm::fuse::ROOT;
 
 use super::support::{self, Server};
-use super::{is_untouched, outside, session, ways};
+use super::{is_untouched, outside, session, setups};
 
-/// How long a race is run in each way.
+/// How long a race runs in each setup.
 fn race_time() -> Duration {
     let seconds = std::env::var("RINGFSD_RACE_SECONDS").map_or(1.5, |text| text.parse().unwrap());
     Duration::from_secs_f64(seconds)
@@ -20,9 +20,9 @@ fn race_time() -> Duration {
 
 #[test]
 fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
-    for way in ways() {
+    for setup in setups() {
         // Few descriptors, so that names are gone by again and again.
-        let server = way.start(&["--max-open-inodes", "16", "--cache", "never"]);
+        let server = setup.start(&["--max-open-inodes", "16", "--cache", "never"]);
         let outside = outside(&server);
         let share = server.share();
         for n in 0..24 {
@@ -30,7 +30,7 @@ fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
             std::fs::create_dir(&dir).unwrap();
             std::fs::write(dir.join("secret"), "inside").unwrap();
             for path in [&dir, &dir.join("secret")] {
-                std::os::unix::fs::chown(path, way.user, way.user).unwrap();
+                std::os::unix::fs::chown(path, setup.user, setup.user).unwrap();
             }
             symlink(&outside, share.join(format!("swap{n}"))).unwrap();
         }
@@ -57,7 +57,7 @@ fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
         });
         println!("swapped {swaps} times");
         assert!(swaps > 100, "{swaps}");
-        assert!(is_untouched(&outside), "{way:?}");
+        assert!(is_untouched(&outside), "{setup:?}");
     }
 }
 
@@ -68,7 +68,7 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut read, mut round) = (0, 0_u64);
     while Instant::now() < end || read <= 100 {
-        assert!(Instant::now() < end + support::PATIENCE, "{read}");
+        assert!(Instant::now() < end + support::TIMEOUT, "{read}");
         round += 1;
         let name = |kind: &str| CString::new(format!("{kind}{}", round % 24)).unwrap();
         for dir in [name("dir"), name("swap")] {
@@ -108,9 +108,9 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
 #[test]
 fn a_host_that_moves_directories_out_and_back_opens_no_way_out() {
     const DIRS: u64 = 8;
-    for way in ways() {
+    for setup in setups() {
         // Few descriptors, so that directories are opened again while they are elsewhere.
-        let server = way.start(&["--max-open-inodes", "6", "--cache", "never"]);
+        let server = setup.start(&["--max-open-inodes", "6", "--cache", "never"]);
         let outside = outside(&server);
         let share = server.share();
         let inside = |n: u64| share.join(format!("dir{}", n % DIRS));
@@ -140,7 +140,7 @@ fn a_host_that_moves_directories_out_and_back_opens_no_way_out() {
         });
         println!("moved {moves} times");
         assert!(moves > 100, "{moves}");
-        assert!(is_untouched(&outside), "{way:?}");
+        assert!(is_untouched(&outside), "{setup:?}");
     }
 }
 
@@ -151,7 +151,7 @@ fn climb_while_moved(server: &Server, dirs: u64, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut climbed, mut round) = (0, 0_u64);
     while Instant::now() < end || climbed <= 100 {
-        assert!(Instant::now() < end + support::PATIENCE, "{climbed}");
+        assert!(Instant::now() < end + support::TIMEOUT, "{climbed}");
         round += 1;
         let name = CString::new(format!("dir{}", round % dirs)).unwrap();
         let Ok(dir) = fs.lookup(ROOT, &name) else {

@@ -1,4 +1,4 @@
-//! A ringfsd process under test, started as a user would.
+//! A ringfsd process under test, started as a user would start it.
 
 #![allow(
     dead_code,
@@ -18,7 +18,7 @@ use vmm::fuse::Client;
 use vmm::{Options, Profile, Session};
 
 /// How long anything may take that should take no time at all.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the server says when a front end can connect.
 const LISTENING: &str = "Waiting for vhost-user socket connection";
@@ -163,7 +163,7 @@ impl Server {
     }
 
     fn wait_for_any(&mut self, texts: &[&str]) -> String {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
@@ -273,7 +273,7 @@ impl Server {
 
     /// Waits for the end; a server that doesn't end fails the test.
     pub fn wait(&mut self) -> ExitStatus {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while Instant::now() < end {
             // The end of its standard error is the end of the process.
             match self.lines.recv_timeout(end - Instant::now()) {

@@ -1,7 +1,7 @@
-//! What happened on a mount, counted: for the closing line, and for tests that must see none of
-//! the server's faults.
+//! Counts what happens on a mount: for the closing line, and for tests that must see no fault of
+//! the server.
 //!
-//! Relaxed throughout: the numbers order nothing.
+//! All accesses are relaxed: the numbers order nothing.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,8 +19,8 @@ impl Counters {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The server has broken the protocol; the first few times, and then ever more seldom, a
-    /// line says how.
+    /// The server has broken the protocol; prints how, the first few times and then less and less
+    /// often.
     pub(crate) fn count_fault(&self, what: fmt::Arguments<'_>) {
         let count = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
         if count <= 16 || count.is_power_of_two() {

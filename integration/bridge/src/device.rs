@@ -1,4 +1,4 @@
-//! `/dev/fuse`: opened, mounted, cloned for further threads, unmounted.
+//! `/dev/fuse`: opens it, mounts it, clones it for further threads, unmounts it.
 //!
 //! It knows nothing of requests. The invariant: a [`Device`] that exists belongs to a mount, so
 //! reading it never fails for want of one.
@@ -16,33 +16,33 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 /// FUSE_DEV_IOC_CLONE.
 const CLONE: rustix::ioctl::Opcode = opcode::read::<u32>(229, 0);
 
-/// What can go wrong with the device and the mount.
+/// Errors of the device and the mount.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeviceError {
-    /// The device is not there, or may not be used.
+    /// The device doesn't exist, or may not be opened.
     #[error("can't open /dev/fuse")]
     Open(#[source] io::Error),
-    /// Not an option of mounts in general.
-    #[error("no mount option {0} is known here")]
+    /// Not a general mount option.
+    #[error("unknown mount option {0}")]
     Option(String),
-    /// mount(2) said no.
+    /// mount(2) failed.
     #[error("can't mount on {mountpoint}")]
     Mount {
-        /// Where.
+        /// The directory.
         mountpoint: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// No second descriptor for the same mount.
+    /// A second descriptor for the mount couldn't be opened.
     #[error("can't clone /dev/fuse")]
     Clone(#[source] io::Error),
-    /// The mount stays.
+    /// Unmounting failed; the mount stays.
     #[error("can't unmount {mountpoint}")]
     Unmount {
-        /// Where.
+        /// The directory.
         mountpoint: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
@@ -56,11 +56,10 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Mounts a file system, whose requests can be read from then on: the first is INIT.
+    /// Mounts a file system. Its requests can be read afterwards: the first is INIT.
     ///
-    /// Permissions are checked by the kernel and everybody may use the mount, as it is on
-    /// virtio-fs; and as there, device nodes and set-user-ID bits count unless `flags` say
-    /// otherwise.
+    /// The kernel checks permissions and every user may use the mount, as on virtio-fs; and as there,
+    /// device nodes and set-user-ID bits are effective unless `flags` say otherwise.
     pub(crate) fn mount(
         source: &str,
         mountpoint: &Path,
@@ -81,7 +80,7 @@ impl Device {
         Ok(Self { fd })
     }
 
-    /// A second descriptor for the same mount, with requests of its own under way.
+    /// A second descriptor for the same mount, with requests of its own in flight.
     pub(crate) fn clone_for_thread(&self) -> Result<Self, DeviceError> {
         let fd = open().map_err(DeviceError::Open)?;
         let mounted = self.fd.as_raw_fd().cast_unsigned();
@@ -96,7 +95,7 @@ impl AsFd for Device {
     }
 }
 
-/// The flags of mount(2) for what mount(8) calls `options`, with commas between them.
+/// The flags of mount(2) for a comma-separated list of mount(8)'s `options`.
 pub(crate) fn flags(options: &str) -> Result<MountFlags, DeviceError> {
     let mut flags = MountFlags::empty();
     for option in options.split(',').filter(|option| !option.is_empty()) {
@@ -125,7 +124,7 @@ pub(crate) fn flags(options: &str) -> Result<MountFlags, DeviceError> {
     Ok(flags)
 }
 
-/// Unmounts once nobody uses the mount. False where somebody does.
+/// Unmounts, unless a process uses the mount: then returns false.
 pub(crate) fn unmount_idle(mountpoint: &Path) -> Result<bool, DeviceError> {
     match unmount(mountpoint, UnmountFlags::empty()) {
         Ok(()) => Ok(true),
@@ -134,8 +133,8 @@ pub(crate) fn unmount_idle(mountpoint: &Path) -> Result<bool, DeviceError> {
     }
 }
 
-/// Ends the mount at once, where there still is one: requests under way and those that come fail.
-/// By its source our mount is told from one that it covered.
+/// Ends the mount at once, if it still exists: requests in flight and later ones fail. The source
+/// tells our mount from one that it covered.
 pub(crate) fn unmount_by_force(source: &str, mountpoint: &Path) -> Result<(), DeviceError> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let ours = format!("{source} ");
@@ -143,7 +142,7 @@ pub(crate) fn unmount_by_force(source: &str, mountpoint: &Path) -> Result<(), De
         return Ok(());
     }
     match unmount(mountpoint, UnmountFlags::FORCE | UnmountFlags::DETACH) {
-        // Unmounted meanwhile.
+        // Unmounted in the meantime.
         Ok(()) | Err(Errno::INVAL) => Ok(()),
         Err(errno) => Err(unmount_error(mountpoint, errno)),
     }

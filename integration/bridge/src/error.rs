@@ -1,28 +1,28 @@
-//! What ends a lane.
+//! The errors that end a lane.
 //!
-//! The invariant: an error says which of its peers failed it: the kernel, the server, or the memory.
+//! The invariant: an error says which peer failed: the kernel, the server, or the memory.
 
 use std::io;
 
 use vmm::memory::MemoryError;
 use vmm::ring::RingError;
 
-/// What ends a lane before its time.
+/// An error that ends a lane.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LaneError {
-    /// The device can't be read.
+    /// Reading the device failed.
     #[error("can't read /dev/fuse")]
     Read(#[source] io::Error),
     /// Waiting failed.
     #[error("can't wait for requests")]
     Wait(#[source] io::Error),
-    /// The server does with the ring what it may not.
+    /// The server broke the rules of the ring.
     #[error("a virtqueue failed")]
     Ring(#[from] RingError),
     /// An address was not in guest memory.
     #[error("guest memory failed")]
     Memory(#[from] MemoryError),
-    /// The server says no where it has no reason to.
+    /// The server refused a request without a reason.
     #[error("the server refuses DESTROY")]
     Destroy(#[source] io::Error),
 }

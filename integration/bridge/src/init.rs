@@ -1,7 +1,7 @@
-//! INIT: what of it can't go over this transport.
+//! INIT: removes what this transport doesn't support.
 //!
-//! Everything else is passed on as it is. The invariant: nothing is added that either side did
-//! not say.
+//! Everything else is passed on unchanged. The invariant: nothing is added that neither side has
+//! sent.
 
 use vmm::fuse::wire::{InitIn, InitOut, init};
 use vmm::memory::MemoryError;
@@ -9,14 +9,14 @@ use vmm::{Gpa, Memory};
 
 use crate::slot::PAYLOAD;
 
-/// What a server can only do that holds `/dev/fuse` itself: hand over files of its own by an
+/// Flags for what only a server can do that has `/dev/fuse` itself: pass files of its own by an
 /// ioctl, take requests from an io_uring, have requests sent again by writing a notification.
 const WITH_THE_DEVICE_ONLY: u64 = init::PASSTHROUGH | init::OVER_IO_URING | init::HAS_RESEND;
 
 /// Pages of the longest payload.
 const MOST_PAGES: u16 = 256;
 
-/// Takes from the kernel's offer, which lies at `gpa`, what the server could not make use of.
+/// Removes from the kernel's offer at `gpa` what the server could not use.
 pub(crate) fn limit_offer(memory: &Memory, gpa: Gpa) -> Result<(), MemoryError> {
     let mut offer: InitIn = memory.read_obj(gpa)?;
     offer.flags &= !halves(WITH_THE_DEVICE_ONLY).0;
@@ -24,7 +24,7 @@ pub(crate) fn limit_offer(memory: &Memory, gpa: Gpa) -> Result<(), MemoryError> 
     memory.write_obj(gpa, &offer)
 }
 
-/// Brings the server's answer, which lies at `gpa`, to what fits into a slot.
+/// Limits the server's reply at `gpa` to what fits into a slot.
 pub(crate) fn limit_answer(memory: &Memory, gpa: Gpa) -> Result<(), MemoryError> {
     let mut answer: InitOut = memory.read_obj(gpa)?;
     answer.max_write = answer.max_write.min(PAYLOAD);

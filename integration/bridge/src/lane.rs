@@ -1,8 +1,8 @@
 //! A lane: one descriptor of `/dev/fuse`, one track, one thread.
 //!
 //! It passes requests on and replies back and never waits for one of them: it sleeps only when
-//! there is neither a request nor a reply, so a request that blocks in the server stops nobody.
-//! Nothing is copied but headers: `/dev/fuse` is read to guest memory and written from there. The
+//! there is neither a request nor a reply, so a request that blocks in the server delays no other.
+//! Only headers are copied: `/dev/fuse` is read into guest memory and written from there. The
 //! invariant: a slot is free, or in exactly one chain in flight.
 
 use std::io;
@@ -27,22 +27,22 @@ use crate::slot::{MOST_BUFFERS, SLOTS};
 use crate::track::{CLOSING, Track};
 use crate::urgent::Urgent;
 
-/// What all lanes of a mount share, and the mounts that come one after the other.
+/// State that all lanes of a mount share, and successive mounts.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) memory: Memory,
     pub(crate) urgent: Urgent,
     pub(crate) counters: Counters,
-    /// Signalled by a lane when INIT is answered, and when it ends.
+    /// Signalled by a lane when it has the reply to INIT, and when it ends.
     pub(crate) news: Event,
-    /// Lanes that have ended. Counted before their end is signalled, when their threads still run.
+    /// Lanes that have ended. Incremented before the end is signalled, while their threads still run.
     pub(crate) ended: AtomicUsize,
-    /// Tells lanes to end, whatever is under way.
+    /// Tells lanes to end, whatever is in flight.
     pub(crate) stop: Event,
 }
 
 impl Shared {
-    /// Forgets the lanes of a mount that has ended, before there are others.
+    /// Resets the count for the next mount, after the lanes of the previous one have ended.
     pub(crate) fn begin_anew(&self) -> io::Result<()> {
         // Their threads have been joined.
         self.ended.store(0, Ordering::Relaxed);
@@ -55,7 +55,7 @@ impl Shared {
 /// How a lane ended.
 #[derive(Debug)]
 pub(crate) enum End {
-    /// The file system was unmounted, and all that was under way is back.
+    /// The file system was unmounted, and everything in flight has been returned.
     Unmounted,
     /// The lane was told to stop.
     Stopped,
@@ -68,16 +68,16 @@ pub(crate) struct Lane {
     track: Track,
     shared: Arc<Shared>,
     epoll: OwnedFd,
-    /// What is in each slot, where there is something.
+    /// The request in each slot that is in use.
     under_way: Vec<Option<Request>>,
     free: Vec<usize>,
-    /// Whether the device is in the epoll set: not while no slot is free.
+    /// Whether the device is in the epoll set: only while a slot is free.
     listens: bool,
     readable: Vec<Buf>,
     writable: Vec<Buf>,
 }
 
-/// What `/dev/fuse` had.
+/// The result of reading `/dev/fuse`.
 enum Taken {
     Request,
     Nothing,
@@ -92,7 +92,7 @@ impl Lane {
         shared: Arc<Shared>,
     ) -> Result<Self, LaneError> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(wait_error)?;
-        // Edge-triggered and never read: what matters is on the ring.
+        // Edge-triggered and never read: the ring has the information.
         let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
         add(&epoll, track.queue.call_event(), edge)?;
         add(&epoll, &shared.stop, epoll::EventFlags::IN)?;
@@ -113,8 +113,8 @@ impl Lane {
 
     /// Works until the file system is unmounted or the lane is stopped.
     ///
-    /// The device is closed then; with its last descriptor the kernel fails what is left. The
-    /// track comes back.
+    /// Closes the device; with its last descriptor the kernel fails what is left. Returns the
+    /// track.
     pub(crate) fn run(mut self) -> (Result<End, LaneError>, Track) {
         let end = self.work();
         (end, self.track)
@@ -151,7 +151,7 @@ impl Lane {
             Err(MemoryError::Transfer(error)) => {
                 return match Errno::from_io_error(&error) {
                     Some(Errno::AGAIN) => Ok(Taken::Nothing),
-                    // ECONNABORTED where ABORT_ERROR is negotiated.
+                    // ECONNABORTED if ABORT_ERROR is negotiated.
                     Some(Errno::NODEV | Errno::CONNABORTED) => Ok(Taken::Unmounted),
                     // The request was withdrawn while it was read.
                     Some(Errno::NOENT | Errno::INTR) => Ok(Taken::Request),
@@ -181,7 +181,7 @@ impl Lane {
         Ok(Taken::Request)
     }
 
-    /// Passes all replies back that are there. False if there were none.
+    /// Passes back all replies that have arrived. False if there were none.
     fn return_replies(&mut self) -> Result<bool, LaneError> {
         let mut some = false;
         while let Some(used) = self.track.queue.pop()? {
@@ -229,7 +229,7 @@ impl Lane {
             match self.write(token, used.len)? {
                 None => return Ok(()),
                 Some(error) => fault(format!(
-                    "the kernel does not take a reply of {} bytes, error {}: {error}",
+                    "the kernel rejects a reply of {} bytes, error {}: {error}",
                     header.len, header.error
                 )),
             }
@@ -244,13 +244,13 @@ impl Lane {
         Ok(())
     }
 
-    /// Writes the reply in this slot to the device. Gives what the kernel has against it.
+    /// Writes the reply in this slot to the device. Returns the kernel's error if it rejects it.
     fn write(&self, token: usize, len: u32) -> Result<Option<io::Error>, LaneError> {
         let reply = Buf::new(self.track.slots[token].reply(), len);
         match self.shared.memory.write_to(self.device.as_fd(), reply) {
             Ok(_) => Ok(None),
             Err(MemoryError::Transfer(error)) => match Errno::from_io_error(&error) {
-                // Nobody waits for it any longer.
+                // No process waits for it any longer.
                 Some(Errno::NOENT | Errno::NODEV) => Ok(None),
                 _ => Ok(Some(error)),
             },
@@ -275,7 +275,7 @@ impl Lane {
         stop.map_err(LaneError::Wait)
     }
 
-    /// Waits for what is under way when the file system is gone.
+    /// Waits for what is in flight after the file system was unmounted.
     fn drain(&mut self) -> Result<End, LaneError> {
         let deadline = Instant::now() + CLOSING;
         while self.track.queue.in_flight() > 0 {
@@ -291,7 +291,7 @@ impl Lane {
         Ok(End::Unmounted)
     }
 
-    /// Takes the device into the epoll set or out of it. Of all lanes that sleep one is woken.
+    /// Adds the device to the epoll set or removes it. A request wakes one of the sleeping lanes.
     fn listen(&mut self, on: bool) -> Result<(), LaneError> {
         if on {
             let exclusive = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;

@@ -1,9 +1,9 @@
 //! Mounts a virtio-fs server with this machine's own FUSE client, without a virtual machine.
 //!
-//! Takes the place of a guest: the kernel's requests, read from `/dev/fuse`, go over virtqueues to
-//! a vhost-user server as a guest's driver would put them there, and the replies go back. This
-//! file starts and ends it all; `mount` is the mount, `lane` is where requests pass. The invariant:
-//! a mount does not outlive the server or this process, so nothing hangs on it.
+//! It takes the place of a guest: the kernel's requests, read from `/dev/fuse`, go over virtqueues
+//! to a vhost-user server as a guest's driver would put them there, and the replies go back. This
+//! file starts and ends everything; `mount` is the mount, `lane` passes requests. The invariant: a
+//! mount does not outlive the server or this process, so no program hangs on it.
 
 mod counters;
 mod device;
@@ -49,7 +49,8 @@ const RING_BYTES: u64 = 8 << 20;
 /// Mount a virtio-fs server here, without a virtual machine.
 ///
 /// The kernel's FUSE client of this machine uses the server as a guest's would. Stays in the
-/// foreground until the file system is unmounted (unless it stays connected), SIGTERM or SIGINT comes, or the server ends.
+/// foreground until the file system is unmounted (unless it stays connected), SIGTERM or SIGINT
+/// arrives, or the server ends.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "bridge")]
 struct Options {
@@ -57,28 +58,28 @@ struct Options {
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
 
-    /// Request queues to use, each with a thread. The server has to offer as many.
+    /// Request queues to use, each with a thread. The server must offer as many.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     request_queues: u16,
 
-    /// What the list of mounts calls its source (`bridge-` and the process id).
+    /// The source in the list of mounts (`bridge-` and the process id).
     #[arg(long, value_name = "NAME")]
     source: Option<String>,
 
-    /// Options of mounts in general, as mount(8) takes them: ro, nosuid, noexec, noatime, ...
+    /// General mount options, as in mount(8): ro, nosuid, noexec, noatime, ...
     #[arg(short = 'o', value_name = "OPTION,...", default_value = "")]
     options: String,
 
-    /// Stay connected to the server over an unmount, as a guest that mounts again: each further mount
-    /// is a line of standard input, options (or none), a space, and the directory.
+    /// Stay connected to the server over an unmount, as a guest does that mounts again: each line of
+    /// standard input is a further mount, with options (or none), a space, and the directory.
     #[arg(long)]
     stay_connected: bool,
 
-    /// Where to mount.
+    /// The directory to mount on.
     mountpoint: PathBuf,
 }
 
-/// What can go wrong.
+/// Why the bridge fails.
 #[derive(Debug, thiserror::Error)]
 enum BridgeError {
     #[error("no session with the server at {socket}")]
@@ -103,7 +104,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error with what it comes from.
+/// An error with its sources.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -159,7 +160,7 @@ fn run(options: &Options) -> Result<(), BridgeError> {
     Ok(())
 }
 
-/// A mount that somebody wants.
+/// A requested mount.
 struct Wanted {
     flags: MountFlags,
     mountpoint: PathBuf,
@@ -172,20 +173,20 @@ impl Wanted {
     }
 }
 
-/// What goes on from one mount to the next.
+/// What stays from one mount to the next.
 struct Bridge {
     source: String,
     /// Whether there is another mount after the first.
     stays: bool,
     session: Session,
     signals: UnixStream,
-    /// None after a mount that did not end in order, which is the last.
+    /// None after a mount that ended with an error, which is the last.
     tracks: Vec<Track>,
     shared: Arc<Shared>,
 }
 
 impl Bridge {
-    /// Mounts, and passes requests on until the mount has ended. Returns the next that is wanted.
+    /// Mounts, and passes requests on until the mount has ended. Returns the next requested mount.
     fn mount(&mut self, wanted: &Wanted) -> Result<Option<Wanted>, MountError> {
         let device = Device::mount(&self.source, &wanted.mountpoint, wanted.flags)?;
         let mut mount = Mount::new(&self.source, &wanted.mountpoint, Arc::clone(&self.shared));
@@ -206,8 +207,8 @@ impl Bridge {
         self.next()
     }
 
-    /// What a guest says at the end of a mount. If the server has gone meanwhile, nobody is left who
-    /// cares; one that stays away is missed at the next mount.
+    /// Sends what a guest sends at the end of a mount. If the server has gone, an error here doesn't
+    /// matter; the next mount reports a server that stays away.
     fn destroy(&mut self) {
         let settled = self.shared.urgent.settle().map_err(LaneError::from);
         let destroyed = settled.and_then(|()| match self.tracks.first_mut() {
@@ -215,15 +216,12 @@ impl Bridge {
             None => Ok(()),
         });
         if let Err(error) = destroyed {
-            eprintln!(
-                "bridge: the file system is not ended in order: {}",
-                chain(&error)
-            );
+            eprintln!("bridge: ending the file system failed: {}", chain(&error));
         }
     }
 
-    /// Waits for a line of standard input that says what to mount. None at its end, or where this
-    /// process is asked to end.
+    /// Waits for a line of standard input that says what to mount. None at its end, or if this process
+    /// is asked to end.
     fn next(&self) -> Result<Option<Wanted>, MountError> {
         let input = io::stdin();
         let mut line = Vec::new();
@@ -240,7 +238,7 @@ impl Bridge {
             if signal || !ready {
                 return Ok(None);
             }
-            // One by one: what follows the line is for the next mount.
+            // Byte by byte: what follows the line is for the next mount.
             let mut byte = [0];
             let read = rustix::io::read(&input, &mut byte);
             match read.map_err(|errno| host("read what to mount")(errno.into()))? {

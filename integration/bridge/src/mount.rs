@@ -1,7 +1,7 @@
 //! One mount: the threads that pass its requests on, and its end.
 //!
-//! Knows nothing of how the session with the server came to be. The invariant: a mount does not
-//! outlive its lanes, so nothing hangs on it.
+//! It doesn't know how the session with the server was set up. The invariant: a mount does not
+//! outlive its lanes, so no program hangs on it.
 
 use std::io::{self, Read as _};
 use std::os::fd::AsFd;
@@ -20,29 +20,29 @@ use crate::error::LaneError;
 use crate::lane::{End, Lane, Shared};
 use crate::track::Track;
 
-/// How long a server may take to answer INIT, and processes to leave a mount that ends.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a server may take to reply to INIT, and processes to leave a mount that ends.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What can go wrong with a mount.
+/// Errors of a mount.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MountError {
-    /// The kernel has something against it.
+    /// Mounting or unmounting failed.
     #[error("can't mount the file system")]
     Device(#[from] DeviceError),
     /// A lane has failed.
     #[error("requests can't be passed on")]
     Lane(#[from] LaneError),
-    /// The host has something against what a mount needs.
+    /// A system call that a mount needs failed.
     #[error("can't {act}")]
     Host {
-        /// What was tried.
+        /// What failed.
         act: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// INIT is not answered.
-    #[error("the server did not answer INIT in time")]
+    /// INIT got no reply.
+    #[error("the server did not reply to INIT in time")]
     NoInit,
     /// The connection is closed.
     #[error("the server has ended the session")]
@@ -59,7 +59,7 @@ pub(crate) struct Mount<'a> {
 }
 
 impl<'a> Mount<'a> {
-    /// A mount of which nothing is there yet.
+    /// A mount that has no lanes and isn't mounted yet.
     pub(crate) fn new(source: &'a str, mountpoint: &'a Path, shared: Arc<Shared>) -> Self {
         Self {
             source,
@@ -83,14 +83,14 @@ impl<'a> Mount<'a> {
             let thread = thread.spawn(move || {
                 let (end, track) = lane.run();
                 shared.ended.fetch_add(1, Ordering::Release);
-                // One without the others is of no use.
+                // One lane without the others is useless.
                 let told = if end.is_err() {
                     shared.stop.signal().and(shared.news.signal())
                 } else {
                     shared.news.signal()
                 };
                 if let Err(error) = told {
-                    eprintln!("bridge: a lane's end can't be told: {error}");
+                    eprintln!("bridge: can't signal a lane's end: {error}");
                 }
                 (end, track)
             });
@@ -99,7 +99,7 @@ impl<'a> Mount<'a> {
         Ok(())
     }
 
-    /// Whether a lane has ended: not whether its thread has, which tells of the end before.
+    /// Whether a lane has ended. Its thread may still run, as it signals the end before it exits.
     fn has_ended(&self) -> bool {
         self.shared.ended.load(Ordering::Acquire) > 0
     }
@@ -112,13 +112,13 @@ impl<'a> Mount<'a> {
     ) -> Result<(), MountError> {
         let mut mounted = false;
         loop {
-            let patience = (!mounted || self.unmounting.is_some()).then_some(PATIENCE);
+            let timeout = (!mounted || self.unmounting.is_some()).then_some(TIMEOUT);
             let fds = [
                 self.shared.news.as_fd(),
                 session.connection.as_fd(),
                 signals.as_fd(),
             ];
-            let [news, server, signal] = wait(fds, patience).map_err(host("wait"))?;
+            let [news, server, signal] = wait(fds, timeout).map_err(host("wait"))?;
             if news {
                 self.shared.news.take().map_err(host("read an eventfd"))?;
                 if self.has_ended() {
@@ -141,7 +141,7 @@ impl<'a> Mount<'a> {
         }
     }
 
-    /// Begins to unmount; the lanes go on meanwhile, for what is still to be written.
+    /// Starts to unmount; the lanes still run, for what is still to be written.
     fn unmount(&mut self, mut signals: &UnixStream) -> Result<(), MountError> {
         // One byte for each signal.
         signals.read_exact(&mut [0]).map_err(host("read signals"))?;
@@ -150,7 +150,7 @@ impl<'a> Mount<'a> {
         let thread = thread.spawn(move || {
             if !unmount_idle(&mountpoint)? {
                 eprintln!(
-                    "bridge: {} is in use; unmounted all the same",
+                    "bridge: {} is in use; unmounted nevertheless",
                     mountpoint.display()
                 );
                 unmount_by_force(&source, &mountpoint)?;
@@ -161,14 +161,14 @@ impl<'a> Mount<'a> {
         Ok(())
     }
 
-    /// Whether it ends because this process was asked to.
+    /// Whether it ends because this process was asked to end.
     pub(crate) fn was_asked_to_end(&self) -> bool {
         self.unmounting.is_some()
     }
 
-    /// Ends the lanes and the mount. Returns the tracks if all went in order.
+    /// Ends the lanes and the mount. Returns the tracks if there was no error.
     ///
-    /// The lanes close the device when they end, upon which the kernel fails all that is left: an
+    /// The lanes close the device when they end, and the kernel fails everything that is left: an
     /// unmount that waits for the server ends too.
     pub(crate) fn end(&mut self) -> Result<Option<Vec<Track>>, MountError> {
         if !self.has_ended() {
@@ -182,7 +182,7 @@ impl<'a> Mount<'a> {
                 Ok((Ok(End::Unmounted), track)) => tracks.push(track),
                 Ok((Ok(End::Stopped), _)) => {}
                 Ok((Err(error), _)) => result = Err(error),
-                // It has said so itself.
+                // It has printed its error itself.
                 Err(_panic) => {}
             }
         }
@@ -191,7 +191,7 @@ impl<'a> Mount<'a> {
         {
             unmounted?;
         }
-        // Gone already, where all lanes have seen it end; another may be in its place by now.
+        // Gone already if all lanes have seen it end; there may be another mount at this point now.
         if tracks.len() < lanes {
             unmount_by_force(self.source, self.mountpoint)?;
         }
@@ -200,7 +200,7 @@ impl<'a> Mount<'a> {
     }
 }
 
-/// Waits until one of `fds` is readable or hung up; which of them are. None when the time is up.
+/// Waits until one of `fds` is readable or hung up; returns which of them are. None on timeout.
 pub(crate) fn wait<const N: usize>(
     fds: [std::os::fd::BorrowedFd<'_>; N],
     timeout: Option<Duration>,

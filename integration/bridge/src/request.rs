@@ -1,7 +1,7 @@
-//! What a request needs of the transport: its queue, and the most that its reply can have.
+//! What a request needs of the transport: its queue, and the maximum size of its reply.
 //!
-//! Looks at headers and arguments as they lie in guest memory; changes nothing. The invariant:
-//! what is given as a reply's room is what Linux's virtio-fs driver gives.
+//! It reads headers and arguments in guest memory and changes nothing. The invariant: the room for
+//! a reply is what Linux's virtio-fs driver gives.
 
 use vmm::fuse::wire::{
     AttrOut, EntryOut, GetxattrIn, GetxattrOut, InHeader, InitOut, IoctlIn, IoctlOut, Kstatfs,
@@ -15,7 +15,7 @@ pub(crate) const IN_HEADER: u32 = size(size_of::<InHeader>());
 /// Bytes of a reply's header.
 pub(crate) const OUT_HEADER: u32 = size(size_of::<OutHeader>());
 
-/// Room for the reply to a request that is not known here.
+/// Room for the reply to an unknown request.
 const GENEROUS: u32 = 4096;
 
 /// A request, as far as the transport is concerned.
@@ -23,14 +23,14 @@ const GENEROUS: u32 = 4096;
 pub(crate) struct Request {
     pub(crate) opcode: u32,
     pub(crate) unique: u64,
-    /// All of it, bytes.
+    /// Its length in bytes.
     pub(crate) len: u32,
-    /// Bytes of a reply after its header; none where there is no reply.
+    /// Bytes of a reply after its header; none if there is no reply.
     pub(crate) reply: Option<u32>,
 }
 
 impl Request {
-    /// Looks at the request at `gpa`.
+    /// Reads the request at `gpa`.
     pub(crate) fn parse(memory: &Memory, gpa: Gpa) -> Result<Self, MemoryError> {
         let header: InHeader = memory.read_obj(gpa)?;
         Ok(Self {
@@ -50,7 +50,7 @@ impl Request {
     }
 }
 
-/// The most that can follow a reply's header, where `arguments` are the request's.
+/// The most that can follow a reply's header; `arguments` are the request's.
 fn reply_room(memory: &Memory, arguments: Gpa, opcode: u32) -> Result<Option<u32>, MemoryError> {
     let room = match opcode {
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT | opcode::NOTIFY_REPLY => {

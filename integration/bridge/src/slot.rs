@@ -1,7 +1,7 @@
-//! Slots: places in guest memory, each for one request and its reply.
+//! Slots: areas of guest memory, each for one request and its reply.
 //!
-//! A request's header and arguments lie just before a page's boundary and a reply's header too,
-//! so that the data of WRITE and READ lie on whole pages, as they do in a guest's page cache. The
+//! A request's header and arguments end at a page boundary, and so does a reply's header, so that
+//! the data of WRITE and READ are on whole pages, as they are in a guest's page cache. The
 //! invariant: the two areas of a slot are its own; nothing here knows whether they are in use.
 
 use vmm::memory::MemoryError;
@@ -9,15 +9,15 @@ use vmm::{Buf, Gpa, Memory};
 
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
 
-/// Requests that a lane may have under way. Beyond, the kernel waits.
+/// Requests that a lane may have in flight. Beyond that, the kernel waits.
 pub(crate) const SLOTS: u16 = 256;
 
-/// The longest payload of a request or reply, bytes.
+/// The longest payload of a request or reply, in bytes.
 pub(crate) const PAYLOAD: u32 = 1 << 20;
 
 const PAGE: u32 = 4096;
 
-/// Bytes before the payload of a WRITE, the only request with one that is long.
+/// Bytes before the payload of a WRITE, the only request with a long payload.
 const WRITE_HEAD: u32 = 80;
 
 /// Guest memory that one slot takes.
@@ -28,7 +28,7 @@ pub(crate) const AREA_BYTES: u64 = (PAYLOAD + PAGE) as u64;
 /// Buffers enough for the longest request or reply: headers, arguments and pages.
 pub(crate) const MOST_BUFFERS: usize = (PAYLOAD / PAGE) as usize + 2;
 
-/// Where a request is read to.
+/// The memory that a request is read into.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Area {
     /// A page's boundary, one page after the area's beginning.
@@ -36,7 +36,7 @@ pub(crate) struct Area {
 }
 
 impl Area {
-    /// An area of its own.
+    /// Allocates an area.
     pub(crate) fn new(memory: &Memory) -> Result<Self, MemoryError> {
         let gpa = memory.alloc(AREA_BYTES, PAGE.into())?;
         Ok(Self {
@@ -44,12 +44,12 @@ impl Area {
         })
     }
 
-    /// What `/dev/fuse` may fill.
+    /// The buffer that `/dev/fuse` may fill.
     pub(crate) fn incoming(self) -> Buf {
         Buf::new(self.before(WRITE_HEAD), WRITE_HEAD + PAYLOAD)
     }
 
-    /// The request that lies here as a chain's buffers: header, arguments, pages.
+    /// The request in this area as a chain's buffers: header, arguments, pages.
     pub(crate) fn readable(self, request: &Request, bufs: &mut Vec<Buf>) {
         bufs.clear();
         let start = self.before(WRITE_HEAD);
@@ -66,7 +66,7 @@ impl Area {
     }
 }
 
-/// A request's place and its reply's.
+/// The areas of a request and its reply.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
     pub(crate) request: Area,
@@ -74,7 +74,7 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// A slot of its own.
+    /// Allocates a slot.
     pub(crate) fn new(memory: &Memory) -> Result<Self, MemoryError> {
         Ok(Self {
             request: Area::new(memory)?,
@@ -82,7 +82,7 @@ impl Slot {
         })
     }
 
-    /// Where the reply begins.
+    /// The address of the reply.
     pub(crate) fn reply(&self) -> Gpa {
         self.reply.before(OUT_HEADER)
     }
@@ -97,7 +97,7 @@ impl Slot {
     }
 }
 
-/// Cuts `len` bytes into pages, as a guest does whose pages lie anywhere.
+/// Splits `len` bytes into pages, as a guest does whose pages are anywhere in memory.
 fn pages(gpa: Gpa, len: u32, bufs: &mut Vec<Buf>) {
     let mut at = gpa;
     let mut left = len;

@@ -1,7 +1,7 @@
 //! A track: a request queue with the slots of its requests, which outlives a mount.
 //!
-//! A lane works on it and leaves it behind; what passes there is the lane's. The invariant: nothing
-//! is in flight on a track that no lane has, unless the lane was stopped.
+//! A lane works on it and leaves it behind; the requests on it are the lane's. The invariant:
+//! nothing is in flight on a track that no lane has, unless the lane was stopped.
 
 use std::io;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::error::LaneError;
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
 use crate::slot::{SLOTS, Slot};
 
-/// How long the server may take for what is under way when the file system is unmounted.
+/// How long the server may take for what is in flight when the file system is unmounted.
 pub(crate) const CLOSING: Duration = Duration::from_secs(10);
 
 /// A request queue with the slots of its requests.
@@ -25,7 +25,7 @@ pub(crate) struct Track {
 }
 
 impl Track {
-    /// A track of its own.
+    /// Makes a track.
     pub(crate) fn new(memory: &Memory, queue: Queue) -> Result<Self, MemoryError> {
         let slots: Result<_, _> = (0..SLOTS).map(|_| Slot::new(memory)).collect();
         Ok(Self {
@@ -34,8 +34,8 @@ impl Track {
         })
     }
 
-    /// Says DESTROY for a file system that is unmounted, which the kernel does on virtio-fs and not
-    /// for `/dev/fuse`. A chain that comes back empty is as good as a reply, as it is to Linux.
+    /// Sends DESTROY for an unmounted file system, which the kernel does on virtio-fs and not for
+    /// `/dev/fuse`. A chain that is returned empty counts as a reply, as in Linux.
     pub(crate) fn destroy(&mut self, memory: &Memory) -> Result<(), LaneError> {
         let Some(slot) = self.slots.first() else {
             return Ok(());

@@ -1,8 +1,8 @@
 //! The high-priority queue, which all lanes share.
 //!
-//! What goes over it has no reply, so nobody waits for it: an area that the server has given back
-//! is found when the next one is needed. The invariant: an area is in the hands of a lane, of the
-//! server, or spare.
+//! Its requests have no reply, so no lane waits for one: an area that the server has returned is
+//! found when the next one is needed. The invariant: an area belongs to a lane, to the server, or
+//! is free.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::slot::Area;
 /// Requests that may be on the queue.
 pub(crate) const AREAS: u16 = 64;
 
-/// How long the server may take for one.
+/// How long the server may take for one request.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The high-priority queue.
@@ -29,19 +29,19 @@ pub(crate) struct Urgent {
 #[derive(Debug)]
 struct Inner {
     queue: Queue,
-    /// What the server may have, by token.
-    lent: Vec<Option<Area>>,
+    /// Areas that the server may be using, by token.
+    in_flight: Vec<Option<Area>>,
     spare: Vec<Area>,
     bufs: Vec<Buf>,
 }
 
 impl Urgent {
-    /// Sends over this queue.
+    /// Makes the queue's sender.
     pub(crate) fn new(memory: &Memory, queue: Queue) -> Result<Self, MemoryError> {
         let spare: Result<_, _> = (0..AREAS).map(|_| Area::new(memory)).collect();
         let inner = Inner {
             queue,
-            lent: vec![None; usize::from(AREAS)],
+            in_flight: vec![None; usize::from(AREAS)],
             spare: spare?,
             bufs: Vec::new(),
         };
@@ -50,7 +50,7 @@ impl Urgent {
         })
     }
 
-    /// Sends the request that lies in `area`, and puts another area in its place.
+    /// Sends the request in `area`, and replaces it by another area.
     pub(crate) fn send(&self, request: &Request, area: &mut Area) -> Result<(), RingError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let inner = &mut *inner;
@@ -59,7 +59,7 @@ impl Urgent {
             inner.queue.wait(TIMEOUT)?;
             inner.take_back()?;
         }
-        let free = inner.lent.iter().position(Option::is_none);
+        let free = inner.in_flight.iter().position(Option::is_none);
         let (Some(spare), Some(token)) = (inner.spare.pop(), free) else {
             let in_flight = inner.queue.in_flight();
             return Err(RingError::TimedOut { in_flight });
@@ -67,12 +67,12 @@ impl Urgent {
         area.readable(request, &mut inner.bufs);
         inner.queue.push(&inner.bufs, &[], token as u64)?;
         inner.queue.kick()?;
-        inner.lent[token] = Some(std::mem::replace(area, spare));
+        inner.in_flight[token] = Some(std::mem::replace(area, spare));
         Ok(())
     }
 
-    /// Waits until the server has taken all that was sent, as a guest does before it says DESTROY: a
-    /// FORGET that came after the next INIT would count against what is known by then.
+    /// Waits until the server has returned everything that was sent, as a guest does before it sends
+    /// DESTROY: a FORGET after the next INIT would be counted against the inodes known then.
     pub(crate) fn settle(&self) -> Result<(), RingError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.take_back()?;
@@ -89,7 +89,7 @@ impl Inner {
         while let Some(used) = self.queue.pop()? {
             let token = usize::try_from(used.token).unwrap_or(usize::MAX);
             self.spare
-                .extend(self.lent.get_mut(token).and_then(Option::take));
+                .extend(self.in_flight.get_mut(token).and_then(Option::take));
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
-//! Counts requests, and says at the end how many there were.
+//! Counts requests, and prints the number at the end.
 //!
-//! With `RINGFSD_FUZZ_COUNT` in the environment the number is also put into the file of that name,
-//! now and then: a fuzzer that is killed or interrupted says nothing.
+//! With `RINGFSD_FUZZ_COUNT` in the environment the number is also written to the file of that name
+//! from time to time: a fuzzer that is killed or interrupted prints nothing.
 
 use std::ffi::OsString;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,7 +35,7 @@ extern "C" fn tell() {
 fn keep(requests: u64) {
     static FILE: OnceLock<Option<OsString>> = OnceLock::new();
     if let Some(file) = FILE.get_or_init(|| std::env::var_os("RINGFSD_FUZZ_COUNT")) {
-        // There is nobody to tell that it can't be written.
+        // A failure to write can't be reported.
         let _ = std::fs::write(file, format!("{requests}\n"));
     }
 }

@@ -1,6 +1,6 @@
-//! FUSE decoding: any bytes, as many requests as there are positions to begin at.
+//! FUSE decoding: any bytes, with a request at each position.
 //!
-//! What must hold: no panic, and what comes out is what the room promises of it.
+//! What must hold: no panic, and the result is what the room promises.
 
 use ringfsd::fuse::abi::InitFlags;
 use ringfsd::fuse::request::{HEADER_LEN, Operation, bytes_wanted, decode_as};

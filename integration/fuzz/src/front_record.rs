@@ -1,7 +1,7 @@
-//! What a front end has said, as the next process reads it: any bytes.
+//! The snapshot of a front end's session, as the next process reads it: any bytes.
 //!
-//! What must hold: decoding ends, and refuses, or answers a record that names each descriptor
-//! once and is the same when it is written and read again.
+//! What must hold: decoding ends, and either refuses, or returns a snapshot that names each
+//! descriptor once and is the same after it is written and read again.
 
 use std::os::fd::RawFd;
 

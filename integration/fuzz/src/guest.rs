@@ -1,7 +1,7 @@
 //! A guest's memory with one ring in it, and the driver's side of that ring.
 //!
-//! Two regions that touch, a hole, and a third region. The driver writes through the memfd, so
-//! that nothing here reaches memory by a pointer.
+//! Two adjacent regions, a hole, and a third region. The driver writes through the memfd, so
+//! nothing here accesses memory by a pointer.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,8 +1,8 @@
 //! What the fuzz targets do with their bytes.
 //!
-//! Each target makes many requests of one input, so that the fuzzer's own cost is small against
-//! the server's. What must hold is asserted; a panic is a find. The invariant: an input does the
-//! same each time, so that a find can be shown again.
+//! Each target makes many requests from one input, so that the fuzzer's own cost is small against
+//! the server's. What must hold is asserted; a panic is a finding. The invariant: an input always
+//! does the same, so that a finding can be reproduced.
 
 pub mod count;
 pub mod decode;

@@ -1,6 +1,6 @@
-//! A session's state as it comes from another server: any bytes, into a file system and a session.
+//! A migration stream from another server: any bytes, loaded into a file system and a session.
 //!
-//! What must hold: it is taken as a whole or not at all; what was taken and is saved again is of the
+//! What must hold: it is loaded as a whole or not at all; after it is saved again it describes the
 //! same inodes; nothing outside of the shared directory is reached, and nothing is left behind.
 
 use std::sync::Arc;

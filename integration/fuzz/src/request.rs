@@ -1,12 +1,12 @@
 //! Whole requests: off a ring, through decoding, dispatch and a real directory, and back.
 //!
 //! An input is a session: requests in batches, with node ids and handles that earlier replies
-//! gave out (or not), laid out on the ring in one of several ways. What must hold: every chain
-//! comes back, every reply counts its own bytes, nothing outside of the shared directory changes,
-//! and nothing is left open after the session.
+//! returned (or not), laid out on the ring in one of several forms. What must hold: every chain is
+//! returned, every reply counts its own bytes, nothing outside of the shared directory changes, and
+//! nothing is left open after the session.
 //!
-//! What a fuzzer does for each input costs it as much as dozens of requests. So an input is played
-//! in rounds, until there were enough: in each the requests come in another order, and each is for
+//! A fuzzer's own work for each input costs as much as dozens of requests. So an input is played in
+//! rounds, until there were enough: in each the requests come in another order, and each is for
 //! another node and handle than before.
 //!
 //! One request of the input is: opcode, node, handle, layout (one byte each), the length of the
@@ -107,7 +107,7 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
     let mut played = 0;
     for round in 0..ROUNDS {
         // A session begins with INIT, as a guest's does, unless the input wants to see it without.
-        // The later rounds go on with it, mostly.
+        // The later rounds mostly continue with it.
         if flags & 0x80 == 0 && round % 4 == 0 {
             play.begin(&scene.runtime, &mut queue);
         }
@@ -167,7 +167,7 @@ impl<'a> Record<'a> {
     }
 }
 
-/// A session under way.
+/// A session in progress.
 struct Play<'a> {
     guest: &'a mut Guest,
     session: &'a Arc<Session<Passthrough>>,

@@ -1,7 +1,7 @@
-//! Rings and chains: anything in the descriptor table, on the available ring and in its index.
+//! Rings and chains: any content of the descriptor table, the available ring and its index.
 //!
 //! Each chain that comes off the ring is used as a request would use it. What must hold: each is
-//! returned exactly once, and the queue goes on.
+//! returned exactly once, and the queue still works.
 
 use ringfsd::virtqueue::{Features, Queue};
 

@@ -1,7 +1,7 @@
 //! Writes the seed corpus: `seeds DIR` makes a directory for each target in DIR.
 //!
-//! The seeds are right requests and messages, from which a fuzzer finds wrong ones sooner than
-//! from nothing. `integration/fuzz/seeds` is what this writes.
+//! The seeds are valid requests and messages, from which a fuzzer finds invalid ones sooner than
+//! from nothing. `integration/fuzz/seeds` is the output of this program.
 
 use std::path::Path;
 

@@ -1,6 +1,6 @@
-//! The directory that a target gives to its guest, and what lies beside it.
+//! The directory that a target shares with its guest, and what is beside it.
 //!
-//! The invariant: nothing but the share is ever changed, which `check_outside` looks at.
+//! The invariant: only the share is ever changed, which `check_outside` verifies.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

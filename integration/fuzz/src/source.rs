@@ -1,4 +1,4 @@
-//! An input, taken apart from front to back. At its end everything is 0.
+//! An input, read from front to back. After its end everything is 0.
 
 /// What is left of an input.
 #[derive(Clone, Copy, Debug)]

@@ -1,10 +1,12 @@
-//! A state table, damaged: read, and gone on from.
+//! A damaged state table, which is read and resumed from.
 //!
-//! An input is a list of stores into the table of a file system in use, as no server would have made
-//! them. What must hold: the table is refused, or a file system goes on from it, in which every
-//! operation has an answer, nothing outside of the share is reached, and all is given back at the end.
+//! An input is a list of stores into the table of a file system in use, as no server would have
+//! made them. What must hold: the table is refused, or a file system resumes from it, in which
+//! every operation returns, nothing outside of the share is reached, and everything is released at
+//! the end.
 //!
-//! A store of the input is: where (part, one byte; word, two bytes), how (one byte), the value (eight).
+//! A store of the input is: its location (part, one byte; word, two bytes), its kind (one byte),
+//! the value (eight).
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -48,7 +50,7 @@ struct Scene {
     /// Parts of the table, by where they begin in bytes.
     parts: Vec<(u64, Vec<u8>)>,
     len: u64,
-    doings: u64,
+    journals: u64,
     kinds: u64,
     chunks: u64,
 }
@@ -120,10 +122,16 @@ impl Scene {
             u64::from_ne_bytes(bytes)
         };
         let count = word(2);
-        let doings = 512 + 2 * 16 * 1024 + (1 << 19);
-        let kinds = doings + 2 * 256 * 8192;
+        let journals = 512 + 2 * 16 * 1024 + (1 << 19);
+        let kinds = journals + 2 * 256 * 8192;
         let chunks = (kinds + count).next_multiple_of(CHUNK);
-        let areas = [(0, 1024), (512 + 16 * 1024, 64), (doings, 64), (kinds, 64)].into_iter();
+        let areas = [
+            (0, 1024),
+            (512 + 16 * 1024, 64),
+            (journals, 64),
+            (kinds, 64),
+        ]
+        .into_iter();
         let areas = areas.chain((0..CHUNKS).map(|n| (chunks + n * CHUNK, USED)));
         let parts = areas.map(|(first, words)| {
             let mut bytes = vec![0; usize::try_from(words * WORD).expect("few")];
@@ -134,7 +142,7 @@ impl Scene {
         Self {
             parts: parts.collect(),
             len: u64::try_from(len).expect("a length"),
-            doings,
+            journals,
             kinds,
             chunks,
             share,
@@ -154,7 +162,7 @@ impl Scene {
             let place = match part {
                 0..0x20 => word % 1024,
                 0x20..0x30 => self.kinds + word % 64,
-                0x30..0x40 => self.doings + word % 64,
+                0x30..0x40 => self.journals + word % 64,
                 0x40..0x48 => {
                     rustix::fs::ftruncate(&file, word * 64).expect("another length");
                     continue;

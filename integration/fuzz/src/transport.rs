@@ -1,5 +1,5 @@
-//! A chain as the FUSE session sees it. The server's own, in `worker`, does the same and answers
-//! what is dropped; here a dropped one is a find.
+//! A chain as the FUSE session sees it. The server's own transport, in `worker`, does the same and
+//! replies to a dropped request; here a dropped one is a finding.
 
 use ringfsd::fuse::{OUT_HEADER_LEN, Transport};
 use ringfsd::io::GuestBuffer;

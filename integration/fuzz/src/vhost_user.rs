@@ -1,10 +1,10 @@
-//! vhost-user messages: any, in any order, with any descriptors, into a session of the front.
+//! vhost-user messages: any messages, in any order, with any descriptors, sent to a session.
 //!
 //! An input is what a front end sends until it hangs up. What must hold: the session ends, by
 //! itself or with an error, and queues run only between `run` and `stop`.
 //!
-//! One message of the input is: number, flags, what of the descriptors, a length (one byte each),
-//! the body. Some bodies are completed so that they can be right.
+//! One message of the input is: number, flags, kind of descriptors, a length (one byte each), the
+//! body. Some bodies are completed so that they can be valid.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::decode`.
+//! Fuzz target; see `ringfsd_fuzz::decode`.
 
 #![no_main]
 

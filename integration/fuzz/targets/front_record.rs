@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::front_record`.
+//! Fuzz target; see `ringfsd_fuzz::front_record`.
 
 #![no_main]
 

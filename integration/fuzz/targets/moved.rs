@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::moved`.
+//! Fuzz target; see `ringfsd_fuzz::moved`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::request`.
+//! Fuzz target; see `ringfsd_fuzz::request`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::ring`.
+//! Fuzz target; see `ringfsd_fuzz::ring`.
 
 #![no_main]
 

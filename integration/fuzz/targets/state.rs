@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::state`.
+//! Fuzz target; see `ringfsd_fuzz::state`.
 
 #![no_main]
 

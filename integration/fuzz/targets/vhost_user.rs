@@ -1,4 +1,4 @@
-//! Fuzz target; what it does is said in `ringfsd_fuzz::vhost_user`.
+//! Fuzz target; see `ringfsd_fuzz::vhost_user`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What a program's operation leaves behind, by which it can be recognized in a file.
+//! What a program's operation leaves in a file, by which it can be recognised.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
@@ -8,10 +8,10 @@ use rustix::fs::{FileType, Stat, fgetxattr, fstat};
 /// The extended attribute that programs set.
 pub const ATTRIBUTE: &std::ffi::CStr = c"user.record";
 
-/// The most of a file that is read.
+/// The maximum number of bytes that are read of a file.
 const MOST: usize = 1 << 20;
 
-/// What has to be found.
+/// What must be found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// This line in the content.
@@ -28,7 +28,7 @@ pub enum Effect {
 }
 
 impl Effect {
-    /// Whether `file` shows this.
+    /// Whether `file` has this effect.
     pub(crate) fn is_in(&self, file: BorrowedFd<'_>) -> bool {
         let Ok(stat) = fstat(file) else { return false };
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;

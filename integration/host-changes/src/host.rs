@@ -1,9 +1,9 @@
 //! What users and programs of the host do to a shared directory: editors, builds, `git`, `rm`.
 //!
 //! Names that begin with `log` are neither renamed nor removed by the guest's programs, so the host
-//! may rename over them and remove them at once; what is at other names is first renamed to a name
-//! of the host's own, so that what was there is what is kept. The invariant of [`Share`] holds
-//! after each.
+//! may rename over them and remove them at once. Files at other names are first renamed to a name
+//! of the host's own, so that the file that is kept is the one that was there. The invariant of
+//! [`Share`] holds after each operation.
 
 use std::fs;
 use std::io::Write;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::share::{DIRECTORIES, Share, State};
 
-/// Permissions of what the host makes: none that a program of the guest sets.
+/// Permissions of files that the host creates: no program of the guest sets these.
 const MODE: u32 = 0o750;
 
 /// How often a directory is emptied while a guest still creates files in it.
@@ -42,7 +42,7 @@ pub enum FileChange {
 }
 
 impl FileChange {
-    /// Each of them.
+    /// All of them.
     pub const ALL: [Self; 8] = [
         Self::Replace,
         Self::Remove,
@@ -62,18 +62,18 @@ pub enum DirectoryChange {
     Replace,
     /// Exchange it with another one.
     Exchange,
-    /// Remove what is in it.
+    /// Remove its content.
     Empty,
-    /// Remove it with all that is in it.
+    /// Remove it with its content.
     Remove,
-    /// Remove it with all that is in it, and make a new one.
+    /// Remove it with its content, and make a new one.
     Recreate,
     /// Rename it away, remove that, and make a new one.
     ReplaceAndRemove,
 }
 
 impl DirectoryChange {
-    /// Each of them.
+    /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Replace,
         Self::Exchange,
@@ -96,10 +96,10 @@ fn is_replaced_by_guest(path: &str) -> bool {
 }
 
 impl Share {
-    /// Changes the file at `path`. What isn't there isn't changed, or made.
+    /// Changes the file at `path`; skips a file that doesn't exist.
     ///
     /// # Errors
-    /// What the host's file system says; a missing directory is none.
+    /// Those of the host's file system; a missing directory is none.
     pub fn change_file(&self, path: &str, change: FileChange) -> Done {
         let mut state = self.write();
         ignore_missing(self.try_change_file(&mut state, path, change))
@@ -154,7 +154,7 @@ impl Share {
         format!("host {:8}\n", self.number())
     }
 
-    /// A path at the top of the share that nothing else uses.
+    /// An unused path at the top of the share.
     fn own_path(&self, kind: &str) -> String {
         format!("{kind}-{}", self.number())
     }
@@ -192,7 +192,7 @@ impl Share {
         Err(Errno::AGAIN)
     }
 
-    /// Makes a new file at `path`, unless the guest was faster.
+    /// Makes a new file at `path`, unless the guest has made one.
     fn put(&self, path: &str) -> Done {
         let draft = self.draft(path)?;
         let (from, to) = (self.at(&draft), self.at(path));
@@ -225,7 +225,7 @@ impl Share {
     /// Changes the directory at `path`.
     ///
     /// # Errors
-    /// What the host's file system says.
+    /// Those of the host's file system.
     pub fn change_directory(&self, path: &str, change: DirectoryChange) -> Done {
         let mut state = self.write();
         let state = &mut *state;
@@ -266,10 +266,10 @@ impl Share {
         Ok(())
     }
 
-    /// Makes the directories that are not there.
+    /// Makes the missing directories.
     ///
     /// # Errors
-    /// What the host's file system says.
+    /// Those of the host's file system.
     pub fn complete(&self) -> Done {
         self.make_directories(&mut self.write())
     }
@@ -303,7 +303,7 @@ impl Share {
         Ok(())
     }
 
-    /// Removes all that is in the directory at `place`, which was known as `path`.
+    /// Removes the content of the directory at `place`, which was known as `path`.
     fn empty(&self, state: &mut State, place: &str, path: &str) -> Done {
         let names = fs::read_dir(self.at(place)).map_err(errno)?;
         for entry in names {
@@ -346,7 +346,7 @@ impl Share {
     }
 }
 
-/// A name that isn't there is not changed, which is no error.
+/// A missing name is skipped, which is no error.
 fn ignore_missing(done: Done) -> Done {
     match done {
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),

@@ -2,9 +2,9 @@
 //! each acknowledged record is.
 //!
 //! [`Share`] is the host's side, [`Writer`] the guest's programs over any [`Programs`], and
-//! [`Report`] what they found. The invariant: whatever the host takes away from a path stays open
-//! here, so that a record that the guest's program was told is written can be found, wherever it
-//! is.
+//! [`Report`] what they found. The invariant: whatever the host removes from a path stays open
+//! here, so that a record whose write was acknowledged to a program of the guest can be found,
+//! wherever it is.
 
 mod effect;
 mod host;
@@ -24,5 +24,5 @@ pub use run::{Plan, run};
 pub use share::{DIRECTORIES, Share};
 pub use writer::{Action, File, Rules, Target, Writer};
 
-/// An answer, or the error number.
+/// A result, or the error number.
 pub type Result<T> = std::result::Result<T, i32>;

@@ -1,5 +1,5 @@
-//! Programs of a guest on a mount of this machine, while the host changes the directory that is
-//! shared.
+//! Runs programs of a guest on a mount of this machine, while the host changes the shared
+//! directory.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -13,12 +13,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Write on a mount, change the shared directory on the host, and look for what was lost.
 ///
-/// Exits with 1 where a record that was acknowledged is neither at its path nor in what the host
-/// took away from it afterwards, where a reader gets ESTALE, or where writers get it often.
+/// Exits with 1 if an acknowledged record is neither at its path nor in what the host removed from
+/// there afterwards, if a reader gets ESTALE, or if writers get it often.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "host-changes")]
 struct Options {
-    /// Where the share is mounted.
+    /// The mount point of the share.
     #[arg(long, value_name = "DIR")]
     mount: PathBuf,
 
@@ -30,7 +30,7 @@ struct Options {
     #[arg(long, value_name = "N", default_value_t = 10)]
     seconds: u64,
 
-    /// How many programs write at once.
+    /// The number of programs that write at the same time.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     writers: u16,
 
@@ -48,12 +48,12 @@ struct Options {
     #[arg(long)]
     file_handles: bool,
 
-    /// Where random numbers start (default: the time).
+    /// The seed of the random numbers (default: the time).
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }
 
-/// What can go wrong.
+/// Why the program fails.
 #[derive(Debug, thiserror::Error)]
 enum ChangesError {
     #[error("the shared directory {0} can't be used")]
@@ -81,7 +81,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(options: &Options) -> Result<(), ChangesError> {
-    // What the host takes away stays open.
+    // Files that the host removes stay open.
     let limit = getrlimit(Resource::Nofile);
     let current = limit.maximum;
     let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });

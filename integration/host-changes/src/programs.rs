@@ -1,8 +1,7 @@
-//! What programs of a guest do to the share, over whatever brings it to them.
+//! What programs of a guest do to the share, through a mount or any other access to it.
 //!
-//! [`Mounted`] is a mount on this machine, by plain system calls. The invariant: each method is
-//! what one call of a program is to the guest's kernel, so a second attempt after `ESTALE` is the
-//! kernel's.
+//! [`Mounted`] is a mount on this machine, used by plain system calls. The invariant: each method
+//! is one system call of a program, so a second attempt after `ESTALE` is the guest kernel's.
 
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
@@ -17,22 +16,22 @@ use rustix::fs::XattrFlags;
 use crate::Result;
 use crate::effect::ATTRIBUTE;
 
-/// How long before it was opened a file may have been taken away from its path, where nobody can
-/// tell when the guest's kernel has looked the path up.
+/// How long before it was opened a file may have been removed from its path, if it is unknown when the
+/// guest's kernel looked the path up.
 const TOLERANCE: Duration = Duration::from_millis(100);
 
 /// What an operation relied on.
 #[derive(Clone, Copy, Debug)]
 pub struct Reliance {
-    /// A file that was taken away from its path before this must not have been changed.
+    /// A file that was removed from its path before this must not have been changed.
     pub since: Instant,
-    /// A directory above it that was taken away before this must not have been gone through.
+    /// A directory above it that was removed before this must not have been traversed.
     pub directories_since: Instant,
-    /// Whether it was told `ESTALE` shortly before and has looked this up since, so that the server may
-    /// let it through once, whatever has become of the name.
+    /// Whether the process got `ESTALE` shortly before and has looked this up since, so that the server
+    /// may let it through once, whatever has happened to the name.
     pub may_pass: bool,
-    /// Whether the guest had the file open already, where that is known: a change of attributes may
-    /// then come from a descriptor.
+    /// Whether the guest had the file open already, if known: a change of attributes may then come from a
+    /// descriptor.
     pub was_open: Option<bool>,
 }
 
@@ -41,7 +40,7 @@ pub trait Programs {
     /// An open file.
     type File;
 
-    /// `open`, with flags as it has them.
+    /// `open`, with its flags.
     ///
     /// # Errors
     /// The error number, here and below.
@@ -62,7 +61,7 @@ pub trait Programs {
     fn truncate(&mut self, path: &str, length: u64) -> Result<()>;
     /// `chmod`.
     fn chmod(&mut self, path: &str, mode: u32) -> Result<()>;
-    /// `setxattr`, of the attribute that [`Effect`](crate::Effect) looks at.
+    /// `setxattr`, of the attribute that [`Effect`](crate::Effect) checks.
     fn set_attribute(&mut self, path: &str, value: &str) -> Result<()>;
     /// `rename`.
     fn rename(&mut self, from: &str, to: &str) -> Result<()>;
@@ -70,11 +69,10 @@ pub trait Programs {
     fn unlink(&mut self, path: &str) -> Result<()>;
     /// `mkdir`.
     fn mkdir(&mut self, path: &str) -> Result<()>;
-    /// Has the guest's kernel drop what it may drop at any time.
+    /// Makes the guest's kernel drop its caches, which it may do at any time.
     fn drop_caches(&mut self) -> Result<()>;
 
-    /// What the last operation that changed something relied on, which the program began at
-    /// `began`.
+    /// What the last operation that changed something relied on; the program began it at `began`.
     fn reliance(&self, began: Instant) -> Reliance {
         let since = began.checked_sub(TOLERANCE).unwrap_or(began);
         Reliance {

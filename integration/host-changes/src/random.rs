@@ -5,7 +5,7 @@
 pub struct Random(u64);
 
 impl Random {
-    /// A generator for this seed.
+    /// A generator with this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         let mut random = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -27,7 +27,7 @@ impl Random {
         (self.next() >> 11).checked_rem(end).unwrap_or(0)
     }
 
-    /// Whether one chance in `of` comes true.
+    /// True with a probability of one in `of`.
     pub fn one_in(&mut self, of: u64) -> bool {
         self.below(of) == 0
     }
@@ -35,7 +35,7 @@ impl Random {
     /// One of these.
     ///
     /// # Panics
-    /// Where there are none.
+    /// If there are none.
     pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         let index = self.below(from.len() as u64);
         &from[usize::try_from(index).unwrap_or(0)]

@@ -1,15 +1,15 @@
-//! What programs found, counted.
+//! Counts what programs found.
 
 use std::fmt;
 
 /// How many of each kind of fault are described.
 const DESCRIBED: usize = 20;
 
-/// Of writers, one `ESTALE` in so many operations is no fault: where the host replaces a file
-/// without pause, even the second walk of a path may find what is replaced a moment later.
+/// Writers may get one `ESTALE` in so many operations: if the host replaces a file without pause, even
+/// the second walk of a path may find a file that is replaced a moment later.
 const WRITES_PER_STALE: u64 = 1000;
 
-/// So few of the records may be let through after `ESTALE` to what the host has taken away.
+/// One in so many records may be let through after `ESTALE` to what the host has removed.
 const RECORDS_PER_PASS: u64 = 500;
 
 /// What programs found.
@@ -21,42 +21,42 @@ pub struct Report {
     pub reads: u64,
     /// Changing calls that were acknowledged, each with one thing to find.
     pub records: u64,
-    /// Of these, found where the path leads.
+    /// Effects found where the path leads.
     pub arrived: u64,
-    /// Found in what the host took away from the path afterwards.
+    /// Effects found in what the host removed from the path afterwards.
     pub displaced_later: u64,
-    /// Found in what has another name on the host.
+    /// Effects found in what has another name on the host.
     pub elsewhere: u64,
-    /// Found in a file that the guest had open already.
+    /// Effects found in a file that the guest had open already.
     pub was_open: u64,
-    /// Found in what was looked up after `ESTALE`, and let through.
+    /// Effects found in what was looked up after `ESTALE`, and let through.
     pub passed: u64,
-    /// Changed by the host afterwards.
+    /// Effects that the host has changed afterwards.
     pub overtaken: u64,
-    /// Calls that failed because something was not there.
+    /// Calls that failed because something didn't exist.
     pub missing: u64,
-    /// Of these, calls for what was there: the guest relied on a directory that is no more.
+    /// Of these, calls for something that existed: the guest relied on a removed directory.
     pub outdated: u64,
-    /// Calls on a removed file that were refused, where the server sees no OPEN.
+    /// Calls on a removed file that were refused, if the server sees no OPEN.
     pub refused: u64,
     /// Reading calls that failed with `ESTALE`.
     pub stale_reads: u64,
     /// Changing calls that failed with `ESTALE`.
     pub stale_writes: u64,
-    /// Second attempts that a guest's kernel made, where that is known.
+    /// Second attempts that a guest's kernel made, if known.
     pub retries: u64,
-    /// How many of the records are nowhere, or where nobody finds them.
+    /// How many records are nowhere, or not where they can be found.
     pub lost: u64,
-    /// Records that are lost, some of them.
+    /// Descriptions of some lost records.
     pub losses: Vec<String>,
     /// Errors that no program should see.
     pub errors: u64,
-    /// Some of them.
+    /// Descriptions of some of these errors.
     pub described: Vec<String>,
 }
 
 impl Report {
-    /// Counts a record that is lost.
+    /// Counts a lost record.
     pub(crate) fn lose(&mut self, what: String) {
         self.lost += 1;
         if self.losses.len() < DESCRIBED {
@@ -72,7 +72,7 @@ impl Report {
         }
     }
 
-    /// Adds what another found.
+    /// Adds what another report found.
     pub fn add(&mut self, other: Self) {
         self.changes += other.changes;
         self.reads += other.reads;
@@ -97,7 +97,7 @@ impl Report {
         self.described.truncate(DESCRIBED);
     }
 
-    /// What is wrong, if anything is.
+    /// Describes what is wrong, if anything is.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
         let too_many_stale = self.stale_writes * WRITES_PER_STALE > self.records + WRITES_PER_STALE;

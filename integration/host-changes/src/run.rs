@@ -1,4 +1,4 @@
-//! Writers and the host at once, for a time.
+//! Runs writers and the host at the same time, for a given time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,12 +14,12 @@ use crate::writer::{Action, Rules, Target, Writer};
 /// How often in a row a file is replaced without pause, now and then.
 const STORM: u32 = 100;
 
-/// How a run is made.
+/// The settings of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// How long.
+    /// The duration.
     pub duration: Duration,
-    /// Where its random numbers start.
+    /// The seed of its random numbers.
     pub seed: u64,
     /// The longest pause of the host between two changes.
     pub pause: Duration,
@@ -30,7 +30,7 @@ pub struct Plan {
 /// Runs a writer over each of `programs`, while the host changes what they use.
 ///
 /// # Errors
-/// What the host's file system says of a change.
+/// Those of the host's file system.
 pub fn run<P>(share: &Share, programs: Vec<P>, plan: &Plan) -> rustix::io::Result<Report>
 where
     P: Programs + Send,
@@ -64,7 +64,7 @@ where
     })
 }
 
-/// The host's changes until it is over. Returns how many there were.
+/// Changes the share on the host until the run is over. Returns the number of changes.
 fn change(
     share: &Share,
     writers: usize,
@@ -111,7 +111,7 @@ fn write<P: Programs>(
     let mut writer = Writer::new(programs, share, number, plan.rules);
     while Instant::now() < end && !over.load(Ordering::Relaxed) {
         let mut action = *random.pick(&Action::ALL);
-        // Seldom: what is cached is what makes the difference.
+        // Seldom: cached names are what is tested.
         if action == Action::DropCaches && !random.one_in(20) {
             action = Action::Append;
         }
@@ -122,7 +122,7 @@ fn write<P: Programs>(
             number
         };
         writer.act(action, &Target::random(&mut random, owner));
-        // Not faster than things change: others want the processor, too.
+        // Not faster than things change: other threads need the processor, too.
         thread::sleep(Duration::from_micros(random.below(2000)));
     }
     match writer.end() {

@@ -1,8 +1,7 @@
-//! The shared directory as the host sees it, with everything that the host took away from a path.
+//! The shared directory as the host sees it, with everything that the host has removed from a path.
 //!
-//! The invariant: whoever holds the lock for reading finds each inode that was ever at a path
-//! either there, or below a displaced directory, or among the displaced files, up to how many are
-//! kept.
+//! The invariant: a reader of the lock finds each inode that was ever at a path either there, or
+//! below a displaced directory, or among the displaced files, up to the number that is kept.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
@@ -16,8 +15,7 @@ use rustix::fs::{Mode, OFlags, fstat, open, openat};
 
 use crate::effect::{Effect, name_of};
 
-/// The directories that are used, those above before those below. The host replaces and removes
-/// them.
+/// The directories that are used, parents first. The host replaces and removes them.
 pub const DIRECTORIES: [&str; 3] = ["d0", "d1", "d1/e"];
 
 /// How many displaced files and directories are kept open.
@@ -31,14 +29,14 @@ pub struct Share {
     serial: AtomicU64,
 }
 
-/// What has happened to the share.
+/// The history of the share.
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// The latest last.
     displaced: VecDeque<Displaced>,
-    /// When the host last changed what is in the file at a path.
+    /// When the host last changed the content of the file at a path.
     changed: HashMap<String, Instant>,
-    /// When a directory was last taken away, or made.
+    /// When a directory was last removed or made.
     moved: HashMap<String, Instant>,
     /// Files and directories that programs of the guest are reading, or when they last did.
     read: HashMap<String, Reading>,
@@ -53,7 +51,7 @@ struct Reading {
     ended: Instant,
 }
 
-/// What was taken away from a path.
+/// Something that was removed from a path.
 #[derive(Debug)]
 struct Displaced {
     path: String,
@@ -65,9 +63,9 @@ struct Displaced {
 /// Where an effect was found.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// When what it was found in was no longer at the path, unless it still is.
+    /// When the file in which it was found was removed from the path, unless it still is there.
     pub(crate) displaced: Option<Instant>,
-    /// Whether the whole directory was taken away, and not the file.
+    /// Whether the whole directory was removed, and not the file.
     pub(crate) with_directory: bool,
     /// Whether it has a name on the host.
     pub(crate) is_named: bool,
@@ -76,7 +74,7 @@ pub(crate) struct Found {
 }
 
 impl State {
-    /// Notes that `fd` was taken away from `path`.
+    /// Records that `fd` was removed from `path`.
     pub(crate) fn displace(&mut self, path: &str, fd: OwnedFd, is_directory: bool) {
         if self.displaced.len() >= KEPT {
             self.displaced.pop_front();
@@ -94,22 +92,22 @@ impl State {
         });
     }
 
-    /// Notes that the host has changed what is in the file at `path`.
+    /// Records that the host has changed the content of the file at `path`.
     pub(crate) fn change(&mut self, path: &str) {
         self.changed.insert(path.to_owned(), Instant::now());
     }
 
-    /// Notes that a directory was made or removed.
+    /// Records that a directory was made or removed.
     pub(crate) fn moved(&mut self, path: &str) {
         self.moved.insert(path.to_owned(), Instant::now());
     }
 }
 
 impl Share {
-    /// Takes a directory as the share, and makes the directories that are used in it.
+    /// Uses a directory as the share, and makes the directories that are used in it.
     ///
     /// # Errors
-    /// Where they can't be made.
+    /// If they can't be made.
     pub fn new(root: &Path) -> std::io::Result<Self> {
         for directory in DIRECTORIES {
             std::fs::create_dir_all(root.join(directory))?;
@@ -127,7 +125,7 @@ impl Share {
         self.root.join(path)
     }
 
-    /// A number that was not used before.
+    /// A number that is used once.
     pub(crate) fn number(&self) -> u64 {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
@@ -148,7 +146,7 @@ impl Share {
         open(self.at(path), flags, Mode::empty())
     }
 
-    /// Whether all directories above `path` have been there, the same ones, since `since`.
+    /// Whether all directories above `path` have existed, unchanged, since `since`.
     pub(crate) fn directories_stay(&self, path: &str, since: Instant) -> bool {
         let state = self.read();
         DIRECTORIES.iter().all(|directory| {
@@ -159,13 +157,13 @@ impl Share {
         })
     }
 
-    /// Whether the host has changed what is in the file at `path` since `since`.
+    /// Whether the host has changed the content of the file at `path` since `since`.
     pub(crate) fn was_changed(&self, path: &str, since: Instant) -> bool {
         let state = self.read();
         state.changed.get(path).is_some_and(|at| *at >= since)
     }
 
-    /// Calls `read` with what is at `path` known as something that the guest may have open.
+    /// Calls `read` while the file at `path` is recorded as one that the guest may have open.
     pub(crate) fn while_reading<T>(&self, path: &str, read: impl FnOnce() -> T) -> T {
         let mut state = self.write();
         let nobody = || Reading {
@@ -198,7 +196,7 @@ impl Share {
         self.was_read(directory, since)
     }
 
-    /// Where `effect` is that is not where it has to be: for messages.
+    /// Describes where an `effect` is that is not where it must be, for messages.
     pub(crate) fn search(&self, effect: &Effect) -> String {
         let state = self.read();
         let displaced = state.displaced.iter().rev();
@@ -227,7 +225,7 @@ impl Share {
         }
     }
 
-    /// Looks for `effect`, which a program has had on what was at `path`.
+    /// Looks for the `effect` of a program on the file that was at `path`.
     pub(crate) fn find(&self, path: &str, effect: &Effect) -> Option<Found> {
         let state = self.read();
         let flags = OFlags::RDONLY;

@@ -2,8 +2,7 @@
 //! acknowledged.
 //!
 //! A writer changes only files that no other writer changes. The invariant: each acknowledged
-//! change is looked for before the writer makes the next, so that nothing but the host can have
-//! undone it.
+//! change is looked for before the writer makes the next, so that only the host can have undone it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,11 +12,10 @@ use crate::random::Random;
 use crate::report::Report;
 use crate::share::{DIRECTORIES, Share};
 
-/// How long a file is held open.
-const HELD: Duration = Duration::from_secs(3);
+/// How long a file is kept open.
+const OPEN_TIME: Duration = Duration::from_secs(3);
 
-/// How long before a call began the directories have to have been there, for a missing one to be a
-/// fault.
+/// How long before a call the directories must have existed for a missing one to be a fault.
 const TOLERANCE: Duration = Duration::from_millis(100);
 
 /// What a process does.
@@ -35,30 +33,30 @@ pub enum Action {
     SetAttribute,
     /// Write a new file and rename it over the old one.
     Save,
-    /// Create a file of a new name.
+    /// Create a file with a new name.
     Create,
-    /// Create a directory of a new name.
+    /// Create a directory with a new name.
     MakeDirectory,
     /// `unlink`.
     Remove,
     /// Open for appending, and keep it open.
     Hold,
     /// Write a line to the file that is kept open.
-    AppendHeld,
+    AppendOpen,
     /// Close the file that is kept open.
-    CloseHeld,
+    CloseOpen,
     /// Read the whole file.
     Read,
     /// `stat`.
     Stat,
     /// List the directory.
     List,
-    /// Have the guest's kernel drop its caches.
+    /// Make the guest's kernel drop its caches.
     DropCaches,
 }
 
 impl Action {
-    /// Each of them.
+    /// All of them.
     pub const ALL: [Self; 16] = [
         Self::Append,
         Self::Overwrite,
@@ -70,8 +68,8 @@ impl Action {
         Self::MakeDirectory,
         Self::Remove,
         Self::Hold,
-        Self::AppendHeld,
-        Self::CloseHeld,
+        Self::AppendOpen,
+        Self::CloseOpen,
         Self::Read,
         Self::Stat,
         Self::List,
@@ -82,7 +80,7 @@ impl Action {
 /// A kind of file, of which each writer has one in each directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum File {
-    /// Nobody in the guest renames or removes it.
+    /// No program of the guest renames or removes it.
     Log,
     /// The guest renames over it and removes it, too.
     Document,
@@ -95,7 +93,7 @@ pub struct Target {
     pub directory: usize,
     /// Which file in it.
     pub file: File,
-    /// Which writer's.
+    /// The number of the writer.
     pub writer: usize,
 }
 
@@ -128,32 +126,31 @@ impl Target {
 /// What a writer may rely on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rules {
-    /// It makes its calls while nothing changes on the host, so that whatever is there must be
-    /// found.
+    /// It makes its calls while nothing changes on the host, so that whatever exists must be found.
     pub is_alone: bool,
     /// The server sees no OPEN: it may refuse a read or write of a file that the host has removed,
     /// which the guest's kernel does not repeat, even if a program has the file open.
     pub sees_no_open: bool,
-    /// The server holds few descriptors and opens an inode by its name again, so it may lose what the
-    /// host replaces between the guest's LOOKUP and OPEN.
+    /// The server keeps few descriptors and reopens an inode by its name, so it may lose what the host
+    /// replaces between the guest's LOOKUP and OPEN.
     pub reopens_by_name: bool,
-    /// The server knows inodes and not by which name the guest got to them: a change may reach an
-    /// inode that the host has renamed, and loses nothing there.
+    /// The server knows inodes and not their names: a change may reach an inode that the host has
+    /// renamed, and is not lost there.
     pub follows_inodes: bool,
 }
 
 /// A file that is kept open.
 #[derive(Debug)]
-struct Held<F> {
+struct OpenFile<F> {
     path: String,
     file: F,
     since: Instant,
     reliance: Reliance,
-    /// The guest itself has taken its name away, so that the host can't find it.
+    /// The guest itself has removed its name, so that the host can't find it.
     is_nameless: bool,
 }
 
-/// A call that failed, and whether it creates what isn't there.
+/// A call that failed, and whether it creates what doesn't exist.
 struct Failed {
     errno: i32,
     creates: bool,
@@ -166,31 +163,31 @@ pub struct Writer<'s, P: Programs> {
     share: &'s Share,
     number: usize,
     serial: u64,
-    held: Option<Held<P::File>>,
+    open_file: Option<OpenFile<P::File>>,
     rules: Rules,
     report: Report,
 }
 
 impl<'s, P: Programs> Writer<'s, P> {
-    /// A writer of this number.
+    /// A writer with this number.
     pub fn new(programs: P, share: &'s Share, number: usize, rules: Rules) -> Self {
         Self {
             programs,
             share,
             number,
             serial: 0,
-            held: None,
+            open_file: None,
             rules,
             report: Report::default(),
         }
     }
 
-    /// Ends it, closes its file, and returns what it found.
+    /// Ends the writer, closes its file, and returns what it found.
     ///
     /// # Errors
-    /// The error number, where the file can't be closed.
+    /// The error number, if the file can't be closed.
     pub fn end(mut self) -> Result<(P, Report), i32> {
-        self.close_held()?;
+        self.close_open_file()?;
         Ok((self.programs, self.report))
     }
 
@@ -209,27 +206,27 @@ impl<'s, P: Programs> Writer<'s, P> {
         format!("writer {} record {:08}\n", self.number, self.serial)
     }
 
-    fn close_held(&mut self) -> Result<(), i32> {
-        match self.held.take() {
-            Some(held) => self.programs.close(held.file),
+    fn close_open_file(&mut self) -> Result<(), i32> {
+        match self.open_file.take() {
+            Some(open_file) => self.programs.close(open_file.file),
             None => Ok(()),
         }
     }
 
-    /// The guest has taken away what was at `path`.
+    /// The guest has removed what was at `path`.
     fn lose_held(&mut self, path: &str) {
-        if let Some(held) = &mut self.held
-            && held.path == path
+        if let Some(open_file) = &mut self.open_file
+            && open_file.path == path
         {
-            held.is_nameless = true;
+            open_file.is_nameless = true;
         }
     }
 
-    /// Does `action` on `target`, and looks for what came of it.
+    /// Performs `action` on `target`, and looks for its effect.
     pub fn act(&mut self, action: Action, target: &Target) {
         let began = Instant::now();
         let path = target.path();
-        // Nobody in the guest renames or removes a log.
+        // No program of the guest renames or removes a log.
         let action = match action {
             Action::Save | Action::Remove if target.file == File::Log => Action::Read,
             action => action,
@@ -318,10 +315,10 @@ impl<'s, P: Programs> Writer<'s, P> {
                 }
             }
             Action::Hold => {
-                self.close_held().map_err(creating)?;
+                self.close_open_file().map_err(creating)?;
                 let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
                 let file = self.programs.open(path, flags, 0o640).map_err(creating)?;
-                self.held = Some(Held {
+                self.open_file = Some(OpenFile {
                     path: path.to_owned(),
                     file,
                     since: began,
@@ -329,16 +326,18 @@ impl<'s, P: Programs> Writer<'s, P> {
                     is_nameless: false,
                 });
             }
-            Action::AppendHeld => {
+            Action::AppendOpen => {
                 let line = self.line();
-                let Some(held) = &mut self.held else {
+                let Some(open_file) = &mut self.open_file else {
                     return Ok(());
                 };
-                let (path, reliance) = (held.path.clone(), held.reliance);
-                if held.is_nameless || held.since.elapsed() > HELD && !self.rules.is_alone {
-                    return self.close_held().map_err(existing);
+                let (path, reliance) = (open_file.path.clone(), open_file.reliance);
+                if open_file.is_nameless
+                    || open_file.since.elapsed() > OPEN_TIME && !self.rules.is_alone
+                {
+                    return self.close_open_file().map_err(existing);
                 }
-                let written = self.programs.write(&mut held.file, line.as_bytes());
+                let written = self.programs.write(&mut open_file.file, line.as_bytes());
                 if written == Err(libc::ESTALE) && self.rules.sees_no_open {
                     self.report.refused += 1;
                     return Ok(());
@@ -346,14 +345,14 @@ impl<'s, P: Programs> Writer<'s, P> {
                 written.map_err(existing)?;
                 self.judge_by(action, &path, &Effect::Line(line), began, reliance);
             }
-            Action::CloseHeld => self.close_held().map_err(existing)?,
+            Action::CloseOpen => self.close_open_file().map_err(existing)?,
             Action::DropCaches => self.programs.drop_caches().map_err(existing)?,
             other => self.look(other, target, path).map_err(existing)?,
         }
         Ok(())
     }
 
-    /// What changes nothing.
+    /// Performs an action that changes nothing.
     fn look(&mut self, action: Action, target: &Target, path: &str) -> Result<(), i32> {
         self.report.reads += 1;
         match action {
@@ -371,8 +370,8 @@ impl<'s, P: Programs> Writer<'s, P> {
         }
     }
 
-    /// Opens a file, writes a line to it, and closes it. False where the write is refused, and may
-    /// be.
+    /// Opens a file, writes a line to it, and closes it. False if the write is refused, where that is
+    /// allowed.
     fn write(&mut self, path: &str, how: i32, line: &str) -> Result<bool, i32> {
         let flags = libc::O_WRONLY | libc::O_CREAT | how;
         let mut file = self.programs.open(path, flags, 0o640)?;
@@ -389,7 +388,7 @@ impl<'s, P: Programs> Writer<'s, P> {
         synced.and(closed).map(|()| true)
     }
 
-    /// Looks for what was acknowledged.
+    /// Looks for an acknowledged effect.
     fn judge(&mut self, action: Action, path: &str, effect: &Effect, began: Instant) {
         let reliance = self.programs.reliance(began);
         self.judge_by(action, path, effect, began, reliance);
@@ -407,10 +406,13 @@ impl<'s, P: Programs> Writer<'s, P> {
             action,
             Action::Truncate | Action::ChangeMode | Action::SetAttribute
         );
-        let is_held = self.held.as_ref().is_some_and(|held| held.path == path);
+        let is_open = self
+            .open_file
+            .as_ref()
+            .is_some_and(|open_file| open_file.path == path);
         let was_open = reliance.was_open.unwrap_or_else(|| {
             let lately = began.checked_sub(TOLERANCE).unwrap_or(began);
-            is_held || self.share.was_read(path, lately)
+            is_open || self.share.was_read(path, lately)
         });
         let report = &mut self.report;
         report.records += 1;
@@ -442,7 +444,7 @@ impl<'s, P: Programs> Writer<'s, P> {
             && (self.rules.follows_inodes
                 || !found.with_directory && self.share.was_listed(path, at))
         {
-            // A name that the guest has seen it by.
+            // A name by which the guest has seen it.
             report.elsewhere += 1;
         } else if reliance.may_pass {
             report.passed += u64::from(!self.rules.is_alone);
@@ -505,7 +507,7 @@ impl<'s, P: Programs> Writer<'s, P> {
         } else {
             began.checked_sub(TOLERANCE).unwrap_or(began)
         };
-        // A directory that is only gone through is looked into as the guest knows it.
+        // A directory that is only traversed is used as the guest knows it.
         let is_nested = path.matches('/').count() > 1;
         let may_pass = self.programs.reliance(began).may_pass;
         failed.creates
@@ -515,7 +517,7 @@ impl<'s, P: Programs> Writer<'s, P> {
     }
 }
 
-/// The time, less what the clock of inodes may be behind.
+/// The time, less the lag of the clock that stamps inodes.
 fn clock_of_inodes() -> Duration {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default()

@@ -1,5 +1,5 @@
-//! The checker itself: it finds nothing wrong with programs that use the shared directory at once, and
-//! finds the losses of programs that go on using what a path once led to.
+//! Tests of the checker: it finds nothing wrong with programs that use the shared directory
+//! directly, and finds the losses of programs that keep using what a path once led to.
 
 #![allow(
     clippy::unwrap_used,
@@ -45,7 +45,7 @@ fn programs_that_never_look_again_lose_records() {
     assert!(report.fault().is_some());
 }
 
-/// A process that goes on using the inode that it has once found at a path.
+/// A process that keeps using the inode that it once found at a path.
 struct Forgetful {
     root: PathBuf,
     anywhere: Mounted,

@@ -1,4 +1,4 @@
-//! Counts allocations, for the tests that there are none.
+//! Counts allocations, for the tests that assert that there are none.
 
 #![expect(unsafe_code, reason = "an allocator can't be written without")]
 
@@ -11,17 +11,17 @@ thread_local! {
 
 struct Counting;
 
-// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
-// is the one that the caller keeps; counting does not allocate.
+// SAFETY: each method passes its arguments to `System`'s method of the same name, whose contract
+// is the one that the caller upholds; counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller keeps `alloc`'s contract.
+        // SAFETY: the caller upholds `alloc`'s contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps `dealloc`'s contract.
+        // SAFETY: the caller upholds `dealloc`'s contract.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

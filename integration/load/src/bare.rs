@@ -1,7 +1,8 @@
-//! The system calls that a case can't do without, in a loop in one thread: the limit.
+//! The system calls that a case can't do without, in a loop in one thread: the upper limit for a
+//! server.
 //!
-//! No server, no queue, no FUSE: one operation after the other by the process that wants it. The
-//! invariant: files and choices are those of the case against a server.
+//! No server, no queue, no FUSE: one operation after the other by the process that uses the result.
+//! The invariant: files and random choices are those of the case against a server.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,17 +23,17 @@ use crate::share::{
 };
 use crate::spec::{Kind, Spec, Transfer};
 
-/// What can go wrong.
+/// Why the bare calls fail.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BareError {
     /// An option is missing.
     #[error("{0} is needed")]
     Missing(&'static str),
     /// The files could not be made or read.
-    #[error("the files of the share are not to be had")]
+    #[error("can't make or read the files of the share")]
     Share(#[from] ShareError),
     /// This process can't be measured.
-    #[error("this process is not to be measured")]
+    #[error("can't measure this process")]
     Process(#[from] ProcessError),
     /// A directory or file could not be opened.
     #[error("can't open {0}")]
@@ -42,7 +43,7 @@ pub(crate) enum BareError {
     Call(Spec, #[source] io::Error),
 }
 
-/// Runs the cases that the options name. What has no meaning here is left out, and said.
+/// Runs the cases that the options name. Prints and skips those that have no bare calls.
 pub(crate) fn run(options: &Bare) -> Result<(), BareError> {
     let shared_dir = options.share.shared_dir.as_deref();
     let shared_dir = shared_dir.ok_or(BareError::Missing("--shared-dir"))?;
@@ -53,10 +54,10 @@ pub(crate) fn run(options: &Bare) -> Result<(), BareError> {
     }
     for mut spec in options.measure.specs() {
         if matches!(spec.kind, Kind::Idle | Kind::Mixed) {
-            eprintln!("load: {spec} is not a matter of bare system calls");
+            eprintln!("load: {spec} has no bare system calls; skipped");
             continue;
         }
-        // What is in flight together with others is one by one here, under the case's name.
+        // Operations that a case has in flight together are made one by one here, under the case's name.
         let case = spec.to_string();
         spec.depth = 1;
         let mut calls = Calls::new(&share, spec)?;
@@ -98,7 +99,7 @@ pub(crate) fn run(options: &Bare) -> Result<(), BareError> {
     Ok(())
 }
 
-/// Does one operation after the other, for at least this long and at least once.
+/// Performs one operation after the other, for at least this long and at least once.
 fn loop_for(
     time: std::time::Duration,
     mut one: impl FnMut() -> Result<(), Errno>,
@@ -131,13 +132,13 @@ struct Calls {
     /// Descriptors of the known files, as a server has them.
     nodes: Vec<OwnedFd>,
     random: Random,
-    /// Files or places that have been visited.
+    /// How many files or offsets have been visited.
     count: u32,
     places: u32,
     buffer: Aligned,
 }
 
-/// A buffer on a page's boundary, as O_DIRECT needs it.
+/// A page-aligned buffer, as O_DIRECT needs it.
 struct Aligned {
     bytes: Vec<u8>,
     from: usize,

@@ -1,9 +1,9 @@
-//! How fast the generator itself is: the cases against a responder in a thread of this process.
+//! Measures the generator itself: the cases against a responder in a thread of this process.
 //!
-//! It is measured in two ways. With the responder in a thread of its own, cache lines move between
-//! processors as they do with a server, but a busy machine shows. In turns in one thread, by CPU
-//! time, it does not. Both are lower bounds, as the responder's work is in them. The invariant: the
-//! same lanes and programs are used as against a server.
+//! There are two measurements. With the responder in a thread of its own, cache lines move between
+//! processors as they do with a server, but other load on the machine shows. In turns in one
+//! thread, by CPU time, it does not. Both are lower bounds, as they include the responder's work.
+//! The invariant: the same lanes and programs are used as against a server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ use crate::run::preparer;
 use crate::scene::Scene;
 use crate::spec::{Spec, Typed};
 
-/// The cases that the responder's empty answers do for.
+/// The cases for which the responder's empty replies suffice.
 const CASES: [&str; 6] = [
     "getattr@1",
     "getattr@32",
@@ -33,13 +33,13 @@ const CASES: [&str; 6] = [
     "read-seq/1m@8",
 ];
 
-/// What can go wrong.
+/// Why the measurement fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CeilingError {
-    /// No guest memory.
+    /// Guest memory couldn't be made.
     #[error("no guest memory")]
     Memory(#[from] vmm::memory::MemoryError),
-    /// No queue.
+    /// The queue failed.
     #[error("no queue")]
     Queue(#[from] RingError),
     /// The requests could not be prepared.
@@ -158,7 +158,7 @@ fn in_threads(spec: Spec, options: &Ceiling) -> Result<Measurement, CeilingError
     let driven = std::thread::scope(|scope| {
         scope.spawn(|| responder.run(&call, &stop));
         let driven = drive(vec![lane], &plan, &forgets, None);
-        // Relaxed: nothing else is told by it.
+        // Relaxed: no other data depends on it.
         stop.store(true, Ordering::Relaxed);
         driven
     });

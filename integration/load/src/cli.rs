@@ -10,8 +10,8 @@ use crate::spec::{self, Typed};
 
 /// Put load on a virtio-fs server through its socket, and measure what it does and what it costs.
 ///
-/// This is the VMM's and the driver's side of the connection, without a VMM: it connects, hands
-/// over guest memory and queues, and sends FUSE requests that lie ready in that memory.
+/// This is the VMM's and the driver's side of the connection, without a VMM: it connects, shares
+/// guest memory and queues, and sends FUSE requests that are prepared in that memory.
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "load",
@@ -34,9 +34,9 @@ pub(crate) struct Options {
 
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make the bare system calls of a case in a loop, without any server: the limit.
+    /// Make the bare system calls of a case in a loop, without a server: the upper limit.
     Bare(Bare),
-    /// Measure how fast this program itself is, against a responder in the same process.
+    /// Measure this program itself, against a responder in the same process.
     Ceiling(Ceiling),
     /// Print the medians and ratios of results (--json) of several servers, as Markdown.
     Table(Table),
@@ -60,8 +60,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<i32>,
 
-    /// What to do about a reply: sleep until the call eventfd is signalled, as a guest does, or
-    /// watch the used ring.
+    /// How to wait for a reply: sleep until the call eventfd is signalled, as a guest does, or poll
+    /// the used ring.
     #[arg(long, value_enum, default_value_t = Wait::Call)]
     pub(crate) wait: Wait,
 
@@ -77,12 +77,12 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) verify: bool,
 
-    /// Send FLUSH before RELEASE as Linux does, unless the server says that it needs none.
+    /// Send FLUSH before RELEASE as Linux does, unless the server replies that it needs none.
     #[arg(long)]
     pub(crate) flush: bool,
 
-    /// Offer the server to do without OPEN and OPENDIR, as Linux does. It is not by default, so
-    /// that every server is sent the same.
+    /// Offer the server to do without OPEN and OPENDIR, as Linux does. Off by default, so that every
+    /// server gets the same requests.
     #[arg(long)]
     pub(crate) zero_message_open: bool,
 
@@ -94,10 +94,10 @@ pub(crate) struct Run {
     pub(crate) measure: Measure,
 }
 
-/// Where the files are.
+/// The location of the files.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Share {
-    /// The directory that the server shares, as this host sees it. Files are made in its
+    /// The directory that the server shares, as a path of this host. Files are made in its
     /// subdirectory ringfsd-load.
     #[arg(long, value_name = "DIR", required = true)]
     pub(crate) shared_dir: Option<PathBuf>,
@@ -106,7 +106,7 @@ pub(crate) struct Share {
     #[arg(long, value_name = "BYTES", default_value = "256m", value_parser = file_size)]
     pub(crate) file_size: u64,
 
-    /// Leave the files for the next run.
+    /// Keep the files for the next run.
     #[arg(long)]
     pub(crate) keep: bool,
 }
@@ -118,15 +118,15 @@ pub(crate) struct Measure {
     #[arg(long = "case", value_name = "CASE,…", value_delimiter = ',')]
     pub(crate) cases: Vec<Typed>,
 
-    /// Requests in flight on each queue, where the case does not say.
+    /// Requests in flight on each queue, if the case does not say.
     #[arg(long, value_name = "1-128", value_parser = spec::parse_depth)]
     pub(crate) depth: Option<u16>,
 
-    /// Bytes of a transfer, where the case does not say: a multiple of 4k up to 1m.
+    /// Bytes of a transfer, if the case does not say: a multiple of 4k up to 1m.
     #[arg(long, value_name = "BYTES", value_parser = spec::parse_size)]
     pub(crate) size: Option<u32>,
 
-    /// Request queues, where the case does not say.
+    /// Request queues, if the case does not say.
     #[arg(long, value_name = "N", value_parser = spec::parse_queues)]
     pub(crate) queues: Option<u16>,
 
@@ -138,7 +138,7 @@ pub(crate) struct Measure {
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
     pub(crate) warm_up: Duration,
 
-    /// End after this many operations on each queue, if that is before the time is up.
+    /// End after this many operations on each queue, unless the time is up before.
     #[arg(long, value_name = "N")]
     pub(crate) ops: Option<NonZeroU64>,
 
@@ -152,7 +152,7 @@ pub(crate) struct Measure {
 }
 
 impl Measure {
-    /// The cases with all their numbers.
+    /// The cases with their size, depth and queues.
     pub(crate) fn specs(&self) -> Vec<spec::Spec> {
         let resolve = |typed: Typed| typed.resolve(self.size, self.depth, self.queues);
         if self.cases.is_empty() {
@@ -202,14 +202,14 @@ pub(crate) struct Table {
 pub(crate) enum Wait {
     /// Sleep on the call eventfd.
     Call,
-    /// Watch the used ring.
+    /// Poll the used ring.
     Poll,
 }
 
 /// `--descriptors`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Descriptors {
-    /// One for each page of 4 KiB, as Linux has it.
+    /// One for each page of 4 KiB, as in Linux.
     Pages,
     /// One for a whole transfer.
     Whole,

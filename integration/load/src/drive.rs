@@ -1,6 +1,6 @@
 //! The threads that drive the lanes, and the phases that they go through together.
 //!
-//! The invariant: when [`drive`] returns, its threads have ended, and where it returns an outcome
+//! The invariant: when [`drive`] returns, its threads have ended, and if it returns an outcome,
 //! nothing is in flight.
 
 use std::os::fd::AsFd;
@@ -23,7 +23,7 @@ use crate::program::Failure;
 /// How long a reply may take.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long what is done.
+/// How long to warm up and to measure.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     pub(crate) warm_up: Duration,
@@ -34,28 +34,28 @@ pub(crate) struct Plan {
     pub(crate) threads: usize,
 }
 
-/// Why there is no outcome.
+/// Why a case has no outcome.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DriveError {
     /// A lane failed.
-    #[error("the case was given up")]
+    #[error("the case failed")]
     Lane(#[from] Failure),
     /// The server's process could not be measured.
-    #[error("the server could not be measured")]
+    #[error("can't measure the server")]
     Process(#[from] ProcessError),
-    /// A thread ended without a word.
+    /// A thread panicked.
     #[error("a thread of the generator panicked")]
     Panicked,
 }
 
-/// What came of it.
+/// The outcome of a case.
 pub(crate) struct Outcome {
     pub(crate) lanes: Vec<Remains>,
-    /// The time in which it was measured.
+    /// The time during which it was measured.
     pub(crate) elapsed: Duration,
-    /// What the server used meanwhile.
+    /// What the server used during that time.
     pub(crate) server: Option<Usage>,
-    /// Nanoseconds of CPU that this process used meanwhile.
+    /// Nanoseconds of CPU that this process used during that time.
     pub(crate) own_cpu: u64,
 }
 
@@ -69,7 +69,7 @@ impl Stage {
             Phase::Measure => 1,
             Phase::Stop => 2,
         };
-        // Relaxed: nothing else is told by it.
+        // Relaxed: no other data depends on it.
         self.0.store(number, Ordering::Relaxed);
     }
 
@@ -82,7 +82,7 @@ impl Stage {
     }
 }
 
-/// Runs the lanes through all phases. `server` is measured where it is given.
+/// Runs the lanes through all phases. Measures `server` if there is one.
 pub(crate) fn drive(
     lanes: Vec<Lane>,
     plan: &Plan,
@@ -106,7 +106,7 @@ pub(crate) fn drive(
             let (ended, stage, clock) = (ended.clone(), &stage, &clock);
             handles.push(scope.spawn(move || {
                 let result = run(&mut share, plan.wait, clock, stage, forgets);
-                // Nobody listens any more where another thread failed before.
+                // The receiver is gone if another thread failed before.
                 let _ = ended.send(result.is_ok());
                 result.map(|()| share)
             }));
@@ -148,7 +148,7 @@ struct Measured {
     own_cpu: u64,
 }
 
-/// The phases' times. Returns early where the threads end by themselves.
+/// Times the phases. Returns early if the threads end by themselves.
 fn measure(
     plan: &Plan,
     clock: &Clock,
@@ -176,8 +176,8 @@ fn measure(
     })
 }
 
-/// Sleeps until the time is up, or a thread has failed, or all have ended where they end by
-/// themselves. False where one has failed.
+/// Sleeps until the time is up, a thread has failed, or all have ended by themselves. False if one
+/// has failed.
 fn sleep(endings: &mpsc::Receiver<bool>, time: Duration, counted: bool) -> bool {
     let deadline = Instant::now() + time;
     loop {
@@ -187,7 +187,7 @@ fn sleep(endings: &mpsc::Receiver<bool>, time: Duration, counted: bool) -> bool 
             Ok(false) => return false,
             Err(RecvTimeoutError::Timeout) => return true,
             Err(RecvTimeoutError::Disconnected) => {
-                // They had nothing to do, as where the server is to be idle.
+                // They had nothing to do, as in the case `idle`.
                 if !counted {
                     std::thread::sleep(left);
                 }
@@ -204,7 +204,7 @@ pub(crate) fn own_cpu() -> u64 {
     seconds * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
-/// One thread's life.
+/// The body of a thread.
 fn run(
     lanes: &mut [Lane],
     wait: Wait,
@@ -246,7 +246,7 @@ fn run(
     }
 }
 
-/// Sleeps until a queue has something.
+/// Sleeps until a queue has completions.
 fn sleep_for_any(
     lanes: &mut [Lane],
     events: &[Arc<Event>],
@@ -274,11 +274,11 @@ fn sleep_for_any(
     }
 }
 
-/// Watches the used rings until one has something.
+/// Polls the used rings until one has completions.
 fn spin_for_any(lanes: &mut [Lane]) -> Result<(), Failure> {
     let deadline = Instant::now() + TIMEOUT;
     loop {
-        // The clock costs more than a look at a ring.
+        // The clock costs more than polling a ring.
         for _ in 0..64 {
             if any_ready(lanes)? {
                 return Ok(());

@@ -1,8 +1,9 @@
-//! FORGET, over the high-priority queue, where nobody waits for it.
+//! FORGET, over the high-priority queue, where no program waits for it.
 //!
-//! As Linux does it: one request for each inode, sent and not waited for; but after a listing,
-//! whose ten thousand inodes are forgotten in batches so that the listing is what is measured.
-//! The invariant: a request's place in guest memory is used again only once its chain is back.
+//! As in Linux, each inode has a request of its own, which is sent and not waited for. After a
+//! listing, its ten thousand inodes are forgotten in batches, so that the listing is what is
+//! measured. The invariant: a request's slot in guest memory is reused only once its chain has been
+//! returned.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,17 +17,17 @@ use zerocopy::IntoBytes;
 /// Inodes in one BATCH_FORGET.
 pub(crate) const BATCH: usize = 64;
 
-/// Requests that can be on their way.
+/// Requests that can be in flight.
 const SINGLES: usize = 256;
 const BATCHES: usize = 32;
 
-/// How long the server may take to give one back.
+/// How long the server may take to return one.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Uniques of other requests don't have this bit.
+/// Other requests' unique ids don't have this bit.
 const MARK: u64 = 1 << 62;
 
-/// The high-priority queue and what is sent over it. Threads share it.
+/// The high-priority queue and its requests. Threads share it.
 #[derive(Debug)]
 pub(crate) struct Forgets {
     inner: Mutex<Inner>,
@@ -36,7 +37,7 @@ pub(crate) struct Forgets {
 struct Inner {
     queue: Queue,
     requests: Vec<Prepared>,
-    /// Numbers of requests that are not on their way.
+    /// Numbers of requests that are not in flight.
     singles: Vec<usize>,
     batches: Vec<usize>,
     sent: u64,
@@ -96,13 +97,13 @@ impl Forgets {
         inner.send(number, |request| request.patch(ones_at, ones))
     }
 
-    /// Wakes the server where it wants to be woken.
+    /// Kicks the server if it wants a kick.
     pub(crate) fn kick(&self) -> Result<(), FuseError> {
         self.lock().queue.kick()?;
         Ok(())
     }
 
-    /// Waits until the server has taken all of it, and gives the queue back.
+    /// Waits until the server has returned everything, and returns the queue.
     pub(crate) fn finish(self) -> (Queue, Result<(), FuseError>) {
         let inner = self.inner.into_inner();
         let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +120,7 @@ impl Forgets {
 }
 
 impl Inner {
-    /// Takes the number of a request that is not on its way; waits for one if need be.
+    /// Takes the number of a request that is not in flight; waits for one if necessary.
     fn take(
         &mut self,
         mut pick: impl FnMut(&mut Self) -> Option<usize>,
@@ -148,7 +149,7 @@ impl Inner {
         request.stage(&mut self.queue, unique)
     }
 
-    /// Takes what has come back. Returns how many.
+    /// Takes the returned requests. Returns how many.
     fn collect(&mut self) -> Result<usize, FuseError> {
         let mut count = 0;
         while let Some(used) = self.queue.pop()? {
@@ -163,7 +164,7 @@ impl Inner {
         Ok(count)
     }
 
-    /// Waits until something has come back.
+    /// Waits until a request has been returned.
     fn wait(&mut self) -> Result<(), FuseError> {
         self.queue.kick()?;
         let deadline = Instant::now() + TIMEOUT;

@@ -1,11 +1,11 @@
-//! Latencies, counted in buckets whose width grows with the value, as HdrHistogram does it.
+//! Latencies, counted in buckets whose width grows with the value, as in HdrHistogram.
 //!
 //! The invariant: recording touches one counter and allocates nothing, and a quantile is at most
 //! one part in 64 off.
 
 /// Buckets for each power of two, as a power of two.
 const PRECISION: u32 = 6;
-/// Values from 2 to the power of this on, 18 minutes in nanoseconds, count as one less.
+/// Values are limited to 2 to the power of this less one: 18 minutes in nanoseconds.
 const LARGEST: u32 = 40;
 const BUCKETS: usize = ((LARGEST - PRECISION + 1) << PRECISION) as usize;
 
@@ -19,7 +19,7 @@ pub(crate) struct Histogram {
 }
 
 impl Histogram {
-    /// An empty one.
+    /// An empty histogram.
     pub(crate) fn new() -> Self {
         Self {
             counters: vec![0; BUCKETS].into(),
@@ -39,7 +39,7 @@ impl Histogram {
         self.largest = self.largest.max(value);
     }
 
-    /// Adds what another one has counted.
+    /// Adds another histogram's counts.
     pub(crate) fn merge(&mut self, other: &Self) {
         for (counter, more) in self.counters.iter_mut().zip(&other.counters) {
             *counter += more;
@@ -49,12 +49,12 @@ impl Histogram {
         self.largest = self.largest.max(other.largest);
     }
 
-    /// How many values were counted.
+    /// The number of values.
     pub(crate) fn count(&self) -> u64 {
         self.count
     }
 
-    /// The mean of all values; none of none.
+    /// The mean of all values; none if there are no values.
     pub(crate) fn mean(&self) -> Option<f64> {
         (self.count > 0).then(|| self.sum as f64 / self.count as f64)
     }
@@ -64,7 +64,7 @@ impl Histogram {
         self.largest
     }
 
-    /// The value below which `per_thousand` of a thousand values lie; 0 of none.
+    /// The value below which `per_thousand` of a thousand values are; 0 if there are no values.
     pub(crate) fn quantile(&self, per_thousand: u64) -> u64 {
         let rank = (self.count * per_thousand).div_ceil(1000).max(1);
         let mut seen = 0;
@@ -78,13 +78,13 @@ impl Histogram {
     }
 }
 
-/// The bucket that a value is in.
+/// The bucket of a value.
 fn bucket(value: u64) -> usize {
     let value = value.min((1 << LARGEST) - 1);
     let shift = value
         .checked_ilog2()
         .map_or(0, |log| log.saturating_sub(PRECISION));
-    // A value of `shift` 0 is its own bucket; each further power of two has 64 more.
+    // A value with `shift` 0 has a bucket of its own; each further power of two has 64 more.
     let bucket = (u64::from(shift) << PRECISION) + (value >> shift);
     usize::try_from(bucket).unwrap_or(BUCKETS - 1)
 }

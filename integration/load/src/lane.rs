@@ -1,6 +1,6 @@
 //! One queue, and the slots that keep requests in flight on it.
 //!
-//! A [`Lane`] takes what has come back, lets the slots' programs go on, and counts. It waits for
+//! A [`Lane`] takes completions, resumes the programs of their slots, and counts. It waits for
 //! nothing; its thread does. The invariant: as many requests are in flight as there are slots,
 //! until the lane is told to stop, and no turn allocates.
 
@@ -13,28 +13,28 @@ use crate::forgets::Forgets;
 use crate::histogram::Histogram;
 use crate::program::{Failure, Program, Returned};
 
-/// What is being done.
+/// The phase of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Requests go round and are not counted.
+    /// Requests are sent and not counted.
     WarmUp,
-    /// They are counted.
+    /// Requests are counted.
     Measure,
-    /// No operation begins any more.
+    /// No new operation begins.
     Stop,
 }
 
-/// Nanoseconds since some moment.
+/// Nanoseconds since a fixed moment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock(Instant);
 
 impl Clock {
-    /// One that starts now.
+    /// A clock that starts now.
     pub(crate) fn start() -> Self {
         Self(Instant::now())
     }
 
-    /// How long it has run.
+    /// The nanoseconds since it started.
     pub(crate) fn now(&self) -> u64 {
         u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
@@ -55,15 +55,15 @@ pub(crate) struct Lane {
     slots: Box<[Slot]>,
     /// The number of the first slot; no other lane's slots have the same numbers.
     first: u64,
-    /// What is left to be counted, where that is bounded.
+    /// How many operations are still to be counted, if that is limited.
     budget: Option<u64>,
-    /// How long operations took.
+    /// The operations' latencies.
     latencies: Histogram,
-    /// When the last one that counted was done.
+    /// When the last counted operation was done.
     last: u64,
 }
 
-/// What a lane leaves behind.
+/// A lane's result.
 pub(crate) struct Remains {
     pub(crate) queue: Queue,
     /// The number of its first slot.
@@ -73,7 +73,7 @@ pub(crate) struct Remains {
 }
 
 impl Lane {
-    /// A lane whose slots do this.
+    /// A lane whose slots run these programs.
     pub(crate) fn new(
         queue: Queue,
         programs: Vec<Box<dyn Program>>,
@@ -114,7 +114,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Takes what has come back, and sends what follows. False where nothing had.
+    /// Takes completions, and sends the next requests. False if there were no completions.
     pub(crate) fn turn(
         &mut self,
         clock: &Clock,
@@ -158,7 +158,7 @@ impl Lane {
         Ok(true)
     }
 
-    /// Ends it.
+    /// Ends the lane.
     pub(crate) fn finish(self) -> Remains {
         Remains {
             queue: self.queue,
@@ -178,7 +178,7 @@ impl Slot {
     }
 }
 
-/// Sends a request, with a kick of its own as Linux does it, if the server wants one.
+/// Sends a request, with a kick of its own as in Linux, if the server wants one.
 fn send(request: &Prepared, queue: &mut Queue, number: u64, sent: u64) -> Result<(), Failure> {
     request.stage(queue, sent << 16 | number << 1)?;
     queue.kick()?;

@@ -1,6 +1,6 @@
-//! Puts load on a virtio-fs server through its socket, and measures what it does and costs.
+//! Puts load on a virtio-fs server through its socket, and measures what it does and what it costs.
 //!
-//! It parses, runs what was asked for, and prints the chain of an error once.
+//! It parses the options, runs the command, and prints the chain of an error once.
 
 #[cfg(test)]
 mod allocations;

@@ -1,24 +1,25 @@
-//! What files contain: at each offset something else, so that a byte in the wrong place shows.
+//! The content of the files: different at each offset, so that a byte in the wrong place is
+//! detected.
 //!
-//! The invariant: the content at an offset depends on the seed and the offset only, whatever
-//! pieces it is made in.
+//! The invariant: the content at an offset depends on the seed and the offset only, whatever the
+//! sizes in which it is made.
 
-/// Which content. A file's own number, or one of two that mark what was written.
+/// Which content: a file's own, or one of two that mark written data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seed(pub(crate) u64);
 
 impl Seed {
-    /// Of the large files, as they are made.
+    /// The initial content of the large files.
     pub(crate) const MADE: Self = Self(1 << 40);
-    /// Of what is written to them.
+    /// The content of writes to them.
     pub(crate) const WRITTEN: Self = Self(2 << 40);
 
-    /// Of the small file of this number.
+    /// The content of the small file with this number.
     pub(crate) fn of_file(number: u32) -> Self {
         Self(u64::from(number))
     }
 
-    /// Fills `bytes` with what stands `offset` bytes into the file. `offset` is a multiple of 8.
+    /// Fills `bytes` with the content at `offset`, a multiple of 8.
     pub(crate) fn fill(self, offset: u64, bytes: &mut [u8]) {
         for (index, chunk) in (0..).zip(bytes.chunks_mut(8)) {
             let word = self.word(offset / 8 + index).to_le_bytes();
@@ -26,8 +27,7 @@ impl Seed {
         }
     }
 
-    /// Where `bytes` first differ from what stands `offset` bytes into the file. `offset` is a
-    /// multiple of 8.
+    /// Where `bytes` first differ from the content at `offset`, a multiple of 8.
     pub(crate) fn difference(self, offset: u64, bytes: &[u8]) -> Option<u64> {
         for (index, chunk) in (0..).zip(bytes.chunks(8)) {
             let word = self.word(offset / 8 + index).to_le_bytes();

@@ -1,9 +1,9 @@
 //! What a server uses: CPU time, threads, context switches, memory.
 //!
-//! A server may be several processes (one that waits and one that serves, in a sandbox): all that
-//! the given one has started are counted with it. CPU time is the kernel's own count of nanoseconds
-//! for each whole process, threads that have ended included. The invariant: a [`Process`] is read,
-//! never touched.
+//! A server may be several processes (one that waits and one that serves, in a sandbox): all
+//! descendants of the given one are counted with it. CPU time is the kernel's own count of
+//! nanoseconds for each whole process, threads that have ended included. The invariant: a
+//! [`Process`] is read, never changed.
 
 #![expect(
     unsafe_code,
@@ -16,10 +16,10 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 
-/// What can go wrong with reading a process.
+/// Errors of reading a process.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProcessError {
-    /// No such process, or not ours to see.
+    /// There is no such process, or it may not be inspected.
     #[error("can't read the CPU clock of process {pid}")]
     Clock {
         pid: i32,
@@ -35,10 +35,10 @@ pub(crate) enum ProcessError {
     },
 }
 
-/// What `vmm` calls the file that is the guest's memory.
+/// The name that `vmm` gives to the file of the guest's memory.
 const GUEST_MEMORY: &str = "/memfd:guest";
 
-/// A process to be measured, with those that it has started.
+/// A process to be measured, with its descendants.
 #[derive(Clone, Debug)]
 pub(crate) struct Process {
     first: Part,
@@ -52,27 +52,27 @@ struct Part {
     clock: libc::clockid_t,
 }
 
-/// A moment of a process.
+/// The counters of a process at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Moment {
     cpu: u64,
-    /// Of each thread.
+    /// The context switches of each thread.
     switches: HashMap<i32, u64>,
 }
 
-/// What a process used between two moments, and has at the second.
+/// What a process used between two moments, and what it has at the second.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Usage {
     /// Nanoseconds.
     pub(crate) cpu: u64,
     pub(crate) switches: u64,
     pub(crate) threads: u64,
-    /// KiB, the guest's memory not counted; of what several processes share, this one's part.
+    /// KiB without the guest's memory; of memory that several processes share, this one's part.
     pub(crate) memory: u64,
 }
 
 impl Process {
-    /// The process of this number, and all that it has started up to now.
+    /// The process with this id, and all its current descendants.
     pub(crate) fn new(pid: i32) -> Result<Self, ProcessError> {
         let first = Part::new(pid)?;
         let children = children();
@@ -83,7 +83,7 @@ impl Process {
             found.extend(of(*child));
             next += 1;
         }
-        // One that has ended meanwhile is left out.
+        // A process that has ended in the meantime is left out.
         let others = found.into_iter().filter_map(|child| Part::new(child).ok());
         let process = Self {
             first,
@@ -93,10 +93,10 @@ impl Process {
         Ok(process)
     }
 
-    /// How it is now.
+    /// The current counters.
     pub(crate) fn moment(&self) -> Result<Moment, ProcessError> {
         let mut moment = self.first.moment()?;
-        // What any of the others has used is gone with it.
+        // If one of the others has ended, its counters are lost.
         for other in self.others.iter().filter_map(|other| other.moment().ok()) {
             moment.cpu += other.cpu;
             moment.switches.extend(other.switches);
@@ -104,7 +104,7 @@ impl Process {
         Ok(moment)
     }
 
-    /// What it has used since.
+    /// What it has used since then.
     pub(crate) fn since(&self, before: &Moment) -> Result<Usage, ProcessError> {
         let now = self.moment()?;
         let switches = now.switches.iter().map(|(thread, count)| {
@@ -124,8 +124,8 @@ impl Process {
         })
     }
 
-    /// Whether it has a descriptor of `file` with these flags; by number, as a process may have
-    /// another root.
+    /// Whether it has a descriptor of `file` with these flags. Files are compared by number, as a process
+    /// may have another root.
     pub(crate) fn has_open(&self, file: &std::path::Path, flags: i32) -> bool {
         let mut parts = std::iter::once(&self.first).chain(&self.others);
         parts.any(|part| part.has_open(file, flags))
@@ -223,7 +223,7 @@ impl Part {
     }
 }
 
-/// The processes that each has started and that run now.
+/// The running children of each process.
 fn children() -> HashMap<i32, Vec<i32>> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -242,15 +242,15 @@ fn children() -> HashMap<i32, Vec<i32>> {
     children
 }
 
-/// KiB of all mappings (`/proc/PID/smaps`) but the guest's memory; of what other processes map too,
-/// this one's part.
+/// KiB of all mappings (`/proc/PID/smaps`) except the guest's memory; of memory that other processes
+/// map too, this one's part.
 fn memory(smaps: &str) -> u64 {
     let (mut sum, mut guests) = (0, false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or_default();
         if !first.ends_with(':') {
-            // Of a new mapping: addresses, access, offset, device, inode, path.
+            // The first line of a mapping: addresses, access, offset, device, inode, path.
             guests = words.nth(4) == Some(GUEST_MEMORY);
         } else if first == "Pss:" && !guests {
             sum += words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);

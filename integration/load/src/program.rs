@@ -1,8 +1,8 @@
 //! What a slot does: the requests of one operation, one after the other.
 //!
-//! A [`Program`] keeps its requests ready in guest memory and patches what changes. It knows
-//! nothing of queues and of time. The invariant: one request of a program is on its way at a
-//! time, and neither `begin` nor `reply` allocates.
+//! A [`Program`] keeps its requests prepared in guest memory and patches what changes. It knows
+//! nothing of queues and of time. The invariant: one request of a program is in flight at a time,
+//! and neither `begin` nor `reply` allocates.
 
 mod attributes;
 mod data;
@@ -29,17 +29,17 @@ pub(crate) use files::{Create, Visit};
 pub(crate) use listing::Listing;
 pub(crate) use mixed::Mixed;
 
-/// Why a case can't go on.
+/// Why a case fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     /// The server refused a request, or broke the protocol.
     #[error("a request failed")]
     Request(#[from] FuseError),
-    /// The ring failed, or nothing came back in time.
+    /// The ring failed, or nothing was returned in time.
     #[error("a queue failed")]
     Queue(#[from] RingError),
     /// A chain came back that is not ours.
-    #[error("chain {0:#x} came back and is not of this queue")]
+    #[error("chain {0:#x} was returned and is not of this queue")]
     Stray(u64),
     /// A transfer was shorter than asked for.
     #[error("{done} bytes of {asked} were transferred at offset {offset}")]
@@ -47,22 +47,22 @@ pub(crate) enum Failure {
     /// A file does not contain what it should.
     #[error("the content at offset {offset} is wrong")]
     Content { offset: u64 },
-    /// A name led to another file, or to none.
+    /// A name led to another file, or to no file.
     #[error("name number {number} led to node {found} instead of {wanted}")]
     Node {
         number: u32,
         found: u64,
         wanted: u64,
     },
-    /// A directory was not listed as it is.
+    /// The listing of a directory was wrong.
     #[error("{found} entries were listed instead of {wanted}, of which {known} by their names")]
     Listing { found: u32, wanted: u32, known: u32 },
-    /// An entry does not fit in its reply, or its name is none that is there.
+    /// An entry does not fit in its reply, or its name doesn't exist.
     #[error("entry number {0} of a listing is wrong")]
     Entry(u32),
 }
 
-/// A chain that came back.
+/// A returned chain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Returned {
     /// The request's number.
@@ -76,7 +76,7 @@ pub(crate) trait Program: Send {
     /// Begins an operation: its first request.
     fn begin(&mut self) -> Result<&Prepared, Failure>;
 
-    /// Takes what came back. The operation's next request, or none where it is done.
+    /// Takes a completion. Returns the operation's next request, or none if it is done.
     fn reply(
         &mut self,
         returned: Returned,
@@ -84,13 +84,13 @@ pub(crate) trait Program: Send {
     ) -> Result<Option<&Prepared>, Failure>;
 }
 
-/// Where in a request the node is that it is about.
+/// The offset of the node id in a request.
 const NODEID: usize = offset_of!(InHeader, nodeid);
-/// Where in a request the arguments begin, and in a reply what follows its header.
+/// The offset of the arguments in a request, and of the data in a reply.
 const ARGUMENTS: usize = Prepared::ARGUMENTS;
 const BODY: usize = 16;
 
-/// How cases are to be carried out.
+/// Options of all cases.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Manner {
     pub(crate) verify: bool,
@@ -105,7 +105,7 @@ pub(crate) struct Builder<'a, G> {
     pub(crate) scene: &'a Scene,
     pub(crate) spec: Spec,
     pub(crate) manner: Manner,
-    /// Pages that were written, where that is to be verified.
+    /// Pages that were written, if that is verified.
     pub(crate) written: Option<Arc<Written>>,
     cursor: Arc<AtomicU64>,
     /// The number of the next slot.
@@ -113,7 +113,7 @@ pub(crate) struct Builder<'a, G> {
 }
 
 impl<'a, G: Guest> Builder<'a, G> {
-    /// For this case.
+    /// Makes the programs of this case.
     pub(crate) fn new(
         client: Client<G>,
         memory: Memory,
@@ -167,7 +167,7 @@ impl<'a, G: Guest> Builder<'a, G> {
         self.slot.into()
     }
 
-    /// Small files in turn, over all slots, so that no two slots are at the same one.
+    /// Small files in turn, over all slots, so that no two slots use the same one.
     fn turns(&self) -> Turns {
         Turns {
             cursor: Arc::clone(&self.cursor),
@@ -201,7 +201,7 @@ fn read_u64(request: &Prepared, at: usize) -> Result<u64, FuseError> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// How many operations' worth of items a case's operation is: the entries of a listing.
+/// How many items a case's operation has: the entries of a listing.
 pub(crate) fn items(kind: Kind) -> u32 {
     match kind {
         Kind::Readdirplus => COLD_FILES,
@@ -218,4 +218,4 @@ pub(crate) fn bytes(spec: Spec) -> u32 {
     }
 }
 
-const _: () = assert!(KNOWN_FILES > 128, "slots should rarely be at the same file");
+const _: () = assert!(KNOWN_FILES > 128, "slots should rarely use the same file");

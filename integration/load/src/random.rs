@@ -1,4 +1,4 @@
-//! Numbers that look random, for offsets and choices: xorshift64*, the same in every run.
+//! Pseudo-random numbers for offsets and choices: xorshift64*, the same in every run.
 
 /// A generator. Each slot has one of its own.
 #[derive(Clone, Debug)]

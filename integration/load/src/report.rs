@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::histogram::Histogram;
 use crate::process::Usage;
 
-/// What was measured.
+/// A result.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Measurement {
@@ -26,12 +26,12 @@ pub(crate) struct Measurement {
     pub(crate) p99: f64,
     pub(crate) p999: f64,
     pub(crate) max: f64,
-    /// What the server used, where its process was told.
+    /// What the server used, if its process is known.
     pub(crate) used: Option<Used>,
-    /// Of one CPU for each thread that drives queues, the part that the generator used.
+    /// The part of a CPU for each driving thread that the generator used.
     pub(crate) generator_busy: f64,
     pub(crate) verified: bool,
-    /// What one should know about it.
+    /// A remark on the result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
 }
@@ -42,17 +42,17 @@ pub(crate) struct Measurement {
 pub(crate) struct Used {
     /// Microseconds of CPU time for an operation.
     pub(crate) cpu: f64,
-    /// Of one CPU.
+    /// The part of one CPU.
     pub(crate) busy: f64,
     /// Context switches for an operation.
     pub(crate) switches: f64,
     pub(crate) switches_per_second: f64,
     pub(crate) threads: u64,
-    /// KiB, the guest's memory not counted.
+    /// KiB without the guest's memory.
     pub(crate) memory: u64,
 }
 
-/// What a measurement is made of.
+/// The raw numbers of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Raw<'a> {
     pub(crate) latencies: &'a Histogram,
@@ -63,16 +63,16 @@ pub(crate) struct Raw<'a> {
     pub(crate) threads: usize,
     /// Bytes that an operation transfers.
     pub(crate) bytes: u32,
-    /// Operations under way at any time.
+    /// Operations in flight at any time.
     pub(crate) in_flight: u32,
 }
 
-/// With fewer operations than this, whether one more ends in time would show in the rate.
+/// With fewer operations than this, one more that ends in time would change the rate.
 const FEW: u64 = 200;
 
 impl Measurement {
-    /// Works it out. Where there were few operations, as of listings, their rate is what is under
-    /// way divided by the time that one takes, and parts of operations count too.
+    /// Computes the result. If there were few operations, as of listings, their rate is the number in
+    /// flight divided by the time of one, and parts of operations count too.
     pub(crate) fn new(server: &str, case: String, items: u32, raw: &Raw<'_>) -> Self {
         let seconds = raw.elapsed.as_secs_f64().max(1e-9);
         let operations = raw.latencies.count();
@@ -147,7 +147,7 @@ impl Measurement {
     }
 }
 
-/// What stands above the rows.
+/// The head of the table.
 pub(crate) fn heading() -> String {
     let first = format!(
         "{:<26} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>7} {:>8} {:>6}",
@@ -171,7 +171,7 @@ pub(crate) fn heading() -> String {
     format!("{first}\n{second}")
 }
 
-/// A number to three figures, or all of them before the point.
+/// A number with three figures, or all of those before the point.
 pub(crate) fn figures(value: f64) -> String {
     let decimals = match value.abs() {
         value if value == 0.0 || value >= 99.95 => 0,

@@ -1,9 +1,9 @@
-//! The device's side of a ring, as little as can be: every request is answered at once, with
-//! nothing in it but the header of a reply without error.
+//! A minimal device side of a ring: every request is completed at once, with a reply that consists
+//! of a header without error.
 //!
-//! It is what the generator's own speed is measured against. The invariant: it reads and writes
-//! only inside the areas that it has resolved, and a reply's header only where the driver has
-//! made room for one.
+//! The generator's own speed is measured against it. The invariant: it reads and writes only inside
+//! the areas that it has resolved, and a reply's header only where the driver has made room for
+//! one.
 
 #![expect(
     unsafe_code,
@@ -16,7 +16,7 @@ use vmm::fuse::wire::{InHeader, OutHeader};
 use vmm::memory::MemoryError;
 use vmm::{Gpa, Memory, Queue};
 
-/// One ring's device. Its chains are indirect.
+/// The device of one ring. Its chains are indirect.
 #[derive(Debug)]
 pub(crate) struct Responder {
     memory: Memory,
@@ -24,9 +24,9 @@ pub(crate) struct Responder {
     descriptors: *mut u8,
     available: *mut u8,
     used: *mut u8,
-    /// Available entries taken, which is as many as were used.
+    /// Available entries taken, all of which are used.
     taken: u16,
-    /// Used index at the last decision whether to call.
+    /// The used index at the last decision whether to call.
     called: u16,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct Responder {
 unsafe impl Send for Responder {}
 
 impl Responder {
-    /// For this queue, which has EVENT_IDX and indirect descriptors.
+    /// The device of this queue, which has EVENT_IDX and indirect descriptors.
     pub(crate) fn new(memory: &Memory, queue: &Queue) -> Result<Self, MemoryError> {
         let at = queue.addresses();
         let entries = usize::from(queue.size());
@@ -50,11 +50,11 @@ impl Responder {
         })
     }
 
-    /// Answers until it is told to stop, without ever asking for a kick.
+    /// Replies until it is told to stop, and never asks for a kick.
     pub(crate) fn run(&mut self, queue_call: &vmm::Event, stop: &AtomicBool) {
-        // Relaxed: nothing else is told by it.
+        // Relaxed: no other data depends on it.
         while !stop.load(Ordering::Relaxed) {
-            // The clock of the other side and this flag cost more than a look at the ring.
+            // The other side's clock and this flag cost more than polling the ring.
             for _ in 0..64 {
                 if self.turn() && queue_call.signal().is_err() {
                     return;
@@ -64,7 +64,7 @@ impl Responder {
         }
     }
 
-    /// Answers what is there. True where the driver wants a call.
+    /// Replies to all available requests. True if the driver wants a call.
     pub(crate) fn turn(&mut self) -> bool {
         // Acquire: pairs with the driver's Release store of the index, after the entries.
         let available = self.u16(self.available, 2).load(Ordering::Acquire);
@@ -86,14 +86,14 @@ impl Responder {
                 .store(len, Ordering::Relaxed);
             self.taken = self.taken.wrapping_add(1);
         }
-        // No kick before the index is where it was half a ring ago.
+        // No kick before the index has advanced by half a ring.
         let far = self.taken.wrapping_sub(self.size / 2);
         let entries = usize::from(self.size);
         self.u16(self.used, 4 + 8 * entries)
             .store(far, Ordering::Relaxed);
         // Release: pairs with the driver's Acquire load of the index.
         self.u16(self.used, 2).store(self.taken, Ordering::Release);
-        // Pairs with the driver's fence between its store of used_event and its look at the index.
+        // Pairs with the driver's fence between its store of used_event and its load of the index.
         fence(Ordering::SeqCst);
         let event = self
             .u16(self.available, 4 + 2 * entries)
@@ -102,7 +102,7 @@ impl Responder {
         self.taken.wrapping_sub(event).wrapping_sub(1) < self.taken.wrapping_sub(old)
     }
 
-    /// Answers one chain. Returns the bytes written.
+    /// Replies to one chain. Returns the bytes written.
     fn answer(&self, head: u16) -> Option<u32> {
         let slot = 16 * usize::from(head & (self.size - 1));
         let table = Gpa(self.u64(self.descriptors, slot).load(Ordering::Relaxed));

@@ -25,14 +25,14 @@ use crate::scene::Scene;
 use crate::share::{self, DATA, DIRECT, Share, ShareError};
 use crate::spec::{Kind, PAGE, Spec, Transfer};
 
-/// What can go wrong with a run.
+/// Why a run fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RunError {
     /// An option is missing.
     #[error("{0} is needed")]
     Missing(&'static str),
     /// The files could not be made or read.
-    #[error("the files of the share are not to be had")]
+    #[error("can't make or read the files of the share")]
     Share(#[from] ShareError),
     /// No session with the server.
     #[error("there is no session with the server at {path}")]
@@ -41,14 +41,14 @@ pub(crate) enum RunError {
         #[source]
         source: SessionError,
     },
-    /// INIT, or what comes before the cases, failed.
-    #[error("the server did not do what comes before the cases")]
+    /// INIT, or another request before the cases, failed.
+    #[error("the preparation of the cases failed on the server")]
     Scene(#[source] FuseError),
     /// The server's process can't be read.
-    #[error("the server's process is not to be measured")]
+    #[error("can't measure the server's process")]
     Process(#[from] ProcessError),
-    /// A transfer is longer than the server takes.
-    #[error("{spec} is too large: the server takes {longest} bytes at a time")]
+    /// A transfer is longer than the server accepts.
+    #[error("{spec} is too large: the server accepts {longest} bytes at a time")]
     TooLarge { spec: Spec, longest: u32 },
     /// A case's requests could not be prepared.
     #[error("{spec} could not be prepared")]
@@ -64,7 +64,7 @@ pub(crate) enum RunError {
         #[source]
         source: DriveError,
     },
-    /// A case's file is not what it should be afterwards.
+    /// A case's file has wrong content afterwards.
     #[error("after {spec} the file is wrong at offset {offset}")]
     Written { spec: Spec, offset: u64 },
     /// The numbers don't fit this machine.
@@ -75,7 +75,7 @@ pub(crate) enum RunError {
     Print(#[from] io::Error),
 }
 
-/// Guest memory without queues: all that is needed to prepare requests.
+/// Guest memory without queues, which suffices to prepare requests.
 pub(crate) struct NoQueues(Memory);
 
 impl Guest for NoQueues {
@@ -88,7 +88,7 @@ impl Guest for NoQueues {
     }
 }
 
-/// A client that prepares requests in this memory, which it gives out beyond what others have.
+/// A client that prepares requests in this memory, after the areas that are allocated already.
 pub(crate) fn preparer(memory: &Memory, descriptors: Descriptors) -> Client<NoQueues> {
     let mut client = Client::new(NoQueues(memory.clone()));
     client.set_layout(match descriptors {
@@ -142,7 +142,7 @@ pub(crate) fn run(options: &Run) -> Result<(), RunError> {
 }
 
 fn connect(path: &Path, queues: u16) -> Result<Session, RunError> {
-    // Reserved, not used: only what a case touches becomes memory.
+    // Reserved, not used: only pages that a case touches take memory.
     let memory = [Region::new(0, 16 << 20), Region::new(4 << 30, 4 << 30)];
     let options = vmm::Options::default()
         .request_queues(queues)
@@ -155,7 +155,7 @@ fn connect(path: &Path, queues: u16) -> Result<Session, RunError> {
     })
 }
 
-/// All that the cases have in common.
+/// State that the cases share.
 struct Bench<'a> {
     options: &'a Run,
     share: &'a Share,
@@ -200,7 +200,7 @@ impl Bench<'_> {
         Ok(measured)
     }
 
-    /// Drives the case's queues. They are with the outcome then; the others are in the session.
+    /// Drives the case's queues, which are returned with the outcome; the others stay in the session.
     fn drive(
         &mut self,
         spec: Spec,
@@ -255,7 +255,7 @@ impl Bench<'_> {
         asked.min(usize::from(spec.queues))
     }
 
-    /// Brings the host's caches into the state that the case is about.
+    /// Brings the host's caches into the state that the case measures.
     fn before(&self, spec: Spec) -> Result<(), RunError> {
         if self.options.drop_caches {
             share::drop_caches()?;
@@ -275,7 +275,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Checks what the case has written, and waits until the disk has it.
+    /// Checks what the case has written, and syncs it.
     fn after(&self, spec: Spec, written: Option<&Written>) -> Result<(), RunError> {
         let Some(transfer) = transfer(spec) else {
             return Ok(());
@@ -302,10 +302,10 @@ impl Bench<'_> {
         wrong.map_or(Ok(()), |offset| Err(RunError::Written { spec, offset }))
     }
 
-    /// What the reader of a result should know.
+    /// A remark on a result, if it needs one.
     fn note(&self, spec: Spec, operations: u64) -> Option<String> {
         if operations == 0 && spec.kind != Kind::Idle {
-            return Some("no operation was done in that time".to_owned());
+            return Some("no operation was completed in that time".to_owned());
         }
         let direct = transfer(spec).is_some_and(|transfer| transfer.direct);
         let process = self.process.filter(|_| direct)?;
@@ -315,7 +315,7 @@ impl Bench<'_> {
     }
 }
 
-/// The transfer whose file a case works on.
+/// The transfer whose file a case uses.
 fn transfer(spec: Spec) -> Option<Transfer> {
     match spec.kind {
         Kind::Data(transfer) => Some(transfer),

@@ -1,4 +1,5 @@
-//! What the server is asked for once, before the cases: nodes that it then knows, and open files.
+//! What the server is asked for once, before the cases: the nodes that it then knows, and open
+//! files.
 //!
 //! The invariant: the nodes of a [`Scene`] stay known and its files stay open until the session
 //! ends.
@@ -16,11 +17,11 @@ use crate::spec::Transfer;
 pub(crate) struct Open {
     pub(crate) nodeid: u64,
     pub(crate) fh: u64,
-    /// Those it was opened with, which Linux repeats in each READ and WRITE.
+    /// The flags it was opened with, which Linux repeats in each READ and WRITE.
     pub(crate) flags: u32,
 }
 
-/// What the server knows.
+/// Nodes and open files that the server knows.
 #[derive(Clone, Debug)]
 pub(crate) struct Scene {
     pub(crate) data: Open,
@@ -35,7 +36,7 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    /// Looks everything up.
+    /// Looks up and opens everything.
     pub(crate) fn new<G: Guest>(client: &mut Client<G>, file_size: u64) -> Result<Self, FuseError> {
         let folder = find(client, ROOT, FOLDER.as_bytes())?;
         let known_folder = find(client, folder, KNOWN.as_bytes())?;
@@ -53,7 +54,7 @@ impl Scene {
         })
     }
 
-    /// The large file that such a transfer is about.
+    /// The large file of this kind of transfer.
     pub(crate) fn file(&self, transfer: Transfer) -> Open {
         if transfer.direct {
             self.direct
@@ -62,7 +63,7 @@ impl Scene {
         }
     }
 
-    /// Nothing that a server knows, for requests that none will see.
+    /// A scene without a server, for requests that are never sent.
     pub(crate) fn nowhere(file_size: u64) -> Self {
         let open = Open {
             nodeid: 2,
@@ -95,7 +96,7 @@ fn open<G: Guest>(
     let nodeid = find(client, folder, name.as_bytes())?;
     let fh = match client.open(nodeid, flags) {
         Ok(handle) => handle.fh,
-        // It does without.
+        // The server needs no OPEN.
         Err(error) if error.errno() == Some(libc::ENOSYS) => 0,
         Err(error) => return Err(error),
     };

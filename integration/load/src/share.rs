@@ -1,7 +1,7 @@
-//! The files that the cases work on, made on the host's side of the share.
+//! The files that the cases use, made on the host's side of the share.
 //!
-//! One large file for the page cache and one for O_DIRECT, a directory of files that the server
-//! comes to know, one of files that it never knows for long, and one that is empty between
+//! There are a large file for the page cache and one for O_DIRECT, a directory of files that the
+//! server comes to know, one of files that it never knows for long, and one that is empty between
 //! cases. The invariant: small files never change, and each byte of every file is its pattern's
 //! unless a case has written there.
 
@@ -13,12 +13,12 @@ use rustix::fs::Advice;
 
 use crate::pattern::Seed;
 
-/// The directory in the share that all is in.
+/// The directory in the share that contains all files.
 pub(crate) const FOLDER: &str = "ringfsd-load";
 /// The large files.
 pub(crate) const DATA: &str = "data";
 pub(crate) const DIRECT: &str = "direct";
-/// The directories of small files, and how many there are in each.
+/// The directories of small files, and the number of files in each.
 pub(crate) const KNOWN: &str = "known";
 pub(crate) const KNOWN_FILES: u32 = 1000;
 pub(crate) const COLD: &str = "cold";
@@ -31,7 +31,7 @@ pub(crate) const SMALL: u32 = 4096;
 const MARK: &str = "made";
 const PIECE: usize = 1 << 20;
 
-/// What can go wrong with the files.
+/// Errors of the files.
 #[derive(Debug, thiserror::Error)]
 #[error("can't {act} {path}", path = path.display())]
 pub(crate) struct ShareError {
@@ -61,7 +61,7 @@ pub(crate) fn name(number: u32) -> [u8; 6] {
 }
 
 impl Share {
-    /// Makes the files that are not there yet.
+    /// Makes the missing files.
     pub(crate) fn new(shared_dir: &Path, file_size: u64, keep: bool) -> Result<Self, ShareError> {
         let shared_dir = fs::canonicalize(shared_dir).map_err(failed("find", shared_dir))?;
         let share = Self {
@@ -101,7 +101,7 @@ impl Share {
         fs::write(&mark, wanted).map_err(failed("write", &mark))
     }
 
-    /// The path of what has this name.
+    /// The path of the file with this name.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -111,7 +111,7 @@ impl Share {
         self.file_size
     }
 
-    /// Writes a large file as it was made.
+    /// Restores a large file's initial content.
     pub(crate) fn fill(&self, name: &str) -> Result<(), ShareError> {
         let path = self.path(name);
         // In place: the server has it open.
@@ -128,12 +128,12 @@ impl Share {
         file.sync_all().map_err(failed("sync", &path))
     }
 
-    /// Reads a large file to the page cache.
+    /// Reads a large file into the page cache.
     pub(crate) fn warm(&self, name: &str) -> Result<(), ShareError> {
         self.scan(name, |_, _| {})
     }
 
-    /// Writes back what a large file has in the page cache, and drops it from there.
+    /// Writes back a large file's pages in the page cache, and drops them.
     pub(crate) fn evict(&self, name: &str) -> Result<(), ShareError> {
         let path = self.path(name);
         let file = File::open(&path).map_err(failed("open", &path))?;
@@ -142,14 +142,14 @@ impl Share {
         advised.map_err(|errno| failed("evict", &path)(errno.into()))
     }
 
-    /// Writes back what was written to a large file, so that the next case is not disturbed.
+    /// Writes back a large file's dirty pages, so that the next case is not disturbed.
     pub(crate) fn settle(&self, name: &str) -> Result<(), ShareError> {
         let path = self.path(name);
         let file = File::open(&path).map_err(failed("open", &path))?;
         file.sync_all().map_err(failed("sync", &path))
     }
 
-    /// Reads a large file piece by piece, with the offset of each.
+    /// Reads a large file in parts, and passes each with its offset.
     pub(crate) fn scan(
         &self,
         name: &str,

@@ -1,5 +1,5 @@
-//! Which cases there are, and how one is written: `read/4k@32x4` is random reads of 4 KiB, 32 in
-//! flight on each of 4 queues.
+//! The cases, and their notation: `read/4k@32x4` is random reads of 4 KiB, 32 in flight on each of
+//! 4 queues.
 //!
 //! The invariant: a [`Spec`] has a depth from 1 to 128, 1 to 16 queues, and a size that is a
 //! multiple of 4 KiB up to 1 MiB.
@@ -7,9 +7,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// The page that sizes are counted in.
+/// The page size, of which sizes are multiples.
 pub(crate) const PAGE: u32 = 4096;
-/// The longest transfer that every server takes.
+/// The longest transfer that every server accepts.
 const LONGEST: u32 = 1 << 20;
 /// The most that can be in flight on a queue.
 const DEEPEST: u16 = 128;
@@ -23,7 +23,7 @@ pub(crate) struct Transfer {
     pub(crate) direct: bool,
 }
 
-/// What is done again and again.
+/// The operation that a case repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Idle,
@@ -41,7 +41,7 @@ pub(crate) enum Kind {
     Mixed,
 }
 
-/// A case's name, what it does, and the size and depth it has by default.
+/// A case's name, description, and default size and depth.
 struct Entry {
     kind: Kind,
     name: &'static str,
@@ -76,7 +76,7 @@ const fn data(write: bool, sequential: bool, direct: bool) -> Kind {
 
 const SMALL: u32 = 4096;
 const LARGE: u32 = LONGEST;
-/// What `getdents64` of the C library asks for.
+/// The buffer size of the C library's `getdents64`.
 const LISTING: u32 = 32 << 10;
 
 const CASES: &[Entry] = &[
@@ -118,28 +118,28 @@ const CASES: &[Entry] = &[
     entry(
         data(false, false, false),
         "read",
-        "READ at random places of a cached file",
+        "READ at random offsets of a cached file",
         SMALL,
         32,
     ),
     entry(
         data(true, false, false),
         "write",
-        "WRITE at random places of a cached file",
+        "WRITE at random offsets of a cached file",
         SMALL,
         32,
     ),
     entry(
         data(false, false, true),
         "read-direct",
-        "READ at random places, opened O_DIRECT",
+        "READ at random offsets, opened O_DIRECT",
         SMALL,
         32,
     ),
     entry(
         data(true, false, true),
         "write-direct",
-        "WRITE at random places, opened O_DIRECT",
+        "WRITE at random offsets, opened O_DIRECT",
         SMALL,
         32,
     ),
@@ -195,14 +195,14 @@ const CASES: &[Entry] = &[
     entry(
         Kind::Cold,
         "cold",
-        "LOOKUP, OPEN, READ 4 KiB, RELEASE, FORGET of files not known",
+        "LOOKUP, OPEN, READ 4 KiB, RELEASE, FORGET of unknown files",
         SMALL,
         8,
     ),
     entry(
         Kind::Readdirplus,
         "readdirplus",
-        "OPENDIR, READDIRPLUS of 10,000 entries not known, RELEASEDIR, FORGET",
+        "OPENDIR, READDIRPLUS of 10,000 unknown entries, RELEASEDIR, FORGET",
         LISTING,
         1,
     ),
@@ -216,7 +216,7 @@ const CASES: &[Entry] = &[
     entry(
         Kind::Idle,
         "idle",
-        "nothing: what the server uses when it has nothing to do",
+        "nothing: what an idle server uses",
         SMALL,
         1,
     ),
@@ -238,7 +238,7 @@ impl Kind {
     }
 }
 
-/// Each case's name, what it does, and how it is written out in full.
+/// Each case's name, description, and full notation.
 pub(crate) fn list() -> impl Iterator<Item = (&'static str, &'static str, Spec)> {
     let spec = |case: &Entry| Spec {
         kind: case.kind,
@@ -251,19 +251,19 @@ pub(crate) fn list() -> impl Iterator<Item = (&'static str, &'static str, Spec)>
         .map(move |case| (case.name, case.about, spec(case)))
 }
 
-/// A case with all its numbers.
+/// A case with its size, depth and queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Spec {
     pub(crate) kind: Kind,
     /// Bytes of one transfer.
     pub(crate) size: u32,
-    /// In flight on each queue.
+    /// Requests in flight on each queue.
     pub(crate) depth: u16,
     /// Request queues.
     pub(crate) queues: u16,
 }
 
-/// A case as typed: what is not said is the case's default, or an option's.
+/// A case as typed: what is missing is the case's default, or an option's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Typed {
     kind: Kind,
@@ -273,7 +273,7 @@ pub(crate) struct Typed {
 }
 
 impl Typed {
-    /// Every case there is but `idle`.
+    /// Every case except `idle`.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         let cases = CASES.iter().filter(|case| case.kind != Kind::Idle);
         cases.map(|case| Self {
@@ -284,7 +284,7 @@ impl Typed {
         })
     }
 
-    /// Fills in what was not said.
+    /// Fills in the defaults.
     pub(crate) fn resolve(
         self,
         size: Option<u32>,
@@ -304,7 +304,7 @@ impl Typed {
     }
 }
 
-/// Takes `123`, `4k` or `1m`.
+/// Parses `123`, `4k` or `1m`.
 pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.to_ascii_lowercase() {
         text if text.ends_with('k') => (text.trim_end_matches('k').to_owned(), 10),
@@ -317,7 +317,7 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| format!("{text:?} is not a number of bytes, as 4k or 1m"))
 }
 
-/// Takes the size of a transfer.
+/// Parses the size of a transfer.
 pub(crate) fn parse_size(text: &str) -> Result<u32, String> {
     let size = u32::try_from(parse_bytes(text)?).unwrap_or(u32::MAX);
     if size > 0 && size.is_multiple_of(PAGE) && size <= LONGEST {
@@ -327,7 +327,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Takes what may be in flight on one queue.
+/// Parses a depth.
 pub(crate) fn parse_depth(text: &str) -> Result<u16, String> {
     match text.parse() {
         Ok(depth) if (1..=DEEPEST).contains(&depth) => Ok(depth),
@@ -335,7 +335,7 @@ pub(crate) fn parse_depth(text: &str) -> Result<u16, String> {
     }
 }
 
-/// Takes a number of request queues.
+/// Parses a number of request queues.
 pub(crate) fn parse_queues(text: &str) -> Result<u16, String> {
     match text.parse() {
         Ok(queues) if (1..=MOST_QUEUES).contains(&queues) => Ok(queues),

@@ -1,9 +1,9 @@
 //! Results of several servers and several rounds, as tables of medians and ratios.
 //!
-//! The servers are known by their names: `ringfsd-uring`, to which the others are compared (or the
-//! first, where it is missing), `ringfsd-tokio`, `virtiofsd-N` with a pool of N threads,
-//! `c-virtiofsd`, `bare`, and `fio`, which stands in for `bare` where there is one. The
-//! invariant: a ratio is of medians of the same case in the same files.
+//! Servers are recognised by their names: `ringfsd-uring`, to which the others are compared (or the
+//! first, if it is missing), `ringfsd-tokio`, `virtiofsd-N` with a pool of N threads,
+//! `c-virtiofsd`, `bare`, and `fio`, which replaces `bare` where it has a result. The invariant: a
+//! ratio is of medians of the same case in the same files.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use crate::report::{Measurement, figures};
 
-/// What can go wrong.
+/// Errors of the input.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TableError {
     /// A file could not be read.
@@ -93,7 +93,7 @@ const C: &str = "c-virtiofsd";
 const BARE: &str = "bare";
 const FIO: &str = "fio";
 
-/// What stands where there is nothing.
+/// Marks an empty cell.
 const NONE: &str = "–";
 
 impl Results {
@@ -112,7 +112,7 @@ impl Results {
 
     fn median(&self, case: &str, server: &str) -> Option<Median> {
         let rounds = self.all.get(&(case.to_owned(), server.to_owned()))?;
-        // A note says that it is not what its name says.
+        // A note says that the result is not of the case that its name says.
         let rounds: Vec<_> = rounds.iter().filter(|round| round.note.is_none()).collect();
         let of = |get: &dyn Fn(&Measurement) -> f64| {
             median(rounds.iter().map(|round| get(round)).collect())
@@ -183,7 +183,7 @@ impl Results {
         main.or(self.servers.first()).map_or(MAIN, String::as_str)
     }
 
-    /// Other servers that stand for themselves.
+    /// Other servers, which are compared one by one.
     fn strangers(&self) -> impl Iterator<Item = &str> {
         let known = |name: &str| {
             name.starts_with(POOLS) || [self.main(), TOKIO, C, BARE, FIO].contains(&name)
@@ -299,7 +299,7 @@ impl Results {
                 continue;
             };
             let best = self.best_peer(case);
-            // What another ringfsd does better is none of a peer's.
+            // Another ringfsd is not a peer.
             let peers = self
                 .strangers()
                 .filter(|name| !name.starts_with("ringfsd-"));
@@ -322,7 +322,7 @@ impl Results {
         Ok(())
     }
 
-    /// Which measurements were left out, and why.
+    /// The measurements that were left out, and why.
     fn notes(&self, text: &mut String) -> std::fmt::Result {
         let mut notes: Vec<String> = Vec::new();
         for ((case, server), rounds) in &self.all {
@@ -355,7 +355,7 @@ fn ratio(a: f64, b: f64) -> String {
     }
 }
 
-/// The one in the middle; the mean of two.
+/// The median: the middle value, or the mean of the two middle values.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;

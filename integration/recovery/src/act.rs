@@ -1,6 +1,7 @@
-//! What a guest does, and the request that it makes of it.
+//! What a guest does, and the request for it.
 //!
-//! The invariant: a request says all of what is to be done; nothing of it is left to the model.
+//! The invariant: a request contains everything that is to be done; nothing of it is left to the
+//! model.
 
 use std::ffi::CString;
 
@@ -19,12 +20,12 @@ use crate::model::{Key, Name, Open};
 /// Something that the guest does.
 #[derive(Clone, Debug)]
 pub(crate) enum Act {
-    /// For appending.
+    /// The flag: open for appending.
     Create(Name, u32, bool),
     Mkdir(Name, u32),
     /// A named pipe.
     Mknod(Name, u32),
-    /// A file without a name, in one of the directories.
+    /// A file without a name, in this directory.
     Tmpfile(usize, u32),
     Symlink(Name, Vec<u8>),
     Link(Key, Name),
@@ -38,23 +39,23 @@ pub(crate) enum Act {
     Truncate(Key, usize),
     Readlink(Key),
     List(usize),
-    /// The same with entries.
+    /// The same with entries (READDIRPLUS).
     ListPlus(usize),
-    /// For appending; and empty from now on.
+    /// The flags: open for appending; truncate.
     Opened(Key, bool, bool),
     Read(Open, usize, u32),
     Write(Open, usize, Vec<u8>),
     Release(Open),
     Lock(Open, bool),
     TestLock(Open),
-    /// By BATCH_FORGET.
+    /// The flag: by BATCH_FORGET.
     Forget(Key, bool),
-    /// Asks for a node that was forgotten.
+    /// Requests a node that was forgotten.
     Gone(u64),
 }
 
 impl Act {
-    /// Makes the request.
+    /// Sends the request.
     pub(crate) fn send(
         &self,
         guest: &Guest,
@@ -243,8 +244,8 @@ impl Act {
         }
     }
 
-    /// In short, for people.
-    pub(crate) fn told(&self) -> String {
+    /// A short description for messages.
+    pub(crate) fn describe(&self) -> String {
         match self {
             Self::Write(open, offset, bytes) => {
                 let how = if open.append { "append" } else { "write" };

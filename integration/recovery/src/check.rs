@@ -1,4 +1,4 @@
-//! Looks whether all is as the model has it, by the guest's requests and on the host.
+//! Checks that everything is as the model says, by the guest's requests and on the host.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::Failure;
 use crate::guest::{Guest, differs, directory};
 use crate::model::Kind;
 
-/// All names, nodes, contents, open files of one guest's thread, of which no request is in flight.
+/// Checks all names, nodes, contents and open files of one guest thread that has no request in flight.
 pub(crate) fn guest(
     fs: &mut Client<Session>,
     guest: &mut Guest,
@@ -28,10 +28,10 @@ fn noticed(guest: &Guest, place: &str, what: &str) -> Failure {
 }
 
 fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failure> {
-    // Before names are looked up, by which the server might find again what it has lost.
+    // Before names are looked up: a lookup might restore an inode that the server has lost.
     for (key, node) in &guest.model.nodes {
         if node.links == 0 && !guest.nameless {
-            // The host has it no more once nobody has it open.
+            // The host frees it once it is not open any more.
             continue;
         }
         let place = || format!("node {}", node.nodeid);
@@ -40,7 +40,7 @@ fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failur
             return Err(noticed(guest, &place(), &what));
         }
         if let Kind::Link(target) = &node.kind {
-            // Once it has no name there is nothing left to read it by, on some hosts.
+            // On some hosts a link without a name can't be read.
             if node.links > 0 && fs.readlink(node.nodeid)? != *target {
                 return Err(noticed(guest, &place(), "it leads elsewhere"));
             }
@@ -89,7 +89,7 @@ fn on_host(guest: &Guest, dir: usize, share: &Path) -> Result<(), Failure> {
         let wrong = |what: &str| noticed(guest, &path.display().to_string(), what);
         let kind = guest.model.nodes.get(key).map(|node| &node.kind);
         let found = std::fs::symlink_metadata(&path)?.file_type();
-        // Before it is opened: a pipe is waited for.
+        // Before it is opened: opening a pipe would wait.
         let right = match kind {
             Some(Kind::File(_)) => found.is_file(),
             Some(Kind::Link(_)) => found.is_symlink(),
@@ -98,7 +98,7 @@ fn on_host(guest: &Guest, dir: usize, share: &Path) -> Result<(), Failure> {
             None => false,
         };
         if !right {
-            return Err(wrong(&format!("it is of another kind: {found:?}")));
+            return Err(wrong(&format!("it has another type: {found:?}")));
         }
         match kind {
             Some(Kind::File(content)) => {
@@ -119,8 +119,8 @@ fn on_host(guest: &Guest, dir: usize, share: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Closes all and forgets all. What was looked up and opened so many times is unknown then: no
-/// lookup was lost, and none was counted twice.
+/// Closes and forgets everything. The nodes must be unknown afterwards: no lookup was lost, and none
+/// was counted twice.
 pub(crate) fn forget(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failure> {
     let opened = std::mem::take(&mut guest.model.open);
     for open in opened {
@@ -138,7 +138,7 @@ pub(crate) fn forget(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), 
         fs.forget(node.nodeid, node.lookups)?;
         if fs.getattr(node.nodeid).is_ok() {
             let lookups = node.lookups;
-            let what = format!("it is still known after {lookups} lookups were given back");
+            let what = format!("it is still known after {lookups} lookups were forgotten");
             return Err(noticed(guest, &format!("node {}", node.nodeid), &what));
         }
     }

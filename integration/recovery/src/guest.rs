@@ -1,6 +1,6 @@
-//! One of the guest's threads: an operation at a time, each with the one answer that is right.
+//! One of the guest's threads: an operation at a time, each with the only result that is right.
 //!
-//! The invariant: what an operation has to answer is known before it is made.
+//! The invariant: the expected result of an operation is known before it is sent.
 
 use std::ffi::CString;
 
@@ -13,7 +13,7 @@ use crate::act::Act;
 use crate::model::{Key, Kind, Model, Name, Node, Open};
 use crate::{Dice, Failure};
 
-/// Names in each directory that come up.
+/// How many names each directory may have.
 const NAMES: u64 = 10;
 
 /// The longest file.
@@ -26,15 +26,15 @@ const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
 /// Open files at the same time.
 const OPEN: usize = 6;
 
-/// Files that never lose their last name, whichever names they have meanwhile: so some are older than
-/// what a server takes for young.
+/// How many files never lose their last name, although their names change: so some are older than what
+/// a server considers young.
 const LASTING: usize = 4;
 
-/// An act under way.
+/// An act whose request is in flight.
 #[derive(Debug)]
-struct UnderWay {
+struct InFlight {
     act: Act,
-    /// What it has to be refused with; nothing, if it has to go well.
+    /// The error that it must fail with; none if it must succeed.
     refused: Option<i32>,
     pending: Pending,
 }
@@ -49,8 +49,8 @@ pub(crate) struct Guest {
     pub(crate) nameless: bool,
     /// Handles of the directories, open from the beginning to the end.
     pub(crate) listings: [u64; 2],
-    under_way: Option<UnderWay>,
-    /// Node ids that were forgotten and not yet asked for.
+    in_flight: Option<InFlight>,
+    /// Node ids that were forgotten and not requested since.
     forgotten: Vec<u64>,
     /// Files that keep a name to the end.
     lasting: Vec<Key>,
@@ -77,39 +77,39 @@ impl Guest {
             dice: Dice(seed),
             nameless,
             listings,
-            under_way: None,
+            in_flight: None,
             forgotten: Vec::new(),
             lasting: Vec::new(),
         })
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        self.under_way.is_none()
+        self.in_flight.is_none()
     }
 
     pub(crate) fn waits_for(&self, pending: Pending) -> bool {
-        self.under_way
+        self.in_flight
             .as_ref()
             .is_some_and(|it| it.pending == pending)
     }
 
-    /// What it waits for, for people.
+    /// The request that it waits for, for messages.
     pub(crate) fn waiting(&self) -> Option<String> {
-        let it = self.under_way.as_ref()?;
+        let it = self.in_flight.as_ref()?;
         let unique = it.pending.unique();
         Some(format!(
             "{unique:#x} of guest {}: {}",
             self.number,
-            it.act.told()
+            it.act.describe()
         ))
     }
 
-    /// Makes the next request.
+    /// Sends the next request.
     pub(crate) fn submit(&mut self, fs: &mut Client<Session>) -> Result<(), FuseError> {
         let act = self.choose();
         let refused = self.refusal(&act);
         let pending = act.send(self, fs)?;
-        self.under_way = Some(UnderWay {
+        self.in_flight = Some(InFlight {
             act,
             refused,
             pending,
@@ -133,7 +133,7 @@ impl Guest {
         }
     }
 
-    /// Whether a file would have no name afterwards that has to have one: one that lasts, or is open.
+    /// Whether the act would remove the last name of a file that must keep one: a lasting or an open one.
     fn takes_a_last_name(&self, act: &Act) -> bool {
         let name = match act {
             Act::Tmpfile(..) => return !self.nameless,
@@ -171,7 +171,7 @@ impl Guest {
         self.model.open.get(at).copied()
     }
 
-    /// An act, if the dice name one that can be.
+    /// A random act, if it is possible.
     fn propose(&mut self) -> Option<Act> {
         let is_file = |node: &Node| matches!(node.kind, Kind::File(_));
         let mode = 0o600 | u32::try_from(self.dice.below(0o100)).unwrap_or(0);
@@ -192,7 +192,7 @@ impl Guest {
             9 | 10 => {
                 let from = self.name();
                 let to = self.name();
-                // A directory in the place of something else, and the like, is another's test.
+                // Other tests replace files by directories and the like.
                 let plain =
                     |kind: Option<&Node>| !matches!(kind, Some(n) if n.kind == Kind::Directory);
                 if !plain(self.model.at(from)) || !plain(self.model.at(to)) || from == to {
@@ -246,7 +246,7 @@ impl Guest {
                 let at = self.dice.index(self.lasting.len());
                 Act::Link(*self.lasting.get(at)?, self.name())
             }
-            // What is looked up last is what a server knows a file by.
+            // A server knows a file by the name that was looked up last.
             30 | 31 => Act::Lookup(self.name_of_several()?),
             32 | 33 => Act::Unlink(self.name_of_several()?),
             _ => Act::TestLock(self.open()?),
@@ -260,7 +260,7 @@ impl Guest {
         }
     }
 
-    /// What an act has to be refused with.
+    /// The error that an act must fail with.
     fn refusal(&self, act: &Act) -> Option<i32> {
         let exists = |name: &Name| self.model.at(*name).is_some();
         let is_dir = |name: &Name| {
@@ -312,14 +312,14 @@ impl Guest {
         0x1000 + u64::from(self.number)
     }
 
-    /// Takes an answer.
+    /// Takes a reply.
     pub(crate) fn finish(&mut self, reply: Result<Reply, FuseError>) -> Result<(), Failure> {
-        let Some(it) = self.under_way.take() else {
+        let Some(it) = self.in_flight.take() else {
             return Ok(());
         };
         let unique = it.pending.unique();
         let noticed = |what: String| {
-            let act = it.act.told();
+            let act = it.act.describe();
             let guest = self.number;
             Failure::Noticed(format!(
                 "request {unique:#x} of guest {guest}, {act}: {what}"
@@ -345,14 +345,14 @@ impl Guest {
         };
         let wrong = self.take_effect(&it.act, &reply);
         wrong.map_or(Ok(()), |what| {
-            let act = it.act.told();
+            let act = it.act.describe();
             let guest = self.number;
             let what = format!("request {unique:#x} of guest {guest}, {act}: {what}");
             Err(Failure::Noticed(what))
         })
     }
 
-    /// Changes the model by what was answered; what is wrong with that.
+    /// Updates the model by the reply; returns what is wrong with it.
     fn take_effect(&mut self, act: &Act, reply: &Reply) -> Option<String> {
         let model = &mut self.model;
         match act {
@@ -385,7 +385,7 @@ impl Guest {
                 let Ok((entry, open)) = reply.values::<EntryOut, OpenOut>() else {
                     return Some("not an entry and a handle".to_owned());
                 };
-                // As if it had had a name, and lost it.
+                // As if it had had a name and lost it.
                 let name = Name {
                     dir: *dir,
                     number: u64::MAX,
@@ -425,7 +425,7 @@ impl Guest {
             }
             Act::Rename(from, to, _) => {
                 let key = model.names.get(from).copied();
-                // Two names of one file: nothing is done then (rename(2)).
+                // Two names of one file: rename(2) does nothing then.
                 if model.names.get(to).copied() != key {
                     model.unnamed(*to);
                     if let Some(key) = model.names.remove(from) {
@@ -536,7 +536,7 @@ impl Guest {
         }
     }
 
-    /// What is wrong with what READDIRPLUS has answered; each entry counts as a lookup.
+    /// What is wrong with a reply to READDIRPLUS; each entry counts as a lookup.
     fn listed_plus(&mut self, dir: usize, bytes: &[u8]) -> Option<String> {
         let mut found = 0;
         let mut rest = bytes;
@@ -557,7 +557,7 @@ impl Guest {
             let Some(key) = key else {
                 return Some(format!("there is no {text}"));
             };
-            // No node id: the name alone, not looked up.
+            // No node id: the entry is a name that was not looked up.
             if entry.nodeid != 0 {
                 if let Some(node) = self.model.nodes.get_mut(&key) {
                     node.lookups += 1;
@@ -601,7 +601,7 @@ pub(crate) fn directory(guest: u32, dir: usize) -> String {
     format!("guest{guest}-{dir}")
 }
 
-/// The names in what READDIR has answered.
+/// The names in a reply to READDIR.
 fn listed(bytes: &[u8]) -> Vec<String> {
     let mut names = Vec::new();
     let mut rest = bytes;
@@ -617,7 +617,7 @@ fn listed(bytes: &[u8]) -> Vec<String> {
     names
 }
 
-/// Where bytes differ.
+/// Where the bytes differ, if they do.
 pub(crate) fn differs(found: &[u8], wanted: &[u8]) -> String {
     let at = found
         .iter()

@@ -1,11 +1,11 @@
-//! Kills a server in the middle of its work, again and again, and looks whether a guest notices.
+//! Kills a server in the middle of its work, again and again, and checks whether a guest notices.
 //!
-//! Several guests' threads make requests all the time, each in directories of its own, and each
-//! knows what must be there: what an operation answers, which names there are, what files hold,
-//! which node is which, what is open, what is locked. The process that serves gets SIGKILL at
-//! random moments; another goes on in its place. No request may be lost, none may take effect
-//! twice, and nothing may be forgotten. How long the guest waits is measured. The invariant: what
-//! fails once is told with all it takes to do it again, and ends the run.
+//! Several guest threads send requests all the time, each in directories of its own, and each knows
+//! what must be there: what an operation returns, which names exist, what files contain, which node
+//! is which, what is open, what is locked. The serving process gets SIGKILL at random moments, and
+//! another takes over. No request may be lost, none may take effect twice, and nothing may be
+//! forgotten. The guest's waiting times are measured. The invariant: the first failure ends the
+//! run, and is reported with everything that is needed to repeat it.
 
 mod act;
 mod check;
@@ -25,9 +25,9 @@ use guest::Guest;
 use server::{Server, ServerError};
 
 /// How long a request may take, restarts included.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long to sleep for completions of one queue before the others are looked at.
+/// How long to sleep for completions of one queue before the others are checked.
 const NAP: Duration = Duration::from_micros(200);
 
 #[derive(Debug, Parser)]
@@ -36,25 +36,25 @@ struct Cli {
     /// The server's program.
     #[arg(long, default_value = "target/release/ringfsd")]
     server: PathBuf,
-    /// How the next server comes to be.
+    /// How the next server starts.
     #[arg(long, value_enum, default_value = "supervised")]
     mode: Mode,
-    /// How all of the server is ended, with `--mode state`.
+    /// How the whole server is ended, with `--mode state`.
     #[arg(long, value_enum, default_value = "kill")]
     end: End,
-    /// How often it is killed.
+    /// The number of kills.
     #[arg(long, default_value_t = 30)]
     kills: u32,
-    /// Threads of the guest that make requests.
+    /// Guest threads that send requests.
     #[arg(long, default_value_t = 8)]
     guests: u32,
     /// Request queues.
     #[arg(long, default_value_t = 2)]
     queues: u16,
-    /// At most so many requests come back between two kills.
+    /// The maximum number of replies between two kills.
     #[arg(long, default_value_t = 400)]
     between: u64,
-    /// Where the random numbers begin; by the clock if it is not given.
+    /// The seed of the random numbers (default: the time).
     #[arg(long)]
     seed: Option<u64>,
     /// Further options of the server.
@@ -66,16 +66,16 @@ struct Cli {
 enum Mode {
     /// `--supervise`: the guardian starts it, and the front end notices nothing.
     Supervised,
-    /// `--state`: all of the server is killed, another one is started by hand, and the front end
+    /// `--state`: the whole server is killed, another one is started by hand, and the front end
     /// reconnects as Cloud Hypervisor does.
     State,
-    /// `--supervise`: the program is replaced, by the same, instead of being killed.
+    /// `--supervise`: instead of a kill, the program is upgraded to itself.
     Upgraded,
-    /// The server is never killed: for the model's sake.
+    /// The server is never killed: tests the model.
     Never,
 }
 
-/// By what all of a server ends.
+/// How the whole server is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum End {
     /// SIGKILL to both processes; the next server is started while they are still ending.
@@ -99,17 +99,17 @@ enum Failure {
     Session(#[from] vmm::session::SessionError),
     #[error("a request")]
     Fuse(#[from] FuseError),
-    /// The guest noticed.
+    /// The guest noticed a wrong reply.
     #[error("{0}")]
     Noticed(String),
-    /// It was not answered.
+    /// A request got no reply.
     #[error("{0} requests are not answered: {1}")]
     Unanswered(usize, String),
-    #[error("what the host sees")]
+    #[error("checking on the host")]
     Host(#[from] std::io::Error),
 }
 
-/// Numbers that look random (splitmix64).
+/// Pseudo-random numbers (splitmix64).
 #[derive(Clone, Debug)]
 struct Dice(u64);
 
@@ -173,13 +173,13 @@ fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
         .memory(&[vmm::Region::new(0, 64 << 20)]);
     let session = Profile::CloudHypervisor.connect_path(server.socket(), &options)?;
     let mut fs = Client::new(session);
-    fs.set_timeout(PATIENCE);
+    fs.set_timeout(TIMEOUT);
     fs.set_umask(0);
     fs.init()?;
     let mut dice = Dice(seed);
     let mut guests = Vec::new();
     for number in 0..cli.guests {
-        // What has no name can't be opened again by a server that had to be started by hand.
+        // A server that is started by hand can't reopen files without a name.
         let nameless = cli.mode != Mode::State;
         guests.push(Guest::new(&mut fs, number, dice.next(), nameless)?);
     }
@@ -217,7 +217,7 @@ fn run(cli: &Cli, seed: u64) -> Result<(), Failure> {
 }
 
 impl Run {
-    /// Lets `count` requests come back.
+    /// Waits for `count` replies.
     fn work(&mut self, count: u64) -> Result<(), Failure> {
         let end = self.answered + count;
         let mut since = Instant::now();
@@ -225,7 +225,7 @@ impl Run {
             self.submit()?;
             if self.collect()? != 0 {
                 since = Instant::now();
-            } else if since.elapsed() > PATIENCE {
+            } else if since.elapsed() > TIMEOUT {
                 return Err(self.unanswered());
             }
         }
@@ -239,14 +239,14 @@ impl Run {
         }
         self.submit()?;
         if mode == Mode::Upgraded {
-            // Trying the new program comes before, while the old one serves: what counts is told.
+            // The new program is checked before, while the old one serves: the server reports the pause.
             let pause = self.server.upgrade()?;
             self.pauses.push(pause);
             return Ok(());
         }
         let killed = Instant::now();
         self.server.kill(mode, self.end)?;
-        // What is back by now was answered by the one that is dead.
+        // What has arrived until now is from the killed process.
         self.take_back()?;
         self.submit()?;
         if mode == Mode::State {
@@ -254,7 +254,7 @@ impl Run {
             self.fs.guest().reconnect_path(socket)?;
         }
         while self.collect()? == 0 {
-            if killed.elapsed() > PATIENCE {
+            if killed.elapsed() > TIMEOUT {
                 return Err(self.unanswered());
             }
         }
@@ -262,12 +262,12 @@ impl Run {
         Ok(())
     }
 
-    /// Lets all that is in flight come back.
+    /// Waits for everything in flight.
     fn rest(&mut self) -> Result<(), Failure> {
         let begun = Instant::now();
         while self.guests.iter().any(|guest| !guest.is_idle()) {
             self.collect()?;
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > TIMEOUT {
                 return Err(self.unanswered());
             }
         }
@@ -282,7 +282,7 @@ impl Run {
         Ok(())
     }
 
-    /// Gives everything back, and sees that it is gone.
+    /// Releases everything, and checks that it is gone.
     fn end(&mut self) -> Result<(), Failure> {
         self.rest()?;
         for guest in &mut self.guests {
@@ -302,7 +302,7 @@ impl Run {
         Ok(())
     }
 
-    /// Takes what has come back, without waiting.
+    /// Takes the replies that have arrived, without waiting.
     fn take_back(&mut self) -> Result<u64, Failure> {
         let mut count = 0;
         for pending in self.fs.returned()? {
@@ -311,7 +311,7 @@ impl Run {
                 .iter_mut()
                 .find(|guest| guest.waits_for(pending));
             let Some(guest) = guest else {
-                let what = format!("request {:#x} of nobody came back", pending.unique());
+                let what = format!("an unknown request {:#x} came back", pending.unique());
                 return Err(Failure::Noticed(what));
             };
             let reply = self.fs.collect(pending);
@@ -322,7 +322,7 @@ impl Run {
         Ok(count)
     }
 
-    /// Takes what has come back; waits for a moment if there is nothing.
+    /// Takes the replies that have arrived; waits for a moment if there are none.
     fn collect(&mut self) -> Result<u64, Failure> {
         let count = self.take_back()?;
         if count == 0 {

@@ -1,7 +1,7 @@
-//! What must be there: names, nodes, open files, locks of one guest's thread.
+//! What must be there: names, nodes, open files, locks of one guest thread.
 //!
-//! Plain state, changed by what requests answer. The invariant: while no request of this guest is
-//! in flight, the host's directory and the server's tables are exactly this.
+//! Plain state, updated by the replies. The invariant: while no request of this guest is in flight,
+//! the host's directory and the server's tables are exactly this.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -26,7 +26,7 @@ impl Name {
 /// Which node of the model.
 pub(crate) type Key = u64;
 
-/// What a node is.
+/// A node's type and content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     File(Vec<u8>),
@@ -41,11 +41,11 @@ pub(crate) struct Node {
     pub(crate) nodeid: u64,
     pub(crate) kind: Kind,
     pub(crate) mode: u32,
-    /// Names that it has.
+    /// Its names.
     pub(crate) links: u32,
-    /// How often an entry of it was answered.
+    /// How many replies had an entry of it.
     pub(crate) lookups: u64,
-    /// The guest's lock on all of it.
+    /// The guest's lock on the whole file.
     pub(crate) locked: bool,
 }
 
@@ -57,7 +57,7 @@ pub(crate) struct Open {
     pub(crate) append: bool,
 }
 
-/// All of it.
+/// The state of one guest thread.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Model {
     /// Node ids of the two directories.
@@ -69,7 +69,7 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// A node that was made under `name`.
+    /// Adds a node that was created as `name`.
     pub(crate) fn made(&mut self, name: Name, nodeid: u64, kind: Kind, mode: u32) -> Key {
         let key = self.next;
         self.next += 1;
@@ -86,7 +86,7 @@ impl Model {
         key
     }
 
-    /// A name is gone.
+    /// Removes a name.
     pub(crate) fn unnamed(&mut self, name: Name) {
         if let Some(key) = self.names.remove(&name)
             && let Some(node) = self.nodes.get_mut(&key)

@@ -1,6 +1,6 @@
 //! The server: started, killed, started again.
 //!
-//! The invariant: `kill` returns when the process is gone, not when it has been asked to go.
+//! The invariant: `kill` returns when the process is gone, not when the signal has been sent.
 
 use std::fs::File;
 use std::io;
@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use crate::{Cli, End, Mode, PATIENCE};
+use crate::{Cli, End, Mode, TIMEOUT};
 
-/// What can go wrong with it.
+/// Errors of the server process.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServerError {
-    #[error("can't make a directory for it")]
+    #[error("can't make a directory for the server")]
     Directory(#[source] io::Error),
     #[error("can't start {program}")]
     Start {
@@ -24,15 +24,15 @@ pub(crate) enum ServerError {
         #[source]
         source: io::Error,
     },
-    #[error("it doesn't listen; see {log}")]
+    #[error("the server doesn't listen; see {log}")]
     Silent { log: PathBuf },
-    #[error("no process of it serves; see {log}")]
+    #[error("no process of the server serves; see {log}")]
     NoProcess { log: PathBuf },
     #[error("can't kill it")]
     Kill(#[source] rustix::io::Errno),
-    #[error("can't run its upgrade")]
+    #[error("can't run the upgrade")]
     Upgrade(#[source] io::Error),
-    #[error("it isn't upgraded: {said}")]
+    #[error("the server isn't upgraded: {said}")]
     NotUpgraded { said: String },
 }
 
@@ -84,14 +84,14 @@ impl Server {
         self.directory.path().join("share")
     }
 
-    /// Leaves the directory as it is; where that is.
+    /// Keeps the directory; returns its path.
     pub(crate) fn keep(&mut self) -> String {
         self.directory.disable_cleanup(true);
         self.directory.path().display().to_string()
     }
 
-    /// Kills the process that serves; without a guardian that starts another one, ends all of it and
-    /// starts another one, which may not listen yet.
+    /// Kills the serving process. Without a guardian that starts another one, ends the whole server and
+    /// starts another, which may not listen yet.
     pub(crate) fn kill(&mut self, mode: Mode, end: End) -> Result<(), ServerError> {
         let serving = self.serving()?;
         self.killed = Some(serving);
@@ -110,28 +110,28 @@ impl Server {
             _ if mode != Mode::State => serving(Signal::KILL)?,
             End::Kill => {
                 serving(Signal::KILL)?;
-                // It may have ended with the other.
+                // It may have ended with the other process.
                 let _ended = started(Signal::KILL);
             }
             End::Both => {
                 started(Signal::TERM)?;
-                // It may be quicker.
+                // It may have ended already.
                 let _ended = serving(Signal::TERM);
             }
             End::Term => started(Signal::TERM)?,
             End::Int => started(Signal::INT)?,
             End::Hup => started(Signal::HUP)?,
         }
-        // Where nothing is asked of it, it may still be ending as the next one starts.
+        // A killed server may still be ending while the next one starts.
         let next = (mode == Mode::State && end == End::Kill)
             .then(|| launch(&self.directory, &self.program, &self.arguments))
             .transpose()?;
         let mut ends = [PollFd::new(&handle, PollFlags::IN)];
-        let patience = Timespec {
-            tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(1),
+        let timeout = Timespec {
+            tv_sec: i64::try_from(TIMEOUT.as_secs()).unwrap_or(1),
             tv_nsec: 0,
         };
-        if poll(&mut ends, Some(&patience)).map_err(ServerError::Kill)? == 0 {
+        if poll(&mut ends, Some(&timeout)).map_err(ServerError::Kill)? == 0 {
             return Err(ServerError::Kill(rustix::io::Errno::TIMEDOUT));
         }
         if mode == Mode::State {
@@ -144,7 +144,7 @@ impl Server {
         Ok(())
     }
 
-    /// Has the program replaced by itself, and answers how long it says that the guest has waited.
+    /// Upgrades the program to itself, and returns how long the guest has waited, as the program reports.
     pub(crate) fn upgrade(&self) -> Result<Duration, ServerError> {
         let pid = self.child.id().to_string();
         let output = Command::new(&self.program)
@@ -163,9 +163,9 @@ impl Server {
         }
     }
 
-    /// The process that serves: the guardian's child.
+    /// The serving process: the guardian's child.
     fn serving(&self) -> Result<Pid, ServerError> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while Instant::now() < end {
             if let Some(pid) = self.child_of_guardian() {
                 return Ok(pid);
@@ -186,7 +186,7 @@ impl Server {
     }
 
     fn wait_until_it_listens(&self) -> Result<(), ServerError> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         let said = || std::fs::read_to_string(self.log()).unwrap_or_default();
         while !said().contains("Waiting for vhost-user socket connection") {
             if Instant::now() > end {

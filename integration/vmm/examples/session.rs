@@ -1,4 +1,4 @@
-//! Plays a front end to a server and shows what it sees:
+//! Plays a front end to a server and prints what it sees:
 //! `session PROFILE SOCKET [REQUEST-QUEUES]`.
 
 use std::error::Error;

@@ -1,8 +1,8 @@
-//! A vhost-user connection, seen from the front end.
+//! A vhost-user connection, as the front end has it.
 //!
-//! [`Connection::send`] and [`Connection::recv`] move any message, right or wrong; the methods
-//! named after messages (in `calls`) send right ones and check the replies. It knows no order:
-//! that is [`crate::profile`]'s. The invariant: nothing blocks longer than the timeout.
+//! [`Connection::send`] and [`Connection::recv`] transfer any message, right or wrong; the methods
+//! named after messages (in `calls`) send right ones and check the replies. It knows no order of
+//! messages: that is [`crate::profile`]'s. The invariant: nothing blocks longer than the timeout.
 
 mod calls;
 pub mod message;
@@ -29,10 +29,10 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most file descriptors that one message can carry (the kernel's SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
 
-/// The longest body that is taken from the other side.
+/// The longest body that is accepted from the other side.
 const MAX_BODY: u32 = 1 << 20;
 
-/// What can go wrong on a connection.
+/// Errors of a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectionError {
     /// The socket can't be connected to.
@@ -40,32 +40,32 @@ pub enum ConnectionError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// Sending or receiving failed.
     #[error("can't {act} a vhost-user message")]
     Io {
-        /// What was tried.
+        /// The failed action.
         act: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// The other side has closed the connection.
     #[error("the connection was closed while message {request} waited for its reply")]
     Closed {
-        /// The message's number, 0 where none waited.
+        /// The message's number, 0 if none waited.
         request: u32,
     },
     /// No reply in time.
     #[error("message {request} got no reply in time")]
     TimedOut {
-        /// The message's number, 0 where none waited.
+        /// The message's number, 0 if none waited.
         request: u32,
     },
-    /// A reply is not what the protocol says.
+    /// A reply breaks the protocol.
     #[error("message {request} got a wrong reply: {what}")]
     BadReply {
         /// The message's number.
@@ -89,14 +89,14 @@ pub enum ConnectionError {
     Memory(#[from] crate::memory::MemoryError),
 }
 
-/// A message as it came.
+/// A received message.
 #[derive(Debug)]
 pub struct Message {
     /// Number, flags and size.
     pub header: Header,
     /// The body.
     pub body: Vec<u8>,
-    /// The file descriptors that came with it.
+    /// Its file descriptors.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -104,7 +104,7 @@ impl Message {
     /// The body as a value.
     ///
     /// # Errors
-    /// [`ConnectionError::BadReply`] where it is shorter.
+    /// [`ConnectionError::BadReply`] if it is shorter.
     pub fn value<T: FromBytes>(&self) -> Result<T, ConnectionError> {
         let value = T::read_from_prefix(&self.body);
         value.map(|(value, _rest)| value).map_err(|_short| {
@@ -124,7 +124,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Speaks over this stream, with [`DEFAULT_TIMEOUT`].
+    /// A connection over this stream, with [`DEFAULT_TIMEOUT`].
     ///
     /// # Errors
     /// [`ConnectionError::Io`].
@@ -164,13 +164,13 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether each message asks for a reply from now on, where REPLY_ACK is negotiated, as Cloud
-    /// Hypervisor does it: the flag goes on messages that have a reply anyway, too.
+    /// Whether each message asks for a reply from now on, if REPLY_ACK is negotiated, as Cloud
+    /// Hypervisor does: the flag is set on messages that have a reply anyway, too.
     pub fn set_need_reply(&mut self, need_reply: bool) {
         self.need_reply = need_reply;
     }
 
-    /// Does `act` with replies asked for, as QEMU does for some messages.
+    /// Performs `act` with replies requested, as QEMU does for some messages.
     ///
     /// # Errors
     /// Those of `act`.
@@ -184,8 +184,8 @@ impl Connection {
         result
     }
 
-    /// Does `act`, and returns when the back end has done it: acknowledged where there is
-    /// REPLY_ACK, followed by a GET_FEATURES where there is not, as QEMU does it.
+    /// Performs `act`, and returns when the back end has done it: with an acknowledgement if there is
+    /// REPLY_ACK, else followed by a GET_FEATURES, as QEMU does.
     ///
     /// # Errors
     /// Those of `act`, and of [`Connection::get_features`].
@@ -200,7 +200,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The protocol features last set.
+    /// The protocol features that were set last.
     #[must_use]
     pub fn protocol_features(&self) -> u64 {
         self.protocol_features
@@ -212,7 +212,7 @@ impl Connection {
         self.protocol_features & features == features
     }
 
-    /// The stream, for tests that do what no method does.
+    /// The stream, for tests that need more than the methods.
     #[must_use]
     pub fn stream(&self) -> &UnixStream {
         &self.stream
@@ -262,7 +262,7 @@ impl Connection {
         self.send_parts(&[bytes], fds)
     }
 
-    /// Receives one message, whatever it is.
+    /// Receives any message.
     ///
     /// # Errors
     /// [`ConnectionError::TimedOut`], [`ConnectionError::Closed`], [`ConnectionError::Io`].
@@ -288,7 +288,7 @@ impl Connection {
         Ok(message)
     }
 
-    /// Answers a message of the other side, as the socket of SET_BACKEND_REQ_FD needs it.
+    /// Replies to a message of the other side, as the socket of SET_BACKEND_REQ_FD needs it.
     ///
     /// # Errors
     /// As [`Connection::send`].
@@ -299,7 +299,7 @@ impl Connection {
     /// Waits until the other side closes the connection.
     ///
     /// # Errors
-    /// [`ConnectionError::TimedOut`], or [`ConnectionError::BadReply`] where a message comes
+    /// [`ConnectionError::TimedOut`], or [`ConnectionError::BadReply`] if a message comes
     /// instead.
     pub fn wait_closed(&mut self) -> Result<(), ConnectionError> {
         match self.recv() {
@@ -312,8 +312,8 @@ impl Connection {
         }
     }
 
-    /// Sends a message that has no reply of its own, and waits for the acknowledgement if
-    /// replies are asked for.
+    /// Sends a message that has no reply of its own, and waits for the acknowledgement if replies
+    /// are requested.
     ///
     /// # Errors
     /// As [`Connection::recv_reply`], and [`ConnectionError::Refused`].

@@ -1,7 +1,7 @@
-//! Eventfds: what kicks, calls and errors are made of.
+//! Eventfds, which kicks, calls and errors are made of.
 //!
-//! An [`Event`] is one eventfd. It knows nothing of rings. A reader never blocks in `read`, even
-//! where the file description is a blocking one: it asks `poll` first.
+//! An [`Event`] is one eventfd. It knows nothing of rings. The invariant: a reader never blocks in
+//! `read`, even if the file description is a blocking one: it calls `poll` first.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,7 +30,7 @@ impl Event {
     }
 
     /// Makes an eventfd whose file description blocks, as crosvm does: a server that reads it
-    /// without having been told that it is readable is stuck.
+    /// before it is readable is stuck.
     ///
     /// # Errors
     /// Those of `eventfd`.
@@ -41,7 +41,7 @@ impl Event {
         })
     }
 
-    /// Adds one to the counter, which wakes whoever waits.
+    /// Adds one to the counter, which wakes waiting threads.
     ///
     /// # Errors
     /// Those of `write`.
@@ -50,7 +50,7 @@ impl Event {
         Ok(())
     }
 
-    /// Takes what the counter holds, without waiting: 0 when nobody signalled.
+    /// Resets the counter and returns its value, without waiting: 0 if it was not signalled.
     ///
     /// # Errors
     /// Those of `poll` and `read`.
@@ -61,13 +61,13 @@ impl Event {
         }
         match rustix::io::read(&self.fd, &mut counter) {
             Ok(_) => Ok(u64::from_ne_bytes(counter)),
-            // Nobody signalled, or another waiter on a shared eventfd was faster.
+            // Not signalled, or another waiter on a shared eventfd was faster.
             Err(Errno::AGAIN) => Ok(0),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until the counter is not 0, and leaves it as it is. False when `timeout` has passed.
+    /// Waits until the counter is not 0, and leaves it as it is. False on timeout.
     ///
     /// # Errors
     /// Those of `poll`.
@@ -82,7 +82,7 @@ impl AsFd for Event {
     }
 }
 
-/// Waits until `fd` is readable or hung up. False when `timeout` has passed.
+/// Waits until `fd` is readable or hung up. False on timeout.
 ///
 /// # Errors
 /// Those of `poll`.

@@ -1,8 +1,8 @@
 //! A FUSE client over the queues: what the guest's kernel is to a virtio-fs server.
 //!
-//! A [`Client`] encodes requests, lays them out in guest memory, and checks what comes back. It
-//! caches nothing and counts no lookups: each method is one request. The invariant: a reply is
-//! handed out only if its header's `unique` is the request's and its `len` is the used length.
+//! A [`Client`] encodes requests, lays them out in guest memory, and checks the replies. It caches
+//! nothing and counts no lookups: each method is one request. The invariant: a reply is returned
+//! only if its header's `unique` is the request's and its `len` is the used length.
 
 mod attributes;
 mod directories;
@@ -86,7 +86,7 @@ impl Guest for Lane {
     }
 }
 
-/// In whose name requests are made.
+/// The caller that requests name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Credentials {
     /// User.
@@ -97,8 +97,8 @@ pub struct Credentials {
     pub pid: u32,
 }
 
-/// Stands for no user and no group (`FUSE_INVALID_UIDGID`): the id of who asks, where Linux doesn't
-/// tell.
+/// Stands for no user and no group (`FUSE_INVALID_UIDGID`): the caller's id, if Linux doesn't
+/// tell it.
 pub const NO_ID: u32 = u32::MAX;
 
 /// A FUSE client.
@@ -135,7 +135,7 @@ impl<G: Guest> Client<G> {
         }
     }
 
-    /// What the client runs over: the session.
+    /// The session that the client uses.
     pub fn guest(&mut self) -> &mut G {
         &mut self.guest
     }
@@ -232,7 +232,7 @@ impl<G: Guest> Client<G> {
         self.init.map_or(4096, |init| init.max_write)
     }
 
-    /// DESTROY. A chain that comes back empty is as good as a reply, as it is to Linux:
+    /// DESTROY. A chain that is returned empty counts as a reply, as in Linux:
     /// virtiofsd does not write one.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! A virtual machine monitor and a guest's driver, without a virtual machine.
 //!
-//! It connects to a vhost-user server, hands over guest memory and virtqueues, and speaks FUSE
-//! over them, as each of the front ends that exist does. Messages and rings are encoded here by
-//! hand, so that wrong ones can be sent as well as right ones.
+//! It connects to a vhost-user server, shares guest memory and virtqueues with it, and speaks FUSE
+//! over them, as each of the existing front ends does. Messages and rings are encoded by hand, so
+//! that wrong ones can be sent as well as right ones.
 //!
 //! ```no_run
 //! use vmm::{Options, Profile, fuse::ROOT};

@@ -1,10 +1,9 @@
 //! Guest memory: memfds at chosen guest addresses, mapped here too.
 //!
-//! It gives out addresses ([`Memory::alloc`]), copies bytes in and out, and resolves a guest
-//! address to a pointer for the rings. It does not say who may touch which bytes when: the other
-//! side is another process, and the ring's protocol says that. The invariant: a range that has
-//! been resolved lies wholly inside one mapping, which lives as long as any clone of its
-//! [`Memory`].
+//! It allocates addresses ([`Memory::alloc`]), copies bytes in and out, and resolves a guest
+//! address to a pointer for the rings. It does not say who may access which bytes when: the other
+//! side is another process, and the ring's protocol rules that. The invariant: a range that has
+//! been resolved is wholly inside one mapping, which lives as long as any clone of its [`Memory`].
 
 #![expect(
     unsafe_code,
@@ -25,7 +24,7 @@ use bump::Bump;
 pub use bump::Mark;
 pub use region::{Buf, Gpa, MappedRegion, Region};
 
-/// What can go wrong with guest memory.
+/// Errors of guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// A region could not be made.
@@ -35,14 +34,14 @@ pub enum MemoryError {
         gpa: u64,
         /// The region's length.
         len: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// An access is not inside the regions.
     #[error("guest address {gpa:#x} and the {len} bytes there are not in guest memory")]
     OutOfRange {
-        /// Where the access begins.
+        /// The address of the access.
         gpa: u64,
         /// Its length.
         len: u64,
@@ -50,7 +49,7 @@ pub enum MemoryError {
     /// No region has that much left.
     #[error("guest memory has no {len} bytes left")]
     Exhausted {
-        /// What was asked for.
+        /// The requested length.
         len: u64,
     },
     /// Bytes could not be moved between guest memory and a file.
@@ -107,7 +106,7 @@ impl Memory {
         Gpa(ends.max().unwrap_or(0))
     }
 
-    /// Where `len` bytes at `gpa` are mapped here, if one region holds them all.
+    /// The mapping of `len` bytes at `gpa`, if one region contains all of them.
     ///
     /// The pointer is good while a clone of this memory lives.
     ///
@@ -225,7 +224,7 @@ impl Memory {
     /// Returns the bytes read, 0 at the end.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`] where no one region holds the buffer, or
+    /// [`MemoryError::OutOfRange`] if no one region holds the buffer, or
     /// [`MemoryError::Transfer`].
     pub fn read_from(&self, fd: BorrowedFd<'_>, buf: Buf) -> Result<usize, MemoryError> {
         let len = buf.len as usize;
@@ -239,7 +238,7 @@ impl Memory {
     /// One `write` to `fd` straight from guest memory. Returns the bytes written.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`] where no one region holds the buffer, or
+    /// [`MemoryError::OutOfRange`] if no one region holds the buffer, or
     /// [`MemoryError::Transfer`].
     pub fn write_to(&self, fd: BorrowedFd<'_>, buf: Buf) -> Result<usize, MemoryError> {
         let len = buf.len as usize;
@@ -251,7 +250,7 @@ impl Memory {
     }
 
     /// Gives out `len` bytes at a multiple of `align` (a power of two), from the first region that
-    /// has them. They are never given back singly; see [`Memory::reset_to`].
+    /// has them. They are not freed one by one; see [`Memory::reset_to`].
     ///
     /// # Errors
     /// [`MemoryError::Exhausted`].
@@ -275,12 +274,12 @@ impl Memory {
         self.bump().mark()
     }
 
-    /// Takes back all that was given out since `mark`.
+    /// Frees everything that was allocated since `mark`.
     pub fn reset_to(&self, mark: &Mark) {
         self.bump().reset_to(mark);
     }
 
-    /// Takes back all that was ever given out, rings too.
+    /// Frees everything that was ever allocated, rings too.
     pub fn reset(&self) {
         let fresh: Vec<_> = self.regions().iter().map(|mapped| mapped.region).collect();
         *self.bump() = Bump::new(&fresh);

@@ -1,8 +1,8 @@
-//! The front ends that exist: what each sends, and in what order.
+//! The existing front ends: what each sends, and in what order.
 //!
 //! A handshake has two halves. [`negotiate`](Profile::connect) is what a front end does when it
 //! starts; `activate` is what it does once the guest's driver is there, and again when the driver
-//! comes back. The orders were read off the front ends and are kept with their oddities.
+//! comes back. The orders were observed on the front ends and are kept with their oddities.
 
 mod activate;
 
@@ -64,7 +64,7 @@ impl Profile {
         self.connect_on(Connection::connect(path)?, options)
     }
 
-    /// Does the first half only: the memory and queues are made, and not handed over. For what
+    /// Performs the first half only: memory and queues are made, and not sent. For what
     /// has to happen before the rings start, as loading a device's state;
     /// [`Session::restart`] with zeros (no bases) does the second half.
     ///
@@ -74,7 +74,7 @@ impl Profile {
         self.begin(Connection::new(stream)?, options)
     }
 
-    /// The protocol features that the front end asks for.
+    /// The protocol features that the front end requests.
     #[must_use]
     pub fn protocol_features(self) -> u64 {
         match self {
@@ -124,7 +124,7 @@ impl Profile {
         }
     }
 
-    /// The size of its queues unless it is told another.
+    /// The default size of its queues.
     #[must_use]
     pub fn queue_size(self) -> u16 {
         match self {
@@ -310,7 +310,7 @@ impl Profile {
     }
 }
 
-/// GET_FEATURES, and what of them is accepted.
+/// GET_FEATURES, and the accepted features.
 fn accept(connection: &mut Connection, options: &Options) -> Result<u64, ConnectionError> {
     Ok(connection.get_features()? & options.features)
 }
@@ -320,7 +320,7 @@ fn wanted_queues(options: &Options) -> u16 {
     options.request_queues.unwrap_or(1).saturating_add(1)
 }
 
-/// GET_QUEUE_NUM, where there is MQ, as the limit.
+/// GET_QUEUE_NUM, if there is MQ, as the limit.
 fn check_queues(connection: &mut Connection, wanted: u16) -> Result<(), SessionError> {
     if connection.has(protocol::MQ) {
         let offered = connection.get_queue_num()?;
@@ -331,7 +331,7 @@ fn check_queues(connection: &mut Connection, wanted: u16) -> Result<(), SessionE
     Ok(())
 }
 
-/// GET_QUEUE_NUM, where there is MQ, as the number; the fewest that the device type has where
+/// GET_QUEUE_NUM, if there is MQ, as the number; the fewest that the device type has where
 /// there is not.
 fn all_queues(connection: &mut Connection) -> Result<u16, SessionError> {
     if connection.has(protocol::MQ) {

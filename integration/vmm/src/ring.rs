@@ -1,9 +1,9 @@
 //! The driver's side of a split virtqueue (virtio 1.2, 2.7).
 //!
 //! A [`Queue`] puts chains on the available ring, kicks, and takes completions off the used ring.
-//! It knows nothing of vhost-user and nothing of what the chains carry. It allocates nothing
-//! after it has been made. The invariant: a descriptor is free, or part of exactly one chain in
-//! flight, whatever the device writes to the used ring.
+//! It knows nothing of vhost-user and nothing of the content of chains. It allocates nothing after
+//! it has been made. The invariant: a descriptor is free, or part of exactly one chain in flight,
+//! whatever the device writes to the used ring.
 
 mod areas;
 mod options;
@@ -27,7 +27,7 @@ pub const AVAIL_NO_INTERRUPT: u16 = 1;
 /// A chain that came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// What was given to [`Queue::push`].
+    /// The token that was passed to [`Queue::push`].
     pub token: u64,
     /// Bytes the device says it wrote.
     pub len: u32,
@@ -57,7 +57,7 @@ pub struct Queue {
     seen: u16,
 }
 
-/// What is remembered of a chain in flight, under its head.
+/// The record of a chain in flight, by its head.
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
     token: u64,
@@ -149,7 +149,7 @@ impl Queue {
         self.areas.size()
     }
 
-    /// Where the areas lie in guest memory.
+    /// The addresses of the areas in guest memory.
     #[must_use]
     pub fn addresses(&self) -> Addresses {
         self.areas.addresses()
@@ -190,7 +190,7 @@ impl Queue {
     /// with it. Returns the chain's head.
     ///
     /// # Errors
-    /// [`RingError::Full`] where too few descriptors are free, [`RingError::TooLong`] where there
+    /// [`RingError::Full`] where too few descriptors are free, [`RingError::TooLong`] if there
     /// are never enough, [`RingError::EmptyChain`].
     pub fn push(
         &mut self,
@@ -257,11 +257,11 @@ impl Queue {
     /// Makes all that is staged available.
     pub fn publish(&mut self) {
         // Release: pairs with the device's Acquire load of the available index; the entries and
-        // descriptors written before are seen by whoever sees the index.
+        // descriptors written before are seen by a thread that sees the index.
         self.areas.avail_idx().store(self.staged, Ordering::Release);
     }
 
-    /// Publishes what is staged, and wakes the device if it wants to be woken. True if it was.
+    /// Publishes staged chains, and kicks the device if it wants a kick. True if it was kicked.
     ///
     /// # Errors
     /// [`RingError::Event`].
@@ -287,7 +287,7 @@ impl Queue {
         Ok(wanted)
     }
 
-    /// Publishes what is staged, and wakes the device whether it wants to be or not.
+    /// Publishes staged chains, and kicks the device even if it wants no kick.
     ///
     /// # Errors
     /// [`RingError::Event`].
@@ -300,7 +300,7 @@ impl Queue {
     /// Takes one completion, in the order in which the device returned them.
     ///
     /// # Errors
-    /// [`RingError::UsedIndex`] and [`RingError::NotInFlight`] where the device returned what it
+    /// [`RingError::UsedIndex`] and [`RingError::NotInFlight`] if the device returned what it
     /// was not given; the element is skipped in the latter case.
     pub fn pop(&mut self) -> Result<Option<Used>, RingError> {
         if self.ready()? == 0 {
@@ -328,7 +328,7 @@ impl Queue {
     /// How many completions wait to be popped.
     ///
     /// # Errors
-    /// [`RingError::UsedIndex`] where the index is further than the ring is long.
+    /// [`RingError::UsedIndex`] if the index is further than the ring is long.
     pub fn ready(&mut self) -> Result<u16, RingError> {
         if self.seen == self.taken {
             self.refresh()?;
@@ -364,7 +364,7 @@ impl Queue {
         self.next.get(usize::from(index)).copied().unwrap_or(0)
     }
 
-    /// What is in flight under `head`, which is not any longer then.
+    /// Removes and returns the chain in flight under `head`.
     fn take_slot(&mut self, head: u16) -> Option<Slot> {
         let slot = self.slots.get_mut(usize::from(head))?;
         (slot.descriptors > 0).then(|| std::mem::take(slot))

@@ -1,7 +1,7 @@
-//! A session: a connection, the guest memory and the queues that were handed over on it.
+//! A session: a connection, and the guest memory and queues that were shared over it.
 //!
-//! It stops, restarts, pauses and reconnects what a [`Profile`] has set up; the orders of the
-//! messages are the profile's. Dropping it is the front end's sudden death. The invariant: ring
+//! It stops, restarts, pauses and reconnects what a [`Profile`] has set up; the order of the
+//! messages is the profile's. Dropping it is the front end's sudden death. The invariant: ring
 //! number `i` of the back end is `queues[i]`, of which 0 is the high-priority queue.
 
 mod log;
@@ -27,7 +27,7 @@ pub use options::Options;
 /// How long to wait before another try to connect.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// What can go wrong with a session.
+/// Errors of a session.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// A message failed.
@@ -43,11 +43,11 @@ pub enum SessionError {
     #[error("no eventfd for a ring")]
     Event(#[source] io::Error),
     /// More queues than the back end has.
-    #[error("{wanted} queues are wanted and the back end has {offered}")]
+    #[error("{wanted} queues are requested and the back end has {offered}")]
     TooManyQueues {
-        /// What was asked for, the high-priority queue included.
+        /// The requested number, the high-priority queue included.
         wanted: u16,
-        /// What GET_QUEUE_NUM said.
+        /// The reply to GET_QUEUE_NUM.
         offered: u64,
     },
     /// The pipe for the device's state failed.
@@ -55,7 +55,7 @@ pub enum SessionError {
     State(#[source] io::Error),
 }
 
-/// What the first half of a handshake has agreed on.
+/// The result of the first half of a handshake.
 #[derive(Debug)]
 pub(crate) struct Agreed {
     pub(crate) connection: Connection,
@@ -68,7 +68,7 @@ pub(crate) struct Agreed {
     pub(crate) shared_memory: Vec<u64>,
 }
 
-/// Where the back end keeps what is in flight.
+/// The in-flight region.
 #[derive(Debug)]
 struct Inflight {
     layout: InflightLayout,
@@ -87,24 +87,24 @@ pub struct Session {
     pub queues: Vec<Queue>,
     /// The features that were set.
     pub features: u64,
-    /// The configuration space, where the front end reads it.
+    /// The configuration space, if the front end reads it.
     pub config: Option<FsConfig>,
     /// The socket on which the back end sends requests, where it was handed over.
     pub backend: Option<Connection>,
-    /// Sizes of the shared-memory regions, where the front end asks for them.
+    /// Sizes of the shared-memory regions, if the front end asks for them.
     pub shared_memory: Vec<u64>,
     profile: Profile,
     inflight: Option<Inflight>,
     /// The regions were added one by one on this connection.
     pub(crate) regions_added: bool,
-    /// The rings' error eventfds, where the front end hands them over.
+    /// The rings' error eventfds, if the front end hands them over.
     pub(crate) errors: Vec<Event>,
     /// Eventfds in the place of the rings' calls, while the front end has them masked.
     pub(crate) masked: Vec<Event>,
 }
 
 impl Session {
-    /// Makes memory and queues for what was agreed on. Nothing is sent.
+    /// Makes memory and queues for what was negotiated. Nothing is sent.
     pub(crate) fn new(
         profile: Profile,
         agreed: Agreed,
@@ -167,7 +167,7 @@ impl Session {
         self.features & features == features
     }
 
-    /// The eventfd by which the back end tells of ring `index`'s errors, where QEMU's handshake
+    /// The eventfd by which the back end tells of ring `index`'s errors, if QEMU's handshake
     /// has handed it over.
     #[must_use]
     pub fn error_event(&self, index: usize) -> Option<&Event> {
@@ -175,7 +175,7 @@ impl Session {
     }
 
     /// Stops every ring by GET_VRING_BASE, and disables it before where the front end does that.
-    /// Returns where each ring would go on.
+    /// Returns the index at which each ring would resume.
     ///
     /// # Errors
     /// [`SessionError::Connection`].
@@ -258,7 +258,7 @@ impl Session {
     }
 
     /// Asks for an inflight buffer unless there is one, and hands it to the back end.
-    pub(crate) fn hand_over_inflight(&mut self) -> Result<(), SessionError> {
+    pub(crate) fn send_inflight(&mut self) -> Result<(), SessionError> {
         if !self.connection.has(protocol::INFLIGHT_SHMFD) {
             return Ok(());
         }
@@ -278,7 +278,7 @@ impl Session {
         Ok(set?)
     }
 
-    /// The inflight buffer's layout and file descriptor, where one was handed over.
+    /// The inflight buffer's layout and file descriptor, if one was handed over.
     #[must_use]
     pub fn inflight(&self) -> Option<(InflightLayout, &OwnedFd)> {
         let inflight = self.inflight.as_ref()?;

@@ -1,4 +1,4 @@
-//! The load generator's path, from a prepared request to its reply's check, allocates nothing.
+//! The load generator's path, from a prepared request to the check of its reply, allocates nothing.
 
 #![expect(clippy::unwrap_used, reason = "a test's fixture may panic")]
 #![expect(unsafe_code, reason = "an allocator can't be written without")]

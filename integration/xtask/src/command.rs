@@ -1,6 +1,6 @@
 //! One command of a task.
 //!
-//! The invariant: what is run is printed first, so that a developer can run it again alone.
+//! The invariant: each command is printed before it runs, so that a developer can repeat it alone.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -14,7 +14,7 @@ pub(crate) enum Failed {
     Usage(String),
     /// A command couldn't be started.
     Start(String, std::io::Error),
-    /// A command ended with something else than success.
+    /// A command ended with a status other than success.
     Status(String),
 }
 

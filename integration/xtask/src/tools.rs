@@ -1,12 +1,11 @@
-//! The checks of tools that don't come with Rust, installed into `target/tools` where missing.
+//! Checks by tools that don't come with Rust, which are installed into `target/tools` if missing.
 //!
-//! The invariant: each tool has one version here, so a newer one can't fail a change that it has
-//! nothing to do with.
+//! The invariant: each tool has a fixed version here, so a newer one can't fail an unrelated change.
 
 use crate::command::{Failed, Step};
 use crate::{Repository, cargo};
 
-/// A tool: the crate that has it, and how it is called.
+/// A tool: the crate that contains it, and how it is run.
 struct Tool {
     name: &'static str,
     package: &'static str,
@@ -35,7 +34,7 @@ const TOOLS: &[Tool] = &[
         package: "cargo-deny",
         version: "0.20.2",
         program: "cargo-deny",
-        // The advisories lie in a repository that a machine without a network can't fetch.
+        // Advisories are in a repository that a machine without a network can't fetch.
         arguments: &[
             "--workspace",
             "--locked",
@@ -68,8 +67,8 @@ pub(crate) fn run(repository: &Repository, names: &[String]) -> Result<(), Faile
     Ok(())
 }
 
-/// Installs a tool unless this version of it is there, which takes no network to find out. Built
-/// without optimization: that halves the time, and the tools are run once.
+/// Installs a tool unless this version of it is installed; to find that out takes no network. It is
+/// built without optimization: that halves the time, and the tools are run once.
 fn install(repository: &Repository, tool: &Tool) -> Result<(), Failed> {
     let Tool {
         package, version, ..

@@ -1,4 +1,4 @@
-//! Prints what a tree is made of, so that a tree as the guest sees it can be compared with the same
+//! Prints the content of a tree, so that a tree as the guest sees it can be compared with the same
 //! tree as the host sees it. Invariant: equal trees give equal lines, in the same order.
 
 use std::fs::{self, File};

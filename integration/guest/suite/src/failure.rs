@@ -1,6 +1,5 @@
-//! What a check says when it fails, and the macros and functions by which it says so. A failure
-//! knows the line it comes from, also where it is an error passed on by `?`. Invariant: a failure's
-//! text is one line.
+//! The message of a failed check, and the macros and functions that make it. A failure knows its
+//! line, also if it is an error passed on by `?`. Invariant: a failure's text is one line.
 
 use std::fmt;
 use std::panic::Location;

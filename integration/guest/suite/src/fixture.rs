@@ -1,5 +1,5 @@
-//! What many checks need: bytes that are not all alike, files with a given mode and owner, and
-//! short spellings of long calls. Invariant: the same seed gives the same bytes.
+//! Fixtures of many checks: varied bytes, files with a given mode and owner, and short spellings of
+//! long calls. Invariant: the same seed gives the same bytes.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::Hasher;

@@ -1,7 +1,7 @@
-//! A load that goes on until it is told to stop, and verifies all that it does: for a guest that is
-//! moved from one host to another meanwhile. Each part works on things that it has had open from
-//! the beginning and keeps a model of what must be there. Invariant: what a part reads comes from the
-//! server, not from this kernel's cache.
+//! A load that runs until it is told to stop, and verifies everything it does: for a guest that is
+//! migrated while it runs. Each part works on things that it has had open from the beginning and
+//! keeps a model of what must be there. Invariant: what a part reads comes from the server, not
+//! from this kernel's cache.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -64,7 +64,7 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// How many looks may find a part where it was: two minutes. Counted and not measured, since the
 /// clock of a guest that is moved may leap.
-const PATIENCE: u32 = 240;
+const TIMEOUT: u32 = 240;
 
 /// Runs all parts below `dir` until `stop` is there; true if all was as it had to be.
 ///
@@ -98,7 +98,7 @@ pub(crate) fn run(dir: &Path, stop: &Path) -> Result<bool, Failure> {
                     continue;
                 }
                 *looks += 1;
-                if *looks == PATIENCE {
+                if *looks == TIMEOUT {
                     println!("FAILED {}: nothing happens any more", part.name);
                     good = false;
                 }

@@ -68,7 +68,7 @@ pub(crate) fn set(
     call(file, command, &mut description(kind, range))
 }
 
-/// Sets a range, waits for whoever holds it.
+/// Locks a range, waits for its holder.
 pub(crate) fn set_waiting(
     file: BorrowedFd<'_>,
     owner: Owner,

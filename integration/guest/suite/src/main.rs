@@ -1,6 +1,6 @@
 //! Checks of a file system, made to run in a guest on a virtio-fs mount and, to show that the
 //! checks themselves are right, on any folder of a host. Here: the command line and nothing else.
-//! Invariant: stdout carries results only, one a line; stderr carries what went wrong around them.
+//! Invariant: stdout carries results only, one a line; stderr carries everything else.
 
 #![deny(unsafe_code)]
 

@@ -1,5 +1,5 @@
-//! User namespaces, and mounts whose owners are mapped by one. Invariant: nothing made here outlives
-//! its descriptor: no process is left behind, and no mount is attached anywhere.
+//! User namespaces, and mounts whose owners are mapped by one. Invariant: nothing made here
+//! outlives its descriptor: no process is left behind, and no mount is attached anywhere.
 
 #![expect(unsafe_code, reason = "system calls that no safe wrapper has")]
 
@@ -71,7 +71,7 @@ impl Namespace {
             unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
         let fd = i32::try_from(fd).unwrap_or(-1);
         done(fd)?;
-        // SAFETY: the call has just made it, and nobody else has it.
+        // SAFETY: the call has just made it, and nothing else owns it.
         let tree = unsafe { OwnedFd::from_raw_fd(fd) };
         let attributes = libc::mount_attr {
             attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -100,7 +100,7 @@ impl Namespace {
 pub(crate) struct Mapped(OwnedFd);
 
 impl Mapped {
-    /// The way to something on it.
+    /// The path of something on it.
     pub(crate) fn join(&self, name: &str) -> PathBuf {
         path_of_descriptor(&self.0).join(name)
     }

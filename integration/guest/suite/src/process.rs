@@ -1,4 +1,4 @@
-//! Processes of a check's own: children that do a part of it and say how it went, also as another
+//! Processes of a check's own: children that do a part of it and report the result, also as another
 //! user, and a baton to take turns by. Invariant: a child never returns into the code that forked
 //! it, and what it found reaches its parent.
 

@@ -1,5 +1,5 @@
 //! A file's bytes mapped into memory, read and written one by one so that the compiler neither
-//! merges nor leaves out an access. Invariant: no access outside of what was mapped.
+//! merges nor omits an access. Invariant: no access outside of the mapping.
 
 #![expect(
     unsafe_code,

@@ -1,6 +1,6 @@
-//! Runs the checks, each in a process and a folder of its own, and prints what came out. A check
-//! that crashes, or hangs, fails and the next one runs. Invariant: one line for each check, and a
-//! closing line whose numbers add up.
+//! Runs the checks, each in a process and a folder of its own, and prints the results. A check that
+//! crashes or hangs fails, and the next one runs. Invariant: one line for each check, and a closing
+//! line whose numbers add up.
 
 use std::fs;
 use std::io::Write;

@@ -37,7 +37,7 @@ impl Getattr {
 }
 
 impl Getattr {
-    /// SETATTR of the mode, which is answered as GETATTR is.
+    /// SETATTR of the mode, whose reply is GETATTR's.
     pub(super) fn chmod<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let asked = SetattrIn {
             valid: setattr::MODE,
@@ -88,29 +88,29 @@ pub(crate) struct Lookup {
 
 /// Which names are looked up.
 enum Of {
-    /// Names of known files: the nodes are these.
+    /// Names of known files, with these nodes.
     Known(Random, Arc<[u64]>),
-    /// Names whose files are forgotten again.
+    /// Names whose files are forgotten afterwards.
     New(Turns),
-    /// Names that lead nowhere.
+    /// Names that don't exist.
     Absent(Random),
 }
 
 impl Lookup {
-    /// Of names whose files are known.
+    /// LOOKUP of names whose files are known.
     pub(super) fn known<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let nodes = Arc::clone(&builder.scene.known);
         let of = Of::Known(Random::new(builder.slot()), nodes);
         Self::in_folder(builder, builder.scene.known_folder, of)
     }
 
-    /// Of names whose files are not known.
+    /// LOOKUP of names whose files are not known.
     pub(super) fn new_names<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let of = Of::New(builder.turns());
         Self::in_folder(builder, builder.scene.cold_folder, of)
     }
 
-    /// Of names that don't exist.
+    /// LOOKUP of names that don't exist.
     pub(super) fn absent<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let of = Of::Absent(Random::new(builder.slot()));
         Self::in_folder(builder, builder.scene.known_folder, of)
@@ -160,7 +160,7 @@ impl Program for Lookup {
                     ..
                 }) => Ok(None),
                 Err(error) => Err(error.into()),
-                // A node of 0 says the same, and that it may be cached.
+                // A node of 0 means the same, and that it may be cached.
                 Ok(_) => match read_u64(&self.request, 0)? {
                     0 => Ok(None),
                     found => Err(wrong(found, 0)),

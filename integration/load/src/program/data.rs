@@ -1,4 +1,4 @@
-//! READ and WRITE of a large file, at random places or in order.
+//! READ and WRITE of a large file, at random offsets or sequentially.
 
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::pattern::Seed;
 use crate::random::Random;
 use crate::spec::{Kind, PAGE, Transfer};
 
-/// Which place is next.
+/// Which offset is next.
 enum Places {
     Random(Random, u32),
     InOrder(Turns),
@@ -83,12 +83,12 @@ pub(crate) struct Read {
     places: Places,
     size: u32,
     offset: u64,
-    /// What a reply is copied to, where it is to be verified.
+    /// The buffer into which a reply is copied to be verified.
     scratch: Option<Box<[u8]>>,
 }
 
 impl Read {
-    /// Of the large file that this transfer is about.
+    /// READ of the large file of this transfer.
     pub(super) fn new<G: Guest>(
         builder: &mut Builder<'_, G>,
         transfer: Transfer,
@@ -155,13 +155,13 @@ pub(crate) struct Write {
     size: u32,
     offset: u64,
     seed: Seed,
-    /// What is to be written is made here, where it is to be verified.
+    /// The buffer in which data to write are made, if they are verified.
     scratch: Option<Box<[u8]>>,
     written: Option<Arc<Written>>,
 }
 
 impl Write {
-    /// To the large file that this transfer is about.
+    /// WRITE to the large file of this transfer.
     pub(super) fn new<G: Guest>(
         builder: &mut Builder<'_, G>,
         transfer: Transfer,
@@ -174,7 +174,7 @@ impl Write {
             flags: open.flags,
             ..WriteIn::default()
         };
-        // What mixed writes is what its reads expect.
+        // `mixed` writes what its reads expect.
         let seed = match builder.spec.kind {
             Kind::Mixed => Seed::MADE,
             _ => Seed::WRITTEN,
@@ -196,7 +196,7 @@ impl Write {
         })
     }
 
-    /// The buffers of what is written, past the header and the arguments.
+    /// The buffers of the data to write, after the header and the arguments.
     fn payload(&self) -> impl Iterator<Item = Buf> {
         let mut skip = ARGUMENTS + size_of::<WriteIn>();
         self.request.readable().iter().filter_map(move |buf| {

@@ -1,4 +1,4 @@
-//! Whole lives of files: made, opened, read, closed, removed.
+//! Whole lives of files: created, opened, read, closed, removed.
 
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::pattern::Seed;
 use crate::random::Random;
 use crate::share::{KNOWN_FILES, SMALL, name};
 
-/// How an open file is closed: FLUSH where Linux would send it, then RELEASE.
+/// Closes an open file: FLUSH if Linux would send it, then RELEASE.
 struct Closing {
     flush: Option<Prepared>,
     release: Prepared,
@@ -39,7 +39,7 @@ impl Closing {
         Ok(Self { flush, release })
     }
 
-    /// For the file that was opened so. True where a FLUSH comes first.
+    /// Starts to close the file with this handle. True if a FLUSH comes first.
     fn aim(&mut self, nodeid: u64, fh: u64, open_flags: u32) -> Result<bool, Failure> {
         self.release.patch(NODEID, &nodeid)?;
         let at = ARGUMENTS + offset_of!(ReleaseIn, fh);
@@ -54,7 +54,7 @@ impl Closing {
         }
     }
 
-    /// After FLUSH came back: ENOSYS means never again.
+    /// Takes the reply to FLUSH: after ENOSYS it is not sent again.
     fn flushed(&mut self, returned: Returned) -> Result<(), Failure> {
         let Some(flush) = &self.flush else {
             return Ok(());
@@ -86,7 +86,7 @@ pub(crate) struct Create {
     unlink: Prepared,
     step: Making,
     nodeid: u64,
-    /// Bytes of the name that are this slot's, and those that change.
+    /// The bytes of the name that identify the slot, and those that change.
     slot: u64,
     count: u64,
 }
@@ -99,7 +99,7 @@ enum Making {
     Unlink,
 }
 
-/// The name of a file that is made: the slot, then a number.
+/// The name of a new file: the slot, then a number.
 const NEW_NAME: [u8; 13] = *b"n00000000000\0";
 
 impl Create {
@@ -186,11 +186,11 @@ impl Program for Create {
     }
 }
 
-/// OPEN, READ, RELEASE; with LOOKUP before and FORGET after, where the file is not known.
+/// OPEN, READ, RELEASE; with LOOKUP before and FORGET after, if the file is not known.
 pub(crate) struct Visit {
     files: Files,
     lookup: Option<Prepared>,
-    /// None once the server said that it needs no OPEN.
+    /// None after the server has replied that it needs no OPEN.
     open: Option<Prepared>,
     read: Prepared,
     closing: Closing,
@@ -217,7 +217,7 @@ enum Visiting {
 }
 
 impl Visit {
-    /// Of files that are known, opened with these flags.
+    /// Known files, opened with these flags.
     pub(super) fn known<G: Guest>(
         builder: &mut Builder<'_, G>,
         flags: i32,
@@ -227,7 +227,7 @@ impl Visit {
         Self::new(builder, files, flags, None)
     }
 
-    /// Of files that are not known, and forgotten again.
+    /// Unknown files, which are forgotten afterwards.
     pub(super) fn cold<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let call = Call::new(opcode::LOOKUP, builder.scene.cold_folder).arg(b"f00000\0");
         let lookup = builder.prepare(&call.reply_of::<EntryOut>())?;
@@ -268,7 +268,7 @@ impl Visit {
         })
     }
 
-    /// The node is known: OPEN, or READ where that does.
+    /// The node is known: OPEN, or READ if that suffices.
     fn open(&mut self) -> Result<&Prepared, Failure> {
         self.read.patch(NODEID, &self.nodeid)?;
         match &self.open {

@@ -1,4 +1,4 @@
-//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; and FORGET of all that was looked up.
+//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; and FORGET of everything that was looked up.
 
 use std::mem::offset_of;
 
@@ -10,9 +10,9 @@ use super::{ARGUMENTS, BODY, Builder, Failure, Program, Returned, read_u64};
 use crate::forgets::{BATCH, Forgets};
 use crate::share::{COLD_FILES, name};
 
-/// A listing of the files that are not known.
+/// A listing of the unknown files.
 pub(crate) struct Listing {
-    /// None once the server said that it needs no OPENDIR.
+    /// None after the server has replied that it needs no OPENDIR.
     opendir: Option<Prepared>,
     read: Prepared,
     releasedir: Prepared,
@@ -32,11 +32,11 @@ enum Step {
 /// What a listing has found so far.
 struct Found {
     entries: u32,
-    /// Of those the ones whose names are what they should be, each counted once.
+    /// The entries with right names, each counted once.
     known: u32,
-    /// Which names were seen, where that is to be verified.
+    /// Which names were seen, if that is verified.
     seen: Option<Box<[bool]>>,
-    /// Where the next READDIRPLUS goes on.
+    /// The offset of the next READDIRPLUS.
     offset: u64,
     /// Looked up and not yet forgotten.
     nodes: [ForgetOne; BATCH],
@@ -218,7 +218,7 @@ impl Found {
         Ok(())
     }
 
-    /// Forgets the rest, and checks that all was there.
+    /// Forgets the rest, and checks that the listing was complete.
     fn end(&mut self, forgets: &Forgets) -> Result<(), Failure> {
         for one in self.nodes.iter().take(self.count) {
             forgets.one(one.nodeid)?;

@@ -1,4 +1,4 @@
-//! A bit of everything, chosen anew for each operation.
+//! A mix of operations, chosen anew for each.
 
 use vmm::fuse::{Guest, Prepared};
 
@@ -7,7 +7,7 @@ use crate::forgets::Forgets;
 use crate::random::Random;
 use crate::spec::Transfer;
 
-/// Programs, and how many of a hundred operations are each one's.
+/// Programs, and each one's share of a hundred operations.
 pub(crate) struct Mixed {
     programs: [(u32, Box<dyn Program>); 6],
     current: usize,

@@ -1,7 +1,7 @@
 //! The front end's messages, one method each, named as the specification names them.
 //!
-//! Where a method says nothing of errors, they are [`Connection::command`]'s for a message
-//! without a reply of its own, and [`Connection::query`]'s for one with.
+//! Where a method doesn't document errors, they are [`Connection::command`]'s for a message without
+//! a reply of its own, and [`Connection::query`]'s for one with a reply.
 
 #![expect(
     clippy::missing_errors_doc,
@@ -23,7 +23,7 @@ use crate::memory::{MappedRegion, Memory};
 use crate::ring::Queue;
 
 impl Connection {
-    /// Which features the back end offers; [`super::message::feature`].
+    /// The features that the back end offers; [`super::message::feature`].
     pub fn get_features(&mut self) -> Result<u64, ConnectionError> {
         self.get_u64(request::GET_FEATURES)
     }
@@ -33,12 +33,12 @@ impl Connection {
         self.command(request::SET_FEATURES, features.as_bytes(), &[])
     }
 
-    /// Which protocol features the back end offers; [`protocol`].
+    /// The protocol features that the back end offers; [`protocol`].
     pub fn get_protocol_features(&mut self) -> Result<u64, ConnectionError> {
         self.get_u64(request::GET_PROTOCOL_FEATURES)
     }
 
-    /// Sets the protocol features. The message itself goes by those set before.
+    /// Sets the protocol features. The message itself is sent under those that were set before.
     pub fn set_protocol_features(&mut self, features: u64) -> Result<(), ConnectionError> {
         let message = request::SET_PROTOCOL_FEATURES;
         self.command(message, features.as_bytes(), &[])?;
@@ -46,12 +46,12 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes the session.
+    /// Takes the session (SET_OWNER).
     pub fn set_owner(&mut self) -> Result<(), ConnectionError> {
         self.command(request::SET_OWNER, &[], &[])
     }
 
-    /// Gives the session up.
+    /// Gives the session up (RESET_OWNER).
     pub fn reset_owner(&mut self) -> Result<(), ConnectionError> {
         self.command(request::RESET_OWNER, &[], &[])
     }
@@ -61,17 +61,17 @@ impl Connection {
         self.command(request::RESET_DEVICE, &[], &[])
     }
 
-    /// How many queues there may be.
+    /// The maximum number of queues.
     pub fn get_queue_num(&mut self) -> Result<u64, ConnectionError> {
         self.get_u64(request::GET_QUEUE_NUM)
     }
 
-    /// How many memory regions there may be.
+    /// The maximum number of memory regions.
     pub fn get_max_mem_slots(&mut self) -> Result<u64, ConnectionError> {
         self.get_u64(request::GET_MAX_MEM_SLOTS)
     }
 
-    /// Hands over all regions of `memory` at once.
+    /// Sends all regions of `memory` at once.
     pub fn set_mem_table(&mut self, memory: &Memory) -> Result<(), ConnectionError> {
         let regions: Vec<_> = memory.regions().iter().map(entry).collect();
         let fds: Vec<_> = memory.regions().iter().map(MappedRegion::fd).collect();
@@ -104,14 +104,14 @@ impl Connection {
         self.command(request::ADD_MEM_REG, &body, fd.as_slice())
     }
 
-    /// Takes one region away. No file descriptor comes with it.
+    /// Removes one region. No file descriptor is sent.
     pub fn rem_mem_reg(&mut self, region: MemoryRegion) -> Result<(), ConnectionError> {
         let body = [0_u64.as_bytes(), region.as_bytes()].concat();
         self.command(request::REM_MEM_REG, &body, &[])
     }
 
-    /// Hands over the dirty log. With LOG_SHMFD it has a reply, of which there are several forms,
-    /// so that only its coming is checked.
+    /// Sends the dirty log. With LOG_SHMFD it has a reply, of which there are several forms, so only
+    /// its arrival is checked.
     pub fn set_log_base(&mut self, log: Log, fd: BorrowedFd<'_>) -> Result<(), ConnectionError> {
         if self.has(protocol::LOG_SHMFD) {
             self.query(request::SET_LOG_BASE, log.as_bytes(), &[fd])?;
@@ -120,7 +120,7 @@ impl Connection {
         self.command(request::SET_LOG_BASE, log.as_bytes(), &[fd])
     }
 
-    /// Hands over an eventfd to signal changes of the dirty log.
+    /// Sends an eventfd to signal changes of the dirty log.
     pub fn set_log_fd(&mut self, fd: BorrowedFd<'_>) -> Result<(), ConnectionError> {
         self.command(request::SET_LOG_FD, &[], &[fd])
     }
@@ -130,7 +130,7 @@ impl Connection {
         self.set_vring_state(request::SET_VRING_NUM, index, size)
     }
 
-    /// Sets the available index at which a ring goes on.
+    /// Sets the available index at which a ring resumes.
     pub fn set_vring_base(&mut self, index: u32, base: u32) -> Result<(), ConnectionError> {
         self.set_vring_state(request::SET_VRING_BASE, index, base)
     }
@@ -140,7 +140,7 @@ impl Connection {
         self.set_vring_state(request::SET_VRING_ENABLE, index, u32::from(on))
     }
 
-    /// Stops a ring. Returns the available index at which it would go on.
+    /// Stops a ring. Returns the available index at which it would resume.
     pub fn get_vring_base(&mut self, index: u32) -> Result<u32, ConnectionError> {
         let message = request::GET_VRING_BASE;
         let asked = VringState { index, num: 0 };
@@ -177,7 +177,7 @@ impl Connection {
         self.command(request::SET_VRING_ADDR, address.as_bytes(), &[])
     }
 
-    /// Hands over a ring's kick; without one the back end is to poll.
+    /// Sends a ring's kick; without one the back end must poll.
     pub fn set_vring_kick(
         &mut self,
         index: u8,
@@ -186,7 +186,7 @@ impl Connection {
         self.set_vring_fd(request::SET_VRING_KICK, index, kick)
     }
 
-    /// Hands over a ring's call; without one the front end polls.
+    /// Sends a ring's call; without one the front end polls.
     pub fn set_vring_call(
         &mut self,
         index: u8,
@@ -195,7 +195,7 @@ impl Connection {
         self.set_vring_fd(request::SET_VRING_CALL, index, call)
     }
 
-    /// Hands over the eventfd by which a ring's errors are told.
+    /// Sends the eventfd that signals a ring's errors.
     pub fn set_vring_err(
         &mut self,
         index: u8,
@@ -246,7 +246,7 @@ impl Connection {
         self.command(request::SET_CONFIG, &body, &[])
     }
 
-    /// Asks for a buffer in which the back end keeps what is in flight.
+    /// Requests the region in which the back end marks what is in flight.
     pub fn get_inflight_fd(
         &mut self,
         queues: u16,
@@ -270,7 +270,7 @@ impl Connection {
         }
     }
 
-    /// Hands that buffer back.
+    /// Sends that region back.
     pub fn set_inflight_fd(
         &mut self,
         layout: InflightLayout,
@@ -279,8 +279,8 @@ impl Connection {
         self.command(request::SET_INFLIGHT_FD, layout.as_bytes(), &[fd])
     }
 
-    /// Hands over a pipe through which the device's state goes. `direction` is
-    /// [`DeviceState::SAVE`] or [`DeviceState::LOAD`]. The back end may give another one to use
+    /// Sends a pipe for the device's state. `direction` is
+    /// [`DeviceState::SAVE`] or [`DeviceState::LOAD`]. The back end may return another one to use
     /// instead.
     pub fn set_device_state_fd(
         &mut self,
@@ -308,7 +308,7 @@ impl Connection {
         }
     }
 
-    /// Asks whether the device's state went over whole.
+    /// Asks whether the device's state was transferred completely.
     pub fn check_device_state(&mut self) -> Result<(), ConnectionError> {
         let message = request::CHECK_DEVICE_STATE;
         match self.get_u64(message)? {
@@ -338,7 +338,7 @@ impl Connection {
         }
     }
 
-    /// Hands over one end of a new socket for the back end's requests. Returns the other end.
+    /// Sends one end of a new socket for the back end's requests. Returns the other end.
     pub fn set_backend_req_fd(&mut self) -> Result<Self, ConnectionError> {
         let pair = UnixStream::pair();
         let (ours, theirs) = pair.map_err(io_error("make a socket for"))?;

@@ -1,12 +1,12 @@
-//! The words of the vhost-user protocol: message numbers, feature bits, payloads.
+//! The vhost-user protocol's constants and structures: message numbers, feature bits, payloads.
 //!
-//! Only data: nothing here is sent. A payload's bytes are its message's body.
+//! Only data: nothing is sent here. A payload's bytes are its message's body.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Virtio and vhost feature bits (GET_FEATURES, SET_FEATURES).
 pub mod feature {
-    /// The dirty log is kept.
+    /// The dirty log is maintained.
     pub const LOG_ALL: u64 = 1 << 26;
     /// `VIRTIO_F_INDIRECT_DESC`.
     pub const INDIRECT_DESC: u64 = 1 << 28;
@@ -32,7 +32,7 @@ pub mod feature {
 pub mod protocol {
     /// Several queues; GET_QUEUE_NUM.
     pub const MQ: u64 = 1 << 0;
-    /// The dirty log comes as a file descriptor.
+    /// The dirty log is a file descriptor.
     pub const LOG_SHMFD: u64 = 1 << 1;
     /// NEED_REPLY is honoured.
     pub const REPLY_ACK: u64 = 1 << 3;
@@ -64,69 +64,69 @@ pub mod protocol {
 
 /// Numbers of the front end's messages.
 pub mod request {
-    /// Asks for the features.
+    /// Requests the features.
     pub const GET_FEATURES: u32 = 1;
     /// Sets the features.
     pub const SET_FEATURES: u32 = 2;
-    /// Takes the session.
+    /// Takes the session (SET_OWNER).
     pub const SET_OWNER: u32 = 3;
-    /// Gives the session up (deprecated).
+    /// Gives the session up (RESET_OWNER, deprecated).
     pub const RESET_OWNER: u32 = 4;
-    /// Hands over the guest's memory.
+    /// Sends the guest's memory.
     pub const SET_MEM_TABLE: u32 = 5;
-    /// Hands over the dirty log.
+    /// Sends the dirty log.
     pub const SET_LOG_BASE: u32 = 6;
-    /// Hands over an eventfd for the dirty log.
+    /// Sends an eventfd for the dirty log.
     pub const SET_LOG_FD: u32 = 7;
     /// Sets a ring's size.
     pub const SET_VRING_NUM: u32 = 8;
     /// Sets a ring's addresses.
     pub const SET_VRING_ADDR: u32 = 9;
-    /// Sets the available index at which to go on.
+    /// Sets the available index at which to resume.
     pub const SET_VRING_BASE: u32 = 10;
-    /// Stops a ring and asks where it is.
+    /// Stops a ring and returns its index.
     pub const GET_VRING_BASE: u32 = 11;
-    /// Hands over a ring's kick.
+    /// Sends a ring's kick.
     pub const SET_VRING_KICK: u32 = 12;
-    /// Hands over a ring's call.
+    /// Sends a ring's call.
     pub const SET_VRING_CALL: u32 = 13;
-    /// Hands over a ring's error eventfd.
+    /// Sends a ring's error eventfd.
     pub const SET_VRING_ERR: u32 = 14;
-    /// Asks for the protocol features.
+    /// Requests the protocol features.
     pub const GET_PROTOCOL_FEATURES: u32 = 15;
     /// Sets the protocol features.
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
-    /// Asks how many queues there may be.
+    /// Requests the maximum number of queues.
     pub const GET_QUEUE_NUM: u32 = 17;
     /// Enables or disables a ring.
     pub const SET_VRING_ENABLE: u32 = 18;
-    /// Hands over the socket for the back end's requests.
+    /// Sends the socket for the back end's requests.
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     /// Reads the configuration space.
     pub const GET_CONFIG: u32 = 24;
     /// Writes the configuration space.
     pub const SET_CONFIG: u32 = 25;
-    /// Asks for a buffer to keep what is in flight.
+    /// Requests a region to mark what is in flight.
     pub const GET_INFLIGHT_FD: u32 = 31;
-    /// Hands that buffer back.
+    /// Sends that region back.
     pub const SET_INFLIGHT_FD: u32 = 32;
     /// Resets the device.
     pub const RESET_DEVICE: u32 = 34;
-    /// Asks how many memory regions there may be.
+    /// Requests the maximum number of memory regions.
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     /// Adds a memory region.
     pub const ADD_MEM_REG: u32 = 37;
-    /// Takes a memory region away.
+    /// Removes a memory region.
     pub const REM_MEM_REG: u32 = 38;
     /// Sets the device's status.
     pub const SET_STATUS: u32 = 39;
-    /// Asks for the device's status.
+    /// Requests the device's status.
     pub const GET_STATUS: u32 = 40;
-    /// Hands over a pipe for the device's state.
+    /// Sends a pipe for the device's state.
     pub const SET_DEVICE_STATE_FD: u32 = 42;
-    /// Asks whether the state went over.
+    /// Asks whether the state was transferred.
     pub const CHECK_DEVICE_STATE: u32 = 43;
-    /// Asks for the shared-memory regions.
+    /// Requests the shared-memory regions.
     pub const GET_SHMEM_CONFIG: u32 = 44;
 }
 
@@ -136,7 +136,7 @@ pub mod backend_request {
     pub const CONFIG_CHANGE_MSG: u32 = 2;
     /// Map a file into a shared-memory region.
     pub const SHMEM_MAP: u32 = 9;
-    /// Take such a mapping away.
+    /// Remove such a mapping.
     pub const SHMEM_UNMAP: u32 = 10;
 }
 
@@ -146,17 +146,17 @@ pub mod flag {
     pub const VERSION: u32 = 1;
     /// It is a reply.
     pub const REPLY: u32 = 1 << 2;
-    /// A reply is wanted where the message has none.
+    /// A reply is requested for a message that has none.
     pub const NEED_REPLY: u32 = 1 << 3;
 }
 
 /// Bit of [`VringAddress::flags`]: writes to the used ring are logged.
 pub const VRING_LOG: u32 = 1;
 
-/// Bit of SET_VRING_KICK, CALL and ERR: no file descriptor comes with it.
+/// Bit of SET_VRING_KICK, CALL and ERR: no file descriptor is sent.
 pub const VRING_NO_FD: u64 = 1 << 8;
 
-/// What every message begins with.
+/// The header of every message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 pub struct Header {
@@ -206,7 +206,7 @@ pub struct MemoryRegion {
     pub size: u64,
     /// User address.
     pub user_address: u64,
-    /// Where in the file it begins.
+    /// Its offset in the file.
     pub mmap_offset: u64,
 }
 
@@ -216,7 +216,7 @@ pub struct MemoryRegion {
 pub struct Log {
     /// Bytes of the log.
     pub size: u64,
-    /// Where in the file it begins.
+    /// Its offset in the file.
     pub offset: u64,
 }
 
@@ -225,9 +225,9 @@ pub struct Log {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 pub struct InflightLayout {
-    /// Bytes of the buffer.
+    /// Bytes of the region.
     pub mmap_size: u64,
-    /// Where in the file it begins.
+    /// Its offset in the file.
     pub mmap_offset: u64,
     /// Rings that it covers.
     pub num_queues: u16,
@@ -237,13 +237,13 @@ pub struct InflightLayout {
     pub padding: u32,
 }
 
-/// What GET_CONFIG and SET_CONFIG begin with; the bytes follow.
+/// The header of GET_CONFIG and SET_CONFIG; the bytes follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 pub struct ConfigHeader {
-    /// Where in the configuration space.
+    /// The offset in the configuration space.
     pub offset: u32,
-    /// How many bytes.
+    /// The number of bytes.
     pub size: u32,
     /// 0: a write by the driver; 1: by migration.
     pub flags: u32,

@@ -1,4 +1,4 @@
-//! Requests about what files are: attributes, extended attributes, permission, the file system.
+//! Requests for attributes, extended attributes, permissions and the file system.
 
 #![expect(
     clippy::missing_errors_doc,

@@ -1,4 +1,4 @@
-//! Requests about directories, and the entries that they give.
+//! Requests for directories, and the entries that they return.
 
 #![expect(
     clippy::missing_errors_doc,
@@ -19,7 +19,7 @@ use super::{Client, FuseError, Guest, Handle};
 pub struct DirEntry {
     /// Inode number.
     pub ino: u64,
-    /// Where the next READDIR goes on after this entry.
+    /// The offset of a READDIR that continues after this entry.
     pub offset: u64,
     /// The file's type as `readdir` has it: `DT_DIR` and so on.
     pub kind: u32,
@@ -30,7 +30,7 @@ pub struct DirEntry {
 /// An entry of READDIRPLUS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirEntryPlus {
-    /// What LOOKUP would give; nodeid 0 where the server did not look it up.
+    /// What LOOKUP would return; nodeid 0 if the server did not look it up.
     pub node: EntryOut,
     /// The entry itself.
     pub entry: DirEntry,
@@ -47,7 +47,7 @@ impl<G: Guest> Client<G> {
         self.release_as(opcode::RELEASEDIR, nodeid, handle)
     }
 
-    /// FSYNCDIR; only the data where `data_only`.
+    /// FSYNCDIR; only the data if `data_only`.
     pub fn fsyncdir(
         &mut self,
         nodeid: u64,

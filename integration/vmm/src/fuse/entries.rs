@@ -1,4 +1,4 @@
-//! Requests about names: looking them up, making, linking, renaming and removing them.
+//! Requests with names: lookup, create, link, rename and remove.
 
 #![expect(
     clippy::missing_errors_doc,

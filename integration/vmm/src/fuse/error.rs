@@ -1,4 +1,4 @@
-//! What can go wrong with a request: the file system says no, or the server breaks the protocol.
+//! Errors of a request: the file system refuses it, or the server breaks the protocol.
 
 use std::fmt;
 
@@ -38,13 +38,13 @@ pub enum FuseError {
         /// The reason.
         errno: Errno,
     },
-    /// The chain came back with nothing written where a reply was due.
+    /// The chain was returned with nothing written, although it needs a reply.
     #[error("request {opcode} came back empty")]
     Empty {
         /// The request's number.
         opcode: u32,
     },
-    /// The reply is not what the protocol says.
+    /// The reply breaks the protocol.
     #[error("request {opcode} got a wrong reply: {what}")]
     BadReply {
         /// The request's number.
@@ -52,7 +52,7 @@ pub enum FuseError {
         /// What is wrong.
         what: String,
     },
-    /// The server wrote next to the buffers that it was given.
+    /// The server wrote outside of its buffers.
     #[error("request {opcode}: the server wrote outside of the buffers, at {gpa:#x}")]
     Overrun {
         /// The request's number.
@@ -78,7 +78,7 @@ pub enum FuseError {
 }
 
 impl FuseError {
-    /// Why the file system refused; none where it was something else.
+    /// The file system's error; none if something else failed.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {

@@ -1,4 +1,4 @@
-//! Requests about open files and what is in them.
+//! Requests for open files and their data.
 
 #![expect(
     clippy::missing_errors_doc,
@@ -27,7 +27,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Any number as a handle, as where the server wants no OPEN.
+    /// Any number as a handle, for servers that need no OPEN.
     #[must_use]
     pub fn raw(fh: u64) -> Self {
         Self { fh, open_flags: 0 }
@@ -149,7 +149,7 @@ impl<G: Guest> Client<G> {
         self.release_as(opcode::RELEASE, nodeid, handle)
     }
 
-    /// FSYNC; only the data where `data_only`.
+    /// FSYNC; only the data if `data_only`.
     pub fn fsync(&mut self, nodeid: u64, handle: Handle, data_only: bool) -> Result<(), FuseError> {
         self.fsync_as(opcode::FSYNC, nodeid, handle, data_only)
     }
@@ -213,7 +213,7 @@ impl<G: Guest> Client<G> {
         Ok(copied.value::<CopyFileRangeOut>()?.bytes_copied)
     }
 
-    /// GETLK: the lock that would be in the way of this one.
+    /// GETLK: the lock that conflicts with this one.
     pub fn getlk(
         &mut self,
         nodeid: u64,

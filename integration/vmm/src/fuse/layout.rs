@@ -1,4 +1,4 @@
-//! How a request's bytes are laid out in guest memory and cut into descriptors.
+//! How a request's bytes are laid out in guest memory and split into descriptors.
 
 use crate::memory::{Buf, Gpa, Memory, MemoryError};
 
@@ -20,9 +20,9 @@ pub enum Cut {
 /// How requests are laid out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
-    /// What the server reads.
+    /// Buffers that the server reads.
     pub readable: Cut,
-    /// What the server writes.
+    /// Buffers that the server writes.
     pub writable: Cut,
     /// Bytes between buffers, and on either side of them. Where there are some, they are guarded:
     /// a server that writes there is found out.
@@ -72,7 +72,7 @@ impl Cut {
         pieces
     }
 
-    /// Large pieces lie on pages, where a guest's do.
+    /// Large buffers are page-aligned, as a guest's are.
     fn align(&self, piece: u32) -> u64 {
         match self {
             Self::Fields | Self::Pages(_) if piece >= 4096 => 4096,
@@ -82,7 +82,7 @@ impl Cut {
     }
 }
 
-/// Cuts `len` into `sizes`, and what they leave into one.
+/// Splits `len` into `sizes`, and the rest into one.
 fn cut(len: u32, sizes: impl Iterator<Item = u32>, pieces: &mut Vec<u32>) {
     let mut left = len;
     for size in sizes {
@@ -96,7 +96,7 @@ fn cut(len: u32, sizes: impl Iterator<Item = u32>, pieces: &mut Vec<u32>) {
     pieces.push(left);
 }
 
-/// What guards are made of.
+/// The value of guard bytes.
 const GUARD: u8 = 0xa5;
 
 /// The buffers of one direction of a request, in a block of guest memory.
@@ -164,7 +164,7 @@ impl Placed {
         Ok(bytes)
     }
 
-    /// The first guard byte that is not what it was.
+    /// The first guard byte that has changed.
     pub(super) fn overrun(&self, memory: &Memory) -> Result<Option<Gpa>, MemoryError> {
         let mut found = None;
         self.guards(|at, len| {
@@ -215,7 +215,7 @@ impl Block {
     }
 }
 
-/// Blocks that were given back, by size.
+/// Free blocks, by size.
 #[derive(Debug)]
 pub(super) struct Pool {
     free: Vec<Vec<Block>>,

@@ -1,8 +1,8 @@
 //! Requests that are made once and sent many times, without an allocation: for load.
 //!
-//! A [`Prepared`] request keeps its place in guest memory. Between two sendings its arguments can
-//! be patched where they lie. It goes over a [`Queue`] and not through the client, whose books
-//! allocate; whoever sends it pops the queue too.
+//! A [`Prepared`] request keeps its area in guest memory. Between two sendings its arguments can be
+//! patched in place. It goes over a [`Queue`] and not through the client, whose bookkeeping
+//! allocates; the sender pops the queue too.
 
 use zerocopy::{Immutable, IntoBytes};
 
@@ -12,7 +12,7 @@ use super::{Client, Errno, FuseError, Guest};
 use crate::memory::{Buf, Memory};
 use crate::ring::{Queue, RingError};
 
-/// A request that lies ready in guest memory. One sending of it may be in flight at a time.
+/// A request that is prepared in guest memory. It may be in flight once at a time.
 #[derive(Debug)]
 pub struct Prepared {
     opcode: u32,
@@ -72,7 +72,7 @@ impl Prepared {
         Ok(())
     }
 
-    /// Checks what came back with `used` bytes written. Returns how many follow the header.
+    /// Checks the reply, of which `used` bytes were written. Returns how many follow the header.
     ///
     /// # Errors
     /// As [`Client::collect`].
@@ -132,14 +132,14 @@ impl Prepared {
         &self.writable
     }
 
-    /// Descriptors that it takes.
+    /// The number of its descriptors.
     #[must_use]
     pub fn descriptors(&self) -> usize {
         self.readable.len() + self.writable.len()
     }
 }
 
-/// So that a full ring can be told from the rest.
+/// Tells a full ring from other errors.
 impl FuseError {
     /// Whether the ring had too few free descriptors.
     #[must_use]

@@ -128,7 +128,7 @@ impl Pending {
 pub struct Reply {
     /// The request's opcode.
     pub opcode: u32,
-    /// What follows the header.
+    /// The bytes after the header.
     pub bytes: Vec<u8>,
 }
 
@@ -136,7 +136,7 @@ impl Reply {
     /// The reply as a structure.
     ///
     /// # Errors
-    /// [`FuseError::BadReply`] where it is not exactly as long.
+    /// [`FuseError::BadReply`] if it is not exactly as long.
     pub fn value<T: FromBytes>(&self) -> Result<T, FuseError> {
         T::read_from_bytes(&self.bytes).map_err(|_size| self.bad_len(size_of::<T>()))
     }
@@ -144,7 +144,7 @@ impl Reply {
     /// The reply as two structures.
     ///
     /// # Errors
-    /// [`FuseError::BadReply`] where it is not exactly as long.
+    /// [`FuseError::BadReply`] if it is not exactly as long.
     pub fn values<T: FromBytes, U: FromBytes>(&self) -> Result<(T, U), FuseError> {
         let bad_len = || self.bad_len(size_of::<T>() + size_of::<U>());
         let (first, rest) = T::read_from_prefix(&self.bytes).map_err(|_size| bad_len())?;
@@ -158,7 +158,7 @@ impl Reply {
     }
 }
 
-/// What is remembered of a request in flight.
+/// The client's record of a request in flight.
 #[derive(Debug)]
 pub(super) struct InFlight {
     opcode: u32,
@@ -182,7 +182,7 @@ impl<G: Guest> Client<G> {
     /// Makes a request and does not wait.
     ///
     /// # Errors
-    /// [`FuseError::Ring`] where the ring is full, [`FuseError::Memory`], [`FuseError::NoQueue`].
+    /// [`FuseError::Ring`] if the ring is full, [`FuseError::Memory`], [`FuseError::NoQueue`].
     pub fn submit(&mut self, call: Call<'_>) -> Result<Pending, FuseError> {
         let pending = self.stage(call)?;
         self.kick_all()?;
@@ -241,7 +241,7 @@ impl<G: Guest> Client<G> {
         Ok((readable, writable))
     }
 
-    /// Makes what is staged available, and wakes the server where it wants to be woken.
+    /// Makes staged requests available, and kicks the server if it wants a kick.
     ///
     /// # Errors
     /// [`FuseError::Ring`].
@@ -255,7 +255,7 @@ impl<G: Guest> Client<G> {
     /// Waits for a request's reply.
     ///
     /// # Errors
-    /// [`FuseError::Refused`] where the file system says no; [`FuseError::Ring`] where nothing
+    /// [`FuseError::Refused`] where the file system says no; [`FuseError::Ring`] if nothing
     /// comes in time, after which it can be tried again; the others where the server breaks the
     /// protocol.
     pub fn collect(&mut self, pending: Pending) -> Result<Reply, FuseError> {
@@ -348,7 +348,7 @@ impl<G: Guest> Client<G> {
         (fields, bytes)
     }
 
-    /// In whose name Linux makes this request: where owners may be mapped it doesn't tell, unless
+    /// The caller that Linux names in this request: with mapped owners it names none, unless
     /// something is created.
     fn credentials_for(&self, call: &Call<'_>) -> Credentials {
         let creates = match call.opcode {
@@ -372,7 +372,7 @@ impl<G: Guest> Client<G> {
         }
     }
 
-    /// Checks what came back, and gives the buffers back.
+    /// Checks the reply, and frees the buffers.
     fn finish(&mut self, unique: u64, in_flight: InFlight, used: u32) -> Result<Reply, FuseError> {
         let memory = self.guest.memory();
         let opcode = in_flight.opcode;
@@ -399,7 +399,7 @@ impl<G: Guest> Client<G> {
     }
 }
 
-/// Takes a reply's header off, if it is what the protocol says.
+/// Removes a reply's header, if it follows the protocol.
 fn check(opcode: u32, unique: u64, mut bytes: Vec<u8>) -> Result<Reply, FuseError> {
     let Ok((header, _)) = OutHeader::read_from_prefix(&bytes) else {
         let what = format!("{} bytes used, and no header fits", bytes.len());

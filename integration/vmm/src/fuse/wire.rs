@@ -1,7 +1,7 @@
 //! The FUSE protocol's structures and numbers, up to version 7.45.
 //!
-//! The names are those of the kernel's `include/uapi/linux/fuse.h` without their prefixes, and
-//! the fields' meanings are told there. Only data: nothing here is sent.
+//! The names are those of the kernel's `include/uapi/linux/fuse.h` without their prefixes, and the
+//! fields' meanings are documented there. Only data: nothing is sent here.
 
 #![expect(
     missing_docs,
@@ -32,12 +32,12 @@ macro_rules! wire {
 }
 
 wire! {
-    /// What each request begins with.
+    /// The header of each request.
     InHeader {
         len: u32, opcode: u32, unique: u64, nodeid: u64,
         uid: u32, gid: u32, pid: u32, total_extlen: u16, padding: u16,
     }
-    /// What each reply begins with. `error` is 0 or a negated errno.
+    /// The header of each reply. `error` is 0 or a negated errno.
     OutHeader { len: u32, error: i32, unique: u64, }
     InitIn {
         major: u32, minor: u32, max_readahead: u32, flags: u32, flags2: u32, unused: [u32; 11],
@@ -129,7 +129,7 @@ wire! {
     StatxOut {
         attr_valid: u64, attr_valid_nsec: u32, flags: u32, spare: [u64; 2], stat: Statx,
     }
-    /// What a directory entry begins with; the name follows, padded to 8 bytes.
+    /// The header of a directory entry; the name follows, padded to 8 bytes.
     Dirent { ino: u64, off: u64, namelen: u32, r#type: u32, }
     SecctxHeader { size: u32, nr_secctx: u32, }
     Secctx { size: u32, padding: u32, }

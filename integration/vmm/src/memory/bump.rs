@@ -1,4 +1,4 @@
-//! The bump allocator: which addresses have been given out. It never touches the memory.
+//! The bump allocator: which addresses have been allocated. It never accesses the memory.
 
 use super::{Gpa, Region};
 

@@ -1,6 +1,6 @@
-//! Regions of guest memory: as they are asked for, and as they are mapped.
+//! Regions of guest memory: as requested, and as mapped.
 //!
-//! The invariant: a [`MappedRegion`] is mapped from `new` to `drop`, and what `locate` gives lies
+//! The invariant: a [`MappedRegion`] is mapped from `new` to `drop`, and what `locate` returns is
 //! inside.
 
 use std::io;
@@ -25,7 +25,7 @@ impl Gpa {
 /// A buffer in guest memory, as a descriptor names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buf {
-    /// Where it begins.
+    /// Its guest address.
     pub gpa: Gpa,
     /// How many bytes it has.
     pub len: u32,
@@ -48,7 +48,7 @@ pub struct Region {
     pub len: u64,
     /// Where in the memfd it begins; need not be a page's boundary.
     pub file_offset: u64,
-    /// The user address told to the server; by default where it is mapped here.
+    /// The user address that is sent to the server; by default the address of the mapping here.
     pub user_address: Option<u64>,
 }
 
@@ -83,7 +83,7 @@ impl Region {
     }
 }
 
-/// A region as it is: mapped, with its memfd.
+/// A mapped region with its memfd.
 #[derive(Debug)]
 pub struct MappedRegion {
     pub(super) region: Region,

@@ -1,4 +1,4 @@
-//! The second half of each handshake: memory and rings are handed over, and the rings start.
+//! The second half of each handshake: memory and rings are shared, and the rings start.
 
 use super::Profile;
 use crate::connection::ConnectionError;
@@ -10,7 +10,7 @@ use crate::session::{Session, SessionError, number};
 enum Vring {
     Num,
     Addr,
-    /// The base from the caller's list, 0 where it has none.
+    /// The base from the caller's list, 0 if it has none.
     Base,
     /// The base is 0 whatever the caller's list says.
     BaseZero,
@@ -26,13 +26,13 @@ enum Vring {
 }
 
 impl Profile {
-    /// Hands over memory and rings and starts them, each at its base (0 where there is none).
+    /// Sends memory and rings and starts them, each at its base (0 if it has none).
     pub(crate) fn activate(self, session: &mut Session, bases: &[u16]) -> Result<(), SessionError> {
         match self {
             Self::Simple => {
                 session.set_features()?;
                 session.connection.set_mem_table(&session.memory)?;
-                session.hand_over_inflight()?;
+                session.send_inflight()?;
                 let ring = [
                     Vring::Num,
                     Vring::Base,
@@ -56,7 +56,7 @@ impl Profile {
                 session.set_features()?;
                 session.connection.set_mem_table(&session.memory)?;
                 session.each_ring(&[Vring::Num], bases)?;
-                session.hand_over_inflight()?;
+                session.send_inflight()?;
                 let ring = [Vring::Addr, Vring::Base, Vring::Call, Vring::Kick];
                 session.each_ring(&ring, bases)?;
                 session.each_ring(&[Vring::Enable], bases)
@@ -109,7 +109,7 @@ impl Profile {
 }
 
 impl Session {
-    /// What QEMU sends about the rings before there is a driver: calls that go nowhere and error
+    /// Sends what QEMU sends about the rings before there is a driver: unconnected calls and error
     /// eventfds, then the device's reset, twice.
     pub(super) fn announce_as_qemu(&mut self) -> Result<(), SessionError> {
         self.about_ring(0, Vring::CallMasked, &[])?;
@@ -125,7 +125,7 @@ impl Session {
         Ok(self.connection.set_features(self.features)?)
     }
 
-    /// Region by region where the back end can, once; and acknowledged where it can.
+    /// Region by region if the back end supports that, once; and acknowledged if it supports that.
     fn set_memory_as_qemu(&mut self) -> Result<(), SessionError> {
         let memory = &self.memory;
         if self.connection.has(protocol::CONFIGURE_MEM_SLOTS) {

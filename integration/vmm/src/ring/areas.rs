@@ -1,8 +1,8 @@
 //! The three areas of a split ring in guest memory, through pointers resolved once.
 //!
-//! It reads and writes the fields; what they mean is [`super::Queue`]'s. The invariant: every
-//! index is reduced to the ring's size before it becomes an address, so that no argument reaches
-//! outside the areas, and all of them lie in memory that `Areas` keeps mapped.
+//! It reads and writes the fields; what they mean is [`super::Queue`]'s. The invariant: every index
+//! is reduced to the ring's size before it becomes an address, so that no argument reaches outside
+//! the areas, and all of them are in memory that `Areas` keeps mapped.
 
 #![expect(
     unsafe_code,

@@ -1,4 +1,4 @@
-//! A device's side of a ring, as plain as can be, for tests of this crate.
+//! A minimal device side of a ring, for tests of this crate.
 
 use std::sync::atomic::{Ordering, fence};
 

@@ -1,4 +1,4 @@
-//! What a queue may be told to be, and what can go wrong with it.
+//! A queue's options, and its errors.
 
 use std::io;
 
@@ -16,7 +16,7 @@ pub struct QueueOptions {
     pub indirect: bool,
     /// Descriptors in each slot's indirect table. A longer chain is made of the ring's own.
     pub indirect_capacity: u16,
-    /// Where the ring lies; by default wherever there is memory.
+    /// The ring's address; by default any free memory.
     pub addresses: Option<Addresses>,
 }
 
@@ -34,7 +34,7 @@ impl QueueOptions {
     }
 }
 
-/// What can go wrong with a queue.
+/// Errors of a queue.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// Not a power of two up to 32768.
@@ -47,7 +47,7 @@ pub enum RingError {
     #[error("a chain needs at least one buffer")]
     EmptyChain,
     /// A chain that never fits.
-    #[error("a chain of {buffers} buffers does not fit in a queue that takes {longest}")]
+    #[error("a chain of {buffers} buffers does not fit in a queue whose limit is {longest}")]
     TooLong {
         /// Its buffers.
         buffers: usize,
@@ -65,13 +65,13 @@ pub enum RingError {
     /// The device returned something that is not in flight.
     #[error("the device returned chain {id}, which is not in flight")]
     NotInFlight {
-        /// What the used element says.
+        /// The head in the used element.
         id: u32,
     },
-    /// The used index ran past what is in flight.
+    /// The used index exceeds the number in flight.
     #[error("the device's used index {used} is not within reach of {seen}")]
     UsedIndex {
-        /// What the device wrote.
+        /// The index that the device wrote.
         used: u16,
         /// How far the driver has read.
         seen: u16,

@@ -1,13 +1,13 @@
-//! The rings' fields as they are, for tests that play a driver that is wrong or hostile.
+//! Direct access to the rings' fields, for tests that play a wrong or hostile driver.
 //!
-//! Nothing here keeps the books: a head pushed here comes back by [`Queue::pop_raw`] only.
+//! Nothing is accounted for here: a head that is pushed here comes back by [`Queue::pop_raw`] only.
 
 use std::sync::atomic::Ordering;
 
 use super::{Descriptor, Queue, RingError};
 
 impl Queue {
-    /// Takes a descriptor out of the books for good, to be written by hand.
+    /// Removes a descriptor from the free list for good, to be written by hand.
     pub fn reserve(&mut self) -> Option<u16> {
         let left = self.free.checked_sub(1)?;
         let index = self.free_head;
@@ -36,7 +36,7 @@ impl Queue {
         self.publish();
     }
 
-    /// Sets the available index to anything. What is pushed next goes on from there.
+    /// Sets the available index to any value. Later pushes continue from there.
     pub fn set_avail_idx(&mut self, index: u16) {
         self.staged = index;
         self.publish();
@@ -90,7 +90,7 @@ impl Queue {
         self.areas.used_elem(index)
     }
 
-    /// Takes the next used element whatever it says, and leaves the books alone.
+    /// Takes the next used element whatever its content, without accounting for it.
     ///
     /// # Errors
     /// [`RingError::UsedIndex`].

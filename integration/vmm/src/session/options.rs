@@ -1,4 +1,4 @@
-//! What a session may be told to be. Each front end has its own defaults for what is left open.
+//! A session's options. Each front end has defaults of its own for what is left open.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use crate::connection::message::{feature, protocol};
 use crate::memory::Region;
 use crate::profile::Profile;
 
-/// What a driver of virtio-fs and its front end accept unless told otherwise.
+/// The features that a virtio-fs driver and its front end accept by default.
 const FEATURES: u64 =
     feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | feature::PROTOCOL_FEATURES;
 
-/// What one ring's indirect tables hold together, in descriptors, unless told otherwise.
+/// The default number of descriptors in one ring's indirect tables together.
 const TABLE_BUDGET: u32 = 1 << 19;
 
 /// Settings of a session.
@@ -51,7 +51,7 @@ impl Options {
         self
     }
 
-    /// Entries of each queue. By default what the front end has.
+    /// Entries of each queue. By default the front end's value.
     #[must_use]
     pub fn queue_size(mut self, size: u16) -> Self {
         self.queue_size = Some(size);
@@ -125,7 +125,7 @@ impl Options {
         self.indirect_capacity.unwrap_or(share.min(queue_size))
     }
 
-    /// What the front end asks for, of the protocol features.
+    /// The protocol features that the front end requests.
     pub(crate) fn asked(&self, profile: Profile) -> u64 {
         let dax = match profile {
             Profile::Dragonball if self.dax_window => {

@@ -13,9 +13,9 @@ impl Session {
     /// Takes the device's state out of the back end. Stop the rings first.
     ///
     /// # Errors
-    /// [`SessionError::Connection`] where the back end refuses or says that it went wrong;
-    /// [`SessionError::State`] where the pipe fails or nothing comes for `patience`.
-    pub fn save_state(&mut self, patience: Duration) -> Result<Vec<u8>, SessionError> {
+    /// [`SessionError::Connection`] if the back end refuses or says that it went wrong;
+    /// [`SessionError::State`] if the pipe fails or nothing comes for `timeout`.
+    pub fn save_state(&mut self, timeout: Duration) -> Result<Vec<u8>, SessionError> {
         let (ours, theirs) = io::pipe().map_err(SessionError::State)?;
         let instead = self
             .connection
@@ -26,7 +26,7 @@ impl Session {
         let mut state = Vec::new();
         let mut chunk = vec![0; 64 << 10];
         loop {
-            if !wait_readable(from.as_fd(), patience).map_err(SessionError::State)? {
+            if !wait_readable(from.as_fd(), timeout).map_err(SessionError::State)? {
                 return Err(SessionError::State(io::ErrorKind::TimedOut.into()));
             }
             let read = from.read(&mut chunk).map_err(SessionError::State)?;
@@ -42,8 +42,8 @@ impl Session {
     /// Puts a device's state into the back end. Do it before the rings start.
     ///
     /// # Errors
-    /// [`SessionError::Connection`] where the back end refuses or says that it went wrong;
-    /// [`SessionError::State`] where the pipe fails. A back end that hangs up early is asked for
+    /// [`SessionError::Connection`] if the back end refuses or says that it went wrong;
+    /// [`SessionError::State`] if the pipe fails. A back end that hangs up early is asked for
     /// its verdict all the same.
     pub fn load_state(&mut self, state: &[u8]) -> Result<(), SessionError> {
         let (theirs, ours) = io::pipe().map_err(SessionError::State)?;

@@ -1,5 +1,5 @@
-//! What stat says, and what changes it: times, modes, owners, counts, and the file system's own
-//! numbers. Invariant: each check reads back by another way than it wrote.
+//! Attributes that stat returns, and what changes them: times, modes, owners, counts, and the file
+//! system's own numbers. Invariant: each check reads back by another method than it wrote.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};

@@ -1,5 +1,5 @@
-//! Many at once: threads and processes on the same files and folders. Invariant: what is checked
-//! holds in any order of events.
+//! Threads and processes that use the same files and folders at the same time. Invariant: what is
+//! checked holds in any order of events.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};

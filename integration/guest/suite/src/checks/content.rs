@@ -1,5 +1,5 @@
-//! What is written is what is read: created, appended, overwritten, far out, through two handles,
-//! big and at random. Invariant: each check compares with bytes it made itself.
+//! Data that is written is what is read: created, appended, overwritten, far out, through two
+//! handles, large and at random. Invariant: each check compares with bytes it made itself.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::Hasher;

@@ -1,5 +1,5 @@
-//! Folders as lists: complete, without doubles, from any place on, while they change. Invariant:
-//! `.` and `..` are counted nowhere but where they are the matter.
+//! Listings of folders: complete, without duplicates, from any offset, while they change.
+//! Invariant: `.` and `..` are counted only in the checks about them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

@@ -1,5 +1,6 @@
-//! Mounts whose owners are mapped by a user namespace, as container runtimes make them for containers
-//! that have one. Invariant: what is seen through such a mount is compared with what is seen beside it.
+//! Mounts whose owners are mapped by a user namespace, as container runtimes make them for
+//! containers that have one. Invariant: what is seen through such a mount is compared with what is
+//! seen beside it.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, lchown, symlink};
@@ -205,7 +206,7 @@ fn set_id_bits_are_cleared_through_a_mapped_mount(dir: &Path) -> Outcome {
         as_user(CONTAINED, || act(&mount.join(name)))?;
         has_mode(&path, 0o777)?;
     }
-    // A change of owner clears them too, whoever makes it.
+    // A change of owner clears them too, for every user.
     file_of(&dir.join("given"), b"program", 0o6777, (0, 0))?;
     chown(mount.join("given"), Some(BASE + 1000), None)?;
     has_mode(&dir.join("given"), 0o777)

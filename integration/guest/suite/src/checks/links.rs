@@ -123,7 +123,7 @@ fn symbolic_link_is_read_and_followed(dir: &Path) -> Outcome {
         ensure!(data.is_symlink(), "no symbolic link");
         ensure_eq!(data.len(), u64::try_from(target.as_os_str().len())?);
     }
-    // One on the way, seen from where it lies.
+    // A link within the path, relative to its own directory.
     symlink("../a", dir.join("a/up"))?;
     ensure_eq!(fs::read(dir.join("a/up/up/up/b/file"))?, b"target");
     // Written through, and removed without its target.

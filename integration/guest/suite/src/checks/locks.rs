@@ -1,5 +1,5 @@
 //! Locks: of whole files (flock) and of ranges (fcntl), between handles and between processes.
-//! Invariant: who holds and who waits take turns by batons, never by waiting for time to pass.
+//! Invariant: holders and waiters take turns by batons, never by waiting for time to pass.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -85,7 +85,7 @@ fn flock_is_waited_for(dir: &Path) -> Outcome {
     })?;
     asked.wait()?;
     waiter.let_it_sleep();
-    // The waiter must not stand in the way of this.
+    // The waiter must not prevent this.
     file.write_all_at(b"released", 0)?;
     flock(&file, FlockOperation::Unlock)?;
     waiter.join()
@@ -190,7 +190,7 @@ fn range_lock_tells_its_holder(dir: &Path) -> Outcome {
         ensure_eq!(lock::holder(file.as_fd(), Kind::Write, Range(20, 5))?, None);
         Ok(())
     })?;
-    // One's own lock is in nobody's way.
+    // One's own lock doesn't conflict.
     ensure_eq!(lock::holder(file.as_fd(), Kind::Write, ALL)?, None);
     Ok(())
 }

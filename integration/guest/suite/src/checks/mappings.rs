@@ -1,5 +1,5 @@
-//! Files mapped into memory: shared, private, cut short while mapped, run as a program.
-//! Invariant: what must end in a signal is done by a child.
+//! Files mapped into memory: shared, private, truncated while mapped, run as a program. Invariant:
+//! what must end in a signal is done by a child.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};

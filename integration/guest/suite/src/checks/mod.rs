@@ -1,5 +1,5 @@
-//! The checks, by what they are about. A check is a function that gets a fresh folder, and its
-//! name is the sentence that it proves. Invariant: no two checks have the same name.
+//! The checks, by subject. A check is a function that gets a new folder, and its name is the
+//! sentence that it proves. Invariant: no two checks have the same name.
 
 use std::path::Path;
 

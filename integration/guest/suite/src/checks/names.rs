@@ -1,5 +1,4 @@
-//! What a name may be: long, of any bytes but two, deep down. Invariant: names are compared as
-//! bytes.
+//! Valid names: long, of any bytes but two, deep down. Invariant: names are compared as bytes.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};

@@ -1,5 +1,5 @@
-//! Who may do what: users without privilege, their groups, masks and sticky folders. Invariant:
-//! what a user does is done by a child that has become that user.
+//! Permissions: users without privilege, their groups, masks and sticky folders. Invariant: what a
+//! user does is done by a child that has become that user.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -417,7 +417,7 @@ fn program_without_the_right_to_execute_is_not_run(dir: &Path) -> Outcome {
     fs::copy("/proc/self/exe", &path)?;
     chown(&path, Some(1000), Some(1000))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
-    // Not even by root, where nobody has the right.
+    // Not even by root, if no execute bit is set.
     refused(Command::new(&path).arg("--list").output(), Errno::ACCESS)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o744))?;
     as_user(ALICE, || {

@@ -1,5 +1,5 @@
-//! Renaming: to where nothing is, over something, with its flags, of folders. Invariant: a refused
-//! rename is seen to have changed nothing.
+//! Renaming: to a new name, over an existing one, with its flags, of folders. Invariant: a refused
+//! rename is verified to have changed nothing.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -1,5 +1,5 @@
-//! The set-user-ID and set-group-ID bits: when they must go, and what they mean on a folder.
-//! Invariant: what a user does is done by a child that has become that user.
+//! The set-user-ID and set-group-ID bits: when they must be cleared, and what they mean on a
+//! folder. Invariant: what a user does is done by a child that has become that user.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};

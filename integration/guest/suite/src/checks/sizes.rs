@@ -1,5 +1,5 @@
-//! How long a file is and what of it takes space: truncation, allocation, holes. Invariant: a mode
-//! of fallocate that is refused must have changed nothing.
+//! A file's length and the space it takes: truncation, allocation, holes. Invariant: a mode of
+//! fallocate that is refused must have changed nothing.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;

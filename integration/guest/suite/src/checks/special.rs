@@ -1,5 +1,5 @@
-//! What is neither plain file nor folder, and calls that a file system may decline: those may be
-//! refused honestly, and must never do half of what was asked. Invariant: none.
+//! Inodes other than plain files and folders, and calls that a file system may decline: these may
+//! be refused, and must never do half of what was requested. Invariant: none.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};

@@ -1,5 +1,5 @@
-//! Other ways for bytes to get in and out: many buffers in one call, O_DIRECT, copies within the
-//! kernel, pipes. Invariant: each check compares with bytes it made itself.
+//! Other methods to read and write: many buffers in one call, O_DIRECT, copies within the kernel,
+//! pipes. Invariant: each check compares with bytes it made itself.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{IoSlice, IoSliceMut, Read, Write};
