@@ -194,6 +194,8 @@ pub struct Supervisor {
     sandbox_refs: Option<SandboxRefs>,
     child: Option<Child>,
     stopping: bool,
+    /// An upgrade was requested before the report of a serving process was read.
+    requested: Option<Event>,
 }
 
 impl Supervisor {
@@ -226,6 +228,7 @@ impl Supervisor {
             sandbox_refs,
             child: None,
             stopping: false,
+            requested: None,
         })
     }
 
@@ -304,10 +307,15 @@ impl Supervisor {
             if let Some(event) = self.look()? {
                 return Ok(event);
             }
+            if let Some(requested) = self.requested.take() {
+                return Ok(requested);
+            }
             // A signal that came since is still there, as all are held.
             match supervision::take_signal(&SUPERVISED, None)? {
+                // The kernel delivers the lowest number first, so the report of a process that has
+                // started to serve may be waiting too, and must be read first.
                 Some(told) if told.signal == libc::SIGHUP => {
-                    return Ok(Event::Upgrade(told.queued));
+                    self.requested = Some(Event::Upgrade(told.queued));
                 }
                 Some(told) if matches!(told.signal, libc::SIGTERM | libc::SIGINT) => {
                     self.stopping = true;
