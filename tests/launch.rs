@@ -592,6 +592,8 @@ mod control_groups {
 
     #[test]
     fn guest_cannot_use_the_memory_up() {
+        // So small that the kernel can't be relied on to evict inodes: it may kill a plain program
+        // that makes files.
         let limit = (24_u64 << 20).to_string();
         let Some(group) = Group::new("memory", "memory.limit_in_bytes", &limit) else {
             return;

@@ -419,6 +419,36 @@ fn a_hangup_runs_the_program_anew_from_its_path() {
     }
 }
 
+#[test]
+fn hangup_before_the_guardian_runs_again_upgrades_too() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: an ordinary user's guardian has another child first, which maps ids");
+        return;
+    }
+    for sandbox in ["namespace", "chroot", "none"] {
+        println!("{sandbox}");
+        let dir = tempfile::tempdir().unwrap();
+        let share = dir.path().join("share");
+        std::fs::create_dir(&share).unwrap();
+        let mut command = support::command();
+        command.arg("--socket").arg(dir.path().join("socket"));
+        command.arg("--shared-dir").arg(&share);
+        command.args(["--supervise", "--sandbox", sandbox]);
+        let mut server = Server::spawn(command, dir);
+        // It doesn't run from the moment it has made the serving process, as on a busy machine.
+        while server.child().is_none() {
+            std::thread::yield_now();
+        }
+        server.signal(Signal::STOP);
+        server.wait_until_it_listens();
+        server.signal(Signal::HUP);
+        server.signal(Signal::CONT);
+        server.wait_for("upgraded to");
+        let mut fs = session(&server, Profile::Simple);
+        goes_on(&mut fs, &server, 0);
+    }
+}
+
 /// Programs that are none, made to ask for an upgrade as `ringfsd upgrade` does.
 #[test]
 fn a_program_that_can_not_take_over_changes_nothing() {

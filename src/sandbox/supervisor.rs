@@ -195,6 +195,8 @@ pub struct Supervisor {
     sandbox_refs: Option<SandboxRefs>,
     child: Option<Child>,
     stopping: bool,
+    /// An upgrade was requested before the report of a serving process was read.
+    requested: Option<Event>,
 }
 
 impl Supervisor {
@@ -226,6 +228,7 @@ impl Supervisor {
             sandbox_refs,
             child: None,
             stopping: false,
+            requested: None,
         })
     }
 
@@ -305,10 +308,15 @@ impl Supervisor {
             if let Some(event) = self.poll()? {
                 return Ok(event);
             }
+            if let Some(requested) = self.requested.take() {
+                return Ok(requested);
+            }
             // A signal that has arrived since then is still pending, as all are blocked.
             match supervision::take_signal(&SUPERVISED, None)? {
+                // The kernel delivers the lowest number first, so the report of a process that has
+                // started to serve may be waiting too, and must be read first.
                 Some(signal) if signal.number == libc::SIGHUP => {
-                    return Ok(Event::Upgrade(signal.queued));
+                    self.requested = Some(Event::Upgrade(signal.queued));
                 }
                 Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
                     self.stopping = true;

@@ -148,6 +148,8 @@ fn small(header: &InHeader, args: &[u8]) -> (Vec<u8>, u32) {
         }
         opcode::CREATE => {
             assert_eq!(&args[16..], b"a\0");
+            let mut entry = entry;
+            (entry.attr.uid, entry.attr.gid) = (header.uid, header.gid);
             let opened = OpenOut {
                 fh: 77,
                 open_flags: wire::fopen::KEEP_CACHE,
@@ -221,8 +223,12 @@ fn a_story_reads_as_it_should() {
     fs.setxattr(2, c"user.a", b"hi", 0).unwrap();
     assert_eq!(fs.listxattr(2).unwrap(), [c"user.a", c"user.b"]);
     fs.act_as(1000, 100);
+    let (made, _) = fs.create(ROOT, c"a", 0o644).unwrap();
+    assert_eq!((made.attr.uid, made.attr.gid), (1000, 100));
+    // Where owners may be mapped, Linux names the caller only in requests that create.
+    assert!(fs.has(init::ALLOW_IDMAP));
     let attr = fs.getattr(2).unwrap().attr;
-    assert_eq!((attr.uid, attr.gid), (1000, 100));
+    assert_eq!((attr.uid, attr.gid), (u32::MAX, u32::MAX));
     let dir = Handle::raw(1);
     let names: Vec<_> = fs.readdir_all(ROOT, dir).unwrap();
     let names: Vec<_> = names.into_iter().map(|entry| entry.name).collect();
