@@ -6,7 +6,6 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,7 +16,6 @@ use super::proxy::FdMessage;
 use super::session::{SHARE_MEMORY_HINT, Session, SessionError};
 use super::vring::Vring;
 use crate::virtqueue::QueueIndex;
-use crate::virtqueue::memory::Window;
 
 /// Numbers of the requests that hand over memory.
 const SET_MEM_TABLE: u32 = 5;
@@ -120,9 +118,11 @@ impl<R: Runner> Session<'_, R> {
     fn is_blank(&self, vring: &Vring) -> Option<bool> {
         let addresses = vring.addresses?;
         // A ring begins with its flags and its index, two bytes each.
-        let index = |ring| {
-            let window = Window::new(self.memory(), ring, 4, 2)?;
-            Some(window.load_u16(2, Ordering::Relaxed))
+        let index = |ring: u64| {
+            let guest = self.memory().guest_address(ring.checked_add(2)?)?;
+            let mut bytes = [0; 2];
+            let mapped = self.memory().read(guest, &mut bytes);
+            mapped.then(|| u16::from_le_bytes(bytes))
         };
         Some(index(addresses.available)? == 0 && index(addresses.used)? == 0)
     }
