@@ -125,9 +125,10 @@ impl FileSystem for Passthrough {
         label: Option<Label<'_>>,
     ) -> Result<Entry> {
         self.writable()?;
-        self.labelled(label, Some((parent, name)), || {
+        let made = self.labelled(label, Some((parent, name)), || {
             self.make_symlink(caller, parent, name, target)
-        })
+        });
+        self.unless_removed(caller, &[parent], made)
     }
 
     fn mknod(
@@ -138,9 +139,10 @@ impl FileSystem for Passthrough {
         new: &NewNode<'_>,
     ) -> Result<Entry> {
         self.writable()?;
-        self.labelled(new.label, Some((parent, name)), || {
+        let made = self.labelled(new.label, Some((parent, name)), || {
             self.make_node(caller, parent, name, new)
-        })
+        });
+        self.unless_removed(caller, &[parent], made)
     }
 
     fn mkdir(
@@ -151,19 +153,22 @@ impl FileSystem for Passthrough {
         new: &NewNode<'_>,
     ) -> Result<Entry> {
         self.writable()?;
-        self.labelled(new.label, Some((parent, name)), || {
+        let made = self.labelled(new.label, Some((parent, name)), || {
             self.make_directory(caller, parent, name, new)
-        })
+        });
+        self.unless_removed(caller, &[parent], made)
     }
 
     fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(caller, parent, name, AtFlags::empty())
+        let removed = self.remove(caller, parent, name, AtFlags::empty());
+        self.unless_removed(caller, &[parent], removed)
     }
 
     fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        self.remove(caller, parent, name, AtFlags::REMOVEDIR)
+        let removed = self.remove(caller, parent, name, AtFlags::REMOVEDIR);
+        self.unless_removed(caller, &[parent], removed)
     }
 
     fn rename(
@@ -174,12 +179,14 @@ impl FileSystem for Passthrough {
         flags: u32,
     ) -> Result<()> {
         self.writable()?;
-        self.move_name(caller, from, to, flags)
+        let moved = self.move_name(caller, from, to, flags);
+        self.unless_removed(caller, &[from.0, to.0], moved)
     }
 
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
         self.writable()?;
-        self.make_link(caller, node, parent, name)
+        let linked = self.make_link(caller, node, parent, name);
+        self.unless_removed(caller, &[parent], linked)
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
@@ -197,7 +204,8 @@ impl FileSystem for Passthrough {
         flags: u32,
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
-        self.create_file(caller, parent, name, flags, new)
+        let created = self.create_file(caller, parent, name, flags, new);
+        self.unless_removed(caller, &[parent], created)
     }
 
     fn tmpfile(
@@ -208,9 +216,10 @@ impl FileSystem for Passthrough {
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         self.writable()?;
-        self.labelled(new.label, None, || {
+        let made = self.labelled(new.label, None, || {
             self.make_nameless(caller, parent, flags, new)
-        })
+        });
+        self.unless_removed(caller, &[parent], made)
     }
 
     /// Closes a duplicate of the descriptor, which makes network file systems report pending

@@ -240,6 +240,30 @@ impl Passthrough {
         })
     }
 
+    /// The result of a request on names in the directories `parents`. `ENOENT` becomes `ESTALE` if a
+    /// host process has removed one of them after it was checked: nothing can be created or found in
+    /// it, while its path may lead to another directory.
+    pub(super) fn unless_removed<T>(
+        &self,
+        caller: &Caller,
+        parents: &[NodeId],
+        result: Result<T>,
+    ) -> Result<T> {
+        if !matches!(result, Err(Errno::NOENT)) {
+            return result;
+        }
+        let is_removed = |node: &&NodeId| {
+            self.inodes.any(**node).is_some_and(|directory| {
+                let has_name = self.fd(&directory).map_or(true, |fd| has_any_name(&fd));
+                !has_name && !directory.record().is_nameless()
+            })
+        };
+        if let Some(node) = parents.iter().find(is_removed) {
+            self.refuse(caller, [*node].into_iter())?;
+        }
+        result
+    }
+
     fn refuse(
         &self,
         caller: &Caller,
