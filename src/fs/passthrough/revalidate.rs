@@ -131,6 +131,17 @@ impl Passthrough {
         }
         let stale = [(one, one_is_current), (other, other_is_current)];
         let stale = stale.into_iter().filter(|(_, is_current)| !is_current);
+        if let Some((removed, _)) = stale.clone().find(|(fd, _)| is_removed_directory(fd)) {
+            // Even a repeated request has no effect there. Without a path, as by a working directory,
+            // the program gets the error of the host's kernel.
+            let node = removed.inode().node();
+            let retries = &self.paths.retries;
+            if retries.is_repeated_without_path(caller.pid, node) {
+                return Ok(());
+            }
+            retries.refuse(caller.pid, node);
+            return Err(Errno::STALE);
+        }
         self.refuse(caller, stale.map(|(fd, _)| fd.inode().node()))
     }
 
@@ -249,19 +260,22 @@ impl Passthrough {
         parents: &[NodeId],
         result: Result<T>,
     ) -> Result<T> {
-        if !matches!(result, Err(Errno::NOENT)) {
+        if !matches!(result, Err(Errno::NOENT)) || self.paths.retries.was_let_through(caller.pid) {
             return result;
         }
         let is_removed = |node: &&NodeId| {
             self.inodes.any(**node).is_some_and(|directory| {
-                let has_name = self.fd(&directory).map_or(true, |fd| has_any_name(&fd));
-                !has_name && !directory.record().is_nameless()
+                let fd = self.fd(&directory);
+                fd.is_ok_and(|fd| is_removed_directory(&fd))
             })
         };
-        if let Some(node) = parents.iter().find(is_removed) {
-            self.refuse(caller, [*node].into_iter())?;
+        match parents.iter().find(is_removed) {
+            Some(node) => {
+                self.paths.retries.refuse(caller.pid, *node);
+                Err(Errno::STALE)
+            }
+            None => result,
         }
-        result
     }
 
     fn refuse(
@@ -363,6 +377,12 @@ impl Passthrough {
 }
 
 /// Whether an open file has a name. Returns true if that is unknown.
+/// Whether `fd` is a directory that a host process has removed.
+fn is_removed_directory(fd: &InodeFd<'_>) -> bool {
+    let inode = fd.inode();
+    inode.kind() == FileType::Directory && !inode.record().is_nameless() && !has_any_name(fd)
+}
+
 fn has_any_name(fd: impl AsFd) -> bool {
     stat_fd(fd, StatxFlags::NLINK).map_or(true, |stat| stat.stx_nlink > 0)
 }

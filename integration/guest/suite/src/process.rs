@@ -198,7 +198,7 @@ fn finish(outcome: Outcome, report: OwnedFd) -> ! {
         Ok(()) => 0,
         Err(failure) => {
             let mut text = failure.to_string();
-            text.truncate(text.floor_char_boundary(4000));
+            text = text.chars().take(1000).collect();
             // The exit status tells that it failed even where this can't be told.
             let _ = File::from(report).write_all(text.as_bytes());
             1
