@@ -284,7 +284,7 @@ fn tag_that_a_vmm_takes_and_is_missing_is_warned_of() {
     ] {
         let mut server = Server::start(args);
         drop(server.session(profile, &Options::default()));
-        let warned = lines(&mut server, ready, "give --tag");
+        let warned = lines(&mut server, ready, "set --tag");
         assert_eq!(warned, warnings, "{profile:?}");
     }
 }

@@ -128,7 +128,7 @@ impl FileSystem for Passthrough {
         let made = self.labelled(label, Some((parent, name)), || {
             self.make_symlink(caller, parent, name, target)
         });
-        self.unless_removed(caller, &[parent], made)
+        self.unless_outdated(caller, &[parent], made)
     }
 
     fn mknod(
@@ -142,7 +142,7 @@ impl FileSystem for Passthrough {
         let made = self.labelled(new.label, Some((parent, name)), || {
             self.make_node(caller, parent, name, new)
         });
-        self.unless_removed(caller, &[parent], made)
+        self.unless_outdated(caller, &[parent], made)
     }
 
     fn mkdir(
@@ -156,19 +156,19 @@ impl FileSystem for Passthrough {
         let made = self.labelled(new.label, Some((parent, name)), || {
             self.make_directory(caller, parent, name, new)
         });
-        self.unless_removed(caller, &[parent], made)
+        self.unless_outdated(caller, &[parent], made)
     }
 
     fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
         let removed = self.remove(caller, parent, name, AtFlags::empty());
-        self.unless_removed(caller, &[parent], removed)
+        self.unless_outdated(caller, &[parent], removed)
     }
 
     fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
         let removed = self.remove(caller, parent, name, AtFlags::REMOVEDIR);
-        self.unless_removed(caller, &[parent], removed)
+        self.unless_outdated(caller, &[parent], removed)
     }
 
     fn rename(
@@ -180,13 +180,13 @@ impl FileSystem for Passthrough {
     ) -> Result<()> {
         self.writable()?;
         let moved = self.move_name(caller, from, to, flags);
-        self.unless_removed(caller, &[from.0, to.0], moved)
+        self.unless_outdated(caller, &[from.0, to.0], moved)
     }
 
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
         self.writable()?;
         let linked = self.make_link(caller, node, parent, name);
-        self.unless_removed(caller, &[parent], linked)
+        self.unless_outdated(caller, &[parent], linked)
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
@@ -205,7 +205,7 @@ impl FileSystem for Passthrough {
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
         let created = self.create_file(caller, parent, name, flags, new);
-        self.unless_removed(caller, &[parent], created)
+        self.unless_outdated(caller, &[parent], created)
     }
 
     fn tmpfile(
@@ -219,7 +219,7 @@ impl FileSystem for Passthrough {
         let made = self.labelled(new.label, None, || {
             self.make_nameless(caller, parent, flags, new)
         });
-        self.unless_removed(caller, &[parent], made)
+        self.unless_outdated(caller, &[parent], made)
     }
 
     /// Closes a duplicate of the descriptor, which makes network file systems report pending

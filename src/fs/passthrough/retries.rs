@@ -34,8 +34,6 @@ struct Refused {
     found: [NodeId; FOUND],
     /// How many inodes it has looked up.
     count: usize,
-    /// The repeated request was let through although it can have no effect.
-    let_through: bool,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +78,6 @@ impl Retries {
             node,
             found: [NodeId(0); FOUND],
             count: 0,
-            let_through: false,
         });
         slot.pid.store(u64::from(pid) + 1, Ordering::Relaxed);
     }
@@ -107,27 +104,11 @@ impl Retries {
     }
 
     /// Whether a request of `pid` on `node` repeats a refused one without having looked up anything
-    /// since, so it uses no path. It stays recorded until [`was_let_through`](Self::was_let_through).
+    /// since, so it uses no path.
     pub(super) fn is_repeated_without_path(&self, pid: u32, node: NodeId) -> bool {
-        let slot = self.slot(pid);
-        let mut refused = slot.lock();
-        let Some(refused) = refused.as_mut().filter(|refused| refused.pid == pid) else {
-            return false;
-        };
-        refused.let_through =
-            refused.node == node && refused.count == 0 && refused.at.elapsed() < RETRY_WINDOW;
-        refused.let_through
-    }
-
-    /// Whether [`is_repeated_without_path`](Self::is_repeated_without_path) has let the current request
-    /// of `pid` through. Forgets that.
-    pub(super) fn was_let_through(&self, pid: u32) -> bool {
-        let slot = self.slot(pid);
-        let let_through = slot
-            .lock()
-            .as_ref()
-            .is_some_and(|refused| refused.let_through);
-        let_through && self.take(pid).is_some()
+        self.take(pid).is_some_and(|refused| {
+            refused.node == node && refused.count == 0 && refused.at.elapsed() < RETRY_WINDOW
+        })
     }
 
     /// Whether a request of `pid` on `nodes` repeats a refused one.

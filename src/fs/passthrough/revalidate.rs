@@ -14,6 +14,7 @@
 //! name, in its directory, after the request arrived. The next [`MAX_PARENTS`] directories above
 //! that one are checked once in each [`PERIOD`].
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -48,6 +49,11 @@ const OPENED_SLOTS: usize = 512;
 
 /// The lower bits of a word in [`ConfirmedDirs`] are the period, the upper bits the node id.
 const PERIOD_BITS: u32 = 24;
+
+thread_local! {
+    /// Whether the request that this thread serves was let through because it is repeated.
+    static LET_THROUGH: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Directories that were found, with all directories above them, at their known path, and when.
 #[derive(Debug)]
@@ -118,6 +124,7 @@ impl Passthrough {
         one: &InodeFd<'_>,
         other: &InodeFd<'_>,
     ) -> Result<()> {
+        LET_THROUGH.set(false);
         let one_is_current = self.is_current(one);
         let same = std::ptr::eq(one.inode(), other.inode());
         let other_is_current = if same {
@@ -137,6 +144,7 @@ impl Passthrough {
             let node = removed.inode().node();
             let retries = &self.paths.retries;
             if retries.is_repeated_without_path(caller.pid, node) {
+                LET_THROUGH.set(true);
                 return Ok(());
             }
             retries.refuse(caller.pid, node);
@@ -251,25 +259,25 @@ impl Passthrough {
         })
     }
 
-    /// The result of a request on names in the directories `parents`. `ENOENT` becomes `ESTALE` if a
-    /// host process has removed one of them after it was checked: nothing can be created or found in
-    /// it, while its path may lead to another directory.
-    pub(super) fn unless_removed<T>(
+    /// The result of a request on names in the directories `parents`. `ENOENT` becomes `ESTALE` if
+    /// the path of one of them leads elsewhere since it was checked: a host process may have removed
+    /// what is in it, or the directory itself, while the path leads to another one.
+    pub(super) fn unless_outdated<T>(
         &self,
         caller: &Caller,
         parents: &[NodeId],
         result: Result<T>,
     ) -> Result<T> {
-        if !matches!(result, Err(Errno::NOENT)) || self.paths.retries.was_let_through(caller.pid) {
+        if !matches!(result, Err(Errno::NOENT)) || LET_THROUGH.get() {
             return result;
         }
-        let is_removed = |node: &&NodeId| {
+        let is_outdated = |node: &&NodeId| {
             self.inodes.any(**node).is_some_and(|directory| {
                 let fd = self.fd(&directory);
-                fd.is_ok_and(|fd| is_removed_directory(&fd))
+                fd.is_ok_and(|fd| !self.is_current(&fd))
             })
         };
-        match parents.iter().find(is_removed) {
+        match parents.iter().find(is_outdated) {
             Some(node) => {
                 self.paths.retries.refuse(caller.pid, *node);
                 Err(Errno::STALE)
@@ -285,6 +293,7 @@ impl Passthrough {
     ) -> Result<()> {
         let retries = &self.paths.retries;
         if retries.is_repeated(caller.pid, nodes.clone()) {
+            LET_THROUGH.set(true);
             return Ok(());
         }
         if let Some(node) = nodes.next() {
