@@ -103,11 +103,16 @@ impl<R: Runner> Session<'_, R> {
         requests.find(|vring| vring.running)?.kick.clone()
     }
 
-    /// Logs a warning if a request queue was kicked and both indexes of its rings are still 0.
+    /// Logs a warning if a request queue was kicked and the indexes of all rings that run are still 0.
+    /// One ring that has been used shows that the memory is shared: QEMU also kicks queues by itself.
     pub(super) fn warn_of_private_memory(&self) {
+        let mut running = self.vrings.iter().filter(|vring| vring.running);
+        if !running.all(|vring| self.is_blank(vring) == Some(true)) {
+            return;
+        }
         let requests = (0..).map(QueueIndex).zip(&self.vrings).skip(1);
         let mut kicked = requests.filter(|(_, vring)| vring.running && is_kicked(vring));
-        if let Some((index, _)) = kicked.find(|(_, vring)| self.is_blank(vring) == Some(true)) {
+        if let Some((index, _)) = kicked.next() {
             log::warn!(
                 "the guest has kicked queue {index}, which is empty: if its mount hangs, the VMM has \
                  not shared the VM's memory; {SHARE_MEMORY_HINT}"

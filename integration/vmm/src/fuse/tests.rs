@@ -128,13 +128,11 @@ fn small(header: &InHeader, args: &[u8]) -> (Vec<u8>, u32) {
     match header.opcode {
         opcode::INIT => {
             let (asked, _) = InitIn::read_from_prefix(args).unwrap();
-            // With mapped owners the client would name no caller.
-            let idmap = u32::try_from(init::ALLOW_IDMAP >> 32).unwrap();
             let out = InitOut {
                 major: 7,
                 minor: asked.minor,
                 flags: asked.flags,
-                flags2: asked.flags2 & !idmap,
+                flags2: asked.flags2,
                 max_write: 1 << 20,
                 ..InitOut::default()
             };
