@@ -48,11 +48,10 @@ impl Passthrough {
         let parent = self.fd(&parent)?;
         self.confirm(caller, &parent)?;
         self.room_for_inode()?;
-        {
+        self.make_and_find(&parent, name, || {
             let _as_caller = self.as_caller(caller, None)?;
-            rustix::fs::symlinkat(target, &parent, component(name)?)?;
-        }
-        self.find_new(parent, name)
+            rustix::fs::symlinkat(target, &parent, component(name)?)
+        })
     }
 
     pub(super) fn make_node(
@@ -77,11 +76,10 @@ impl Passthrough {
         self.room_for_inode()?;
         let (major, minor) = decode_device(new.rdev);
         let device = rustix::fs::makedev(major, minor);
-        {
+        self.make_and_find(&parent, name, || {
             let _as_caller = self.as_caller(caller, Some(new.umask))?;
-            rustix::fs::mknodat(&parent, component(name)?, kind, mode, device)?;
-        }
-        self.find_new(parent, name)
+            rustix::fs::mknodat(&parent, component(name)?, kind, mode, device)
+        })
     }
 
     pub(super) fn make_directory(
@@ -96,11 +94,28 @@ impl Passthrough {
         self.confirm(caller, &parent)?;
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
         self.room_for_inode()?;
-        {
+        self.make_and_find(&parent, name, || {
             let _as_caller = self.as_caller(caller, Some(new.umask))?;
-            rustix::fs::mkdirat(&parent, component(name)?, mode)?;
+            rustix::fs::mkdirat(&parent, component(name)?, mode)
+        })
+    }
+
+    /// Creates an inode by `make` and finds it. Does so again if a host process has removed it before
+    /// it was found, so that the guest gets an inode and not an error of a call that has succeeded.
+    fn make_and_find(
+        &self,
+        parent: &InodeFd<'_>,
+        name: &CStr,
+        make: impl Fn() -> Result<()>,
+    ) -> Result<Entry> {
+        let mut tries = 1;
+        loop {
+            make()?;
+            match self.find_new(parent, name) {
+                Err(Errno::NOENT) if tries < CREATE_TRIES => tries += 1,
+                found => return found,
+            }
         }
-        self.find_new(parent, name)
     }
 
     /// Creates and opens a file.
