@@ -8,7 +8,7 @@
 //!
 //! Not refused are: requests on files that the guest has open, as they follow no path; requests on
 //! inodes whose last name the guest itself has removed; and a request that is repeated after a
-//! refusal (see `retries`).
+//! refusal (see `retries`), unless its directory has been removed and it uses a path.
 //!
 //! The invariant: if a request is served without having been refused before, its inode had its
 //! name, in its directory, after the request arrived. The next [`MAX_PARENTS`] directories above
@@ -385,13 +385,13 @@ impl Passthrough {
     }
 }
 
-/// Whether an open file has a name. Returns true if that is unknown.
 /// Whether `fd` is a directory that a host process has removed.
 fn is_removed_directory(fd: &InodeFd<'_>) -> bool {
     let inode = fd.inode();
     inode.kind() == FileType::Directory && !inode.record().is_nameless() && !has_any_name(fd)
 }
 
+/// Whether an open file has a name. Returns true if that is unknown.
 fn has_any_name(fd: impl AsFd) -> bool {
     stat_fd(fd, StatxFlags::NLINK).map_or(true, |stat| stat.stx_nlink > 0)
 }
