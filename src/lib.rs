@@ -11,6 +11,7 @@
 //! | [`device`] | the virtio-fs device: features, configuration space |
 //! | [`worker`] | worker threads, their runtimes and event loop |
 //! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
+//! | [`guest_memory`] | the guest's memory: regions, dirty log, memory that is taken away |
 //! | [`scheduler`] | placement of tasks on threads; independent of virtio |
 //! | [`fuse`] | FUSE ABI, decoding, dispatch, replies; independent of virtio |
 //! | [`fs`] | the file system trait; the passthrough file system |
@@ -27,6 +28,7 @@ pub mod config;
 pub mod device;
 pub mod fs;
 pub mod fuse;
+pub mod guest_memory;
 pub mod io;
 pub mod sandbox;
 pub mod scheduler;

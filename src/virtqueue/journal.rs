@@ -58,7 +58,7 @@ impl Slot<'_> {
     #[inline]
     fn store(&self, word: usize, value: u64) {
         #[cfg(test)]
-        if !super::crash_injection::store_takes_effect() {
+        if !crate::guest_memory::crash_injection::store_takes_effect() {
             return;
         }
         if let Some(word) = self.0.get(word) {
