@@ -17,6 +17,7 @@
 //! | [`fs`] | the file system trait; the passthrough file system |
 //! | [`io`] | asynchronous files and guest buffers, over io_uring and tokio |
 //! | [`state`] | the table of a session's state, in shared memory |
+//! | [`migration`] | the format of a migrated session, and its transfer over a pipe |
 //! | [`sandbox`] | namespaces, root directory, capabilities, Landlock, seccomp |
 //! | `sys` | thin typed wrappers over system calls |
 //!
@@ -30,6 +31,7 @@ pub mod fs;
 pub mod fuse;
 pub mod guest_memory;
 pub mod io;
+pub mod migration;
 pub mod sandbox;
 pub mod scheduler;
 pub mod server;

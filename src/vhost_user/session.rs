@@ -19,12 +19,12 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::Runner;
-use super::device_state::{Direction, Transfer, TransferError};
 use super::vring::Vring;
 use crate::device::{self, Device};
 use crate::guest_memory::{
     DirtyLog, GuestAddress, Memory, MemoryError, MemoryLostEvent, Region, RegionDescription,
 };
+use crate::migration::{Direction, Transfer, TransferError};
 use crate::state::Table;
 use crate::virtqueue::{
     Features, InflightError, InflightPart, InflightRegion, Journal, Queue, QueueError, QueueIndex,

@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use ringfsd::device::Device;
 use ringfsd::state::{Limits, Table};
-use ringfsd::vhost_user::{self, Cause, DeviceState, Runner};
+use ringfsd::migration::{Cause, DeviceState};
+use ringfsd::vhost_user::{self, Runner};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 

@@ -12,7 +12,7 @@ use super::super::Passthrough;
 use super::super::inode::Inode;
 use super::super::inode_ref::{reopen_fd, stat_fd};
 use crate::fs::{NodeId, Result};
-use crate::state::stream::{CONTENT_MOST, Nameless};
+use crate::migration::stream::{CONTENT_MOST, Nameless};
 
 /// How many bytes of a file are read at once.
 const CHUNK_LEN: usize = 1 << 20;
