@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`cli`] | options as typed |
 //! | [`server`] | composition root: start-up in order, supervision, upgrades |
+//! | [`recovery`] | supervision, handover to another program, the `--state` file |
 //! | [`config`] | the resolved configuration |
 //! | [`vhost_user`] | the listening socket; one vhost-user session |
 //! | [`device`] | the virtio-fs device: features, configuration space |
@@ -19,6 +20,7 @@
 //! | [`state`] | the table of a session's state, in shared memory |
 //! | [`migration`] | the format of a migrated session, and its transfer over a pipe |
 //! | [`sandbox`] | namespaces, root directory, capabilities, Landlock, seccomp |
+//! | [`error_chain`] | an error and its causes |
 //! | `sys` | thin typed wrappers over system calls |
 //!
 //! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
@@ -27,11 +29,13 @@
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod error_chain;
 pub mod fs;
 pub mod fuse;
 pub mod guest_memory;
 pub mod io;
 pub mod migration;
+pub mod recovery;
 pub mod sandbox;
 pub mod scheduler;
 pub mod server;

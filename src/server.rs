@@ -7,35 +7,32 @@
 
 mod control_group;
 mod error;
-mod exec_handover;
 mod file_system;
 mod limits;
 mod parent_process;
-mod predecessor;
 mod service;
-mod state_file;
-mod upgrade;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
+
+use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
+use crate::error_chain;
 use crate::io::{Chosen, RuntimeError};
+use crate::recovery::{self, ExecHandover, RecoveryError, Resources, TableLocation};
 use crate::sandbox::{self, Filter, ForkResult, Inside};
-use crate::state::Table;
+use crate::state::{Limits, StateError};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
-pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub use self::limits::{LimitError, explain, raise_limits};
 pub use self::parent_process::{ParentProcess, Watched};
 pub use self::service::{Exit, Service, ServiceOptions};
-pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 use self::file_system::{Built, Entered};
-use self::state_file::State;
 
 /// Which of the two processes this is from now on.
 #[derive(Debug)]
@@ -66,7 +63,7 @@ struct ServerResources {
     config: Config,
     runtime: Chosen,
     listener: Listener,
-    state: State,
+    state: TableLocation,
 }
 
 impl Server {
@@ -124,7 +121,7 @@ impl Server {
 
     /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
     pub fn leave(self) -> ! {
-        sandbox::leave(parent_process::LEFT)
+        sandbox::leave(recovery::LEFT)
     }
 
     /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
@@ -167,7 +164,7 @@ impl ServerResources {
                 Box::new(move || {
                     let bind = || Listener::bind(&path);
                     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
-                    let listener = predecessor::wait_while(bind, busy)?;
+                    let listener = recovery::wait_while(bind, busy)?;
                     if let Some(group) = group {
                         listener.admit_group(&group)?;
                     }
@@ -191,8 +188,8 @@ impl ServerResources {
         }
         // What can be known beforehand to fail leaves no socket.
         file_system::check(&config)?;
-        limits::check(&config, state_file::limits(&config).bytes())?;
-        let state = State::new(&config)?;
+        limits::check(&config, table_limits(&config).bytes())?;
+        let state = locate_table(&config)?;
         Ok(Self {
             listener: listen()?,
             config,
@@ -200,24 +197,22 @@ impl ServerResources {
             state,
         })
     }
+}
 
-    /// What every serving process has from the beginning.
-    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
-        let all = [log, Some(self.listener.as_fd()), self.state.file()];
-        all.into_iter().flatten().collect()
-    }
+impl Resources for ServerResources {
+    type Server = Server;
+    type Error = ServerError;
 
-    /// What follows in the process that serves.
     fn serve(mut self, inside: Inside) -> Result<Server, ServerError> {
         self.listener.leave_file();
         let config = self.config;
-        let limits = state_file::limits(&config);
+        let limits = table_limits(&config);
         let (supervised, again) = (inside.is_supervised(), inside.is_again());
         let place = inside.enter(&config.shared_dir, file_system::needs(&config))?;
-        let kept = self.state.open(&limits, again)?;
-        let has_waited = again && kept.table.is_announced();
+        let opened = self.state.open(&limits, again)?;
+        let has_waited = again && opened.table.is_announced();
         let left = if again {
-            sort_leftovers(&kept.table, &place.descriptors)?
+            recovery::sort_leftovers(&opened.table, &place.descriptors)?
         } else {
             None
         };
@@ -227,7 +222,7 @@ impl ServerResources {
             proc_fds: place.proc_fds,
             may_label: place.may_label,
         };
-        let Built { fs, table } = file_system::build(&config, entered, kept)?;
+        let Built { fs, table } = file_system::build(&config, entered, opened)?;
         let action = config.sandbox.seccomp;
         let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
         let options = ServiceOptions {
@@ -253,6 +248,23 @@ impl ServerResources {
             left,
         })
     }
+
+    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
+        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        all.into_iter().flatten().collect()
+    }
+
+    fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    fn listener_mut(&mut self) -> &mut Listener {
+        &mut self.listener
+    }
+
+    fn state(&self) -> Option<BorrowedFd<'_>> {
+        self.state.file()
+    }
 }
 
 fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
@@ -261,40 +273,42 @@ fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
     Ok(runtime)
 }
 
-/// What the process before has left of its session, if it had one; everything else that it has left,
-/// but `own` and what the table tells of, is closed. Done here, where the process has nothing any
-/// more that it could be tricked out of: what it reads may have been written by a guest that had
-/// taken the other one over.
-fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<SessionSnapshot>, ServerError> {
-    let record = table
-        .front()
-        .and_then(|block| match SessionSnapshot::decode(&block) {
-            Ok(record) if record.descriptors().iter().any(|fd| own.contains(fd)) => {
-                log::error!("the session can't go on: it names a descriptor of the server's own");
-                None
-            }
-            Ok(record) => Some(record),
-            Err(error) => {
-                log::error!("the session can't go on: {error}");
-                None
-            }
-        });
-    let mut keep = own.to_vec();
-    keep.extend(table.descriptors());
-    keep.extend(record.iter().flat_map(SessionSnapshot::descriptors));
-    sandbox::close_all_but(&keep).map_err(ServerError::Leftovers)?;
-    Ok(record)
+/// The sizes that the state table needs.
+fn table_limits(config: &Config) -> Limits {
+    let queues = config.request_queues.get().saturating_add(1);
+    config.share.file_system.limits(queues)
 }
 
-/// An error with its causes, in one line.
+/// Opens or creates the state file, or a memfd, if a table has to outlive the serving process.
+fn locate_table(config: &Config) -> Result<TableLocation, ServerError> {
+    let needed = table_limits(config);
+    let size = limits::file_size();
+    let located = limits::without_file_size_limit(|| {
+        TableLocation::new(config.state.as_deref(), config.supervise, &needed)
+    });
+    located.map_err(|error| match (error, size) {
+        (RecoveryError::InStateFile { source, .. } | RecoveryError::State(source), Some(limit))
+            if matches!(
+                source,
+                StateError::Grow {
+                    source: Errno::FBIG,
+                    ..
+                }
+            ) =>
+        {
+            let needed = needed.bytes();
+            ServerError::Limit(LimitError::FileSize { limit, needed })
+        }
+        (error, _) => error.into(),
+    })
+}
+
+/// Whether this program can take over from the running one with the same arguments; `None` if it
+/// isn't being tried for an upgrade, else the status to exit with.
 #[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
+pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
+    recovery::check_for_upgrade(config.supervise, || {
+        let runtime = crate::io::choose(config.runtime);
+        runtime.map_or_else(|error| Err(error_chain::one_line(&error)), |_| Ok(()))
+    })
 }

@@ -6,14 +6,15 @@
 //! forbids the system calls that the server doesn't make. The invariant: the options are enforced
 //! as given, or there is an error; nothing weaker takes their place.
 
-pub mod exec;
+mod fd_identity;
 mod filter;
 mod guardian;
 mod id_map;
 mod mounts;
 mod paths;
 mod privileges;
-mod supervisor;
+mod report;
+mod respawn;
 mod syscall_allowlist;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -23,19 +24,21 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
+pub use self::fd_identity::{FdIdentity, Identity};
 pub use self::filter::{Filter, FilterError, Seccomp};
 pub use self::guardian::{Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
+pub use self::report::{Serving, now};
+pub use self::respawn::{Ids, Past, Respawn, Respawned, SandboxRefs};
 
-pub use self::supervisor::{
-    Event, FdIdentity, Identity, Ids, Past, SandboxRefs, Serving, Supervisor, now,
-};
+pub(crate) use self::privileges::keep_over_exec;
+pub(crate) use self::report::Report;
 
 use self::guardian::DeathPipe;
 use self::id_map::Maps;
 use self::mounts::View;
-use self::supervisor::OpenRefs;
+use self::respawn::OpenRefs;
 use crate::sys::process::{self, Fork};
 
 /// How the server is confined to the shared directory.

@@ -16,7 +16,7 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::SandboxError;
-use super::supervisor::OpenRefs;
+use super::respawn::OpenRefs;
 use crate::sys::process;
 
 /// The attribute of a read-only mount (uapi `linux/mount.h`).

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 
 use rustix::io::Errno;
 
-use super::exec_handover::ExecHandoverError;
 use super::limits::LimitError;
 use crate::io::RuntimeError;
+use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
 use crate::state::StateError;
 use crate::vhost_user::ListenError;
@@ -54,62 +54,12 @@ pub enum ServerError {
     /// The server can't be kept to its system calls.
     #[error(transparent)]
     Filter(#[from] FilterError),
-    /// The state file can't be used.
-    #[error("--state: can't open {path}")]
-    StateFile {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: Errno,
-    },
-    /// Another user could change it.
-    #[error(
-        "--state: {path} belongs to user {user}, who could change what it says: give it to the \
-         server's user, or remove it"
-    )]
-    StateOwner {
-        /// Which file.
-        path: PathBuf,
-        /// Whose.
-        user: u32,
-    },
-    /// Another process uses it.
-    #[error("--state: {0} is another server's, which is still running: give each its own")]
-    StateInUse(PathBuf),
-    /// It is no table, or a damaged one.
-    #[error(
-        "--state: can't go on from {path}; where no guest is to go on from it, remove it and start \
-         again"
-    )]
-    InStateFile {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: StateError,
-    },
-    /// It was made for another device.
-    #[error("--state: {path} was made with --request-queues {queues}: give that, or remove it")]
-    StateQueues {
-        /// Which file.
-        path: PathBuf,
-        /// For how many.
-        queues: usize,
-    },
-    /// What the guest holds can't be written down.
+    /// The session can't be kept for another process, or resumed from one.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
+    /// The state table can't be made.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The table has no second descriptor.
-    #[error("keeping the table of what a session holds for the next process")]
-    Keep(#[source] io::Error),
-    /// What an earlier process has left can't be sorted.
-    #[error("closing what the process that served before has left open")]
-    Leftovers(#[source] io::Error),
-    /// What an earlier program in this process has left is not there.
-    #[error("taking over from the program that ran before")]
-    ExecHandover(#[from] ExecHandoverError),
-    /// The guardian can't wait.
-    #[error("waiting for the process that serves")]
-    Watch(#[source] io::Error),
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),

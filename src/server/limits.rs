@@ -14,6 +14,7 @@ use vm_memory::mmap::MmapRegionError;
 
 use super::control_group;
 use crate::config::Config;
+use crate::error_chain;
 use crate::fs::passthrough;
 
 /// A limit and its names.
@@ -339,10 +340,9 @@ pub(super) fn remember() {
 /// Formats an error and its causes in one line, with the limits that may have caused it.
 #[must_use]
 pub fn explain(error: &(dyn Error + 'static)) -> String {
-    let mut text = super::chain(error);
-    let mut cause = Some(error);
+    let mut text = error_chain::one_line(error);
     let mut errno = None;
-    while let Some(error) = cause {
+    for error in error_chain::causes(error) {
         let known = error.downcast_ref::<Errno>().copied();
         errno = known
             .or_else(|| Errno::from_io_error(error.downcast_ref()?))
@@ -351,7 +351,6 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
                 _ => None,
             })
             .or(errno);
-        cause = error.source();
     }
     let suspects: &[Limit] = match errno {
         Some(Errno::MFILE) => &[DESCRIPTORS],

@@ -28,7 +28,7 @@ mod used;
 pub use bad_chain::BadChain;
 pub use chain::Chain;
 pub use inflight::{InflightError, InflightPart, InflightRegion};
-pub use journal::{Journal, Previous, under_way};
+pub use journal::{Journal, Previous, unanswered_requests};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::{Call, QueueStats, UsedRing};
 

@@ -206,7 +206,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
         return;
     };
     let _ = (table.agreement(), table.front(), table.is_in_use());
-    let _ = ringfsd::virtqueue::under_way(&table);
+    let _ = ringfsd::virtqueue::unanswered_requests(&table);
     let share = scene.share.path();
     let past = Past {
         inherited_fds: false,
