@@ -38,20 +38,23 @@ pub(super) struct View {
 
 /// The error of a step of `--sandbox namespace`.
 fn namespace_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
-    move |source| SandboxError::Mounts {
-        kind: "namespace",
-        step,
-        other: "chroot",
-        source,
-    }
+    failed_step("namespace", "chroot", step)
 }
 
 /// The error of a step of `--sandbox chroot`.
 fn chroot_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
+    failed_step("chroot", "none", step)
+}
+
+fn failed_step(
+    kind: &'static str,
+    other: &'static str,
+    step: &'static str,
+) -> impl Fn(Errno) -> SandboxError {
     move |source| SandboxError::Mounts {
-        kind: "chroot",
+        kind,
         step,
-        other: "none",
+        other,
         source,
     }
 }

@@ -25,34 +25,25 @@ struct Limit {
     names: &'static str,
 }
 
-const FILE_SIZE: Limit = Limit {
-    resource: Resource::Fsize,
-    names: "RLIMIT_FSIZE (ulimit -f, LimitFSIZE=)",
-};
-const ADDRESSES: Limit = Limit {
-    resource: Resource::As,
-    names: "RLIMIT_AS (ulimit -v, LimitAS=)",
-};
-const DATA: Limit = Limit {
-    resource: Resource::Data,
-    names: "RLIMIT_DATA (ulimit -d, LimitDATA=)",
-};
-const LOCKED: Limit = Limit {
-    resource: Resource::Memlock,
-    names: "RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)",
-};
-const PROCESSES: Limit = Limit {
-    resource: Resource::Nproc,
-    names: "RLIMIT_NPROC (ulimit -u, LimitNPROC=)",
-};
-const DESCRIPTORS: Limit = Limit {
-    resource: Resource::Nofile,
-    names: "RLIMIT_NOFILE (ulimit -n, LimitNOFILE=, --rlimit-nofile)",
-};
-const TIME: Limit = Limit {
-    resource: Resource::Cpu,
-    names: "RLIMIT_CPU (ulimit -t, LimitCPU=)",
-};
+impl Limit {
+    const fn new(resource: Resource, names: &'static str) -> Self {
+        Self { resource, names }
+    }
+}
+
+const FILE_SIZE: Limit = Limit::new(Resource::Fsize, "RLIMIT_FSIZE (ulimit -f, LimitFSIZE=)");
+const ADDRESSES: Limit = Limit::new(Resource::As, "RLIMIT_AS (ulimit -v, LimitAS=)");
+const DATA: Limit = Limit::new(Resource::Data, "RLIMIT_DATA (ulimit -d, LimitDATA=)");
+const LOCKED: Limit = Limit::new(
+    Resource::Memlock,
+    "RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)",
+);
+const PROCESSES: Limit = Limit::new(Resource::Nproc, "RLIMIT_NPROC (ulimit -u, LimitNPROC=)");
+const DESCRIPTORS: Limit = Limit::new(
+    Resource::Nofile,
+    "RLIMIT_NOFILE (ulimit -n, LimitNOFILE=, --rlimit-nofile)",
+);
+const TIME: Limit = Limit::new(Resource::Cpu, "RLIMIT_CPU (ulimit -t, LimitCPU=)");
 
 /// Limits whose soft limit is raised to the hard one. Descriptors have an option of their own.
 const RAISED: [Resource; 7] = [
@@ -65,10 +56,7 @@ const RAISED: [Resource; 7] = [
     Resource::Cpu,
 ];
 
-const STACK: Limit = Limit {
-    resource: Resource::Stack,
-    names: "RLIMIT_STACK (ulimit -s, LimitSTACK=)",
-};
+const STACK: Limit = Limit::new(Resource::Stack, "RLIMIT_STACK (ulimit -s, LimitSTACK=)");
 
 /// The largest stack of the first thread, and the smallest one that it can run on.
 const STACK_MAX: u64 = 8 << 20;
