@@ -13,9 +13,9 @@ use clap::{CommandFactory, Parser};
 use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
 use ringfsd::error_chain;
-use ringfsd::recovery::{self, ExecHandover};
+use ringfsd::recovery::{self, ExecHandover, Watched};
 use ringfsd::sandbox::{self, Ending};
-use ringfsd::server::{self, Exit, Server, Started, Watched};
+use ringfsd::server::{self, Exit, Server, Started};
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {
@@ -111,9 +111,9 @@ fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::er
     sandbox::reset_inherited(handover.is_some())?;
     let log = log.map(AsFd::as_fd);
     let server = match Server::start(config, log, handover)? {
-        Started::Inside(server) => server,
-        Started::Outside(outside) => match outside.watch(log)? {
-            Watched::Inside(server) => server,
+        Started::Serving(server) => server,
+        Started::Guardian(parent) => match parent.watch(log)? {
+            Watched::Serving(server) => server,
             Watched::Ended(ending) => {
                 if matches!(ending, Ending::Signal(_)) {
                     log::error!("{ending}");

@@ -1,9 +1,9 @@
 //! Composition root: the start-up order, top to bottom, once.
 //!
-//! The process is split in two on the way, before it has a second thread: what lies outside of the
-//! sandbox is had before, and what serves a guest after. `docs/sandbox.md` says why in this order.
-//! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
-//! the next one begins, unless it is left to another process.
+//! The process is split in two on the way, before it has a second thread. What lies outside of the
+//! sandbox is opened before, and what serves a guest is set up after. `docs/sandbox.md` has the
+//! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
+//! released before the next one begins, unless it is left to another process.
 
 mod control_group;
 mod error;
@@ -23,24 +23,24 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::io::{Chosen, RuntimeError};
 use crate::recovery::{self, ExecHandover, RecoveryError, Resources, TableLocation};
-use crate::sandbox::{self, Filter, ForkResult, Inside};
+use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
 pub use self::limits::{LimitError, explain, raise_limits};
-pub use self::parent_process::{ParentProcess, Watched};
+pub use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
 use self::file_system::{Built, Entered};
 
-/// Which of the two processes this is from now on.
+/// Which of the two processes this is.
 #[derive(Debug)]
 pub enum Started {
-    /// The one that the launcher knows.
-    Outside(ParentProcess),
-    /// The one that serves.
-    Inside(Box<Server>),
+    /// The process that the launcher has started.
+    Guardian(ParentProcess),
+    /// The serving process.
+    Serving(Box<Server>),
 }
 
 /// A server: one shared directory, one session at a time.
@@ -49,15 +49,15 @@ pub struct Server {
     service: Service,
     listener: Listener,
     filter: Filter,
-    /// Another process resumes the session should this one be killed.
+    /// Another process resumes the session if this one is killed.
     supervised: bool,
-    /// No other process has served before.
+    /// No process has served before this one.
     first: bool,
     /// The session that the previous process has left.
     left: Option<SessionSnapshot>,
 }
 
-/// What is had before the process is split: for each process that serves, if one follows the other.
+/// What is set up before the process is split, and what each serving process is made of.
 #[derive(Debug)]
 struct ServerResources {
     config: Config,
@@ -67,44 +67,44 @@ struct ServerResources {
 }
 
 impl Server {
-    /// Gets everything ready, and splits the process in two; see [`sandbox::begin`] for when this
-    /// may be called. The one that serves keeps `log`, which its log is written to, if that is
-    /// not standard error. `past` is what an earlier program in this process has left.
+    /// Sets everything up, and splits the process in two; see [`sandbox::begin`] for when this may be
+    /// called. The serving process keeps `log`, the file of its log, unless that is standard error.
+    /// `handover` is what the previous program in this process has left.
     ///
     /// # Errors
     ///
-    /// Something that the configuration asks for is not to be had on this host. Either process
-    /// may get one; the other has ended then, or tells so by the way it ends.
+    /// This host doesn't have something that the configuration asks for. Either process may return
+    /// an error; the other one has ended then, or its exit status shows it.
     pub fn start(
         mut config: Config,
         log: Option<BorrowedFd<'_>>,
-        past: Option<ExecHandover>,
+        handover: Option<ExecHandover>,
     ) -> Result<Started, ServerError> {
         limits::fit(&mut config);
-        if let Some(past) = past {
-            return ParentProcess::take_over(config, log, past);
+        if let Some(handover) = handover {
+            return ParentProcess::take_over(config, log, handover);
         }
         let resources = ServerResources::new(config)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
         match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
-            ForkResult::Outside(guardian) => Ok(Started::Outside(ParentProcess::waiting(
+            ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
                 resources.listener.into_file(),
             ))),
-            ForkResult::Inside(inside) => {
-                resources.serve(inside).map(Box::new).map(Started::Inside)
+            ForkResult::Serving(process) => {
+                resources.serve(process).map(Box::new).map(Started::Serving)
             }
         }
     }
 
-    /// Lets the signals come that end a server, which [`start`](Self::start) holds: to be called
-    /// once they make the descriptor readable that [`run`](Self::run) is given.
+    /// Unblocks the signals that end a server, which [`start`](Self::start) has blocked. To be called
+    /// once they make the descriptor readable that [`run`](Self::run) gets.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids the call.
     pub fn release_signals(&self) -> io::Result<()> {
         if self.is_supervised() {
             sandbox::release_hangup()?;
@@ -112,8 +112,8 @@ impl Server {
         sandbox::release_signals()
     }
 
-    /// Whether another process goes on should this one be killed. It asks this one to leave by
-    /// `SIGHUP`.
+    /// Whether another process resumes the session if this one is killed. It asks this one by
+    /// `SIGHUP` to leave the session to it.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.supervised
@@ -124,21 +124,21 @@ impl Server {
         sandbox::leave(recovery::LEFT)
     }
 
-    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
-    /// the first; beginning with the one that an earlier process has left. From here on the calling
-    /// thread makes the server's system calls and no others. `leave` says that, when `stop` becomes
-    /// readable, another process is to go on.
+    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only the
+    /// first. Begins with the session that the previous process has left. From here on the calling
+    /// thread makes the server's system calls and no others. `leave` says that another process
+    /// resumes the session when `stop` becomes readable.
     ///
     /// # Errors
     ///
-    /// Connections can't be taken any more, or the host has no threads for a session. What a
-    /// VMM does wrong ends its session and is logged.
+    /// Connections can't be accepted any more, or the host has no threads for a session. What a VMM
+    /// does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
-        limits::remember();
+        limits::save();
         self.filter.install()?;
         sandbox::forget_set_up();
-        // Should this process be killed, the next server needs both, and the guest's files may take
-        // the kernel seconds.
+        // The next server needs both if this process is killed, and closing the guest's files may
+        // take the kernel seconds.
         self.listener.close_first();
         if self.service.keeps() {
             self.service.table().close_first();
@@ -172,7 +172,7 @@ impl ServerResources {
                 })
             }
             Listen::Inherited(fd) => {
-                // At once, before something of ours could get the number.
+                // At once, before a file of the server's own could get the number.
                 let listener = Listener::inherited(*fd)?;
                 Box::new(move || Ok(listener))
             }
@@ -186,7 +186,7 @@ impl ServerResources {
             Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
-        // What can be known beforehand to fail leaves no socket.
+        // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
         let state = locate_table(&config)?;
@@ -203,12 +203,12 @@ impl Resources for ServerResources {
     type Server = Server;
     type Error = ServerError;
 
-    fn serve(mut self, inside: Inside) -> Result<Server, ServerError> {
+    fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
         self.listener.leave_file();
         let config = self.config;
         let limits = table_limits(&config);
-        let (supervised, again) = (inside.is_supervised(), inside.is_again());
-        let place = inside.enter(&config.shared_dir, file_system::needs(&config))?;
+        let (supervised, again) = (process.is_supervised(), process.is_successor());
+        let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
         let opened = self.state.open(&limits, again)?;
         let has_waited = again && opened.table.is_announced();
         let left = if again {

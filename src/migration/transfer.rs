@@ -105,7 +105,7 @@ pub(crate) enum TransferError {
     Stalled(Duration),
     #[error("the transfer of the device state took more than {} seconds", TRANSFER_TIMEOUT.as_secs())]
     TimedOut,
-    #[error("the device state has more than {} bytes", stream::MOST)]
+    #[error("the device state has more than {} bytes", stream::MAX_LEN)]
     TooLarge,
     #[error(
         "the server was stopped, or the front end disconnected, during the transfer of the device \
@@ -277,7 +277,7 @@ impl<'a> PipeTransfer<'a> {
             if received.is_empty() {
                 return Ok(bytes);
             }
-            if bytes.len() + received.len() > stream::MOST {
+            if bytes.len() + received.len() > stream::MAX_LEN {
                 return Err(TransferError::TooLarge);
             }
             bytes.extend_from_slice(received);

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::supervisor::Supervisor;
 use super::upgrade_attempt::UpgradeAttempt;
-use crate::sandbox::{FdIdentity, Identity, Ids, Past, SandboxError, SandboxRefs};
+use crate::sandbox::{FdIdentity, Identity, Ids, InheritedSandbox, SandboxError, SandboxRefs};
 use crate::vhost_user::{ListenError, Listener, SocketFile};
 
 /// The version of the list's format.
@@ -68,7 +68,7 @@ pub(crate) struct ServerFds {
 
 /// What is on the list about the processes: the sandbox, and the upgrade in progress.
 pub(crate) struct PassedOn {
-    pub(super) past: Past,
+    pub(super) past: InheritedSandbox,
     pub(super) attempt: UpgradeAttempt,
 }
 
@@ -174,7 +174,7 @@ impl ExecHandover {
                 Ok(String::from_utf8_lossy(&text).into_owned())
             })?,
         };
-        let past = Past { ids, sandbox_refs };
+        let past = InheritedSandbox { ids, sandbox_refs };
         Ok((PassedOn { past, attempt }, ServerFds { listener, state }))
     }
 }

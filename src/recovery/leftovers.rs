@@ -17,19 +17,19 @@ pub(crate) fn sort_leftovers(
     table: &Table,
     own: &[RawFd],
 ) -> Result<Option<SessionSnapshot>, RecoveryError> {
-    let snapshot = table
-        .front()
-        .and_then(|block| match SessionSnapshot::decode(&block) {
-            Ok(snapshot) if snapshot.descriptors().iter().any(|fd| own.contains(fd)) => {
-                log::error!("the session can't go on: it names a descriptor of the server's own");
-                None
-            }
-            Ok(snapshot) => Some(snapshot),
-            Err(error) => {
-                log::error!("the session can't go on: {error}");
-                None
-            }
-        });
+    let block = table.session_snapshot();
+    let snapshot = match block.map(|block| SessionSnapshot::decode(&block)) {
+        None => None,
+        Some(Ok(snapshot)) if snapshot.descriptors().iter().any(|fd| own.contains(fd)) => {
+            log::error!("the session can't go on: it names a descriptor of the server's own");
+            None
+        }
+        Some(Ok(snapshot)) => Some(snapshot),
+        Some(Err(error)) => {
+            log::error!("the session can't go on: {error}");
+            None
+        }
+    };
     let mut keep = own.to_vec();
     keep.extend(table.descriptors());
     keep.extend(snapshot.iter().flat_map(SessionSnapshot::descriptors));

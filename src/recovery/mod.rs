@@ -23,10 +23,10 @@ mod upgrade_attempt;
 pub use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
 pub use self::exec_handover::{ExecHandover, ExecHandoverError};
-pub use self::supervision::LEFT;
+pub use self::supervision::{LEFT, Watched};
 pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 pub(crate) use self::leftovers::sort_leftovers;
 pub(crate) use self::predecessor::wait_while;
 pub(crate) use self::state_file::{OpenedTable, TableLocation};
-pub(crate) use self::supervision::{Forked, Resources, Supervision, Watched};
+pub(crate) use self::supervision::{Forked, Resources, Supervision};

@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::sandbox::{
-    Ending, Ids, Inside, Options, Past, Report, Respawn, Respawned, SandboxError, SandboxRefs, now,
+    Ending, Ids, InheritedSandbox, Options, Report, Respawn, Respawned, SandboxError, SandboxRefs,
+    ServingProcess, now,
 };
 use crate::sys::process::SUPERVISED;
 use crate::sys::supervision::{self, Queued};
@@ -52,7 +53,7 @@ impl Supervisor {
     pub(super) fn begin(
         options: &Options,
         keep: &[BorrowedFd<'_>],
-        past: Option<Past>,
+        past: Option<InheritedSandbox>,
     ) -> Result<Self, SandboxError> {
         Ok(Self {
             respawn: Respawn::begin(options, keep, past)?,
@@ -68,9 +69,9 @@ impl Supervisor {
         &mut self,
         keep: &[BorrowedFd<'_>],
         own: &[RawFd],
-    ) -> Result<Option<Inside>, SandboxError> {
+    ) -> Result<Option<ServingProcess>, SandboxError> {
         match self.respawn.fork(keep, own)? {
-            Respawned::Outside {
+            Respawned::Guardian {
                 child: pid,
                 reports,
             } => {
@@ -78,7 +79,7 @@ impl Supervisor {
                 self.child = Some(Child { pid, reports });
                 Ok(None)
             }
-            Respawned::Inside(inside) => Ok(Some(inside)),
+            Respawned::Serving(process) => Ok(Some(process)),
         }
     }
 

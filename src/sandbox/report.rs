@@ -59,7 +59,7 @@ pub struct Serving {
 
 impl Serving {
     /// Reports that the process serves; does nothing without a supervisor.
-    pub fn tell(&self) {
+    pub fn report(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {
             root: self.root,

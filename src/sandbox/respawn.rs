@@ -19,7 +19,7 @@ use super::fd_identity::{FdIdentity, Identity};
 use super::guardian::DeathPipe;
 use super::id_map::{self, Maps};
 use super::report::Report;
-use super::{Inside, Kind, Options, SandboxError};
+use super::{Kind, Options, SandboxError, ServingProcess};
 use crate::sys::process::{self, Fork};
 use crate::sys::supervision;
 
@@ -50,7 +50,7 @@ pub struct Ids {
 
 /// What an earlier program in this process has passed on.
 #[derive(Debug)]
-pub struct Past {
+pub struct InheritedSandbox {
     /// The ids of the serving process. This process is in its user namespace already.
     pub ids: Ids,
     /// The root and the mount namespace of the serving process.
@@ -61,14 +61,14 @@ pub struct Past {
 #[derive(Debug)]
 pub enum Respawned {
     /// The guardian.
-    Outside {
+    Guardian {
         /// The serving process.
         child: Pid,
         /// The pipe on which the serving process reports.
         reports: OwnedFd,
     },
     /// The serving process.
-    Inside(Inside),
+    Serving(ServingProcess),
 }
 
 /// What all serving processes of one guardian have in common.
@@ -92,7 +92,7 @@ impl Respawn {
     pub fn begin(
         options: &Options,
         keep: &[BorrowedFd<'_>],
-        past: Option<Past>,
+        past: Option<InheritedSandbox>,
     ) -> Result<Self, SandboxError> {
         process::block_signals().map_err(SandboxError::Fork)?;
         process::block_supervisors_signals().map_err(SandboxError::Fork)?;
@@ -137,7 +137,7 @@ impl Respawn {
         if let Fork::Parent(child) = fork {
             // The serving process owns them.
             std::mem::forget((report, death_pipe));
-            return Ok(Respawned::Outside { child, reports });
+            return Ok(Respawned::Guardian { child, reports });
         }
         let mut shared: Vec<RawFd> = self.keep.iter().map(|(fd, _)| *fd).collect();
         shared.extend([death_pipe.as_raw_fd(), report.as_raw_fd()]);
@@ -162,7 +162,7 @@ impl Respawn {
                 Some(OpenRefs { root, mounts })
             }
         };
-        Ok(Respawned::Inside(Inside {
+        Ok(Respawned::Serving(ServingProcess {
             options: self.options.clone(),
             ids: self.ids.inside,
             change_ids: self.ids.change,

@@ -1,4 +1,4 @@
-//! What goes wrong when a server starts and serves.
+//! Why a server can't start or can't continue.
 //!
 //! The invariant: an error names the act that failed and, where the operator can do something, what.
 
@@ -15,10 +15,10 @@ use crate::state::StateError;
 use crate::vhost_user::ListenError;
 use crate::worker::{ThreadsError, WorkerPoolError};
 
-/// Why the server can't start, or can't go on.
+/// Why the server can't start, or can't continue.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The runtime asked for can't be had.
+    /// The requested runtime isn't available.
     #[error("choosing the runtime")]
     Runtime(#[from] RuntimeError),
     /// The directory can't be shared.
@@ -36,22 +36,22 @@ pub enum ServerError {
          it needs CAP_SYS_RESOURCE, and never goes beyond /proc/sys/fs/nr_open"
     )]
     Descriptors {
-        /// To what.
+        /// The requested limit.
         limit: u64,
         /// Why not.
         #[source]
         source: Errno,
     },
-    /// A limit of the launcher's that the server would die of.
+    /// A limit set by the launcher would kill the server.
     #[error(transparent)]
     Limit(#[from] LimitError),
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
-    /// The server can't be kept in.
+    /// The sandbox can't be set up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    /// The server can't be kept to its system calls.
+    /// The system call filter can't be installed.
     #[error(transparent)]
     Filter(#[from] FilterError),
     /// The session can't be kept for another process, or resumed from one.
@@ -63,10 +63,10 @@ pub enum ServerError {
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),
-    /// A session's threads can't be had.
+    /// A session's threads can't be started.
     #[error("starting to serve the VMM that has connected")]
     WorkerPool(#[from] WorkerPoolError),
-    /// No session's threads could be had.
+    /// No session's threads could be started.
     #[error("trying whether the threads that serve a VMM can be had")]
     NoThreads(#[from] ThreadsError),
 }

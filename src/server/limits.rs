@@ -314,15 +314,15 @@ pub(super) fn without_file_size_limit<T>(f: impl FnOnce() -> T) -> T {
 
 /// The finite limits that [`explain`] may name, read before the seccomp filter forbids to ask for
 /// them.
-static KNOWN: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
+static SAVED: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
 
 /// Saves the limits for [`explain`].
-pub(super) fn remember() {
+pub(super) fn save() {
     let named = [FILE_SIZE, ADDRESSES, DATA, LOCKED, PROCESSES, DESCRIPTORS];
     let finite = named
         .into_iter()
         .filter_map(|limit| Some((limit.names, getrlimit(limit.resource).current?)));
-    let _known = KNOWN.get_or_init(|| finite.collect());
+    let _saved = SAVED.get_or_init(|| finite.collect());
 }
 
 /// Formats an error and its causes in one line, with the limits that may have caused it.
@@ -347,8 +347,8 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
         Some(Errno::AGAIN) => &[PROCESSES],
         _ => &[],
     };
-    remember();
-    for (name, allowed) in KNOWN.get().into_iter().flatten() {
+    save();
+    for (name, allowed) in SAVED.get().into_iter().flatten() {
         if suspects.iter().any(|limit| limit.names == *name) {
             // Writing to a string doesn't fail.
             let _ = write!(text, "; {name} is {allowed}");

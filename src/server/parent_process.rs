@@ -7,8 +7,8 @@
 use std::os::fd::BorrowedFd;
 
 use super::{Server, ServerError, ServerResources, Started};
-use crate::recovery::{self, ExecHandover, Forked, RecoveryError, Supervision, TableLocation};
-use crate::sandbox::{self, Ending, Guardian};
+use crate::recovery::{ExecHandover, Forked, RecoveryError, Supervision, TableLocation, Watched};
+use crate::sandbox::{self, Guardian};
 use crate::vhost_user::SocketFile;
 
 /// The part that stays outside of the sandbox: the guardian, and the socket's file, which it
@@ -23,15 +23,6 @@ enum Role {
         _socket: Option<SocketFile>,
     },
     Supervising(Box<Supervision<ServerResources>>),
-}
-
-/// What [`ParentProcess::watch`] returns.
-#[derive(Debug)]
-pub enum Watched {
-    /// The server has ended.
-    Ended(Ending),
-    /// This is a new serving process.
-    Inside(Box<Server>),
 }
 
 impl ParentProcess {
@@ -70,22 +61,19 @@ impl ParentProcess {
     }
 
     /// Waits until the server has ended, and removes its socket. With `--supervise`, returns
-    /// [`Watched::Inside`] in each further process that serves.
+    /// [`Watched::Serving`] in each further process that serves.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call; in a further process, it can't serve.
-    pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
+    pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched<Server>, ServerError> {
         sandbox::forget_set_up();
         match self.0 {
             Role::Waiting { guardian, .. } => {
                 let ending = guardian.watch().map_err(RecoveryError::Watch)?;
                 Ok(Watched::Ended(ending))
             }
-            Role::Supervising(supervision) => Ok(match supervision.watch(log)? {
-                recovery::Watched::Ended(ending) => Watched::Ended(ending),
-                recovery::Watched::Inside(server) => Watched::Inside(server),
-            }),
+            Role::Supervising(supervision) => supervision.watch(log),
         }
     }
 }
@@ -94,9 +82,9 @@ impl Started {
     fn of(forked: Forked<ServerResources>) -> Self {
         match forked {
             Forked::Guardian(supervision) => {
-                Self::Outside(ParentProcess(Role::Supervising(supervision)))
+                Self::Guardian(ParentProcess(Role::Supervising(supervision)))
             }
-            Forked::Serving(server) => Self::Inside(server),
+            Forked::Serving(server) => Self::Serving(server),
         }
     }
 }

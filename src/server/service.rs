@@ -132,7 +132,7 @@ impl Service {
     /// wrong ends its session and is logged.
     pub fn run(&mut self, listener: &Listener, stop: Stop<'_>) -> Result<Exit, ServerError> {
         loop {
-            self.serving.tell();
+            self.serving.report();
             let name = listener.name();
             if std::mem::replace(&mut self.has_waited, true) {
                 log::info!("ready for the next VMM on {name}");
@@ -337,7 +337,7 @@ impl Runner for SessionWorkers<'_> {
 
     fn resumed(&mut self) {
         log::info!("the session goes on");
-        self.serving.tell();
+        self.serving.report();
     }
 
     fn device_state(&mut self) -> Arc<dyn DeviceState> {

@@ -74,7 +74,7 @@ pub enum StateError {
     },
     /// Part of the file is missing.
     #[error("the state file is truncated: it has {found} of {wanted} bytes")]
-    Cut {
+    Truncated {
         /// The file's length, bytes.
         found: u64,
         /// The table's size, bytes.

@@ -249,7 +249,7 @@ fn reply_that_does_not_fit_is_returned_empty() {
 }
 
 #[test]
-fn a_dropped_chain_goes_back_by_itself_and_is_counted() {
+fn dropped_chain_is_returned_and_counted() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
@@ -345,7 +345,7 @@ fn loops_invalid_indexes_and_nested_tables_are_refused() {
 }
 
 #[test]
-fn more_in_flight_than_the_queue_has_entries_is_refused() {
+fn more_heads_in_flight_than_entries_are_refused() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
@@ -358,7 +358,7 @@ fn more_in_flight_than_the_queue_has_entries_is_refused() {
 }
 
 #[test]
-fn pieces_of_memory_in_flight_are_bounded() {
+fn segments_in_flight_are_limited() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);

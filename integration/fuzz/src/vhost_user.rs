@@ -193,7 +193,7 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
         leave: &leave,
     };
     let end = vhost_user::serve(theirs, &device, &mut runner, &descriptors.table, stop);
-    assert!(descriptors.table.front().is_none(), "forgotten at the end");
+    assert!(descriptors.table.session_snapshot().is_none(), "forgotten at the end");
     assert!(runner.queues.is_empty(), "stopped at the end: {end:?}");
     count::add(messages);
 }

@@ -15,7 +15,7 @@ use super::exec_handover::PassedOn;
 use super::supervisor::{Event, Supervisor};
 use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
-use crate::sandbox::{self, Ending, Inside, SandboxError};
+use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
 use crate::vhost_user::Listener;
 
 /// The exit status of a serving process that leaves its session to the next one.
@@ -29,7 +29,7 @@ pub(crate) trait Resources: Sized {
     type Error: From<RecoveryError> + From<SandboxError>;
 
     /// Makes this process, which is the serving one, ready to serve.
-    fn serve(self, inside: Inside) -> Result<Self::Server, Self::Error>;
+    fn serve(self, process: ServingProcess) -> Result<Self::Server, Self::Error>;
 
     /// The descriptors that every serving process has from the beginning.
     fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>>;
@@ -70,13 +70,13 @@ impl Failures {
 /// How long the serving process may take to return all requests. The next one replays the rest.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What [`Supervision::watch`] returns.
+/// What the process that the launcher has started has waited for.
 #[derive(Debug)]
-pub(crate) enum Watched<S> {
+pub enum Watched<S> {
     /// The server has ended.
     Ended(Ending),
     /// This is a new serving process.
-    Inside(Box<S>),
+    Serving(Box<S>),
 }
 
 /// Which of the two processes this is.
@@ -147,16 +147,16 @@ impl<R: Resources> Supervision<R> {
         let own = self.attempt.as_ref().map(UpgradeAttempt::descriptors);
         let keep = self.resources.keep(log);
         let started = self.supervisor.start(&keep, &own.unwrap_or_default());
-        let Some(inside) = started? else {
+        let Some(process) = started? else {
             return Ok(Forked::Guardian(self));
         };
         // The guardian owns its descriptors.
         std::mem::forget(self.attempt);
-        let server = self.resources.serve(inside)?;
+        let server = self.resources.serve(process)?;
         Ok(Forked::Serving(Box::new(server)))
     }
 
-    /// Waits until the server has ended, and removes its socket. Returns [`Watched::Inside`] in each
+    /// Waits until the server has ended, and removes its socket. Returns [`Watched::Serving`] in each
     /// further process that serves.
     pub(crate) fn watch(
         mut self: Box<Self>,
@@ -198,7 +198,7 @@ impl<R: Resources> Supervision<R> {
             if restart {
                 self = match self.fork(log)? {
                     Forked::Guardian(this) => this,
-                    Forked::Serving(server) => return Ok(Watched::Inside(server)),
+                    Forked::Serving(server) => return Ok(Watched::Serving(server)),
                 };
             }
         }
@@ -271,10 +271,12 @@ mod tests {
     #[test]
     fn server_that_never_serves_is_given_up_and_one_that_serves_is_not() {
         let (short, long) = (Some(Duration::ZERO), Some(Failures::SERVED));
-        let given_up_after = |lives: &[Option<Duration>]| {
+        let given_up_after = |uptimes: &[Option<Duration>]| {
             let mut failures = Failures::default();
-            let lives = lives.iter().cycle().take(1000);
-            lives.map(|life| failures.add(*life)).position(|over| over)
+            let uptimes = uptimes.iter().cycle().take(1000);
+            uptimes
+                .map(|uptime| failures.add(*uptime))
+                .position(|over| over)
         };
         assert_eq!(given_up_after(&[None]), Some(4));
         assert_eq!(given_up_after(&[short]), Some(99));
