@@ -26,8 +26,8 @@ const CIRCLES_TO_BE_OPENED: &[&[&str]] = &[
         "integration/vmm/src/session/options.rs",
     ],
     &[
-        "src/fs/passthrough/inode.rs",
-        "src/fs/passthrough/inode_ref.rs",
+        "src/fs/passthrough/inode_table/inode.rs",
+        "src/fs/passthrough/inode_table/inode_ref.rs",
     ],
 ];
 

@@ -9,25 +9,24 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
-use super::closed_fd_cache::ClosedFdCache;
-use super::closing::Closer;
-use super::credentials::CredentialPolicy;
-use super::directory::DirentCache;
-use super::handleless_open::HandlelessOpens;
-use super::handles::Handles;
-use super::inode::Inode;
-use super::inode_ref::{IDENTITY, Identity, ReopenPolicy, stat_fd};
-use super::inodes::InodeStore;
-use super::limits::FdLimits;
-use super::locks::Locks;
-use super::opening::CurrentTerms;
-use super::restore::{PreviousAttempts, Records};
-use super::revalidate::Paths;
-use super::sharing::Sharing;
-use super::{
-    Options, Passthrough, PassthroughError, Past, Restored, Shared, lookup, restore,
-    security_labels,
-};
+use super::descriptors::limits::FdLimits;
+use super::descriptors::sharing::Sharing;
+use super::handover::resume;
+use super::handover::resume::{PreviousAttempts, Records};
+use super::ids::credentials::CredentialPolicy;
+use super::inode_table::InodeStore;
+use super::inode_table::inode::Inode;
+use super::inode_table::inode_ref::{IDENTITY, Identity, ReopenPolicy, stat_fd};
+use super::open_files::closed_fd_cache::ClosedFdCache;
+use super::open_files::closer::Closer;
+use super::open_files::handleless::HandlelessOpens;
+use super::open_files::handles::Handles;
+use super::open_files::record_locks::Locks;
+use super::ops::open::CurrentTerms;
+use super::ops::path_checks::Paths;
+use super::ops::readdir::DirentCache;
+use super::ops::{labels, lookup};
+use super::{Options, Passthrough, PassthroughError, Past, Restored, Shared};
 use crate::fs::Result;
 use crate::state::Table;
 
@@ -77,7 +76,7 @@ impl Passthrough {
         }
         let root = match (&records, past) {
             (Some(records), Some(past)) if past.inherited_fds => {
-                restore::inherited_fd(records.root.descriptor(), &records.root).unwrap_or(root)
+                resume::inherited_fd(records.root.descriptor(), &records.root).unwrap_or(root)
             }
             _ => root,
         };
@@ -111,7 +110,7 @@ impl Passthrough {
                 root: record,
                 others,
             }) => {
-                let old = restore::key_of(&record);
+                let old = resume::key_of(&record);
                 let root = Inode::restore_root(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
                 let store = InodeStore::of(root, table, options.remember_inodes);
@@ -138,7 +137,7 @@ impl Passthrough {
             dirent_cache: DirentCache::default(),
             locks: Locks::new(table),
             credential_policy,
-            selinux: security_labels::host_has_selinux(),
+            selinux: labels::host_has_selinux(),
             locks_released: AtomicBool::new(false),
             inherited: AtomicBool::new(rest.is_some()),
             table: Arc::clone(table),

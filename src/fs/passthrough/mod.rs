@@ -7,43 +7,20 @@
 //! invariant: every access starts from a descriptor or a file handle that was derived from the
 //! shared directory, one path component at a time.
 
-mod attributes;
-mod closed_fd_cache;
-mod closing;
 mod construct;
-mod credentials;
 mod current_request;
-mod dir_seqcount;
-mod directory;
+mod descriptors;
 mod error;
-mod extended_ops;
-mod fd_evictor;
 mod file_system;
-mod forget;
-mod handleless_open;
-mod handles;
-mod id_map;
-mod inode;
-mod inode_ref;
-mod inodes;
-mod limits;
-mod locks;
-mod lookup;
-mod migration;
-mod names;
-mod opening;
+mod handover;
+mod ids;
+mod inode_table;
+mod open_files;
+mod ops;
 mod options;
-mod reopen;
-mod replay;
-mod restore;
-mod retries;
-mod revalidate;
-mod security_labels;
-mod sharing;
 #[cfg(test)]
 mod tests;
 mod xattr;
-mod xattr_map;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -54,28 +31,28 @@ use rustix::io::Errno;
 
 pub use self::construct::check_shared;
 pub use self::error::PassthroughError;
-pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
-pub use self::inode_ref::InodeFileHandles;
-pub use self::migration::{MigrationMode, MigrationOptions, OnMigrationError};
+pub use self::handover::migration::{MigrationMode, MigrationOptions, OnMigrationError};
+pub use self::handover::resume::{Past, Restored};
+pub use self::ids::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
+pub use self::inode_table::inode_ref::InodeFileHandles;
+pub use self::ops::labels::label_that_needs_privilege;
 pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
-pub use self::restore::{Past, Restored};
-pub use self::security_labels::label_that_needs_privilege;
-pub use self::xattr_map::{XattrMap, XattrMapError};
+pub use self::xattr::map::{XattrMap, XattrMapError};
 
-use self::closed_fd_cache::ClosedFdCache;
-use self::closing::Closer;
-use self::credentials::CredentialPolicy;
-use self::directory::DirentCache;
-use self::handleless_open::HandlelessOpens;
-use self::handles::Handles;
-use self::inode_ref::ReopenPolicy;
-use self::inodes::InodeStore;
-use self::limits::FdLimits;
-use self::locks::Locks;
-use self::opening::CurrentTerms;
-use self::restore::PreviousAttempts;
-use self::revalidate::Paths;
-use self::sharing::Sharing;
+use self::descriptors::limits::FdLimits;
+use self::descriptors::sharing::Sharing;
+use self::handover::resume::PreviousAttempts;
+use self::ids::credentials::CredentialPolicy;
+use self::inode_table::InodeStore;
+use self::inode_table::inode_ref::ReopenPolicy;
+use self::open_files::closed_fd_cache::ClosedFdCache;
+use self::open_files::closer::Closer;
+use self::open_files::handleless::HandlelessOpens;
+use self::open_files::handles::Handles;
+use self::open_files::record_locks::Locks;
+use self::ops::open::CurrentTerms;
+use self::ops::path_checks::Paths;
+use self::ops::readdir::DirentCache;
 use super::{NegotiatedTerms, Result};
 use crate::state::Table;
 
@@ -164,7 +141,7 @@ impl Passthrough {
 
     /// Prepares the calling thread if that has not been done.
     fn prepare(&self) -> Result<()> {
-        credentials::prepare_thread(&self.proc_fds)
+        ids::credentials::prepare_thread(&self.proc_fds)
     }
 
     /// The generation number that tells this session's node ids from those of other sessions.

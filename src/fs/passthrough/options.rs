@@ -7,10 +7,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
-use super::id_map::IdMap;
-use super::inode_ref::InodeFileHandles;
-use super::migration::MigrationOptions;
-use super::xattr_map::XattrMap;
+use super::handover::migration::MigrationOptions;
+use super::ids::id_map::IdMap;
+use super::inode_table::inode_ref::InodeFileHandles;
+use super::xattr::map::XattrMap;
 use crate::state::Limits;
 
 /// The default number of inodes that a guest may know. One costs the server 200 to 400 bytes, and

@@ -1,0 +1,3 @@
+//! Extended attributes: the mapping of their names.
+
+pub(crate) mod map;
