@@ -25,10 +25,6 @@ const CIRCLES_TO_BE_OPENED: &[&[&str]] = &[
         "integration/vmm/src/session.rs",
         "integration/vmm/src/session/options.rs",
     ],
-    &[
-        "src/fs/passthrough/inode_table/inode.rs",
-        "src/fs/passthrough/inode_table/inode_ref.rs",
-    ],
 ];
 
 /// The heading of the table of rooms, in `docs/architecture.md`.

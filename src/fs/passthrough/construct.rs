@@ -10,22 +10,23 @@ use std::sync::atomic::AtomicBool;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::descriptors::limits::FdLimits;
+use super::descriptors::reopen_policy::ReopenPolicy;
 use super::descriptors::sharing::Sharing;
 use super::handover::resume;
 use super::handover::resume::{PreviousAttempts, Records};
 use super::ids::credentials::CredentialPolicy;
-use super::inode_table::InodeStore;
+use super::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use super::inode_table::inode::Inode;
-use super::inode_table::inode_ref::{IDENTITY, Identity, ReopenPolicy, stat_fd};
+use super::inode_table::{InodeStore, new_generation};
 use super::open_files::closed_fd_cache::ClosedFdCache;
 use super::open_files::closer::Closer;
 use super::open_files::handleless::HandlelessOpens;
 use super::open_files::handles::Handles;
 use super::open_files::record_locks::Locks;
+use super::ops::labels;
 use super::ops::open::CurrentTerms;
 use super::ops::path_checks::Paths;
 use super::ops::readdir::DirentCache;
-use super::ops::{labels, lookup};
 use super::{Options, Passthrough, PassthroughError, Past, Restored, Shared};
 use crate::fs::Result;
 use crate::state::Table;
@@ -118,7 +119,7 @@ impl Passthrough {
             }
         };
         if table.generation() == 0 || rest.is_none() {
-            table.set_generation(lookup::new_generation());
+            table.set_generation(new_generation());
         }
         let mut fs = Self {
             options,

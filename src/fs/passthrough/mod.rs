@@ -31,20 +31,21 @@ use rustix::io::Errno;
 
 pub use self::construct::check_shared;
 pub use self::error::PassthroughError;
-pub use self::handover::migration::{MigrationMode, MigrationOptions, OnMigrationError};
 pub use self::handover::resume::{Past, Restored};
 pub use self::ids::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
-pub use self::inode_table::inode_ref::InodeFileHandles;
 pub use self::ops::labels::label_that_needs_privilege;
-pub use self::options::{Cache, Options, raise_descriptor_limit, set_descriptor_limit};
+pub use self::options::{
+    Cache, InodeFileHandles, MigrationMode, MigrationOptions, OnMigrationError, Options,
+    raise_descriptor_limit, set_descriptor_limit,
+};
 pub use self::xattr::map::{XattrMap, XattrMapError};
 
 use self::descriptors::limits::FdLimits;
+use self::descriptors::reopen_policy::ReopenPolicy;
 use self::descriptors::sharing::Sharing;
 use self::handover::resume::PreviousAttempts;
 use self::ids::credentials::CredentialPolicy;
 use self::inode_table::InodeStore;
-use self::inode_table::inode_ref::ReopenPolicy;
 use self::open_files::closed_fd_cache::ClosedFdCache;
 use self::open_files::closer::Closer;
 use self::open_files::handleless::HandlelessOpens;

@@ -7,9 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
-use super::handover::migration::MigrationOptions;
 use super::ids::id_map::IdMap;
-use super::inode_table::inode_ref::InodeFileHandles;
 use super::xattr::map::XattrMap;
 use crate::state::Limits;
 
@@ -41,6 +39,52 @@ impl Cache {
             Self::Metadata | Self::Always => 24 * 60 * 60,
         })
     }
+}
+
+/// When inodes are referred to by file handle instead of by descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InodeFileHandles {
+    /// Descriptors, up to [`Options::max_open_inodes`]. Beyond that, file handles
+    /// where they work, and names elsewhere.
+    #[default]
+    Never,
+    /// File handles where they work, elsewhere as with `Never`.
+    Prefer,
+    /// File handles only. Lookups on a file system without file handles fail with `EOPNOTSUPP`.
+    Mandatory,
+}
+
+/// How the source describes inodes to the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MigrationMode {
+    /// By their paths in the shared directory.
+    #[default]
+    FindPaths,
+    /// By their file handles: both servers share the same file system.
+    FileHandles,
+}
+
+/// What the destination does if it can't find an inode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnMigrationError {
+    /// Refuse the guest, which continues at the source.
+    #[default]
+    Abort,
+    /// Accept the guest, which gets errors for that inode.
+    GuestError,
+}
+
+/// How a session is migrated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MigrationOptions {
+    /// How the source describes inodes.
+    pub mode: MigrationMode,
+    /// What the destination does if an inode is not found.
+    pub on_error: OnMigrationError,
+    /// Send file handles along with paths, so that the destination can verify what it finds.
+    pub verify_handles: bool,
+    /// Check at the source that each path leads to its inode before sending it.
+    pub confirm_paths: bool,
 }
 
 /// How a directory is shared.

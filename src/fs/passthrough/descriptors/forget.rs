@@ -13,8 +13,8 @@ use std::sync::atomic::Ordering;
 use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity, stat_fd};
 use crate::fs::{NodeId, Result};
 
 impl Passthrough {

@@ -15,11 +15,11 @@ use rustix::io::Errno;
 
 use super::search::Search;
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{
-    IDENTITY, Identity, InodeFd, ReopenMethod, reopen_fd, stat_fd,
-};
-use crate::fs::passthrough::ops::lookup::stat_name;
+use crate::fs::passthrough::inode_table::inode_fd::stat_name;
+use crate::fs::passthrough::inode_table::inode_fd::{InodeFd, reopen_fd};
+use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
 use crate::fs::{NodeId, Result};
 
 /// How long searches delay the guest at most.

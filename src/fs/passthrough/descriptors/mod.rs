@@ -5,5 +5,6 @@ pub(crate) mod limits;
 pub(crate) mod lost_inodes;
 pub(crate) mod paths;
 pub(crate) mod reopen;
+pub(crate) mod reopen_policy;
 pub(crate) mod search;
 pub(crate) mod sharing;

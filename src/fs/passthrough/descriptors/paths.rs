@@ -10,9 +10,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::ops::lookup::component;
+use crate::fs::passthrough::inode_table::inode_fd::component;
 use crate::fs::{NodeId, Result};
 
 impl Passthrough {

@@ -14,10 +14,10 @@ use rustix::io::Errno;
 use crate::fs::Result;
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::inode_table::MAX_DEPTH;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{
-    IDENTITY, Identity, InodeFd, ParentLink, ReopenMethod, digest_of, reopen_fd, stat_fd,
-};
+use crate::fs::passthrough::inode_table::inode_fd::{InodeFd, reopen_fd};
+use crate::fs::passthrough::inode_table::reopen_method::{ParentLink, ReopenMethod, digest_of};
 
 /// Inode descriptors that are never closed in favour of open files: a few for each running
 /// operation.

@@ -15,7 +15,7 @@ use crate::fs::NodeId;
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::inode_table::InodeStore;
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::reopen_fd;
+use crate::fs::passthrough::inode_table::inode_fd::reopen_fd;
 use crate::io::File;
 
 /// The open files are scanned again once one in this many is new.

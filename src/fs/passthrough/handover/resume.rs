@@ -22,9 +22,9 @@ use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::descriptors::lost_inodes::LostInodeSearch;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, Key, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity, Key, stat_fd};
-use crate::fs::passthrough::ops::lookup::stat_name;
+use crate::fs::passthrough::inode_table::inode_fd::stat_name;
 use crate::fs::passthrough::ops::open::regular_file;
 use crate::fs::{NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};

@@ -7,11 +7,11 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
-use super::inode_ref::{Identity, Key, Mount, ParentLink, ReopenMethod};
+use super::identity::{Identity, Key, is_old};
+use super::reopen_method::{Mount, ParentLink, ReopenMethod};
 use crate::fs::NodeId;
 use crate::fs::passthrough::current_request;
 use crate::io::File;
@@ -51,11 +51,6 @@ pub(crate) enum RefKind {
 }
 
 const NO_BIRTH: i64 = i64::MIN;
-
-/// The age in nanoseconds from which a birth time tells inodes apart. It is more than a tick of the
-/// clock that file systems use for time stamps, and more than the coarsest time stamp (two seconds,
-/// FAT).
-const SETTLED_AFTER: i64 = 4_000_000_000;
 
 impl Inode {
     /// Returns `None` if the table is full.
@@ -334,31 +329,6 @@ impl Inode {
     }
 }
 
-impl Identity {
-    /// Whether every later inode with this number has a later birth time. See [`Inode::settle`].
-    pub(crate) fn is_settled(&self) -> bool {
-        self.birth.is_some_and(is_old)
-    }
-}
-
-fn is_old(birth: i64) -> bool {
-    now().is_some_and(|now| now.saturating_sub(birth) > SETTLED_AFTER)
-}
-
 fn birth_of(identity: &Identity) -> i64 {
     identity.birth.unwrap_or(NO_BIRTH)
-}
-
-pub(crate) fn now() -> Option<i64> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-    let now = i64::try_from(since.as_nanos()).ok();
-    #[cfg(test)]
-    let now = now.and_then(|now| now.checked_add(CLOCK_AHEAD.get()));
-    now
-}
-
-#[cfg(test)]
-thread_local! {
-    /// How far the calling thread's clock is ahead of the host's, in nanoseconds.
-    pub(crate) static CLOCK_AHEAD: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
 }

@@ -14,9 +14,11 @@
 pub(crate) mod dir_seqcount;
 pub(crate) mod fd_evictor;
 mod forgotten_inodes;
+pub(crate) mod identity;
 pub(crate) mod inode;
-pub(crate) mod inode_ref;
+pub(crate) mod inode_fd;
 mod names;
+pub(crate) mod reopen_method;
 #[cfg(test)]
 mod tests;
 
@@ -32,8 +34,9 @@ use rustc_hash::FxBuildHasher;
 use self::dir_seqcount::DirSeqCounts;
 use self::fd_evictor::FdEvictor;
 use self::forgotten_inodes::ForgottenInodes;
+use self::identity::{Identity, Key};
 use self::inode::{Inode, RefKind};
-use self::inode_ref::{Identity, Key, ReopenMethod};
+use self::reopen_method::ReopenMethod;
 use super::current_request;
 use crate::fs::NodeId;
 use crate::state::Table;
@@ -644,4 +647,12 @@ fn remove_key(keys: &mut Keys, inode: &Inode) {
 /// being reallocated again and again.
 fn is_sparse(len: usize, capacity: usize) -> bool {
     capacity > 64 && len < capacity / 4
+}
+
+/// A random number that tells node ids of this session from those of another. Linux uses 32 bits of
+/// it.
+pub(crate) fn new_generation() -> u64 {
+    // The standard library has no other source of random numbers.
+    let random = std::hash::RandomState::new().hash_one(std::process::id());
+    (random & u64::from(u32::MAX)).max(1)
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::dir_seqcount::{DirChange, DirSeq};
 use super::inode::{Inode, RefKind};
-use super::inode_ref::{ParentLink, ReopenMethod};
+use super::reopen_method::{ParentLink, ReopenMethod};
 use super::{InodeStore, MAX_DEPTH};
 use crate::fs::NodeId;
 

@@ -2,8 +2,8 @@
 
 use rustix::fs::FileType;
 
-use super::inode::now;
-use super::inode_ref::Mount;
+use super::identity::now;
+use super::reopen_method::Mount;
 use super::*;
 use crate::state::Limits;
 use crate::sys::file_handle::FileHandle;

@@ -21,7 +21,7 @@ use rustix::fs::OFlags;
 use super::handles::Released;
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::ids::credentials;
-use crate::fs::passthrough::inode_table::inode_ref::Key;
+use crate::fs::passthrough::inode_table::identity::Key;
 use crate::fs::{NodeId, Result};
 use crate::io::File;
 

@@ -14,7 +14,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::inode_ref::{InodeFd, stat_fd};
+use crate::fs::passthrough::inode_table::identity::stat_fd;
+use crate::fs::passthrough::inode_table::inode_fd::InodeFd;
 use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
 use crate::io::File;
 use crate::sys;

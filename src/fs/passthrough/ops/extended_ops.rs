@@ -12,8 +12,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::attributes::timestamp;
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity, reopen_fd, stat_fd};
+use crate::fs::passthrough::inode_table::inode_fd::reopen_fd;
 use crate::fs::{
     Attributes, Caller, Entry, Handle, InodeFlags, NewNode, NodeId, Opened, Result, Statistics,
     Timestamp,

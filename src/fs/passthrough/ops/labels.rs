@@ -14,7 +14,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity};
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity};
 use crate::fs::passthrough::{Passthrough, XattrMap};
 use crate::fs::{Entry, HandleKind, Label, NodeId, Opened, Result};
 

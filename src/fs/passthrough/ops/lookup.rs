@@ -7,25 +7,21 @@
 
 use std::cell::Cell;
 use std::ffi::CStr;
-use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxAttributes};
+use rustix::fs::{FileType, Mode, OFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::inode_table::NewInode;
 use crate::fs::passthrough::inode_table::dir_seqcount::DirSeq;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, Key, stat_fd};
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::{
-    Directory, IDENTITY, Identity, Key, ReopenMethod, digest_at, digest_of, reopen_fd, stat_fd,
-};
+use crate::fs::passthrough::inode_table::inode_fd::{Directory, component, reopen_fd, stat_name};
+use crate::fs::passthrough::inode_table::reopen_method::{ReopenMethod, digest_at, digest_of};
 use crate::fs::{Caller, Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
-
-/// The longest name of a directory entry, in bytes.
-const NAME_MAX: usize = 255;
 
 /// After this many new inodes in a row, the next name is assumed to be new as well, as when a guest
 /// walks a tree. A wrong guess costs 1.6 µs, a right one saves 1.2 µs.
@@ -34,17 +30,6 @@ const LIKELY_NEW: u32 = 4;
 thread_local! {
     /// The number of new inodes that the calling thread has found since the last known one.
     static NEW_IN_A_ROW: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Checks that `name` is one path component. The dispatcher has checked this already, but the
-/// confinement to the shared directory must not depend on a check elsewhere.
-pub(crate) fn component(name: &CStr) -> Result<&CStr> {
-    match name.to_bytes() {
-        b"" | b"." | b".." => Err(Errno::INVAL),
-        long if long.len() > NAME_MAX => Err(Errno::NAMETOOLONG),
-        bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
-        _ => Ok(name),
-    }
 }
 
 impl Passthrough {
@@ -278,20 +263,6 @@ impl Passthrough {
             submount: false,
         }
     }
-}
-
-/// Calls `statx` on `name` in `parent`.
-pub(crate) fn stat_name(parent: &impl Directory, name: &CStr) -> Result<Statx> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(parent, component(name)?, flags, IDENTITY)
-}
-
-/// A random number that tells node ids of this session from those of another. Linux uses 32 bits of
-/// it.
-pub(crate) fn new_generation() -> u64 {
-    // The standard library has no other source of random numbers.
-    let random = std::hash::RandomState::new().hash_one(std::process::id());
-    (random & u64::from(u32::MAX)).max(1)
 }
 
 /// A name under which an inode was seen.

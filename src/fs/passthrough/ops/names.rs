@@ -11,15 +11,15 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::attributes::{PERMISSIONS, decode_device};
-use super::lookup::component;
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::current_request;
 use crate::fs::passthrough::ids::credentials::CredentialsGuard;
 use crate::fs::passthrough::inode_table::dir_seqcount::DirChange;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{
-    Directory, IDENTITY, Identity, InodeFd, ReopenMethod, stat_fd,
-};
+use crate::fs::passthrough::inode_table::inode_fd::component;
+use crate::fs::passthrough::inode_table::inode_fd::{Directory, InodeFd};
+use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
 use crate::fs::{Caller, Entry, NewNode, NodeId, Opened, Result};
 use crate::sys::file_handle::FileHandle;
 

@@ -22,13 +22,13 @@ use rustix::fs::{FileType, StatxFlags};
 use rustix::io::Errno;
 use rustix::time::ClockId;
 
-use super::lookup::stat_name;
 use super::retries::Retries;
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_ref::{
-    Directory, IDENTITY, Identity, InodeFd, ReopenMethod, stat_fd,
-};
+use crate::fs::passthrough::inode_table::inode_fd::stat_name;
+use crate::fs::passthrough::inode_table::inode_fd::{Directory, InodeFd};
+use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
 use crate::fs::{Caller, NodeId, Result};
 use crate::io::File;
 

@@ -15,7 +15,7 @@ use rustix::fs::SeekFrom;
 use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::descriptors::limits::MAX_DIRENT_BUFFERS;
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::Directory;
+use crate::fs::passthrough::inode_table::inode_fd::Directory;
 use crate::fs::{DirEntry, DirSink, Entry, Handle, NodeId, Result};
 use crate::io::File;
 use crate::sys;

@@ -3,7 +3,7 @@
 
 use super::restored::killed;
 use super::*;
-use crate::fs::passthrough::inode_table::inode::CLOCK_AHEAD;
+use crate::fs::passthrough::inode_table::identity::CLOCK_AHEAD;
 use crate::fs::{HandleKind, OpenFile, Replay};
 
 /// Runs `test` with settled files and with young ones, each on a thread that can't open file

@@ -9,8 +9,9 @@ use rustix::fs::{FileType, Mode, OFlags, SeekFrom, StatxFlags, Timespec, Timesta
 use rustix::io::Errno;
 
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::stat_fd;
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::{reopen_fd, stat_fd};
+use crate::fs::passthrough::inode_table::inode_fd::reopen_fd;
 use crate::fs::{NodeId, Result};
 use crate::state::stream::{CONTENT_MOST, Nameless};
 
@@ -124,7 +125,7 @@ fn with_unused_name<T>(make: impl Fn(&str) -> rustix::io::Result<T>) -> Result<(
     loop {
         let name = format!(
             ".ringfsd-{:016x}",
-            crate::fs::passthrough::ops::lookup::new_generation()
+            crate::fs::passthrough::inode_table::new_generation()
         );
         match make(&name) {
             Err(Errno::EXIST) => {}

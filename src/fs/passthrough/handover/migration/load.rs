@@ -14,13 +14,15 @@ use rustix::io::Errno;
 
 use super::locks::record_of;
 use super::save::REOPEN_FLAGS;
-use super::{MigrationMode, OnMigrationError};
 use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::inode_ref::{
-    IDENTITY, Identity, InodeFd, Key, Mount, ParentLink, ReopenMethod, digest_at, stat_fd,
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, Key, stat_fd};
+use crate::fs::passthrough::inode_table::inode_fd::InodeFd;
+use crate::fs::passthrough::inode_table::inode_fd::component;
+use crate::fs::passthrough::inode_table::reopen_method::{
+    Mount, ParentLink, ReopenMethod, digest_at,
 };
-use crate::fs::passthrough::ops::lookup::component;
 use crate::fs::passthrough::ops::open::regular_file;
+use crate::fs::passthrough::options::{MigrationMode, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
 use crate::state::HandleFields;

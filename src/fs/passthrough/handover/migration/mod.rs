@@ -14,39 +14,6 @@ use crate::fs::passthrough::Passthrough;
 use crate::fs::{Migrate, MoveError};
 use crate::state::stream::Snapshot;
 
-/// How the source describes inodes to the destination.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MigrationMode {
-    /// By their paths in the shared directory.
-    #[default]
-    FindPaths,
-    /// By their file handles: both servers share the same file system.
-    FileHandles,
-}
-
-/// What the destination does if it can't find an inode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnMigrationError {
-    /// Refuse the guest, which continues at the source.
-    #[default]
-    Abort,
-    /// Accept the guest, which gets errors for that inode.
-    GuestError,
-}
-
-/// How a session is migrated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MigrationOptions {
-    /// How the source describes inodes.
-    pub mode: MigrationMode,
-    /// What the destination does if an inode is not found.
-    pub on_error: OnMigrationError,
-    /// Send file handles along with paths, so that the destination can verify what it finds.
-    pub verify_handles: bool,
-    /// Check at the source that each path leads to its inode before sending it.
-    pub confirm_paths: bool,
-}
-
 impl Migrate for Passthrough {
     fn save(&self) -> Result<Snapshot, MoveError> {
         self.snapshot()

@@ -11,11 +11,12 @@ use std::time::Duration;
 use rustix::fs::{FileType, StatxFlags};
 use rustix::io::Errno;
 
-use super::MigrationMode;
 use super::locks::{flock_of, locks_of};
 use crate::fs::passthrough::Passthrough;
+use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
 use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_ref::{IDENTITY, Identity, ReopenMethod, stat_fd};
+use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
+use crate::fs::passthrough::options::MigrationMode;
 use crate::fs::{MoveError, NodeId};
 use crate::state::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
