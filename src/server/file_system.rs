@@ -72,12 +72,12 @@ pub(super) fn build(config: &Config, entered: Entered, kept: Kept) -> Result<Bui
         path: config.shared_dir.clone(),
     };
     let (mut fs, restored) =
-        Passthrough::of(shared, options, &table, past.as_ref()).map_err(failed)?;
+        Passthrough::with_table(shared, options, &table, past.as_ref()).map_err(failed)?;
     if past.is_some() {
         log::info!("going on from where another process ended: {restored}");
     }
     if let Some(file) = entered.file {
-        fs.is_for(file);
+        fs.set_single_file(file);
     }
     if let Some(name) = unsettable.filter(|_| !entered.may_label) {
         log::warn!(

@@ -126,7 +126,7 @@ impl Kept {
     fn of(table: Arc<Table>, inherited_fds: bool) -> Self {
         let past = table.is_in_use().then(|| Past {
             inherited_fds,
-            under_way: virtqueue::under_way(&table),
+            in_flight: virtqueue::under_way(&table),
         });
         Self { table, past }
     }

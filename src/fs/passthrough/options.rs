@@ -7,8 +7,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
-use super::ids::id_map::IdMap;
-use super::xattr::map::XattrMap;
+use super::ids::IdMap;
+use super::xattr::XattrMap;
 use crate::state::Limits;
 
 /// The default number of inodes that a guest may know. One costs the server 200 to 400 bytes, and

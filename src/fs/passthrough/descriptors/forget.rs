@@ -8,16 +8,28 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
+use super::Descriptors;
+use crate::fs::passthrough::inode_table::{IDENTITY, Identity, Inode, RefKind, stat_fd};
 use crate::fs::{NodeId, Result};
 
-impl Passthrough {
+impl Descriptors {
+    /// Forgets all inodes that the guest knows, as if it had forgotten them one by one.
+    pub(crate) fn forget_all(&self) {
+        let known = self.inodes.known_to_guest();
+        // The others would be dropped again at once.
+        let surplus = known.len().saturating_sub(self.inodes.max_forgotten());
+        let (longest, others) = known.split_at(surplus);
+        longest
+            .iter()
+            .for_each(|node| self.inodes.forget_and_remove(*node));
+        others
+            .iter()
+            .for_each(|node| self.forget_lookups(*node, u64::MAX));
+    }
+
     /// Subtracts `count` lookups from `node`.
     pub(crate) fn forget_lookups(&self, node: NodeId, count: u64) {
         let Some(inode) = self.inodes.get(node) else {
@@ -29,26 +41,6 @@ impl Passthrough {
         } else if is_nameless {
             self.close_forgotten(inode);
         }
-    }
-
-    /// Forgets all inodes that the guest knows, as if it had forgotten them one by one.
-    pub(crate) fn forget_all(&self) {
-        let known = self.inodes.known_to_guest();
-        // The others would be dropped again at once.
-        let surplus = known.len().saturating_sub(self.options.remember_inodes);
-        let (longest, others) = known.split_at(surplus);
-        longest
-            .iter()
-            .for_each(|node| self.inodes.forget_and_remove(*node));
-        others
-            .iter()
-            .for_each(|node| self.forget_lookups(*node, u64::MAX));
-    }
-
-    /// Whether inodes may be kept when the session ends. Not if this process resumed the session
-    /// from another one, as the next guest may be a different one.
-    pub(crate) fn outlives_session(&self) -> bool {
-        self.inodes.keeps_forgotten() && !self.inherited.load(Ordering::Relaxed)
     }
 
     /// The inode that the guest refers to by `node`, even if the guest has forgotten it.

@@ -11,14 +11,10 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::reopen::MIN_FDS;
+use super::Descriptors;
+use super::eviction::MIN_FDS;
 use crate::fs::Result;
-use crate::fs::passthrough::Passthrough;
 use crate::fs::passthrough::options::{Options, descriptor_limit, guest_descriptors};
-
-/// The number of open directories that keep their entry buffer, 64 KiB each, from one READDIR to
-/// the next. Beyond that a directory seeks back to its position, which costs one more call.
-pub(crate) const MAX_DIRENT_BUFFERS: usize = 1024;
 
 /// Descriptors beyond the guest's limit that operations may use for a moment.
 const TRANSIENT_FDS: usize = 2 * MIN_FDS;
@@ -26,9 +22,9 @@ const TRANSIENT_FDS: usize = 2 * MIN_FDS;
 /// The shortest time between two warnings in the log.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The limits on descriptors.
+/// The limits.
 #[derive(Debug)]
-pub(crate) struct FdLimits {
+pub(crate) struct GuestLimits {
     /// The limit of the process at the start. A sandbox may not be able to read it later.
     limit: usize,
     /// Above this number, descriptors that can be reopened are closed.
@@ -36,53 +32,50 @@ pub(crate) struct FdLimits {
     /// Above this number, no descriptor is opened that can't be closed before the guest releases
     /// it.
     hard: usize,
+    /// How many inodes the guest may know.
+    pub(crate) inodes: usize,
     /// How many descriptors open files, directories and locks can have.
     pub(crate) handles: usize,
     /// When the last warning was logged.
     last_warning: Mutex<Option<Instant>>,
 }
 
-impl FdLimits {
+impl GuestLimits {
     pub(crate) fn new(options: &Options) -> Self {
         let hard = guest_descriptors(options.reserved_descriptors);
         Self {
             limit: descriptor_limit(),
             soft: options.max_open_inodes.unwrap_or(hard).min(hard),
             hard,
+            inodes: options.max_inodes,
             handles: options.max_handles.unwrap_or(hard).min(hard),
             last_warning: Mutex::default(),
         }
     }
 }
 
-impl Passthrough {
+impl Descriptors {
     /// The number of descriptors that the server has open for the guest.
-    pub(crate) fn descriptors(&self) -> usize {
-        self.inodes.descriptors()
-            + self.handles.count()
-            + self.locks.count()
-            + self.handleless.count()
-            + self.closed_fds.count()
-            + self.closer.count()
-            + self.reopen_policy.anchors()
+    pub(crate) fn count(&self) -> usize {
+        self.inodes.descriptors() + self.files.descriptors() + self.reopen_policy.anchors()
     }
 
     /// Checks the limits before the guest gets to know another inode. Forgotten inodes make room.
     pub(crate) fn room_for_inode(&self) -> Result<()> {
-        while self.inodes.known() > self.options.max_inodes {
+        while self.inodes.known() > self.limits.inodes {
             if !self.inodes.drop_oldest_forgotten() {
                 return Err(Errno::NFILE);
             }
         }
         self.inodes.make_room_in_table();
         // Its descriptor can nearly always be closed again.
-        self.room_below(self.fd_limits.hard.saturating_add(TRANSIENT_FDS))
+        self.room_below(self.limits.hard.saturating_add(TRANSIENT_FDS))
     }
 
     /// Checks the limits before another file or directory is opened for the guest.
     pub(crate) fn room_for_handle(&self) -> Result<()> {
         self.sharing.opens();
-        if self.handles.count().saturating_add(self.locks.count()) >= self.fd_limits.handles {
+        if self.files.until_released() >= self.limits.handles {
             return Err(Errno::NFILE);
         }
         self.room_for_descriptor()
@@ -91,18 +84,18 @@ impl Passthrough {
     /// Checks the limit before opening a descriptor that can't be closed until the guest releases
     /// it, and before an inode loses the name by which it could be reopened.
     pub(crate) fn room_for_descriptor(&self) -> Result<()> {
-        self.room_below(self.fd_limits.hard)
+        self.room_below(self.limits.hard)
     }
 
     /// Ensures that there are fewer than `bound` descriptors.
     fn room_below(&self, bound: usize) -> Result<()> {
-        if self.descriptors() < bound {
+        if self.count() < bound {
             return Ok(());
         }
-        let too_many = || self.descriptors() >= bound;
-        self.closed_fds.clear();
+        let too_many = || self.count() >= bound;
+        self.files.closed().clear();
         self.close_some(|| too_many() && self.inodes.descriptors() > MIN_FDS);
-        self.handleless.close_some(too_many);
+        self.files.handleless().close_some(too_many);
         if too_many() {
             self.share_descriptors();
         }
@@ -117,7 +110,7 @@ impl Passthrough {
     pub(crate) fn warn_of_shortage(&self) {
         {
             let mut last_warning = self
-                .fd_limits
+                .limits
                 .last_warning
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
@@ -126,25 +119,25 @@ impl Passthrough {
             }
             *last_warning = Some(Instant::now());
         }
-        let FdLimits {
+        let GuestLimits {
             limit,
             hard,
             handles,
             ..
-        } = self.fd_limits;
+        } = self.limits;
         let known = self.inodes.known();
-        let open = self.handles.count() + self.locks.count();
+        let open = self.files.until_released();
         let inodes = self.inodes.descriptors();
         let advice =
             "raise --rlimit-nofile, or the limit that the server is started with (ulimit -n)";
-        if known > self.options.max_inodes {
+        if known > self.limits.inodes {
             log::warn!("the guest gets ENFILE: it knows {known} inodes; raise --max-inodes");
         } else if open >= handles && handles < hard {
             log::warn!(
                 "the guest gets ENFILE: it has {open} files, directories and locks open; raise \
                  --max-handles"
             );
-        } else if self.descriptors() >= hard {
+        } else if self.count() >= hard {
             log::warn!(
                 "the guest gets ENFILE: it may use {hard} of the server's {limit} file \
                  descriptors, and has {open} for open files, directories and locks, and {inodes} \

@@ -13,13 +13,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::Descriptors;
 use super::search::Search;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_fd::stat_name;
-use crate::fs::passthrough::inode_table::inode_fd::{InodeFd, reopen_fd};
-use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
+use crate::fs::passthrough::inode_table::stat_name;
+use crate::fs::passthrough::inode_table::{
+    IDENTITY, Identity, Inode, InodeFd, RefKind, ReopenMethod, reopen_fd, stat_fd,
+};
 use crate::fs::{NodeId, Result};
 
 /// How long searches delay the guest at most.
@@ -27,7 +26,7 @@ const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The state of the search for lost inodes.
 #[derive(Debug, Default)]
-pub(crate) struct LostInodeSearch {
+pub(crate) struct LostInodes {
     /// Smaller node ids belong to the previous process. 0 if its descriptors were inherited.
     below: u64,
     spent: Mutex<Spent>,
@@ -41,7 +40,7 @@ struct Spent {
     all_searched: bool,
 }
 
-impl LostInodeSearch {
+impl LostInodes {
     /// For inodes with smaller node ids than `below`.
     pub(crate) fn from(below: u64) -> Self {
         Self {
@@ -51,10 +50,10 @@ impl LostInodeSearch {
     }
 }
 
-impl Passthrough {
+impl Descriptors {
     /// A descriptor of `inode`, which can't be opened because of `error`, if a search finds it.
     pub(crate) fn search_lost<'a>(&self, inode: &'a Inode, error: Errno) -> Result<InodeFd<'a>> {
-        let search = &self.previous_attempts.search;
+        let search = &self.lost_inodes;
         if error != Errno::STALE || inode.node().0 >= search.below || !has_name(inode) {
             return Err(error);
         }
@@ -102,14 +101,14 @@ impl Passthrough {
         let missing = nodes
             .filter(|inode| self.open_closed(inode).is_err() && has_name(inode))
             .collect();
-        let spent = &self.previous_attempts.search.spent;
+        let spent = &self.lost_inodes.spent;
         let mut spent = spent.lock().unwrap_or_else(PoisonError::into_inner);
         self.search_for(missing, &mut spent);
     }
 
     #[cfg(test)]
     pub(crate) fn has_searched_for(&self, node: NodeId) -> bool {
-        let spent = &self.previous_attempts.search.spent;
+        let spent = &self.lost_inodes.spent;
         let spent = spent.lock().unwrap_or_else(PoisonError::into_inner);
         spent.nodes.contains(&node)
     }

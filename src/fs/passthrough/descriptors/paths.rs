@@ -9,13 +9,12 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_fd::component;
+use super::Descriptors;
+use crate::fs::passthrough::inode_table::component;
+use crate::fs::passthrough::inode_table::{IDENTITY, Identity, Inode, stat_fd};
 use crate::fs::{NodeId, Result};
 
-impl Passthrough {
+impl Descriptors {
     /// Opens `path`, relative to `from`, as an `O_PATH` descriptor.
     pub(crate) fn follow(&self, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -11,9 +11,8 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use crate::fs::Result;
-use crate::fs::passthrough::inode_table::identity::Identity;
-use crate::fs::passthrough::inode_table::inode_fd::reopen_fd;
-use crate::fs::passthrough::inode_table::reopen_method::{Mount, ReopenMethod};
+use crate::fs::passthrough::inode_table::reopen_fd;
+use crate::fs::passthrough::inode_table::{Identity, Mount, ReopenMethod};
 use crate::fs::passthrough::options::InodeFileHandles;
 use crate::sys::file_handle::FileHandle;
 

@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::Inode;
+use super::Descriptors;
+use crate::fs::passthrough::inode_table::{IDENTITY, Identity, Inode, stat_fd};
 use crate::fs::{NodeId, Result};
 
 /// How many bytes of directory entries are read at once.
@@ -91,7 +90,7 @@ impl<'a> Search<'a> {
     }
 }
 
-impl Passthrough {
+impl Descriptors {
     /// Searches for names of `wanted` until `timeout`. Returns the paths that it found.
     pub(crate) fn search(
         &self,

@@ -5,17 +5,15 @@
 //! through that of the open file. The invariant: an inode without a name has a descriptor, or an
 //! open file that stays open for it.
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::OFlags;
 
+use super::Descriptors;
 use crate::fs::NodeId;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::InodeStore;
-use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_fd::reopen_fd;
+use crate::fs::passthrough::inode_table::reopen_fd;
+use crate::fs::passthrough::inode_table::{Inode, RefKind};
 use crate::io::File;
 
 /// The open files are scanned again once one in this many is new.
@@ -26,7 +24,7 @@ const NEW: usize = 32;
 pub(crate) struct Sharing {
     /// How often a file was opened or was about to be.
     opened: AtomicU64,
-    /// The value of [`Passthrough::change_count`] at the last scan.
+    /// The value of [`Descriptors::change_count`] at the last scan.
     looked_at: AtomicU64,
     /// Whether any descriptor was ever shared.
     any: AtomicBool,
@@ -39,34 +37,7 @@ impl Sharing {
     }
 }
 
-impl InodeStore {
-    /// Closes the descriptor of `inode`, which has no name, and reopens it through `file` from now
-    /// on.
-    fn share(&self, inode: &Inode, file: &File) -> bool {
-        let mut ref_kind = inode.ref_kind();
-        if !matches!(*ref_kind, RefKind::Nothing) {
-            return false;
-        }
-        inode.slot().second_chance();
-        let own = inode.slot().inspect();
-        let Some(own) = own.and_then(|fd| self.uninstall(inode, &ref_kind, fd)) else {
-            return false;
-        };
-        *ref_kind = RefKind::Open(file.clone());
-        drop(ref_kind);
-        drop(own);
-        true
-    }
-}
-
-impl Inode {
-    /// Whether the inode is reopened through `file`.
-    fn shares(&self, file: &File) -> bool {
-        matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
-    }
-}
-
-impl Passthrough {
+impl Descriptors {
     /// How many events so far may have made a descriptor redundant.
     fn change_count(&self) -> u64 {
         self.inodes
@@ -79,18 +50,18 @@ impl Passthrough {
     pub(crate) fn share_descriptors(&self) {
         let now = self.change_count();
         let before = self.sharing.looked_at.load(Ordering::Relaxed);
-        let few = u64::try_from(self.handles.count() / NEW).unwrap_or(u64::MAX);
+        let few = u64::try_from(self.files.handles().count() / NEW).unwrap_or(u64::MAX);
         if now.wrapping_sub(before) <= few {
             return;
         }
         self.sharing.looked_at.store(now, Ordering::Relaxed);
         self.sharing.any.store(true, Ordering::Relaxed);
         // The lock of the shard prevents a release during the scan.
-        self.handles.each(|open, _, file| {
+        self.files.handles().each(|open, _, file| {
             if !open.directory
                 && let Some(inode) = self.inodes.get(NodeId(open.node))
             {
-                self.inodes.share(&inode, file);
+                self.inodes.reopen_through(&inode, file);
             }
         });
     }
@@ -101,7 +72,11 @@ impl Passthrough {
         if !self.sharing.any.load(Ordering::Relaxed) {
             return;
         }
-        let Some(inode) = self.inodes.get(node).filter(|inode| inode.shares(file)) else {
+        let Some(inode) = self
+            .inodes
+            .get(node)
+            .filter(|inode| inode.is_reopened_through(file))
+        else {
             return;
         };
         match self.with_room(|| reopen_fd(file, &self.proc_fds, OFlags::PATH)) {

@@ -84,18 +84,46 @@ thread_local! {
 
 /// Whether ids stay on the thread, for one file system.
 #[derive(Debug)]
-pub(crate) struct CredentialPolicy {
+pub(super) struct CredentialPolicy {
     restore: bool,
 }
 
 impl CredentialPolicy {
+    /// The policy for the file system of `root`.
+    pub(super) fn for_file_system(root: &OwnedFd) -> Result<Self> {
+        /// Magic numbers of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P,
+        /// Ceph, AFS (two), Coda; and Lustre.
+        const REMOTE: [u32; 11] = [
+            0x6969,
+            0x517b,
+            0xff53_4d42,
+            0xfe53_4d42,
+            0x6573_5546,
+            0x0102_1997,
+            0x00c3_6400,
+            0x5346_414f,
+            0x6b41_4653,
+            0x7375_7245,
+            0x0bd0_0bd0,
+        ];
+        let kind = rustix::fs::fstatfs(root)?.f_type;
+        let is_remote = REMOTE
+            .iter()
+            .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
+        Ok(if is_remote {
+            Self::restored_each_time()
+        } else {
+            Self::left_in_place()
+        })
+    }
+
     /// For file systems that decide by capabilities, as local ones do.
-    pub(crate) fn left_in_place() -> Self {
+    pub(super) fn left_in_place() -> Self {
         Self { restore: false }
     }
 
     /// For file systems where another machine or process decides by the ids what is allowed.
-    pub(crate) fn restored_each_time() -> Self {
+    pub(super) fn restored_each_time() -> Self {
         Self { restore: true }
     }
 
@@ -107,7 +135,7 @@ impl CredentialPolicy {
     ///
     /// `EOVERFLOW` if the caller has no ids, as on any file system where they can't be mapped;
     /// `EPERM` if they have no mapping in the server's user namespace.
-    pub(crate) fn as_caller(
+    pub(super) fn as_caller(
         &self,
         proc_fds: &OwnedFd,
         caller: &Caller,

@@ -179,12 +179,12 @@ impl IdMap {
     /// # Errors
     ///
     /// `EPERM` if the guest may not use it.
-    pub(crate) fn to_host(&self, id: u32) -> Result<u32> {
+    pub(super) fn to_host(&self, id: u32) -> Result<u32> {
         find(&self.guest, id).unwrap_or(Ok(id))
     }
 
     /// Maps an id of the host to the guest's.
-    pub(crate) fn to_guest(&self, id: u32) -> u32 {
+    pub(super) fn to_guest(&self, id: u32) -> u32 {
         match find(&self.host, id) {
             Some(Ok(id)) => id,
             Some(Err(_)) | None => id,

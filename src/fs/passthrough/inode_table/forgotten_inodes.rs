@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
 
-use super::InodeStore;
+use super::InodeTable;
 use super::inode::{Inode, RefKind};
 use crate::fs::NodeId;
 
@@ -119,10 +119,15 @@ impl ForgottenInodes {
     }
 }
 
-impl InodeStore {
+impl InodeTable {
     /// Whether forgotten inodes are kept at all.
     pub(crate) fn keeps_forgotten(&self) -> bool {
         self.forgotten.max > 0
+    }
+
+    /// How many forgotten inodes are kept.
+    pub(crate) fn max_forgotten(&self) -> usize {
+        self.forgotten.max
     }
 
     /// The number of forgotten inodes.

@@ -286,6 +286,11 @@ impl Inode {
         self.parent_of_kind(&self.ref_kind())
     }
 
+    /// Whether the inode is reopened through `file`.
+    pub(crate) fn is_reopened_through(&self, file: &File) -> bool {
+        matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
+    }
+
     /// The file type, which never changes.
     pub(crate) fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.record.sort())

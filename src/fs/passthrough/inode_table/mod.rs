@@ -11,53 +11,42 @@
 //! Lock order: the shard by identity, the shard by node id, the inode's `ref_kind`, the queue of
 //! forgotten inodes.
 
-pub(crate) mod dir_seqcount;
-pub(crate) mod fd_evictor;
+mod dir_seqcount;
+mod fd_evictor;
+mod fds;
 mod forgotten_inodes;
-pub(crate) mod identity;
-pub(crate) mod inode;
-pub(crate) mod inode_fd;
+mod identity;
+mod inode;
+mod inode_fd;
+mod lookups;
 mod names;
-pub(crate) mod reopen_method;
+mod reopen_method;
 #[cfg(test)]
 mod tests;
 
 use std::ffi::CStr;
 use std::hash::BuildHasher;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 use rustc_hash::FxBuildHasher;
 
+pub(crate) use self::dir_seqcount::{DirChange, DirSeq};
+#[cfg(test)]
+pub(crate) use self::identity::CLOCK_AHEAD;
+pub(crate) use self::identity::{IDENTITY, Identity, Key, stat_fd};
+pub(crate) use self::inode::{Inode, RefKind};
+pub(crate) use self::inode_fd::{Directory, InodeFd, component, reopen_fd, stat_name};
+pub(crate) use self::lookups::NewInode;
+pub(crate) use self::reopen_method::{Mount, ParentLink, ReopenMethod, digest_at, digest_of};
+
 use self::dir_seqcount::DirSeqCounts;
 use self::fd_evictor::FdEvictor;
 use self::forgotten_inodes::ForgottenInodes;
-use self::identity::{Identity, Key};
-use self::inode::{Inode, RefKind};
-use self::reopen_method::ReopenMethod;
-use super::current_request;
 use crate::fs::NodeId;
 use crate::state::Table;
-use crate::sys::fd_slot::Borrowed;
-
-/// What a new inode starts with.
-#[derive(Debug)]
-pub(crate) struct NewInode {
-    pub(crate) fd: Option<OwnedFd>,
-    pub(crate) method: ReopenMethod,
-}
-
-impl NewInode {
-    /// With a descriptor. The reopen method is set when the name is recorded.
-    pub(crate) fn open(fd: OwnedFd) -> Self {
-        Self {
-            fd: Some(fd),
-            method: ReopenMethod::None,
-        }
-    }
-}
 
 /// A set of inodes. An entry is one pointer; the key is read from the inode's record.
 type Keys = HashTable<Arc<Inode>>;
@@ -92,7 +81,7 @@ pub(crate) const MAX_DEPTH: usize = 1 << 17;
 
 /// All inodes in use.
 #[derive(Debug)]
-pub(crate) struct InodeStore {
+pub(crate) struct InodeTable {
     by_key: Box<[Mutex<Keys>]>,
     by_node: Box<[RwLock<Nodes>]>,
     root: Arc<Inode>,
@@ -111,7 +100,7 @@ pub(crate) struct InodeStore {
     forgotten: ForgottenInodes,
 }
 
-impl InodeStore {
+impl InodeTable {
     /// Creates a store that contains only the root, open as `fd` for good. It keeps up to
     /// `forgotten` forgotten inodes. Returns `None` if the table has no room.
     pub(crate) fn new(
@@ -141,6 +130,11 @@ impl InodeStore {
         };
         store.insert(&mut store.keys(&store.root.key()), Arc::clone(&store.root));
         store
+    }
+
+    /// The table of the guest's state.
+    pub(crate) fn table(&self) -> &Arc<Table> {
+        &self.table
     }
 
     pub(crate) fn root_key(&self) -> Key {
@@ -276,272 +270,6 @@ impl InodeStore {
                 .find(|known| is_linked_as(known))
                 .map(Arc::clone)
         })
-    }
-
-    /// Finds a known inode and counts one lookup. Also returns `None` if `identity` is not
-    /// sufficient to identify it.
-    pub(crate) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
-        let keys = self.keys(&identity.key);
-        // A forgotten inode needs a descriptor first, as a new one does.
-        let known = |inode: &&Arc<Inode>| inode.is(identity) && !inode.is_forgotten();
-        let inode = by_key(&keys, &identity.key).filter(known)?;
-        self.increment_lookups(&keys, inode);
-        Some(Arc::clone(inode))
-    }
-
-    /// The inode with `identity`'s key, if it can be the same inode.
-    pub(crate) fn peek(&self, identity: &Identity) -> Option<Arc<Inode>> {
-        let keys = self.keys(&identity.key);
-        let inode = by_key(&keys, &identity.key)?;
-        inode.may_be(identity).then(|| Arc::clone(inode))
-    }
-
-    /// Finds or adds an inode without opening it, and counts one lookup. Returns `None` if it may
-    /// be a known inode and `identity` is not sufficient to tell. A new inode can't be opened
-    /// before [`record_name_of_new`](Self::record_name_of_new).
-    pub(crate) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
-        let mut keys = self.keys(&identity.key);
-        if let Some(known) = by_key(&keys, &identity.key) {
-            let known = known.is(identity).then_some(known)?;
-            self.increment_lookups(&keys, known);
-            return Some(Arc::clone(known));
-        }
-        self.add(&mut keys, identity, None, ReopenMethod::None)
-    }
-
-    /// Finds or adds an inode that is open at this moment, and counts one lookup. If a known inode
-    /// has the same key, `same` decides by system calls whether it is the same inode. Returns
-    /// `None` if the table is full.
-    pub(crate) fn find_or_insert(
-        &self,
-        identity: &Identity,
-        new: NewInode,
-        same: impl FnOnce(&Inode, &NewInode) -> bool,
-    ) -> Option<Arc<Inode>> {
-        let mut keys = self.keys(&identity.key);
-        if let Some(known) = by_key(&keys, &identity.key) {
-            if known.is(identity) || same(known, &new) {
-                let was_forgotten_before = known.is_forgotten();
-                self.increment_lookups(&keys, known);
-                known.settle(identity);
-                let known = Arc::clone(known);
-                drop(keys);
-                if was_forgotten_before && let Some(fd) = new.fd {
-                    drop(self.install(&known, fd));
-                }
-                return Some(known);
-            }
-            // The inode that had this number before no longer exists. The guest keeps its node id.
-            let known = Arc::clone(known);
-            remove_key(&mut keys, &known);
-            if known.is_forgotten() {
-                let new = self.add(&mut keys, identity, new.fd, new.method);
-                drop(keys);
-                self.drop_forgotten(&known);
-                return new;
-            }
-        }
-        self.add(&mut keys, identity, new.fd, new.method)
-    }
-
-    fn add(
-        &self,
-        keys: &mut Keys,
-        identity: &Identity,
-        fd: Option<OwnedFd>,
-        method: ReopenMethod,
-    ) -> Option<Arc<Inode>> {
-        let node = self.next_node();
-        let entry = self.table.own_journal_entry(current_request::unique());
-        entry.inspect(|entry| entry.before(node.0, false));
-        let inode = Inode::new(&self.table, identity, node, fd, method)?;
-        entry.inspect(|entry| entry.after());
-        let inode = Arc::new(inode);
-        self.insert(keys, Arc::clone(&inode));
-        Some(inode)
-    }
-
-    /// Gives `inode` a descriptor again, and borrows it.
-    ///
-    /// # Errors
-    ///
-    /// Returns `fd` if the inode has been removed from the store.
-    pub(crate) fn install<'a>(
-        &self,
-        inode: &'a Inode,
-        fd: OwnedFd,
-    ) -> Result<Borrowed<'a>, OwnedFd> {
-        let ref_kind = inode.ref_kind();
-        if matches!(*ref_kind, RefKind::Removed) {
-            return Err(fd);
-        }
-        match inode.slot.fill(fd) {
-            Ok(borrowed) => {
-                let number = borrowed.as_fd().as_raw_fd();
-                inode.record.set_descriptor(Some(number));
-                self.descriptors.fetch_add(1, Ordering::Relaxed);
-                if !matches!(*ref_kind, RefKind::Nothing | RefKind::Open(_)) {
-                    self.evictor.add(inode);
-                }
-                Ok(borrowed)
-            }
-            // Another thread installed a descriptor first.
-            Err(fd) => inode.slot.borrow().ok_or(fd),
-        }
-    }
-
-    /// Takes the descriptor from `inode`, whose `ref_kind` is locked. Returns `None` if the
-    /// descriptor is in use.
-    pub(crate) fn uninstall(
-        &self,
-        inode: &Inode,
-        _ref_kind: &MutexGuard<'_, RefKind>,
-        fd: Borrowed<'_>,
-    ) -> Option<OwnedFd> {
-        let taken = fd.take();
-        if taken.is_some() {
-            inode.record.set_descriptor(None);
-            self.descriptors.fetch_sub(1, Ordering::Relaxed);
-        }
-        taken
-    }
-
-    /// Puts `inode` at the end of the eviction queue if it has a descriptor and can be reopened.
-    pub(crate) fn enqueue_for_eviction(&self, inode: &Inode) {
-        let ref_kind = inode.ref_kind();
-        if inode.slot.is_full() && !matches!(*ref_kind, RefKind::Nothing | RefKind::Removed) {
-            self.evictor.add(inode);
-        }
-    }
-
-    /// Decides which descriptors are closed first.
-    pub(crate) fn evictor(&self) -> &FdEvictor {
-        &self.evictor
-    }
-
-    /// Adds one to the child count of `parent`. Returns whether it is still in the store.
-    fn add_child(&self, parent: &Inode) -> bool {
-        let _keys = self.keys(&parent.key());
-        let is_present = parent.is_in_use();
-        if is_present {
-            parent.children.fetch_add(1, Ordering::Relaxed);
-        }
-        is_present
-    }
-
-    /// Subtracts one from the child count of `node`. If that removes the inode, continues with its
-    /// parent.
-    fn remove_child(&self, node: NodeId) {
-        let mut next = Some(node);
-        while let Some(parent) = next.and_then(|node| self.any(node)) {
-            let mut keys = self.keys(&parent.key());
-            let before = parent.children.load(Ordering::Relaxed);
-            if before == 0 {
-                return;
-            }
-            parent.children.store(before - 1, Ordering::Relaxed);
-            next = None;
-            if !parent.is_in_use() {
-                let removed = self.remove(&mut keys, &parent);
-                drop(keys);
-                next = self.finish_removal(&parent);
-                drop(removed);
-            }
-        }
-    }
-
-    /// Removes `inode` if nothing needs it. `keys` is the lock of its shard.
-    fn remove_if_unused(&self, mut keys: MutexGuard<'_, Keys>, inode: &Arc<Inode>) {
-        if inode.is_in_use() {
-            return;
-        }
-        let removed = self.remove(&mut keys, inode);
-        drop(keys);
-        if removed.is_some()
-            && let Some(parent) = self.finish_removal(inode)
-        {
-            self.remove_child(parent);
-        }
-        // Close descriptors outside the locks.
-        drop(removed);
-    }
-
-    /// Counts one more lookup of an inode that the guest knows, or of a forgotten one.
-    ///
-    /// Returns false if another thread has removed it in the meantime.
-    pub(crate) fn count_lookup(&self, inode: &Inode) -> bool {
-        let keys = self.keys(&inode.key());
-        let known_to_guest =
-            inode.node() == NodeId::ROOT || inode.lookups() > 0 || inode.is_forgotten();
-        if known_to_guest {
-            self.increment_lookups(&keys, inode);
-        }
-        known_to_guest
-    }
-
-    /// Takes the guard to show that the lock is held.
-    fn increment_lookups(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
-        let entry = self.table.own_journal_entry(current_request::unique());
-        entry.inspect(|entry| entry.before(inode.node().0, false));
-        let lookups = inode.lookups().saturating_add(1);
-        inode
-            .record
-            .set_lookups(lookups, current_request::unique(), true);
-        entry.inspect(|entry| entry.after());
-        self.forgotten.take(inode);
-    }
-
-    /// Subtracts `count` lookups. The last one removes the inode, unless the store keeps it as a
-    /// forgotten one. Returns whether it does. The root is never removed.
-    #[must_use]
-    pub(crate) fn forget(&self, inode: &Arc<Inode>, count: u64) -> bool {
-        inode.node() != NodeId::ROOT && self.forget_inode(inode, count, true)
-    }
-
-    /// Returns whether the store keeps the inode as a forgotten one.
-    fn forget_inode(&self, inode: &Arc<Inode>, count: u64, keep: bool) -> bool {
-        let keys = self.keys(&inode.key());
-        let before = inode.lookups();
-        let left = before.saturating_sub(count);
-        let entry = self.table.own_journal_entry(current_request::unique());
-        entry.inspect(|entry| entry.before(inode.node().0, true));
-        inode
-            .record
-            .set_lookups(left, current_request::unique(), false);
-        entry.inspect(|entry| entry.after());
-        // `before` is 0 if another thread has removed the inode since `get`.
-        if before == 0 || left > 0 {
-            return false;
-        }
-        let forgotten = keep && self.keep_forgotten(&keys, inode);
-        if !forgotten {
-            self.remove_if_unused(keys, inode);
-        }
-        forgotten
-    }
-
-    /// Cleans up an inode that was removed. Returns its parent, which has lost a child.
-    fn finish_removal(&self, inode: &Inode) -> Option<NodeId> {
-        let mut ref_kind = inode.ref_kind();
-        let left = inode.set_reopen_method(&mut ref_kind, ReopenMethod::Removed);
-        if inode.slot.is_full() {
-            self.descriptors.fetch_sub(1, Ordering::Relaxed);
-        }
-        drop(ref_kind);
-        if inode.slot.mark(false) {
-            self.evictor
-                .inode_removed(inode.node(), |node| self.any(node));
-        }
-        left
-    }
-
-    /// Ensures that the next lookup creates a new inode for this key: this inode turned out to be
-    /// stale.
-    pub(crate) fn remove_key_of(&self, inode: &Inode) {
-        if inode.node() != NodeId::ROOT {
-            let mut keys = self.keys(&inode.key());
-            remove_key(&mut keys, inode);
-        }
     }
 
     /// Removes all inodes except the root.

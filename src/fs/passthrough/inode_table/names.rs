@@ -11,10 +11,10 @@ use std::sync::atomic::Ordering;
 use super::dir_seqcount::{DirChange, DirSeq};
 use super::inode::{Inode, RefKind};
 use super::reopen_method::{ParentLink, ReopenMethod};
-use super::{InodeStore, MAX_DEPTH};
+use super::{InodeTable, MAX_DEPTH};
 use crate::fs::NodeId;
 
-impl InodeStore {
+impl InodeTable {
     /// Records that `inode`, which the guest knows, had `name` in `parent` at `dir_seq`, unless
     /// names in `parent` have changed since.
     pub(crate) fn record_name(&self, inode: &Inode, parent: &Inode, name: &CStr, dir_seq: DirSeq) {

@@ -34,11 +34,11 @@ fn handle() -> NewInode {
     }
 }
 
-fn store() -> InodeStore {
+fn store() -> InodeTable {
     store_keeping(0)
 }
 
-fn store_keeping(max: usize) -> InodeStore {
+fn store_keeping(max: usize) -> InodeTable {
     let fd = std::fs::File::open("/dev/null").unwrap().into();
     let limits = Limits {
         inodes: 100,
@@ -46,16 +46,16 @@ fn store_keeping(max: usize) -> InodeStore {
         queues: 1,
     };
     let table = Table::in_memory(&limits).unwrap();
-    InodeStore::new(&identity(2, Some(LONG_AGO)), fd, &table, max).unwrap()
+    InodeTable::new(&identity(2, Some(LONG_AGO)), fd, &table, max).unwrap()
 }
 
 /// Subtracts lookups. Returns whether the store keeps the inode as a forgotten one.
-fn forget(store: &InodeStore, node: NodeId, count: u64) -> bool {
+fn forget(store: &InodeTable, node: NodeId, count: u64) -> bool {
     let inode = store.get(node);
     inode.is_some_and(|inode| store.forget(&inode, count))
 }
 
-fn admit(store: &InodeStore, identity: &Identity) -> Arc<Inode> {
+fn admit(store: &InodeTable, identity: &Identity) -> Arc<Inode> {
     store
         .find_or_insert(identity, handle(), |_, _| false)
         .unwrap()
@@ -252,7 +252,7 @@ fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
 }
 
 /// Adds an inode with this number and forgets it.
-fn forget_lookups(store: &InodeStore, number: u64) -> NodeId {
+fn forget_lookups(store: &InodeTable, number: u64) -> NodeId {
     let node = admit(store, &identity(number, Some(LONG_AGO))).node();
     forget(store, node, 1);
     store.drop_surplus_forgotten();

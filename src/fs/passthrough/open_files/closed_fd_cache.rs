@@ -16,12 +16,6 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::OFlags;
-
-use super::handles::Released;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::ids::credentials;
-use crate::fs::passthrough::inode_table::identity::Key;
 use crate::fs::{NodeId, Result};
 use crate::io::File;
 
@@ -57,22 +51,18 @@ pub(crate) struct ClosedFdCache {
 }
 
 impl ClosedFdCache {
-    /// Caches up to `max` files of the file system of `root`, which has `key`, or none if it is not
-    /// suitable.
-    pub(crate) fn new(root: impl AsFd, key: &Key, max: usize) -> Result<Self> {
+    /// Caches up to `max` files of the file system of `root`, or none if it is not suitable.
+    /// `file_system` is its device and mount.
+    pub(crate) fn new(root: impl AsFd, file_system: (u64, u64), max: usize) -> Result<Self> {
         let kind = rustix::fs::fstatfs(root)?.f_type;
         let is_local = LOCAL
             .iter()
             .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-        let max = if is_local && credentials::overrides()? {
-            max
-        } else {
-            0
-        };
+        let max = if is_local { max } else { 0 };
         Ok(Self {
             shards: (0..max.min(SHARDS)).map(|_| Mutex::default()).collect(),
             max,
-            file_system: (key.device, key.mount),
+            file_system,
             count: AtomicUsize::new(0),
         })
     }
@@ -83,7 +73,7 @@ impl ClosedFdCache {
     }
 
     /// Takes a file of `node` from the cache.
-    pub(crate) fn take(&self, node: NodeId) -> Option<File> {
+    pub(crate) fn pop(&self, node: NodeId) -> Option<File> {
         if self.count() == 0 {
             return None;
         }
@@ -94,7 +84,13 @@ impl ClosedFdCache {
         Some(file)
     }
 
-    fn keep(&self, node: NodeId, file: File) {
+    /// Whether a file on this file system, by device and mount, may be cached.
+    pub(crate) fn accepts(&self, file_system: (u64, u64)) -> bool {
+        self.max > 0 && self.file_system == file_system
+    }
+
+    /// Caches `file`. Closes the oldest one if there are too many.
+    pub(crate) fn keep(&self, node: NodeId, file: File) {
         let shard = self.shard_of(node);
         // The first shards get the remainder of the division.
         let capacity = (self.max + self.shards.len() - 1 - shard) / self.shards.len();
@@ -129,50 +125,4 @@ impl ClosedFdCache {
 
 fn lock(shard: &Mutex<VecDeque<ClosedFile>>) -> MutexGuard<'_, VecDeque<ClosedFile>> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether files opened with these flags are interchangeable.
-fn is_plain(flags: OFlags) -> bool {
-    flags.difference(OFlags::NOCTTY | OFlags::CLOEXEC) == OFlags::RDONLY
-}
-
-impl Passthrough {
-    /// Takes a cached file that is open as OPEN with `flags` would open it.
-    pub(crate) fn take_closed(&self, node: NodeId, flags: OFlags) -> Option<File> {
-        if is_plain(flags) {
-            self.closed_fds.take(node)
-        } else {
-            None
-        }
-    }
-
-    /// Caches a released file, or closes it.
-    pub(crate) fn cache_closed(&self, node: NodeId, released: Released) {
-        let Released {
-            file,
-            flags,
-            locked,
-        } = released;
-        let alone = !locked && file.users() == 1;
-        if self.closed_fds.max == 0 || !alone || !is_plain(flags) {
-            self.close_file(node, file);
-            return;
-        }
-        let same_file_system = |key: Key| (key.device, key.mount) == self.closed_fds.file_system;
-        let Some(inode) = self
-            .inodes
-            .get(node)
-            .filter(|inode| same_file_system(inode.key()))
-        else {
-            self.close_file(node, file);
-            return;
-        };
-        self.closed_fds.keep(node, file);
-        drop(inode);
-        // A FORGET in the meantime didn't see the file.
-        if self.inodes.get(node).is_none() {
-            self.close_idle_files(node);
-        }
-        self.make_room();
-    }
 }

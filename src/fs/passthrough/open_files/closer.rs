@@ -11,12 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FileType, fstat};
-
-use crate::fs::NodeId;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::io::File;
+use rustix::fs::fstat;
 
 /// Files with more bytes than this are closed in the background. Freeing that much costs about as
 /// much as starting a thread.
@@ -137,50 +132,6 @@ fn is_large_and_nameless(fd: &OwnedFd) -> bool {
             .saturating_mul(BLOCK);
         stat.st_nlink == 0 && bytes > LARGE
     })
-}
-
-impl Passthrough {
-    /// Whether `inode` may be a file that only its descriptor keeps alive.
-    pub(crate) fn may_be_nameless(inode: &Inode) -> bool {
-        inode.kind() == FileType::RegularFile && matches!(&*inode.ref_kind(), RefKind::Nothing)
-    }
-
-    /// Closes the descriptor of a forgotten inode, unless a request is using it.
-    pub(crate) fn close_forgotten(&self, inode: Arc<Inode>) {
-        if let Some(fd) = Arc::into_inner(inode).and_then(Inode::into_descriptor) {
-            self.closer.close(fd);
-        }
-    }
-
-    /// Closes the cached files of a node that the guest has forgotten, or whose inode has lost its
-    /// last name.
-    pub(crate) fn close_idle_files(&self, node: NodeId) {
-        let files = self.handleless.forget(node);
-        files
-            .into_iter()
-            .flatten()
-            .for_each(|file| self.close_file(node, file));
-        self.close_cached(node);
-    }
-
-    /// Closes the files that are cached in case the guest opens `node` again.
-    pub(crate) fn close_cached(&self, node: NodeId) {
-        while let Some(file) = self.closed_fds.take(node) {
-            self.close_file(node, file);
-        }
-    }
-
-    /// Closes a file that the guest had open as `node`.
-    pub(crate) fn close_file(&self, node: NodeId, file: File) {
-        // The inode's own descriptor keeps the file alive.
-        let inode = self.inodes.get(node);
-        if inode.is_some_and(|inode| inode.slot().is_full()) {
-            return;
-        }
-        if let Some(fd) = file.into_fd() {
-            self.closer.close(fd);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,18 +8,14 @@
 //! node it was opened for, and the guest knew that node when it was stored.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustc_hash::FxHashMap;
-use rustix::fs::{FileType, OFlags};
-use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::ops::readdir::Stream;
-use crate::fs::{Handle, HandleKind, NodeId, Result};
+use super::dir_stream::DirStream;
+use crate::fs::{Handle, NodeId};
 use crate::io::File;
 
 /// The handle that a guest's kernel sends if it has none.
@@ -40,12 +36,12 @@ const COMPACT_SLACK: usize = 32;
 
 /// The open files of one inode.
 #[derive(Debug, Default)]
-struct InodeFiles {
+pub(crate) struct InodeFiles {
     /// Open for reading. The same as `writing` if that is open for both.
-    reading: Option<File>,
-    writing: Option<File>,
+    pub(crate) reading: Option<File>,
+    pub(crate) writing: Option<File>,
     /// The read position of a directory.
-    stream: Option<Arc<Mutex<Stream>>>,
+    pub(crate) stream: Option<Arc<Mutex<DirStream>>>,
     /// Used since it was last considered for eviction. Orders nothing.
     used: AtomicBool,
 }
@@ -144,7 +140,8 @@ impl HandlelessOpens {
         choose(files)
     }
 
-    fn file(&self, node: NodeId, write: bool) -> Option<File> {
+    /// The file of a node, open for reading or for writing.
+    pub(crate) fn file(&self, node: NodeId, write: bool) -> Option<File> {
         self.find(node, |files| match (write, &files.stream) {
             (_, Some(_)) => None,
             (true, None) => files.writing.clone(),
@@ -152,14 +149,15 @@ impl HandlelessOpens {
         })
     }
 
-    fn directory(&self, node: NodeId) -> Option<(File, Arc<Mutex<Stream>>)> {
+    /// The directory of a node and its stream.
+    pub(crate) fn directory(&self, node: NodeId) -> Option<(File, Arc<Mutex<DirStream>>)> {
         self.find(node, |files| {
             Some((files.reading.clone()?, Arc::clone(files.stream.as_ref()?)))
         })
     }
 
     /// Lets `update` store a file for `node`.
-    fn keep(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
+    pub(crate) fn keep(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         {
             let mut shard = self
                 .shard(node)
@@ -237,159 +235,6 @@ impl HandlelessOpens {
 
     fn shard(&self, node: NodeId) -> &RwLock<Shard> {
         &self.shards[usize::try_from(node.0 % SHARDS as u64).unwrap_or_default()]
-    }
-}
-
-impl Passthrough {
-    /// Whether `handle` refers to a file that the guest opened without OPEN.
-    pub(crate) fn is_implicit(&self, handle: Handle, kind: HandleKind) -> bool {
-        let terms = &self.terms;
-        handle == IMPLICIT
-            && match kind {
-                HandleKind::File => terms.no_open(),
-                HandleKind::Directory => terms.no_opendir(),
-            }
-    }
-
-    /// `handle`, unless it refers to a file that was opened without OPEN.
-    pub(crate) fn explicit(&self, handle: Option<Handle>) -> Option<Handle> {
-        let implicit = |handle| {
-            self.is_implicit(handle, HandleKind::File)
-                || self.is_implicit(handle, HandleKind::Directory)
-        };
-        handle.filter(|handle| !implicit(*handle))
-    }
-
-    /// The open file of a handle, or of the inode if there is no handle.
-    pub(crate) fn file_of(
-        &self,
-        node: NodeId,
-        handle: Handle,
-        kind: HandleKind,
-        write: bool,
-    ) -> Result<File> {
-        if !self.is_implicit(handle, kind) {
-            return self.handles.file(node, handle, kind);
-        }
-        if kind == HandleKind::Directory {
-            return self.implicit_directory(node).map(|(file, _)| file);
-        }
-        let file = match self.handleless.file(node, write) {
-            Some(file) => file,
-            None => self.open_handleless(node, write)?,
-        };
-        if write {
-            self.confirm_implicit(node, &file)?;
-        }
-        Ok(file)
-    }
-
-    /// As [`file_of`](Self::file_of), for a handle of either kind.
-    pub(crate) fn any_of(&self, node: NodeId, handle: Handle) -> Result<File> {
-        if self.explicit(Some(handle)).is_some() {
-            return self.handles.any(node, handle);
-        }
-        let kind = match self.inode(node)?.kind() {
-            FileType::Directory => HandleKind::Directory,
-            _ => HandleKind::File,
-        };
-        self.file_of(node, handle, kind, false)
-    }
-
-    /// As [`any_of`](Self::any_of), for a request that changes the inode.
-    pub(crate) fn any_to_change(&self, node: NodeId, handle: Handle) -> Result<File> {
-        let file = self.any_of(node, handle)?;
-        if self.explicit(Some(handle)).is_none() {
-            self.confirm_implicit(node, &file)?;
-        }
-        Ok(file)
-    }
-
-    /// The open directory of a handle, or of the inode if there is no handle.
-    pub(crate) fn directory_of(
-        &self,
-        node: NodeId,
-        handle: Handle,
-    ) -> Result<(File, Arc<Mutex<Stream>>)> {
-        if self.is_implicit(handle, HandleKind::Directory) {
-            self.implicit_directory(node)
-        } else {
-            self.handles.directory(node, handle)
-        }
-    }
-
-    fn implicit_directory(&self, node: NodeId) -> Result<(File, Arc<Mutex<Stream>>)> {
-        let files = self.handleless.directory(node);
-        if let Some((file, stream)) = &files {
-            // If another request is reading it, open a second stream instead of waiting.
-            let busy = matches!(stream.try_lock(), Err(TryLockError::WouldBlock));
-            if !busy {
-                return Ok((file.clone(), Arc::clone(stream)));
-            }
-        }
-        let inode = self.inode(node)?;
-        let opened = (
-            File::from_fd(self.open_directory(&inode)?),
-            Arc::<Mutex<Stream>>::default(),
-        );
-        if files.is_none() {
-            self.keep_open(node, |files| {
-                files.reading = Some(opened.0.clone());
-                files.stream = Some(Arc::clone(&opened.1));
-            });
-        }
-        Ok(opened)
-    }
-
-    fn open_handleless(&self, node: NodeId, write: bool) -> Result<File> {
-        let inode = self.regular(node)?;
-        if !write {
-            let file = File::from_fd(self.open_for_reading(&inode, OFlags::NOCTTY)?);
-            self.keep_open(node, |files| files.reading = Some(file.clone()));
-            return Ok(file);
-        }
-        self.writable()?;
-        let (file, readable) = match self.open_for_writing(&inode, OFlags::RDWR) {
-            // The file is write-only.
-            Err(Errno::ACCESS) => (self.open_for_writing(&inode, OFlags::WRONLY)?, false),
-            opened => (opened?, true),
-        };
-        let file = File::from_fd(file);
-        self.keep_open(node, |files| {
-            files.writing = Some(file.clone());
-            if readable {
-                files.reading = Some(file.clone());
-            }
-        });
-        Ok(file)
-    }
-
-    /// Opens a file for writing, including files that can only be appended to.
-    fn open_for_writing(&self, inode: &Inode, access: OFlags) -> Result<OwnedFd> {
-        self.open_appendable(inode, access | OFlags::NOCTTY, true)
-    }
-
-    /// Stores a file that CREATE opened as `node`.
-    pub(crate) fn keep_created(&self, node: NodeId, file: File) {
-        let flags = rustix::fs::fcntl_getfl(&file);
-        let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
-        self.keep_open(node, |files| {
-            if access != OFlags::RDONLY {
-                files.writing = Some(file.clone());
-            }
-            if access != OFlags::WRONLY {
-                files.reading = Some(file);
-            }
-        });
-    }
-
-    fn keep_open(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
-        self.handleless.keep(node, update);
-        // A FORGET may have run in the meantime.
-        if self.inodes.get(node).is_none() {
-            self.close_idle_files(node);
-        }
-        self.make_room();
     }
 }
 

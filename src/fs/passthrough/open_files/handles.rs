@@ -12,8 +12,8 @@ use rustc_hash::FxHashMap;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::dir_stream::DirStream;
 use crate::fs::passthrough::current_request;
-use crate::fs::passthrough::ops::readdir::Stream;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};
@@ -26,7 +26,7 @@ struct Open {
     node: NodeId,
     file: File,
     /// The read position of a directory.
-    stream: Option<Arc<Mutex<Stream>>>,
+    stream: Option<Arc<Mutex<DirStream>>>,
 }
 
 impl Open {
@@ -155,7 +155,7 @@ impl Handles {
         &self,
         node: NodeId,
         handle: Handle,
-    ) -> Result<(File, Arc<Mutex<Stream>>)> {
+    ) -> Result<(File, Arc<Mutex<DirStream>>)> {
         self.with(node, handle, HandleKind::Directory, |open| {
             let stream = open.stream.as_ref().ok_or(Errno::BADF)?;
             Ok((open.file.clone(), Arc::clone(stream)))

@@ -11,17 +11,14 @@
 //! The invariant: while a request may use an owner's descriptor of a file, the owner has no other
 //! descriptor of that file.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::{Handle, HandleKind, LockOwner, NodeId, Result};
+use crate::fs::{Handle, LockOwner, NodeId, Result};
 use crate::io::{File, Lock, LockKind, RecordLock};
 use crate::state::{LockFields, LockRecord, Range, Table};
 
@@ -45,14 +42,14 @@ struct Owned {
 
 /// The descriptors that hold record locks.
 #[derive(Debug)]
-pub(crate) struct Locks {
+pub(crate) struct RecordLocks {
     table: Arc<Table>,
     nodes: Mutex<FxHashMap<NodeId, Vec<Owned>>>,
     /// The number of descriptors. It changes under the lock and is used for limits.
     count: AtomicUsize,
 }
 
-impl Locks {
+impl RecordLocks {
     pub(crate) fn new(table: &Arc<Table>) -> Self {
         Self {
             table: Arc::clone(table),
@@ -69,7 +66,7 @@ impl Locks {
     }
 
     /// As [`find`](Self::find), and records the handle.
-    fn find_with(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Option<Arc<File>> {
+    pub(crate) fn get(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Option<Arc<File>> {
         let mut nodes = self.nodes();
         let of_node = nodes.get_mut(&node)?;
         let owned = of_node.iter_mut().find(|one| one.owner == owner)?;
@@ -77,7 +74,18 @@ impl Locks {
         Some(Arc::clone(&owned.file))
     }
 
-    fn add(&self, node: NodeId, handle: Handle, owner: LockOwner, file: File) -> Result<Arc<File>> {
+    /// Adds an owner, whose locks `file` holds from now on.
+    ///
+    /// # Errors
+    ///
+    /// `ENOLCK` if the table has no room.
+    pub(crate) fn add(
+        &self,
+        node: NodeId,
+        handle: Handle,
+        owner: LockOwner,
+        file: File,
+    ) -> Result<Arc<File>> {
         let mut nodes = self.nodes();
         let of_node = nodes.entry(node).or_default();
         // Another thread of the same owner may have been first.
@@ -160,7 +168,7 @@ impl Locks {
         self.end_where(node, |one| one.owner == owner);
     }
 
-    /// Releases the locks that were last requested with a handle that is released now. Locks of
+    /// Releases the locks that were last requested with a handle that is released now. RecordLocks of
     /// processes were released before, when each process closed the file. For locks of open files
     /// in the guest (its own `F_OFD_SETLK`) this is the only notice.
     pub(crate) fn released(&self, node: NodeId, handle: Handle) {
@@ -252,44 +260,6 @@ fn ranges_after(ranges: Vec<Range>, lock: RecordLock) -> Vec<Range> {
     }
     left.sort_unstable_by_key(|range| range.start);
     left
-}
-
-impl Passthrough {
-    /// The descriptor for an owner's locks on an open file. It is opened if the owner has none.
-    pub(crate) fn lock_file_of(
-        &self,
-        node: NodeId,
-        handle: Handle,
-        owner: LockOwner,
-    ) -> Result<Arc<File>> {
-        // A file must be open to be locked.
-        self.handles.file(node, handle, HandleKind::File)?;
-        let inode = self.inode(node)?;
-        if let Some(file) = self.locks.find_with(node, handle, owner) {
-            return Ok(file);
-        }
-        self.room_for_handle().map_err(|_full| Errno::NOLCK)?;
-        match self.open_to_lock(&inode) {
-            Ok(fd) => self.locks.add(node, handle, owner, File::from_fd(fd)),
-            Err(Errno::MFILE | Errno::NFILE) => Err(Errno::NOLCK),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Opens `inode` for locks of both kinds, if possible.
-    pub(crate) fn open_to_lock(&self, inode: &Inode) -> Result<OwnedFd> {
-        let most = if self.options.readonly {
-            OFlags::RDONLY
-        } else {
-            OFlags::RDWR
-        };
-        match self.reopen(inode, most) {
-            Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
-                self.reopen(inode, OFlags::RDONLY)
-            }
-            opened => opened,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Attributes: GETATTR, SETATTR, ACCESS, and the conversion of the host's attributes to the
+//! Attributes: GETATTR, STATX, SETATTR, STATFS, ACCESS, and the conversion of the host's attributes to the
 //! guest's.
 //!
 //! The invariant: a change applies to the inode that the guest named, even if that is a symbolic
@@ -13,10 +13,12 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::stat_fd;
-use crate::fs::passthrough::inode_table::inode_fd::InodeFd;
-use crate::fs::{Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Timestamp};
+use super::Operations;
+use crate::fs::passthrough::inode_table::InodeFd;
+use crate::fs::passthrough::inode_table::stat_fd;
+use crate::fs::{
+    Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Statistics, Timestamp,
+};
 use crate::io::File;
 use crate::sys;
 
@@ -59,38 +61,15 @@ pub(crate) fn decode_device(device: u32) -> (u32, u32) {
     (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xfff00)
 }
 
-impl Passthrough {
+/// Narrows a value of the host. A larger value becomes the maximum.
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+impl Operations {
     /// The host's attributes as the guest sees them, owners included.
     pub(crate) fn attributes(&self, stat: &Statx) -> Attributes {
-        let on_host = attributes(stat);
-        Attributes {
-            uid: self.options.users.to_guest(on_host.uid),
-            gid: self.options.groups.to_guest(on_host.gid),
-            ..on_host
-        }
-    }
-
-    /// Maps the ids of the caller to the host's.
-    ///
-    /// # Errors
-    ///
-    /// `EPERM` if the guest may not use them.
-    pub(crate) fn on_host(&self, caller: &Caller) -> Result<Caller> {
-        Ok(Caller {
-            uid: caller
-                .uid
-                .map(|uid| self.options.users.to_host(uid))
-                .transpose()?,
-            gid: caller
-                .gid
-                .map(|gid| self.options.groups.to_host(gid))
-                .transpose()?,
-            // A group that the caller may not use is left out.
-            group: caller
-                .group
-                .and_then(|group| self.options.groups.to_host(group).ok()),
-            ..*caller
-        })
+        self.ids.attributes_for_guest(attributes(stat))
     }
 
     pub(crate) fn attributes_of(
@@ -98,11 +77,48 @@ impl Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        let stat = match self.explicit(handle) {
-            Some(handle) => stat_fd(self.handles.any(node, handle)?, StatxFlags::BASIC_STATS),
-            None => stat_fd(self.fd(&*self.inode(node)?)?, StatxFlags::BASIC_STATS),
+        let stat = match self.terms.explicit(handle) {
+            Some(handle) => stat_fd(
+                self.fds.files().handles().any(node, handle)?,
+                StatxFlags::BASIC_STATS,
+            ),
+            None => stat_fd(
+                self.fds.fd(&*self.fds.inode(node)?)?,
+                StatxFlags::BASIC_STATS,
+            ),
         }?;
         Ok((self.attributes(&stat), self.options.attribute_ttl))
+    }
+
+    pub(crate) fn attributes_with_birth(
+        &self,
+        node: NodeId,
+        handle: Option<Handle>,
+    ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let stat = match self.terms.explicit(handle) {
+            Some(handle) => stat_fd(self.fds.files().handles().any(node, handle)?, mask),
+            None => stat_fd(self.fds.fd(&*self.fds.inode(node)?)?, mask),
+        }?;
+        let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        let born = known.then(|| timestamp(stat.stx_btime));
+        Ok((self.attributes(&stat), born, self.options.attribute_ttl))
+    }
+
+    /// STATFS of the file system that `node` is on.
+    pub(crate) fn statistics(&self, node: NodeId) -> Result<Statistics> {
+        let inode = self.fds.inode(node)?;
+        let stat = rustix::fs::fstatvfs(self.fds.fd(&inode)?)?;
+        Ok(Statistics {
+            blocks: stat.f_blocks,
+            blocks_free: stat.f_bfree,
+            blocks_available: stat.f_bavail,
+            files: stat.f_files,
+            files_free: stat.f_ffree,
+            block_size: narrow(stat.f_bsize),
+            fragment_size: narrow(stat.f_frsize),
+            name_length: narrow(stat.f_namemax),
+        })
     }
 
     /// Applies SETATTR. The owner comes first, as a change of owner clears set-id bits, which the
@@ -114,10 +130,11 @@ impl Passthrough {
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
-        let inode = self.inode(node)?;
+        let inode = self.fds.inode(node)?;
         let file = self
+            .terms
             .explicit(handle)
-            .map(|handle| self.handles.any(node, handle))
+            .map(|handle| self.fds.files().handles().any(node, handle))
             .transpose()?;
         let target = match &file {
             Some(file) => Target::Open(file),
@@ -128,8 +145,8 @@ impl Passthrough {
             self.confirm_attributes(caller, fd, implicit, changes.size.is_some())?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
-            let user = |id| self.options.users.to_host(valid_id(id)?);
-            let group = |id| self.options.groups.to_host(valid_id(id)?);
+            let user = |id| self.ids.user_on_host(valid_id(id)?);
+            let group = |id| self.ids.group_on_host(valid_id(id)?);
             let uid = changes.uid.map(user).transpose()?.map(Uid::from_raw);
             let gid = changes.gid.map(group).transpose()?.map(Gid::from_raw);
             match rustix::fs::chownat(&target, c"", uid, gid, AtFlags::EMPTY_PATH) {
@@ -166,7 +183,7 @@ impl Passthrough {
             Target::Open(file) => rustix::fs::fchmod(file, mode),
             Target::Path(fd) => {
                 let name = fd.proc_name();
-                rustix::fs::chmodat(&self.proc_fds, name.as_c_str(), mode, AtFlags::empty())
+                rustix::fs::chmodat(self.fds.proc_fds(), name.as_c_str(), mode, AtFlags::empty())
             }
         }
     }
@@ -227,10 +244,10 @@ impl Passthrough {
     /// ACCESS, by the mode bits. A guest sends it only if it is mounted without
     /// `default_permissions`. Its supplementary groups and ACLs are not known here.
     pub(crate) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
-        let inode = self.inode(node)?;
-        let stat = stat_fd(self.fd(&inode)?, StatxFlags::BASIC_STATS)?;
+        let inode = self.fds.inode(node)?;
+        let stat = stat_fd(self.fds.fd(&inode)?, StatxFlags::BASIC_STATS)?;
         if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
-            self.writable()?;
+            self.fds.writable()?;
         }
         let allowed = permissions_for(caller, &self.attributes(&stat));
         if mask & 0o7 & !allowed == 0 {

@@ -13,13 +13,11 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
 
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::NewInode;
-use crate::fs::passthrough::inode_table::dir_seqcount::DirSeq;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, Key, stat_fd};
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::inode_fd::{Directory, component, reopen_fd, stat_name};
-use crate::fs::passthrough::inode_table::reopen_method::{ReopenMethod, digest_at, digest_of};
+use super::Operations;
+use crate::fs::passthrough::inode_table::{
+    DirSeq, Directory, IDENTITY, Identity, Inode, Key, NewInode, ReopenMethod, component,
+    digest_at, digest_of, reopen_fd, stat_fd, stat_name,
+};
 use crate::fs::{Caller, Entry, NodeId, Result};
 use crate::sys::file_handle::FileHandle;
 
@@ -32,21 +30,11 @@ thread_local! {
     static NEW_IN_A_ROW: Cell<u32> = const { Cell::new(0) };
 }
 
-impl Passthrough {
-    /// The inode that the guest refers to by `node`.
-    pub(crate) fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
-        self.inodes.get(node).ok_or(Errno::STALE)
-    }
-
+impl Operations {
     /// Serves LOOKUP of a name.
-    pub(crate) fn look_up_for(
-        &self,
-        caller: &Caller,
-        parent: NodeId,
-        name: &CStr,
-    ) -> Result<Entry> {
-        let parent = self.inode(parent)?;
-        let entry = self.find(self.fd(&parent)?, name)?;
+    pub(crate) fn look_up(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
+        let parent = self.fds.inode(parent)?;
+        let entry = self.find(self.fds.fd(&parent)?, name)?;
         self.note_lookup(caller, entry.node);
         Ok(self.announced(&parent.key(), entry))
     }
@@ -57,12 +45,13 @@ impl Passthrough {
         if NEW_IN_A_ROW.get() >= LIKELY_NEW {
             return self.find_new(parent, name);
         }
-        let dir_seq = self.inodes.dir_seq(parent.inode());
+        let dir_seq = self.fds.inodes().dir_seq(parent.inode());
         let stat = stat_name(&parent, name)?;
-        match self.inodes.find(&Identity::of(&stat)) {
+        match self.fds.inodes().find(&Identity::of(&stat)) {
             Some(inode) => {
                 NEW_IN_A_ROW.set(0);
-                self.inodes
+                self.fds
+                    .inodes()
                     .record_name(&inode, parent.inode(), name, dir_seq);
                 Ok(self.entry(&inode, &stat))
             }
@@ -75,21 +64,24 @@ impl Passthrough {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let name = component(name)?;
         let seen = self.seen(&parent, name);
-        let fd = self.with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
+        let fd = self
+            .fds
+            .with_room(|| rustix::fs::openat(&parent, name, flags, Mode::empty()))?;
         self.find_or_insert(Found::Path(fd), Some(&seen))
     }
 
     /// As [`find`](Self::find), for one of many names, most of which are never used: a new inode is
     /// only recorded, and opened when it is needed.
     pub(crate) fn find_listed(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
-        if !self.reopen_policy.keeps_opened_fds() {
+        if !self.fds.reopen_policy().keeps_opened_fds() {
             return self.find(parent, name);
         }
         let seen = self.seen(&parent, name);
         let stat = stat_name(&parent, name)?;
         let identity = Identity::of(&stat);
-        if let Some(inode) = self.inodes.find(&identity) {
-            self.inodes
+        if let Some(inode) = self.fds.inodes().find(&identity) {
+            self.fds
+                .inodes()
                 .record_name(&inode, seen.parent, name, seen.dir_seq);
             return Ok(self.entry(&inode, &stat));
         }
@@ -115,15 +107,19 @@ impl Passthrough {
             identity.birth?;
             digest_at(parent, seen.name).ok()?
         };
-        self.room_for_inode().ok()?;
-        let inode = self.inodes.add_unopened(identity)?;
-        let is_reachable =
-            self.inodes
-                .record_name_of_new(&inode, seen.parent, seen.name, digest, seen.dir_seq);
+        self.fds.room_for_inode().ok()?;
+        let inode = self.fds.inodes().add_unopened(identity)?;
+        let is_reachable = self.fds.inodes().record_name_of_new(
+            &inode,
+            seen.parent,
+            seen.name,
+            digest,
+            seen.dir_seq,
+        );
         if is_reachable {
             return Some(inode);
         }
-        self.forget_lookups(inode.node(), 1);
+        self.fds.forget_lookups(inode.node(), 1);
         None
     }
 
@@ -152,7 +148,7 @@ impl Passthrough {
     pub(crate) fn entry_of_open(&self, fd: impl Directory) -> Result<Entry> {
         let stat = stat_fd(&fd, IDENTITY)?;
         let inode = fd.inode();
-        if self.inodes.count_lookup(inode) {
+        if self.fds.inodes().count_lookup(inode) {
             Ok(self.entry(inode, &stat))
         } else {
             Err(Errno::STALE)
@@ -165,7 +161,7 @@ impl Passthrough {
         let kind = FileType::from_raw_mode(entry.attributes.mode);
         if self.options.announce_submounts
             && kind == FileType::Directory
-            && let Some(inode) = self.inodes.get(entry.node)
+            && let Some(inode) = self.fds.inodes().get(entry.node)
         {
             let key = inode.key();
             entry.submount = (key.device, key.mount) != (parent.device, parent.mount);
@@ -179,7 +175,7 @@ impl Passthrough {
         Seen {
             parent,
             name,
-            dir_seq: self.inodes.dir_seq(parent),
+            dir_seq: self.fds.inodes().dir_seq(parent),
         }
     }
 
@@ -188,7 +184,7 @@ impl Passthrough {
     fn find_or_insert(&self, found: Found<'_>, seen: Option<&Seen<'_>>) -> Result<Entry> {
         let stat = stat_fd(&found, IDENTITY)?;
         let identity = Identity::of(&stat);
-        let inode = match self.inodes.find(&identity) {
+        let inode = match self.fds.inodes().find(&identity) {
             Some(inode) => {
                 NEW_IN_A_ROW.set(0);
                 inode
@@ -199,10 +195,11 @@ impl Passthrough {
             }
         };
         if let Some(seen) = seen {
-            self.inodes
+            self.fds
+                .inodes()
                 .record_name(&inode, seen.parent, seen.name, seen.dir_seq);
         }
-        self.make_room();
+        self.fds.make_room();
         Ok(self.entry(&inode, &stat))
     }
 
@@ -212,30 +209,35 @@ impl Passthrough {
         identity: &Identity,
         seen: Option<&Seen<'_>>,
     ) -> Result<Arc<Inode>> {
-        self.room_for_inode()?;
-        let handle = self
-            .reopen_policy
-            .method_for_new(found.as_fd(), identity, &self.proc_fds)?;
+        self.fds.room_for_inode()?;
+        let handle = self.fds.reopen_policy().method_for_new(
+            found.as_fd(),
+            identity,
+            self.fds.proc_fds(),
+        )?;
         let (new, unused) = match (handle, found) {
             (Some(method), found) => (NewInode { fd: None, method }, Some(found)),
             (None, Found::Path(fd)) => (NewInode::open(fd), None),
             (None, Found::Open(file)) => {
-                let open = || reopen_fd(file, &self.proc_fds, OFlags::PATH);
-                (NewInode::open(self.with_room(open)?), None)
+                let open = || reopen_fd(file, self.fds.proc_fds(), OFlags::PATH);
+                (NewInode::open(self.fds.with_room(open)?), None)
             }
         };
-        let admitted = self.inodes.find_or_insert(identity, new, |known, new| {
-            let fd = new.fd.as_ref().map(AsFd::as_fd);
-            fd.or(unused.as_ref().map(AsFd::as_fd))
-                .is_some_and(|fd| same(known, fd, &new.method))
-        });
+        let admitted = self
+            .fds
+            .inodes()
+            .find_or_insert(identity, new, |known, new| {
+                let fd = new.fd.as_ref().map(AsFd::as_fd);
+                fd.or(unused.as_ref().map(AsFd::as_fd))
+                    .is_some_and(|fd| same(known, fd, &new.method))
+            });
         let inode = admitted.ok_or(Errno::NFILE)?;
         // Another request may be removing the name; it didn't find the inode in the store, and the
         // file handle doesn't keep the inode alive. The descriptor does.
         if let (Some(Found::Path(fd)), Some(seen)) = (unused, seen)
-            && !self.inodes.is_unchanged(seen.dir_seq)
+            && !self.fds.inodes().is_unchanged(seen.dir_seq)
         {
-            drop(self.inodes.install(&inode, fd));
+            drop(self.fds.inodes().install(&inode, fd));
         }
         Ok(inode)
     }
@@ -249,7 +251,7 @@ impl Passthrough {
         if inode.node() == NodeId::ROOT || stat.stx_attributes.bits() & root != 0 {
             0
         } else {
-            self.generation()
+            self.fds.inodes().table().generation()
         }
     }
 

@@ -6,55 +6,20 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::Operations;
 use super::path_checks::is_reopened_by_name;
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::open_files::handleless::IMPLICIT;
-use crate::fs::passthrough::{Cache, Passthrough};
-use crate::fs::{Caller, Entry, HandleKind, NegotiatedTerms, NodeId, Opened, Result};
+use crate::fs::passthrough::descriptors::regular_file;
+use crate::fs::passthrough::inode_table::Inode;
+use crate::fs::passthrough::open_files::IMPLICIT;
+use crate::fs::passthrough::options::Cache;
+use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result};
 use crate::io::File;
 
-/// The [`NegotiatedTerms`] in force. They change only while no request is running, so accesses to
-/// them order nothing.
-#[derive(Debug, Default)]
-pub(crate) struct CurrentTerms {
-    collects_writes: AtomicBool,
-    no_open: AtomicBool,
-    no_opendir: AtomicBool,
-    idmapped: AtomicBool,
-}
-
-impl CurrentTerms {
-    pub(crate) fn set(&self, terms: &NegotiatedTerms) {
-        self.collects_writes
-            .store(terms.collects_writes, Ordering::Relaxed);
-        self.no_open.store(terms.no_open, Ordering::Relaxed);
-        self.no_opendir.store(terms.no_opendir, Ordering::Relaxed);
-        self.idmapped.store(terms.idmapped, Ordering::Relaxed);
-    }
-
-    pub(crate) fn collects_writes(&self) -> bool {
-        self.collects_writes.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn no_open(&self) -> bool {
-        self.no_open.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn no_opendir(&self) -> bool {
-        self.no_opendir.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn idmapped(&self) -> bool {
-        self.idmapped.load(Ordering::Relaxed)
-    }
-}
-
-impl Passthrough {
+impl Operations {
     /// The flags of the guest's `open(2)` that are passed on to the host.
     ///
     /// These flags are not passed on:
@@ -95,7 +60,7 @@ impl Passthrough {
     /// never opens them here. `ENXIO` is Linux's error for opening a socket or a missing device,
     /// `ELOOP` that for opening a symbolic link with `O_NOFOLLOW`.
     pub(crate) fn regular(&self, node: NodeId) -> Result<Arc<Inode>> {
-        let inode = self.inode(node)?;
+        let inode = self.fds.inode(node)?;
         match inode.kind() {
             FileType::RegularFile => Ok(inode),
             FileType::Directory => Err(Errno::ISDIR),
@@ -107,33 +72,33 @@ impl Passthrough {
     /// Opens a regular file, as for OPEN.
     pub(crate) fn open_file(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
         let inode = self.regular(node)?;
-        self.room_for_handle()?;
+        self.fds.room_for_handle()?;
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
-        if let Some(file) = self.take_closed(node, flags) {
+        if let Some(file) = self.fds.take_closed(node, flags) {
             return self.opened_as(node, file, flags, HandleKind::File);
         }
         let changes = truncates || flags & OFlags::RWMODE != OFlags::RDONLY;
         let by_name = is_reopened_by_name(&inode);
         if changes && (by_name || truncates) {
-            self.writable()?;
+            self.fds.writable()?;
             self.confirm(caller, &self.fd_to_change(caller, &inode)?)?;
         }
         // If ids are mapped, user 0 may be any user.
         let privileged = caller.uid == Some(0) && !self.terms.idmapped();
         let file = if truncates && (caller.kill_set_id || !privileged) {
-            self.writable()?;
+            self.fds.writable()?;
             let flags = flags.difference(OFlags::TRUNC);
-            let file = regular_file(self.open_appendable(&inode, flags, appends)?, flags);
+            let file = regular_file(self.fds.open_appendable(&inode, flags, appends)?, flags);
             self.kill_set_id_of_open(&file)?;
             self.empty(&file)?;
             file
         } else if !changes {
-            regular_file(self.open_for_reading(&inode, flags)?, flags)
+            regular_file(self.fds.open_for_reading(&inode, flags)?, flags)
         } else {
-            self.writable()?;
-            regular_file(self.open_appendable(&inode, flags, appends)?, flags)
+            self.fds.writable()?;
+            regular_file(self.fds.open_appendable(&inode, flags, appends)?, flags)
         };
         if changes {
             if !by_name && !truncates {
@@ -142,39 +107,6 @@ impl Passthrough {
             self.note_opened(caller, node);
         }
         self.opened_as(node, file, flags, HandleKind::File)
-    }
-
-    pub(crate) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        if self.options.readonly {
-            // Reading leaves no trace, if the host allows that.
-            match self.reopen(inode, flags | OFlags::NOATIME) {
-                Err(Errno::PERM) => {}
-                opened => return opened,
-            }
-        }
-        self.reopen(inode, flags)
-    }
-
-    /// Opens a file for writing; `appends` says whether the caller opened it with `O_APPEND`. An
-    /// append-only file (`chattr +a`) can't be opened without that flag, and the kernel never lets
-    /// it be written anywhere but at the end.
-    pub(crate) fn open_appendable(
-        &self,
-        inode: &Inode,
-        flags: OFlags,
-        appends: bool,
-    ) -> Result<OwnedFd> {
-        match self.reopen(inode, flags) {
-            Err(Errno::PERM) if appends => self.reopen(inode, flags | OFlags::APPEND),
-            opened => opened,
-        }
-    }
-
-    pub(crate) fn open_directory(&self, inode: &Inode) -> Result<OwnedFd> {
-        if inode.kind() != FileType::Directory {
-            return Err(Errno::NOTDIR);
-        }
-        self.open_for_reading(inode, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
     /// Adds an open file to the handles: `entry`, whose lookup is counted already, and `fd`, which
@@ -188,7 +120,7 @@ impl Passthrough {
         match self.opened(entry.node, fd, flags, HandleKind::File) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
-                self.forget_lookups(entry.node, 1);
+                self.fds.forget_lookups(entry.node, 1);
                 Err(error)
             }
         }
@@ -218,12 +150,12 @@ impl Passthrough {
         kind: HandleKind,
     ) -> Result<Opened> {
         let directory = kind == HandleKind::Directory;
-        let handle = if self.is_implicit(IMPLICIT, kind) {
+        let handle = if self.terms.is_implicit(IMPLICIT, kind) {
             self.keep_created(node, file);
             IMPLICIT
         } else {
-            let handle = self.handles.add(node, file, flags, kind)?;
-            self.make_room();
+            let handle = self.fds.files().handles().add(node, file, flags, kind)?;
+            self.fds.make_room();
             handle
         };
         Ok(Opened {
@@ -237,9 +169,4 @@ impl Passthrough {
             cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
         })
     }
-}
-
-/// A regular file that was opened with `flags`.
-pub(crate) fn regular_file(fd: OwnedFd, flags: OFlags) -> File {
-    File::opened(fd, FileType::RegularFile, flags)
 }

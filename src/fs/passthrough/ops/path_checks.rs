@@ -22,13 +22,12 @@ use rustix::fs::{FileType, StatxFlags};
 use rustix::io::Errno;
 use rustix::time::ClockId;
 
+use super::Operations;
 use super::retries::Retries;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::{Inode, RefKind};
-use crate::fs::passthrough::inode_table::inode_fd::stat_name;
-use crate::fs::passthrough::inode_table::inode_fd::{Directory, InodeFd};
-use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
+use crate::fs::passthrough::inode_table::stat_name;
+use crate::fs::passthrough::inode_table::{
+    Directory, IDENTITY, Identity, Inode, InodeFd, RefKind, ReopenMethod, stat_fd,
+};
 use crate::fs::{Caller, NodeId, Result};
 use crate::io::File;
 
@@ -82,14 +81,14 @@ impl ConfirmedDirs {
 
 /// What is known about the paths that the guest uses.
 #[derive(Debug)]
-pub(crate) struct Paths {
+pub(crate) struct PathChecks {
     retries: Retries,
     confirmed_dirs: ConfirmedDirs,
     /// The inodes that processes opened last for writing.
     opened: Box<[AtomicU64]>,
 }
 
-impl Paths {
+impl PathChecks {
     pub(crate) fn new() -> Self {
         Self {
             retries: Retries::new(),
@@ -103,10 +102,10 @@ impl Paths {
     }
 }
 
-impl Passthrough {
+impl Operations {
     /// Records that `caller` has looked up `node`.
     pub(crate) fn note_lookup(&self, caller: &Caller, node: NodeId) {
-        self.paths.retries.found(caller.pid, node);
+        self.path_checks.retries.found(caller.pid, node);
     }
 
     /// Refuses a request that changes the inode `named`, or names in it, if its path leads
@@ -135,7 +134,7 @@ impl Passthrough {
             self.is_current(other)
         };
         if one_is_current && other_is_current {
-            self.paths.retries.served(caller.pid);
+            self.path_checks.retries.served(caller.pid);
             return Ok(());
         }
         let stale = [(one, one_is_current), (other, other_is_current)];
@@ -144,7 +143,7 @@ impl Passthrough {
             // Even a repeated request has no effect there. Without a path, as by a working directory,
             // the program gets the error of the host's kernel.
             let node = removed.inode().node();
-            let retries = &self.paths.retries;
+            let retries = &self.path_checks.retries;
             if retries.is_repeated_without_path(caller.pid, node) {
                 LET_THROUGH.set(true);
                 return Ok(());
@@ -169,10 +168,10 @@ impl Passthrough {
             return self.confirm_not_removed(named.inode(), named.as_fd());
         }
         if self.is_current(named) {
-            self.paths.retries.served(caller.pid);
+            self.path_checks.retries.served(caller.pid);
             return Ok(());
         }
-        if self.handles.has(node) {
+        if self.fds.files().handles().has(node) {
             return Ok(());
         }
         self.refuse(caller, [node].into_iter())
@@ -184,7 +183,7 @@ impl Passthrough {
         if has_any_name(file) {
             return Ok(());
         }
-        match self.inodes.get(node) {
+        match self.fds.inodes().get(node) {
             Some(inode) => self.confirm_not_removed(&inode, file.as_fd()),
             None => Err(Errno::STALE),
         }
@@ -201,7 +200,7 @@ impl Passthrough {
             || has_any_name(&file)
             || is_reopened_by_name(named) && self.has_current_name(named, None);
         if is_current {
-            self.paths.retries.served(caller.pid);
+            self.path_checks.retries.served(caller.pid);
             return Ok(());
         }
         self.refuse(caller, [named.node()].into_iter())
@@ -210,7 +209,9 @@ impl Passthrough {
     /// Records that `caller` has opened `node` for writing. With `O_TRUNC`, a SETATTR without a
     /// handle follows.
     pub(crate) fn note_opened(&self, caller: &Caller, node: NodeId) {
-        self.paths.opened(caller).store(node.0, Ordering::Relaxed);
+        self.path_checks
+            .opened(caller)
+            .store(node.0, Ordering::Relaxed);
     }
 
     /// As [`confirm`](Self::confirm), for SETATTR without an explicit handle. `implicit` says that
@@ -231,10 +232,11 @@ impl Passthrough {
         }
         let node = named.inode().node();
         if self.is_current(named) {
-            self.paths.retries.served(caller.pid);
+            self.path_checks.retries.served(caller.pid);
             return Ok(());
         }
-        if self.paths.opened(caller).swap(0, Ordering::Relaxed) == node.0 && self.handles.has(node)
+        if self.path_checks.opened(caller).swap(0, Ordering::Relaxed) == node.0
+            && self.fds.files().handles().has(node)
         {
             return Ok(());
         }
@@ -254,9 +256,9 @@ impl Passthrough {
         caller: &Caller,
         inode: &'a Inode,
     ) -> Result<InodeFd<'a>> {
-        self.fd(inode).inspect_err(|error| {
+        self.fds.fd(inode).inspect_err(|error| {
             if *error == Errno::STALE {
-                self.paths.retries.refuse(caller.pid, inode.node());
+                self.path_checks.retries.refuse(caller.pid, inode.node());
             }
         })
     }
@@ -274,14 +276,14 @@ impl Passthrough {
             return result;
         }
         let is_outdated = |node: &&NodeId| {
-            self.inodes.any(**node).is_some_and(|directory| {
-                let fd = self.fd(&directory);
+            self.fds.inodes().any(**node).is_some_and(|directory| {
+                let fd = self.fds.fd(&directory);
                 fd.is_ok_and(|fd| !self.is_current(&fd))
             })
         };
         match parents.iter().find(is_outdated) {
             Some(node) => {
-                self.paths.retries.refuse(caller.pid, *node);
+                self.path_checks.retries.refuse(caller.pid, *node);
                 Err(Errno::STALE)
             }
             None => result,
@@ -293,7 +295,7 @@ impl Passthrough {
         caller: &Caller,
         mut nodes: impl Iterator<Item = NodeId> + Clone,
     ) -> Result<()> {
-        let retries = &self.paths.retries;
+        let retries = &self.path_checks.retries;
         if retries.is_repeated(caller.pid, nodes.clone()) {
             LET_THROUGH.set(true);
             return Ok(());
@@ -321,12 +323,14 @@ impl Passthrough {
         let period = now();
         let mut confirmed = [at; MAX_PARENTS];
         let mut count = 0;
-        while count < MAX_PARENTS && !self.paths.confirmed_dirs.is_confirmed(at, period) {
-            let Some(directory) = self.inodes.any(at) else {
+        while count < MAX_PARENTS && !self.path_checks.confirmed_dirs.is_confirmed(at, period) {
+            let Some(directory) = self.fds.inodes().any(at) else {
                 break;
             };
             // A closed directory is opened by its name when it is needed, which checks it.
-            let above = directory.parent().and_then(|node| self.inodes.any(node));
+            let above = directory
+                .parent()
+                .and_then(|node| self.fds.inodes().any(node));
             if !above.is_some_and(|above| above.slot().is_full()) {
                 break;
             }
@@ -341,7 +345,7 @@ impl Passthrough {
             }
         }
         for node in &confirmed[..count] {
-            self.paths.confirmed_dirs.confirm(*node, period);
+            self.path_checks.confirmed_dirs.confirm(*node, period);
         }
         true
     }
@@ -350,10 +354,10 @@ impl Passthrough {
     /// all, as far as `fd` tells.
     fn has_current_name(&self, inode: &Inode, fd: Option<BorrowedFd<'_>>) -> bool {
         for _ in 0..MAX_TRIES {
-            let Some(parent) = inode.parent().and_then(|node| self.inodes.any(node)) else {
+            let Some(parent) = inode.parent().and_then(|node| self.fds.inodes().any(node)) else {
                 return fd.is_none_or(has_any_name);
             };
-            let dir_seq = self.inodes.dir_seq(&parent);
+            let dir_seq = self.fds.inodes().dir_seq(&parent);
             let ReopenMethod::Name(link) = inode.reopen_method() else {
                 continue;
             };
@@ -361,12 +365,13 @@ impl Passthrough {
                 continue;
             }
             let found = self
+                .fds
                 .fd(&parent)
                 .and_then(|fd| stat_name(&fd, &link.name))
                 .map(|stat| Identity::of(&stat));
             match found {
                 Ok(found) if inode.may_be(&found) => return true,
-                _ if !self.inodes.is_unchanged(dir_seq) => std::thread::yield_now(),
+                _ if !self.fds.inodes().is_unchanged(dir_seq) => std::thread::yield_now(),
                 Ok(found) => return self.has_become(inode, &found),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => {
                     // The guest may have removed it a moment ago.
@@ -382,7 +387,7 @@ impl Passthrough {
 
     /// Whether `inode` has the new identity `identity`, as after a copy-up on overlayfs.
     fn has_become(&self, inode: &Inode, identity: &Identity) -> bool {
-        let stat = self.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
+        let stat = self.fds.fd(inode).and_then(|fd| stat_fd(fd, IDENTITY));
         stat.is_ok_and(|stat| Identity::of(&stat).key == identity.key)
     }
 }

@@ -80,7 +80,7 @@ fn open_files_count_against_the_limit() {
         }
         assert_eq!(rig.fs.inode_descriptors(), 16);
         rig.fs.reset();
-        assert_eq!(rig.fs.handles.count(), 0);
+        assert_eq!(rig.fs.fds().files().handles().count(), 0);
     });
 }
 
@@ -358,9 +358,9 @@ fn an_inode_is_reached_while_others_rename_it_and_look_it_up() {
                             rig.fs.forget(file, 1);
                         }
                         for node in [file, top] {
-                            let inode = rig.fs.inodes.get(node).unwrap();
+                            let inode = rig.fs.fds().inodes().get(node).unwrap();
                             inode.slot().second_chance();
-                            rig.fs.close(&inode);
+                            rig.fs.fds().close(&inode);
                         }
                     }
                 }

@@ -7,7 +7,7 @@ use crate::fs::{HandleKind, OpenFile};
 fn open_and_close(rig: &Rig, node: NodeId, flags: u32) -> usize {
     let opened = rig.fs.open(&SUPERUSER, node, flags).unwrap();
     rig.fs.release(node, opened.handle).unwrap();
-    rig.fs.closed_fds.count()
+    rig.fs.fds().files().closed().count()
 }
 
 /// Runs `test` with at most this many cached files.
@@ -32,7 +32,7 @@ fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
 
         let again = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
         assert_eq!(
-            (rig.fs.closed_fds.count(), rig.descriptors()),
+            (rig.fs.fds().files().closed().count(), rig.descriptors()),
             (0, known + 1)
         );
         std::fs::write(path, "after").unwrap();
@@ -60,7 +60,10 @@ fn it_is_closed_when_the_guest_forgets_the_inode() {
             let node = rig.node("file");
             assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
             end(rig, node);
-            assert_eq!((rig.fs.closed_fds.count(), rig.descriptors()), (0, before));
+            assert_eq!(
+                (rig.fs.fds().files().closed().count(), rig.descriptors()),
+                (0, before)
+            );
         }
     });
 }
@@ -78,7 +81,7 @@ fn what_was_opened_for_more_than_reading_is_closed() {
         // A cached file is not used for an OPEN that asks for more.
         assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
         let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
-        assert_eq!(rig.fs.closed_fds.count(), 1);
+        assert_eq!(rig.fs.fds().files().closed().count(), 1);
         rig.fs.release(node, opened.handle).unwrap();
     });
 }
@@ -91,7 +94,7 @@ fn no_more_are_kept_than_there_may_be() {
                 rig.host_file(&n.to_string(), "");
                 open_and_close(rig, rig.node(&n.to_string()), O_RDONLY);
             }
-            assert_eq!(rig.fs.closed_fds.count(), kept);
+            assert_eq!(rig.fs.fds().files().closed().count(), kept);
         });
     };
     most(0, 0);

@@ -149,7 +149,8 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
             Ok(()) => names.push("old"),
             Err(error) => println!("SKIPPED in part: no old file can be shared: {error}"),
         }
-        let opened = usize::from(rig.fs.options.inode_file_handles == InodeFileHandles::Never);
+        let opened =
+            usize::from(rig.fs.ops.options().inode_file_handles == InodeFileHandles::Never);
         for name in names {
             let first = forget_at_once(rig, name);
             let descriptors = rig.fs.inode_descriptors();

@@ -3,7 +3,7 @@
 
 use super::restored::killed;
 use super::*;
-use crate::fs::passthrough::inode_table::identity::CLOCK_AHEAD;
+use crate::fs::passthrough::inode_table::CLOCK_AHEAD;
 use crate::fs::{HandleKind, OpenFile, Replay};
 
 /// Runs `test` with settled files and with young ones, each on a thread that can't open file
@@ -145,9 +145,9 @@ fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
         is_there(&rig, in_dir[1], "other/stays");
         assert_eq!(rig.attributes(gone), Err(Errno::STALE));
         for node in [dir, gone, renamed] {
-            assert!(rig.fs.has_searched_for(node));
+            assert!(rig.fs.fds().has_searched_for(node));
         }
-        assert!(!rig.fs.has_searched_for(there));
+        assert!(!rig.fs.fds().has_searched_for(there));
         is_there(&rig, in_dir[0], "other/again");
         is_there(&rig, renamed, "new");
         is_there(&rig, there, "there");
@@ -178,7 +178,7 @@ fn file_without_any_name_is_stale_and_not_looked_for() {
         // The file that takes its number is another inode.
         rig.host_file("other", "");
         assert_eq!(rig.attributes(node), Err(Errno::STALE));
-        assert!(!rig.fs.has_searched_for(node));
+        assert!(!rig.fs.fds().has_searched_for(node));
         assert_ne!(rig.node("other"), node);
     });
 }

@@ -30,7 +30,7 @@ impl Killed {
     }
 
     /// The next server process, with or without the descriptors of this one.
-    pub(super) fn next(self, inherited_fds: bool, under_way: &[u64]) -> (Rig, Restored) {
+    pub(super) fn next(self, inherited_fds: bool, in_flight: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
@@ -40,10 +40,10 @@ impl Killed {
         };
         let past = Past {
             inherited_fds,
-            under_way: under_way.to_vec(),
+            in_flight: in_flight.to_vec(),
         };
-        let options = self.fs.options.clone();
-        let (fs, restored) = Passthrough::of(shared, options, &table, Some(&past)).unwrap();
+        let options = self.fs.ops.options().clone();
+        let (fs, restored) = Passthrough::with_table(shared, options, &table, Some(&past)).unwrap();
         (Rig { dir: self.dir, fs }, restored)
     }
 }
@@ -374,7 +374,7 @@ fn another_directory_is_refused_and_changes_nothing() {
             path: other.path().to_owned(),
         };
         let options = Options::default();
-        let refused = Passthrough::of(shared, options, &table, Some(&Past::default()));
+        let refused = Passthrough::with_table(shared, options, &table, Some(&Past::default()));
         let error = refused.unwrap_err().to_string();
         assert!(error.contains("another directory"), "{error}");
         let (rig, restored) = rig.next(false, &[]);

@@ -88,7 +88,7 @@ impl XattrMap {
     ///
     /// `EPERM` or `EOPNOTSUPP` if a rule says so, `EPERM` if no rule matches, and `ERANGE` if the
     /// host's name would be too long.
-    pub(crate) fn to_host<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
+    pub(super) fn to_host<'a>(&self, name: &'a CStr) -> Result<Cow<'a, CStr>> {
         let matches =
             |rule: &&Rule| rule.client && name.to_bytes().starts_with(rule.key.as_bytes());
         let rule = self.rules.iter().find(matches).ok_or(Errno::PERM)?;
@@ -108,7 +108,7 @@ impl XattrMap {
     }
 
     /// Maps the host's `name` to the guest's. Returns `None` if it is hidden.
-    pub(crate) fn to_guest<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
+    pub(super) fn to_guest<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
         let (rule, rest) = self.rules.iter().find_map(|rule| {
             let rest = name.strip_prefix(rule.prepend.as_bytes())?;
             rule.server.then_some((rule, rest))
@@ -121,7 +121,7 @@ impl XattrMap {
     }
 
     /// Maps the host's list of NUL-terminated names to the guest's.
-    pub(crate) fn list_for_guest(&self, names: &[u8]) -> Vec<u8> {
+    pub(super) fn list_for_guest(&self, names: &[u8]) -> Vec<u8> {
         let mut list = Vec::with_capacity(names.len());
         for name in names.split(|byte| *byte == 0) {
             if let Some(name) = self.to_guest(name).filter(|name| !name.is_empty()) {

@@ -12,17 +12,16 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, OFlags, Statx};
 use rustix::io::Errno;
 
+use super::content::recreate_nameless;
 use super::locks::record_of;
 use super::save::REOPEN_FLAGS;
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, Key, stat_fd};
-use crate::fs::passthrough::inode_table::inode_fd::InodeFd;
-use crate::fs::passthrough::inode_table::inode_fd::component;
-use crate::fs::passthrough::inode_table::reopen_method::{
-    Mount, ParentLink, ReopenMethod, digest_at,
+use crate::fs::passthrough::descriptors::Descriptors;
+use crate::fs::passthrough::descriptors::regular_file;
+use crate::fs::passthrough::inode_table::component;
+use crate::fs::passthrough::inode_table::{
+    IDENTITY, Identity, InodeFd, Key, Mount, ParentLink, ReopenMethod, digest_at, stat_fd,
 };
-use crate::fs::passthrough::ops::open::regular_file;
-use crate::fs::passthrough::options::{MigrationMode, OnMigrationError};
+use crate::fs::passthrough::options::{MigrationMode, MigrationOptions, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
 use crate::state::HandleFields;
@@ -66,8 +65,14 @@ impl Found {
     }
 }
 
-impl Passthrough {
-    pub(crate) fn load_snapshot(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
+/// Finds what another server has described.
+pub(super) struct Loader<'a> {
+    pub(super) fds: &'a Descriptors,
+    pub(super) options: &'a MigrationOptions,
+}
+
+impl Loader<'_> {
+    pub(super) fn load(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
         let opens = snapshot.opens.iter().map(|open| open.node);
         let locked = snapshot.locks.iter().map(|locks| locks.node);
         let context = LoadContext {
@@ -76,10 +81,16 @@ impl Passthrough {
         };
         self.check_limits(snapshot)?;
         if snapshot.generation != 0 {
-            self.table().set_generation(snapshot.generation);
+            self.fds
+                .inodes()
+                .table()
+                .set_generation(snapshot.generation);
         }
-        self.inodes.skip_to_node(snapshot.next_node);
-        self.handles.skip_to_handle(snapshot.next_handle);
+        self.fds.inodes().skip_to_node(snapshot.next_node);
+        self.fds
+            .files()
+            .handles()
+            .skip_to_handle(snapshot.next_handle);
         let mut lost = 0_usize;
         for inode in &snapshot.inodes {
             match self.find_inode(inode, &context) {
@@ -124,11 +135,11 @@ impl Passthrough {
     /// Checks that the snapshot is within this server's limits.
     fn check_limits(&self, snapshot: &Snapshot) -> Result<(), MoveError> {
         let limits = [
-            ("inodes", snapshot.inodes.len(), self.options.max_inodes),
+            ("inodes", snapshot.inodes.len(), self.fds.limits().inodes),
             (
                 "open files and lock owners",
                 snapshot.opens.len().saturating_add(snapshot.locks.len()),
-                self.fd_limits.handles,
+                self.fds.limits().handles,
             ),
         ];
         for (what, have, most) in limits {
@@ -143,8 +154,8 @@ impl Passthrough {
     }
 
     /// Fails, or counts and logs the loss, as the option `on_error` says.
-    pub(crate) fn count_loss(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
-        if self.options.migration.on_error == OnMigrationError::Abort {
+    pub(super) fn count_loss(&self, error: MoveError, lost: &mut usize) -> Result<(), MoveError> {
+        if self.options.on_error == OnMigrationError::Abort {
             return Err(error);
         }
         *lost += 1;
@@ -158,8 +169,8 @@ impl Passthrough {
 
     /// Whether the source shares this very directory.
     fn is_shared_with(&self, snapshot: &Snapshot) -> bool {
-        let own = self.inodes.any(NodeId::ROOT).and_then(|root| {
-            let fd = self.fd(&root).ok()?;
+        let own = self.fds.inodes().any(NodeId::ROOT).and_then(|root| {
+            let fd = self.fds.fd(&root).ok()?;
             let identity = Identity::of(&stat_fd(&fd, IDENTITY).ok()?);
             let handle = FileHandle::of(&fd)
                 .map_or_else(|_none| Vec::new(), |handle| handle.bytes().to_vec());
@@ -187,7 +198,7 @@ impl Passthrough {
                 Ok(found) if context.shared && found.is(inode) => Ok(found),
                 _ => {
                     let kind = FileType::from_raw_mode(inode.kind);
-                    let made = self.recreate_nameless(kind, nameless);
+                    let made = recreate_nameless(self.fds, kind, nameless);
                     made.and_then(|fd| Found::open(fd, ReopenMethod::None))
                 }
             },
@@ -206,8 +217,8 @@ impl Passthrough {
         verify: bool,
         context: &LoadContext,
     ) -> Result<Found, Errno> {
-        let parent = self.inodes.any(from).ok_or(Errno::STALE)?;
-        let parent = self.fd(&parent)?;
+        let parent = self.fds.inodes().any(from).ok_or(Errno::STALE)?;
+        let parent = self.fds.fd(&parent)?;
         let link = (!path.contains(&b'/'))
             .then(|| CString::new(path).map_err(|_nul| Errno::INVAL))
             .transpose()?
@@ -219,13 +230,13 @@ impl Passthrough {
         let in_use = context.in_use.contains(&inode.node);
         let found = match link {
             // This is the most frequent case: an inode with a name that the guest isn't using.
-            Some(link) if !verify && !in_use && self.reopen_policy.keeps_opened_fds() => {
+            Some(link) if !verify && !in_use && self.fds.reopen_policy().keeps_opened_fds() => {
                 self.by_name(&parent, link)?
             }
             link => {
                 // Without a link, the name is recorded when a lookup sees it.
                 let method = link.map_or(ReopenMethod::None, ReopenMethod::Name);
-                Found::open(self.follow(parent.as_fd(), path)?, method)?
+                Found::open(self.fds.follow(parent.as_fd(), path)?, method)?
             }
         };
         if verify
@@ -253,7 +264,7 @@ impl Passthrough {
             digest.and_then(Result::ok)
         };
         let Some(digest) = digest else {
-            let fd = self.follow(parent.as_fd(), name.to_bytes())?;
+            let fd = self.fds.follow(parent.as_fd(), name.to_bytes())?;
             return Found::open(fd, ReopenMethod::Name(link));
         };
         link.digest = digest;
@@ -268,12 +279,18 @@ impl Passthrough {
     fn by_handle(&self, bytes: &[u8]) -> Result<Found, Errno> {
         // A handle can name any file of the file system, so it is accepted only if the operator
         // allows it.
-        if self.options.migration.mode != MigrationMode::FileHandles {
+        if self.options.mode != MigrationMode::FileHandles {
             return Err(Errno::OPNOTSUPP);
         }
         let handle = FileHandle::from_bytes(bytes).ok_or(Errno::STALE)?;
-        let mount: Arc<Mount> = self.reopen_policy.shared_mount().ok_or(Errno::OPNOTSUPP)?;
-        let fd = self.with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
+        let mount: Arc<Mount> = self
+            .fds
+            .reopen_policy()
+            .shared_mount()
+            .ok_or(Errno::OPNOTSUPP)?;
+        let fd = self
+            .fds
+            .with_room(|| mount.open(&handle, OFlags::PATH | OFlags::NOFOLLOW))?;
         Found::open(fd, ReopenMethod::Handle { mount, handle })
     }
 
@@ -288,9 +305,11 @@ impl Passthrough {
         let identity = found.identity();
         let by_policy = match &found.fd {
             Some(fd) => {
-                let method =
-                    self.reopen_policy
-                        .method_for_new(fd.as_fd(), &identity, &self.proc_fds);
+                let method = self.fds.reopen_policy().method_for_new(
+                    fd.as_fd(),
+                    &identity,
+                    self.fds.proc_fds(),
+                );
                 method.map_err(fail)?
             }
             None => None,
@@ -302,17 +321,18 @@ impl Passthrough {
             (None, method) => (found.fd, method),
         };
         let imported = self
-            .inodes
+            .fds
+            .inodes()
             .import(node, inode.lookups, &identity, fd, method);
         if !imported {
             return Err(fail(Errno::EXIST));
         }
         if found.stat.stx_nlink == 0
-            && let Some(inode) = self.inodes.any(node)
+            && let Some(inode) = self.fds.inodes().any(node)
         {
-            self.inodes.set_nameless(&inode, true);
+            self.fds.inodes().set_nameless(&inode, true);
         }
-        self.make_room();
+        self.fds.make_room();
         Ok(())
     }
 
@@ -329,16 +349,17 @@ impl Passthrough {
             kind: FileType::from_raw_mode(inode.kind),
         };
         let node = NodeId(inode.node);
-        self.inodes
+        self.fds
+            .inodes()
             .import(node, inode.lookups, &identity, None, ReopenMethod::None);
     }
 
     /// Opens a file or directory that the guest has open.
     fn open_as(&self, open: &Open) -> Result<(), Errno> {
         let node = NodeId(open.node);
-        let inode = self.inodes.any(node).ok_or(Errno::STALE)?;
+        let inode = self.fds.inodes().any(node).ok_or(Errno::STALE)?;
         let file = if open.directory {
-            File::from_fd(self.open_directory(&inode)?)
+            File::from_fd(self.fds.open_directory(&inode)?)
         } else {
             if inode.kind() != FileType::RegularFile {
                 return Err(Errno::STALE);
@@ -346,10 +367,10 @@ impl Passthrough {
             let flags = OFlags::from_bits_retain(open.flags & REOPEN_FLAGS.cast_unsigned());
             let flags = flags | OFlags::NOCTTY;
             let fd = match flags & OFlags::RWMODE {
-                OFlags::RDONLY => self.open_for_reading(&inode, flags)?,
+                OFlags::RDONLY => self.fds.open_for_reading(&inode, flags)?,
                 _ => {
-                    self.writable()?;
-                    self.open_appendable(&inode, flags, true)?
+                    self.fds.writable()?;
+                    self.fds.open_appendable(&inode, flags, true)?
                 }
             };
             regular_file(fd, flags)
@@ -361,7 +382,10 @@ impl Passthrough {
             flags: open.flags & REOPEN_FLAGS.cast_unsigned(),
             fd: file.as_fd().as_raw_fd(),
         };
-        self.handles.import(&fields, record_of(open.flock), file)
+        self.fds
+            .files()
+            .handles()
+            .import(&fields, record_of(open.flock), file)
     }
 }
 

@@ -11,18 +11,17 @@ use std::time::Duration;
 use rustix::fs::{FileType, StatxFlags};
 use rustix::io::Errno;
 
+use super::content::content_of;
 use super::locks::{flock_of, locks_of};
-use crate::fs::passthrough::Passthrough;
-use crate::fs::passthrough::inode_table::identity::{IDENTITY, Identity, stat_fd};
-use crate::fs::passthrough::inode_table::inode::Inode;
-use crate::fs::passthrough::inode_table::reopen_method::ReopenMethod;
-use crate::fs::passthrough::options::MigrationMode;
+use crate::fs::passthrough::descriptors::Descriptors;
+use crate::fs::passthrough::inode_table::{IDENTITY, Identity, Inode, ReopenMethod, stat_fd};
+use crate::fs::passthrough::options::{MigrationMode, MigrationOptions};
 use crate::fs::{MoveError, NodeId};
-use crate::state::stream::{self, Find, Open, Root, Snapshot};
+use crate::state::stream::{self, CONTENT_MOST, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// The open flags that are kept when a file is opened again.
-pub(crate) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
+pub(super) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_DIRECT
     | libc::O_NOATIME
@@ -32,17 +31,25 @@ pub(crate) const REOPEN_FLAGS: i32 = libc::O_ACCMODE
 /// How long the search for names may delay the guest.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
-impl Passthrough {
-    pub(crate) fn snapshot(&self) -> Result<Snapshot, MoveError> {
+/// Describes a session for another server.
+pub(super) struct Saver<'a> {
+    pub(super) fds: &'a Descriptors,
+    pub(super) options: &'a MigrationOptions,
+    /// The guest doesn't say which files it has open.
+    pub(super) no_open: bool,
+}
+
+impl Saver<'_> {
+    pub(super) fn snapshot(&self) -> Result<Snapshot, MoveError> {
         let mut snapshot = Snapshot {
-            generation: self.generation(),
-            next_node: self.table().nodes_given_out(),
-            next_handle: self.table().handles_given_out(),
+            generation: self.fds.inodes().table().generation(),
+            next_node: self.fds.inodes().table().nodes_given_out(),
+            next_handle: self.fds.inodes().table().handles_given_out(),
             root: self.describe_root(),
             ..Snapshot::default()
         };
         let mut in_use = HashSet::new();
-        self.handles.each(|fields, lock, _| {
+        self.fds.files().handles().each(|fields, lock, _| {
             in_use.insert(NodeId(fields.node));
             snapshot.opens.push(Open {
                 handle: fields.handle,
@@ -52,13 +59,13 @@ impl Passthrough {
                 flock: flock_of(lock),
             });
         });
-        self.locks.each(|fields, ranges, _| {
+        self.fds.files().record_locks().each(|fields, ranges, _| {
             in_use.insert(NodeId(fields.node));
             snapshot.locks.push(locks_of(fields, &ranges));
         });
-        let mut left = Self::max_content();
+        let mut left = CONTENT_MOST;
         let mut unnamed = Vec::new();
-        for inode in parents_first(self.inodes.all()) {
+        for inode in parents_first(self.fds.inodes().all()) {
             let used = in_use.contains(&inode.node());
             let described = self.describe(&inode, used, &mut left);
             if described.find == Find::Lost {
@@ -72,16 +79,16 @@ impl Passthrough {
 
     /// Searches for the names of inodes that have a name, but no known one.
     fn search_unnamed(&self, unnamed: &[Arc<Inode>], snapshot: &mut Snapshot) {
-        if unnamed.is_empty() || self.options.migration.mode != MigrationMode::FindPaths {
+        if unnamed.is_empty() || self.options.mode != MigrationMode::FindPaths {
             return;
         }
-        let mut paths = self.search(unnamed, SEARCH_TIMEOUT);
+        let mut paths = self.fds.search(unnamed, SEARCH_TIMEOUT);
         for inode in &mut snapshot.inodes {
             if let Some(path) = paths.remove(&NodeId(inode.node)) {
                 inode.find = Find::Path {
                     from: NodeId::ROOT.0,
                     path,
-                    verify: self.options.migration.verify_handles,
+                    verify: self.options.verify_handles,
                 };
             } else if inode.find == Find::Lost {
                 log::warn!("migration: can't migrate inode {}", inode.node);
@@ -90,10 +97,10 @@ impl Passthrough {
     }
 
     fn describe_root(&self) -> Root {
-        let Some(root) = self.inodes.any(NodeId::ROOT) else {
+        let Some(root) = self.fds.inodes().any(NodeId::ROOT) else {
             return Root::default();
         };
-        let fd = self.fd(&root);
+        let fd = self.fds.fd(&root);
         let birth = fd.as_ref().ok().and_then(|fd| {
             let stat = stat_fd(fd, IDENTITY).ok()?;
             Identity::of(&stat).birth
@@ -134,7 +141,7 @@ impl Passthrough {
         left: &mut u64,
         handle: &mut Vec<u8>,
     ) -> Result<Find, Errno> {
-        let options = &self.options.migration;
+        let options = self.options;
         if options.mode == MigrationMode::FileHandles && self.is_on_shared(inode) {
             *handle = self.handle_of(inode)?;
             return Ok(Find::Handle);
@@ -157,17 +164,17 @@ impl Passthrough {
         // There are few parents and open files, and if they are lost, others are lost with them.
         let confirm = options.confirm_paths || in_use || inode.has_children();
         if let Some((parent, name)) = link
-            && (!confirm || self.path_leads_to(parent, &name, inode))
+            && (!confirm || self.fds.path_leads_to(parent, &name, inode))
         {
             return Ok(found(parent, name));
         }
         let (path, links) = {
-            let fd = self.fd(inode)?;
+            let fd = self.fds.fd(inode)?;
             let links = stat_fd(&fd, StatxFlags::NLINK)?.stx_nlink;
-            (self.path_of(fd.as_fd()), links)
+            (self.fds.path_of(fd.as_fd()), links)
         };
         if let Ok(path) = path
-            && self.path_leads_to(NodeId::ROOT, &path, inode)
+            && self.fds.path_leads_to(NodeId::ROOT, &path, inode)
         {
             return Ok(found(NodeId::ROOT, path));
         }
@@ -178,7 +185,7 @@ impl Passthrough {
             return Ok(Find::Gone);
         }
         *handle = self.handle_of(inode).unwrap_or_default();
-        self.content_of(inode, left).map(Find::Nameless)
+        content_of(self.fds, inode, left).map(Find::Nameless)
     }
 
     /// Whether the guest may be using an inode that has no name. It reports open files unless
@@ -186,14 +193,14 @@ impl Passthrough {
     fn may_be_in_use(&self, inode: &Inode, open: bool) -> bool {
         match inode.kind() {
             FileType::Directory => true,
-            FileType::RegularFile => open || self.terms.no_open(),
+            FileType::RegularFile => open || self.no_open,
             _ => false,
         }
     }
 
     /// Whether the inode is in the mount of the shared directory, where file handles can be opened.
     fn is_on_shared(&self, inode: &Inode) -> bool {
-        let root = self.inodes.any(NodeId::ROOT);
+        let root = self.fds.inodes().any(NodeId::ROOT);
         root.is_some_and(|root| root.key().mount == inode.key().mount)
     }
 
@@ -201,7 +208,7 @@ impl Passthrough {
         if let ReopenMethod::Handle { handle, .. } = &inode.reopen_method() {
             return Ok(handle.bytes().to_vec());
         }
-        let handle = FileHandle::of(self.fd(inode)?)?;
+        let handle = FileHandle::of(self.fds.fd(inode)?)?;
         Ok(handle.bytes().to_vec())
     }
 }
