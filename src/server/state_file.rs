@@ -15,7 +15,7 @@ use super::ServerError;
 use super::limits::{LimitError, file_size, without_file_size_limit};
 use super::predecessor::wait_while;
 use crate::config::Config;
-use crate::fs::passthrough::Past;
+use crate::fs::passthrough::PreviousProcess;
 use crate::state::{Limits, StateError, Table};
 use crate::virtqueue;
 
@@ -24,7 +24,7 @@ use crate::virtqueue;
 pub(super) struct Kept {
     pub(super) table: Arc<Table>,
     /// What an earlier process has left in the table, if anything.
-    pub(super) past: Option<Past>,
+    pub(super) past: Option<PreviousProcess>,
 }
 
 /// Where the table is stored.
@@ -124,7 +124,7 @@ impl State {
 
 impl Kept {
     fn of(table: Arc<Table>, inherited_fds: bool) -> Self {
-        let past = table.is_in_use().then(|| Past {
+        let past = table.is_in_use().then(|| PreviousProcess {
             inherited_fds,
             in_flight: virtqueue::under_way(&table),
         });

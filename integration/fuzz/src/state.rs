@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use ringfsd::fs::passthrough::{Options, Passthrough, Past, Shared};
+use ringfsd::fs::passthrough::{Options, Passthrough, PreviousProcess, Shared};
 use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId, Replay};
 use ringfsd::io::{Lock, LockKind, RecordLock};
 use ringfsd::state::{Limits, Table};
@@ -208,7 +208,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     let _ = (table.agreement(), table.front(), table.is_in_use());
     let _ = ringfsd::virtqueue::under_way(&table);
     let share = scene.share.path();
-    let past = Past {
+    let past = PreviousProcess {
         inherited_fds: false,
         in_flight,
     };

@@ -15,7 +15,7 @@ use super::inode_table::{IDENTITY, Identity, Inode, InodeTable, new_generation, 
 use super::open_files::{ClosedFdCache, OpenFiles};
 use super::ops::Operations;
 use super::xattr::Xattrs;
-use super::{Options, Passthrough, PassthroughError, Past, Restored, Shared};
+use super::{Options, Passthrough, PassthroughError, PreviousProcess, Restored, Shared};
 use crate::state::Table;
 
 impl Passthrough {
@@ -49,7 +49,7 @@ impl Passthrough {
         shared: Shared,
         options: Options,
         table: &Arc<Table>,
-        past: Option<&Past>,
+        past: Option<&PreviousProcess>,
     ) -> Result<(Self, Restored), PassthroughError> {
         let Shared {
             root,
@@ -80,7 +80,7 @@ impl Passthrough {
         let ids = ids.map_err(of_share)?;
         let limits = GuestLimits::new(&options);
         let closed = if overrides().map_err(of_share)? {
-            options.max_spare_files.min(limits.soft / 4)
+            options.max_closed_files.min(limits.soft / 4)
         } else {
             0
         };
@@ -107,7 +107,7 @@ impl Passthrough {
                 let old = key_of(&record);
                 let root = Inode::restore_root(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
-                let inodes = InodeTable::of(root, table, options.remember_inodes);
+                let inodes = InodeTable::with_root(root, table, options.remember_inodes);
                 (inodes, Some((old, others)))
             }
         };

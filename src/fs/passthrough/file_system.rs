@@ -37,8 +37,8 @@ impl FileSystem for Passthrough {
     }
 
     fn unmounted(&self) {
-        // Not if this process resumed the session from another one: the next guest may be a different
-        // one.
+        // Not if this process resumed the session from another one: the next guest may be a
+        // different one.
         let keeps_inodes = self.fds().inodes().keeps_forgotten() && !self.handover.is_inherited();
         if keeps_inodes {
             self.end_session();
@@ -105,7 +105,7 @@ impl FileSystem for Passthrough {
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
         self.fds().writable()?;
-        self.ops.change(caller, node, handle, changes)
+        self.ops.set_attributes(caller, node, handle, changes)
     }
 
     fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
@@ -174,7 +174,7 @@ impl FileSystem for Passthrough {
         flags: u32,
     ) -> Result<()> {
         self.fds().writable()?;
-        let moved = self.ops.move_name(caller, from, to, flags);
+        let moved = self.ops.rename(caller, from, to, flags);
         self.ops.unless_outdated(caller, &[from.0, to.0], moved)
     }
 
@@ -391,7 +391,7 @@ impl FileSystem for Passthrough {
     }
 
     fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
-        self.ops.may(caller, node, mask)
+        self.ops.check_access(caller, node, mask)
     }
 
     fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {

@@ -3,8 +3,8 @@
 //! [`Passthrough`] joins the operations with what is needed to continue a session elsewhere. Each
 //! folder is a room with a struct of its own; `docs/architecture.md` has their order. `construct`
 //! builds them, `file_system` and `recovery` implement the traits of [`crate::fs`]. The invariant:
-//! every access starts from a descriptor or a file handle that was derived from the shared directory,
-//! one path component at a time.
+//! every access starts from a descriptor or a file handle that was derived from the shared
+//! directory, one path component at a time.
 
 mod construct;
 mod current_request;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 pub use self::construct::check_shared;
 pub use self::error::PassthroughError;
-pub use self::handover::{Past, Restored};
+pub use self::handover::{PreviousProcess, Restored};
 pub use self::ids::{IdMap, IdOverlap, IdRule, IdRuleError};
 pub use self::options::{
     Cache, InodeFileHandles, MigrationMode, MigrationOptions, OnMigrationError, Options,

@@ -13,7 +13,7 @@ use crate::state::Limits;
 
 /// The default number of inodes that a guest may know. One costs the server 200 to 400 bytes, and
 /// the guest, whose kernel has an inode and a name for it, about four times that.
-const MOST_INODES: usize = 1 << 24;
+const DEFAULT_MAX_INODES: usize = 1 << 24;
 
 /// What the guest may cache of the files it opens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,7 +113,7 @@ pub struct Options {
     pub max_handles: Option<usize>,
     /// How many files that the guest has closed may stay open in case it opens them again, at most
     /// a quarter of all descriptors; 0 for none.
-    pub max_spare_files: usize,
+    pub max_closed_files: usize,
     /// What the guest may cache of open files and directories.
     pub cache: Cache,
     /// How long attributes stay valid in the guest.
@@ -162,10 +162,10 @@ impl Default for Options {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
             reserved_descriptors: 64,
-            max_inodes: MOST_INODES,
+            max_inodes: DEFAULT_MAX_INODES,
             remember_inodes: 0,
             max_handles: None,
-            max_spare_files: 1024,
+            max_closed_files: 1024,
             cache: Cache::default(),
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),

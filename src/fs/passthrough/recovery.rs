@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use super::handover::{identity_at, name_was_moved, name_was_removed};
+use super::handover::{identity_at, name_was_removed, name_was_renamed};
 use super::{Passthrough, current_request};
 use crate::fs::{self, Handle, LockOwner, Migrate, MoveError, NodeId, Replay};
 use crate::io::{Lock, LockKind};
@@ -42,7 +42,7 @@ impl Replay for Passthrough {
     }
 
     fn was_renamed(&self, from: (NodeId, &CStr), to: (NodeId, &CStr), number: u64) -> bool {
-        name_was_moved(self.fds(), from, to, number)
+        name_was_renamed(self.fds(), from, to, number)
     }
 
     fn record_lock(&self, node: NodeId, handle: Handle, owner: LockOwner, lock: Lock) {

@@ -77,7 +77,7 @@ impl Descriptors {
             locked,
         } = released;
         let alone = !locked && file.users() == 1;
-        if !alone || !is_plain(flags) {
+        if !self.files.closed().is_enabled() || !alone || !is_plain(flags) {
             self.close_file(node, file);
             return;
         }

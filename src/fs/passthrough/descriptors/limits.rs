@@ -74,7 +74,7 @@ impl Descriptors {
 
     /// Checks the limits before another file or directory is opened for the guest.
     pub(crate) fn room_for_handle(&self) -> Result<()> {
-        self.sharing.opens();
+        self.sharing.note_open();
         if self.files.until_released() >= self.limits.handles {
             return Err(Errno::NFILE);
         }

@@ -1,8 +1,8 @@
 //! Opens inodes, and keeps the number of all descriptors of the guest within its limits.
 //!
-//! This room joins inodes and open files: which of them have descriptors, how an inode without one is
-//! opened, and what is closed when there are too many. The invariant: an operation that would exceed a
-//! limit fails before it takes effect, and what is closed can be opened again.
+//! This room joins inodes and open files: which of them have descriptors, how an inode without one
+//! is opened, and what is closed when there are too many. The invariant: an operation that would
+//! exceed a limit fails before it takes effect, and what is closed can be opened again.
 
 mod closing;
 mod eviction;
@@ -94,8 +94,8 @@ impl Descriptors {
         self.inodes.get(node).ok_or(Errno::STALE)
     }
 
-    /// Lets inodes with smaller node ids than `below` be searched for: they belong to a process whose
-    /// descriptors this one doesn't have.
+    /// Lets inodes with smaller node ids than `below` be searched for: they belong to a process
+    /// whose descriptors this one doesn't have.
     pub(crate) fn search_below(&mut self, below: u64) {
         self.lost_inodes = LostInodes::from(below);
     }

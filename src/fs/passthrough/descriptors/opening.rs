@@ -58,12 +58,12 @@ impl Descriptors {
 
     /// Opens `inode` for locks of both kinds, if possible.
     pub(crate) fn open_to_lock(&self, inode: &Inode) -> Result<OwnedFd> {
-        let most = if self.readonly {
+        let access = if self.readonly {
             OFlags::RDONLY
         } else {
             OFlags::RDWR
         };
-        match self.reopen(inode, most) {
+        match self.reopen(inode, access) {
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
                 self.reopen(inode, OFlags::RDONLY)
             }

@@ -25,14 +25,14 @@ pub(crate) struct Sharing {
     /// How often a file was opened or was about to be.
     opened: AtomicU64,
     /// The value of [`Descriptors::change_count`] at the last scan.
-    looked_at: AtomicU64,
+    scanned_at: AtomicU64,
     /// Whether any descriptor was ever shared.
     any: AtomicBool,
 }
 
 impl Sharing {
     /// Records that a file is about to be opened.
-    pub(crate) fn opens(&self) {
+    pub(crate) fn note_open(&self) {
         self.opened.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -49,12 +49,12 @@ impl Descriptors {
     /// it doesn't run each time that descriptors are short.
     pub(crate) fn share_descriptors(&self) {
         let now = self.change_count();
-        let before = self.sharing.looked_at.load(Ordering::Relaxed);
+        let before = self.sharing.scanned_at.load(Ordering::Relaxed);
         let few = u64::try_from(self.files.handles().count() / NEW).unwrap_or(u64::MAX);
         if now.wrapping_sub(before) <= few {
             return;
         }
-        self.sharing.looked_at.store(now, Ordering::Relaxed);
+        self.sharing.scanned_at.store(now, Ordering::Relaxed);
         self.sharing.any.store(true, Ordering::Relaxed);
         // The lock of the shard prevents a release during the scan.
         self.files.handles().each(|open, _, file| {

@@ -1,6 +1,7 @@
 //! What earlier server processes recorded about requests that are replayed.
 //!
-//! The invariant: lookups that an unfinished request counted are undone, as they will be counted again.
+//! The invariant: lookups that an unfinished request counted are undone, as they will be counted
+//! again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

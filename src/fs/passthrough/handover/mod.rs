@@ -1,8 +1,8 @@
 //! Continues a session in another server process or on another server.
 //!
-//! After a crash or an upgrade the next process resumes from the state table and replays the requests
-//! that were in flight; a migration sends a snapshot. The invariant: what the guest knows leads to what
-//! it led to before, or to errors, never to something else.
+//! After a crash or an upgrade the next process resumes from the state table and replays the
+//! requests that were in flight; a migration sends a snapshot. The invariant: what the guest knows
+//! leads to what it led to before, or to errors, never to something else.
 
 mod attempts;
 mod migration;
@@ -12,9 +12,9 @@ mod resume;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use self::attempts::PreviousAttempts;
-pub(crate) use self::replay::{identity_at, name_was_moved, name_was_removed};
-pub(crate) use self::resume::{Others, Records, inherited_fd, key_of};
-pub use self::resume::{Past, Restored};
+pub(crate) use self::replay::{identity_at, name_was_removed, name_was_renamed};
+pub(crate) use self::resume::{OtherRecords, Records, inherited_fd, key_of};
+pub use self::resume::{PreviousProcess, Restored};
 
 use crate::fs::passthrough::descriptors::Descriptors;
 use crate::fs::passthrough::inode_table::Key;
@@ -43,14 +43,14 @@ impl Handover {
         }
     }
 
-    /// Resumes a session that another process has started, from its `records`. `old_root` is the key
-    /// that the root had there.
+    /// Resumes a session that another process has started, from its `records`. `old_root` is the
+    /// key that the root had there.
     pub(crate) fn resume(
         options: MigrationOptions,
         fds: &mut Descriptors,
-        records: Others,
+        records: OtherRecords,
         old_root: Key,
-        past: &Past,
+        past: &PreviousProcess,
     ) -> (Self, Restored) {
         let (attempts, restored) = resume::resume(fds, records, old_root, past);
         let resumed = Self {

@@ -46,7 +46,7 @@ pub(crate) fn name_was_removed(
 
 /// Whether the inode with this `number` has moved from `from` to `to`, as after a RENAME that
 /// the previous process executed but did not record. If so, records its new name.
-pub(crate) fn name_was_moved(
+pub(crate) fn name_was_renamed(
     fds: &Descriptors,
     from: (NodeId, &CStr),
     to: (NodeId, &CStr),

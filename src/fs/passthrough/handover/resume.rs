@@ -2,11 +2,11 @@
 //! migration.
 //!
 //! Inodes, open files and locks get their descriptors back if this process has those of the
-//! previous process under the same numbers ([`Past::inherited_fds`]). Otherwise they are reopened,
-//! by file handle or by parent and name: inodes when they are needed, files and locks at once. The
-//! lookups counted by requests that were not answered are undone, as these requests are served
-//! again. The invariant: a reopened inode is the same inode by device, number and birth time; one
-//! that can't be reopened is `ESTALE` or `EBADF` to the guest, never another file.
+//! previous process under the same numbers ([`PreviousProcess::inherited_fds`]). Otherwise they are
+//! reopened, by file handle or by parent and name: inodes when they are needed, files and locks at
+//! once. The lookups counted by requests that were not answered are undone, as these requests are
+//! served again. The invariant: a reopened inode is the same inode by device, number and birth
+//! time; one that can't be reopened is `ESTALE` or `EBADF` to the guest, never another file.
 //!
 //! With inherited descriptors, the root is also the directory that was open before: a server in its
 //! own mount namespace has other mounts than the previous server, and a name can't be moved between
@@ -31,7 +31,7 @@ use crate::sys::inherit;
 
 /// What is known about the end of the previous server process.
 #[derive(Clone, Debug, Default)]
-pub struct Past {
+pub struct PreviousProcess {
     /// This process has the previous one's descriptors, under the same numbers, and no other
     /// process does.
     pub inherited_fds: bool,
@@ -71,12 +71,12 @@ impl std::fmt::Display for Restored {
 #[derive(Debug)]
 pub(crate) struct Records {
     pub(crate) root: InodeRecord,
-    pub(crate) others: Others,
+    pub(crate) others: OtherRecords,
 }
 
 /// All records except that of the root.
 #[derive(Debug)]
-pub(crate) struct Others {
+pub(crate) struct OtherRecords {
     inodes: Vec<InodeRecord>,
     handles: Vec<HandleRecord>,
     locks: Vec<LockRecord>,
@@ -89,7 +89,7 @@ impl Records {
         let mut inodes = table.take_inodes();
         let root = inodes.iter().position(|it| it.node() == NodeId::ROOT.0)?;
         let root = inodes.swap_remove(root);
-        let others = Others {
+        let others = OtherRecords {
             inodes,
             handles,
             locks,
@@ -115,12 +115,13 @@ pub(crate) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<Owne
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
 }
 
-/// Restores what `records` describe. `old_root` is the key that the root had in the previous process.
+/// Restores what `records` describe. `old_root` is the key that the root had in the previous
+/// process.
 pub(super) fn resume(
     fds: &mut Descriptors,
-    mut records: Others,
+    mut records: OtherRecords,
     old_root: Key,
-    past: &Past,
+    past: &PreviousProcess,
 ) -> (PreviousAttempts, Restored) {
     let in_flight: HashSet<u64> = past.in_flight.iter().copied().collect();
     let mut restored = Restored::default();
@@ -144,7 +145,7 @@ pub(super) fn resume(
 /// A session that is being resumed.
 struct Resumption<'a> {
     fds: &'a Descriptors,
-    past: &'a Past,
+    past: &'a PreviousProcess,
     in_flight: &'a HashSet<u64>,
 }
 

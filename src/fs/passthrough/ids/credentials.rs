@@ -113,12 +113,12 @@ impl CredentialPolicy {
         Ok(if is_remote {
             Self::restored_each_time()
         } else {
-            Self::left_in_place()
+            Self::kept_between_requests()
         })
     }
 
     /// For file systems that decide by capabilities, as local ones do.
-    pub(super) fn left_in_place() -> Self {
+    pub(super) fn kept_between_requests() -> Self {
         Self { restore: false }
     }
 

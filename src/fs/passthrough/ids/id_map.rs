@@ -207,13 +207,13 @@ mod tests {
     }
 
     #[test]
-    fn without_rules_ids_stay() {
+    fn ids_without_rules_stay_the_same() {
         let map = IdMap::default();
         assert_eq!((map.to_host(7), map.to_guest(8)), (Ok(7), 8));
     }
 
     #[test]
-    fn each_kind_does_what_it_says() {
+    fn each_kind_of_rule_maps_its_ids() {
         let map = map(&[
             "map:0:100000:1000",
             "guest:2000:50:10",
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_rule_is_refused() {
+    fn invalid_rule_is_refused() {
         for (text, error) in [
             ("", IdRuleError::Form),
             ("map", IdRuleError::Form),
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_for_the_same_ids_are_refused() {
+    fn overlapping_rules_are_refused() {
         let both = |one: &str, other: &str| {
             IdMap::new(&[one.parse().unwrap(), other.parse().unwrap()]).map(drop)
         };

@@ -1,7 +1,7 @@
 //! User and group ids: how they are mapped between guest and host, and who owns new files.
 //!
-//! The invariant: an id of the guest reaches the host only after it was mapped, and an id of the host
-//! likewise.
+//! The invariant: an id of the guest reaches the host only after it was mapped, and an id of the
+//! host likewise.
 
 mod credentials;
 mod id_map;
@@ -81,8 +81,8 @@ impl Ids {
     ///
     /// # Errors
     ///
-    /// `EOVERFLOW` if the caller has no ids; `EPERM` if the guest may not use them, or if they have no
-    /// mapping in the server's user namespace.
+    /// `EOVERFLOW` if the caller has no ids; `EPERM` if the guest may not use them, or if they have
+    /// no mapping in the server's user namespace.
     pub(crate) fn as_caller(
         &self,
         proc_fds: &OwnedFd,

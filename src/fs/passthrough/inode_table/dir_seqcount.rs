@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_ends_with_the_next_change_of_its_directory() {
+    fn seqcount_changes_with_next_change_of_its_directory() {
         let seqcounts = DirSeqCounts::new();
         let (here, there) = (NodeId(7), NodeId(8));
         let dir_seq = seqcounts.dir_seq(here);
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_within_a_change_never_lasts() {
+    fn seqcount_read_during_change_is_never_valid() {
         let seqcounts = DirSeqCounts::new();
         let changing = seqcounts.begin([NodeId(7), NodeId(7)]);
         let dir_seq = seqcounts.dir_seq(NodeId(7));

@@ -77,7 +77,7 @@ impl FdEvictor {
         self.queues.len()
     }
 
-    /// Records that an inode in a queue was removed from the store.
+    /// Records that an inode in a queue was removed from the table.
     pub(crate) fn inode_removed(&self, node: NodeId, find: impl Fn(NodeId) -> Option<Arc<Inode>>) {
         let mut queue = self.queue(node);
         queue.stale += 1;

@@ -18,7 +18,7 @@ impl InodeTable {
     ///
     /// # Errors
     ///
-    /// Returns `fd` if the inode has been removed from the store.
+    /// Returns `fd` if the inode has been removed from the table.
     pub(crate) fn install<'a>(
         &self,
         inode: &'a Inode,

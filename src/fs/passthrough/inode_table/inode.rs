@@ -1,4 +1,4 @@
-//! One inode in the store: its identity, its descriptor, how to reopen it, and its record.
+//! One inode in the table: its identity, its descriptor, how to reopen it, and its record.
 //!
 //! The invariant: the record describes the current state, or the state before the step in progress;
 //! it names a descriptor only while that descriptor is open.
@@ -19,7 +19,7 @@ use crate::state::{InodeFields, InodeRecord, Table};
 use crate::sys::fd_slot::Slot;
 use crate::sys::file_handle::FileHandle;
 
-/// An inode in the store.
+/// An inode in the table.
 #[derive(Debug)]
 pub(crate) struct Inode {
     /// The state that outlives this process: the identity; the lookup count, which changes only
@@ -34,7 +34,7 @@ pub(crate) struct Inode {
     /// Whether a later inode with the same number is sure to have a later birth time. See
     /// [`Self::settle`].
     settled: AtomicBool,
-    /// Whether the guest has forgotten this inode and the store keeps it. Changes under the shard's
+    /// Whether the guest has forgotten this inode and the table keeps it. Changes under the shard's
     /// lock.
     forgotten: AtomicBool,
 }

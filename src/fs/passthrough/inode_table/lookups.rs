@@ -1,7 +1,7 @@
 //! Counts the guest's lookups: finds or adds inodes, and removes those that nothing needs.
 //!
-//! The invariant: the counts change only under the lock of the inode's shard by identity, and reaching
-//! zero and being removed are one step under that lock.
+//! The invariant: the counts change only under the lock of the inode's shard by identity, and
+//! reaching zero and being removed are one step under that lock.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -115,7 +115,7 @@ impl InodeTable {
         Some(inode)
     }
 
-    /// Adds one to the child count of `parent`. Returns whether it is still in the store.
+    /// Adds one to the child count of `parent`. Returns whether it is still in the table.
     pub(super) fn add_child(&self, parent: &Inode) -> bool {
         let _keys = self.keys(&parent.key());
         let is_present = parent.is_in_use();
@@ -175,7 +175,7 @@ impl InodeTable {
         known_to_guest
     }
 
-    /// Takes the guard to show that the lock is held.
+    /// Takes the guard to show that the lock is known.
     fn increment_lookups(&self, _keys: &MutexGuard<'_, Keys>, inode: &Inode) {
         let entry = self.table.own_journal_entry(current_request::unique());
         entry.inspect(|entry| entry.before(inode.node().0, false));
@@ -187,14 +187,14 @@ impl InodeTable {
         self.forgotten.take(inode);
     }
 
-    /// Subtracts `count` lookups. The last one removes the inode, unless the store keeps it as a
+    /// Subtracts `count` lookups. The last one removes the inode, unless the table keeps it as a
     /// forgotten one. Returns whether it does. The root is never removed.
     #[must_use]
     pub(crate) fn forget(&self, inode: &Arc<Inode>, count: u64) -> bool {
         inode.node() != NodeId::ROOT && self.forget_inode(inode, count, true)
     }
 
-    /// Returns whether the store keeps the inode as a forgotten one.
+    /// Returns whether the table keeps the inode as a forgotten one.
     pub(super) fn forget_inode(&self, inode: &Arc<Inode>, count: u64, keep: bool) -> bool {
         let keys = self.keys(&inode.key());
         let before = inode.lookups();

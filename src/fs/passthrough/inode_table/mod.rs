@@ -1,9 +1,9 @@
-//! The inode store: maps node ids and identities to inodes, and counts the guest's lookups.
+//! The inode table: maps node ids and identities to inodes, and counts the guest's lookups.
 //!
 //! The same inodes are in two sets, by node id and by identity. Each set is split into shards with
 //! a lock each. A node id is never reused, so a node id that the guest has forgotten is not found,
 //! instead of being another file. If an inode is reopened by name, the parent directory stays in
-//! the store, so the inode is found even after the parent has been renamed. The invariant: as long
+//! the table, so the inode is found even after the parent has been renamed. The invariant: as long
 //! as one of an inode's counts is not zero, its node id finds it. The counts change only under the
 //! lock of the inode's shard by identity, and reaching zero and being removed are one step under
 //! that lock.
@@ -89,10 +89,10 @@ pub(crate) struct InodeTable {
     /// The next node id, and how many ids are left before the table must be asked for more. 64 bits
     /// don't run out.
     next: Mutex<(u64, u64)>,
-    /// The number of inodes in the store that have a descriptor. It orders nothing and is used for
+    /// The number of inodes in the table that have a descriptor. It orders nothing and is used for
     /// limits.
     descriptors: AtomicUsize,
-    /// The number of inodes in the store, including the root. It orders nothing and is used for
+    /// The number of inodes in the table, including the root. It orders nothing and is used for
     /// limits.
     count: AtomicUsize,
     evictor: FdEvictor,
@@ -101,7 +101,7 @@ pub(crate) struct InodeTable {
 }
 
 impl InodeTable {
-    /// Creates a store that contains only the root, open as `fd` for good. It keeps up to
+    /// Creates a table that contains only the root, open as `fd` for good. It keeps up to
     /// `forgotten` forgotten inodes. Returns `None` if the table has no room.
     pub(crate) fn new(
         identity: &Identity,
@@ -110,11 +110,11 @@ impl InodeTable {
         forgotten: usize,
     ) -> Option<Self> {
         let inode = Inode::new(table, identity, NodeId::ROOT, Some(fd), ReopenMethod::None)?;
-        Some(Self::of(inode, table, forgotten))
+        Some(Self::with_root(inode, table, forgotten))
     }
 
     /// As [`new`](Self::new), with an existing root inode.
-    pub(crate) fn of(root: Inode, table: &Arc<Table>, forgotten: usize) -> Self {
+    pub(crate) fn with_root(root: Inode, table: &Arc<Table>, forgotten: usize) -> Self {
         let root = Arc::new(root);
         let store = Self {
             by_key: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -203,7 +203,7 @@ impl InodeTable {
     }
 
     /// Adds an inode that another server handed out as `node`, with its lookup count. Returns false
-    /// if the node id is taken or was never handed out, if the parent is not in the store, or if
+    /// if the node id is taken or was never handed out, if the parent is not in the table, or if
     /// the table is full.
     pub(crate) fn import(
         &self,
@@ -241,12 +241,12 @@ impl InodeTable {
     /// The inode that `node` stands for, if the guest knows it.
     pub(crate) fn get(&self, node: NodeId) -> Option<Arc<Inode>> {
         let known = self.any(node)?;
-        // An inode that is in the store only for its children is not known to the guest.
+        // An inode that is in the table only for its children is not known to the guest.
         let known_to_guest = known.node() == NodeId::ROOT || known.lookups() > 0;
         known_to_guest.then_some(known)
     }
 
-    /// The inode that `node` stands for, even if it is in the store only for its children.
+    /// The inode that `node` stands for, even if it is in the table only for its children.
     pub(crate) fn any(&self, node: NodeId) -> Option<Arc<Inode>> {
         if node == NodeId::ROOT {
             return Some(Arc::clone(&self.root));
@@ -286,7 +286,7 @@ impl InodeTable {
                     let keys = self.keys(&inode.key());
                     self.forgotten.take(&inode);
                     inode.children.store(0, Ordering::Relaxed);
-                    // An inode that is in the store only for its children has no lookup to
+                    // An inode that is in the table only for its children has no lookup to
                     // subtract.
                     inode.record.set_lookups(inode.lookups().max(1), 0, false);
                     drop(keys);

@@ -2,7 +2,7 @@
 //! them.
 //!
 //! The invariant: a name is recorded only if no name in its directory has changed since before the
-//! name was read, and the parent of a recorded name stays in the store.
+//! name was read, and the parent of a recorded name stays in the table.
 
 use std::ffi::CStr;
 use std::sync::MutexGuard;

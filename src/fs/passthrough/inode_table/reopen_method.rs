@@ -1,4 +1,5 @@
-//! How an inode without a descriptor is opened: by a file handle, by a name, or through an open file.
+//! How an inode without a descriptor is opened: by a file handle, by a name, or through an open
+//! file.
 //!
 //! A descriptor pins the inode, but the number of descriptors is limited. A file handle costs a few
 //! bytes; opening it needs `CAP_DAC_READ_SEARCH`, and it goes stale when the inode is deleted. A
@@ -73,12 +74,12 @@ pub(crate) enum ReopenMethod {
     Name(ParentLink),
     /// By a file that the guest has open.
     Open(File),
-    /// It is no longer in the store and gets no descriptor any more.
+    /// It is no longer in the table and gets no descriptor any more.
     Removed,
 }
 
 /// The name under which an inode was last seen. The parent is referred to by its node id, so it can
-/// be renamed without changing its children. The store keeps it while it has children.
+/// be renamed without changing its children. The table keeps it while it has children.
 #[derive(Clone, Debug)]
 pub(crate) struct ParentLink {
     pub(crate) parent: NodeId,

@@ -1,4 +1,4 @@
-//! The store alone: counts, names and identities, without a file system.
+//! The table alone: counts, names and identities, without a file system.
 
 use rustix::fs::FileType;
 
@@ -49,7 +49,7 @@ fn store_keeping(max: usize) -> InodeTable {
     InodeTable::new(&identity(2, Some(LONG_AGO)), fd, &table, max).unwrap()
 }
 
-/// Subtracts lookups. Returns whether the store keeps the inode as a forgotten one.
+/// Subtracts lookups. Returns whether the table keeps the inode as a forgotten one.
 fn forget(store: &InodeTable, node: NodeId, count: u64) -> bool {
     let inode = store.get(node);
     inode.is_some_and(|inode| store.forget(&inode, count))
@@ -62,14 +62,14 @@ fn admit(store: &InodeTable, identity: &Identity) -> Arc<Inode> {
 }
 
 #[test]
-fn an_inode_is_small() {
+fn inode_fits_expected_size() {
     // With the two counters of its `Arc`, two entries of the sets (nine bytes each, half of them
     // empty at worst), its record and its file handle this stays below 200.
     assert!(size_of::<Inode>() <= 56, "{}", size_of::<Inode>());
 }
 
 #[test]
-fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
+fn inode_is_found_by_key_and_node_until_last_forget() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let inode = admit(&store, &who);
@@ -84,7 +84,7 @@ fn an_inode_is_found_by_both_names_until_its_last_lookup_is_given_back() {
 }
 
 #[test]
-fn a_node_id_is_never_given_out_again() {
+fn node_id_is_never_reused() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let first = admit(&store, &who).node();
@@ -93,7 +93,7 @@ fn a_node_id_is_never_given_out_again() {
 }
 
 #[test]
-fn too_many_forgets_remove_once_and_no_more() {
+fn surplus_forgets_remove_inode_once() {
     let store = store();
     let node = admit(&store, &identity(10, Some(LONG_AGO))).node();
     assert!(!forget(&store, node, 100));
@@ -102,7 +102,7 @@ fn too_many_forgets_remove_once_and_no_more() {
 }
 
 #[test]
-fn the_root_is_never_forgotten() {
+fn root_is_never_forgotten() {
     let store = store();
     let root = store.find(&identity(2, Some(LONG_AGO))).unwrap();
     assert_eq!(root.node(), NodeId::ROOT);
@@ -113,7 +113,7 @@ fn the_root_is_never_forgotten() {
 }
 
 #[test]
-fn a_reused_number_with_another_birth_is_another_inode() {
+fn reused_number_with_another_birth_time_is_another_inode() {
     let store = store();
     let old = admit(&store, &identity(10, Some(LONG_AGO)));
     let later = identity(10, Some(LONG_AGO + 1));
@@ -127,7 +127,7 @@ fn a_reused_number_with_another_birth_is_another_inode() {
 }
 
 #[test]
-fn a_young_inode_is_not_told_by_its_birth_alone() {
+fn young_inode_is_not_identified_by_birth_time_alone() {
     let store = store();
     let who = identity(10, now());
     let inode = admit(&store, &who);
@@ -137,7 +137,7 @@ fn a_young_inode_is_not_told_by_its_birth_alone() {
 }
 
 #[test]
-fn an_inode_without_birth_is_not_told_by_its_number_alone() {
+fn inode_without_birth_time_is_not_identified_by_number_alone() {
     let store = store();
     let who = identity(10, None);
     admit(&store, &who);
@@ -145,7 +145,7 @@ fn an_inode_without_birth_is_not_told_by_its_number_alone() {
 }
 
 #[test]
-fn a_disowned_inode_gives_way_to_the_next_lookup() {
+fn inode_without_key_is_replaced_by_next_lookup() {
     let store = store();
     let who = identity(10, Some(LONG_AGO));
     let stale = admit(&store, &who);
@@ -165,7 +165,7 @@ fn name_of(inode: &Inode) -> Option<String> {
 }
 
 #[test]
-fn a_name_seen_before_it_changed_is_not_gone_by() {
+fn name_seen_before_change_is_not_recorded() {
     let store = store();
     let parent = store
         .find_or_insert(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
@@ -188,7 +188,7 @@ fn a_name_seen_before_it_changed_is_not_gone_by() {
 }
 
 #[test]
-fn a_directory_stays_for_what_is_found_through_it() {
+fn directory_stays_while_children_need_it() {
     let store = store();
     let parent = store
         .find_or_insert(&identity(9, Some(LONG_AGO)), open(), |_, _| false)
@@ -208,7 +208,7 @@ fn a_directory_stays_for_what_is_found_through_it() {
 }
 
 #[test]
-fn clear_leaves_the_root_alone() {
+fn clear_removes_all_but_root() {
     let store = store();
     for number in 10..1000 {
         admit(&store, &identity(number, Some(LONG_AGO)));
@@ -225,7 +225,7 @@ fn clear_leaves_the_root_alone() {
 }
 
 #[test]
-fn racing_lookups_and_forgets_never_hand_out_a_dead_node_id() {
+fn racing_lookups_and_forgets_never_return_removed_node() {
     let store = store();
     std::thread::scope(|scope| {
         for _ in 0..4 {
@@ -260,7 +260,7 @@ fn forget_lookups(store: &InodeTable, number: u64) -> NodeId {
 }
 
 #[test]
-fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
+fn forgotten_inodes_are_kept_and_longest_is_dropped_first() {
     let store = store_keeping(3);
     let nodes: Vec<NodeId> = (10..14)
         .map(|number| forget_lookups(&store, number))
@@ -279,7 +279,7 @@ fn what_was_given_back_is_remembered_and_the_longest_goes_first() {
 }
 
 #[test]
-fn what_is_known_again_stands_in_no_line() {
+fn inode_known_again_leaves_queue() {
     let store = store_keeping(2);
     let who = identity(10, Some(LONG_AGO));
     for _ in 0..1000 {
@@ -298,7 +298,7 @@ fn what_is_known_again_stands_in_no_line() {
 }
 
 #[test]
-fn another_inode_of_the_same_number_ends_what_is_remembered() {
+fn forgotten_inode_is_dropped_when_number_is_reused() {
     let store = store_keeping(2);
     let old = forget_lookups(&store, 10);
     let new = admit(&store, &identity(10, Some(LONG_AGO + 1)));
@@ -311,7 +311,7 @@ fn another_inode_of_the_same_number_ends_what_is_remembered() {
 }
 
 #[test]
-fn what_is_remembered_by_its_name_keeps_its_directory() {
+fn forgotten_inode_known_by_name_keeps_its_directory() {
     let store = store_keeping(1);
     let root = store.get(NodeId::ROOT).unwrap();
     let admit_open = |number| {
@@ -326,7 +326,7 @@ fn what_is_remembered_by_its_name_keeps_its_directory() {
         forget(&store, inode.node(), 1);
         store.drop_surplus_forgotten();
     }
-    // The directory is in the store only for the file.
+    // The directory is in the table only for the file.
     assert_eq!((store.forgotten(), store.len()), (1, 3));
     assert!(store.get_or_forgotten(dir.node()).is_none());
     assert!(store.all().is_empty());
@@ -335,7 +335,7 @@ fn what_is_remembered_by_its_name_keeps_its_directory() {
 }
 
 #[test]
-fn what_is_remembered_makes_room_in_the_table() {
+fn forgotten_inodes_make_room_in_full_table() {
     let store = store_keeping(usize::MAX);
     let mut number = 10;
     while store.table.has_room_for_inode() {
@@ -351,7 +351,7 @@ fn what_is_remembered_makes_room_in_the_table() {
 }
 
 #[test]
-fn racing_threads_agree_on_what_is_remembered() {
+fn racing_threads_keep_queue_consistent() {
     let store = store_keeping(2);
     std::thread::scope(|scope| {
         for _ in 0..4 {

@@ -84,9 +84,14 @@ impl ClosedFdCache {
         Some(file)
     }
 
+    /// Whether files are cached at all.
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.max > 0
+    }
+
     /// Whether a file on this file system, by device and mount, may be cached.
     pub(crate) fn accepts(&self, file_system: (u64, u64)) -> bool {
-        self.max > 0 && self.file_system == file_system
+        self.file_system == file_system
     }
 
     /// Caches `file`. Closes the oldest one if there are too many.

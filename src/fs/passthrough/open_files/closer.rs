@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn only_large_files_without_a_name_are_closed_elsewhere() {
+    fn only_large_nameless_files_are_closed_in_background() {
         assert!(is_large_and_nameless(&nameless(2 << 20)));
         assert!(!is_large_and_nameless(&nameless(1000)));
         let mut named = tempfile::NamedTempFile::new().unwrap();
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_finds_closed_what_was_given_before() {
+    fn wait_returns_after_queued_files_are_closed() {
         let closer = Closer::default();
         assert!(closer.pending().is_none());
         for _ in 0..20 {

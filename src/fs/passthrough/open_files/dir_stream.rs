@@ -1,8 +1,8 @@
 //! The entries of an open directory, read from the host in large buffers.
 //!
-//! A request that continues at the end of the last one uses the rest of the buffer. Any other request
-//! seeks to its offset, which is the host's own cookie. The invariant: the stream moves past an
-//! entry only when the caller says so, after it has added the entry to the reply.
+//! A request that continues at the end of the last one uses the rest of the buffer. Any other
+//! request seeks to its offset, which is the host's own cookie. The invariant: the stream moves
+//! past an entry only when the caller says so, after it has added the entry to the reply.
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_taken_apart() {
+    fn complete_entry_is_parsed() {
         let bytes = [raw(b"name\0", 24), raw(b"next\0", 24)].concat();
         let entry = RawEntry::parse(&bytes).unwrap();
         assert_eq!((entry.inode, entry.next_offset), (42, 7));
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn half_an_entry_is_none() {
+    fn incomplete_entry_is_none() {
         let bytes = raw(b"name\0", 24);
         for end in 0..bytes.len() {
             assert!(RawEntry::parse(&bytes[..end]).is_none(), "{end}");

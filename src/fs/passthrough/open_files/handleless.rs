@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn one_file_for_both_counts_once() {
+    fn file_open_for_reading_and_writing_counts_once() {
         let files = HandlelessOpens::new(1000);
         keep(&files, 1);
         let both = null();
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_are_kept_than_there_may_be() {
+    fn kept_files_never_exceed_limit() {
         let files = HandlelessOpens::new(40);
         for node in 0..1000 {
             keep(&files, node);
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_stays() {
+    fn used_files_are_not_evicted() {
         let files = HandlelessOpens::new(40);
         keep(&files, 0);
         keep(&files, 1);
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_leaves_nothing_in_line() {
+    fn forgotten_nodes_leave_queue_short() {
         let files = HandlelessOpens::new(40);
         for node in 0..100_000 {
             keep(&files, node);

@@ -129,11 +129,11 @@ impl Handles {
     /// Records the lock on the whole file that a handle holds. `kind` is a number that only the
     /// caller interprets.
     pub(crate) fn note_lock(&self, node: NodeId, handle: Handle, kind: u64) {
-        let noted = self.with(node, handle, HandleKind::File, |open| {
+        let recorded = self.with(node, handle, HandleKind::File, |open| {
             open.record.set_lock(kind);
             Ok(())
         });
-        if noted.is_err() {
+        if recorded.is_err() {
             log::debug!(
                 "a lock of handle {} is not recorded: the handle has been released",
                 handle.0
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handle_of_another_inode_or_kind_is_refused() {
+    fn handle_of_another_inode_or_kind_is_refused() {
         let (handles, file, directory) = handles();
         assert!(handles.file(NODE, file, HandleKind::File).is_ok());
         assert!(handles.any(NODE, directory).is_ok());
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_released_handle_is_never_given_out_again() {
+    fn released_handle_is_never_reused() {
         let (handles, file, _) = handles();
         handles.release(NODE, file, HandleKind::File).unwrap();
         assert_eq!(
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn clear_ends_all_handles() {
+    fn clear_removes_all_handles() {
         let (handles, file, _) = handles();
         handles.clear();
         assert_eq!(handles.len(), 0);

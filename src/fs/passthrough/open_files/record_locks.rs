@@ -168,9 +168,9 @@ impl RecordLocks {
         self.end_where(node, |one| one.owner == owner);
     }
 
-    /// Releases the locks that were last requested with a handle that is released now. RecordLocks of
-    /// processes were released before, when each process closed the file. For locks of open files
-    /// in the guest (its own `F_OFD_SETLK`) this is the only notice.
+    /// Releases the locks that were last requested with a handle that is released now. RecordLocks
+    /// of processes were released before, when each process closed the file. For locks of open
+    /// files in the guest (its own `F_OFD_SETLK`) this is the only notice.
     pub(crate) fn released(&self, node: NodeId, handle: Handle) {
         self.end_where(node, |one| one.handle == handle);
     }
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_what_the_kernel_would_have() {
+    fn ranges_match_those_of_kernel() {
         assert_eq!(ranges(&[(READ, 0, 9), (READ, 10, 19)]), [(false, 0, 19)]);
         assert_eq!(
             ranges(&[(READ, 0, 9), (WRITE, 3, 5)]),

@@ -1,5 +1,5 @@
-//! Attributes: GETATTR, STATX, SETATTR, STATFS, ACCESS, and the conversion of the host's attributes to the
-//! guest's.
+//! Attributes: GETATTR, STATX, SETATTR, STATFS, ACCESS, and the conversion of the host's attributes
+//! to the guest's.
 //!
 //! The invariant: a change applies to the inode that the guest named, even if that is a symbolic
 //! link, has lost its name, or has been renamed.
@@ -123,7 +123,7 @@ impl Operations {
 
     /// Applies SETATTR. The owner comes first, as a change of owner clears set-id bits, which the
     /// mode may set again. The times come last, as a change of size sets them.
-    pub(crate) fn change(
+    pub(crate) fn set_attributes(
         &self,
         caller: &Caller,
         node: NodeId,
@@ -218,7 +218,7 @@ impl Operations {
     }
 
     /// Truncates an open file to zero bytes. It need not be open for writing.
-    pub(crate) fn empty(&self, file: &File) -> Result<()> {
+    pub(crate) fn truncate_to_zero(&self, file: &File) -> Result<()> {
         self.change_size(&Target::Open(file), FileType::RegularFile, 0)
     }
 
@@ -243,7 +243,7 @@ impl Operations {
 
     /// ACCESS, by the mode bits. A guest sends it only if it is mounted without
     /// `default_permissions`. Its supplementary groups and ACLs are not known here.
-    pub(crate) fn may(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
+    pub(crate) fn check_access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
         let inode = self.fds.inode(node)?;
         let stat = stat_fd(self.fds.fd(&inode)?, StatxFlags::BASIC_STATS)?;
         if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
@@ -327,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn device_numbers_come_back_as_they_went() {
+    fn device_number_survives_encoding_and_decoding() {
         for (major, minor) in [(0, 0), (8, 1), (259, 70_000), (0xfff, 0xf_ffff)] {
             assert_eq!(decode_device(encode_device(major, minor)), (major, minor));
         }
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn access_goes_by_the_first_class_that_fits() {
+    fn access_uses_first_matching_class() {
         let attributes = |mode| Attributes {
             mode,
             uid: 1000,
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_that_is_not_set_is_omitted() {
+    fn unset_time_is_omitted() {
         assert_eq!(timespec(None).tv_nsec, UTIME_OMIT);
         assert_eq!(timespec(Some(NewTime::Now)).tv_nsec, UTIME_NOW);
     }

@@ -111,8 +111,9 @@ impl Operations {
         })
     }
 
-    /// Creates an inode by `make` and finds it. Does so again if a host process has removed it before
-    /// it was found, so that the guest gets an inode and not an error of a call that has succeeded.
+    /// Creates an inode by `make` and finds it. Does so again if a host process has removed it
+    /// before it was found, so that the guest gets an inode and not an error of a call that has
+    /// succeeded.
     fn make_and_find(
         &self,
         parent: &InodeFd<'_>,

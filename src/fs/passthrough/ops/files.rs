@@ -2,8 +2,8 @@
 //! `--no-opendir`).
 //!
 //! In the second case the first request that needs a file opens it, under the rules of OPEN and
-//! OPENDIR. The invariant: a file is stored under the node it was opened for, and the guest knew that
-//! node when it was stored.
+//! OPENDIR. The invariant: a file is stored under the node it was opened for, and the guest knew
+//! that node when it was stored.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, TryLockError};
@@ -91,7 +91,7 @@ impl Operations {
             Arc::<Mutex<DirStream>>::default(),
         );
         if files.is_none() {
-            self.keep_open(node, |files| {
+            self.keep_handleless(node, |files| {
                 files.reading = Some(opened.0.clone());
                 files.stream = Some(Arc::clone(&opened.1));
             });
@@ -103,7 +103,7 @@ impl Operations {
         let inode = self.regular(node)?;
         if !write {
             let file = File::from_fd(self.fds.open_for_reading(&inode, OFlags::NOCTTY)?);
-            self.keep_open(node, |files| files.reading = Some(file.clone()));
+            self.keep_handleless(node, |files| files.reading = Some(file.clone()));
             return Ok(file);
         }
         self.fds.writable()?;
@@ -113,7 +113,7 @@ impl Operations {
             opened => (opened?, true),
         };
         let file = File::from_fd(file);
-        self.keep_open(node, |files| {
+        self.keep_handleless(node, |files| {
             files.writing = Some(file.clone());
             if readable {
                 files.reading = Some(file.clone());
@@ -132,7 +132,7 @@ impl Operations {
     pub(crate) fn keep_created(&self, node: NodeId, file: File) {
         let flags = rustix::fs::fcntl_getfl(&file);
         let access = flags.map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE);
-        self.keep_open(node, |files| {
+        self.keep_handleless(node, |files| {
             if access != OFlags::RDONLY {
                 files.writing = Some(file.clone());
             }
@@ -142,7 +142,7 @@ impl Operations {
         });
     }
 
-    fn keep_open(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
+    fn keep_handleless(&self, node: NodeId, update: impl FnOnce(&mut InodeFiles)) {
         self.fds.files().handleless().keep(node, update);
         // A FORGET may have run in the meantime.
         if self.fds.inodes().get(node).is_none() {

@@ -1,8 +1,8 @@
 //! Sets the security labels of new files (`--security-label`).
 //!
-//! Where the host doesn't set a label itself, it is an extended attribute like any other, set after the
-//! creation. The invariant: a file that could not be labelled as the guest asked is removed before the
-//! guest gets a reply, and no existing file is labelled.
+//! Where the host doesn't set a label itself, it is an extended attribute like any other, set after
+//! the creation. The invariant: a file that could not be labelled as the guest asked is removed
+//! before the guest gets a reply, and no existing file is labelled.
 
 use std::ffi::CStr;
 

@@ -232,7 +232,7 @@ impl Operations {
                     .is_some_and(|fd| same(known, fd, &new.method))
             });
         let inode = admitted.ok_or(Errno::NFILE)?;
-        // Another request may be removing the name; it didn't find the inode in the store, and the
+        // Another request may be removing the name; it didn't find the inode in the table, and the
         // file handle doesn't keep the inode alive. The descriptor does.
         if let (Some(Found::Path(fd)), Some(seen)) = (unused, seen)
             && !self.fds.inodes().is_unchanged(seen.dir_seq)
@@ -274,7 +274,7 @@ struct Seen<'a> {
     dir_seq: DirSeq,
 }
 
-/// An inode that is about to be added to the store.
+/// An inode that is about to be added to the table.
 enum Found<'a> {
     /// Open as an `O_PATH` descriptor, which can become the inode's own.
     Path(OwnedFd),

@@ -18,7 +18,7 @@ const MAX_DEPTH: usize = 4096;
 impl Operations {
     /// LOOKUP of `.`: the node itself. The guest's kernel sends it if it has a file handle of an
     /// inode that it has dropped from its cache. A node that the guest has forgotten is `ESTALE`,
-    /// unless the store keeps it.
+    /// unless the table keeps it.
     pub(crate) fn find_self(&self, node: NodeId) -> Result<Entry> {
         let inode = self.fds.inode_or_forgotten(node)?;
         self.entry_of_open(self.fds.fd(&inode)?)

@@ -92,7 +92,7 @@ impl Operations {
             let flags = flags.difference(OFlags::TRUNC);
             let file = regular_file(self.fds.open_appendable(&inode, flags, appends)?, flags);
             self.kill_set_id_of_open(&file)?;
-            self.empty(&file)?;
+            self.truncate_to_zero(&file)?;
             file
         } else if !changes {
             regular_file(self.fds.open_for_reading(&inode, flags)?, flags)

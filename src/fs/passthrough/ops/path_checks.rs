@@ -140,8 +140,8 @@ impl Operations {
         let stale = [(one, one_is_current), (other, other_is_current)];
         let stale = stale.into_iter().filter(|(_, is_current)| !is_current);
         if let Some((removed, _)) = stale.clone().find(|(fd, _)| is_removed_directory(fd)) {
-            // Even a repeated request has no effect there. Without a path, as by a working directory,
-            // the program gets the error of the host's kernel.
+            // Even a repeated request has no effect there. Without a path, as by a working
+            // directory, the program gets the error of the host's kernel.
             let node = removed.inode().node();
             let retries = &self.path_checks.retries;
             if retries.is_repeated_without_path(caller.pid, node) {
@@ -264,8 +264,8 @@ impl Operations {
     }
 
     /// The result of a request on names in the directories `parents`. `ENOENT` becomes `ESTALE` if
-    /// the path of one of them leads elsewhere since it was checked: a host process may have removed
-    /// what is in it, or the directory itself, while the path leads to another one.
+    /// the path of one of them leads elsewhere since it was checked: a host process may have
+    /// removed what is in it, or the directory itself, while the path leads to another one.
     pub(crate) fn unless_outdated<T>(
         &self,
         caller: &Caller,

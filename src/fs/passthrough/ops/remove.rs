@@ -1,7 +1,7 @@
 //! Removes names: UNLINK and RMDIR, and the part of RENAME that replaces a name.
 //!
-//! The invariant: an inode that has lost its last name keeps a descriptor as long as the guest knows
-//! it.
+//! The invariant: an inode that has lost its last name keeps a descriptor as long as the guest
+//! knows it.
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -59,7 +59,7 @@ impl Operations {
         name: &CStr,
         flags: AtFlags,
     ) -> Result<()> {
-        let named = self.known(parent, component(name)?, true);
+        let named = self.known_inode(parent, component(name)?, true);
         if named.is_some() {
             self.fds.room_for_descriptor()?;
         }
@@ -122,10 +122,10 @@ impl Operations {
         if known.is_some() || self.fds.reopen_policy().keeps_opened_fds() {
             return None;
         }
-        self.known(parent, name, false)
+        self.known_inode(parent, name, false)
     }
 
-    /// Prepares an inode for the loss of a name. A descriptor in use is not closed before the store
+    /// Prepares an inode for the loss of a name. A descriptor in use is not closed before the table
     /// has recorded the loss. An inode that is about to lose its last name keeps a descriptor from
     /// here on, as its file handle will not open it.
     ///
@@ -220,7 +220,7 @@ impl Operations {
 
     /// The inode that the guest knows under `name` in `parent`. If `loses` is set, the inode number
     /// is recorded in the journal for the next server process.
-    pub(super) fn known(
+    pub(super) fn known_inode(
         &self,
         parent: &InodeFd<'_>,
         name: &CStr,

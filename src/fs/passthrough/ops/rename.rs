@@ -1,7 +1,7 @@
 //! Renames: RENAME and RENAME2.
 //!
-//! The invariant: an inode that is renamed can be opened at any moment, by its old name, its new one,
-//! or a descriptor.
+//! The invariant: an inode that is renamed can be opened at any moment, by its old name, its new
+//! one, or a descriptor.
 
 use std::ffi::CStr;
 
@@ -14,7 +14,7 @@ use crate::fs::passthrough::inode_table::{Directory, InodeFd, RefKind, component
 use crate::fs::{Caller, NodeId, Result};
 
 impl Operations {
-    pub(crate) fn move_name(
+    pub(crate) fn rename(
         &self,
         caller: &Caller,
         from: (NodeId, &CStr),
@@ -36,20 +36,20 @@ impl Operations {
         let old_fd = self.fds.fd(&old_parent)?;
         let new_fd = self.fds.fd(&new_parent)?;
         self.confirm_both(caller, &old_fd, &new_fd)?;
-        let moved = self.known(&old_fd, component(from.1)?, true);
-        let replaced = self.known(&new_fd, component(to.1)?, false);
+        let moved = self.known_inode(&old_fd, component(from.1)?, true);
+        let replaced = self.known_inode(&new_fd, component(to.1)?, false);
         if replaced.is_some() && !flags.contains(RenameFlags::EXCHANGE) {
             self.fds.room_for_descriptor()?;
         }
         let known = (moved.as_ref(), replaced.as_ref());
-        let renamed = self.move_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
+        let renamed = self.rename_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
         for known in moved.iter().chain(&replaced) {
             self.fds.evict_forgotten(&known.inode);
         }
         renamed
     }
 
-    fn move_known(
+    fn rename_known(
         &self,
         (moved, replaced): (Option<&KnownInode>, Option<&KnownInode>),
         (old_fd, old_name): (&InodeFd<'_>, &CStr),
@@ -63,7 +63,7 @@ impl Operations {
                 .inodes()
                 .record_name(&known.inode, old_parent, old_name, dir_seq);
         }
-        // A descriptor in use is not closed before the store has recorded the rename.
+        // A descriptor in use is not closed before the table has recorded the rename.
         let by_name = |known: &&KnownInode| !matches!(&*known.inode.ref_kind(), RefKind::Handle(_));
         let in_use = [
             self.pin(moved.filter(by_name))?,

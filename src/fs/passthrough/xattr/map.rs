@@ -30,7 +30,7 @@ pub struct XattrMapError {
 /// Why a rule is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum RuleFault {
-    #[error("no rule given")]
+    #[error("there is no rule")]
     Empty,
     #[error("a rule starts with its separator, which can't be a letter, digit or `\\`")]
     Separator,
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_is_put_before_and_taken_away() {
+    fn prefix_rule_adds_and_strips_prefix() {
         let map = parse(":prefix:all::user.guest.::bad:all:::");
         assert_eq!(to_host(&map, c"trusted.x").unwrap(), "user.guest.trusted.x");
         assert_eq!(to_guest(&map, "user.guest.trusted.x"), Some("trusted.x"));
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rule_that_matches_decides() {
+    fn first_matching_rule_decides() {
         let map = parse(
             "/ok/client/user.keep//  /unsupported/client/user.un//\n/bad/client/user.//\n \
              /ok/server//user.k/ /bad/server//user./ /ok/all///",
@@ -314,14 +314,14 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_no_rule_matches_goes_nowhere() {
+    fn name_without_matching_rule_is_hidden_and_refused() {
         let map = parse(":ok:client:user.::");
         assert_eq!(to_host(&map, c"trusted.x"), Err(Errno::PERM));
         assert_eq!(to_guest(&map, "user.x"), None);
     }
 
     #[test]
-    fn a_map_is_the_rules_that_it_stands_for() {
+    fn map_rule_expands_to_its_rules() {
         for (map, rules) in [
             (
                 ":map::user.virtiofs.:",
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_keeps_its_form() {
+    fn list_for_guest_keeps_format() {
         let map = parse(":map:trusted.:user.v.:");
         assert_eq!(
             map.list_for_guest(b"user.a\0trusted.b\0user.v.trusted.c\0"),
@@ -354,16 +354,16 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_becomes_too_long_is_refused() {
+    fn name_too_long_after_mapping_is_refused() {
         let map = parse(":map::user.virtiofs.:");
         let long = CString::new([b'a'; 250]).unwrap();
         assert_eq!(map.to_host(&long), Err(Errno::RANGE));
     }
 
     #[test]
-    fn errors_point_at_the_place() {
+    fn parse_errors_name_rule_and_position() {
         for (text, message) in [
-            ("", "rule 1, at character 1 (``): no rule given"),
+            ("", "rule 1, at character 1 (``): there is no rule"),
             (
                 ":ok:all::: :nope:all:::",
                 "rule 2, at character 13 (`nope:all:::`): unknown type; expected prefix, ok, \

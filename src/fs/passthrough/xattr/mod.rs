@@ -1,8 +1,8 @@
 //! Extended attributes: which names the guest sees, and the system calls.
 //!
-//! There are no system calls for the extended attributes of an `O_PATH` descriptor, so they take a path
-//! that leads to the inode. The invariant: a name reaches the host or the guest only as the rules
-//! of the [`XattrMap`] allow.
+//! There are no system calls for the extended attributes of an `O_PATH` descriptor, so they take a
+//! path that leads to the inode. The invariant: a name reaches the host or the guest only as the
+//! rules of the [`XattrMap`] allow.
 
 mod labels;
 mod map;

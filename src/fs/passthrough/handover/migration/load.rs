@@ -142,9 +142,13 @@ impl Loader<'_> {
                 self.fds.limits().handles,
             ),
         ];
-        for (what, have, most) in limits {
-            if have > most {
-                return Err(MoveError::TooMany { what, have, most });
+        for (what, have, max) in limits {
+            if have > max {
+                return Err(MoveError::TooMany {
+                    what,
+                    have,
+                    most: max,
+                });
             }
         }
         if snapshot.next_node.max(snapshot.next_handle) > LAST_NUMBER {
