@@ -11,9 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 use super::last_errno;
-
-/// The most descriptors that the kernel allows in a message (`SCM_MAX_FD`).
-const MAX_FDS: usize = 253;
+use super::rights::MAX_FDS;
 
 /// How many words of shared memory a receipt takes.
 const WORDS: usize = 8;

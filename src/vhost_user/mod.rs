@@ -1,14 +1,17 @@
 //! The vhost-user back end: the listening socket, and one vhost-user session at a time.
 //!
 //! A session implements the back end of a virtio-fs device as the vhost-user specification
-//! describes it. It implements `vhost`'s request handler itself, because the daemon of
-//! `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the workers own
-//! them. The invariant: a queue is stopped and drained before anything changes that it relies on.
+//! describes it. It has `vhost`'s messages, and handles them itself: `dispatch` says why, and the
+//! daemon of `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the
+//! workers own them. The invariant: a queue is stopped and drained before anything changes that it relies on.
 
+mod connection;
 mod device_state;
+mod dispatch;
+mod handlers;
 mod listener;
+mod message;
 mod message_reader;
-mod proxy;
 mod restore;
 mod session;
 mod session_loop;

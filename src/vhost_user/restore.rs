@@ -191,33 +191,6 @@ pub(super) fn socket(snapshot: &SessionSnapshot) -> Result<UnixStream, SessionEr
     })
 }
 
-/// Returns the messages that repeat the feature negotiation between the front end and `vhost`.
-pub(super) fn negotiation(snapshot: &SessionSnapshot) -> Vec<Vec<u8>> {
-    const GET_FEATURES: u32 = 1;
-    const SET_FEATURES: u32 = 2;
-    const SET_PROTOCOL_FEATURES: u32 = 16;
-    const VERSION: u32 = 1;
-    let message = |request: u32, value: Option<u64>| {
-        let body = value.map(u64::to_ne_bytes);
-        let size = body.map_or(0, |_| 8_u32);
-        let head = [request, VERSION, size].map(u32::to_ne_bytes).concat();
-        [&head[..], body.as_ref().map_or(&[], <[u8; 8]>::as_slice)].concat()
-    };
-    let requested = snapshot
-        .features_requested
-        .then(|| message(GET_FEATURES, None));
-    let accepted = snapshot
-        .features
-        .map(|_| message(SET_FEATURES, snapshot.features));
-    let protocol = snapshot
-        .protocol
-        .map(|_| message(SET_PROTOCOL_FEATURES, snapshot.protocol));
-    [requested, accepted, protocol]
-        .into_iter()
-        .flatten()
-        .collect()
-}
-
 /// Takes ownership of a descriptor. The snapshot names it once, and the caller of [`super::resume`]
 /// guarantees that nothing else in this process owns it.
 fn adopt(fd: RawFd) -> Result<OwnedFd, SessionError> {

@@ -93,7 +93,7 @@ pub(super) enum Pending {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SessionSnapshot {
     pub(super) socket: RawFd,
-    /// Whether the front end has sent GET_FEATURES, without which `vhost` acknowledges nothing.
+    /// Whether the front end has sent GET_FEATURES, without which nothing is acknowledged.
     pub(super) features_requested: bool,
     pub(super) features: Option<u64>,
     pub(super) protocol: Option<u64>,
@@ -104,6 +104,10 @@ pub struct SessionSnapshot {
     pub(super) vrings: Vec<VringRecord>,
     pub(super) pending: Pending,
 }
+
+/// An encoded snapshot without its end, the pending message.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EncodedState(Vec<u8>);
 
 /// Flags of a queue.
 const ENABLED: u32 = 1;
@@ -121,6 +125,11 @@ impl SessionSnapshot {
     /// Encodes the snapshot as bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_state().with(&self.pending)
+    }
+
+    /// Encodes all but the pending message.
+    pub(super) fn encode_state(&self) -> EncodedState {
         let mut to = Writer(Vec::with_capacity(256 + 64 * self.vrings.len()));
         let mut flags = if self.features_requested {
             FEATURES_REQUESTED
@@ -154,11 +163,21 @@ impl SessionSnapshot {
         for vring in &self.vrings {
             vring.encode(&mut to);
         }
-        let (kind, bytes, fds) = match &self.pending {
+        EncodedState(to.0)
+    }
+}
+
+impl EncodedState {
+    /// The whole snapshot.
+    pub(super) fn with(&self, pending: &Pending) -> Vec<u8> {
+        let (kind, bytes, fds) = match pending {
             Pending::Nothing => (0, &[][..], &[][..]),
             Pending::Message(bytes, fds) => (1, &bytes[..], &fds[..]),
             Pending::Reply(bytes, fds) => (2, &bytes[..], &fds[..]),
         };
+        let len = self.0.len() + 12 + 4 * fds.len() + bytes.len();
+        let mut to = Writer(Vec::with_capacity(len));
+        to.0.extend_from_slice(&self.0);
         to.number(kind);
         to.count(bytes.len());
         to.count(fds.len());
@@ -168,7 +187,9 @@ impl SessionSnapshot {
         to.0.extend_from_slice(bytes);
         to.0
     }
+}
 
+impl SessionSnapshot {
     /// Decodes a snapshot.
     ///
     /// # Errors
