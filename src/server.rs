@@ -18,10 +18,12 @@ mod upgrade;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
+use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
 use crate::sandbox::{self, Filter, ForkResult, Inside};
 use crate::state::Table;
@@ -60,6 +62,9 @@ pub struct Server {
     left: Option<SessionSnapshot>,
 }
 
+/// Makes the file system that is served of the one of the shared directory.
+pub type Layer = fn(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>;
+
 /// What is had before the process is split: for each process that serves, if one follows the other.
 #[derive(Debug)]
 struct ServerResources {
@@ -67,6 +72,7 @@ struct ServerResources {
     runtime: Chosen,
     listener: Listener,
     state: State,
+    layer: Layer,
 }
 
 impl Server {
@@ -79,15 +85,30 @@ impl Server {
     /// Something that the configuration asks for is not to be had on this host. Either process
     /// may get one; the other has ended then, or tells so by the way it ends.
     pub fn start(
+        config: Config,
+        log: Option<BorrowedFd<'_>>,
+        past: Option<ExecHandover>,
+    ) -> Result<Started, ServerError> {
+        Self::start_with(|shared| shared, config, log, past)
+    }
+
+    /// As [`start`](Self::start), with a file system that `layer` makes of the one of the shared
+    /// directory: in each process that serves, in its sandbox.
+    ///
+    /// # Errors
+    ///
+    /// As for `start`.
+    pub fn start_with(
+        layer: Layer,
         mut config: Config,
         log: Option<BorrowedFd<'_>>,
         past: Option<ExecHandover>,
     ) -> Result<Started, ServerError> {
         limits::fit(&mut config);
         if let Some(past) = past {
-            return ParentProcess::take_over(config, log, past);
+            return ParentProcess::take_over(layer, config, log, past);
         }
-        let resources = ServerResources::new(config)?;
+        let resources = ServerResources::new(config, layer)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
@@ -159,7 +180,7 @@ impl Server {
 }
 
 impl ServerResources {
-    fn new(config: Config) -> Result<Self, ServerError> {
+    fn new(config: Config, layer: Layer) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
             Listen::Path(path) => {
@@ -198,6 +219,7 @@ impl ServerResources {
             config,
             runtime,
             state,
+            layer,
         })
     }
 
@@ -241,6 +263,7 @@ impl ServerResources {
             session: config.share.session,
             once: config.once,
         };
+        let fs = (self.layer)(fs);
         let service = Service::over(fs, options, self.runtime, table)
             .keeping(config.state.is_some())
             .reporting(place.serving, has_waited);

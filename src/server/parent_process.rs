@@ -111,6 +111,7 @@ impl ParentProcess {
 
     /// Takes over from the previous program in this process.
     pub(super) fn take_over(
+        layer: super::Layer,
         config: crate::config::Config,
         log: Option<BorrowedFd<'_>>,
         past: ExecHandover,
@@ -122,6 +123,7 @@ impl ParentProcess {
             runtime,
             listener: fds.listener,
             state: State::Common(fds.state),
+            layer,
         };
         let keep = resources.keep(log);
         let supervisor = Supervisor::begin(&resources.config.sandbox, &keep, Some(past))?;

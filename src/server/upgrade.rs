@@ -46,12 +46,19 @@ fn formats() -> String {
     format!("hand-over={FORMAT} session={session} state={state}")
 }
 
+/// The formats that this program reads.
+fn known_formats() -> String {
+    let older = vhost_user::OLDEST_VERSION..vhost_user::VERSION;
+    let older = older.map(|version| format!(" session={version}"));
+    formats() + &older.collect::<String>()
+}
+
 /// Whether this program can take over from the running one with the same arguments. `None` if the
 /// program isn't being tried for an upgrade.
 #[must_use]
 pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
     let wanted = std::env::var(CHECK).ok()?;
-    let known = formats();
+    let known = known_formats();
     let unknown: Vec<_> = wanted
         .split(' ')
         .filter(|format| !known.split(' ').any(|known| known == *format))

@@ -183,6 +183,12 @@ impl<R: Runner> Session<'_, R> {
                 let region: VhostUserSingleMemoryRegion = payload(body)?;
                 self.remove_mem_region(&region)?;
             }
+            Request::SET_BACKEND_REQ_FD => {
+                self.require(Feature::BACKEND_REQ)?;
+                empty(body)?;
+                let fd = one(fds).ok_or(ProtocolError::InvalidMessage)?;
+                self.set_backend_req_fd(fd)?;
+            }
             Request::SET_LOG_BASE => {
                 self.require(Feature::LOG_SHMFD)?;
                 let fd = one(fds).ok_or(ProtocolError::IncorrectFds)?;

@@ -15,6 +15,7 @@ use vhost::vhost_user::message::{
 };
 
 use super::Runner;
+use super::back_channel::Link;
 use super::device_state::{Direction, TransferError};
 use super::session::{Session, SessionError, duplicate, eventfd};
 use crate::device;
@@ -29,7 +30,9 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
-    .union(VhostUserProtocolFeatures::DEVICE_STATE);
+    .union(VhostUserProtocolFeatures::DEVICE_STATE)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::BACKEND_SEND_FD);
 
 /// The reply to GET_MAX_MEM_SLOTS.
 pub(super) const MAX_MEM_SLOTS: u64 = Memory::MAX_REGIONS as u64;
@@ -63,6 +66,16 @@ impl<R: Runner> Session<'_, R> {
             return Err(SessionError::Features { accepted, extra });
         }
         self.protocol = Some(accepted);
+        self.channel.set_protocol_features(accepted);
+        Ok(())
+    }
+
+    pub(super) fn set_backend_req_fd(&mut self, fd: &OwnedFd) -> Result<(), SessionError> {
+        let link = Link::new(duplicate(fd)?).map_err(SessionError::BackChannel)?;
+        // The snapshot keeps the previous one open as long as it names it.
+        self.channel.connect(None);
+        self.link = Some(Arc::new(link));
+        self.opens_channel = true;
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! daemon of `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the
 //! workers own them. The invariant: a queue is stopped and drained before anything changes that it relies on.
 
+mod back_channel;
 mod connection;
 mod device_state;
 mod dispatch;
@@ -28,8 +29,9 @@ pub use device_state::{Cause, DeviceState};
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use session_runner::{resume, serve};
-pub use session_snapshot::{SessionSnapshot, SnapshotError, VERSION};
+pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, SnapshotError, VERSION};
 
+use crate::device::BackChannel;
 use crate::virtqueue::{Queue, QueueIndex};
 
 /// Runs the queues of a session.
@@ -47,6 +49,10 @@ pub trait Runner {
 
     /// Discards the state of the guest, which has been reset.
     fn reset(&mut self);
+
+    /// Hands over the way to send requests to the VMM, when a session begins or is resumed. Requests
+    /// fail until the VMM has opened its side, and when the session has ended.
+    fn connected(&mut self, _channel: Arc<dyn BackChannel>) {}
 
     /// Reports that all queues run again that ran in the previous server process.
     fn resumed(&mut self) {}

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use vhost::vhost_user::Error as ProtocolError;
 
 use super::Runner;
+use super::back_channel::{Link, VmmChannel};
 use super::device_state::Transfer;
 use super::vring::Vring;
 use crate::device::{self, Device};
@@ -126,6 +127,9 @@ pub enum SessionError {
         /// Queues of this device.
         queues: u16,
     },
+    /// The descriptor of SET_BACKEND_REQ_FD can't be used.
+    #[error("the front end's back channel can't be used")]
+    BackChannel(#[source] io::Error),
     /// A descriptor that the previous process should have left open can't be used.
     #[error("taking over descriptor {fd} of the session")]
     NotInherited {
@@ -182,6 +186,12 @@ pub(super) struct Session<'a, R> {
     /// `regions`, with `log` if LOG_ALL was negotiated.
     memory: Arc<Memory>,
     pub(super) vrings: Vec<Vring>,
+    /// Requests to the VMM.
+    pub(super) channel: Arc<VmmChannel>,
+    /// What they are sent on, if the front end has opened it.
+    pub(super) link: Option<Arc<Link>>,
+    /// `link` is to be used once it is recorded.
+    pub(super) opens_channel: bool,
     pub(super) transfer: Transfer,
     /// Whether the warning that the VMM reads a missing tag was logged.
     pub(super) warned_of_missing_tag: bool,
@@ -193,8 +203,10 @@ impl<'a, R: Runner> Session<'a, R> {
         runner: &'a mut R,
         (table, memory_lost): (&Arc<Table>, &Arc<MemoryLostEvent>),
         stop: BorrowedFd<'_>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, SessionError> {
+        let channel = Arc::new(VmmChannel::new().map_err(SessionError::socket)?);
+        runner.connected(Arc::clone(&channel) as _);
+        Ok(Self {
             table: Arc::clone(table),
             device,
             runner,
@@ -207,9 +219,12 @@ impl<'a, R: Runner> Session<'a, R> {
             inflight: None,
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
+            channel,
+            link: None,
+            opens_channel: false,
             transfer: Transfer::new(stop),
             warned_of_missing_tag: false,
-        }
+        })
     }
 
     /// Prepares for a front end that has just connected. If no guest's session is in the table, the
@@ -313,6 +328,7 @@ impl<'a, R: Runner> Session<'a, R> {
         let vring = &mut self.vrings[usize::from(index.0)];
         if vring.running {
             vring.running = false;
+            let _limit = self.channel.limit_waits();
             if let Some(next) = self.runner.stop(index) {
                 vring.base = next;
             }
@@ -321,9 +337,24 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 
     pub(super) fn stop_all(&mut self) {
+        let channel = Arc::clone(&self.channel);
+        let _limit = channel.limit_waits();
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
+    }
+
+    /// To be called when a snapshot was saved: uses a back channel that the front end has opened. If
+    /// a request were sent on it before, the next process wouldn't know.
+    pub(super) fn saved(&mut self) {
+        if std::mem::take(&mut self.opens_channel) {
+            self.channel.connect(self.link.clone());
+        }
+    }
+
+    /// Ends the session: nothing can be sent to the VMM any more.
+    pub(super) fn end(&mut self) {
+        self.channel.connect(None);
     }
 
     pub(super) fn resumed(&mut self) {

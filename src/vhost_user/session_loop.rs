@@ -75,6 +75,7 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
             std::mem::forget(self);
             return Ok(End::Left);
         }
+        self.session.end();
         self.table.set_front(&[]);
         end
     }
@@ -192,6 +193,7 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
         self.state = snapshot.encode_state();
         self.record(pending);
         self.open = open;
+        self.session.saved();
     }
 
     /// As [`save`](Self::save), if nothing of the session has changed since.

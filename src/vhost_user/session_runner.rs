@@ -35,7 +35,7 @@ pub fn serve<R: Runner>(
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
     run_watched(runner, stop, |runner, memory_lost, stop| {
-        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
         session.begin();
         SessionLoop::new(stream, session, table).run(None, stop)
     })
@@ -58,7 +58,7 @@ pub fn resume<R: Runner>(
 ) -> Result<End, SessionError> {
     run_watched(runner, stop, |runner, memory_lost, stop| {
         let stream = restore::socket(&snapshot)?;
-        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
         SessionLoop::new(stream, session, table).run(Some(snapshot), stop)
     })
 }
