@@ -76,7 +76,6 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_sendmmsg,
     libc::SYS_recvmmsg,
-    libc::SYS_shutdown,
     libc::SYS_ppoll,
     // The kind of socket that a front end sends.
     libc::SYS_getsockopt,
