@@ -32,8 +32,9 @@ use ringfsd::fs::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, Label, NewNode,
     NodeId, OpenFile, Opened, Replay, Result, Statistics, XattrFlags,
 };
+use ringfsd::recovery::{ExecHandover, Watched};
 use ringfsd::sandbox;
-use ringfsd::server::{ExecHandover, Exit, Server, Started, Watched};
+use ringfsd::server::{Exit, Server, Started};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::Profile;
@@ -102,9 +103,9 @@ fn serve() -> ExitCode {
     sandbox::reset_inherited(handover.is_some()).unwrap();
     let layer = |shared| Arc::new(Asking::over(shared)) as _;
     let server = match Server::start_with(layer, config, None, handover).unwrap() {
-        Started::Inside(server) => server,
-        Started::Outside(outside) => match outside.watch(None).unwrap() {
-            Watched::Inside(server) => server,
+        Started::Serving(server) => server,
+        Started::Guardian(parent) => match parent.watch(None).unwrap() {
+            Watched::Serving(server) => server,
             Watched::Ended(ending) => return ExitCode::from(ending.pass_on()),
         },
     };

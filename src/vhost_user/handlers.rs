@@ -16,11 +16,12 @@ use vhost::vhost_user::message::{
 
 use super::Runner;
 use super::back_channel::Link;
-use super::device_state::{Direction, TransferError};
 use super::session::{Session, SessionError, duplicate, eventfd};
 use crate::device;
-use crate::virtqueue::memory::{DirtyLog, Region};
-use crate::virtqueue::{InflightRegion, Memory, Queue, RingAddresses};
+use crate::error_chain;
+use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
+use crate::migration::{Direction, TransferError};
+use crate::virtqueue::{InflightRegion, Queue, RingAddresses};
 
 /// Protocol features that are offered.
 pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -39,13 +40,7 @@ pub(super) const MAX_MEM_SLOTS: u64 = Memory::MAX_REGIONS as u64;
 
 /// Logs the cause of a failed transfer, as the front end gets only a number.
 fn log_failure(error: &TransferError) {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    log::error!("migration failed: {text}");
+    log::error!("migration failed: {}", error_chain::one_line(error));
 }
 
 impl<R: Runner> Session<'_, R> {
@@ -80,14 +75,14 @@ impl<R: Runner> Session<'_, R> {
     }
 
     fn map(&self, region: &VhostUserMemoryRegion, fd: &OwnedFd) -> Result<Region, SessionError> {
-        Ok(Region::map(
-            File::from(duplicate(fd)?),
-            region.mmap_offset,
-            region.guest_phys_addr,
-            region.user_addr,
-            region.memory_size,
-            &self.memory_lost,
-        )?)
+        let description = RegionDescription {
+            file: File::from(duplicate(fd)?),
+            offset: region.mmap_offset,
+            guest: region.guest_phys_addr,
+            user: region.user_addr,
+            len: region.memory_size,
+        };
+        Ok(Region::map(description, &self.memory_lost)?)
     }
 
     pub(super) fn set_mem_table(

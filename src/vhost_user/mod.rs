@@ -7,7 +7,6 @@
 
 mod back_channel;
 mod connection;
-mod device_state;
 mod dispatch;
 mod handlers;
 mod listener;
@@ -25,13 +24,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use device_state::{Cause, DeviceState};
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use session_runner::{resume, serve};
 pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, SnapshotError, VERSION};
 
 use crate::device::BackChannel;
+use crate::migration::{DeviceState, NoDeviceState};
 use crate::virtqueue::{Queue, QueueIndex};
 
 /// Runs the queues of a session.
@@ -60,7 +59,7 @@ pub trait Runner {
     /// Returns what saves and loads the state of the guest's session. By default neither is
     /// supported.
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
-        Arc::new(device_state::NoDeviceState)
+        Arc::new(NoDeviceState)
     }
 }
 

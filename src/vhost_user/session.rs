@@ -14,14 +14,14 @@ use vhost::vhost_user::Error as ProtocolError;
 
 use super::Runner;
 use super::back_channel::{Link, VmmChannel};
-use super::device_state::Transfer;
 use super::vring::Vring;
 use crate::device::{self, Device};
+use crate::guest_memory::{DirtyLog, GuestAddress, Memory, MemoryError, MemoryLostEvent};
+use crate::migration::Transfer;
 use crate::state::Table;
-use crate::virtqueue::memory::{DirtyLog, GuestAddress, MemoryLostEvent};
 use crate::virtqueue::{
-    Features, InflightError, InflightPart, InflightRegion, Journal, Memory, MemoryError, Queue,
-    QueueError, QueueIndex, Setup, Tracking,
+    Features, InflightError, InflightPart, InflightRegion, Journal, Queue, QueueError, QueueIndex,
+    Setup, Tracking,
 };
 
 /// How to make a VMM share its memory.

@@ -76,7 +76,7 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
             return Ok(End::Left);
         }
         self.session.end();
-        self.table.set_front(&[]);
+        self.table.set_session_snapshot(&[]);
         end
     }
 
@@ -198,7 +198,7 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
 
     /// As [`save`](Self::save), if nothing of the session has changed since.
     fn record(&self, pending: &Pending) {
-        self.table.set_front(&self.state.with(pending));
+        self.table.set_session_snapshot(&self.state.with(pending));
     }
 
     /// Restores the session from the snapshot, and handles the pending message.

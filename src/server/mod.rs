@@ -1,51 +1,48 @@
 //! Composition root: the start-up order, top to bottom, once.
 //!
-//! The process is split in two on the way, before it has a second thread: what lies outside of the
-//! sandbox is had before, and what serves a guest after. `docs/sandbox.md` says why in this order.
-//! The invariant: whatever a session took (threads, descriptors, mappings) is given back before
-//! the next one begins, unless it is left to another process.
+//! The process is split in two on the way, before it has a second thread. What lies outside of the
+//! sandbox is opened before, and what serves a guest is set up after. `docs/sandbox.md` has the
+//! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
+//! released before the next one begins, unless it is left to another process.
 
 mod control_group;
 mod error;
-mod exec_handover;
 mod file_system;
 mod limits;
 mod parent_process;
-mod predecessor;
 mod service;
-mod state_file;
-mod upgrade;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use rustix::io::Errno;
+
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
+use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
-use crate::sandbox::{self, Filter, ForkResult, Inside};
-use crate::state::Table;
+use crate::recovery::{self, ExecHandover, RecoveryError, Resources, TableLocation};
+use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
+use crate::state::{Limits, StateError};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
-pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub use self::limits::{LimitError, explain, raise_limits};
-pub use self::parent_process::{ParentProcess, Watched};
+pub use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
-pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 use self::file_system::{Built, Entered};
-use self::state_file::State;
 
-/// Which of the two processes this is from now on.
+/// Which of the two processes this is.
 #[derive(Debug)]
 pub enum Started {
-    /// The one that the launcher knows.
-    Outside(ParentProcess),
-    /// The one that serves.
-    Inside(Box<Server>),
+    /// The process that the launcher has started.
+    Guardian(ParentProcess),
+    /// The serving process.
+    Serving(Box<Server>),
 }
 
 /// A server: one shared directory, one session at a time.
@@ -54,9 +51,9 @@ pub struct Server {
     service: Service,
     listener: Listener,
     filter: Filter,
-    /// Another process resumes the session should this one be killed.
+    /// Another process resumes the session if this one is killed.
     supervised: bool,
-    /// No other process has served before.
+    /// No process has served before this one.
     first: bool,
     /// The session that the previous process has left.
     left: Option<SessionSnapshot>,
@@ -65,25 +62,25 @@ pub struct Server {
 /// Makes the file system that is served of the one of the shared directory.
 pub type Layer = fn(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>;
 
-/// What is had before the process is split: for each process that serves, if one follows the other.
+/// What is set up before the process is split, and what each serving process is made of.
 #[derive(Debug)]
 struct ServerResources {
     config: Config,
     runtime: Chosen,
     listener: Listener,
-    state: State,
+    state: TableLocation,
     layer: Layer,
 }
 
 impl Server {
-    /// Gets everything ready, and splits the process in two; see [`sandbox::begin`] for when this
-    /// may be called. The one that serves keeps `log`, which its log is written to, if that is
-    /// not standard error. `past` is what an earlier program in this process has left.
+    /// Sets everything up, and splits the process in two; see [`sandbox::begin`] for when this may be
+    /// called. The serving process keeps `log`, the file of its log, unless that is standard error.
+    /// `handover` is what the previous program in this process has left.
     ///
     /// # Errors
     ///
-    /// Something that the configuration asks for is not to be had on this host. Either process
-    /// may get one; the other has ended then, or tells so by the way it ends.
+    /// This host doesn't have something that the configuration asks for. Either process may return
+    /// an error; the other one has ended then, or its exit status shows it.
     pub fn start(
         config: Config,
         log: Option<BorrowedFd<'_>>,
@@ -102,33 +99,33 @@ impl Server {
         layer: Layer,
         mut config: Config,
         log: Option<BorrowedFd<'_>>,
-        past: Option<ExecHandover>,
+        handover: Option<ExecHandover>,
     ) -> Result<Started, ServerError> {
         limits::fit(&mut config);
-        if let Some(past) = past {
-            return ParentProcess::take_over(layer, config, log, past);
+        if let Some(handover) = handover {
+            return ParentProcess::take_over(layer, config, log, handover);
         }
         let resources = ServerResources::new(config, layer)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
         match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
-            ForkResult::Outside(guardian) => Ok(Started::Outside(ParentProcess::waiting(
+            ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
                 resources.listener.into_file(),
             ))),
-            ForkResult::Inside(inside) => {
-                resources.serve(inside).map(Box::new).map(Started::Inside)
+            ForkResult::Serving(process) => {
+                resources.serve(process).map(Box::new).map(Started::Serving)
             }
         }
     }
 
-    /// Lets the signals come that end a server, which [`start`](Self::start) holds: to be called
-    /// once they make the descriptor readable that [`run`](Self::run) is given.
+    /// Unblocks the signals that end a server, which [`start`](Self::start) has blocked. To be called
+    /// once they make the descriptor readable that [`run`](Self::run) gets.
     ///
     /// # Errors
     ///
-    /// Whatever a seccomp filter of the launcher says.
+    /// A seccomp filter of the launcher forbids the call.
     pub fn release_signals(&self) -> io::Result<()> {
         if self.is_supervised() {
             sandbox::release_hangup()?;
@@ -136,8 +133,8 @@ impl Server {
         sandbox::release_signals()
     }
 
-    /// Whether another process goes on should this one be killed. It asks this one to leave by
-    /// `SIGHUP`.
+    /// Whether another process resumes the session if this one is killed. It asks this one by
+    /// `SIGHUP` to leave the session to it.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.supervised
@@ -145,24 +142,24 @@ impl Server {
 
     /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
     pub fn leave(self) -> ! {
-        sandbox::leave(parent_process::LEFT)
+        sandbox::leave(recovery::LEFT)
     }
 
-    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only
-    /// the first; beginning with the one that an earlier process has left. From here on the calling
-    /// thread makes the server's system calls and no others. `leave` says that, when `stop` becomes
-    /// readable, another process is to go on.
+    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only the
+    /// first. Begins with the session that the previous process has left. From here on the calling
+    /// thread makes the server's system calls and no others. `leave` says that another process
+    /// resumes the session when `stop` becomes readable.
     ///
     /// # Errors
     ///
-    /// Connections can't be taken any more, or the host has no threads for a session. What a
-    /// VMM does wrong ends its session and is logged.
+    /// Connections can't be accepted any more, or the host has no threads for a session. What a VMM
+    /// does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
-        limits::remember();
+        limits::save();
         self.filter.install()?;
         sandbox::forget_set_up();
-        // Should this process be killed, the next server needs both, and the guest's files may take
-        // the kernel seconds.
+        // The next server needs both if this process is killed, and closing the guest's files may
+        // take the kernel seconds.
         self.listener.close_first();
         if self.service.keeps() {
             self.service.table().close_first();
@@ -188,7 +185,7 @@ impl ServerResources {
                 Box::new(move || {
                     let bind = || Listener::bind(&path);
                     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
-                    let listener = predecessor::wait_while(bind, busy)?;
+                    let listener = recovery::wait_while(bind, busy)?;
                     if let Some(group) = group {
                         listener.admit_group(&group)?;
                     }
@@ -196,7 +193,7 @@ impl ServerResources {
                 })
             }
             Listen::Inherited(fd) => {
-                // At once, before something of ours could get the number.
+                // At once, before a file of the server's own could get the number.
                 let listener = Listener::inherited(*fd)?;
                 Box::new(move || Ok(listener))
             }
@@ -210,10 +207,10 @@ impl ServerResources {
             Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
-        // What can be known beforehand to fail leaves no socket.
+        // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
-        limits::check(&config, state_file::limits(&config).bytes())?;
-        let state = State::new(&config)?;
+        limits::check(&config, table_limits(&config).bytes())?;
+        let state = locate_table(&config)?;
         Ok(Self {
             listener: listen()?,
             config,
@@ -222,24 +219,22 @@ impl ServerResources {
             layer,
         })
     }
+}
 
-    /// What every serving process has from the beginning.
-    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
-        let all = [log, Some(self.listener.as_fd()), self.state.file()];
-        all.into_iter().flatten().collect()
-    }
+impl Resources for ServerResources {
+    type Server = Server;
+    type Error = ServerError;
 
-    /// What follows in the process that serves.
-    fn serve(mut self, inside: Inside) -> Result<Server, ServerError> {
+    fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
         self.listener.leave_file();
         let config = self.config;
-        let limits = state_file::limits(&config);
-        let (supervised, again) = (inside.is_supervised(), inside.is_again());
-        let place = inside.enter(&config.shared_dir, file_system::needs(&config))?;
-        let kept = self.state.open(&limits, again)?;
-        let has_waited = again && kept.table.is_announced();
+        let limits = table_limits(&config);
+        let (supervised, again) = (process.is_supervised(), process.is_successor());
+        let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
+        let opened = self.state.open(&limits, again)?;
+        let has_waited = again && opened.table.is_announced();
         let left = if again {
-            sort_leftovers(&kept.table, &place.descriptors)?
+            recovery::sort_leftovers(&opened.table, &place.descriptors)?
         } else {
             None
         };
@@ -249,7 +244,7 @@ impl ServerResources {
             proc_fds: place.proc_fds,
             may_label: place.may_label,
         };
-        let Built { fs, table } = file_system::build(&config, entered, kept)?;
+        let Built { fs, table } = file_system::build(&config, entered, opened)?;
         let action = config.sandbox.seccomp;
         let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
         let options = ServiceOptions {
@@ -276,6 +271,23 @@ impl ServerResources {
             left,
         })
     }
+
+    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
+        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        all.into_iter().flatten().collect()
+    }
+
+    fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    fn listener_mut(&mut self) -> &mut Listener {
+        &mut self.listener
+    }
+
+    fn state(&self) -> Option<BorrowedFd<'_>> {
+        self.state.file()
+    }
 }
 
 fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
@@ -284,40 +296,42 @@ fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
     Ok(runtime)
 }
 
-/// What the process before has left of its session, if it had one; everything else that it has left,
-/// but `own` and what the table tells of, is closed. Done here, where the process has nothing any
-/// more that it could be tricked out of: what it reads may have been written by a guest that had
-/// taken the other one over.
-fn sort_leftovers(table: &Table, own: &[RawFd]) -> Result<Option<SessionSnapshot>, ServerError> {
-    let record = table
-        .front()
-        .and_then(|block| match SessionSnapshot::decode(&block) {
-            Ok(record) if record.descriptors().iter().any(|fd| own.contains(fd)) => {
-                log::error!("the session can't go on: it names a descriptor of the server's own");
-                None
-            }
-            Ok(record) => Some(record),
-            Err(error) => {
-                log::error!("the session can't go on: {error}");
-                None
-            }
-        });
-    let mut keep = own.to_vec();
-    keep.extend(table.descriptors());
-    keep.extend(record.iter().flat_map(SessionSnapshot::descriptors));
-    sandbox::close_all_but(&keep).map_err(ServerError::Leftovers)?;
-    Ok(record)
+/// The sizes that the state table needs.
+fn table_limits(config: &Config) -> Limits {
+    let queues = config.request_queues.get().saturating_add(1);
+    config.share.file_system.limits(queues)
 }
 
-/// An error with its causes, in one line.
+/// Opens or creates the state file, or a memfd, if a table has to outlive the serving process.
+fn locate_table(config: &Config) -> Result<TableLocation, ServerError> {
+    let needed = table_limits(config);
+    let size = limits::file_size();
+    let located = limits::without_file_size_limit(|| {
+        TableLocation::new(config.state.as_deref(), config.supervise, &needed)
+    });
+    located.map_err(|error| match (error, size) {
+        (RecoveryError::InStateFile { source, .. } | RecoveryError::State(source), Some(limit))
+            if matches!(
+                source,
+                StateError::Grow {
+                    source: Errno::FBIG,
+                    ..
+                }
+            ) =>
+        {
+            let needed = needed.bytes();
+            ServerError::Limit(LimitError::FileSize { limit, needed })
+        }
+        (error, _) => error.into(),
+    })
+}
+
+/// Whether this program can take over from the running one with the same arguments; `None` if it
+/// isn't being tried for an upgrade, else the status to exit with.
 #[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
+pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
+    recovery::check_for_upgrade(config.supervise, || {
+        let runtime = crate::io::choose(config.runtime);
+        runtime.map_or_else(|error| Err(error_chain::one_line(&error)), |_| Ok(()))
+    })
 }
