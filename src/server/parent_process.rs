@@ -44,6 +44,7 @@ impl ParentProcess {
 
     /// Takes over from the previous program in this process.
     pub(super) fn take_over(
+        layer: super::Layer,
         config: crate::config::Config,
         log: Option<BorrowedFd<'_>>,
         handover: ExecHandover,
@@ -56,6 +57,7 @@ impl ParentProcess {
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),
+            layer,
         };
         Supervision::take_over(resources, &sandbox, log, passed_on).map(Started::of)
     }
