@@ -20,12 +20,12 @@ use host_changes::{
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use testing::Server;
 use vmm::fuse::wire::init;
 use vmm::fuse::{Client, LINUX_OFFERS, Lane};
 use vmm::{Options, Profile, Session};
 
 use crate::kernel::{DIRECTORIES_STAY, Kernel, Process};
-use crate::support::Server;
 use crate::{act_as_myself, cases};
 
 /// The longest sequence.

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, TestRunner};
+use testing::Server;
 use vmm::fuse::wire::init;
 use vmm::fuse::{Client, LINUX_OFFERS, Lane, ROOT};
 use vmm::{Options, Profile};
@@ -16,7 +17,6 @@ use crate::guest::Behind;
 use crate::host::Plain;
 use crate::machine::Machine;
 use crate::operation::case;
-use crate::support::Server;
 use crate::tree::tree;
 use crate::{act_as_myself, cases, compare};
 

@@ -11,7 +11,7 @@ use std::ffi::CStr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use crate::support::{self, Server};
+use testing::{Server, both_runtimes, is_root};
 use vmm::fuse::wire::{
     CreateIn, EntryOut, ExtHeader, MkdirIn, MknodIn, OpenOut, Secctx, SecctxHeader, init, opcode,
     request_flag,
@@ -30,14 +30,6 @@ fn start(runtime: &str, more: &[&str]) -> (Server, Guest) {
     let mut fs = Client::new(guest.unwrap());
     fs.init_offering(LINUX_OFFERS | init::SECURITY_CTX).unwrap();
     (server, fs)
-}
-
-fn is_root() -> bool {
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root {
-        println!("SKIPPED: needs root");
-    }
-    is_root
 }
 
 /// A label as Linux sends it.
@@ -129,6 +121,7 @@ fn on_host(server: &Server, file: &str, name: &str) -> Option<Vec<u8>> {
     Some(value[..len].to_vec())
 }
 
+#[both_runtimes]
 fn what_is_made_has_its_label(runtime: &str) {
     if !is_root() {
         return;
@@ -156,6 +149,7 @@ fn what_is_made_has_its_label(runtime: &str) {
     assert_eq!(on_host(&server, "file", "security.ringfsd"), None);
 }
 
+#[both_runtimes]
 fn selinux_labels_are_set_where_the_host_has_none(runtime: &str) {
     if !is_root() || Path::new("/sys/fs/selinux/enforce").exists() {
         println!("SKIPPED: needs root, and a host without SELinux");
@@ -167,6 +161,7 @@ fn selinux_labels_are_set_where_the_host_has_none(runtime: &str) {
     assert_eq!(label.as_deref(), Some(LABEL));
 }
 
+#[both_runtimes]
 fn labels_go_by_the_names_of_the_host(runtime: &str) {
     let rules = ":map:security.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
@@ -178,6 +173,7 @@ fn labels_go_by_the_names_of_the_host(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn what_can_not_be_labelled_is_not_made(runtime: &str) {
     let rules = ":bad:client:security.:: :ok:all:::";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
@@ -212,6 +208,7 @@ fn what_can_not_be_labelled_is_not_made(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn malformed_extensions_make_nothing(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--security-label"]);
     let mut short = label(c"security.selinux", LABEL);
@@ -225,6 +222,7 @@ fn malformed_extensions_make_nothing(runtime: &str) {
     assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 0);
 }
 
+#[both_runtimes]
 fn a_member_by_a_supplementary_group_keeps_the_set_group_id_bit(runtime: &str) {
     if !is_root() {
         return;
@@ -260,7 +258,7 @@ fn labels_are_agreed_on_only_if_asked_for() {
     // And then the server ignores them.
     make(&mut fs, "file", 0o644, &label(c"security.ringfsd", LABEL)).unwrap();
     assert_eq!(on_host(&server, "file", "security.ringfsd"), None);
-    let refused = support::output(&[
+    let refused = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
         "--security-label",
@@ -297,12 +295,3 @@ fn handles_of_one_run_are_none_of_another() {
     assert_eq!(fs.lookup(ROOT, c"proc").unwrap().generation, 0);
     assert_ne!(fs.lookup(ROOT, c"usr").unwrap().generation, 0);
 }
-
-on_both_runtimes!(
-    what_is_made_has_its_label,
-    selinux_labels_are_set_where_the_host_has_none,
-    labels_go_by_the_names_of_the_host,
-    what_can_not_be_labelled_is_not_made,
-    malformed_extensions_make_nothing,
-    a_member_by_a_supplementary_group_keeps_the_set_group_id_bit,
-);

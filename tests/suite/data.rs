@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 
-use crate::support::{Server, pattern};
+use testing::{Server, both_runtimes, pattern};
 use vmm::fuse::wire::{WriteIn, WriteOut, opcode};
 use vmm::fuse::{Call, Client, Cut, Handle, Layout, ROOT};
 use vmm::{Options, Profile, Session};
@@ -46,6 +46,7 @@ fn layouts() -> Vec<Layout> {
     ]
 }
 
+#[both_runtimes]
 fn reads_of_any_layout_offset_and_size_are_right(runtime: &str) {
     let content = pattern(700_001, 11);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -73,6 +74,7 @@ fn reads_of_any_layout_offset_and_size_are_right(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn reads_past_the_end_are_short(runtime: &str) {
     let content = pattern(10_000, 5);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -89,6 +91,7 @@ fn reads_past_the_end_are_short(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn writes_of_any_layout_offset_and_size_are_right(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     let mut expected = Vec::new();
@@ -105,6 +108,7 @@ fn writes_of_any_layout_offset_and_size_are_right(runtime: &str) {
     assert!(std::fs::read(server.share().join("file")).unwrap() == expected);
 }
 
+#[both_runtimes]
 fn requests_of_one_mebibyte_go_through(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     assert_eq!(fs.max_write(), 1 << 20);
@@ -115,6 +119,7 @@ fn requests_of_one_mebibyte_go_through(runtime: &str) {
     assert!(fs.read(node, handle, 123, 1 << 20).unwrap() == data);
 }
 
+#[both_runtimes]
 fn more_pieces_than_the_kernel_takes_at_once_are_right(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), b"").unwrap();
@@ -146,6 +151,7 @@ fn more_pieces_than_the_kernel_takes_at_once_are_right(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn many_reads_and_writes_in_flight_are_all_right(runtime: &str) {
     let content = pattern(4 << 20, 77);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -208,6 +214,7 @@ fn write_as(fs: &mut Client<Session>, node: u64, handle: Handle, flags: i32, dat
     assert_eq!(written.size as usize, data.len());
 }
 
+#[both_runtimes]
 fn an_append_lands_at_the_end_whatever_the_offset(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"begin");
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
@@ -224,6 +231,7 @@ fn an_append_lands_at_the_end_whatever_the_offset(runtime: &str) {
     assert_eq!(content(), "bEGin end!");
 }
 
+#[both_runtimes]
 fn a_guest_that_collects_writes_places_appends_itself(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--writeback"]);
     std::fs::write(server.share().join("file"), "begin").unwrap();
@@ -236,6 +244,7 @@ fn a_guest_that_collects_writes_places_appends_itself(runtime: &str) {
     assert_eq!(content, b"bEgin");
 }
 
+#[both_runtimes]
 fn a_file_for_appending_only_is_appended_to(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"log");
     let path = server.share().join("file");
@@ -260,6 +269,7 @@ fn a_file_for_appending_only_is_appended_to(runtime: &str) {
 
 /// Whatever has no bytes is refused by how the file was opened, as the host refuses it, and takes
 /// nothing away from the file.
+#[both_runtimes]
 fn operations_on_no_bytes_are_refused_by_the_open_mode(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--allow-direct-io"]);
     let path = server.share().join("file");
@@ -353,6 +363,7 @@ fn operations_on_no_bytes_are_refused_by_the_open_mode(runtime: &str) {
     assert_eq!(mode & 0o7777, 0o6777);
 }
 
+#[both_runtimes]
 fn no_byte_of_a_payload_is_copied(runtime: &str) {
     let content = pattern(1 << 20, 3);
     let (mut server, mut fs, node, handle) = with_file(runtime, &content);
@@ -398,6 +409,7 @@ fn totals(line: &str) -> (u64, u64) {
     (number(" chains returned"), number(" bytes copied"))
 }
 
+#[both_runtimes]
 fn what_a_guest_reads_and_its_ring_are_in_the_dirty_log(runtime: &str) {
     let content = pattern(300_000, 3);
     let words: HashSet<&[u8]> = content.windows(8).collect();
@@ -433,6 +445,7 @@ fn what_a_guest_reads_and_its_ring_are_in_the_dirty_log(runtime: &str) {
 
 /// A migration begins while the disk is waited for: what comes later is marked, by whichever thread
 /// or ring it is completed.
+#[both_runtimes]
 fn a_log_that_begins_among_reads_under_way_misses_nothing(runtime: &str) {
     const HALF: usize = 512 * 1024;
     const PIECE: usize = 64 * 1024;
@@ -490,19 +503,3 @@ fn memory_of(fs: &mut Client<Session>) -> Vec<(u64, Vec<u8>)> {
     }
     pages
 }
-
-on_both_runtimes!(
-    reads_of_any_layout_offset_and_size_are_right,
-    reads_past_the_end_are_short,
-    writes_of_any_layout_offset_and_size_are_right,
-    requests_of_one_mebibyte_go_through,
-    more_pieces_than_the_kernel_takes_at_once_are_right,
-    many_reads_and_writes_in_flight_are_all_right,
-    an_append_lands_at_the_end_whatever_the_offset,
-    a_guest_that_collects_writes_places_appends_itself,
-    a_file_for_appending_only_is_appended_to,
-    operations_on_no_bytes_are_refused_by_the_open_mode,
-    no_byte_of_a_payload_is_copied,
-    what_a_guest_reads_and_its_ring_are_in_the_dirty_log,
-    a_log_that_begins_among_reads_under_way_misses_nothing,
-);

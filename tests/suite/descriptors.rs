@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::support::{self, Server};
+use testing::{Server, USER, both_runtimes};
 use vmm::fuse::{Client, Handle, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -27,9 +27,6 @@ const WIDTH: usize = 100;
 const OPEN: usize = 100;
 /// Files that are unlinked, one half of them open.
 const UNLINKED: usize = 20;
-/// An ordinary user, where the tests run as root.
-const USER: u32 = 65534;
-
 fn c(name: &str) -> CString {
     CString::new(name).unwrap()
 }
@@ -41,7 +38,7 @@ fn ordinary(runtime: &str) -> Server {
     std::fs::create_dir(&share).unwrap();
     // Where the user gets at it, wherever this was built.
     let program = dir.path().join("ringfsd");
-    support::copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &program);
+    testing::copy_program(testing::program(), &program);
     let mut command = Command::new("prlimit");
     command.arg(format!("--nofile={LIMIT}:{LIMIT}"));
     if rustix::process::geteuid().is_root() {
@@ -164,6 +161,7 @@ impl Guest {
     }
 }
 
+#[both_runtimes]
 fn a_tree_is_served_with_few_descriptors_and_no_privileges(runtime: &str) {
     let count = std::env::var("RINGFSD_TREE_FILES").map_or(5000, |count| count.parse().unwrap());
     let server = ordinary(runtime);
@@ -274,5 +272,3 @@ fn a_tree_is_served_with_few_descriptors_and_no_privileges(runtime: &str) {
         begin.elapsed()
     );
 }
-
-on_both_runtimes!(a_tree_is_served_with_few_descriptors_and_no_privileges);

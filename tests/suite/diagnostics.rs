@@ -12,21 +12,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Output;
 
-use crate::support::{self, Server};
+use testing::{Server, USER, is_root};
 use vmm::connection::message::{MemoryRegion, VringAddress};
 use vmm::fuse::{Client, LINUX_OFFERS, ROOT, wire::init};
 use vmm::{Options, Profile};
-
-/// An ordinary user.
-const USER: u32 = 65534;
-
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        println!("SKIPPED: needs root");
-    }
-    root
-}
 
 /// Standard error of a command that has ended with `code`.
 fn said(output: &Output, code: i32) -> String {
@@ -144,7 +133,7 @@ fn directory_that_the_user_can_not_enter_is_named_in_each_sandbox() {
         }
         std::os::unix::fs::chown(&own, Some(USER), None).unwrap();
         std::fs::set_permissions(&share, PermissionsExt::from_mode(0o700)).unwrap();
-        let mut command = support::command_as(Some(USER), dir.path());
+        let mut command = testing::command_as(Some(USER), dir.path());
         command
             .args(["--sandbox", sandbox, "--shared-dir"])
             .arg(&share);
@@ -171,7 +160,7 @@ fn security_label_without_the_capability_is_warned_of() {
         (&["--xattr"], 0),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = support::command();
+        let mut command = testing::command();
         std::fs::create_dir(dir.path().join("share")).unwrap();
         command.arg("--socket").arg(dir.path().join("socket"));
         command.arg("--shared-dir").arg(dir.path().join("share"));
@@ -187,7 +176,7 @@ fn socket_path_that_is_too_long_is_refused_with_the_limit() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x".repeat(120));
     let path = path.to_str().unwrap();
-    let refused = support::output(&["--socket", path, "--shared-dir", "/"]);
+    let refused = testing::output(&["--socket", path, "--shared-dir", "/"]);
     let text = said(&refused, 1);
     let (len, most) = (format!("{} bytes", path.len()), "107");
     assert!(text.contains(&len) && text.contains(most), "{text}");
@@ -200,7 +189,7 @@ fn doubled_comma_of_libvirt_is_a_comma_of_the_path() {
     std::fs::create_dir(&share).unwrap();
     std::fs::write(share.join("file"), "").unwrap();
     let source = format!("source={}/a,,b,cache=auto", dir.path().display());
-    let mut command = support::command();
+    let mut command = testing::command();
     command.arg("--socket").arg(dir.path().join("socket"));
     command.args(["-o", &source]);
     let mut server = Server::spawn(command, dir);
@@ -211,7 +200,7 @@ fn doubled_comma_of_libvirt_is_a_comma_of_the_path() {
 
 #[test]
 fn two_directories_are_refused_with_their_names() {
-    let refused = support::output(&["--fd=3", "-o", "source=/usr", "--shared-dir", "/etc"]);
+    let refused = testing::output(&["--fd=3", "-o", "source=/usr", "--shared-dir", "/etc"]);
     let text = said(&refused, 2);
     assert!(
         text.contains("source=/usr") && text.contains("/etc"),
@@ -302,14 +291,14 @@ fn spellings_of_crosvm_are_taken_or_refused_with_the_reason() {
         ("--gid=0", "omit --gid"),
         ("--uid-map=0 1000 1", ":0:100000:65536:"),
     ] {
-        let refused = support::output(&[&common[..], &[option]].concat());
+        let refused = testing::output(&[&common[..], &[option]].concat());
         let text = said(&refused, 2);
         assert!(text.contains(reason), "{text}");
     }
 
     let (ours, theirs) = UnixStream::pair().unwrap();
     // Its standard input: what is made inheritable here would go to the children of other tests too.
-    let mut command = support::command();
+    let mut command = testing::command();
     command.stdin(std::os::fd::OwnedFd::from(theirs));
     command.args(["--fd=0", "--shared-dir=/usr"]);
     let text = said(&command.output().unwrap(), 1);

@@ -13,11 +13,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::support::{self, Server};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use testing::Server;
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -117,7 +117,7 @@ fn killed_server_gives_up_its_socket_and_locks_before_the_files_of_its_guest() {
                     given_up.get_or_insert(elapsed);
                 }
             }
-            assert!(elapsed < support::TIMEOUT, "{given_up:?}");
+            assert!(elapsed < testing::TIMEOUT, "{given_up:?}");
             std::thread::yield_now();
         }
         let [process, connection, socket, lock] = given_up.map(Option::unwrap);

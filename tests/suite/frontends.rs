@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-use crate::support::{Server, pattern};
+use testing::{Server, both_runtimes, pattern};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
@@ -63,31 +63,35 @@ fn work(profile: Profile, runtime: &str) {
     server.wait_until_it_listens();
 }
 
+#[both_runtimes]
 fn qemu(runtime: &str) {
     work(Profile::Qemu, runtime);
 }
 
+#[both_runtimes]
 fn cloud_hypervisor(runtime: &str) {
     work(Profile::CloudHypervisor, runtime);
 }
 
+#[both_runtimes]
 fn dragonball(runtime: &str) {
     work(Profile::Dragonball, runtime);
 }
 
+#[both_runtimes]
 fn crosvm(runtime: &str) {
     work(Profile::Crosvm, runtime);
 }
 
+#[both_runtimes]
 fn libkrun(runtime: &str) {
     work(Profile::Libkrun, runtime);
 }
 
+#[both_runtimes]
 fn simple(runtime: &str) {
     work(Profile::Simple, runtime);
 }
-
-on_both_runtimes!(qemu, cloud_hypervisor, dragonball, crosvm, libkrun, simple);
 
 #[test]
 fn the_configuration_space_tells_tag_and_queues_to_those_who_ask() {

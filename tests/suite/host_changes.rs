@@ -15,17 +15,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::support::{self, Server};
+use testing::{Server, both_runtimes, errno};
 use vmm::fuse::wire::{SetattrIn, setattr};
 use vmm::fuse::{Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
 
 const STALE: Option<i32> = Some(libc::ESTALE);
 const WRITE: i32 = libc::O_WRONLY;
-
-fn errno<T>(result: Result<T, FuseError>) -> Option<i32> {
-    result.map(drop).unwrap_err().errno()
-}
 
 /// What a process of the guest does with an inode.
 type Act = fn(&mut Scene, u64) -> Result<(), FuseError>;
@@ -106,6 +102,7 @@ impl Scene {
     }
 }
 
+#[both_runtimes]
 fn write_after_host_removes_and_makes_anew(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -118,6 +115,7 @@ fn write_after_host_removes_and_makes_anew(runtime: &str) {
     assert_eq!(scene.content("file"), "new\nline\n");
 }
 
+#[both_runtimes]
 fn append_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     for round in 0..5 {
@@ -129,6 +127,7 @@ fn append_after_host_replaces(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn read_after_host_replaces_is_of_what_was_known(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -138,6 +137,7 @@ fn read_after_host_replaces_is_of_what_was_known(runtime: &str) {
     assert_eq!(scene.fs.getattr(node).unwrap().attr.nlink, 0);
 }
 
+#[both_runtimes]
 fn attributes_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let times = SetattrIn {
@@ -160,10 +160,11 @@ fn attributes_after_host_replaces(runtime: &str) {
     assert_eq!(scene.content("file"), "ne");
 }
 
+#[both_runtimes]
 fn extended_attributes_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &["--xattr"]);
     let node = scene.known("file");
-    if !support::set_on_host(&scene.path("file"), "user.x", b"1") {
+    if !testing::set_on_host(&scene.path("file"), "user.x", b"1") {
         println!("SKIPPED: this file system has no extended attributes");
         return;
     }
@@ -174,7 +175,7 @@ fn extended_attributes_after_host_replaces(runtime: &str) {
     let node = scene.node(ROOT, "file");
     assert_eq!(scene.fs.getxattr(node, c"user.x").unwrap(), b"2");
     scene.replace("file");
-    support::set_on_host(&scene.path("file"), "user.x", b"3");
+    testing::set_on_host(&scene.path("file"), "user.x", b"3");
     assert!(scene.by_path(at, node, |it, node| it.fs.removexattr(node, c"user.x")));
     let node = scene.node(ROOT, "file");
     assert_eq!(
@@ -183,6 +184,7 @@ fn extended_attributes_after_host_replaces(runtime: &str) {
     );
 }
 
+#[both_runtimes]
 fn names_in_a_replaced_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let at = (ROOT, "dir");
@@ -222,6 +224,7 @@ fn names_in_a_replaced_directory(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn names_in_a_removed_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     fs::create_dir(scene.path("dir")).unwrap();
@@ -233,6 +236,7 @@ fn names_in_a_removed_directory(runtime: &str) {
     assert!(scene.path("dir/new").exists());
 }
 
+#[both_runtimes]
 fn file_in_a_replaced_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     fs::create_dir_all(scene.path("one/two")).unwrap();
@@ -253,6 +257,7 @@ fn file_in_a_replaced_directory(runtime: &str) {
     assert_eq!(scene.content("aside/two/file"), "old\n");
 }
 
+#[both_runtimes]
 fn append_after_host_keeps_a_backup(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let append = |it: &mut Scene, node| it.append(node, b"line\n");
@@ -274,6 +279,7 @@ fn append_after_host_keeps_a_backup(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn link_of_a_replaced_file(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -284,6 +290,7 @@ fn link_of_a_replaced_file(runtime: &str) {
     assert_eq!(scene.content("linked"), "new\n");
 }
 
+#[both_runtimes]
 fn file_with_two_known_names_is_written_by_either(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("one");
@@ -297,6 +304,7 @@ fn file_with_two_known_names_is_written_by_either(runtime: &str) {
     assert_eq!(scene.content("one"), "old\nline\nline\n");
 }
 
+#[both_runtimes]
 fn open_file_is_changed_after_host_removes_it(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -313,6 +321,7 @@ fn open_file_is_changed_after_host_removes_it(runtime: &str) {
     assert_eq!(errno(scene.fs.chmod(node, 0o644)), STALE);
 }
 
+#[both_runtimes]
 fn request_that_goes_by_no_name_is_refused_once_only(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -338,6 +347,7 @@ fn request_that_goes_by_no_name_is_refused_once_only(runtime: &str) {
     );
 }
 
+#[both_runtimes]
 fn repeated_request_never_fails(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -355,6 +365,7 @@ fn repeated_request_never_fails(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn emptied_file_may_be_replaced_as_it_is_opened(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -440,6 +451,7 @@ fn errno_of_open(scene: &mut Scene) -> Option<i32> {
     }
 }
 
+#[both_runtimes]
 fn guest_changes_what_it_has_unlinked_itself(runtime: &str) {
     let mut option_sets: Vec<&[&str]> =
         vec![&[], &["--cache=always"], &["--no-open"], &["--writeback"]];
@@ -454,6 +466,7 @@ fn guest_changes_what_it_has_unlinked_itself(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn write_without_a_handle_after_host_removes(runtime: &str) {
     let mut scene = Scene::start(runtime, &["--no-open"]);
     let untold = Handle::raw(0);
@@ -474,6 +487,7 @@ fn write_without_a_handle_after_host_removes(runtime: &str) {
 }
 
 /// Of files that a guest replaces itself no request fails, also while inodes have no descriptors.
+#[both_runtimes]
 fn guest_replaces_what_it_reads(runtime: &str) {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH");
@@ -515,6 +529,7 @@ fn guest_replaces_what_it_reads(runtime: &str) {
 
 /// While a file is replaced on the host without a pause, what a guest's kernel repeats once
 /// succeeds, and what is read needs no repetition.
+#[both_runtimes]
 fn host_replaces_without_a_pause(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let mut node = scene.known("file");
@@ -539,25 +554,3 @@ fn host_replaces_without_a_pause(runtime: &str) {
         done.store(true, Ordering::Relaxed);
     });
 }
-
-on_both_runtimes!(
-    append_after_host_keeps_a_backup,
-    append_after_host_replaces,
-    attributes_after_host_replaces,
-    emptied_file_may_be_replaced_as_it_is_opened,
-    extended_attributes_after_host_replaces,
-    file_in_a_replaced_directory,
-    file_with_two_known_names_is_written_by_either,
-    guest_changes_what_it_has_unlinked_itself,
-    guest_replaces_what_it_reads,
-    host_replaces_without_a_pause,
-    link_of_a_replaced_file,
-    names_in_a_removed_directory,
-    names_in_a_replaced_directory,
-    open_file_is_changed_after_host_removes_it,
-    read_after_host_replaces_is_of_what_was_known,
-    repeated_request_never_fails,
-    request_that_goes_by_no_name_is_refused_once_only,
-    write_after_host_removes_and_makes_anew,
-    write_without_a_handle_after_host_removes,
-);

@@ -11,7 +11,7 @@ use std::ffi::CStr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use crate::support::{self, Server};
+use testing::{Server, both_runtimes, errno, is_root};
 use vmm::fuse::wire::{
     CopyFileRangeIn, CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, Rename2In, init, opcode,
 };
@@ -26,18 +26,6 @@ fn start(runtime: &str, more: &[&str]) -> (Server, Guest) {
     let fs = server.session(Profile::Simple, &Options::default());
     assert!(fs.has(init::ALLOW_IDMAP));
     (server, fs)
-}
-
-fn is_root() -> bool {
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root {
-        println!("SKIPPED: needs root");
-    }
-    is_root
-}
-
-fn errno<T: std::fmt::Debug>(result: Result<T, FuseError>) -> Option<i32> {
-    result.unwrap_err().errno()
 }
 
 fn owner(path: &Path) -> (u32, u32) {
@@ -116,6 +104,7 @@ fn make(fs: &mut Guest, what: &str, uid: u32, gid: u32) -> Result<(), FuseError>
 
 const KINDS: [&str; 6] = ["file", "nameless", "directory", "pipe", "link", "whiteout"];
 
+#[both_runtimes]
 fn what_a_mapped_user_creates_is_that_user_s(runtime: &str) {
     if !is_root() {
         return;
@@ -136,6 +125,7 @@ fn what_a_mapped_user_creates_is_that_user_s(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn everything_else_is_done_for_nobody_in_particular(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--posix-locks"]);
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -164,6 +154,7 @@ fn everything_else_is_done_for_nobody_in_particular(runtime: &str) {
     assert_eq!(content, b"content");
 }
 
+#[both_runtimes]
 fn nothing_is_created_for_nobody(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     std::fs::write(server.share().join("whiteout"), "").unwrap();
@@ -180,6 +171,7 @@ fn nothing_is_created_for_nobody(runtime: &str) {
     assert_eq!(owner(&server.share().join("directory")), own);
 }
 
+#[both_runtimes]
 fn a_guest_that_maps_no_owners_must_say_who_asks(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let guest = Profile::Simple.connect(server.connect(), &Options::default());
@@ -198,6 +190,7 @@ fn a_guest_that_maps_no_owners_must_say_who_asks(runtime: &str) {
     assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 0);
 }
 
+#[both_runtimes]
 fn set_id_bits_go_where_nobody_says_who_asks(runtime: &str) {
     for (args, left) in [(&[][..], 0o6777), (&["--killpriv-v2"], 0o777)] {
         let (server, mut fs) = start(runtime, args);
@@ -227,6 +220,7 @@ fn set_id_bits_go_where_nobody_says_who_asks(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn the_guest_alone_knows_who_is_privileged(runtime: &str) {
     if !is_root() {
         return;
@@ -253,12 +247,13 @@ fn the_guest_alone_knows_who_is_privileged(runtime: &str) {
     assert_eq!(mode(&dir.join("hosts")), 0o777);
 }
 
+#[both_runtimes]
 fn trusted_attributes_are_listed_where_nobody_says_who_asks(runtime: &str) {
     let rules = ":map:trusted.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--xattrmap", rules]);
     let (file, _) = fs.create(ROOT, c"file", 0o644).unwrap();
     let path = server.share().join("file");
-    if !support::set_on_host(&path, "user.guest.trusted.x", b"1") {
+    if !testing::set_on_host(&path, "user.guest.trusted.x", b"1") {
         println!("SKIPPED: the file system of the tests has no attributes");
         return;
     }
@@ -267,6 +262,7 @@ fn trusted_attributes_are_listed_where_nobody_says_who_asks(runtime: &str) {
     assert_eq!(fs.listxattr_size(file.nodeid).unwrap(), 10);
 }
 
+#[both_runtimes]
 fn rules_for_owners_are_for_those_that_are_told(runtime: &str) {
     if !is_root() {
         return;
@@ -301,14 +297,3 @@ fn the_flag_is_taken_where_it_is_offered() {
         assert_eq!(fs.has(init::ALLOW_IDMAP), offered & init::ALLOW_IDMAP != 0);
     }
 }
-
-on_both_runtimes!(
-    what_a_mapped_user_creates_is_that_user_s,
-    everything_else_is_done_for_nobody_in_particular,
-    nothing_is_created_for_nobody,
-    a_guest_that_maps_no_owners_must_say_who_asks,
-    set_id_bits_go_where_nobody_says_who_asks,
-    the_guest_alone_knows_who_is_privileged,
-    trusted_attributes_are_listed_where_nobody_says_who_asks,
-    rules_for_owners_are_for_those_that_are_told,
-);

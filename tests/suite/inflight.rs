@@ -15,8 +15,8 @@ use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::{self, Server};
 use rustix::process::{Pid, Signal};
+use testing::{Server, both_runtimes};
 use vmm::connection::message::InflightLayout;
 use vmm::fuse::{Call, Client, FuseError, Pending, ROOT, wire};
 use vmm::{Options, Profile, Session};
@@ -66,6 +66,7 @@ fn serves(fs: &mut Client<Session>) {
 }
 
 /// Killed in the middle of whatever it is doing, again and again.
+#[both_runtimes]
 fn a_kill_in_the_middle_loses_no_request_and_answers_none_twice(runtime: &str) {
     let args = [
         "--runtime",
@@ -93,6 +94,7 @@ fn a_kill_in_the_middle_loses_no_request_and_answers_none_twice(runtime: &str) {
 }
 
 /// Stopped before it has taken anything, then killed; and killed while requests wait for another.
+#[both_runtimes]
 fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &str) {
     let args = [
         "--runtime",
@@ -130,6 +132,7 @@ fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &st
 }
 
 /// The session is in a file, from which the other server resumes without an INIT.
+#[both_runtimes]
 fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state");
@@ -141,7 +144,7 @@ fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
     fs.write(made.nodeid, handle, 0, b"before").unwrap();
     let mode = std::fs::metadata(file).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let second = support::output(&["--socket=/nowhere/s", "--shared-dir=/", &state]);
+    let second = testing::output(&["--socket=/nowhere/s", "--shared-dir=/", &state]);
     assert_eq!(second.status.code(), Some(1));
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(said.contains("is another server's"), "{said}");
@@ -153,12 +156,6 @@ fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
     let again = fs.lookup(ROOT, c"file").unwrap();
     assert_eq!((again.nodeid, again.attr.size), (made.nodeid, 16));
 }
-
-on_both_runtimes!(
-    a_kill_in_the_middle_loses_no_request_and_answers_none_twice,
-    requests_that_wait_and_requests_that_were_not_taken_are_answered,
-    what_a_guest_holds_outlives_its_server_in_a_file,
-);
 
 #[test]
 fn a_region_that_can_not_be_ends_the_session_and_the_next_is_served() {

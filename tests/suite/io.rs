@@ -17,50 +17,21 @@ use std::sync::Arc;
 
 use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, probe, spawn};
 use tempfile::TempDir;
+use testing::both_runtimes;
 
 mod answers;
 mod direct;
 mod lifetime;
 mod memory;
 
-use direct::{a_direct_read_over_an_unaligned_end_is_short, direct_files_read_and_write};
-use lifetime::a_dropped_read_keeps_its_memory_until_it_is_complete;
 use memory::{Arena, with_gaps};
 
-macro_rules! suite {
-    ($($name:ident)*) => {
-        mod on_tokio {
-            $(#[test] fn $name() { super::run(super::Engine::ThreadPool, super::$name); })*
-        }
-        mod on_uring {
-            $(#[test] fn $name() { super::run(super::Engine::Uring, super::$name); })*
-        }
+/// Runs `body` on the engine of this name, or prints that this machine doesn't have it.
+fn run<F: Future<Output = ()>>(runtime: &str, body: impl FnOnce() -> F) {
+    let engine = match runtime {
+        "uring" => Engine::Uring,
+        _ => Engine::ThreadPool,
     };
-}
-
-suite! {
-    scattered_reads_fill_odd_pieces_and_nothing_else
-    scattered_writes_come_back
-    reads_are_short_at_the_end_only
-    buffers_of_1500_pieces_go_both_ways
-    a_cached_read_is_done_at_once
-    a_file_in_memory_is_read_at_once
-    what_is_not_cached_is_read_all_the_same
-    a_write_to_the_page_cache_is_done_at_once
-    synchronous_writes_are_not_tried
-    direct_files_read_and_write
-    a_direct_read_over_an_unaligned_end_is_short
-    waiting_to_open_holds_up_no_other_task
-    a_dropped_read_keeps_its_memory_until_it_is_complete
-    thousands_of_operations_are_in_flight_at_once
-    operations_go_on_while_the_thread_never_sleeps
-    a_nonblocking_descriptor_reads_like_any_other
-    files_are_synced_allocated_and_copied
-    tasks_and_timers_run
-}
-
-/// Runs `body` on a runtime of `engine`, or says that it can't be had.
-fn run<F: Future<Output = ()>>(engine: Engine, body: impl FnOnce() -> F) {
     if let (Engine::Uring, Err(reason)) = (engine, probe()) {
         eprintln!("skipped: {reason}");
         return;
@@ -133,6 +104,7 @@ async fn read(file: &File, len: usize, offset: u64) -> (io::Result<usize>, Vec<u
     (result, bytes)
 }
 
+#[both_runtimes(run)]
 async fn scattered_reads_fill_odd_pieces_and_nothing_else() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..100_000));
@@ -154,6 +126,7 @@ async fn scattered_reads_fill_odd_pieces_and_nothing_else() {
     assert!(arena.bytes() == expected);
 }
 
+#[both_runtimes(run)]
 async fn scattered_writes_come_back() {
     let dir = scratch();
     let path = dir.path().join("f");
@@ -173,6 +146,7 @@ async fn scattered_writes_come_back() {
     assert!(std::fs::read(&path).unwrap()[77..] == expected);
 }
 
+#[both_runtimes(run)]
 async fn reads_are_short_at_the_end_only() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..10_000));
@@ -196,6 +170,7 @@ async fn reads_are_short_at_the_end_only() {
     }
 }
 
+#[both_runtimes(run)]
 async fn buffers_of_1500_pieces_go_both_ways() {
     let dir = scratch();
     let (pieces, len) = with_gaps(&[13; 1500]);
@@ -228,6 +203,7 @@ async fn buffers_of_1500_pieces_go_both_ways() {
     assert!(bytes_of(&buffer) == expected);
 }
 
+#[both_runtimes(run)]
 async fn a_cached_read_is_done_at_once() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..1 << 20));
@@ -238,6 +214,7 @@ async fn a_cached_read_is_done_at_once() {
     assert!(bytes_of(&buffer) == pattern(0..1 << 20));
 }
 
+#[both_runtimes(run)]
 async fn what_is_not_cached_is_read_all_the_same() {
     const LEN: usize = 4 << 20;
     let dir = scratch();
@@ -259,6 +236,7 @@ async fn what_is_not_cached_is_read_all_the_same() {
     }
 }
 
+#[both_runtimes(run)]
 async fn a_file_in_memory_is_read_at_once() {
     let shm = std::path::Path::new("/dev/shm");
     if !shm.is_dir() {
@@ -277,6 +255,7 @@ async fn a_file_in_memory_is_read_at_once() {
     }
 }
 
+#[both_runtimes(run)]
 async fn a_write_to_the_page_cache_is_done_at_once() {
     let dir = scratch();
     let path = dir.path().join("f");
@@ -289,6 +268,7 @@ async fn a_write_to_the_page_cache_is_done_at_once() {
     assert!(std::fs::read(&path).unwrap()[10..] == pattern(0..70_000));
 }
 
+#[both_runtimes(run)]
 async fn synchronous_writes_are_not_tried() {
     let dir = scratch();
     for flag in [libc::O_SYNC, libc::O_DSYNC] {
@@ -302,6 +282,7 @@ async fn synchronous_writes_are_not_tried() {
     }
 }
 
+#[both_runtimes(run)]
 async fn waiting_to_open_holds_up_no_other_task() {
     let dir = scratch();
     let path = dir.path().join("fifo");
@@ -340,6 +321,7 @@ async fn waiting_to_open_holds_up_no_other_task() {
     drop(writer);
 }
 
+#[both_runtimes(run)]
 async fn thousands_of_operations_are_in_flight_at_once() {
     const LEN: usize = 1 << 20;
     let dir = scratch();
@@ -371,6 +353,7 @@ fn a_ring_of_two_entries_carries_thousands_of_operations() {
     runtime.block_on(thousands_of_operations_are_in_flight_at_once());
 }
 
+#[both_runtimes(run)]
 async fn operations_go_on_while_the_thread_never_sleeps() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..5000));
@@ -390,6 +373,7 @@ async fn operations_go_on_while_the_thread_never_sleeps() {
     task.await.unwrap();
 }
 
+#[both_runtimes(run)]
 async fn a_nonblocking_descriptor_reads_like_any_other() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..1 << 20));
@@ -402,6 +386,7 @@ async fn a_nonblocking_descriptor_reads_like_any_other() {
     assert!(bytes == pattern(0..1 << 20));
 }
 
+#[both_runtimes(run)]
 async fn files_are_synced_allocated_and_copied() {
     let dir = scratch();
     let from = file_of(&dir, "from", &pattern(0..50_000));
@@ -424,6 +409,7 @@ async fn files_are_synced_allocated_and_copied() {
     assert_eq!(from.copy_range_to(60_000, &to, 0, 10, 0).await.unwrap(), 0);
 }
 
+#[both_runtimes(run)]
 async fn tasks_and_timers_run() {
     let task = spawn(async {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;

@@ -12,13 +12,10 @@
 
 use std::process::Command;
 
-use crate::support::{self, Server};
 use rustix::process::{Pid, Signal, kill_process};
+use testing::{Server, USER, both_runtimes};
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Region, Session};
-
-/// An ordinary user.
-const USER: u32 = 65534;
 
 /// The server, started by a shell after `set_up`; `exec` in it is how it begins.
 fn launch(set_up: &str, user: Option<u32>, args: &[&str]) -> Server {
@@ -30,7 +27,7 @@ fn launch(set_up: &str, user: Option<u32>, args: &[&str]) -> Server {
             std::os::unix::fs::chown(path, Some(user), Some(user)).unwrap();
         }
     }
-    let program = support::command_as(user, dir.path());
+    let program = testing::command_as(user, dir.path());
     let mut command = Command::new("bash");
     command
         .args(["-c", &format!("{set_up} \"$0\" \"$@\"")])
@@ -73,7 +70,7 @@ fn kill_serving(server: &Server) {
 }
 
 fn upgrade(server: &mut Server) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+    let mut command = Command::new(testing::program());
     let command = command.args(["upgrade", "--pid", &server.guardian().to_string()]);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
@@ -252,7 +249,7 @@ mod surroundings {
             let share = dir.path().join("share");
             std::fs::create_dir(&share).unwrap();
             let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-            let mut command = support::command();
+            let mut command = testing::command();
             command.args(["--fd", "0", "--shared-dir"]).arg(&share);
             command
                 .args(args)
@@ -399,6 +396,7 @@ mod file_size {
     /// In KiB: far less than the table of what a session holds.
     const LIMIT: &str = "ulimit -f 100; exec";
 
+    #[both_runtimes]
     fn ends_nobody(runtime: &str) {
         let args = ["--runtime", runtime];
         let mut server = launch(LIMIT, None, &args);
@@ -410,8 +408,6 @@ mod file_size {
         drop(fs);
         ends(server);
     }
-
-    on_both_runtimes!(ends_nobody);
 
     #[test]
     fn ends_nobody_who_comes_later() {
@@ -600,7 +596,7 @@ mod control_groups {
         server.wait_for("--max-inodes");
         server.wait_until_it_listens();
         // Short of memory, the kernel takes its time.
-        let patient = Options::default().timeout(4 * support::TIMEOUT);
+        let patient = Options::default().timeout(4 * testing::TIMEOUT);
         let mut fs = server.session(Profile::Qemu, &patient);
         let end = (0..100_000).find_map(|number| {
             let name = std::ffi::CString::new(number.to_string()).unwrap();

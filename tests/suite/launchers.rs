@@ -9,8 +9,8 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 
-use crate::support::{self, Server};
 use clap::CommandFactory;
+use testing::Server;
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::init;
 use vmm::{Options, Profile};
@@ -34,7 +34,7 @@ fn kata_starts_it_with_what_it_knows() {
 fn a_list_of_options_is_as_good_as_each_of_them() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("share")).unwrap();
-    let mut command = support::command();
+    let mut command = testing::command();
     let source = format!(
         "source={},cache=always,no_xattr,posix_lock,no_flock,ro",
         dir.path().join("share").display()
@@ -53,13 +53,13 @@ fn a_list_of_options_is_as_good_as_each_of_them() {
     let refused = fs.listxattr(ROOT).unwrap_err();
     assert_eq!(refused.errno(), Some(libc::EOPNOTSUPP));
 
-    let unknown = support::output(&["--fd=3", "-o", "source=/,unheard_of"]);
+    let unknown = testing::output(&["--fd=3", "-o", "source=/,unheard_of"]);
     assert_eq!(unknown.status.code(), Some(2));
 }
 
 #[test]
 fn libvirt_is_told_what_it_is() {
-    let told = support::output(&["--print-capabilities"]);
+    let told = testing::output(&["--print-capabilities"]);
     assert!(told.status.success());
     let text = String::from_utf8(told.stdout).unwrap();
     assert!(text.contains("\"type\": \"fs\""), "{text}");
@@ -82,7 +82,7 @@ fn the_socket_is_for_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
     let socket = socket.to_str().unwrap();
-    let none = support::output(&[
+    let none = testing::output(&[
         "--socket",
         socket,
         "--shared-dir=/",
@@ -99,7 +99,7 @@ fn the_log_goes_to_syslog_if_asked() {
         println!("SKIPPED: this host has a syslog, which is not to be written to");
         return;
     }
-    let refused = support::output(&["--socket=/nowhere/s", "--shared-dir=/", "--syslog"]);
+    let refused = testing::output(&["--socket=/nowhere/s", "--shared-dir=/", "--syslog"]);
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("/dev/log"), "{said}");
@@ -116,12 +116,12 @@ fn a_syslog_is_told_what_would_be_logged() {
     std::fs::create_dir(&dev).unwrap();
     std::fs::create_dir(&share).unwrap();
     let syslog = UnixDatagram::bind(dev.join("log")).unwrap();
-    syslog.set_read_timeout(Some(support::TIMEOUT)).unwrap();
+    syslog.set_read_timeout(Some(testing::TIMEOUT)).unwrap();
     let mut command = std::process::Command::new("unshare");
     let script = "mount --bind \"$1\" /dev; \
                   exec \"$0\" --syslog --socket \"$2\" --shared-dir \"$3\"";
     command.args(["--mount", "bash", "-ec", script]);
-    command.arg(support::command().get_program());
+    command.arg(testing::command().get_program());
     command.args([&dev, &dir.path().join("socket"), &share]);
     let mut server = Server::spawn(command, dir);
     let mut message = [0; 4096];

@@ -15,8 +15,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 
-use crate::support::{Server, command, output};
 use rustix::process::Signal;
+use testing::{Server, command, output};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 

@@ -8,10 +8,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{self, Server};
 use rustix::fs::FlockOperation;
+use testing::{Server, both_runtimes, errno};
 use vmm::fuse::wire::{FileLock, LkIn, ReleaseIn, init, opcode, request_flag};
-use vmm::fuse::{Call, Client, FuseError, Handle, Pending, ROOT};
+use vmm::fuse::{Call, Client, Handle, Pending, ROOT};
 use vmm::{Options, Profile, Session};
 use zerocopy::IntoBytes;
 
@@ -45,10 +45,6 @@ fn lock(kind: i32, start: u64, end: u64) -> FileLock {
     }
 }
 
-fn errno<T: std::fmt::Debug>(result: Result<T, FuseError>) -> Option<i32> {
-    result.unwrap_err().errno()
-}
-
 fn flock(fs: &mut Guest, opcode: u32, node: u64, handle: Handle, kind: i32) -> Pending {
     let asked = LkIn {
         fh: handle.fh,
@@ -70,6 +66,7 @@ fn host_file(server: &Server) -> std::fs::File {
         .unwrap()
 }
 
+#[both_runtimes]
 fn owners_in_the_guest_are_told_apart(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     fs.setlk(node, handle, ALICE, lock(libc::F_WRLCK, 10, 19))
@@ -127,6 +124,7 @@ fn flush(fs: &mut Guest, node: u64, handle: Handle, owner: u64) {
     fs.request(call.reply(0)).unwrap();
 }
 
+#[both_runtimes]
 fn locks_of_guest_and_host_conflict(runtime: &str) {
     let (server, mut fs, node, handle) = start(runtime);
     let host = host_file(&server);
@@ -154,6 +152,7 @@ fn locks_of_guest_and_host_conflict(runtime: &str) {
     rustix::fs::fcntl_lock(&host, exclusive).unwrap();
 }
 
+#[both_runtimes]
 fn a_waiting_lock_blocks_nobody_and_comes_when_it_is_free(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -173,6 +172,7 @@ fn a_waiting_lock_blocks_nobody_and_comes_when_it_is_free(runtime: &str) {
     fs.setlk(node, handle, ALICE, all).unwrap();
 }
 
+#[both_runtimes]
 fn an_interrupt_ends_the_wait_for_a_lock(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -190,6 +190,7 @@ fn an_interrupt_ends_the_wait_for_a_lock(runtime: &str) {
     fs.collect(waiting).unwrap();
 }
 
+#[both_runtimes]
 fn a_stopped_queue_returns_its_waiting_locks(runtime: &str) {
     let (mut server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -219,6 +220,7 @@ fn a_stopped_queue_returns_its_waiting_locks(runtime: &str) {
     rustix::fs::fcntl_lock(&host, FlockOperation::NonBlockingLockExclusive).unwrap();
 }
 
+#[both_runtimes]
 fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
     let limit = Duration::from_millis(200);
     let limited = ["--lock-wait-limit", "0.2"];
@@ -257,6 +259,7 @@ fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
     assert_eq!(errno(fs.setlk(node, handle, ALICE, all)), EAGAIN);
 }
 
+#[both_runtimes]
 fn locks_on_whole_files_belong_to_the_open_file(runtime: &str) {
     let (server, mut fs, node, handle) = start(runtime);
     let host = host_file(&server);
@@ -285,6 +288,7 @@ fn locks_on_whole_files_belong_to_the_open_file(runtime: &str) {
     rustix::fs::flock(&host, exclusive).unwrap();
 }
 
+#[both_runtimes]
 fn locks_of_an_open_file_end_with_it(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -300,6 +304,7 @@ fn locks_of_an_open_file_end_with_it(runtime: &str) {
     fs.setlk(node, handle, BOB, all).unwrap();
 }
 
+#[both_runtimes]
 fn each_sort_of_lock_has_its_option(runtime: &str) {
     for (option, posix, whole) in [("--posix-locks", true, false), ("--flock", false, true)] {
         let server = Server::start(&["--runtime", runtime, option]);
@@ -314,6 +319,7 @@ fn each_sort_of_lock_has_its_option(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn a_readonly_share_has_locks_of_files_open_for_reading(runtime: &str) {
     let args = ["--runtime", runtime, "--posix-locks", "--flock"];
     let server = Server::start(&[&args[..], &["--readonly"]].concat());
@@ -338,19 +344,6 @@ fn a_readonly_share_has_locks_of_files_open_for_reading(runtime: &str) {
     assert!(rustix::fs::flock(&host, exclusive).is_err());
 }
 
-on_both_runtimes!(
-    owners_in_the_guest_are_told_apart,
-    locks_of_guest_and_host_conflict,
-    a_waiting_lock_blocks_nobody_and_comes_when_it_is_free,
-    an_interrupt_ends_the_wait_for_a_lock,
-    a_stopped_queue_returns_its_waiting_locks,
-    wait_for_a_lock_ends_at_its_limit,
-    locks_on_whole_files_belong_to_the_open_file,
-    locks_of_an_open_file_end_with_it,
-    each_sort_of_lock_has_its_option,
-    a_readonly_share_has_locks_of_files_open_for_reading,
-);
-
 #[test]
 fn wait_limit_needs_locks_to_wait_for() {
     let socket = ["--socket=/nowhere/s", "--shared-dir=/"];
@@ -359,7 +352,7 @@ fn wait_limit_needs_locks_to_wait_for() {
         (&["--lock-wait-limit=soon", "--flock"], 2),
         (&["--lock-wait-limit=1", "--flock"], 1),
     ] {
-        let output = support::output(&[&socket, more].concat());
+        let output = testing::output(&[&socket, more].concat());
         assert_eq!(output.status.code(), Some(code), "{more:?}");
     }
 }

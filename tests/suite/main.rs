@@ -13,10 +13,6 @@
     reason = "a test fails by panicking"
 )]
 
-#[macro_use]
-#[path = "../support/mod.rs"]
-mod support;
-
 mod creation;
 mod data;
 mod descriptors;

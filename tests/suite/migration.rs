@@ -11,7 +11,7 @@ use std::ffi::{CStr, OsString};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::support::{self, Server, TIMEOUT};
+use testing::{Server, TIMEOUT, errno};
 use vmm::fuse::wire::{FileLock, LkIn, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -51,10 +51,6 @@ fn load(server: &Server, state: &[u8]) -> Result<Guest, vmm::session::SessionErr
 fn move_to(server: &Server, guest: &mut Guest) -> Guest {
     let (_, state) = save(guest);
     load(server, &state).unwrap()
-}
-
-fn errno<T: std::fmt::Debug>(result: Result<T, FuseError>) -> Option<i32> {
-    result.unwrap_err().errno()
 }
 
 /// Makes a file and leaves it open.
@@ -106,7 +102,7 @@ fn lookups_are_counted_on() {
 fn a_file_without_a_name_goes_along(args: &[&str], same: bool) {
     let (share, from, to) = two(args);
     let mut guest = begin(&from);
-    let content = support::pattern(300_000, 1);
+    let content = testing::pattern(300_000, 1);
     let (node, handle) = file(&mut guest, ROOT, c"file", &content[..100_000]);
     // With a hole.
     let behind = &content[100_000..];

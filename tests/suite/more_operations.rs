@@ -6,7 +6,7 @@
     reason = "a test fails by panicking"
 )]
 
-use crate::support::{self, Server};
+use testing::{Server, both_runtimes, errno};
 use vmm::fuse::wire::{IoctlIn, IoctlOut, init, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -19,10 +19,6 @@ const SET: u32 = 0x4008_6602;
 const GET_EXTENDED: u32 = 0x801c_581f;
 const SET_EXTENDED: u32 = 0x401c_5820;
 
-fn errno<T: std::fmt::Debug>(result: Result<T, FuseError>) -> Option<i32> {
-    result.unwrap_err().errno()
-}
-
 fn start(runtime: &str) -> (Server, Guest) {
     start_with(&["--runtime", runtime])
 }
@@ -33,6 +29,7 @@ fn start_with(args: &[&str]) -> (Server, Guest) {
     (server, fs)
 }
 
+#[both_runtimes]
 fn a_file_without_a_name_is_written_and_linked(runtime: &str) {
     let (server, mut fs) = start(runtime);
     fs.act_as(1000, 100);
@@ -49,11 +46,12 @@ fn a_file_without_a_name_is_written_and_linked(runtime: &str) {
     assert_eq!(errno(fs.tmpfile(file.nodeid, 0o600)), Some(libc::ENOTDIR));
 }
 
+#[both_runtimes]
 fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
     let (server, mut fs) = start_with(&["--runtime", runtime, "--modcaps=+sys_admin"]);
     let (file, _) = fs.create(ROOT, c"file", 0o600).unwrap();
     let path = server.share().join("file");
-    if !support::set_on_host(&path, "trusted.host", b"one") {
+    if !testing::set_on_host(&path, "trusted.host", b"one") {
         eprintln!("skipped: trusted attributes take CAP_SYS_ADMIN and a file system that has them");
         return;
     }
@@ -70,6 +68,7 @@ fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
     assert_eq!(fs.listxattr(file.nodeid).unwrap(), [c"trusted.guest"]);
 }
 
+#[both_runtimes]
 fn statx_tells_when_a_file_was_made(runtime: &str) {
     let (server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -88,6 +87,7 @@ fn statx_tells_when_a_file_was_made(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn the_whole_file_system_is_synced(runtime: &str) {
     let (_server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -121,6 +121,7 @@ fn ioctl(fs: &mut Guest, node: u64, fh: Handle, cmd: u32, data: &[u8], out: u32)
 
 type Answer = Result<Vec<u8>, FuseError>;
 
+#[both_runtimes]
 fn inode_flags_are_read_and_set_and_no_other_control(runtime: &str) {
     const NO_DUMP: u32 = 0x40;
 
@@ -163,6 +164,7 @@ fn inode_flags_are_read_and_set_and_no_other_control(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn a_dot_and_two_are_looked_up_for_export(runtime: &str) {
     let (server, mut fs) = start(runtime);
     assert!(fs.has(init::EXPORT_SUPPORT));
@@ -192,6 +194,7 @@ fn a_dot_and_two_are_looked_up_for_export(runtime: &str) {
     fs.lookup(dir.nodeid, c".").unwrap();
 }
 
+#[both_runtimes]
 fn polling_is_left_to_the_guest(runtime: &str) {
     let (_server, mut fs) = start(runtime);
     let asked = [0; 24];
@@ -200,6 +203,7 @@ fn polling_is_left_to_the_guest(runtime: &str) {
     assert_eq!(errno(fs.request(call)), Some(libc::ENOSYS));
 }
 
+#[both_runtimes]
 fn a_readonly_share_makes_nothing_and_sets_no_flags(runtime: &str) {
     let (server, mut fs) = start_with(&["--runtime", runtime, "--readonly"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -219,6 +223,7 @@ fn a_readonly_share_makes_nothing_and_sets_no_flags(runtime: &str) {
     assert_eq!(fs.lookup(ROOT, c"..").unwrap().nodeid, ROOT);
 }
 
+#[both_runtimes]
 fn owners_are_translated(runtime: &str) {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
     if !rustix::process::geteuid().is_root() {
@@ -267,6 +272,7 @@ fn owners_are_translated(runtime: &str) {
     assert_eq!(errno(fs.tmpfile(ROOT, 0o600)), Some(libc::EPERM));
 }
 
+#[both_runtimes]
 fn a_file_without_a_name_has_the_mode_of_one_with(runtime: &str) {
     // A user's and a group's rights, a mask, and none for others.
     let mut acl = 2u32.to_le_bytes().to_vec();
@@ -279,7 +285,7 @@ fn a_file_without_a_name_has_the_mode_of_one_with(runtime: &str) {
     fs.act_as(1000, 100);
     fs.set_umask(0o027);
     for with_acl in [false, true] {
-        let set = |acl| support::set_on_host(&server.share(), "system.posix_acl_default", acl);
+        let set = |acl| testing::set_on_host(&server.share(), "system.posix_acl_default", acl);
         if with_acl && !set(&acl) {
             println!("SKIPPED: the file system of the tests has no ACLs");
             return;
@@ -316,16 +322,3 @@ fn a_dot_or_two_lead_to_no_submount() {
         assert_eq!((found.nodeid, found.attr.flags), (to, 0));
     }
 }
-
-on_both_runtimes!(
-    a_file_without_a_name_is_written_and_linked,
-    statx_tells_when_a_file_was_made,
-    trusted_attributes_are_read_set_and_listed,
-    the_whole_file_system_is_synced,
-    inode_flags_are_read_and_set_and_no_other_control,
-    a_dot_and_two_are_looked_up_for_export,
-    polling_is_left_to_the_guest,
-    a_readonly_share_makes_nothing_and_sets_no_flags,
-    owners_are_translated,
-    a_file_without_a_name_has_the_mode_of_one_with,
-);

@@ -10,9 +10,9 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use crate::support::{self, Server};
+use testing::{Server, both_runtimes, errno};
 use vmm::fuse::wire::{CopyFileRangeIn, SetattrIn, WriteIn, WriteOut, init, opcode, setattr};
-use vmm::fuse::{Call, Client, FuseError, Handle, LINUX_OFFERS, ROOT};
+use vmm::fuse::{Call, Client, Handle, LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile, Session};
 use zerocopy::IntoBytes;
 
@@ -23,10 +23,6 @@ const NONE: Handle = Handle {
     fh: 0,
     open_flags: 0,
 };
-
-fn errno<T>(result: Result<T, FuseError>) -> Option<i32> {
-    result.map(drop).unwrap_err().errno()
-}
 
 fn start(runtime: &str, more: &[&str]) -> (Server, Guest) {
     // Paths of open files are as they are outside then.
@@ -65,6 +61,7 @@ fn opened(server: &Server) -> usize {
         .count()
 }
 
+#[both_runtimes]
 fn opening_and_closing_need_no_request(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     assert!(fs.has(init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT));
@@ -82,6 +79,7 @@ fn opening_and_closing_need_no_request(runtime: &str) {
     assert_eq!(fs.read(file, NONE, 0, 3).unwrap(), b"con");
 }
 
+#[both_runtimes]
 fn a_guest_that_can_not_do_without_opens(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--no-open", "--no-opendir"]);
     host_file(&server, "file", "content");
@@ -98,6 +96,7 @@ fn a_guest_that_can_not_do_without_opens(runtime: &str) {
     assert!(!fs.readdir_all(ROOT, directory).unwrap().is_empty());
 }
 
+#[both_runtimes]
 fn everything_is_done_without_a_handle(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
@@ -148,6 +147,7 @@ fn everything_is_done_without_a_handle(runtime: &str) {
     assert_eq!(named, b"kept");
 }
 
+#[both_runtimes]
 fn directories_are_read_without_a_handle(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     for n in 0..500 {
@@ -184,6 +184,7 @@ fn directories_are_read_without_a_handle(runtime: &str) {
     assert_eq!(fs.readdirplus_all(ROOT, NONE).unwrap().len(), 502);
 }
 
+#[both_runtimes]
 fn only_so_many_files_stay_open(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--max-open-inodes", "40"]);
     let files: Vec<u64> = (0..200)
@@ -210,6 +211,7 @@ fn only_so_many_files_stay_open(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn what_is_forgotten_is_closed(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     host_file(&server, "file", "content");
@@ -231,6 +233,7 @@ fn what_is_forgotten_is_closed(runtime: &str) {
     assert_eq!(opened(&server), 0);
 }
 
+#[both_runtimes]
 fn a_file_without_a_name_stays_usable(runtime: &str) {
     for more in [&[][..], &["--max-open-inodes", "20"]] {
         let (server, mut fs) = start(runtime, more);
@@ -257,6 +260,7 @@ fn a_file_without_a_name_stays_usable(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn the_rules_of_opening_hold(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--readonly"]);
     host_file(&server, "file", "content");
@@ -321,20 +325,9 @@ fn what_does_not_go_together_is_refused() {
         &["--no-open", "--preserve-noatime"],
     ] {
         let args = [&["--socket=/nowhere/s", "--shared-dir=/"], contradicting].concat();
-        let refused = support::output(&args);
+        let refused = testing::output(&args);
         assert_eq!(refused.status.code(), Some(2), "{contradicting:?}");
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(said.contains("can't be used with") || said.contains("cannot be used with"));
     }
 }
-
-on_both_runtimes!(
-    opening_and_closing_need_no_request,
-    a_guest_that_can_not_do_without_opens,
-    everything_is_done_without_a_handle,
-    directories_are_read_without_a_handle,
-    only_so_many_files_stay_open,
-    what_is_forgotten_is_closed,
-    a_file_without_a_name_stays_usable,
-    the_rules_of_opening_hold,
-);

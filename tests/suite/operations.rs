@@ -6,11 +6,12 @@
     reason = "a test fails by panicking"
 )]
 
-use crate::support::Server;
+use testing::{Server, both_runtimes};
 use vmm::fuse::wire::{CopyFileRangeIn, FileLock, SetattrIn, init, setattr};
 use vmm::fuse::{LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile};
 
+#[both_runtimes]
 fn every_operation_does_what_it_says(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -131,6 +132,7 @@ fn every_operation_does_what_it_says(runtime: &str) {
     fs.destroy().unwrap();
 }
 
+#[both_runtimes]
 fn names_that_lead_elsewhere_are_refused(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::os::unix::fs::symlink("/etc", server.share().join("link")).unwrap();
@@ -159,6 +161,7 @@ fn names_that_lead_elsewhere_are_refused(runtime: &str) {
     );
 }
 
+#[both_runtimes]
 fn a_fifo_blocks_nobody(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "1"]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -170,6 +173,7 @@ fn a_fifo_blocks_nobody(runtime: &str) {
     fs.getattr(ROOT).unwrap();
 }
 
+#[both_runtimes]
 fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -188,10 +192,3 @@ fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
         fs.act_as(0, 0);
     }
 }
-
-on_both_runtimes!(
-    truncation_by_a_user_clears_set_id_bits,
-    every_operation_does_what_it_says,
-    names_that_lead_elsewhere_are_refused,
-    a_fifo_blocks_nobody,
-);

@@ -13,7 +13,7 @@ mod set_id;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::support::{self, Server};
+use testing::Server;
 use vmm::fuse::wire::{SetxattrIn, WriteIn, WriteOut, fopen, init, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, ROOT};
 use vmm::{Options, Profile, Session};
@@ -368,7 +368,7 @@ fn the_limit_of_descriptors_is_set() {
     );
     // 0 leaves what the launcher has set.
     let dir = tempfile::tempdir().unwrap();
-    let program = support::command();
+    let program = testing::command();
     let mut shell = std::process::Command::new("sh");
     let script = "ulimit -Sn 200; exec \"$0\" --rlimit-nofile 0 --shared-dir / --socket \"$1\"";
     shell.args(["-c", script]).arg(program.get_program());
@@ -379,7 +379,7 @@ fn the_limit_of_descriptors_is_set() {
     let line = limits.lines().find(|line| line.starts_with("Max open"));
     assert_eq!(line.unwrap().split_whitespace().nth(3), Some("200"));
 
-    let refused = support::output(&[
+    let refused = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
         "--rlimit-nofile=18446744073709551614",
@@ -475,7 +475,7 @@ fn a_single_file_needs_the_sandbox_that_makes_a_directory_for_it() {
             "--sandbox",
             sandbox,
         ];
-        let refused = support::output(&all);
+        let refused = testing::output(&all);
         assert_eq!(refused.status.code(), Some(1));
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(said.contains("only --sandbox namespace can make"), "{said}");
@@ -484,7 +484,7 @@ fn a_single_file_needs_the_sandbox_that_makes_a_directory_for_it() {
 
 #[test]
 fn neither_a_device_nor_a_socket_can_be_the_share() {
-    let device = support::output(&["--socket=/nowhere/s", "--shared-dir=/dev/null"]);
+    let device = testing::output(&["--socket=/nowhere/s", "--shared-dir=/dev/null"]);
     assert_eq!(device.status.code(), Some(1));
     let said = String::from_utf8_lossy(&device.stderr).into_owned();
     assert!(said.contains("neither a directory nor"), "{said}");
@@ -564,8 +564,8 @@ fn attributes_have_other_names_on_the_host() {
     let server = Server::start(&["--xattrmap", ":map:trusted.:user.guest.:"]);
     let path = server.share().join("file");
     std::fs::write(&path, "").unwrap();
-    assert!(support::set_on_host(&path, "user.plain", b"1"));
-    support::set_on_host(&path, "trusted.hidden", b"1");
+    assert!(testing::set_on_host(&path, "user.plain", b"1"));
+    testing::set_on_host(&path, "trusted.hidden", b"1");
     let mut fs = session(&server);
     let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
     fs.setxattr(node, c"trusted.x", b"value", 0).unwrap();
@@ -586,7 +586,7 @@ fn attributes_have_other_names_on_the_host() {
 
 #[test]
 fn a_rule_that_can_not_be_is_pointed_at() {
-    let refused = support::output(&[
+    let refused = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
         "--xattrmap=:ok:all:::nope:",
@@ -641,7 +641,7 @@ fn owners_are_translated() {
 
 #[test]
 fn rules_for_the_same_ids_are_refused() {
-    let refused = support::output(&[
+    let refused = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
         "--translate-uid=map:0:1000:10",

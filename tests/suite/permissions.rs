@@ -12,26 +12,16 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{self, Server};
 use rustix::fs::{XattrFlags, inotify};
 use rustix::process::{Gid, Uid};
+use testing::{Server, USER, is_root};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-/// An ordinary user, and a group without members.
-const USER: u32 = 65534;
 const GROUP: u32 = 12345;
 
 /// Umasks that launchers have.
 const UMASKS: &[&str] = &["000", "002", "022", "077", "777"];
-
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        println!("SKIPPED: needs root");
-    }
-    root
-}
 
 /// A directory that everybody may enter, with a share in it.
 fn open_directory() -> tempfile::TempDir {
@@ -48,7 +38,7 @@ fn command(umask: &str, dir: &Path, args: &[&str]) -> Command {
     let script = format!("umask {umask}; exec \"$0\" \"$@\"");
     command
         .args(["-c", &script])
-        .arg(support::command().get_program())
+        .arg(testing::command().get_program())
         .env_remove("RINGFSD_LOG")
         .arg("--socket")
         .arg(dir.join("socket"))

@@ -9,11 +9,12 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::support::{Server, pattern};
+use testing::{Server, both_runtimes, pattern};
 use vmm::connection::message::{MemoryRegion, feature};
 use vmm::fuse::{Layout, ROOT};
 use vmm::{Memory, Options, Profile, Region};
 
+#[both_runtimes]
 fn every_request_queue_is_served(runtime: &str) {
     for workers in ["1", "2", "3"] {
         let server = Server::start(&[
@@ -38,6 +39,7 @@ fn every_request_queue_is_served(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn any_features_and_sizes_work(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), pattern(200_000, 1)).unwrap();
@@ -71,6 +73,7 @@ fn any_features_and_sizes_work(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn a_full_ring_is_served_whole(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "3"]);
     std::fs::write(server.share().join("file"), pattern(1 << 20, 2)).unwrap();
@@ -90,6 +93,7 @@ fn a_full_ring_is_served_whole(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn get_vring_base_comes_after_all_that_was_taken_has_been_returned(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let path = server.share().join("file");
@@ -114,6 +118,7 @@ fn get_vring_base_comes_after_all_that_was_taken_has_been_returned(runtime: &str
     }
 }
 
+#[both_runtimes]
 fn a_stopped_queue_goes_on_where_it_was(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Qemu, &Options::default());
@@ -125,6 +130,7 @@ fn a_stopped_queue_goes_on_where_it_was(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn a_disabled_queue_waits_and_goes_on_when_enabled(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -141,6 +147,7 @@ fn a_disabled_queue_waits_and_goes_on_when_enabled(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn memory_comes_and_goes_while_queues_run(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), pattern(300_000, 4)).unwrap();
@@ -178,6 +185,7 @@ fn memory_comes_and_goes_while_queues_run(runtime: &str) {
     assert!(fs.read(file.nodeid, handle, 0, 300_000).unwrap() == pattern(300_000, 4));
 }
 
+#[both_runtimes]
 fn the_high_priority_queue_takes_forgets(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     for i in 0..100 {
@@ -200,6 +208,7 @@ fn the_high_priority_queue_takes_forgets(runtime: &str) {
     assert!(server.holdings().descriptors <= before);
 }
 
+#[both_runtimes]
 fn the_guests_reset_forgets_what_it_held(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), "x").unwrap();
@@ -213,18 +222,6 @@ fn the_guests_reset_forgets_what_it_held(runtime: &str) {
     assert_eq!(server.holdings().descriptors, idle);
     assert!(fs.lookup(ROOT, c"file").is_ok());
 }
-
-on_both_runtimes!(
-    every_request_queue_is_served,
-    any_features_and_sizes_work,
-    a_full_ring_is_served_whole,
-    get_vring_base_comes_after_all_that_was_taken_has_been_returned,
-    a_stopped_queue_goes_on_where_it_was,
-    a_disabled_queue_waits_and_goes_on_when_enabled,
-    memory_comes_and_goes_while_queues_run,
-    the_high_priority_queue_takes_forgets,
-    the_guests_reset_forgets_what_it_held,
-);
 
 #[test]
 fn idle_costs_nothing() {

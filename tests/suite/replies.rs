@@ -13,8 +13,8 @@
 
 use std::os::fd::AsFd;
 
-use crate::support::Server;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use testing::Server;
 use vmm::connection::Message;
 use vmm::connection::message::{InflightLayout, flag, request};
 use vmm::fuse::{Client, ROOT};

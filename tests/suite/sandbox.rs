@@ -23,14 +23,11 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 
-use crate::support::{self, Server};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
 use rustix::process::Signal;
-use vmm::fuse::{Client, FuseError, ROOT};
+use testing::{Server, USER, errno, is_root};
+use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
-
-/// An ordinary user.
-const USER: u32 = 65534;
 
 /// How a server is run.
 #[derive(Clone, Copy, Debug)]
@@ -64,20 +61,8 @@ fn setups() -> Vec<Setup> {
     }
 }
 
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        println!("SKIPPED: needs root");
-    }
-    root
-}
-
 fn session(server: &Server) -> Client<Session> {
     server.session(Profile::Simple, &Options::default())
-}
-
-fn errno<T>(answer: Result<T, FuseError>) -> Option<i32> {
-    answer.err().and_then(|error| error.errno())
 }
 
 /// A value of `/proc/PID/status`.
@@ -369,7 +354,7 @@ fn ids_can_be_mapped_to_others_of_the_host() {
         "100000\t100000\t100000\t100000"
     );
 
-    let needless = support::output(&[
+    let needless = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",
         "--sandbox=none",
@@ -385,7 +370,7 @@ fn a_user_maps_no_ids_that_are_not_his() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut command = support::command_as(Some(USER), dir.path());
+    let mut command = testing::command_as(Some(USER), dir.path());
     let socket = dir.path().join("socket");
     std::os::unix::fs::chown(dir.path(), Some(USER), Some(USER)).unwrap();
     command
@@ -412,7 +397,7 @@ fn a_user_maps_the_ids_that_the_host_gives() {
     let (share, socket) = (dir.path().join("share"), dir.path().join("socket"));
     std::fs::create_dir(&share).unwrap();
     let program = dir.path().join("ringfsd");
-    support::copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &program);
+    testing::copy_program(testing::program(), &program);
     let ids = dir.path().join("ids");
     std::fs::write(&ids, "daemon:200000:1000\n").unwrap();
     for path in [dir.path(), &share] {
@@ -518,7 +503,7 @@ fn capabilities_are_kept_and_dropped_as_told() {
     let server = Server::start(&["--inode-file-handles=prefer"]);
     assert_eq!(capabilities(server.pid()), needed | dac_read_search);
 
-    let unknown = support::output(&["--socket=/s", "--shared-dir=/", "--modcaps=+fly"]);
+    let unknown = testing::output(&["--socket=/s", "--shared-dir=/", "--modcaps=+fly"]);
     assert_eq!(unknown.status.code(), Some(2));
 }
 
@@ -531,7 +516,7 @@ fn a_sandbox_that_can_not_be_had_is_an_error_that_says_what_to_do() {
     let without = |capability: &str, sandbox: &str| {
         let mut command = std::process::Command::new("setpriv");
         command.args(["--bounding-set", capability, "--inh-caps=-all"]);
-        command.arg(env!("CARGO_BIN_EXE_ringfsd"));
+        command.arg(testing::program());
         command.arg("--socket").arg(dir.path().join("socket"));
         command.arg("--shared-dir").arg(dir.path());
         command.args(["--sandbox", sandbox]);
@@ -628,7 +613,7 @@ fn descriptors_that_a_launcher_forgot_stay_outside() {
     let dir = tempfile::tempdir().unwrap();
     let share = dir.path().join("share");
     std::fs::create_dir(&share).unwrap();
-    let mut command = support::command();
+    let mut command = testing::command();
     command.arg("--socket").arg(dir.path().join("socket"));
     command.arg("--shared-dir").arg(&share);
     let number = forgotten.as_raw_fd();

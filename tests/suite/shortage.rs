@@ -10,9 +10,9 @@
 use std::ffi::CString;
 use std::process::{Command, Stdio};
 
-use crate::support::Server;
+use testing::{Server, both_runtimes, errno};
 use vmm::fuse::wire::EntryOut;
-use vmm::fuse::{Client, FuseError, Handle, ROOT};
+use vmm::fuse::{Client, Handle, ROOT};
 use vmm::memory::Region;
 use vmm::{Options, Profile, Session};
 
@@ -36,7 +36,7 @@ fn short(runtime: &str, args: &[&str]) -> Server {
     let mut command = Command::new("prlimit");
     command
         .arg(format!("--nofile={LIMIT}:{LIMIT}"))
-        .arg(env!("CARGO_BIN_EXE_ringfsd"))
+        .arg(testing::program())
         .env_remove("RINGFSD_LOG")
         .stdin(Stdio::null())
         .arg("--socket")
@@ -56,10 +56,6 @@ fn many_regions() -> Options {
     let mut regions = vec![Region::new(0, 16 << 20), Region::new(4 << 30, 128 << 20)];
     regions.extend((0..8).map(|n| Region::new((8 + n) << 30, 2 << 20)));
     Options::default().memory(&regions)
-}
-
-fn errno<T>(result: Result<T, FuseError>) -> Option<i32> {
-    result.err().map(|error| error.errno().unwrap())
 }
 
 /// Makes directories and removes them, and keeps the inodes, until the server refuses: answers how
@@ -110,6 +106,7 @@ fn reboot(fs: &mut Client<Session>) {
     fs.init().unwrap();
 }
 
+#[both_runtimes]
 fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
     for args in [&[][..], &["--supervise"]] {
         let mut server = short(runtime, args);
@@ -168,6 +165,7 @@ fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn half_the_limit_in_removed_inodes_hinders_nothing(runtime: &str) {
     let server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -200,6 +198,7 @@ fn use_as_usual(fs: &mut Client<Session>) {
     }
 }
 
+#[both_runtimes]
 fn a_server_without_descriptors_says_so_and_blames_nobody(runtime: &str) {
     let mut server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -239,6 +238,7 @@ fn hold_unlinked_files(fs: &mut Client<Session>, count: usize) -> Vec<(EntryOut,
     (0..count).map(make).collect()
 }
 
+#[both_runtimes]
 fn half_the_limit_in_unlinked_open_files_hinders_nothing(runtime: &str) {
     let mut server = short(runtime, &["--supervise"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -279,10 +279,3 @@ fn use_unlinked(fs: &mut Client<Session>, held: &[(EntryOut, Handle)], len: usiz
         fs.release(one.nodeid, again).unwrap();
     }
 }
-
-on_both_runtimes!(
-    a_server_without_descriptors_says_so_and_blames_nobody,
-    half_the_limit_in_removed_inodes_hinders_nothing,
-    half_the_limit_in_unlinked_open_files_hinders_nothing,
-    removed_directories_leave_the_server_its_reserve,
-);

@@ -9,7 +9,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::support::Server;
+use testing::{Server, both_runtimes};
 use vmm::fuse::wire::{CopyFileRangeIn, ReleaseIn, opcode};
 use vmm::fuse::{Call, Client, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -42,7 +42,7 @@ fn on_small_tmpfs(runtime: &str, args: &[&str]) -> Option<Server> {
     command
         .args(["--mount", "sh", "-c", &mount, "sh"])
         .arg(&share)
-        .arg(env!("CARGO_BIN_EXE_ringfsd"))
+        .arg(testing::program())
         .env_remove("RINGFSD_LOG")
         .stdin(Stdio::null())
         .arg("--socket")
@@ -89,6 +89,7 @@ fn free(fs: &mut Client<Session>) -> u64 {
     told.bfree * u64::from(told.frsize)
 }
 
+#[both_runtimes]
 fn a_file_is_written_where_another_was_removed(runtime: &str) {
     for args in [&[][..], &["--no-open"], &["--inode-file-handles=prefer"]] {
         let Some(server) = on_small_tmpfs(runtime, args) else {
@@ -111,6 +112,7 @@ fn a_file_is_written_where_another_was_removed(runtime: &str) {
     }
 }
 
+#[both_runtimes]
 fn statfs_tells_what_is_free(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
@@ -127,6 +129,7 @@ fn statfs_tells_what_is_free(runtime: &str) {
 }
 
 /// Whatever takes space or an inode finds what the guest has just freed.
+#[both_runtimes]
 fn all_that_takes_room_finds_what_was_freed(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
@@ -198,6 +201,7 @@ fn name(number: usize) -> std::ffi::CString {
 }
 
 /// What doesn't fit is refused all the same, and what does fit is written.
+#[both_runtimes]
 fn what_does_not_fit_is_refused(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
@@ -219,10 +223,3 @@ fn what_does_not_fit_is_refused(runtime: &str) {
     let refused = fs.write(made.nodeid, handle, room, &piece).unwrap_err();
     assert_eq!(refused.errno(), Some(libc::ENOSPC));
 }
-
-on_both_runtimes!(
-    a_file_is_written_where_another_was_removed,
-    all_that_takes_room_finds_what_was_freed,
-    statfs_tells_what_is_free,
-    what_does_not_fit_is_refused,
-);

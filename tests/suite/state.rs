@@ -11,9 +11,9 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::Server;
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
+use testing::Server;
 use vmm::connection::Connection;
 use vmm::connection::message::VringAddress;
 use vmm::event::Event;
@@ -213,7 +213,7 @@ fn an_upgraded_server_is_gone_on_from_too() {
     let mut fs = kept.session();
     let held = Held::take(&mut fs);
     let pid = kept.server.guardian().to_string();
-    let upgrade = Command::new(env!("CARGO_BIN_EXE_ringfsd"))
+    let upgrade = Command::new(testing::program())
         .args(["upgrade", "--pid", &pid])
         .output();
     assert!(upgrade.unwrap().status.success());

@@ -17,14 +17,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{self, Server};
 use rustix::process::{Pid, Signal, kill_process};
+use testing::{Server, USER};
 use vmm::fuse::wire::FileLock;
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
-
-/// An ordinary user.
-const USER: u32 = 65534;
 
 /// What a process logs that takes over.
 const AGAIN: &str = "serving again";
@@ -143,7 +140,7 @@ fn what_a_guest_holds_is_there_in_the_next_process() {
         for _ in 0..2 {
             crash(&mut server);
             held.check(&mut fs, &server);
-            let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), server.guardian());
+            let output = upgrade(testing::program(), server.guardian());
             assert!(output.status.success(), "{}", said(&output));
             server.wait_for("upgraded to");
             held.check(&mut fs, &server);
@@ -190,7 +187,7 @@ fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
         let killer = scope.spawn(|| {
             let mut random = 1_u32;
             for _ in 0..kills {
-                let before = support::child_of(guardian).unwrap();
+                let before = testing::child_of(guardian).unwrap();
                 random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 std::thread::sleep(std::time::Duration::from_micros(
                     20_000 + u64::from(random >> 18),
@@ -252,7 +249,7 @@ fn wait_for_a_lock_has_its_limit_in_the_next_process() {
         fs.getattr(ROOT).unwrap();
         if upgraded {
             // An upgrade ends all waits.
-            let program = Path::new(env!("CARGO_BIN_EXE_ringfsd"));
+            let program = testing::program();
             assert!(upgrade(program, server.guardian()).status.success());
             server.wait_for("upgraded to");
         } else {
@@ -316,7 +313,7 @@ fn nothing_of_the_dead_is_left_open() {
 fn a_server_that_dies_again_and_again_gives_up() {
     let mut server = start(("none", None), &[]);
     let mut dead = 0;
-    let end = std::time::Instant::now() + support::TIMEOUT;
+    let end = std::time::Instant::now() + testing::TIMEOUT;
     // As soon as there is one it is killed, mostly before it serves.
     while !server.has_ended() {
         if std::time::Instant::now() > end {
@@ -341,7 +338,7 @@ fn a_server_that_dies_again_and_again_gives_up() {
 #[test]
 fn an_error_at_the_start_and_a_wanted_end_are_no_crash() {
     let dir = tempfile::tempdir().unwrap();
-    let refused = support::output(&[
+    let refused = testing::output(&[
         "--supervise",
         "--socket",
         dir.path().join("s").to_str().unwrap(),
@@ -390,7 +387,7 @@ fn a_session_goes_on_when_the_program_is_replaced() {
         let mut fs = session(&server, Profile::Qemu);
         for round in 0..3 {
             let guardian = server.guardian();
-            let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian);
+            let output = upgrade(testing::program(), guardian);
             println!("{}", said(&output));
             assert!(output.status.success(), "{setup:?}: {}", said(&output));
             assert!(said(&output).contains("upgraded to"), "{}", said(&output));
@@ -428,7 +425,7 @@ fn hangup_before_the_guardian_runs_again_upgrades_too() {
         let dir = tempfile::tempdir().unwrap();
         let share = dir.path().join("share");
         std::fs::create_dir(&share).unwrap();
-        let mut command = support::command();
+        let mut command = testing::command();
         command.arg("--socket").arg(dir.path().join("socket"));
         command.arg("--shared-dir").arg(&share);
         command.args(["--supervise", "--sandbox", sandbox]);
@@ -466,13 +463,13 @@ fn a_program_that_can_not_take_over_changes_nothing() {
         for program in programs {
             // It is found by the path that the server was started by.
             let copy = dir.path().join("ringfsd");
-            support::copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &copy);
+            testing::copy_program(testing::program(), &copy);
             let mut server =
                 Server::start_program(&copy, setup.1, &["--supervise", "--sandbox", setup.0]);
             let mut fs = session(&server, Profile::Simple);
             let serving = server.pid();
             std::fs::remove_file(&copy).unwrap();
-            support::copy_program(program, &copy);
+            testing::copy_program(program, &copy);
             server.signal(Signal::HUP);
             server.wait_for("not upgraded");
             assert_eq!(server.pid(), serving);
@@ -484,7 +481,7 @@ fn a_program_that_can_not_take_over_changes_nothing() {
 /// The new program's serving process, as soon as there is one. What the program is tried with is a
 /// process too, and another.
 fn successor_of(guardian: u32) -> Option<u32> {
-    let child = support::child_of(guardian)?;
+    let child = testing::child_of(guardian)?;
     let environment = std::fs::read(format!("/proc/{child}/environ")).ok()?;
     let name = b"RINGFSD_HAND_OVER=";
     environment
@@ -502,8 +499,7 @@ fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
         let held = Held::take(&mut fs);
         let guardian = server.guardian();
         let upgraded = std::thread::scope(|scope| {
-            let upgrade =
-                scope.spawn(|| upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian));
+            let upgrade = scope.spawn(|| upgrade(testing::program(), guardian));
             while !upgrade.is_finished() {
                 if let Some(successor) = successor_of(guardian) {
                     kill(successor, Signal::KILL);
@@ -520,7 +516,7 @@ fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
         held.check(&mut fs, &server);
         crash(&mut server);
         held.check(&mut fs, &server);
-        let upgraded = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), guardian);
+        let upgraded = upgrade(testing::program(), guardian);
         assert!(upgraded.status.success(), "{}", said(&upgraded));
         held.check(&mut fs, &server);
         return;
@@ -531,13 +527,13 @@ fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
 #[test]
 fn who_is_no_supervisor_is_left_alone() {
     let server = Server::start(&[]);
-    let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), server.guardian());
+    let output = upgrade(testing::program(), server.guardian());
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("--supervise"), "{}", said(&output));
     session(&server, Profile::Simple).getattr(ROOT).unwrap();
 
     let server = start(("namespace", None), &[]);
-    let output = upgrade(Path::new(env!("CARGO_BIN_EXE_ringfsd")), server.pid());
+    let output = upgrade(testing::program(), server.pid());
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("parent"), "{}", said(&output));
 }
@@ -578,7 +574,7 @@ fn only_the_supervisor_says_how_an_upgrade_went() {
     // Until others have had their say.
     kill(server.guardian(), Signal::STOP);
     let pid = server.guardian().to_string();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+    let mut command = Command::new(testing::program());
     let command = command.args(["upgrade", "--pid", &pid]);
     let asking = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let asking = asking.spawn().unwrap();

@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-use crate::support::{Server, pattern};
+use testing::{Server, both_runtimes, pattern};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
@@ -19,6 +19,7 @@ const IN_FLIGHT: u64 = 32;
 
 /// The front end vanishes with 32 requests in flight, again and again: cached reads, reads
 /// that wait for the disk, writes, metadata.
+#[both_runtimes]
 fn a_session_that_ends_with_32_requests_in_flight_leaves_nothing_behind(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime, "--workers", "2"]);
     std::fs::write(server.share().join("file"), pattern(4 << 20, 3)).unwrap();
@@ -66,5 +67,3 @@ fn a_session_that_ends_with_32_requests_in_flight_leaves_nothing_behind(runtime:
         before.mappings
     );
 }
-
-on_both_runtimes!(a_session_that_ends_with_32_requests_in_flight_leaves_nothing_behind);

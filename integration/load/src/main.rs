@@ -2,8 +2,6 @@
 //!
 //! It parses the options, runs the command, and prints the chain of an error once.
 
-#[cfg(test)]
-mod allocations;
 mod bare;
 mod ceiling;
 mod cli;

@@ -3,11 +3,10 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 
+use testing::{Server, both_runtimes};
 use vmm::fuse::wire::{FileLock, opcode};
 use vmm::fuse::{Call, ROOT};
 use vmm::{Options, Profile};
-
-use crate::support::Server;
 
 fn name(at: usize) -> CString {
     CString::new(format!("file{at}")).unwrap()
@@ -22,7 +21,8 @@ fn lock(kind: i32, start: u64, end: u64) -> FileLock {
     }
 }
 
-pub fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
+#[both_runtimes]
+fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-inodes", "100"]);
     for at in 0..200 {
         std::fs::write(server.share().join(format!("file{at}")), "").unwrap();
@@ -56,7 +56,8 @@ pub fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     assert!(fs.lookup(ROOT, &name(150)).is_ok());
 }
 
-pub fn what_is_remembered_gives_way_to_what_is_known(runtime: &str) {
+#[both_runtimes]
+fn what_is_remembered_gives_way_to_what_is_known(runtime: &str) {
     let server = Server::start(&[
         "--runtime",
         runtime,
@@ -94,7 +95,8 @@ pub fn what_is_remembered_gives_way_to_what_is_known(runtime: &str) {
     }
 }
 
-pub fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
+#[both_runtimes]
+fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-handles", "50"]);
     std::fs::write(server.share().join("file"), "").unwrap();
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -119,7 +121,8 @@ pub fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
 }
 
 /// A directory that is half read keeps 64 KiB of entries, or, where many do, is read again.
-pub fn half_read_directories_are_bounded(runtime: &str) {
+#[both_runtimes]
+fn half_read_directories_are_bounded(runtime: &str) {
     const OPEN: usize = 3000;
     let server = Server::start(&["--runtime", runtime]);
     for at in 0..100 {
@@ -158,7 +161,8 @@ fn resident(server: &Server) -> usize {
     pages * rustix::param::page_size()
 }
 
-pub fn locks_beyond_the_bound_are_enolck(runtime: &str) {
+#[both_runtimes]
+fn locks_beyond_the_bound_are_enolck(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-handles", "50", "--posix-locks"]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -179,7 +183,8 @@ pub fn locks_beyond_the_bound_are_enolck(runtime: &str) {
         .unwrap();
 }
 
-pub fn waiting_locks_are_bounded(runtime: &str) {
+#[both_runtimes]
+fn waiting_locks_are_bounded(runtime: &str) {
     // One worker takes them in order.
     let args = ["--runtime", runtime, "--posix-locks", "--workers", "1"];
     let server = Server::start(&args);

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
+use testing::{Server, TIMEOUT, both_runtimes};
 use vmm::connection::message::request;
 use vmm::connection::{Connection, ConnectionError};
 use vmm::fuse::ROOT;
 use vmm::{Event, Memory, Options, Profile, Region, Session};
 
 use super::faults::{FRAMES, RINGS, TABLES, header, send};
-use crate::support::{Server, TIMEOUT};
 
 /// What was not offered, or is none of a file system's business.
 const FOREIGN: [(&str, u32, usize); 17] = [
@@ -31,7 +31,8 @@ const FOREIGN: [(&str, u32, usize); 17] = [
     ("SET_DEVICE_STATE_FD", request::SET_DEVICE_STATE_FD, 8),
 ];
 
-pub fn messages_end_their_session_alone(runtime: &str) {
+#[both_runtimes]
+fn messages_end_their_session_alone(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let holdings = server.holdings();
     for (name, act, words) in FRAMES.iter().chain(TABLES).chain(RINGS) {
@@ -141,7 +142,8 @@ fn in_any_order(server: &mut Server) {
 }
 
 /// An eventfd whose counter is full, so that writers would wait: the server must not.
-pub fn stalled_eventfds_keep_nobody(runtime: &str) {
+#[both_runtimes]
+fn stalled_eventfds_keep_nobody(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let call = Event::blocking().unwrap();

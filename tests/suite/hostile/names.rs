@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use testing::both_runtimes;
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::opcode;
 
@@ -59,7 +60,8 @@ fn operations() -> Vec<(&'static str, u32, Vec<u8>, &'static [u8])> {
     ]
 }
 
-pub fn names_lead_nowhere(runtime: &str) {
+#[both_runtimes]
+fn names_lead_nowhere(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");
     std::fs::write(&outside, "outside").unwrap();
@@ -166,7 +168,8 @@ fn a_link_out_of_the_share_is_not_followed(scene: &mut Scene) {
 
 /// The guest changes a name while it is read. What was checked is what is used: each byte is read
 /// once. Every answer is that of one of the two names, or of a mixture that is a name.
-pub fn names_that_change_while_they_are_read_lead_nowhere(runtime: &str) {
+#[both_runtimes]
+fn names_that_change_while_they_are_read_lead_nowhere(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");
     std::fs::write(&outside, "outside").unwrap();

@@ -1,5 +1,6 @@
 //! Headers, lengths, opcodes, nodes, handles: every value that a field can have.
 
+use testing::both_runtimes;
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{AttrOut, EntryOut, FlushIn, OpenIn, ReadIn, ReleaseIn, WriteIn, opcode};
 use zerocopy::IntoBytes;
@@ -8,7 +9,8 @@ use super::scene::{Back, IN, OUT, Scene, request};
 
 const EINVAL: Back = Back::Errno(libc::EINVAL);
 
-pub fn headers_and_numbers_get_an_errno(runtime: &str) {
+#[both_runtimes]
+fn headers_and_numbers_get_an_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let good = request(opcode::GETATTR, ROOT, &[0; 16]);
     // Cut short: a request whose number can be read gets a reply.
@@ -377,7 +379,8 @@ fn values(scene: &mut Scene) {
     scene.fs.release(node, handle).unwrap();
 }
 
-pub fn unknown_things_get_an_errno(runtime: &str) {
+#[both_runtimes]
+fn unknown_things_get_an_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for number in [
         0,

@@ -1,5 +1,6 @@
 //! Rings: chains, tables, indexes.
 
+use testing::{TIMEOUT, both_runtimes};
 use vmm::Gpa;
 use vmm::connection::message::feature;
 use vmm::fuse::wire::AttrOut;
@@ -10,7 +11,6 @@ use super::scene::{
     BORDER, Back, END, HIGH, HOLE, IN, INDIRECT, NEXT, Scene, WRITE, memory, readable, request,
     then, writable,
 };
-use crate::support::TIMEOUT;
 
 /// What a GETATTR answers.
 const ATTR: Back = Back::Reply(size_of::<AttrOut>() as u32);
@@ -342,7 +342,8 @@ fn indirect(table: Gpa, r: Descriptor, w: Descriptor) -> Vec<Indirect> {
     ]
 }
 
-pub fn chains_are_refused_one_by_one(runtime: &str) {
+#[both_runtimes]
+fn chains_are_refused_one_by_one(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let len = scene.lay_good();
     let (r, w) = (readable(scene.request, len), writable(scene.reply, 0x1000));
@@ -481,7 +482,8 @@ fn one_head_many_times(scene: &mut Scene, r: Descriptor, w: Descriptor) {
     assert_eq!(scene.faulty(), empty, "they are counted");
 }
 
-pub fn without_indirect_descriptors_none_is_followed(runtime: &str) {
+#[both_runtimes]
+fn without_indirect_descriptors_none_is_followed(runtime: &str) {
     let options = memory().without_features(feature::INDIRECT_DESC);
     let mut scene = Scene::with(runtime, &[], &options);
     let len = scene.lay_good();
@@ -500,7 +502,8 @@ pub fn without_indirect_descriptors_none_is_followed(runtime: &str) {
     assert!(scene.totals().contains(" 1 faulty"));
 }
 
-pub fn indexes_that_jump_take_nothing(runtime: &str) {
+#[both_runtimes]
+fn indexes_that_jump_take_nothing(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for jump in [65, 66, 1000, 0x7fff, 0x8000, 0xff00, u16::MAX] {
         let queue = scene.queue();
@@ -527,7 +530,8 @@ pub fn indexes_that_jump_take_nothing(runtime: &str) {
 
 /// The parts of a ring over each other, and requests and replies over the rings: what the guest
 /// gets is its own affair, but nothing else breaks.
-pub fn rings_that_overlap_hurt_nobody(runtime: &str) {
+#[both_runtimes]
+fn rings_that_overlap_hurt_nobody(runtime: &str) {
     let scene = Scene::new(runtime);
     let mut server = scene.server;
     drop(scene.fs);

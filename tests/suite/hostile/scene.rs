@@ -2,13 +2,12 @@
 
 use std::fmt;
 
+use testing::{Server, TIMEOUT};
 use vmm::fuse::wire::{InHeader, OutHeader, opcode};
 use vmm::fuse::{Client, ROOT};
 use vmm::ring::Descriptor;
 use vmm::{Gpa, Memory, Options, Profile, Queue, Region, Session};
 use zerocopy::{FromBytes, IntoBytes};
-
-use crate::support::{Server, TIMEOUT};
 
 /// `Descriptor::NEXT`, `WRITE` and `INDIRECT`, for short.
 pub const NEXT: u16 = Descriptor::NEXT;

@@ -1,5 +1,6 @@
 //! INIT and DESTROY: twice, never, wrong, and in the middle of everything else.
 
+use testing::{Server, both_runtimes};
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{InitIn, InitOut, OpenIn, OpenOut, opcode};
 use vmm::fuse::{Call, Client};
@@ -7,7 +8,6 @@ use vmm::{Options, Profile};
 use zerocopy::IntoBytes;
 
 use super::scene::{Back, Scene, memory, request};
-use crate::support::Server;
 
 fn init(major: u32, minor: u32) -> Vec<u8> {
     let init = InitIn {
@@ -21,7 +21,8 @@ fn init(major: u32, minor: u32) -> Vec<u8> {
     request(opcode::INIT, 0, init.as_bytes())
 }
 
-pub fn sessions_begin_and_end_only_by_init_and_destroy(runtime: &str) {
+#[both_runtimes]
+fn sessions_begin_and_end_only_by_init_and_destroy(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let agreed = Back::Reply(size_of::<InitOut>() as u32);
     let getattr = request(opcode::GETATTR, ROOT, &[0; 16]);
@@ -98,7 +99,8 @@ fn never(runtime: &str) {
 
 /// INIT on one queue while others open a file: what of these comes before is gone with the old
 /// session, what comes after doesn't know the file. Nothing is in between.
-pub fn init_again_begins_anew_whatever_is_under_way(runtime: &str) {
+#[both_runtimes]
+fn init_again_begins_anew_whatever_is_under_way(runtime: &str) {
     let args = [
         "--runtime",
         runtime,

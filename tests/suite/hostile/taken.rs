@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 
+use testing::both_runtimes;
 use vmm::connection::message::{Log, feature};
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::opcode;
@@ -22,7 +23,8 @@ enum What {
     Rings,
 }
 
-pub fn memory_that_is_taken_away_ends_the_session(runtime: &str) {
+#[both_runtimes]
+fn memory_that_is_taken_away_ends_the_session(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for what in [What::Request, What::Reply, What::Table, What::Rings] {
         take_away(&mut scene, what);
@@ -107,8 +109,9 @@ fn data_that_is_gone_is_an_errno(scene: &mut Scene) {
     assert!(again.is_ok());
 }
 
-pub fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
-    let mut server = crate::support::Server::start(&["--runtime", runtime]);
+#[both_runtimes]
+fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
+    let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let len = (5_u64 << 30) / 4096 / 8;
     let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -136,8 +139,9 @@ pub fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
     fs.getattr(ROOT).unwrap();
 }
 
-pub fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
-    let mut server = crate::support::Server::start(&["--runtime", runtime]);
+#[both_runtimes]
+fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
+    let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::CloudHypervisor, &Options::default());
     let session = fs.guest();
     let (layout, _) = session.inflight().unwrap();

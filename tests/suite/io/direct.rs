@@ -6,9 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ringfsd::io::{Attempt, File};
+use testing::both_runtimes;
 
 use super::memory::Arena;
-use super::{bytes_of, file_of, pattern, read_write, scratch};
+use super::{bytes_of, file_of, pattern, read_write, run, scratch};
 
 /// Opens with `O_DIRECT`, or says that the file system has none.
 pub(crate) async fn open_direct(path: &Path) -> Option<File> {
@@ -23,7 +24,8 @@ pub(crate) async fn open_direct(path: &Path) -> Option<File> {
     }
 }
 
-pub(crate) async fn direct_files_read_and_write() {
+#[both_runtimes(run)]
+async fn direct_files_read_and_write() {
     let dir = scratch();
     let path = dir.path().join("f");
     let Some(file) = open_direct(&path).await else {
@@ -54,7 +56,8 @@ pub(crate) async fn direct_files_read_and_write() {
     assert!(bytes_of(&buffer) == expected);
 }
 
-pub(crate) async fn a_direct_read_over_an_unaligned_end_is_short() {
+#[both_runtimes(run)]
+async fn a_direct_read_over_an_unaligned_end_is_short() {
     let dir = scratch();
     for len in [1000, 4096 + 512, 8192] {
         let path = file_of(&dir, "f", &pattern(0..len));

@@ -9,10 +9,11 @@ use std::sync::{Arc, mpsc};
 use std::task::Poll;
 
 use ringfsd::io::{Engine, File, Runtime, SyncKind, probe, spawn};
+use testing::both_runtimes;
 
 use super::direct::open_direct;
 use super::memory::{Arena, whole};
-use super::{file_of, pattern, read_only, scratch};
+use super::{file_of, pattern, read_only, run, scratch};
 
 /// Sees from its own end whether the buffer it guards was full by then.
 struct Witness {
@@ -33,7 +34,8 @@ impl Drop for Witness {
     }
 }
 
-pub(crate) async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
+#[both_runtimes(run)]
+async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
     const LEN: usize = 1 << 20;
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..LEN));

@@ -3,10 +3,10 @@
 use std::ffi::CString;
 use std::path::Path;
 
+use testing::Server;
 use vmm::fuse::ROOT;
 
 use super::session;
-use crate::support::{self, Server};
 
 #[test]
 fn as_many_workers_serve_as_are_asked_for() {
@@ -59,7 +59,7 @@ fn where_file_handles_do_not_work_they_are_gone_without_or_it_is_an_error() {
 
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
-    let mut command = support::command();
+    let mut command = testing::command();
     command.arg("--socket").arg(&socket);
     command.args(["--shared-dir=/proc", "--inode-file-handles=mandatory"]);
     let mut refused = Server::spawn(command, dir);

@@ -1,10 +1,10 @@
 //! `--remember-inodes`: which forgotten inodes the guest finds again.
 
+use testing::Server;
 use vmm::Session;
 use vmm::fuse::{Client, ROOT};
 
 use super::session;
-use crate::support::Server;
 
 /// Gives back all lookups of a node, and waits until that has been dealt with.
 fn give_back(fs: &mut Client<Session>, node: u64) {

@@ -1,5 +1,6 @@
 //! Set-ID bits of files that are changed, with `--killpriv-v2` and without.
 
+use testing::Server;
 use vmm::Session;
 use vmm::fuse::wire::{
     CopyFileRangeIn, OpenIn, OpenOut, SetattrIn, WriteIn, WriteOut, init, opcode, request_flag,
@@ -9,7 +10,6 @@ use vmm::fuse::{Call, Client, LINUX_OFFERS, ROOT};
 use zerocopy::IntoBytes;
 
 use super::{agreed, session};
-use crate::support::Server;
 
 /// A guest that tells who asks, whatever it asks for.
 const BEFORE_6_12: u64 = LINUX_OFFERS & !init::ALLOW_IDMAP;

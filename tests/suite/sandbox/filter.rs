@@ -6,9 +6,9 @@
 use std::mem::MaybeUninit;
 
 use rustix::process::{Pid, WaitOptions};
+use testing::Server;
 
 use super::is_root;
-use crate::support::Server;
 
 /// `PTRACE_SECCOMP_GET_FILTER` (uapi `linux/ptrace.h`).
 const GET_FILTER: libc::c_uint = 0x420c;

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, RenameFlags};
+use testing::Server;
 use vmm::fuse::ROOT;
 
 use super::{is_untouched, outside, session, setups};
-use crate::support::{self, Server};
 
 /// How long a race runs in each setup.
 fn race_time() -> Duration {
@@ -68,7 +68,7 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut read, mut round) = (0, 0_u64);
     while Instant::now() < end || read <= 100 {
-        assert!(Instant::now() < end + support::TIMEOUT, "{read}");
+        assert!(Instant::now() < end + testing::TIMEOUT, "{read}");
         round += 1;
         let name = |kind: &str| CString::new(format!("{kind}{}", round % 24)).unwrap();
         for dir in [name("dir"), name("swap")] {
@@ -151,7 +151,7 @@ fn climb_while_moved(server: &Server, dirs: u64, time: Duration) -> u64 {
     let end = Instant::now() + time;
     let (mut climbed, mut round) = (0, 0_u64);
     while Instant::now() < end || climbed <= 100 {
-        assert!(Instant::now() < end + support::TIMEOUT, "{climbed}");
+        assert!(Instant::now() < end + testing::TIMEOUT, "{climbed}");
         round += 1;
         let name = CString::new(format!("dir{}", round % dirs)).unwrap();
         let Ok(dir) = fs.lookup(ROOT, &name) else {

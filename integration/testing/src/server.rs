@@ -1,16 +1,11 @@
 //! A ringfsd process under test, started as a user would start it.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    reason = "each test file uses a part of this"
-)]
-
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -27,6 +22,7 @@ const LISTENING: &str = "Waiting for vhost-user socket connection";
 const READY: &str = "ready for the next VMM";
 
 /// A server, its shared directory, its socket and what it says.
+#[derive(Debug)]
 pub struct Server {
     child: Child,
     dir: tempfile::TempDir,
@@ -344,15 +340,34 @@ fn of_a_guest(line: &&str) -> bool {
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
+    /// Open descriptors.
     pub descriptors: usize,
+    /// Its threads.
     pub threads: usize,
+    /// Mappings of what a front end has shared.
     pub guest_mappings: usize,
+    /// All mappings.
     pub mappings: usize,
 }
 
-/// The program under test.
+/// The program under test, which cargo has built beside the tests.
+pub fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        // Cargo says where from 1.94 on, and puts tests into a folder beside programs by default.
+        std::env::var_os("CARGO_BIN_EXE_ringfsd").map_or_else(
+            || {
+                let test = std::env::current_exe().unwrap();
+                test.ancestors().nth(2).unwrap().join("ringfsd")
+            },
+            PathBuf::from,
+        )
+    })
+}
+
+/// A command that runs the program under test.
 pub fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+    let mut command = Command::new(program());
     command.env_remove("RINGFSD_LOG").stdin(Stdio::null());
     command
 }
@@ -360,15 +375,15 @@ pub fn command() -> Command {
 /// The program under test, run as another user, from a copy in `dir` that any user gets at.
 pub fn command_as(user: Option<u32>, dir: &Path) -> Command {
     let Some(user) = user else { return command() };
-    let program = dir.join("ringfsd");
-    copy_program(Path::new(env!("CARGO_BIN_EXE_ringfsd")), &program);
+    let copy = dir.join("ringfsd");
+    copy_program(program(), &copy);
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(dir, open).unwrap();
     let mut command = Command::new("setpriv");
     let user = user.to_string();
     command
         .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
-        .arg(program)
+        .arg(copy)
         .env_remove("RINGFSD_LOG")
         .stdin(Stdio::null());
     command
@@ -381,39 +396,7 @@ pub fn copy_program(from: &Path, to: &Path) {
     assert!(done.success());
 }
 
-/// Sets an extended attribute on the host's side; `false` if the host doesn't allow it.
-pub fn set_on_host(path: &Path, name: &str, value: &[u8]) -> bool {
-    rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty()).is_ok()
-}
-
 /// Runs to its end a command that should end by itself.
 pub fn output(args: &[&str]) -> std::process::Output {
     command().args(args).output().unwrap()
-}
-
-/// Bytes that differ from block to block.
-pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(len)
-    .collect()
-}
-
-/// Makes two tests of each function, one a runtime: `fn name(runtime: &str)`.
-#[macro_export]
-macro_rules! on_both_runtimes {
-    ($($name:ident),* $(,)?) => {
-        mod uring {
-            $(#[test] fn $name() { super::$name("uring"); })*
-        }
-        mod tokio {
-            $(#[test] fn $name() { super::$name("tokio"); })*
-        }
-    };
 }
