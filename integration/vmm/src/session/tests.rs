@@ -328,7 +328,7 @@ fn libkrun_unasked_takes_all_queues_and_shares_one_call() {
     let session = session.unwrap();
     assert_eq!(session.queues.len(), 3);
     let first = session.queues[0].call_event();
-    let same = |queue: &crate::Queue| std::sync::Arc::ptr_eq(first, queue.call_event());
+    let same = |queue: &Queue| Arc::ptr_eq(first, queue.call_event());
     assert!(session.queues.iter().all(same));
     drop(session);
     back.join().unwrap();

@@ -1,9 +1,10 @@
-//! The second half of each handshake: memory and rings are shared, and the rings start.
+//! The second half of a handshake: memory and rings are shared, and the rings start. A front end does
+//! this once the guest's driver is there, and again when the driver comes back.
 
-use super::Profile;
+use super::{Session, SessionError, number};
 use crate::connection::ConnectionError;
 use crate::connection::message::{feature, protocol};
-use crate::session::{Session, SessionError, number};
+use crate::profile::Profile;
 
 /// A message about one ring.
 #[derive(Clone, Copy)]
