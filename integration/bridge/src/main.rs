@@ -16,7 +16,6 @@ mod slot;
 mod track;
 mod urgent;
 
-use std::error::Error;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
@@ -30,6 +29,7 @@ use std::sync::atomic::AtomicUsize;
 use clap::Parser;
 use rustix::mount::MountFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use vmm::Chain;
 use vmm::connection::message::feature;
 use vmm::session::SessionError;
 use vmm::{Event, Profile, Region, Session};
@@ -98,21 +98,10 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bridge: {}", chain(&error));
+            eprintln!("bridge: {}", Chain(&error));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error with its sources.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text = format!("{text}: {source}");
-        cause = source.source();
-    }
-    text
 }
 
 fn run(options: &Options) -> Result<(), BridgeError> {
@@ -216,7 +205,7 @@ impl Bridge {
             None => Ok(()),
         });
         if let Err(error) = destroyed {
-            eprintln!("bridge: ending the file system failed: {}", chain(&error));
+            eprintln!("bridge: ending the file system failed: {}", Chain(&error));
         }
     }
 

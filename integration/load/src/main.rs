@@ -25,6 +25,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
+use vmm::Chain;
 
 use cli::{Command, Options};
 
@@ -43,13 +44,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("load: {error}");
-            let mut cause = error.source();
-            while let Some(source) = cause {
-                eprint!(": {source}");
-                cause = source.source();
-            }
-            eprintln!();
+            eprintln!("load: {}", Chain(&*error));
             ExitCode::FAILURE
         }
     }

@@ -21,6 +21,7 @@
 
 #![deny(missing_docs)]
 
+mod chain;
 pub mod connection;
 pub mod event;
 pub mod fuse;
@@ -29,6 +30,7 @@ pub mod profile;
 pub mod ring;
 pub mod session;
 
+pub use chain::Chain;
 pub use connection::Connection;
 pub use event::Event;
 pub use memory::{Buf, Gpa, Memory, Region};
