@@ -17,6 +17,7 @@ mod creation;
 mod data;
 mod descriptors;
 mod diagnostics;
+mod documents;
 mod ending;
 mod frontends;
 mod host_changes;

@@ -62,6 +62,12 @@ fn every_operation_does_what_it_says(runtime: &str) {
     };
     assert_eq!(fs.copy_file_range(file.nodeid, &range).unwrap(), 4);
     assert_eq!(fs.read(copy.nodeid, copied, 0, 100).unwrap(), b"0123");
+    let range = CopyFileRangeIn {
+        off_out: 4,
+        ..range
+    };
+    assert_eq!(fs.copy_file_range_64(file.nodeid, &range).unwrap(), 4);
+    assert_eq!(fs.read(copy.nodeid, copied, 0, 100).unwrap(), b"01230123");
 
     let link = fs.symlink(ROOT, c"link", c"dir/file").unwrap();
     assert_eq!(fs.readlink(link.nodeid).unwrap(), b"dir/file");
