@@ -99,7 +99,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
 }
 
 #[test]
-fn reads_writes_attributes_and_lookups_take_nothing_from_the_heap() {
+fn hot_requests_allocate_nothing() {
     // The guest's side is not counted.
     leave_out_this_thread();
     let mut engines = vec![Engine::ThreadPool];

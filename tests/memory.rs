@@ -23,7 +23,7 @@ fn held(fs: &Passthrough) -> usize {
 }
 
 #[test]
-fn a_known_inode_is_small_and_given_back() {
+fn known_inode_costs_at_most_200_bytes_until_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let names: Vec<CString> = (0..9000)
         .map(|n| CString::new(format!("file{n}")).unwrap())

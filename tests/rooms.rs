@@ -135,7 +135,7 @@ fn paths_are_found_in_every_form() {
 }
 
 #[test]
-fn circles_are_found_through_what_a_parent_hands_on() {
+fn circles_are_found_through_reexports() {
     let tree = Tree::of(&[
         ("lib.rs", "mod a;"),
         (

@@ -129,32 +129,32 @@ fn answers_and_leaves_the_same(arguments: &[&str], usual: u32) {
 }
 
 #[both_runtimes]
-fn every_answer_is_the_hosts(runtime: &str) {
+fn random_operations_return_what_plain_directory_returns(runtime: &str) {
     answers_and_leaves_the_same(&["--runtime", runtime], 100);
 }
 
 #[both_runtimes]
-fn every_answer_is_the_hosts_with_few_descriptors(runtime: &str) {
+fn random_operations_with_few_descriptors_return_what_plain_directory_returns(runtime: &str) {
     let arguments = ["--runtime", runtime, "--max-open-inodes", "8"];
     answers_and_leaves_the_same(&arguments, 50);
 }
 
 #[both_runtimes]
-fn clients_at_once_disturb_nobody(runtime: &str) {
-    together::clients_at_once_disturb_nobody(runtime, &[]);
+fn concurrent_clients_see_only_their_own_changes(runtime: &str) {
+    together::concurrent_clients_see_only_their_own_changes(runtime, &[]);
 }
 
 #[both_runtimes]
-fn clients_at_once_disturb_nobody_with_few_descriptors(runtime: &str) {
-    together::clients_at_once_disturb_nobody(runtime, &["--max-open-inodes", "8"]);
+fn concurrent_clients_with_few_descriptors_see_only_their_own_changes(runtime: &str) {
+    together::concurrent_clients_see_only_their_own_changes(runtime, &["--max-open-inodes", "8"]);
 }
 
 #[both_runtimes]
-fn nothing_is_lost_when_host_and_guest_take_turns(runtime: &str) {
-    changes::nothing_is_lost_when_host_and_guest_take_turns(runtime);
+fn alternating_changes_of_host_and_guest_lose_no_record(runtime: &str) {
+    changes::alternating_changes_of_host_and_guest_lose_no_record(runtime);
 }
 
 #[both_runtimes]
-fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
-    changes::nothing_is_lost_while_the_host_changes_the_share(runtime);
+fn concurrent_changes_of_host_lose_no_record(runtime: &str) {
+    changes::concurrent_changes_of_host_lose_no_record(runtime);
 }

@@ -29,7 +29,7 @@ const WHOLE: u32 = 20_000;
 /// How often each client replaces a name between two cases.
 const REPLACED: u8 = 10;
 
-pub(crate) fn clients_at_once_disturb_nobody(runtime: &str, more: &[&str]) {
+pub(crate) fn concurrent_clients_see_only_their_own_changes(runtime: &str, more: &[&str]) {
     let mut arguments = vec![
         "--runtime",
         runtime,

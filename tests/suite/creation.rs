@@ -122,7 +122,7 @@ fn on_host(server: &Server, file: &str, name: &str) -> Option<Vec<u8>> {
 }
 
 #[both_runtimes]
-fn what_is_made_has_its_label(runtime: &str) {
+fn new_inode_gets_its_security_label(runtime: &str) {
     if !is_root() {
         return;
     }
@@ -150,7 +150,7 @@ fn what_is_made_has_its_label(runtime: &str) {
 }
 
 #[both_runtimes]
-fn selinux_labels_are_set_where_the_host_has_none(runtime: &str) {
+fn selinux_label_on_host_without_selinux_is_set(runtime: &str) {
     if !is_root() || Path::new("/sys/fs/selinux/enforce").exists() {
         println!("SKIPPED: needs root, and a host without SELinux");
         return;
@@ -162,7 +162,7 @@ fn selinux_labels_are_set_where_the_host_has_none(runtime: &str) {
 }
 
 #[both_runtimes]
-fn labels_go_by_the_names_of_the_host(runtime: &str) {
+fn label_is_stored_under_mapped_attribute_name(runtime: &str) {
     let rules = ":map:security.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
     let extension = label(c"security.selinux", LABEL);
@@ -174,7 +174,7 @@ fn labels_go_by_the_names_of_the_host(runtime: &str) {
 }
 
 #[both_runtimes]
-fn what_can_not_be_labelled_is_not_made(runtime: &str) {
+fn inode_whose_label_is_refused_is_not_created(runtime: &str) {
     let rules = ":bad:client:security.:: :ok:all:::";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
     let extension = label(c"security.selinux", LABEL);
@@ -209,7 +209,7 @@ fn what_can_not_be_labelled_is_not_made(runtime: &str) {
 }
 
 #[both_runtimes]
-fn malformed_extensions_make_nothing(runtime: &str) {
+fn malformed_extension_creates_nothing(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--security-label"]);
     let mut short = label(c"security.selinux", LABEL);
     short[0] = 9;
@@ -223,7 +223,7 @@ fn malformed_extensions_make_nothing(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_member_by_a_supplementary_group_keeps_the_set_group_id_bit(runtime: &str) {
+fn create_by_supplementary_group_member_keeps_set_group_id(runtime: &str) {
     if !is_root() {
         return;
     }
@@ -252,7 +252,7 @@ fn a_member_by_a_supplementary_group_keeps_the_set_group_id_bit(runtime: &str) {
 }
 
 #[test]
-fn labels_are_agreed_on_only_if_asked_for() {
+fn labels_are_negotiated_only_with_option() {
     let (server, mut fs) = start("auto", &[]);
     assert!(!fs.has(init::SECURITY_CTX));
     // And then the server ignores them.
@@ -268,7 +268,7 @@ fn labels_are_agreed_on_only_if_asked_for() {
 }
 
 #[test]
-fn handles_of_one_run_are_none_of_another() {
+fn generations_differ_between_runs() {
     let generation = || {
         let server = Server::start(&[]);
         std::fs::write(server.share().join("file"), "").unwrap();

@@ -47,7 +47,7 @@ fn layouts() -> Vec<Layout> {
 }
 
 #[both_runtimes]
-fn reads_of_any_layout_offset_and_size_are_right(runtime: &str) {
+fn read_with_any_layout_returns_file_content(runtime: &str) {
     let content = pattern(700_001, 11);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
     for cold in [false, true] {
@@ -75,7 +75,7 @@ fn reads_of_any_layout_offset_and_size_are_right(runtime: &str) {
 }
 
 #[both_runtimes]
-fn reads_past_the_end_are_short(runtime: &str) {
+fn read_past_end_is_short(runtime: &str) {
     let content = pattern(10_000, 5);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
     for cold in [false, true] {
@@ -92,7 +92,7 @@ fn reads_past_the_end_are_short(runtime: &str) {
 }
 
 #[both_runtimes]
-fn writes_of_any_layout_offset_and_size_are_right(runtime: &str) {
+fn write_with_any_layout_changes_file_content(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     let mut expected = Vec::new();
     for (i, layout) in layouts().into_iter().enumerate() {
@@ -109,7 +109,7 @@ fn writes_of_any_layout_offset_and_size_are_right(runtime: &str) {
 }
 
 #[both_runtimes]
-fn requests_of_one_mebibyte_go_through(runtime: &str) {
+fn request_of_one_mebibyte_succeeds(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     assert_eq!(fs.max_write(), 1 << 20);
     fs.set_layout(Layout::linux());
@@ -120,7 +120,7 @@ fn requests_of_one_mebibyte_go_through(runtime: &str) {
 }
 
 #[both_runtimes]
-fn more_pieces_than_the_kernel_takes_at_once_are_right(runtime: &str) {
+fn request_of_1500_segments_succeeds(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), b"").unwrap();
     let options = Options::default().indirect_capacity(4000);
@@ -152,7 +152,7 @@ fn more_pieces_than_the_kernel_takes_at_once_are_right(runtime: &str) {
 }
 
 #[both_runtimes]
-fn many_reads_and_writes_in_flight_are_all_right(runtime: &str) {
+fn concurrent_reads_and_writes_transfer_their_own_bytes(runtime: &str) {
     let content = pattern(4 << 20, 77);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
     fs.set_layout(Layout::linux());
@@ -215,7 +215,7 @@ fn write_as(fs: &mut Client<Session>, node: u64, handle: Handle, flags: i32, dat
 }
 
 #[both_runtimes]
-fn an_append_lands_at_the_end_whatever_the_offset(runtime: &str) {
+fn append_ignores_offset(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"begin");
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
     let flags = libc::O_WRONLY | libc::O_APPEND;
@@ -232,7 +232,7 @@ fn an_append_lands_at_the_end_whatever_the_offset(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_guest_that_collects_writes_places_appends_itself(runtime: &str) {
+fn append_with_writeback_uses_guests_offset(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--writeback"]);
     std::fs::write(server.share().join("file"), "begin").unwrap();
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -245,7 +245,7 @@ fn a_guest_that_collects_writes_places_appends_itself(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_file_for_appending_only_is_appended_to(runtime: &str) {
+fn append_only_file_accepts_appends(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"log");
     let path = server.share().join("file");
     let append_only = |on| {
@@ -270,7 +270,7 @@ fn a_file_for_appending_only_is_appended_to(runtime: &str) {
 /// Whatever has no bytes is refused by how the file was opened, as the host refuses it, and takes
 /// nothing away from the file.
 #[both_runtimes]
-fn operations_on_no_bytes_are_refused_by_the_open_mode(runtime: &str) {
+fn empty_operation_without_access_fails_with_host_errno(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--allow-direct-io"]);
     let path = server.share().join("file");
     std::fs::write(&path, "content").unwrap();
@@ -364,7 +364,7 @@ fn operations_on_no_bytes_are_refused_by_the_open_mode(runtime: &str) {
 }
 
 #[both_runtimes]
-fn no_byte_of_a_payload_is_copied(runtime: &str) {
+fn payload_is_never_copied(runtime: &str) {
     let content = pattern(1 << 20, 3);
     let (mut server, mut fs, node, handle) = with_file(runtime, &content);
     fs.set_layout(Layout::linux());
@@ -410,7 +410,7 @@ fn totals(line: &str) -> (u64, u64) {
 }
 
 #[both_runtimes]
-fn what_a_guest_reads_and_its_ring_are_in_the_dirty_log(runtime: &str) {
+fn read_marks_buffers_and_used_ring_dirty(runtime: &str) {
     let content = pattern(300_000, 3);
     let words: HashSet<&[u8]> = content.windows(8).collect();
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -446,7 +446,7 @@ fn what_a_guest_reads_and_its_ring_are_in_the_dirty_log(runtime: &str) {
 /// A migration begins while the disk is waited for: what comes later is marked, by whichever thread
 /// or ring it is completed.
 #[both_runtimes]
-fn a_log_that_begins_among_reads_under_way_misses_nothing(runtime: &str) {
+fn dirty_log_started_during_reads_has_later_reads(runtime: &str) {
     const HALF: usize = 512 * 1024;
     const PIECE: usize = 64 * 1024;
     let content = pattern(2 * HALF, 3);

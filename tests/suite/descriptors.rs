@@ -162,7 +162,7 @@ impl Guest {
 }
 
 #[both_runtimes]
-fn a_tree_is_served_with_few_descriptors_and_no_privileges(runtime: &str) {
+fn unprivileged_server_with_few_descriptors_serves_large_tree(runtime: &str) {
     let count = std::env::var("RINGFSD_TREE_FILES").map_or(5000, |count| count.parse().unwrap());
     let server = ordinary(runtime);
     let planted = plant(&server.share(), count);

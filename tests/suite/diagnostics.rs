@@ -32,7 +32,7 @@ fn lines(server: &mut Server, last: &str, text: &str) -> usize {
 }
 
 #[test]
-fn memory_that_the_vmm_keeps_to_itself_is_named_with_what_to_do() {
+fn unshared_guest_memory_error_says_what_to_do() {
     let region = MemoryRegion {
         gpa: 0,
         size: 1 << 20,
@@ -54,7 +54,7 @@ fn memory_that_the_vmm_keeps_to_itself_is_named_with_what_to_do() {
 }
 
 #[test]
-fn memory_that_the_vmm_has_mapped_for_itself_is_suspected_when_a_queue_is_kicked() {
+fn empty_ring_after_kick_warns_of_private_memory() {
     for private in [true, false] {
         let mut server = Server::start(&[]);
         let session = Profile::Simple.connect(server.connect(), &Options::default());
@@ -121,7 +121,7 @@ fn ring_in_memory_that_is_not_shared_is_named_as_that() {
 }
 
 #[test]
-fn directory_that_the_user_can_not_enter_is_named_in_each_sandbox() {
+fn inaccessible_directory_error_names_directory_in_each_sandbox() {
     if !is_root() {
         return;
     }
@@ -209,7 +209,7 @@ fn two_directories_are_refused_with_their_names() {
 }
 
 #[test]
-fn file_systems_within_the_share_are_warned_of_once_where_the_guest_can_not_be_told() {
+fn submount_without_announcement_warns_once() {
     if !is_root() {
         return;
     }

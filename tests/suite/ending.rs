@@ -75,7 +75,7 @@ fn highest(server: &Server, count: usize) -> Vec<String> {
 }
 
 #[test]
-fn killed_server_gives_up_its_socket_and_locks_before_the_files_of_its_guest() {
+fn killed_server_releases_socket_and_locks_before_guest_files() {
     for extra in [&[][..], &["--supervise"]] {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");

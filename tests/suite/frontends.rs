@@ -94,7 +94,7 @@ fn simple(runtime: &str) {
 }
 
 #[test]
-fn the_configuration_space_tells_tag_and_queues_to_those_who_ask() {
+fn configuration_space_has_tag_and_queue_count() {
     let server = Server::start(&["--tag", "my files", "--request-queues", "3"]);
     let fs = server.session(Profile::Crosvm, &Options::default());
     let session = fs.into_guest();
@@ -109,7 +109,7 @@ fn the_configuration_space_tells_tag_and_queues_to_those_who_ask() {
 }
 
 #[test]
-fn what_is_in_flight_is_kept_for_those_who_ask_for_that() {
+fn inflight_region_is_provided_on_request() {
     let server = Server::start(&["--request-queues", "2"]);
     let options = Options::default().request_queues(2).queue_size(256);
     let mut session = server

@@ -103,7 +103,7 @@ impl Scene {
 }
 
 #[both_runtimes]
-fn write_after_host_removes_and_makes_anew(runtime: &str) {
+fn write_after_host_recreates_file_is_stale_until_lookup(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
     fs::remove_file(scene.path("file")).unwrap();
@@ -322,7 +322,7 @@ fn open_file_is_changed_after_host_removes_it(runtime: &str) {
 }
 
 #[both_runtimes]
-fn request_that_goes_by_no_name_is_refused_once_only(runtime: &str) {
+fn repeated_request_after_estale_succeeds_once(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
     fs::remove_file(scene.path("file")).unwrap();
@@ -379,14 +379,14 @@ fn emptied_file_may_be_replaced_as_it_is_opened(runtime: &str) {
     assert_eq!(scene.content("file"), "new\n");
 }
 
-fn file_that_the_guest_itself_unlinks(scene: &mut Scene) {
+fn unlinked_file_that_guest_has_open(scene: &mut Scene) {
     let known = |scene: &mut Scene, name: &str| {
         let name = CString::new(name).unwrap();
         let (entry, handle) = scene.fs.create(ROOT, &name, 0o644).unwrap();
         scene.fs.release(entry.nodeid, handle).unwrap();
         entry.nodeid
     };
-    let untold = Handle::raw(0);
+    let no_handle = Handle::raw(0);
     let change = |scene: &mut Scene, node, fh: Handle| {
         scene.fs.write(node, fh, 0, b"more").unwrap();
         scene.fs.chmod(node, 0o600).unwrap();
@@ -397,7 +397,7 @@ fn file_that_the_guest_itself_unlinks(scene: &mut Scene) {
     let each = |scene: &mut Scene, node| {
         // An `O_PATH` descriptor of the guest opens nothing before.
         if no_open {
-            change(scene, node, untold);
+            change(scene, node, no_handle);
         } else {
             let handle = scene.fs.open(node, libc::O_RDWR).unwrap();
             change(scene, node, handle);
@@ -452,7 +452,7 @@ fn errno_of_open(scene: &mut Scene) -> Option<i32> {
 }
 
 #[both_runtimes]
-fn guest_changes_what_it_has_unlinked_itself(runtime: &str) {
+fn unlinked_open_file_is_still_writable(runtime: &str) {
     let mut option_sets: Vec<&[&str]> =
         vec![&[], &["--cache=always"], &["--no-open"], &["--writeback"]];
     if rustix::process::geteuid().is_root() {
@@ -462,33 +462,33 @@ fn guest_changes_what_it_has_unlinked_itself(runtime: &str) {
     }
     for options in option_sets {
         let mut scene = Scene::start(runtime, options);
-        file_that_the_guest_itself_unlinks(&mut scene);
+        unlinked_file_that_guest_has_open(&mut scene);
     }
 }
 
 #[both_runtimes]
 fn write_without_a_handle_after_host_removes(runtime: &str) {
     let mut scene = Scene::start(runtime, &["--no-open"]);
-    let untold = Handle::raw(0);
+    let no_handle = Handle::raw(0);
     let node = scene.known("file");
-    assert_eq!(scene.fs.write(node, untold, 0, b"more").unwrap(), 4);
+    assert_eq!(scene.fs.write(node, no_handle, 0, b"more").unwrap(), 4);
     scene.replace("file");
-    assert_eq!(errno(scene.fs.write(node, untold, 0, b"lost")), STALE);
-    assert_eq!(errno(scene.fs.fallocate(node, untold, 0, 0..100)), STALE);
+    assert_eq!(errno(scene.fs.write(node, no_handle, 0, b"lost")), STALE);
+    assert_eq!(errno(scene.fs.fallocate(node, no_handle, 0, 0..100)), STALE);
     assert_eq!(errno(scene.fs.chmod(node, 0o600)), STALE);
-    assert_eq!(scene.fs.read(node, untold, 0, 10).unwrap(), b"more");
+    assert_eq!(scene.fs.read(node, no_handle, 0, 10).unwrap(), b"more");
     assert!(scene.by_path((ROOT, "file"), node, |it, node| it.fs.truncate(node, 0)));
     assert_eq!(scene.content("file"), "");
     // What was renamed may still be open.
     let node = scene.node(ROOT, "file");
     fs::rename(scene.path("file"), scene.path("rotated")).unwrap();
-    assert_eq!(scene.fs.write(node, untold, 0, b"line").unwrap(), 4);
+    assert_eq!(scene.fs.write(node, no_handle, 0, b"line").unwrap(), 4);
     assert_eq!(scene.content("rotated"), "line");
 }
 
 /// Of files that a guest replaces itself no request fails, also while inodes have no descriptors.
 #[both_runtimes]
-fn guest_replaces_what_it_reads(runtime: &str) {
+fn file_removed_by_guest_stays_readable_by_file_handle(runtime: &str) {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH");
         return;

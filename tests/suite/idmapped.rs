@@ -105,7 +105,7 @@ fn make(fs: &mut Guest, what: &str, uid: u32, gid: u32) -> Result<(), FuseError>
 const KINDS: [&str; 6] = ["file", "nameless", "directory", "pipe", "link", "whiteout"];
 
 #[both_runtimes]
-fn what_a_mapped_user_creates_is_that_user_s(runtime: &str) {
+fn inode_created_by_mapped_user_belongs_to_that_user(runtime: &str) {
     if !is_root() {
         return;
     }
@@ -126,7 +126,7 @@ fn what_a_mapped_user_creates_is_that_user_s(runtime: &str) {
 }
 
 #[both_runtimes]
-fn everything_else_is_done_for_nobody_in_particular(runtime: &str) {
+fn request_without_ids_that_creates_nothing_succeeds(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--posix-locks"]);
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
     let node = file.nodeid;
@@ -155,7 +155,7 @@ fn everything_else_is_done_for_nobody_in_particular(runtime: &str) {
 }
 
 #[both_runtimes]
-fn nothing_is_created_for_nobody(runtime: &str) {
+fn create_without_ids_is_eoverflow(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     std::fs::write(server.share().join("whiteout"), "").unwrap();
     let own = owner(&server.share().join("whiteout"));
@@ -172,7 +172,7 @@ fn nothing_is_created_for_nobody(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_guest_that_maps_no_owners_must_say_who_asks(runtime: &str) {
+fn request_without_ids_unnegotiated_is_einval(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let guest = Profile::Simple.connect(server.connect(), &Options::default());
     let mut fs = Client::new(guest.unwrap());
@@ -191,7 +191,7 @@ fn a_guest_that_maps_no_owners_must_say_who_asks(runtime: &str) {
 }
 
 #[both_runtimes]
-fn set_id_bits_go_where_nobody_says_who_asks(runtime: &str) {
+fn change_without_ids_clears_set_id_bits(runtime: &str) {
     for (args, left) in [(&[][..], 0o6777), (&["--killpriv-v2"], 0o777)] {
         let (server, mut fs) = start(runtime, args);
         let path = server.share().join("file");
@@ -221,7 +221,7 @@ fn set_id_bits_go_where_nobody_says_who_asks(runtime: &str) {
 }
 
 #[both_runtimes]
-fn the_guest_alone_knows_who_is_privileged(runtime: &str) {
+fn id_zero_of_mapped_guest_implies_no_privilege(runtime: &str) {
     if !is_root() {
         return;
     }
@@ -248,7 +248,7 @@ fn the_guest_alone_knows_who_is_privileged(runtime: &str) {
 }
 
 #[both_runtimes]
-fn trusted_attributes_are_listed_where_nobody_says_who_asks(runtime: &str) {
+fn listxattr_without_ids_lists_trusted_attributes(runtime: &str) {
     let rules = ":map:trusted.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--xattrmap", rules]);
     let (file, _) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -263,7 +263,7 @@ fn trusted_attributes_are_listed_where_nobody_says_who_asks(runtime: &str) {
 }
 
 #[both_runtimes]
-fn rules_for_owners_are_for_those_that_are_told(runtime: &str) {
+fn translate_rules_apply_only_to_given_ids(runtime: &str) {
     if !is_root() {
         return;
     }
@@ -288,7 +288,7 @@ fn rules_for_owners_are_for_those_that_are_told(runtime: &str) {
 }
 
 #[test]
-fn the_flag_is_taken_where_it_is_offered() {
+fn idmap_flag_is_accepted_if_offered() {
     let server = Server::start(&[]);
     for offered in [LINUX_OFFERS, LINUX_OFFERS & !init::ALLOW_IDMAP] {
         let guest = Profile::Simple.connect(server.connect(), &Options::default());

@@ -67,7 +67,7 @@ fn serves(fs: &mut Client<Session>) {
 
 /// Killed in the middle of whatever it is doing, again and again.
 #[both_runtimes]
-fn a_kill_in_the_middle_loses_no_request_and_answers_none_twice(runtime: &str) {
+fn killed_server_answers_each_request_once(runtime: &str) {
     let args = [
         "--runtime",
         runtime,
@@ -95,7 +95,7 @@ fn a_kill_in_the_middle_loses_no_request_and_answers_none_twice(runtime: &str) {
 
 /// Stopped before it has taken anything, then killed; and killed while requests wait for another.
 #[both_runtimes]
-fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &str) {
+fn waiting_and_untaken_requests_after_kill_are_answered(runtime: &str) {
     let args = [
         "--runtime",
         runtime,
@@ -133,7 +133,7 @@ fn requests_that_wait_and_requests_that_were_not_taken_are_answered(runtime: &st
 
 /// The session is in a file, from which the other server resumes without an INIT.
 #[both_runtimes]
-fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
+fn state_file_preserves_guest_state_after_kill(runtime: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state");
     let state = format!("--state={}", file.display());
@@ -158,7 +158,7 @@ fn what_a_guest_holds_outlives_its_server_in_a_file(runtime: &str) {
 }
 
 #[test]
-fn a_region_that_can_not_be_ends_the_session_and_the_next_is_served() {
+fn invalid_inflight_region_ends_only_its_session() {
     type Change = fn(&mut InflightLayout);
     let changes: [(Change, &str); 3] = [
         (|layout| layout.mmap_size = 64, "and its queues need"),
@@ -200,7 +200,7 @@ fn a_region_that_can_not_be_ends_the_session_and_the_next_is_served() {
 }
 
 #[test]
-fn more_queues_than_there_are_can_not_be_kept() {
+fn inflight_region_for_too_many_queues_is_refused() {
     let mut server = Server::start(&["--request-queues", "1"]);
     let mut session = server
         .session(Profile::CloudHypervisor, &Options::default())

@@ -215,7 +215,7 @@ async fn a_cached_read_is_done_at_once() {
 }
 
 #[both_runtimes(run)]
-async fn what_is_not_cached_is_read_all_the_same() {
+async fn uncached_read_waits_for_disk() {
     const LEN: usize = 4 << 20;
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..LEN));
@@ -283,7 +283,7 @@ async fn synchronous_writes_are_not_tried() {
 }
 
 #[both_runtimes(run)]
-async fn waiting_to_open_holds_up_no_other_task() {
+async fn blocked_open_delays_no_other_task() {
     let dir = scratch();
     let path = dir.path().join("fifo");
     rustix::fs::mknodat(

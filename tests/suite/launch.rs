@@ -168,7 +168,7 @@ mod signals {
     }
 
     #[test]
-    fn interrupt_ends_it_whatever_the_launcher_ignored() {
+    fn interrupt_ends_server_whatever_launcher_ignored() {
         let mut server = launch("exec env --ignore-signal --block-signal", None, &[]);
         server.wait_until_it_listens();
         server.signal(Signal::INT);
@@ -357,7 +357,7 @@ mod limits {
     }
 
     #[test]
-    fn processor_time_is_refused_unless_another_process_goes_on() {
+    fn processor_time_limit_is_refused_without_supervision() {
         let little = "ulimit -t 1; exec";
         refuses(little, None, &[], "RLIMIT_CPU");
         let mut server = launch(little, None, &["--supervise"]);
@@ -474,7 +474,7 @@ mod threads {
     }
 
     #[test]
-    fn none_for_a_process_is_refused() {
+    fn no_thread_for_serving_process_is_refused() {
         if is_root() {
             let none = "ulimit -u 1; exec";
             refuses(none, Some(ALONE[0]), &[], "RLIMIT_NPROC");
@@ -483,7 +483,7 @@ mod threads {
     }
 
     #[test]
-    fn none_for_workers_is_refused_before_anybody_connects() {
+    fn no_threads_for_workers_is_refused_at_start() {
         if is_root() {
             let args = ["--workers", "4"];
             refuses("ulimit -u 4; exec", Some(ALONE[1]), &args, "RLIMIT_NPROC");
@@ -493,7 +493,7 @@ mod threads {
     }
 
     #[test]
-    fn none_for_what_waits_is_done_without() {
+    fn no_threads_for_blocking_calls_is_survived() {
         if !is_root() {
             return;
         }

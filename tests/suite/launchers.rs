@@ -16,7 +16,7 @@ use vmm::fuse::wire::init;
 use vmm::{Options, Profile};
 
 #[test]
-fn kata_starts_it_with_what_it_knows() {
+fn arguments_of_kata_start_server() {
     let server = Server::start(&[
         "--cache",
         "never",
@@ -31,7 +31,7 @@ fn kata_starts_it_with_what_it_knows() {
 }
 
 #[test]
-fn a_list_of_options_is_as_good_as_each_of_them() {
+fn option_list_equals_single_options() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("share")).unwrap();
     let mut command = testing::command();
@@ -58,7 +58,7 @@ fn a_list_of_options_is_as_good_as_each_of_them() {
 }
 
 #[test]
-fn libvirt_is_told_what_it_is() {
+fn print_capabilities_says_type_fs() {
     let told = testing::output(&["--print-capabilities"]);
     assert!(told.status.success());
     let text = String::from_utf8(told.stdout).unwrap();
@@ -66,7 +66,7 @@ fn libvirt_is_told_what_it_is() {
 }
 
 #[test]
-fn the_socket_is_for_its_group() {
+fn socket_group_owns_socket() {
     let mode = |server: &Server| {
         let metadata = std::fs::metadata(server.socket()).unwrap();
         (metadata.permissions().mode() & 0o777, metadata.gid())
@@ -94,7 +94,7 @@ fn the_socket_is_for_its_group() {
 }
 
 #[test]
-fn the_log_goes_to_syslog_if_asked() {
+fn syslog_option_logs_to_syslog() {
     if std::path::Path::new("/dev/log").exists() {
         println!("SKIPPED: this host has a syslog, which is not to be written to");
         return;
@@ -106,7 +106,7 @@ fn the_log_goes_to_syslog_if_asked() {
 }
 
 #[test]
-fn a_syslog_is_told_what_would_be_logged() {
+fn syslog_gets_priority_and_process_id() {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: needs root, for a /dev/log that nobody else sees");
         return;

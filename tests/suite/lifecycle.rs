@@ -21,7 +21,7 @@ use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
 #[test]
-fn when_the_vmm_goes_the_next_one_is_served() {
+fn next_vmm_after_disconnect_is_served() {
     let mut server = Server::start(&[]);
     for round in 0..3 {
         let mut fs = server.session(Profile::Simple, &Options::default());
@@ -34,7 +34,7 @@ fn when_the_vmm_goes_the_next_one_is_served() {
 }
 
 #[test]
-fn it_logs_what_it_is_told_to() {
+fn log_level_selects_lines() {
     let said = |args: &[&str], finer: Option<&str>| {
         let mut command = command();
         command.args(["--socket=/nowhere/s", "--shared-dir=/"]);
@@ -70,7 +70,7 @@ fn it_logs_what_it_is_told_to() {
 }
 
 #[test]
-fn it_runs_on_what_it_is_told_to() {
+fn runtime_option_selects_runtime() {
     for runtime in ["uring", "tokio"] {
         let server = Server::start(&["--runtime", runtime]);
         let line = format!("runtime {runtime}: ");
@@ -106,7 +106,7 @@ fn a_signal_ends_the_server_and_removes_its_socket() {
 }
 
 #[test]
-fn a_vmm_that_stalls_within_a_message_keeps_nobody_from_stopping_the_server() {
+fn stalled_message_does_not_delay_stop() {
     use std::io::Write;
     let mut server = Server::start(&[]);
     let mut stream = server.connect();
@@ -117,7 +117,7 @@ fn a_vmm_that_stalls_within_a_message_keeps_nobody_from_stopping_the_server() {
 }
 
 #[test]
-fn a_vmm_that_stalls_within_a_message_loses_its_session_and_the_next_is_served() {
+fn stalled_message_ends_only_its_session() {
     use std::io::Write;
     let mut server = Server::start(&[]);
     let mut stream = server.connect();
@@ -143,7 +143,7 @@ fn the_socket_of_a_killed_server_is_replaced() {
 }
 
 #[test]
-fn the_socket_of_a_live_server_is_an_error_and_the_server_lives_on() {
+fn socket_of_live_server_is_refused() {
     let server = Server::start(&["--once"]);
     let socket = server.socket();
     let share = server.share();
@@ -192,7 +192,7 @@ fn an_inherited_socket_is_listened_on() {
 }
 
 #[test]
-fn what_can_not_be_served_is_a_clear_error() {
+fn unusable_share_error_names_cause() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     std::fs::write(at("file"), "").unwrap();
@@ -303,7 +303,7 @@ fn the_log_says_which_runtime_and_why() {
 }
 
 #[test]
-fn where_io_uring_is_forbidden_auto_falls_back_and_uring_is_an_error_that_says_so() {
+fn forbidden_io_uring_selects_tokio_or_fails_with_reason() {
     let launch = |runtime: &str| {
         let dir = tempfile::tempdir().unwrap();
         let mut launched = command();

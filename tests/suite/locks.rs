@@ -67,7 +67,7 @@ fn host_file(server: &Server) -> std::fs::File {
 }
 
 #[both_runtimes]
-fn owners_in_the_guest_are_told_apart(runtime: &str) {
+fn lock_owners_of_one_guest_conflict(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     fs.setlk(node, handle, ALICE, lock(libc::F_WRLCK, 10, 19))
         .unwrap();
@@ -153,7 +153,7 @@ fn locks_of_guest_and_host_conflict(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_waiting_lock_blocks_nobody_and_comes_when_it_is_free(runtime: &str) {
+fn waiting_lock_is_granted_after_release_and_delays_no_request(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
     fs.setlk(node, handle, ALICE, all).unwrap();

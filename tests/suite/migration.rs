@@ -61,7 +61,7 @@ fn file(guest: &mut Guest, parent: u64, name: &CStr, content: &[u8]) -> (u64, Ha
 }
 
 #[test]
-fn what_is_open_stays_open() {
+fn open_files_survive_migration() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"before");
@@ -85,7 +85,7 @@ fn what_is_open_stays_open() {
 }
 
 #[test]
-fn lookups_are_counted_on() {
+fn lookup_counts_survive_migration() {
     let (_share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"");
@@ -130,12 +130,12 @@ fn a_file_without_a_name_goes_along(args: &[&str], same: bool) {
 }
 
 #[test]
-fn a_file_without_a_name_goes_along_as_its_content() {
+fn nameless_file_migrates_as_content() {
     a_file_without_a_name_goes_along(&[], false);
 }
 
 #[test]
-fn a_file_without_a_name_goes_along_by_its_handle() {
+fn nameless_file_migrates_by_file_handle() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: file handles take root");
         return;
@@ -148,7 +148,7 @@ fn a_file_without_a_name_goes_along_by_its_handle() {
 }
 
 #[test]
-fn what_no_source_says_harms_nobody() {
+fn forged_stream_damages_nothing() {
     use ringfsd::state::stream::{self, Find};
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
@@ -182,7 +182,7 @@ fn what_no_source_says_harms_nobody() {
 }
 
 #[test]
-fn a_directory_without_a_name_goes_along() {
+fn nameless_directory_migrates() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let node = guest.mkdir(ROOT, c"directory", 0o755).unwrap().nodeid;
@@ -197,7 +197,7 @@ fn a_directory_without_a_name_goes_along() {
 }
 
 #[test]
-fn names_that_are_no_text_and_renamed_directories_lead_to_their_files() {
+fn non_utf8_names_in_renamed_directories_migrate() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let names = [c"\xff\xfe", c"a (deleted)", c"\n\\\"'", c"\xc3\x28"];
@@ -229,7 +229,7 @@ fn names_that_are_no_text_and_renamed_directories_lead_to_their_files() {
 }
 
 #[test]
-fn a_deep_tree_is_found_without_its_path_fitting_anywhere() {
+fn tree_deeper_than_path_max_migrates() {
     let (_share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let name = std::ffi::CString::new("n".repeat(200)).unwrap();
@@ -244,7 +244,7 @@ fn a_deep_tree_is_found_without_its_path_fitting_anywhere() {
 }
 
 #[test]
-fn a_linked_file_whose_first_name_is_gone_is_found_by_the_other() {
+fn hard_link_without_first_name_migrates() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"first", b"linked");
@@ -258,7 +258,7 @@ fn a_linked_file_whose_first_name_is_gone_is_found_by_the_other() {
 }
 
 #[test]
-fn a_directory_that_is_half_read_is_read_on() {
+fn half_read_directory_continues_after_migration() {
     let (share, from, to) = two(&[]);
     let names: BTreeSet<OsString> = (0..500).map(|n| format!("name-{n}").into()).collect();
     for name in &names {
@@ -291,7 +291,7 @@ fn a_directory_that_is_half_read_is_read_on() {
 }
 
 #[test]
-fn a_guest_moves_to_and_fro() {
+fn guest_migrates_back() {
     let (_share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"");
@@ -316,7 +316,7 @@ fn a_guest_moves_to_and_fro() {
 }
 
 #[test]
-fn a_source_goes_on_when_nothing_comes_of_it() {
+fn source_resumes_after_failed_migration() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"here");
@@ -347,7 +347,7 @@ fn a_source_goes_on_when_nothing_comes_of_it() {
 }
 
 #[test]
-fn a_destination_without_the_file_refuses_or_lets_the_guest_have_errors() {
+fn missing_file_on_destination_follows_on_error_option() {
     let share = tempfile::tempdir().unwrap();
     let (empty, other_empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let from = Server::start_sharing(share.path(), &[]);
@@ -372,7 +372,7 @@ fn a_destination_without_the_file_refuses_or_lets_the_guest_have_errors() {
 }
 
 #[test]
-fn a_copy_of_the_directory_will_do() {
+fn copied_directory_is_accepted_as_destination() {
     let (share, copy) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let from = Server::start_sharing(share.path(), &[]);
     let to = Server::start_sharing(copy.path(), &[]);
@@ -392,7 +392,7 @@ fn a_copy_of_the_directory_will_do() {
 }
 
 #[test]
-fn what_took_the_place_of_a_file_is_not_taken_for_it() {
+fn replaced_file_is_not_taken_for_original() {
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"old");
@@ -413,7 +413,7 @@ fn what_took_the_place_of_a_file_is_not_taken_for_it() {
 }
 
 #[test]
-fn handles_that_go_along_tell_a_copy_from_the_file() {
+fn file_handles_distinguish_copy_from_original() {
     let (share, copy) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let args = ["--migration-verify-handles"];
     let from = Server::start_sharing(share.path(), &args);
@@ -429,7 +429,7 @@ fn handles_that_go_along_tell_a_copy_from_the_file() {
 }
 
 #[test]
-fn what_the_host_has_renamed_goes_along_if_paths_are_confirmed() {
+fn renamed_file_migrates_with_confirmed_paths() {
     for (args, found) in [(&[][..], false), (&["--migration-confirm-paths"], true)] {
         let share = tempfile::tempdir().unwrap();
         let from = Server::start_sharing(share.path(), args);
@@ -451,7 +451,7 @@ fn what_the_host_has_renamed_goes_along_if_paths_are_confirmed() {
 }
 
 #[test]
-fn the_guest_goes_by_what_it_has_agreed_on() {
+fn negotiated_features_survive_migration() {
     let share = tempfile::tempdir().unwrap();
     let args = ["--writeback", "--posix-locks"];
     let from = Server::start_sharing(share.path(), &args);
@@ -463,7 +463,7 @@ fn the_guest_goes_by_what_it_has_agreed_on() {
 }
 
 #[test]
-fn a_state_of_a_guest_that_has_not_begun_is_one() {
+fn state_before_init_migrates() {
     let (_share, from, to) = two(&[]);
     let session = Profile::Qemu
         .connect(from.connect(), &Options::default())
@@ -475,7 +475,7 @@ fn a_state_of_a_guest_that_has_not_begun_is_one() {
 }
 
 #[test]
-fn a_transfer_while_queues_run_is_refused_and_changes_nothing() {
+fn state_transfer_with_running_queues_is_refused() {
     let (_share, from, _to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"here");
@@ -520,7 +520,7 @@ fn host_may_lock(path: &Path) -> [bool; 2] {
 }
 
 #[test]
-fn locks_go_along_and_come_back() {
+fn locks_migrate_and_return() {
     let (share, from, to) = two(&["--posix-locks", "--flock"]);
     let path = share.path().join("file");
     let mut guest = begin(&from);

@@ -30,7 +30,7 @@ fn start_with(args: &[&str]) -> (Server, Guest) {
 }
 
 #[both_runtimes]
-fn a_file_without_a_name_is_written_and_linked(runtime: &str) {
+fn tmpfile_is_written_and_linked(runtime: &str) {
     let (server, mut fs) = start(runtime);
     fs.act_as(1000, 100);
     let (file, handle) = fs.tmpfile(ROOT, 0o640).unwrap();
@@ -69,7 +69,7 @@ fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
 }
 
 #[both_runtimes]
-fn statx_tells_when_a_file_was_made(runtime: &str) {
+fn statx_returns_birth_time(runtime: &str) {
     let (server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
     fs.write(file.nodeid, handle, 0, b"four").unwrap();
@@ -122,7 +122,7 @@ fn ioctl(fs: &mut Guest, node: u64, fh: Handle, cmd: u32, data: &[u8], out: u32)
 type Answer = Result<Vec<u8>, FuseError>;
 
 #[both_runtimes]
-fn inode_flags_are_read_and_set_and_no_other_control(runtime: &str) {
+fn ioctl_supports_only_inode_flags(runtime: &str) {
     const NO_DUMP: u32 = 0x40;
 
     let (_server, mut fs) = start(runtime);
@@ -165,7 +165,7 @@ fn inode_flags_are_read_and_set_and_no_other_control(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_dot_and_two_are_looked_up_for_export(runtime: &str) {
+fn lookup_of_dots_with_export_support_succeeds(runtime: &str) {
     let (server, mut fs) = start(runtime);
     assert!(fs.has(init::EXPORT_SUPPORT));
     let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap();
@@ -195,7 +195,7 @@ fn a_dot_and_two_are_looked_up_for_export(runtime: &str) {
 }
 
 #[both_runtimes]
-fn polling_is_left_to_the_guest(runtime: &str) {
+fn poll_is_enosys(runtime: &str) {
     let (_server, mut fs) = start(runtime);
     let asked = [0; 24];
     let call = Call::new(opcode::POLL, ROOT).arg(&asked).reply(8);
@@ -204,7 +204,7 @@ fn polling_is_left_to_the_guest(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_readonly_share_makes_nothing_and_sets_no_flags(runtime: &str) {
+fn readonly_share_refuses_tmpfile_and_flags(runtime: &str) {
     let (server, mut fs) = start_with(&["--runtime", runtime, "--readonly"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
     let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
@@ -273,7 +273,7 @@ fn owners_are_translated(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_file_without_a_name_has_the_mode_of_one_with(runtime: &str) {
+fn tmpfile_mode_equals_mode_of_named_file(runtime: &str) {
     // A user's and a group's rights, a mask, and none for others.
     let mut acl = 2u32.to_le_bytes().to_vec();
     for (tag, rights) in [(1u16, 7u16), (4, 5), (16, 6), (32, 0)] {
@@ -306,7 +306,7 @@ fn a_file_without_a_name_has_the_mode_of_one_with(runtime: &str) {
 }
 
 #[test]
-fn a_dot_or_two_lead_to_no_submount() {
+fn lookup_of_dots_never_enters_submount() {
     // A guest asks from within the mount that it shows there; a mark would make it another.
     let server = Server::start_sharing(std::path::Path::new("/"), &[]);
     let mut fs = server.session(Profile::Simple, &Options::default());

@@ -80,7 +80,7 @@ fn opening_and_closing_need_no_request(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_guest_that_can_not_do_without_opens(runtime: &str) {
+fn guest_without_no_open_support_opens(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--no-open", "--no-opendir"]);
     host_file(&server, "file", "content");
     let guest = Profile::Simple.connect(server.connect(), &Options::default());
@@ -97,7 +97,7 @@ fn a_guest_that_can_not_do_without_opens(runtime: &str) {
 }
 
 #[both_runtimes]
-fn everything_is_done_without_a_handle(runtime: &str) {
+fn requests_without_handle_take_effect(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
     let (made, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -212,7 +212,7 @@ fn only_so_many_files_stay_open(runtime: &str) {
 }
 
 #[both_runtimes]
-fn what_is_forgotten_is_closed(runtime: &str) {
+fn forget_closes_handleless_file(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     host_file(&server, "file", "content");
     let file = node(&mut fs, "file");
@@ -234,7 +234,7 @@ fn what_is_forgotten_is_closed(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_file_without_a_name_stays_usable(runtime: &str) {
+fn unlinked_file_stays_usable(runtime: &str) {
     for more in [&[][..], &["--max-open-inodes", "20"]] {
         let (server, mut fs) = start(runtime, more);
         host_file(&server, "target", "content");
@@ -261,7 +261,7 @@ fn a_file_without_a_name_stays_usable(runtime: &str) {
 }
 
 #[both_runtimes]
-fn the_rules_of_opening_hold(runtime: &str) {
+fn access_without_open_follows_open_rules(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--readonly"]);
     host_file(&server, "file", "content");
     let file = node(&mut fs, "file");
@@ -295,7 +295,7 @@ fn the_rules_of_opening_hold(runtime: &str) {
 }
 
 #[test]
-fn each_is_switched_on_by_itself() {
+fn no_open_and_no_opendir_are_independent() {
     for (option, flag) in [
         ("--no-open", init::NO_OPEN_SUPPORT),
         ("--no-opendir", init::NO_OPENDIR_SUPPORT),

@@ -12,7 +12,7 @@ use vmm::fuse::{LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile};
 
 #[both_runtimes]
-fn every_operation_does_what_it_says(runtime: &str) {
+fn each_operation_takes_effect_on_host(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     assert!(fs.has(init::DO_READDIRPLUS));
@@ -139,7 +139,7 @@ fn every_operation_does_what_it_says(runtime: &str) {
 }
 
 #[both_runtimes]
-fn names_that_lead_elsewhere_are_refused(runtime: &str) {
+fn lookup_of_path_is_refused(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::os::unix::fs::symlink("/etc", server.share().join("link")).unwrap();
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -168,7 +168,7 @@ fn names_that_lead_elsewhere_are_refused(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_fifo_blocks_nobody(runtime: &str) {
+fn open_of_fifo_delays_no_request(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "1"]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let fifo = fs.mknod(ROOT, c"fifo", libc::S_IFIFO | 0o600, 0).unwrap();

@@ -50,7 +50,7 @@ fn kept(args: &[&str]) -> Kept {
 }
 
 #[test]
-fn the_cache_policy_decides_what_the_guest_keeps() {
+fn cache_policy_sets_timeouts_and_flags() {
     let auto = Kept {
         seconds: (1, 1),
         flags: (0, 0),
@@ -99,7 +99,7 @@ fn names_and_attributes_have_times_of_their_own() {
 }
 
 #[test]
-fn a_name_that_is_not_there_can_be_kept() {
+fn negative_timeout_caches_missing_name() {
     let server = Server::start(&[]);
     let missing = session(&server).lookup(ROOT, c"missing").unwrap_err();
     assert_eq!(missing.errno(), Some(libc::ENOENT));
@@ -149,7 +149,7 @@ fn host_flags(args: &[&str], flags: i32) -> i32 {
 }
 
 #[test]
-fn a_guest_that_collects_writes_reads_what_it_writes() {
+fn write_only_open_with_writeback_is_readable_on_host() {
     let flags = libc::O_WRONLY;
     let plain = host_flags(&[], flags);
     assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);
@@ -200,7 +200,7 @@ fn agreed(args: &[&str], flags: u64) -> u64 {
 }
 
 #[test]
-fn what_is_switched_on_is_agreed_on_with_the_guest() {
+fn enabled_features_are_negotiated() {
     for (option, flag) in [
         ("--writeback", init::WRITEBACK_CACHE),
         ("--allow-mmap", init::DIRECT_IO_ALLOW_MMAP),
@@ -239,7 +239,7 @@ fn extended_attributes_are_served_unless_switched_off() {
 }
 
 #[test]
-fn a_readonly_share_can_be_read_and_nothing_else() {
+fn readonly_share_allows_only_reading() {
     let server = Server::start(&["--readonly", "--writeback"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
     let mut fs = session(&server);
@@ -322,7 +322,7 @@ fn a_file_system_mounted_inside_is_announced() {
 }
 
 #[test]
-fn inodes_are_held_by_file_handle_if_preferred() {
+fn preferred_file_handles_replace_descriptors() {
     let inodes_open = |args: &[&str]| {
         let server = Server::start(args);
         let mut fs = session(&server);
@@ -390,7 +390,7 @@ fn the_limit_of_descriptors_is_set() {
 }
 
 #[test]
-fn closed_files_are_kept_open_as_far_as_allowed() {
+fn closed_files_are_cached_up_to_limit() {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: only a server that may open whatever is there keeps closed files");
         return;
@@ -508,7 +508,7 @@ fn acl() -> Vec<u8> {
 }
 
 #[test]
-fn acls_are_the_guests_if_asked_for() {
+fn posix_acl_option_stores_guest_acls() {
     let both = init::POSIX_ACL | init::SETXATTR_EXT;
     assert_eq!(agreed(&[], both), 0);
     assert_eq!(agreed(&["--posix-acl=never"], both), 0);
@@ -585,7 +585,7 @@ fn attributes_have_other_names_on_the_host() {
 }
 
 #[test]
-fn a_rule_that_can_not_be_is_pointed_at() {
+fn invalid_rule_error_shows_position() {
     let refused = testing::output(&[
         "--socket=/nowhere/s",
         "--shared-dir=/",

@@ -179,7 +179,7 @@ fn default_acl() -> Vec<u8> {
 }
 
 #[test]
-fn default_acl_of_the_directory_lets_nobody_in() {
+fn default_acl_opens_socket_to_no_other_user() {
     if !is_root() {
         return;
     }
@@ -223,7 +223,7 @@ fn as_user<T: Send + 'static>(user: u32, act: impl FnOnce() -> T + Send + 'stati
 }
 
 #[test]
-fn state_file_is_the_servers_users_alone() {
+fn state_file_is_private_to_server_user() {
     for umask in UMASKS {
         let dir = open_directory();
         let state = dir.path().join("state");

@@ -52,7 +52,7 @@ fn each_worker_runs_its_body_on_its_own_thread_and_runtime() {
 }
 
 #[test]
-fn joining_tells_who_panicked() {
+fn join_names_panicked_worker() {
     for engine in engines() {
         let pool = Threads::start(workers(3), engine, |worker| async move {
             assert_ne!(worker.id, WorkerId(1), "as this test wants it");
@@ -91,17 +91,14 @@ fn dropping_a_pool_waits_for_its_workers() {
 const LIMITED: &str = "RINGFSD_TEST_FEW_DESCRIPTORS";
 
 #[test]
-fn no_body_runs_when_a_runtime_can_not_be_had() {
+fn failed_runtime_starts_no_body() {
     if std::env::var_os(LIMITED).is_some() {
         start_with_few_descriptors();
         return;
     }
     let this = std::env::current_exe().unwrap();
     let output = std::process::Command::new(this)
-        .args([
-            "--exact",
-            "pool::no_body_runs_when_a_runtime_can_not_be_had",
-        ])
+        .args(["--exact", "pool::failed_runtime_starts_no_body"])
         .env(LIMITED, "1")
         .output()
         .unwrap();

@@ -74,7 +74,7 @@ fn any_features_and_sizes_work(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_full_ring_is_served_whole(runtime: &str) {
+fn full_ring_is_served_completely(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "3"]);
     std::fs::write(server.share().join("file"), pattern(1 << 20, 2)).unwrap();
     let options = Options::default().queue_size(1024);
@@ -94,7 +94,7 @@ fn a_full_ring_is_served_whole(runtime: &str) {
 }
 
 #[both_runtimes]
-fn get_vring_base_comes_after_all_that_was_taken_has_been_returned(runtime: &str) {
+fn get_vring_base_waits_for_taken_chains(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let path = server.share().join("file");
     std::fs::write(&path, pattern(8 << 20, 2)).unwrap();
@@ -119,7 +119,7 @@ fn get_vring_base_comes_after_all_that_was_taken_has_been_returned(runtime: &str
 }
 
 #[both_runtimes]
-fn a_stopped_queue_goes_on_where_it_was(runtime: &str) {
+fn restarted_queue_resumes_at_its_base(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Qemu, &Options::default());
     for _ in 0..50 {
@@ -131,7 +131,7 @@ fn a_stopped_queue_goes_on_where_it_was(runtime: &str) {
 }
 
 #[both_runtimes]
-fn a_disabled_queue_waits_and_goes_on_when_enabled(runtime: &str) {
+fn enabled_queue_serves_what_waited_while_disabled(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     for _ in 0..20 {
@@ -148,7 +148,7 @@ fn a_disabled_queue_waits_and_goes_on_when_enabled(runtime: &str) {
 }
 
 #[both_runtimes]
-fn memory_comes_and_goes_while_queues_run(runtime: &str) {
+fn memory_regions_change_while_queues_run(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), pattern(300_000, 4)).unwrap();
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -186,7 +186,7 @@ fn memory_comes_and_goes_while_queues_run(runtime: &str) {
 }
 
 #[both_runtimes]
-fn the_high_priority_queue_takes_forgets(runtime: &str) {
+fn high_priority_queue_serves_forgets(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     for i in 0..100 {
         std::fs::write(server.share().join(format!("f{i}")), "").unwrap();
@@ -209,7 +209,7 @@ fn the_high_priority_queue_takes_forgets(runtime: &str) {
 }
 
 #[both_runtimes]
-fn the_guests_reset_forgets_what_it_held(runtime: &str) {
+fn guest_reset_releases_inodes_and_files(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), "x").unwrap();
     let mut fs = server.session(Profile::Qemu, &Options::default());

@@ -97,7 +97,7 @@ fn is_untouched(outside: &Path) -> bool {
 }
 
 #[test]
-fn the_process_that_serves_is_where_it_says() {
+fn serving_process_is_in_its_namespaces() {
     let namespace =
         |pid: u32, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
     for setup in setups() {
@@ -137,7 +137,7 @@ fn the_process_that_serves_is_where_it_says() {
 }
 
 #[test]
-fn no_name_leads_outside() {
+fn names_reach_nothing_outside() {
     for setup in setups() {
         let server = setup.start(&[]);
         let outside = outside(&server);
@@ -203,7 +203,7 @@ fn no_name_leads_outside() {
 }
 
 #[test]
-fn what_is_moved_out_is_not_a_way_out() {
+fn directory_moved_outside_leads_nowhere() {
     for setup in setups() {
         let server = setup.start(&[]);
         let outside = outside(&server);
@@ -219,7 +219,7 @@ fn what_is_moved_out_is_not_a_way_out() {
 }
 
 #[test]
-fn forged_node_ids_and_handles_are_nothing() {
+fn forged_node_ids_and_handles_are_refused() {
     for setup in setups() {
         let server = setup.start(&["--inode-file-handles", "never"]);
         let outside = outside(&server);
@@ -245,7 +245,7 @@ fn forged_node_ids_and_handles_are_nothing() {
 }
 
 #[test]
-fn hard_links_are_to_what_is_inside() {
+fn hard_links_reach_nothing_outside() {
     for setup in setups() {
         let server = setup.start(&[]);
         let outside = outside(&server);
@@ -365,7 +365,7 @@ fn ids_can_be_mapped_to_others_of_the_host() {
 }
 
 #[test]
-fn a_user_maps_no_ids_that_are_not_his() {
+fn user_without_subids_cannot_map_ids() {
     if !is_root() {
         return;
     }
@@ -429,7 +429,7 @@ fn a_user_maps_the_ids_that_the_host_gives() {
 }
 
 #[test]
-fn a_share_that_is_read_only_is_left_without_a_trace() {
+fn readonly_share_keeps_access_times() {
     for setup in setups() {
         let server = setup.start(&["--readonly"]);
         let share = server.share();
@@ -475,7 +475,7 @@ fn a_share_that_is_read_only_is_left_without_a_trace() {
 }
 
 #[test]
-fn capabilities_are_kept_and_dropped_as_told() {
+fn modcaps_adds_and_drops_capabilities() {
     if !is_root() {
         return;
     }
@@ -508,7 +508,7 @@ fn capabilities_are_kept_and_dropped_as_told() {
 }
 
 #[test]
-fn a_sandbox_that_can_not_be_had_is_an_error_that_says_what_to_do() {
+fn unavailable_sandbox_error_says_what_to_do() {
     if !is_root() {
         return;
     }
@@ -544,7 +544,7 @@ fn a_sandbox_that_can_not_be_had_is_an_error_that_says_what_to_do() {
 }
 
 #[test]
-fn the_filter_is_there_unless_it_is_not_wanted() {
+fn seccomp_filter_is_active_by_default() {
     for (action, mode) in [("kill", "2"), ("log", "2"), ("trap", "2"), ("none", "0")] {
         let server = Server::start(&["--seccomp", action]);
         assert_eq!(status(server.pid(), "Seccomp"), mode, "{action}");
@@ -553,7 +553,7 @@ fn the_filter_is_there_unless_it_is_not_wanted() {
 }
 
 #[test]
-fn no_message_of_a_vmm_meets_the_filter() {
+fn vhost_user_messages_make_no_forbidden_call() {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let mut server = Server::start(&[]);
     let (sent, _other) = std::os::unix::net::UnixStream::pair().unwrap();

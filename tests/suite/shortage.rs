@@ -166,7 +166,7 @@ fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
 }
 
 #[both_runtimes]
-fn half_the_limit_in_removed_inodes_hinders_nothing(runtime: &str) {
+fn removed_inodes_of_half_the_limit_leave_room(runtime: &str) {
     let server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
     let mut fs = server.session(Profile::Simple, &many_regions());
@@ -199,7 +199,7 @@ fn use_as_usual(fs: &mut Client<Session>) {
 }
 
 #[both_runtimes]
-fn a_server_without_descriptors_says_so_and_blames_nobody(runtime: &str) {
+fn exhausted_descriptors_are_logged_without_blaming_guest(runtime: &str) {
     let mut server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
     let mut fs = server.session(Profile::Simple, &many_regions());
@@ -239,7 +239,7 @@ fn hold_unlinked_files(fs: &mut Client<Session>, count: usize) -> Vec<(EntryOut,
 }
 
 #[both_runtimes]
-fn half_the_limit_in_unlinked_open_files_hinders_nothing(runtime: &str) {
+fn unlinked_open_files_of_half_the_limit_leave_room(runtime: &str) {
     let mut server = short(runtime, &["--supervise"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
     let mut fs = server.session(Profile::Simple, &many_regions());

@@ -90,7 +90,7 @@ fn free(fs: &mut Client<Session>) -> u64 {
 }
 
 #[both_runtimes]
-fn a_file_is_written_where_another_was_removed(runtime: &str) {
+fn write_after_remove_finds_freed_space(runtime: &str) {
     for args in [&[][..], &["--no-open"], &["--inode-file-handles=prefer"]] {
         let Some(server) = on_small_tmpfs(runtime, args) else {
             return;
@@ -113,7 +113,7 @@ fn a_file_is_written_where_another_was_removed(runtime: &str) {
 }
 
 #[both_runtimes]
-fn statfs_tells_what_is_free(runtime: &str) {
+fn statfs_after_remove_counts_freed_space(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
     };
@@ -130,7 +130,7 @@ fn statfs_tells_what_is_free(runtime: &str) {
 
 /// Whatever takes space or an inode finds what the guest has just freed.
 #[both_runtimes]
-fn all_that_takes_room_finds_what_was_freed(runtime: &str) {
+fn allocating_operations_find_freed_space(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
     };
@@ -202,7 +202,7 @@ fn name(number: usize) -> std::ffi::CString {
 
 /// What doesn't fit is refused all the same, and what does fit is written.
 #[both_runtimes]
-fn what_does_not_fit_is_refused(runtime: &str) {
+fn write_beyond_free_space_is_enospc(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
     };

@@ -175,7 +175,7 @@ fn goes_on_after(name: &str, more: &[&str], end: End) {
 }
 
 #[test]
-fn however_a_server_ends_the_next_one_goes_on() {
+fn next_server_resumes_after_any_end() {
     let ends: [(&str, End); 8] = [
         ("SIGTERM", |server| server.signal(Signal::TERM)),
         ("SIGINT", |server| server.signal(Signal::INT)),
@@ -208,7 +208,7 @@ fn however_a_server_ends_the_next_one_goes_on() {
 }
 
 #[test]
-fn an_upgraded_server_is_gone_on_from_too() {
+fn next_server_resumes_after_upgrade() {
     let mut kept = Kept::start(&["--supervise"]);
     let mut fs = kept.session();
     let held = Held::take(&mut fs);
@@ -226,7 +226,7 @@ fn an_upgraded_server_is_gone_on_from_too() {
 }
 
 #[test]
-fn a_server_that_can_not_accept_connections_any_more_keeps_what_the_guest_holds() {
+fn failing_accept_keeps_session_in_state_file() {
     let mut kept = Kept::start(&[]);
     let mut fs = kept.session();
     let held = Held::take(&mut fs);
@@ -248,7 +248,7 @@ fn a_server_that_can_not_accept_connections_any_more_keeps_what_the_guest_holds(
 }
 
 #[test]
-fn a_connection_that_starts_no_queue_does_not_end_a_kept_session() {
+fn connection_without_queues_keeps_stored_session() {
     for more in [&[][..], &["--supervise"]] {
         let mut kept = Kept::start(more);
         let mut fs = kept.session();
@@ -295,7 +295,7 @@ fn a_connection_that_starts_no_queue_does_not_end_a_kept_session() {
 }
 
 #[test]
-fn memory_that_does_not_fit_does_not_end_a_kept_session() {
+fn mismatched_memory_keeps_stored_session() {
     let mut kept = Kept::start(&[]);
     let mut fs = kept.session();
     let held = Held::take(&mut fs);
@@ -327,7 +327,7 @@ fn memory_that_does_not_fit_does_not_end_a_kept_session() {
 }
 
 #[test]
-fn a_guest_that_begins_anew_ends_a_kept_session_and_the_log_says_so() {
+fn restarted_guest_discards_stored_session_with_log_line() {
     let mut kept = Kept::start(&[]);
     let mut fs = kept.session();
     let held = Held::take(&mut fs);
@@ -341,7 +341,7 @@ fn a_guest_that_begins_anew_ends_a_kept_session_and_the_log_says_so() {
 }
 
 #[test]
-fn a_server_waits_for_the_one_before_to_end() {
+fn server_waits_for_end_of_predecessor() {
     let mut kept = Kept::start(&[]);
     let mut fs = kept.session();
     let held = Held::take(&mut fs);

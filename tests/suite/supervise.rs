@@ -132,7 +132,7 @@ impl Held {
 }
 
 #[test]
-fn what_a_guest_holds_is_there_in_the_next_process() {
+fn guest_state_survives_kill() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Qemu);
@@ -174,7 +174,7 @@ fn work(fs: &mut Client<Session>, share: &Path, round: u32) {
 }
 
 #[test]
-fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
+fn repeated_kills_lose_and_repeat_no_request() {
     use std::sync::atomic::{AtomicBool, Ordering};
     let kills = std::env::var("RINGFSD_KILLS").map_or(20, |text| text.parse().unwrap());
     let mut server = start(("namespace", None), &[]);
@@ -209,7 +209,7 @@ fn nothing_is_lost_or_done_twice_however_often_the_server_is_killed() {
 }
 
 #[test]
-fn a_session_goes_on_when_the_serving_process_is_killed() {
+fn session_resumes_after_kill() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Simple);
@@ -274,7 +274,7 @@ fn wait_for_a_lock_has_its_limit_in_the_next_process() {
 }
 
 #[test]
-fn every_front_end_is_gone_on_with() {
+fn session_of_each_front_end_resumes_after_kill() {
     for profile in Profile::ALL {
         let mut server = start(("namespace", None), &["--request-queues", "2"]);
         let mut fs = session(&server, profile);
@@ -285,7 +285,7 @@ fn every_front_end_is_gone_on_with() {
 }
 
 #[test]
-fn a_server_that_nobody_is_connected_to_listens_again() {
+fn killed_server_without_session_listens_again() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         crash(&mut server);
@@ -295,7 +295,7 @@ fn a_server_that_nobody_is_connected_to_listens_again() {
 }
 
 #[test]
-fn nothing_of_the_dead_is_left_open() {
+fn next_process_closes_descriptors_of_killed_one() {
     let mut server = start(("namespace", None), &[]);
     let mut fs = session(&server, Profile::Simple);
     crash(&mut server);
@@ -310,7 +310,7 @@ fn nothing_of_the_dead_is_left_open() {
 }
 
 #[test]
-fn a_server_that_dies_again_and_again_gives_up() {
+fn server_that_keeps_crashing_gives_up() {
     let mut server = start(("none", None), &[]);
     let mut dead = 0;
     let end = std::time::Instant::now() + testing::TIMEOUT;
@@ -336,7 +336,7 @@ fn a_server_that_dies_again_and_again_gives_up() {
 }
 
 #[test]
-fn an_error_at_the_start_and_a_wanted_end_are_no_crash() {
+fn start_error_and_requested_end_are_no_crash() {
     let dir = tempfile::tempdir().unwrap();
     let refused = testing::output(&[
         "--supervise",
@@ -381,7 +381,7 @@ fn said(output: &Output) -> String {
 }
 
 #[test]
-fn a_session_goes_on_when_the_program_is_replaced() {
+fn session_resumes_after_upgrade() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Qemu);
@@ -404,7 +404,7 @@ fn a_session_goes_on_when_the_program_is_replaced() {
 }
 
 #[test]
-fn a_hangup_runs_the_program_anew_from_its_path() {
+fn hangup_upgrades_to_program_at_its_path() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Simple);
@@ -446,7 +446,7 @@ fn hangup_before_the_guardian_runs_again_upgrades_too() {
 
 /// Programs that are none, made to ask for an upgrade as `ringfsd upgrade` does.
 #[test]
-fn a_program_that_can_not_take_over_changes_nothing() {
+fn incapable_program_fails_upgrade_and_session_continues() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let text = dir.path().join("text");
@@ -491,7 +491,7 @@ fn successor_of(guardian: u32) -> Option<u32> {
 }
 
 #[test]
-fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
+fn program_that_fails_to_serve_is_rolled_back() {
     // Mostly it is quicker than who would kill it before it serves.
     for _ in 0..50 {
         let mut server = start(("namespace", None), &[]);
@@ -525,7 +525,7 @@ fn a_program_that_does_not_come_to_serve_is_replaced_by_the_old_one() {
 }
 
 #[test]
-fn who_is_no_supervisor_is_left_alone() {
+fn upgrade_of_process_that_is_no_supervisor_is_refused() {
     let server = Server::start(&[]);
     let output = upgrade(testing::program(), server.guardian());
     assert_eq!(output.status.code(), Some(1));
@@ -568,7 +568,7 @@ fn program_of_another_user_is_refused() {
 }
 
 #[test]
-fn only_the_supervisor_says_how_an_upgrade_went() {
+fn upgrade_result_comes_only_from_supervisor() {
     let mut server = start(("none", None), &[]);
     let mut fs = session(&server, Profile::Qemu);
     // Until others have had their say.

@@ -20,7 +20,7 @@ const IN_FLIGHT: u64 = 32;
 /// The front end vanishes with 32 requests in flight, again and again: cached reads, reads
 /// that wait for the disk, writes, metadata.
 #[both_runtimes]
-fn a_session_that_ends_with_32_requests_in_flight_leaves_nothing_behind(runtime: &str) {
+fn session_end_with_32_requests_in_flight_leaks_nothing(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime, "--workers", "2"]);
     std::fs::write(server.share().join("file"), pattern(4 << 20, 3)).unwrap();
     let options = Options::default()

@@ -57,7 +57,7 @@ fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
 }
 
 #[both_runtimes]
-fn what_is_remembered_gives_way_to_what_is_known(runtime: &str) {
+fn remembered_inodes_are_dropped_before_enfile(runtime: &str) {
     let server = Server::start(&[
         "--runtime",
         runtime,

@@ -32,7 +32,7 @@ const FOREIGN: [(&str, u32, usize); 17] = [
 ];
 
 #[both_runtimes]
-fn messages_end_their_session_alone(runtime: &str) {
+fn malformed_message_ends_only_its_session(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let holdings = server.holdings();
     for (name, act, words) in FRAMES.iter().chain(TABLES).chain(RINGS) {
@@ -143,7 +143,7 @@ fn in_any_order(server: &mut Server) {
 
 /// An eventfd whose counter is full, so that writers would wait: the server must not.
 #[both_runtimes]
-fn stalled_eventfds_keep_nobody(runtime: &str) {
+fn full_eventfd_blocks_no_session(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let call = Event::blocking().unwrap();

@@ -61,7 +61,7 @@ fn operations() -> Vec<(&'static str, u32, Vec<u8>, &'static [u8])> {
 }
 
 #[both_runtimes]
-fn names_lead_nowhere(runtime: &str) {
+fn malformed_name_reaches_nothing_outside(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");
     std::fs::write(&outside, "outside").unwrap();
@@ -169,7 +169,7 @@ fn a_link_out_of_the_share_is_not_followed(scene: &mut Scene) {
 /// The guest changes a name while it is read. What was checked is what is used: each byte is read
 /// once. Every answer is that of one of the two names, or of a mixture that is a name.
 #[both_runtimes]
-fn names_that_change_while_they_are_read_lead_nowhere(runtime: &str) {
+fn name_changed_while_read_reaches_nothing_outside(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");
     std::fs::write(&outside, "outside").unwrap();

@@ -10,7 +10,7 @@ use super::scene::{Back, IN, OUT, Scene, request};
 const EINVAL: Back = Back::Errno(libc::EINVAL);
 
 #[both_runtimes]
-fn headers_and_numbers_get_an_errno(runtime: &str) {
+fn malformed_header_or_number_gets_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let good = request(opcode::GETATTR, ROOT, &[0; 16]);
     // Cut short: a request whose number can be read gets a reply.
@@ -380,7 +380,7 @@ fn values(scene: &mut Scene) {
 }
 
 #[both_runtimes]
-fn unknown_things_get_an_errno(runtime: &str) {
+fn unknown_opcode_or_node_gets_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for number in [
         0,

@@ -343,7 +343,7 @@ fn indirect(table: Gpa, r: Descriptor, w: Descriptor) -> Vec<Indirect> {
 }
 
 #[both_runtimes]
-fn chains_are_refused_one_by_one(runtime: &str) {
+fn malformed_chain_is_refused_alone(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let len = scene.lay_good();
     let (r, w) = (readable(scene.request, len), writable(scene.reply, 0x1000));
@@ -483,7 +483,7 @@ fn one_head_many_times(scene: &mut Scene, r: Descriptor, w: Descriptor) {
 }
 
 #[both_runtimes]
-fn without_indirect_descriptors_none_is_followed(runtime: &str) {
+fn indirect_descriptor_without_feature_is_not_followed(runtime: &str) {
     let options = memory().without_features(feature::INDIRECT_DESC);
     let mut scene = Scene::with(runtime, &[], &options);
     let len = scene.lay_good();
@@ -503,7 +503,7 @@ fn without_indirect_descriptors_none_is_followed(runtime: &str) {
 }
 
 #[both_runtimes]
-fn indexes_that_jump_take_nothing(runtime: &str) {
+fn jumping_available_index_serves_nothing(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for jump in [65, 66, 1000, 0x7fff, 0x8000, 0xff00, u16::MAX] {
         let queue = scene.queue();
@@ -531,7 +531,7 @@ fn indexes_that_jump_take_nothing(runtime: &str) {
 /// The parts of a ring over each other, and requests and replies over the rings: what the guest
 /// gets is its own affair, but nothing else breaks.
 #[both_runtimes]
-fn rings_that_overlap_hurt_nobody(runtime: &str) {
+fn overlapping_rings_damage_no_other_session(runtime: &str) {
     let scene = Scene::new(runtime);
     let mut server = scene.server;
     drop(scene.fs);

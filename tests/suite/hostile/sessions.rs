@@ -22,7 +22,7 @@ fn init(major: u32, minor: u32) -> Vec<u8> {
 }
 
 #[both_runtimes]
-fn sessions_begin_and_end_only_by_init_and_destroy(runtime: &str) {
+fn only_init_and_destroy_change_fuse_session(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let agreed = Back::Reply(size_of::<InitOut>() as u32);
     let getattr = request(opcode::GETATTR, ROOT, &[0; 16]);
@@ -100,7 +100,7 @@ fn never(runtime: &str) {
 /// INIT on one queue while others open a file: what of these comes before is gone with the old
 /// session, what comes after doesn't know the file. Nothing is in between.
 #[both_runtimes]
-fn init_again_begins_anew_whatever_is_under_way(runtime: &str) {
+fn repeated_init_resets_session_during_requests(runtime: &str) {
     let args = [
         "--runtime",
         runtime,

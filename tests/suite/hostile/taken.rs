@@ -24,7 +24,7 @@ enum What {
 }
 
 #[both_runtimes]
-fn memory_that_is_taken_away_ends_the_session(runtime: &str) {
+fn truncated_memory_file_ends_session(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for what in [What::Request, What::Reply, What::Table, What::Rings] {
         take_away(&mut scene, what);
@@ -110,7 +110,7 @@ fn data_that_is_gone_is_an_errno(scene: &mut Scene) {
 }
 
 #[both_runtimes]
-fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
+fn truncated_dirty_log_ends_session(runtime: &str) {
     let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let len = (5_u64 << 30) / 4096 / 8;
@@ -140,7 +140,7 @@ fn a_log_that_is_taken_away_ends_the_session(runtime: &str) {
 }
 
 #[both_runtimes]
-fn what_is_in_flight_may_be_taken_away_too(runtime: &str) {
+fn truncated_inflight_region_ends_session(runtime: &str) {
     let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::CloudHypervisor, &Options::default());
     let session = fs.guest();

@@ -9,7 +9,7 @@ use vmm::fuse::ROOT;
 use super::session;
 
 #[test]
-fn as_many_workers_serve_as_are_asked_for() {
+fn workers_option_sets_thread_count() {
     let threads = |workers: &str| {
         let server = Server::start(&["--workers", workers]);
         let mut fs = session(&server);
@@ -21,7 +21,7 @@ fn as_many_workers_serve_as_are_asked_for() {
 }
 
 #[test]
-fn no_more_closed_files_are_kept_open_than_is_said() {
+fn closed_file_cache_stays_within_limit() {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: only a server that may open whatever is there keeps closed files");
         return;
@@ -48,7 +48,7 @@ fn no_more_closed_files_are_kept_open_than_is_said() {
 }
 
 #[test]
-fn where_file_handles_do_not_work_they_are_gone_without_or_it_is_an_error() {
+fn unsupported_file_handles_fall_back_or_fail() {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH");
         return;

@@ -15,7 +15,7 @@ fn give_back(fs: &mut Client<Session>, node: u64) {
 }
 
 #[test]
-fn what_was_given_back_is_remembered_if_asked_for() {
+fn forgotten_inode_is_found_again_with_option() {
     let estale = Some(libc::ESTALE);
     for (args, as_root) in [
         (&[][..], false),

@@ -15,7 +15,7 @@ use super::{agreed, session};
 const BEFORE_6_12: u64 = LINUX_OFFERS & !init::ALLOW_IDMAP;
 
 #[test]
-fn set_id_bits_go_where_the_guest_says_so() {
+fn write_with_kill_flag_clears_set_id_bits() {
     let offered = init::HANDLE_KILLPRIV_V2;
     assert_eq!(agreed(&[], offered), 0);
     let server = Server::start(&["--killpriv-v2"]);
@@ -76,7 +76,7 @@ fn set_id_bits_go_where_the_guest_says_so() {
 }
 
 #[test]
-fn set_id_bits_go_where_the_guest_does_not_say_so() {
+fn change_without_kill_flag_clears_set_id_bits() {
     for (args, left) in [(&[][..], 0o6777), (&["--killpriv-v2"], 0o777)] {
         let server = Server::start(args);
         let mut fs = session(&server);

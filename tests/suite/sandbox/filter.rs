@@ -45,7 +45,7 @@ fn answer_to_others(pid: u32) -> Option<u32> {
 }
 
 #[test]
-fn the_filter_answers_as_it_was_told_to() {
+fn seccomp_option_sets_action_of_filter() {
     if !is_root() {
         return;
     }

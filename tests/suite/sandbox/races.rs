@@ -19,7 +19,7 @@ fn race_time() -> Duration {
 }
 
 #[test]
-fn a_host_that_swaps_directories_for_links_opens_no_way_out() {
+fn directories_swapped_for_links_lead_nowhere() {
     for setup in setups() {
         // Few descriptors, so that names are gone by again and again.
         let server = setup.start(&["--max-open-inodes", "16", "--cache", "never"]);
@@ -106,7 +106,7 @@ fn walk_while_swapped(server: &Server, time: Duration) -> u64 {
 }
 
 #[test]
-fn a_host_that_moves_directories_out_and_back_opens_no_way_out() {
+fn directories_moved_out_and_back_lead_nowhere() {
     const DIRS: u64 = 8;
     for setup in setups() {
         // Few descriptors, so that directories are opened again while they are elsewhere.

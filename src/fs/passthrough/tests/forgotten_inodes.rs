@@ -311,7 +311,7 @@ fn who_comes_back_finds_what_it_had_and_who_is_new_does_not() {
 }
 
 #[test]
-fn what_is_remembered_gives_way_to_what_is_known() {
+fn remembered_inodes_are_dropped_before_enfile() {
     let options = Options {
         max_inodes: 3,
         remember_inodes: 10,
