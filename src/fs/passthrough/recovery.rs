@@ -6,7 +6,7 @@ use super::handover::{identity_at, name_was_removed, name_was_renamed};
 use super::{Passthrough, current_request};
 use crate::fs::{self, Handle, LockOwner, Migrate, MoveError, NodeId, Replay};
 use crate::io::{Lock, LockKind};
-use crate::state::stream::Snapshot;
+use crate::migration::stream::Snapshot;
 
 impl Replay for Passthrough {
     fn begin_request(&self, unique: u64) {

@@ -13,7 +13,7 @@ use crate::fs::passthrough::inode_table::reopen_fd;
 use crate::fs::passthrough::inode_table::stat_fd;
 use crate::fs::passthrough::inode_table::{Inode, new_generation};
 use crate::fs::{NodeId, Result};
-use crate::state::stream::Nameless;
+use crate::migration::stream::Nameless;
 
 /// How many bytes of a file are read at once.
 const CHUNK_LEN: usize = 1 << 20;

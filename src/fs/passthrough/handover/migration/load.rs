@@ -24,8 +24,8 @@ use crate::fs::passthrough::inode_table::{
 use crate::fs::passthrough::options::{MigrationMode, MigrationOptions, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
+use crate::migration::stream::{Find, Inode, Open, Snapshot};
 use crate::state::HandleFields;
-use crate::state::stream::{Find, Inode, Open, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// Node ids and handles start at 1, and no server gets this far.

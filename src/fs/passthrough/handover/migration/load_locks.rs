@@ -10,7 +10,7 @@ use super::load::Loader;
 use super::locks::{acquire, set, whole};
 use crate::fs::{Handle, HandleKind, MoveError, NodeId};
 use crate::io::File;
-use crate::state::stream::{Locks, Snapshot};
+use crate::migration::stream::{Locks, Snapshot};
 use crate::state::{LockFields, Range};
 
 impl Loader<'_> {

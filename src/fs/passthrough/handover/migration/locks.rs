@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::fs::passthrough::descriptors::Descriptors;
 use crate::io::{File, Lock, LockKind, RecordLock};
-use crate::state::stream::{self, Flock, Locks};
+use crate::migration::stream::{self, Flock, Locks};
 use crate::state::{LockFields, Range};
 
 /// The whole range of a file.

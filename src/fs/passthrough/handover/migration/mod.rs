@@ -18,7 +18,7 @@ use self::save::Saver;
 use super::Handover;
 use crate::fs::MoveError;
 use crate::fs::passthrough::descriptors::Descriptors;
-use crate::state::stream::Snapshot;
+use crate::migration::stream::Snapshot;
 
 impl Handover {
     /// Describes the session for another server. `no_open` says that the guest doesn't report which

@@ -17,7 +17,7 @@ use crate::fs::passthrough::descriptors::Descriptors;
 use crate::fs::passthrough::inode_table::{IDENTITY, Identity, Inode, ReopenMethod, stat_fd};
 use crate::fs::passthrough::options::{MigrationMode, MigrationOptions};
 use crate::fs::{MoveError, NodeId};
-use crate::state::stream::{self, CONTENT_MOST, Find, Open, Root, Snapshot};
+use crate::migration::stream::{self, Find, MAX_CONTENT, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// The open flags that are kept when a file is opened again.
@@ -63,7 +63,7 @@ impl Saver<'_> {
             in_use.insert(NodeId(fields.node));
             snapshot.locks.push(locks_of(fields, &ranges));
         });
-        let mut left = CONTENT_MOST;
+        let mut left = MAX_CONTENT;
         let mut unnamed = Vec::new();
         for inode in parents_first(self.fds.inodes().all()) {
             let used = in_use.contains(&inode.node());
