@@ -58,7 +58,7 @@ impl Passthrough {
         act: impl FnOnce(&CStr) -> Result<T>,
     ) -> Result<T> {
         if !self.options.xattr {
-            return Err(Errno::OPNOTSUPP);
+            return Err(Errno::NOSYS);
         }
         self.prepare()?;
         let inode = self.inode(node)?;
