@@ -10,6 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 suites=(
     'pjdfstest'
     'single'
+    'requests'
     'remount'
     'host'
     'rename'

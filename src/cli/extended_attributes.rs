@@ -19,7 +19,8 @@ pub struct ExtendedAttributes {
 
     /// Don't serve extended attributes
     ///
-    /// This saves the request for security.capability that the guest's kernel sends with each write.
+    /// The guest's kernel then doesn't ask for security.capability before a write. With --killpriv-v2,
+    /// which is the default, it asks once for each file.
     #[arg(long)]
     pub no_xattr: bool,
 

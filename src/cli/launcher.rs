@@ -160,7 +160,6 @@ fn long_option(item: &[u8]) -> Option<OsString> {
         b"readdirplus"
         | b"no-writeback"
         | b"no-allow-direct-io"
-        | b"no-killpriv-v2"
         | b"no-posix-acl"
         | b"no-posix-lock"
         | b"no-flock"

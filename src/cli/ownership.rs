@@ -30,7 +30,15 @@ pub struct Ownership {
     /// Clear set-ID bits on behalf of the guest's kernel
     ///
     /// The server clears the set-user-ID and set-group-ID bits of a file that is written, truncated
-    /// or given another owner. Without this option the guest's kernel does, with one more request.
-    #[arg(long)]
+    /// or given another owner. The guest's kernel then asks for security.capability once for each
+    /// file, not before each write. This is the default where extended attributes are served under
+    /// their own names.
+    #[arg(long, overrides_with = "no_killpriv_v2")]
     pub killpriv_v2: bool,
+
+    /// Let the guest's kernel clear set-ID bits
+    ///
+    /// With extended attributes, the guest's kernel then sends one more request before each write.
+    #[arg(long)]
+    pub no_killpriv_v2: bool,
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::caching::{Cache, Caching};
 use super::sharing::{FileHandles, Sharing};
-use super::{Connection, Options};
+use super::{Connection, ExtendedAttributes, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, Share};
 use crate::fs::passthrough;
 use crate::fs::passthrough::{IdMap, IdOverlap, IdRule};
@@ -80,6 +80,14 @@ fn check_handleless(caching: &Caching, sharing: &Sharing) -> Result<(), OptionCo
     }
 }
 
+/// Whether the server clears set-ID bits. By default it does where that saves the guest's kernel
+/// from asking for `security.capability` before each write, and where the host clears that
+/// attribute, which it must have under this name.
+fn clears_set_id(ownership: &Ownership, xattrs: &ExtendedAttributes) -> bool {
+    let useful = !xattrs.no_xattr && xattrs.xattrmap.is_none();
+    ownership.killpriv_v2 || useful && !ownership.no_killpriv_v2
+}
+
 /// The options of the file system and of the FUSE session.
 fn share(options: &Options) -> Result<Share, OptionConflict> {
     let (sharing, caching) = (&options.sharing, &options.caching);
@@ -120,7 +128,7 @@ fn share(options: &Options) -> Result<Share, OptionConflict> {
             negative_ttl: caching.negative_timeout,
             writeback: caching.writeback && !sharing.readonly,
             submounts: !sharing.no_announce_submounts,
-            kill_set_id: ownership.killpriv_v2,
+            kill_set_id: clears_set_id(ownership, xattrs),
             security_label: xattrs.security_label,
             posix_acl: xattrs.posix_acl.into(),
             no_open: caching.no_open,
@@ -212,6 +220,26 @@ mod tests {
         let queues = workers.request_queues.get();
         assert_eq!((workers.workers.get(), queues), (3, 3));
         assert_eq!(config(&["--request-queues=5"]).request_queues.get(), 5);
+    }
+
+    #[test]
+    fn server_clears_set_id_bits_where_that_saves_requests() {
+        let clears = |arguments: &[&str]| config(arguments).share.session.kill_set_id;
+        for on in [
+            &[][..],
+            &["--writeback"],
+            &["--no-xattr", "--killpriv-v2"],
+            &["--no-killpriv-v2", "--killpriv-v2"],
+        ] {
+            assert!(clears(on), "{on:?}");
+        }
+        for off in [
+            &["--no-xattr"][..],
+            &["--xattrmap=:map::user.guest.:"],
+            &["--killpriv-v2", "--no-killpriv-v2"],
+        ] {
+            assert!(!clears(off), "{off:?}");
+        }
     }
 
     #[test]

@@ -153,6 +153,22 @@ pub struct Changes {
     pub modified: Option<NewTime>,
 }
 
+impl Changes {
+    /// Whether every attribute stays as it is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let Self {
+            mode,
+            uid,
+            gid,
+            size,
+            accessed,
+            modified,
+        } = self;
+        mode.or(*uid).or(*gid).is_none() && size.is_none() && accessed.or(*modified).is_none()
+    }
+}
+
 /// A time to set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewTime {
@@ -342,7 +358,8 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
         Err(Errno::NOSYS)
     }
-    /// SETATTR: returns the attributes after the change.
+    /// SETATTR: returns the attributes after the change. If nothing is changed
+    /// ([`Changes::is_empty`]) and [`Caller::kill_set_id`] is true, the set-ID bits are cleared.
     fn setattr(
         &self,
         caller: &Caller,
@@ -474,26 +491,45 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     }
     /// STATFS.
     fn statfs(&self, node: NodeId) -> Result<Statistics>;
-    /// SETXATTR.
+    /// SETXATTR. A file system without extended attributes leaves these six methods as they are:
+    /// `ENOSYS` makes the guest's kernel stop sending the request. It would otherwise ask for
+    /// `security.capability` before each write.
     fn setxattr(
         &self,
-        caller: &Caller,
-        node: NodeId,
-        name: &CStr,
-        value: &[u8],
-        flags: XattrFlags,
-    ) -> Result<()>;
+        _caller: &Caller,
+        _node: NodeId,
+        _name: &CStr,
+        _value: &[u8],
+        _flags: XattrFlags,
+    ) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
     /// GETXATTR: the value, or `ERANGE` if it is longer than `limit` bytes.
-    fn getxattr(&self, caller: &Caller, node: NodeId, name: &CStr, limit: usize)
-    -> Result<Vec<u8>>;
+    fn getxattr(
+        &self,
+        _caller: &Caller,
+        _node: NodeId,
+        _name: &CStr,
+        _limit: usize,
+    ) -> Result<Vec<u8>> {
+        Err(Errno::NOSYS)
+    }
     /// GETXATTR with size 0: the length of the value.
-    fn getxattr_len(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<usize>;
+    fn getxattr_len(&self, _caller: &Caller, _node: NodeId, _name: &CStr) -> Result<usize> {
+        Err(Errno::NOSYS)
+    }
     /// LISTXATTR: the names, each with its NUL, or `ERANGE` if they take more than `limit` bytes.
-    fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>>;
+    fn listxattr(&self, _caller: &Caller, _node: NodeId, _limit: usize) -> Result<Vec<u8>> {
+        Err(Errno::NOSYS)
+    }
     /// LISTXATTR with size 0: the length of the list.
-    fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize>;
+    fn listxattr_len(&self, _caller: &Caller, _node: NodeId) -> Result<usize> {
+        Err(Errno::NOSYS)
+    }
     /// REMOVEXATTR.
-    fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()>;
+    fn removexattr(&self, _caller: &Caller, _node: NodeId, _name: &CStr) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
     /// OPENDIR.
     fn opendir(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened>;
     /// READDIR and, with `plus`, READDIRPLUS: passes entries from `offset` on (0 is the start) to

@@ -295,6 +295,8 @@ pub(super) fn accepted(options: &SessionOptions) -> InitFlags {
         InitFlags::CACHE_SYMLINKS,
         InitFlags::SUBMOUNTS,
         InitFlags::DIRECT_IO_ALLOW_MMAP,
+        // No option is needed to serve it.
+        InitFlags::HANDLE_KILLPRIV_V2,
     ]);
     accepted_by_options(options) | own
 }

@@ -1,7 +1,7 @@
 //! Converts the results of a file system to FUSE replies and sends them.
 //!
-//! It makes no decisions. The invariant: a reply's header counts exactly the bytes that are sent
-//! with it.
+//! It makes one decision: which attributes the guest may not cache. The invariant: a reply's header
+//! counts exactly the bytes that are sent with it.
 
 use std::time::Duration;
 
@@ -73,13 +73,14 @@ pub(super) fn send_filled<E: Transport>(transport: E, unique: u64, filled: usize
 
 /// An inode, as LOOKUP returns it.
 pub(super) fn entry_out(entry: &Entry) -> EntryOut {
+    let attribute_ttl = attribute_ttl(&entry.attributes, entry.attribute_ttl);
     EntryOut {
         nodeid: entry.node.0,
         generation: entry.generation,
         entry_valid: entry.entry_ttl.as_secs(),
-        attr_valid: entry.attribute_ttl.as_secs(),
+        attr_valid: attribute_ttl.as_secs(),
         entry_valid_nsec: entry.entry_ttl.subsec_nanos(),
-        attr_valid_nsec: entry.attribute_ttl.subsec_nanos(),
+        attr_valid_nsec: attribute_ttl.subsec_nanos(),
         attr: Attr {
             flags: if entry.submount {
                 attr_flags::SUBMOUNT
@@ -102,6 +103,7 @@ pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
 
 /// Attributes, as GETATTR returns them.
 pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
+    let ttl = attribute_ttl(attributes, *ttl);
     AttrOut {
         attr_valid: ttl.as_secs(),
         attr_valid_nsec: ttl.subsec_nanos(),
@@ -119,6 +121,7 @@ pub(super) fn statx_out(
         tv_nsec: at.nanoseconds,
         reserved: 0,
     };
+    let ttl = attribute_ttl(from, *ttl);
     let birth_bit = if birth.is_some() {
         libc::STATX_BTIME
     } else {
@@ -196,6 +199,20 @@ pub(super) fn file_lock(lock: &RecordLock) -> FileLock {
         end: lock.end,
         kind: kind.cast_unsigned(),
         pid: 0,
+    }
+}
+
+/// How long the guest may use attributes without asking again: not at all if a program has the
+/// user or the group of its file. Linux keeps the cached mode when a WRITE clears the set-ID bits,
+/// so it would run changed content with them until the attributes expire.
+fn attribute_ttl(attributes: &Attributes, ttl: Duration) -> Duration {
+    let mode = attributes.mode;
+    let gives_group = mode & (libc::S_ISGID | libc::S_IXGRP) == libc::S_ISGID | libc::S_IXGRP;
+    let gives_id = mode & libc::S_ISUID != 0 || gives_group;
+    if mode & libc::S_IFMT == libc::S_IFREG && gives_id {
+        Duration::ZERO
+    } else {
+        ttl
     }
 }
 

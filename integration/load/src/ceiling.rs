@@ -73,6 +73,7 @@ fn rig(spec: Spec) -> Result<Rig, CeilingError> {
     let manner = Manner {
         verify: false,
         flush: false,
+        capabilities: false,
     };
     let client = preparer(&memory, Descriptors::Pages);
     let mut builder = Builder::new(client, memory, &scene, spec, manner);

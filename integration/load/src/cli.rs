@@ -77,9 +77,14 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) verify: bool,
 
-    /// Send FLUSH before RELEASE as Linux does, unless the server replies that it needs none.
+    /// Send no FLUSH before RELEASE. Linux sends it, unless the server replies that it needs none.
     #[arg(long)]
-    pub(crate) flush: bool,
+    pub(crate) no_flush: bool,
+
+    /// Send no GETXATTR of security.capability before each WRITE. Linux sends it, unless the server
+    /// replies ENOSYS or clears set-ID bits (killpriv-v2).
+    #[arg(long)]
+    pub(crate) no_getxattr: bool,
 
     /// Offer the server to do without OPEN and OPENDIR, as Linux does. Off by default, so that every
     /// server gets the same requests.

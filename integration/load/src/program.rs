@@ -95,6 +95,9 @@ const BODY: usize = 16;
 pub(crate) struct Manner {
     pub(crate) verify: bool,
     pub(crate) flush: bool,
+    /// Ask for `security.capability` before each write, unless the server replies that it has no
+    /// extended attributes.
+    pub(crate) capabilities: bool,
 }
 
 /// Makes the programs of a case's slots.

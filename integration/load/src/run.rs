@@ -209,7 +209,9 @@ impl Bench<'_> {
         let prepare = |source| RunError::Prepare { spec, source };
         let manner = Manner {
             verify: self.options.verify,
-            flush: self.options.flush,
+            flush: !self.options.no_flush,
+            // Where the server clears set-ID bits, Linux asks once for each file.
+            capabilities: !self.options.no_getxattr && !self.client.has(init::HANDLE_KILLPRIV_V2),
         };
         let client = preparer(memory, self.options.descriptors);
         let mut builder = Builder::new(client, memory.clone(), self.scene, spec, manner);

@@ -124,7 +124,7 @@ pub struct Options {
     pub users: IdMap,
     /// How group ids are mapped.
     pub groups: IdMap,
-    /// Whether extended attributes are served. If not, requests fail with `EOPNOTSUPP`. On by
+    /// Whether extended attributes are served. If not, requests fail with `ENOSYS`. On by
     /// default: programs report their absence as data loss (`cp -a`, `rsync -X`, package managers).
     pub xattr: bool,
     /// How the names of extended attributes are mapped.

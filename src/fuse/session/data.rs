@@ -320,9 +320,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// The file for an operation in which a guest's kernel doesn't say whether its caller may keep
-    /// the set-user-ID bits. Only a superuser may, if the request says who the caller is. An
-    /// operation on no bytes fails or changes nothing. If clearing the bits may block, it is left
-    /// to the caller, and the second value says of which file.
+    /// the set-ID bits. Only a superuser may. A kernel that hides the caller's ids (Linux 6.12)
+    /// asks for the bits to be cleared by an empty SETATTR first; an older one may not. An operation
+    /// on no bytes fails or changes nothing. If clearing the bits may block, it is left to the
+    /// caller, and the second value says of which file.
     fn file_to_change(
         &self,
         request: &Request<'_>,
@@ -330,7 +331,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         len: u64,
     ) -> Result<(OpenFile, Option<(NodeId, Handle)>), Errno> {
         let file = self.fs.file_to_change(node, handle)?;
-        let keeps = len == 0 || request.caller.uid == Some(0);
+        let keeps = len == 0 || request.caller.uid.is_none_or(|uid| uid == 0);
         if keeps || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             return Ok((file, None));
         }

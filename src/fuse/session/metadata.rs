@@ -6,8 +6,8 @@
 use rustix::io::Errno;
 
 use super::Session;
-use crate::fs::{Entry, FileSystem, NodeId};
-use crate::fuse::abi::{GetxattrOut, LseekOut};
+use crate::fs::{Caller, Entry, FileSystem, NodeId};
+use crate::fuse::abi::{GetxattrOut, InitFlags, LseekOut};
 use crate::fuse::directory::Records;
 use crate::fuse::reply::{
     Answer, attr_out, entry_out, no_entry_out, open_out, statfs_out, statx_out,
@@ -49,9 +49,18 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Getattr { handle } => fs
                 .getattr(caller, node, handle)
                 .map(|attributes| Answer::Attributes(attr_out(&attributes))),
-            Operation::Setattr { handle, changes } => fs
-                .setattr(caller, node, handle, &changes)
-                .map(|attributes| Answer::Attributes(attr_out(&attributes))),
+            Operation::Setattr { handle, changes } => {
+                // With this flag, Linux drops the set-ID bits from the change that it makes before
+                // a write, `fallocate` or copy by a caller that may not keep them. What is left
+                // changes nothing.
+                let kills = changes.is_empty() && self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2);
+                let caller = Caller {
+                    kill_set_id: caller.kill_set_id || kills,
+                    ..*caller
+                };
+                fs.setattr(&caller, node, handle, &changes)
+                    .map(|attributes| Answer::Attributes(attr_out(&attributes)))
+            }
             Operation::Readlink => match fs.readlink(caller, node)? {
                 target if target.len() > room => Err(Errno::NAMETOOLONG),
                 target => Ok(Answer::Bytes(target)),

@@ -196,17 +196,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         wanted: usize,
     ) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-        let bytes = match inline.get_mut(..HEADER_LEN.saturating_add(wanted)) {
-            Some(bytes) => bytes,
-            None => {
-                spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
-                &mut spilled[..]
-            }
-        };
-        let (header, rest) = bytes.split_at_mut(HEADER_LEN);
-        header.copy_from_slice(small.get(..HEADER_LEN).unwrap_or_default());
-        let len = HEADER_LEN.saturating_add(transport.read(rest));
-        self.serve_bytes(transport, bytes.get(..len).unwrap_or_default())
+        let header = small.get(..HEADER_LEN).unwrap_or_default();
+        let bytes = fetch_rest(&mut transport, header, wanted, &mut inline, &mut spilled);
+        self.serve_bytes(transport, bytes)
     }
 
     /// Serves the request that `bytes` begin.
@@ -555,6 +547,7 @@ fn should_log(count: u64) -> bool {
 }
 
 /// What [`fetch`] has read of a request.
+#[derive(Debug)]
 enum Fetched {
     /// This many bytes: all that [`decode_as()`] needs.
     Whole(usize),
@@ -574,4 +567,29 @@ fn fetch<E: Transport>(transport: &mut E, small: &mut [u8; SMALL]) -> Result<Fet
         Some(rest) => Fetched::Whole(header_len.saturating_add(transport.read(rest))),
         None => Fetched::Header { wanted },
     })
+}
+
+/// Copies the `wanted` bytes behind `header` to `inline`, or to `spilled` if they are too many, and
+/// returns both.
+fn fetch_rest<'a, E: Transport>(
+    transport: &mut E,
+    header: &[u8],
+    wanted: usize,
+    inline: &'a mut [u8; INLINE],
+    spilled: &'a mut Vec<u8>,
+) -> &'a [u8] {
+    let len = header.len().saturating_add(wanted);
+    let bytes = match inline.get_mut(..len) {
+        Some(bytes) => bytes,
+        None => {
+            spilled.resize(len, 0);
+            &mut spilled[..]
+        }
+    };
+    let (start, rest) = bytes.split_at_mut(header.len());
+    start.copy_from_slice(header);
+    let read = transport.read(rest);
+    bytes
+        .get(..header.len().saturating_add(read))
+        .unwrap_or_default()
 }

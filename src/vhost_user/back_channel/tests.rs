@@ -147,7 +147,7 @@ fn requests_that_cannot_be_sent_are_refused() {
     assert!(matches!(not_connected, Err(BackChannelError::NotConnected)));
     let mut rest = Vec::new();
     (&vmm).read_to_end(&mut rest).unwrap();
-    assert_eq!(rest, [], "nothing was sent");
+    assert_eq!(rest, b"", "nothing was sent");
     assert!(Link::new(fd.into()).is_err(), "no socket");
 }
 

@@ -4,8 +4,8 @@ use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vmm::fuse::wire::{ReadIn, WriteIn, WriteOut, opcode};
-use vmm::fuse::{Call, Guest, Prepared};
+use vmm::fuse::wire::{GetxattrIn, GetxattrOut, ReadIn, WriteIn, WriteOut, opcode};
+use vmm::fuse::{Call, Errno, FuseError, Guest, Prepared};
 use vmm::{Buf, Memory};
 use zerocopy::IntoBytes;
 
@@ -147,8 +147,11 @@ impl Program for Read {
     }
 }
 
-/// WRITE.
+/// WRITE, after GETXATTR of `security.capability` where Linux sends it.
 pub(crate) struct Write {
+    /// None if nobody asks, or after the server has replied that it has no extended attributes.
+    getxattr: Option<Prepared>,
+    asking: bool,
     request: Prepared,
     memory: Memory,
     places: Places,
@@ -181,10 +184,21 @@ impl Write {
         };
         let mut payload = vec![0; size as usize];
         seed.fill(0, &mut payload);
+        let getxattr = if builder.manner.capabilities {
+            let length = GetxattrIn::default();
+            let call = Call::new(opcode::GETXATTR, open.nodeid)
+                .arg(length.as_bytes())
+                .name(c"security.capability");
+            Some(builder.prepare(&call.reply_of::<GetxattrOut>())?)
+        } else {
+            None
+        };
         let call = Call::new(opcode::WRITE, open.nodeid)
             .arg(asked.as_bytes())
             .arg(&payload);
         Ok(Self {
+            getxattr,
+            asking: false,
             request: builder.prepare(&call.reply_of::<WriteOut>())?,
             memory: builder.memory.clone(),
             places: Places::new(builder, size, transfer.sequential),
@@ -194,6 +208,31 @@ impl Write {
             scratch: builder.manner.verify.then(|| payload.into()),
             written: builder.written.clone(),
         })
+    }
+
+    /// Takes the reply to GETXATTR.
+    fn answered(&mut self, returned: Returned) -> Result<(), Failure> {
+        self.asking = false;
+        let Some(getxattr) = &self.getxattr else {
+            return Ok(());
+        };
+        match getxattr.check(returned.unique, returned.used) {
+            Err(FuseError::Refused { errno, .. }) => match errno {
+                Errno(libc::ENOSYS) => self.getxattr = None,
+                Errno(libc::ENODATA | libc::EOPNOTSUPP) => {}
+                _ => {
+                    return Err(FuseError::Refused {
+                        opcode: opcode::GETXATTR,
+                        errno,
+                    }
+                    .into());
+                }
+            },
+            other => {
+                other?;
+            }
+        }
+        Ok(())
     }
 
     /// The buffers of the data to write, after the header and the arguments.
@@ -225,7 +264,8 @@ impl Program for Write {
             }
             self.scratch = Some(scratch);
         }
-        Ok(&self.request)
+        self.asking = self.getxattr.is_some();
+        Ok(self.getxattr.as_ref().unwrap_or(&self.request))
     }
 
     fn reply(
@@ -233,6 +273,10 @@ impl Program for Write {
         returned: Returned,
         _forgets: &Forgets,
     ) -> Result<Option<&Prepared>, Failure> {
+        if self.asking {
+            self.answered(returned)?;
+            return Ok(Some(&self.request));
+        }
         self.request.check(returned.unique, returned.used)?;
         let mut done = [0; 4];
         self.request

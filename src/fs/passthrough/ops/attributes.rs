@@ -158,10 +158,11 @@ impl Operations {
         if let Some(mode) = changes.mode {
             self.change_mode(&target, inode.kind(), mode)?;
         }
+        let writes = changes.is_empty() && inode.kind() == FileType::RegularFile;
+        if caller.kill_set_id && (writes || changes.size.is_some()) {
+            self.kill_set_id_of(&target, inode.kind())?;
+        }
         if let Some(size) = changes.size {
-            if caller.kill_set_id {
-                self.kill_set_id_of(&target, inode.kind())?;
-            }
             self.change_size(&target, inode.kind(), size)?;
         }
         if changes.accessed.is_some() || changes.modified.is_some() {

@@ -46,12 +46,12 @@ impl Xattrs {
         }
     }
 
-    /// Fails with `EOPNOTSUPP` if extended attributes are not served.
+    /// Fails with `ENOSYS` if extended attributes are not served.
     pub(crate) fn check_enabled(&self) -> Result<()> {
         if self.enabled {
             Ok(())
         } else {
-            Err(Errno::OPNOTSUPP)
+            Err(Errno::NOSYS)
         }
     }
 

@@ -290,6 +290,18 @@ fn errors_and_malformed_requests_are_counted() {
     );
 }
 
+/// What is fetched of a request that is too long for the small buffer, and whether on the heap.
+fn fetched_whole(transport: &mut MemoryTransport) -> (Vec<u8>, bool) {
+    let mut small = [0; SMALL];
+    let Ok(Fetched::Header { wanted }) = fetch(transport, &mut small) else {
+        panic!("the request fits the small buffer, or is malformed");
+    };
+    let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
+    let header = &small[..HEADER_LEN];
+    let bytes = fetch_rest(transport, header, wanted, &mut inline, &mut spilled).to_vec();
+    (bytes, spilled.capacity() != 0)
+}
+
 #[test]
 fn longest_rename_is_fetched_to_stack() {
     let name = [[b'a'; 255].as_slice(), &[0]].concat();
@@ -299,10 +311,8 @@ fn longest_rename_is_fetched_to_stack() {
     };
     let bytes = on_root(Opcode::Rename2, &[args.as_bytes(), &name, &name]);
     let (mut transport, _) = MemoryTransport::new(bytes, 0);
-    let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-    let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
-    assert_eq!(fetched.len(), INLINE);
-    assert_eq!(spilled.capacity(), 0);
+    let (fetched, spilled) = fetched_whole(&mut transport);
+    assert_eq!((fetched.len(), spilled), (INLINE, false));
 }
 
 #[test]
@@ -314,9 +324,7 @@ fn request_too_long_for_stack_is_fetched_whole() {
     };
     let bytes = on_root(Opcode::Setxattr, &[args.as_bytes(), b"user.x\0", &value]);
     let (mut transport, _) = MemoryTransport::new(bytes.clone(), 0);
-    let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-    let fetched = fetch(&mut transport, &mut inline, &mut spilled).unwrap();
-    assert_eq!(fetched, bytes);
+    assert_eq!(fetched_whole(&mut transport), (bytes, true));
 }
 
 #[test]
