@@ -7,6 +7,7 @@
 //! invariant: every access starts from a descriptor or a file handle that was derived from the
 //! shared directory, one path component at a time.
 
+mod acl;
 mod attributes;
 mod closed_fd_cache;
 mod closing;

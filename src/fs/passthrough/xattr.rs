@@ -13,6 +13,7 @@ use rustix::fs::{AtFlags, Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::Passthrough;
+use super::acl;
 use super::attributes::PERMISSIONS;
 use crate::fs::{Caller, NodeId, Result};
 
@@ -22,9 +23,6 @@ const LONGEST: usize = 65536;
 
 /// The prefix of attributes that only privileged users may see.
 const TRUSTED: &[u8] = b"trusted.";
-
-/// The ACL that controls access to the file itself.
-const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
 impl Passthrough {
     /// Calls `set`. If that succeeds, clears the set-group-ID bit of the file at `path`, as
@@ -77,6 +75,13 @@ impl Passthrough {
         }
     }
 
+    fn id_maps(&self) -> acl::Maps<'_> {
+        acl::Maps {
+            users: &self.options.users,
+            groups: &self.options.groups,
+        }
+    }
+
     pub(super) fn set_attribute(
         &self,
         caller: &Caller,
@@ -87,8 +92,9 @@ impl Passthrough {
     ) -> Result<()> {
         self.with_path_for(Some(caller), node, |path| {
             let on_host = self.host_name(name)?;
-            let set = || rustix::fs::setxattr(path, &*on_host, value, flags);
-            if caller.kill_set_id && name == ACCESS_ACL {
+            let value = self.id_maps().to_host(name, value)?;
+            let set = || rustix::fs::setxattr(path, &*on_host, &value, flags);
+            if caller.kill_set_id && name == acl::ACCESS {
                 // The flag says that the caller isn't in the file's group.
                 return self.without_set_group_id(path, set);
             }
@@ -98,10 +104,12 @@ impl Passthrough {
 
     pub(super) fn attribute(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
         self.with_path(node, |path| {
-            let name = self.host_name(name)?;
-            read(limit, |value| {
-                rustix::fs::getxattr(path, &*name, spare_capacity(value))
-            })
+            let on_host = self.host_name(name)?;
+            let mut value = read(limit, |value| {
+                rustix::fs::getxattr(path, &*on_host, spare_capacity(value))
+            })?;
+            self.id_maps().to_guest(name, &mut value)?;
+            Ok(value)
         })
     }
 
