@@ -11,6 +11,7 @@ mod exec_handover;
 mod file_system;
 mod limits;
 mod parent_process;
+mod pid_file;
 mod predecessor;
 mod service;
 mod state_file;
@@ -35,6 +36,7 @@ pub use self::service::{Exit, Service, ServiceOptions};
 pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 use self::file_system::{Built, Entered};
+use self::pid_file::PidFile;
 use self::state_file::State;
 
 /// Which of the two processes this is from now on.
@@ -67,6 +69,7 @@ struct ServerResources {
     runtime: Chosen,
     listener: Listener,
     state: State,
+    pid_file: Option<PidFile>,
 }
 
 impl Server {
@@ -95,6 +98,7 @@ impl Server {
             ForkResult::Outside(guardian) => Ok(Started::Outside(ParentProcess::waiting(
                 guardian,
                 resources.listener.into_file(),
+                resources.pid_file,
             ))),
             ForkResult::Inside(inside) => {
                 resources.serve(inside).map(Box::new).map(Started::Inside)
@@ -164,8 +168,12 @@ impl ServerResources {
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
             Listen::Path(path) => {
                 let path = path.clone();
+                let replaces = config.replaces_files;
                 Box::new(move || {
-                    let bind = || Listener::bind(&path);
+                    let bind = || match replaces {
+                        true => Listener::bind_over(&path),
+                        false => Listener::bind(&path),
+                    };
                     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
                     let listener = predecessor::wait_while(bind, busy)?;
                     if let Some(group) = group {
@@ -186,6 +194,13 @@ impl ServerResources {
             Descriptors::Most => {
                 file_system::raise_descriptor_limit();
             }
+            Descriptors::AtLeast(limit) => {
+                let raised = file_system::raise_descriptor_limit();
+                if raised.is_some_and(|raised| raised < limit) {
+                    // Needs a privilege.
+                    let _ = file_system::set_descriptor_limit(limit);
+                }
+            }
             Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
@@ -193,8 +208,12 @@ impl ServerResources {
         file_system::check(&config)?;
         limits::check(&config, state_file::limits(&config).bytes())?;
         let state = State::new(&config)?;
+        let listener = listen()?;
+        // A launcher that waits for this file expects to be able to connect.
+        let pid_file = PidFile::create(&config)?;
         Ok(Self {
-            listener: listen()?,
+            listener,
+            pid_file,
             config,
             runtime,
             state,
@@ -203,7 +222,13 @@ impl ServerResources {
 
     /// What every serving process has from the beginning.
     fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
-        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        let pid_file = self.pid_file.as_ref().map(AsFd::as_fd);
+        let all = [
+            log,
+            Some(self.listener.as_fd()),
+            self.state.file(),
+            pid_file,
+        ];
         all.into_iter().flatten().collect()
     }
 
@@ -213,6 +238,11 @@ impl ServerResources {
         let config = self.config;
         let limits = state_file::limits(&config);
         let (supervised, again) = (inside.is_supervised(), inside.is_again());
+        // The guardian has it. A supervisor's descriptors are this process's, too.
+        match self.pid_file.take() {
+            Some(pid_file) if supervised => std::mem::forget(pid_file),
+            pid_file => drop(pid_file),
+        }
         let place = inside.enter(&config.shared_dir, file_system::needs(&config))?;
         let kept = self.state.open(&limits, again)?;
         let has_waited = again && kept.table.is_announced();

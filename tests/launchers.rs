@@ -96,18 +96,6 @@ fn the_socket_is_for_its_group() {
 }
 
 #[test]
-fn the_log_goes_to_syslog_if_asked() {
-    if std::path::Path::new("/dev/log").exists() {
-        println!("SKIPPED: this host has a syslog, which is not to be written to");
-        return;
-    }
-    let refused = support::output(&["--socket=/nowhere/s", "--shared-dir=/", "--syslog"]);
-    assert_eq!(refused.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("/dev/log"), "{said}");
-}
-
-#[test]
 fn a_syslog_is_told_what_would_be_logged() {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: needs root, for a /dev/log that nobody else sees");

@@ -31,6 +31,14 @@ pub struct Ownership {
     ///
     /// The server clears the set-user-ID and set-group-ID bits of a file that is written, truncated
     /// or given another owner. Without this option the guest's kernel does, with one more request.
-    #[arg(long)]
+    /// This is the guest's kernel's task too where --xattrmap stores security.capability under another
+    /// name, as the host doesn't clear that.
+    #[arg(long, overrides_with = "no_killpriv_v2")]
     pub killpriv_v2: bool,
+
+    /// Let the guest's kernel clear set-ID bits (default)
+    ///
+    /// This undoes --killpriv-v2.
+    #[arg(long)]
+    pub no_killpriv_v2: bool,
 }

@@ -194,7 +194,8 @@ pub struct Supervisor {
     keep: Vec<(RawFd, Identity)>,
     sandbox_refs: Option<SandboxRefs>,
     child: Option<Child>,
-    stopping: bool,
+    /// The signal that asked the server to end.
+    asked_by: Option<i32>,
     /// An upgrade was requested before the report of a serving process was read.
     requested: Option<Event>,
 }
@@ -227,7 +228,7 @@ impl Supervisor {
             keep: keep.map_err(SandboxError::Fork)?,
             sandbox_refs,
             child: None,
-            stopping: false,
+            asked_by: None,
             requested: None,
         })
     }
@@ -318,8 +319,8 @@ impl Supervisor {
                 Some(signal) if signal.number == libc::SIGHUP => {
                     self.requested = Some(Event::Upgrade(signal.queued));
                 }
-                Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
-                    self.stopping = true;
+                Some(signal) if process::ENDING.contains(&signal.number) => {
+                    self.asked_by = Some(signal.number);
                     self.signal(Signal::TERM)?;
                 }
                 _ => {}
@@ -387,9 +388,17 @@ impl Supervisor {
     ///
     /// A seccomp filter of the launcher forbids a call.
     pub fn is_to_stop(&mut self) -> std::io::Result<bool> {
-        let signals = [libc::SIGTERM, libc::SIGINT];
-        self.stopping |= supervision::take_signal(&signals, Some(Duration::ZERO))?.is_some();
-        Ok(self.stopping)
+        if let Some(signal) = supervision::take_signal(&process::ENDING, Some(Duration::ZERO))? {
+            self.asked_by = Some(signal.number);
+        }
+        Ok(self.asked_by.is_some())
+    }
+
+    /// The signal that has asked the server to end, as far as [`is_to_stop`](Self::is_to_stop) and
+    /// [`next_event`](Self::next_event) have seen one.
+    #[must_use]
+    pub fn asked_by(&self) -> Option<i32> {
+        self.asked_by
     }
 
     /// Whether there is a serving process.

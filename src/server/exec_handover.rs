@@ -67,6 +67,7 @@ pub struct ExecHandover(BTreeMap<String, String>);
 pub(super) struct ServerFds {
     pub(super) listener: Listener,
     pub(super) state: OwnedFd,
+    pub(super) pid_file: Option<OwnedFd>,
 }
 
 impl ExecHandover {
@@ -159,6 +160,10 @@ impl ExecHandover {
         })?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
         let state = self.fd_identity("state")?.take()?;
+        let pid_file = self
+            .optional("pid-file", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -174,7 +179,11 @@ impl ExecHandover {
         Ok((
             Past { ids, sandbox_refs },
             attempt,
-            ServerFds { listener, state },
+            ServerFds {
+                listener,
+                state,
+                pid_file,
+            },
         ))
     }
 }
@@ -185,6 +194,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
     pub(super) state: BorrowedFd<'a>,
+    pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
 
@@ -222,6 +232,9 @@ impl Outgoing<'_> {
             list.add("socket-inode", inode);
         }
         list.open("state", self.state)?;
+        if let Some(pid_file) = self.pid_file {
+            list.open("pid-file", pid_file)?;
+        }
         list.add("since", self.attempt.since.as_nanos());
         if let Some(old) = &self.attempt.old {
             list.fd_identity("old", old);

@@ -13,6 +13,7 @@ use crate::fs::FileSystem;
 use crate::fs::passthrough::{
     self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, Shared,
 };
+use crate::fuse::Wanted;
 use crate::sandbox::Needs;
 use crate::state::Table;
 
@@ -59,10 +60,8 @@ pub(super) fn build(config: &Config, entered: Entered, kept: Kept) -> Result<Bui
         reserved_descriptors: reserved_descriptors(config),
         ..config.share.file_system.clone()
     };
-    let unsettable = config
-        .share
-        .session
-        .security_label
+    let labels = config.share.session.security_label != Wanted::No;
+    let unsettable = labels
         .then(|| passthrough::label_that_needs_privilege(options.xattr_map.as_ref()))
         .flatten();
     let failed = |error| share_error(&config.shared_dir, error);

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::exec_handover::{ExecHandover, START_TIMEOUT, UpgradeAttempt, milliseconds};
+use super::pid_file::PidFile;
 use super::state_file::State;
 use super::upgrade::UpgradeRequest;
 use super::{Server, ServerError, ServerResources, Started};
@@ -56,6 +57,7 @@ enum Role {
     Waiting {
         guardian: Guardian,
         _socket: Option<SocketFile>,
+        _pid_file: Option<PidFile>,
     },
     Supervising(Box<Supervising>),
 }
@@ -64,7 +66,12 @@ enum Role {
 #[derive(Debug)]
 pub enum Watched {
     /// The server has ended.
-    Ended(Ending),
+    Ended {
+        /// How its serving process has ended.
+        ending: Ending,
+        /// The signal that has asked for it.
+        asked_by: Option<i32>,
+    },
     /// This is a new serving process.
     Inside(Box<Server>),
 }
@@ -92,10 +99,15 @@ pub(super) struct Supervising {
 }
 
 impl ParentProcess {
-    pub(super) fn waiting(guardian: Guardian, socket: Option<SocketFile>) -> Self {
+    pub(super) fn waiting(
+        guardian: Guardian,
+        socket: Option<SocketFile>,
+        pid_file: Option<PidFile>,
+    ) -> Self {
         Self(Role::Waiting {
             guardian,
             _socket: socket,
+            _pid_file: pid_file,
         })
     }
 
@@ -122,6 +134,7 @@ impl ParentProcess {
             runtime,
             listener: fds.listener,
             state: State::Common(fds.state),
+            pid_file: fds.pid_file.map(PidFile::left),
         };
         let keep = resources.keep(log);
         let supervisor = Supervisor::begin(&resources.config.sandbox, &keep, Some(past))?;
@@ -138,8 +151,8 @@ impl ParentProcess {
         sandbox::forget_set_up();
         match self.0 {
             Role::Waiting { guardian, .. } => {
-                let ending = guardian.watch().map_err(ServerError::Watch)?;
-                Ok(Watched::Ended(ending))
+                let (ending, asked_by) = guardian.watch().map_err(ServerError::Watch)?;
+                Ok(Watched::Ended { ending, asked_by })
             }
             Role::Supervising(supervising) => supervising.watch(log),
         }
@@ -231,9 +244,12 @@ impl Supervising {
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched {
         drop(self.resources.listener.take_file());
+        // A signal that a seccomp filter keeps from being seen has asked for nothing.
+        let _ = self.supervisor.is_to_stop();
+        let asked_by = self.supervisor.asked_by();
         // The serving process may have closed the descriptors, or opened others in their places.
         std::mem::forget(self);
-        Watched::Ended(ending)
+        Watched::Ended { ending, asked_by }
     }
 
     /// Handles the report of a process that serves since `since`.

@@ -115,6 +115,7 @@ impl Supervising {
             supervisor: &self.supervisor,
             listener: &self.resources.listener,
             state,
+            pid_file: self.resources.pid_file.as_ref().map(AsFd::as_fd),
             attempt,
         };
         let list = match outgoing.write() {
