@@ -30,6 +30,8 @@ pub enum Descriptors {
     Inherited,
     /// This many.
     Limit(u64),
+    /// This many if permitted, and as many as the hard limit permits if it doesn't or permits more.
+    AtLeast(u64),
 }
 
 /// The configuration of a server.
@@ -53,6 +55,10 @@ pub struct Config {
     pub poll: Duration,
     /// The file that keeps the session's state across servers.
     pub state: Option<PathBuf>,
+    /// The file that has the process id and is locked while the server runs.
+    pub pid_file: Option<PathBuf>,
+    /// Replace a file at the socket's path even if it isn't a socket.
+    pub replaces_files: bool,
     /// Exit after the first session.
     pub once: bool,
     /// Restart the serving process if it is killed.

@@ -10,7 +10,8 @@ use std::sync::atomic::AtomicBool;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
+use log::LevelFilter;
+use ringfsd::cli::{self, Behaviour, Options, Persona, Syslog, Upgrade};
 use ringfsd::config::Config;
 use ringfsd::error_chain;
 use ringfsd::recovery::{self, ExecHandover, Watched};
@@ -30,36 +31,49 @@ fn main() -> ExitCode {
     if cli::asks_for_upgrade(&arguments) {
         return upgrade(&arguments);
     }
-    if let Some(reason) = cli::refusal(&arguments) {
-        let error = Options::command().error(ErrorKind::ArgumentConflict, reason);
-        error.exit();
-    }
-    let options = Options::parse_from(cli::expand(arguments));
+    let persona = Persona::of(&arguments);
+    let behaviour = persona.behaviour();
+    let program = behaviour.program;
+    let options = match cli::parse(arguments, persona) {
+        Ok(options) => options,
+        Err(error) => {
+            // Nobody is left to be told if this fails.
+            let _ = error.print();
+            return ExitCode::from(cli::status_of(&error, behaviour));
+        }
+    };
     let logging = &options.observability;
     let (level, syslog) = (logging.level(), logging.syslog);
+    let notices = cli::notices(&options);
     let config = match Config::try_from(options) {
         Ok(config) => config,
-        Err(error) => Options::command()
-            .error(ErrorKind::ValueValidation, error)
-            .exit(),
+        Err(error) => {
+            let error = Options::command().error(ErrorKind::ValueValidation, error);
+            // Nobody is left to be told if this fails.
+            let _ = error.print();
+            return ExitCode::from(behaviour.conflict_status);
+        }
     };
     match server::check_for_upgrade(&config) {
         None => {}
         Some(Ok(status)) => return ExitCode::from(status),
         Some(Err(reason)) => {
-            eprintln!("ringfsd: {reason}");
+            eprintln!("{program}: {reason}");
             return ExitCode::FAILURE;
         }
     }
-    let result = start_logging(level, syslog).and_then(|log| run(config, log.as_ref()));
-    match result {
+    let syslog = start_logging(behaviour, level, syslog);
+    for notice in notices {
+        log::warn!("{notice}");
+    }
+    match run(config, behaviour, syslog.as_ref()) {
         Ok(code) => code,
         Err(error) => {
             let error = server::explain(error.as_ref());
-            if syslog {
+            if syslog.is_some() {
                 log::error!("{error}");
             }
-            eprintln!("ringfsd: {error}");
+            eprintln!("{program}: {error}");
             ExitCode::FAILURE
         }
     }
@@ -82,31 +96,44 @@ fn upgrade(arguments: &[OsString]) -> ExitCode {
 
 /// Starts logging; returns the connection to syslog if the log goes there.
 fn start_logging(
-    level: LogLevel,
+    behaviour: &'static Behaviour,
+    level: LevelFilter,
     syslog: bool,
-) -> Result<Option<Syslog>, Box<dyn std::error::Error>> {
+) -> Option<Syslog> {
+    let syslog = syslog.then(Syslog::connect);
     let mut builder = env_logger::Builder::new();
-    builder.filter_level(level.into()).parse_env("RINGFSD_LOG");
-    let mut log = None;
-    if syslog {
-        let syslog = Syslog::connect()
-            .map_err(|error| format!("--syslog: can't connect to /dev/log: {error}"))?;
-        log = Some(syslog.clone());
+    builder.filter_level(level);
+    let has_syslog = matches!(syslog, Some(Ok(_)));
+    if let Some(filters) = cli::log_filters(behaviour, std::env::var_os, has_syslog) {
+        builder.parse_filters(&filters);
+    }
+    if let Some(Ok(syslog)) = &syslog {
         // The process ID that the launcher knows, also in the serving process.
         let pid = std::process::id();
         builder
-            .target(env_logger::Target::Pipe(Box::new(syslog)))
+            .target(env_logger::Target::Pipe(Box::new(syslog.clone())))
             .format(move |line, record| {
-                let header = cli::syslog_header(record.level(), pid);
+                let header = cli::syslog_header(behaviour, record.level(), pid);
                 writeln!(line, "{header}{}", record.args())
             });
     }
     builder.init();
-    Ok(log)
+    match syslog {
+        Some(Ok(syslog)) => Some(syslog),
+        Some(Err(error)) => {
+            log::warn!("--syslog: can't connect to /dev/log, logging to standard error: {error}");
+            None
+        }
+        None => None,
+    }
 }
 
 /// Splits into two processes: one serves, and the one that the launcher started waits for it.
-fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::error::Error>> {
+fn run(
+    config: Config,
+    behaviour: &Behaviour,
+    log: Option<&Syslog>,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let handover = ExecHandover::take()?;
     sandbox::reset_inherited(handover.is_some())?;
     let log = log.map(AsFd::as_fd);
@@ -114,29 +141,49 @@ fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::er
         Started::Serving(server) => server,
         Started::Guardian(parent) => match parent.watch(log)? {
             Watched::Serving(server) => server,
-            Watched::Ended(ending) => {
+            Watched::Ended { ending, asked_by } => {
                 if matches!(ending, Ending::Signal(_)) {
                     log::error!("{ending}");
                 }
-                return Ok(ExitCode::from(ending.pass_on()));
+                return Ok(ExitCode::from(pass_on(behaviour, ending, asked_by)));
             }
         },
     };
     serve(*server)
 }
 
+/// Ends as the serving process has ended, or returns the status to exit with.
+fn pass_on(behaviour: &Behaviour, ending: Ending, asked_by: Option<i32>) -> u8 {
+    use signal_hook::consts::{SIGHUP, SIGTERM};
+    match (ending, asked_by) {
+        (Ending::Status(0), Some(SIGTERM | SIGHUP)) if behaviour.signal_is_failure => 1,
+        (Ending::Status(0), Some(signal)) if behaviour.signal_is_failure => {
+            Ending::Signal(signal).pass_on()
+        }
+        (Ending::Signal(signal), _) if behaviour.kill_is_status => {
+            u8::try_from(256 - signal).unwrap_or(1)
+        }
+        _ => ending.pass_on(),
+    }
+}
+
 fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // From here on these signals only make `stop` readable.
     let (stop, signalled) = UnixStream::pair()?;
     let leave = Arc::new(AtomicBool::new(false));
-    if server.is_supervised() {
+    let ending_signals = if server.is_supervised() {
         abort_on_panic();
         let hangup = signal_hook::consts::SIGHUP;
         // Handlers run in the order of registration: the flag is set before `stop` is readable.
         signal_hook::flag::register(hangup, Arc::clone(&leave))?;
         signal_hook::low_level::pipe::register(hangup, signalled.try_clone()?)?;
-    }
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        let mut signals = sandbox::ending_signals()?;
+        signals.retain(|signal| *signal != hangup);
+        signals
+    } else {
+        sandbox::ending_signals()?
+    };
+    for signal in ending_signals {
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
     server.release_signals()?;

@@ -104,7 +104,7 @@ fn serve() -> ExitCode {
         Started::Serving(server) => server,
         Started::Guardian(parent) => match parent.watch(None).unwrap() {
             Watched::Serving(server) => server,
-            Watched::Ended(ending) => return ExitCode::from(ending.pass_on()),
+            Watched::Ended { ending, .. } => return ExitCode::from(ending.pass_on()),
         },
     };
     serve_inside(*server)

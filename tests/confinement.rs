@@ -142,7 +142,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
     }
     let inside = match sandbox::begin(&options, &[]).unwrap() {
         ForkResult::Guardian(guardian) => {
-            return ExitCode::from(guardian.watch().unwrap().pass_on());
+            return ExitCode::from(guardian.watch().unwrap().0.pass_on());
         }
         ForkResult::Serving(inside) => inside,
     };

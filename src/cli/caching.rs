@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::seconds::seconds;
-use crate::fs::passthrough;
+use crate::fs::passthrough::Cache;
 
 /// What the guest may cache.
 #[derive(Clone, Debug, Args)]
@@ -23,6 +23,7 @@ pub struct Caching {
         long,
         value_name = "POLICY",
         value_enum,
+        ignore_case = true,
         default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
@@ -103,29 +104,4 @@ pub struct Caching {
     /// call. 0 keeps none. The maximum is a quarter of --max-open-inodes.
     #[arg(long, value_name = "N", default_value = "1024")]
     pub max_spare_files: usize,
-}
-
-/// `--cache`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Cache {
-    /// Nothing.
-    Never,
-    /// Names and attributes.
-    Metadata,
-    /// Everything, for a short time.
-    #[default]
-    Auto,
-    /// Everything.
-    Always,
-}
-
-impl From<Cache> for passthrough::Cache {
-    fn from(cache: Cache) -> Self {
-        match cache {
-            Cache::Never => Self::Never,
-            Cache::Metadata => Self::Metadata,
-            Cache::Auto => Self::Auto,
-            Cache::Always => Self::Always,
-        }
-    }
 }

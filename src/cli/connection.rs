@@ -4,8 +4,9 @@ use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{ArgGroup, Args};
 
+use super::persona::Persona;
 use crate::device::Tag;
 use crate::io::Choice;
 
@@ -27,7 +28,8 @@ pub struct Connection {
     /// Listen on inherited socket descriptor N
     ///
     /// N is a listening Unix socket that the launcher created and left open for the server. The
-    /// launcher decides who can connect to it. A connected socket is refused.
+    /// launcher decides who can connect to it. A connected socket is refused. The server exits when
+    /// the first VMM disconnects, unless --keep-listening or --state is given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     pub fd: Option<RawFd>,
 
@@ -77,11 +79,12 @@ pub struct Connection {
         long,
         value_name = "RUNTIME",
         value_enum,
-        default_value_t = Runtime::Auto,
+        ignore_case = true,
+        default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub runtime: Runtime,
+    pub runtime: Choice,
 
     /// Poll the rings for up to N µs before sleeping
     ///
@@ -93,15 +96,46 @@ pub struct Connection {
 
     /// Exit when the first VMM disconnects
     ///
-    /// Without this option the server waits for the next VMM.
-    #[arg(long)]
+    /// This is the default with --fd and with --compat virtiofsd. Without it the server waits for
+    /// the next VMM.
+    #[arg(long, overrides_with = "keep_listening")]
     pub once: bool,
+
+    /// Wait for the next VMM when one disconnects
+    ///
+    /// This is the default with --socket, and undoes --once.
+    #[arg(long)]
+    pub keep_listening: bool,
+
+    /// Write the process id to PATH, and lock the file
+    ///
+    /// The file has mode 0600, appears once a VMM can connect, is locked (flock) while the server
+    /// runs, and stays when it exits.
+    ///
+    /// [default: none; the socket's path with .pid appended with --compat virtiofsd]
+    #[arg(long, value_name = "PATH")]
+    pub pid_file: Option<PathBuf>,
+
+    /// Take over the behaviour of ringfsd or virtiofsd
+    ///
+    /// With virtiofsd, defaults, exit codes and files are those of virtiofsd 1.14; the manual lists
+    /// the differences. A program that is started under the name virtiofsd behaves so by itself.
+    ///
+    /// [default: by the program's name]
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        value_enum,
+        ignore_case = true,
+        hide_possible_values = true
+    )]
+    pub compat: Option<Persona>,
 
     /// Take options as a list: -o source=DIR,cache=auto
     ///
     /// This is an older spelling that some launchers use. Each item is a long option without its
-    /// dashes, with _ or - between words; source= is --shared-dir, ro is --readonly. Two commas
-    /// stand for one comma within a value.
+    /// dashes, with _ or - between words; source= is --shared-dir, ro is --readonly. Items apply
+    /// after all other options. Two commas stand for one comma within a value.
     #[arg(short = 'o', value_name = "LIST")]
     pub older: Option<String>,
 
@@ -116,27 +150,6 @@ pub struct Connection {
     /// See --workers.
     #[arg(long, value_name = "N")]
     pub thread_pool_size: Option<usize>,
-}
-
-/// `--runtime`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Runtime {
-    /// `io_uring` if available, else threads.
-    Auto,
-    /// `io_uring`, or an error.
-    Uring,
-    /// Threads.
-    Tokio,
-}
-
-impl From<Runtime> for Choice {
-    fn from(runtime: Runtime) -> Self {
-        match runtime {
-            Runtime::Auto => Self::Auto,
-            Runtime::Uring => Self::Uring,
-            Runtime::Tokio => Self::Tokio,
-        }
-    }
 }
 
 fn request_queues(text: &str) -> Result<NonZeroU16, String> {

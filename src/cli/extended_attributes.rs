@@ -1,7 +1,7 @@
 //! Options of the heading Extended attributes: whether they are served, under which names, and
 //! what the guest's kernel uses them for.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use crate::fs::passthrough::XattrMap;
 use crate::fuse::Wanted;
@@ -13,7 +13,7 @@ pub struct ExtendedAttributes {
     /// Serve extended attributes (default)
     ///
     /// Without them copies lose capabilities, labels and ACLs, which programs rely on. This is the
-    /// default; --no-xattr turns it off.
+    /// default, except with --compat virtiofsd; --no-xattr turns it off. The options below imply it.
     #[arg(long, overrides_with = "no_xattr")]
     pub xattr: bool,
 
@@ -28,11 +28,7 @@ pub struct ExtendedAttributes {
     ///
     /// RULES have the form :TYPE:SCOPE:KEY:PREPEND: or :map:KEY:PREPEND:, which the manual explains.
     /// Example for a server without privileges: :map::user.guest.:
-    #[arg(
-        long,
-        value_name = "RULES",
-        conflicts_with_all = ["no_xattr", "killpriv_v2"]
-    )]
+    #[arg(long, value_name = "RULES")]
     pub xattrmap: Option<XattrMap>,
 
     /// POSIX ACLs: never, auto or always
@@ -49,40 +45,34 @@ pub struct ExtendedAttributes {
         value_enum,
         num_args = 0..=1,
         require_equals = true,
+        ignore_case = true,
         default_value_t,
         default_missing_value = "always",
-        conflicts_with = "no_xattr",
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub posix_acl: PosixAcl,
+    pub posix_acl: Wanted,
 
-    /// Label new files as the guest's kernel asks (SELinux)
+    /// Security labels (SELinux): never, auto or always
     ///
-    /// A new inode has the security label of the guest's kernel from its creation on. Needs
-    /// CAP_SYS_ADMIN, or --xattrmap to store labels under other names.
-    #[arg(long, conflicts_with = "no_xattr")]
-    pub security_label: bool,
-}
-
-/// `--posix-acl`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum PosixAcl {
-    /// Not at all.
-    #[default]
-    Never,
-    /// With guests that support them.
-    Auto,
-    /// Only with guests that support them.
-    Always,
-}
-
-impl From<PosixAcl> for Wanted {
-    fn from(acl: PosixAcl) -> Self {
-        match acl {
-            PosixAcl::Never => Self::No,
-            PosixAcl::Auto => Self::IfOffered,
-            PosixAcl::Always => Self::Needed,
-        }
-    }
+    /// A new inode has the security label of the guest's kernel from its
+    /// creation on. Needs CAP_SYS_ADMIN, or --xattrmap to store labels
+    /// under other names. --security-label alone means always.
+    ///
+    /// - never: new inodes have no label
+    /// - auto: with guests that support it
+    /// - always: reject guests without support
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        ignore_case = true,
+        default_value_t,
+        default_missing_value = "always",
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
+    pub security_label: Wanted,
 }

@@ -1,8 +1,8 @@
 //! Options of the heading Isolation: what the server can still reach if a guest takes it over.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use crate::sandbox::{self, CapabilityChanges, IdRange};
+use crate::sandbox::{self, CapabilityChanges, IdRange, Kind, Seccomp};
 
 /// The sandbox.
 #[derive(Clone, Debug, Args)]
@@ -21,11 +21,12 @@ pub struct Isolation {
         long,
         value_name = "KIND",
         value_enum,
+        ignore_case = true,
         default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub sandbox: Sandbox,
+    pub sandbox: Kind,
 
     /// Same as --sandbox none
     ///
@@ -45,6 +46,7 @@ pub struct Isolation {
         long,
         value_name = "ACTION",
         value_enum,
+        ignore_case = true,
         default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
@@ -78,32 +80,6 @@ pub struct Isolation {
     pub gid_map: Vec<IdRange>,
 }
 
-/// `--sandbox`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Sandbox {
-    /// Namespaces.
-    #[default]
-    Namespace,
-    /// Another root directory.
-    Chroot,
-    /// Neither.
-    None,
-}
-
-/// `--seccomp`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Seccomp {
-    /// End the server.
-    #[default]
-    Kill,
-    /// Permit the call and log it.
-    Log,
-    /// End the server and report the call.
-    Trap,
-    /// No filter.
-    None,
-}
-
 /// Parses a list that may be empty.
 fn capabilities(text: &str) -> Result<CapabilityChanges, sandbox::UnknownCapability> {
     match text {
@@ -115,18 +91,12 @@ fn capabilities(text: &str) -> Result<CapabilityChanges, sandbox::UnknownCapabil
 impl From<Isolation> for sandbox::Options {
     fn from(options: Isolation) -> Self {
         Self {
-            kind: match options.sandbox {
-                _ if options.disable_sandbox => sandbox::Kind::None,
-                Sandbox::Namespace => sandbox::Kind::Namespace,
-                Sandbox::Chroot => sandbox::Kind::Chroot,
-                Sandbox::None => sandbox::Kind::None,
+            kind: if options.disable_sandbox {
+                Kind::None
+            } else {
+                options.sandbox
             },
-            seccomp: match options.seccomp {
-                Seccomp::Kill => sandbox::Seccomp::Kill,
-                Seccomp::Log => sandbox::Seccomp::Log,
-                Seccomp::Trap => sandbox::Seccomp::Trap,
-                Seccomp::None => sandbox::Seccomp::None,
-            },
+            seccomp: options.seccomp,
             users: options.uid_map,
             groups: options.gid_map,
             capabilities: options.modcaps,

@@ -10,8 +10,15 @@ use std::path::Path;
 
 /// What this server supports, for libvirt and other launchers that ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
-pub const CAPABILITIES: &str =
-    "{\n  \"type\": \"fs\",\n  \"features\": [\n    \"migrate-precopy\"\n  ]\n}";
+pub const CAPABILITIES: &str = r#"{
+  "type": "fs",
+  "features": [
+    "migrate-precopy",
+    "posix-acl-negotiation-mode",
+    "security-label-negotiation-mode",
+    "separate-options"
+  ]
+}"#;
 
 /// Whether the arguments ask for [`CAPABILITIES`]; all other arguments are then ignored.
 #[must_use]
@@ -29,30 +36,55 @@ pub fn asks_for_upgrade(arguments: &[OsString]) -> bool {
     arguments.get(1).is_some_and(|first| first == "upgrade")
 }
 
-/// Returns the arguments with each `-o LIST` replaced by the options that it names.
+/// Returns the arguments with each `-o LIST` replaced by the options that it names, after all other
+/// options, so that the lists win.
 #[must_use]
-pub fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+pub(super) fn expand(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut expanded = Vec::new();
+    let mut lists = Vec::new();
+    let mut operands = Vec::new();
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         if argument == "--" {
-            expanded.push(argument);
-            expanded.extend(arguments);
+            operands.push(argument);
+            operands.extend(arguments);
             break;
         }
-        let attached = argument.as_bytes().strip_prefix(b"-o");
-        let list = match attached {
-            Some(b"") => arguments.next(),
-            Some(list) => Some(OsStr::from_bytes(list).to_owned()),
-            None => None,
+        let Some((flags, attached)) = short_list(&argument) else {
+            expanded.push(argument);
+            continue;
         };
-        match list {
-            Some(list) => expanded.extend(items(&list).filter_map(|item| long_option(&item))),
-            // Left to the parser, an `-o` without a list too.
-            None => expanded.push(argument),
+        if !flags.is_empty() {
+            let flags = [b"-", flags].concat();
+            expanded.push(OsString::from_vec(flags));
+        }
+        match attached {
+            b"" => match arguments.next() {
+                Some(list) => lists.push(list),
+                // Left to the parser.
+                None => expanded.push("-o".into()),
+            },
+            list => lists.push(OsStr::from_bytes(list).to_owned()),
         }
     }
+    for item in lists.iter().flat_map(|list| items(list)) {
+        match option_of(&item) {
+            Item::Option(option) => expanded.push(option),
+            Item::Without(option) => expanded.retain(|other| *other != *option),
+            Item::Nothing => {}
+        }
+    }
+    expanded.extend(operands);
     expanded
+}
+
+/// The flags before the `-o` of an argument, as in `-dfo`, and the list that is attached to it.
+fn short_list(argument: &OsStr) -> Option<(&[u8], &[u8])> {
+    let letters = argument.as_bytes().strip_prefix(b"-")?;
+    let at = letters.iter().position(|letter| !b"df".contains(letter))?;
+    let (flags, rest) = letters.split_at(at);
+    let list = rest.strip_prefix(b"o")?;
+    Some((flags, list.strip_prefix(b"=").unwrap_or(list)))
 }
 
 /// Options of `crosvm device fs` that this program doesn't have, and what to use instead.
@@ -78,9 +110,9 @@ const CROSVM_OPTIONS: &[(&str, &str)] = &[
 ];
 
 /// Returns why these arguments are refused before they are parsed: they have an option of crosvm, or
-/// name two directories to share.
+/// name two directories to share, unless the behaviour is `lenient` about that.
 #[must_use]
-pub fn refusal(arguments: &[OsString]) -> Option<String> {
+pub(super) fn refusal(arguments: &[OsString], lenient: bool) -> Option<String> {
     let own = arguments.iter().skip(1);
     let own: Vec<_> = own.take_while(|argument| *argument != "--").collect();
     for argument in &own {
@@ -92,12 +124,15 @@ pub fn refusal(arguments: &[OsString]) -> Option<String> {
             return Some(format!("crosvm's option {name} is not supported: {advice}"));
         }
     }
+    if lenient {
+        return None;
+    }
     let mut sources = Vec::new();
     let mut directories = Vec::new();
     let mut own = own.into_iter();
     while let Some(argument) = own.next() {
         let bytes = argument.as_bytes();
-        if let Some(list) = bytes.strip_prefix(b"-o") {
+        if let Some((_, list)) = short_list(argument) {
             let list = if list.is_empty() {
                 own.next().map(|list| list.as_bytes())
             } else {
@@ -142,8 +177,17 @@ fn items(list: &OsStr) -> impl Iterator<Item = Vec<u8>> {
     items.into_iter().filter(|item| !item.is_empty())
 }
 
-/// The long option that an item of `-o` names; `None` if the item asks for a default.
-fn long_option(item: &[u8]) -> Option<OsString> {
+/// What an item of `-o` asks for.
+enum Item {
+    /// This option.
+    Option(OsString),
+    /// That this option is not given.
+    Without(&'static str),
+    /// What is done in any case.
+    Nothing,
+}
+
+fn option_of(item: &[u8]) -> Item {
     let (name, value) = match item.iter().position(|byte| *byte == b'=') {
         Some(at) => item.split_at(at),
         None => (item, &b""[..]),
@@ -152,21 +196,21 @@ fn long_option(item: &[u8]) -> Option<OsString> {
         .iter()
         .map(|byte| if *byte == b'_' { b'-' } else { *byte })
         .collect();
-    let name: &[u8] = match &dashed[..] {
-        b"source" => b"shared-dir",
-        b"ro" => b"readonly",
-        b"posix-lock" => b"posix-locks",
-        // Defaults.
-        b"readdirplus"
-        | b"no-writeback"
-        | b"no-allow-direct-io"
-        | b"no-posix-acl"
-        | b"no-posix-lock"
-        | b"no-flock"
-        | b"no-security-label" => return None,
-        name => name,
+    let (name, value): (&[u8], &[u8]) = match (&dashed[..], value) {
+        (b"source", path) => (b"shared-dir", path),
+        (b"loglevel", level) => (b"log-level", level),
+        (b"ro", b"") => (b"readonly", b""),
+        (b"posix-lock", b"") => (b"posix-locks", b""),
+        (b"no-posix-acl", b"") => (b"posix-acl", b"=never"),
+        (b"no-security-label", b"") => (b"security-label", b"=never"),
+        (b"readdirplus", b"") => return Item::Without("--no-readdirplus"),
+        (b"no-writeback", b"") => return Item::Without("--writeback"),
+        (b"no-allow-direct-io", b"") => return Item::Without("--allow-direct-io"),
+        // Has no effect in virtiofsd either.
+        (b"no-posix-lock" | b"no-flock", b"") => return Item::Nothing,
+        (name, value) => (name, value),
     };
-    Some(OsString::from_vec([b"--", name, value].concat()))
+    Item::Option(OsString::from_vec([b"--", name, value].concat()))
 }
 
 #[cfg(test)]
@@ -186,16 +230,19 @@ mod tests {
             expanded(&["p", "-o", "source=/a=b,cache=auto,no_xattr,ro", "-d"]),
             [
                 "p",
+                "-d",
                 "--shared-dir=/a=b",
                 "--cache=auto",
                 "--no-xattr",
-                "--readonly",
-                "-d"
+                "--readonly"
             ]
         );
+        for attached in ["-oannounce_submounts", "-o=announce_submounts"] {
+            assert_eq!(expanded(&["p", attached]), ["p", "--announce-submounts"]);
+        }
         assert_eq!(
-            expanded(&["p", "-oannounce_submounts"]),
-            ["p", "--announce-submounts"]
+            expanded(&["p", "-dfo", "loglevel=err", "-fd"]),
+            ["p", "-df", "-fd", "--log-level=err"]
         );
         assert_eq!(expanded(&["p", "-o", "no_flock,once,"]), ["p", "--once"]);
         assert_eq!(
@@ -205,6 +252,31 @@ mod tests {
         assert_eq!(
             expanded(&["p", "-o", "unheard_of=1"]),
             ["p", "--unheard-of=1"]
+        );
+    }
+
+    #[test]
+    fn negation_in_a_list_undoes_an_option_outside() {
+        assert_eq!(
+            expanded(&[
+                "p",
+                "--writeback",
+                "-o",
+                "allow_direct_io,no_writeback,no_allow_direct_io,readdirplus",
+                "--no-readdirplus",
+                "--",
+                "--writeback"
+            ]),
+            ["p", "--", "--writeback"]
+        );
+        assert_eq!(
+            expanded(&["p", "-o", "no_posix_acl,no_security_label", "--posix-acl"]),
+            [
+                "p",
+                "--posix-acl",
+                "--posix-acl=never",
+                "--security-label=never"
+            ]
         );
     }
 
@@ -223,7 +295,7 @@ mod tests {
     fn refusal_names_two_directories_and_options_of_crosvm() {
         let refused = |arguments: &[&str]| {
             let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
-            refusal(&arguments)
+            refusal(&arguments, false)
         };
         let two = refused(&["p", "-o", "source=/a", "--shared-dir", "/b"]).unwrap();
         assert!(
@@ -231,6 +303,7 @@ mod tests {
             "{two}"
         );
         assert!(refused(&["p", "--shared-dir=/b", "-oro,source=/a"]).is_some());
+        assert!(refused(&["p", "--shared-dir=/b", "-do", "source=/a"]).is_some());
         for same in [
             &["p", "-o", "source=/a", "--shared-dir", "/a/"][..],
             &["p", "-o", "source=/a,,b", "--shared-dir=/a,b"],

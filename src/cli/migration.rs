@@ -1,8 +1,8 @@
 //! Options of the heading Migration: how a guest's session is sent to another server, and received.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use crate::fs::passthrough;
+use crate::fs::passthrough::{MigrationMode, MigrationOptions, OnMigrationError};
 
 /// Live migration.
 #[derive(Clone, Copy, Debug, Default, Args)]
@@ -22,11 +22,12 @@ pub struct Migration {
         long,
         value_name = "MODE",
         value_enum,
+        ignore_case = true,
         default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub migration_mode: Mode,
+    pub migration_mode: MigrationMode,
 
     /// If a file is missing: abort or guest-error
     ///
@@ -39,11 +40,12 @@ pub struct Migration {
         long,
         value_name = "WHAT",
         value_enum,
+        ignore_case = true,
         default_value_t,
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub migration_on_error: OnError,
+    pub migration_on_error: OnMigrationError,
 
     /// Send file handles along with paths
     ///
@@ -61,37 +63,11 @@ pub struct Migration {
     pub migration_confirm_paths: bool,
 }
 
-/// `--migration-mode`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    /// By path.
-    #[default]
-    FindPaths,
-    /// By file handle.
-    FileHandles,
-}
-
-/// `--migration-on-error`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum OnError {
-    /// Reject the guest.
-    #[default]
-    Abort,
-    /// Accept the guest, with errors for that file.
-    GuestError,
-}
-
-impl From<Migration> for passthrough::MigrationOptions {
+impl From<Migration> for MigrationOptions {
     fn from(migration: Migration) -> Self {
         Self {
-            mode: match migration.migration_mode {
-                Mode::FindPaths => passthrough::MigrationMode::FindPaths,
-                Mode::FileHandles => passthrough::MigrationMode::FileHandles,
-            },
-            on_error: match migration.migration_on_error {
-                OnError::Abort => passthrough::OnMigrationError::Abort,
-                OnError::GuestError => passthrough::OnMigrationError::GuestError,
-            },
+            mode: migration.migration_mode,
+            on_error: migration.migration_on_error,
             verify_handles: migration.migration_verify_handles,
             confirm_paths: migration.migration_confirm_paths,
         }
@@ -105,7 +81,6 @@ mod tests {
     use super::*;
     use crate::cli::Options;
     use crate::config::Config;
-    use crate::fs::passthrough::{MigrationMode, MigrationOptions, OnMigrationError};
 
     fn options(args: &[&str]) -> MigrationOptions {
         let common = ["ringfsd", "--fd=3", "--shared-dir=/d"];

@@ -12,26 +12,34 @@ mod launcher;
 mod migration;
 mod observability;
 mod ownership;
+mod persona;
 mod recovery;
 mod resolve;
 mod seconds;
 mod sharing;
 mod syslog;
 mod upgrade;
+mod values;
 
-use clap::Parser;
+use std::ffi::OsString;
 
-pub use self::caching::{Cache, Caching};
-pub use self::connection::{Connection, Runtime};
-pub use self::extended_attributes::{ExtendedAttributes, PosixAcl};
-pub use self::isolation::{Isolation, Sandbox, Seccomp};
-pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade, expand, refusal};
-pub use self::migration::{Migration, Mode, OnError};
-pub use self::observability::{LogLevel, Observability};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+use self::launcher::{expand, refusal};
+
+pub use self::caching::Caching;
+pub use self::connection::Connection;
+pub use self::extended_attributes::ExtendedAttributes;
+pub use self::isolation::Isolation;
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
+pub use self::migration::Migration;
+pub use self::observability::{Observability, log_filters};
 pub use self::ownership::Ownership;
+pub use self::persona::{Behaviour, DIFFERENCES, Difference, Persona};
 pub use self::recovery::Recovery;
-pub use self::resolve::OptionConflict;
-pub use self::sharing::{FileHandles, Sharing};
+pub use self::resolve::{OptionConflict, notices};
+pub use self::sharing::Sharing;
 pub use self::syslog::{Syslog, header as syslog_header};
 pub use self::upgrade::Upgrade;
 
@@ -92,10 +100,43 @@ pub struct Options {
     pub observability: Observability,
 }
 
+/// Parses the arguments of a server, for a persona.
+///
+/// # Errors
+///
+/// They aren't such arguments, or ask for help or the version.
+pub fn parse(arguments: Vec<OsString>, persona: Persona) -> Result<Options, clap::Error> {
+    let behaviour = persona.behaviour();
+    if let Some(reason) = refusal(&arguments, behaviour.lenient) {
+        return Err(Options::command().error(ErrorKind::ArgumentConflict, reason));
+    }
+    let command = Options::command()
+        .name(behaviour.program)
+        .version(behaviour.version);
+    let matches = command.try_get_matches_from(expand(arguments))?;
+    let mut options = Options::from_arg_matches(&matches)?;
+    options.connection.compat = Some(persona);
+    Ok(options)
+}
+
+/// The status to exit with after an error of [`parse`].
+#[must_use]
+pub fn status_of(error: &clap::Error, behaviour: &Behaviour) -> u8 {
+    use clap::error::{ContextKind, ContextValue};
+    let is_of_modcaps = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) => argument.starts_with("--modcaps"),
+        _ => false,
+    };
+    if is_of_modcaps {
+        behaviour.conflict_status
+    } else {
+        u8::try_from(error.exit_code()).unwrap_or(2)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     /// The lines of `-h` from the first option on.
     fn short_help_lines(columns: usize) -> Vec<String> {

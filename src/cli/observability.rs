@@ -1,6 +1,12 @@
 //! Options of the heading Observability: the log, and what the server says of itself.
 
-use clap::{Args, ValueEnum};
+use std::ffi::OsString;
+
+use clap::Args;
+use log::LevelFilter;
+
+use super::persona::Behaviour;
+use super::values::log_level;
 
 /// Logging and introspection.
 #[derive(Clone, Debug, Args)]
@@ -9,15 +15,16 @@ pub struct Observability {
     /// Log level: off, error, warn, info, debug or trace
     ///
     /// The log goes to standard error. The environment variable RINGFSD_LOG sets finer filters, such
-    /// as `info,ringfsd::vhost_user=debug`.
+    /// as `info,ringfsd::vhost_user=debug`; with --compat virtiofsd, RUST_LOG does.
     #[arg(
         long,
         value_name = "LEVEL",
-        value_enum,
-        default_value_t = LogLevel::Info,
+        value_parser = log_level(),
+        ignore_case = true,
+        default_value = "info",
         hide_possible_values = true
     )]
-    pub log_level: LogLevel,
+    pub log_level: LevelFilter,
 
     /// Same as --log-level debug
     ///
@@ -27,7 +34,8 @@ pub struct Observability {
 
     /// Log to syslog
     ///
-    /// Records go to /dev/log instead of standard error.
+    /// Records go to /dev/log instead of standard error. If no syslog listens there, the server warns
+    /// and uses standard error.
     #[arg(long)]
     pub syslog: bool,
 
@@ -38,44 +46,39 @@ pub struct Observability {
     pub print_capabilities: bool,
 }
 
+/// The variable that Rust programs take log filters from.
+const RUST_LOG: &str = "RUST_LOG";
+
+/// The filters of the log that the environment sets, instead of the level that options set or beside
+/// it: none if the log goes to syslog and the behaviour is virtiofsd's.
+#[must_use]
+pub fn log_filters(
+    behaviour: &Behaviour,
+    variable: impl Fn(&'static str) -> Option<OsString>,
+    has_syslog: bool,
+) -> Option<String> {
+    let text = variable(behaviour.log_variable)?.into_string().ok()?;
+    if behaviour.log_variable != RUST_LOG {
+        return Some(text);
+    }
+    // The modules of this program, which stand for those of virtiofsd.
+    let own = |filter: &str| match filter.strip_prefix("virtiofsd") {
+        Some(rest) if rest.is_empty() || rest.starts_with(['=', ':']) => format!("ringfsd{rest}"),
+        _ => filter.to_owned(),
+    };
+    let filters: Vec<_> = text.split(',').map(|filter| own(filter.trim())).collect();
+    // A variable that sets no level leaves errors.
+    (!has_syslog).then(|| format!("error,{}", filters.join(",")))
+}
+
 impl Observability {
     /// The most verbose level that an option asks for.
     #[must_use]
-    pub fn level(&self) -> LogLevel {
+    pub fn level(&self) -> LevelFilter {
         if self.debug {
-            self.log_level.max(LogLevel::Debug)
+            self.log_level.max(LevelFilter::Debug)
         } else {
             self.log_level
-        }
-    }
-}
-
-/// `--log-level`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum LogLevel {
-    /// Nothing.
-    Off,
-    /// An action that was asked for has failed.
-    Error,
-    /// Unexpected, but survived.
-    Warn,
-    /// Rare changes of state: sessions, negotiated features.
-    Info,
-    /// For developers.
-    Debug,
-    /// For developers, everything.
-    Trace,
-}
-
-impl From<LogLevel> for log::LevelFilter {
-    fn from(level: LogLevel) -> Self {
-        match level {
-            LogLevel::Off => Self::Off,
-            LogLevel::Error => Self::Error,
-            LogLevel::Warn => Self::Warn,
-            LogLevel::Info => Self::Info,
-            LogLevel::Debug => Self::Debug,
-            LogLevel::Trace => Self::Trace,
         }
     }
 }

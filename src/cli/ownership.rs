@@ -31,8 +31,9 @@ pub struct Ownership {
     ///
     /// The server clears the set-user-ID and set-group-ID bits of a file that is written, truncated
     /// or given another owner. The guest's kernel then asks for security.capability once for each
-    /// file, not before each write. This is the default where extended attributes are served under
-    /// their own names.
+    /// file, not before each write. This is the default where extended attributes are served. It
+    /// has no effect where --xattrmap stores security.capability under another name, as the host
+    /// doesn't clear that.
     #[arg(long, overrides_with = "no_killpriv_v2")]
     pub killpriv_v2: bool,
 

@@ -1,16 +1,19 @@
 //! From options as typed to a [`Config`]: defaults are filled in, and options that contradict each
 //! other are refused where clap can't express it.
 
+use std::ffi::CStr;
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::time::Duration;
 
-use super::caching::{Cache, Caching};
-use super::sharing::{FileHandles, Sharing};
-use super::{Connection, ExtendedAttributes, Options, Ownership};
+use super::caching::Caching;
+use super::extended_attributes::ExtendedAttributes;
+use super::persona::Behaviour;
+use super::sharing::Sharing;
+use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, Share};
 use crate::fs::passthrough;
-use crate::fs::passthrough::{IdMap, IdOverlap, IdRule};
-use crate::fuse::{Readdirplus, SessionOptions};
+use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles};
+use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 
 /// Options, or the rules of one option, contradict each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,12 +67,23 @@ fn check_handleless(caching: &Caching, sharing: &Sharing) -> Result<(), OptionCo
             cached,
         ),
         (
-            caching.no_open && sharing.inode_file_handles != FileHandles::Never,
+            caching.no_open && sharing.inode_file_handles.is_some_and(uses_handles),
             "--no-open",
             "--inode-file-handles",
             lost,
         ),
     ];
+    refuse_first(conflicts)
+}
+
+fn uses_handles(handles: InodeFileHandles) -> bool {
+    handles != InodeFileHandles::Never
+}
+
+/// Two options that exclude each other if the first value says so, and why.
+type Conflict = (bool, &'static str, &'static str, &'static str);
+
+fn refuse_first(conflicts: impl IntoIterator<Item = Conflict>) -> Result<(), OptionConflict> {
     match conflicts.into_iter().find(|(conflicting, ..)| *conflicting) {
         None => Ok(()),
         Some((_, option, other, reason)) => Err(OptionConflict::Options {
@@ -80,26 +94,84 @@ fn check_handleless(caching: &Caching, sharing: &Sharing) -> Result<(), OptionCo
     }
 }
 
+/// Whether extended attributes are served.
+fn serves_xattrs(
+    xattrs: &ExtendedAttributes,
+    behaviour: &Behaviour,
+) -> Result<bool, OptionConflict> {
+    let implied = [
+        (xattrs.xattrmap.is_some(), "--xattrmap"),
+        (xattrs.posix_acl != Wanted::No, "--posix-acl"),
+        (xattrs.security_label != Wanted::No, "--security-label"),
+    ];
+    let is_implied = implied.iter().any(|(given, _)| *given);
+    if xattrs.no_xattr && !behaviour.lenient {
+        let reason = "it needs extended attributes";
+        refuse_first(implied.map(|(given, option)| (given, option, "--no-xattr", reason)))?;
+    }
+    let asked = if xattrs.no_xattr {
+        false
+    } else {
+        xattrs.xattr || behaviour.xattr
+    };
+    Ok(asked || is_implied)
+}
+
+/// The extended attribute that makes a program privileged.
+const CAPABILITY: &CStr = c"security.capability";
+
+/// Whether the host clears a file's capabilities when it is written: only under their own name.
+fn host_clears_capabilities(xattrs: &ExtendedAttributes) -> bool {
+    let map = xattrs.xattrmap.as_ref();
+    map.is_none_or(|map| !map.renames(CAPABILITY))
+}
+
 /// Whether the server clears set-ID bits. By default it does where that saves the guest's kernel
-/// from asking for `security.capability` before each write, and where the host clears that
-/// attribute, which it must have under this name.
-fn clears_set_id(ownership: &Ownership, xattrs: &ExtendedAttributes) -> bool {
-    let useful = !xattrs.no_xattr && xattrs.xattrmap.is_none();
-    ownership.killpriv_v2 || useful && !ownership.no_killpriv_v2
+/// from asking for `security.capability` before each write. It never does where the host can't clear
+/// that attribute.
+fn clears_set_id(options: &Options, serves_xattrs: bool, behaviour: &Behaviour) -> bool {
+    let Ownership {
+        killpriv_v2,
+        no_killpriv_v2,
+        ..
+    } = options.ownership;
+    let useful = serves_xattrs && behaviour.kill_set_id && !no_killpriv_v2;
+    (killpriv_v2 || useful) && host_clears_capabilities(&options.extended_attributes)
+}
+
+/// Returns what the user of these options should know, for the log.
+#[must_use]
+pub fn notices(options: &Options) -> Vec<String> {
+    let mut notices = Vec::new();
+    if options.ownership.killpriv_v2 && !host_clears_capabilities(&options.extended_attributes) {
+        notices.push(
+            "--killpriv-v2 has no effect: --xattrmap stores security.capability under another \
+             name, which the host doesn't clear when a file is written, so the guest's kernel has \
+             to"
+            .to_owned(),
+        );
+    }
+    notices
 }
 
 /// The options of the file system and of the FUSE session.
-fn share(options: &Options) -> Result<Share, OptionConflict> {
+fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConflict> {
     let (sharing, caching) = (&options.sharing, &options.caching);
     let (ownership, xattrs) = (&options.ownership, &options.extended_attributes);
     check_handleless(caching, sharing)?;
-    let cache = passthrough::Cache::from(caching.cache);
+    let cache = caching.cache;
     let attribute_ttl = caching.attr_timeout.unwrap_or(cache.ttl());
     let entry_ttl = caching.entry_timeout.unwrap_or(cache.ttl());
     let readdirplus = if caching.cache == Cache::Never || caching.no_readdirplus {
         Readdirplus::Never
     } else {
         Readdirplus::Auto
+    };
+    let xattr = serves_xattrs(xattrs, behaviour)?;
+    let handles = if caching.no_open {
+        InodeFileHandles::Never
+    } else {
+        behaviour.inode_file_handles
     };
     Ok(Share {
         file_system: passthrough::Options {
@@ -108,12 +180,12 @@ fn share(options: &Options) -> Result<Share, OptionConflict> {
             groups: id_map("--translate-gid", &ownership.translate_gid)?,
             attribute_ttl,
             entry_ttl,
-            xattr: !xattrs.no_xattr,
+            xattr,
             xattr_map: xattrs.xattrmap.clone(),
             allow_direct_io: caching.allow_direct_io,
             readonly: sharing.readonly,
             announce_submounts: !sharing.no_announce_submounts,
-            inode_file_handles: sharing.inode_file_handles.into(),
+            inode_file_handles: sharing.inode_file_handles.unwrap_or(handles),
             preserve_noatime: sharing.preserve_noatime,
             max_open_inodes: sharing.max_open_inodes.map(NonZeroUsize::get),
             max_inodes: sharing.max_inodes.get(),
@@ -128,9 +200,9 @@ fn share(options: &Options) -> Result<Share, OptionConflict> {
             negative_ttl: caching.negative_timeout,
             writeback: caching.writeback && !sharing.readonly,
             submounts: !sharing.no_announce_submounts,
-            kill_set_id: clears_set_id(ownership, xattrs),
+            kill_set_id: clears_set_id(options, xattr, behaviour),
             security_label: xattrs.security_label,
-            posix_acl: xattrs.posix_acl.into(),
+            posix_acl: xattrs.posix_acl,
             no_open: caching.no_open,
             no_opendir: caching.no_opendir,
             direct_io_mmap: caching.allow_mmap,
@@ -152,15 +224,34 @@ fn request_queues(connection: &Connection, workers: NonZeroUsize) -> NonZeroU16 
     })
 }
 
+/// Whether the server ends when the first VMM has disconnected. Nobody else has a reason to connect
+/// to a socket that a launcher has made for one VMM, but a VMM that finds its session in a state
+/// file may connect again.
+fn ends_with_vmm(options: &Options, behaviour: &Behaviour) -> bool {
+    let connection = &options.connection;
+    let has_launcher = connection.fd.is_some() && options.recovery.state.is_none();
+    connection.once || !connection.keep_listening && (behaviour.once || has_launcher)
+}
+
 impl TryFrom<Options> for Config {
     type Error = OptionConflict;
 
     fn try_from(options: Options) -> Result<Self, OptionConflict> {
-        let share = share(&options)?;
+        let connection = &options.connection;
+        let behaviour = connection.compat.unwrap_or_default().behaviour();
+        let share = share(&options, behaviour)?;
+        let once = ends_with_vmm(&options, behaviour);
         let connection = options.connection;
         let workers = connection.workers.unwrap_or_else(Self::default_workers);
+        let request_queues = request_queues(&connection, workers);
+        let pid_file = connection.pid_file.or_else(|| {
+            let socket = connection.socket.as_ref().filter(|_| behaviour.pid_file)?;
+            let mut path = socket.clone().into_os_string();
+            path.push(".pid");
+            Some(path.into())
+        });
         Ok(Self {
-            request_queues: request_queues(&connection, workers),
+            request_queues,
             listen: match (connection.socket, connection.fd) {
                 (Some(path), _) => Listen::Path(path),
                 (None, fd) => Listen::Inherited(fd.unwrap_or(-1)),
@@ -169,13 +260,15 @@ impl TryFrom<Options> for Config {
             socket_group: connection.socket_group,
             tag: connection.tag,
             workers,
-            runtime: connection.runtime.into(),
+            pid_file,
+            replaces_files: behaviour.replaces_files,
+            runtime: connection.runtime,
             poll: Duration::from_micros(u64::from(connection.poll_us)),
             state: options.recovery.state,
-            once: connection.once,
+            once,
             supervise: options.recovery.supervise,
             descriptors: match options.sharing.rlimit_nofile {
-                None => Descriptors::Most,
+                None => behaviour.descriptors,
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
@@ -235,11 +328,80 @@ mod tests {
         }
         for off in [
             &["--no-xattr"][..],
+            &["--compat=virtiofsd"],
+            &["--compat=virtiofsd", "--xattr"],
             &["--xattrmap=:map::user.guest.:"],
             &["--killpriv-v2", "--no-killpriv-v2"],
         ] {
             assert!(!clears(off), "{off:?}");
         }
+    }
+
+    #[test]
+    fn server_ends_with_the_vmm_where_nobody_else_connects() {
+        let once = |arguments: &[&str]| config(arguments).once;
+        assert!(once(&[]));
+        assert!(once(&["--supervise"]));
+        assert!(!once(&["--state=/s"]));
+        assert!(!once(&["--keep-listening"]));
+        assert!(!once(&["--once", "--keep-listening"]));
+        assert!(once(&["--keep-listening", "--once", "--state=/s"]));
+        assert!(once(&["--compat=virtiofsd", "--state=/s"]));
+        assert!(!once(&["--compat=virtiofsd", "--keep-listening"]));
+        let socket = |arguments: &[&str]| {
+            let required = ["ringfsd", "--socket=/s", "--shared-dir=/d"];
+            let options = Options::try_parse_from(required.iter().chain(arguments)).unwrap();
+            Config::try_from(options).unwrap()
+        };
+        assert!(!socket(&[]).once);
+        assert!(socket(&["--once"]).once);
+        let other = socket(&["--compat=virtiofsd"]);
+        assert!(other.once);
+        assert_eq!(other.pid_file, Some("/s.pid".into()));
+        assert_eq!(socket(&[]).pid_file, None);
+        assert_eq!(config(&["--compat=virtiofsd"]).pid_file, None);
+    }
+
+    #[test]
+    fn what_needs_extended_attributes_brings_them() {
+        let served = |arguments: &[&str]| {
+            let compat = ["--compat=virtiofsd"];
+            let arguments: Vec<_> = compat.iter().chain(arguments).copied().collect();
+            config(&arguments).share.file_system.xattr
+        };
+        assert!(!served(&[]));
+        assert!(!served(&["--posix-acl=never", "--security-label=never"]));
+        for bringing in [
+            "--xattr",
+            "--posix-acl",
+            "--posix-acl=AUTO",
+            "--security-label=auto",
+            "--xattrmap=:map::user.guest.:",
+        ] {
+            assert!(served(&[bringing]), "{bringing}");
+        }
+        assert!(served(&["--no-xattr", "--posix-acl"]));
+        let own = [
+            "ringfsd",
+            "--fd=3",
+            "--shared-dir=/d",
+            "--no-xattr",
+            "--posix-acl",
+        ];
+        let refused = Config::try_from(Options::try_parse_from(own).unwrap()).unwrap_err();
+        assert!(refused.to_string().contains("--no-xattr"), "{refused}");
+    }
+
+    #[test]
+    fn set_id_bits_are_left_to_the_guest_where_the_host_cannot_clear_capabilities() {
+        let kills = |arguments: &[&str]| config(arguments).share.session.kill_set_id;
+        assert!(kills(&["--killpriv-v2"]));
+        assert!(!kills(&["--killpriv-v2", "--no-killpriv-v2"]));
+        assert!(!kills(&["--killpriv-v2", "--xattrmap=:map::user.guest.:"]));
+        assert!(kills(&[
+            "--killpriv-v2",
+            "--xattrmap=:map:trusted.:user.guest.:"
+        ]));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{ArgGroup, Args};
 
 use super::seconds::seconds;
 use crate::fs::passthrough::InodeFileHandles;
@@ -52,15 +52,17 @@ pub struct Sharing {
     ///   then
     /// - prefer: wherever file handles work
     /// - mandatory: refuse to start if unavailable
+    ///
+    /// [default: never; prefer with --compat virtiofsd]
     #[arg(
         long,
         value_name = "WHEN",
         value_enum,
-        default_value_t,
+        ignore_case = true,
         hide_possible_values = true,
         verbatim_doc_comment
     )]
-    pub inode_file_handles: FileHandles,
+    pub inode_file_handles: Option<InodeFileHandles>,
 
     /// Keep O_NOATIME when the guest opens a file
     ///
@@ -127,7 +129,7 @@ pub struct Sharing {
     /// Each inode that the guest knows, and each file that it has open, needs a descriptor. A value
     /// above the hard limit needs CAP_SYS_RESOURCE. 0 keeps both limits as they are.
     ///
-    /// [default: the hard limit]
+    /// [default: the hard limit; 1000000 if permitted with --compat virtiofsd]
     #[arg(long, value_name = "N")]
     pub rlimit_nofile: Option<u64>,
 
@@ -138,26 +140,4 @@ pub struct Sharing {
     /// that exports the directory by NFS, or whose programs use open_by_handle_at(2).
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub remember_inodes: usize,
-}
-
-/// `--inode-file-handles`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum FileHandles {
-    /// Descriptors, and names when these run short.
-    #[default]
-    Never,
-    /// File handles wherever they work.
-    Prefer,
-    /// File handles, or an error.
-    Mandatory,
-}
-
-impl From<FileHandles> for InodeFileHandles {
-    fn from(handles: FileHandles) -> Self {
-        match handles {
-            FileHandles::Never => Self::Never,
-            FileHandles::Prefer => Self::Prefer,
-            FileHandles::Mandatory => Self::Mandatory,
-        }
-    }
 }

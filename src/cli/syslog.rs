@@ -8,11 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
+use super::persona::Behaviour;
+
 /// Where syslog listens.
 const SOCKET: &str = "/dev/log";
-
-/// The facility for daemons, times 8 (RFC 3164, 4.1.1).
-const DAEMON: u8 = 3 << 3;
 
 /// A connection to syslog; clones share it.
 #[derive(Clone, Debug)]
@@ -44,14 +43,21 @@ impl AsFd for Syslog {
 
 /// The header of a record of this level; `pid` is the server's process ID on the host.
 #[must_use]
-pub fn header(level: log::Level, pid: u32) -> String {
+pub fn header(behaviour: &Behaviour, level: log::Level, pid: u32) -> String {
     let severity = match level {
         log::Level::Error => 3,
         log::Level::Warn => 4,
         log::Level::Info => 6,
         log::Level::Debug | log::Level::Trace => 7,
     };
-    format!("<{}>ringfsd[{pid}]: ", DAEMON | severity)
+    let Behaviour {
+        program,
+        syslog_facility,
+        ..
+    } = behaviour;
+    // RFC 3164, 4.1.1.
+    let priority = syslog_facility << 3 | severity;
+    format!("<{priority}>{program}[{pid}]: ")
 }
 
 impl io::Write for Syslog {
@@ -69,6 +75,7 @@ impl io::Write for Syslog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::Persona;
     use std::io::Write;
 
     #[test]
@@ -77,11 +84,14 @@ mod tests {
         let mut syslog = Syslog {
             socket: Arc::new(sender),
         };
-        let line = format!("{}it listens\n", header(log::Level::Info, 17));
+        let own = Persona::Ringfsd.behaviour();
+        let line = format!("{}it listens\n", header(own, log::Level::Info, 17));
         syslog.write_all(line.as_bytes()).unwrap();
         let mut bytes = [0; 100];
         let len = receiver.recv(&mut bytes).unwrap();
         assert_eq!(&bytes[..len], b"<30>ringfsd[17]: it listens");
-        assert!(header(log::Level::Error, 1).starts_with("<27>"));
+        assert!(header(own, log::Level::Error, 1).starts_with("<27>"));
+        let other = Persona::Virtiofsd.behaviour();
+        assert_eq!(header(other, log::Level::Warn, 1), "<12>virtiofsd[1]: ");
     }
 }

@@ -81,7 +81,7 @@ pub struct SessionOptions {
     /// The server clears set-user-ID bits when the guest asks for it.
     pub kill_set_id: bool,
     /// Requests that create an inode carry a security label.
-    pub security_label: bool,
+    pub security_label: Wanted,
     /// The guest enforces POSIX ACLs.
     pub posix_acl: Wanted,
     /// The guest may cache writes.
@@ -119,7 +119,7 @@ impl Default for SessionOptions {
             cache_symlinks: false,
             submounts: false,
             kill_set_id: false,
-            security_label: false,
+            security_label: Wanted::No,
             posix_acl: Wanted::No,
             writeback: false,
             no_open: false,
@@ -235,6 +235,8 @@ pub(super) enum NegotiationError {
     TooOld { major: u32, minor: u32 },
     #[error("the guest doesn't support POSIX ACLs, which the options require")]
     NoPosixAcl,
+    #[error("the guest doesn't support security labels, which the options require")]
+    NoSecurityLabel,
 }
 
 /// Negotiates an INIT.
@@ -260,6 +262,9 @@ pub(super) fn negotiate(
     let flags = offered & accepted_by_options(options);
     if options.posix_acl == Wanted::Needed && !flags.contains(InitFlags::POSIX_ACL) {
         return Err(NegotiationError::NoPosixAcl);
+    }
+    if options.security_label == Wanted::Needed && !flags.contains(InitFlags::SECURITY_CTX) {
+        return Err(NegotiationError::NoSecurityLabel);
     }
     let max_write = options.max_write.clamp(PAGE, SessionOptions::MAX_WRITE);
     let max_pages = if flags.contains(InitFlags::MAX_PAGES) {
@@ -311,7 +316,10 @@ fn accepted_by_options(options: &SessionOptions) -> InitFlags {
         (options.cache_symlinks, InitFlags::CACHE_SYMLINKS),
         (options.submounts, InitFlags::SUBMOUNTS),
         (options.kill_set_id, InitFlags::HANDLE_KILLPRIV_V2),
-        (options.security_label, InitFlags::SECURITY_CTX),
+        (
+            options.security_label != Wanted::No,
+            InitFlags::SECURITY_CTX,
+        ),
         (options.posix_acl != Wanted::No, InitFlags::POSIX_ACL),
         (options.posix_acl != Wanted::No, InitFlags::SETXATTR_EXT),
         (options.writeback, InitFlags::WRITEBACK_CACHE),

@@ -64,6 +64,7 @@ pub struct ExecHandover(BTreeMap<String, String>);
 pub(crate) struct ServerFds {
     pub(crate) listener: Listener,
     pub(crate) state: OwnedFd,
+    pub(crate) pid_file: Option<OwnedFd>,
 }
 
 /// What is on the list about the processes: the sandbox, and the upgrade in progress.
@@ -162,6 +163,10 @@ impl ExecHandover {
         })?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
         let state = self.fd_identity("state")?.take()?;
+        let pid_file = self
+            .optional("pid-file", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -175,7 +180,12 @@ impl ExecHandover {
             })?,
         };
         let past = InheritedSandbox { ids, sandbox_refs };
-        Ok((PassedOn { past, attempt }, ServerFds { listener, state }))
+        let fds = ServerFds {
+            listener,
+            state,
+            pid_file,
+        };
+        Ok((PassedOn { past, attempt }, fds))
     }
 }
 
@@ -185,6 +195,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
     pub(super) state: BorrowedFd<'a>,
+    pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
 
@@ -222,6 +233,9 @@ impl Outgoing<'_> {
             list.add("socket-inode", inode);
         }
         list.open("state", self.state)?;
+        if let Some(pid_file) = self.pid_file {
+            list.open("pid-file", pid_file)?;
+        }
         list.add("since", self.attempt.since.as_nanos());
         if let Some(old) = &self.attempt.old {
             list.fd_identity("old", old);

@@ -15,7 +15,7 @@ use crate::sandbox::{
     Ending, Ids, InheritedSandbox, Options, Report, Respawn, Respawned, SandboxError, SandboxRefs,
     ServingProcess, now,
 };
-use crate::sys::process::SUPERVISED;
+use crate::sys::process::{self, SUPERVISED};
 use crate::sys::supervision::{self, Queued};
 
 /// What a supervisor waits for.
@@ -43,7 +43,8 @@ struct Child {
 pub(super) struct Supervisor {
     respawn: Respawn,
     child: Option<Child>,
-    stopping: bool,
+    /// The signal that asked the server to end.
+    asked_by: Option<i32>,
     /// An upgrade was requested before the report of a serving process was read.
     requested: Option<Event>,
 }
@@ -58,7 +59,7 @@ impl Supervisor {
         Ok(Self {
             respawn: Respawn::begin(options, keep, past)?,
             child: None,
-            stopping: false,
+            asked_by: None,
             requested: None,
         })
     }
@@ -104,8 +105,8 @@ impl Supervisor {
                 Some(signal) if signal.number == libc::SIGHUP => {
                     self.requested = Some(Event::Upgrade(signal.queued));
                 }
-                Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
-                    self.stopping = true;
+                Some(signal) if process::ENDING.contains(&signal.number) => {
+                    self.asked_by = Some(signal.number);
                     self.signal(Signal::TERM)?;
                 }
                 _ => {}
@@ -159,9 +160,16 @@ impl Supervisor {
     ///
     /// A seccomp filter of the launcher forbids a call.
     pub(super) fn is_to_stop(&mut self) -> std::io::Result<bool> {
-        let signals = [libc::SIGTERM, libc::SIGINT];
-        self.stopping |= supervision::take_signal(&signals, Some(Duration::ZERO))?.is_some();
-        Ok(self.stopping)
+        if let Some(signal) = supervision::take_signal(&process::ENDING, Some(Duration::ZERO))? {
+            self.asked_by = Some(signal.number);
+        }
+        Ok(self.asked_by.is_some())
+    }
+
+    /// The signal that has asked the server to end, as far as [`is_to_stop`](Self::is_to_stop) and
+    /// [`next_event`](Self::next_event) have seen one.
+    pub(super) fn asked_by(&self) -> Option<i32> {
+        self.asked_by
     }
 
     /// Whether there is a serving process.

@@ -6,13 +6,14 @@
 //! other.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use crate::sys::process;
+use crate::sys::{process, supervision};
 
 /// The guardian.
 #[derive(Debug)]
@@ -40,25 +41,31 @@ impl Guardian {
     }
 
     /// Waits for the serving process to end, and passes on to it the signals that ask this process
-    /// to end.
+    /// to end. Returns the last of these signals, too.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub fn watch(&self) -> std::io::Result<Ending> {
+    pub fn watch(&self) -> std::io::Result<(Ending, Option<i32>)> {
+        let mut asked_by = None;
         loop {
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
                     if let Some(ending) = Ending::of(status) {
-                        return Ok(ending);
+                        // Both processes may have got the signal.
+                        let signals = process::ending_signals()?;
+                        let pending = supervision::take_signal(&signals, Some(Duration::ZERO))?;
+                        return Ok((ending, pending.map(|signal| signal.number).or(asked_by)));
                     }
                 }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
             // A signal that has arrived since then is still pending, as all are blocked.
-            if process::next_signal()? != libc::SIGCHLD {
+            let signal = process::next_signal()?;
+            if signal != libc::SIGCHLD {
+                asked_by = Some(signal);
                 match rustix::process::kill_process(self.child, Signal::TERM) {
                     // It has ended, and its SIGCHLD is pending.
                     Ok(()) | Err(Errno::SRCH) => {}

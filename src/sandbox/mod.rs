@@ -385,6 +385,15 @@ pub fn release_hangup() -> std::io::Result<()> {
     Ok(process::unblock_hangup()?)
 }
 
+/// The signals that ask a server without a supervisor to end.
+///
+/// # Errors
+///
+/// A seccomp filter of the launcher forbids a call.
+pub fn ending_signals() -> std::io::Result<Vec<i32>> {
+    Ok(process::ending_signals()?)
+}
+
 /// Unblocks the signals that [`begin`] has blocked.
 ///
 /// # Errors

@@ -48,6 +48,19 @@ pub enum ServerError {
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
+    /// The PID file can't be written.
+    #[error("writing the PID file {path}")]
+    PidFile {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another server has the PID file.
+    #[error(
+        "the PID file {0} is locked by another server, which is still running: give each its own"
+    )]
+    PidFileInUse(PathBuf),
     /// The sandbox can't be set up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),

@@ -13,6 +13,7 @@ use crate::fs::passthrough::{
     self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, PreviousProcess,
     Shared,
 };
+use crate::fuse::Wanted;
 use crate::recovery::OpenedTable;
 use crate::sandbox::Needs;
 use crate::state::Table;
@@ -68,10 +69,8 @@ pub(super) fn build(
         reserved_descriptors: reserved_descriptors(config),
         ..config.share.file_system.clone()
     };
-    let unsettable = config
-        .share
-        .session
-        .security_label
+    let labels = config.share.session.security_label != Wanted::No;
+    let unsettable = labels
         .then(|| passthrough::label_that_needs_privilege(options.xattr_map.as_ref()))
         .flatten();
     let failed = |error| share_error(&config.shared_dir, error);

@@ -10,6 +10,7 @@ mod error;
 mod file_system;
 mod limits;
 mod parent_process;
+mod pid_file;
 mod service;
 
 use std::io;
@@ -35,6 +36,7 @@ pub use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
 use self::file_system::{Built, Entered};
+use self::pid_file::PidFile;
 
 /// Which of the two processes this is.
 #[derive(Debug)]
@@ -69,6 +71,7 @@ struct ServerResources {
     runtime: Chosen,
     listener: Listener,
     state: TableLocation,
+    pid_file: Option<PidFile>,
     layer: Layer,
 }
 
@@ -113,6 +116,7 @@ impl Server {
             ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
                 resources.listener.into_file(),
+                resources.pid_file,
             ))),
             ForkResult::Serving(process) => {
                 resources.serve(process).map(Box::new).map(Started::Serving)
@@ -185,8 +189,12 @@ impl ServerResources {
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
             Listen::Path(path) => {
                 let path = path.clone();
+                let replaces = config.replaces_files;
                 Box::new(move || {
-                    let bind = || Listener::bind(&path);
+                    let bind = || match replaces {
+                        true => Listener::bind_over(&path),
+                        false => Listener::bind(&path),
+                    };
                     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
                     let listener = recovery::wait_while(bind, busy)?;
                     if let Some(group) = group {
@@ -207,6 +215,13 @@ impl ServerResources {
             Descriptors::Most => {
                 file_system::raise_descriptor_limit();
             }
+            Descriptors::AtLeast(limit) => {
+                let raised = file_system::raise_descriptor_limit();
+                if raised.is_some_and(|raised| raised < limit) {
+                    // Needs a privilege.
+                    let _ = file_system::set_descriptor_limit(limit);
+                }
+            }
             Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
                 .map_err(|source| ServerError::Descriptors { limit, source })?,
         }
@@ -214,11 +229,15 @@ impl ServerResources {
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
         let state = locate_table(&config)?;
+        let listener = listen()?;
+        // A launcher that waits for this file expects to be able to connect.
+        let pid_file = PidFile::create(&config)?;
         Ok(Self {
-            listener: listen()?,
+            listener,
             config,
             runtime,
             state,
+            pid_file,
             layer,
         })
     }
@@ -233,6 +252,11 @@ impl Resources for ServerResources {
         let config = self.config;
         let limits = table_limits(&config);
         let (supervised, again) = (process.is_supervised(), process.is_successor());
+        // The guardian has it. A supervisor's descriptors are this process's, too.
+        match self.pid_file.take() {
+            Some(pid_file) if supervised => std::mem::forget(pid_file),
+            pid_file => drop(pid_file),
+        }
         let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
         let opened = self.state.open(&limits, again)?;
         let has_waited = again && opened.table.is_announced();
@@ -276,7 +300,12 @@ impl Resources for ServerResources {
     }
 
     fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
-        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        let all = [
+            log,
+            Some(self.listener.as_fd()),
+            self.state.file(),
+            self.pid_file(),
+        ];
         all.into_iter().flatten().collect()
     }
 
@@ -290,6 +319,10 @@ impl Resources for ServerResources {
 
     fn state(&self) -> Option<BorrowedFd<'_>> {
         self.state.file()
+    }
+
+    fn pid_file(&self) -> Option<BorrowedFd<'_>> {
+        self.pid_file.as_ref().map(AsFd::as_fd)
     }
 }
 

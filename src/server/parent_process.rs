@@ -6,6 +6,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::pid_file::PidFile;
 use super::{Server, ServerError, ServerResources, Started};
 use crate::recovery::{ExecHandover, Forked, RecoveryError, Supervision, TableLocation, Watched};
 use crate::sandbox::{self, Guardian};
@@ -21,15 +22,21 @@ enum Role {
     Waiting {
         guardian: Guardian,
         _socket: Option<SocketFile>,
+        _pid_file: Option<PidFile>,
     },
     Supervising(Box<Supervision<ServerResources>>),
 }
 
 impl ParentProcess {
-    pub(super) fn waiting(guardian: Guardian, socket: Option<SocketFile>) -> Self {
+    pub(super) fn waiting(
+        guardian: Guardian,
+        socket: Option<SocketFile>,
+        pid_file: Option<PidFile>,
+    ) -> Self {
         Self(Role::Waiting {
             guardian,
             _socket: socket,
+            _pid_file: pid_file,
         })
     }
 
@@ -58,6 +65,7 @@ impl ParentProcess {
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),
             layer,
+            pid_file: fds.pid_file.map(PidFile::left),
         };
         Supervision::take_over(resources, &sandbox, log, passed_on).map(Started::of)
     }
@@ -72,8 +80,8 @@ impl ParentProcess {
         sandbox::forget_set_up();
         match self.0 {
             Role::Waiting { guardian, .. } => {
-                let ending = guardian.watch().map_err(RecoveryError::Watch)?;
-                Ok(Watched::Ended(ending))
+                let (ending, asked_by) = guardian.watch().map_err(RecoveryError::Watch)?;
+                Ok(Watched::Ended { ending, asked_by })
             }
             Role::Supervising(supervision) => supervision.watch(log),
         }

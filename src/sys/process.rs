@@ -75,14 +75,15 @@ pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
-/// The signals that end the server, and the one that reports a child's end.
-const GUARDED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
+/// The signals that ask every server to end.
+pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
-/// The signals that a supervisor waits for: the same, the one that asks for an upgrade, and the one
-/// that announces a report of the serving process.
-pub(crate) const SUPERVISED: [libc::c_int; 5] = [
+/// The signals that a supervisor waits for: the same, the one that reports a child's end, the one
+/// that asks for an upgrade, and the one that announces a report of the serving process.
+pub(crate) const SUPERVISED: [libc::c_int; 6] = [
     libc::SIGTERM,
     libc::SIGINT,
+    libc::SIGQUIT,
     libc::SIGCHLD,
     libc::SIGHUP,
     libc::SIGIO,
@@ -110,15 +111,36 @@ fn mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), Errno> {
     }
 }
 
-/// Blocks `SIGTERM`, `SIGINT` and `SIGCHLD`. Also resets the action of `SIGCHLD`: if a launcher has
-/// it ignored, children can't be waited for.
+/// The signals that ask an unsupervised server to end: [`ENDING`], and `SIGHUP` unless the launcher
+/// has it ignored (`nohup`).
+///
+/// # Errors
+///
+/// The error of a seccomp filter.
+pub(crate) fn ending_signals() -> Result<Vec<libc::c_int>, Errno> {
+    let mut signals = ENDING.to_vec();
+    if !is_ignored(libc::SIGHUP)? {
+        signals.push(libc::SIGHUP);
+    }
+    Ok(signals)
+}
+
+/// The same, and the signal that reports a child's end.
+fn guarded() -> Result<Vec<libc::c_int>, Errno> {
+    let mut signals = ending_signals()?;
+    signals.push(libc::SIGCHLD);
+    Ok(signals)
+}
+
+/// Blocks the signals that ask the server to end, and `SIGCHLD`. Also resets the action of
+/// `SIGCHLD`: if a launcher has it ignored, children can't be waited for.
 ///
 /// # Errors
 ///
 /// The error of a seccomp filter.
 pub(crate) fn block_signals() -> Result<(), Errno> {
     set_default(libc::SIGCHLD)?;
-    mask(libc::SIG_BLOCK, &GUARDED)
+    mask(libc::SIG_BLOCK, &guarded()?)
 }
 
 /// Blocks the supervisor's signals too ([`SUPERVISED`]). Installs a handler for `SIGHUP`, which
@@ -138,13 +160,13 @@ pub(crate) fn block_supervisors_signals() -> Result<(), Errno> {
     }
 }
 
-/// Unblocks `SIGTERM`, `SIGINT` and `SIGCHLD`.
+/// Unblocks what [`block_signals`] has blocked.
 ///
 /// # Errors
 ///
 /// The error of a seccomp filter.
 pub(crate) fn unblock_signals() -> Result<(), Errno> {
-    mask(libc::SIG_UNBLOCK, &GUARDED)
+    mask(libc::SIG_UNBLOCK, &guarded()?)
 }
 
 /// Unblocks `SIGHUP`.
@@ -158,9 +180,10 @@ pub(crate) fn unblock_hangup() -> Result<(), Errno> {
 
 /// Signals that have a meaning here, and that a launcher may have set to be ignored: a child's end,
 /// requests to end, faults.
-const NOT_IGNORED: [libc::c_int; 9] = [
+const NOT_IGNORED: [libc::c_int; 10] = [
     libc::SIGTERM,
     libc::SIGINT,
+    libc::SIGQUIT,
     libc::SIGCHLD,
     libc::SIGBUS,
     libc::SIGSEGV,
@@ -170,9 +193,22 @@ const NOT_IGNORED: [libc::c_int; 9] = [
     libc::SIGSYS,
 ];
 
-/// Resets the signals that a launcher has blocked or ignored. Ignores `SIGXFSZ`, so that a write
-/// beyond `RLIMIT_FSIZE` fails with `EFBIG` and doesn't end the process. With `supervises`,
-/// [`SUPERVISED`] stay blocked: some may be pending.
+/// Signals that have no meaning here, and would end a process that doesn't know them; real-time
+/// signals are others.
+const MEANINGLESS: [libc::c_int; 8] = [
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+    libc::SIGIO,
+];
+
+/// Resets the signals that a launcher has blocked or ignored. Ignores signals that mean nothing
+/// here, and `SIGXFSZ`, so that a write beyond `RLIMIT_FSIZE` fails with `EFBIG` and doesn't end the
+/// process. With `supervises`, [`SUPERVISED`] stay blocked and aren't ignored: some may be pending.
 ///
 /// # Errors
 ///
@@ -183,9 +219,15 @@ pub(crate) fn reset_signals(supervises: bool) -> Result<(), Errno> {
             set_default(signal)?;
         }
     }
-    // SAFETY: an ignored signal runs no code of this process.
-    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
-        return Err(last_errno());
+    let real_time = libc::SIGRTMIN()..=libc::SIGRTMAX();
+    for signal in MEANINGLESS
+        .into_iter()
+        .chain(real_time)
+        .chain([libc::SIGXFSZ])
+    {
+        if !(supervises && SUPERVISED.contains(&signal)) {
+            ignore(signal)?;
+        }
     }
     mask(
         libc::SIG_SETMASK,
@@ -209,7 +251,7 @@ fn is_ignored(signal: libc::c_int) -> Result<bool, Errno> {
 ///
 /// The error of a seccomp filter.
 pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
-    let set = signal_set(&GUARDED);
+    let set = signal_set(&guarded()?);
     loop {
         // SAFETY: the kernel reads `set`, and no information on the signal is requested.
         match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {
@@ -219,6 +261,14 @@ pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
             },
             signal => return Ok(signal),
         }
+    }
+}
+
+fn ignore(signal: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: an ignored signal runs no code of this process.
+    match unsafe { libc::signal(signal, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(last_errno()),
+        _ => Ok(()),
     }
 }
 

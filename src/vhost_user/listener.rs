@@ -111,6 +111,19 @@ impl Listener {
     /// Fails if a running server or something other than a socket is at `path`, or if the host
     /// refuses.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
+        Self::bind_replacing(path, false)
+    }
+
+    /// As [`bind`](Self::bind), but also replaces a file that isn't a socket.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a running server or a directory is at `path`, or if the host refuses.
+    pub fn bind_over(path: &Path) -> Result<Self, ListenError> {
+        Self::bind_replacing(path, true)
+    }
+
+    fn bind_replacing(path: &Path, any: bool) -> Result<Self, ListenError> {
         let fail = |source| ListenError::Bind {
             path: path.to_owned(),
             source,
@@ -123,6 +136,10 @@ impl Listener {
             });
         }
         match std::fs::symlink_metadata(path) {
+            Ok(there) if !there.file_type().is_socket() && any => {
+                log::warn!("replacing {}, which is not a socket", path.display());
+                std::fs::remove_file(path).map_err(fail)?;
+            }
             Ok(there) if !there.file_type().is_socket() => {
                 return Err(ListenError::NotASocket(path.to_owned()));
             }
@@ -410,6 +427,14 @@ mod tests {
         let error = Listener::bind(&path).unwrap_err();
         assert!(matches!(error, ListenError::NotASocket(_)));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        let listener = Listener::bind_over(&path).unwrap();
+        assert!(matches!(
+            Listener::bind_over(&path),
+            Err(ListenError::InUse(_))
+        ));
+        drop(listener);
+        std::fs::create_dir(&path).unwrap();
+        assert!(Listener::bind_over(&path).is_err());
     }
 
     #[test]

@@ -569,6 +569,91 @@ fn a_guest_without_acls_is_refused_where_they_are_needed() {
 }
 
 #[test]
+fn a_guest_without_labels_is_refused_where_they_are_needed() {
+    for (option, with, without) in [
+        ("--security-label=never", false, true),
+        ("--security-label=auto", true, true),
+        ("--security-label", true, false),
+    ] {
+        for (offers, served) in [
+            (vmm::fuse::LINUX_OFFERS | init::SECURITY_CTX, true),
+            (vmm::fuse::LINUX_OFFERS & !init::SECURITY_CTX, without),
+        ] {
+            let server = Server::start(&[option]);
+            let stream = server.connect();
+            let session = Profile::Simple.connect(stream, &Options::default());
+            let mut fs = Client::new(session.unwrap());
+            assert_eq!(fs.init_offering(offers).is_ok(), served, "{option}");
+            let offered = offers & init::SECURITY_CTX != 0;
+            let agreed = served && fs.has(init::SECURITY_CTX);
+            assert_eq!(agreed, with && offered, "{option}");
+        }
+    }
+}
+
+#[test]
+fn ids_in_acls_are_translated_both_ways() {
+    let server = Server::start(&[
+        "--posix-acl",
+        "--translate-uid=map:1000:5000:100",
+        "--translate-gid=map:2000:6000:100",
+        "--translate-gid=forbid-guest:70:1",
+    ]);
+    let acl = |user: u32, group: u32| {
+        let mut acl = 2_u32.to_le_bytes().to_vec();
+        for (tag, rights, id) in [
+            (1_u16, 7_u16, u32::MAX),
+            (2, 6, user),
+            (4, 5, u32::MAX),
+            (8, 4, group),
+            (16, 7, u32::MAX),
+            (32, 0, u32::MAX),
+        ] {
+            acl.extend(tag.to_le_bytes());
+            acl.extend(rights.to_le_bytes());
+            acl.extend(id.to_le_bytes());
+        }
+        acl
+    };
+    let path = server.share().join("dir");
+    std::fs::create_dir(&path).unwrap();
+    let (guest, host) = (acl(1007, 2008), acl(5007, 6008));
+    if !testing::set_on_host(&path, "system.posix_acl_default", &host) {
+        println!("SKIPPED: the file system of the tests has no ACLs");
+        return;
+    }
+    let mut fs = session(&server);
+    let dir = fs.lookup(ROOT, c"dir").unwrap().nodeid;
+    assert_eq!(
+        fs.getxattr(dir, c"system.posix_acl_default").unwrap(),
+        guest
+    );
+    // What a file inherits is what the guest would have set.
+    let (file, _) = fs.create(dir, c"file", 0o777).unwrap();
+    assert_eq!(
+        fs.getxattr(file.nodeid, c"system.posix_acl_access")
+            .unwrap(),
+        guest
+    );
+
+    let on_host = |name: &str| {
+        let mut value = [0; 100];
+        let len = rustix::fs::getxattr(&path, name, &mut value).unwrap();
+        value[..len].to_vec()
+    };
+    fs.setxattr(dir, c"system.posix_acl_access", &guest, 0)
+        .unwrap();
+    assert_eq!(on_host("system.posix_acl_access"), host);
+    // Ids without a rule stay.
+    fs.setxattr(dir, c"system.posix_acl_access", &acl(7, 8), 0)
+        .unwrap();
+    assert_eq!(on_host("system.posix_acl_access"), acl(7, 8));
+    let refused = fs.setxattr(dir, c"system.posix_acl_access", &acl(7, 70), 0);
+    assert_eq!(refused.unwrap_err().errno(), Some(libc::EPERM));
+    assert_eq!(on_host("system.posix_acl_access"), acl(7, 8));
+}
+
+#[test]
 fn attributes_have_other_names_on_the_host() {
     let server = Server::start(&["--xattrmap", ":map:trusted.:user.guest.:"]);
     let path = server.share().join("file");

@@ -42,6 +42,9 @@ pub(crate) trait Resources: Sized {
 
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
+
+    /// The file that has the server's process id.
+    fn pid_file(&self) -> Option<BorrowedFd<'_>>;
 }
 
 /// A score of serving processes in a row that were killed too early.
@@ -74,7 +77,12 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub enum Watched<S> {
     /// The server has ended.
-    Ended(Ending),
+    Ended {
+        /// How its serving process has ended.
+        ending: Ending,
+        /// The signal that has asked for it.
+        asked_by: Option<i32>,
+    },
     /// This is a new serving process.
     Serving(Box<S>),
 }
@@ -207,9 +215,12 @@ impl<R: Resources> Supervision<R> {
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched<R::Server> {
         drop(self.resources.listener_mut().take_file());
+        // A signal that a seccomp filter keeps from being seen has asked for nothing.
+        let _ = self.supervisor.is_to_stop();
+        let asked_by = self.supervisor.asked_by();
         // The serving process may have closed the descriptors, or opened others in their places.
         std::mem::forget(self);
-        Watched::Ended(ending)
+        Watched::Ended { ending, asked_by }
     }
 
     /// Handles the report of a process that serves since `since`.

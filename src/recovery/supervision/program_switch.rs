@@ -116,6 +116,7 @@ impl<R: Resources> Supervision<R> {
             supervisor: &self.supervisor,
             listener: self.resources.listener(),
             state,
+            pid_file: self.resources.pid_file(),
             attempt,
         };
         let list = match outgoing.write() {

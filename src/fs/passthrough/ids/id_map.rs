@@ -22,10 +22,8 @@ pub enum IdRuleError {
     /// A number was expected.
     #[error("`{0}` is not an id or count from 0 to 4294967294")]
     Number(String),
-    /// It is empty or exceeds the last id.
-    #[error(
-        "{count} ids from {base} on: there must be at least one, and the last id is 4294967294"
-    )]
+    /// It exceeds the last id.
+    #[error("{count} ids from {base} on: the last id is 4294967294")]
     Range {
         /// The first id.
         base: u32,
@@ -70,18 +68,32 @@ struct Range {
 }
 
 impl Range {
-    fn new(base: u32, count: u32, becomes: Becomes) -> std::result::Result<Self, IdRuleError> {
-        check(base, count)?;
-        match becomes {
-            Becomes::From(first) => check(first, count)?,
-            Becomes::One(id) => check(id, 1)?,
-            Becomes::Nothing => {}
+    /// `None` if it has no ids.
+    fn new(
+        base: u32,
+        count: u32,
+        becomes: Becomes,
+    ) -> std::result::Result<Option<Self>, IdRuleError> {
+        if count == 0 {
+            return Ok(None);
         }
-        Ok(Self {
+        match becomes {
+            Becomes::From(first) => {
+                check(base, count)?;
+                check(first, count)?;
+            }
+            Becomes::One(id) => {
+                check(base, count)?;
+                check(id, 1)?;
+            }
+            // The guest may not use the number that is no id either.
+            Becomes::Nothing => check(base, count - 1)?,
+        }
+        Ok(Some(Self {
             base,
             count,
             becomes,
-        })
+        }))
     }
 
     fn find(&self, id: u32) -> Option<Result<u32>> {
@@ -97,8 +109,8 @@ impl Range {
 /// Checks that the ids exist: system calls use the last number for "none".
 fn check(base: u32, count: u32) -> std::result::Result<(), IdRuleError> {
     match base.checked_add(count) {
-        Some(_) if count > 0 => Ok(()),
-        _ => Err(IdRuleError::Range { base, count }),
+        Some(_) => Ok(()),
+        None => Err(IdRuleError::Range { base, count }),
     }
 }
 
@@ -106,9 +118,14 @@ impl FromStr for IdRule {
     type Err = IdRuleError;
 
     fn from_str(text: &str) -> std::result::Result<Self, IdRuleError> {
-        let (kind, numbers) = text.split_once(':').ok_or(IdRuleError::Form)?;
-        let numbers: Vec<u32> = numbers
-            .split(':')
+        // The first character that can't be part of the kind separates all numbers.
+        let is_separator = |c: char| !(c.is_alphanumeric() || matches!(c, '-' | '_'));
+        let at = text.find(is_separator).ok_or(IdRuleError::Form)?;
+        let (kind, rest) = text.split_at(at);
+        let separator = rest.chars().next().ok_or(IdRuleError::Form)?;
+        let numbers: Vec<u32> = rest
+            .split(separator)
+            .skip(1)
             .map(|number| {
                 number
                     .parse()
@@ -116,25 +133,25 @@ impl FromStr for IdRule {
             })
             .collect::<std::result::Result<_, _>>()?;
         let (mut guest, mut host) = (None, None);
-        match (kind, numbers.as_slice()) {
+        match (kind.to_lowercase().as_str(), numbers.as_slice()) {
             ("guest", &[base, to, count]) => {
-                guest = Some(Range::new(base, count, Becomes::From(to))?);
+                guest = Range::new(base, count, Becomes::From(to))?;
             }
             ("host", &[base, to, count]) => {
-                host = Some(Range::new(base, count, Becomes::From(to))?);
+                host = Range::new(base, count, Becomes::From(to))?;
             }
             ("map", &[base, to, count]) => {
-                guest = Some(Range::new(base, count, Becomes::From(to))?);
-                host = Some(Range::new(to, count, Becomes::From(base))?);
+                guest = Range::new(base, count, Becomes::From(to))?;
+                host = Range::new(to, count, Becomes::From(base))?;
             }
             ("squash-guest", &[base, to, count]) => {
-                guest = Some(Range::new(base, count, Becomes::One(to))?);
+                guest = Range::new(base, count, Becomes::One(to))?;
             }
             ("squash-host", &[base, to, count]) => {
-                host = Some(Range::new(base, count, Becomes::One(to))?);
+                host = Range::new(base, count, Becomes::One(to))?;
             }
             ("forbid-guest", &[base, count]) => {
-                guest = Some(Range::new(base, count, Becomes::Nothing)?);
+                guest = Range::new(base, count, Becomes::Nothing)?;
             }
             _ => return Err(IdRuleError::Form),
         }
@@ -172,6 +189,11 @@ impl IdMap {
             }
         }
         Ok(Self { guest, host })
+    }
+
+    /// Whether all ids stay the same.
+    pub(super) fn is_empty(&self) -> bool {
+        self.guest.is_empty() && self.host.is_empty()
     }
 
     /// Maps an id of the guest to the host's.
@@ -250,6 +272,33 @@ mod tests {
     }
 
     #[test]
+    fn rules_without_ids_map_none() {
+        let empty = map(&[
+            "map:0:0:0",
+            "guest:0:1:0",
+            "host:0:1:0",
+            "squash-guest:0:1:0",
+            "squash-host:0:1:0",
+            "forbid-guest:0:0",
+        ]);
+        assert!(empty.is_empty());
+        assert!(!map(&["forbid-guest:0:1"]).is_empty());
+        // They overlap with none.
+        let one = map(&["map:0:1000:10", "map:5:0:0", "forbid-guest:7:0"]);
+        assert_eq!(one, map(&["map:0:1000:10"]));
+    }
+
+    #[test]
+    fn kind_and_separator_have_several_spellings() {
+        for other in ["MAP:0:1:1", "Map|0|1|1", "map,0,1,1", "map 0 1 1"] {
+            assert_eq!(map(&[other]), map(&["map:0:1:1"]), "{other}");
+        }
+        let all = map(&["forbid-guest:0:4294967295"]);
+        assert_eq!(all.to_host(u32::MAX - 1), Err(Errno::PERM));
+        assert_eq!(map(&["forbid-guest:4294967295:1"]).to_host(7), Ok(7));
+    }
+
+    #[test]
     fn invalid_rule_is_refused() {
         for (text, error) in [
             ("", IdRuleError::Form),
@@ -259,7 +308,8 @@ mod tests {
             ("mop:0:1:2", IdRuleError::Form),
             ("map:0:x:2", IdRuleError::Number("x".to_owned())),
             ("map:0:-1:2", IdRuleError::Number("-1".to_owned())),
-            ("map:0:1:0", IdRuleError::Range { base: 0, count: 0 }),
+            ("map", IdRuleError::Form),
+            ("map:0,1,1", IdRuleError::Number("0,1,1".to_owned())),
             (
                 "map:0:4294967290:6",
                 IdRuleError::Range {

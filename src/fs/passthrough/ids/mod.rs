@@ -3,11 +3,13 @@
 //! The invariant: an id of the guest reaches the host only after it was mapped, and an id of the
 //! host likewise.
 
+mod acl;
 mod credentials;
 mod id_map;
 
 use std::os::fd::OwnedFd;
 
+pub(crate) use self::acl::ACCESS as ACCESS_ACL;
 pub(crate) use self::credentials::{CredentialsGuard, overrides, prepare_thread};
 pub use self::id_map::{IdMap, IdOverlap, IdRule, IdRuleError};
 
@@ -42,6 +44,14 @@ impl Ids {
             uid: self.users.to_guest(on_host.uid),
             gid: self.groups.to_guest(on_host.gid),
             ..on_host
+        }
+    }
+
+    /// The maps for the ids in ACLs.
+    pub(crate) fn acls(&self) -> acl::Maps<'_> {
+        acl::Maps {
+            users: &self.users,
+            groups: &self.groups,
         }
     }
 

@@ -10,10 +10,8 @@ use rustix::fs::{AtFlags, Mode, XattrFlags};
 
 use super::Operations;
 use super::attributes::PERMISSIONS;
+use crate::fs::passthrough::ids::ACCESS_ACL;
 use crate::fs::{Caller, NodeId, Result};
-
-/// The ACL that controls access to the file itself.
-const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
 impl Operations {
     /// Calls `set`. If that succeeds, clears the set-group-ID bit of the file at `path`, as
@@ -65,7 +63,8 @@ impl Operations {
         flags: XattrFlags,
     ) -> Result<()> {
         self.with_path_for(Some(caller), node, |path| {
-            let set = || self.xattrs.set(path, name, value, flags);
+            let value = self.ids.acls().to_host(name, value)?;
+            let set = || self.xattrs.set(path, name, &value, flags);
             if caller.kill_set_id && name == ACCESS_ACL {
                 // The flag says that the caller isn't in the file's group.
                 return self.without_set_group_id(path, set);
@@ -75,7 +74,11 @@ impl Operations {
     }
 
     pub(crate) fn xattr(&self, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
-        self.with_path(node, |path| self.xattrs.get(path, name, limit))
+        self.with_path(node, |path| {
+            let mut value = self.xattrs.get(path, name, limit)?;
+            self.ids.acls().to_guest(name, &mut value)?;
+            Ok(value)
+        })
     }
 
     pub(crate) fn xattr_len(&self, node: NodeId, name: &CStr) -> Result<usize> {

@@ -82,6 +82,12 @@ pub struct XattrMap {
 }
 
 impl XattrMap {
+    /// Whether the guest's attribute `name` has another name on the host.
+    #[must_use]
+    pub fn renames(&self, name: &CStr) -> bool {
+        self.to_host(name).is_ok_and(|on_host| *on_host != *name)
+    }
+
     /// Maps the guest's `name` to the host's.
     ///
     /// # Errors
