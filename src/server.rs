@@ -13,6 +13,7 @@ mod limits;
 mod parent_process;
 mod predecessor;
 mod service;
+mod service_manager;
 mod state_file;
 mod upgrade;
 
@@ -35,6 +36,7 @@ pub use self::service::{Exit, Service, ServiceOptions};
 pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 use self::file_system::{Built, Entered};
+use self::service_manager::ServiceManager;
 use self::state_file::State;
 
 /// Which of the two processes this is from now on.
@@ -67,6 +69,7 @@ struct ServerResources {
     runtime: Chosen,
     listener: Listener,
     state: State,
+    manager: ServiceManager,
 }
 
 impl Server {
@@ -87,7 +90,9 @@ impl Server {
         if let Some(past) = past {
             return ParentProcess::take_over(config, log, past);
         }
-        let resources = ServerResources::new(config)?;
+        let manager = ServiceManager::from_environment();
+        config.sandbox.reports = manager.wants_reports();
+        let resources = ServerResources::new(config, manager)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
@@ -95,6 +100,7 @@ impl Server {
             ForkResult::Outside(guardian) => Ok(Started::Outside(ParentProcess::waiting(
                 guardian,
                 resources.listener.into_file(),
+                resources.manager,
             ))),
             ForkResult::Inside(inside) => {
                 resources.serve(inside).map(Box::new).map(Started::Inside)
@@ -159,12 +165,19 @@ impl Server {
 }
 
 impl ServerResources {
-    fn new(config: Config) -> Result<Self, ServerError> {
+    fn new(config: Config, manager: ServiceManager) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
+        let passed = match &config.listen {
+            Listen::Path(path) => service_manager::passed_listener(path)?,
+            Listen::Inherited(_) => None,
+        };
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
             Listen::Path(path) => {
                 let path = path.clone();
                 Box::new(move || {
+                    if let Some(listener) = passed {
+                        return Ok(listener);
+                    }
                     let bind = || Listener::bind(&path);
                     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
                     let listener = predecessor::wait_while(bind, busy)?;
@@ -198,6 +211,7 @@ impl ServerResources {
             config,
             runtime,
             state,
+            manager,
         })
     }
 
@@ -243,7 +257,7 @@ impl ServerResources {
         };
         let service = Service::over(fs, options, self.runtime, table)
             .keeping(config.state.is_some())
-            .reporting(place.serving, has_waited);
+            .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
             service,
             listener: self.listener,

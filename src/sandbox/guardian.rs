@@ -2,17 +2,20 @@
 //! process, and ends the way that process has ended.
 //!
 //! It keeps what the serving process can't: the socket's path, and the process id that the launcher
-//! knows. It reads nothing that a guest or a VMM sends. The invariant: neither process outlives the
-//! other.
+//! knows. It reads nothing that a guest or a VMM sends, and of the serving process's reports only that
+//! there is one. The invariant: neither process outlives the other.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use crate::sys::process;
+use super::supervisor::{Event, Report};
+use crate::sys::process::{self, GUARDED, REPORTED_TO};
+use crate::sys::supervision::{signal_on_input, take_signal};
 
 /// The guardian.
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub struct Guardian {
     child: Pid,
     /// The write end of the [`DeathPipe`], open as long as the guardian lives.
     _write_end: OwnedFd,
+    /// The pipe on which the serving process reports, if it is to.
+    reports: Option<OwnedFd>,
 }
 
 /// How the serving process has ended.
@@ -32,38 +37,69 @@ pub enum Ending {
 }
 
 impl Guardian {
-    pub(super) fn new(child: Pid, write_end: OwnedFd) -> Self {
+    pub(super) fn new(child: Pid, write_end: OwnedFd, reports: Option<OwnedFd>) -> Self {
         Self {
             child,
             _write_end: write_end,
+            reports,
         }
     }
 
-    /// Waits for the serving process to end, and passes on to it the signals that ask this process
-    /// to end.
+    /// The serving process.
+    #[must_use]
+    pub fn child(&self) -> Pid {
+        self.child
+    }
+
+    /// Waits for the serving process to end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`next_event`](Self::next_event).
+    pub fn watch(&self) -> std::io::Result<Ending> {
+        loop {
+            if let Some(Event::Ended(ending)) = self.next_event(None)? {
+                return Ok(ending);
+            }
+        }
+    }
+
+    /// Waits for the next event: the serving process serves, it is asked to end, or it has ended.
+    /// Passes on to it the signals that ask this process to end. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub fn watch(&self) -> std::io::Result<Ending> {
+    pub fn next_event(&self, timeout: Option<Duration>) -> std::io::Result<Option<Event>> {
+        let signals: &[libc::c_int] = match &self.reports {
+            None => &GUARDED,
+            Some(_) => &REPORTED_TO,
+        };
         loop {
+            if let Some(report) = self.reports.as_ref().and_then(Report::read) {
+                return Ok(Some(Event::Serving(report.since)));
+            }
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
                     if let Some(ending) = ending(status) {
-                        return Ok(ending);
+                        return Ok(Some(Event::Ended(ending)));
                     }
                 }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
             // A signal that has arrived since then is still pending, as all are blocked.
-            if process::next_signal()? != libc::SIGCHLD {
-                match rustix::process::kill_process(self.child, Signal::TERM) {
-                    // It has ended, and its SIGCHLD is pending.
-                    Ok(()) | Err(Errno::SRCH) => {}
-                    Err(error) => return Err(error.into()),
+            match take_signal(signals, timeout)? {
+                None => return Ok(None),
+                Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
+                    match rustix::process::kill_process(self.child, Signal::TERM) {
+                        // It has ended, and its SIGCHLD is pending.
+                        Ok(()) | Err(Errno::SRCH) => return Ok(Some(Event::Stopping)),
+                        Err(error) => return Err(error.into()),
+                    }
                 }
+                Some(_) => {}
             }
         }
     }
@@ -115,6 +151,15 @@ pub(super) struct DeathPipe(OwnedFd);
 pub(super) fn death_pipe() -> Result<(DeathPipe, OwnedFd), Errno> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     Ok((DeathPipe(read), write))
+}
+
+/// Makes the pipe on which the serving process reports: the guardian's end, which announces each
+/// report by `SIGIO`, and the serving process's.
+pub(super) fn report_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    process::block_reports()?;
+    let (reports, report) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    signal_on_input(&reports)?;
+    Ok((reports, report))
 }
 
 impl DeathPipe {

@@ -175,6 +175,8 @@ pub enum Event {
     Ended(Ending),
     /// A client asks for an upgrade; with what its signal carried.
     Upgrade(Option<Queued>),
+    /// The server was asked to end, and so was the serving process.
+    Stopping,
 }
 
 /// The serving process.
@@ -292,27 +294,29 @@ impl Supervisor {
             change_ids: self.ids.change,
             death_pipe,
             report: Some(report),
+            supervised: true,
             shared,
             previous,
         }))
     }
 
     /// Waits for the next event. Signals that ask this process to end are passed on to the serving
-    /// process.
+    /// process. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub fn next_event(&mut self) -> std::io::Result<Event> {
+    pub fn next_event(&mut self, timeout: Option<Duration>) -> std::io::Result<Option<Event>> {
         loop {
             if let Some(event) = self.poll()? {
-                return Ok(event);
+                return Ok(Some(event));
             }
             if let Some(requested) = self.requested.take() {
-                return Ok(requested);
+                return Ok(Some(requested));
             }
             // A signal that has arrived since then is still pending, as all are blocked.
-            match supervision::take_signal(&SUPERVISED, None)? {
+            match supervision::take_signal(&SUPERVISED, timeout)? {
+                None => return Ok(None),
                 // The kernel delivers the lowest number first, so the report of a process that has
                 // started to serve may be waiting too, and must be read first.
                 Some(signal) if signal.number == libc::SIGHUP => {
@@ -321,8 +325,9 @@ impl Supervisor {
                 Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
                     self.stopping = true;
                     self.signal(Signal::TERM)?;
+                    return Ok(Some(Event::Stopping));
                 }
-                _ => {}
+                Some(_) => {}
             }
         }
     }
@@ -390,6 +395,12 @@ impl Supervisor {
         let signals = [libc::SIGTERM, libc::SIGINT];
         self.stopping |= supervision::take_signal(&signals, Some(Duration::ZERO))?.is_some();
         Ok(self.stopping)
+    }
+
+    /// The serving process, if there is one.
+    #[must_use]
+    pub fn child(&self) -> Option<Pid> {
+        self.child.as_ref().map(|child| child.pid)
     }
 
     /// Whether there is a serving process.
@@ -463,10 +474,10 @@ pub fn now() -> Duration {
 
 /// What a serving process sends to its guardian once it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Report {
+pub(super) struct Report {
     root: RawFd,
     mounts: Option<RawFd>,
-    since: Duration,
+    pub(super) since: Duration,
 }
 
 impl Report {
@@ -481,7 +492,8 @@ impl Report {
         bytes
     }
 
-    fn read(pipe: &OwnedFd) -> Option<Self> {
+    /// The next report, if there is one.
+    pub(super) fn read(pipe: &OwnedFd) -> Option<Self> {
         let mut bytes = [0; Self::LEN];
         if rustix::io::read(pipe, &mut bytes) != Ok(Self::LEN) {
             return None;
@@ -495,7 +507,7 @@ impl Report {
     }
 }
 
-/// The serving process's end of the pipe on which it reports to a supervisor that it serves.
+/// The serving process's end of the pipe on which it reports to its guardian that it serves.
 #[derive(Debug, Default)]
 pub struct Serving {
     pub(super) pipe: Option<OwnedFd>,
@@ -504,7 +516,7 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Reports that the process serves; does nothing without a supervisor.
+    /// Reports that the process serves; does nothing if nobody is to know.
     pub fn tell(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {

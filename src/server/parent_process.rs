@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::exec_handover::{ExecHandover, START_TIMEOUT, UpgradeAttempt, milliseconds};
+use super::service_manager::{ServiceManager, Silence};
 use super::state_file::State;
 use super::upgrade::UpgradeRequest;
 use super::{Server, ServerError, ServerResources, Started};
@@ -56,6 +57,7 @@ enum Role {
     Waiting {
         guardian: Guardian,
         _socket: Option<SocketFile>,
+        manager: ServiceManager,
     },
     Supervising(Box<Supervising>),
 }
@@ -92,10 +94,15 @@ pub(super) struct Supervising {
 }
 
 impl ParentProcess {
-    pub(super) fn waiting(guardian: Guardian, socket: Option<SocketFile>) -> Self {
+    pub(super) fn waiting(
+        guardian: Guardian,
+        socket: Option<SocketFile>,
+        manager: ServiceManager,
+    ) -> Self {
         Self(Role::Waiting {
             guardian,
             _socket: socket,
+            manager,
         })
     }
 
@@ -122,6 +129,7 @@ impl ParentProcess {
             runtime,
             listener: fds.listener,
             state: State::Common(fds.state),
+            manager: ServiceManager::from_environment(),
         };
         let keep = resources.keep(log);
         let supervisor = Supervisor::begin(&resources.config.sandbox, &keep, Some(past))?;
@@ -137,11 +145,31 @@ impl ParentProcess {
     pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
         sandbox::forget_set_up();
         match self.0 {
-            Role::Waiting { guardian, .. } => {
-                let ending = guardian.watch().map_err(ServerError::Watch)?;
+            Role::Waiting {
+                guardian, manager, ..
+            } => {
+                let ending = wait(&guardian, manager).map_err(ServerError::Watch)?;
                 Ok(Watched::Ended(ending))
             }
             Role::Supervising(supervising) => supervising.watch(log),
+        }
+    }
+}
+
+/// Waits for the serving process to end, and keeps the service manager informed.
+fn wait(guardian: &Guardian, mut manager: ServiceManager) -> std::io::Result<Ending> {
+    loop {
+        match guardian.next_event(manager.timeout())? {
+            Some(Event::Ended(ending)) => return Ok(ending),
+            Some(Event::Serving(_)) => manager.serves(),
+            Some(Event::Stopping) => manager.stops(),
+            // Only a supervisor is asked for one.
+            Some(Event::Upgrade(_)) => {}
+            None => {
+                if manager.check(Some(guardian.child())) == Silence::Hang {
+                    log::error!("the serving process hangs: leaving it to the service manager");
+                }
+            }
         }
     }
 }
@@ -188,12 +216,13 @@ impl Supervising {
     fn watch(mut self: Box<Self>, log: Option<BorrowedFd<'_>>) -> Result<Watched, ServerError> {
         loop {
             let event = match &self.attempt {
-                None => Some(self.supervisor.next_event().map_err(ServerError::Watch)?),
-                Some(_) => {
-                    let event = self.supervisor.next_within(START_TIMEOUT);
-                    event.map_err(ServerError::Watch)?
+                None => {
+                    let timeout = self.resources.manager.timeout();
+                    self.supervisor.next_event(timeout)
                 }
+                Some(_) => self.supervisor.next_within(START_TIMEOUT),
             };
+            let event = event.map_err(ServerError::Watch)?;
             let restart = match event {
                 Some(Event::Serving(since)) => {
                     self.served(since);
@@ -213,6 +242,14 @@ impl Supervising {
                     Some(ending) => return Ok(self.end(ending)),
                     None => true,
                 },
+                Some(Event::Stopping) => {
+                    self.resources.manager.stops();
+                    false
+                }
+                None if self.attempt.is_none() => {
+                    self.check_silence().map_err(ServerError::Watch)?;
+                    false
+                }
                 None => {
                     let reason = "the new program did not get as far as serving";
                     self.fall_back(reason).map_err(ServerError::Watch)?;
@@ -236,8 +273,20 @@ impl Supervising {
         Watched::Ended(ending)
     }
 
+    /// Looks at a serving process that has not reported for long, and kills it if it hangs: the next
+    /// one resumes the session.
+    fn check_silence(&mut self) -> std::io::Result<()> {
+        let child = self.supervisor.child();
+        if self.resources.manager.check(child) == Silence::Hang {
+            log::error!("the serving process hangs: killing it");
+            self.supervisor.kill()?;
+        }
+        Ok(())
+    }
+
     /// Handles the report of a process that serves since `since`.
     fn served(&mut self, since: Duration) {
+        self.resources.manager.serves();
         let pause = self
             .down_since
             .take()
@@ -247,7 +296,8 @@ impl Supervising {
         } else if let Some(pause) = pause {
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
-        self.serving_since = Some(since);
+        // A report is repeated as a heartbeat.
+        self.serving_since.get_or_insert(since);
     }
 
     /// Handles the end of the serving process. Returns an ending if the server ends with it.

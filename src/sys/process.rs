@@ -76,7 +76,12 @@ pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
 }
 
 /// The signals that end the server, and the one that reports a child's end.
-const GUARDED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
+pub(crate) const GUARDED: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD];
+
+/// The signals that a guardian waits for whose serving process reports: the same, and the one that
+/// announces a report.
+pub(crate) const REPORTED_TO: [libc::c_int; 4] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGCHLD, libc::SIGIO];
 
 /// The signals that a supervisor waits for: the same, the one that asks for an upgrade, and the one
 /// that announces a report of the serving process.
@@ -119,6 +124,15 @@ fn mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), Errno> {
 pub(crate) fn block_signals() -> Result<(), Errno> {
     set_default(libc::SIGCHLD)?;
     mask(libc::SIG_BLOCK, &GUARDED)
+}
+
+/// Blocks `SIGIO`, which announces a report of the serving process.
+///
+/// # Errors
+///
+/// The error of a seccomp filter.
+pub(crate) fn block_reports() -> Result<(), Errno> {
+    mask(libc::SIG_BLOCK, &[libc::SIGIO])
 }
 
 /// Blocks the supervisor's signals too ([`SUPERVISED`]). Installs a handler for `SIGHUP`, which
@@ -200,25 +214,6 @@ fn is_ignored(signal: libc::c_int) -> Result<bool, Errno> {
     match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) } {
         0 => Ok(action.sa_sigaction == libc::SIG_IGN),
         _ => Err(last_errno()),
-    }
-}
-
-/// Waits for one of the blocked signals and returns its number.
-///
-/// # Errors
-///
-/// The error of a seccomp filter.
-pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
-    let set = signal_set(&GUARDED);
-    loop {
-        // SAFETY: the kernel reads `set`, and no information on the signal is requested.
-        match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {
-            -1 => match last_errno() {
-                Errno::INTR => {}
-                errno => return Err(errno),
-            },
-            signal => return Ok(signal),
-        }
     }
 }
 

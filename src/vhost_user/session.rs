@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -336,6 +337,10 @@ impl<'a, R: Runner> Session<'a, R> {
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
+    }
+
+    pub(super) fn heartbeat(&mut self) -> Option<Instant> {
+        self.runner.heartbeat()
     }
 
     pub(super) fn resumed(&mut self) {

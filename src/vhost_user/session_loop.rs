@@ -105,7 +105,10 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
             let watch = self
                 .private_memory
                 .watch(kick.as_ref().and_then(Option::as_ref));
-            let (len, last) = match message_reader::wait(&self.proxy.socket, stop.asked, watch) {
+            let heartbeat = self.lock().heartbeat();
+            let incoming = message_reader::wait(&self.proxy.socket, stop.asked, watch, heartbeat);
+            let (len, last) = match incoming {
+                Ok(Incoming::HeartbeatDue) => continue,
                 Ok(Incoming::WatchFired) => {
                     if self.private_memory.watch_fired() {
                         self.lock().warn_of_private_memory();
