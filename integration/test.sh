@@ -90,7 +90,7 @@ if wanted package; then
     step 'packages: build, install, serve, remove; the crate as it would be published'
     integration/guest/setup.sh
     cargo xtask package check
-    # Compiles nothing: the sources are those that were compiled before.
+    # Without compiling: the sources are those that have been compiled.
     cargo package --locked --offline --no-verify --allow-dirty --quiet
     integration/package/published.sh
 fi

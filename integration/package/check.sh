@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs the Debian package in a clean Debian that runs systemd in namespaces, starts each unit with
 # all of its restrictions, serves requests to a front end, upgrades, and removes the package again:
-# nothing may be left. Lists the RPM.
+# nothing may be left. One of the front ends is a real guest. Lists the RPM.
 #
-# Needs root, and what `cargo xtask package check` builds. The Debian is made once, from the package
+# Needs root, what `cargo xtask package check` builds, and what integration/guest/setup.sh installs. The Debian is made once, from the package
 # source of this machine, and kept in target/package.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -170,6 +170,12 @@ check_units() {
     serves /run/ringfsd/one.sock
     serves /run/ringfsd/two.sock
     serves /run/ringfsd-user/mine.sock
+    # A real guest. It may make device nodes, as the unit leaves the right to.
+    integration/guest/run.sh --socket "/proc/$init/root/run/ringfsd/one.sock" --timeout 300 -- \
+        'echo guest >/mnt/made && mknod /mnt/device c 1 3 && chmod 4755 /mnt/made && ls -l /mnt' >&2 ||
+        die 'no guest on ringfsd@one'
+    [[ $(<"$root/srv/one/made") == guest && -c $root/srv/one/device && -u $root/srv/one/made ]] ||
+        die 'the guest has made something else'
     manage reload ringfsd@one ringfsd-state@two ringfsd-user@mine
     serves /run/ringfsd/one.sock
     serves /run/ringfsd/two.sock
