@@ -12,7 +12,8 @@ use rustix::process::{Pid, Signal, WaitOptions};
 
 use super::guardian::{Ending, ending};
 use super::privileges;
-use super::supervisor::{FdIdentity, now};
+use super::report::now;
+use super::supervisor::FdIdentity;
 use crate::sys::process::{self, Fork};
 use crate::sys::supervision;
 pub use crate::sys::supervision::{Peer, Queued};

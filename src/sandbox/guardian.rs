@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use super::supervisor::{Event, Report};
+use super::report::Report;
 use crate::sys::process::{self, GUARDED, REPORTED_TO};
 use crate::sys::supervision::{signal_on_input, take_signal};
 
@@ -25,6 +25,17 @@ pub struct Guardian {
     _write_end: OwnedFd,
     /// The pipe on which the serving process reports, if it is to.
     reports: Option<OwnedFd>,
+}
+
+/// What a guardian waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The serving process reports that it serves.
+    Serving,
+    /// The server was asked to end, and so was the serving process.
+    Stopping,
+    /// The serving process has ended.
+    Ended(Ending),
 }
 
 /// How the serving process has ended.
@@ -55,35 +66,34 @@ impl Guardian {
     ///
     /// # Errors
     ///
-    /// As for [`next_event`](Self::next_event).
+    /// As for [`next_change`](Self::next_change).
     pub fn watch(&self) -> std::io::Result<Ending> {
         loop {
-            if let Some(Event::Ended(ending)) = self.next_event(None)? {
+            if let Some(Change::Ended(ending)) = self.next_change(None)? {
                 return Ok(ending);
             }
         }
     }
 
-    /// Waits for the next event: the serving process serves, it is asked to end, or it has ended.
-    /// Passes on to it the signals that ask this process to end. Returns `None` after `timeout`.
+    /// Waits for the next change. Passes on to it the signals that ask this process to end. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub fn next_event(&self, timeout: Option<Duration>) -> std::io::Result<Option<Event>> {
+    pub fn next_change(&self, timeout: Option<Duration>) -> std::io::Result<Option<Change>> {
         let signals: &[libc::c_int] = match &self.reports {
             None => &GUARDED,
             Some(_) => &REPORTED_TO,
         };
         loop {
-            if let Some(report) = self.reports.as_ref().and_then(Report::read) {
-                return Ok(Some(Event::Serving(report.since)));
+            if self.reports.as_ref().and_then(Report::read).is_some() {
+                return Ok(Some(Change::Serving));
             }
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
                     if let Some(ending) = ending(status) {
-                        return Ok(Some(Event::Ended(ending)));
+                        return Ok(Some(Change::Ended(ending)));
                     }
                 }
                 Err(Errno::INTR) => {}
@@ -95,7 +105,7 @@ impl Guardian {
                 Some(signal) if matches!(signal.number, libc::SIGTERM | libc::SIGINT) => {
                     match rustix::process::kill_process(self.child, Signal::TERM) {
                         // It has ended, and its SIGCHLD is pending.
-                        Ok(()) | Err(Errno::SRCH) => return Ok(Some(Event::Stopping)),
+                        Ok(()) | Err(Errno::SRCH) => return Ok(Some(Change::Stopping)),
                         Err(error) => return Err(error.into()),
                     }
                 }

@@ -13,6 +13,7 @@ mod id_map;
 mod mounts;
 mod paths;
 mod privileges;
+mod report;
 mod supervisor;
 mod syscall_allowlist;
 
@@ -24,13 +25,12 @@ use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
 pub use self::filter::{Filter, FilterError, Seccomp};
-pub use self::guardian::{Ending, Guardian};
+pub use self::guardian::{Change, Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 
-pub use self::supervisor::{
-    Event, FdIdentity, Identity, Ids, Past, SandboxRefs, Serving, Supervisor, now,
-};
+pub use self::report::{Serving, now};
+pub use self::supervisor::{Event, FdIdentity, Identity, Ids, Past, SandboxRefs, Supervisor};
 
 use self::guardian::DeathPipe;
 use self::id_map::Maps;

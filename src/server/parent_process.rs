@@ -15,7 +15,7 @@ use super::service_manager::{ServiceManager, Silence};
 use super::state_file::State;
 use super::upgrade::UpgradeRequest;
 use super::{Server, ServerError, ServerResources, Started};
-use crate::sandbox::{self, Ending, Event, Guardian, Supervisor};
+use crate::sandbox::{self, Change, Ending, Event, Guardian, Supervisor};
 use crate::vhost_user::SocketFile;
 
 /// The exit status of a serving process that leaves its session to the next one.
@@ -159,12 +159,10 @@ impl ParentProcess {
 /// Waits for the serving process to end, and keeps the service manager informed.
 fn wait(guardian: &Guardian, mut manager: ServiceManager) -> std::io::Result<Ending> {
     loop {
-        match guardian.next_event(manager.timeout())? {
-            Some(Event::Ended(ending)) => return Ok(ending),
-            Some(Event::Serving(_)) => manager.serves(),
-            Some(Event::Stopping) => manager.stops(),
-            // Only a supervisor is asked for one.
-            Some(Event::Upgrade(_)) => {}
+        match guardian.next_change(manager.timeout())? {
+            Some(Change::Ended(ending)) => return Ok(ending),
+            Some(Change::Serving) => manager.serves(),
+            Some(Change::Stopping) => manager.stops(),
             None => {
                 if manager.check(Some(guardian.child())) == Silence::Hang {
                     log::error!("the serving process hangs: leaving it to the service manager");

@@ -197,6 +197,7 @@ pub(super) fn passed_listener(path: &Path) -> Result<Option<Listener>, ListenErr
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixDatagram;
 
     use super::*;
@@ -242,9 +243,15 @@ mod tests {
         let (mut manager, socket) = manager(dir.path(), Some(Duration::ZERO));
         let mut child = std::process::Command::new("cat")
             .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
         let pid = Pid::from_child(&child);
+        // While it is being loaded it may wait for the disk.
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(&[0]).unwrap();
+        let mut output = child.stdout.take().unwrap();
+        output.read_exact(&mut [0]).unwrap();
         manager.serves();
         assert_eq!(manager.check(Some(pid)), Silence::Hang);
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
