@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_configuration_space_holds_tag_and_queues() {
+    fn configuration_space_has_tag_and_queues() {
         let device = Device {
             tag: Some("shared".parse().unwrap()),
             request_queues: NonZeroU16::new(4).unwrap(),

@@ -12,8 +12,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use ringfsd::cli::{self, LogLevel, Options, Syslog, Upgrade};
 use ringfsd::config::Config;
+use ringfsd::error_chain;
+use ringfsd::recovery::{self, ExecHandover, Watched};
 use ringfsd::sandbox::{self, Ending};
-use ringfsd::server::{self, ExecHandover, Exit, Server, Started, Watched, chain};
+use ringfsd::server::{self, Exit, Server, Started};
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {
@@ -66,13 +68,13 @@ fn main() -> ExitCode {
 /// Replaces a running server with this program.
 fn upgrade(arguments: &[OsString]) -> ExitCode {
     let pid = Upgrade::parse_from(arguments.iter().skip(1)).pid;
-    match server::ask(pid) {
+    match recovery::ask(pid) {
         Ok(outcome) => {
             println!("{outcome}");
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("ringfsd: {}", chain(&error));
+            eprintln!("ringfsd: {}", error_chain::one_line(&error));
             ExitCode::FAILURE
         }
     }
@@ -109,9 +111,9 @@ fn run(config: Config, log: Option<&Syslog>) -> Result<ExitCode, Box<dyn std::er
     sandbox::reset_inherited(handover.is_some())?;
     let log = log.map(AsFd::as_fd);
     let server = match Server::start(config, log, handover)? {
-        Started::Inside(server) => server,
-        Started::Outside(outside) => match outside.watch(log)? {
-            Watched::Inside(server) => server,
+        Started::Serving(server) => server,
+        Started::Guardian(parent) => match parent.watch(log)? {
+            Watched::Serving(server) => server,
             Watched::Ended(ending) => {
                 if matches!(ending, Ending::Signal(_)) {
                     log::error!("{ending}");

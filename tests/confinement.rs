@@ -141,10 +141,10 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         return ExitCode::from(if out { OUT } else { HELD });
     }
     let inside = match sandbox::begin(&options, &[]).unwrap() {
-        ForkResult::Outside(guardian) => {
+        ForkResult::Guardian(guardian) => {
             return ExitCode::from(guardian.watch().unwrap().pass_on());
         }
-        ForkResult::Inside(inside) => inside,
+        ForkResult::Serving(inside) => inside,
     };
     let needs = Needs {
         readonly: false,

@@ -155,7 +155,7 @@ fn a_file_without_a_name_goes_along_by_its_handle() {
 
 #[test]
 fn what_no_source_says_harms_nobody() {
-    use ringfsd::state::stream::{self, Find};
+    use ringfsd::migration::stream::{self, Find};
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"there");

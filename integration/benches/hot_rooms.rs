@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::fuse::{OUT_HEADER_LEN, request};
+use ringfsd::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
 use ringfsd::scheduler;
 use ringfsd::state::{Limits, Table};
-use ringfsd::virtqueue::memory::{MemoryLostEvent, Region};
 use ringfsd::virtqueue::{
-    Call, Chain, Features, InflightPart, Journal, Memory, Queue, QueueIndex, RingAddresses, Setup,
-    Tracking,
+    Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup, Tracking,
 };
 use vmm::memory::{Buf, Gpa};
 use vmm::ring::QueueOptions;
@@ -74,7 +73,14 @@ impl Ring {
         let file = mapped.fd().try_clone_to_owned().expect("a descriptor");
         let user = mapped.user_address();
         let alarm = Arc::new(MemoryLostEvent::new().expect("an alarm"));
-        let region = Region::map(file.into(), 0, 0, user, MEMORY, &alarm);
+        let description = RegionDescription {
+            file: file.into(),
+            offset: 0,
+            guest: 0,
+            user,
+            len: MEMORY,
+        };
+        let region = Region::map(description, &alarm);
         let regions = vec![region.expect("a region")];
         let ours = Arc::new(Memory::new(regions, None).expect("a memory table"));
         let at = driver.addresses();

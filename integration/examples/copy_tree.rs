@@ -22,6 +22,7 @@ use std::time::Instant;
 use std::{fs, thread};
 
 use clap::{Parser, ValueEnum};
+use ringfsd::error_chain;
 use ringfsd::io::{Attempt, Choice, File, GuestBuffer, choose, spawn};
 use ringfsd::scheduler::{Receiver, Sender, channel};
 use ringfsd::worker::Threads;
@@ -89,12 +90,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(e) => {
-            eprintln!("copy_tree: {e}");
-            let mut source = e.source();
-            while let Some(cause) = source {
-                eprintln!("  because {cause}");
-                source = cause.source();
-            }
+            eprintln!("copy_tree: {}", error_chain::one_line(&*e));
             ExitCode::FAILURE
         }
     }

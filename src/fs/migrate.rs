@@ -5,7 +5,7 @@
 
 use rustix::io::Errno;
 
-use crate::state::stream::{Snapshot, StreamError};
+use crate::migration::stream::{Snapshot, StreamError};
 
 /// Lets another server continue the session from a stream.
 ///

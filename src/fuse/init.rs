@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn the_second_half_of_the_flags_counts_only_where_the_first_says_so() {
+    fn second_half_of_flags_needs_init_ext() {
         let high = InitIn {
             flags2: u32::MAX,
             ..offer(41)

@@ -222,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_become_one_piece_and_empty_ones_vanish() {
+    fn adjacent_pieces_are_merged_and_empty_ones_dropped() {
         let mut memory = vec![0u8; 64];
         let start = memory.as_mut_ptr();
         let at = |n: usize| start.wrapping_add(n);

@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
 use super::buffer::GuestBuffer;
 use super::descriptor::{Descriptor, Facts};
 use super::engine::{self, SyncKind, thread_pool};
-use super::vectored;
+use super::vectored::{self, Direction};
 
 /// The metadata of a file, as `statx(2)` returns it.
 pub type Metadata = rustix::fs::Statx;
@@ -225,7 +225,13 @@ impl File {
         };
         let mut filled = 0;
         while filled < buffer.len() {
-            match vectored::read(self.as_fd(), buffer, filled, offset, flags) {
+            match vectored::transfer(
+                Direction::Read,
+                self.as_fd(),
+                buffer,
+                (filled, offset),
+                flags,
+            ) {
                 Ok(0) => break,
                 Ok(n) => filled += n,
                 Err(e) => match e.raw_os_error() {
@@ -376,7 +382,7 @@ impl File {
 
     /// Reads no bytes, which never waits: the kernel still checks the open mode.
     fn read_nothing(&self, empty: &GuestBuffer, offset: u64) -> io::Result<usize> {
-        vectored::read(self.as_fd(), empty, 0, offset, 0)
+        vectored::transfer(Direction::Read, self.as_fd(), empty, (0, offset), 0)
     }
 
     /// The part of `mode` that the descriptor's flags don't cover.

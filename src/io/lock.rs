@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_to_the_last_byte_reaches_to_the_end() {
+    fn lock_to_last_byte_reaches_end_of_file() {
         let lock = |start, end| RecordLock {
             kind: LockKind::Shared,
             start,

@@ -92,7 +92,7 @@ impl Guardian {
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
-                    if let Some(ending) = ending(status) {
+                    if let Some(ending) = Ending::of(status) {
                         return Ok(Some(Change::Ended(ending)));
                     }
                 }
@@ -115,15 +115,15 @@ impl Guardian {
     }
 }
 
-/// How a process has ended, if it has.
-pub(super) fn ending(status: WaitStatus) -> Option<Ending> {
-    if let Some(code) = status.exit_status() {
-        return Some(Ending::Status(u8::try_from(code).unwrap_or(1)));
-    }
-    status.terminating_signal().map(Ending::Signal)
-}
-
 impl Ending {
+    /// How a process has ended, if it has.
+    pub(crate) fn of(status: WaitStatus) -> Option<Self> {
+        if let Some(code) = status.exit_status() {
+            return Some(Self::Status(u8::try_from(code).unwrap_or(1)));
+        }
+        status.terminating_signal().map(Self::Signal)
+    }
+
     /// Ends this process by the same signal, if that is how the serving process was killed.
     /// Otherwise, and if the signal can't end this process, returns the status to exit with. To be
     /// called last.

@@ -1,12 +1,12 @@
 //! The sandbox of the serving process: namespaces, root, ids, capabilities, Landlock, seccomp.
 //!
 //! The server takes three steps (`docs/sandbox.md` has the reasons for the order). [`begin`] splits
-//! the process in two; the guardian stays outside. In the serving process, [`Inside::enter`] gives
-//! up the host's file systems and the privileges that aren't needed. [`Filter::install`] then
-//! forbids the system calls that the server doesn't make. The invariant: the options are enforced
-//! as given, or there is an error; nothing weaker takes their place.
+//! the process in two; the guardian stays outside. In the serving process,
+//! [`ServingProcess::enter`] gives up the host's file systems and the privileges that aren't needed.
+//! [`Filter::install`] then forbids the system calls that the server doesn't make. The invariant:
+//! the options are enforced as given, or there is an error; nothing weaker takes their place.
 
-pub mod exec;
+mod fd_identity;
 mod filter;
 mod guardian;
 mod id_map;
@@ -14,7 +14,7 @@ mod mounts;
 mod paths;
 mod privileges;
 mod report;
-mod supervisor;
+mod respawn;
 mod syscall_allowlist;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -24,18 +24,21 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
+pub use self::fd_identity::{FdIdentity, Identity};
 pub use self::filter::{Filter, FilterError, Seccomp};
 pub use self::guardian::{Change, Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
-
 pub use self::report::{Serving, now};
-pub use self::supervisor::{Event, FdIdentity, Identity, Ids, Past, SandboxRefs, Supervisor};
+pub use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};
+
+pub(crate) use self::privileges::keep_over_exec;
+pub(crate) use self::report::Report;
 
 use self::guardian::DeathPipe;
 use self::id_map::Maps;
 use self::mounts::View;
-use self::supervisor::OpenRefs;
+use self::respawn::OpenRefs;
 use crate::sys::process::{self, Fork};
 
 /// How the server is confined to the shared directory.
@@ -176,14 +179,14 @@ pub enum SandboxError {
 #[derive(Debug)]
 pub enum ForkResult {
     /// The process that the launcher has started, which waits for the serving process to end.
-    Outside(Guardian),
+    Guardian(Guardian),
     /// The serving process.
-    Inside(Inside),
+    Serving(ServingProcess),
 }
 
 /// The serving process, before it is confined.
 #[derive(Debug)]
-pub struct Inside {
+pub struct ServingProcess {
     options: Options,
     /// The user and group ids of the process in its user namespace, if it has one.
     ids: Option<(u32, u32)>,
@@ -248,7 +251,7 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
         (None, None)
     };
     match process::fork().map_err(SandboxError::Fork)? {
-        Fork::Parent(child) => Ok(ForkResult::Outside(Guardian::new(
+        Fork::Parent(child) => Ok(ForkResult::Guardian(Guardian::new(
             child, write_end, reports,
         ))),
         Fork::Child => {
@@ -257,7 +260,7 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
             numbers.push(death_pipe.as_raw_fd());
             numbers.extend(report.as_ref().map(AsRawFd::as_raw_fd));
             crate::sys::inherit::close_all_but(&numbers).map_err(SandboxError::Descriptors)?;
-            Ok(ForkResult::Inside(Inside {
+            Ok(ForkResult::Serving(ServingProcess {
                 options: options.clone(),
                 ids,
                 change_ids: maps.is_none_or(|maps| !maps.is_single()),
@@ -271,10 +274,10 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
     }
 }
 
-impl Inside {
+impl ServingProcess {
     /// Whether there was an earlier serving process.
     #[must_use]
-    pub fn is_again(&self) -> bool {
+    pub fn is_successor(&self) -> bool {
         self.previous.is_some()
     }
 
@@ -299,9 +302,9 @@ impl Inside {
             mounts,
             file,
         } = match (self.previous, kind) {
-            (Some(previous), Kind::Namespace) => mounts::namespace_again(previous)?,
-            (Some(previous), Kind::Chroot) => mounts::chroot_again(previous)?,
-            (Some(previous), Kind::None) => mounts::none_again(previous)?,
+            (Some(previous), Kind::Namespace) => mounts::reenter_namespace(previous)?,
+            (Some(previous), Kind::Chroot) => mounts::reenter_chroot(previous)?,
+            (Some(previous), Kind::None) => mounts::reenter_none(previous)?,
             (None, Kind::Namespace) => mounts::namespace(share, needs.readonly)?,
             (None, Kind::Chroot) => mounts::chroot(share, needs.readonly)?,
             (None, Kind::None) => mounts::none(share, needs.readonly)?,

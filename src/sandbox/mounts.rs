@@ -16,7 +16,7 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::SandboxError;
-use super::supervisor::OpenRefs;
+use super::respawn::OpenRefs;
 use crate::sys::process;
 
 /// The attribute of a read-only mount (uapi `linux/mount.h`).
@@ -38,20 +38,23 @@ pub(super) struct View {
 
 /// The error of a step of `--sandbox namespace`.
 fn namespace_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
-    move |source| SandboxError::Mounts {
-        kind: "namespace",
-        step,
-        other: "chroot",
-        source,
-    }
+    failed_step("namespace", "chroot", step)
 }
 
 /// The error of a step of `--sandbox chroot`.
 fn chroot_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
+    failed_step("chroot", "none", step)
+}
+
+fn failed_step(
+    kind: &'static str,
+    other: &'static str,
+    step: &'static str,
+) -> impl Fn(Errno) -> SandboxError {
     move |source| SandboxError::Mounts {
-        kind: "chroot",
+        kind,
         step,
-        other: "none",
+        other,
         source,
     }
 }
@@ -113,7 +116,7 @@ fn reenter_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
 /// Enters the mount namespace of an earlier serving process: files that it has opened there can be
 /// linked and renamed together with files that are opened now only if the mounts are the same. The
 /// network and IPC namespaces are new.
-pub(super) fn namespace_again(previous: OpenRefs) -> Result<View, SandboxError> {
+pub(super) fn reenter_namespace(previous: OpenRefs) -> Result<View, SandboxError> {
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
     process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
     // There is no /proc in that namespace.
@@ -173,8 +176,8 @@ fn enter(directory: &OwnedFd, share: &Path) -> Result<Result<(), Errno>, Sandbox
 }
 
 /// Changes to the root of an earlier serving process.
-pub(super) fn chroot_again(previous: OpenRefs) -> Result<View, SandboxError> {
-    let view = none_again(previous)?;
+pub(super) fn reenter_chroot(previous: OpenRefs) -> Result<View, SandboxError> {
+    let view = reenter_none(previous)?;
     change_root(&view.root).map_err(chroot_step(
         "can't change the root, which needs CAP_SYS_CHROOT",
     ))?;
@@ -235,7 +238,7 @@ fn open_on_host(share: &Path, readonly: bool) -> Result<View, SandboxError> {
 }
 
 /// Uses the host's mounts, with the root of an earlier serving process.
-pub(super) fn none_again(previous: OpenRefs) -> Result<View, SandboxError> {
+pub(super) fn reenter_none(previous: OpenRefs) -> Result<View, SandboxError> {
     let proc_fds =
         any_proc_fds().map_err(reenter_step("can't keep /proc/self/fd (is /proc mounted?)"))?;
     Ok(View {

@@ -110,7 +110,7 @@ fn detach_capabilities_from_ids() -> Result<(), Errno> {
 
 /// Makes the next program in this process keep its capabilities. A process that has them from its
 /// user namespace, but isn't id 0 there, would lose them.
-pub(super) fn keep_over_exec() -> Result<(), Errno> {
+pub(crate) fn keep_over_exec() -> Result<(), Errno> {
     let mut sets = rustix::thread::capabilities(None)?;
     sets.inheritable = sets.permitted;
     match rustix::thread::set_capabilities(None, sets) {

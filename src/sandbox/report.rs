@@ -1,6 +1,6 @@
-//! The pipe on which the serving process reports to its guardian that it serves.
+//! The report of a serving process to its guardian: that it serves, and since when.
 //!
-//! The invariant: a report is written in one piece, so none is read in part.
+//! The invariant: a report is one write of fixed length, so it arrives as a whole.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -15,10 +15,11 @@ pub fn now() -> Duration {
 
 /// What a serving process sends to its guardian once it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Report {
+pub(crate) struct Report {
     pub(super) root: RawFd,
     pub(super) mounts: Option<RawFd>,
-    pub(super) since: Duration,
+    /// When it began to serve ([`now`]).
+    pub(crate) since: Duration,
 }
 
 impl Report {
@@ -33,8 +34,8 @@ impl Report {
         bytes
     }
 
-    /// The next report, if there is one.
-    pub(super) fn read(pipe: &OwnedFd) -> Option<Self> {
+    /// Reads a report, if one has arrived.
+    pub(crate) fn read(pipe: &OwnedFd) -> Option<Self> {
         let mut bytes = [0; Self::LEN];
         if rustix::io::read(pipe, &mut bytes) != Ok(Self::LEN) {
             return None;
@@ -58,7 +59,7 @@ pub struct Serving {
 
 impl Serving {
     /// Reports that the process serves; does nothing if nobody is to know.
-    pub fn tell(&self) {
+    pub fn report(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {
             root: self.root,

@@ -1,4 +1,4 @@
-//! What goes wrong when a server starts and serves.
+//! Why a server can't start or can't continue.
 //!
 //! The invariant: an error names the act that failed and, where the operator can do something, what.
 
@@ -7,18 +7,18 @@ use std::path::PathBuf;
 
 use rustix::io::Errno;
 
-use super::exec_handover::ExecHandoverError;
 use super::limits::LimitError;
 use crate::io::RuntimeError;
+use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
 use crate::state::StateError;
 use crate::vhost_user::ListenError;
 use crate::worker::{ThreadsError, WorkerPoolError};
 
-/// Why the server can't start, or can't go on.
+/// Why the server can't start, or can't continue.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The runtime asked for can't be had.
+    /// The requested runtime isn't available.
     #[error("choosing the runtime")]
     Runtime(#[from] RuntimeError),
     /// The directory can't be shared.
@@ -36,87 +36,37 @@ pub enum ServerError {
          it needs CAP_SYS_RESOURCE, and never goes beyond /proc/sys/fs/nr_open"
     )]
     Descriptors {
-        /// To what.
+        /// The requested limit.
         limit: u64,
         /// Why not.
         #[source]
         source: Errno,
     },
-    /// A limit of the launcher's that the server would die of.
+    /// A limit set by the launcher would kill the server.
     #[error(transparent)]
     Limit(#[from] LimitError),
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
-    /// The server can't be kept in.
+    /// The sandbox can't be set up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    /// The server can't be kept to its system calls.
+    /// The system call filter can't be installed.
     #[error(transparent)]
     Filter(#[from] FilterError),
-    /// The state file can't be used.
-    #[error("--state: can't open {path}")]
-    StateFile {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: Errno,
-    },
-    /// Another user could change it.
-    #[error(
-        "--state: {path} belongs to user {user}, who could change what it says: give it to the \
-         server's user, or remove it"
-    )]
-    StateOwner {
-        /// Which file.
-        path: PathBuf,
-        /// Whose.
-        user: u32,
-    },
-    /// Another process uses it.
-    #[error("--state: {0} is another server's, which is still running: give each its own")]
-    StateInUse(PathBuf),
-    /// It is no table, or a damaged one.
-    #[error(
-        "--state: can't go on from {path}; where no guest is to go on from it, remove it and start \
-         again"
-    )]
-    InStateFile {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: StateError,
-    },
-    /// It was made for another device.
-    #[error("--state: {path} was made with --request-queues {queues}: give that, or remove it")]
-    StateQueues {
-        /// Which file.
-        path: PathBuf,
-        /// For how many.
-        queues: usize,
-    },
-    /// What the guest holds can't be written down.
+    /// The session can't be kept for another process, or resumed from one.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
+    /// The state table can't be made.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The table has no second descriptor.
-    #[error("keeping the table of what a session holds for the next process")]
-    Keep(#[source] io::Error),
-    /// What an earlier process has left can't be sorted.
-    #[error("closing what the process that served before has left open")]
-    Leftovers(#[source] io::Error),
-    /// What an earlier program in this process has left is not there.
-    #[error("taking over from the program that ran before")]
-    ExecHandover(#[from] ExecHandoverError),
-    /// The guardian can't wait.
-    #[error("waiting for the process that serves")]
-    Watch(#[source] io::Error),
     /// Waiting for connections failed.
     #[error("waiting for the VMM to connect")]
     Accept(#[source] io::Error),
-    /// A session's threads can't be had.
+    /// A session's threads can't be started.
     #[error("starting to serve the VMM that has connected")]
     WorkerPool(#[from] WorkerPoolError),
-    /// No session's threads could be had.
+    /// No session's threads could be started.
     #[error("trying whether the threads that serve a VMM can be had")]
     NoThreads(#[from] ThreadsError),
 }

@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::error::ServerError;
-use super::state_file::Kept;
 use crate::config::Config;
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{
-    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, Shared,
+    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, Past, Shared,
 };
+use crate::recovery::OpenedTable;
 use crate::sandbox::Needs;
 use crate::state::Table;
 
@@ -52,9 +52,17 @@ pub(super) fn needs(config: &Config) -> Needs {
     }
 }
 
-/// Builds the file system of what was `entered`, from what was `kept`.
-pub(super) fn build(config: &Config, entered: Entered, kept: Kept) -> Result<Built, ServerError> {
-    let Kept { table, past } = kept;
+/// Builds the file system of what was `entered`, and resumes the session of the `opened` table.
+pub(super) fn build(
+    config: &Config,
+    entered: Entered,
+    opened: OpenedTable,
+) -> Result<Built, ServerError> {
+    let OpenedTable { table, previous } = opened;
+    let past = previous.map(|previous| Past {
+        inherited_fds: previous.inherited_fds,
+        under_way: previous.unanswered,
+    });
     let options = Options {
         reserved_descriptors: reserved_descriptors(config),
         ..config.share.file_system.clone()

@@ -14,6 +14,7 @@ use vm_memory::mmap::MmapRegionError;
 
 use super::control_group;
 use crate::config::Config;
+use crate::error_chain;
 use crate::fs::passthrough;
 
 /// A limit and its names.
@@ -24,34 +25,25 @@ struct Limit {
     names: &'static str,
 }
 
-const FILE_SIZE: Limit = Limit {
-    resource: Resource::Fsize,
-    names: "RLIMIT_FSIZE (ulimit -f, LimitFSIZE=)",
-};
-const ADDRESSES: Limit = Limit {
-    resource: Resource::As,
-    names: "RLIMIT_AS (ulimit -v, LimitAS=)",
-};
-const DATA: Limit = Limit {
-    resource: Resource::Data,
-    names: "RLIMIT_DATA (ulimit -d, LimitDATA=)",
-};
-const LOCKED: Limit = Limit {
-    resource: Resource::Memlock,
-    names: "RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)",
-};
-const PROCESSES: Limit = Limit {
-    resource: Resource::Nproc,
-    names: "RLIMIT_NPROC (ulimit -u, LimitNPROC=)",
-};
-const DESCRIPTORS: Limit = Limit {
-    resource: Resource::Nofile,
-    names: "RLIMIT_NOFILE (ulimit -n, LimitNOFILE=, --rlimit-nofile)",
-};
-const TIME: Limit = Limit {
-    resource: Resource::Cpu,
-    names: "RLIMIT_CPU (ulimit -t, LimitCPU=)",
-};
+impl Limit {
+    const fn new(resource: Resource, names: &'static str) -> Self {
+        Self { resource, names }
+    }
+}
+
+const FILE_SIZE: Limit = Limit::new(Resource::Fsize, "RLIMIT_FSIZE (ulimit -f, LimitFSIZE=)");
+const ADDRESSES: Limit = Limit::new(Resource::As, "RLIMIT_AS (ulimit -v, LimitAS=)");
+const DATA: Limit = Limit::new(Resource::Data, "RLIMIT_DATA (ulimit -d, LimitDATA=)");
+const LOCKED: Limit = Limit::new(
+    Resource::Memlock,
+    "RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)",
+);
+const PROCESSES: Limit = Limit::new(Resource::Nproc, "RLIMIT_NPROC (ulimit -u, LimitNPROC=)");
+const DESCRIPTORS: Limit = Limit::new(
+    Resource::Nofile,
+    "RLIMIT_NOFILE (ulimit -n, LimitNOFILE=, --rlimit-nofile)",
+);
+const TIME: Limit = Limit::new(Resource::Cpu, "RLIMIT_CPU (ulimit -t, LimitCPU=)");
 
 /// Limits whose soft limit is raised to the hard one. Descriptors have an option of their own.
 const RAISED: [Resource; 7] = [
@@ -64,10 +56,7 @@ const RAISED: [Resource; 7] = [
     Resource::Cpu,
 ];
 
-const STACK: Limit = Limit {
-    resource: Resource::Stack,
-    names: "RLIMIT_STACK (ulimit -s, LimitSTACK=)",
-};
+const STACK: Limit = Limit::new(Resource::Stack, "RLIMIT_STACK (ulimit -s, LimitSTACK=)");
 
 /// The largest stack of the first thread, and the smallest one that it can run on.
 const STACK_MAX: u64 = 8 << 20;
@@ -325,24 +314,23 @@ pub(super) fn without_file_size_limit<T>(f: impl FnOnce() -> T) -> T {
 
 /// The finite limits that [`explain`] may name, read before the seccomp filter forbids to ask for
 /// them.
-static KNOWN: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
+static SAVED: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
 
 /// Saves the limits for [`explain`].
-pub(super) fn remember() {
+pub(super) fn save() {
     let named = [FILE_SIZE, ADDRESSES, DATA, LOCKED, PROCESSES, DESCRIPTORS];
     let finite = named
         .into_iter()
         .filter_map(|limit| Some((limit.names, getrlimit(limit.resource).current?)));
-    let _known = KNOWN.get_or_init(|| finite.collect());
+    let _saved = SAVED.get_or_init(|| finite.collect());
 }
 
 /// Formats an error and its causes in one line, with the limits that may have caused it.
 #[must_use]
 pub fn explain(error: &(dyn Error + 'static)) -> String {
-    let mut text = super::chain(error);
-    let mut cause = Some(error);
+    let mut text = error_chain::one_line(error);
     let mut errno = None;
-    while let Some(error) = cause {
+    for error in error_chain::causes(error) {
         let known = error.downcast_ref::<Errno>().copied();
         errno = known
             .or_else(|| Errno::from_io_error(error.downcast_ref()?))
@@ -351,7 +339,6 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
                 _ => None,
             })
             .or(errno);
-        cause = error.source();
     }
     let suspects: &[Limit] = match errno {
         Some(Errno::MFILE) => &[DESCRIPTORS],
@@ -360,8 +347,8 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
         Some(Errno::AGAIN) => &[PROCESSES],
         _ => &[],
     };
-    remember();
-    for (name, allowed) in KNOWN.get().into_iter().flatten() {
+    save();
+    for (name, allowed) in SAVED.get().into_iter().flatten() {
         if suspects.iter().any(|limit| limit.names == *name) {
             // Writing to a string doesn't fail.
             let _ = write!(text, "; {name} is {allowed}");

@@ -16,11 +16,10 @@ use crate::device::Device;
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Choice, Chosen, Engine};
+use crate::migration::{Cause, DeviceState};
 use crate::sandbox::Serving;
 use crate::state::{Limits, Table};
-use crate::vhost_user::{
-    self, DeviceState, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken,
-};
+use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Pings, Threads, ThreadsError, WorkerPool, WorkerPoolError};
 
@@ -142,7 +141,7 @@ impl Service {
     /// wrong ends its session and is logged.
     pub fn run(&mut self, listener: &Listener, stop: Stop<'_>) -> Result<Exit, ServerError> {
         loop {
-            self.serving.tell();
+            self.serving.report();
             let name = listener.name();
             if std::mem::replace(&mut self.has_waited, true) {
                 log::info!("ready for the next VMM on {name}");
@@ -184,7 +183,7 @@ impl Service {
         loop {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
-                Woken::Time => self.serving.tell(),
+                Woken::Time => self.serving.report(),
                 woken => return Ok(woken),
             }
         }
@@ -394,13 +393,13 @@ impl Runner for SessionWorkers<'_> {
 
     fn resumed(&mut self) {
         log::info!("the session goes on");
-        self.serving.tell();
+        self.serving.report();
     }
 
     fn heartbeat(&mut self) -> Option<Instant> {
         let heartbeat = self.heartbeat.as_mut()?;
         if heartbeat.beat(&self.pool) {
-            self.serving.tell();
+            self.serving.report();
         }
         Some(heartbeat.due)
     }
@@ -416,7 +415,7 @@ impl Runner for SessionWorkers<'_> {
 struct Migration(Arc<Session<dyn FileSystem>>);
 
 impl DeviceState for Migration {
-    fn save(&self) -> Result<Vec<u8>, vhost_user::Cause> {
+    fn save(&self) -> Result<Vec<u8>, Cause> {
         Ok(self.0.save()?)
     }
 
@@ -424,7 +423,7 @@ impl DeviceState for Migration {
         self.0.release_for_migration();
     }
 
-    fn load(&self, bytes: &[u8]) -> Result<(), vhost_user::Cause> {
+    fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
         Ok(self.0.load(bytes)?)
     }
 }

@@ -42,7 +42,7 @@ mod at {
     /// Whether the log line that a VMM can connect was written: 0 or 1.
     pub(super) const ANNOUNCED: usize = 12;
     /// The valid one of the front end's two blocks: 1 or 2, or 0 for none.
-    pub(super) const FRONT: usize = 16;
+    pub(super) const SNAPSHOT: usize = 16;
     /// The valid one of the two agreements.
     pub(super) const AGREED: usize = 24;
     pub(super) const AGREEMENTS: usize = 32;
@@ -54,7 +54,7 @@ mod at {
 pub type Agreement = [u64; 8];
 
 /// Words of each of the front end's two blocks.
-const FRONT: usize = 16 * 1024;
+const SNAPSHOT: usize = 16 * 1024;
 
 /// Words for each queue: the requests in flight and their results.
 const QUEUE: usize = 1 << 19;
@@ -100,7 +100,7 @@ impl Layout {
     }
 
     fn with(chunk_count: usize, queue_count: usize) -> Self {
-        let queues = PAGE + 2 * FRONT;
+        let queues = PAGE + 2 * SNAPSHOT;
         let journal_entries = queues + queue_count * QUEUE;
         let kinds = journal_entries + 2 * THREADS * WORDS;
         Self {
@@ -199,7 +199,7 @@ pub(super) fn read(file: &OwnedFd, found: u64) -> Result<Layout, StateError> {
     }
     let wanted = layout.bytes();
     if found < wanted {
-        return Err(StateError::Cut { found, wanted });
+        return Err(StateError::Truncated { found, wanted });
     }
     Ok(layout)
 }
@@ -288,14 +288,14 @@ impl Table {
     }
 
     /// Maximum length of the front end's session, bytes.
-    pub const MAX_FRONT_LEN: usize = (FRONT - 2) * WORD;
+    pub const MAX_SNAPSHOT_LEN: usize = (SNAPSHOT - 2) * WORD;
 
     /// The front end's session, as `vhost_user` encoded it.
     #[must_use]
-    pub fn front(&self) -> Option<Vec<u8>> {
-        let first = front_at(self.load(at::FRONT))?;
+    pub fn session_snapshot(&self) -> Option<Vec<u8>> {
+        let first = snapshot_at(self.load(at::SNAPSHOT))?;
         let len = usize::try_from(self.load(first)).ok()?;
-        if len > Self::MAX_FRONT_LEN {
+        if len > Self::MAX_SNAPSHOT_LEN {
             return None;
         }
         let words = (0..len.div_ceil(WORD)).map(|n| self.load(first + 2 + n));
@@ -305,13 +305,13 @@ impl Table {
 
     /// Records the front end's session; empty bytes mean that there is none. A reader finds either
     /// all of it, or all of the previous one. Must not be called concurrently.
-    pub fn set_front(&self, bytes: &[u8]) {
-        if bytes.is_empty() || bytes.len() > Self::MAX_FRONT_LEN {
-            self.store(at::FRONT, 0);
+    pub fn set_session_snapshot(&self, bytes: &[u8]) {
+        if bytes.is_empty() || bytes.len() > Self::MAX_SNAPSHOT_LEN {
+            self.store(at::SNAPSHOT, 0);
             return;
         }
-        let other = 1 + self.load(at::FRONT) % 2;
-        let Some(first) = front_at(other) else {
+        let other = 1 + self.load(at::SNAPSHOT) % 2;
+        let Some(first) = snapshot_at(other) else {
             return;
         };
         let words = bytes.chunks(WORD).map(|chunk| {
@@ -324,7 +324,7 @@ impl Table {
         for (n, word) in words.enumerate() {
             self.store(first + 2 + n, word);
         }
-        self.store(at::FRONT, other);
+        self.store(at::SNAPSHOT, other);
     }
 
     /// Whether a process of this server has announced that a VMM can connect.
@@ -346,7 +346,7 @@ impl Table {
     /// Whether there is a session to resume: a guest's, or a front end's.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
-        self.agreement().is_some() || self.front().is_some()
+        self.agreement().is_some() || self.session_snapshot().is_some()
     }
 
     /// The number of queues that the table has space for.
@@ -407,10 +407,10 @@ fn agreement_at(half: u64) -> Option<usize> {
     }
 }
 
-fn front_at(half: u64) -> Option<usize> {
+fn snapshot_at(half: u64) -> Option<usize> {
     match half {
         1 => Some(PAGE),
-        2 => Some(PAGE + FRONT),
+        2 => Some(PAGE + SNAPSHOT),
         _ => None,
     }
 }

@@ -3,8 +3,7 @@
 //!
 //! The table is a file that is mapped shared (`memfd_create(2)`, or a file that the operator names)
 //! and changed in place while requests are served. Another process that maps the file resumes the
-//! session: a new process after a crash, or a new program after an upgrade. [`stream`] holds the
-//! format for a migration to another host. The table doesn't know what its fields mean, only their
+//! session: a new process after a crash, or a new program after an upgrade. The table doesn't know what its fields mean, only their
 //! layout.
 //!
 //! Data are written completely before one store makes them visible, so the table is consistent
@@ -19,7 +18,6 @@ mod header;
 mod inodes;
 mod locks;
 mod slabs;
-pub mod stream;
 #[cfg(test)]
 mod tests;
 mod thread_journal;
@@ -76,7 +74,7 @@ pub enum StateError {
     },
     /// Part of the file is missing.
     #[error("the state file is truncated: it has {found} of {wanted} bytes")]
-    Cut {
+    Truncated {
         /// The file's length, bytes.
         found: u64,
         /// The table's size, bytes.

@@ -97,7 +97,7 @@ fn records_are_found_after_reopening() {
     });
     assert!(lock.set_ranges(&ranges));
     table.set_agreement(Some([1, 2, 3, 4, 5, 6, 7, 8]));
-    table.set_front(b"what the VMM has said");
+    table.set_session_snapshot(b"what the VMM has said");
 
     let reopened = opened(&table).unwrap();
     let inodes = reopened.take_inodes();
@@ -129,7 +129,10 @@ fn records_are_found_after_reopening() {
         (owner, ranges.to_vec())
     );
     assert_eq!(reopened.agreement(), Some([1, 2, 3, 4, 5, 6, 7, 8]));
-    assert_eq!(reopened.front().unwrap(), b"what the VMM has said");
+    assert_eq!(
+        reopened.session_snapshot().unwrap(),
+        b"what the VMM has said"
+    );
     assert!(reopened.more_nodes().0 > fields.node);
     assert!(reopened.more_handles().0 > open.handle);
     assert_eq!(reopened.bytes_in_use(), table.bytes_in_use());
@@ -181,7 +184,7 @@ fn full_table_refuses_records() {
 }
 
 #[test]
-fn a_name_is_replaced_by_one_store() {
+fn replaced_name_frees_the_old_one() {
     let table = table();
     let record = table.new_inode(&inode(&table, 1), 0).unwrap();
     let before = table.bytes_in_use();
@@ -215,7 +218,7 @@ fn file_without_table_is_refused() {
     table.store(1, 1);
     let bytes = table.layout.bytes();
     rustix::fs::ftruncate(table.file().unwrap(), bytes - 1).unwrap();
-    assert!(matches!(opened(&table), Err(StateError::Cut { .. })));
+    assert!(matches!(opened(&table), Err(StateError::Truncated { .. })));
     rustix::fs::ftruncate(table.file().unwrap(), bytes).unwrap();
     assert!(opened(&table).is_ok());
     table.store(2, 1);
@@ -251,14 +254,14 @@ fn damaged_records_are_refused() {
 }
 
 #[test]
-fn front_session_is_whole_or_absent() {
+fn session_snapshot_is_whole_or_absent() {
     let table = table();
-    assert_eq!(table.front(), None);
-    for len in [1, 7, 8, 9, 1000, Table::MAX_FRONT_LEN] {
+    assert_eq!(table.session_snapshot(), None);
+    for len in [1, 7, 8, 9, 1000, Table::MAX_SNAPSHOT_LEN] {
         let bytes: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
-        table.set_front(&bytes);
-        assert_eq!(table.front().unwrap(), bytes);
+        table.set_session_snapshot(&bytes);
+        assert_eq!(table.session_snapshot().unwrap(), bytes);
     }
-    table.set_front(&[]);
-    assert_eq!(table.front(), None);
+    table.set_session_snapshot(&[]);
+    assert_eq!(table.session_snapshot(), None);
 }

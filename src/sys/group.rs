@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn root_is_found_and_unknown_names_are_not() {
+    fn group_of_root_is_found_and_unknown_name_is_not() {
         assert_eq!(id_of("root"), Ok(Some(0)));
         assert_eq!(id_of("no such group"), Ok(None));
         assert_eq!(id_of("with\0nul"), Ok(None));

@@ -21,13 +21,12 @@ pub(crate) mod lock;
 pub(crate) mod process;
 pub(crate) mod receipt;
 pub(crate) mod shared;
-pub(crate) mod sigbus;
 pub(crate) mod supervision;
 pub(crate) mod text_pages;
 
 use rustix::io::Errno;
 
 /// The `errno` of the last libc call of this thread that failed.
-fn last_errno() -> Errno {
+pub(crate) fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

@@ -58,20 +58,20 @@ pub(crate) struct Received {
 
 /// The data of a signal that was queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Queued {
+pub(crate) struct Queued {
     /// The value that the sender has passed.
-    pub value: usize,
+    pub(crate) value: usize,
     /// The sender by its own account: a process that may send the signal can put in any ids.
-    pub sender: Peer,
+    pub(crate) sender: Peer,
 }
 
 /// A process and its user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// The process id; 0 for a process that has none in this namespace.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// The user id.
-    pub uid: u32,
+    pub(crate) uid: u32,
 }
 
 /// The process that has connected to, or listens on, the other end of a unix socket

@@ -5,7 +5,6 @@
 //! `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the workers own
 //! them. The invariant: a queue is stopped and drained before anything changes that it relies on.
 
-mod device_state;
 mod listener;
 mod message_reader;
 mod proxy;
@@ -22,12 +21,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-pub use device_state::{Cause, DeviceState};
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use session_runner::{resume, serve};
 pub use session_snapshot::{SessionSnapshot, SnapshotError, VERSION};
 
+use crate::migration::{DeviceState, NoDeviceState};
 use crate::virtqueue::{Queue, QueueIndex};
 
 /// Runs the queues of a session.
@@ -58,7 +57,7 @@ pub trait Runner {
     /// Returns what saves and loads the state of the guest's session. By default neither is
     /// supported.
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
-        Arc::new(device_state::NoDeviceState)
+        Arc::new(NoDeviceState)
     }
 }
 

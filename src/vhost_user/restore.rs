@@ -15,9 +15,9 @@ use super::Runner;
 use super::session::{Session, SessionError, eventfd};
 use super::session_snapshot::{FileRecord, RegionRecord, SessionSnapshot, VringRecord};
 use super::vring::Vring;
+use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
 use crate::sys;
-use crate::virtqueue::memory::{DirtyLog, Region};
-use crate::virtqueue::{InflightRegion, Memory, QueueIndex};
+use crate::virtqueue::{InflightRegion, QueueIndex};
 
 /// Keeps the descriptors open that a snapshot names.
 #[derive(Debug, Default)]
@@ -103,14 +103,14 @@ impl<R: Runner> Session<'_, R> {
                 offset,
                 ..
             } = *region;
-            Region::map(
-                File::from(file),
+            let description = RegionDescription {
+                file: File::from(file),
                 offset,
                 guest,
                 user,
                 len,
-                &self.memory_lost,
-            )
+            };
+            Region::map(description, &self.memory_lost)
         });
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let regions = Memory::new(regions, None)?;

@@ -20,14 +20,16 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::Runner;
-use super::device_state::{Direction, Transfer, TransferError};
 use super::vring::Vring;
 use crate::device::{self, Device};
+use crate::guest_memory::{
+    DirtyLog, GuestAddress, Memory, MemoryError, MemoryLostEvent, Region, RegionDescription,
+};
+use crate::migration::{Direction, Transfer, TransferError};
 use crate::state::Table;
-use crate::virtqueue::memory::{DirtyLog, GuestAddress, MemoryLostEvent, Region};
 use crate::virtqueue::{
-    Features, InflightError, InflightPart, InflightRegion, Journal, Memory, MemoryError, Queue,
-    QueueError, QueueIndex, RingAddresses, Setup, Tracking,
+    Features, InflightError, InflightPart, InflightRegion, Journal, Queue, QueueError, QueueIndex,
+    RingAddresses, Setup, Tracking,
 };
 
 /// How to make a VMM share its memory.
@@ -440,14 +442,14 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
             .iter()
             .zip(files)
             .map(|(region, file)| {
-                Region::map(
+                let description = RegionDescription {
                     file,
-                    region.mmap_offset,
-                    region.guest_phys_addr,
-                    region.user_addr,
-                    region.memory_size,
-                    &self.memory_lost,
-                )
+                    offset: region.mmap_offset,
+                    guest: region.guest_phys_addr,
+                    user: region.user_addr,
+                    len: region.memory_size,
+                };
+                Region::map(description, &self.memory_lost)
             })
             .collect::<Result<Vec<_>, _>>()
             .and_then(|regions| Memory::new(regions, None))
@@ -463,16 +465,16 @@ impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
         file: File,
         _postcopy_listening: Option<bool>,
     ) -> HandlerResult<Option<VhostUserMemoryRegionBase>> {
-        let regions = Region::map(
+        let description = RegionDescription {
             file,
-            region.mmap_offset,
-            region.guest_phys_addr,
-            region.user_addr,
-            region.memory_size,
-            &self.memory_lost,
-        )
-        .and_then(|region| self.regions.with_region(region))
-        .map_err(SessionError::Memory)?;
+            offset: region.mmap_offset,
+            guest: region.guest_phys_addr,
+            user: region.user_addr,
+            len: region.memory_size,
+        };
+        let regions = Region::map(description, &self.memory_lost)
+            .and_then(|region| self.regions.with_region(region))
+            .map_err(SessionError::Memory)?;
         self.change_all(|session| session.regions = regions)?;
         Ok(None)
     }

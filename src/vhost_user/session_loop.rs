@@ -87,7 +87,7 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
             std::mem::forget(self);
             return Ok(End::Left);
         }
-        self.table.set_front(&[]);
+        self.table.set_session_snapshot(&[]);
         end
     }
 
@@ -198,7 +198,7 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         drop(session);
         snapshot.socket = self.proxy.socket.as_raw_fd();
         snapshot.pending = pending;
-        self.table.set_front(&snapshot.encode());
+        self.table.set_session_snapshot(&snapshot.encode());
         self.open = open;
     }
 

@@ -15,9 +15,9 @@ use super::session::{End, Session, SessionError};
 use super::session_loop::SessionLoop;
 use super::{Runner, SessionSnapshot, Stop, restore};
 use crate::device::Device;
+use crate::guest_memory::{DirtyLog, MemoryLostEvent};
 use crate::state::Table;
 use crate::virtqueue::InflightRegion;
-use crate::virtqueue::memory::{DirtyLog, MemoryLostEvent};
 
 /// Serves one front end until it disconnects or `stop` fires. On return all queues are stopped and
 /// drained, also if the session failed, and `table` has no session, unless the session was left to

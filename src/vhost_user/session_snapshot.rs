@@ -7,7 +7,8 @@
 
 use std::os::fd::RawFd;
 
-use crate::virtqueue::{Memory, RingAddresses};
+use crate::guest_memory::Memory;
+use crate::virtqueue::RingAddresses;
 
 /// The bytes "RFfr", with which every snapshot begins.
 const MAGIC: u32 = 0x7266_4652;

@@ -9,10 +9,10 @@ use super::bad_chain::BadChain;
 use super::inflight::Resumed;
 use super::journal::{INTENT, Journal, Previous};
 use super::layout::{self, Descriptor};
-use super::memory::Memory;
 use super::segments::Pooled;
 use super::sync::Window;
 use super::used::{QueueStats, Return, UsedRing};
+use crate::guest_memory::{self, Memory};
 use crate::io::GuestBuffer;
 
 /// The descriptor table of a queue, the memory that its descriptors point into, and its used ring.
@@ -205,7 +205,7 @@ impl Chain {
             missing = missing.saturating_sub(part.len);
             Some(part)
         });
-        Some(super::memory::buffer(slices, memory))
+        Some(guest_memory::buffer(slices, memory))
     }
 
     /// Returns the number of bytes that the reply may have.
@@ -223,7 +223,7 @@ impl Chain {
         }
         self.segments.lent_end = self.segments.lent_end.max(end);
         let memory = Arc::clone(&self.table.memory);
-        Some(super::memory::buffer(
+        Some(guest_memory::buffer(
             self.segments.writable_range(skip, len),
             memory,
         ))

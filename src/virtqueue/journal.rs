@@ -58,7 +58,7 @@ impl Slot<'_> {
     #[inline]
     fn store(&self, word: usize, value: u64) {
         #[cfg(test)]
-        if !super::crash_injection::store_takes_effect() {
+        if !crate::guest_memory::crash_injection::store_takes_effect() {
             return;
         }
         if let Some(word) = self.0.get(word) {
@@ -75,15 +75,15 @@ const SCAN_BLOCK: u16 = 1024;
 /// Returns the numbers of the requests, on all queues with a journal in `table`, that the previous
 /// process had started and not replied to when it ended.
 #[must_use]
-pub fn under_way(table: &Arc<Table>) -> Vec<u64> {
+pub fn unanswered_requests(table: &Arc<Table>) -> Vec<u64> {
     let parts = (0..=u16::MAX).map_while(|index| table.queue(index));
     parts
-        .flat_map(|part| Journal::new(part).under_way())
+        .flat_map(|part| Journal::new(part).unanswered_requests())
         .collect()
 }
 
 impl Journal {
-    fn under_way(&self) -> Vec<u64> {
+    fn unanswered_requests(&self) -> Vec<u64> {
         let mut requests = Vec::new();
         for first in (0..super::layout::MAX_SIZE).step_by(usize::from(SCAN_BLOCK)) {
             let mut used = false;

@@ -1,4 +1,4 @@
-//! The device side of split virtqueues (virtio 1.2, section 2.7), and access to guest memory.
+//! The device side of split virtqueues (virtio 1.2, section 2.7).
 //!
 //! A [`Queue`] takes chains off the available ring; one task owns it. A [`Chain`] is one request.
 //! It may move to any thread, and returns to the guest through the [`UsedRing`] that all chains of
@@ -9,16 +9,9 @@
 
 mod bad_chain;
 mod chain;
-#[cfg(test)]
-#[allow(
-    clippy::arithmetic_side_effects,
-    reason = "tests may fail by panicking"
-)]
-mod crash_injection;
 pub mod inflight;
 pub mod journal;
 mod layout;
-pub mod memory;
 mod queue;
 mod segments;
 mod shared_words;
@@ -35,8 +28,7 @@ mod used;
 pub use bad_chain::BadChain;
 pub use chain::Chain;
 pub use inflight::{InflightError, InflightPart, InflightRegion};
-pub use journal::{Journal, Previous, under_way};
-pub use memory::{Memory, MemoryError};
+pub use journal::{Journal, Previous, unanswered_requests};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::{Call, QueueStats, UsedRing};
 

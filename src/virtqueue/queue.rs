@@ -13,9 +13,9 @@ use super::chain::{Chain, Table};
 use super::inflight::{InflightError, InflightPart, Resumed};
 use super::journal::Journal;
 use super::layout;
-use super::memory::Memory;
 use super::sync::Window;
 use super::used::{Call, UsedRing};
+use crate::guest_memory::Memory;
 
 /// The negotiated virtio features that concern a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

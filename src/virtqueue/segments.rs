@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use super::bad_chain::{BadChain, MAX_SEGMENTS};
 use super::layout::{self, Descriptor};
-use super::memory::{Memory, Slice};
+use crate::guest_memory::{Memory, Slice};
 
 /// Slices that suffice for any request without a payload of several pages.
 const INLINE: usize = 6;

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::memory::Mapping;
+use crate::guest_memory::Mapping;
 use crate::state::QueuePart;
 
 /// A sequence of consecutive words.
@@ -70,7 +70,7 @@ impl SharedWords {
             return;
         };
         #[cfg(test)]
-        if !super::crash_injection::store_takes_effect() {
+        if !crate::guest_memory::crash_injection::store_takes_effect() {
             return;
         }
         // Release: keeps the compiler from moving earlier stores behind this one. A process that

@@ -6,7 +6,7 @@
 
 #[cfg(not(ringfsd_loom))]
 pub(super) use {
-    super::memory::Window,
+    crate::guest_memory::Window,
     std::sync::{Condvar, Mutex, MutexGuard, atomic::fence},
 };
 
@@ -22,7 +22,7 @@ mod model {
 
     use loom::sync::atomic::{AtomicU16, Ordering};
 
-    use crate::virtqueue::Memory;
+    use crate::guest_memory::Memory;
 
     /// Models part of a ring as 16-bit atomics of loom.
     #[derive(Debug)]

@@ -6,11 +6,10 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::layout::{INDIRECT, NEXT, WRITE};
-use super::memory::{DirtyLog, Region};
 use super::{
-    BadChain, Call, Chain, Features, Memory, Queue, QueueError, QueueIndex, RingAddresses, Setup,
-    Tracking,
+    BadChain, Call, Chain, Features, Queue, QueueError, QueueIndex, RingAddresses, Setup, Tracking,
 };
+use crate::guest_memory::{DirtyLog, Memory, MemoryLostEvent, Region, RegionDescription};
 
 pub(super) const SIZE: u16 = 8;
 const USER: u64 = 0x7f00_0000_0000;
@@ -32,13 +31,20 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(logging: bool) -> Self {
-        let memory_lost = Arc::new(super::memory::MemoryLostEvent::new().unwrap());
+        let memory_lost = Arc::new(MemoryLostEvent::new().unwrap());
         let mut files = Vec::new();
         let mut regions = Vec::new();
         for (start, len) in [(0, BORDER), (BORDER, END - BORDER), (ISLAND, 0x1000)] {
             let file = memfd(len);
             let map = file.try_clone().unwrap();
-            regions.push(Region::map(map, 0, start, USER + start, len, &memory_lost).unwrap());
+            let description = RegionDescription {
+                file: map,
+                offset: 0,
+                guest: start,
+                user: USER + start,
+                len,
+            };
+            regions.push(Region::map(description, &memory_lost).unwrap());
             files.push((start, file));
         }
         let log = logging.then(|| memfd(0x1000));
@@ -243,7 +249,7 @@ fn reply_that_does_not_fit_is_returned_empty() {
 }
 
 #[test]
-fn a_dropped_chain_goes_back_by_itself_and_is_counted() {
+fn dropped_chain_is_returned_and_counted() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
@@ -339,7 +345,7 @@ fn loops_invalid_indexes_and_nested_tables_are_refused() {
 }
 
 #[test]
-fn more_in_flight_than_the_queue_has_entries_is_refused() {
+fn more_heads_in_flight_than_entries_are_refused() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, WRITE)]);
@@ -352,7 +358,7 @@ fn more_in_flight_than_the_queue_has_entries_is_refused() {
 }
 
 #[test]
-fn pieces_of_memory_in_flight_are_bounded() {
+fn segments_in_flight_are_limited() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);
     driver.chain(DESCRIPTORS, &[(0x5000, 3, 0), (0x6000, 3, WRITE)]);

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use host_changes::{
-    Action, DIRECTORIES, DirectoryChange, File, FileChange, Plan, Rules, Share, Target, Writer, run,
+    Action, DIRECTORIES, DirectoryChange, File, FileChange, Plan, Report, Rules, Share, Target,
+    Writer, run,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -221,9 +222,14 @@ pub(crate) fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
     let end = Instant::now() + duration();
     // What the host displaces stays open until the end of a round.
     let each = (duration() / 7).min(Duration::from_secs(8));
+    let mut total = Report::default();
     for round in 0.. {
         for (number, options) in OPTION_SETS.iter().enumerate() {
             if round > 0 && Instant::now() >= end {
+                println!("all rounds: {total}");
+                if let Some(fault) = total.fault() {
+                    panic!("{fault}");
+                }
                 return;
             }
             let threads = 1 + u16::try_from(number + round).unwrap() % THREADS;
@@ -236,12 +242,12 @@ pub(crate) fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
                 pause: Duration::from_millis(10),
                 rules: rules(options, false),
             };
-            run_on(&arguments, threads, &plan);
+            total.add(run_on(&arguments, threads, &plan));
         }
     }
 }
 
-fn run_on(arguments: &[&str], threads: u16, plan: &Plan) {
+fn run_on(arguments: &[&str], threads: u16, plan: &Plan) -> Report {
     let mut server = Server::start(arguments);
     let share = Share::new(&server.share()).unwrap();
     let mut machine = Machine::start(&server, threads);
@@ -252,10 +258,11 @@ fn run_on(arguments: &[&str], threads: u16, plan: &Plan) {
     let processes = processes.collect();
     let mut report = run(&share, processes, plan).unwrap();
     report.retries = kernel.retries();
-    if let Some(fault) = report.fault() {
-        panic!("{arguments:?}, {threads} threads: {fault}");
+    if let Some(loss) = report.loss() {
+        panic!("{arguments:?}, {threads} threads: {loss}");
     }
     println!("{arguments:?}, {threads} threads: {report}");
     drop(machine);
     server.wait_until_it_listens();
+    report
 }

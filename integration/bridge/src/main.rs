@@ -16,7 +16,6 @@ mod slot;
 mod track;
 mod urgent;
 
-use std::error::Error;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
@@ -98,21 +97,10 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bridge: {}", chain(&error));
+            eprintln!("bridge: {}", vmm::error_chain(&error));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error with its sources.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text = format!("{text}: {source}");
-        cause = source.source();
-    }
-    text
 }
 
 fn run(options: &Options) -> Result<(), BridgeError> {
@@ -216,7 +204,10 @@ impl Bridge {
             None => Ok(()),
         });
         if let Err(error) = destroyed {
-            eprintln!("bridge: ending the file system failed: {}", chain(&error));
+            eprintln!(
+                "bridge: ending the file system failed: {}",
+                vmm::error_chain(&error)
+            );
         }
     }
 

@@ -22,9 +22,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ringfsd::device::Device;
+use ringfsd::error_chain;
 use ringfsd::fuse::SessionOptions;
 use ringfsd::io::Choice;
-use ringfsd::server::{Service, ServiceOptions, chain};
+use ringfsd::server::{Service, ServiceOptions};
 use ringfsd::vhost_user::{Listener, Stop};
 
 use self::tree::MemoryTree;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("memory_tree: {}", chain(&*error));
+            eprintln!("memory_tree: {}", error_chain::one_line(&*error));
             ExitCode::FAILURE
         }
     }

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ringfsd::virtqueue::memory::{MemoryLostEvent, Region};
-use ringfsd::virtqueue::{Call, Features, Memory, Queue, QueueIndex, RingAddresses};
+use ringfsd::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::virtqueue::{Call, Features, Queue, QueueIndex, RingAddresses};
 
 /// Guest address and length of each region; each lies at its own address in the file.
 pub const REGIONS: [(u64, u64); 3] = [(0, 0x8000), (0x8000, 0x38000), (0x50000, 0x8000)];
@@ -53,7 +53,14 @@ impl Guest {
             .iter()
             .map(|&(guest, len)| {
                 let file = file.try_clone().expect("a descriptor");
-                Region::map(file, guest, guest, USER + guest, len, &alarm).expect("a region")
+                let description = RegionDescription {
+                    file,
+                    offset: guest,
+                    guest,
+                    user: USER + guest,
+                    len,
+                };
+                Region::map(description, &alarm).expect("a region")
             })
             .collect();
         let memory = Arc::new(Memory::new(regions, None).expect("a memory"));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{MigrationOptions, OnMigrationError, Options, Passthrough};
 use ringfsd::fuse::{Session, SessionOptions};
-use ringfsd::state::stream;
+use ringfsd::migration::stream;
 
 use crate::count;
 use crate::share::Share;

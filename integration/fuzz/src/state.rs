@@ -107,7 +107,7 @@ impl Scene {
         }
         let table = Table::in_memory(&LIMITS).expect("a table");
         table.set_agreement(Some([31, 0, 4096, 4096, 1, 0, 0, 0]));
-        table.set_front(b"what a front end might have said");
+        table.set_session_snapshot(b"what a front end might have said");
         let (fs, _) =
             Passthrough::of(shared(&path), options(), &table, None).expect("a file system");
         use_it(&fs);
@@ -205,8 +205,8 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     let Ok(table) = Table::open(file) else {
         return;
     };
-    let _ = (table.agreement(), table.front(), table.is_in_use());
-    let _ = ringfsd::virtqueue::under_way(&table);
+    let _ = (table.agreement(), table.session_snapshot(), table.is_in_use());
+    let _ = ringfsd::virtqueue::unanswered_requests(&table);
     let share = scene.share.path();
     let past = Past {
         inherited_fds: false,

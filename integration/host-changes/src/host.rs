@@ -132,20 +132,22 @@ impl Share {
                 self.put(path)
             }
             FileChange::ChangeMode => {
-                state.change(path);
                 let mode = fs::Permissions::from_mode(MODE);
-                fs::set_permissions(self.at(path), mode).map_err(errno)
+                let changed = fs::set_permissions(self.at(path), mode);
+                state.change(path);
+                changed.map_err(errno)
             }
             FileChange::Truncate => {
-                state.change(path);
                 let file = fs::OpenOptions::new().write(true).open(self.at(path));
-                file.and_then(|file| file.set_len(0)).map_err(errno)
+                let changed = file.and_then(|file| file.set_len(0));
+                state.change(path);
+                changed.map_err(errno)
             }
             FileChange::Rewrite => {
-                state.change(path);
                 let file = fs::OpenOptions::new().write(true).open(self.at(path));
-                let written = file.and_then(|mut file| file.write_all(self.text().as_bytes()));
-                written.map_err(errno)
+                let changed = file.and_then(|mut file| file.write_all(self.text().as_bytes()));
+                state.change(path);
+                changed.map_err(errno)
             }
         }
     }

@@ -102,19 +102,25 @@ impl Report {
     pub fn fault(&self) -> Option<String> {
         let too_many_stale = self.stale_writes * WRITES_PER_STALE > self.records + WRITES_PER_STALE;
         let too_many_passed = self.passed * RECORDS_PER_PASS > self.records + RECORDS_PER_PASS;
-        let wrong = self.lost > 0
-            || self.errors > 0
-            || self.stale_reads > 0
-            || too_many_stale
-            || too_many_passed;
-        wrong.then(|| {
-            let mut text = self.to_string();
-            for line in self.losses.iter().chain(&self.described) {
-                text.push_str("\n  ");
-                text.push_str(line);
-            }
-            text
-        })
+        self.loss()
+            .or_else(|| (too_many_stale || too_many_passed).then(|| self.describe()))
+    }
+
+    /// Describes what must not happen even once, if it did. The other faults are frequencies, which
+    /// only a long run can show.
+    #[must_use]
+    pub fn loss(&self) -> Option<String> {
+        let wrong = self.lost > 0 || self.errors > 0 || self.stale_reads > 0;
+        wrong.then(|| self.describe())
+    }
+
+    fn describe(&self) -> String {
+        let mut text = self.to_string();
+        for line in self.losses.iter().chain(&self.described) {
+            text.push_str("\n  ");
+            text.push_str(line);
+        }
+        text
     }
 }
 

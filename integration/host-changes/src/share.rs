@@ -92,7 +92,7 @@ impl State {
         });
     }
 
-    /// Records that the host has changed the content of the file at `path`.
+    /// Records that the host has just changed the content of the file at `path`.
     pub(crate) fn change(&mut self, path: &str) {
         self.changed.insert(path.to_owned(), Instant::now());
     }

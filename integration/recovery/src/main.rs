@@ -154,12 +154,7 @@ fn main() -> ExitCode {
     match run(&cli, seed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("kill: seed {seed}: {failure}");
-            let mut source = std::error::Error::source(&failure);
-            while let Some(error) = source {
-                eprintln!("  because: {error}");
-                source = error.source();
-            }
+            eprintln!("kill: seed {seed}: {}", vmm::error_chain(&failure));
             ExitCode::FAILURE
         }
     }

@@ -27,13 +27,7 @@ fn main() -> ExitCode {
     match run(known, &path, &options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("{error}");
-            let mut cause = error.source();
-            while let Some(source) = cause {
-                eprint!(": {source}");
-                cause = source.source();
-            }
-            eprintln!();
+            eprintln!("{}", vmm::error_chain(&*error));
             ExitCode::FAILURE
         }
     }

@@ -22,6 +22,7 @@
 #![deny(missing_docs)]
 
 pub mod connection;
+mod error_chain;
 pub mod event;
 pub mod fuse;
 pub mod memory;
@@ -30,6 +31,7 @@ pub mod ring;
 pub mod session;
 
 pub use connection::Connection;
+pub use error_chain::error_chain;
 pub use event::Event;
 pub use memory::{Buf, Gpa, Memory, Region};
 pub use profile::Profile;

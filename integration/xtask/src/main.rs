@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn loom_module_exists() {
         let repository = Repository(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."));
-        let parent = repository.join("src/virtqueue/used.rs");
+        let parent = repository.join("src/virtqueue/used/mod.rs");
         let source = std::fs::read_to_string(parent).unwrap();
         assert!(source.contains(&format!("mod {LOOM_MODULE};")));
     }

@@ -302,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_go_there_and_back() {
+    fn init_flags_survive_split_into_halves() {
         let flags = InitFlags::MAX_PAGES | InitFlags::HAS_RESEND;
         let (low, high) = flags.halves();
         assert_eq!((low, high), (1 << 22, 1 << 7));

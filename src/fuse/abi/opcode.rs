@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_reply_needs_no_room() {
+    fn request_without_reply_needs_no_room() {
         for &opcode in Opcode::ALL {
             let row = opcode.row();
             assert!(!opcode.has_no_reply() || row.reply == 0, "{opcode:?}");
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_the_protocol_lacks_are_no_opcode() {
+    fn unknown_number_is_no_opcode() {
         for number in [0, 7, 19, 54, 4096, 1_048_576, 436_207_616, u32::MAX] {
             assert_eq!(Opcode::from_number(number), None);
         }

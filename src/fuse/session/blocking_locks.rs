@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn interrupt_ends_the_wait_with_its_number() {
+    fn interrupt_ends_wait_with_same_number() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         let mut one = blocking_locks.begin(2, None).unwrap();
         let mut other = blocking_locks.begin(4, None).unwrap();
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn no_wait_begins_while_a_queue_is_stopped() {
+    fn wait_does_not_begin_while_queue_is_stopped() {
         let blocking_locks = Arc::new(BlockingLocks::default());
         let mut wait = blocking_locks.begin(2, None).unwrap();
         let no_waits = NoWaits::new(&blocking_locks);

@@ -46,7 +46,45 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => self.fallocate(transport, request, handle, (offset, len, mode)),
             Operation::CopyFileRange(copying) => self.copy(transport, request, copying),
             Operation::Syncfs => self.syncfs(transport, request),
-            _ => self.reply_now(transport, request.unique, Err(Errno::NOSYS)),
+            // The opcode table dispatches none of these to this method.
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Interrupt { .. }
+            | Operation::Lookup { .. }
+            | Operation::LookupSelf
+            | Operation::LookupParent
+            | Operation::Forget { .. }
+            | Operation::BatchForget(_)
+            | Operation::Getattr { .. }
+            | Operation::Statx { .. }
+            | Operation::Setattr { .. }
+            | Operation::Readlink
+            | Operation::Symlink { .. }
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Unlink { .. }
+            | Operation::Rmdir { .. }
+            | Operation::Rename { .. }
+            | Operation::Link { .. }
+            | Operation::Open { .. }
+            | Operation::Opendir { .. }
+            | Operation::Create { .. }
+            | Operation::Tmpfile { .. }
+            | Operation::Ioctl { .. }
+            | Operation::Readdir { .. }
+            | Operation::Statfs
+            | Operation::Release { .. }
+            | Operation::Releasedir { .. }
+            | Operation::Flush { .. }
+            | Operation::Getlk { .. }
+            | Operation::Setlk(_)
+            | Operation::Setxattr { .. }
+            | Operation::Getxattr { .. }
+            | Operation::Listxattr { .. }
+            | Operation::Removexattr { .. }
+            | Operation::Access { .. }
+            | Operation::Lseek { .. }
+            | Operation::Unserved => self.reply_now(transport, request.unique, Err(Errno::NOSYS)),
         }
     }
 

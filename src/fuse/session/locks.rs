@@ -33,22 +33,64 @@ impl<F: FileSystem + ?Sized> Session<F> {
         transport: E,
         request: &Request<'_>,
     ) -> Outcome {
+        let of_whole_file = |locking: &Locking| matches!(locking.lock, Lock::Whole(_));
         let needed = match &request.operation {
-            Operation::Setlk(Locking {
-                lock: Lock::Whole(_),
-                ..
-            }) => InitFlags::FLOCK_LOCKS,
+            Operation::Setlk(locking) if of_whole_file(locking) => InitFlags::FLOCK_LOCKS,
             _ => InitFlags::POSIX_LOCKS,
         };
+        if !self.has_agreed(needed) {
+            return self.reply_now(transport, request.unique, Err(Errno::NOSYS));
+        }
         let answer = match request.operation {
-            _ if !self.has_agreed(needed) => Err(Errno::NOSYS),
             Operation::Setlk(locking) => return self.setlk(transport, request, locking),
             Operation::Getlk {
                 handle,
                 owner,
                 lock,
             } => self.getlk(request.node, handle, owner, lock),
-            _ => Err(Errno::NOSYS),
+            // The opcode table dispatches none of these to this method.
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Interrupt { .. }
+            | Operation::Lookup { .. }
+            | Operation::LookupSelf
+            | Operation::LookupParent
+            | Operation::Forget { .. }
+            | Operation::BatchForget(_)
+            | Operation::Getattr { .. }
+            | Operation::Statx { .. }
+            | Operation::Setattr { .. }
+            | Operation::Readlink
+            | Operation::Symlink { .. }
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Unlink { .. }
+            | Operation::Rmdir { .. }
+            | Operation::Rename { .. }
+            | Operation::Link { .. }
+            | Operation::Open { .. }
+            | Operation::Opendir { .. }
+            | Operation::Create { .. }
+            | Operation::Tmpfile { .. }
+            | Operation::Syncfs
+            | Operation::Ioctl { .. }
+            | Operation::Read(_)
+            | Operation::Write { .. }
+            | Operation::Readdir { .. }
+            | Operation::Statfs
+            | Operation::Release { .. }
+            | Operation::Releasedir { .. }
+            | Operation::Flush { .. }
+            | Operation::Fsync { .. }
+            | Operation::Setxattr { .. }
+            | Operation::Getxattr { .. }
+            | Operation::Listxattr { .. }
+            | Operation::Removexattr { .. }
+            | Operation::Access { .. }
+            | Operation::Fallocate { .. }
+            | Operation::Lseek { .. }
+            | Operation::CopyFileRange(_)
+            | Operation::Unserved => Err(Errno::NOSYS),
         };
         self.reply_now(transport, request.unique, answer)
     }

@@ -7,7 +7,7 @@ use super::{Session, terms};
 use crate::fs::{FileSystem, Migrate, MoveError};
 use crate::fuse::abi::InitFlags;
 use crate::fuse::init::{self, Negotiated};
-use crate::state::stream::{self, Agreement};
+use crate::migration::stream::{self, Agreement};
 
 impl<F: FileSystem + ?Sized> Session<F> {
     /// The whole session, as bytes for [`load`](Self::load). It continues here if its queues do.

@@ -274,7 +274,48 @@ impl<F: FileSystem + ?Sized> Session<F> {
             // Only requests that may wait for the guest without a limit, such as locks, are
             // interrupted.
             Operation::Interrupt { unique } => self.blocking_locks.interrupt(unique),
-            _ => {}
+            // The opcode table dispatches none of these to this method.
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Lookup { .. }
+            | Operation::LookupSelf
+            | Operation::LookupParent
+            | Operation::Getattr { .. }
+            | Operation::Statx { .. }
+            | Operation::Setattr { .. }
+            | Operation::Readlink
+            | Operation::Symlink { .. }
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Unlink { .. }
+            | Operation::Rmdir { .. }
+            | Operation::Rename { .. }
+            | Operation::Link { .. }
+            | Operation::Open { .. }
+            | Operation::Opendir { .. }
+            | Operation::Create { .. }
+            | Operation::Tmpfile { .. }
+            | Operation::Syncfs
+            | Operation::Ioctl { .. }
+            | Operation::Read(_)
+            | Operation::Write { .. }
+            | Operation::Readdir { .. }
+            | Operation::Statfs
+            | Operation::Release { .. }
+            | Operation::Releasedir { .. }
+            | Operation::Flush { .. }
+            | Operation::Getlk { .. }
+            | Operation::Setlk(_)
+            | Operation::Fsync { .. }
+            | Operation::Setxattr { .. }
+            | Operation::Getxattr { .. }
+            | Operation::Listxattr { .. }
+            | Operation::Removexattr { .. }
+            | Operation::Access { .. }
+            | Operation::Fallocate { .. }
+            | Operation::Lseek { .. }
+            | Operation::CopyFileRange(_)
+            | Operation::Unserved => {}
         }
     }
 
@@ -284,10 +325,53 @@ impl<F: FileSystem + ?Sized> Session<F> {
             self.admit(request, transport.writable())
                 .and_then(|()| match request.operation {
                     Operation::Init(init) => self.init(&init),
-                    _ => {
+                    Operation::Destroy => {
                         self.unmount(&self.barrier.close());
                         Ok(Answer::Done)
                     }
+                    // The opcode table dispatches none of these to this method.
+                    Operation::Interrupt { .. }
+                    | Operation::Lookup { .. }
+                    | Operation::LookupSelf
+                    | Operation::LookupParent
+                    | Operation::Forget { .. }
+                    | Operation::BatchForget(_)
+                    | Operation::Getattr { .. }
+                    | Operation::Statx { .. }
+                    | Operation::Setattr { .. }
+                    | Operation::Readlink
+                    | Operation::Symlink { .. }
+                    | Operation::Mknod { .. }
+                    | Operation::Mkdir { .. }
+                    | Operation::Unlink { .. }
+                    | Operation::Rmdir { .. }
+                    | Operation::Rename { .. }
+                    | Operation::Link { .. }
+                    | Operation::Open { .. }
+                    | Operation::Opendir { .. }
+                    | Operation::Create { .. }
+                    | Operation::Tmpfile { .. }
+                    | Operation::Syncfs
+                    | Operation::Ioctl { .. }
+                    | Operation::Read(_)
+                    | Operation::Write { .. }
+                    | Operation::Readdir { .. }
+                    | Operation::Statfs
+                    | Operation::Release { .. }
+                    | Operation::Releasedir { .. }
+                    | Operation::Flush { .. }
+                    | Operation::Getlk { .. }
+                    | Operation::Setlk(_)
+                    | Operation::Fsync { .. }
+                    | Operation::Setxattr { .. }
+                    | Operation::Getxattr { .. }
+                    | Operation::Listxattr { .. }
+                    | Operation::Removexattr { .. }
+                    | Operation::Access { .. }
+                    | Operation::Fallocate { .. }
+                    | Operation::Lseek { .. }
+                    | Operation::CopyFileRange(_)
+                    | Operation::Unserved => Err(Errno::NOSYS),
                 });
         self.reply_now(transport, request.unique, answer)
     }

@@ -36,28 +36,95 @@ fn intent_timestamp() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// What an operation changes of a directory, as far as a replay has to recognize it.
+enum NameChange<'a> {
+    /// A name of a new inode, whose type is `kind` (`S_IFMT`).
+    NewInode { name: &'a CStr, kind: u32 },
+    /// A name is gone.
+    Removal { name: &'a CStr },
+    /// An inode has a new name instead of the old one.
+    Rename {
+        from: &'a CStr,
+        to: (NodeId, &'a CStr),
+    },
+    /// Nothing, or a replay doesn't need it.
+    None,
+}
+
+impl<'a> NameChange<'a> {
+    fn of(operation: &Operation<'a>) -> Self {
+        match *operation {
+            Operation::Mkdir { name, .. } => Self::NewInode {
+                name,
+                kind: libc::S_IFDIR,
+            },
+            Operation::Symlink { name, .. } => Self::NewInode {
+                name,
+                kind: libc::S_IFLNK,
+            },
+            Operation::Mknod { name, new } => Self::NewInode {
+                name,
+                kind: match new.mode & libc::S_IFMT {
+                    0 => libc::S_IFREG,
+                    kind => kind,
+                },
+            },
+            Operation::Create { name, .. } => Self::NewInode {
+                name,
+                kind: libc::S_IFREG,
+            },
+            Operation::Unlink { name } | Operation::Rmdir { name } => Self::Removal { name },
+            Operation::Rename { from, to, .. } => Self::Rename { from, to },
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Interrupt { .. }
+            | Operation::Lookup { .. }
+            | Operation::LookupSelf
+            | Operation::LookupParent
+            | Operation::Forget { .. }
+            | Operation::BatchForget(_)
+            | Operation::Getattr { .. }
+            | Operation::Statx { .. }
+            | Operation::Setattr { .. }
+            | Operation::Readlink
+            | Operation::Link { .. }
+            | Operation::Open { .. }
+            | Operation::Opendir { .. }
+            | Operation::Tmpfile { .. }
+            | Operation::Syncfs
+            | Operation::Ioctl { .. }
+            | Operation::Read(_)
+            | Operation::Write { .. }
+            | Operation::Readdir { .. }
+            | Operation::Statfs
+            | Operation::Release { .. }
+            | Operation::Releasedir { .. }
+            | Operation::Flush { .. }
+            | Operation::Getlk { .. }
+            | Operation::Setlk(_)
+            | Operation::Fsync { .. }
+            | Operation::Setxattr { .. }
+            | Operation::Getxattr { .. }
+            | Operation::Listxattr { .. }
+            | Operation::Removexattr { .. }
+            | Operation::Access { .. }
+            | Operation::Fallocate { .. }
+            | Operation::Lseek { .. }
+            | Operation::CopyFileRange(_)
+            | Operation::Unserved => Self::None,
+        }
+    }
+}
+
 /// Whether the previous process has completed this removal or rename.
 fn is_completed(replay: &dyn Replay, request: &Request<'_>) -> bool {
     let Some(number) = replay.recorded_inode(request.unique) else {
         return false;
     };
-    match request.operation {
-        Operation::Rename { from, to, .. } => replay.was_renamed((request.node, from), to, number),
-        Operation::Unlink { name } | Operation::Rmdir { name } => {
-            replay.was_removed(request.node, name, number)
-        }
-        _ => false,
-    }
-}
-
-/// The name of the inode that the operation creates.
-fn new_name<'a>(operation: &Operation<'a>) -> Option<&'a CStr> {
-    match *operation {
-        Operation::Mkdir { name, .. }
-        | Operation::Mknod { name, .. }
-        | Operation::Symlink { name, .. }
-        | Operation::Create { name, .. } => Some(name),
-        _ => None,
+    match NameChange::of(&request.operation) {
+        NameChange::Rename { from, to } => replay.was_renamed((request.node, from), to, number),
+        NameChange::Removal { name } => replay.was_removed(request.node, name, number),
+        NameChange::NewInode { .. } | NameChange::None => false,
     }
 }
 
@@ -114,15 +181,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 };
             }
             Guard::NewInode => {
-                let is_known = |name| replay.is_known(request.node, name);
-                let known = new_name(&request.operation).is_some_and(is_known);
-                return match (self.metadata(request, room), new_name(&request.operation)) {
+                let NameChange::NewInode { name, kind } = NameChange::of(&request.operation) else {
+                    return self.metadata(request, room);
+                };
+                let known = replay.is_known(request.node, name);
+                return match self.metadata(request, room) {
                     // An inode that the guest knows wasn't created by a request that it has no
                     // reply to.
-                    (Err(Errno::EXIST), Some(name)) if intent[0] == RECORDED && !known => {
-                        self.created(request, name, intent, Errno::EXIST)
+                    Err(Errno::EXIST) if intent[0] == RECORDED && !known => {
+                        self.created(request, (name, kind), intent, Errno::EXIST)
                     }
-                    (answer, _) => answer,
+                    answer => answer,
                 };
             }
             Guard::NewLink => {
@@ -158,16 +227,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
         Err(Errno::EXIST)
     }
 
-    /// The reply to a request that creates `name`, which exists: success if the previous process
-    /// created it, else `errno`.
+    /// The reply to a request that creates an inode of a type under a name, which exists: success if
+    /// the previous process created it, else `errno`.
     fn created(
         &self,
         request: &Request<'_>,
-        name: &CStr,
+        new: (&CStr, u32),
         intent: RecordedIntent,
         errno: Errno,
     ) -> Result<Answer> {
-        let entry = self.created_entry(request, name, intent, errno)?;
+        let entry = self.created_entry(request, new, intent, errno)?;
         let Operation::Create { flags, .. } = request.operation else {
             return Ok(Answer::Entry(entry_out(&entry)));
         };
@@ -187,7 +256,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     fn created_entry(
         &self,
         request: &Request<'_>,
-        name: &CStr,
+        (name, kind): (&CStr, u32),
         intent: RecordedIntent,
         errno: Errno,
     ) -> Result<Entry> {
@@ -202,12 +271,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Err(_) => false,
         };
         let entry_kind = entry.attributes.mode & libc::S_IFMT;
-        let kind = match request.operation {
-            Operation::Mkdir { .. } => libc::S_IFDIR,
-            Operation::Symlink { .. } => libc::S_IFLNK,
-            Operation::Mknod { new, .. } if new.mode & libc::S_IFMT != 0 => new.mode & libc::S_IFMT,
-            _ => libc::S_IFREG,
-        };
         if is_recent && entry_kind == kind {
             return Ok(entry);
         }

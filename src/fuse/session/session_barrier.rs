@@ -72,7 +72,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     #[test]
-    fn no_thread_is_inside_while_the_barrier_is_closed() {
+    fn closed_barrier_has_no_thread_inside() {
         let barrier = SessionBarrier::default();
         let closed = AtomicBool::new(false);
         let stop = AtomicBool::new(false);

@@ -17,7 +17,7 @@ use tokio::task::LocalSet;
 use super::{SetupError, SyncKind, Transferred};
 use crate::io::buffer::GuestBuffer;
 use crate::io::descriptor::{Descriptor, Facts};
-use crate::io::vectored;
+use crate::io::vectored::{self, Direction};
 
 /// tokio's current-thread runtime. The tasks are dropped before the runtime that they are bound to.
 pub(in crate::io) struct EventLoop {
@@ -53,7 +53,7 @@ pub(in crate::io) fn read(
     run_on_buffer(buffer, move |buffer| {
         let mut filled = filled;
         while filled < buffer.len() {
-            match vectored::read(file.as_fd(), buffer, filled, offset, 0)? {
+            match vectored::transfer(Direction::Read, file.as_fd(), buffer, (filled, offset), 0)? {
                 0 => break,
                 n => filled += n,
             }

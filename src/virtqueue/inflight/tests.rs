@@ -6,12 +6,11 @@ use std::os::unix::fs::FileExt;
 use proptest::prelude::*;
 
 use super::*;
+use crate::guest_memory::crash_injection;
 use crate::state::{Limits, Table};
 use crate::virtqueue::layout::{NEXT, WRITE};
 use crate::virtqueue::tests::{DESCRIPTORS, Driver, SIZE};
-use crate::virtqueue::{
-    BadChain, Call, Chain, Journal, Queue, QueueError, Tracking, crash_injection,
-};
+use crate::virtqueue::{BadChain, Call, Chain, Journal, Queue, QueueError, Tracking};
 
 /// A request has its number in 8 bytes. The reply repeats 4 to 8 of them.
 const REQUESTS: u64 = 0x5000;

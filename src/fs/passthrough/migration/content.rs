@@ -12,7 +12,7 @@ use super::super::Passthrough;
 use super::super::inode::Inode;
 use super::super::inode_ref::{reopen_fd, stat_fd};
 use crate::fs::{NodeId, Result};
-use crate::state::stream::{CONTENT_MOST, Nameless};
+use crate::migration::stream::{MAX_CONTENT, Nameless};
 
 /// How many bytes of a file are read at once.
 const CHUNK_LEN: usize = 1 << 20;
@@ -71,7 +71,7 @@ impl Passthrough {
 
     /// How many bytes of content may be sent in total.
     pub(super) fn max_content() -> u64 {
-        CONTENT_MOST
+        MAX_CONTENT
     }
 
     /// Creates a file or directory without a name. Returns an `O_PATH` descriptor of it.

@@ -23,8 +23,8 @@ use super::save::REOPEN_FLAGS;
 use super::{MigrationMode, OnMigrationError};
 use crate::fs::{MoveError, NodeId};
 use crate::io::File;
+use crate::migration::stream::{Find, Inode, Open, Snapshot};
 use crate::state::HandleFields;
-use crate::state::stream::{Find, Inode, Open, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// Node ids and handles start at 1, and no server gets this far.

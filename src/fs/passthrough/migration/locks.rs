@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::super::Passthrough;
 use crate::fs::{Handle, HandleKind, MoveError, NodeId};
 use crate::io::{File, Lock, LockKind, RecordLock};
-use crate::state::stream::{self, Flock, Locks, Snapshot};
+use crate::migration::stream::{self, Flock, Locks, Snapshot};
 use crate::state::{LockFields, Range};
 
 /// The whole range of a file.

@@ -16,7 +16,7 @@ pub(super) use self::search::Search;
 
 use super::Passthrough;
 use crate::fs::{Migrate, MoveError};
-use crate::state::stream::Snapshot;
+use crate::migration::stream::Snapshot;
 
 /// How the source describes inodes to the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use super::super::inode_ref::{IDENTITY, Identity, ReopenMethod, stat_fd};
 use super::MigrationMode;
 use super::locks::{flock_of, locks_of};
 use crate::fs::{MoveError, NodeId};
-use crate::state::stream::{self, Find, Open, Root, Snapshot};
+use crate::migration::stream::{self, Find, Open, Root, Snapshot};
 use crate::sys::file_handle::FileHandle;
 
 /// The open flags that are kept when a file is opened again.

@@ -80,7 +80,7 @@ fn extensions_of<'a>(request: &Request<'a>) -> (Option<(&'a CStr, &'a [u8])>, Op
 }
 
 #[test]
-fn labels_and_groups_come_in_either_order() {
+fn label_and_groups_are_accepted_in_either_order() {
     let expected = (Some((c"security.selinux", LABEL)), Some(2000));
     let none = record(0, &[]);
     for (extensions, expected) in [
@@ -104,7 +104,7 @@ fn labels_and_groups_come_in_either_order() {
 }
 
 #[test]
-fn a_label_need_not_be_counted_in_the_header() {
+fn label_without_padding_is_accepted() {
     // Linux before 6.3 doesn't pad it either.
     let mut odd = label();
     let len = 8 + 8 + b"security.selinux\0".len() + LABEL.len();
@@ -131,7 +131,7 @@ fn a_label_need_not_be_counted_in_the_header() {
 }
 
 #[test]
-fn what_is_malformed_is_refused() {
+fn malformed_extensions_are_refused() {
     let sized = |mut record: Vec<u8>, size: u32| {
         record[..4].copy_from_slice(&size.to_ne_bytes());
         record
@@ -174,7 +174,7 @@ fn what_is_malformed_is_refused() {
 }
 
 #[test]
-fn all_of_a_long_label_is_wanted() {
+fn bytes_wanted_include_all_of_long_label() {
     let extensions = label_of(b"security.selinux\0", &[b'x'; 65_536]);
     for bytes in creating_requests(&extensions, true) {
         let wanted = bytes_wanted(&bytes[..HEADER_LEN], bytes.len() - HEADER_LEN);
@@ -232,7 +232,7 @@ proptest! {
     }
 
     #[test]
-    fn labels_and_groups_come_out_as_they_went_in(
+    fn label_and_groups_survive_encoding(
         name in "security\\.[a-z.]{1,60}",
         value in prop::collection::vec(any::<u8>(), 0..300),
         group in 0..u32::MAX,

@@ -51,7 +51,7 @@ fn record_lock_is_acquired_released_or_waited_for() {
 }
 
 #[test]
-fn a_lock_of_flock_is_on_the_whole_file_whatever_its_range() {
+fn flock_locks_whole_file_for_any_range() {
     for (start, end) in [(0, i64::MAX as u64), (0, u64::MAX), (5, 3)] {
         let args = abi::LkIn {
             lk_flags: abi::lk_flags::FLOCK,
@@ -87,7 +87,7 @@ fn invalid_locks_are_refused() {
 }
 
 #[test]
-fn getlk_names_the_wanted_lock() {
+fn getlk_passes_requested_lock() {
     let ask = |kind| on_root(Opcode::Getlk, &[lock_in(kind, 10, 20).as_bytes()]);
     let bytes = ask(libc::F_WRLCK);
     let Operation::Getlk {
@@ -167,7 +167,7 @@ fn only_ioctls_for_inode_flags_are_supported() {
 }
 
 #[test]
-fn ioctl_has_the_data_that_it_counts() {
+fn ioctl_with_less_data_than_counted_is_refused() {
     for len in 0..4 {
         assert_eq!(ioctl(SET, 4, 0, &[0; 4][..len]), Err(Fault::Truncated));
     }

@@ -130,7 +130,7 @@ fn operation_that_may_wait_is_deferred() {
 }
 
 #[test]
-fn copy_counts_bytes_in_both_widths() {
+fn copy_file_range_reply_has_width_of_request() {
     let guest = Guest::ready();
     guest.serve(write(0, b"0123456789"), ROOM);
     let args = abi::CopyFileRangeIn {

@@ -91,7 +91,7 @@ fn init_of_old_version_is_rejected() {
 }
 
 #[test]
-fn init_of_newer_major_is_answered_with_ours() {
+fn init_with_newer_major_version_gets_ours() {
     let guest = Guest::new();
     let reply: InitOut = guest
         .serve(init_of(8, 3, InitFlags::NONE), ROOM)
@@ -320,7 +320,7 @@ fn request_too_long_for_stack_is_fetched_whole() {
 }
 
 #[test]
-fn repeated_event_is_logged_ever_less() {
+fn repeated_event_is_logged_less_often() {
     let lines = |happened: u64| (1..=happened).filter(|count| should_log(*count)).count();
     assert_eq!((lines(16), lines(1 << 20)), (16, 16 + 16));
 }

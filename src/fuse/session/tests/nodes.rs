@@ -22,7 +22,7 @@ fn readdir(plus: bool, offset: u64, size: u32) -> Vec<u8> {
 }
 
 #[test]
-fn lookup_answers_the_entry() {
+fn lookup_replies_with_entry() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
     let entry: abi::EntryOut = guest.serve(lookup(b"name"), ROOM).structure();
@@ -57,7 +57,7 @@ fn lookup_answers_the_entry() {
 }
 
 #[test]
-fn forgets_are_not_answered() {
+fn forget_has_no_reply() {
     let guest = Guest::ready();
     guest.fs().put(c"name");
     for _ in 0..5 {
@@ -80,7 +80,7 @@ fn forgets_are_not_answered() {
 }
 
 #[test]
-fn getattr_says_who_asks_and_of_what() {
+fn getattr_passes_caller_and_handle() {
     let guest = Guest::ready();
     let getattr = |getattr_flags| {
         on_root(
@@ -154,7 +154,7 @@ fn names_and_flags_reach_the_file_system() {
 }
 
 #[test]
-fn create_answers_entry_and_handle() {
+fn create_replies_with_entry_and_handle() {
     let guest = Guest::ready();
     let args = abi::CreateIn {
         flags: 0o2 | 0o200,
@@ -198,7 +198,7 @@ fn files_and_directories_are_opened_and_closed() {
 }
 
 #[test]
-fn readlink_answers_a_path_if_there_is_room() {
+fn readlink_replies_with_target_if_it_fits() {
     let guest = Guest::ready();
     let readlink = on_root(Opcode::Readlink, &[]);
     assert_eq!(guest.serve(readlink.clone(), 26).body(), b"over/there");
@@ -206,7 +206,7 @@ fn readlink_answers_a_path_if_there_is_room() {
 }
 
 #[test]
-fn statfs_and_lseek_answer_numbers() {
+fn statfs_and_lseek_reply_with_numbers() {
     let guest = Guest::ready();
     let statfs: abi::StatfsOut = guest.serve(on_root(Opcode::Statfs, &[]), ROOM).structure();
     assert_eq!(
@@ -226,7 +226,7 @@ fn statfs_and_lseek_answer_numbers() {
 }
 
 #[test]
-fn access_and_flush_answer_yes_or_no() {
+fn access_and_flush_reply_with_errno_alone() {
     let guest = Guest::ready();
     let access = |mask| {
         on_root(
@@ -251,7 +251,7 @@ fn access_and_flush_answer_yes_or_no() {
 }
 
 #[test]
-fn extended_attributes_are_set_read_listed_and_removed() {
+fn xattrs_are_set_read_listed_and_removed() {
     let guest = Guest::ready();
     let set = |flags| {
         let args = abi::SetxattrIn { size: 5, flags };
@@ -298,7 +298,7 @@ fn extended_attributes_are_set_read_listed_and_removed() {
 }
 
 #[test]
-fn readdir_answers_records_that_fit() {
+fn readdir_replies_with_records_that_fit() {
     let guest = Guest::ready();
     for name in [c"a", c"eight888", c"z"] {
         guest.fs().put(name);
@@ -331,7 +331,7 @@ fn readdir_answers_records_that_fit() {
 }
 
 #[test]
-fn readdirplus_counts_a_lookup_for_each_entry_it_answers() {
+fn readdirplus_counts_lookup_for_each_entry_returned() {
     let guest = Guest::ready();
     for name in [c"a", c"b", c"c"] {
         guest.fs().put(name);
@@ -348,7 +348,7 @@ fn readdirplus_counts_a_lookup_for_each_entry_it_answers() {
 }
 
 #[test]
-fn an_error_behind_the_first_entry_does_not_lose_that_entry() {
+fn readdir_error_after_first_entry_returns_entry() {
     let guest = Guest::ready();
     guest.fs().put(c"a");
     guest.fs().put(c"bad");
@@ -359,7 +359,7 @@ fn an_error_behind_the_first_entry_does_not_lose_that_entry() {
 }
 
 #[test]
-fn a_directory_reply_takes_no_more_memory_than_there_is_room() {
+fn readdir_reply_takes_no_more_memory_than_room() {
     let guest = Guest::ready();
     guest.fs().put(c"a");
     assert_eq!(

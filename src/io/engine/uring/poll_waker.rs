@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn no_wake_of_another_thread_is_lost() {
+    fn wake_from_another_thread_is_not_lost() {
         const WAKES: usize = 10_000;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

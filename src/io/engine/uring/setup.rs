@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_used_is_refused() {
+    fn unused_operations_are_refused() {
         if let Err(reason) = crate::io::probe() {
             eprintln!("skipped: {reason}");
             return;
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_that_is_not_enabled_takes_nothing() {
+    fn disabled_ring_refuses_operations() {
         if let Err(reason) = crate::io::probe() {
             eprintln!("skipped: {reason}");
             return;

@@ -3,7 +3,7 @@
 //! A client asks by `SIGHUP`. If the signal carries a number, the client listens on a socket that
 //! is named by it; there it hands over the program and reads the outcome. The new program is tried
 //! before anything is changed ([`check_for_upgrade`]). The switch itself is
-//! `parent_process/program_switch.rs`.
+//! `supervision/program_switch.rs`.
 //!
 //! The invariant: a program that is only tried changes nothing, and both ends of the socket check
 //! which process the other one is.
@@ -25,10 +25,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-use super::chain;
-use super::exec_handover::{FORMAT, NOT_UPGRADED, START_TIMEOUT, UPGRADED, VARIABLE};
-use crate::config::Config;
-use crate::sandbox::exec::{self, Queued};
+use super::exec::{self, Queued};
+use super::exec_handover::{FORMAT, VARIABLE};
+use super::upgrade_attempt::{NOT_UPGRADED, START_TIMEOUT, UPGRADED};
 use crate::sandbox::{Ending, FdIdentity};
 use crate::state::Table;
 use crate::vhost_user;
@@ -48,10 +47,13 @@ fn formats() -> String {
     format!("hand-over={FORMAT} session={session} state={state}")
 }
 
-/// Whether this program can take over from the running one with the same arguments. `None` if the
-/// program isn't being tried for an upgrade.
-#[must_use]
-pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
+/// Whether this program can take over from the running one with the same arguments: those it has
+/// say `supervise`, and with them it `can_serve`, or not for that reason. `None` if the program
+/// isn't being tried for an upgrade; else the status to exit with.
+pub fn check_for_upgrade(
+    supervise: bool,
+    can_serve: impl FnOnce() -> Result<(), String>,
+) -> Option<Result<u8, String>> {
     let wanted = std::env::var(CHECK).ok()?;
     let known = formats();
     let unknown: Vec<_> = wanted
@@ -64,13 +66,12 @@ pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
             unknown.join(" ")
         )));
     }
-    if !config.supervise {
+    if !supervise {
         return Some(Err(
             "without --supervise a program can't take over".to_owned()
         ));
     }
-    let runtime = crate::io::choose(config.runtime);
-    Some(runtime.map(|_| READY).map_err(|error| chain(&error)))
+    Some(can_serve().map(|()| READY))
 }
 
 /// A request to replace this program by another one.

@@ -59,7 +59,7 @@ fn every_served_opcode_is_decoded() {
 }
 
 #[test]
-fn opcodes_that_are_not_served_need_no_arguments() {
+fn unserved_opcode_needs_no_arguments() {
     let served: Vec<_> = samples()
         .iter()
         .map(|(opcode, _)| opcode.number())
@@ -77,7 +77,7 @@ fn opcodes_that_are_not_served_need_no_arguments() {
 }
 
 #[test]
-fn requests_cut_short_at_any_length_are_faults() {
+fn request_truncated_at_any_length_is_refused() {
     for (opcode, bytes) in samples() {
         let needed = if opcode == Opcode::Write {
             bytes.len() - 4
@@ -112,7 +112,7 @@ fn requests_cut_short_at_any_length_are_faults() {
 }
 
 #[test]
-fn bytes_behind_those_the_header_counts_do_not_count() {
+fn bytes_beyond_header_length_are_ignored() {
     let mut bytes = lookup(b"name");
     bytes.push(0);
     assert_eq!(fault(&bytes), Fault::Unterminated);
@@ -122,7 +122,7 @@ fn bytes_behind_those_the_header_counts_do_not_count() {
 }
 
 #[test]
-fn a_header_that_counts_too_few_or_too_many_bytes_is_a_fault() {
+fn header_with_wrong_length_is_refused() {
     for len in [0, 1, 39, 100, 8192, 65_536, u32::MAX as usize] {
         let mut bytes = on_root(Opcode::Getattr, &[abi::GetattrIn::default().as_bytes()]);
         claim_len(&mut bytes, len);
@@ -135,7 +135,7 @@ fn a_header_that_counts_too_few_or_too_many_bytes_is_a_fault() {
 }
 
 #[test]
-fn only_what_is_needed_is_wanted() {
+fn bytes_wanted_are_only_those_needed() {
     let wanted = |bytes: &[u8]| bytes_wanted(&bytes[..HEADER_LEN], bytes.len() - HEADER_LEN);
     let write = abi::WriteIn {
         size: 1 << 20,
@@ -154,7 +154,7 @@ fn only_what_is_needed_is_wanted() {
 }
 
 #[test]
-fn names_that_no_directory_takes_are_refused_everywhere() {
+fn invalid_names_are_refused_by_all_operations() {
     let long = [[b'a'; 256].as_slice(), &[0]].concat();
     let huge = [vec![b'a'; 65_536], vec![0]].concat();
     let names: &[(&[u8], Errno)] = &[
@@ -209,7 +209,7 @@ fn names_that_no_directory_takes_are_refused_everywhere() {
 }
 
 #[test]
-fn names_may_hold_whatever_a_directory_takes() {
+fn names_of_any_allowed_bytes_are_accepted() {
     let longest = [[b'a'; 255].as_slice(), &[0]].concat();
     for name in [
         b"a\0".as_slice(),
@@ -229,7 +229,7 @@ fn names_may_hold_whatever_a_directory_takes() {
 }
 
 #[test]
-fn a_symbolic_link_may_point_anywhere_but_nowhere() {
+fn symlink_target_is_refused_if_empty_or_too_long() {
     let symlink = |target: &[u8]| on_root(Opcode::Symlink, &[b"name\0", target]);
     let path = |len| [vec![b'/'; len], vec![0]].concat();
     assert!(decode(&symlink(b"../../etc/passwd\0")).is_ok());
@@ -241,7 +241,7 @@ fn a_symbolic_link_may_point_anywhere_but_nowhere() {
 }
 
 #[test]
-fn extended_attributes_are_kept_in_their_bounds() {
+fn xattr_beyond_limits_is_refused() {
     let set = |size, flags, name: &[u8], value: &[u8]| {
         on_root(
             Opcode::Setxattr,
@@ -288,7 +288,7 @@ fn error_names_request_and_fault() {
 }
 
 #[test]
-fn node_0_and_id_none_are_refused() {
+fn node_0_and_unknown_id_are_refused() {
     assert_eq!(
         fault(&request(Opcode::Lookup.number(), 0, &[b"name\0"])),
         Fault::Node
@@ -309,7 +309,7 @@ fn node_0_and_id_none_are_refused() {
 }
 
 #[test]
-fn offsets_beyond_what_a_file_can_have_are_refused() {
+fn offset_beyond_maximum_file_size_is_refused() {
     let beyond = i64::MAX as u64 + 1;
     let read = |offset, size| {
         on_root(
@@ -363,7 +363,7 @@ fn offsets_beyond_what_a_file_can_have_are_refused() {
 }
 
 #[test]
-fn a_write_has_the_data_it_counts() {
+fn write_with_less_data_than_counted_is_refused() {
     let write = |size, data: &[u8]| {
         on_root(
             Opcode::Write,
@@ -387,7 +387,7 @@ fn a_write_has_the_data_it_counts() {
 }
 
 #[test]
-fn a_write_says_what_the_file_is_open_for() {
+fn write_mode_follows_flags_of_open_file() {
     let mode = |flags: i32| {
         let args = abi::WriteIn {
             flags: flags.cast_unsigned(),
@@ -408,7 +408,7 @@ fn a_write_says_what_the_file_is_open_for() {
 }
 
 #[test]
-fn a_batch_of_forgets_is_whole() {
+fn batch_forget_has_all_entries_or_is_refused() {
     let batch = |count, ones: &[ForgetOne]| {
         let argument = abi::BatchForgetIn { count, dummy: 0 };
         on_root(Opcode::BatchForget, &[argument.as_bytes(), ones.as_bytes()])
@@ -440,7 +440,7 @@ fn a_batch_of_forgets_is_whole() {
 }
 
 #[test]
-fn only_flags_that_are_the_servers_affair_come_through() {
+fn open_and_create_keep_only_known_flags() {
     let all = u32::MAX;
     let open = on_root(
         Opcode::Open,
@@ -488,7 +488,7 @@ fn only_flags_that_are_the_servers_affair_come_through() {
 }
 
 #[test]
-fn setattr_changes_what_is_valid_and_no_more() {
+fn setattr_changes_only_valid_fields() {
     let args = abi::SetattrIn {
         valid: 0,
         fh: 9,
@@ -537,7 +537,7 @@ fn setattr_changes_what_is_valid_and_no_more() {
 }
 
 #[test]
-fn setattr_refuses_values_that_mean_something_else_to_the_host() {
+fn setattr_of_values_special_to_host_is_refused() {
     use setattr_valid::{ATIME, ATIME_NOW, GID, MTIME, SIZE, UID};
 
     let bad = abi::SetattrIn {
@@ -562,7 +562,7 @@ fn setattr_refuses_values_that_mean_something_else_to_the_host() {
 }
 
 #[test]
-fn values_that_the_kernel_never_sends_are_refused() {
+fn values_that_kernel_never_sends_are_refused() {
     for whence in [0, 1, 2, 5, u32::MAX] {
         let seek = abi::LseekIn {
             whence,
@@ -593,7 +593,7 @@ fn values_that_the_kernel_never_sends_are_refused() {
 }
 
 #[test]
-fn extensions_are_no_part_of_the_name_before_them() {
+fn extensions_are_not_part_of_preceding_name() {
     let with = |units: u16, name: &[u8]| {
         let mkdir = abi::MkdirIn::default();
         let extension = abi::ExtHeader {
@@ -661,7 +661,7 @@ proptest! {
     }
 
     #[test]
-    fn names_come_out_as_they_went_in(
+    fn names_survive_decoding(
         from in "[^/\0]{1,60}",
         to in "[^/\0]{1,60}",
         newdir in 1..u64::MAX,
@@ -685,7 +685,7 @@ proptest! {
     }
 
     #[test]
-    fn reads_come_out_as_they_went_in(fh: u64, offset in 0..1u64 << 62, size: u32) {
+    fn read_arguments_survive_decoding(fh: u64, offset in 0..1u64 << 62, size: u32) {
         let argument = abi::ReadIn { fh, offset, size, ..Default::default() };
         let bytes = on_root(Opcode::Read, &[argument.as_bytes()]);
         let Operation::Read(range) = decode(&bytes).unwrap().operation else {

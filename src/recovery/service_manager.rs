@@ -27,7 +27,7 @@ const REPORTS: u32 = 6;
 
 /// The connection to a service manager, if there is one.
 #[derive(Debug, Default)]
-pub(super) struct ServiceManager {
+pub(crate) struct ServiceManager {
     /// Where states are sent to.
     socket: Option<OsString>,
     /// The time after which the manager ends a server that has sent no keep-alive.
@@ -40,7 +40,7 @@ pub(super) struct ServiceManager {
 
 /// What the watchdog finds when the serving process has not reported for half of its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Silence {
+pub(crate) enum Silence {
     /// Not so long yet, or there is no watchdog.
     Short,
     /// It waits for storage of the host, or was stopped, neither of which a restart would help.
@@ -51,7 +51,7 @@ pub(super) enum Silence {
 
 impl ServiceManager {
     /// The manager that the environment names.
-    pub(super) fn from_environment() -> Self {
+    pub(crate) fn from_environment() -> Self {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
         let number = |name| variable(name)?.to_str()?.parse::<u64>().ok();
         let pid = number("WATCHDOG_PID");
@@ -69,17 +69,17 @@ impl ServiceManager {
     }
 
     /// Whether the serving process is to report that it serves.
-    pub(super) fn wants_reports(&self) -> bool {
+    pub(crate) fn wants_reports(&self) -> bool {
         self.socket.is_some()
     }
 
     /// How often it is to repeat that.
-    pub(super) fn interval(&self) -> Option<Duration> {
+    pub(crate) fn interval(&self) -> Option<Duration> {
         self.watchdog.map(|time| time / REPORTS)
     }
 
     /// Handles a report of the serving process.
-    pub(super) fn serves(&mut self) {
+    pub(crate) fn serves(&mut self) {
         self.alive = self.watchdog.map(|_| Instant::now());
         let state = match (self.is_ready, self.watchdog) {
             (false, _) => "READY=1\nWATCHDOG=1",
@@ -91,12 +91,12 @@ impl ServiceManager {
     }
 
     /// Tells the manager that the server ends.
-    pub(super) fn stops(&self) {
+    pub(crate) fn stops(&self) {
         self.send("STOPPING=1");
     }
 
     /// How long to wait for a report before calling [`check`](Self::check).
-    pub(super) fn timeout(&self) -> Option<Duration> {
+    pub(crate) fn timeout(&self) -> Option<Duration> {
         let patience = self.watchdog? / 2;
         let silent = self.alive?.elapsed();
         Some(
@@ -108,7 +108,7 @@ impl ServiceManager {
 
     /// Looks at a serving process that has not reported for [`timeout`](Self::timeout). Sends a
     /// keep-alive for one that is excused.
-    pub(super) fn check(&mut self, serving: Option<Pid>) -> Silence {
+    pub(crate) fn check(&mut self, serving: Option<Pid>) -> Silence {
         let (Some(time), Some(alive)) = (self.watchdog, self.alive) else {
             return Silence::Short;
         };
@@ -171,7 +171,7 @@ fn waiting_thread(process: Pid) -> Option<&'static str> {
 /// to this process. Returns `None` if it has passed none.
 ///
 /// Must be called before any other descriptor is opened.
-pub(super) fn passed_listener(path: &Path) -> Result<Option<Listener>, ListenError> {
+pub(crate) fn passed_listener(path: &Path) -> Result<Option<Listener>, ListenError> {
     let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
     if number("LISTEN_PID") != Some(std::process::id()) {
         return Ok(None);

@@ -10,6 +10,11 @@
 //! mapping keeps it mapped, so the mapping's entry can't change at the same time. An entry that
 //! changes while the handler reads it is therefore not the one that it looks for, and is skipped.
 
+#![allow(
+    clippy::indexing_slicing,
+    reason = "an entry's index is below the length of both tables"
+)]
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
@@ -225,7 +230,7 @@ fn handle_sigbus() -> Result<(), Errno> {
         // in a signal handler.
         let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut previous) };
         if result != 0 {
-            return Err(super::last_errno());
+            return Err(crate::sys::last_errno());
         }
         // This is the only call of `set`.
         let _first = PREVIOUS.set(previous);

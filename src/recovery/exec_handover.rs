@@ -5,8 +5,6 @@
 //! running program is still there ([`check_for_upgrade`](super::check_for_upgrade)). The invariant:
 //! a descriptor is used only if it is still the file that the list says it is.
 
-mod attempt;
-
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::Read;
@@ -16,10 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub(super) use self::attempt::{
-    NOT_UPGRADED, START_TIMEOUT, UPGRADED, UpgradeAttempt, milliseconds, send_line,
-};
-use crate::sandbox::{FdIdentity, Identity, Ids, Past, SandboxError, SandboxRefs, Supervisor};
+use super::supervisor::Supervisor;
+use super::upgrade_attempt::UpgradeAttempt;
+use crate::sandbox::{FdIdentity, Identity, Ids, InheritedSandbox, SandboxError, SandboxRefs};
 use crate::vhost_user::{ListenError, Listener, SocketFile};
 
 /// The version of the list's format.
@@ -64,9 +61,15 @@ pub enum ExecHandoverError {
 pub struct ExecHandover(BTreeMap<String, String>);
 
 /// The descriptors on the list that a server is built from.
-pub(super) struct ServerFds {
-    pub(super) listener: Listener,
-    pub(super) state: OwnedFd,
+pub(crate) struct ServerFds {
+    pub(crate) listener: Listener,
+    pub(crate) state: OwnedFd,
+}
+
+/// What is on the list about the processes: the sandbox, and the upgrade in progress.
+pub(crate) struct PassedOn {
+    pub(super) past: InheritedSandbox,
+    pub(super) attempt: UpgradeAttempt,
 }
 
 impl ExecHandover {
@@ -139,7 +142,7 @@ impl ExecHandover {
     }
 
     /// Takes over everything on the list.
-    pub(super) fn open(self) -> Result<(Past, UpgradeAttempt, ServerFds), ExecHandoverError> {
+    pub(crate) fn open(self) -> Result<(PassedOn, ServerFds), ExecHandoverError> {
         let sandbox_refs = SandboxRefs {
             root: self.fd_identity("root")?,
             mounts: self.optional("mounts", Self::fd_identity)?,
@@ -171,11 +174,8 @@ impl ExecHandover {
                 Ok(String::from_utf8_lossy(&text).into_owned())
             })?,
         };
-        Ok((
-            Past { ids, sandbox_refs },
-            attempt,
-            ServerFds { listener, state },
-        ))
+        let past = InheritedSandbox { ids, sandbox_refs };
+        Ok((PassedOn { past, attempt }, ServerFds { listener, state }))
     }
 }
 

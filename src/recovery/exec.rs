@@ -10,23 +10,21 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions};
 
-use super::guardian::{Ending, ending};
-use super::privileges;
-use super::report::now;
-use super::supervisor::FdIdentity;
+use crate::sandbox::{self, Ending, FdIdentity, now};
 use crate::sys::process::{self, Fork};
 use crate::sys::supervision;
-pub use crate::sys::supervision::{Peer, Queued};
+use crate::sys::supervision::Peer;
+pub(super) use crate::sys::supervision::Queued;
 
 /// A program to run.
 #[derive(Clone, Copy, Debug)]
-pub struct Call<'a> {
+pub(super) struct Call<'a> {
     /// The program's file.
-    pub file: BorrowedFd<'a>,
+    pub(super) file: BorrowedFd<'a>,
     /// Its arguments; the first one is its name.
-    pub arguments: &'a [CString],
+    pub(super) arguments: &'a [CString],
     /// Its environment.
-    pub environment: &'a [CString],
+    pub(super) environment: &'a [CString],
 }
 
 /// The file of the program that this process runs.
@@ -34,7 +32,7 @@ pub struct Call<'a> {
 /// # Errors
 ///
 /// `/proc` isn't mounted.
-pub fn own_program() -> std::io::Result<FdIdentity> {
+pub(super) fn own_program() -> std::io::Result<FdIdentity> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let file = rustix::fs::open(c"/proc/self/exe", flags, Mode::empty())?;
@@ -48,7 +46,7 @@ pub fn own_program() -> std::io::Result<FdIdentity> {
 /// # Errors
 ///
 /// The child can't be made or waited for.
-pub fn try_out(
+pub(super) fn try_out(
     call: Call<'_>,
     stderr: Option<BorrowedFd<'_>>,
     timeout: Duration,
@@ -95,7 +93,7 @@ fn prepare(stderr: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
 /// How the child has ended, if it has.
 fn reap(child: Pid) -> std::io::Result<Option<Ending>> {
     match rustix::process::waitpid(Some(child), WaitOptions::NOHANG) {
-        Ok(Some((_, status))) => Ok(ending(status)),
+        Ok(Some((_, status))) => Ok(Ending::of(status)),
         Ok(None) | Err(Errno::INTR) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -104,9 +102,9 @@ fn reap(child: Pid) -> std::io::Result<Option<Ending>> {
 /// Replaces this program by another one, which keeps all descriptors and capabilities. Returns only
 /// if it can't be run.
 #[must_use]
-pub fn run_instead(call: Call<'_>) -> std::io::Error {
+pub(super) fn run_instead(call: Call<'_>) -> std::io::Error {
     let keep = || -> std::io::Result<()> {
-        privileges::keep_over_exec()?;
+        sandbox::keep_over_exec()?;
         supervision::keep_over_exec()
     };
     let error = match keep() {
@@ -136,6 +134,6 @@ pub fn ask_for_upgrade(supervisor: i32, value: usize) -> std::io::Result<()> {
 /// # Errors
 ///
 /// Those of `getsockopt(2)`.
-pub fn peer(socket: impl AsFd) -> std::io::Result<Peer> {
+pub(super) fn peer(socket: impl AsFd) -> std::io::Result<Peer> {
     Ok(supervision::peer(socket)?)
 }

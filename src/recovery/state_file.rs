@@ -11,43 +11,49 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::ServerError;
-use super::limits::{LimitError, file_size, without_file_size_limit};
+use super::RecoveryError;
 use super::predecessor::wait_while;
-use crate::config::Config;
-use crate::fs::passthrough::Past;
-use crate::state::{Limits, StateError, Table};
+use crate::state::{Limits, Table};
 use crate::virtqueue;
 
 /// An open table, and the session in it.
 #[derive(Debug)]
-pub(super) struct Kept {
-    pub(super) table: Arc<Table>,
-    /// What an earlier process has left in the table, if anything.
-    pub(super) past: Option<Past>,
+pub(crate) struct OpenedTable {
+    pub(crate) table: Arc<Table>,
+    /// What the previous process has left in the table, if anything.
+    pub(crate) previous: Option<PreviousProcess>,
+}
+
+/// What a process that resumes a session has to know of the previous one.
+#[derive(Debug)]
+pub(crate) struct PreviousProcess {
+    /// The descriptors that it recorded are open in this process, under the same numbers.
+    pub(crate) inherited_fds: bool,
+    /// The requests that it left unanswered.
+    pub(crate) unanswered: Vec<u64>,
 }
 
 /// Where the table is stored.
 #[derive(Debug)]
-pub(super) enum State {
+pub(crate) enum TableLocation {
     /// In memory that the serving process allocates.
     Own,
     /// In the state file, which is open.
-    File(Kept),
+    File(OpenedTable),
     /// In a file or a memfd that all serving processes share.
-    Common(OwnedFd),
+    Shared(OwnedFd),
 }
 
 /// Sets the mode of the state file, which may be an existing file, so that only the server's user
 /// can open it.
-fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
-    let failed = |source: Errno| ServerError::StateFile {
+fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), RecoveryError> {
+    let failed = |source: Errno| RecoveryError::StateFile {
         path: path.to_owned(),
         source,
     };
     let stat = rustix::fs::fstat(file).map_err(failed)?;
     if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(ServerError::StateOwner {
+        return Err(RecoveryError::StateOwner {
             path: path.to_owned(),
             user: stat.st_uid,
         });
@@ -59,80 +65,59 @@ fn keep_private(file: &OwnedFd, path: &Path) -> Result<(), ServerError> {
     Ok(())
 }
 
-/// The sizes that the table needs.
-pub(super) fn limits(config: &Config) -> Limits {
-    let queues = config.request_queues.get().saturating_add(1);
-    config.share.file_system.limits(queues)
-}
-
-impl State {
-    pub(super) fn new(config: &Config) -> Result<Self, ServerError> {
-        let size = file_size();
-        without_file_size_limit(|| Self::create(config)).map_err(|error| match (error, size) {
-            (ServerError::InStateFile { source, .. } | ServerError::State(source), Some(limit))
-                if matches!(
-                    source,
-                    StateError::Grow {
-                        source: Errno::FBIG,
-                        ..
-                    }
-                ) =>
-            {
-                let needed = limits(config).bytes();
-                ServerError::Limit(LimitError::FileSize { limit, needed })
-            }
-            (error, _) => error,
-        })
-    }
-
-    fn create(config: &Config) -> Result<Self, ServerError> {
-        let limits = limits(config);
-        let table = match (&config.state, config.supervise) {
+impl TableLocation {
+    /// Opens or creates the state file at `path`, or a memfd, as far as this process has to.
+    pub(crate) fn new(
+        path: Option<&Path>,
+        supervise: bool,
+        limits: &Limits,
+    ) -> Result<Self, RecoveryError> {
+        let table = match (path, supervise) {
             (None, false) => return Ok(Self::Own),
-            (Some(path), false) => return Ok(Self::File(Kept::open(path, &limits)?)),
-            (Some(path), true) => Kept::open(path, &limits)?.table,
-            (None, true) => Table::in_memory(&limits)?,
+            (Some(path), false) => return Ok(Self::File(OpenedTable::open(path, limits)?)),
+            (Some(path), true) => OpenedTable::open(path, limits)?.table,
+            (None, true) => Table::in_memory(limits)?,
         };
         // Tables of these kinds have a file.
         let file = table.file().map(OwnedFd::try_clone).transpose();
-        let file = file.map_err(ServerError::Keep)?;
-        Ok(file.map_or(Self::Own, Self::Common))
+        let file = file.map_err(RecoveryError::Keep)?;
+        Ok(file.map_or(Self::Own, Self::Shared))
     }
 
     /// The file that every process needs open.
-    pub(super) fn file(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own => None,
-            Self::File(kept) => kept.table.file().map(AsFd::as_fd),
-            Self::Common(file) => Some(file.as_fd()),
+            Self::File(opened) => opened.table.file().map(AsFd::as_fd),
+            Self::Shared(file) => Some(file.as_fd()),
         }
     }
 
     /// Opens the table in the serving process. With `again`, the process has the descriptors of an
     /// earlier serving process.
-    pub(super) fn open(self, limits: &Limits, again: bool) -> Result<Kept, ServerError> {
+    pub(crate) fn open(self, limits: &Limits, again: bool) -> Result<OpenedTable, RecoveryError> {
         match self {
-            Self::Own => Ok(Kept {
+            Self::Own => Ok(OpenedTable {
                 table: Table::for_this_process(limits)?,
-                past: None,
+                previous: None,
             }),
-            Self::File(kept) => Ok(kept),
-            Self::Common(file) => Ok(Kept::of(Table::open(file)?, again)),
+            Self::File(opened) => Ok(opened),
+            Self::Shared(file) => Ok(OpenedTable::of(Table::open(file)?, again)),
         }
     }
 }
 
-impl Kept {
+impl OpenedTable {
     fn of(table: Arc<Table>, inherited_fds: bool) -> Self {
-        let past = table.is_in_use().then(|| Past {
+        let previous = table.is_in_use().then(|| PreviousProcess {
             inherited_fds,
-            under_way: virtqueue::under_way(&table),
+            unanswered: virtqueue::unanswered_requests(&table),
         });
-        Self { table, past }
+        Self { table, previous }
     }
 
-    fn open(path: &Path, limits: &Limits) -> Result<Self, ServerError> {
-        let failed = |source: Errno| ServerError::StateFile {
+    fn open(path: &Path, limits: &Limits) -> Result<Self, RecoveryError> {
+        let failed = |source: Errno| RecoveryError::StateFile {
             path: path.to_owned(),
             source,
         };
@@ -140,23 +125,26 @@ impl Kept {
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
         // The lock is held as long as any process has the file open.
         let lock = || match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) => Err(ServerError::StateInUse(path.to_owned())),
+            Err(Errno::AGAIN) => Err(RecoveryError::StateInUse(path.to_owned())),
             locked => locked.map_err(failed),
         };
-        wait_while(lock, |error| matches!(error, ServerError::StateInUse(_)))?;
+        wait_while(lock, |error| matches!(error, RecoveryError::StateInUse(_)))?;
         keep_private(&file, path)?;
-        let in_file = |source| ServerError::InStateFile {
+        let in_file = |source| RecoveryError::InStateFile {
             path: path.to_owned(),
             source,
         };
         if rustix::fs::fstat(&file).map_err(failed)?.st_size == 0 {
             let table = Table::create(file, limits).map_err(in_file)?;
-            return Ok(Self { table, past: None });
+            return Ok(Self {
+                table,
+                previous: None,
+            });
         }
         let table = Table::open(file).map_err(in_file)?;
         let wanted = usize::from(limits.queues);
         if table.queue_count() < wanted {
-            return Err(ServerError::StateQueues {
+            return Err(RecoveryError::StateQueues {
                 path: path.to_owned(),
                 queues: table.queue_count().saturating_sub(1),
             });

@@ -9,33 +9,34 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::{DRAIN_TIMEOUT, LEFT, Supervising};
-use crate::sandbox::exec;
-use crate::sandbox::{self, Ending, Event};
-use crate::server::exec_handover::{
-    NOT_UPGRADED, Outgoing, START_TIMEOUT, UpgradeAttempt, VARIABLE, send_line,
-};
-use crate::server::upgrade::{UpgradeRequest, arguments, environment};
-use crate::server::{ServerError, chain};
+use super::{DRAIN_TIMEOUT, LEFT, Resources, Supervision};
+use crate::error_chain;
+use crate::recovery::RecoveryError;
+use crate::recovery::exec;
+use crate::recovery::exec_handover::{Outgoing, VARIABLE};
+use crate::recovery::supervisor::Event;
+use crate::recovery::upgrade::{UpgradeRequest, arguments, environment};
+use crate::recovery::upgrade_attempt::{NOT_UPGRADED, START_TIMEOUT, UpgradeAttempt, send_line};
+use crate::sandbox::{self, Ending};
 
-impl Supervising {
+impl<R: Resources> Supervision<R> {
     /// Carries out a request. Returns only if that fails, possibly after the serving process has
     /// ended; with an ending if it is the server's.
     pub(super) fn upgrade(
         &mut self,
         request: UpgradeRequest,
-    ) -> Result<Option<Ending>, ServerError> {
+    ) -> Result<Option<Ending>, RecoveryError> {
         if let Err(reason) = self.try_program(&request) {
             log::error!("{NOT_UPGRADED}{reason}");
             send_line(request.client.as_ref(), &format!("{NOT_UPGRADED}{reason}"));
             return Ok(None);
         }
         let since = sandbox::now();
-        let ending = self.end_serving_process().map_err(ServerError::Watch)?;
+        let ending = self.end_serving_process().map_err(RecoveryError::Watch)?;
         if !matches!(ending, Ending::Status(LEFT) | Ending::Signal(_)) {
             return Ok(Some(ending));
         }
-        if self.supervisor.is_to_stop().map_err(ServerError::Watch)? {
+        if self.supervisor.is_to_stop().map_err(RecoveryError::Watch)? {
             return Ok(Some(Ending::Status(0)));
         }
         self.is_down(since);
@@ -47,7 +48,7 @@ impl Supervising {
         };
         let reason = match request.program.take() {
             Ok(program) => self.become_program(&program, &attempt),
-            Err(error) => chain(&error),
+            Err(error) => error_chain::one_line(&error),
         };
         attempt.old = None;
         attempt.failed = Some(reason);
@@ -99,7 +100,7 @@ impl Supervising {
         if let Some(attempt) = attempt {
             let error = match old.take() {
                 Ok(program) => self.become_program(&program, &attempt),
-                Err(error) => chain(&error),
+                Err(error) => error_chain::one_line(&error),
             };
             log::error!("the previous program can't be run either: {error}");
         }
@@ -108,12 +109,12 @@ impl Supervising {
 
     /// Runs `program` in this process. Returns only if that fails: the reason.
     fn become_program(&self, program: &OwnedFd, attempt: &UpgradeAttempt) -> String {
-        let Some(state) = self.resources.state.file() else {
+        let Some(state) = self.resources.state() else {
             return "the session's state table has no file".to_owned();
         };
         let outgoing = Outgoing {
             supervisor: &self.supervisor,
-            listener: &self.resources.listener,
+            listener: self.resources.listener(),
             state,
             attempt,
         };

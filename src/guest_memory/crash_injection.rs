@@ -11,7 +11,7 @@ thread_local! {
 }
 
 /// Counts a store, and returns whether it takes effect. Called before each store.
-pub(super) fn store_takes_effect() -> bool {
+pub(crate) fn store_takes_effect() -> bool {
     REMAINING.with(|left| match left.get() {
         None => true,
         Some(0) => false,
@@ -23,12 +23,12 @@ pub(super) fn store_takes_effect() -> bool {
 }
 
 /// Whether the simulated process is still alive.
-pub(super) fn is_alive() -> bool {
+pub(crate) fn is_alive() -> bool {
     REMAINING.with(Cell::get) != Some(0)
 }
 
 /// Runs `process` and simulates its kill after `stores` stores. Returns whether it was killed.
-pub(super) fn kill_after(stores: usize, process: impl FnOnce()) -> bool {
+pub(crate) fn kill_after(stores: usize, process: impl FnOnce()) -> bool {
     REMAINING.with(|left| left.set(Some(stores)));
     process();
     REMAINING.with(Cell::take) == Some(0)

@@ -19,8 +19,8 @@ use std::sync::Arc;
 
 use super::QueueIndex;
 use super::layout;
-use super::memory::{Mapping, MemoryError, MemoryLostEvent};
 use super::shared_words::SharedWords;
+use crate::guest_memory::{Mapping, MemoryError, MemoryLostEvent};
 use crate::state::QueuePart;
 
 #[cfg(test)]

@@ -19,8 +19,8 @@ use super::bad_chain::{BadChain, MAX_SEGMENTS_IN_FLIGHT};
 use super::inflight::Inflight;
 use super::journal::Journal;
 use super::layout;
-use super::memory::{GuestAddress, Memory};
 use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
+use crate::guest_memory::{GuestAddress, Memory};
 
 /// The eventfd that notifies the guest of used chains. The front end may replace it at any time,
 /// also while the queue runs.

@@ -149,7 +149,7 @@ fn resealed(bytes: &[u8]) -> Vec<u8> {
 
 proptest! {
     #[test]
-    fn what_was_encoded_is_decoded(snapshot in snapshot()) {
+    fn decode_returns_what_was_encoded(snapshot in snapshot()) {
         let bytes = encode(&snapshot).unwrap();
         assert_eq!(decode(&bytes).as_ref(), Ok(&snapshot));
     }
@@ -194,7 +194,7 @@ fn truncated_stream_is_reported() {
     for found in 0..bytes.len() {
         assert_eq!(
             decode(&bytes[..found]),
-            Err(StreamError::Cut { found }),
+            Err(StreamError::Truncated { found }),
             "{found}"
         );
     }
@@ -238,6 +238,6 @@ fn list_with_too_large_count_takes_no_memory() {
     word(&mut out, 0);
     assert!(matches!(
         decode(&resealed(&out)),
-        Err(StreamError::Wrong { .. })
+        Err(StreamError::Invalid { .. })
     ));
 }

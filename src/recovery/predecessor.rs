@@ -14,7 +14,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Calls `acquire` until it succeeds, fails with an error that isn't `is_busy`, or time is up.
-pub(super) fn wait_while<T, E: std::fmt::Display>(
+pub(crate) fn wait_while<T, E: std::fmt::Display>(
     mut acquire: impl FnMut() -> Result<T, E>,
     is_busy: impl Fn(&E) -> bool,
 ) -> Result<T, E> {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::state::stream;
+use super::stream;
 
 /// How long a transfer may make no progress.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -41,7 +41,7 @@ pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// The state of a device that supports neither saving nor loading.
 #[derive(Debug)]
-pub(super) struct NoDeviceState;
+pub(crate) struct NoDeviceState;
 
 impl DeviceState for NoDeviceState {
     fn save(&self) -> Result<Vec<u8>, Cause> {
@@ -79,14 +79,14 @@ pub trait DeviceState: fmt::Debug + Send + Sync {
 
 /// Whether a transfer saves or loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(crate) enum Direction {
     Save,
     Load,
 }
 
 /// Why a transfer failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TransferError {
+pub(crate) enum TransferError {
     #[error("the front end requested a transfer of the device state while queues run")]
     QueuesRunning,
     #[error("the front end requested a transfer of the device state during another one")]
@@ -105,7 +105,7 @@ pub(super) enum TransferError {
     Stalled(Duration),
     #[error("the transfer of the device state took more than {} seconds", TRANSFER_TIMEOUT.as_secs())]
     TimedOut,
-    #[error("the device state has more than {} bytes", stream::MOST)]
+    #[error("the device state has more than {} bytes", stream::MAX_LEN)]
     TooLarge,
     #[error(
         "the server was stopped, or the front end disconnected, during the transfer of the device \
@@ -118,7 +118,7 @@ pub(super) enum TransferError {
 
 /// The transfer of a session's state, if one was started.
 #[derive(Debug)]
-pub(super) struct Transfer {
+pub(crate) struct Transfer {
     /// Readable once the server is asked to stop.
     stop: io::Result<OwnedFd>,
     running: Option<RunningTransfer>,
@@ -158,7 +158,7 @@ impl Wakeup {
 }
 
 impl Transfer {
-    pub(super) fn new(stop: BorrowedFd<'_>) -> Self {
+    pub(crate) fn new(stop: BorrowedFd<'_>) -> Self {
         Self {
             stop: stop.try_clone_to_owned(),
             running: None,
@@ -166,7 +166,7 @@ impl Transfer {
     }
 
     /// Starts a transfer over `fd`.
-    pub(super) fn start(
+    pub(crate) fn start(
         &mut self,
         direction: Direction,
         fd: File,
@@ -211,7 +211,7 @@ impl Transfer {
     }
 
     /// Waits for the end of the transfer that was started, and returns its result.
-    pub(super) fn finish(&mut self) -> Result<(), TransferError> {
+    pub(crate) fn finish(&mut self) -> Result<(), TransferError> {
         let running = self.running.take();
         let RunningTransfer { thread, wakeup } = running.ok_or(TransferError::NotStarted)?;
         wakeup.notify(false);
@@ -277,7 +277,7 @@ impl<'a> PipeTransfer<'a> {
             if received.is_empty() {
                 return Ok(bytes);
             }
-            if bytes.len() + received.len() > stream::MOST {
+            if bytes.len() + received.len() > stream::MAX_LEN {
                 return Err(TransferError::TooLarge);
             }
             bytes.extend_from_slice(received);

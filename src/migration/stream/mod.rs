@@ -15,11 +15,11 @@ use std::fmt;
 pub const VERSION: u32 = 1;
 
 /// Maximum length of a stream, bytes: enough for a few million inodes and the contents that
-/// [`CONTENT_MOST`] allows.
-pub const MOST: usize = 1 << 30;
+/// [`MAX_CONTENT`] allows.
+pub const MAX_LEN: usize = 1 << 30;
 
 /// Maximum total size of the contents of files without a name that are sent along, bytes.
-pub const CONTENT_MOST: u64 = 256 << 20;
+pub const MAX_CONTENT: u64 = 256 << 20;
 
 const MAGIC: [u8; 8] = *b"RINGFSDm";
 
@@ -46,7 +46,7 @@ pub enum StreamError {
     },
     /// The stream is truncated.
     #[error("the state is truncated: only {found} bytes were received")]
-    Cut {
+    Truncated {
         /// Bytes that were received.
         found: usize,
     },
@@ -55,14 +55,14 @@ pub enum StreamError {
     Checksum,
     /// The stream has an invalid value.
     #[error("the state is invalid: {what} at byte {at}")]
-    Wrong {
+    Invalid {
         /// The invalid value.
         what: &'static str,
         /// Its position.
         at: usize,
     },
-    /// Longer than [`MOST`].
-    #[error("the state is longer than the allowed {MOST} bytes")]
+    /// Longer than [`MAX_LEN`].
+    #[error("the state is longer than the allowed {MAX_LEN} bytes")]
     TooLong,
 }
 
@@ -257,7 +257,7 @@ pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, StreamError> {
     record(&mut out, tag::SESSION, |out| session(out, snapshot));
     for inode in &snapshot.inodes {
         record(&mut out, tag::INODE, |out| put_inode(out, inode));
-        if out.len() > MOST {
+        if out.len() > MAX_LEN {
             return Err(StreamError::TooLong);
         }
     }
@@ -290,7 +290,7 @@ pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, StreamError> {
     record(&mut out, tag::END, |_| {});
     let sum = checksum(&out);
     word(&mut out, sum);
-    if out.len() > MOST {
+    if out.len() > MAX_LEN {
         return Err(StreamError::TooLong);
     }
     Ok(out)
@@ -410,10 +410,10 @@ pub fn sealed(body: &[u8]) -> Vec<u8> {
 ///
 /// See [`StreamError`].
 pub fn decode(stream: &[u8]) -> Result<Snapshot, StreamError> {
-    if stream.len() > MOST {
+    if stream.len() > MAX_LEN {
         return Err(StreamError::TooLong);
     }
-    let cut = StreamError::Cut {
+    let cut = StreamError::Truncated {
         found: stream.len(),
     };
     let (magic, rest) = stream.split_first_chunk::<8>().ok_or(cut)?;
@@ -688,7 +688,7 @@ impl<'a> Reader<'a> {
 }
 
 fn wrong(what: &'static str, at: usize) -> StreamError {
-    StreamError::Wrong { what, at }
+    StreamError::Invalid { what, at }
 }
 
 impl fmt::Display for Find {

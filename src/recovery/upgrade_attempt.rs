@@ -11,40 +11,40 @@ use std::time::Duration;
 use crate::sandbox::FdIdentity;
 
 /// How long a program may take until it serves.
-pub(in crate::server) const START_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The first words of the line that reports success to the client.
-pub(in crate::server) const UPGRADED: &str = "upgraded ";
+pub(super) const UPGRADED: &str = "upgraded ";
 /// The first words of the line that reports failure.
-pub(in crate::server) const NOT_UPGRADED: &str = "not upgraded: ";
+pub(super) const NOT_UPGRADED: &str = "not upgraded: ";
 
 /// An upgrade in progress.
 #[derive(Debug)]
-pub(in crate::server) struct UpgradeAttempt {
+pub(super) struct UpgradeAttempt {
     /// When the previous process stopped serving.
-    pub(in crate::server) since: Duration,
+    pub(super) since: Duration,
     /// The program to return to.
-    pub(in crate::server) old: Option<FdIdentity>,
+    pub(super) old: Option<FdIdentity>,
     /// The client that asked for the upgrade.
-    pub(in crate::server) client: Option<UnixStream>,
+    pub(super) client: Option<UnixStream>,
     /// Why the upgrade failed, if the old program runs again.
-    pub(in crate::server) failed: Option<String>,
+    pub(super) failed: Option<String>,
 }
 
 impl UpgradeAttempt {
-    pub(in crate::server) fn since(&self) -> Duration {
+    pub(super) fn since(&self) -> Duration {
         self.since
     }
 
     /// The descriptors that the guardian needs for the upgrade.
-    pub(in crate::server) fn descriptors(&self) -> Vec<RawFd> {
+    pub(super) fn descriptors(&self) -> Vec<RawFd> {
         let old = self.old.as_ref().map(|old| old.fd.as_raw_fd());
         let client = self.client.as_ref().map(AsRawFd::as_raw_fd);
         old.into_iter().chain(client).collect()
     }
 
     /// Reports the outcome: this program serves.
-    pub(in crate::server) fn report(self, pause: Duration) {
+    pub(super) fn report(self, pause: Duration) {
         let pause = milliseconds(pause);
         let version = env!("CARGO_PKG_VERSION");
         match &self.failed {
@@ -66,12 +66,12 @@ impl UpgradeAttempt {
 }
 
 /// Sends a line to the client, which may have disconnected.
-pub(in crate::server) fn send_line(mut client: Option<&UnixStream>, line: &str) {
+pub(super) fn send_line(mut client: Option<&UnixStream>, line: &str) {
     if let Some(client) = &mut client {
         let _ = writeln!(client, "{line}");
     }
 }
 
-pub(in crate::server) fn milliseconds(time: Duration) -> f64 {
+pub(super) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }

@@ -1,0 +1,328 @@
+//! Composition root: the start-up order, top to bottom, once.
+//!
+//! The process is split in two on the way, before it has a second thread. What lies outside of the
+//! sandbox is opened before, and what serves a guest is set up after. `docs/sandbox.md` has the
+//! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
+//! released before the next one begins, unless it is left to another process.
+
+mod control_group;
+mod error;
+mod file_system;
+mod limits;
+mod parent_process;
+mod service;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::AtomicBool;
+
+use rustix::io::Errno;
+
+use crate::config::{Config, Descriptors, Listen};
+use crate::device::Device;
+use crate::error_chain;
+use crate::io::{Chosen, RuntimeError};
+use crate::recovery::{
+    self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
+};
+use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
+use crate::state::{Limits, StateError};
+use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
+
+pub use self::error::ServerError;
+pub use self::limits::{LimitError, explain, raise_limits};
+pub use self::parent_process::ParentProcess;
+pub use self::service::{Exit, Service, ServiceOptions};
+
+use self::file_system::{Built, Entered};
+
+/// Which of the two processes this is.
+#[derive(Debug)]
+pub enum Started {
+    /// The process that the launcher has started.
+    Guardian(ParentProcess),
+    /// The serving process.
+    Serving(Box<Server>),
+}
+
+/// A server: one shared directory, one session at a time.
+#[derive(Debug)]
+pub struct Server {
+    service: Service,
+    listener: Listener,
+    filter: Filter,
+    /// Another process resumes the session if this one is killed.
+    supervised: bool,
+    /// No process has served before this one.
+    first: bool,
+    /// The session that the previous process has left.
+    left: Option<SessionSnapshot>,
+}
+
+/// What is set up before the process is split, and what each serving process is made of.
+#[derive(Debug)]
+struct ServerResources {
+    config: Config,
+    runtime: Chosen,
+    listener: Listener,
+    state: TableLocation,
+    manager: ServiceManager,
+}
+
+impl Server {
+    /// Sets everything up, and splits the process in two; see [`sandbox::begin`] for when this may be
+    /// called. The serving process keeps `log`, the file of its log, unless that is standard error.
+    /// `handover` is what the previous program in this process has left.
+    ///
+    /// # Errors
+    ///
+    /// This host doesn't have something that the configuration asks for. Either process may return
+    /// an error; the other one has ended then, or its exit status shows it.
+    pub fn start(
+        mut config: Config,
+        log: Option<BorrowedFd<'_>>,
+        handover: Option<ExecHandover>,
+    ) -> Result<Started, ServerError> {
+        limits::fit(&mut config);
+        if let Some(handover) = handover {
+            return ParentProcess::take_over(config, log, handover);
+        }
+        let manager = ServiceManager::from_environment();
+        config.sandbox.reports = manager.wants_reports();
+        let resources = ServerResources::new(config, manager)?;
+        if resources.config.supervise {
+            return ParentProcess::supervise(resources, log);
+        }
+        match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
+            ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
+                guardian,
+                resources.listener.into_file(),
+                resources.manager,
+            ))),
+            ForkResult::Serving(process) => {
+                resources.serve(process).map(Box::new).map(Started::Serving)
+            }
+        }
+    }
+
+    /// Unblocks the signals that end a server, which [`start`](Self::start) has blocked. To be called
+    /// once they make the descriptor readable that [`run`](Self::run) gets.
+    ///
+    /// # Errors
+    ///
+    /// A seccomp filter of the launcher forbids the call.
+    pub fn release_signals(&self) -> io::Result<()> {
+        if self.is_supervised() {
+            sandbox::release_hangup()?;
+        }
+        sandbox::release_signals()
+    }
+
+    /// Whether another process resumes the session if this one is killed. It asks this one by
+    /// `SIGHUP` to leave the session to it.
+    #[must_use]
+    pub fn is_supervised(&self) -> bool {
+        self.supervised
+    }
+
+    /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
+    pub fn leave(self) -> ! {
+        sandbox::leave(recovery::LEFT)
+    }
+
+    /// Serves one VMM after the other until `stop` becomes readable, or, if so configured, only the
+    /// first. Begins with the session that the previous process has left. From here on the calling
+    /// thread makes the server's system calls and no others. `leave` says that another process
+    /// resumes the session when `stop` becomes readable.
+    ///
+    /// # Errors
+    ///
+    /// Connections can't be accepted any more, or the host has no threads for a session. What a VMM
+    /// does wrong ends its session and is logged.
+    pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
+        limits::save();
+        self.filter.install()?;
+        sandbox::forget_set_up();
+        // The next server needs both if this process is killed, and closing the guest's files may
+        // take the kernel seconds.
+        self.listener.close_first();
+        if self.service.keeps() {
+            self.service.table().close_first();
+        }
+        let stop = Stop { asked: stop, leave };
+        if let Some(session) = self.left.take() {
+            if let Some(exit) = self.service.resume(session, stop)? {
+                return Ok(exit);
+            }
+        } else if self.first {
+            self.service.try_threads()?;
+        }
+        self.service.run(&self.listener, stop)
+    }
+}
+
+impl ServerResources {
+    fn new(config: Config, manager: ServiceManager) -> Result<Self, ServerError> {
+        let group = config.socket_group.clone();
+        let passed = match &config.listen {
+            Listen::Path(path) => recovery::passed_listener(path)?,
+            Listen::Inherited(_) => None,
+        };
+        let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
+            Listen::Path(path) => {
+                let path = path.clone();
+                Box::new(move || {
+                    if let Some(listener) = passed {
+                        return Ok(listener);
+                    }
+                    let bind = || Listener::bind(&path);
+                    let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
+                    let listener = recovery::wait_while(bind, busy)?;
+                    if let Some(group) = group {
+                        listener.admit_group(&group)?;
+                    }
+                    Ok(listener)
+                })
+            }
+            Listen::Inherited(fd) => {
+                // At once, before a file of the server's own could get the number.
+                let listener = Listener::inherited(*fd)?;
+                Box::new(move || Ok(listener))
+            }
+        };
+        let runtime = choose(&config)?;
+        match config.descriptors {
+            Descriptors::Inherited => {}
+            Descriptors::Most => {
+                file_system::raise_descriptor_limit();
+            }
+            Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
+                .map_err(|source| ServerError::Descriptors { limit, source })?,
+        }
+        // What is known to fail leaves no socket behind.
+        file_system::check(&config)?;
+        limits::check(&config, table_limits(&config).bytes())?;
+        let state = locate_table(&config)?;
+        Ok(Self {
+            listener: listen()?,
+            config,
+            runtime,
+            state,
+            manager,
+        })
+    }
+}
+
+impl Resources for ServerResources {
+    type Server = Server;
+    type Error = ServerError;
+
+    fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
+        self.listener.leave_file();
+        let config = self.config;
+        let limits = table_limits(&config);
+        let (supervised, again) = (process.is_supervised(), process.is_successor());
+        let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
+        let opened = self.state.open(&limits, again)?;
+        let has_waited = again && opened.table.is_announced();
+        let left = if again {
+            recovery::sort_leftovers(&opened.table, &place.descriptors)?
+        } else {
+            None
+        };
+        let entered = Entered {
+            root: place.root,
+            file: place.file,
+            proc_fds: place.proc_fds,
+            may_label: place.may_label,
+        };
+        let Built { fs, table } = file_system::build(&config, entered, opened)?;
+        let action = config.sandbox.seccomp;
+        let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
+        let options = ServiceOptions {
+            device: Device {
+                tag: config.tag,
+                request_queues: config.request_queues,
+            },
+            workers: config.workers,
+            runtime: config.runtime,
+            poll: config.poll,
+            session: config.share.session,
+            once: config.once,
+        };
+        let service = Service::over(fs, options, self.runtime, table)
+            .keeping(config.state.is_some())
+            .reporting(place.serving, self.manager.interval(), has_waited);
+        Ok(Server {
+            service,
+            listener: self.listener,
+            filter,
+            supervised,
+            first: !again,
+            left,
+        })
+    }
+
+    fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>> {
+        let all = [log, Some(self.listener.as_fd()), self.state.file()];
+        all.into_iter().flatten().collect()
+    }
+
+    fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    fn listener_mut(&mut self) -> &mut Listener {
+        &mut self.listener
+    }
+
+    fn state(&self) -> Option<BorrowedFd<'_>> {
+        self.state.file()
+    }
+}
+
+fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
+    let runtime = crate::io::choose(config.runtime)?;
+    log::info!("runtime {}: {}", runtime.engine, runtime.reason);
+    Ok(runtime)
+}
+
+/// The sizes that the state table needs.
+fn table_limits(config: &Config) -> Limits {
+    let queues = config.request_queues.get().saturating_add(1);
+    config.share.file_system.limits(queues)
+}
+
+/// Opens or creates the state file, or a memfd, if a table has to outlive the serving process.
+fn locate_table(config: &Config) -> Result<TableLocation, ServerError> {
+    let needed = table_limits(config);
+    let size = limits::file_size();
+    let located = limits::without_file_size_limit(|| {
+        TableLocation::new(config.state.as_deref(), config.supervise, &needed)
+    });
+    located.map_err(|error| match (error, size) {
+        (RecoveryError::InStateFile { source, .. } | RecoveryError::State(source), Some(limit))
+            if matches!(
+                source,
+                StateError::Grow {
+                    source: Errno::FBIG,
+                    ..
+                }
+            ) =>
+        {
+            let needed = needed.bytes();
+            ServerError::Limit(LimitError::FileSize { limit, needed })
+        }
+        (error, _) => error.into(),
+    })
+}
+
+/// Whether this program can take over from the running one with the same arguments; `None` if it
+/// isn't being tried for an upgrade, else the status to exit with.
+#[must_use]
+pub fn check_for_upgrade(config: &Config) -> Option<Result<u8, String>> {
+    recovery::check_for_upgrade(config.supervise, || {
+        let runtime = crate::io::choose(config.runtime);
+        runtime.map_or_else(|error| Err(error_chain::one_line(&error)), |_| Ok(()))
+    })
+}
