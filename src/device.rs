@@ -1,7 +1,11 @@
 //! The virtio-fs device: its queues, features and configuration space (virtio 1.2, section 5.11).
 //! Nothing here has state.
 
+mod back_channel;
+
 use std::num::NonZeroU16;
+
+pub use back_channel::{BackChannel, BackChannelError, BackendRequest, SharedMapping};
 
 /// `VIRTIO_RING_F_INDIRECT_DESC`.
 pub const INDIRECT_DESC: u64 = 1 << 28;

@@ -111,7 +111,7 @@ fn share(options: &Options) -> Result<Share, OptionConflict> {
             max_inodes: sharing.max_inodes.get(),
             remember_inodes: sharing.remember_inodes,
             max_handles: sharing.max_handles.map(NonZeroUsize::get),
-            max_spare_files: caching.max_spare_files,
+            max_closed_files: caching.max_spare_files,
             migration: options.migration.into(),
             ..passthrough::Options::default()
         },

@@ -21,6 +21,7 @@ pub use self::migrate::{Migrate, MoveError};
 pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
 pub use self::replay::Replay;
 
+use crate::device::BackChannel;
 use crate::io::File;
 
 /// The result of an operation: a value, or an errno for the guest.
@@ -288,6 +289,10 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     }
     /// Called when INIT has been negotiated. `terms` apply until [`reset`](Self::reset).
     fn begin(&self, _terms: &NegotiatedTerms) {}
+
+    /// Hands over the way to send requests to the VMM. Called when a session begins, and when it is
+    /// resumed after another process.
+    fn connected(&self, _channel: &Arc<dyn BackChannel>) {}
 
     /// Support for another process to continue the session, if this file system has it.
     fn replay(&self) -> Option<&dyn Replay> {

@@ -10,7 +10,7 @@
 
 use std::ffi::{CString, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{BufRead, IoSlice, IoSliceMut};
+use std::io::{BufRead, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -20,16 +20,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::exec::{self, Queued};
 use super::exec_handover::{FORMAT, VARIABLE};
 use super::upgrade_attempt::{NOT_UPGRADED, START_TIMEOUT, UPGRADED};
 use crate::sandbox::{Ending, FdIdentity};
 use crate::state::Table;
+use crate::sys::rights;
 use crate::vhost_user;
 
 /// The environment variable that lists the formats which a program that is tried has to read.
@@ -47,6 +45,13 @@ fn formats() -> String {
     format!("hand-over={FORMAT} session={session} state={state}")
 }
 
+/// The formats that this program reads.
+fn known_formats() -> String {
+    let older = vhost_user::OLDEST_VERSION..vhost_user::VERSION;
+    let older = older.map(|version| format!(" session={version}"));
+    formats() + &older.collect::<String>()
+}
+
 /// Whether this program can take over from the running one with the same arguments: those it has
 /// say `supervise`, and with them it `can_serve`, or not for that reason. `None` if the program
 /// isn't being tried for an upgrade; else the status to exit with.
@@ -55,7 +60,7 @@ pub fn check_for_upgrade(
     can_serve: impl FnOnce() -> Result<(), String>,
 ) -> Option<Result<u8, String>> {
     let wanted = std::env::var(CHECK).ok()?;
-    let known = formats();
+    let known = known_formats();
     let unknown: Vec<_> = wanted
         .split(' ')
         .filter(|format| !known.split(' ').any(|known| known == *format))
@@ -136,19 +141,9 @@ fn socket_name(value: usize) -> std::io::Result<SocketAddr> {
 }
 
 fn receive_fd(client: &UnixStream) -> std::io::Result<OwnedFd> {
-    let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
     // With a timeout on the socket, a signal ends the call even if its handler has SA_RESTART.
-    rustix::io::retry_on_intr(|| {
-        let mut bytes = [IoSliceMut::new(&mut byte)];
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        rustix::net::recvmsg(client, &mut bytes, &mut control, flags)
-    })?;
-    let fd = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
+    let received = rights::receive(client, &mut [0], RecvFlags::empty())?;
+    let fd = received.fds.into_iter().next();
     fd.ok_or_else(|| std::io::Error::other("the client has sent no program"))
 }
 

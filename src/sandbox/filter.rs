@@ -111,12 +111,6 @@ const CONDITIONS: &[(libc::c_long, u8, Condition)] = &[
             bits(libc::CLONE_THREAD),
         ),
     ),
-    // The pair between the front end's socket and the library that decodes its messages.
-    (
-        libc::SYS_socketpair,
-        0,
-        Condition::OneOf(&[bits(libc::AF_UNIX)]),
-    ),
     // Give a thread its own working directory.
     (
         libc::SYS_unshare,

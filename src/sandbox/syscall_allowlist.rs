@@ -75,9 +75,9 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_sendto,
     libc::SYS_sendmsg,
     libc::SYS_sendmmsg,
-    libc::SYS_shutdown,
+    libc::SYS_recvmmsg,
     libc::SYS_ppoll,
-    // `vhost` inspects descriptors that a front end sends.
+    // The kind of socket that a front end sends.
     libc::SYS_getsockopt,
 ];
 

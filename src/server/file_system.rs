@@ -10,7 +10,8 @@ use super::error::ServerError;
 use crate::config::Config;
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{
-    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, Past, Shared,
+    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, PreviousProcess,
+    Shared,
 };
 use crate::recovery::OpenedTable;
 use crate::sandbox::Needs;
@@ -59,9 +60,9 @@ pub(super) fn build(
     opened: OpenedTable,
 ) -> Result<Built, ServerError> {
     let OpenedTable { table, previous } = opened;
-    let past = previous.map(|previous| Past {
+    let past = previous.map(|previous| PreviousProcess {
         inherited_fds: previous.inherited_fds,
-        under_way: previous.unanswered,
+        in_flight: previous.unanswered,
     });
     let options = Options {
         reserved_descriptors: reserved_descriptors(config),
@@ -80,12 +81,12 @@ pub(super) fn build(
         path: config.shared_dir.clone(),
     };
     let (mut fs, restored) =
-        Passthrough::of(shared, options, &table, past.as_ref()).map_err(failed)?;
+        Passthrough::with_table(shared, options, &table, past.as_ref()).map_err(failed)?;
     if past.is_some() {
         log::info!("going on from where another process ended: {restored}");
     }
     if let Some(file) = entered.file {
-        fs.is_for(file);
+        fs.set_single_file(file);
     }
     if let Some(name) = unsettable.filter(|_| !entered.may_label) {
         log::warn!(

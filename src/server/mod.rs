@@ -14,6 +14,7 @@ mod service;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rustix::io::Errno;
@@ -21,6 +22,7 @@ use rustix::io::Errno;
 use crate::config::{Config, Descriptors, Listen};
 use crate::device::Device;
 use crate::error_chain;
+use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
 use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
@@ -59,6 +61,9 @@ pub struct Server {
     left: Option<SessionSnapshot>,
 }
 
+/// Makes the file system that is served of the one of the shared directory.
+pub type Layer = fn(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>;
+
 /// What is set up before the process is split, and what each serving process is made of.
 #[derive(Debug)]
 struct ServerResources {
@@ -67,6 +72,7 @@ struct ServerResources {
     listener: Listener,
     state: TableLocation,
     manager: ServiceManager,
+    layer: Layer,
 }
 
 impl Server {
@@ -79,17 +85,32 @@ impl Server {
     /// This host doesn't have something that the configuration asks for. Either process may return
     /// an error; the other one has ended then, or its exit status shows it.
     pub fn start(
+        config: Config,
+        log: Option<BorrowedFd<'_>>,
+        past: Option<ExecHandover>,
+    ) -> Result<Started, ServerError> {
+        Self::start_with(|shared| shared, config, log, past)
+    }
+
+    /// As [`start`](Self::start), with a file system that `layer` makes of the one of the shared
+    /// directory: in each process that serves, in its sandbox.
+    ///
+    /// # Errors
+    ///
+    /// As for `start`.
+    pub fn start_with(
+        layer: Layer,
         mut config: Config,
         log: Option<BorrowedFd<'_>>,
         handover: Option<ExecHandover>,
     ) -> Result<Started, ServerError> {
         limits::fit(&mut config);
         if let Some(handover) = handover {
-            return ParentProcess::take_over(config, log, handover);
+            return ParentProcess::take_over(layer, config, log, handover);
         }
         let manager = ServiceManager::from_environment();
         config.sandbox.reports = manager.wants_reports();
-        let resources = ServerResources::new(config, manager)?;
+        let resources = ServerResources::new(config, layer, manager)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
@@ -162,7 +183,7 @@ impl Server {
 }
 
 impl ServerResources {
-    fn new(config: Config, manager: ServiceManager) -> Result<Self, ServerError> {
+    fn new(config: Config, layer: Layer, manager: ServiceManager) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
         let passed = match &config.listen {
             Listen::Path(path) => recovery::passed_listener(path)?,
@@ -209,6 +230,7 @@ impl ServerResources {
             runtime,
             state,
             manager,
+            layer,
         })
     }
 }
@@ -250,6 +272,7 @@ impl Resources for ServerResources {
             session: config.share.session,
             once: config.once,
         };
+        let fs = (self.layer)(fs);
         let service = Service::over(fs, options, self.runtime, table)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);

@@ -53,6 +53,7 @@ impl ParentProcess {
 
     /// Takes over from the previous program in this process.
     pub(super) fn take_over(
+        layer: super::Layer,
         config: crate::config::Config,
         log: Option<BorrowedFd<'_>>,
         handover: ExecHandover,
@@ -66,6 +67,7 @@ impl ParentProcess {
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),
             manager: ServiceManager::from_environment(),
+            layer,
         };
         Supervision::take_over(resources, &sandbox, log, passed_on).map(Started::of)
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::error::ServerError;
 use super::limits::explain;
-use crate::device::Device;
+use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Choice, Chosen, Engine};
@@ -280,6 +280,7 @@ impl Service {
         let pool = self.start_workers(&Arc::new(session))?;
         let kept = self.keeps && pool.session().negotiated().is_some();
         let mut workers = SessionWorkers {
+            fs: &*self.fs,
             pool,
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
@@ -330,6 +331,7 @@ type Workers = WorkerPool<dyn FileSystem>;
 
 /// The workers of a session, as its vhost-user side sees them.
 struct SessionWorkers<'a> {
+    fs: &'a dyn FileSystem,
     pool: Workers,
     serving: &'a Serving,
     heartbeat: Option<Heartbeat>,
@@ -389,6 +391,10 @@ impl Runner for SessionWorkers<'_> {
             log::info!("the VMM has reset the device: what the guest held is given up");
         }
         self.pool.session().reset();
+    }
+
+    fn connected(&mut self, channel: Arc<dyn BackChannel>) {
+        self.fs.connected(&channel);
     }
 
     fn resumed(&mut self) {

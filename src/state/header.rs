@@ -7,13 +7,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use super::thread_journal::{THREADS, WORDS};
 use super::{StateError, Table};
 use crate::sys::receipt::Receipt;
 use crate::sys::shared::{SharedWords, WORD};
 
 /// Words of a chunk: 64 KiB.
 pub(super) const CHUNK: usize = 8192;
+
+/// Maximum number of threads of a process that have a journal.
+pub(super) const THREADS: usize = 256;
+
+/// Words of a thread's journal: as many notes as a directory listing can need, and a whole number
+/// of pages.
+pub(super) const WORDS: usize = 8192;
 
 /// The first word of a table.
 const MAGIC: u64 = u64::from_le_bytes(*b"ringfsd\0");

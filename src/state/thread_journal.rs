@@ -14,13 +14,8 @@
 
 use std::sync::atomic::Ordering;
 
+use super::header::{THREADS, WORDS};
 use super::{InodeRecord, Table};
-
-/// Maximum number of threads of a process.
-pub(super) const THREADS: usize = 256;
-/// Words of each thread: as many notes as a directory listing can need, and a whole number of
-/// pages.
-pub(super) const WORDS: usize = 8192;
 
 const UNIQUE: usize = 0;
 const COUNT: usize = 1;

@@ -1,7 +1,8 @@
-//! Sends a message exactly once, even if the sender is killed and another process continues.
+//! Sends a message exactly once, even if the sender is killed and another process continues; and
+//! counts what is received as exactly.
 //!
-//! `sendmmsg(2)` writes the number of bytes that it has sent into the message's header before it
-//! returns. The header is in memory that outlives the process. A process that is killed leaves the
+//! `sendmmsg(2)` and `recvmmsg(2)` write the number of bytes that they have transferred into the message's header before they
+//! return. The header is in memory that outlives the process. A process that is killed leaves the
 //! kernel only after both the sending and the writing, so the next process knows what was sent. The
 //! invariant: [`Receipt::sent`] is exactly the number of bytes that have been sent.
 
@@ -11,9 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 use super::last_errno;
-
-/// The most descriptors that the kernel allows in a message (`SCM_MAX_FD`).
-const MAX_FDS: usize = 253;
+use super::rights::MAX_FDS;
 
 /// How many words of shared memory a receipt takes.
 const WORDS: usize = 8;
@@ -76,6 +75,30 @@ impl<'a> Receipt<'a> {
         bytes: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Errno> {
+        self.send_all(socket, bytes, fds, 0)
+    }
+
+    /// As [`send`](Self::send), without waiting.
+    ///
+    /// # Errors
+    ///
+    /// As for `send`; `EAGAIN` if the socket has no room.
+    pub(crate) fn try_send(
+        self,
+        socket: impl AsFd,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Errno> {
+        self.send_all(socket, bytes, fds, libc::MSG_DONTWAIT)
+    }
+
+    fn send_all(
+        self,
+        socket: impl AsFd,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        flags: libc::c_int,
+    ) -> Result<(), Errno> {
         loop {
             let sent = self.sent();
             let Some(left) = bytes.get(sent..).filter(|left| !left.is_empty()) else {
@@ -86,7 +109,7 @@ impl<'a> Receipt<'a> {
             // sum.
             let before = u32::try_from(sent).map_err(|_large| Errno::MSGSIZE)?;
             self.count.store(word([0, before]), Ordering::Release);
-            match self.send_some(socket.as_fd(), left, fds) {
+            match self.send_some(socket.as_fd(), left, fds, flags) {
                 Ok(()) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
             }
@@ -99,6 +122,7 @@ impl<'a> Receipt<'a> {
         socket: BorrowedFd<'_>,
         bytes: &[u8],
         fds: &[BorrowedFd<'_>],
+        flags: libc::c_int,
     ) -> Result<(), Errno> {
         if fds.len() > MAX_FDS {
             return Err(Errno::TOOBIG);
@@ -125,14 +149,63 @@ impl<'a> Receipt<'a> {
             header.msg_control = (&raw mut control).cast();
             header.msg_controllen = length.next_multiple_of(size_of::<usize>()) as _;
         }
+        let flags = flags | libc::MSG_NOSIGNAL;
+        self.call(header, |shared| {
+            // SAFETY: the kernel reads the header and what it points to, all of which live until
+            // the call returns, and writes the message's length in it.
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), shared, 1, flags as _) }
+        })
+    }
+
+    /// Receives into `bytes` what there is, by one call that doesn't wait. Returns whether
+    /// descriptors came with it, which are closed.
+    ///
+    /// # Errors
+    ///
+    /// Those of `recvmsg(2)`; `EAGAIN` if there is nothing.
+    pub(crate) fn try_receive(self, socket: impl AsFd, bytes: &mut [u8]) -> Result<bool, Errno> {
+        let mut part = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: all zeroes is a valid header: no address, no parts, no control message.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = &raw mut part;
+        header.msg_iovlen = 1;
+        let socket = socket.as_fd().as_raw_fd();
+        let mut received = 0;
+        self.call(header, |shared| {
+            let none = std::ptr::null_mut();
+            // SAFETY: the kernel writes to `bytes`, which is borrowed exclusively, and to the
+            // header; all live until the call returns.
+            let result =
+                unsafe { libc::recvmmsg(socket, shared, 1, libc::MSG_DONTWAIT as _, none) };
+            if result > 0 {
+                // SAFETY: the kernel has written the header's flags.
+                received = unsafe { (*shared).msg_hdr.msg_flags };
+            }
+            result
+        })?;
+        // There was no room for them.
+        Ok(received & libc::MSG_CTRUNC != 0)
+    }
+
+    /// Counts all that was received or sent until now as `before`.
+    pub(crate) fn settle(self, before: u32) {
+        self.count.store(word([0, before]), Ordering::Release);
+    }
+
+    /// Makes a call with `header` in shared memory, where the kernel adds its count.
+    fn call(
+        self,
+        header: libc::msghdr,
+        call: impl FnOnce(*mut libc::mmsghdr) -> libc::c_int,
+    ) -> Result<(), Errno> {
         let shared = self.header.as_ptr().cast_mut().cast::<libc::mmsghdr>();
         // SAFETY: the header is within the words, which have its size and its alignment; the words
         // are interior mutable, and no other code uses them.
         unsafe { shared.cast::<libc::msghdr>().write(header) };
-        // SAFETY: the kernel reads the header and what it points to, all of which live until the
-        // call returns, and writes the message's length in it.
-        let result =
-            unsafe { libc::sendmmsg(socket.as_raw_fd(), shared, 1, libc::MSG_NOSIGNAL as _) };
+        let result = call(shared);
         let failed = (result < 0).then(last_errno);
         // Leave no addresses of this process in shared memory.
         for word in self.header.iter().take(WORDS - 1) {
@@ -142,12 +215,14 @@ impl<'a> Receipt<'a> {
     }
 }
 
-fn halves(word: u64) -> [u32; 2] {
+/// The halves of a word, in the order in which they are in memory.
+pub(crate) fn halves(word: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
     [[a, b, c, d], [e, f, g, h]].map(u32::from_ne_bytes)
 }
 
-fn word(halves: [u32; 2]) -> u64 {
+/// The reverse of [`halves`].
+pub(crate) fn word(halves: [u32; 2]) -> u64 {
     let [[a, b, c, d], [e, f, g, h]] = halves.map(u32::to_ne_bytes);
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }

@@ -1,17 +1,21 @@
 //! Waits until a complete message of the front end is in the socket's receive buffer.
 //!
-//! `vhost` reads a message with blocking calls that it repeats until the message is complete, so a
-//! front end that stalls within a message would keep the server from stopping. This module only
-//! peeks: it takes nothing off the socket, and leaves malformed messages to `vhost` to refuse. The
-//! invariant: the bytes that `Incoming::Message` reports can be read without blocking.
+//! A front end that stalls within a message must not keep the server from stopping, so the rest of
+//! a message is never waited for by a call that reads it. This module only peeks: it takes nothing
+//! off the socket, and leaves it to others to refuse malformed messages. The invariant: the bytes
+//! that `Incoming::Message` reports can be read without blocking.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
+use vhost::vhost_user::message::MAX_MSG_SIZE;
+
+use super::message::Header;
 
 /// How long a front end may take to send one message, from its first byte on.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,25 +27,14 @@ const INTERVAL: Timespec = Timespec {
     tv_nsec: 1_000_000,
 };
 
-/// Length of a header: request, flags and size of four bytes each (vhost-user specification,
-/// "Header").
-const HEADER: usize = 12;
-
-/// The largest body that `vhost` accepts. It refuses a header with a larger size without reading
-/// the body.
-const MAX_BODY: usize = 0x1000;
+/// Length of the longest message.
+const MAX_LEN: usize = Header::LEN + MAX_MSG_SIZE;
 
 /// What ended the wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Incoming {
     /// Bytes can be read.
-    Message {
-        /// How many: a complete message; or its beginning, if `vhost` will refuse that or the front
-        /// end has disconnected; or 0 at the end of the stream.
-        len: usize,
-        /// Whether these are the last bytes of the stream.
-        last: bool,
-    },
+    Message(Readable),
     /// The server was asked to stop.
     Stop,
     /// The [`Watch`] fired and no message has arrived.
@@ -53,6 +46,16 @@ pub(super) enum Incoming {
         /// Bytes of it that have arrived.
         have: usize,
     },
+}
+
+/// Bytes at the head of the socket's receive buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Readable {
+    /// How many: a complete message; or its beginning, if its header is invalid or the front end
+    /// has disconnected; or 0 at the end of the stream.
+    pub(super) len: usize,
+    /// The bytes themselves, if they are a complete message that has no descriptors.
+    pub(super) bytes: Option<Vec<u8>>,
 }
 
 /// A condition that ends the wait besides a message.
@@ -127,8 +130,8 @@ pub(super) fn wait(
         if started.is_none() && fired && fds[1].revents().is_empty() {
             return Ok(Incoming::WatchFired);
         }
-        if let Some((len, last)) = readable_message(socket)? {
-            return Ok(Incoming::Message { len, last });
+        if let Some(readable) = readable_message(socket)? {
+            return Ok(Incoming::Message(readable));
         }
         if started.get_or_insert_with(Instant::now).elapsed() > MESSAGE_TIMEOUT {
             let have = queued(socket)?;
@@ -137,38 +140,53 @@ pub(super) fn wait(
     }
 }
 
-/// Returns how many bytes to read, and whether they are the last of the stream. They are a complete
-/// message, a header that `vhost` will refuse, or all that a disconnected front end has sent.
-/// `None` if the message is incomplete.
-fn readable_message(socket: &UnixStream) -> std::io::Result<Option<(usize, bool)>> {
-    let mut header = [0; HEADER];
-    let (have, _) = match rustix::net::recv(
-        socket,
-        &mut header[..],
-        RecvFlags::PEEK | RecvFlags::DONTWAIT,
-    ) {
-        Ok(have) => have,
+/// Returns what to read: a complete message, a header that is invalid, or all that a disconnected
+/// front end has sent. `None` if the message is incomplete.
+fn readable_message(socket: &UnixStream) -> std::io::Result<Option<Readable>> {
+    let mut bytes = [0; MAX_LEN];
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    // Without room for descriptors, the kernel says whether there are any, and opens none.
+    let mut no_control = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let got = match recvmsg(socket, &mut slices, &mut no_control, flags) {
+        Ok(got) => got,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-        Err(Errno::CONNRESET) => return Ok(Some((0, true))),
+        Err(Errno::CONNRESET) => return Ok(Some(Readable::only(0))),
         Err(error) => return Err(error.into()),
     };
-    if have == 0 {
-        return Ok(Some((0, true)));
+    let bytes = bytes.get(..got.bytes).unwrap_or_default();
+    if bytes.is_empty() {
+        return Ok(Some(Readable::only(0)));
     }
-    let size = header
-        .last_chunk()
-        .map_or(0, |size| u32::from_ne_bytes(*size));
-    let body = usize::try_from(size).unwrap_or(usize::MAX);
-    if have == HEADER && body > MAX_BODY {
-        return Ok(Some((HEADER, false)));
+    let header = Header::read(bytes);
+    let len = match header.map(Header::message_len) {
+        // Its body isn't waited for.
+        Some(None) => return Ok(Some(Readable::only(Header::LEN))),
+        Some(Some(len)) => Some(len),
+        None => None,
+    };
+    if let Some(message) = len.and_then(|len| bytes.get(..len)) {
+        // Descriptors may be those of the message that follows.
+        let has_fds = got.flags.contains(ReturnFlags::CTRUNC);
+        return Ok(Some(Readable {
+            len: message.len(),
+            bytes: (!has_fds).then(|| message.to_vec()),
+        }));
     }
-    // In this order: what the front end sent before it disconnected is in the buffer then.
+    // One call doesn't read beyond bytes that have descriptors. In this order: what the front end
+    // sent before it disconnected is in the buffer then.
     let disconnected = has_hung_up(socket)?;
     let available = queued(socket)?;
-    if have == HEADER && available >= HEADER + body {
-        return Ok(Some((HEADER + body, false)));
+    if let Some(len) = len.filter(|len| *len <= available) {
+        return Ok(Some(Readable::only(len)));
     }
-    Ok(disconnected.then_some((available, true)))
+    Ok(disconnected.then_some(Readable::only(available)))
+}
+
+impl Readable {
+    fn only(len: usize) -> Self {
+        Self { len, bytes: None }
+    }
 }
 
 /// How many bytes can be read, over all messages sent.
@@ -185,7 +203,9 @@ fn has_hung_up(socket: &UnixStream) -> std::io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{IoSlice, Write};
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
     use super::*;
 
@@ -196,7 +216,7 @@ mod tests {
     fn message(size: u32, sent: usize) -> Vec<u8> {
         let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
         bytes.extend(size.to_ne_bytes());
-        bytes.resize(HEADER + sent, 7);
+        bytes.resize(Header::LEN + sent, 7);
         bytes
     }
 
@@ -206,7 +226,26 @@ mod tests {
         theirs.write_all(&message(8, 7)).unwrap();
         assert_eq!(readable_message(&ours).unwrap(), None);
         theirs.write_all(&[7, 7]).unwrap();
-        assert_eq!(readable_message(&ours).unwrap(), Some((HEADER + 8, false)));
+        let readable = readable_message(&ours).unwrap().unwrap();
+        assert_eq!(readable.len, Header::LEN + 8);
+        assert_eq!(readable.bytes, Some(message(8, 8)));
+    }
+
+    #[test]
+    fn message_in_two_parts_with_descriptors_is_readable() {
+        let (ours, mut theirs) = pair();
+        let fds = [theirs.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let header = message(8, 0);
+        let slices = [IoSlice::new(&header)];
+        let flags = SendFlags::empty();
+        rustix::net::sendmsg(&theirs, &slices, &mut control, flags).unwrap();
+        assert_eq!(readable_message(&ours).unwrap(), None);
+        theirs.write_all(&[7; 9]).unwrap();
+        let whole = Readable::only(Header::LEN + 8);
+        assert_eq!(readable_message(&ours).unwrap(), Some(whole));
     }
 
     #[test]
@@ -215,14 +254,15 @@ mod tests {
         theirs.write_all(&message(0, 0)[..5]).unwrap();
         assert_eq!(readable_message(&ours).unwrap(), None);
         drop(theirs);
-        assert_eq!(readable_message(&ours).unwrap(), Some((5, true)));
+        assert_eq!(readable_message(&ours).unwrap(), Some(Readable::only(5)));
     }
 
     #[test]
     fn header_with_too_large_size_is_readable_without_body() {
         let (ours, mut theirs) = pair();
         theirs.write_all(&message(0x1001, 0)).unwrap();
-        assert_eq!(readable_message(&ours).unwrap(), Some((HEADER, false)));
+        let header = Readable::only(Header::LEN);
+        assert_eq!(readable_message(&ours).unwrap(), Some(header));
     }
 
     #[test]
@@ -262,7 +302,7 @@ mod tests {
         assert_eq!(on(Watch::Readable(event.as_fd())), Incoming::WatchFired);
         theirs.write_all(&message(0, 0)).unwrap();
         for watch in [Watch::Readable(event.as_fd()), late] {
-            assert!(matches!(on(watch), Incoming::Message { .. }));
+            assert!(matches!(on(watch), Incoming::Message(_)));
         }
     }
 }

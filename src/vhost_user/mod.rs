@@ -1,13 +1,17 @@
 //! The vhost-user back end: the listening socket, and one vhost-user session at a time.
 //!
 //! A session implements the back end of a virtio-fs device as the vhost-user specification
-//! describes it. It implements `vhost`'s request handler itself, because the daemon of
-//! `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the workers own
-//! them. The invariant: a queue is stopped and drained before anything changes that it relies on.
+//! describes it. It has `vhost`'s messages, and handles them itself: `dispatch` says why, and the
+//! daemon of `vhost-user-backend` polls the kick eventfds in a thread of its own, while here the
+//! workers own them. The invariant: a queue is stopped and drained before anything changes that it relies on.
 
+mod back_channel;
+mod connection;
+mod dispatch;
+mod handlers;
 mod listener;
+mod message;
 mod message_reader;
-mod proxy;
 mod restore;
 mod session;
 mod session_loop;
@@ -24,8 +28,9 @@ use std::time::Instant;
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use session_runner::{resume, serve};
-pub use session_snapshot::{SessionSnapshot, SnapshotError, VERSION};
+pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, SnapshotError, VERSION};
 
+use crate::device::BackChannel;
 use crate::migration::{DeviceState, NoDeviceState};
 use crate::virtqueue::{Queue, QueueIndex};
 
@@ -44,6 +49,10 @@ pub trait Runner {
 
     /// Discards the state of the guest, which has been reset.
     fn reset(&mut self);
+
+    /// Hands over the way to send requests to the VMM, when a session begins or is resumed. Requests
+    /// fail until the VMM has opened its side, and when the session has ended.
+    fn connected(&mut self, _channel: Arc<dyn BackChannel>) {}
 
     /// Reports that all queues run again that ran in the previous server process.
     fn resumed(&mut self) {}

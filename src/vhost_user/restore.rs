@@ -12,6 +12,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use super::Runner;
+use super::back_channel::Link;
 use super::session::{Session, SessionError, eventfd};
 use super::session_snapshot::{FileRecord, RegionRecord, SessionSnapshot, VringRecord};
 use super::vring::Vring;
@@ -25,6 +26,7 @@ pub(super) struct OpenDescriptors {
     _regions: Memory,
     _log: Option<Arc<DirtyLog>>,
     _inflight: Option<InflightRegion>,
+    _link: Option<Arc<Link>>,
     _fds: Vec<Arc<OwnedFd>>,
 }
 
@@ -53,7 +55,9 @@ impl<R: Runner> Session<'_, R> {
             let file = FileRecord { fd, offset, len };
             Some((file, region.shape()))
         });
+        let link = self.link.clone();
         let snapshot = SessionSnapshot {
+            back_channel: link.as_ref().and_then(|link| link.record()),
             features_requested: self.features_requested,
             features: self.features,
             protocol: self.protocol,
@@ -71,6 +75,7 @@ impl<R: Runner> Session<'_, R> {
             _regions: self.regions.clone(),
             _log: self.log.clone(),
             _inflight: self.inflight.clone(),
+            _link: link,
             _fds: fds.collect(),
         };
         (snapshot, open)
@@ -86,10 +91,17 @@ impl<R: Runner> Session<'_, R> {
             .inflight
             .map(|(file, _)| adopt(file.fd))
             .transpose()?;
+        let link = snapshot.back_channel.map(|channel| {
+            let fds = (adopt(channel.socket), adopt(channel.counters));
+            Ok::<_, SessionError>((fds.0?, fds.1?))
+        });
+        let link = link.transpose()?;
         let mut vrings = Vec::with_capacity(snapshot.vrings.len());
         for (index, vring) in (0..).zip(&snapshot.vrings) {
             vrings.push(Vring::restored(QueueIndex(index), vring)?);
         }
+        let link = link.map(|(socket, counters)| Link::resume(socket, counters));
+        let link = link.transpose().map_err(SessionError::BackChannel)?;
         let queues = self.device.queues();
         if vrings.len() != usize::from(queues) {
             let recorded = vrings.len();
@@ -131,6 +143,10 @@ impl<R: Runner> Session<'_, R> {
                 InflightRegion::map(File::from(file), range, shape, &self.memory_lost)
             });
         let inflight = inflight.transpose().map_err(SessionError::Inflight)?;
+        self.channel
+            .set_protocol_features(snapshot.protocol.unwrap_or(0));
+        self.link = link.map(Arc::new);
+        self.channel.connect(self.link.clone());
         self.change_all(|session| {
             session.features_requested = snapshot.features_requested;
             session.features = snapshot.features;
@@ -189,33 +205,6 @@ pub(super) fn socket(snapshot: &SessionSnapshot) -> Result<UnixStream, SessionEr
         fd: snapshot.socket,
         source: io::Error::other("it is not a Unix stream socket"),
     })
-}
-
-/// Returns the messages that repeat the feature negotiation between the front end and `vhost`.
-pub(super) fn negotiation(snapshot: &SessionSnapshot) -> Vec<Vec<u8>> {
-    const GET_FEATURES: u32 = 1;
-    const SET_FEATURES: u32 = 2;
-    const SET_PROTOCOL_FEATURES: u32 = 16;
-    const VERSION: u32 = 1;
-    let message = |request: u32, value: Option<u64>| {
-        let body = value.map(u64::to_ne_bytes);
-        let size = body.map_or(0, |_| 8_u32);
-        let head = [request, VERSION, size].map(u32::to_ne_bytes).concat();
-        [&head[..], body.as_ref().map_or(&[], <[u8; 8]>::as_slice)].concat()
-    };
-    let requested = snapshot
-        .features_requested
-        .then(|| message(GET_FEATURES, None));
-    let accepted = snapshot
-        .features
-        .map(|_| message(SET_FEATURES, snapshot.features));
-    let protocol = snapshot
-        .protocol
-        .map(|_| message(SET_PROTOCOL_FEATURES, snapshot.protocol));
-    [requested, accepted, protocol]
-        .into_iter()
-        .flatten()
-        .collect()
 }
 
 /// Takes ownership of a descriptor. The snapshot names it once, and the caller of [`super::resume`]

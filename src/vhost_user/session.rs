@@ -1,51 +1,34 @@
 //! One vhost-user session: handles the messages of one front end, from connect to disconnect.
 //!
-//! See the vhost-user specification, "Back-end implementation". A [`Session`] owns the memory
+//! See the vhost-user specification, "Back-end implementation"; `handlers` has what each message
+//! does. A [`Session`] owns the memory
 //! table, the dirty log, the in-flight region and the state of each vring. The invariant: a queue
 //! runs exactly if its ring is started, enabled and completely described, and never while one of
 //! these changes.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use vhost::VhostUserMemoryRegionBase;
-use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
-};
-use vhost::vhost_user::{Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::Error as ProtocolError;
 
 use super::Runner;
+use super::back_channel::{Link, VmmChannel};
 use super::vring::Vring;
 use crate::device::{self, Device};
-use crate::guest_memory::{
-    DirtyLog, GuestAddress, Memory, MemoryError, MemoryLostEvent, Region, RegionDescription,
-};
-use crate::migration::{Direction, Transfer, TransferError};
+use crate::guest_memory::{DirtyLog, GuestAddress, Memory, MemoryError, MemoryLostEvent};
+use crate::migration::Transfer;
 use crate::state::Table;
 use crate::virtqueue::{
     Features, InflightError, InflightPart, InflightRegion, Journal, Queue, QueueError, QueueIndex,
-    RingAddresses, Setup, Tracking,
+    Setup, Tracking,
 };
 
 /// How to make a VMM share its memory.
 pub(super) const SHARE_MEMORY_HINT: &str = "start QEMU with `-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem`, \
      Cloud Hypervisor with `--memory size=SIZE,shared=on`, libvirt with `<memoryBacking><source \
      type='memfd'/><access mode='shared'/></memoryBacking>`";
-
-/// Protocol features that are offered. `vhost` implements REPLY_ACK.
-const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
-    .union(VhostUserProtocolFeatures::CONFIG)
-    .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
-    .union(VhostUserProtocolFeatures::RESET_DEVICE)
-    .union(VhostUserProtocolFeatures::LOG_SHMFD)
-    .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
 /// How a session ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +128,9 @@ pub enum SessionError {
         /// Queues of this device.
         queues: u16,
     },
+    /// The descriptor of SET_BACKEND_REQ_FD can't be used.
+    #[error("the front end's back channel can't be used")]
+    BackChannel(#[source] io::Error),
     /// A descriptor that the previous process should have left open can't be used.
     #[error("taking over descriptor {fd} of the session")]
     NotInherited {
@@ -175,9 +161,9 @@ impl SessionError {
     }
 }
 
-impl From<SessionError> for ProtocolError {
-    fn from(error: SessionError) -> Self {
-        Self::ReqHandlerError(io::Error::other(error))
+impl From<ProtocolError> for SessionError {
+    fn from(error: ProtocolError) -> Self {
+        Self::Protocol(error)
     }
 }
 
@@ -185,7 +171,7 @@ impl From<SessionError> for ProtocolError {
 #[derive(Debug)]
 pub(super) struct Session<'a, R> {
     pub(super) device: &'a Device,
-    runner: &'a mut R,
+    pub(super) runner: &'a mut R,
     /// State that outlives this process.
     table: Arc<Table>,
     /// Reports that memory of the front end is no longer accessible.
@@ -201,9 +187,15 @@ pub(super) struct Session<'a, R> {
     /// `regions`, with `log` if LOG_ALL was negotiated.
     memory: Arc<Memory>,
     pub(super) vrings: Vec<Vring>,
-    transfer: Transfer,
+    /// Requests to the VMM.
+    pub(super) channel: Arc<VmmChannel>,
+    /// What they are sent on, if the front end has opened it.
+    pub(super) link: Option<Arc<Link>>,
+    /// `link` is to be used once it is recorded.
+    pub(super) opens_channel: bool,
+    pub(super) transfer: Transfer,
     /// Whether the warning that the VMM reads a missing tag was logged.
-    warned_of_missing_tag: bool,
+    pub(super) warned_of_missing_tag: bool,
 }
 
 impl<'a, R: Runner> Session<'a, R> {
@@ -212,8 +204,10 @@ impl<'a, R: Runner> Session<'a, R> {
         runner: &'a mut R,
         (table, memory_lost): (&Arc<Table>, &Arc<MemoryLostEvent>),
         stop: BorrowedFd<'_>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, SessionError> {
+        let channel = Arc::new(VmmChannel::new().map_err(SessionError::socket)?);
+        runner.connected(Arc::clone(&channel) as _);
+        Ok(Self {
             table: Arc::clone(table),
             device,
             runner,
@@ -226,9 +220,12 @@ impl<'a, R: Runner> Session<'a, R> {
             inflight: None,
             memory: Arc::default(),
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
+            channel,
+            link: None,
+            opens_channel: false,
             transfer: Transfer::new(stop),
             warned_of_missing_tag: false,
-        }
+        })
     }
 
     /// Prepares for a front end that has just connected. If no guest's session is in the table, the
@@ -243,11 +240,11 @@ impl<'a, R: Runner> Session<'a, R> {
         &self.memory
     }
 
-    fn negotiated(&self, feature: u64) -> bool {
+    pub(super) fn negotiated(&self, feature: u64) -> bool {
         self.features.unwrap_or(0) & feature != 0
     }
 
-    fn vring(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
+    pub(super) fn vring(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
         let queues = self.device.queues();
         let missing = SessionError::NoSuchQueue { index, queues };
         let Ok(short) = u16::try_from(index) else {
@@ -260,7 +257,11 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 
     /// Changes one queue's description. The queue is stopped meanwhile.
-    fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<(), SessionError> {
+    pub(super) fn change(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut Vring),
+    ) -> Result<(), SessionError> {
         let (index, _) = self.vring(index)?;
         self.stop(index);
         change(&mut self.vrings[usize::from(index.0)]);
@@ -328,6 +329,7 @@ impl<'a, R: Runner> Session<'a, R> {
         let vring = &mut self.vrings[usize::from(index.0)];
         if vring.running {
             vring.running = false;
+            let _limit = self.channel.limit_waits();
             if let Some(next) = self.runner.stop(index) {
                 vring.base = next;
             }
@@ -336,6 +338,8 @@ impl<'a, R: Runner> Session<'a, R> {
     }
 
     pub(super) fn stop_all(&mut self) {
+        let channel = Arc::clone(&self.channel);
+        let _limit = channel.limit_waits();
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
@@ -345,11 +349,24 @@ impl<'a, R: Runner> Session<'a, R> {
         self.runner.heartbeat()
     }
 
+    /// To be called when a snapshot was saved: uses a back channel that the front end has opened. If
+    /// a request were sent on it before, the next process wouldn't know.
+    pub(super) fn saved(&mut self) {
+        if std::mem::take(&mut self.opens_channel) {
+            self.channel.connect(self.link.clone());
+        }
+    }
+
+    /// Ends the session: nothing can be sent to the VMM any more.
+    pub(super) fn end(&mut self) {
+        self.channel.connect(None);
+    }
+
     pub(super) fn resumed(&mut self) {
         self.runner.resumed();
     }
 
-    fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.stop_all();
         for vring in &mut self.vrings {
             vring.reset();
@@ -360,6 +377,11 @@ impl<'a, R: Runner> Session<'a, R> {
         clear_in_flight(&self.table);
         self.runner.reset();
     }
+}
+
+/// Duplicates a descriptor of a message, which the session keeps.
+pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, SessionError> {
+    fd.try_clone().map_err(SessionError::Descriptors)
 }
 
 /// Clears the requests in flight in the table.
@@ -379,314 +401,5 @@ pub(super) fn eventfd(
     match rustix::fs::fstat(&fd) {
         Ok(stat) if stat.st_mode & libc::S_IFMT == 0 => Ok(Arc::new(fd)),
         _ => Err(SessionError::NotAnEventfd(queue)),
-    }
-}
-
-type HandlerResult<T> = Result<T, ProtocolError>;
-
-/// Logs the cause of a failed transfer, as the front end gets only a number.
-fn transfer_failed(error: TransferError) -> ProtocolError {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    log::error!("migration failed: {text}");
-    ProtocolError::ReqHandlerError(io::Error::other(error))
-}
-
-/// Refuses a request that belongs to a feature which was not offered.
-fn not_offered<T>(what: &'static str) -> HandlerResult<T> {
-    Err(ProtocolError::InvalidOperation(what))
-}
-
-impl<R: Runner> VhostUserBackendReqHandlerMut for Session<'_, R> {
-    fn set_owner(&mut self) -> HandlerResult<()> {
-        Ok(())
-    }
-
-    fn reset_owner(&mut self) -> HandlerResult<()> {
-        self.stop_all();
-        Ok(())
-    }
-
-    fn reset_device(&mut self) -> HandlerResult<()> {
-        self.reset();
-        Ok(())
-    }
-
-    fn get_features(&mut self) -> HandlerResult<u64> {
-        self.features_requested = true;
-        Ok(device::FEATURES)
-    }
-
-    fn set_features(&mut self, accepted: u64) -> HandlerResult<()> {
-        let extra = accepted & !device::FEATURES;
-        if extra != 0 {
-            return Err(SessionError::Features { accepted, extra }.into());
-        }
-        if Some(accepted) == self.features {
-            return Ok(());
-        }
-        Ok(self.change_all(|session| session.features = Some(accepted))?)
-    }
-
-    fn set_mem_table(
-        &mut self,
-        table: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-        _postcopy_listening: Option<bool>,
-    ) -> HandlerResult<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let regions = table
-            .iter()
-            .zip(files)
-            .map(|(region, file)| {
-                let description = RegionDescription {
-                    file,
-                    offset: region.mmap_offset,
-                    guest: region.guest_phys_addr,
-                    user: region.user_addr,
-                    len: region.memory_size,
-                };
-                Region::map(description, &self.memory_lost)
-            })
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(|regions| Memory::new(regions, None))
-            .map_err(SessionError::Memory)?;
-        self.change_all(|session| session.regions = regions)?;
-        log::debug!("memory table of {} regions", self.regions.regions().len());
-        Ok(None)
-    }
-
-    fn add_mem_region(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-        file: File,
-        _postcopy_listening: Option<bool>,
-    ) -> HandlerResult<Option<VhostUserMemoryRegionBase>> {
-        let description = RegionDescription {
-            file,
-            offset: region.mmap_offset,
-            guest: region.guest_phys_addr,
-            user: region.user_addr,
-            len: region.memory_size,
-        };
-        let regions = Region::map(description, &self.memory_lost)
-            .and_then(|region| self.regions.with_region(region))
-            .map_err(SessionError::Memory)?;
-        self.change_all(|session| session.regions = regions)?;
-        Ok(None)
-    }
-
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> HandlerResult<()> {
-        let regions = self
-            .regions
-            .without_region(region.guest_phys_addr, region.user_addr, region.memory_size)
-            .map_err(SessionError::Memory)?;
-        Ok(self.change_all(|session| session.regions = regions)?)
-    }
-
-    fn get_max_mem_slots(&mut self) -> HandlerResult<u64> {
-        Ok(Memory::MAX_REGIONS as u64)
-    }
-
-    fn set_vring_num(&mut self, index: u32, num: u32) -> HandlerResult<()> {
-        let (queue, _) = self.vring(index)?;
-        Queue::check_size(queue, num).map_err(SessionError::Queue)?;
-        let size = u16::try_from(num).map_err(|_checked| ProtocolError::InvalidParam)?;
-        Ok(self.change(index, |vring| vring.size = size)?)
-    }
-
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        flags: VhostUserVringAddrFlags,
-        descriptor: u64,
-        used: u64,
-        available: u64,
-        log: u64,
-    ) -> HandlerResult<()> {
-        let addresses = RingAddresses {
-            descriptors: descriptor,
-            available,
-            used,
-            log: flags
-                .contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG)
-                .then_some(log),
-        };
-        Ok(self.change(index, |vring| vring.addresses = Some(addresses))?)
-    }
-
-    fn set_vring_base(&mut self, index: u32, base: u32) -> HandlerResult<()> {
-        // A split ring has its index in the low half (vhost-user specification, "A vring
-        // state description").
-        let base = u16::try_from(base & 0xffff).map_err(|_masked| ProtocolError::InvalidParam)?;
-        Ok(self.change(index, |vring| vring.base = base)?)
-    }
-
-    fn get_vring_base(&mut self, index: u32) -> HandlerResult<VhostUserVringState> {
-        self.change(index, |vring| vring.kick = None)?;
-        let (_, vring) = self.vring(index)?;
-        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
-        let (queue, _) = self.vring(u32::from(index))?;
-        let kick = fd.ok_or(SessionError::NoKick(queue))?;
-        let kick = eventfd(queue, kick)?;
-        Ok(self.change(u32::from(index), |vring| vring.kick = Some(kick))?)
-    }
-
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
-        let (queue, vring) = self.vring(u32::from(index))?;
-        let fd = fd.map(|fd| eventfd(queue, fd)).transpose()?;
-        vring.call.set(fd.clone());
-        vring.call_fd = fd;
-        if vring.running {
-            // A completion during the exchange may have signalled the old eventfd.
-            vring.call.signal();
-        }
-        Ok(())
-    }
-
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
-        let (_, vring) = self.vring(u32::from(index))?;
-        vring.err = fd.map(|fd| Arc::new(fd.into()));
-        Ok(())
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> HandlerResult<()> {
-        let (_, vring) = self.vring(index)?;
-        if vring.enabled == enable {
-            return Ok(());
-        }
-        Ok(self.change(index, |vring| vring.enabled = enable)?)
-    }
-
-    fn get_protocol_features(&mut self) -> HandlerResult<VhostUserProtocolFeatures> {
-        Ok(PROTOCOL_FEATURES)
-    }
-
-    fn set_protocol_features(&mut self, accepted: u64) -> HandlerResult<()> {
-        let extra = accepted & !PROTOCOL_FEATURES.bits();
-        if extra != 0 {
-            return Err(SessionError::Features { accepted, extra }.into());
-        }
-        self.protocol = Some(accepted);
-        Ok(())
-    }
-
-    fn get_queue_num(&mut self) -> HandlerResult<u64> {
-        Ok(u64::from(self.device.queues()))
-    }
-
-    fn get_config(
-        &mut self,
-        offset: u32,
-        size: u32,
-        _flags: VhostUserConfigFlags,
-    ) -> HandlerResult<Vec<u8>> {
-        if self.device.tag.is_none()
-            && offset == 0
-            && !std::mem::replace(&mut self.warned_of_missing_tag, true)
-        {
-            log::warn!(
-                "the VMM reads the mount tag from this server, which has none: set --tag NAME, \
-                 unless the VMM has a setting of its own"
-            );
-        }
-        let space = self.device.config_space();
-        let part = usize::try_from(offset)
-            .ok()
-            .zip(usize::try_from(size).ok())
-            .and_then(|(offset, size)| space.get(offset..offset.checked_add(size)?));
-        part.map(<[u8]>::to_vec).ok_or(ProtocolError::InvalidParam)
-    }
-
-    fn set_config(
-        &mut self,
-        offset: u32,
-        buf: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> HandlerResult<()> {
-        // A guest can cause this, so it must not end the session.
-        log::debug!(
-            "ignoring a write of {} bytes at {offset} to the read-only configuration space",
-            buf.len()
-        );
-        Ok(())
-    }
-
-    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> HandlerResult<()> {
-        log::debug!("dirty log on descriptor {}", file.as_raw_fd());
-        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.memory_lost)
-            .map_err(SessionError::Memory)?;
-        Ok(self.change_all(|session| session.log = Some(Arc::new(log)))?)
-    }
-
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> HandlerResult<()> {
-        not_offered("a file system has no use for a GPU socket")
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> HandlerResult<File> {
-        not_offered("SHARED_OBJECT was not offered")
-    }
-
-    fn get_inflight_fd(
-        &mut self,
-        wanted: &VhostUserInflight,
-    ) -> HandlerResult<(VhostUserInflight, File)> {
-        let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        let max = self.device.queues();
-        if queues > max {
-            let index = u32::from(queues.saturating_sub(1));
-            return Err(SessionError::NoSuchQueue { index, queues: max }.into());
-        }
-        let (file, len) = InflightRegion::create(queues, size).map_err(SessionError::Inflight)?;
-        Ok((VhostUserInflight::new(len, 0, queues, size), file))
-    }
-
-    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> HandlerResult<()> {
-        let region = InflightRegion::map(
-            file,
-            (given.mmap_offset, given.mmap_size),
-            (given.num_queues, given.queue_size),
-            &self.memory_lost,
-        )
-        .map_err(SessionError::Inflight)?;
-        let (queues, size) = (given.num_queues, given.queue_size);
-        log::debug!("in-flight region for {queues} queues of {size} entries");
-        Ok(self.change_all(|session| session.inflight = Some(region))?)
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        direction: VhostTransferStateDirection,
-        phase: VhostTransferStatePhase,
-        fd: File,
-    ) -> HandlerResult<Option<File>> {
-        let VhostTransferStatePhase::STOPPED = phase;
-        let direction = match direction {
-            VhostTransferStateDirection::SAVE => Direction::Save,
-            VhostTransferStateDirection::LOAD => Direction::Load,
-        };
-        if self.vrings.iter().any(|vring| vring.running) {
-            return Err(transfer_failed(TransferError::QueuesRunning));
-        }
-        let state = self.runner.device_state();
-        self.transfer
-            .start(direction, fd, state)
-            .map_err(transfer_failed)?;
-        // The transfer uses the front end's descriptor, so the reply carries none.
-        Ok(None)
-    }
-
-    fn check_device_state(&mut self) -> HandlerResult<()> {
-        self.transfer.finish().map_err(transfer_failed)
-    }
-
-    fn get_shmem_config(&mut self) -> HandlerResult<VhostUserShMemConfig> {
-        not_offered("SHMEM was not offered")
     }
 }

@@ -9,54 +9,45 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+use vhost::vhost_user::Error as ProtocolError;
+use vhost::vhost_user::message::FrontendReq;
 
-use super::message_reader::{self, Incoming};
-use super::proxy::{FdMessage, Proxy};
+use super::connection::Connection;
+use super::dispatch::Handled;
+use super::message::{FdMessage, Header};
+use super::message_reader::{self, Incoming, Readable};
 use super::restore::{self, OpenDescriptors};
 use super::session::{End, Session, SessionError};
-use super::session_snapshot::{Pending, SessionSnapshot};
+use super::session_snapshot::{EncodedState, Pending, SessionSnapshot};
 use super::shared_memory::{self, PrivateMemoryCheck};
 use super::{Runner, Stop};
 use crate::state::Table;
 
-/// `VHOST_USER_NEED_REPLY_MASK`, in a message's flags.
-const NEED_REPLY: u32 = 1 << 3;
-
-/// `VHOST_USER_ADD_MEM_REG`.
-const ADD_MEM_REG: u32 = 37;
-
 /// One front end and its session.
 pub(super) struct SessionLoop<'a, R: Runner> {
-    proxy: Proxy,
-    session: Arc<Mutex<Session<'a, R>>>,
-    handler: BackendReqHandler<Mutex<Session<'a, R>>>,
+    connection: Connection,
+    session: Session<'a, R>,
     table: &'a Arc<Table>,
+    /// The session as the snapshot in the table has it, without the pending message.
+    state: EncodedState,
     /// Keeps the descriptors open that the snapshot in the table names.
     open: OpenDescriptors,
     /// Detects a VMM that has not shared its memory.
     private_memory: PrivateMemoryCheck,
 }
 
-impl<'a, R: Runner + Send> SessionLoop<'a, R> {
-    pub(super) fn new(
-        stream: UnixStream,
-        session: Session<'a, R>,
-        table: &'a Arc<Table>,
-    ) -> Result<Self, SessionError> {
-        let (proxy, vhost_end) = Proxy::new(stream).map_err(SessionError::socket)?;
-        let session = Arc::new(Mutex::new(session));
-        let handler = BackendReqHandler::from_stream(vhost_end, Arc::clone(&session));
-        Ok(Self {
-            proxy,
+impl<'a, R: Runner> SessionLoop<'a, R> {
+    pub(super) fn new(stream: UnixStream, session: Session<'a, R>, table: &'a Arc<Table>) -> Self {
+        Self {
+            connection: Connection::new(stream),
             session,
-            handler,
             table,
+            state: EncodedState::default(),
             open: OpenDescriptors::default(),
             private_memory: PrivateMemoryCheck::default(),
-        })
+        }
     }
 
     /// Handles messages until the front end disconnects or `stop` fires. Starts a new session, or
@@ -68,118 +59,125 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
     ) -> Result<End, SessionError> {
         let started = match snapshot {
             None => {
-                self.save(Pending::Nothing);
+                self.save(&Pending::Nothing);
                 Ok(None)
             }
             Some(snapshot) => self.resume(snapshot),
         };
         let end = match started {
-            Ok(None) => self.handle(stop),
+            Ok(None) => self.receive_messages(stop),
             Ok(Some(end)) => Ok(end),
             Err(error) => Err(error),
         };
-        self.session
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .stop_all();
+        self.session.stop_all();
         if matches!(end, Ok(End::Stopped)) && stop.leaves() {
             // The process that resumes the session shares these descriptors, and needs them open.
             std::mem::forget(self);
             return Ok(End::Left);
         }
+        self.session.end();
         self.table.set_session_snapshot(&[]);
         end
     }
 
-    fn lock(&self) -> MutexGuard<'_, Session<'a, R>> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Receives and handles messages until the session ends.
-    fn handle(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
+    fn receive_messages(&mut self, stop: Stop<'_>) -> Result<End, SessionError> {
         loop {
             let kick = self
                 .private_memory
                 .awaits_kick()
-                .then(|| self.lock().first_kick());
-            let watch = self
-                .private_memory
-                .watch(kick.as_ref().and_then(Option::as_ref));
-            let heartbeat = self.lock().heartbeat();
-            let incoming = message_reader::wait(&self.proxy.socket, stop.asked, watch, heartbeat);
-            let (len, last) = match incoming {
-                Ok(Incoming::HeartbeatDue) => continue,
-                Ok(Incoming::WatchFired) => {
+                .then(|| self.session.first_kick())
+                .flatten();
+            let watch = self.private_memory.watch(kick.as_ref());
+            let heartbeat = self.session.heartbeat();
+            let incoming =
+                message_reader::wait(&self.connection.socket, stop.asked, watch, heartbeat)
+                    .map_err(SessionError::socket)?;
+            let readable = match incoming {
+                Incoming::HeartbeatDue => continue,
+                Incoming::WatchFired => {
                     if self.private_memory.watch_fired() {
-                        self.lock().warn_of_private_memory();
+                        self.session.warn_of_private_memory();
                     }
                     continue;
                 }
-                Ok(Incoming::Message { len: 0, .. }) => return Ok(End::Disconnected),
-                Ok(Incoming::Message { len, last }) => (len, last),
-                Ok(Incoming::Stop) => return Ok(End::Stopped),
-                Ok(Incoming::Stalled { have }) => return Err(SessionError::Stalled { have }),
-                Err(error) => return Err(SessionError::socket(error)),
+                Incoming::Message(Readable { len: 0, .. }) => return Ok(End::Disconnected),
+                Incoming::Message(readable) => readable,
+                Incoming::Stop => return Ok(End::Stopped),
+                Incoming::Stalled { have } => return Err(SessionError::Stalled { have }),
             };
-            let peeked = self.proxy.peek(len).map_err(SessionError::socket)?;
-            if let Some(peeked) = &peeked {
-                self.save(Pending::message(peeked));
-            }
-            let received = self.proxy.receive(len).map_err(SessionError::socket)?;
-            let message = match peeked {
-                // The snapshot names the descriptors of the peeked message, so keep these open.
-                Some(peeked) if peeked.fds.len() == received.fds.len() => peeked,
-                peeked => {
-                    self.save(Pending::message(&received));
-                    drop(peeked);
-                    received
-                }
-            };
-            if let Some(end) = self.handle_message(message, last)? {
+            let message = self.take(readable)?;
+            if let Some(end) = self.handle_message(message)? {
                 return Ok(end);
             }
         }
     }
 
-    /// Handles a message and sends the reply.
-    fn handle_message(
-        &mut self,
-        message: FdMessage,
-        last: bool,
-    ) -> Result<Option<End>, SessionError> {
-        self.proxy
-            .forward(&message, last)
+    /// Takes a message off the socket, after it was recorded.
+    fn take(&mut self, readable: Readable) -> Result<FdMessage, SessionError> {
+        let Readable { len, bytes } = readable;
+        let peeked = match bytes {
+            Some(bytes) => Some(FdMessage {
+                bytes,
+                fds: Vec::new(),
+            }),
+            None => self.connection.peek(len).map_err(SessionError::socket)?,
+        };
+        let Some(mut message) = peeked else {
+            let message = self.connection.receive(len).map_err(SessionError::socket)?;
+            self.record(&Pending::message(&message));
+            return Ok(message);
+        };
+        self.record(&Pending::message(&message));
+        let has_fds = self
+            .connection
+            .discard(&message)
             .map_err(SessionError::socket)?;
-        let outcome = self.handler.handle_request();
-        let reply = self.proxy.take_reply().map_err(SessionError::socket)?;
+        match (has_fds, message.fds.is_empty()) {
+            (true, true) => Err(ProtocolError::IncorrectFds.into()),
+            (false, false) => {
+                // They are those of the message that follows. The snapshot names them, so they are
+                // closed only after it is replaced.
+                let of_next = std::mem::take(&mut message.fds);
+                self.record(&Pending::message(&message));
+                drop(of_next);
+                Ok(message)
+            }
+            (true, false) | (false, true) => Ok(message),
+        }
+    }
+
+    /// Handles a message and sends the reply.
+    fn handle_message(&mut self, message: FdMessage) -> Result<Option<End>, SessionError> {
+        let Handled { reply, outcome } = self.session.handle(&message);
         let sent = match &reply {
-            None => Ok(None),
+            None => {
+                self.save(&Pending::Nothing);
+                Ok(None)
+            }
             Some(reply) => {
                 // The receipt must be empty before the snapshot names the reply that it is about.
                 if let Some(receipt) = self.table.receipt() {
                     receipt.clear();
                 }
-                self.save(Pending::reply(reply));
-                self.send_reply(reply)
+                self.save(&Pending::reply(reply));
+                let sent = self.send_reply(reply);
+                self.record(&Pending::Nothing);
+                sent
             }
         };
-        self.save(Pending::Nothing);
         let not_shared = outcome.is_err().then(|| shared_memory::diagnose(&message));
         // The snapshot no longer names their descriptors.
         drop((message, reply));
-        if let Some(error) = not_shared.flatten() {
-            return Err(error);
-        }
-        match outcome {
-            Ok(()) => sent,
-            Err(ProtocolError::Disconnected) => Ok(Some(End::Disconnected)),
-            Err(error) => Err(session_error(error)),
+        match not_shared.flatten() {
+            Some(error) => Err(error),
+            None => outcome.and(sent),
         }
     }
 
     /// Sends what the front end has not received yet of a reply that the snapshot names.
     fn send_reply(&self, reply: &FdMessage) -> Result<Option<End>, SessionError> {
-        match self.proxy.send_reply(reply, self.table.receipt()) {
+        match self.connection.send_reply(reply, self.table.receipt()) {
             Ok(()) => Ok(None),
             Err(error) => match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
@@ -190,40 +188,30 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
         }
     }
 
-    /// Saves a snapshot in the table. Descriptors that it no longer names are closed only
-    /// afterwards.
-    fn save(&mut self, pending: Pending) {
-        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut snapshot, open) = session.snapshot();
-        drop(session);
-        snapshot.socket = self.proxy.socket.as_raw_fd();
-        snapshot.pending = pending;
-        self.table.set_session_snapshot(&snapshot.encode());
+    /// Saves a snapshot of the session in the table. Descriptors that it no longer names are closed
+    /// only afterwards.
+    fn save(&mut self, pending: &Pending) {
+        let (mut snapshot, open) = self.session.snapshot();
+        snapshot.socket = self.connection.socket.as_raw_fd();
+        self.state = snapshot.encode_state();
+        self.record(pending);
         self.open = open;
+        self.session.saved();
     }
 
-    /// Restores `vhost` and the session from the snapshot, and handles the pending message.
+    /// As [`save`](Self::save), if nothing of the session has changed since.
+    fn record(&self, pending: &Pending) {
+        self.table.set_session_snapshot(&self.state.with(pending));
+    }
+
+    /// Restores the session from the snapshot, and handles the pending message.
     fn resume(&mut self, mut snapshot: SessionSnapshot) -> Result<Option<End>, SessionError> {
-        for message in restore::negotiation(&snapshot) {
-            let message = FdMessage {
-                bytes: message,
-                fds: Vec::new(),
-            };
-            self.proxy
-                .forward(&message, false)
-                .map_err(SessionError::socket)?;
-            self.handler.handle_request().map_err(session_error)?;
-            // The front end received this reply from the previous process.
-            self.proxy.take_reply().map_err(SessionError::socket)?;
-        }
         let pending = std::mem::take(&mut snapshot.pending);
-        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        session.restore(&snapshot)?;
-        session.resumed();
-        drop(session);
+        self.session.restore(&snapshot)?;
+        self.session.resumed();
         match pending {
             Pending::Nothing => {
-                self.save(Pending::Nothing);
+                self.save(&Pending::Nothing);
                 Ok(None)
             }
             Pending::Message(bytes, fds) => {
@@ -231,21 +219,21 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
                     bytes,
                     fds: restore::adopt_all(&fds)?,
                 };
-                self.save(Pending::message(&saved));
+                self.save(&Pending::message(&saved));
                 let message = match self.duplicate(&saved)? {
                     Some(duplicate) => duplicate,
                     None => saved,
                 };
-                self.handle_message(message, false)
+                self.handle_message(message)
             }
             Pending::Reply(bytes, fds) => {
                 let reply = FdMessage {
                     bytes,
                     fds: restore::adopt_all(&fds)?,
                 };
-                self.save(Pending::reply(&reply));
+                self.save(&Pending::reply(&reply));
                 let sent = self.send_reply(&reply)?;
-                self.save(Pending::Nothing);
+                self.record(&Pending::Nothing);
                 Ok(sent)
             }
         }
@@ -256,20 +244,19 @@ impl<'a, R: Runner + Send> SessionLoop<'a, R> {
     /// left on the socket. If it was the saved one after all, handling it twice does no harm.
     fn duplicate(&self, message: &FdMessage) -> Result<Option<FdMessage>, SessionError> {
         let len = message.bytes.len();
-        let next = match self.proxy.peek(len) {
+        let next = match self.connection.peek(len) {
             Ok(next) => next,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => return Err(SessionError::socket(error)),
         };
-        let word = |at: usize| {
-            let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
-            bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
+        let only_once = |header: Header| {
+            header.needs_reply() || header.request == u32::from(FrontendReq::ADD_MEM_REG)
         };
         let handle_once =
-            message.fds.is_empty() || word(4) & NEED_REPLY != 0 || word(0) == ADD_MEM_REG;
+            message.fds.is_empty() || Header::read(&message.bytes).is_some_and(only_once);
         if handle_once && next.is_some_and(|next| next.bytes == message.bytes) {
             return self
-                .proxy
+                .connection
                 .receive(len)
                 .map(Some)
                 .map_err(SessionError::socket);
@@ -290,14 +277,4 @@ impl Pending {
 
 fn numbers(message: &FdMessage) -> Vec<std::os::fd::RawFd> {
     message.fds.iter().map(AsRawFd::as_raw_fd).collect()
-}
-
-/// Unwraps a [`SessionError`] that a handler returned through `vhost`'s error type.
-fn session_error(error: ProtocolError) -> SessionError {
-    match error {
-        ProtocolError::ReqHandlerError(inner) => inner
-            .downcast()
-            .unwrap_or_else(|inner| SessionError::Protocol(ProtocolError::ReqHandlerError(inner))),
-        other => SessionError::Protocol(other),
-    }
 }

@@ -27,7 +27,7 @@ use crate::virtqueue::InflightRegion;
 /// # Errors
 ///
 /// Fails if the front end breaks the protocol, hands over unusable resources, or truncates memory.
-pub fn serve<R: Runner + Send>(
+pub fn serve<R: Runner>(
     stream: UnixStream,
     device: &Device,
     runner: &mut R,
@@ -35,10 +35,9 @@ pub fn serve<R: Runner + Send>(
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
     run_watched(runner, stop, |runner, memory_lost, stop| {
-        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
         session.begin();
-        let session_loop = SessionLoop::new(stream, session, table)?;
-        session_loop.run(None, stop)
+        SessionLoop::new(stream, session, table).run(None, stop)
     })
 }
 
@@ -50,7 +49,7 @@ pub fn serve<R: Runner + Send>(
 /// # Errors
 ///
 /// Fails as [`serve`] does, or if a descriptor is not what `snapshot` says.
-pub fn resume<R: Runner + Send>(
+pub fn resume<R: Runner>(
     snapshot: SessionSnapshot,
     device: &Device,
     runner: &mut R,
@@ -59,9 +58,8 @@ pub fn resume<R: Runner + Send>(
 ) -> Result<End, SessionError> {
     run_watched(runner, stop, |runner, memory_lost, stop| {
         let stream = restore::socket(&snapshot)?;
-        let session = Session::new(device, runner, (table, memory_lost), stop.asked);
-        let session_loop = SessionLoop::new(stream, session, table)?;
-        session_loop.run(Some(snapshot), stop)
+        let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
+        SessionLoop::new(stream, session, table).run(Some(snapshot), stop)
     })
 }
 

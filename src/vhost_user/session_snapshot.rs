@@ -13,8 +13,11 @@ use crate::virtqueue::RingAddresses;
 /// The bytes "RFfr", with which every snapshot begins.
 const MAGIC: u32 = 0x7266_4652;
 
-/// Version of the encoding. A process refuses any other version.
-pub const VERSION: u32 = 1;
+/// Version of the encoding that this program writes.
+pub const VERSION: u32 = 2;
+
+/// The oldest version that this program reads. Version 1 has no back channel.
+pub const OLDEST_VERSION: u32 = 1;
 
 /// The most queues that a device can have.
 const MAX_VRINGS: usize = 1 + 1024;
@@ -32,7 +35,9 @@ pub enum SnapshotError {
     #[error("the data is no snapshot of a session")]
     Magic,
     /// They have another version.
-    #[error("the snapshot has version {0}, and this program supports {VERSION}")]
+    #[error(
+        "the snapshot has version {0}, and this program supports {OLDEST_VERSION} to {VERSION}"
+    )]
     Version(u32),
     /// They are too few or too many.
     #[error("the snapshot is damaged: {0} bytes too few or too many")]
@@ -78,6 +83,14 @@ pub(super) struct VringRecord {
     pub(super) err: Option<RawFd>,
 }
 
+/// The back channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BackChannelRecord {
+    pub(super) socket: RawFd,
+    /// The memory in which requests and answers are counted.
+    pub(super) counters: RawFd,
+}
+
 /// The message that was being handled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Pending {
@@ -94,7 +107,7 @@ pub(super) enum Pending {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SessionSnapshot {
     pub(super) socket: RawFd,
-    /// Whether the front end has sent GET_FEATURES, without which `vhost` acknowledges nothing.
+    /// Whether the front end has sent GET_FEATURES, without which nothing is acknowledged.
     pub(super) features_requested: bool,
     pub(super) features: Option<u64>,
     pub(super) protocol: Option<u64>,
@@ -102,9 +115,14 @@ pub struct SessionSnapshot {
     pub(super) log: Option<FileRecord>,
     /// The front end's in-flight region, with its number of queues and their entries.
     pub(super) inflight: Option<(FileRecord, (u16, u16))>,
+    pub(super) back_channel: Option<BackChannelRecord>,
     pub(super) vrings: Vec<VringRecord>,
     pub(super) pending: Pending,
 }
+
+/// An encoded snapshot without its end, the pending message.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EncodedState(Vec<u8>);
 
 /// Flags of a queue.
 const ENABLED: u32 = 1;
@@ -122,6 +140,11 @@ impl SessionSnapshot {
     /// Encodes the snapshot as bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_state().with(&self.pending)
+    }
+
+    /// Encodes all but the pending message.
+    pub(super) fn encode_state(&self) -> EncodedState {
         let mut to = Writer(Vec::with_capacity(256 + 64 * self.vrings.len()));
         let mut flags = if self.features_requested {
             FEATURES_REQUESTED
@@ -143,6 +166,8 @@ impl SessionSnapshot {
         let (queues, size) = self.inflight.map_or((0, 0), |(_, shape)| shape);
         to.number(u32::from(queues));
         to.number(u32::from(size));
+        to.fd(self.back_channel.map(|channel| channel.socket));
+        to.fd(self.back_channel.map(|channel| channel.counters));
         to.count(self.regions.len());
         for region in &self.regions {
             to.long(region.guest);
@@ -155,11 +180,21 @@ impl SessionSnapshot {
         for vring in &self.vrings {
             vring.encode(&mut to);
         }
-        let (kind, bytes, fds) = match &self.pending {
+        EncodedState(to.0)
+    }
+}
+
+impl EncodedState {
+    /// The whole snapshot.
+    pub(super) fn with(&self, pending: &Pending) -> Vec<u8> {
+        let (kind, bytes, fds) = match pending {
             Pending::Nothing => (0, &[][..], &[][..]),
             Pending::Message(bytes, fds) => (1, &bytes[..], &fds[..]),
             Pending::Reply(bytes, fds) => (2, &bytes[..], &fds[..]),
         };
+        let len = self.0.len() + 12 + 4 * fds.len() + bytes.len();
+        let mut to = Writer(Vec::with_capacity(len));
+        to.0.extend_from_slice(&self.0);
         to.number(kind);
         to.count(bytes.len());
         to.count(fds.len());
@@ -169,7 +204,9 @@ impl SessionSnapshot {
         to.0.extend_from_slice(bytes);
         to.0
     }
+}
 
+impl SessionSnapshot {
     /// Decodes a snapshot.
     ///
     /// # Errors
@@ -181,7 +218,7 @@ impl SessionSnapshot {
             return Err(SnapshotError::Magic);
         }
         let version = from.number()?;
-        if version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
             return Err(SnapshotError::Version(version));
         }
         let socket = from.some_fd()?;
@@ -191,6 +228,11 @@ impl SessionSnapshot {
         let log = from.file()?;
         let inflight = from.file()?;
         let shape = (from.short("number of queues")?, from.short("queue's size")?);
+        let back_channel = if version < 2 {
+            None
+        } else {
+            from.back_channel()?
+        };
         let has = |flag| flags & flag != 0;
         let count = from.count(Memory::MAX_REGIONS, "memory regions")?;
         let regions = (0..count).map(|_| {
@@ -228,6 +270,7 @@ impl SessionSnapshot {
             regions,
             log: has(LOG).then_some(log),
             inflight: has(INFLIGHT).then_some((inflight, shape)),
+            back_channel,
             vrings,
             pending,
         };
@@ -242,6 +285,8 @@ impl SessionSnapshot {
         fds.extend(self.regions.iter().map(|region| region.fd));
         fds.extend(self.log.map(|log| log.fd));
         fds.extend(self.inflight.map(|(file, _)| file.fd));
+        let channel = self.back_channel.iter();
+        fds.extend(channel.flat_map(|channel| [channel.socket, channel.counters]));
         for vring in &self.vrings {
             fds.extend([vring.kick, vring.call, vring.err].into_iter().flatten());
         }
@@ -381,6 +426,14 @@ impl Reader<'_> {
         Ok(Some(fd).filter(|fd| *fd != -1))
     }
 
+    fn back_channel(&mut self) -> Result<Option<BackChannelRecord>, SnapshotError> {
+        match (self.fd()?, self.fd()?) {
+            (Some(socket), Some(counters)) => Ok(Some(BackChannelRecord { socket, counters })),
+            (None, None) => Ok(None),
+            _ => Err(SnapshotError::Descriptor(-1)),
+        }
+    }
+
     fn some_fd(&mut self) -> Result<RawFd, SnapshotError> {
         self.fd()?.ok_or(SnapshotError::Descriptor(-1))
     }
@@ -432,6 +485,10 @@ mod tests {
                 },
                 (2, 128),
             )),
+            back_channel: Some(BackChannelRecord {
+                socket: 12,
+                counters: 13,
+            }),
             vrings: vec![vring, VringRecord::default()],
             pending: Pending::Message(b"message".to_vec(), vec![20, 21]),
         }
@@ -444,12 +501,28 @@ mod tests {
             SessionSnapshot::decode(&snapshot.encode()),
             Ok(snapshot.clone())
         );
-        assert_eq!(snapshot.descriptors(), [5, 7, 8, 9, 10, 11, 20, 21]);
+        assert_eq!(snapshot.descriptors(), [5, 7, 8, 9, 12, 13, 10, 11, 20, 21]);
         snapshot.pending = Pending::Reply(vec![1; 20], vec![]);
         snapshot.log = None;
         snapshot.inflight = None;
+        snapshot.back_channel = None;
         snapshot.features = None;
         assert_eq!(SessionSnapshot::decode(&snapshot.encode()), Ok(snapshot));
+    }
+
+    #[test]
+    fn decode_reads_what_the_previous_version_has_written() {
+        // Version 1 ends the session's own part before the back channel: after four numbers, two
+        // long ones, two files and the shape of the in-flight region.
+        const BACK_CHANNEL: usize = 4 * 4 + 2 * 8 + 2 * 20 + 2 * 4;
+        let mut bytes = snapshot().encode();
+        bytes[4] = 1;
+        bytes.drain(BACK_CHANNEL..BACK_CHANNEL + 8);
+        let older = SessionSnapshot {
+            back_channel: None,
+            ..snapshot()
+        };
+        assert_eq!(SessionSnapshot::decode(&bytes), Ok(older));
     }
 
     #[test]

@@ -9,39 +9,30 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::message::{FrontendReq, VhostUserMemory, VhostUserMemoryRegion};
 
 use super::Runner;
+use super::message::{FdMessage, Header};
 use super::message_reader::Watch;
-use super::proxy::FdMessage;
 use super::session::{SHARE_MEMORY_HINT, Session, SessionError};
 use super::vring::Vring;
 use crate::virtqueue::QueueIndex;
 
-/// Numbers of the requests that hand over memory.
-const SET_MEM_TABLE: u32 = 5;
-const ADD_MEM_REG: u32 = 37;
-
-/// Length in bytes of a message's header, and of a region in a memory table.
-const HEADER: usize = 12;
-const REGION: usize = 32;
-
 /// Returns an error if a refused message should have handed over memory and lacks descriptors.
 pub(super) fn diagnose(message: &FdMessage) -> Option<SessionError> {
-    let word = |at: usize| {
-        let bytes = message.bytes.get(at..).and_then(<[u8]>::first_chunk);
-        bytes.map(|bytes| u32::from_ne_bytes(*bytes))
-    };
-    let regions = match word(0)? {
-        // The body begins with the number of regions and four bytes of padding; the regions follow.
-        SET_MEM_TABLE => {
-            let regions = word(HEADER)?;
-            let described = message.bytes.len().checked_sub(HEADER + 8)? / REGION;
+    let header = Header::read(&message.bytes)?;
+    let body = message.bytes.get(Header::LEN..)?;
+    let regions = match FrontendReq::try_from(header.request) {
+        Ok(FrontendReq::SET_MEM_TABLE) => {
+            let regions = u32::from_ne_bytes(*body.first_chunk()?);
+            let described = body.len().checked_sub(size_of::<VhostUserMemory>())?
+                / size_of::<VhostUserMemoryRegion>();
             // A number that differs from the regions in the message is another fault.
             usize::try_from(regions)
                 .is_ok_and(|regions| regions == described)
                 .then_some(regions)?
         }
-        ADD_MEM_REG => 1,
+        Ok(FrontendReq::ADD_MEM_REG) => 1,
         _ => return None,
     };
     let fds = message.fds.len();
@@ -144,6 +135,9 @@ fn is_kicked(vring: &Vring) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
+    const ADD_MEM_REG: u32 = FrontendReq::ADD_MEM_REG as u32;
 
     fn message(words: &[u32], fds: usize) -> FdMessage {
         let open = || std::fs::File::open("/dev/null").unwrap().into();

@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use ringfsd::fs::passthrough::{Options, Passthrough, Past, Shared};
+use ringfsd::fs::passthrough::{Options, Passthrough, PreviousProcess, Shared};
 use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId, Replay};
 use ringfsd::io::{Lock, LockKind, RecordLock};
 use ringfsd::state::{Limits, Table};
@@ -109,7 +109,7 @@ impl Scene {
         table.set_agreement(Some([31, 0, 4096, 4096, 1, 0, 0, 0]));
         table.set_session_snapshot(b"what a front end might have said");
         let (fs, _) =
-            Passthrough::of(shared(&path), options(), &table, None).expect("a file system");
+            Passthrough::with_table(shared(&path), options(), &table, None).expect("a file system");
         use_it(&fs);
 
         let len = rustix::fs::fstat(table.file().expect("a file"))
@@ -199,7 +199,7 @@ pub fn run(data: &[u8]) {
 }
 
 fn with(scene: &Scene, mut source: Source<'_>) {
-    let under_way = vec![source.u64(), 2];
+    let in_flight = vec![source.u64(), 2];
     let file = scene.damaged(&mut source);
     count::add(1);
     let Ok(table) = Table::open(file) else {
@@ -208,11 +208,11 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     let _ = (table.agreement(), table.session_snapshot(), table.is_in_use());
     let _ = ringfsd::virtqueue::unanswered_requests(&table);
     let share = scene.share.path();
-    let past = Past {
+    let past = PreviousProcess {
         inherited_fds: false,
-        under_way,
+        in_flight,
     };
-    let Ok((fs, _)) = Passthrough::of(shared(&share), options(), &table, Some(&past)) else {
+    let Ok((fs, _)) = Passthrough::with_table(shared(&share), options(), &table, Some(&past)) else {
         return;
     };
     go_on(&fs);

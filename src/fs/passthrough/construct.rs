@@ -5,30 +5,17 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
-use super::closed_fd_cache::ClosedFdCache;
-use super::closing::Closer;
-use super::credentials::CredentialPolicy;
-use super::directory::DirentCache;
-use super::handleless_open::HandlelessOpens;
-use super::handles::Handles;
-use super::inode::Inode;
-use super::inode_ref::{IDENTITY, Identity, ReopenPolicy, stat_fd};
-use super::inodes::InodeStore;
-use super::limits::FdLimits;
-use super::locks::Locks;
-use super::opening::CurrentTerms;
-use super::restore::{PreviousAttempts, Records};
-use super::revalidate::Paths;
-use super::sharing::Sharing;
-use super::{
-    Options, Passthrough, PassthroughError, Past, Restored, Shared, lookup, restore,
-    security_labels,
-};
-use crate::fs::Result;
+use super::descriptors::{Descriptors, GuestLimits, ReopenPolicy};
+use super::handover::{Handover, Records, inherited_fd, key_of};
+use super::ids::{Ids, overrides};
+use super::inode_table::{IDENTITY, Identity, Inode, InodeTable, new_generation, stat_fd};
+use super::open_files::{ClosedFdCache, OpenFiles};
+use super::ops::Operations;
+use super::xattr::Xattrs;
+use super::{Options, Passthrough, PassthroughError, PreviousProcess, Restored, Shared};
 use crate::state::Table;
 
 impl Passthrough {
@@ -38,7 +25,7 @@ impl Passthrough {
     /// # Errors
     ///
     /// See [`PassthroughError`].
-    pub fn new(shared_dir: &Path, options: Options) -> std::result::Result<Self, PassthroughError> {
+    pub fn new(shared_dir: &Path, options: Options) -> Result<Self, PassthroughError> {
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc_fds = rustix::fs::open(c"/proc/self/fd", directory, Mode::empty())
             .map_err(|source| PassthroughError::OpenProc { source })?;
@@ -49,7 +36,7 @@ impl Passthrough {
             proc_fds,
             path: shared_dir.to_path_buf(),
         };
-        Self::of(shared, options, &table, None).map(|(fs, _)| fs)
+        Self::with_table(shared, options, &table, None).map(|(fs, _)| fs)
     }
 
     /// Shares `shared` with the guest's state in `table`: as a new session, or resuming the session
@@ -58,12 +45,12 @@ impl Passthrough {
     /// # Errors
     ///
     /// See [`PassthroughError`].
-    pub fn of(
+    pub fn with_table(
         shared: Shared,
         options: Options,
         table: &Arc<Table>,
-        past: Option<&Past>,
-    ) -> std::result::Result<(Self, Restored), PassthroughError> {
+        past: Option<&PreviousProcess>,
+    ) -> Result<(Self, Restored), PassthroughError> {
         let Shared {
             root,
             proc_fds,
@@ -77,7 +64,7 @@ impl Passthrough {
         }
         let root = match (&records, past) {
             (Some(records), Some(past)) if past.inherited_fds => {
-                restore::inherited_fd(records.root.descriptor(), &records.root).unwrap_or(root)
+                inherited_fd(records.root.descriptor(), &records.root).unwrap_or(root)
             }
             _ => root,
         };
@@ -89,11 +76,17 @@ impl Passthrough {
             path: path.clone(),
             source,
         };
-        let credential_policy = credential_policy_for(&root).map_err(of_share)?;
-
-        let fd_limits = FdLimits::new(&options);
-        let closed_fds = options.max_spare_files.min(fd_limits.soft / 4);
-        let closed_fds = ClosedFdCache::new(&root, &identity.key, closed_fds).map_err(of_share)?;
+        let ids = Ids::new(options.users.clone(), options.groups.clone(), &root);
+        let ids = ids.map_err(of_share)?;
+        let limits = GuestLimits::new(&options);
+        let closed = if overrides().map_err(of_share)? {
+            options.max_closed_files.min(limits.soft / 4)
+        } else {
+            0
+        };
+        let file_system = (identity.key.device, identity.key.mount);
+        let closed = ClosedFdCache::new(&root, file_system, closed).map_err(of_share)?;
+        let files = OpenFiles::new(table, closed, limits.soft);
         let mode = options.inode_file_handles;
         let reopen_policy =
             ReopenPolicy::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
@@ -102,55 +95,37 @@ impl Passthrough {
                     source,
                 }
             })?;
-        let (store, rest) = match records {
+        let (inodes, rest) = match records {
             None => {
-                let store = InodeStore::new(&identity, root, table, options.remember_inodes);
-                (store.ok_or(PassthroughError::NoRoom)?, None)
+                let inodes = InodeTable::new(&identity, root, table, options.remember_inodes);
+                (inodes.ok_or(PassthroughError::NoRoom)?, None)
             }
             Some(Records {
                 root: record,
                 others,
             }) => {
-                let old = restore::key_of(&record);
+                let old = key_of(&record);
                 let root = Inode::restore_root(record, &identity, root)
                     .ok_or(PassthroughError::AnotherShare { path })?;
-                let store = InodeStore::of(root, table, options.remember_inodes);
-                (store, Some((old, others)))
+                let inodes = InodeTable::with_root(root, table, options.remember_inodes);
+                (inodes, Some((old, others)))
             }
         };
         if table.generation() == 0 || rest.is_none() {
-            table.set_generation(lookup::new_generation());
+            table.set_generation(new_generation());
         }
-        let mut fs = Self {
-            options,
-            proc_fds,
-            // The root is pinned by its descriptor and is never removed from the store.
-            inodes: store,
-            reopen_policy,
-            single_file: None,
-            handles: Handles::new(table),
-            handleless: HandlelessOpens::new(fd_limits.soft),
-            closed_fds,
-            closer: Closer::default(),
-            terms: CurrentTerms::default(),
-            fd_limits,
-            sharing: Sharing::default(),
-            dirent_cache: DirentCache::default(),
-            locks: Locks::new(table),
-            credential_policy,
-            selinux: security_labels::host_has_selinux(),
-            locks_released: AtomicBool::new(false),
-            inherited: AtomicBool::new(rest.is_some()),
-            table: Arc::clone(table),
-            previous_attempts: PreviousAttempts::default(),
-            paths: Paths::new(),
-        };
+        let readonly = options.readonly;
+        let mut fds = Descriptors::new(proc_fds, inodes, reopen_policy, files, limits, readonly);
         table.reopen();
-        let restored = match (rest, past) {
-            (Some((old, records)), Some(past)) => fs.restore(records, old, past),
-            _ => Restored::default(),
+        let (handover, restored) = match (rest, past) {
+            (Some((old, records)), Some(past)) => {
+                Handover::resume(options.migration, &mut fds, records, old, past)
+            }
+            _ => (Handover::new(options.migration), Restored::default()),
         };
-        Ok((fs, restored))
+        let xattrs = Xattrs::new(options.xattr, options.xattr_map.clone());
+        let ops = Operations::new(options, fds, ids, xattrs);
+        Ok((Self { ops, handover }, restored))
     }
 }
 
@@ -159,12 +134,12 @@ impl Passthrough {
 /// # Errors
 ///
 /// See [`PassthroughError`].
-pub fn check_shared(shared_dir: &Path) -> std::result::Result<(), PassthroughError> {
+pub fn check_shared(shared_dir: &Path) -> Result<(), PassthroughError> {
     let root = open_shared(shared_dir)?;
     identity_of_shared(&root, shared_dir).map(|_| ())
 }
 
-fn open_shared(shared_dir: &Path) -> std::result::Result<OwnedFd, PassthroughError> {
+fn open_shared(shared_dir: &Path) -> Result<OwnedFd, PassthroughError> {
     let root = rustix::fs::open(shared_dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     root.map_err(|source| PassthroughError::OpenShared {
         path: shared_dir.to_path_buf(),
@@ -172,10 +147,7 @@ fn open_shared(shared_dir: &Path) -> std::result::Result<OwnedFd, PassthroughErr
     })
 }
 
-fn identity_of_shared(
-    root: &OwnedFd,
-    shared_dir: &Path,
-) -> std::result::Result<Identity, PassthroughError> {
+fn identity_of_shared(root: &OwnedFd, shared_dir: &Path) -> Result<Identity, PassthroughError> {
     let path = shared_dir.to_path_buf();
     let identity = match stat_fd(root, IDENTITY) {
         Ok(stat) => Identity::of(&stat),
@@ -185,33 +157,4 @@ fn identity_of_shared(
         FileType::Directory | FileType::RegularFile => Ok(identity),
         _ => Err(PassthroughError::NeitherFileNorDirectory { path }),
     }
-}
-
-/// Whether file system ids may stay on a thread between two requests. They may not if another
-/// machine or process decides by them what is allowed.
-fn credential_policy_for(root: &OwnedFd) -> Result<CredentialPolicy> {
-    /// Magic numbers of uapi `linux/magic.h`: NFS, SMB, CIFS, SMB 2, FUSE (virtio-fs too), 9P,
-    /// Ceph, AFS (two), Coda; and Lustre.
-    const REMOTE: [u32; 11] = [
-        0x6969,
-        0x517b,
-        0xff53_4d42,
-        0xfe53_4d42,
-        0x6573_5546,
-        0x0102_1997,
-        0x00c3_6400,
-        0x5346_414f,
-        0x6b41_4653,
-        0x7375_7245,
-        0x0bd0_0bd0,
-    ];
-    let kind = rustix::fs::fstatfs(root)?.f_type;
-    let is_remote = REMOTE
-        .iter()
-        .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-    Ok(if is_remote {
-        CredentialPolicy::restored_each_time()
-    } else {
-        CredentialPolicy::left_in_place()
-    })
 }

@@ -7,7 +7,6 @@
 
 use std::ffi::CStr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom};
@@ -27,20 +26,23 @@ impl FileSystem for Passthrough {
     /// these from now on, and nothing else may change them. A thread that was not prepared is
     /// prepared by the first request that needs it.
     fn prepare_thread(&self) -> std::io::Result<()> {
-        Ok(self.prepare()?)
+        Ok(self.ops.prepare()?)
     }
 
     fn reset(&self) {
         self.end_session();
-        self.inherited.store(false, Ordering::Relaxed);
-        self.inodes.clear();
+        self.handover.reset();
+        self.fds().inodes().clear();
         self.table().clear_thread_journals();
     }
 
     fn unmounted(&self) {
-        if self.outlives_session() {
+        // Not if this process resumed the session from another one: the next guest may be a
+        // different one.
+        let keeps_inodes = self.fds().inodes().keeps_forgotten() && !self.handover.is_inherited();
+        if keeps_inodes {
             self.end_session();
-            self.forget_all();
+            self.fds().forget_all();
             self.table().clear_thread_journals();
         } else {
             self.reset();
@@ -48,7 +50,7 @@ impl FileSystem for Passthrough {
     }
 
     fn begin(&self, terms: &NegotiatedTerms) {
-        self.terms.set(terms);
+        self.ops.terms().set(terms);
     }
 
     fn replay(&self) -> Option<&dyn Replay> {
@@ -60,22 +62,21 @@ impl FileSystem for Passthrough {
     }
 
     fn lookup(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
-        self.look_up_for(caller, parent, name)
+        self.ops.look_up(caller, parent, name)
     }
 
     fn lookup_self(&self, node: NodeId) -> Result<Entry> {
-        self.find_self(node)
+        self.ops.find_self(node)
     }
 
     fn lookup_parent(&self, node: NodeId) -> Result<Entry> {
-        self.find_parent(node)
+        self.ops.find_parent(node)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
-        self.forget_lookups(node, count);
-        let has_idle_files = self.handleless.count() > 0 || self.closed_fds.count() > 0;
-        if has_idle_files && self.inodes.get(node).is_none() {
-            self.close_idle_files(node);
+        self.fds().forget_lookups(node, count);
+        if self.fds().files().has_idle() && self.fds().inodes().get(node).is_none() {
+            self.fds().close_idle_files(node);
         }
     }
 
@@ -85,7 +86,7 @@ impl FileSystem for Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Duration)> {
-        self.attributes_of(node, handle)
+        self.ops.attributes_of(node, handle)
     }
 
     fn statx(
@@ -93,7 +94,7 @@ impl FileSystem for Passthrough {
         node: NodeId,
         handle: Option<Handle>,
     ) -> Result<(Attributes, Option<Timestamp>, Duration)> {
-        self.attributes_with_birth(node, handle)
+        self.ops.attributes_with_birth(node, handle)
     }
 
     fn setattr(
@@ -103,16 +104,16 @@ impl FileSystem for Passthrough {
         handle: Option<Handle>,
         changes: &Changes,
     ) -> Result<(Attributes, Duration)> {
-        self.writable()?;
-        self.change(caller, node, handle, changes)
+        self.fds().writable()?;
+        self.ops.set_attributes(caller, node, handle, changes)
     }
 
     fn readlink(&self, _: &Caller, node: NodeId) -> Result<Vec<u8>> {
-        let inode = self.inode(node)?;
+        let inode = self.fds().inode(node)?;
         if inode.kind() != FileType::Symlink {
             return Err(Errno::INVAL);
         }
-        let target = rustix::fs::readlinkat(self.fd(&inode)?, c"", Vec::new())?;
+        let target = rustix::fs::readlinkat(self.fds().fd(&inode)?, c"", Vec::new())?;
         Ok(target.into_bytes())
     }
 
@@ -124,11 +125,9 @@ impl FileSystem for Passthrough {
         target: &CStr,
         label: Option<Label<'_>>,
     ) -> Result<Entry> {
-        self.writable()?;
-        let made = self.labelled(label, Some((parent, name)), || {
-            self.make_symlink(caller, parent, name, target)
-        });
-        self.unless_outdated(caller, &[parent], made)
+        self.ops.create_node(caller, parent, name, label, || {
+            self.ops.make_symlink(caller, parent, name, target)
+        })
     }
 
     fn mknod(
@@ -138,11 +137,9 @@ impl FileSystem for Passthrough {
         name: &CStr,
         new: &NewNode<'_>,
     ) -> Result<Entry> {
-        self.writable()?;
-        let made = self.labelled(new.label, Some((parent, name)), || {
-            self.make_node(caller, parent, name, new)
-        });
-        self.unless_outdated(caller, &[parent], made)
+        self.ops.create_node(caller, parent, name, new.label, || {
+            self.ops.make_node(caller, parent, name, new)
+        })
     }
 
     fn mkdir(
@@ -152,23 +149,21 @@ impl FileSystem for Passthrough {
         name: &CStr,
         new: &NewNode<'_>,
     ) -> Result<Entry> {
-        self.writable()?;
-        let made = self.labelled(new.label, Some((parent, name)), || {
-            self.make_directory(caller, parent, name, new)
-        });
-        self.unless_outdated(caller, &[parent], made)
+        self.ops.create_node(caller, parent, name, new.label, || {
+            self.ops.make_directory(caller, parent, name, new)
+        })
     }
 
     fn unlink(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
-        self.writable()?;
-        let removed = self.remove(caller, parent, name, AtFlags::empty());
-        self.unless_outdated(caller, &[parent], removed)
+        self.fds().writable()?;
+        let removed = self.ops.remove(caller, parent, name, AtFlags::empty());
+        self.ops.unless_outdated(caller, &[parent], removed)
     }
 
     fn rmdir(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<()> {
-        self.writable()?;
-        let removed = self.remove(caller, parent, name, AtFlags::REMOVEDIR);
-        self.unless_outdated(caller, &[parent], removed)
+        self.fds().writable()?;
+        let removed = self.ops.remove(caller, parent, name, AtFlags::REMOVEDIR);
+        self.ops.unless_outdated(caller, &[parent], removed)
     }
 
     fn rename(
@@ -178,22 +173,22 @@ impl FileSystem for Passthrough {
         to: (NodeId, &CStr),
         flags: u32,
     ) -> Result<()> {
-        self.writable()?;
-        let moved = self.move_name(caller, from, to, flags);
-        self.unless_outdated(caller, &[from.0, to.0], moved)
+        self.fds().writable()?;
+        let moved = self.ops.rename(caller, from, to, flags);
+        self.ops.unless_outdated(caller, &[from.0, to.0], moved)
     }
 
     fn link(&self, caller: &Caller, node: NodeId, parent: NodeId, name: &CStr) -> Result<Entry> {
-        self.writable()?;
-        let linked = self.make_link(caller, node, parent, name);
-        self.unless_outdated(caller, &[parent], linked)
+        self.fds().writable()?;
+        let linked = self.ops.make_link(caller, node, parent, name);
+        self.ops.unless_outdated(caller, &[parent], linked)
     }
 
     fn open(&self, caller: &Caller, node: NodeId, flags: u32) -> Result<Opened> {
-        if self.terms.no_open() {
+        if self.ops.terms().no_open() {
             return Err(Errno::NOSYS);
         }
-        self.open_file(caller, node, flags)
+        self.ops.open_file(caller, node, flags)
     }
 
     fn create(
@@ -204,8 +199,8 @@ impl FileSystem for Passthrough {
         flags: u32,
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
-        let created = self.create_file(caller, parent, name, flags, new);
-        self.unless_outdated(caller, &[parent], created)
+        let created = self.ops.create_file(caller, parent, name, flags, new);
+        self.ops.unless_outdated(caller, &[parent], created)
     }
 
     fn tmpfile(
@@ -215,86 +210,104 @@ impl FileSystem for Passthrough {
         flags: u32,
         new: &NewNode<'_>,
     ) -> Result<(Entry, Opened)> {
-        self.writable()?;
-        let made = self.labelled(new.label, None, || {
-            self.make_nameless(caller, parent, flags, new)
+        self.fds().writable()?;
+        let made = self.ops.labelled(new.label, None, || {
+            self.ops.make_nameless(caller, parent, flags, new)
         });
-        self.unless_outdated(caller, &[parent], made)
+        self.ops.unless_outdated(caller, &[parent], made)
     }
 
     /// Closes a duplicate of the descriptor, which makes network file systems report pending
     /// errors.
     fn flush(&self, _: &Caller, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_implicit(handle, HandleKind::File) {
+        if self.ops.terms().is_implicit(handle, HandleKind::File) {
             // The guest never opened this file, so it doesn't close it. `ENOSYS` stops further
             // FLUSHes.
             return Err(Errno::NOSYS);
         }
-        let file = self.handles.file(node, handle, HandleKind::File)?;
-        let duplicate = self.with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
+        let file = self
+            .fds()
+            .files()
+            .handles()
+            .file(node, handle, HandleKind::File)?;
+        let duplicate = self
+            .fds()
+            .with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
         sys::file::close(duplicate)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_implicit(handle, HandleKind::File) {
+        if self.ops.terms().is_implicit(handle, HandleKind::File) {
             return Ok(());
         }
-        self.locks.released(node, handle);
-        let released = self.handles.release(node, handle, HandleKind::File)?;
-        self.unshare(node, &released.file);
-        self.cache_closed(node, released);
+        self.fds().files().record_locks().released(node, handle);
+        let released = self
+            .fds()
+            .files()
+            .handles()
+            .release(node, handle, HandleKind::File)?;
+        self.fds().unshare(node, &released.file);
+        self.fds().cache_closed(node, released);
         Ok(())
     }
 
     fn kill_set_id(&self, node: NodeId, handle: Handle) -> Result<()> {
-        self.writable()?;
-        self.kill_set_id_before_change(&self.file_of(node, handle, HandleKind::File, true)?)
+        self.fds().writable()?;
+        self.ops.kill_set_id_before_change(&self.ops.file_of(
+            node,
+            handle,
+            HandleKind::File,
+            true,
+        )?)
     }
 
     fn pending_closes(&self) -> Option<Box<dyn FnOnce() + Send>> {
-        self.closer.pending()
+        self.fds().files().closer().pending()
     }
 
     fn report_shortage(&self) {
-        self.warn_of_shortage();
+        self.fds().warn_of_shortage();
     }
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
-        self.file_of(node, handle, kind, false).map(OpenFile::Host)
+        self.ops
+            .file_of(node, handle, kind, false)
+            .map(OpenFile::Host)
     }
 
     fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
-        self.file_of(node, handle, HandleKind::File, true)
+        self.ops
+            .file_of(node, handle, HandleKind::File, true)
             .map(OpenFile::Host)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
-        self.lock_file_of(node, handle, owner)
+        self.ops.lock_file_of(node, handle, owner)
     }
 
     fn lock_file_if_any(&self, node: NodeId, owner: LockOwner) -> Option<Arc<File>> {
-        self.locks.find(node, owner)
+        self.fds().files().record_locks().find(node, owner)
     }
 
     fn end_locks(&self, node: NodeId, owner: LockOwner) {
-        self.locks.end(node, owner);
+        self.fds().files().record_locks().end(node, owner);
     }
 
     fn whole_file_system(&self, node: NodeId) -> Result<OpenFile> {
-        self.file_system_file(node).map(OpenFile::Host)
+        self.ops.file_system_file(node).map(OpenFile::Host)
     }
 
     fn inode_flags(&self, node: NodeId, handle: Handle) -> Result<u32> {
-        self.flags_of(node, handle)
+        self.ops.flags_of(node, handle)
     }
 
     fn set_inode_flags(&self, node: NodeId, handle: Handle, flags: u32) -> Result<()> {
-        self.writable()?;
-        self.change_flags(node, handle, flags)
+        self.fds().writable()?;
+        self.ops.change_flags(node, handle, flags)
     }
 
     fn extended_inode_flags(&self, node: NodeId, handle: Handle) -> Result<InodeFlags> {
-        self.extended_flags(node, handle)
+        self.ops.extended_flags(node, handle)
     }
 
     fn set_extended_inode_flags(
@@ -303,12 +316,12 @@ impl FileSystem for Passthrough {
         handle: Handle,
         flags: &InodeFlags,
     ) -> Result<()> {
-        self.writable()?;
-        self.change_extended_flags(node, handle, flags)
+        self.fds().writable()?;
+        self.ops.change_extended_flags(node, handle, flags)
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {
-        self.statistics(node)
+        self.ops.statistics(node)
     }
 
     fn setxattr(
@@ -319,38 +332,39 @@ impl FileSystem for Passthrough {
         value: &[u8],
         flags: XattrFlags,
     ) -> Result<()> {
-        self.writable()?;
-        self.set_attribute(caller, node, name, value, flags)
+        self.fds().writable()?;
+        self.ops.set_xattr(caller, node, name, value, flags)
     }
 
     fn getxattr(&self, _: &Caller, node: NodeId, name: &CStr, limit: usize) -> Result<Vec<u8>> {
-        self.attribute(node, name, limit)
+        self.ops.xattr(node, name, limit)
     }
 
     fn getxattr_len(&self, _: &Caller, node: NodeId, name: &CStr) -> Result<usize> {
-        self.attribute_len(node, name)
+        self.ops.xattr_len(node, name)
     }
 
     fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {
-        self.attribute_names(caller, node, limit)
+        self.ops.xattr_names(caller, node, limit)
     }
 
     fn listxattr_len(&self, caller: &Caller, node: NodeId) -> Result<usize> {
-        self.attribute_names_len(caller, node)
+        self.ops.xattr_names_len(caller, node)
     }
 
     fn removexattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()> {
-        self.writable()?;
-        self.remove_attribute(caller, node, name)
+        self.fds().writable()?;
+        self.ops.remove_xattr(caller, node, name)
     }
 
     fn opendir(&self, _: &Caller, node: NodeId, _flags: u32) -> Result<Opened> {
-        if self.terms.no_opendir() {
+        if self.ops.terms().no_opendir() {
             return Err(Errno::NOSYS);
         }
-        self.room_for_handle()?;
-        let fd = self.open_directory(&*self.inode(node)?)?;
-        self.opened(node, fd, OFlags::RDONLY, HandleKind::Directory)
+        self.fds().room_for_handle()?;
+        let fd = self.fds().open_directory(&*self.fds().inode(node)?)?;
+        self.ops
+            .opened(node, fd, OFlags::RDONLY, HandleKind::Directory)
     }
 
     fn readdir(
@@ -362,24 +376,26 @@ impl FileSystem for Passthrough {
         plus: bool,
         sink: &mut dyn DirSink,
     ) -> Result<()> {
-        self.read_entries(node, handle, offset, plus, sink)
+        self.ops.read_entries(node, handle, offset, plus, sink)
     }
 
     fn releasedir(&self, node: NodeId, handle: Handle) -> Result<()> {
-        if self.is_implicit(handle, HandleKind::Directory) {
+        if self.ops.terms().is_implicit(handle, HandleKind::Directory) {
             return Ok(());
         }
-        self.handles
+        self.fds()
+            .files()
+            .handles()
             .release(node, handle, HandleKind::Directory)
             .map(drop)
     }
 
     fn access(&self, caller: &Caller, node: NodeId, mask: u32) -> Result<()> {
-        self.may(caller, node, mask)
+        self.ops.check_access(caller, node, mask)
     }
 
     fn lseek(&self, node: NodeId, handle: Handle, offset: u64, whence: u32) -> Result<u64> {
-        let file = self.file_of(node, handle, HandleKind::File, false)?;
+        let file = self.ops.file_of(node, handle, HandleKind::File, false)?;
         let to = match whence.cast_signed() {
             libc::SEEK_DATA => SeekFrom::Data(offset),
             libc::SEEK_HOLE => SeekFrom::Hole(offset),

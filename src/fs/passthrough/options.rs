@@ -7,15 +7,13 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
-use super::id_map::IdMap;
-use super::inode_ref::InodeFileHandles;
-use super::migration::MigrationOptions;
-use super::xattr_map::XattrMap;
+use super::ids::IdMap;
+use super::xattr::XattrMap;
 use crate::state::Limits;
 
 /// The default number of inodes that a guest may know. One costs the server 200 to 400 bytes, and
 /// the guest, whose kernel has an inode and a name for it, about four times that.
-const MOST_INODES: usize = 1 << 24;
+const DEFAULT_MAX_INODES: usize = 1 << 24;
 
 /// What the guest may cache of the files it opens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +39,52 @@ impl Cache {
             Self::Metadata | Self::Always => 24 * 60 * 60,
         })
     }
+}
+
+/// When inodes are referred to by file handle instead of by descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InodeFileHandles {
+    /// Descriptors, up to [`Options::max_open_inodes`]. Beyond that, file handles
+    /// where they work, and names elsewhere.
+    #[default]
+    Never,
+    /// File handles where they work, elsewhere as with `Never`.
+    Prefer,
+    /// File handles only. Lookups on a file system without file handles fail with `EOPNOTSUPP`.
+    Mandatory,
+}
+
+/// How the source describes inodes to the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MigrationMode {
+    /// By their paths in the shared directory.
+    #[default]
+    FindPaths,
+    /// By their file handles: both servers share the same file system.
+    FileHandles,
+}
+
+/// What the destination does if it can't find an inode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnMigrationError {
+    /// Refuse the guest, which continues at the source.
+    #[default]
+    Abort,
+    /// Accept the guest, which gets errors for that inode.
+    GuestError,
+}
+
+/// How a session is migrated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MigrationOptions {
+    /// How the source describes inodes.
+    pub mode: MigrationMode,
+    /// What the destination does if an inode is not found.
+    pub on_error: OnMigrationError,
+    /// Send file handles along with paths, so that the destination can verify what it finds.
+    pub verify_handles: bool,
+    /// Check at the source that each path leads to its inode before sending it.
+    pub confirm_paths: bool,
 }
 
 /// How a directory is shared.
@@ -69,7 +113,7 @@ pub struct Options {
     pub max_handles: Option<usize>,
     /// How many files that the guest has closed may stay open in case it opens them again, at most
     /// a quarter of all descriptors; 0 for none.
-    pub max_spare_files: usize,
+    pub max_closed_files: usize,
     /// What the guest may cache of open files and directories.
     pub cache: Cache,
     /// How long attributes stay valid in the guest.
@@ -118,10 +162,10 @@ impl Default for Options {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
             reserved_descriptors: 64,
-            max_inodes: MOST_INODES,
+            max_inodes: DEFAULT_MAX_INODES,
             remember_inodes: 0,
             max_handles: None,
-            max_spare_files: 1024,
+            max_closed_files: 1024,
             cache: Cache::default(),
             attribute_ttl: Cache::default().ttl(),
             entry_ttl: Cache::default().ttl(),

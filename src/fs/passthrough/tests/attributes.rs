@@ -38,7 +38,7 @@ fn times(accessed: Option<NewTime>, modified: Option<NewTime>) -> Changes {
 }
 
 #[test]
-fn attributes_are_the_hosts() {
+fn getattr_returns_attributes_of_host() {
     in_each_mode(|rig| {
         let path = rig.host_file("file", "content");
         let host = std::fs::metadata(&path).unwrap();
@@ -61,7 +61,7 @@ fn attributes_are_the_hosts() {
 }
 
 #[test]
-fn every_attribute_of_a_file_can_be_set_by_node_and_by_handle() {
+fn setattr_changes_each_attribute_by_node_and_by_handle() {
     in_each_mode(|rig| {
         rig.host_file("file", "content");
         let node = rig.node("file");
@@ -107,7 +107,7 @@ fn every_attribute_of_a_file_can_be_set_by_node_and_by_handle() {
 }
 
 #[test]
-fn all_changes_at_once_end_as_asked() {
+fn setattr_with_all_changes_applies_each() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -136,7 +136,7 @@ fn all_changes_at_once_end_as_asked() {
 }
 
 #[test]
-fn directories_links_and_special_files_are_changed_themselves() {
+fn setattr_of_directory_link_or_special_file_changes_itself() {
     in_each_mode(|rig| {
         rig.host_dir("dir");
         let target = rig.host_file("target", "content");
@@ -180,7 +180,7 @@ fn owner_of(rig: &Rig, name: &str) -> (u32, u32) {
 }
 
 #[test]
-fn owners_that_mean_nobody_are_refused() {
+fn setattr_with_invalid_owner_is_refused() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         let node = rig.node("file");
@@ -193,7 +193,7 @@ fn owners_that_mean_nobody_are_refused() {
 }
 
 #[test]
-fn a_size_is_set_also_through_a_handle_for_reading() {
+fn setattr_of_size_through_read_handle_succeeds() {
     in_each_mode(|rig| {
         rig.host_file("file", "content");
         let node = rig.node("file");
@@ -204,7 +204,7 @@ fn a_size_is_set_also_through_a_handle_for_reading() {
 }
 
 #[test]
-fn a_file_without_a_name_stays_usable_while_it_is_open() {
+fn unlinked_file_stays_usable_while_open() {
     in_each_mode(|rig| {
         rig.host_file("file", "content");
         let node = rig.node("file");
@@ -235,7 +235,7 @@ fn a_file_without_a_name_stays_usable_while_it_is_open() {
 }
 
 #[test]
-fn a_removed_directory_is_still_there_for_who_has_it() {
+fn removed_directory_stays_usable_by_node() {
     in_each_mode(|rig| {
         rig.host_dir("dir");
         let node = rig.node("dir");
@@ -249,7 +249,7 @@ fn a_removed_directory_is_still_there_for_who_has_it() {
 }
 
 #[test]
-fn a_handle_of_another_inode_is_refused_everywhere() {
+fn handle_of_another_inode_is_refused() {
     in_each_mode(|rig| {
         rig.host_file("one", "");
         rig.host_file("two", "");
@@ -276,7 +276,7 @@ fn a_handle_of_another_inode_is_refused_everywhere() {
 }
 
 #[test]
-fn access_goes_by_mode_and_caller() {
+fn access_depends_on_mode_and_caller() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         let node = rig.node("file");
@@ -292,7 +292,7 @@ fn access_goes_by_mode_and_caller() {
 }
 
 #[test]
-fn statfs_tells_of_the_hosts_file_system() {
+fn statfs_returns_statistics_of_host() {
     in_each_mode(|rig| {
         let explicit = rig.fs.statfs(ROOT).unwrap();
         let host = rustix::fs::statvfs(rig.dir.path()).unwrap();

@@ -16,7 +16,7 @@ fn rename(rig: &Rig, from: (NodeId, &str), to: (NodeId, &str), flags: u32) {
 }
 
 /// Uses other inodes until every descriptor that can be closed is closed.
-fn push_out(rig: &Rig) {
+fn evict_all(rig: &Rig) {
     for n in 0..3 {
         let name = format!("other{n}");
         if !rig.path(&name).exists() {
@@ -32,7 +32,7 @@ fn number(path: &Path) -> u64 {
 }
 
 #[test]
-fn there_are_never_more_descriptors_than_allowed() {
+fn descriptors_never_exceed_limit() {
     by_name(10, |rig| {
         let dirs: Vec<Entry> = (0..5)
             .map(|n| {
@@ -68,7 +68,7 @@ fn there_are_never_more_descriptors_than_allowed() {
 }
 
 #[test]
-fn open_files_count_against_the_limit() {
+fn open_files_count_towards_limit() {
     by_name(20, |rig| {
         for n in 0..20 {
             rig.host_file(&n.to_string(), "");
@@ -80,12 +80,12 @@ fn open_files_count_against_the_limit() {
         }
         assert_eq!(rig.fs.inode_descriptors(), 16);
         rig.fs.reset();
-        assert_eq!(rig.fs.handles.count(), 0);
+        assert_eq!(rig.fs.fds().files().handles().count(), 0);
     });
 }
 
 #[test]
-fn what_was_renamed_inside_the_share_is_found_again() {
+fn closed_inode_is_found_after_rename() {
     in_each_mode(|rig| {
         let dir = rig.host_dir("dir");
         rig.host_dir("to");
@@ -98,17 +98,17 @@ fn what_was_renamed_inside_the_share_is_found_again() {
             let (a, b) = (turn.to_string(), (turn + 1).to_string());
             let from = if turn == 0 { (ROOT, "dir") } else { (to, &*a) };
             rename(rig, from, (to, &b), 0);
-            push_out(rig);
+            evict_all(rig);
             let attributes = rig.attributes(file.node).unwrap();
             assert_eq!(attributes.inode, file.attributes.inode);
             rename(rig, (deep, "file"), (to, "file"), 0);
-            push_out(rig);
+            evict_all(rig);
             assert_eq!(rig.attributes(file.node).unwrap().size, 7);
             rename(rig, (to, "file"), (deep, "file"), 0);
         }
         rig.fs.forget(dir, 1);
         rig.fs.forget(to, 1);
-        push_out(rig);
+        evict_all(rig);
         // A forgotten directory is still needed to reopen its child.
         assert_eq!(rig.attributes(file.node).unwrap().size, 7);
         rig.fs.forget(deep, 1);
@@ -118,13 +118,13 @@ fn what_was_renamed_inside_the_share_is_found_again() {
 }
 
 #[test]
-fn what_was_exchanged_is_found_again() {
+fn closed_inodes_are_found_after_exchange() {
     in_each_mode(|rig| {
         let (a, b) = (rig.host_file("a", "a"), rig.host_file("b", "bb"));
         let (a, b) = ((rig.node("a"), number(&a)), (rig.node("b"), number(&b)));
-        push_out(rig);
+        evict_all(rig);
         rename(rig, (ROOT, "a"), (ROOT, "b"), libc::RENAME_EXCHANGE);
-        push_out(rig);
+        evict_all(rig);
         assert_eq!(rig.attributes(a.0).unwrap().inode, a.1);
         assert_eq!(rig.attributes(b.0).unwrap().inode, b.1);
         assert_eq!((rig.node("a"), rig.node("b")), (b.0, a.0));
@@ -132,19 +132,19 @@ fn what_was_exchanged_is_found_again() {
 }
 
 #[test]
-fn what_was_unlinked_stays_usable_while_it_is_open() {
+fn unlinked_inode_stays_usable() {
     in_each_mode(|rig| {
         let (removed, open) = rig.create(&SUPERUSER, "removed", O_RDWR, 0o644).unwrap();
         let (replaced, _) = rig.create(&SUPERUSER, "replaced", O_RDWR, 0o644).unwrap();
         rig.host_file("new", "");
         rig.node("new");
-        push_out(rig);
+        evict_all(rig);
         unlink(rig, "removed");
         rename(rig, (ROOT, "new"), (ROOT, "replaced"), 0);
         // Other files take over the names.
         rig.host_file("removed", "another");
         for node in [removed.node, replaced.node] {
-            push_out(rig);
+            evict_all(rig);
             let changes = Changes {
                 size: Some(3),
                 ..Changes::default()
@@ -159,22 +159,22 @@ fn what_was_unlinked_stays_usable_while_it_is_open() {
 }
 
 #[test]
-fn what_has_lost_one_of_two_names_is_found_by_the_other() {
+fn inode_that_lost_one_name_is_found_by_other_name() {
     in_each_mode(|rig| {
         let path = rig.host_file("one", "");
         let node = rig.node("one");
         rig.fs.link(&SUPERUSER, node, ROOT, c"two").unwrap();
         let inode = number(&path);
-        push_out(rig);
+        evict_all(rig);
         unlink(rig, "one");
-        push_out(rig);
+        evict_all(rig);
         assert_eq!(rig.attributes(node).unwrap().inode, inode);
         rig.fs.link(&SUPERUSER, node, ROOT, c"three").unwrap();
         unlink(rig, "three");
-        push_out(rig);
+        evict_all(rig);
         assert_eq!(rig.attributes(node).unwrap().inode, inode);
         assert_eq!(rig.node("two"), node);
-        push_out(rig);
+        evict_all(rig);
         assert!(rig.attributes(node).is_ok());
         rig.fs.forget(node, 4);
         assert_eq!((rig.fs.known_inodes(), rig.fs.inode_descriptors()), (1, 1));
@@ -182,7 +182,7 @@ fn what_has_lost_one_of_two_names_is_found_by_the_other() {
 }
 
 #[test]
-fn a_name_taken_behind_our_back_is_stale_and_never_another_file() {
+fn inode_replaced_on_host_is_stale() {
     by_name(1, |rig| {
         rig.host_file("file", "mine");
         let dir = rig.host_dir("dir");
@@ -190,7 +190,7 @@ fn a_name_taken_behind_our_back_is_stale_and_never_another_file() {
         let file = rig.find(ROOT, "file").unwrap();
         let dir_node = rig.node("dir");
         let inside = rig.find(dir_node, "inside").unwrap();
-        push_out(rig);
+        evict_all(rig);
         std::fs::rename(rig.path("file"), rig.path("moved")).unwrap();
         rig.host_file("file", "another");
         std::fs::rename(&dir, rig.path("elsewhere")).unwrap();
@@ -206,7 +206,7 @@ fn a_name_taken_behind_our_back_is_stale_and_never_another_file() {
         assert_ne!(rig.node("file"), file.node);
         assert_eq!(rig.node("moved"), file.node);
         assert_eq!(rig.node("elsewhere"), dir_node);
-        push_out(rig);
+        evict_all(rig);
         assert_eq!(
             rig.attributes(inside.node).unwrap().inode,
             inside.attributes.inode
@@ -216,13 +216,13 @@ fn a_name_taken_behind_our_back_is_stale_and_never_another_file() {
 }
 
 #[test]
-fn a_young_inode_whose_number_is_used_again_is_not_taken_for_it() {
+fn young_inode_with_reused_number_is_stale() {
     by_name(1, |rig| {
         let mut reused = 0;
         for turn in 0..100 {
             let path = rig.host_file("file", "old");
             let old = rig.find(ROOT, "file").unwrap();
-            push_out(rig);
+            evict_all(rig);
             std::fs::remove_file(&path).unwrap();
             rig.host_file("file", "newer");
             reused += i32::from(number(&path) == old.attributes.inode);
@@ -244,7 +244,7 @@ fn a_young_inode_whose_number_is_used_again_is_not_taken_for_it() {
 }
 
 #[test]
-fn directories_that_seem_to_lie_in_each_other_are_stale_and_given_back() {
+fn directories_with_cyclic_links_are_stale_and_can_be_forgotten() {
     by_name(1, |rig| {
         let (a, b) = (rig.host_dir("a"), rig.host_dir("b"));
         let (in_a, in_b) = (a.join("b"), b.join("a"));
@@ -257,9 +257,9 @@ fn directories_that_seem_to_lie_in_each_other_are_stale_and_given_back() {
         // The name of `b` doesn't lead to it now. If it did, `a` would be found in it.
         let _ = rig.find(node_b, "a");
         rig.node("b");
-        push_out(rig);
+        evict_all(rig);
         assert_eq!(rig.find(node_b, "a").unwrap().node, node_a);
-        push_out(rig);
+        evict_all(rig);
         assert!(rig.attributes(node_a).is_ok());
         rig.fs.releasedir(node_b, handle.handle).unwrap();
         rig.fs.forget(node_a, 10);
@@ -269,7 +269,7 @@ fn directories_that_seem_to_lie_in_each_other_are_stale_and_given_back() {
 }
 
 #[test]
-fn a_directory_however_deep_is_opened_again() {
+fn directory_at_any_depth_is_reopened() {
     by_name(1, |rig| {
         let mut at = ROOT;
         let mut nodes = Vec::new();
@@ -281,14 +281,14 @@ fn a_directory_however_deep_is_opened_again() {
                 .node;
             nodes.push(at);
         }
-        push_out(rig);
+        evict_all(rig);
         assert!(rig.attributes(at).is_ok());
         assert!(rig.fs.inode_descriptors() < 10);
         // All but the deepest, as each is kept by its child.
         for node in &nodes[..nodes.len() - 1] {
             rig.fs.forget(*node, 1);
         }
-        push_out(rig);
+        evict_all(rig);
         assert!(rig.attributes(at).is_ok());
         assert_eq!(rig.attributes(nodes[7]).err(), Some(Errno::STALE));
         rig.fs.forget(at, 1);
@@ -307,7 +307,7 @@ fn remove_deep(top: &Path) {
 }
 
 #[test]
-fn lookups_renames_unlinks_and_forgets_race_with_closing() {
+fn racing_operations_and_evictions_leave_nothing_behind() {
     by_name(20, |rig| {
         for n in 0..4 {
             let dir = rig.host_dir(&format!("dir{n}"));
@@ -334,7 +334,7 @@ fn lookups_renames_unlinks_and_forgets_race_with_closing() {
 }
 
 #[test]
-fn an_inode_is_reached_while_others_rename_it_and_look_it_up() {
+fn inode_can_be_opened_during_renames_and_lookups() {
     by_name(1, |rig| {
         let dir = rig.host_dir("dir");
         std::fs::write(dir.join("x"), "content").unwrap();
@@ -358,9 +358,9 @@ fn an_inode_is_reached_while_others_rename_it_and_look_it_up() {
                             rig.fs.forget(file, 1);
                         }
                         for node in [file, top] {
-                            let inode = rig.fs.inodes.get(node).unwrap();
+                            let inode = rig.fs.fds().inodes().get(node).unwrap();
                             inode.slot().second_chance();
-                            rig.fs.close(&inode);
+                            rig.fs.fds().close(&inode);
                         }
                     }
                 }
@@ -394,13 +394,13 @@ fn race(rig: &Rig, thread: u64) {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (seed >> 33) % below
     };
-    let mut held: Vec<(NodeId, u64)> = Vec::new();
+    let mut known: Vec<(NodeId, u64)> = Vec::new();
     for turn in 0..3000 {
         let file = random(30);
         let name = format!("{thread}-{file}");
         let found = rig.find(own, &name).unwrap();
         assert_eq!(found.attributes.size, file);
-        held.push((found.node, file));
+        known.push((found.node, file));
         match random(6) {
             0 => {
                 let away = format!("away{turn}");
@@ -421,7 +421,7 @@ fn race(rig: &Rig, thread: u64) {
                 };
                 rig.change(made.0.node, None, changes).unwrap();
                 rig.fs.release(made.0.node, made.1.handle).unwrap();
-                held.push((made.0.node, file));
+                known.push((made.0.node, file));
             }
             2 => {
                 let other = random(4);
@@ -438,16 +438,16 @@ fn race(rig: &Rig, thread: u64) {
             }
             _ => {}
         }
-        for (node, size) in &held {
+        for (node, size) in &known {
             assert_eq!(rig.attributes(*node).unwrap().size, *size);
         }
-        if held.len() > 10 {
-            for (node, _) in held.drain(..) {
+        if known.len() > 10 {
+            for (node, _) in known.drain(..) {
                 rig.fs.forget(node, 1);
             }
         }
     }
-    for (node, _) in held {
+    for (node, _) in known {
         rig.fs.forget(node, 1);
     }
     for dir in dirs {

@@ -7,13 +7,13 @@ use crate::fs::{HandleKind, OpenFile};
 fn open_and_close(rig: &Rig, node: NodeId, flags: u32) -> usize {
     let opened = rig.fs.open(&SUPERUSER, node, flags).unwrap();
     rig.fs.release(node, opened.handle).unwrap();
-    rig.fs.closed_fds.count()
+    rig.fs.fds().files().closed().count()
 }
 
 /// Runs `test` with at most this many cached files.
-fn keeping(most: usize, test: impl Fn(&Rig) + Sync) {
+fn with_cached_files(max: usize, test: impl Fn(&Rig) + Sync) {
     let options = Options {
-        max_spare_files: most,
+        max_closed_files: max,
         ..Options::default()
     };
     if is_root() {
@@ -22,8 +22,8 @@ fn keeping(most: usize, test: impl Fn(&Rig) + Sync) {
 }
 
 #[test]
-fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
-    keeping(64, |rig| {
+fn released_read_only_file_is_reused_by_next_open() {
+    with_cached_files(64, |rig| {
         let path = rig.host_file("file", "before");
         let node = rig.node("file");
         let known = rig.descriptors();
@@ -32,7 +32,7 @@ fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
 
         let again = rig.fs.open(&SUPERUSER, node, O_RDONLY).unwrap();
         assert_eq!(
-            (rig.fs.closed_fds.count(), rig.descriptors()),
+            (rig.fs.fds().files().closed().count(), rig.descriptors()),
             (0, known + 1)
         );
         std::fs::write(path, "after").unwrap();
@@ -49,8 +49,8 @@ fn a_file_that_was_read_is_kept_for_who_opens_it_next() {
 }
 
 #[test]
-fn it_is_closed_when_the_guest_forgets_the_inode() {
-    keeping(64, |rig| {
+fn cached_file_is_closed_by_forget() {
+    with_cached_files(64, |rig| {
         rig.host_file("file", "");
         let before = rig.descriptors();
         for end in [
@@ -60,14 +60,17 @@ fn it_is_closed_when_the_guest_forgets_the_inode() {
             let node = rig.node("file");
             assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
             end(rig, node);
-            assert_eq!((rig.fs.closed_fds.count(), rig.descriptors()), (0, before));
+            assert_eq!(
+                (rig.fs.fds().files().closed().count(), rig.descriptors()),
+                (0, before)
+            );
         }
     });
 }
 
 #[test]
-fn what_was_opened_for_more_than_reading_is_closed() {
-    keeping(64, |rig| {
+fn file_opened_for_more_than_reading_is_not_cached() {
+    with_cached_files(64, |rig| {
         rig.host_file("file", "");
         let node = rig.node("file");
         for flags in [O_RDWR, O_WRONLY, O_RDWR | O_TRUNC] {
@@ -78,31 +81,31 @@ fn what_was_opened_for_more_than_reading_is_closed() {
         // A cached file is not used for an OPEN that asks for more.
         assert_eq!(open_and_close(rig, node, O_RDONLY), 1);
         let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
-        assert_eq!(rig.fs.closed_fds.count(), 1);
+        assert_eq!(rig.fs.fds().files().closed().count(), 1);
         rig.fs.release(node, opened.handle).unwrap();
     });
 }
 
 #[test]
-fn no_more_are_kept_than_there_may_be() {
-    let most = |most: usize, kept: usize| {
-        keeping(most, |rig| {
+fn cached_files_never_exceed_limit() {
+    let check = |max: usize, kept: usize| {
+        with_cached_files(max, |rig| {
             for n in 0..300 {
                 rig.host_file(&n.to_string(), "");
                 open_and_close(rig, rig.node(&n.to_string()), O_RDONLY);
             }
-            assert_eq!(rig.fs.closed_fds.count(), kept);
+            assert_eq!(rig.fs.fds().files().closed().count(), kept);
         });
     };
-    most(0, 0);
-    most(1, 1);
-    most(100, 100);
-    most(64, 64);
-    most(128, 128);
+    check(0, 0);
+    check(1, 1);
+    check(100, 100);
+    check(64, 64);
+    check(128, 128);
 }
 
 #[test]
-fn what_is_needed_for_something_else_is_given_up() {
+fn cached_files_are_closed_when_descriptors_are_short() {
     if !is_root() {
         return;
     }

@@ -35,7 +35,7 @@ fn make_one_of_each(rig: &Rig, caller: &Caller) {
 const ONE_OF_EACH: [&str; 4] = ["file", "dir", "link", "fifo"];
 
 #[test]
-fn what_is_created_belongs_to_the_caller() {
+fn created_files_belong_to_caller() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -53,7 +53,7 @@ fn what_is_created_belongs_to_the_caller() {
 }
 
 #[test]
-fn the_ids_that_a_creation_leaves_take_no_right_away() {
+fn creation_by_user_leaves_rights_of_server() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -115,7 +115,7 @@ fn the_ids_that_a_creation_leaves_take_no_right_away() {
 }
 
 #[test]
-fn a_directory_writable_through_a_supplementary_group_takes_new_files() {
+fn create_in_directory_writable_by_supplementary_group_succeeds() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -135,7 +135,7 @@ fn a_directory_writable_through_a_supplementary_group_takes_new_files() {
 }
 
 #[test]
-fn the_umask_masks_what_is_created() {
+fn umask_applies_to_created_files() {
     in_each_mode(|rig| {
         for (umask, left) in [(0o022, 0o755), (0o077, 0o700), (0, 0o777), (0o027, 0o750)] {
             let new = NewNode {
@@ -157,7 +157,7 @@ fn the_umask_masks_what_is_created() {
 }
 
 #[test]
-fn a_default_acl_stands_in_the_umasks_place() {
+fn default_acl_replaces_umask() {
     in_each_mode(|rig| {
         let dir = rig.host_dir("dir");
         let acl = "d:u::rwx,d:g::rwx,d:o::r-x";
@@ -185,7 +185,7 @@ fn a_default_acl_stands_in_the_umasks_place() {
 }
 
 #[test]
-fn a_set_group_id_directory_gives_its_group_but_no_set_group_id_program() {
+fn create_in_set_group_id_directory_inherits_group_without_set_group_id() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -222,7 +222,7 @@ fn a_set_group_id_directory_gives_its_group_but_no_set_group_id_program() {
 }
 
 #[test]
-fn where_ids_decide_a_member_by_a_supplementary_group_may_create() {
+fn create_by_supplementary_group_member_succeeds_where_ids_decide() {
     with(Options::default(), |rig| {
         if !is_root() {
             return;
@@ -249,7 +249,7 @@ fn where_ids_decide_a_member_by_a_supplementary_group_may_create() {
 }
 
 #[test]
-fn a_create_that_finds_the_file_of_another_in_a_sticky_directory_opens_it() {
+fn create_of_existing_file_in_sticky_directory_opens_it() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -269,7 +269,7 @@ fn a_create_that_finds_the_file_of_another_in_a_sticky_directory_opens_it() {
 }
 
 #[test]
-fn ids_that_cannot_be_are_refused_and_leave_nothing() {
+fn create_with_invalid_ids_is_refused_and_leaves_nothing() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -283,7 +283,7 @@ fn ids_that_cannot_be_are_refused_and_leave_nothing() {
 }
 
 #[test]
-fn without_the_right_to_securebits_capabilities_are_taken_back() {
+fn capabilities_are_restored_without_right_to_set_securebits() {
     by_descriptor_and_by_handle(|rig| {
         if !is_root() {
             return;
@@ -308,7 +308,7 @@ fn without_the_right_to_securebits_capabilities_are_taken_back() {
 }
 
 #[test]
-fn a_server_that_lives_on_ownership_takes_its_ids_back_each_time() {
+fn server_without_override_capabilities_restores_ids_each_time() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -324,7 +324,7 @@ fn a_server_that_lives_on_ownership_takes_its_ids_back_each_time() {
 }
 
 #[test]
-fn a_server_without_privileges_creates_as_itself() {
+fn server_without_privileges_creates_as_itself() {
     with(Options::default(), |rig| {
         if is_root() {
             chown(rig.dir.path(), Some(1000), Some(1000)).unwrap();
@@ -369,7 +369,7 @@ fn a_server_without_privileges_creates_as_itself() {
 }
 
 #[test]
-fn a_new_file_is_written_through_its_handle_whatever_its_mode_says() {
+fn new_file_is_writable_through_its_handle_with_any_mode() {
     in_each_mode(|rig| {
         let (entry, opened) = rig.create(&user(1000), "file", O_RDWR, 0).unwrap();
         let size = Changes {

@@ -54,7 +54,7 @@ fn names(listed: &[Listed]) -> HashSet<&str> {
 }
 
 #[test]
-fn ten_thousand_entries_come_exactly_once() {
+fn readdir_of_large_directory_returns_each_entry_once() {
     in_each_mode(|rig| {
         for n in 0..10_000 {
             rig.host_file(&format!("a rather long name for a file {n}"), "");
@@ -75,7 +75,7 @@ fn ten_thousand_entries_come_exactly_once() {
 }
 
 #[test]
-fn any_offset_that_was_given_can_be_gone_back_to() {
+fn readdir_from_any_returned_offset_continues_there() {
     in_each_mode(|rig| {
         for n in 0..500 {
             rig.host_file(&n.to_string(), "");
@@ -94,7 +94,7 @@ fn any_offset_that_was_given_can_be_gone_back_to() {
 }
 
 #[test]
-fn a_rewound_directory_is_as_it_is_by_now() {
+fn readdir_after_rewind_returns_current_entries() {
     in_each_mode(|rig| {
         rig.host_file("old", "");
         let directory = Directory::open(rig, ROOT);
@@ -107,7 +107,7 @@ fn a_rewound_directory_is_as_it_is_by_now() {
 }
 
 #[test]
-fn entries_deleted_while_reading_disturb_no_other() {
+fn readdir_after_unlink_skips_no_other_entry() {
     in_each_mode(|rig| {
         for n in 0..3000 {
             rig.host_file(&n.to_string(), "");
@@ -131,7 +131,7 @@ fn entries_deleted_while_reading_disturb_no_other() {
 }
 
 #[test]
-fn a_name_that_vanished_is_listed_without_an_inode() {
+fn readdirplus_of_vanished_name_has_no_entry() {
     in_each_mode(|rig| {
         for n in 0..10 {
             rig.host_file(&n.to_string(), "");
@@ -148,7 +148,7 @@ fn a_name_that_vanished_is_listed_without_an_inode() {
 }
 
 #[test]
-fn readdirplus_counts_one_lookup_for_each_entry_given_and_none_else() {
+fn readdirplus_counts_one_lookup_for_each_returned_entry() {
     in_each_mode(|rig| {
         let path = rig.host_file("file", "content");
         rig.host_dir("dir");
@@ -175,7 +175,7 @@ fn readdirplus_counts_one_lookup_for_each_entry_given_and_none_else() {
 }
 
 #[test]
-fn what_lies_above_the_share_is_not_told() {
+fn readdir_of_root_hides_directory_above() {
     in_each_mode(|rig| {
         let own = std::fs::metadata(rig.dir.path()).unwrap().ino();
         let inner = rig.host_dir("dir");
@@ -191,7 +191,7 @@ fn what_lies_above_the_share_is_not_told() {
 }
 
 #[test]
-fn two_handles_of_one_directory_read_each_for_itself() {
+fn two_handles_of_one_directory_read_independently() {
     in_each_mode(|rig| {
         for n in 0..100 {
             rig.host_file(&n.to_string(), "");
@@ -212,7 +212,7 @@ fn listed_node(rig: &Rig, name: &str) -> NodeId {
 }
 
 #[test]
-fn what_is_only_listed_is_not_opened() {
+fn readdirplus_opens_no_inode() {
     with(Options::default(), |rig| {
         for n in 0..100 {
             rig.host_file(&n.to_string(), "");
@@ -229,7 +229,7 @@ fn what_is_only_listed_is_not_opened() {
 }
 
 #[test]
-fn what_took_the_place_of_a_listed_file_is_not_it() {
+fn listed_file_replaced_on_host_is_stale() {
     with(Options::default(), |rig| {
         rig.host_file("a", "old");
         rig.host_file("b", "new");
@@ -243,7 +243,7 @@ fn what_took_the_place_of_a_listed_file_is_not_it() {
 }
 
 #[test]
-fn a_listed_file_is_followed_through_the_guests_renames_and_unlinks() {
+fn listed_file_is_found_after_rename_and_unlink() {
     with(Options::default(), |rig| {
         rig.host_file("a", "text");
         let node = listed_node(rig, "a");

@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 use crate::fs::Migrate;
-use crate::fs::passthrough::tests::restored::either_way;
+use crate::fs::passthrough::tests::restored::with_and_without_inherited_fds;
 
 /// Runs `test` with forgotten inodes that are reopened by file handle, and by name.
-fn keeping_forgotten(most: usize, test: impl Fn(&Rig) + Sync) {
+fn with_forgotten_inodes(max: usize, test: impl Fn(&Rig) + Sync) {
     let modes = [
         InodeFileHandles::Never,
         InodeFileHandles::Prefer,
@@ -17,22 +17,22 @@ fn keeping_forgotten(most: usize, test: impl Fn(&Rig) + Sync) {
     for inode_file_handles in modes {
         let options = Options {
             inode_file_handles,
-            remember_inodes: most,
+            remember_inodes: max,
             ..Options::default()
         };
         with(options, &test);
     }
-    by_name_alone(most, test);
+    by_name_with_forgotten_inodes(max, test);
 }
 
 /// Runs `test` without the privilege to open file handles.
-fn by_name_alone(most: usize, test: impl Fn(&Rig) + Sync) {
+fn by_name_with_forgotten_inodes(max: usize, test: impl Fn(&Rig) + Sync) {
     on_a_thread(|| {
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
         rustix::thread::set_capabilities(None, sets).unwrap();
         let options = Options {
-            remember_inodes: most,
+            remember_inodes: max,
             ..Options::default()
         };
         test(&Rig::new(options).unwrap());
@@ -54,8 +54,8 @@ fn is_stale(rig: &Rig, node: NodeId) -> bool {
 }
 
 #[test]
-fn a_file_handle_finds_what_was_given_back() {
-    keeping_forgotten(10, |rig| {
+fn file_handle_finds_forgotten_inode() {
+    with_forgotten_inodes(10, |rig| {
         let dir = rig.host_dir("dir");
         std::fs::write(dir.join("file"), "content").unwrap();
         let before = rig.descriptors();
@@ -99,8 +99,8 @@ fn a_file_handle_finds_what_was_given_back() {
 }
 
 #[test]
-fn the_parent_of_a_directory_is_found_again_too() {
-    keeping_forgotten(10, |rig| {
+fn lookup_parent_of_forgotten_directory_finds_same_node() {
+    with_forgotten_inodes(10, |rig| {
         let (outer, inner) = (rig.host_dir("outer"), rig.host_dir("outer/inner"));
         assert!(outer.exists() && inner.exists());
         let outer = rig.find(ROOT, "outer").unwrap();
@@ -115,7 +115,7 @@ fn the_parent_of_a_directory_is_found_again_too() {
 }
 
 #[test]
-fn nothing_is_remembered_unless_asked_for() {
+fn forgotten_inode_is_dropped_without_option() {
     in_each_mode(|rig| {
         let entry = forget_at_once(rig, "file");
         assert!(is_stale(rig, entry.node));
@@ -124,8 +124,8 @@ fn nothing_is_remembered_unless_asked_for() {
 }
 
 #[test]
-fn the_longest_given_back_is_forgotten_first() {
-    keeping_forgotten(2, |rig| {
+fn longest_forgotten_inode_is_dropped_first() {
+    with_forgotten_inodes(2, |rig| {
         let entries: Vec<Entry> = ["a", "b", "c"].map(|name| forget_at_once(rig, name)).into();
         assert!(is_stale(rig, entries[0].node));
         // Used again, and forgotten after the other.
@@ -139,8 +139,8 @@ fn the_longest_given_back_is_forgotten_first() {
 }
 
 #[test]
-fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
-    keeping_forgotten(10, |rig| {
+fn lookup_of_forgotten_inode_returns_same_node_with_descriptor() {
+    with_forgotten_inodes(10, |rig| {
         rig.host_file("young", "");
         // An old file is identified by number and birth time.
         let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
@@ -149,7 +149,8 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
             Ok(()) => names.push("old"),
             Err(error) => println!("SKIPPED in part: no old file can be shared: {error}"),
         }
-        let opened = usize::from(rig.fs.options.inode_file_handles == InodeFileHandles::Never);
+        let opened =
+            usize::from(rig.fs.ops.options().inode_file_handles == InodeFileHandles::Never);
         for name in names {
             let first = forget_at_once(rig, name);
             let descriptors = rig.fs.inode_descriptors();
@@ -173,8 +174,8 @@ fn an_ordinary_lookup_finds_the_same_node_with_a_descriptor() {
 }
 
 #[test]
-fn what_is_removed_meanwhile_is_stale_and_keeps_no_space() {
-    keeping_forgotten(10, |rig| {
+fn forgotten_inode_removed_on_host_is_stale_and_frees_space() {
+    with_forgotten_inodes(10, |rig| {
         let entry = forget_at_once(rig, "file");
         std::fs::remove_file(rig.path("file")).unwrap();
         assert!(is_stale(rig, entry.node));
@@ -205,8 +206,8 @@ fn what_is_removed_meanwhile_is_stale_and_keeps_no_space() {
 }
 
 #[test]
-fn another_file_of_the_same_number_or_name_is_never_it() {
-    keeping_forgotten(10, |rig| {
+fn file_with_reused_number_or_name_is_another_node() {
+    with_forgotten_inodes(10, |rig| {
         let mut reused = 0;
         for turn in 0..30 {
             let path = rig.host_file("file", "old");
@@ -233,8 +234,8 @@ fn another_file_of_the_same_number_or_name_is_never_it() {
 }
 
 #[test]
-fn what_is_moved_meanwhile_is_found_where_it_is() {
-    keeping_forgotten(10, |rig| {
+fn forgotten_inode_renamed_on_host_is_found() {
+    with_forgotten_inodes(10, |rig| {
         rig.host_dir("dir");
         rig.host_file("dir/file", "content");
         let dir = rig.node("dir");
@@ -262,8 +263,8 @@ fn what_is_moved_meanwhile_is_found_where_it_is() {
 }
 
 #[test]
-fn one_of_two_names_is_enough() {
-    keeping_forgotten(10, |rig| {
+fn forgotten_inode_with_one_of_two_names_is_found() {
+    with_forgotten_inodes(10, |rig| {
         let path = rig.host_file("one", "content");
         let one = rig.find(ROOT, "one").unwrap();
         rig.fs.link(&SUPERUSER, one.node, ROOT, c"two").unwrap();
@@ -275,8 +276,8 @@ fn one_of_two_names_is_enough() {
 }
 
 #[test]
-fn who_comes_back_finds_what_it_had_and_who_is_new_does_not() {
-    keeping_forgotten(3, |rig| {
+fn forgotten_inodes_survive_unmount_but_not_reset() {
+    with_forgotten_inodes(3, |rig| {
         let names = ["a", "b", "c", "d", "e"];
         names
             .iter()
@@ -311,7 +312,7 @@ fn who_comes_back_finds_what_it_had_and_who_is_new_does_not() {
 }
 
 #[test]
-fn what_is_remembered_gives_way_to_what_is_known() {
+fn forgotten_inodes_are_dropped_before_known_inode_is_refused() {
     let options = Options {
         max_inodes: 3,
         remember_inodes: 10,
@@ -332,12 +333,12 @@ fn what_is_remembered_gives_way_to_what_is_known() {
 }
 
 #[test]
-fn what_is_remembered_ends_with_its_process() {
+fn forgotten_inodes_end_with_their_process() {
     let options = Options {
         remember_inodes: 10,
         ..Options::default()
     };
-    either_way(&options, |rig, inherited_fds| {
+    with_and_without_inherited_fds(&options, |rig, inherited_fds| {
         rig.host_dir("dir");
         rig.host_file("dir/known", "");
         rig.host_file("dir/other", "");
@@ -364,8 +365,8 @@ fn what_is_remembered_ends_with_its_process() {
 }
 
 #[test]
-fn a_guest_that_moves_takes_along_what_it_knows_alone() {
-    keeping_forgotten(10, |rig| {
+fn migration_moves_only_known_inodes() {
+    with_forgotten_inodes(10, |rig| {
         rig.host_dir("dir");
         rig.host_file("dir/known", "");
         let dir = rig.find(ROOT, "dir").unwrap();
@@ -380,8 +381,8 @@ fn a_guest_that_moves_takes_along_what_it_knows_alone() {
 }
 
 #[test]
-fn racing_threads_leave_nothing_behind_but_what_is_remembered() {
-    keeping_forgotten(2, |rig| {
+fn racing_lookups_and_forgets_leave_only_forgotten_inodes() {
+    with_forgotten_inodes(2, |rig| {
         for n in 0..3 {
             rig.host_file(&n.to_string(), "");
         }

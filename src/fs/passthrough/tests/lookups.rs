@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use super::*;
 
 #[test]
-fn a_known_inode_costs_no_new_descriptor() {
+fn lookup_of_known_inode_opens_no_descriptor() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         let first = rig.find(ROOT, "file").unwrap();
@@ -19,7 +19,7 @@ fn a_known_inode_costs_no_new_descriptor() {
 }
 
 #[test]
-fn an_inode_is_known_until_its_last_lookup_is_given_back() {
+fn inode_is_known_until_last_lookup_is_forgotten() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         let before = rig.descriptors();
@@ -36,7 +36,7 @@ fn an_inode_is_known_until_its_last_lookup_is_given_back() {
 }
 
 #[test]
-fn two_names_of_one_inode_are_one_node() {
+fn two_names_of_one_inode_return_one_node() {
     in_each_mode(|rig| {
         let path = rig.host_file("one", "");
         std::fs::hard_link(&path, rig.path("two")).unwrap();
@@ -70,7 +70,7 @@ fn racing_lookups_and_forgets_leave_nothing_behind() {
 }
 
 #[test]
-fn what_is_not_one_component_is_refused() {
+fn lookup_of_invalid_component_is_refused() {
     in_each_mode(|rig| {
         rig.host_dir("dir");
         for name in ["", ".", "..", "dir/..", "/etc", "../x"] {
@@ -84,7 +84,7 @@ fn what_is_not_one_component_is_refused() {
 }
 
 #[test]
-fn no_operation_follows_a_symbolic_link_out_of_the_share() {
+fn operations_never_follow_symlink_out_of_share() {
     in_each_mode(|rig| {
         let outside = tempfile::tempdir().unwrap();
         let secret = outside.path().join("secret");
@@ -123,7 +123,7 @@ fn no_operation_follows_a_symbolic_link_out_of_the_share() {
 }
 
 #[test]
-fn a_magic_link_of_proc_is_a_link_like_any_other() {
+fn magic_link_is_not_followed() {
     on_a_thread(|| {
         let fs = Passthrough::new(Path::new("/proc/self"), Options::default()).unwrap();
         for name in ["root", "cwd"] {
@@ -141,7 +141,7 @@ fn a_magic_link_of_proc_is_a_link_like_any_other() {
 }
 
 #[test]
-fn a_directory_that_the_host_moves_away_is_still_itself_and_leads_nowhere() {
+fn directory_moved_out_of_share_stays_itself_and_confined() {
     by_descriptor_and_by_handle(|rig| {
         let outside = tempfile::tempdir().unwrap();
         let dir = rig.host_dir("dir");
@@ -169,7 +169,7 @@ fn a_directory_that_the_host_moves_away_is_still_itself_and_leads_nowhere() {
 }
 
 #[test]
-fn a_name_replaced_by_the_host_is_another_node() {
+fn name_replaced_on_host_returns_another_node() {
     in_each_mode(|rig| {
         for turn in 0..200 {
             let path = rig.host_file("next", &turn.to_string());
@@ -187,7 +187,7 @@ fn a_name_replaced_by_the_host_is_another_node() {
 }
 
 #[test]
-fn a_reused_inode_number_is_never_another_file() {
+fn reused_inode_number_returns_another_node() {
     let options = Options {
         inode_file_handles: InodeFileHandles::Mandatory,
         ..Options::default()
@@ -211,8 +211,8 @@ fn a_reused_inode_number_is_never_another_file() {
                 std::fs::remove_file(path).unwrap();
                 rig.fs.forget(found.node, 1);
             }
-            // Others may keep the inode alive for a moment: a child process before its exec has all
-            // our descriptors, and a sync holds the files that it waits for.
+            // OtherRecords may keep the inode alive for a moment: a child process before its exec
+            // has all our descriptors, and a sync holds the files that it waits for.
             match rig.attributes(old.node) {
                 Err(error) => {
                     assert_eq!(error, Errno::STALE);
@@ -233,7 +233,7 @@ fn a_reused_inode_number_is_never_another_file() {
 }
 
 #[test]
-fn beyond_the_budget_of_descriptors_file_handles_take_over() {
+fn inodes_beyond_descriptor_limit_use_file_handles() {
     let options = Options {
         max_open_inodes: Some(10),
         ..Options::default()
@@ -265,7 +265,7 @@ fn beyond_the_budget_of_descriptors_file_handles_take_over() {
 }
 
 #[test]
-fn a_mount_without_file_handles_is_held_by_descriptors_unless_that_is_forbidden() {
+fn mount_without_file_handles_uses_descriptors_unless_mandatory() {
     let share = |mode| {
         let options = Options {
             inode_file_handles: mode,
@@ -294,7 +294,7 @@ fn a_mount_without_file_handles_is_held_by_descriptors_unless_that_is_forbidden(
 }
 
 #[test]
-fn reset_gives_back_all_descriptors() {
+fn reset_closes_all_descriptors() {
     in_each_mode(|rig| {
         let before = rig.descriptors();
         for n in 0..20 {
@@ -314,7 +314,7 @@ fn reset_gives_back_all_descriptors() {
 }
 
 #[test]
-fn a_directory_that_is_not_there_says_which() {
+fn missing_shared_directory_is_named_in_error() {
     let error = Passthrough::new(Path::new("/nowhere/at/all"), Options::default()).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("/nowhere/at/all"), "{text}");
@@ -323,7 +323,7 @@ fn a_directory_that_is_not_there_says_which() {
 }
 
 #[test]
-fn the_limit_of_descriptors_is_raised_as_far_as_it_goes() {
+fn descriptor_limit_is_raised_to_maximum() {
     let raised = crate::fs::passthrough::raise_descriptor_limit();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     assert_eq!((limit.current, raised), (limit.maximum, limit.maximum));

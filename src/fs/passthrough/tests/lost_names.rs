@@ -3,12 +3,12 @@
 
 use super::restored::killed;
 use super::*;
-use crate::fs::passthrough::inode::CLOCK_AHEAD;
+use crate::fs::passthrough::inode_table::CLOCK_AHEAD;
 use crate::fs::{HandleKind, OpenFile, Replay};
 
 /// Runs `test` with settled files and with young ones, each on a thread that can't open file
 /// handles.
-fn by_name_alone(test: impl Fn(Rig) + Sync) {
+fn by_name_with_forgotten_inodes(test: impl Fn(Rig) + Sync) {
     for later in [0, 60_000_000_000] {
         on_a_thread(|| {
             let mut sets = rustix::thread::capabilities(None).unwrap();
@@ -33,8 +33,8 @@ fn is_there(rig: &Rig, node: NodeId, name: &str) {
 }
 
 #[test]
-fn file_that_lost_its_known_name_is_found_by_another() {
-    by_name_alone(|rig| {
+fn file_without_its_known_name_is_found_by_another() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_dir("known");
         rig.host_dir("unknown");
         rig.host_dir("unknown/deep");
@@ -61,7 +61,7 @@ fn file_that_lost_its_known_name_is_found_by_another() {
 
 #[test]
 fn file_looked_up_by_another_name_first_is_the_same_node() {
-    by_name_alone(|rig| {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_file("file", "");
         link(&rig, "file", "other");
         let node = rig.node("file");
@@ -73,8 +73,8 @@ fn file_looked_up_by_another_name_first_is_the_same_node() {
 }
 
 #[test]
-fn rename_over_a_file_leaves_it_its_other_name() {
-    by_name_alone(|rig| {
+fn file_replaced_by_rename_is_found_by_its_other_name() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_file("file", "");
         link(&rig, "file", "other");
         rig.host_file("new", "");
@@ -90,8 +90,8 @@ fn rename_over_a_file_leaves_it_its_other_name() {
 }
 
 #[test]
-fn open_file_that_lost_its_known_name_is_open_again() {
-    by_name_alone(|rig| {
+fn open_file_without_its_known_name_is_reopened() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_file("file", "content");
         link(&rig, "file", "other");
         let node = rig.node("file");
@@ -109,8 +109,8 @@ fn open_file_that_lost_its_known_name_is_open_again() {
 }
 
 #[test]
-fn names_changed_on_the_host_without_a_server_are_found() {
-    by_name_alone(|rig| {
+fn names_changed_between_two_processes_are_found() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_dir("dir");
         rig.host_file("dir/file", "");
         let dir = rig.node("dir");
@@ -126,8 +126,8 @@ fn names_changed_on_the_host_without_a_server_are_found() {
 }
 
 #[test]
-fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
-    by_name_alone(|rig| {
+fn first_search_looks_for_all_lost_inodes_only() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_dir("dir");
         for name in ["dir/moved", "dir/stays", "gone", "renamed", "there"] {
             rig.host_file(name, "");
@@ -145,9 +145,9 @@ fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
         is_there(&rig, in_dir[1], "other/stays");
         assert_eq!(rig.attributes(gone), Err(Errno::STALE));
         for node in [dir, gone, renamed] {
-            assert!(rig.fs.has_searched_for(node));
+            assert!(rig.fs.fds().has_searched_for(node));
         }
-        assert!(!rig.fs.has_searched_for(there));
+        assert!(!rig.fs.fds().has_searched_for(there));
         is_there(&rig, in_dir[0], "other/again");
         is_there(&rig, renamed, "new");
         is_there(&rig, there, "there");
@@ -155,8 +155,8 @@ fn all_that_is_lost_is_looked_for_at_once_and_no_more_than_that() {
 }
 
 #[test]
-fn removal_not_written_down_leaves_the_other_name() {
-    by_name_alone(|rig| {
+fn unrecorded_removal_leaves_other_name_usable() {
+    by_name_with_forgotten_inodes(|rig| {
         let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();
         link(&rig, "file", "other");
         let node = rig.node("file");
@@ -169,8 +169,8 @@ fn removal_not_written_down_leaves_the_other_name() {
 }
 
 #[test]
-fn file_without_any_name_is_stale_and_not_looked_for() {
-    by_name_alone(|rig| {
+fn file_without_any_name_is_stale_and_not_searched_for() {
+    by_name_with_forgotten_inodes(|rig| {
         rig.host_file("file", "");
         let node = rig.node("file");
         rig.fs.unlink(&SUPERUSER, ROOT, c"file").unwrap();
@@ -178,7 +178,7 @@ fn file_without_any_name_is_stale_and_not_looked_for() {
         // The file that takes its number is another inode.
         rig.host_file("other", "");
         assert_eq!(rig.attributes(node), Err(Errno::STALE));
-        assert!(!rig.fs.has_searched_for(node));
+        assert!(!rig.fs.fds().has_searched_for(node));
         assert_ne!(rig.node("other"), node);
     });
 }

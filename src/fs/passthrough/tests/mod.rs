@@ -53,13 +53,13 @@ fn in_each_mode(test: impl Fn(&Rig) + Sync) {
 }
 
 /// Runs `test` with at most `most` descriptors, and without the privilege to open file handles.
-fn by_name(most: usize, test: impl Fn(&Rig) + Sync) {
+fn by_name(max: usize, test: impl Fn(&Rig) + Sync) {
     on_a_thread(|| {
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
         rustix::thread::set_capabilities(None, sets).unwrap();
         let options = Options {
-            max_open_inodes: Some(most),
+            max_open_inodes: Some(max),
             ..Options::default()
         };
         test(&Rig::new(options).unwrap());

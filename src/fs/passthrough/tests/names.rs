@@ -19,7 +19,7 @@ fn flags_of(rig: &Rig, node: NodeId, opened: Opened) -> rustix::fs::OFlags {
 }
 
 #[test]
-fn create_makes_a_file_and_opens_it() {
+fn create_makes_and_opens_file() {
     in_each_mode(|rig| {
         let before = rig.descriptors();
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o640).unwrap();
@@ -38,7 +38,7 @@ fn create_makes_a_file_and_opens_it() {
 }
 
 #[test]
-fn the_hold_of_a_created_file_keeps_no_writer_on_it() {
+fn created_file_can_be_executed_after_release() {
     in_each_mode(|rig| {
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o755).unwrap();
         rig.fs.release(entry.node, opened.handle).unwrap();
@@ -49,7 +49,7 @@ fn the_hold_of_a_created_file_keeps_no_writer_on_it() {
 }
 
 #[test]
-fn create_opens_what_is_there_unless_exclusive() {
+fn create_of_existing_file_opens_it_unless_exclusive() {
     in_each_mode(|rig| {
         rig.host_file("file", "content");
         rig.host_dir("dir");
@@ -73,7 +73,7 @@ fn create_opens_what_is_there_unless_exclusive() {
 }
 
 #[test]
-fn create_races_with_removal_and_never_fails() {
+fn create_during_removals_never_fails() {
     in_each_mode(|rig| {
         std::thread::scope(|scope| {
             let makers: Vec<_> = (0..2)
@@ -99,7 +99,7 @@ fn create_races_with_removal_and_never_fails() {
 }
 
 #[test]
-fn open_honours_its_flags() {
+fn open_applies_its_flags() {
     in_each_mode(|rig| {
         rig.host_file("file", "content");
         let node = rig.node("file");
@@ -123,7 +123,7 @@ fn open_honours_its_flags() {
 }
 
 #[test]
-fn options_decide_on_direct_io_and_the_guest_on_reading() {
+fn open_flags_depend_on_options_and_write_back() {
     let options = Options {
         allow_direct_io: true,
         ..Options::default()
@@ -149,7 +149,7 @@ fn options_decide_on_direct_io_and_the_guest_on_reading() {
 }
 
 #[test]
-fn what_could_block_or_act_is_never_opened() {
+fn open_of_special_file_is_refused() {
     in_each_mode(|rig| {
         let kinds = [("fifo", libc::S_IFIFO), ("socket", libc::S_IFSOCK)];
         for (name, kind) in kinds {
@@ -174,7 +174,7 @@ fn what_could_block_or_act_is_never_opened() {
 }
 
 #[test]
-fn mknod_makes_each_sort_of_node() {
+fn mknod_makes_each_type_of_node() {
     in_each_mode(|rig| {
         let make = |name: &str, mode| rig.fs.mknod(&SUPERUSER, ROOT, &c(name), &new(mode));
         make("fifo", libc::S_IFIFO | 0o666).unwrap();
@@ -194,7 +194,7 @@ fn mknod_makes_each_sort_of_node() {
 }
 
 #[test]
-fn a_symbolic_link_reads_as_it_was_made() {
+fn readlink_returns_target_of_symlink() {
     in_each_mode(|rig| {
         let long = "x/".repeat(500);
         for (name, target) in [("short", "target"), ("up", "../../etc"), ("long", &long)] {
@@ -212,7 +212,7 @@ fn a_symbolic_link_reads_as_it_was_made() {
 }
 
 #[test]
-fn link_gives_a_second_name_to_the_inode_itself() {
+fn link_adds_second_name_to_inode() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         symlink("file", rig.path("link")).unwrap();
@@ -234,7 +234,7 @@ fn link_gives_a_second_name_to_the_inode_itself() {
 }
 
 #[test]
-fn names_are_removed_by_the_right_call_only() {
+fn unlink_of_directory_and_rmdir_of_file_are_refused() {
     in_each_mode(|rig| {
         rig.host_file("file", "");
         let dir = rig.host_dir("dir");
@@ -253,7 +253,7 @@ fn names_are_removed_by_the_right_call_only() {
 }
 
 #[test]
-fn rename_knows_its_flags() {
+fn rename_applies_its_flags() {
     in_each_mode(|rig| {
         rig.host_file("one", "1");
         rig.host_file("two", "2");
@@ -290,7 +290,7 @@ fn rename_knows_its_flags() {
 }
 
 #[test]
-fn a_whiteout_is_left_where_the_host_allows() {
+fn rename_with_whiteout_leaves_whiteout() {
     in_each_mode(|rig| {
         if !is_root() {
             return;
@@ -309,7 +309,7 @@ fn a_whiteout_is_left_where_the_host_allows() {
 }
 
 #[test]
-fn holes_and_data_are_found() {
+fn lseek_finds_holes_and_data() {
     in_each_mode(|rig| {
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o600).unwrap();
         let file = rig

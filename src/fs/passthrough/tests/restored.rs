@@ -5,7 +5,7 @@ use std::mem::ManuallyDrop;
 use rustix::fs::AtFlags;
 
 use super::*;
-use crate::fs::passthrough::{Past, Restored, Shared};
+use crate::fs::passthrough::{PreviousProcess, Restored, Shared};
 use crate::fs::{HandleKind, OpenFile, Replay};
 use crate::io::{Lock, LockKind, RecordLock};
 use crate::state::Table;
@@ -30,7 +30,7 @@ impl Killed {
     }
 
     /// The next server process, with or without the descriptors of this one.
-    pub(super) fn next(self, inherited_fds: bool, under_way: &[u64]) -> (Rig, Restored) {
+    pub(super) fn next(self, inherited_fds: bool, in_flight: &[u64]) -> (Rig, Restored) {
         let table = Table::open(self.fs.table().file().unwrap().try_clone().unwrap()).unwrap();
         let open = |path: &Path| std::fs::File::open(path).unwrap().into();
         let shared = Shared {
@@ -38,18 +38,18 @@ impl Killed {
             proc_fds: open(Path::new("/proc/self/fd")),
             path: self.dir.path().to_owned(),
         };
-        let past = Past {
+        let past = PreviousProcess {
             inherited_fds,
-            under_way: under_way.to_vec(),
+            in_flight: in_flight.to_vec(),
         };
-        let options = self.fs.options.clone();
-        let (fs, restored) = Passthrough::of(shared, options, &table, Some(&past)).unwrap();
+        let options = self.fs.ops.options().clone();
+        let (fs, restored) = Passthrough::with_table(shared, options, &table, Some(&past)).unwrap();
         (Rig { dir: self.dir, fs }, restored)
     }
 }
 
 /// Runs `test` with and without inherited descriptors.
-pub(super) fn either_way(options: &Options, test: impl Fn(Rig, bool) + Sync) {
+pub(super) fn with_and_without_inherited_fds(options: &Options, test: impl Fn(Rig, bool) + Sync) {
     for inherited_fds in [true, false] {
         on_a_thread(|| match Rig::new(options.clone()) {
             Some(rig) => test(rig, inherited_fds),
@@ -70,14 +70,14 @@ fn read(rig: &Rig, node: NodeId, handle: Handle) -> Vec<u8> {
 }
 
 #[test]
-fn inodes_and_open_files_are_what_they_were() {
+fn resumed_inodes_and_open_files_are_the_same() {
     let modes = [InodeFileHandles::Never, InodeFileHandles::Mandatory];
     for inode_file_handles in modes {
         let options = Options {
             inode_file_handles,
             ..Options::default()
         };
-        either_way(&options, |rig, inherited_fds| {
+        with_and_without_inherited_fds(&options, |rig, inherited_fds| {
             rig.host_dir("dir");
             rig.host_file("dir/file", "content");
             let dir = rig.node("dir");
@@ -128,8 +128,8 @@ fn inodes_and_open_files_are_what_they_were() {
 }
 
 #[test]
-fn an_unlinked_file_lives_on_with_its_descriptor() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn unlinked_file_survives_with_its_descriptor() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         let (entry, opened) = rig.create(&SUPERUSER, "file", O_RDWR, 0o600).unwrap();
         let file = rig
             .fs
@@ -155,8 +155,8 @@ fn an_unlinked_file_lives_on_with_its_descriptor() {
 }
 
 #[test]
-fn locks_are_held_still_or_again() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn locks_are_kept_or_acquired_again() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         let path = rig.host_file("file", "content");
         let node = rig.node("file");
         let opened = rig.fs.open(&SUPERUSER, node, O_RDWR).unwrap();
@@ -210,8 +210,8 @@ fn locks_are_held_still_or_again() {
 }
 
 #[test]
-fn what_was_not_answered_does_not_count() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn lookups_of_unanswered_requests_are_undone() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "content");
         rig.host_file("new", "");
         rig.fs.begin_request(2);
@@ -252,8 +252,8 @@ fn what_was_not_answered_does_not_count() {
 }
 
 #[test]
-fn a_forget_counts_once() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn replayed_forget_counts_once() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "content");
         let node = rig.node("file");
         rig.find(ROOT, "file").unwrap();
@@ -268,8 +268,8 @@ fn a_forget_counts_once() {
 }
 
 #[test]
-fn a_rename_that_was_done_is_recognised() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn completed_rename_is_recognised() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         for name in ["a", "b", "c"] {
             rig.host_file(name, name);
         }
@@ -305,8 +305,8 @@ fn a_rename_that_was_done_is_recognised() {
 }
 
 #[test]
-fn what_was_seen_before_it_was_removed_is_known_afterwards() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn inode_seen_before_removal_is_recorded() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         let number = std::fs::metadata(rig.host_file("file", "")).unwrap().ino();
         let node = rig.node("file");
         rig.fs.begin_request(20);
@@ -334,8 +334,8 @@ fn what_was_seen_before_it_was_removed_is_known_afterwards() {
 }
 
 #[test]
-fn each_lookup_counts_once_whoever_counted_last() {
-    either_way(&Options::default(), |rig, inherited_fds| {
+fn replayed_lookup_counts_once() {
+    with_and_without_inherited_fds(&Options::default(), |rig, inherited_fds| {
         rig.host_file("file", "");
         let look_up = |unique| {
             rig.fs.begin_request(unique);
@@ -358,7 +358,7 @@ fn each_lookup_counts_once_whoever_counted_last() {
 }
 
 #[test]
-fn another_directory_is_refused_and_changes_nothing() {
+fn resume_with_another_directory_is_refused_and_changes_nothing() {
     on_a_thread(|| {
         let rig = Rig::new(Options::default()).unwrap();
         rig.host_file("file", "");
@@ -374,7 +374,8 @@ fn another_directory_is_refused_and_changes_nothing() {
             path: other.path().to_owned(),
         };
         let options = Options::default();
-        let refused = Passthrough::of(shared, options, &table, Some(&Past::default()));
+        let refused =
+            Passthrough::with_table(shared, options, &table, Some(&PreviousProcess::default()));
         let error = refused.unwrap_err().to_string();
         assert!(error.contains("another directory"), "{error}");
         let (rig, restored) = rig.next(false, &[]);
@@ -384,7 +385,7 @@ fn another_directory_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_tree_that_is_known_by_name_alone_comes_back() {
+fn tree_known_by_name_only_is_resumed() {
     on_a_thread(|| {
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective -= rustix::thread::CapabilitySet::DAC_READ_SEARCH;
@@ -419,9 +420,9 @@ fn a_tree_that_is_known_by_name_alone_comes_back() {
 }
 
 #[test]
-fn what_the_guest_has_unlinked_itself_is_not_refused_by_the_next_process() {
+fn inode_unlinked_by_guest_is_served_by_next_process() {
     let options = Options::default();
-    either_way(&options, |rig, inherited_fds| {
+    with_and_without_inherited_fds(&options, |rig, inherited_fds| {
         rig.host_file("unlinked", "old");
         rig.host_file("replaced", "old");
         rig.host_file("removed", "old");

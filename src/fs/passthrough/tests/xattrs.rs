@@ -28,7 +28,7 @@ fn has_attributes(rig: &Rig) -> bool {
 }
 
 #[test]
-fn files_and_directories_have_attributes() {
+fn files_and_directories_have_xattrs() {
     in_each_mode(|rig| {
         if !has_attributes(rig) {
             return;
@@ -67,7 +67,7 @@ fn files_and_directories_have_attributes() {
 }
 
 #[test]
-fn links_and_special_files_have_their_own() {
+fn links_and_special_files_have_xattrs_of_their_own() {
     in_each_mode(|rig| {
         if !is_root() || !has_attributes(rig) {
             return;
@@ -91,7 +91,7 @@ fn links_and_special_files_have_their_own() {
 }
 
 #[test]
-fn only_a_superuser_is_told_of_what_only_a_superuser_may_read() {
+fn trusted_xattrs_are_listed_to_superuser_only() {
     in_each_mode(|rig| {
         if !is_root() || !has_attributes(rig) {
             return;
@@ -118,7 +118,7 @@ fn only_a_superuser_is_told_of_what_only_a_superuser_may_read() {
 }
 
 #[test]
-fn a_file_without_a_name_has_attributes() {
+fn nameless_file_has_xattrs() {
     in_each_mode(|rig| {
         if !has_attributes(rig) {
             return;
@@ -135,7 +135,7 @@ fn a_file_without_a_name_has_attributes() {
 }
 
 #[test]
-fn switched_off_they_are_not_supported() {
+fn disabled_xattrs_are_not_supported() {
     let options = Options {
         xattr: false,
         ..Options::default()

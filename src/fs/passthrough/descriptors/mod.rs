@@ -1,0 +1,102 @@
+//! Opens inodes, and keeps the number of all descriptors of the guest within its limits.
+//!
+//! This room joins inodes and open files: which of them have descriptors, how an inode without one
+//! is opened, and what is closed when there are too many. The invariant: an operation that would
+//! exceed a limit fails before it takes effect, and what is closed can be opened again.
+
+mod closing;
+mod eviction;
+mod forget;
+mod limits;
+mod lost_inodes;
+mod opening;
+mod paths;
+mod reopen;
+mod reopen_policy;
+mod search;
+mod sharing;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+pub(crate) use self::limits::GuestLimits;
+pub(crate) use self::opening::regular_file;
+pub(crate) use self::reopen_policy::ReopenPolicy;
+
+use self::lost_inodes::LostInodes;
+use self::sharing::Sharing;
+use crate::fs::passthrough::inode_table::{Inode, InodeTable};
+use crate::fs::passthrough::open_files::OpenFiles;
+use crate::fs::{NodeId, Result};
+
+/// The descriptors of inodes and open files.
+#[derive(Debug)]
+pub(crate) struct Descriptors {
+    /// `/proc/self/fd`, `O_PATH`.
+    proc_fds: OwnedFd,
+    inodes: InodeTable,
+    reopen_policy: ReopenPolicy,
+    files: OpenFiles,
+    limits: GuestLimits,
+    sharing: Sharing,
+    lost_inodes: LostInodes,
+    /// Whether the share is read-only.
+    readonly: bool,
+}
+
+impl Descriptors {
+    /// Joins `inodes` and `files`.
+    pub(crate) fn new(
+        proc_fds: OwnedFd,
+        inodes: InodeTable,
+        reopen_policy: ReopenPolicy,
+        files: OpenFiles,
+        limits: GuestLimits,
+        readonly: bool,
+    ) -> Self {
+        Self {
+            proc_fds,
+            inodes,
+            reopen_policy,
+            files,
+            limits,
+            sharing: Sharing::default(),
+            lost_inodes: LostInodes::default(),
+            readonly,
+        }
+    }
+
+    pub(crate) fn inodes(&self) -> &InodeTable {
+        &self.inodes
+    }
+
+    pub(crate) fn files(&self) -> &OpenFiles {
+        &self.files
+    }
+
+    pub(crate) fn limits(&self) -> &GuestLimits {
+        &self.limits
+    }
+
+    /// `/proc/self/fd`, `O_PATH`.
+    pub(crate) fn proc_fds(&self) -> &OwnedFd {
+        &self.proc_fds
+    }
+
+    pub(crate) fn reopen_policy(&self) -> &ReopenPolicy {
+        &self.reopen_policy
+    }
+
+    /// The inode that the guest refers to by `node`.
+    pub(crate) fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
+        self.inodes.get(node).ok_or(Errno::STALE)
+    }
+
+    /// Lets inodes with smaller node ids than `below` be searched for: they belong to a process
+    /// whose descriptors this one doesn't have.
+    pub(crate) fn search_below(&mut self, below: u64) {
+        self.lost_inodes = LostInodes::from(below);
+    }
+}

@@ -1,0 +1,133 @@
+//! Keeps files that the guest has closed open for a while, as it may open them again.
+//!
+//! Opening and closing an inode costs more than reading a page of it, and programs open the same
+//! files again and again. So a file that was open for reading only goes to this cache when it is
+//! released, and the next OPEN of its inode takes it. Nothing uses the file in between, and it has
+//! no state: it is read at explicit offsets, it never had a lock, and it doesn't prevent others
+//! from writing to the file or executing it.
+//!
+//! The cache is used only if opening again would yield the same file and can't be refused. This
+//! excludes file systems where the file can change (overlayfs after copy-up, NFS), and servers
+//! without the capabilities to open every file. The invariant: a cached file was opened for its
+//! node, and is closed when the guest forgets the node.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::fs::{NodeId, Result};
+use crate::io::File;
+
+/// Enough for a handful of workers to collide rarely.
+const SHARDS: usize = 64;
+
+/// Magic numbers of uapi `linux/magic.h` of file systems where an open file stays the one that its
+/// name opens: ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs.
+const LOCAL: [u32; 7] = [
+    0xef53,
+    0x5846_5342,
+    0x9123_683e,
+    0x0102_1994,
+    0xf2f5_2010,
+    0x2fc1_2fc1,
+    0xca45_1a4e,
+];
+
+/// A node and a file that is open on it.
+type ClosedFile = (NodeId, File);
+
+/// The cached files.
+#[derive(Debug)]
+pub(crate) struct ClosedFdCache {
+    /// Oldest first. The queues are short, so they are searched linearly.
+    shards: Box<[Mutex<VecDeque<ClosedFile>>]>,
+    /// How many files may be cached.
+    max: usize,
+    /// The device and mount that files must be on.
+    file_system: (u64, u64),
+    /// The number of cached files. It orders nothing and is used for limits.
+    count: AtomicUsize,
+}
+
+impl ClosedFdCache {
+    /// Caches up to `max` files of the file system of `root`, or none if it is not suitable.
+    /// `file_system` is its device and mount.
+    pub(crate) fn new(root: impl AsFd, file_system: (u64, u64), max: usize) -> Result<Self> {
+        let kind = rustix::fs::fstatfs(root)?.f_type;
+        let is_local = LOCAL
+            .iter()
+            .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
+        let max = if is_local { max } else { 0 };
+        Ok(Self {
+            shards: (0..max.min(SHARDS)).map(|_| Mutex::default()).collect(),
+            max,
+            file_system,
+            count: AtomicUsize::new(0),
+        })
+    }
+
+    /// The number of cached files.
+    pub(crate) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Takes a file of `node` from the cache.
+    pub(crate) fn pop(&self, node: NodeId) -> Option<File> {
+        if self.count() == 0 {
+            return None;
+        }
+        let mut shard = lock(&self.shards[self.shard_of(node)]);
+        let at = shard.iter().position(|(cached, _)| *cached == node)?;
+        let (_, file) = shard.remove(at)?;
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        Some(file)
+    }
+
+    /// Whether files are cached at all.
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.max > 0
+    }
+
+    /// Whether a file on this file system, by device and mount, may be cached.
+    pub(crate) fn accepts(&self, file_system: (u64, u64)) -> bool {
+        self.file_system == file_system
+    }
+
+    /// Caches `file`. Closes the oldest one if there are too many.
+    pub(crate) fn keep(&self, node: NodeId, file: File) {
+        let shard = self.shard_of(node);
+        // The first shards get the remainder of the division.
+        let capacity = (self.max + self.shards.len() - 1 - shard) / self.shards.len();
+        let mut shard = lock(&self.shards[shard]);
+        let evicted = (shard.len() >= capacity)
+            .then(|| shard.pop_front())
+            .flatten();
+        shard.push_back((node, file));
+        drop(shard);
+        if evicted.is_none() {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        // Closing can take long, so it happens outside the lock.
+        drop(evicted);
+    }
+
+    /// Closes all cached files.
+    pub(crate) fn clear(&self) {
+        for shard in &self.shards {
+            let files = std::mem::take(&mut *lock(shard));
+            self.count.fetch_sub(files.len(), Ordering::Relaxed);
+            drop(files);
+        }
+    }
+
+    /// The shard of a node. There must be at least one shard.
+    fn shard_of(&self, node: NodeId) -> usize {
+        let shard = node.0 % self.shards.len() as u64;
+        usize::try_from(shard).unwrap_or_default()
+    }
+}
+
+fn lock(shard: &Mutex<VecDeque<ClosedFile>>) -> MutexGuard<'_, VecDeque<ClosedFile>> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
