@@ -1,22 +1,20 @@
 //! Counts the heap allocations of the hottest requests, from ring to ring.
 //!
 //! An allocation for each request would make workers wait for one another in the allocator. The
-//! server's threads run in this process, and all of their allocations are counted.
+//! server's threads run in this process, and all of their allocations are counted; so it is a process
+//! of its own.
 
 #![allow(
-    unsafe_code,
     clippy::unwrap_used,
     clippy::panic,
-    reason = "an allocator can't be written without; a test fails by panicking"
+    reason = "a test fails by panicking"
 )]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ringfsd::device::Device;
@@ -26,34 +24,9 @@ use ringfsd::io::{Engine, probe};
 use ringfsd::vhost_user::{self, Runner, Stop};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use ringfsd::worker::WorkerPool;
+use testing::allocations::{Counting, leave_out_this_thread, of_all_threads};
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};
-
-thread_local! {
-    /// The guest's side and the harness are not counted.
-    static COUNTED: Cell<bool> = const { Cell::new(true) };
-}
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-struct Counting;
-
-// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
-// is the one that the caller keeps; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if COUNTED.try_with(Cell::get).unwrap_or(false) {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the caller keeps `alloc`'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps `dealloc`'s contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -65,11 +38,11 @@ const MANY: usize = 100;
 /// times: what is allocated once, when a thread first has to yield or to sleep, is in none but one.
 fn allocations(mut act: impl FnMut(usize)) -> usize {
     let once = |_| {
-        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        let before = of_all_threads();
         for n in 0..MANY {
             act(n);
         }
-        ALLOCATIONS.load(Ordering::SeqCst) - before
+        of_all_threads() - before
     };
     (0..5).map(once).min().unwrap_or_default()
 }
@@ -126,8 +99,9 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
 }
 
 #[test]
-fn reads_writes_attributes_and_lookups_take_nothing_from_the_heap() {
-    COUNTED.set(false);
+fn hot_requests_allocate_nothing() {
+    // The guest's side is not counted.
+    leave_out_this_thread();
     let mut engines = vec![Engine::ThreadPool];
     match probe() {
         Ok(()) => engines.push(Engine::Uring),

@@ -13,8 +13,6 @@
     reason = "a test fails by panicking"
 )]
 
-mod support;
-
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -42,7 +40,7 @@ use vmm::connection::message::{backend_request, flag, protocol};
 use vmm::connection::{Connection, ConnectionError};
 use vmm::fuse::{Client, FuseError, ROOT};
 
-use crate::support::Server as Process;
+use testing::Server as Process;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
@@ -317,7 +315,7 @@ fn request_without_answer_delays_neither_queue_nor_message() {
     backend.set_timeout(Duration::from_millis(100)).unwrap();
     let silent = backend.recv().unwrap_err();
     assert!(matches!(silent, ConnectionError::TimedOut { .. }));
-    backend.set_timeout(support::TIMEOUT).unwrap();
+    backend.set_timeout(testing::TIMEOUT).unwrap();
     // The answer comes after all. It isn't that to the next request.
     reply(&mut backend, 1);
     goes_on(guest, &mut backend);
@@ -379,7 +377,7 @@ fn answer_counts_once_however_close_the_kill() {
                 Err(error) => panic!("{error}"),
             }
         }
-        backend.set_timeout(support::TIMEOUT).unwrap();
+        backend.set_timeout(testing::TIMEOUT).unwrap();
         let (back, result) = asked.join().unwrap();
         assert_eq!(errno(result), None, "round {round}");
         guest = goes_on(back, &mut backend);

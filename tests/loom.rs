@@ -1,5 +1,7 @@
 //! Models of what threads share by atomics of our own, the scheduler's channel and the ring's
 //! alarm, under every interleaving: `cargo xtask test loom`.
+//!
+//! A binary of its own: it is built with `--cfg ringfsd_loom`, without which it is empty.
 
 #![cfg(ringfsd_loom)]
 

@@ -1,39 +1,15 @@
 //! How much memory an inode that the guest knows costs, and that all of it is freed.
+//!
+//! A process of its own: its allocator counts all bytes of the process.
 
-#![allow(
-    clippy::unwrap_used,
-    unsafe_code,
-    reason = "a test fails by panicking, and counts allocations"
-)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::CString;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::fs::{Caller, FileSystem, NodeId};
 use rustix::thread::CapabilitySet;
-
-/// Bytes on the heap.
-static BYTES: AtomicUsize = AtomicUsize::new(0);
-
-struct Counting;
-
-// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
-// is the one that the caller keeps; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        BYTES.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps `alloc`'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        BYTES.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps `dealloc`'s contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use testing::allocations::{Counting, bytes_in_use};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -43,11 +19,11 @@ const MOST: usize = 200;
 
 /// Bytes on the heap, and in the table that outlives the process.
 fn held(fs: &Passthrough) -> usize {
-    BYTES.load(Ordering::Relaxed) + fs.table().bytes_in_use()
+    bytes_in_use() + fs.table().bytes_in_use()
 }
 
 #[test]
-fn a_known_inode_is_small_and_given_back() {
+fn known_inode_costs_at_most_200_bytes_until_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let names: Vec<CString> = (0..9000)
         .map(|n| CString::new(format!("file{n}")).unwrap())

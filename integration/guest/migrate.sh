@@ -24,6 +24,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
+# shellcheck source=options.sh
+source "$here/options.sh"
 # shellcheck source=server.sh
 source "$here/server.sh"
 # shellcheck source=machine.sh
@@ -37,38 +39,13 @@ work='' clock=''
 # By number of the machine: process and descriptors of QMP; by number of the server: its process.
 vmm=() qmp_in=() qmp_out=() servers=()
 
-usage() {
-    printf 'migrate: %s\n' "$*" >&2
-    exit 2
-}
-
 parse() {
-    while (($# > 0)); do
-        case $1 in
-            --help | -h)
-                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-                exit 0
-                ;;
-            --ordinary-user) ordinary=true ;;
-            --times | --mode | --between | --server | --kernel | --queues | --memory | --timeout | --log-dir)
-                (($# >= 2)) || usage "$1 wants a value"
-                case $1 in
-                    --times) times=$2 ;;
-                    --mode) mode=$2 ;;
-                    --between) between=$2 ;;
-                    --server) server=$2 ;;
-                    --kernel) kernel=$2 ;;
-                    --queues) queues=$2 ;;
-                    --memory) memory=$2 ;;
-                    --timeout) limit=$2 ;;
-                    --log-dir) logs=$2 ;;
-                esac
-                shift
-                ;;
-            *) usage "no such option: $1 (--help lists them)" ;;
-        esac
-        shift
-    done
+    takes=(
+        [--times]=times [--mode]=mode [--between]=between [--server]=server [--kernel]=kernel
+        [--queues]=queues [--memory]=memory [--timeout]=limit [--log-dir]=logs
+    )
+    sets=([--ordinary-user]=ordinary=true)
+    read_options "$@"
     [[ $times =~ ^[1-9][0-9]*$ ]] || usage "--times $times is not a number of migrations"
     limit=${limit:-$((300 + 30 * times))}
     if [[ -z $server ]]; then

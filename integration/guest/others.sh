@@ -17,30 +17,22 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
+# shellcheck source=options.sh
+source "$here/options.sh"
 # shellcheck source=server.sh
 source "$here/server.sh"
 # shellcheck source=../bridge/crate.sh
 source "$here/../bridge/crate.sh"
-only='' ops=20000 limit=1200 runtime=auto kernel=6.12 queues=1 server='' options=() work=''
+only='' ops=20000 limit=1200 runtime=auto kernel=6.12 queues=1 server='' cpus='' logs=''
+options=() work=''
 
 parse() {
-    while (($# > 0)); do
-        case $1 in
-            --only) only=$2 ;;
-            --ops) ops=$2 ;;
-            --timeout) limit=$2 ;;
-            --runtime) runtime=$2 ;;
-            --kernel) kernel=$2 ;;
-            --queues) queues=$2 ;;
-            --server) server=$2 ;;
-            --cpus | --log-dir) options+=("$1" "$2") ;;
-            *)
-                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
-                exit 2
-                ;;
-        esac
-        shift 2
-    done
+    takes=(
+        [--only]=only [--ops]=ops [--timeout]=limit [--runtime]=runtime [--kernel]=kernel
+        [--queues]=queues [--server]=server [--cpus]=cpus [--log-dir]=logs
+    )
+    read_options "$@"
+    options=(${cpus:+--cpus "$cpus"} ${logs:+--log-dir "$logs"})
     if [[ -z $server ]]; then
         server_default "$repo" "$queues"
         server+=" --runtime $runtime"

@@ -35,6 +35,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
+# shellcheck source=options.sh
+source "$here/options.sh"
 # shellcheck source=server.sh
 source "$here/server.sh"
 # shellcheck source=machine.sh
@@ -45,54 +47,23 @@ script='' after_reset='' limit=120 logs='' quiet=false
 qemu_args=()
 
 say() { printf 'run: %s\n' "$*" >&2; }
-usage() {
-    say "$*"
-    exit 2
-}
 fail() {
     say "$*"
     exit 125
 }
 
 parse() {
-    while (($# > 0)); do
-        case $1 in
-            --help | -h)
-                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-                exit 0
-                ;;
-            --no-mount) mount=no ;;
-            --quiet) quiet=true ;;
-            --)
-                (($# == 2)) || usage "exactly one SCRIPT goes after --, not $(($# - 1))"
-                script=$2
-                break
-                ;;
-            --share | --server | --socket | --kernel | --queues | --queue-size | --cpus | --memory | \
-                --tag | --after-reset | --timeout | --log-dir | --qemu-arg)
-                (($# >= 2)) || usage "$1 wants a value"
-                case $1 in
-                    --share) share=$2 ;;
-                    --server) server=$2 ;;
-                    --socket) socket=$2 ;;
-                    --kernel) kernel=$2 ;;
-                    --queues) queues=$2 ;;
-                    --queue-size) queue_size=$2 ;;
-                    --cpus) cpus=$2 ;;
-                    --memory) memory=$2 ;;
-                    --tag) tag=$2 ;;
-                    --after-reset) after_reset=$2 ;;
-                    --timeout) limit=$2 ;;
-                    --log-dir) logs=$2 ;;
-                    --qemu-arg) qemu_args+=("$2") ;;
-                esac
-                shift
-                ;;
-            --*) usage "no such option: $1 (--help lists them)" ;;
-            *) usage "$1 is not an option; the script goes after --" ;;
-        esac
-        shift
-    done
+    takes=(
+        [--share]=share [--server]=server [--socket]=socket [--kernel]=kernel [--queues]=queues
+        [--queue-size]=queue_size [--cpus]=cpus [--memory]=memory [--tag]=tag
+        [--after-reset]=after_reset [--timeout]=limit [--log-dir]=logs [--qemu-arg]=qemu_args+
+        [--]=scripts
+    )
+    sets=([--no-mount]=mount=no [--quiet]=quiet=true)
+    local scripts=()
+    read_options "$@"
+    ((${#scripts[@]} == 1)) || usage "exactly one SCRIPT goes after --, not ${#scripts[@]}"
+    script=${scripts[0]}
     [[ -n $script ]] || usage "no script to run"
     local number
     for number in "$queues" "$cpus" "$limit" ${queue_size:+"$queue_size"}; do

@@ -27,6 +27,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 cache=${RINGFSD_GUEST_CACHE:-$repo/target/guest}
 guest_suite=$cache/suite/x86_64-unknown-linux-gnu/release/guest-suite
+# shellcheck source=options.sh
+source "$here/options.sh"
 # shellcheck source=server.sh
 source "$here/server.sh"
 # shellcheck source=report.sh
@@ -58,38 +60,13 @@ second=(
     file_is_written_by_the_second_machine
 )
 
-usage() {
-    printf 'suite: %s\n' "$*" >&2
-    exit 2
-}
-
 parse() {
-    while (($# > 0)); do
-        case $1 in
-            --help | -h)
-                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-                exit 0
-                ;;
-            --full) quick='' ;;
-            --verbose) verbose=true ;;
-            --ordinary-user) ordinary=true ;;
-            --sandbox | --runtime | --queues | --kernel | --server | --log-dir | --timeout)
-                (($# >= 2)) || usage "$1 wants a value"
-                case $1 in
-                    --sandbox) sandbox=$2 ;;
-                    --runtime) runtime=$2 ;;
-                    --queues) queues=$2 ;;
-                    --kernel) kernel=$2 ;;
-                    --server) server=$2 ;;
-                    --log-dir) logs=$2 ;;
-                    --timeout) limit=$2 ;;
-                esac
-                shift
-                ;;
-            *) usage "no such option: $1 (--help lists them)" ;;
-        esac
-        shift
-    done
+    takes=(
+        [--sandbox]=sandbox [--runtime]=runtime [--queues]=queues [--kernel]=kernel
+        [--server]=server [--log-dir]=logs [--timeout]=limit
+    )
+    sets=([--full]=quick= [--verbose]=verbose=true [--ordinary-user]=ordinary=true)
+    read_options "$@"
     [[ $queues =~ ^[1-9][0-9]*$ ]] || usage "--queues $queues is not a number of queues"
     [[ -n $limit ]] || limit=$([[ -n $quick ]] && echo 300 || echo 1200)
     [[ $limit =~ ^[1-9][0-9]*$ ]] || usage "--timeout $limit is not a number of seconds"

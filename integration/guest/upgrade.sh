@@ -20,6 +20,8 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
+# shellcheck source=options.sh
+source "$here/options.sh"
 # shellcheck source=server.sh
 source "$here/server.sh"
 # shellcheck source=report.sh
@@ -28,36 +30,12 @@ source "$here/report.sh"
 kills=10 upgrades=10 every=0.3 queues=1 kernel=6.12 server='' logs='' program=$repo/target/release/ringfsd
 work='' server_pid='' guest=''
 
-usage() {
-    printf 'upgrade: %s\n' "$*" >&2
-    exit 2
-}
-
 parse() {
-    while (($# > 0)); do
-        case $1 in
-            --help | -h)
-                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-                exit 0
-                ;;
-            --kills | --upgrades | --every | --queues | --kernel | --server | --program | --log-dir)
-                (($# >= 2)) || usage "$1 wants a value"
-                case $1 in
-                    --kills) kills=$2 ;;
-                    --upgrades) upgrades=$2 ;;
-                    --every) every=$2 ;;
-                    --queues) queues=$2 ;;
-                    --kernel) kernel=$2 ;;
-                    --server) server=$2 ;;
-                    --program) program=$2 ;;
-                    --log-dir) logs=$2 ;;
-                esac
-                shift
-                ;;
-            *) usage "no such option: $1 (--help lists them)" ;;
-        esac
-        shift
-    done
+    takes=(
+        [--kills]=kills [--upgrades]=upgrades [--every]=every [--queues]=queues [--kernel]=kernel
+        [--server]=server [--program]=program [--log-dir]=logs
+    )
+    read_options "$@"
     if [[ -z $server ]]; then
         server_default "$repo" "$queues"
         server+=' --supervise'

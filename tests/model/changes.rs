@@ -21,12 +21,12 @@ use host_changes::{
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use testing::Server;
 use vmm::fuse::wire::init;
 use vmm::fuse::{Client, LINUX_OFFERS, Lane};
 use vmm::{Options, Profile, Session};
 
 use crate::kernel::{DIRECTORIES_STAY, Kernel, Process};
-use crate::support::Server;
 use crate::{act_as_myself, cases};
 
 /// The longest sequence.
@@ -183,7 +183,7 @@ fn sequences_on(arguments: &[&str], runner: &mut TestRunner) {
 }
 
 /// The same sequences each time, and some others.
-pub(crate) fn nothing_is_lost_when_host_and_guest_take_turns(runtime: &str) {
+pub(crate) fn alternating_changes_of_host_and_guest_lose_no_record(runtime: &str) {
     let seed: u64 = rand_seed();
     println!("seed {seed}");
     let mut bytes = [0; 32];
@@ -216,7 +216,7 @@ fn duration() -> Duration {
     Duration::from_secs_f64(seconds.map_or(6.0, |text| text.parse().unwrap()))
 }
 
-pub(crate) fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
+pub(crate) fn concurrent_changes_of_host_lose_no_record(runtime: &str) {
     let seed = rand_seed();
     println!("seed {seed}");
     let end = Instant::now() + duration();

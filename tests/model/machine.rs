@@ -5,7 +5,7 @@
 //! the server is the cause.
 
 use crate::operation::{ATTRIBUTES, Directory, Location, NAMES, Operation, SLOTS, Target};
-use crate::support::pattern;
+use testing::pattern;
 
 /// An answer, or the error number.
 pub(crate) type Result<T> = std::result::Result<T, i32>;

@@ -1,7 +1,8 @@
 //! The passthrough file system against a plain directory: random sequences of operations, through
 //! the socket and by system calls, must return the same and leave the same.
 //!
-//! `RINGFSD_MODEL_CASES` sets more cases than the gate has time for.
+//! `RINGFSD_MODEL_CASES` sets more cases than the gate has time for. It is a process of its own, because
+//! its umask is empty, so that the modes of plain files are those that are asked for.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,20 +16,18 @@ mod host;
 mod kernel;
 mod machine;
 mod operation;
-#[path = "../support/mod.rs"]
-mod support;
 mod together;
 mod tree;
 
 use std::cell::{Cell, RefCell};
 
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use testing::{Server, both_runtimes};
 
 use guest::Behind;
 use host::Plain;
 use machine::Machine;
 use operation::{Operation, case};
-use support::Server;
 use tree::tree;
 use vmm::fuse::{Client, Guest};
 use vmm::{Options, Profile};
@@ -129,36 +128,33 @@ fn answers_and_leaves_the_same(arguments: &[&str], usual: u32) {
     server.wait_until_it_listens();
 }
 
-fn every_answer_is_the_hosts(runtime: &str) {
+#[both_runtimes]
+fn random_operations_return_what_plain_directory_returns(runtime: &str) {
     answers_and_leaves_the_same(&["--runtime", runtime], 100);
 }
 
-fn every_answer_is_the_hosts_with_few_descriptors(runtime: &str) {
+#[both_runtimes]
+fn random_operations_with_few_descriptors_return_what_plain_directory_returns(runtime: &str) {
     let arguments = ["--runtime", runtime, "--max-open-inodes", "8"];
     answers_and_leaves_the_same(&arguments, 50);
 }
 
-fn clients_at_once_disturb_nobody(runtime: &str) {
-    together::clients_at_once_disturb_nobody(runtime, &[]);
+#[both_runtimes]
+fn concurrent_clients_see_only_their_own_changes(runtime: &str) {
+    together::concurrent_clients_see_only_their_own_changes(runtime, &[]);
 }
 
-fn clients_at_once_disturb_nobody_with_few_descriptors(runtime: &str) {
-    together::clients_at_once_disturb_nobody(runtime, &["--max-open-inodes", "8"]);
+#[both_runtimes]
+fn concurrent_clients_with_few_descriptors_see_only_their_own_changes(runtime: &str) {
+    together::concurrent_clients_see_only_their_own_changes(runtime, &["--max-open-inodes", "8"]);
 }
 
-fn nothing_is_lost_when_host_and_guest_take_turns(runtime: &str) {
-    changes::nothing_is_lost_when_host_and_guest_take_turns(runtime);
+#[both_runtimes]
+fn alternating_changes_of_host_and_guest_lose_no_record(runtime: &str) {
+    changes::alternating_changes_of_host_and_guest_lose_no_record(runtime);
 }
 
-fn nothing_is_lost_while_the_host_changes_the_share(runtime: &str) {
-    changes::nothing_is_lost_while_the_host_changes_the_share(runtime);
+#[both_runtimes]
+fn concurrent_changes_of_host_lose_no_record(runtime: &str) {
+    changes::concurrent_changes_of_host_lose_no_record(runtime);
 }
-
-on_both_runtimes!(
-    every_answer_is_the_hosts,
-    every_answer_is_the_hosts_with_few_descriptors,
-    clients_at_once_disturb_nobody,
-    clients_at_once_disturb_nobody_with_few_descriptors,
-    nothing_is_lost_when_host_and_guest_take_turns,
-    nothing_is_lost_while_the_host_changes_the_share,
-);

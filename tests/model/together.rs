@@ -8,6 +8,7 @@ use std::path::Path;
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, TestRunner};
+use testing::Server;
 use vmm::fuse::wire::init;
 use vmm::fuse::{Client, LINUX_OFFERS, Lane, ROOT};
 use vmm::{Options, Profile};
@@ -16,7 +17,6 @@ use crate::guest::Behind;
 use crate::host::Plain;
 use crate::machine::Machine;
 use crate::operation::case;
-use crate::support::Server;
 use crate::tree::tree;
 use crate::{act_as_myself, cases, compare};
 
@@ -29,7 +29,7 @@ const WHOLE: u32 = 20_000;
 /// How often each client replaces a name between two cases.
 const REPLACED: u8 = 10;
 
-pub(crate) fn clients_at_once_disturb_nobody(runtime: &str, more: &[&str]) {
+pub(crate) fn concurrent_clients_see_only_their_own_changes(runtime: &str, more: &[&str]) {
     let mut arguments = vec![
         "--runtime",
         runtime,

@@ -29,6 +29,7 @@ use std::sync::atomic::AtomicUsize;
 use clap::Parser;
 use rustix::mount::MountFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use vmm::Chain;
 use vmm::connection::message::feature;
 use vmm::session::SessionError;
 use vmm::{Event, Profile, Region, Session};
@@ -97,7 +98,7 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bridge: {}", vmm::error_chain(&error));
+            eprintln!("bridge: {}", Chain(&error));
             ExitCode::FAILURE
         }
     }
@@ -204,10 +205,7 @@ impl Bridge {
             None => Ok(()),
         });
         if let Err(error) = destroyed {
-            eprintln!(
-                "bridge: ending the file system failed: {}",
-                vmm::error_chain(&error)
-            );
+            eprintln!("bridge: ending the file system failed: {}", Chain(&error));
         }
     }
 

@@ -6,11 +6,11 @@
 
 pub mod count;
 pub mod decode;
-pub mod front_record;
 pub mod guest;
-pub mod moved;
+pub mod migration;
 pub mod request;
 pub mod ring;
+pub mod session_snapshot;
 pub mod share;
 pub mod source;
 pub mod state;

@@ -16,10 +16,10 @@ fn main() -> std::io::Result<()> {
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
-        ("moved", moved()),
+        ("migration", migration()),
         ("vhost_user", vhost_user()),
         ("state", state()),
-        ("front_record", front_record()),
+        ("session_snapshot", session_snapshot()),
     ];
     for (target, seeds) in targets {
         let dir = Path::new(&dir).join(target);
@@ -42,7 +42,7 @@ fn table(first: &[[u8; 5]]) -> Vec<u8> {
 }
 
 /// States of sessions, without their checksums.
-fn moved() -> Seeds {
+fn migration() -> Seeds {
     let inode = |node, from, name: &str, kind| Inode {
         node,
         lookups: 2,
@@ -142,7 +142,7 @@ fn state() -> Seeds {
 }
 
 /// What a session of the front leaves, without what a record begins with.
-fn front_record() -> Seeds {
+fn session_snapshot() -> Seeds {
     const NO_FD: u32 = u32::MAX;
     // The socket, flags, features and protocol features.
     let agreed = |flags: u32| words(&[5, flags, 0, 1, 0x820b, 0], &[]);

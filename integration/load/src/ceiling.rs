@@ -181,9 +181,13 @@ fn in_threads(spec: Spec, options: &Ceiling) -> Result<Measurement, CeilingError
 
 #[cfg(test)]
 mod tests {
+    use testing::allocations::{Counting, of_this_thread};
+
     use super::*;
-    use crate::allocations;
     use crate::cli::Wait;
+
+    #[global_allocator]
+    static COUNTING: Counting = Counting;
 
     #[test]
     fn no_case_allocates_for_a_request() {
@@ -192,7 +196,7 @@ mod tests {
             let mut rig = rig(spec).unwrap();
             let mut lane = Lane::new(rig.queue, rig.programs, 0, None);
             let clock = Clock::start();
-            let before = allocations::count();
+            let before = of_this_thread();
             lane.start(&clock).unwrap();
             for _ in 0..1000 {
                 rig.responder.turn();
@@ -200,7 +204,7 @@ mod tests {
             }
             rig.responder.turn();
             lane.turn(&clock, Phase::Stop, &rig.forgets).unwrap();
-            assert_eq!(allocations::count(), before, "{case}");
+            assert_eq!(of_this_thread(), before, "{case}");
             assert!(lane.is_idle());
             let done = lane.finish().latencies.count();
             assert_eq!(done, 1000 * u64::from(spec.depth), "{case}");

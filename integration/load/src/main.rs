@@ -2,8 +2,6 @@
 //!
 //! It parses the options, runs the command, and prints the chain of an error once.
 
-#[cfg(test)]
-mod allocations;
 mod bare;
 mod ceiling;
 mod cli;
@@ -27,6 +25,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
+use vmm::Chain;
 
 use cli::{Command, Options};
 
@@ -45,7 +44,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("load: {}", vmm::error_chain(&*error));
+            eprintln!("load: {}", Chain(&*error));
             ExitCode::FAILURE
         }
     }

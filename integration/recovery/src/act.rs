@@ -1,21 +1,20 @@
 //! What a guest does, and the request for it.
 //!
-//! The invariant: a request contains everything that is to be done; nothing of it is left to the
-//! model.
+//! The invariant: an act says everything that is to be done; the model only says by which numbers the
+//! server knows what an act names.
 
 use std::ffi::CString;
 
 use vmm::Session;
 use vmm::fuse::wire::{
-    AttrOut, BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, GetattrIn, LinkIn, LkOut,
-    MkdirIn, MknodIn, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, SetattrIn, WriteIn, WriteOut,
-    opcode, setattr,
+    AttrOut, BatchForgetIn, CreateIn, EntryOut, FileLock, ForgetIn, ForgetOne, GetattrIn, LinkIn,
+    LkIn, LkOut, MkdirIn, MknodIn, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, SetattrIn,
+    WriteIn, WriteOut, opcode, setattr,
 };
 use vmm::fuse::{Call, Client, FuseError, Pending};
 use zerocopy::IntoBytes;
 
-use crate::guest::Guest;
-use crate::model::{Key, Name, Open};
+use crate::model::{Key, Model, Name, Open};
 
 /// Something that the guest does.
 #[derive(Clone, Debug)]
@@ -58,7 +57,7 @@ impl Act {
     /// Sends the request.
     pub(crate) fn send(
         &self,
-        guest: &Guest,
+        model: &Model,
         fs: &mut Client<Session>,
     ) -> Result<Pending, FuseError> {
         let flags = |append: bool| {
@@ -73,7 +72,7 @@ impl Act {
                     umask: 0,
                     open_flags: 0,
                 };
-                let call = Call::new(opcode::CREATE, guest.dir(*name)).arg(create.as_bytes());
+                let call = Call::new(opcode::CREATE, model.dir(*name)).arg(create.as_bytes());
                 fs.submit(call.name(&name.c()).reply_of::<(EntryOut, OpenOut)>())
             }
             Self::Mknod(name, mode) => {
@@ -81,7 +80,7 @@ impl Act {
                     mode: libc::S_IFIFO | mode,
                     ..MknodIn::default()
                 };
-                let call = Call::new(opcode::MKNOD, guest.dir(*name)).arg(mknod.as_bytes());
+                let call = Call::new(opcode::MKNOD, model.dir(*name)).arg(mknod.as_bytes());
                 fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
             }
             Self::Tmpfile(dir, mode) => {
@@ -90,7 +89,7 @@ impl Act {
                     mode: libc::S_IFREG | mode,
                     ..CreateIn::default()
                 };
-                let dir = guest.model.dirs.get(*dir).copied().unwrap_or(0);
+                let dir = model.dirs.get(*dir).copied().unwrap_or(0);
                 let call = Call::new(opcode::TMPFILE, dir).arg(create.as_bytes());
                 fs.submit(call.name(c"/").reply_of::<(EntryOut, OpenOut)>())
             }
@@ -99,46 +98,46 @@ impl Act {
                     mode: *mode,
                     umask: 0,
                 };
-                let call = Call::new(opcode::MKDIR, guest.dir(*name)).arg(mkdir.as_bytes());
+                let call = Call::new(opcode::MKDIR, model.dir(*name)).arg(mkdir.as_bytes());
                 fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
             }
             Self::Symlink(name, target) => {
                 let target = CString::new(target.as_slice()).unwrap_or_default();
                 let link = name.c();
-                let call = Call::new(opcode::SYMLINK, guest.dir(*name)).name(&link);
+                let call = Call::new(opcode::SYMLINK, model.dir(*name)).name(&link);
                 fs.submit(call.name(&target).reply_of::<EntryOut>())
             }
             Self::Link(key, name) => {
                 let link = LinkIn {
-                    oldnodeid: guest.nodeid(*key),
+                    oldnodeid: model.nodeid(*key),
                 };
-                let call = Call::new(opcode::LINK, guest.dir(*name)).arg(link.as_bytes());
+                let call = Call::new(opcode::LINK, model.dir(*name)).arg(link.as_bytes());
                 fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
             }
             Self::Unlink(name) => fs.submit(
-                Call::new(opcode::UNLINK, guest.dir(*name))
+                Call::new(opcode::UNLINK, model.dir(*name))
                     .name(&name.c())
                     .reply(0),
             ),
             Self::Rmdir(name) => fs.submit(
-                Call::new(opcode::RMDIR, guest.dir(*name))
+                Call::new(opcode::RMDIR, model.dir(*name))
                     .name(&name.c())
                     .reply(0),
             ),
             Self::Rename(from, to, flags) => {
                 let rename = Rename2In {
-                    newdir: guest.dir(*to),
+                    newdir: model.dir(*to),
                     flags: *flags,
                     padding: 0,
                 };
-                let call = Call::new(opcode::RENAME2, guest.dir(*from)).arg(rename.as_bytes());
+                let call = Call::new(opcode::RENAME2, model.dir(*from)).arg(rename.as_bytes());
                 fs.submit(call.name(&from.c()).name(&to.c()).reply(0))
             }
             Self::Lookup(name) => {
-                let call = Call::new(opcode::LOOKUP, guest.dir(*name));
+                let call = Call::new(opcode::LOOKUP, model.dir(*name));
                 fs.submit(call.name(&name.c()).reply_of::<EntryOut>())
             }
-            Self::Getattr(key) => getattr(fs, guest.nodeid(*key)),
+            Self::Getattr(key) => getattr(fs, model.nodeid(*key)),
             Self::Gone(nodeid) => getattr(fs, *nodeid),
             Self::Chmod(key, mode) => {
                 let setattr = SetattrIn {
@@ -146,7 +145,7 @@ impl Act {
                     mode: *mode,
                     ..SetattrIn::default()
                 };
-                let call = Call::new(opcode::SETATTR, guest.nodeid(*key));
+                let call = Call::new(opcode::SETATTR, model.nodeid(*key));
                 fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
             }
             Self::Truncate(key, size) => {
@@ -155,16 +154,16 @@ impl Act {
                     size: *size as u64,
                     ..SetattrIn::default()
                 };
-                let call = Call::new(opcode::SETATTR, guest.nodeid(*key));
+                let call = Call::new(opcode::SETATTR, model.nodeid(*key));
                 fs.submit(call.arg(setattr.as_bytes()).reply_of::<AttrOut>())
             }
             Self::Readlink(key) => {
-                fs.submit(Call::new(opcode::READLINK, guest.nodeid(*key)).reply(4096))
+                fs.submit(Call::new(opcode::READLINK, model.nodeid(*key)).reply(4096))
             }
             Self::List(dir) | Self::ListPlus(dir) => {
-                let nodeid = guest.model.dirs.get(*dir).copied().unwrap_or(0);
+                let nodeid = model.dirs.get(*dir).copied().unwrap_or(0);
                 let read = ReadIn {
-                    fh: guest.listings.get(*dir).copied().unwrap_or(0),
+                    fh: model.listings.get(*dir).copied().unwrap_or(0),
                     size: 16 << 10,
                     ..ReadIn::default()
                 };
@@ -184,7 +183,7 @@ impl Act {
                     flags: flags(*append) | truncate.cast_unsigned(),
                     open_flags: 0,
                 };
-                let call = Call::new(opcode::OPEN, guest.nodeid(*key)).arg(open.as_bytes());
+                let call = Call::new(opcode::OPEN, model.nodeid(*key)).arg(open.as_bytes());
                 fs.submit(call.reply_of::<OpenOut>())
             }
             Self::Read(open, offset, size) => {
@@ -194,7 +193,7 @@ impl Act {
                     size: *size,
                     ..ReadIn::default()
                 };
-                let call = Call::new(opcode::READ, guest.nodeid(open.key));
+                let call = Call::new(opcode::READ, model.nodeid(open.key));
                 fs.submit(call.arg(read.as_bytes()).reply(*size))
             }
             Self::Write(open, offset, bytes) => {
@@ -205,7 +204,7 @@ impl Act {
                     flags: flags(open.append),
                     ..WriteIn::default()
                 };
-                let call = Call::new(opcode::WRITE, guest.nodeid(open.key)).arg(write.as_bytes());
+                let call = Call::new(opcode::WRITE, model.nodeid(open.key)).arg(write.as_bytes());
                 fs.submit(call.arg(bytes).reply_of::<WriteOut>())
             }
             Self::Release(open) => {
@@ -215,22 +214,22 @@ impl Act {
                     release_flags: 0,
                     lock_owner: 0,
                 };
-                let call = Call::new(opcode::RELEASE, guest.nodeid(open.key));
+                let call = Call::new(opcode::RELEASE, model.nodeid(open.key));
                 fs.submit(call.arg(release.as_bytes()).reply(0))
             }
             Self::Lock(open, locks) => {
-                let lock = guest.lock(open, *locks, guest.owner());
-                let call = Call::new(opcode::SETLK, guest.nodeid(open.key)).arg(lock.as_bytes());
+                let lock = lock(model, open, *locks, model.owner());
+                let call = Call::new(opcode::SETLK, model.nodeid(open.key)).arg(lock.as_bytes());
                 fs.submit(call.reply(0))
             }
             Self::TestLock(open) => {
-                let lock = guest.lock(open, true, 0x77);
-                let call = Call::new(opcode::GETLK, guest.nodeid(open.key)).arg(lock.as_bytes());
+                let lock = lock(model, open, true, 0x77);
+                let call = Call::new(opcode::GETLK, model.nodeid(open.key)).arg(lock.as_bytes());
                 fs.submit(call.reply_of::<LkOut>())
             }
             Self::Forget(key, batch) => {
-                let nlookup = guest.model.nodes.get(key).map_or(0, |node| node.lookups);
-                let nodeid = guest.nodeid(*key);
+                let nlookup = model.nodes.get(key).map_or(0, |node| node.lookups);
+                let nodeid = model.nodeid(*key);
                 if *batch {
                     let count = BatchForgetIn { count: 1, dummy: 0 };
                     let one = ForgetOne { nodeid, nlookup };
@@ -260,4 +259,21 @@ fn getattr(fs: &mut Client<Session>, nodeid: u64) -> Result<Pending, FuseError> 
     let asked = GetattrIn::default();
     let call = Call::new(opcode::GETATTR, nodeid).arg(asked.as_bytes());
     fs.submit(call.reply_of::<AttrOut>())
+}
+
+/// A lock of the whole file, or its release.
+fn lock(model: &Model, open: &Open, locks: bool, owner: u64) -> LkIn {
+    let kind = if locks { libc::F_WRLCK } else { libc::F_UNLCK };
+    LkIn {
+        fh: open.fh,
+        owner,
+        lk: FileLock {
+            start: 0,
+            end: i64::MAX.cast_unsigned(),
+            r#type: kind.cast_unsigned(),
+            pid: model.guest + 1,
+        },
+        lk_flags: 0,
+        padding: 0,
+    }
 }

@@ -24,7 +24,7 @@ pub(crate) fn guest(
 }
 
 fn noticed(guest: &Guest, place: &str, what: &str) -> Failure {
-    Failure::Noticed(format!("guest {}: {place}: {what}", guest.number))
+    Failure::Noticed(format!("guest {}: {place}: {what}", guest.model.guest))
 }
 
 fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failure> {
@@ -73,7 +73,7 @@ fn by_requests(fs: &mut Client<Session>, guest: &mut Guest) -> Result<(), Failur
 }
 
 fn on_host(guest: &Guest, dir: usize, share: &Path) -> Result<(), Failure> {
-    let path = share.join(directory(guest.number, dir));
+    let path = share.join(directory(guest.model.guest, dir));
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&path)? {
         found.push(entry?.file_name().to_string_lossy().into_owned());

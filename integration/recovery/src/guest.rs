@@ -5,7 +5,7 @@
 use std::ffi::CString;
 
 use vmm::Session;
-use vmm::fuse::wire::{AttrOut, Dirent, EntryOut, FileLock, LkIn, LkOut, OpenOut, WriteOut};
+use vmm::fuse::wire::{AttrOut, Dirent, EntryOut, LkOut, OpenOut, WriteOut};
 use vmm::fuse::{Client, FuseError, Pending, ROOT, Reply};
 use zerocopy::FromBytes;
 
@@ -42,13 +42,10 @@ struct InFlight {
 /// One of the guest's threads.
 #[derive(Debug)]
 pub(crate) struct Guest {
-    pub(crate) number: u32,
     pub(crate) model: Model,
     dice: Dice,
     /// Whether files may lose their last name while they are open.
     pub(crate) nameless: bool,
-    /// Handles of the directories, open from the beginning to the end.
-    pub(crate) listings: [u64; 2],
     in_flight: Option<InFlight>,
     /// Node ids that were forgotten and not requested since.
     forgotten: Vec<u64>,
@@ -64,19 +61,17 @@ impl Guest {
         seed: u64,
         nameless: bool,
     ) -> Result<Self, FuseError> {
-        let mut model = Model::default();
-        let mut listings = [0; 2];
-        for (at, (dir, listing)) in model.dirs.iter_mut().zip(&mut listings).enumerate() {
+        let mut model = Model::new(number);
+        let places = model.dirs.iter_mut().zip(&mut model.listings);
+        for (at, (dir, listing)) in places.enumerate() {
             let name = CString::new(directory(number, at)).unwrap_or_default();
             *dir = fs.mkdir(ROOT, &name, 0o755)?.nodeid;
             *listing = fs.opendir(*dir)?.fh;
         }
         Ok(Self {
-            number,
             model,
             dice: Dice(seed),
             nameless,
-            listings,
             in_flight: None,
             forgotten: Vec::new(),
             lasting: Vec::new(),
@@ -99,7 +94,7 @@ impl Guest {
         let unique = it.pending.unique();
         Some(format!(
             "{unique:#x} of guest {}: {}",
-            self.number,
+            self.model.guest,
             it.act.describe()
         ))
     }
@@ -108,7 +103,7 @@ impl Guest {
     pub(crate) fn submit(&mut self, fs: &mut Client<Session>) -> Result<(), FuseError> {
         let act = self.choose();
         let refused = self.refusal(&act);
-        let pending = act.send(self, fs)?;
+        let pending = act.send(&self.model, fs)?;
         self.in_flight = Some(InFlight {
             act,
             refused,
@@ -284,34 +279,6 @@ impl Guest {
         }
     }
 
-    pub(crate) fn nodeid(&self, key: Key) -> u64 {
-        self.model.nodes.get(&key).map_or(0, |node| node.nodeid)
-    }
-
-    pub(crate) fn dir(&self, name: Name) -> u64 {
-        self.model.dirs.get(name.dir).copied().unwrap_or(0)
-    }
-
-    pub(crate) fn lock(&self, open: &Open, locks: bool, owner: u64) -> LkIn {
-        let kind = if locks { libc::F_WRLCK } else { libc::F_UNLCK };
-        LkIn {
-            fh: open.fh,
-            owner,
-            lk: FileLock {
-                start: 0,
-                end: i64::MAX.cast_unsigned(),
-                r#type: kind.cast_unsigned(),
-                pid: self.number + 1,
-            },
-            lk_flags: 0,
-            padding: 0,
-        }
-    }
-
-    pub(crate) fn owner(&self) -> u64 {
-        0x1000 + u64::from(self.number)
-    }
-
     /// Takes a reply.
     pub(crate) fn finish(&mut self, reply: Result<Reply, FuseError>) -> Result<(), Failure> {
         let Some(it) = self.in_flight.take() else {
@@ -320,7 +287,7 @@ impl Guest {
         let unique = it.pending.unique();
         let noticed = |what: String| {
             let act = it.act.describe();
-            let guest = self.number;
+            let guest = self.model.guest;
             Failure::Noticed(format!(
                 "request {unique:#x} of guest {guest}, {act}: {what}"
             ))
@@ -346,7 +313,7 @@ impl Guest {
         let wrong = self.take_effect(&it.act, &reply);
         wrong.map_or(Ok(()), |what| {
             let act = it.act.describe();
-            let guest = self.number;
+            let guest = self.model.guest;
             let what = format!("request {unique:#x} of guest {guest}, {act}: {what}");
             Err(Failure::Noticed(what))
         })
@@ -444,14 +411,14 @@ impl Guest {
             }
             Act::Getattr(key) => {
                 let out = reply.value::<AttrOut>().unwrap_or_default();
-                self.is_as(*key, self.nodeid(*key), &out.attr)
+                self.is_as(*key, self.model.nodeid(*key), &out.attr)
             }
             Act::Chmod(key, mode) => {
                 let out = reply.value::<AttrOut>().unwrap_or_default();
                 if let Some(node) = model.nodes.get_mut(key) {
                     node.mode = *mode;
                 }
-                self.is_as(*key, self.nodeid(*key), &out.attr)
+                self.is_as(*key, self.model.nodeid(*key), &out.attr)
             }
             Act::Truncate(key, size) => {
                 let out = reply.value::<AttrOut>().unwrap_or_default();
@@ -462,7 +429,7 @@ impl Guest {
                 {
                     content.resize(*size, 0);
                 }
-                self.is_as(*key, self.nodeid(*key), &out.attr)
+                self.is_as(*key, self.model.nodeid(*key), &out.attr)
             }
             Act::Readlink(key) => {
                 let node = model.nodes.get(key)?;

@@ -60,8 +60,12 @@ pub(crate) struct Open {
 /// The state of one guest thread.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Model {
+    /// The thread's number.
+    pub(crate) guest: u32,
     /// Node ids of the two directories.
     pub(crate) dirs: [u64; 2],
+    /// Their handles, open from the beginning to the end.
+    pub(crate) listings: [u64; 2],
     pub(crate) names: BTreeMap<Name, Key>,
     pub(crate) nodes: BTreeMap<Key, Node>,
     pub(crate) open: Vec<Open>,
@@ -69,6 +73,14 @@ pub(crate) struct Model {
 }
 
 impl Model {
+    /// The state of a thread that has no directories yet.
+    pub(crate) fn new(guest: u32) -> Self {
+        Self {
+            guest,
+            ..Self::default()
+        }
+    }
+
     /// Adds a node that was created as `name`.
     pub(crate) fn made(&mut self, name: Name, nodeid: u64, kind: Kind, mode: u32) -> Key {
         let key = self.next;
@@ -113,5 +125,20 @@ impl Model {
         let mut texts: Vec<_> = names.map(|name| name.text()).collect();
         texts.sort();
         texts
+    }
+
+    /// The node id of a node, 0 if it is gone.
+    pub(crate) fn nodeid(&self, key: Key) -> u64 {
+        self.nodes.get(&key).map_or(0, |node| node.nodeid)
+    }
+
+    /// The node id of the directory that a name is in.
+    pub(crate) fn dir(&self, name: Name) -> u64 {
+        self.dirs.get(name.dir).copied().unwrap_or(0)
+    }
+
+    /// The owner of its locks.
+    pub(crate) fn owner(&self) -> u64 {
+        0x1000 + u64::from(self.guest)
     }
 }

@@ -4,7 +4,9 @@
 //! messages is the profile's. Dropping it is the front end's sudden death. The invariant: ring
 //! number `i` of the back end is `queues[i]`, of which 0 is the high-priority queue.
 
+mod activate;
 mod log;
+mod negotiate;
 mod options;
 mod state;
 
@@ -299,3 +301,6 @@ impl Session {
 pub(crate) fn number(index: usize) -> u8 {
     u8::try_from(index).unwrap_or(u8::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,38 +1,15 @@
 //! The load generator's path, from a prepared request to the check of its reply, allocates nothing.
 
 #![expect(clippy::unwrap_used, reason = "a test's fixture may panic")]
-#![expect(unsafe_code, reason = "an allocator can't be written without")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::time::Duration;
 
+use testing::allocations::{Counting, of_this_thread};
 use vmm::fuse::wire::{OutHeader, ReadIn, opcode};
 use vmm::fuse::{Call, Client, Lane, Prepared};
 use vmm::ring::QueueOptions;
 use vmm::{Memory, Queue, Region};
 use zerocopy::IntoBytes;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: each method hands its arguments to `System`'s method of the same name, whose contract
-// is the one that the caller keeps; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller keeps `alloc`'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps `dealloc`'s contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -87,7 +64,7 @@ fn a_prepared_request_allocates_nothing() {
 
     let offset = Prepared::ARGUMENTS + std::mem::offset_of!(ReadIn, offset);
     let mut seen = 0;
-    let before = ALLOCATIONS.get();
+    let before = of_this_thread();
     for round in 0..100_u64 {
         for (position, request) in (0..).zip(&requests) {
             let unique = round * 32 + position;
@@ -103,5 +80,5 @@ fn a_prepared_request_allocates_nothing() {
         }
         assert_eq!(queue.in_flight(), 0);
     }
-    assert_eq!(ALLOCATIONS.get(), before);
+    assert_eq!(of_this_thread(), before);
 }

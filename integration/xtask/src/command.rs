@@ -5,7 +5,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Why a task has failed.
 #[derive(Debug)]
@@ -57,6 +57,23 @@ impl Step {
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.0.env(name, value);
         self
+    }
+
+    /// Runs it to its end, and returns what it has written to its standard output.
+    pub(crate) fn output(mut self) -> Result<String, Failed> {
+        self.0.stdout(Stdio::piped());
+        let line = self.to_string();
+        eprintln!("$ {line}");
+        match self.0.output() {
+            Ok(output) if output.status.success() => {
+                Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+            }
+            Ok(output) => {
+                eprint!("{}", String::from_utf8_lossy(&output.stderr));
+                Err(Failed::Status(line))
+            }
+            Err(error) => Err(Failed::Start(line, error)),
+        }
     }
 
     /// Runs it to its end.

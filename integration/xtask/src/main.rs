@@ -30,7 +30,7 @@ const TASKS: &[Task] = &[
     Task {
         name: "test",
         arguments: "NAME [FILTER...]",
-        help: "one test binary of tests/, `lib`, `loom`, a package of integration/, or tests by name",
+        help: "one file of tests/ or tests/suite/, `lib`, `loom`, a package of integration/, or tests by name",
         run: test,
     },
     Task {
@@ -167,6 +167,7 @@ fn test(repository: &Repository, rest: &[String]) -> Result<(), Failed> {
             .cargo(&["test", "--locked", "--test", name, "--"])
             .args(filter)
             .run(),
+        name if is_module_of_suite(repository, name) => module_of_suite(repository, name, filter),
         name if repository
             .join("integration")
             .join(name)
@@ -192,6 +193,38 @@ fn test(repository: &Repository, rest: &[String]) -> Result<(), Failed> {
 fn is_test_binary(repository: &Repository, name: &str) -> bool {
     let tests = repository.join("tests");
     tests.join(format!("{name}.rs")).is_file() || tests.join(name).join("main.rs").is_file()
+}
+
+/// Whether `tests/suite` has a module of this name.
+fn is_module_of_suite(repository: &Repository, name: &str) -> bool {
+    let module = repository.join("tests/suite").join(format!("{name}.rs"));
+    name != "main" && module.is_file()
+}
+
+/// The tests of a module of `tests/suite`, those of them whose names contain any filter. The harness
+/// runs what matches any of its own filters, so it is asked for the names first.
+fn module_of_suite(repository: &Repository, name: &str, filter: &[String]) -> Result<(), Failed> {
+    let suite = ["test", "--locked", "--test", "suite", "--"];
+    if filter.is_empty() {
+        return repository.cargo(&suite).arg(format!("{name}::")).run();
+    }
+    let listed = repository
+        .cargo(&suite)
+        .args([&format!("{name}::"), "--list", "--format", "terse"])
+        .output()?;
+    let tests: Vec<_> = listed
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+        .filter(|test| test.starts_with(&format!("{name}::")))
+        .filter(|test| filter.iter().any(|part| test.contains(part.as_str())))
+        .collect();
+    if tests.is_empty() {
+        let filter = filter.join("`, `");
+        return Err(Failed::Usage(format!(
+            "no test of `{name}` has `{filter}` in its name"
+        )));
+    }
+    repository.cargo(&suite).arg("--exact").args(tests).run()
 }
 
 /// The module of the library's own loom models.

@@ -312,7 +312,7 @@ fn forgotten_inodes_survive_unmount_but_not_reset() {
 }
 
 #[test]
-fn forgotten_inodes_are_dropped_before_known_inode_is_refused() {
+fn remembered_inodes_are_dropped_before_enfile() {
     let options = Options {
         max_inodes: 3,
         remember_inodes: 10,
