@@ -163,7 +163,6 @@ impl Server {
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
         limits::save();
         self.filter.install()?;
-        sandbox::forget_set_up();
         // The next server needs both if this process is killed, and closing the guest's files may
         // take the kernel seconds.
         self.listener.close_first();
@@ -171,12 +170,16 @@ impl Server {
             self.service.table().close_first();
         }
         let stop = Stop { asked: stop, leave };
-        if let Some(session) = self.left.take() {
-            if let Some(exit) = self.service.resume(session, stop)? {
-                return Ok(exit);
-            }
-        } else if self.first {
+        let left = self.left.take();
+        if left.is_none() && self.first {
             self.service.try_threads()?;
+        }
+        // The last step before it serves: what runs after this stays in memory.
+        sandbox::forget_set_up();
+        if let Some(session) = left
+            && let Some(exit) = self.service.resume(session, stop)?
+        {
+            return Ok(exit);
         }
         self.service.run(&self.listener, stop)
     }

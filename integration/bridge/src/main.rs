@@ -29,7 +29,6 @@ use std::sync::atomic::AtomicUsize;
 use clap::Parser;
 use rustix::mount::MountFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use vmm::Chain;
 use vmm::connection::message::feature;
 use vmm::session::SessionError;
 use vmm::{Event, Profile, Region, Session};
@@ -98,7 +97,7 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bridge: {}", Chain(&error));
+            eprintln!("bridge: {}", vmm::error_chain(&error));
             ExitCode::FAILURE
         }
     }
@@ -205,7 +204,10 @@ impl Bridge {
             None => Ok(()),
         });
         if let Err(error) = destroyed {
-            eprintln!("bridge: ending the file system failed: {}", Chain(&error));
+            eprintln!(
+                "bridge: ending the file system failed: {}",
+                vmm::error_chain(&error)
+            );
         }
     }
 

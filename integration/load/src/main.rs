@@ -25,7 +25,6 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vmm::Chain;
 
 use cli::{Command, Options};
 
@@ -44,7 +43,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("load: {}", Chain(&*error));
+            eprintln!("load: {}", vmm::error_chain(&*error));
             ExitCode::FAILURE
         }
     }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use vmm::fuse::{Client, FuseError, ROOT};
-use vmm::{Chain, Options, Profile, Session};
+use vmm::{Options, Profile, Session};
 
 use guest::Guest;
 use server::{Server, ServerError};
@@ -154,7 +154,7 @@ fn main() -> ExitCode {
     match run(&cli, seed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("kill: seed {seed}: {}", Chain(&failure));
+            eprintln!("kill: seed {seed}: {}", vmm::error_chain(&failure));
             ExitCode::FAILURE
         }
     }

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use vmm::fuse::{Client, Layout, ROOT};
-use vmm::{Chain, Options, Profile};
+use vmm::{Options, Profile};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match run(known, &path, &options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}", Chain(&*error));
+            eprintln!("{}", vmm::error_chain(&*error));
             ExitCode::FAILURE
         }
     }

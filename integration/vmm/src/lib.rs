@@ -21,8 +21,8 @@
 
 #![deny(missing_docs)]
 
-mod chain;
 pub mod connection;
+mod error_chain;
 pub mod event;
 pub mod fuse;
 pub mod memory;
@@ -30,8 +30,8 @@ pub mod profile;
 pub mod ring;
 pub mod session;
 
-pub use chain::Chain;
 pub use connection::Connection;
+pub use error_chain::error_chain;
 pub use event::Event;
 pub use memory::{Buf, Gpa, Memory, Region};
 pub use profile::Profile;

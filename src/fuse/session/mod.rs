@@ -40,6 +40,10 @@ use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId};
 use crate::state::{Agreement as AgreementWords, Table};
 
+/// Longest request that is copied to a small buffer. It has room for every request without a name,
+/// and for those with a name of usual length; a larger buffer takes time to clear.
+const SMALL: usize = 128;
+
 /// Longest request that is copied to the stack: a RENAME2 with two names of 255 bytes.
 const INLINE: usize = 568;
 
@@ -170,11 +174,45 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Serves one request: answers it, or returns the future that will.
     pub fn serve<E: Transport>(self: &Arc<Self>, mut transport: E) -> Outcome {
+        let mut small = [0; SMALL];
+        match fetch(&mut transport, &mut small) {
+            Ok(Fetched::Whole(len)) => {
+                self.serve_bytes(transport, small.get(..len).unwrap_or_default())
+            }
+            Ok(Fetched::Header { wanted }) => self.serve_long(transport, &small, wanted),
+            Err(error) => {
+                self.refuse(transport, &error);
+                Outcome::Done
+            }
+        }
+    }
+
+    /// Serves a request of which the header was read, and which is too long for the small buffer.
+    #[inline(never)]
+    fn serve_long<E: Transport>(
+        self: &Arc<Self>,
+        mut transport: E,
+        small: &[u8],
+        wanted: usize,
+    ) -> Outcome {
         let (mut inline, mut spilled) = ([0; INLINE], Vec::new());
-        let fetched = fetch(&mut transport, &mut inline, &mut spilled)
-            .and_then(|bytes| Ok((bytes, decode_as(bytes, self.agreed())?)));
-        let (bytes, request) = match fetched {
-            Ok(decoded) => decoded,
+        let bytes = match inline.get_mut(..HEADER_LEN.saturating_add(wanted)) {
+            Some(bytes) => bytes,
+            None => {
+                spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
+                &mut spilled[..]
+            }
+        };
+        let (header, rest) = bytes.split_at_mut(HEADER_LEN);
+        header.copy_from_slice(small.get(..HEADER_LEN).unwrap_or_default());
+        let len = HEADER_LEN.saturating_add(transport.read(rest));
+        self.serve_bytes(transport, bytes.get(..len).unwrap_or_default())
+    }
+
+    /// Serves the request that `bytes` begin.
+    fn serve_bytes<E: Transport>(self: &Arc<Self>, mut transport: E, bytes: &[u8]) -> Outcome {
+        let request = match decode_as(bytes, self.agreed()) {
+            Ok(request) => request,
             Err(error) => {
                 self.refuse(transport, &error);
                 return Outcome::Done;
@@ -516,30 +554,24 @@ fn should_log(count: u64) -> bool {
     count <= 16 || count.is_power_of_two()
 }
 
-/// Copies the part of a request that [`decode_as()`] needs to `inline`, or to `spilled` if it is
-/// too long, and returns it.
-fn fetch<'a, E: Transport>(
-    transport: &mut E,
-    inline: &'a mut [u8; INLINE],
-    spilled: &'a mut Vec<u8>,
-) -> Result<&'a [u8], DecodeError> {
-    let (header, rest) = inline.split_at_mut(HEADER_LEN);
+/// What [`fetch`] has read of a request.
+enum Fetched {
+    /// This many bytes: all that [`decode_as()`] needs.
+    Whole(usize),
+    /// The header; what is to be decoded has `wanted` bytes more, for which there is no room.
+    Header { wanted: usize },
+}
+
+/// Copies the part of a request that [`decode_as()`] needs to `small`, if there is room for it.
+fn fetch<E: Transport>(transport: &mut E, small: &mut [u8; SMALL]) -> Result<Fetched, DecodeError> {
+    let (header, rest) = small.split_at_mut(HEADER_LEN);
     let header_len = transport.read(header);
     let wanted = bytes_wanted(
         header.get(..header_len).unwrap_or_default(),
         transport.readable(),
     )?;
-    if let Some(rest) = rest.get_mut(..wanted) {
-        let body_len = transport.read(rest);
-        return Ok(inline
-            .get(..header_len.saturating_add(body_len))
-            .unwrap_or_default());
-    }
-    spilled.reserve_exact(HEADER_LEN.saturating_add(wanted));
-    spilled.extend_from_slice(header);
-    spilled.resize(HEADER_LEN.saturating_add(wanted), 0);
-    let room = spilled.get_mut(HEADER_LEN..).unwrap_or_default();
-    let body_len = transport.read(room);
-    spilled.truncate(HEADER_LEN.saturating_add(body_len));
-    Ok(spilled)
+    Ok(match rest.get_mut(..wanted) {
+        Some(rest) => Fetched::Whole(header_len.saturating_add(transport.read(rest))),
+        None => Fetched::Header { wanted },
+    })
 }
