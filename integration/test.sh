@@ -4,7 +4,8 @@
 # socket, a minute of each fuzz target, other projects' suites on a mount of this machine, real
 # guests, and other projects' suites in those.
 #
-#   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery guest others
+#   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery package
+#                         guest others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -83,6 +84,15 @@ if wanted recovery; then
     target/release/kill --mode state --kills 150
     target/release/kill --mode state --end both --kills 150
     target/release/kill --mode upgraded --kills 20
+fi
+
+if wanted package; then
+    step 'packages: build, install, serve, remove; the crate as it would be published'
+    integration/guest/setup.sh
+    cargo xtask package check
+    # Without compiling: the sources are those that have been compiled.
+    cargo package --locked --offline --no-verify --allow-dirty --quiet
+    integration/package/published.sh
 fi
 
 if wanted guest; then

@@ -141,7 +141,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         return ExitCode::from(if out { OUT } else { HELD });
     }
     let inside = match sandbox::begin(&options, &[]).unwrap() {
-        ForkResult::Guardian(guardian) => {
+        ForkResult::Guardian(mut guardian) => {
             return ExitCode::from(guardian.watch().unwrap().0.pass_on());
         }
         ForkResult::Serving(inside) => inside,

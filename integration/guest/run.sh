@@ -168,7 +168,9 @@ converse() {
 
 start_server() {
     if [[ -n $socket ]]; then
-        server_listens "$socket" || fail "no server listens on $socket"
+        # A server in another network namespace isn't listed here.
+        server_listens "$socket" || [[ $socket == /proc/*/root/* && -S $socket ]] ||
+            fail "no server listens on $socket"
         return
     fi
     socket=$work/socket

@@ -100,6 +100,7 @@ impl From<Isolation> for sandbox::Options {
             users: options.uid_map,
             groups: options.gid_map,
             capabilities: options.modcaps,
+            reports: false,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `docs/recovery.md` describes it as a whole. This room has what is about processes: the
 //! supervisor, which starts a serving process when one was killed; the handover to another program
-//! over `execve`; the `--state` file; and what a process does with what the previous one has left.
+//! over `execve`; the `--state` file; the service manager that watches the server; and what a process does with what the previous one has left.
 //! The table of the session's state is `state`. What is replayed or resumed of a protocol is part
 //! of that protocol: `vhost_user` has the snapshot of its session, `virtqueue` the requests in
 //! flight, `fuse` and `fs` the replay of requests.
@@ -14,6 +14,7 @@ mod exec;
 mod exec_handover;
 mod leftovers;
 mod predecessor;
+mod service_manager;
 mod state_file;
 mod supervision;
 mod supervisor;
@@ -28,5 +29,6 @@ pub use self::upgrade::{AskError, ask, check_for_upgrade};
 
 pub(crate) use self::leftovers::sort_leftovers;
 pub(crate) use self::predecessor::wait_while;
+pub(crate) use self::service_manager::{ServiceManager, Silence, passed_listener};
 pub(crate) use self::state_file::{OpenedTable, TableLocation};
 pub(crate) use self::supervision::{Forked, Resources, Supervision};

@@ -27,6 +27,8 @@ pub(super) enum Event {
     Ended(Ending),
     /// A client asks for an upgrade; with what its signal carried.
     Upgrade(Option<Queued>),
+    /// The server was asked to end, and so was the serving process.
+    Stopping,
 }
 
 /// The serving process.
@@ -85,21 +87,25 @@ impl Supervisor {
     }
 
     /// Waits for the next event. Signals that ask this process to end are passed on to the serving
-    /// process.
+    /// process. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub(super) fn next_event(&mut self) -> std::io::Result<Event> {
+    pub(super) fn next_event(
+        &mut self,
+        timeout: Option<Duration>,
+    ) -> std::io::Result<Option<Event>> {
         loop {
             if let Some(event) = self.poll()? {
-                return Ok(event);
+                return Ok(Some(event));
             }
             if let Some(requested) = self.requested.take() {
-                return Ok(requested);
+                return Ok(Some(requested));
             }
             // A signal that has arrived since then is still pending, as all are blocked.
-            match supervision::take_signal(&SUPERVISED, None)? {
+            match supervision::take_signal(&SUPERVISED, timeout)? {
+                None => return Ok(None),
                 // The kernel delivers the lowest number first, so the report of a process that has
                 // started to serve may be waiting too, and must be read first.
                 Some(signal) if signal.number == libc::SIGHUP => {
@@ -108,8 +114,9 @@ impl Supervisor {
                 Some(signal) if process::ENDING.contains(&signal.number) => {
                     self.asked_by = Some(signal.number);
                     self.signal(Signal::TERM)?;
+                    return Ok(Some(Event::Stopping));
                 }
-                _ => {}
+                Some(_) => {}
             }
         }
     }
@@ -170,6 +177,11 @@ impl Supervisor {
     /// [`next_event`](Self::next_event) have seen one.
     pub(super) fn asked_by(&self) -> Option<i32> {
         self.asked_by
+    }
+
+    /// The serving process, if there is one.
+    pub(super) fn child(&self) -> Option<Pid> {
+        self.child.as_ref().map(|child| child.pid)
     }
 
     /// Whether there is a serving process.

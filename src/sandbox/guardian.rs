@@ -2,8 +2,8 @@
 //! process, and ends the way that process has ended.
 //!
 //! It keeps what the serving process can't: the socket's path, and the process id that the launcher
-//! knows. It reads nothing that a guest or a VMM sends. The invariant: neither process outlives the
-//! other.
+//! knows. It reads nothing that a guest or a VMM sends, and of the serving process's reports only that
+//! there is one. The invariant: neither process outlives the other.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -13,7 +13,9 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use crate::sys::{process, supervision};
+use super::report::Report;
+use crate::sys::process;
+use crate::sys::supervision::{signal_on_input, take_signal};
 
 /// The guardian.
 #[derive(Debug)]
@@ -21,6 +23,21 @@ pub struct Guardian {
     child: Pid,
     /// The write end of the [`DeathPipe`], open as long as the guardian lives.
     _write_end: OwnedFd,
+    /// The pipe on which the serving process reports, if it is to.
+    reports: Option<OwnedFd>,
+    /// The last signal that has asked the server to end.
+    asked_by: Option<i32>,
+}
+
+/// What a guardian waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The serving process reports that it serves.
+    Serving,
+    /// The server was asked to end, and so was the serving process.
+    Stopping,
+    /// The serving process has ended.
+    Ended(Ending),
 }
 
 /// How the serving process has ended.
@@ -33,44 +50,83 @@ pub enum Ending {
 }
 
 impl Guardian {
-    pub(super) fn new(child: Pid, write_end: OwnedFd) -> Self {
+    pub(super) fn new(child: Pid, write_end: OwnedFd, reports: Option<OwnedFd>) -> Self {
         Self {
             child,
             _write_end: write_end,
+            reports,
+            asked_by: None,
         }
     }
 
-    /// Waits for the serving process to end, and passes on to it the signals that ask this process
-    /// to end. Returns the last of these signals, too.
+    /// The serving process.
+    #[must_use]
+    pub fn child(&self) -> Pid {
+        self.child
+    }
+
+    /// Waits for the serving process to end. Returns the signal that asked for it, too.
+    ///
+    /// # Errors
+    ///
+    /// As for [`next_change`](Self::next_change).
+    pub fn watch(&mut self) -> std::io::Result<(Ending, Option<i32>)> {
+        loop {
+            if let Some(Change::Ended(ending)) = self.next_change(None)? {
+                return Ok((ending, self.asked_by));
+            }
+        }
+    }
+
+    /// The last signal that has asked the server to end.
+    #[must_use]
+    pub fn asked_by(&self) -> Option<i32> {
+        self.asked_by
+    }
+
+    /// Waits for the next change; returns `None` after `timeout`. Passes on to the serving process
+    /// the signals that ask this process to end.
     ///
     /// # Errors
     ///
     /// A seccomp filter of the launcher forbids a call.
-    pub fn watch(&self) -> std::io::Result<(Ending, Option<i32>)> {
-        let mut asked_by = None;
+    pub fn next_change(&mut self, timeout: Option<Duration>) -> std::io::Result<Option<Change>> {
+        let ending_signals = process::ending_signals()?;
+        let mut signals = ending_signals.clone();
+        signals.push(libc::SIGCHLD);
+        if self.reports.is_some() {
+            signals.push(libc::SIGIO);
+        }
         loop {
+            if self.reports.as_ref().and_then(Report::read).is_some() {
+                return Ok(Some(Change::Serving));
+            }
             match rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => {}
                 Ok(Some((_, status))) => {
                     if let Some(ending) = Ending::of(status) {
                         // Both processes may have got the signal.
-                        let signals = process::ending_signals()?;
-                        let pending = supervision::take_signal(&signals, Some(Duration::ZERO))?;
-                        return Ok((ending, pending.map(|signal| signal.number).or(asked_by)));
+                        if let Some(signal) = take_signal(&ending_signals, Some(Duration::ZERO))? {
+                            self.asked_by = Some(signal.number);
+                        }
+                        return Ok(Some(Change::Ended(ending)));
                     }
                 }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
             // A signal that has arrived since then is still pending, as all are blocked.
-            let signal = process::next_signal()?;
-            if signal != libc::SIGCHLD {
-                asked_by = Some(signal);
-                match rustix::process::kill_process(self.child, Signal::TERM) {
-                    // It has ended, and its SIGCHLD is pending.
-                    Ok(()) | Err(Errno::SRCH) => {}
-                    Err(error) => return Err(error.into()),
+            match take_signal(&signals, timeout)? {
+                None => return Ok(None),
+                Some(signal) if ending_signals.contains(&signal.number) => {
+                    self.asked_by = Some(signal.number);
+                    match rustix::process::kill_process(self.child, Signal::TERM) {
+                        // It has ended, and its SIGCHLD is pending.
+                        Ok(()) | Err(Errno::SRCH) => return Ok(Some(Change::Stopping)),
+                        Err(error) => return Err(error.into()),
+                    }
                 }
+                Some(_) => {}
             }
         }
     }
@@ -122,6 +178,15 @@ pub(super) struct DeathPipe(OwnedFd);
 pub(super) fn death_pipe() -> Result<(DeathPipe, OwnedFd), Errno> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     Ok((DeathPipe(read), write))
+}
+
+/// Makes the pipe on which the serving process reports: the guardian's end, which announces each
+/// report by `SIGIO`, and the serving process's.
+pub(super) fn report_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    process::block_reports()?;
+    let (reports, report) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    signal_on_input(&reports)?;
+    Ok((reports, report))
 }
 
 impl DeathPipe {

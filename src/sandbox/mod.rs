@@ -26,7 +26,7 @@ use rustix::thread::UnshareFlags;
 
 pub use self::fd_identity::{FdIdentity, Identity};
 pub use self::filter::{Filter, FilterError, Seccomp};
-pub use self::guardian::{Ending, Guardian};
+pub use self::guardian::{Change, Ending, Guardian};
 pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::{Serving, now};
@@ -66,6 +66,8 @@ pub struct Options {
     pub groups: Vec<IdRange>,
     /// Capabilities to keep in addition to those that are needed, and capabilities to drop.
     pub capabilities: CapabilityChanges,
+    /// The serving process reports to its guardian that it serves, also without a supervisor.
+    pub reports: bool,
 }
 
 /// What the server will do, as far as it decides which privileges it keeps.
@@ -191,8 +193,10 @@ pub struct ServingProcess {
     /// Whether there are ids beside the server's own.
     change_ids: bool,
     death_pipe: DeathPipe,
-    /// The pipe on which the process reports to a supervisor.
+    /// The pipe on which the process reports that it serves.
     report: Option<OwnedFd>,
+    /// Whether another process takes over if this one is killed.
+    supervised: bool,
     /// The numbers of the descriptors that both processes have.
     shared: Vec<RawFd>,
     /// The root and the mounts of an earlier serving process, if there was one.
@@ -240,19 +244,29 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
         process::unshare_namespaces(UnshareFlags::NEWPID).map_err(SandboxError::Privilege)?;
     }
     let (death_pipe, write_end) = guardian::death_pipe().map_err(SandboxError::Fork)?;
+    let (reports, report) = if options.reports {
+        let (reports, report) = guardian::report_pipe().map_err(SandboxError::Fork)?;
+        (Some(reports), Some(report))
+    } else {
+        (None, None)
+    };
     match process::fork().map_err(SandboxError::Fork)? {
-        Fork::Parent(child) => Ok(ForkResult::Guardian(Guardian::new(child, write_end))),
+        Fork::Parent(child) => Ok(ForkResult::Guardian(Guardian::new(
+            child, write_end, reports,
+        ))),
         Fork::Child => {
-            drop(write_end);
+            drop((write_end, reports));
             let mut numbers: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
             numbers.push(death_pipe.as_raw_fd());
+            numbers.extend(report.as_ref().map(AsRawFd::as_raw_fd));
             crate::sys::inherit::close_all_but(&numbers).map_err(SandboxError::Descriptors)?;
             Ok(ForkResult::Serving(ServingProcess {
                 options: options.clone(),
                 ids,
                 change_ids: maps.is_none_or(|maps| !maps.is_single()),
                 death_pipe,
-                report: None,
+                report,
+                supervised: false,
                 shared: numbers,
                 previous: None,
             }))
@@ -270,7 +284,7 @@ impl ServingProcess {
     /// Whether another process takes over if this one is killed.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
-        self.report.is_some()
+        self.supervised
     }
 
     /// Confines the process to `share` and drops all privileges that `needs` doesn't name. From
@@ -295,7 +309,7 @@ impl ServingProcess {
             (None, Kind::Chroot) => mounts::chroot(share, needs.readonly)?,
             (None, Kind::None) => mounts::none(share, needs.readonly)?,
         };
-        let supervised = self.report.is_some();
+        let supervised = self.supervised;
         if let Some((uid, gid)) = self.ids {
             privileges::set_ids(uid, gid).map_err(SandboxError::Ids)?;
         }

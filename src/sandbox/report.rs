@@ -49,7 +49,7 @@ impl Report {
     }
 }
 
-/// The serving process's end of the pipe on which it reports to a supervisor that it serves.
+/// The serving process's end of the pipe on which it reports to its guardian that it serves.
 #[derive(Debug, Default)]
 pub struct Serving {
     pub(super) pipe: Option<OwnedFd>,
@@ -58,7 +58,7 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Reports that the process serves; does nothing without a supervisor.
+    /// Reports that the process serves; does nothing if nobody is to know.
     pub fn report(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {

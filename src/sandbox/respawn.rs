@@ -168,6 +168,7 @@ impl Respawn {
             change_ids: self.ids.change,
             death_pipe,
             report: Some(report),
+            supervised: true,
             shared,
             previous,
         }))

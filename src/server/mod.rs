@@ -25,7 +25,9 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
-use crate::recovery::{self, ExecHandover, RecoveryError, Resources, TableLocation};
+use crate::recovery::{
+    self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
+};
 use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
@@ -72,6 +74,7 @@ struct ServerResources {
     listener: Listener,
     state: TableLocation,
     pid_file: Option<PidFile>,
+    manager: ServiceManager,
     layer: Layer,
 }
 
@@ -108,7 +111,9 @@ impl Server {
         if let Some(handover) = handover {
             return ParentProcess::take_over(layer, config, log, handover);
         }
-        let resources = ServerResources::new(config, layer)?;
+        let manager = ServiceManager::from_environment();
+        config.sandbox.reports = manager.wants_reports();
+        let resources = ServerResources::new(config, layer, manager)?;
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
@@ -117,6 +122,7 @@ impl Server {
                 guardian,
                 resources.listener.into_file(),
                 resources.pid_file,
+                resources.manager,
             ))),
             ForkResult::Serving(process) => {
                 resources.serve(process).map(Box::new).map(Started::Serving)
@@ -184,13 +190,20 @@ impl Server {
 }
 
 impl ServerResources {
-    fn new(config: Config, layer: Layer) -> Result<Self, ServerError> {
+    fn new(config: Config, layer: Layer, manager: ServiceManager) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
+        let passed = match &config.listen {
+            Listen::Path(path) => recovery::passed_listener(path)?,
+            Listen::Inherited(_) => None,
+        };
         let listen: Box<dyn FnOnce() -> Result<Listener, ListenError>> = match &config.listen {
             Listen::Path(path) => {
                 let path = path.clone();
                 let replaces = config.replaces_files;
                 Box::new(move || {
+                    if let Some(listener) = passed {
+                        return Ok(listener);
+                    }
                     let bind = || match replaces {
                         true => Listener::bind_over(&path),
                         false => Listener::bind(&path),
@@ -238,6 +251,7 @@ impl ServerResources {
             runtime,
             state,
             pid_file,
+            manager,
             layer,
         })
     }
@@ -288,7 +302,7 @@ impl Resources for ServerResources {
         let fs = (self.layer)(fs);
         let service = Service::over(fs, options, self.runtime, table)
             .keeping(config.state.is_some())
-            .reporting(place.serving, has_waited);
+            .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
             service,
             listener: self.listener,

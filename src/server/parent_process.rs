@@ -8,8 +8,11 @@ use std::os::fd::BorrowedFd;
 
 use super::pid_file::PidFile;
 use super::{Server, ServerError, ServerResources, Started};
-use crate::recovery::{ExecHandover, Forked, RecoveryError, Supervision, TableLocation, Watched};
-use crate::sandbox::{self, Guardian};
+use crate::recovery::{
+    ExecHandover, Forked, RecoveryError, ServiceManager, Silence, Supervision, TableLocation,
+    Watched,
+};
+use crate::sandbox::{self, Change, Ending, Guardian};
 use crate::vhost_user::SocketFile;
 
 /// The part that stays outside of the sandbox: the guardian, and the socket's file, which it
@@ -23,6 +26,7 @@ enum Role {
         guardian: Guardian,
         _socket: Option<SocketFile>,
         _pid_file: Option<PidFile>,
+        manager: ServiceManager,
     },
     Supervising(Box<Supervision<ServerResources>>),
 }
@@ -32,11 +36,13 @@ impl ParentProcess {
         guardian: Guardian,
         socket: Option<SocketFile>,
         pid_file: Option<PidFile>,
+        manager: ServiceManager,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
             _socket: socket,
             _pid_file: pid_file,
+            manager,
         })
     }
 
@@ -64,6 +70,7 @@ impl ParentProcess {
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),
+            manager: ServiceManager::from_environment(),
             layer,
             pid_file: fds.pid_file.map(PidFile::left),
         };
@@ -79,11 +86,34 @@ impl ParentProcess {
     pub fn watch(self, log: Option<BorrowedFd<'_>>) -> Result<Watched<Server>, ServerError> {
         sandbox::forget_set_up();
         match self.0 {
-            Role::Waiting { guardian, .. } => {
-                let (ending, asked_by) = guardian.watch().map_err(RecoveryError::Watch)?;
-                Ok(Watched::Ended { ending, asked_by })
+            Role::Waiting {
+                mut guardian,
+                manager,
+                ..
+            } => {
+                let ending = wait(&mut guardian, manager).map_err(RecoveryError::Watch)?;
+                Ok(Watched::Ended {
+                    ending,
+                    asked_by: guardian.asked_by(),
+                })
             }
             Role::Supervising(supervision) => supervision.watch(log),
+        }
+    }
+}
+
+/// Waits for the serving process to end, and keeps the service manager informed.
+fn wait(guardian: &mut Guardian, mut manager: ServiceManager) -> std::io::Result<Ending> {
+    loop {
+        match guardian.next_change(manager.timeout())? {
+            Some(Change::Ended(ending)) => return Ok(ending),
+            Some(Change::Serving) => manager.serves(),
+            Some(Change::Stopping) => manager.stops(),
+            None => {
+                if manager.check(Some(guardian.child())) == Silence::Hang {
+                    log::error!("the serving process hangs: leaving it to the service manager");
+                }
+            }
         }
     }
 }

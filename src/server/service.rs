@@ -8,7 +8,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::ServerError;
 use super::limits::explain;
@@ -19,9 +19,9 @@ use crate::io::{Choice, Chosen, Engine};
 use crate::migration::{Cause, DeviceState};
 use crate::sandbox::Serving;
 use crate::state::{Limits, Table};
-use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop};
+use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
-use crate::worker::{Threads, ThreadsError, WorkerPool, WorkerPoolError};
+use crate::worker::{Pings, Threads, ThreadsError, WorkerPool, WorkerPoolError};
 
 /// How a server's run is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,8 @@ pub struct Service {
     keeps: bool,
     /// To be told once a VMM is served, or can connect.
     serving: Serving,
+    /// How often that is repeated while everything runs, if at all.
+    heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
 }
@@ -95,6 +97,7 @@ impl Service {
             table,
             keeps: false,
             serving: Serving::default(),
+            heartbeat: None,
             has_waited: false,
         }
     }
@@ -105,10 +108,16 @@ impl Service {
         self
     }
 
-    /// Reports to `serving`; `has_waited` says that a process before this one has logged that a VMM can
-    /// connect.
-    pub(super) fn reporting(mut self, serving: Serving, has_waited: bool) -> Self {
+    /// Reports to `serving`, and does so again every `heartbeat`; `has_waited` says that a process
+    /// before this one has logged that a VMM can connect.
+    pub(super) fn reporting(
+        mut self,
+        serving: Serving,
+        heartbeat: Option<Duration>,
+        has_waited: bool,
+    ) -> Self {
         self.serving = serving;
+        self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
     }
@@ -141,7 +150,8 @@ impl Service {
                 log::info!("Waiting for vhost-user socket connection on {name}");
                 self.table.set_announced();
             }
-            if vhost_user::wait_readable(listener, stop.asked).map_err(ServerError::Accept)? {
+            let woken = self.wait_for_vmm(listener, stop);
+            if woken.map_err(ServerError::Accept)? == Woken::Stop {
                 log::info!("asked to stop");
                 return Ok(if stop.leaves() {
                     Exit::Left
@@ -164,6 +174,17 @@ impl Service {
             };
             if let Some(exit) = self.exit_after(end) {
                 return Ok(exit);
+            }
+        }
+    }
+
+    /// Waits for the next VMM to connect.
+    fn wait_for_vmm(&self, listener: &Listener, stop: Stop<'_>) -> io::Result<Woken> {
+        loop {
+            let time = self.heartbeat.map(|interval| Instant::now() + interval);
+            match vhost_user::wait_readable(listener, stop.asked, time)? {
+                Woken::Time => self.serving.report(),
+                woken => return Ok(woken),
             }
         }
     }
@@ -262,6 +283,7 @@ impl Service {
             fs: &*self.fs,
             pool,
             serving: &self.serving,
+            heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
         };
         let end = run(&self.options.device, &mut workers, &self.table, stop);
@@ -312,8 +334,42 @@ struct SessionWorkers<'a> {
     fs: &'a dyn FileSystem,
     pool: Workers,
     serving: &'a Serving,
+    heartbeat: Option<Heartbeat>,
     /// The connection has started a queue, or has said what is to become of what the guest holds.
     has_taken_over: bool,
+}
+
+/// Shows from time to time that the session's threads run.
+#[derive(Debug)]
+struct Heartbeat {
+    interval: Duration,
+    due: Instant,
+    pings: Pings,
+}
+
+impl Heartbeat {
+    fn new(interval: Duration) -> Self {
+        Self {
+            interval,
+            due: Instant::now(),
+            pings: Pings::default(),
+        }
+    }
+
+    /// Once it is due: whether all threads have replied to the last pings. Those that haven't are
+    /// given until the next time.
+    fn beat(&mut self, workers: &Workers) -> bool {
+        let now = Instant::now();
+        if now < self.due {
+            return false;
+        }
+        self.due = now + self.interval;
+        let alive = self.pings.are_answered();
+        if alive {
+            self.pings = workers.ping();
+        }
+        alive
+    }
 }
 
 impl Runner for SessionWorkers<'_> {
@@ -344,6 +400,14 @@ impl Runner for SessionWorkers<'_> {
     fn resumed(&mut self) {
         log::info!("the session goes on");
         self.serving.report();
+    }
+
+    fn heartbeat(&mut self) -> Option<Instant> {
+        let heartbeat = self.heartbeat.as_mut()?;
+        if heartbeat.beat(&self.pool) {
+            self.serving.report();
+        }
+        Some(heartbeat.due)
     }
 
     fn device_state(&mut self) -> Arc<dyn DeviceState> {

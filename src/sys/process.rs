@@ -143,6 +143,15 @@ pub(crate) fn block_signals() -> Result<(), Errno> {
     mask(libc::SIG_BLOCK, &guarded()?)
 }
 
+/// Blocks `SIGIO`, which announces a report of the serving process.
+///
+/// # Errors
+///
+/// The error of a seccomp filter.
+pub(crate) fn block_reports() -> Result<(), Errno> {
+    mask(libc::SIG_BLOCK, &[libc::SIGIO])
+}
+
 /// Blocks the supervisor's signals too ([`SUPERVISED`]). Installs a handler for `SIGHUP`, which
 /// never runs: it shows in `/proc/PID/status` that the signal doesn't end this process.
 ///
@@ -242,25 +251,6 @@ fn is_ignored(signal: libc::c_int) -> Result<bool, Errno> {
     match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) } {
         0 => Ok(action.sa_sigaction == libc::SIG_IGN),
         _ => Err(last_errno()),
-    }
-}
-
-/// Waits for one of the blocked signals and returns its number.
-///
-/// # Errors
-///
-/// The error of a seccomp filter.
-pub(crate) fn next_signal() -> Result<libc::c_int, Errno> {
-    let set = signal_set(&guarded()?);
-    loop {
-        // SAFETY: the kernel reads `set`, and no information on the signal is requested.
-        match unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) } {
-            -1 => match last_errno() {
-                Errno::INTR => {}
-                errno => return Err(errno),
-            },
-            signal => return Ok(signal),
-        }
     }
 }
 

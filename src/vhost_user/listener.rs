@@ -62,6 +62,16 @@ pub enum ListenError {
         #[source]
         source: io::Error,
     },
+    /// None of the sockets that a service manager has passed is the one of `--socket`.
+    #[error(
+        "the service manager has passed {others} and not {path}, given with --socket: give the socket          unit's ListenStream= to --socket"
+    )]
+    NotPassed {
+        /// The path of `--socket`.
+        path: PathBuf,
+        /// The sockets that were passed.
+        others: String,
+    },
     /// The descriptor of `--fd` is not open.
     #[error("descriptor {fd}, given with --fd, was not left open by the launcher")]
     NotOpen {
@@ -259,6 +269,13 @@ impl Listener {
     /// If the process is killed, makes the kernel close the socket before the guest's files.
     pub fn close_first(&mut self) {
         self.first = Some(First::new(&self.socket));
+    }
+
+    /// Whether this is the socket at `path`.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        let address = self.socket.local_addr().ok();
+        address.as_ref().and_then(SocketAddr::as_pathname) == Some(path)
     }
 
     /// Waits for the next connection and accepts it.

@@ -39,6 +39,8 @@ pub(super) enum Incoming {
     Stop,
     /// The [`Watch`] fired and no message has arrived.
     WatchFired,
+    /// A heartbeat is due, and no message has arrived.
+    HeartbeatDue,
     /// The rest of a message has not arrived in time.
     Stalled {
         /// Bytes of it that have arrived.
@@ -68,15 +70,16 @@ pub(super) enum Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// The longest time that `poll(2)` may wait.
-    fn timeout(self) -> Option<Timespec> {
-        let Self::Until(end) = self else { return None };
-        let left = end.saturating_duration_since(Instant::now());
-        Timespec::try_from(left).ok()
+    fn time(self) -> Option<Instant> {
+        match self {
+            Self::Until(time) => Some(time),
+            Self::Nothing | Self::Readable(_) => None,
+        }
     }
 }
 
-/// Waits for the next message on `socket`, until `stop` is readable, or until `watch` fires.
+/// Waits for the next message on `socket`, until `stop` is readable, until `watch` fires, or until
+/// `heartbeat`.
 ///
 /// # Errors
 ///
@@ -85,7 +88,17 @@ pub(super) fn wait(
     socket: &UnixStream,
     stop: BorrowedFd<'_>,
     watch: Watch<'_>,
+    heartbeat: Option<Instant>,
 ) -> std::io::Result<Incoming> {
+    let heartbeat_is_first = match (heartbeat, watch.time()) {
+        (Some(heartbeat), Some(watch)) => heartbeat < watch,
+        (heartbeat, _) => heartbeat.is_some(),
+    };
+    let time = if heartbeat_is_first {
+        heartbeat
+    } else {
+        watch.time()
+    };
     // When the first part of an incomplete message was seen.
     let mut started = None;
     loop {
@@ -99,7 +112,7 @@ pub(super) fn wait(
         // With part of a message in it the socket is always readable, so it can't be polled for the
         // rest.
         let polled = match started {
-            None => poll(&mut fds, watch.timeout().as_ref()),
+            None => poll(&mut fds, super::timeout_until(time).as_ref()),
             Some(_) => poll(&mut fds[..1], Some(&INTERVAL)),
         };
         match polled {
@@ -109,6 +122,9 @@ pub(super) fn wait(
         }
         if !fds[0].revents().is_empty() {
             return Ok(Incoming::Stop);
+        }
+        if polled == Ok(0) && started.is_none() && heartbeat_is_first {
+            return Ok(Incoming::HeartbeatDue);
         }
         let fired = polled == Ok(0) || !fds[2].revents().is_empty();
         if started.is_none() && fired && fds[1].revents().is_empty() {
@@ -255,9 +271,23 @@ mod tests {
         let (stop, mut stopper) = pair();
         theirs.write_all(&message(8, 1)).unwrap();
         let waiting =
-            std::thread::spawn(move || wait(&ours, stop.as_fd(), Watch::Nothing).unwrap());
+            std::thread::spawn(move || wait(&ours, stop.as_fd(), Watch::Nothing, None).unwrap());
         stopper.write_all(&[0]).unwrap();
         assert_eq!(waiting.join().unwrap(), Incoming::Stop);
+    }
+
+    #[test]
+    fn heartbeat_is_due_before_later_watch_and_after_earlier_one() {
+        let (ours, mut theirs) = pair();
+        let (stop, _stopper) = pair();
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1000);
+        let on = |watch, heartbeat| wait(&ours, stop.as_fd(), watch, Some(heartbeat)).unwrap();
+        assert_eq!(on(Watch::Nothing, now), Incoming::HeartbeatDue);
+        assert_eq!(on(Watch::Until(later), now), Incoming::HeartbeatDue);
+        assert_eq!(on(Watch::Until(now), later), Incoming::WatchFired);
+        theirs.write_all(&message(0, 0)).unwrap();
+        assert!(matches!(on(Watch::Nothing, now), Incoming::Message { .. }));
     }
 
     #[test]
@@ -266,7 +296,7 @@ mod tests {
         let (stop, _stopper) = pair();
         let (event, mut other) = pair();
         let late = Watch::Until(Instant::now());
-        let on = |watch| wait(&ours, stop.as_fd(), watch).unwrap();
+        let on = |watch| wait(&ours, stop.as_fd(), watch, None).unwrap();
         assert_eq!(on(late), Incoming::WatchFired);
         other.write_all(&[0]).unwrap();
         assert_eq!(on(Watch::Readable(event.as_fd())), Incoming::WatchFired);

@@ -23,6 +23,7 @@ mod vring;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
@@ -56,6 +57,12 @@ pub trait Runner {
     /// Reports that all queues run again that ran in the previous server process.
     fn resumed(&mut self) {}
 
+    /// Reports that the session runs, if it is time to. Returns when to call this again at the
+    /// latest, if at all.
+    fn heartbeat(&mut self) -> Option<Instant> {
+        None
+    }
+
     /// Returns what saves and loads the state of the guest's session. By default neither is
     /// supported.
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
@@ -81,22 +88,45 @@ impl Stop<'_> {
     }
 }
 
-/// Polls two descriptors until one of them is readable or closed; returns true if `stop` is.
+/// What has ended [`wait_readable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// The server was asked to stop.
+    Stop,
+    /// The descriptor is readable or closed.
+    Readable,
+    /// The time has come.
+    Time,
+}
+
+/// Polls two descriptors until one of them is readable or closed, at the longest until `time`.
 ///
 /// # Errors
 ///
 /// Fails as `poll(2)` does.
-pub fn wait_readable(fd: impl AsFd, stop: BorrowedFd<'_>) -> std::io::Result<bool> {
+pub fn wait_readable(
+    fd: impl AsFd,
+    stop: BorrowedFd<'_>,
+    time: Option<Instant>,
+) -> std::io::Result<Woken> {
     use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [
         PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(stop, PollFlags::IN),
     ];
     loop {
-        match poll(&mut fds, None) {
-            Ok(_) => return Ok(!fds[1].revents().is_empty()),
+        match poll(&mut fds, timeout_until(time).as_ref()) {
+            Ok(0) => return Ok(Woken::Time),
+            Ok(_) if !fds[1].revents().is_empty() => return Ok(Woken::Stop),
+            Ok(_) => return Ok(Woken::Readable),
             Err(rustix::io::Errno::INTR) => (),
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// The longest time that `poll(2)` may wait; `None` if there is no limit.
+fn timeout_until(time: Option<Instant>) -> Option<rustix::event::Timespec> {
+    let left = time?.saturating_duration_since(Instant::now());
+    rustix::event::Timespec::try_from(left).ok()
 }

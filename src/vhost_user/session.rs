@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vhost::vhost_user::Error as ProtocolError;
 
@@ -342,6 +343,10 @@ impl<'a, R: Runner> Session<'a, R> {
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
+    }
+
+    pub(super) fn heartbeat(&mut self) -> Option<Instant> {
+        self.runner.heartbeat()
     }
 
     /// To be called when a snapshot was saved: uses a back channel that the front end has opened. If

@@ -89,9 +89,12 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
                 .then(|| self.session.first_kick())
                 .flatten();
             let watch = self.private_memory.watch(kick.as_ref());
-            let incoming = message_reader::wait(&self.connection.socket, stop.asked, watch)
-                .map_err(SessionError::socket)?;
+            let heartbeat = self.session.heartbeat();
+            let incoming =
+                message_reader::wait(&self.connection.socket, stop.asked, watch, heartbeat)
+                    .map_err(SessionError::socket)?;
             let readable = match incoming {
+                Incoming::HeartbeatDue => continue,
                 Incoming::WatchFired => {
                     if self.private_memory.watch_fired() {
                         self.session.warn_of_private_memory();

@@ -50,6 +50,11 @@ pub(super) enum Command {
         /// Dropped once they were served.
         done: oneshot::Sender<()>,
     },
+    /// Show that the loop runs.
+    Ping {
+        /// Dropped in reply.
+        done: oneshot::Sender<()>,
+    },
     /// Take no more chains off this queue. Chains in flight continue.
     Stop {
         index: QueueIndex,
@@ -358,6 +363,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 }
                 drop(done);
             }
+            Command::Ping { done } => drop(done),
             Command::Stop { index, done } => {
                 let at = self
                     .queues

@@ -15,4 +15,4 @@ mod threads;
 mod worker_pool;
 
 pub use threads::{Threads, ThreadsError, Worker};
-pub use worker_pool::{WorkerPool, WorkerPoolError};
+pub use worker_pool::{Pings, WorkerPool, WorkerPoolError};

@@ -180,6 +180,18 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         Some(*queue)
     }
 
+    /// Asks every thread to show that its loop runs.
+    #[must_use]
+    pub fn ping(&self) -> Pings {
+        let ping = |thread: &UnboundedSender<Command>| {
+            let (done, is_done) = oneshot::channel();
+            // A thread that has ended drops the command, which completes `is_done`.
+            let _ = thread.send(Command::Ping { done });
+            is_done
+        };
+        Pings(self.commands.iter().map(ping).collect())
+    }
+
     /// Returns the FUSE session that these workers serve.
     #[must_use]
     pub fn session(&self) -> &Arc<Session<F>> {
@@ -195,6 +207,20 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
                 log::error!("{error}");
             }
         }
+    }
+}
+
+/// The replies that [`WorkerPool::ping`] waits for.
+#[derive(Debug, Default)]
+pub struct Pings(Vec<oneshot::Receiver<()>>);
+
+impl Pings {
+    /// Whether every thread has replied by now.
+    pub fn are_answered(&mut self) -> bool {
+        self.0.retain_mut(|reply| {
+            matches!(reply.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        });
+        self.0.is_empty()
     }
 }
 

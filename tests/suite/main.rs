@@ -41,6 +41,7 @@ mod pool;
 mod queues;
 mod replies;
 mod sandbox;
+mod service_manager;
 mod shortage;
 mod space;
 mod state;

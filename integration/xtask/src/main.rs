@@ -4,6 +4,7 @@
 //! invariant: the first command that fails ends the task with exit status 1.
 
 mod command;
+mod package;
 mod tools;
 
 use std::path::{Path, PathBuf};
@@ -61,6 +62,12 @@ const TASKS: &[Task] = &[
         arguments: "[NAME...]",
         help: "spelling, unused dependencies, licences and sources: typos, machete, deny",
         run: tools::run,
+    },
+    Task {
+        name: "package",
+        arguments: "[texts|check]",
+        help: "the Debian package and the RPM; `check` installs and runs one; `texts` makes the man pages",
+        run: package::run,
     },
     Task {
         name: "gate",

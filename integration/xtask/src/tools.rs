@@ -48,6 +48,42 @@ const TOOLS: &[Tool] = &[
     },
 ];
 
+/// Tools that build packages.
+const PACKAGERS: &[Tool] = &[
+    Tool {
+        name: "deb",
+        package: "cargo-deb",
+        version: "3.8.0",
+        program: "cargo-deb",
+        arguments: &[
+            "--no-build",
+            "--no-strip",
+            "--output",
+            "target/package/ringfsd.deb",
+        ],
+    },
+    Tool {
+        name: "rpm",
+        package: "cargo-generate-rpm",
+        version: "0.21.1",
+        program: "cargo-generate-rpm",
+        arguments: &["--output", "target/package/ringfsd.rpm"],
+    },
+];
+
+/// Builds packages of what has been compiled.
+pub(crate) fn build_packages(repository: &Repository) -> Result<(), Failed> {
+    PACKAGERS
+        .iter()
+        .try_for_each(|tool| run_tool(repository, tool))
+}
+
+fn run_tool(repository: &Repository, tool: &Tool) -> Result<(), Failed> {
+    install(repository, tool)?;
+    let program = repository.join("target/tools/bin").join(tool.program);
+    Step::new(program, &repository.0).args(tool.arguments).run()
+}
+
 pub(crate) fn run(repository: &Repository, names: &[String]) -> Result<(), Failed> {
     if let Some(unknown) = names
         .iter()
@@ -57,11 +93,7 @@ pub(crate) fn run(repository: &Repository, names: &[String]) -> Result<(), Faile
     }
     for tool in TOOLS {
         if names.is_empty() || names.iter().any(|name| name == tool.name) {
-            install(repository, tool)?;
-            let program = repository.join("target/tools/bin").join(tool.program);
-            Step::new(program, &repository.0)
-                .args(tool.arguments)
-                .run()?;
+            run_tool(repository, tool)?;
         }
     }
     Ok(())

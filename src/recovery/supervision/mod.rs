@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::RecoveryError;
 use super::exec_handover::PassedOn;
+use super::service_manager::{ServiceManager, Silence};
 use super::supervisor::{Event, Supervisor};
 use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
@@ -100,6 +101,7 @@ pub(crate) enum Forked<R: Resources> {
 pub(crate) struct Supervision<R> {
     supervisor: Supervisor,
     resources: R,
+    manager: ServiceManager,
     /// An upgrade whose outcome isn't known yet.
     attempt: Option<UpgradeAttempt>,
     /// The path of the program that runs in this process.
@@ -137,6 +139,7 @@ impl<R: Resources> Supervision<R> {
         Self {
             supervisor,
             resources,
+            manager: ServiceManager::from_environment(),
             down_since: attempt.as_ref().map(UpgradeAttempt::since),
             attempt,
             // Read now: once the file is replaced, `/proc/self/exe` no longer has its path.
@@ -172,12 +175,10 @@ impl<R: Resources> Supervision<R> {
     ) -> Result<Watched<R::Server>, R::Error> {
         loop {
             let event = match &self.attempt {
-                None => Some(self.supervisor.next_event().map_err(RecoveryError::Watch)?),
-                Some(_) => {
-                    let event = self.supervisor.next_within(START_TIMEOUT);
-                    event.map_err(RecoveryError::Watch)?
-                }
+                None => self.supervisor.next_event(self.manager.timeout()),
+                Some(_) => self.supervisor.next_within(START_TIMEOUT),
             };
+            let event = event.map_err(RecoveryError::Watch)?;
             let restart = match event {
                 Some(Event::Serving(since)) => {
                     self.served(since);
@@ -197,6 +198,14 @@ impl<R: Resources> Supervision<R> {
                     Some(ending) => return Ok(self.end(ending)),
                     None => true,
                 },
+                Some(Event::Stopping) => {
+                    self.manager.stops();
+                    false
+                }
+                None if self.attempt.is_none() => {
+                    self.check_silence().map_err(RecoveryError::Watch)?;
+                    false
+                }
                 None => {
                     let reason = "the new program did not get as far as serving";
                     self.fall_back(reason).map_err(RecoveryError::Watch)?;
@@ -223,8 +232,19 @@ impl<R: Resources> Supervision<R> {
         Watched::Ended { ending, asked_by }
     }
 
+    /// Looks at a serving process that has not reported for long, and kills it if it hangs: the next
+    /// one resumes the session.
+    fn check_silence(&mut self) -> std::io::Result<()> {
+        if self.manager.check(self.supervisor.child()) == Silence::Hang {
+            log::error!("the serving process hangs: killing it");
+            self.supervisor.kill()?;
+        }
+        Ok(())
+    }
+
     /// Handles the report of a process that serves since `since`.
     fn served(&mut self, since: Duration) {
+        self.manager.serves();
         let pause = self
             .down_since
             .take()
@@ -234,7 +254,8 @@ impl<R: Resources> Supervision<R> {
         } else if let Some(pause) = pause {
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
-        self.serving_since = Some(since);
+        // A report is repeated as a heartbeat.
+        self.serving_since.get_or_insert(since);
     }
 
     /// Handles the end of the serving process. Returns an ending if the server ends with it.

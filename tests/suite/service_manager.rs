@@ -1,0 +1,233 @@
+//! What a service manager is told, and what it passes: `NOTIFY_SOCKET`, the watchdog, `LISTEN_FDS`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use testing::Server;
+use vmm::fuse::{Client, ROOT};
+use vmm::{Options, Profile, Session};
+
+/// The socket of a service manager.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    fn new(dir: &Path) -> Self {
+        let socket = UnixDatagram::bind(dir.join("notify")).unwrap();
+        socket.set_read_timeout(Some(testing::TIMEOUT)).unwrap();
+        Self(socket)
+    }
+
+    /// The states that one datagram has.
+    fn receive(&self) -> Vec<String> {
+        let mut bytes = [0; 4096];
+        let len = self.0.recv(&mut bytes).unwrap();
+        let text = String::from_utf8(bytes[..len].to_vec()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Waits for a datagram with `state`, past keep-alives alone.
+    fn wait_for(&self, state: &str) {
+        loop {
+            let states = self.receive();
+            if states.iter().any(|said| said == state) {
+                return;
+            }
+            assert_eq!(states, ["WATCHDOG=1"], "before {state}");
+        }
+    }
+
+    /// Whether nothing has been sent.
+    fn has_nothing(&self) -> bool {
+        self.0.set_nonblocking(true).unwrap();
+        let nothing = self.0.recv(&mut [0; 100]).is_err();
+        self.0.set_nonblocking(false).unwrap();
+        nothing
+    }
+}
+
+/// The server, run by a shell after `set_up`, with its standard input being `stdin`.
+fn launch(dir: tempfile::TempDir, stdin: Stdio, set_up: &str, args: &[&str]) -> Server {
+    let share = dir.path().join("share");
+    std::fs::create_dir(&share).unwrap();
+    let program = testing::command();
+    let mut command = Command::new("bash");
+    command
+        .args(["-c", &format!("{set_up} exec \"$0\" \"$@\"")])
+        .arg(program.get_program())
+        .env_remove("RINGFSD_LOG")
+        .env("NOTIFY_SOCKET", dir.path().join("notify"))
+        .stdin(stdin)
+        .arg("--socket")
+        .arg(dir.path().join("socket"))
+        .arg("--shared-dir")
+        .arg(&share)
+        .args(args);
+    Server::spawn(command, dir)
+}
+
+fn session(server: &Server) -> Client<Session> {
+    server.session(Profile::Qemu, &Options::default())
+}
+
+fn process(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
+}
+
+#[test]
+fn manager_is_told_when_a_vmm_can_connect_and_when_the_server_ends() {
+    for args in [
+        &[][..],
+        &["--supervise"],
+        &["--sandbox", "none"],
+        &["--supervise", "--sandbox", "chroot"],
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let manager = Manager::new(dir.path());
+        let mut server = launch(dir, Stdio::null(), "", args);
+        assert_eq!(manager.receive(), ["READY=1", "WATCHDOG=1"], "{args:?}");
+        let mut fs = session(&server);
+        fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+        drop(fs);
+        // Without a watchdog nothing is sent in between.
+        server.wait_for("ready for the next VMM");
+        assert!(manager.has_nothing(), "{args:?}");
+        server.signal(Signal::TERM);
+        assert_eq!(manager.receive(), ["STOPPING=1"], "{args:?}");
+        assert!(server.wait().success());
+    }
+}
+
+#[test]
+fn manager_is_not_told_that_a_server_is_ready_which_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = Manager::new(dir.path());
+    let mut server = launch(
+        dir,
+        Stdio::null(),
+        "",
+        &["--modcaps=-setuid", "--uid-map=bad"],
+    );
+    assert!(!server.wait().success());
+    assert!(manager.has_nothing());
+}
+
+#[test]
+fn watchdog_is_kept_alive_with_and_without_session() {
+    for args in [&[][..], &["--supervise"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let manager = Manager::new(dir.path());
+        let set_up = "export WATCHDOG_USEC=600000 WATCHDOG_PID=$$;";
+        let server = launch(dir, Stdio::null(), set_up, args);
+        manager.wait_for("READY=1");
+        manager.wait_for("WATCHDOG=1");
+        let mut fs = session(&server);
+        for _ in 0..20 {
+            assert_eq!(manager.receive(), ["WATCHDOG=1"], "{args:?}");
+        }
+        fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+    }
+}
+
+#[test]
+fn watchdog_of_another_process_is_not_kept_alive() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = Manager::new(dir.path());
+    let set_up = "export WATCHDOG_USEC=60000 WATCHDOG_PID=1;";
+    let mut server = launch(dir, Stdio::null(), set_up, &[]);
+    assert_eq!(manager.receive(), ["READY=1", "WATCHDOG=1"]);
+    manager
+        .0
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    assert!(manager.0.recv(&mut [0; 100]).is_err());
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+}
+
+/// A process that was stopped, by a debugger or by hand, is not one that hangs.
+#[test]
+fn stopped_process_keeps_its_watchdog() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = Manager::new(dir.path());
+    let set_up = "export WATCHDOG_USEC=600000 WATCHDOG_PID=$$;";
+    let mut server = launch(dir, Stdio::null(), set_up, &["--supervise"]);
+    manager.wait_for("READY=1");
+    let mut fs = session(&server);
+    let serving = server.pid();
+    kill_process(process(serving), Signal::STOP).unwrap();
+    server.wait_for("and is stopped");
+    manager.wait_for("WATCHDOG=1");
+    kill_process(process(serving), Signal::CONT).unwrap();
+    fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+    assert_eq!(server.pid(), serving);
+}
+
+#[test]
+fn killed_process_is_replaced_and_the_manager_hears_of_no_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = Manager::new(dir.path());
+    let set_up = "export WATCHDOG_USEC=600000 WATCHDOG_PID=$$;";
+    let mut server = launch(dir, Stdio::null(), set_up, &["--supervise"]);
+    manager.wait_for("READY=1");
+    let mut fs = session(&server);
+    kill_process(process(server.pid()), Signal::KILL).unwrap();
+    server.wait_for("serving again");
+    fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+    for _ in 0..3 {
+        assert_eq!(manager.receive(), ["WATCHDOG=1"]);
+    }
+}
+
+#[test]
+fn passed_socket_is_used_if_it_is_the_one_of_the_option() {
+    let set_up = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1;";
+    for args in [&[][..], &["--supervise"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let passed = listener.try_clone().unwrap();
+        let mut server = launch(
+            dir,
+            Stdio::from(std::os::fd::OwnedFd::from(passed)),
+            set_up,
+            args,
+        );
+        server.wait_until_it_listens();
+        let mut fs = session(&server);
+        fs.mkdir(ROOT, c"dir", 0o755).unwrap();
+        drop(fs);
+        server.signal(Signal::TERM);
+        assert!(server.wait().success());
+        // It is the service manager's.
+        assert!(socket.exists());
+    }
+
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("other");
+    let listener = UnixListener::bind(&other).unwrap();
+    let passed = Stdio::from(std::os::fd::OwnedFd::from(listener));
+    let mut server = launch(dir, passed, set_up, &[]);
+    server.wait_for("ListenStream=");
+    assert_eq!(server.wait().code(), Some(1));
+}
+
+#[test]
+fn sockets_passed_to_another_process_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let set_up = "export LISTEN_PID=1 LISTEN_FDS=1;";
+    let mut server = launch(dir, Stdio::null(), set_up, &[]);
+    server.wait_until_it_listens();
+    assert!(server.socket().exists());
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+    assert!(!server.socket().exists());
+}
