@@ -23,7 +23,7 @@ _ringfsd() {
 
     case "${cmd}" in
         ringfsd)
-            opts="-o -f -d -h -V --socket-path --socket --fd --socket-group --tag --request-queues --workers --runtime --poll-us --once --thread-pool-size --shared-dir --readonly --announce-submounts --no-announce-submounts --inode-file-handles --preserve-noatime --posix-locks --flock --lock-wait-limit --max-inodes --max-handles --max-open-inodes --rlimit-nofile --remember-inodes --cache --attr-timeout --entry-timeout --negative-timeout --writeback --allow-direct-io --allow-mmap --no-readdirplus --no-open --no-opendir --max-spare-files --translate-uid --translate-gid --killpriv-v2 --xattr --no-xattr --xattrmap --posix-acl --security-label --sandbox --disable-sandbox --seccomp --modcaps --uid-map --gid-map --migration-mode --migration-on-error --migration-verify-handles --migration-confirm-paths --supervise --state --log-level --syslog --print-capabilities --help --version"
+            opts="-o -f -d -h -V --socket-path --socket --fd --socket-group --tag --request-queues --workers --runtime --poll-us --once --keep-listening --pid-file --compat --thread-pool-size --shared-dir --readonly --announce-submounts --no-announce-submounts --inode-file-handles --preserve-noatime --posix-locks --flock --lock-wait-limit --max-inodes --max-handles --max-open-inodes --rlimit-nofile --remember-inodes --cache --attr-timeout --entry-timeout --negative-timeout --writeback --allow-direct-io --allow-mmap --no-readdirplus --no-open --no-opendir --max-spare-files --translate-uid --translate-gid --killpriv-v2 --no-killpriv-v2 --xattr --no-xattr --xattrmap --posix-acl --security-label --sandbox --disable-sandbox --seccomp --modcaps --uid-map --gid-map --migration-mode --migration-on-error --migration-verify-handles --migration-confirm-paths --supervise --state --log-level --syslog --print-capabilities --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -63,6 +63,14 @@ _ringfsd() {
                     ;;
                 --poll-us)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --pid-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --compat)
+                    COMPREPLY=($(compgen -W "ringfsd virtiofsd" -- "${cur}"))
                     return 0
                     ;;
                 -o)
@@ -141,12 +149,16 @@ _ringfsd() {
                     COMPREPLY=($(compgen -W "never auto always" -- "${cur}"))
                     return 0
                     ;;
+                --security-label)
+                    COMPREPLY=($(compgen -W "never auto always" -- "${cur}"))
+                    return 0
+                    ;;
                 --sandbox)
                     COMPREPLY=($(compgen -W "namespace chroot none" -- "${cur}"))
                     return 0
                     ;;
                 --seccomp)
-                    COMPREPLY=($(compgen -W "kill log trap none" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "kill trap log none" -- "${cur}"))
                     return 0
                     ;;
                 --modcaps)

@@ -4,26 +4,29 @@ complete -c ringfsd -l socket-group -d 'Let members of GROUP connect to the new 
 complete -c ringfsd -l tag -d 'Tag by which the guest mounts the directory' -r
 complete -c ringfsd -l request-queues -d 'Request queues that the VMM may set up, 1 to 1024' -r
 complete -c ringfsd -l workers -d 'Threads that serve the queues, 1 to 256' -r
-complete -c ringfsd -l runtime -d 'How workers do file I/O: auto, uring or tokio' -r -f -a "auto\t'`io_uring` if available, else threads'
-uring\t'`io_uring`, or an error'
-tokio\t'Threads'"
+complete -c ringfsd -l runtime -d 'How workers do file I/O: auto, uring or tokio' -r -f -a "auto\t''
+uring\t''
+tokio\t''"
 complete -c ringfsd -l poll-us -d 'Poll the rings for up to N µs before sleeping' -r
+complete -c ringfsd -l pid-file -d 'Write the process id to PATH, and lock the file' -r -F
+complete -c ringfsd -l compat -d 'Take over the behaviour of ringfsd or virtiofsd' -r -f -a "ringfsd\t'Its own'
+virtiofsd\t'Those of virtiofsd 1.14'"
 complete -c ringfsd -s o -d 'Take options as a list: -o source=DIR,cache=auto' -r
 complete -c ringfsd -l thread-pool-size -d 'Accepted for compatibility; has no effect' -r
 complete -c ringfsd -l shared-dir -d 'Directory to share' -r -F
-complete -c ringfsd -l inode-file-handles -d 'Use file handles: never, prefer or mandatory' -r -f -a "never\t'Descriptors, and names when these run short'
-prefer\t'File handles wherever they work'
-mandatory\t'File handles, or an error'"
+complete -c ringfsd -l inode-file-handles -d 'Use file handles: never, prefer or mandatory' -r -f -a "never\t''
+prefer\t''
+mandatory\t''"
 complete -c ringfsd -l lock-wait-limit -d 'How long to wait for a lock; 0 sets no limit' -r
 complete -c ringfsd -l max-inodes -d 'Maximum number of inodes the guest may know' -r
 complete -c ringfsd -l max-handles -d 'Maximum number of files the guest may have open' -r
 complete -c ringfsd -l max-open-inodes -d 'Maximum number of descriptors for inodes and files' -r
 complete -c ringfsd -l rlimit-nofile -d 'Limit of open files (RLIMIT_NOFILE)' -r
 complete -c ringfsd -l remember-inodes -d 'Dropped inodes whose file handles stay valid' -r
-complete -c ringfsd -l cache -d 'Caching policy: never, metadata, auto or always' -r -f -a "never\t'Nothing'
-metadata\t'Names and attributes'
-auto\t'Everything, for a short time'
-always\t'Everything'"
+complete -c ringfsd -l cache -d 'Caching policy: never, metadata, auto or always' -r -f -a "never\t''
+metadata\t''
+auto\t''
+always\t''"
 complete -c ringfsd -l attr-timeout -d 'How long the guest may rely on attributes' -r
 complete -c ringfsd -l entry-timeout -d 'How long the guest may rely on a name' -r
 complete -c ringfsd -l negative-timeout -d 'How long the guest may rely on a name\'s absence' -r
@@ -31,31 +34,35 @@ complete -c ringfsd -l max-spare-files -d 'Closed files to keep open for reuse' 
 complete -c ringfsd -l translate-uid -d 'Translate user ids between guest and host' -r
 complete -c ringfsd -l translate-gid -d 'Translate group ids between guest and host' -r
 complete -c ringfsd -l xattrmap -d 'Store extended attributes under other names' -r
-complete -c ringfsd -l posix-acl -d 'POSIX ACLs: never, auto or always' -r -f -a "never\t'Not at all'
-auto\t'With guests that support them'
-always\t'Only with guests that support them'"
-complete -c ringfsd -l sandbox -d 'Sandbox: namespace, chroot or none' -r -f -a "namespace\t'Namespaces'
-chroot\t'Another root directory'
-none\t'Neither'"
-complete -c ringfsd -l seccomp -d 'Seccomp: kill, trap, log or none' -r -f -a "kill\t'End the server'
-log\t'Permit the call and log it'
-trap\t'End the server and report the call'
-none\t'No filter'"
+complete -c ringfsd -l posix-acl -d 'POSIX ACLs: never, auto or always' -r -f -a "never\t''
+auto\t''
+always\t''"
+complete -c ringfsd -l security-label -d 'Security labels (SELinux): never, auto or always' -r -f -a "never\t''
+auto\t''
+always\t''"
+complete -c ringfsd -l sandbox -d 'Sandbox: namespace, chroot or none' -r -f -a "namespace\t''
+chroot\t''
+none\t''"
+complete -c ringfsd -l seccomp -d 'Seccomp: kill, trap, log or none' -r -f -a "kill\t''
+trap\t''
+log\t''
+none\t''"
 complete -c ringfsd -l modcaps -d 'Capabilities to keep or drop: +sys_admin:-mknod' -r
 complete -c ringfsd -l uid-map -d 'Map user ids of the server\'s user namespace' -r
 complete -c ringfsd -l gid-map -d 'Map group ids of the server\'s user namespace' -r
-complete -c ringfsd -l migration-mode -d 'Identify files: find-paths or file-handles' -r -f -a "find-paths\t'By path'
-file-handles\t'By file handle'"
-complete -c ringfsd -l migration-on-error -d 'If a file is missing: abort or guest-error' -r -f -a "abort\t'Reject the guest'
-guest-error\t'Accept the guest, with errors for that file'"
+complete -c ringfsd -l migration-mode -d 'Identify files: find-paths or file-handles' -r -f -a "find-paths\t''
+file-handles\t''"
+complete -c ringfsd -l migration-on-error -d 'If a file is missing: abort or guest-error' -r -f -a "abort\t''
+guest-error\t''"
 complete -c ringfsd -l state -d 'Keep the session in FILE for the next server' -r -F
-complete -c ringfsd -l log-level -d 'Log level: off, error, warn, info, debug or trace' -r -f -a "off\t'Nothing'
-error\t'An action that was asked for has failed'
-warn\t'Unexpected, but survived'
-info\t'Rare changes of state: sessions, negotiated features'
-debug\t'For developers'
-trace\t'For developers, everything'"
+complete -c ringfsd -l log-level -d 'Log level: off, error, warn, info, debug or trace' -r -f -a "off\t''
+error\t''
+warn\t''
+info\t''
+debug\t''
+trace\t''"
 complete -c ringfsd -l once -d 'Exit when the first VMM disconnects'
+complete -c ringfsd -l keep-listening -d 'Wait for the next VMM when one disconnects'
 complete -c ringfsd -s f -d 'Accepted for compatibility; has no effect'
 complete -c ringfsd -l readonly -d 'Refuse all changes with EROFS'
 complete -c ringfsd -l announce-submounts -d 'Tell the guest about mounts in the directory (default)'
@@ -70,9 +77,9 @@ complete -c ringfsd -l no-readdirplus -d 'List directories without attributes of
 complete -c ringfsd -l no-open -d 'Let the guest use files without OPEN requests'
 complete -c ringfsd -l no-opendir -d 'Let the guest read directories without OPENDIR requests'
 complete -c ringfsd -l killpriv-v2 -d 'Clear set-ID bits on behalf of the guest\'s kernel'
+complete -c ringfsd -l no-killpriv-v2 -d 'Let the guest\'s kernel clear set-ID bits'
 complete -c ringfsd -l xattr -d 'Serve extended attributes (default)'
 complete -c ringfsd -l no-xattr -d 'Don\'t serve extended attributes'
-complete -c ringfsd -l security-label -d 'Label new files as the guest\'s kernel asks (SELinux)'
 complete -c ringfsd -l disable-sandbox -d 'Same as --sandbox none'
 complete -c ringfsd -l migration-verify-handles -d 'Send file handles along with paths'
 complete -c ringfsd -l migration-confirm-paths -d 'Check each path before it is sent'
