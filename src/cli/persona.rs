@@ -78,6 +78,12 @@ differences! {
     virtiofsd: false, "`--no-xattr`";
     why: "copies without extended attributes lose capabilities, labels and ACLs";
 
+    /// Guests that don't enforce POSIX ACLs can neither read nor set them.
+    hide_acls: bool, "ACLs without `--posix-acl`";
+    ringfsd: false, "extended attributes like others";
+    virtiofsd: true, "hidden; setting one fails with `EOPNOTSUPP`";
+    why: "copies and archives keep ACLs";
+
     /// Clear set-ID bits on behalf of the guest's kernel where that saves requests, unless an option
     /// says otherwise.
     kill_set_id: bool, "`--killpriv-v2`, `--no-killpriv-v2`";
