@@ -14,6 +14,8 @@
 mod ends;
 mod files;
 mod log;
+mod observations;
+mod options;
 mod spellings;
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
