@@ -13,6 +13,7 @@
 
 mod ends;
 mod files;
+mod launch_lines;
 mod log;
 mod observations;
 mod options;
@@ -101,6 +102,27 @@ impl Program {
             .arg(dir.path().join("socket"))
             .arg("--shared-dir")
             .arg(dir.path().join("share"));
+        (command, dir)
+    }
+
+    /// As [`command_in_place`](Self::command_in_place), by an ordinary user, from a copy under the name
+    /// `virtiofsd`.
+    fn command_in_place_as(&self, user: u32) -> (Command, tempfile::TempDir) {
+        let (as_root, dir) = self.command_in_place();
+        let copy = dir.path().join("virtiofsd");
+        testing::copy_program(&self.path, &copy);
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(user), Some(user)).unwrap();
+        let mut command = Command::new("setpriv");
+        let user = user.to_string();
+        command
+            .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+            .arg(copy)
+            .args(as_root.get_args())
+            .env_remove("RINGFSD_LOG")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
         (command, dir)
     }
 

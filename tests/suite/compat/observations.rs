@@ -230,11 +230,14 @@ impl Observer {
         for (what, name) in [
             ("of what is missing", c"missing"),
             ("of a path", c"full/entry"),
-            ("of ..", c".."),
             ("of a long name", &long),
         ] {
             let entry = self.fs.lookup(root, name);
             self.see_entry(&format!("LOOKUP {what}"), entry);
+        }
+        if root == ROOT {
+            let entry = self.fs.lookup(root, c"..");
+            self.see_entry("LOOKUP of ..", entry);
         }
         let file = self.lookup(c"file");
         let below = self.fs.lookup(file, c"x");

@@ -66,9 +66,14 @@ differences! {
     "TMPFILE*: time-outs": "name *", "none"; "as above";
     "CREATE in \"setgid\"": "106755 *", "104755 *"; "with mapped ids the guest's kernel decides";
     "STATX": "*", "ENOSYS"; "it has the time of birth";
-    "RENAME2 of another kind": "EINVAL", "done"; "as renameat2(2) says";
+    "RENAME2 of another kind": "EINVAL", "*"; "as renameat2(2) says";
     "*": "EPERM", "errno 5"; "an id is forbidden, which is no input/output error";
     "LISTXATTR of the size": "7", "28"; "the size of what the guest gets";
+    "*": "EPERM", "EINVAL"; "an id that the server's user namespace doesn't have";
+    "* in \"*\"": "*65534:*", "E*"; "a server of an ordinary user creates files as that user";
+    "* in \"*\"": "* 0:*", "EINVAL"; "as above, where that user is root in the guest";
+    "* in \"*\": time-outs": "name *", "none"; "as above";
+    "CREATE: flags in *": "Some(*", "None"; "as above";
 }
 
 /// What is compared: options besides the socket and the directory, separated by spaces.
@@ -157,6 +162,14 @@ const SPELLINGS: &[&str] = &[
     "-o loglevel=debug",
 ];
 
+/// What is compared of a server that an ordinary user starts.
+const SPELLINGS_OF_USERS: &[&str] = &[
+    "",
+    "--xattr",
+    "--sandbox=none",
+    "--uid-map=:0:65534:1: --gid-map=:0:65534:1:",
+];
+
 /// Whether a text is what a pattern says.
 fn fits(pattern: &str, text: &str) -> bool {
     let mut parts = pattern.split('*');
@@ -208,9 +221,12 @@ pub(super) fn explain(what: &str, ours: &[Observation], theirs: &[Observation]) 
     rows
 }
 
-/// What a guest sees of a server with these arguments.
-fn observe(program: &Program, arguments: &str) -> Vec<Observation> {
-    let (mut command, dir) = program.command_in_place();
+/// What a guest sees of a server with these arguments, which this user starts, or root.
+fn observe(program: &Program, arguments: &str, user: Option<u32>) -> Vec<Observation> {
+    let (mut command, dir) = match user {
+        None => program.command_in_place(),
+        Some(user) => program.command_in_place_as(user),
+    };
     populate(&dir.path().join("share"));
     command.args(arguments.split(' ').filter(|argument| !argument.is_empty()));
     command.env("RUST_LOG", "info");
@@ -230,13 +246,16 @@ fn guest_sees_with_each_option_what_virtiofsd_shows_it() {
     }
     let found = &Mutex::new(vec![false; DIFFERENCES.len()]);
     let virtiofsd = &virtiofsd;
-    let part = SPELLINGS.len().div_ceil(4);
+    let of_root = SPELLINGS.iter().map(|spelling| (*spelling, None));
+    let of_users = SPELLINGS_OF_USERS.iter();
+    let of_users = of_users.map(|spelling| (*spelling, Some(testing::USER)));
+    let all: Vec<_> = of_root.chain(of_users).collect();
     std::thread::scope(|scope| {
-        for part in SPELLINGS.chunks(part) {
+        for part in all.chunks(all.len().div_ceil(4)) {
             scope.spawn(move || {
-                for spelling in part {
-                    let ours = observe(&Program::persona(), spelling);
-                    let theirs = observe(virtiofsd, spelling);
+                for (spelling, user) in part {
+                    let ours = observe(&Program::persona(), spelling, *user);
+                    let theirs = observe(virtiofsd, spelling, *user);
                     for row in explain(spelling, &ours, &theirs) {
                         found.lock().unwrap()[row] = true;
                     }
