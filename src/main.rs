@@ -34,12 +34,12 @@ fn main() -> ExitCode {
     let persona = Persona::of(&arguments);
     let behaviour = persona.behaviour();
     let program = behaviour.program;
-    let options = match cli::parse(arguments, persona) {
+    let options = match cli::parse(&arguments, persona) {
         Ok(options) => options,
         Err(error) => {
             // Nobody is left to be told if this fails.
             let _ = error.print();
-            return ExitCode::from(cli::status_of(&error, behaviour));
+            return ExitCode::from(cli::status_of(&error, &arguments, behaviour));
         }
     };
     let logging = &options.observability;

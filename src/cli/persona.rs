@@ -146,9 +146,9 @@ differences! {
     virtiofsd: true, "256 - N";
     why: "the launcher sees what happened";
 
-    /// The exit status when options contradict each other, or `--modcaps` has no list of changes.
+    /// The exit status for what virtiofsd takes as options, and finds to be wrong afterwards.
     conflict_status: u8,
-        "exit status for options that contradict each other, and for wrong `--modcaps`";
+        "exit status for options that contradict each other, wrong `--modcaps`, empty paths, empty `--uid-map`, and `-o` without a directory";
     ringfsd: 2, "2";
     virtiofsd: 1, "1";
     why: "they are wrong options like any other";
@@ -158,6 +158,13 @@ differences! {
     ringfsd: false, "refused";
     virtiofsd: true, "the other option wins; `-o source=` wins";
     why: "one of the two is a mistake";
+
+    /// Of two options, the one wins that virtiofsd prefers, instead of the later one.
+    own_precedence: bool,
+        "`--socket` with `--socket-path`; `-d` with `--log-level trace`; `--no-announce-submounts` with `-o announce_submounts`";
+    ringfsd: false, "the last one; `--log-level`; `-o`";
+    virtiofsd: true, "`--socket-path`; `-d`; `--no-announce-submounts`";
+    why: "as for all options";
 
     /// Replace whatever file is at the socket's path.
     replaces_files: bool, "a file other than a socket at the path of the socket";
