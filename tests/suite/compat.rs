@@ -22,7 +22,7 @@ mod spellings;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ringfsd::cli::{DIFFERENCES, Difference, Persona};
@@ -58,9 +58,13 @@ impl Program {
         let paths = std::env::var_os("PATH").unwrap_or_default();
         let home = std::env::var_os("HOME").unwrap_or_default();
         let cargo = PathBuf::from(home).join(".cargo/bin");
-        let mut folders = std::env::split_paths(&paths).chain([cargo]);
-        let path = folders.find_map(|folder| {
-            let path = folder.join("virtiofsd");
+        let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin");
+        let folders = std::env::split_paths(&paths).chain([cargo, built]);
+        let given = std::env::var_os("VIRTIOFSD").map(PathBuf::from);
+        let mut candidates = given
+            .into_iter()
+            .chain(folders.map(|folder| folder.join("virtiofsd")));
+        let path = candidates.find_map(|path| {
             let version = Command::new(&path).arg("--version").output().ok()?;
             let text = String::from_utf8_lossy(&version.stdout).into_owned();
             (text.trim() == "virtiofsd 1.14.0").then_some(path)
