@@ -59,8 +59,8 @@ fn kata_rust() {
     }
 }
 
-/// libvirt with virtiofsd's `separate-options`, 10.0 and later; the first has all that the domain's
-/// XML can ask for.
+/// libvirt 9 and later, which uses virtiofsd's `separate-options`; the first line has all that the
+/// domain's XML can ask for.
 #[test]
 fn libvirt() {
     for line in [
@@ -102,7 +102,7 @@ fn older_libvirt() {
     }
 }
 
-/// Podman 5.7, `podman machine`: in the share, with a quiet log.
+/// Podman 5, `podman machine` with QEMU: in the share, with a quiet log.
 #[test]
 fn podman_machine() {
     for user in [None, Some(testing::USER)] {
@@ -154,7 +154,7 @@ fn incus() {
     }
 }
 
-/// systemd-vmspawn 258 and later: a directory, one of a user, and one in a user namespace.
+/// systemd-vmspawn, main branch of 2026: a directory, one of a user, and one in a user namespace.
 #[test]
 fn vmspawn() {
     for (line, wrapper) in [
@@ -183,7 +183,7 @@ fn vmspawn() {
     }
 }
 
-/// systemd-vmspawn 256, by an ordinary user.
+/// Earlier systemd-vmspawn, by an ordinary user.
 #[test]
 fn older_vmspawn() {
     compare(&Launcher {
@@ -195,23 +195,37 @@ fn older_vmspawn() {
     });
 }
 
-/// mkosi 25: in a user namespace, also with a guest that labels files.
+/// mkosi 26: as root and in a user namespace, also with a guest that labels files. The lines without
+/// `--modcaps` are of earlier releases.
 #[test]
 fn mkosi() {
-    for line in [
-        "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot \
-         --inode-file-handles=never --fd 3",
-        "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot \
-         --inode-file-handles=never --security-label --fd 3",
+    for (line, wrapper) in [
+        (
+            "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot \
+             --inode-file-handles=prefer --log-level=error --modcaps=-mknod --fd 3",
+            "",
+        ),
+        (
+            "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot \
+             --inode-file-handles=never --log-level=error --modcaps=-mknod --security-label --fd 3",
+            "unshare --user --map-root-user",
+        ),
+        (
+            "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot --security-label \
+             --fd 3",
+            "",
+        ),
+        (
+            "--shared-dir %share --xattr --no-announce-submounts --sandbox=chroot --fd 3",
+            "unshare --user --map-root-user",
+        ),
     ] {
-        for wrapper in ["", "unshare --user --map-root-user"] {
-            compare(&Launcher {
-                line,
-                fd: Some(3),
-                wrapper,
-                ..Launcher::default()
-            });
-        }
+        compare(&Launcher {
+            line,
+            fd: Some(3),
+            wrapper,
+            ..Launcher::default()
+        });
     }
 }
 
