@@ -277,7 +277,7 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
 impl ServingProcess {
     /// Whether there was an earlier serving process.
     #[must_use]
-    pub fn is_successor(&self) -> bool {
+    pub fn is_restarted(&self) -> bool {
         self.previous.is_some()
     }
 

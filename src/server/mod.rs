@@ -265,16 +265,16 @@ impl Resources for ServerResources {
         self.listener.leave_file();
         let config = self.config;
         let limits = table_limits(&config);
-        let (supervised, again) = (process.is_supervised(), process.is_successor());
+        let (supervised, restarted) = (process.is_supervised(), process.is_restarted());
         // The guardian has it. A supervisor's descriptors are this process's, too.
         match self.pid_file.take() {
             Some(pid_file) if supervised => std::mem::forget(pid_file),
             pid_file => drop(pid_file),
         }
         let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
-        let opened = self.state.open(&limits, again)?;
-        let has_waited = again && opened.table.is_announced();
-        let left = if again {
+        let opened = self.state.open(&limits, restarted)?;
+        let has_waited = restarted && opened.table.is_announced();
+        let left = if restarted {
             recovery::sort_leftovers(&opened.table, &place.descriptors)?
         } else {
             None
@@ -308,7 +308,7 @@ impl Resources for ServerResources {
             listener: self.listener,
             filter,
             supervised,
-            first: !again,
+            first: !restarted,
             left,
         })
     }

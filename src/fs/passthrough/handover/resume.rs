@@ -109,7 +109,7 @@ pub(crate) fn key_of(record: &InodeRecord) -> Key {
 
 /// The inherited descriptor with the recorded number `fd`, if it is open on that inode.
 pub(crate) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
-    let fd = inherit::bequeathed_fd(fd?).ok()?;
+    let fd = inherit::recorded_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
     let key = Identity::of(&stat).key;
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
