@@ -390,7 +390,7 @@ pub fn reset_inherited(supervises: bool) -> std::io::Result<()> {
     Ok(process::reset_signals(supervises)?)
 }
 
-/// Unblocks `SIGHUP`, by which a supervisor asks the serving process to return all requests.
+/// Unblocks `SIGHUP`, which a supervisor sends to make the serving process return all requests.
 ///
 /// # Errors
 ///

@@ -1,9 +1,9 @@
 //! Composition root: the start-up order, top to bottom, once.
 //!
-//! The process is split in two on the way, before it has a second thread. What lies outside of the
-//! sandbox is opened before, and what serves a guest is set up after. `docs/sandbox.md` has the
+//! The process is split in two on the way, before it has a second thread. Files outside the sandbox
+//! are opened before that, and everything that serves a guest is set up after it. `docs/sandbox.md` has the
 //! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
-//! released before the next one begins, unless it is left to another process.
+//! released before the next one begins, unless another process continues it.
 
 mod control_group;
 mod error;
@@ -131,7 +131,7 @@ impl Server {
     }
 
     /// Unblocks the signals that end a server, which [`start`](Self::start) has blocked. To be called
-    /// once they make the descriptor readable that [`run`](Self::run) gets.
+    /// once these signals make the descriptor readable that [`run`](Self::run) gets.
     ///
     /// # Errors
     ///
@@ -143,8 +143,8 @@ impl Server {
         sandbox::release_signals()
     }
 
-    /// Whether another process resumes the session if this one is killed. It asks this one by
-    /// `SIGHUP` to leave the session to it.
+    /// Whether another process resumes the session if this one is killed. That process sends
+    /// `SIGHUP` to ask this one to leave the session to it.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.supervised

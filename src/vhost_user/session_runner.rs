@@ -41,7 +41,7 @@ pub fn serve<R: Runner>(
     })
 }
 
-/// Resumes the session of a process that has ended, for whatever reason. Its queues resume at the
+/// Resumes the session of a process that has ended for any reason. Its queues resume at the
 /// indexes of their rings, and message handling resumes with the pending message.
 ///
 /// The caller guarantees that nothing in this process owns a descriptor that `snapshot` names.

@@ -21,7 +21,7 @@ use vmm::fuse::{Call, Client, Handle, Pending, ROOT, wire};
 use vmm::{Memory, Options, Profile, Region, Session};
 
 /// What a server logs that resumes from a file.
-const GOES_ON: &str = "going on from where another process ended";
+const RESUMED: &str = "resuming where another process ended";
 
 fn options() -> Options {
     Options::default().request_queues(2).queue_size(128)
@@ -181,7 +181,7 @@ fn goes_on_after(name: &str, more: &[&str], end: End) {
             .server
             .said()
             .iter()
-            .find(|line| line.contains(GOES_ON));
+            .find(|line| line.contains(RESUMED));
         assert!(told.is_some_and(|line| line.contains("0 lost")), "{told:?}");
     }
 }
@@ -283,7 +283,7 @@ fn connection_without_queues_keeps_stored_session() {
         ];
         for stranger in strangers {
             stranger(&with_state.server);
-            with_state.server.wait_for("what the guest holds is kept");
+            with_state.server.wait_for("keeping the guest's state");
             with_state.server.wait_until_it_listens();
         }
         with_state.reconnect(&mut fs);
@@ -293,9 +293,7 @@ fn connection_without_queues_keeps_stored_session() {
         guest.check(&mut fs, &with_state.server.share());
         // The VMM's own end is another matter, and is told.
         drop(fs);
-        with_state
-            .server
-            .wait_for("what the guest held is given up");
+        with_state.server.wait_for("discarding the guest's state");
         with_state.server.wait_until_it_listens();
         let mut fs = with_state.session();
         assert!(fs.getattr(guest.file).is_err());
@@ -326,7 +324,7 @@ fn mismatched_memory_keeps_stored_session() {
     let kick = Event::new().unwrap();
     connection.set_vring_kick(1, Some(&kick)).unwrap();
     with_state.server.wait_for("queue can't be used");
-    with_state.server.wait_for("what the guest holds is kept");
+    with_state.server.wait_for("keeping the guest's state");
     with_state.server.wait_until_it_listens();
     with_state.reconnect(&mut fs);
     guest.check(&mut fs, &with_state.server.share());
