@@ -149,7 +149,7 @@ fn host_flags(args: &[&str], flags: i32) -> i32 {
 }
 
 #[test]
-fn write_only_open_with_writeback_is_readable_on_host() {
+fn write_only_open_with_writeback_is_read_write_on_host() {
     let flags = libc::O_WRONLY;
     let plain = host_flags(&[], flags);
     assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);
