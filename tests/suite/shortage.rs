@@ -107,6 +107,41 @@ fn reboot(fs: &mut Client<Session>) {
 }
 
 #[both_runtimes]
+fn inodes_removed_on_host_make_room_unless_open(runtime: &str) {
+    let server = short(runtime, &[]);
+    let mut fs = server.session(Profile::Simple, &Options::default());
+    let path = |name: &CString| server.share().join(name.to_str().unwrap());
+    let open = c("open", 0);
+    std::fs::write(path(&open), "content").unwrap();
+    let open_node = fs.lookup(ROOT, &open).unwrap().nodeid;
+    let handle = fs.open(open_node, libc::O_RDONLY).unwrap();
+    std::fs::remove_file(path(&open)).unwrap();
+
+    // The guest's kernel keeps all of them in its cache, longer than there are descriptors.
+    let mut removed = Vec::new();
+    for number in 0..3 * LIMIT {
+        let name = c("file", number);
+        std::fs::write(path(&name), "content").unwrap();
+        let node = fs.lookup(ROOT, &name).unwrap().nodeid;
+        fs.getattr(node).unwrap();
+        std::fs::remove_file(path(&name)).unwrap();
+        // Still in the guest's cache, so it can be used.
+        assert_eq!(fs.getattr(node).unwrap().attr.size, 7);
+        removed.push(node);
+    }
+    fs.create(ROOT, c"new", 0o644).unwrap();
+    fs.mkdir(ROOT, c"another", 0o755).unwrap();
+    assert!(server.holdings().descriptors <= LIMIT - RESERVE / 2);
+    let stale = removed
+        .iter()
+        .filter(|node| errno(fs.getattr(**node)) == Some(libc::ESTALE))
+        .count();
+    assert!(stale > 2 * LIMIT, "{stale} of {}", removed.len());
+    assert_eq!(fs.getattr(open_node).unwrap().attr.size, 7);
+    assert_eq!(fs.read(open_node, handle, 0, 100).unwrap(), b"content");
+}
+
+#[both_runtimes]
 fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
     for args in [&[][..], &["--supervise"]] {
         let mut server = short(runtime, args);

@@ -50,7 +50,7 @@ impl FileSystem for Passthrough {
     }
 
     fn begin(&self, terms: &NegotiatedTerms) {
-        self.ops.terms().set(terms);
+        self.ops.begin(terms);
     }
 
     fn replay(&self) -> Option<&dyn Replay> {

@@ -100,6 +100,9 @@ impl Descriptors {
             self.share_descriptors();
         }
         if too_many() {
+            self.close_removed(too_many);
+        }
+        if too_many() {
             Err(Errno::NFILE)
         } else {
             Ok(())

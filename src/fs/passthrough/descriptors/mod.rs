@@ -11,6 +11,7 @@ mod limits;
 mod lost_inodes;
 mod opening;
 mod paths;
+mod removed_inodes;
 mod reopen;
 mod reopen_policy;
 mod search;
@@ -26,6 +27,7 @@ pub(crate) use self::opening::regular_file;
 pub(crate) use self::reopen_policy::ReopenPolicy;
 
 use self::lost_inodes::LostInodes;
+use self::removed_inodes::RemovedInodes;
 use self::sharing::Sharing;
 use crate::fs::passthrough::inode_table::{Inode, InodeTable};
 use crate::fs::passthrough::open_files::OpenFiles;
@@ -42,6 +44,7 @@ pub(crate) struct Descriptors {
     limits: GuestLimits,
     sharing: Sharing,
     lost_inodes: LostInodes,
+    removed_inodes: RemovedInodes,
     /// Whether the share is read-only.
     readonly: bool,
 }
@@ -64,6 +67,7 @@ impl Descriptors {
             limits,
             sharing: Sharing::default(),
             lost_inodes: LostInodes::default(),
+            removed_inodes: RemovedInodes::default(),
             readonly,
         }
     }
@@ -92,6 +96,11 @@ impl Descriptors {
     /// The inode that the guest refers to by `node`.
     pub(crate) fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node).ok_or(Errno::STALE)
+    }
+
+    /// Records which opens the guest doesn't report: those of files, and those of directories.
+    pub(crate) fn set_unreported_opens(&self, files: bool, directories: bool) {
+        self.removed_inodes.set_unreported(files, directories);
     }
 
     /// Lets inodes with smaller node ids than `below` be searched for: they belong to a process

@@ -23,11 +23,11 @@ use std::os::fd::OwnedFd;
 
 use self::path_checks::PathChecks;
 use self::terms::CurrentTerms;
-use crate::fs::Result;
 use crate::fs::passthrough::descriptors::Descriptors;
 use crate::fs::passthrough::ids::{self, Ids};
 use crate::fs::passthrough::options::Options;
 use crate::fs::passthrough::xattr::Xattrs;
+use crate::fs::{NegotiatedTerms, Result};
 
 /// What serves the requests of a guest.
 #[derive(Debug)]
@@ -53,6 +53,13 @@ impl Operations {
             path_checks: PathChecks::new(),
             single_file: None,
         }
+    }
+
+    /// Applies what INIT has negotiated.
+    pub(crate) fn begin(&self, terms: &NegotiatedTerms) {
+        self.terms.set(terms);
+        self.fds
+            .set_unreported_opens(terms.no_open, terms.no_opendir);
     }
 
     pub(crate) fn fds(&self) -> &Descriptors {
