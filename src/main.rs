@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     let options = match cli::parse(arguments, persona) {
         Ok(options) => options,
         Err(error) => {
-            // Nobody is left to be told if this fails.
+            // A failure can't be reported any more.
             let _ = error.print();
             return ExitCode::from(cli::status_of(&error, behaviour));
         }
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => {
             let error = Options::command().error(ErrorKind::ValueValidation, error);
-            // Nobody is left to be told if this fails.
+            // A failure can't be reported any more.
             let _ = error.print();
             return ExitCode::from(behaviour.conflict_status);
         }
