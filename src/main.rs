@@ -25,7 +25,8 @@ fn main() -> ExitCode {
     }
     let arguments: Vec<_> = std::env::args_os().collect();
     if cli::asks_for_capabilities(&arguments) {
-        println!("{}", cli::CAPABILITIES);
+        // Whoever closes the pipe early has read enough.
+        let _ = writeln!(std::io::stdout(), "{}", cli::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
     if cli::asks_for_upgrade(&arguments) {
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
     let options = match cli::parse(&arguments, persona) {
         Ok(options) => options,
         Err(error) => {
-            // Nobody is left to be told if this fails.
+            // A failure can't be reported any more.
             let _ = error.print();
             return ExitCode::from(cli::status_of(&error, &arguments, behaviour));
         }
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => {
             let error = Options::command().error(ErrorKind::ValueValidation, error);
-            // Nobody is left to be told if this fails.
+            // A failure can't be reported any more.
             let _ = error.print();
             return ExitCode::from(behaviour.conflict_status);
         }

@@ -22,7 +22,7 @@ use poll_waker::PollWaker;
 
 /// Runs `model` in every order of events with at most two preemptions, which is where nearly all
 /// known faults of this kind lie; without a bound the larger models take hours.
-fn every_order(model: impl Fn() + Sync + Send + 'static) {
+fn explore(model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = builder.preemption_bound.or(Some(2));
     builder.check(model);
@@ -42,7 +42,7 @@ fn wait_and_give_up<T>(receiver: &Receiver<T>) -> Option<T> {
 
 #[test]
 fn two_producers_and_two_consumers_lose_nothing() {
-    every_order(|| {
+    explore(|| {
         let (sender, receiver) = channel();
         let producers: Vec<_> = [1, 2]
             .map(|item| {
@@ -62,7 +62,7 @@ fn two_producers_and_two_consumers_lose_nothing() {
 
 #[test]
 fn a_batch_wakes_a_receiver_for_each_item() {
-    every_order(|| {
+    explore(|| {
         let (sender, receiver) = channel();
         let other = receiver.clone();
         let consumer = thread::spawn(move || block_on(other.recv()).unwrap());
@@ -78,7 +78,7 @@ fn a_batch_wakes_a_receiver_for_each_item() {
 
 #[test]
 fn a_woken_receiver_that_goes_away_wakes_another() {
-    every_order(|| {
+    explore(|| {
         let (sender, receiver) = channel();
         let impatient = receiver.clone();
         let gives_up = thread::spawn(move || wait_and_give_up(&impatient));
@@ -102,7 +102,7 @@ fn a_woken_receiver_that_goes_away_wakes_another() {
 
 #[test]
 fn closing_ends_every_receiver_and_loses_no_item() {
-    every_order(|| {
+    explore(|| {
         let (sender, receiver) = channel();
         let other = receiver.clone();
         let consumer = thread::spawn(move || {
@@ -131,7 +131,7 @@ fn closing_ends_every_receiver_and_loses_no_item() {
 
 #[test]
 fn close_from_the_receiving_end_races_with_send() {
-    every_order(|| {
+    explore(|| {
         let (sender, receiver) = channel();
         let closer = receiver.clone();
         let closing = thread::spawn(move || closer.close());
@@ -155,7 +155,7 @@ impl Wake for Woken {
 
 #[test]
 fn a_wake_while_a_future_is_polled_is_seen_or_passed_on() {
-    every_order(|| {
+    explore(|| {
         let runtime = Arc::new(Woken(AtomicBool::new(false)));
         let poll_waker = PollWaker::new(Waker::from(Arc::clone(&runtime)));
         let work = loom::sync::Arc::new(AtomicBool::new(false));

@@ -53,3 +53,19 @@ server_stop() {
     server_status=0
     wait "$1" 2>/dev/null || server_status=$?
 }
+
+# Ends the process `guest` and the server `server_pid`, removes the folder `work`, and exits with the
+# current status. A suite that starts a server for several guests calls this by its EXIT trap.
+# shellcheck disable=SC2154 # the suite sets guest and work
+suite_cleanup() {
+    local status=$?
+    trap - EXIT
+    trap '' HUP INT TERM PIPE
+    if [[ -n $guest ]]; then
+        kill -TERM "$guest" 2>/dev/null || true
+        wait "$guest" 2>/dev/null || true
+    fi
+    if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
+    if [[ -n $work ]]; then rm -rf "$work"; fi
+    exit "$status"
+}

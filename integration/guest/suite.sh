@@ -102,20 +102,6 @@ make_ordinary() {
     quick="${quick:+$quick }--user-namespace"
 }
 
-# shellcheck disable=SC2317 # called by the trap
-cleanup() {
-    local status=$?
-    trap - EXIT
-    trap '' HUP INT TERM PIPE
-    if [[ -n $guest ]]; then
-        kill -TERM "$guest" 2>/dev/null || true
-        wait "$guest" 2>/dev/null || true
-    fi
-    if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
-    if [[ -n $work ]]; then rm -rf "$work"; fi
-    exit "$status"
-}
-
 # Counts a guest's reports and passes on the lines to show.
 block='' block_passed=0 block_failed=0
 take() {
@@ -281,7 +267,7 @@ main() {
     [[ -d $cache/kernels/$kernel ]] || usage "there is no kernel $kernel"
     "$here/initramfs.sh" "$kernel" >/dev/null
     work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-suite.XXXXXX")
-    trap cleanup EXIT
+    trap suite_cleanup EXIT
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM

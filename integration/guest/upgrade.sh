@@ -42,20 +42,6 @@ parse() {
     fi
 }
 
-# shellcheck disable=SC2317 # called by the trap
-cleanup() {
-    local status=$?
-    trap - EXIT
-    trap '' HUP INT TERM PIPE
-    if [[ -n $guest ]]; then
-        kill -TERM "$guest" 2>/dev/null || true
-        wait "$guest" 2>/dev/null || true
-    fi
-    if [[ -n $server_pid ]]; then server_stop "$server_pid"; fi
-    if [[ -n $work ]]; then rm -rf "$work"; fi
-    exit "$status"
-}
-
 # The guest's part: each of its operations fails if it is done twice or not at all.
 guest_script() {
     cat <<'SCRIPT'
@@ -166,7 +152,7 @@ main() {
     "$here/setup.sh"
     "$here/initramfs.sh" "$kernel" >/dev/null
     work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-upgrade.XXXXXX")
-    trap cleanup EXIT
+    trap suite_cleanup EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     logs=${logs:-$work/logs}

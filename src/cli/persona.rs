@@ -166,11 +166,11 @@ differences! {
     virtiofsd: true, "`--socket-path`; `-d`; `--no-announce-submounts`";
     why: "as for all options";
 
-    /// Replace whatever file is at the socket's path.
+    /// Replace any file at the socket's path.
     replaces_files: bool, "a file other than a socket at the path of the socket";
     ringfsd: false, "refused";
     virtiofsd: true, "replaced";
-    why: "it may be a file that somebody needs";
+    why: "the file may still be needed";
 }
 
 impl Persona {

@@ -37,7 +37,7 @@ pub enum RecoveryError {
     StateInUse(PathBuf),
     /// The state file is no table, or a damaged one.
     #[error(
-        "--state: can't go on from {path}; where no guest is to go on from it, remove it and start \
+        "--state: can't resume from {path}; if no guest needs its session, remove it and start \
          again"
     )]
     InStateFile {

@@ -21,12 +21,12 @@ pub(crate) fn sort_leftovers(
     let snapshot = match block.map(|block| SessionSnapshot::decode(&block)) {
         None => None,
         Some(Ok(snapshot)) if snapshot.descriptors().iter().any(|fd| own.contains(fd)) => {
-            log::error!("the session can't go on: it names a descriptor of the server's own");
+            log::error!("the session can't resume: it names a descriptor of the server's own");
             None
         }
         Some(Ok(snapshot)) => Some(snapshot),
         Some(Err(error)) => {
-            log::error!("the session can't go on: {error}");
+            log::error!("the session can't resume: {error}");
             None
         }
     };

@@ -1,8 +1,9 @@
 //! Recovery: a session outlives the process, or the program, that serves it.
 //!
-//! `docs/recovery.md` describes it as a whole. This room has what is about processes: the
-//! supervisor, which starts a serving process when one was killed; the handover to another program
-//! over `execve`; the `--state` file; the service manager that watches the server; and what a process does with what the previous one has left.
+//! `docs/recovery.md` describes it as a whole. This room has the part that concerns processes: the
+//! supervisor, which starts another serving process when one was killed; the handover to another
+//! program by `execve`; the `--state` file; the service manager that watches the server; and the
+//! cleanup after a previous process.
 //! The table of the session's state is `state`. What is replayed or resumed of a protocol is part
 //! of that protocol: `vhost_user` has the snapshot of its session, `virtqueue` the requests in
 //! flight, `fuse` and `fs` the replay of requests.

@@ -32,7 +32,7 @@ pub(crate) struct ServiceManager {
     socket: Option<OsString>,
     /// The time after which the manager ends a server that has sent no keep-alive.
     watchdog: Option<Duration>,
-    /// Whether the manager was told that the server is ready.
+    /// Whether the server has reported to the manager that it is ready.
     is_ready: bool,
     /// When the serving process has reported last, or was excused.
     alive: Option<Instant>,
@@ -43,7 +43,7 @@ pub(crate) struct ServiceManager {
 pub(crate) enum Silence {
     /// Not so long yet, or there is no watchdog.
     Short,
-    /// It waits for storage of the host, or was stopped, neither of which a restart would help.
+    /// It waits for storage of the host, or was stopped; a restart would help in neither case.
     Excused,
     /// It hangs.
     Hang,
@@ -151,8 +151,7 @@ fn send_to(path: &[u8], states: &str) -> Result<(), Errno> {
     Ok(())
 }
 
-/// What a thread of the process waits for, if one waits where the kernel doesn't interrupt it, or was
-/// stopped.
+/// What a thread of the process waits for, if it is in an uninterruptible wait or was stopped.
 fn waiting_thread(process: Pid) -> Option<&'static str> {
     let threads = format!("/proc/{}/task", process.as_raw_nonzero());
     let threads = std::fs::read_dir(threads).ok()?;

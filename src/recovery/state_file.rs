@@ -21,12 +21,12 @@ use crate::virtqueue;
 pub(crate) struct OpenedTable {
     pub(crate) table: Arc<Table>,
     /// What the previous process has left in the table, if anything.
-    pub(crate) previous: Option<PreviousProcess>,
+    pub(crate) previous: Option<PreviousServer>,
 }
 
 /// What a process that resumes a session has to know of the previous one.
 #[derive(Debug)]
-pub(crate) struct PreviousProcess {
+pub(crate) struct PreviousServer {
     /// The descriptors that it recorded are open in this process, under the same numbers.
     pub(crate) inherited_fds: bool,
     /// The requests that it left unanswered.
@@ -109,7 +109,7 @@ impl TableLocation {
 
 impl OpenedTable {
     fn of(table: Arc<Table>, inherited_fds: bool) -> Self {
-        let previous = table.is_in_use().then(|| PreviousProcess {
+        let previous = table.is_in_use().then(|| PreviousServer {
             inherited_fds,
             unanswered: virtqueue::unanswered_requests(&table),
         });

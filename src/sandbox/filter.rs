@@ -204,7 +204,7 @@ impl Filter {
 }
 
 impl Condition {
-    /// The rules, one of which has to match.
+    /// The rules; a call is allowed if one of them matches.
     fn rules(self, argument: u8) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
         let rule = |operator, value| {
             let length = SeccompCmpArgLen::Dword;

@@ -277,7 +277,7 @@ pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, S
 impl ServingProcess {
     /// Whether there was an earlier serving process.
     #[must_use]
-    pub fn is_successor(&self) -> bool {
+    pub fn is_restarted(&self) -> bool {
         self.previous.is_some()
     }
 
@@ -390,7 +390,7 @@ pub fn reset_inherited(supervises: bool) -> std::io::Result<()> {
     Ok(process::reset_signals(supervises)?)
 }
 
-/// Unblocks `SIGHUP`, by which a supervisor asks the serving process to return all requests.
+/// Unblocks `SIGHUP`, which a supervisor sends to make the serving process return all requests.
 ///
 /// # Errors
 ///

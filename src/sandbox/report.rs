@@ -58,7 +58,7 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Reports that the process serves; does nothing if nobody is to know.
+    /// Reports that the process serves; does nothing if no report was requested.
     pub fn report(&self) {
         let Some(pipe) = &self.pipe else { return };
         let report = Report {

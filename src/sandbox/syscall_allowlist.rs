@@ -53,7 +53,7 @@ const FILES: &[libc::c_long] = &[
 ];
 
 /// The credentials of one thread, which decide who owns what it creates
-/// (`fs::passthrough::credentials`): ids, umask and capabilities.
+/// (`fs::passthrough::ids`): ids, umask and capabilities.
 const CREDENTIALS: &[libc::c_long] = &[
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,

@@ -20,7 +20,7 @@ use crate::state::Table;
 
 pub(super) use crate::fs::passthrough::{raise_descriptor_limit, set_descriptor_limit};
 
-/// What the file system has of the host, in the sandbox.
+/// The host's files that the file system gets, opened in the sandbox.
 pub(super) struct Entered {
     /// What is shared, `O_PATH`.
     pub(super) root: OwnedFd,
@@ -38,7 +38,7 @@ pub(super) struct Built {
     pub(super) table: Arc<Table>,
 }
 
-/// Finds out whether what is to be served is there, before somebody relies on it.
+/// Checks that the directory to serve exists, before a launcher or a VMM relies on it.
 pub(super) fn check(config: &Config) -> Result<(), ServerError> {
     passthrough::check_shared(&config.shared_dir)
         .map_err(|error| share_error(&config.shared_dir, error))
@@ -82,15 +82,15 @@ pub(super) fn build(
     let (mut fs, restored) =
         Passthrough::with_table(shared, options, &table, past.as_ref()).map_err(failed)?;
     if past.is_some() {
-        log::info!("going on from where another process ended: {restored}");
+        log::info!("resuming where another process ended: {restored}");
     }
     if let Some(file) = entered.file {
         fs.set_single_file(file);
     }
     if let Some(name) = unsettable.filter(|_| !entered.may_label) {
         log::warn!(
-            "--security-label: the guest can make nothing that it has a label for (EPERM), as the \
-             server may not set {name} on the host: as root give --modcaps=+sys_admin, or keep the \
+            "--security-label: the guest can't create files with a security label (EPERM), because the \
+             server may not set {name} on the host: as root use --modcaps=+sys_admin, or store the \
              labels under another name with --xattrmap=:map:security.:user.guest.:"
         );
     }
@@ -107,9 +107,10 @@ fn share_error(path: &Path, error: PassthroughError) -> ServerError {
     }
 }
 
-/// How many descriptors a session needs however much its guest holds: a worker's runtime, and what a
-/// request opens for a moment; what each queue is kicked and called by, the old and the new; and
-/// what a message brings, of which there are copies while it is dealt with, beside all else.
+/// How many descriptors a session needs in addition to those that the guest causes: each worker's
+/// runtime and the descriptors that one request opens temporarily; the kick and call eventfds of
+/// each queue, old and new; the descriptors of a message and their duplicates while it is handled; and
+/// all others.
 fn reserved_descriptors(config: &Config) -> usize {
     const WORKER: usize = 8;
     const QUEUE: usize = 4;

@@ -1,9 +1,9 @@
 //! Composition root: the start-up order, top to bottom, once.
 //!
-//! The process is split in two on the way, before it has a second thread. What lies outside of the
-//! sandbox is opened before, and what serves a guest is set up after. `docs/sandbox.md` has the
+//! The process is split in two on the way, before it has a second thread. Files outside the sandbox
+//! are opened before that, and everything that serves a guest is set up after it. `docs/sandbox.md` has the
 //! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
-//! released before the next one begins, unless it is left to another process.
+//! released before the next one begins, unless another process continues it.
 
 mod control_group;
 mod error;
@@ -131,7 +131,7 @@ impl Server {
     }
 
     /// Unblocks the signals that end a server, which [`start`](Self::start) has blocked. To be called
-    /// once they make the descriptor readable that [`run`](Self::run) gets.
+    /// once these signals make the descriptor readable that [`run`](Self::run) gets.
     ///
     /// # Errors
     ///
@@ -143,8 +143,8 @@ impl Server {
         sandbox::release_signals()
     }
 
-    /// Whether another process resumes the session if this one is killed. It asks this one by
-    /// `SIGHUP` to leave the session to it.
+    /// Whether another process resumes the session if this one is killed. That process sends
+    /// `SIGHUP` to ask this one to leave the session to it.
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.supervised
@@ -265,16 +265,16 @@ impl Resources for ServerResources {
         self.listener.leave_file();
         let config = self.config;
         let limits = table_limits(&config);
-        let (supervised, again) = (process.is_supervised(), process.is_successor());
+        let (supervised, restarted) = (process.is_supervised(), process.is_restarted());
         // The guardian has it. A supervisor's descriptors are this process's, too.
         match self.pid_file.take() {
             Some(pid_file) if supervised => std::mem::forget(pid_file),
             pid_file => drop(pid_file),
         }
         let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
-        let opened = self.state.open(&limits, again)?;
-        let has_waited = again && opened.table.is_announced();
-        let left = if again {
+        let opened = self.state.open(&limits, restarted)?;
+        let has_waited = restarted && opened.table.is_announced();
+        let left = if restarted {
             recovery::sort_leftovers(&opened.table, &place.descriptors)?
         } else {
             None
@@ -308,7 +308,7 @@ impl Resources for ServerResources {
             listener: self.listener,
             filter,
             supervised,
-            first: !again,
+            first: !restarted,
             left,
         })
     }

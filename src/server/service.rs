@@ -1,8 +1,9 @@
 //! Serves one file system to the VMMs that connect, one after the other.
 //!
 //! Owns the file system and how it is served: device, workers, engine. Knows neither where the file
-//! system comes from nor what the process is kept in. The invariant: whatever a session took (threads,
-//! descriptors, mappings) is released before the next one begins, unless it is left to another process.
+//! system comes from nor which sandbox the process runs in. The invariant: whatever a session took
+//! (threads, descriptors, mappings) is released before the next one begins, unless another process
+//! continues it.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -23,7 +24,7 @@ use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapsh
 use crate::virtqueue::{Queue, QueueIndex};
 use crate::worker::{Pings, Threads, ThreadsError, WorkerPool, WorkerPoolError};
 
-/// How a server's run is over.
+/// How a server's run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// It has served.
@@ -57,7 +58,7 @@ pub struct Service {
     fs: Arc<dyn FileSystem>,
     /// What the session holds, where that outlives the process.
     table: Arc<Table>,
-    /// What the guest holds is kept for the next server.
+    /// The guest's state is kept for the next server.
     keeps: bool,
     /// To be told once a VMM is served, or can connect.
     serving: Serving,
@@ -72,7 +73,7 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// The engine can't be had, or there is no memory for the rings' journals.
+    /// The engine isn't available, or there is no memory for the rings' journals.
     pub fn new(fs: Arc<dyn FileSystem>, options: ServiceOptions) -> Result<Self, ServerError> {
         let runtime = crate::io::choose(options.runtime)?;
         let table = Table::for_this_process(&Limits {
@@ -102,7 +103,7 @@ impl Service {
         }
     }
 
-    /// Keeps what the guest holds for the next server.
+    /// Keeps the guest's state for the next server.
     pub(super) fn keeping(mut self, keeps: bool) -> Self {
         self.keeps = keeps;
         self
@@ -127,7 +128,7 @@ impl Service {
         &self.table
     }
 
-    /// Whether what the guest holds is kept for the next server.
+    /// Whether the guest's state is kept for the next server.
     pub(super) fn keeps(&self) -> bool {
         self.keeps
     }
@@ -209,8 +210,7 @@ impl Service {
         }
     }
 
-    /// Finds out whether there are threads for a session, while whoever starts the server can still be
-    /// told.
+    /// Checks that the host has threads for a session, while an error still reaches the launcher.
     pub(super) fn try_threads(&mut self) -> Result<(), ServerError> {
         // One for the high-priority queue.
         let count = self.options.workers.saturating_add(1);
@@ -232,8 +232,8 @@ impl Service {
         of_ring && may_choose && self.runtime.engine == Engine::Uring
     }
 
-    /// Starts the workers of a session. What the previous session had, or other servers of the same
-    /// user, may be in the way for a moment.
+    /// Starts the workers of a session. If a resource is still used by the previous session, or by
+    /// other servers of the same user, tries again for a short time.
     fn start_workers(
         &self,
         session: &Arc<Session<dyn FileSystem>>,
@@ -275,7 +275,7 @@ impl Service {
         let session = Session::new(Arc::clone(&self.fs), self.options.session.clone())
             .remembering(Arc::clone(&self.table));
         if let Some(negotiated) = session.negotiated() {
-            log::info!("the guest's session goes on: {negotiated}");
+            log::info!("the guest's session resumes: {negotiated}");
         }
         let pool = self.start_workers(&Arc::new(session))?;
         let kept = self.keeps && pool.session().negotiated().is_some();
@@ -287,7 +287,7 @@ impl Service {
             has_taken_over: false,
         };
         let end = run(&self.options.device, &mut workers, &self.table, stop);
-        // A connection that came to nothing is not that of the VMM for which the state is kept.
+        // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;
         if matches!(end, Ok(End::Left)) {
@@ -296,7 +296,7 @@ impl Service {
             std::mem::forget(pool);
             return Ok(End::Left);
         }
-        // A server that is asked to stop leaves what the guest holds to the next one.
+        // A server that is asked to stop leaves the guest's state to the next one.
         let stays = is_a_stranger || self.keeps && matches!(end, Ok(End::Stopped));
         let had = pool.session().negotiated().is_some();
         if !stays {
@@ -315,12 +315,12 @@ impl Service {
         match (self.keeps && had, stays) {
             (false, _) => {}
             (true, true) if matches!(end, Ok(End::Stopped)) => {
-                log::info!("what the guest holds is kept for the next server");
+                log::info!("keeping the guest's state for the next server");
             }
             (true, true) => {
-                log::warn!("no queue was started: what the guest holds is kept for its VMM");
+                log::warn!("no queue was started: keeping the guest's state for its VMM");
             }
-            (true, false) => log::warn!("what the guest held is given up, as its VMM has gone"),
+            (true, false) => log::warn!("discarding the guest's state: its VMM has disconnected"),
         }
         Ok(end.unwrap_or(End::Disconnected))
     }
@@ -335,11 +335,11 @@ struct SessionWorkers<'a> {
     pool: Workers,
     serving: &'a Serving,
     heartbeat: Option<Heartbeat>,
-    /// The connection has started a queue, or has said what is to become of what the guest holds.
+    /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
 }
 
-/// Shows from time to time that the session's threads run.
+/// Checks periodically that the session's threads run.
 #[derive(Debug)]
 struct Heartbeat {
     interval: Duration,
@@ -388,7 +388,7 @@ impl Runner for SessionWorkers<'_> {
     fn reset(&mut self) {
         self.has_taken_over = true;
         if self.pool.session().negotiated().is_some() {
-            log::info!("the VMM has reset the device: what the guest held is given up");
+            log::info!("the VMM has reset the device: discarding the guest's state");
         }
         self.pool.session().reset();
     }
@@ -398,7 +398,7 @@ impl Runner for SessionWorkers<'_> {
     }
 
     fn resumed(&mut self) {
-        log::info!("the session goes on");
+        log::info!("the session has resumed");
         self.serving.report();
     }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::{StateError, Table};
 use crate::sys::receipt::Receipt;
-use crate::sys::shared::{SharedWords, WORD};
+use crate::sys::shared::{MappedWords, WORD};
 
 /// Words of a chunk: 64 KiB.
 pub(super) const CHUNK: usize = 8192;
@@ -155,7 +155,7 @@ pub(super) fn digest(words: impl IntoIterator<Item = u64>) -> u64 {
 }
 
 /// Writes the header of a new table.
-pub(super) fn write(words: &SharedWords, layout: &Layout) {
+pub(super) fn write(words: &MappedWords, layout: &Layout) {
     let parts = [
         (at::CHUNKS, layout.chunk_count as u64),
         (at::QUEUES, layout.queue_count as u64),

@@ -39,7 +39,7 @@ pub use self::thread_journal::{JournalEntry, PreviousEntry};
 use self::header::Layout;
 use self::slabs::{RecordKind, Slabs};
 use crate::sys::closing::First;
-use crate::sys::shared::{SharedWords, WORD};
+use crate::sys::shared::{MappedWords, WORD};
 
 /// Why a table can't be created or opened.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,7 @@ pub enum StateError {
 /// The state table.
 #[derive(Debug)]
 pub struct Table {
-    words: SharedWords,
+    words: MappedWords,
     layout: Layout,
     slabs: Slabs,
     /// The half of the thread journals that this process uses. Orders nothing.
@@ -144,7 +144,7 @@ impl Table {
                 ..
             }) => {
                 let layout = Layout::of(limits);
-                let words = SharedWords::without_file(layout.words()).map_err(StateError::Map)?;
+                let words = MappedWords::without_file(layout.words()).map_err(StateError::Map)?;
                 Ok(Self::with_words(words, layout, false))
             }
             done => done,
@@ -171,11 +171,11 @@ impl Table {
                 reserve(&file, first, words).map_err(grow)?;
             }
         }
-        let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        let words = MappedWords::map(file, layout.words()).map_err(StateError::Map)?;
         Ok(Self::with_words(words, layout, reserved))
     }
 
-    fn with_words(words: SharedWords, layout: Layout, reserved: bool) -> Arc<Self> {
+    fn with_words(words: MappedWords, layout: Layout, reserved: bool) -> Arc<Self> {
         header::write(&words, &layout);
         Arc::new(Self {
             slabs: Slabs::new(&layout, reserved),
@@ -196,7 +196,7 @@ impl Table {
         let stat = rustix::fs::fstat(&file).map_err(StateError::Length)?;
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         let layout = header::read(&file, found)?;
-        let words = SharedWords::map(file, layout.words()).map_err(StateError::Map)?;
+        let words = MappedWords::map(file, layout.words()).map_err(StateError::Map)?;
         // Whether space must be reserved is not recorded; reserving does no harm.
         let slabs = Slabs::from_table(&words, &layout)?;
         let table = Self {

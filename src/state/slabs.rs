@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::header::{CHUNK, Layout};
 use super::{SlotRef, StateError, reserve};
-use crate::sys::shared::{SharedWords, WORD};
+use crate::sys::shared::{MappedWords, WORD};
 
 /// Words of a record: a cache line.
 pub(super) const RECORD: usize = 8;
@@ -181,7 +181,7 @@ impl Slabs {
 
     /// The allocator of an existing table: it has the chunks with their kinds, and only the slots
     /// of records are in use. See [`claim`](Self::claim).
-    pub(super) fn from_table(words: &SharedWords, layout: &Layout) -> Result<Self, StateError> {
+    pub(super) fn from_table(words: &MappedWords, layout: &Layout) -> Result<Self, StateError> {
         let slabs = Self::new(layout, true);
         let mut state = slabs.lock();
         for number in 0..layout.chunk_count {
@@ -245,7 +245,7 @@ impl Slabs {
 
     /// Called after the last [`claim`](Self::claim): makes free slots available and releases chunks
     /// of which nothing was claimed.
-    pub(super) fn finish_claims(&self, words: &SharedWords) {
+    pub(super) fn finish_claims(&self, words: &MappedWords) {
         let mut state = self.lock();
         for number in 0..state.chunks.len() {
             let Some(chunk) = &state.chunks[number] else {
@@ -259,7 +259,7 @@ impl Slabs {
         }
     }
 
-    pub(super) fn allocate(&self, words: &SharedWords, kind: RecordKind) -> Option<SlotRef> {
+    pub(super) fn allocate(&self, words: &MappedWords, kind: RecordKind) -> Option<SlotRef> {
         let mut state = self.lock();
         loop {
             let Some(number) = state.with_room[kind.list()].last().copied() else {
@@ -283,7 +283,7 @@ impl Slabs {
         }
     }
 
-    fn open_chunk(&self, state: &mut State, words: &SharedWords, kind: RecordKind) -> Option<()> {
+    fn open_chunk(&self, state: &mut State, words: &MappedWords, kind: RecordKind) -> Option<()> {
         let number = match state.free.pop() {
             Some(number) => number as usize,
             None if state.chunks.len() < self.max_chunks => {
@@ -308,7 +308,7 @@ impl Slabs {
         Some(())
     }
 
-    pub(super) fn free(&self, words: &SharedWords, slot: SlotRef) {
+    pub(super) fn free(&self, words: &MappedWords, slot: SlotRef) {
         let mut state = self.lock();
         let Some((number, at)) = self.number_of(slot) else {
             return;
@@ -335,7 +335,7 @@ impl Slabs {
     }
 
     /// Releases a chunk.
-    fn release(&self, state: &mut State, words: &SharedWords, number: usize) {
+    fn release(&self, state: &mut State, words: &MappedWords, number: usize) {
         if let Some(chunk) = state.chunks[number].take() {
             let listed = &mut state.with_room[chunk.kind.list()];
             listed.retain(|one| *one as usize != number);
@@ -344,7 +344,7 @@ impl Slabs {
             kind.store(0, std::sync::atomic::Ordering::Release);
         }
         // If the file system can't free the space, the memory stays for the chunk's next use.
-        if words.give_back(self.start + number * CHUNK, CHUNK).is_err() {
+        if words.release(self.start + number * CHUNK, CHUNK).is_err() {
             for word in 0..CHUNK {
                 if let Some(word) = words.get(self.start + number * CHUNK + word) {
                     word.store(0, std::sync::atomic::Ordering::Relaxed);

@@ -40,7 +40,7 @@ pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
 /// # Errors
 ///
 /// `EBADF` if it isn't open, or is one of the standard three.
-pub(crate) fn bequeathed_fd(fd: RawFd) -> io::Result<OwnedFd> {
+pub(crate) fn recorded_fd(fd: RawFd) -> io::Result<OwnedFd> {
     if fd <= libc::STDERR_FILENO {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }

@@ -16,18 +16,18 @@ pub(crate) const WORD: usize = size_of::<u64>();
 
 /// The first bytes of a file, or anonymous memory, as words. Mapped until this is dropped.
 #[derive(Debug)]
-pub(crate) struct SharedWords {
+pub(crate) struct MappedWords {
     start: NonNull<AtomicU64>,
     len: usize,
     file: Option<OwnedFd>,
 }
 
 // SAFETY: it owns its mapping, and lends nothing but atomic words.
-unsafe impl Send for SharedWords {}
+unsafe impl Send for MappedWords {}
 // SAFETY: as above.
-unsafe impl Sync for SharedWords {}
+unsafe impl Sync for MappedWords {}
 
-impl SharedWords {
+impl MappedWords {
     /// Maps `words` words of `file`, which must have and keep at least this length: accessing a
     /// word beyond its end kills the process (`SIGBUS`).
     ///
@@ -108,7 +108,7 @@ impl SharedWords {
     ///
     /// Those of `madvise(MADV_REMOVE)`: `EOPNOTSUPP` if the file system doesn't support it;
     /// `EINVAL` for a range that doesn't consist of whole pages or isn't in the mapping.
-    pub(crate) fn give_back(&self, first: usize, words: usize) -> Result<(), Errno> {
+    pub(crate) fn release(&self, first: usize, words: usize) -> Result<(), Errno> {
         if first.checked_add(words).is_none_or(|end| end > self.len) {
             return Err(Errno::INVAL);
         }
@@ -120,7 +120,7 @@ impl SharedWords {
     }
 }
 
-impl Drop for SharedWords {
+impl Drop for MappedWords {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping, and nothing borrowed from it outlives it.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len * WORD) };
@@ -144,17 +144,17 @@ mod tests {
 
     use super::*;
 
-    fn words(count: usize) -> SharedWords {
+    fn words(count: usize) -> MappedWords {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = rustix::fs::memfd_create(c"words", flags).unwrap();
         rustix::fs::ftruncate(&file, (count * WORD) as u64).unwrap();
-        SharedWords::map(file, count).unwrap()
+        MappedWords::map(file, count).unwrap()
     }
 
     #[test]
     fn two_mappings_of_a_file_share_its_words() {
         let one = words(1024);
-        let other = SharedWords::map(one.file().unwrap().try_clone().unwrap(), 1024).unwrap();
+        let other = MappedWords::map(one.file().unwrap().try_clone().unwrap(), 1024).unwrap();
         one.get(1023).unwrap().store(7, Ordering::Relaxed);
         assert_eq!(other.get(1023).unwrap().load(Ordering::Relaxed), 7);
         assert!(one.get(1024).is_none());
@@ -162,17 +162,17 @@ mod tests {
 
     #[test]
     fn released_words_are_zero() {
-        for words in [words(2048), SharedWords::without_file(2048).unwrap()] {
+        for words in [words(2048), MappedWords::without_file(2048).unwrap()] {
             release_and_check(&words);
         }
     }
 
-    fn release_and_check(words: &SharedWords) {
+    fn release_and_check(words: &MappedWords) {
         words.get(511).unwrap().store(1, Ordering::Relaxed);
         words.get(512).unwrap().store(2, Ordering::Relaxed);
-        words.give_back(512, 512).unwrap();
+        words.release(512, 512).unwrap();
         let load = |index: usize| words.get(index).unwrap().load(Ordering::Relaxed);
         assert_eq!((load(511), load(512)), (1, 0));
-        assert!(words.give_back(1024, 4096).is_err());
+        assert!(words.release(1024, 4096).is_err());
     }
 }

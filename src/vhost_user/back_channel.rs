@@ -1,7 +1,7 @@
 //! The back channel: the socket on which this back end sends requests to the VMM.
 //!
 //! The front end opens it by SET_BACKEND_REQ_FD. One request is outstanding at a time: the next one
-//! is sent only when the answer to the one before has arrived, also if nobody waits for that any
+//! is sent only when the answer to the one before has arrived, even if no thread waits for that any
 //! more. Requests wait on the threads that send them, and the session's thread waits for none of
 //! them longer than [`GRACE`]: the VMM may be waiting for the session's reply before it answers. The
 //! invariant: an answer is never taken for that to another request, also after a kill (`counters`).

@@ -37,7 +37,7 @@ pub(super) struct Handled {
     pub(super) outcome: Result<(), SessionError>,
 }
 
-/// What a valid message is answered with.
+/// The answer to a valid message.
 enum Answer {
     /// An acknowledgement, if the front end has asked for one.
     Done,
@@ -47,11 +47,11 @@ enum Answer {
     WithFd(Vec<u8>, OwnedFd),
 }
 
-/// Why a message isn't answered so.
+/// Why a message has no such answer.
 enum Failure {
     /// It is invalid. There is no reply.
     Invalid(ProtocolError),
-    /// It can't be done. The front end gets to know if it has asked for an acknowledgement.
+    /// It can't be done. The front end learns this if it has asked for an acknowledgement.
     Refused(SessionError),
 }
 
@@ -178,7 +178,7 @@ impl<R: Runner> Session<'_, R> {
                 self.add_mem_region(&region, fd)?;
             }
             Request::REM_MEM_REG => {
-                // Some front ends send a descriptor, of which the specification makes no use.
+                // Some front ends send a descriptor, which the specification doesn't use.
                 self.require(Feature::CONFIGURE_MEM_SLOTS)?;
                 let region: VhostUserSingleMemoryRegion = payload(body)?;
                 self.remove_mem_region(&region)?;
@@ -290,7 +290,7 @@ impl<R: Runner> Session<'_, R> {
                 };
                 self.set_vring_enable(state.index, enable)?;
             }
-            // What was not offered, or is none of a file system's business.
+            // Not offered, or not for a file system.
             _ => return Err(ProtocolError::InvalidMessage.into()),
         }
         Ok(Answer::Done)

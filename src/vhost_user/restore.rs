@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use super::Runner;
 use super::back_channel::Link;
 use super::session::{Session, SessionError, eventfd};
-use super::session_snapshot::{FileRecord, RegionRecord, SessionSnapshot, VringRecord};
+use super::session_snapshot::{FileRecord, Pending, RegionRecord, SessionSnapshot, VringRecord};
 use super::vring::Vring;
 use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
 use crate::sys;
@@ -65,7 +65,9 @@ impl<R: Runner> Session<'_, R> {
             log,
             inflight,
             vrings: self.vrings.iter().map(Vring::snapshot).collect(),
-            ..SessionSnapshot::default()
+            // The caller sets these.
+            socket: RawFd::default(),
+            pending: Pending::default(),
         };
         let fds = self.vrings.iter().flat_map(|vring| {
             let fds = [&vring.kick, &vring.call_fd, &vring.err];
@@ -83,21 +85,33 @@ impl<R: Runner> Session<'_, R> {
 
     /// Restores the session from `snapshot`, and starts its queues.
     pub(super) fn restore(&mut self, snapshot: &SessionSnapshot) -> Result<(), SessionError> {
+        let SessionSnapshot {
+            // The caller has adopted the socket, and handles the pending message afterwards.
+            socket: _,
+            pending: _,
+            features_requested,
+            features,
+            protocol,
+            regions: region_records,
+            log: log_record,
+            inflight: inflight_record,
+            back_channel,
+            vrings: vring_records,
+        } = snapshot;
         // Adopt all descriptors before anything can fail, so that none of them leaks.
-        let files = snapshot.regions.iter().map(|region| adopt(region.fd));
+        let files = region_records.iter().map(|region| adopt(region.fd));
         let files = files.collect::<Result<Vec<_>, _>>()?;
-        let log = snapshot.log.map(|log| adopt(log.fd)).transpose()?;
-        let inflight = snapshot
-            .inflight
+        let log = log_record.map(|log| adopt(log.fd)).transpose()?;
+        let inflight = inflight_record
             .map(|(file, _)| adopt(file.fd))
             .transpose()?;
-        let link = snapshot.back_channel.map(|channel| {
+        let link = back_channel.map(|channel| {
             let fds = (adopt(channel.socket), adopt(channel.counters));
             Ok::<_, SessionError>((fds.0?, fds.1?))
         });
         let link = link.transpose()?;
-        let mut vrings = Vec::with_capacity(snapshot.vrings.len());
-        for (index, vring) in (0..).zip(&snapshot.vrings) {
+        let mut vrings = Vec::with_capacity(vring_records.len());
+        for (index, vring) in (0..).zip(vring_records) {
             vrings.push(Vring::restored(QueueIndex(index), vring)?);
         }
         let link = link.map(|(socket, counters)| Link::resume(socket, counters));
@@ -107,7 +121,7 @@ impl<R: Runner> Session<'_, R> {
             let recorded = vrings.len();
             return Err(SessionError::OtherDevice { recorded, queues });
         }
-        let regions = snapshot.regions.iter().zip(files).map(|(region, file)| {
+        let regions = region_records.iter().zip(files).map(|(region, file)| {
             let RegionRecord {
                 guest,
                 user,
@@ -126,7 +140,7 @@ impl<R: Runner> Session<'_, R> {
         });
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let regions = Memory::new(regions, None)?;
-        let log = snapshot.log.zip(log).map(|(record, file)| {
+        let log = log_record.zip(log).map(|(record, file)| {
             DirtyLog::map(
                 File::from(file),
                 record.offset,
@@ -135,22 +149,20 @@ impl<R: Runner> Session<'_, R> {
             )
         });
         let log = log.transpose()?.map(Arc::new);
-        let inflight = snapshot
-            .inflight
+        let inflight = inflight_record
             .zip(inflight)
             .map(|((record, shape), file)| {
                 let range = (record.offset, record.len);
                 InflightRegion::map(File::from(file), range, shape, &self.memory_lost)
             });
         let inflight = inflight.transpose().map_err(SessionError::Inflight)?;
-        self.channel
-            .set_protocol_features(snapshot.protocol.unwrap_or(0));
+        self.channel.set_protocol_features(protocol.unwrap_or(0));
         self.link = link.map(Arc::new);
         self.channel.connect(self.link.clone());
         self.change_all(|session| {
-            session.features_requested = snapshot.features_requested;
-            session.features = snapshot.features;
-            session.protocol = snapshot.protocol;
+            session.features_requested = *features_requested;
+            session.features = *features;
+            session.protocol = *protocol;
             session.regions = regions;
             session.log = log;
             session.inflight = inflight;

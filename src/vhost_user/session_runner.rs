@@ -34,14 +34,14 @@ pub fn serve<R: Runner>(
     table: &Arc<Table>,
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
-    run_watched(runner, stop, |runner, memory_lost, stop| {
+    run_until_memory_lost(runner, stop, |runner, memory_lost, stop| {
         let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
         session.begin();
         SessionLoop::new(stream, session, table).run(None, stop)
     })
 }
 
-/// Resumes the session of a process that has ended, for whatever reason. Its queues resume at the
+/// Resumes the session of a process that has ended for any reason. Its queues resume at the
 /// indexes of their rings, and message handling resumes with the pending message.
 ///
 /// The caller guarantees that nothing in this process owns a descriptor that `snapshot` names.
@@ -56,7 +56,7 @@ pub fn resume<R: Runner>(
     table: &Arc<Table>,
     stop: Stop<'_>,
 ) -> Result<End, SessionError> {
-    run_watched(runner, stop, |runner, memory_lost, stop| {
+    run_until_memory_lost(runner, stop, |runner, memory_lost, stop| {
         let stream = restore::socket(&snapshot)?;
         let session = Session::new(device, runner, (table, memory_lost), stop.asked)?;
         SessionLoop::new(stream, session, table).run(Some(snapshot), stop)
@@ -64,7 +64,7 @@ pub fn resume<R: Runner>(
 }
 
 /// Runs `serve`, stops it if memory is lost, and returns an error in that case.
-fn run_watched<R>(
+fn run_until_memory_lost<R>(
     runner: &mut R,
     stop: Stop<'_>,
     serve: impl FnOnce(&mut R, &Arc<MemoryLostEvent>, Stop<'_>) -> Result<End, SessionError>,

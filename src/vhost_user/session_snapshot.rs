@@ -145,39 +145,51 @@ impl SessionSnapshot {
 
     /// Encodes all but the pending message.
     pub(super) fn encode_state(&self) -> EncodedState {
-        let mut to = Writer(Vec::with_capacity(256 + 64 * self.vrings.len()));
-        let mut flags = if self.features_requested {
+        let Self {
+            socket,
+            features_requested,
+            features,
+            protocol,
+            regions,
+            log,
+            inflight,
+            back_channel,
+            vrings,
+            pending: _,
+        } = self;
+        let mut to = Writer(Vec::with_capacity(256 + 64 * vrings.len()));
+        let mut flags = if *features_requested {
             FEATURES_REQUESTED
         } else {
             0
         };
-        flags |= self.features.map_or(0, |_| FEATURES);
-        flags |= self.protocol.map_or(0, |_| PROTOCOL);
-        flags |= self.log.map_or(0, |_| LOG);
-        flags |= self.inflight.map_or(0, |_| INFLIGHT);
+        flags |= features.map_or(0, |_| FEATURES);
+        flags |= protocol.map_or(0, |_| PROTOCOL);
+        flags |= log.map_or(0, |_| LOG);
+        flags |= inflight.map_or(0, |_| INFLIGHT);
         to.number(MAGIC);
         to.number(VERSION);
-        to.fd(Some(self.socket));
+        to.fd(Some(*socket));
         to.number(flags);
-        to.long(self.features.unwrap_or(0));
-        to.long(self.protocol.unwrap_or(0));
-        to.file(self.log);
-        to.file(self.inflight.map(|(file, _)| file));
-        let (queues, size) = self.inflight.map_or((0, 0), |(_, shape)| shape);
+        to.long(features.unwrap_or(0));
+        to.long(protocol.unwrap_or(0));
+        to.file(*log);
+        to.file(inflight.map(|(file, _)| file));
+        let (queues, size) = inflight.map_or((0, 0), |(_, shape)| shape);
         to.number(u32::from(queues));
         to.number(u32::from(size));
-        to.fd(self.back_channel.map(|channel| channel.socket));
-        to.fd(self.back_channel.map(|channel| channel.counters));
-        to.count(self.regions.len());
-        for region in &self.regions {
+        to.fd(back_channel.map(|channel| channel.socket));
+        to.fd(back_channel.map(|channel| channel.counters));
+        to.count(regions.len());
+        for region in regions {
             to.long(region.guest);
             to.long(region.user);
             to.long(region.len);
             to.long(region.offset);
             to.fd(Some(region.fd));
         }
-        to.count(self.vrings.len());
-        for vring in &self.vrings {
+        to.count(vrings.len());
+        for vring in vrings {
             vring.encode(&mut to);
         }
         EncodedState(to.0)

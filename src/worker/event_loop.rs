@@ -67,7 +67,8 @@ pub(super) enum Command {
 pub(super) enum IdlePolicy {
     /// Polls its rings for up to this time, as long as that pays.
     BusyPoll(Duration),
-    /// Delays enabling kicks while they are frequent. Only for queues on which nobody waits.
+    /// Delays enabling kicks while they are frequent. Only for queues whose requests no
+    /// program waits for.
     ModerateKicks,
 }
 
@@ -84,9 +85,9 @@ pub(super) struct Backlog {
 struct OwnedQueue {
     queue: Box<Queue>,
     kick: io::Event,
-    /// Whether there may be chains on the ring.
+    /// The ring may have chains.
     ready: bool,
-    /// Whether the guest was asked for a kick at the next chain.
+    /// The guest was asked for a kick at the next chain.
     notifications_enabled: bool,
     batch_size: BatchSize,
 }

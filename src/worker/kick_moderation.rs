@@ -1,4 +1,4 @@
-//! Moderates the kicks of a queue on whose requests nobody waits.
+//! Moderates the kicks of a queue whose requests no program waits for.
 //!
 //! A guest often sends FORGETs in quick succession, each with a kick. A wake-up for each costs more
 //! than serving it, in the server and in the guest. So a worker that is woken twice in a short time

@@ -142,14 +142,14 @@ impl Tables {
         node.attributes_expire = attributes_expire;
     }
 
-    fn hold(&mut self, node: u64) {
+    fn add_user(&mut self, node: u64) {
         if let Some(node) = self.nodes.get_mut(&node) {
             node.users += 1;
         }
     }
 
     /// Ends one use. What has to be forgotten is added to `gone`.
-    fn let_go(&mut self, node: u64, gone: &mut Vec<(u64, u64)>) {
+    fn remove_user(&mut self, node: u64, gone: &mut Vec<(u64, u64)>) {
         let Some(found) = self.nodes.get_mut(&node) else {
             return;
         };
@@ -168,7 +168,7 @@ impl Tables {
             return;
         }
         if let Some(node) = name.node {
-            self.hold(node);
+            self.add_user(node);
         }
         self.drop_name(&at, gone);
         self.names.insert(at, name);
@@ -186,7 +186,7 @@ impl Tables {
                 self.drop_name(&key, gone);
             }
         }
-        self.let_go(node, gone);
+        self.remove_user(node, gone);
     }
 }
 
@@ -270,7 +270,7 @@ impl Process {
         let used = std::mem::take(&mut self.used);
         self.update(|tables, gone| {
             for node in used {
-                tables.let_go(node, gone);
+                tables.remove_user(node, gone);
             }
         })?;
         done
@@ -286,7 +286,7 @@ impl Process {
         let node = entry.nodeid;
         self.update(|tables, gone| {
             tables.count(entry, asked);
-            tables.hold(node);
+            tables.add_user(node);
             tables.set_name((parent, name.to_owned()), found, gone);
         })?;
         self.used.push(node);
@@ -308,7 +308,7 @@ impl Process {
             let mut tables = self.kernel.tables();
             let cached = tables.names.get(&at).copied();
             if let Some(node) = cached.and_then(|cached| cached.node) {
-                tables.hold(node);
+                tables.add_user(node);
                 self.used.push(node);
             }
             cached
@@ -576,7 +576,7 @@ impl Programs for Process {
             if let Some(node) = tables.nodes.get_mut(&file.node) {
                 node.open -= 1;
             }
-            tables.let_go(file.node, gone);
+            tables.remove_user(file.node, gone);
         })?;
         flushed
     }

@@ -1,5 +1,6 @@
-//! `docs/testing.md` says of each operation, message and heading of the options where it is tested, by
-//! names that exist.
+//! Pages of `docs` compared with the code: `testing.md` says of each operation, message and heading of
+//! the options where it is tested; all pages name files and tests that exist; `sandbox.md` names each
+//! system call that is allowed.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -48,6 +49,16 @@ fn testing_page_has_a_row_for_each_heading_of_options() {
     assert_eq!(rows("Options"), headings);
 }
 
+/// Whether a function of `text` is a test, and not only called by one.
+fn is_test(text: &str, name: &str) -> bool {
+    let before = text.split(&format!("fn {name}(")).next().unwrap();
+    let attributes = before.rsplit("}\n").next().unwrap();
+    before.len() < text.len()
+        && ["#[test]", "#[both_runtimes]"]
+            .iter()
+            .any(|attribute| attributes.contains(attribute))
+}
+
 #[test]
 fn testing_page_names_tests_and_files_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -70,8 +81,8 @@ fn testing_page_names_tests_and_files_that_exist() {
             let parts: Vec<_> = name.split("::").collect();
             let module = suite.join(format!("{}.rs", parts.join("/")));
             let parent = suite.join(format!("{}.rs", parts[..parts.len() - 1].join("/")));
-            let is_test = std::fs::read_to_string(parent)
-                .is_ok_and(|text| text.contains(&format!("fn {}(", parts[parts.len() - 1])));
+            let text = std::fs::read_to_string(parent).unwrap_or_default();
+            let is_test = is_test(&text, parts[parts.len() - 1]);
             assert!(module.exists() || is_test, "there is no test {name}");
         } else {
             continue;
@@ -79,4 +90,80 @@ fn testing_page_names_tests_and_files_that_exist() {
         found += 1;
     }
     assert!(found > 100, "only {found} names: is the search right?");
+}
+
+/// All files below `dir`, except what builds leave.
+fn files_below(dir: &Path, found: &mut Vec<String>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_dir() {
+            found.push(path.to_str().unwrap().to_owned());
+        } else if !path.ends_with("target") {
+            files_below(&path, found);
+        }
+    }
+}
+
+#[test]
+fn pages_name_files_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for dir in ["src", "tests", "integration", "docs", ".cargo"] {
+        files_below(&root.join(dir), &mut files);
+    }
+    files.push(root.join("README.md").to_str().unwrap().to_owned());
+    let pages = files.iter().filter(|path| path.ends_with(".md"));
+    let (mut named, mut missing) = (0, Vec::new());
+    for page in pages {
+        let text = std::fs::read_to_string(page).unwrap();
+        // Code spans, and targets of links.
+        let spans = text.split('`').skip(1).step_by(2);
+        let links = text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split([')', '#']).next());
+        for name in spans.chain(links) {
+            let is_path = name.contains('/') && !name.contains([' ', '*', '<', ':', '\n']);
+            let is_ours = [".rs", ".sh", ".md"].iter().any(|end| name.ends_with(end));
+            let is_absolute = name.starts_with('/');
+            let is_recipe = name.contains("NAME") || name.starts_with("name/");
+            if !is_ours || is_absolute || is_recipe || !(is_path || name.ends_with(".md")) {
+                continue;
+            }
+            named += 1;
+            let end = format!("/{}", name.trim_start_matches("../"));
+            if !files.iter().any(|file| file.ends_with(&end)) {
+                missing.push(format!("{page}: {name}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+    assert!(named > 100, "only {named} names: is the search right?");
+}
+
+#[test]
+fn sandbox_page_names_each_allowed_system_call() {
+    let list = include_str!("../../src/sandbox/syscall_allowlist.rs");
+    let page = include_str!("../../docs/sandbox.md");
+    let spans: BTreeSet<_> = page
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .flat_map(str::split_whitespace)
+        .collect();
+    let calls = list.split("libc::SYS_").skip(1);
+    let calls: Vec<_> = calls
+        .filter_map(|rest| {
+            rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .next()
+        })
+        .collect();
+    assert!(
+        calls.len() > 80,
+        "only {}: is the search right?",
+        calls.len()
+    );
+    for call in calls {
+        assert!(spans.contains(call), "docs/sandbox.md doesn't name {call}");
+    }
 }

@@ -11,8 +11,8 @@
 )]
 #![allow(unreachable_pub, reason = "one program, of several files")]
 
-mod bounds;
 mod faults;
+mod limits;
 mod messages;
 mod names;
 mod numbers;

@@ -192,7 +192,7 @@ fn request_without_ids_unnegotiated_is_einval(runtime: &str) {
 }
 
 #[both_runtimes]
-fn change_without_ids_clears_set_id_bits(runtime: &str) {
+fn without_ids_only_empty_setattr_clears_set_id_bits(runtime: &str) {
     for (args, left) in [(&["--no-killpriv-v2"][..], 0o6777), (&[], 0o777)] {
         let (server, mut fs) = start(runtime, args);
         let path = server.share().join("file");
@@ -223,7 +223,7 @@ fn change_without_ids_clears_set_id_bits(runtime: &str) {
 }
 
 #[both_runtimes]
-fn id_zero_of_mapped_guest_implies_no_privilege(runtime: &str) {
+fn ids_of_mapped_guest_imply_no_privilege(runtime: &str) {
     if !is_root() {
         return;
     }

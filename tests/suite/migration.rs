@@ -520,7 +520,7 @@ fn host_may_lock(path: &Path) -> [bool; 2] {
 }
 
 #[test]
-fn locks_migrate_and_return() {
+fn locks_survive_failed_and_completed_migration() {
     let (share, from, to) = two(&["--posix-locks", "--flock"]);
     let path = share.path().join("file");
     let mut guest = begin(&from);

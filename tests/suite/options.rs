@@ -6,8 +6,8 @@
     reason = "a test fails by panicking"
 )]
 
-mod held;
-mod remembered;
+mod limits;
+mod remember_inodes;
 mod set_id;
 
 use std::os::unix::fs::MetadataExt;
@@ -23,25 +23,25 @@ fn session(server: &Server) -> Client<Session> {
     server.session(Profile::Simple, &Options::default())
 }
 
-/// What the guest is told that it may keep.
+/// What the server tells the guest about caching.
 #[derive(Debug, PartialEq, Eq)]
-struct Kept {
-    /// Seconds that names and attributes hold.
+struct CachePolicy {
+    /// Seconds that names and attributes are valid.
     seconds: (u64, u64),
-    /// What OPEN and OPENDIR say.
+    /// The flags in replies to OPEN and OPENDIR.
     flags: (u32, u32),
     readdirplus: bool,
     symlinks: bool,
 }
 
-fn kept(args: &[&str]) -> Kept {
+fn cache_policy(args: &[&str]) -> CachePolicy {
     let server = Server::start(args);
     std::fs::write(server.share().join("file"), "").unwrap();
     let mut fs = session(&server);
     let file = fs.lookup(ROOT, c"file").unwrap();
     assert_eq!(fs.getattr(file.nodeid).unwrap().attr_valid, file.attr_valid);
     let opened = fs.open(file.nodeid, libc::O_RDONLY).unwrap();
-    Kept {
+    CachePolicy {
         seconds: (file.entry_valid, file.attr_valid),
         flags: (opened.open_flags, fs.opendir(ROOT).unwrap().open_flags),
         readdirplus: fs.has(init::DO_READDIRPLUS),
@@ -51,17 +51,17 @@ fn kept(args: &[&str]) -> Kept {
 
 #[test]
 fn cache_policy_sets_timeouts_and_flags() {
-    let auto = Kept {
+    let auto = CachePolicy {
         seconds: (1, 1),
         flags: (0, 0),
         readdirplus: true,
         symlinks: true,
     };
-    assert_eq!(kept(&[]), auto);
-    assert_eq!(kept(&["--cache", "auto"]), auto);
+    assert_eq!(cache_policy(&[]), auto);
+    assert_eq!(cache_policy(&["--cache", "auto"]), auto);
     assert_eq!(
-        kept(&["--cache", "never"]),
-        Kept {
+        cache_policy(&["--cache", "never"]),
+        CachePolicy {
             seconds: (0, 0),
             flags: (fopen::DIRECT_IO, 0),
             readdirplus: false,
@@ -70,16 +70,16 @@ fn cache_policy_sets_timeouts_and_flags() {
     );
     let listed = fopen::KEEP_CACHE | fopen::CACHE_DIR;
     assert_eq!(
-        kept(&["--cache", "metadata"]),
-        Kept {
+        cache_policy(&["--cache", "metadata"]),
+        CachePolicy {
             seconds: (86400, 86400),
             flags: (fopen::DIRECT_IO, listed),
             ..auto
         }
     );
     assert_eq!(
-        kept(&["--cache=always"]),
-        Kept {
+        cache_policy(&["--cache=always"]),
+        CachePolicy {
             seconds: (86400, 86400),
             flags: (fopen::KEEP_CACHE, listed),
             ..auto
@@ -149,7 +149,7 @@ fn host_flags(args: &[&str], flags: i32) -> i32 {
 }
 
 #[test]
-fn write_only_open_with_writeback_is_readable_on_host() {
+fn write_only_open_with_writeback_is_read_write_on_host() {
     let flags = libc::O_WRONLY;
     let plain = host_flags(&[], flags);
     assert_eq!(plain & libc::O_ACCMODE, libc::O_WRONLY);

@@ -91,7 +91,7 @@ fn kill(server: &mut Server) {
     let pid = i32::try_from(server.pid()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    server.wait_for("the session goes on");
+    server.wait_for("the session has resumed");
 }
 
 /// Starts the guest anew as a reboot does: the rings are stopped, the memory is handed over again.

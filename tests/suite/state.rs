@@ -21,14 +21,14 @@ use vmm::fuse::{Call, Client, Handle, Pending, ROOT, wire};
 use vmm::{Memory, Options, Profile, Region, Session};
 
 /// What a server logs that resumes from a file.
-const GOES_ON: &str = "going on from where another process ended";
+const RESUMED: &str = "resuming where another process ended";
 
 fn options() -> Options {
     Options::default().request_queues(2).queue_size(128)
 }
 
 /// A server with a state file beside its share.
-struct Kept {
+struct ServerWithState {
     server: Server,
     args: Vec<String>,
     state: PathBuf,
@@ -36,7 +36,7 @@ struct Kept {
     _dir: tempfile::TempDir,
 }
 
-impl Kept {
+impl ServerWithState {
     fn start(more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");
@@ -65,6 +65,18 @@ impl Kept {
         self.launch_next();
         self.server.wait_until_it_listens();
     }
+
+    /// Ends this server by a signal, and starts another, which listens when this returns.
+    fn replace(&mut self, signal: Signal) {
+        self.server.signal(signal);
+        self.server.wait();
+        self.next();
+    }
+
+    /// Connects the guest's session to the server that listens now.
+    fn reconnect(&self, fs: &mut Client<Session>) {
+        fs.guest().reconnect_path(self.server.socket()).unwrap();
+    }
 }
 
 fn kill(pid: u32, signal: Signal) {
@@ -73,7 +85,7 @@ fn kill(pid: u32, signal: Signal) {
 }
 
 /// What a guest holds.
-struct Held {
+struct GuestState {
     file: u64,
     handle: Handle,
     dir: u64,
@@ -91,8 +103,8 @@ fn whole_file() -> wire::FileLock {
     }
 }
 
-impl Held {
-    fn take(fs: &mut Client<Session>) -> Self {
+impl GuestState {
+    fn set_up(fs: &mut Client<Session>) -> Self {
         let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap().nodeid;
         let listing = fs.opendir(dir).unwrap();
         let (file, handle) = fs.create(dir, c"file", 0o644).unwrap();
@@ -152,24 +164,24 @@ type End = fn(&Server);
 /// A server is ended in the middle of requests, a few times, and the next one resumes.
 fn goes_on_after(name: &str, more: &[&str], end: End) {
     println!("{name} {more:?}");
-    let mut kept = Kept::start(more);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
+    let mut with_state = ServerWithState::start(more);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
     for _ in 0..2 {
-        let pending = held.submit(&mut fs);
-        end(&kept.server);
-        kept.server.wait();
-        kept.next();
-        fs.guest().reconnect_path(kept.server.socket()).unwrap();
+        let pending = guest.submit(&mut fs);
+        end(&with_state.server);
+        with_state.server.wait();
+        with_state.next();
+        with_state.reconnect(&mut fs);
         for one in pending {
             fs.collect(one).unwrap();
         }
-        held.check(&mut fs, &kept.server.share());
-        let told = kept
+        guest.check(&mut fs, &with_state.server.share());
+        let told = with_state
             .server
             .said()
             .iter()
-            .find(|line| line.contains(GOES_ON));
+            .find(|line| line.contains(RESUMED));
         assert!(told.is_some_and(|line| line.contains("0 lost")), "{told:?}");
     }
 }
@@ -209,54 +221,48 @@ fn next_server_resumes_after_any_end() {
 
 #[test]
 fn next_server_resumes_after_upgrade() {
-    let mut kept = Kept::start(&["--supervise"]);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
-    let pid = kept.server.guardian().to_string();
+    let mut with_state = ServerWithState::start(&["--supervise"]);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
+    let pid = with_state.server.guardian().to_string();
     let upgrade = Command::new(testing::program())
         .args(["upgrade", "--pid", &pid])
         .output();
     assert!(upgrade.unwrap().status.success());
-    held.check(&mut fs, &kept.server.share());
-    kept.server.signal(Signal::TERM);
-    kept.server.wait();
-    kept.next();
-    fs.guest().reconnect_path(kept.server.socket()).unwrap();
-    held.check(&mut fs, &kept.server.share());
+    guest.check(&mut fs, &with_state.server.share());
+    with_state.replace(Signal::TERM);
+    with_state.reconnect(&mut fs);
+    guest.check(&mut fs, &with_state.server.share());
 }
 
 #[test]
 fn failing_accept_keeps_session_in_state_file() {
-    let mut kept = Kept::start(&[]);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
-    kept.server.signal(Signal::TERM);
-    kept.server.wait();
-    kept.next();
+    let mut with_state = ServerWithState::start(&[]);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
+    with_state.replace(Signal::TERM);
     // No descriptor is left for a connection.
-    let serving = Pid::from_raw(i32::try_from(kept.server.pid()).unwrap());
+    let serving = Pid::from_raw(i32::try_from(with_state.server.pid()).unwrap());
     let none = Rlimit {
         current: Some(1),
         maximum: Some(1),
     };
     rustix::process::prlimit(serving, Resource::Nofile, none).unwrap();
-    let _refused = kept.server.connect();
-    assert_eq!(kept.server.wait().code(), Some(1));
-    kept.next();
-    fs.guest().reconnect_path(kept.server.socket()).unwrap();
-    held.check(&mut fs, &kept.server.share());
+    let _refused = with_state.server.connect();
+    assert_eq!(with_state.server.wait().code(), Some(1));
+    with_state.next();
+    with_state.reconnect(&mut fs);
+    guest.check(&mut fs, &with_state.server.share());
 }
 
 #[test]
 fn connection_without_queues_keeps_stored_session() {
     for more in [&[][..], &["--supervise"]] {
-        let mut kept = Kept::start(more);
-        let mut fs = kept.session();
-        let held = Held::take(&mut fs);
-        let pending = held.submit(&mut fs);
-        kept.server.signal(Signal::KILL);
-        kept.server.wait();
-        kept.next();
+        let mut with_state = ServerWithState::start(more);
+        let mut fs = with_state.session();
+        let guest = GuestState::set_up(&mut fs);
+        let pending = guest.submit(&mut fs);
+        with_state.replace(Signal::KILL);
         let strangers: [fn(&Server); 4] = [
             |server| drop(server.connect()),
             // Asks what is offered.
@@ -276,33 +282,31 @@ fn connection_without_queues_keeps_stored_session() {
             },
         ];
         for stranger in strangers {
-            stranger(&kept.server);
-            kept.server.wait_for("what the guest holds is kept");
-            kept.server.wait_until_it_listens();
+            stranger(&with_state.server);
+            with_state.server.wait_for("keeping the guest's state");
+            with_state.server.wait_until_it_listens();
         }
-        fs.guest().reconnect_path(kept.server.socket()).unwrap();
+        with_state.reconnect(&mut fs);
         for one in pending {
             fs.collect(one).unwrap();
         }
-        held.check(&mut fs, &kept.server.share());
+        guest.check(&mut fs, &with_state.server.share());
         // The VMM's own end is another matter, and is told.
         drop(fs);
-        kept.server.wait_for("what the guest held is given up");
-        kept.server.wait_until_it_listens();
-        let mut fs = kept.session();
-        assert!(fs.getattr(held.file).is_err());
+        with_state.server.wait_for("discarding the guest's state");
+        with_state.server.wait_until_it_listens();
+        let mut fs = with_state.session();
+        assert!(fs.getattr(guest.file).is_err());
     }
 }
 
 #[test]
 fn mismatched_memory_keeps_stored_session() {
-    let mut kept = Kept::start(&[]);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
-    kept.server.signal(Signal::KILL);
-    kept.server.wait();
-    kept.next();
-    let mut connection = Connection::new(kept.server.connect()).unwrap();
+    let mut with_state = ServerWithState::start(&[]);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
+    with_state.replace(Signal::KILL);
+    let mut connection = Connection::new(with_state.server.connect()).unwrap();
     connection.get_features().unwrap();
     connection.set_features(1 << 32).unwrap();
     let memory = Memory::new(&[Region::new(0, 1 << 20)]).unwrap();
@@ -319,46 +323,46 @@ fn mismatched_memory_keeps_stored_session() {
     connection.set_vring_addr_raw(beyond).unwrap();
     let kick = Event::new().unwrap();
     connection.set_vring_kick(1, Some(&kick)).unwrap();
-    kept.server.wait_for("queue can't be used");
-    kept.server.wait_for("what the guest holds is kept");
-    kept.server.wait_until_it_listens();
-    fs.guest().reconnect_path(kept.server.socket()).unwrap();
-    held.check(&mut fs, &kept.server.share());
+    with_state.server.wait_for("queue can't be used");
+    with_state.server.wait_for("keeping the guest's state");
+    with_state.server.wait_until_it_listens();
+    with_state.reconnect(&mut fs);
+    guest.check(&mut fs, &with_state.server.share());
 }
 
 #[test]
 fn restarted_guest_discards_stored_session_with_log_line() {
-    let mut kept = Kept::start(&[]);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
-    kept.server.signal(Signal::TERM);
-    kept.server.wait();
-    kept.next();
-    let mut fs = kept.session();
-    kept.server.wait_for("the previous session is discarded");
-    assert!(fs.getattr(held.file).is_err());
+    let mut with_state = ServerWithState::start(&[]);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
+    with_state.replace(Signal::TERM);
+    let mut fs = with_state.session();
+    with_state
+        .server
+        .wait_for("the previous session is discarded");
+    assert!(fs.getattr(guest.file).is_err());
     assert_eq!(fs.lookup(ROOT, c"dir").unwrap().attr.nlink, 2);
 }
 
 #[test]
 fn server_waits_for_end_of_predecessor() {
-    let mut kept = Kept::start(&[]);
-    let mut fs = kept.session();
-    let held = Held::take(&mut fs);
-    kept.server.signal(Signal::KILL);
-    kept.server.wait();
+    let mut with_state = ServerWithState::start(&[]);
+    let mut fs = with_state.session();
+    let guest = GuestState::set_up(&mut fs);
+    with_state.server.signal(Signal::KILL);
+    with_state.server.wait();
     // What a process that is still ending has: the lock of the state, and the socket.
-    let state = std::fs::File::open(&kept.state).unwrap();
+    let state = std::fs::File::open(&with_state.state).unwrap();
     rustix::fs::flock(&state, FlockOperation::LockExclusive).unwrap();
-    let socket = kept.server.socket();
+    let socket = with_state.server.socket();
     std::fs::remove_file(&socket).unwrap();
     let listener = UnixListener::bind(&socket).unwrap();
-    kept.launch_next();
-    kept.server.wait_for("waiting up to");
+    with_state.launch_next();
+    with_state.server.wait_for("waiting up to");
     drop(state);
-    kept.server.wait_for("another server listens");
+    with_state.server.wait_for("another server listens");
     drop(listener);
-    kept.server.wait_until_it_listens();
+    with_state.server.wait_until_it_listens();
     fs.guest().reconnect_path(socket).unwrap();
-    held.check(&mut fs, &kept.server.share());
+    guest.check(&mut fs, &with_state.server.share());
 }

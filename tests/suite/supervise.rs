@@ -77,7 +77,7 @@ fn goes_on(fs: &mut Client<Session>, server: &Server, round: u32) {
 }
 
 /// What a guest holds.
-struct Held {
+struct GuestState {
     file: u64,
     handle: vmm::fuse::Handle,
     gone: u64,
@@ -86,8 +86,8 @@ struct Held {
     listing: vmm::fuse::Handle,
 }
 
-impl Held {
-    fn take(fs: &mut Client<Session>) -> Self {
+impl GuestState {
+    fn set_up(fs: &mut Client<Session>) -> Self {
         let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
         fs.write(file.nodeid, handle, 0, b"before").unwrap();
         let (gone, gone_handle) = fs.create(ROOT, c"gone", 0o644).unwrap();
@@ -136,14 +136,14 @@ fn guest_state_survives_kill() {
     for setup in setups() {
         let mut server = start(setup, &[]);
         let mut fs = session(&server, Profile::Qemu);
-        let held = Held::take(&mut fs);
+        let guest = GuestState::set_up(&mut fs);
         for _ in 0..2 {
             crash(&mut server);
-            held.check(&mut fs, &server);
+            guest.check(&mut fs, &server);
             let output = upgrade(testing::program(), server.guardian());
             assert!(output.status.success(), "{}", said(&output));
             server.wait_for("upgraded to");
-            held.check(&mut fs, &server);
+            guest.check(&mut fs, &server);
         }
     }
 }
@@ -478,9 +478,9 @@ fn incapable_program_fails_upgrade_and_session_continues() {
     }
 }
 
-/// The new program's serving process, as soon as there is one. What the program is tried with is a
-/// process too, and another.
-fn successor_of(guardian: u32) -> Option<u32> {
+/// The new program's serving process, if it has started. The process of the upgrade's check is a
+/// child too, and is not meant.
+fn new_serving_process(guardian: u32) -> Option<u32> {
     let child = testing::child_of(guardian)?;
     let environment = std::fs::read(format!("/proc/{child}/environ")).ok()?;
     let name = b"RINGFSD_HAND_OVER=";
@@ -496,13 +496,13 @@ fn program_that_fails_to_serve_is_rolled_back() {
     for _ in 0..50 {
         let mut server = start(("namespace", None), &[]);
         let mut fs = session(&server, Profile::Qemu);
-        let held = Held::take(&mut fs);
+        let guest = GuestState::set_up(&mut fs);
         let guardian = server.guardian();
         let upgraded = std::thread::scope(|scope| {
             let upgrade = scope.spawn(|| upgrade(testing::program(), guardian));
             while !upgrade.is_finished() {
-                if let Some(successor) = successor_of(guardian) {
-                    kill(successor, Signal::KILL);
+                if let Some(serving) = new_serving_process(guardian) {
+                    kill(serving, Signal::KILL);
                     break;
                 }
             }
@@ -513,12 +513,12 @@ fn program_that_fails_to_serve_is_rolled_back() {
         }
         assert!(said(&upgraded).contains("the previous program keeps running"));
         server.wait_for("not upgraded");
-        held.check(&mut fs, &server);
+        guest.check(&mut fs, &server);
         crash(&mut server);
-        held.check(&mut fs, &server);
+        guest.check(&mut fs, &server);
         let upgraded = upgrade(testing::program(), guardian);
         assert!(upgraded.status.success(), "{}", said(&upgraded));
-        held.check(&mut fs, &server);
+        guest.check(&mut fs, &server);
         return;
     }
     panic!("it was always quicker");

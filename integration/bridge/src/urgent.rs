@@ -31,18 +31,18 @@ struct Inner {
     queue: Queue,
     /// Areas that the server may be using, by token.
     in_flight: Vec<Option<Area>>,
-    spare: Vec<Area>,
+    free_areas: Vec<Area>,
     bufs: Vec<Buf>,
 }
 
 impl Urgent {
     /// Makes the queue's sender.
     pub(crate) fn new(memory: &Memory, queue: Queue) -> Result<Self, MemoryError> {
-        let spare: Result<_, _> = (0..AREAS).map(|_| Area::new(memory)).collect();
+        let free_areas: Result<_, _> = (0..AREAS).map(|_| Area::new(memory)).collect();
         let inner = Inner {
             queue,
             in_flight: vec![None; usize::from(AREAS)],
-            spare: spare?,
+            free_areas: free_areas?,
             bufs: Vec::new(),
         };
         Ok(Self {
@@ -54,20 +54,20 @@ impl Urgent {
     pub(crate) fn send(&self, request: &Request, area: &mut Area) -> Result<(), RingError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let inner = &mut *inner;
-        inner.take_back()?;
-        if inner.spare.is_empty() {
+        inner.reclaim_used()?;
+        if inner.free_areas.is_empty() {
             inner.queue.wait(TIMEOUT)?;
-            inner.take_back()?;
+            inner.reclaim_used()?;
         }
         let free = inner.in_flight.iter().position(Option::is_none);
-        let (Some(spare), Some(token)) = (inner.spare.pop(), free) else {
+        let (Some(free_area), Some(token)) = (inner.free_areas.pop(), free) else {
             let in_flight = inner.queue.in_flight();
             return Err(RingError::TimedOut { in_flight });
         };
         area.readable(request, &mut inner.bufs);
         inner.queue.push(&inner.bufs, &[], token as u64)?;
         inner.queue.kick()?;
-        inner.in_flight[token] = Some(std::mem::replace(area, spare));
+        inner.in_flight[token] = Some(std::mem::replace(area, free_area));
         Ok(())
     }
 
@@ -75,20 +75,20 @@ impl Urgent {
     /// DESTROY: a FORGET after the next INIT would be counted against the inodes known then.
     pub(crate) fn settle(&self) -> Result<(), RingError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.take_back()?;
+        inner.reclaim_used()?;
         while inner.queue.in_flight() > 0 {
             inner.queue.wait(TIMEOUT)?;
-            inner.take_back()?;
+            inner.reclaim_used()?;
         }
         Ok(())
     }
 }
 
 impl Inner {
-    fn take_back(&mut self) -> Result<(), RingError> {
+    fn reclaim_used(&mut self) -> Result<(), RingError> {
         while let Some(used) = self.queue.pop()? {
             let token = usize::try_from(used.token).unwrap_or(usize::MAX);
-            self.spare
+            self.free_areas
                 .extend(self.in_flight.get_mut(token).and_then(Option::take));
         }
         Ok(())

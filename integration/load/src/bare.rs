@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Bare) -> Result<(), BareError> {
         let mut latencies = Histogram::new();
         loop_for(options.measure.warm_up, || calls.one(), |_| {})
             .map_err(|errno| BareError::Call(spec, errno.into()))?;
-        let before = process.moment()?;
+        let before = process.counters()?;
         let began = Instant::now();
         loop_for(
             options.measure.seconds,

@@ -17,7 +17,7 @@ use vmm::ring::RingError;
 use crate::cli::Wait;
 use crate::forgets::Forgets;
 use crate::lane::{Clock, Lane, Phase, Remains};
-use crate::process::{Moment, Process, ProcessError, Usage};
+use crate::process::{Counters, Process, ProcessError, Usage};
 use crate::program::Failure;
 
 /// How long a reply may take.
@@ -157,7 +157,7 @@ fn measure(
     server: Option<&Process>,
 ) -> Result<Measured, ProcessError> {
     let well = sleep(endings, plan.warm_up, false);
-    let before: Option<Moment> = server.map(Process::moment).transpose()?;
+    let before: Option<Counters> = server.map(Process::counters).transpose()?;
     let (from, own) = (clock.now(), own_cpu());
     stage.set(Phase::Measure);
     if well {

@@ -54,7 +54,7 @@ struct Part {
 
 /// The counters of a process at one moment.
 #[derive(Clone, Debug)]
-pub(crate) struct Moment {
+pub(crate) struct Counters {
     cpu: u64,
     /// The context switches of each thread.
     switches: HashMap<i32, u64>,
@@ -89,24 +89,24 @@ impl Process {
             first,
             others: others.collect(),
         };
-        process.moment()?;
+        process.counters()?;
         Ok(process)
     }
 
     /// The current counters.
-    pub(crate) fn moment(&self) -> Result<Moment, ProcessError> {
-        let mut moment = self.first.moment()?;
+    pub(crate) fn counters(&self) -> Result<Counters, ProcessError> {
+        let mut counters = self.first.counters()?;
         // If one of the others has ended, its counters are lost.
-        for other in self.others.iter().filter_map(|other| other.moment().ok()) {
-            moment.cpu += other.cpu;
-            moment.switches.extend(other.switches);
+        for other in self.others.iter().filter_map(|other| other.counters().ok()) {
+            counters.cpu += other.cpu;
+            counters.switches.extend(other.switches);
         }
-        Ok(moment)
+        Ok(counters)
     }
 
     /// What it has used since then.
-    pub(crate) fn since(&self, before: &Moment) -> Result<Usage, ProcessError> {
-        let now = self.moment()?;
+    pub(crate) fn since(&self, before: &Counters) -> Result<Usage, ProcessError> {
+        let now = self.counters()?;
         let switches = now.switches.iter().map(|(thread, count)| {
             let earlier = before.switches.get(thread).copied().unwrap_or(0);
             count.saturating_sub(earlier)
@@ -144,8 +144,8 @@ impl Part {
         Ok(Self { pid, clock })
     }
 
-    fn moment(&self) -> Result<Moment, ProcessError> {
-        Ok(Moment {
+    fn counters(&self) -> Result<Counters, ProcessError> {
+        Ok(Counters {
             cpu: self.cpu()?,
             switches: self.switches()?,
         })
@@ -274,7 +274,7 @@ mod tests {
     fn work_shows_as_cpu_time_and_threads_are_counted() {
         let pid = i32::try_from(std::process::id()).unwrap();
         let process = Process::new(pid).unwrap();
-        let before = process.moment().unwrap();
+        let before = process.counters().unwrap();
         let mut sum = 0_u64;
         for number in 0..20_000_000_u64 {
             sum = std::hint::black_box(sum.wrapping_add(number));

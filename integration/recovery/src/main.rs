@@ -242,7 +242,7 @@ impl Run {
         let killed = Instant::now();
         self.server.kill(mode, self.end)?;
         // What has arrived until now is from the killed process.
-        self.take_back()?;
+        self.take_replies()?;
         self.submit()?;
         if mode == Mode::State {
             let socket = self.server.socket();
@@ -298,7 +298,7 @@ impl Run {
     }
 
     /// Takes the replies that have arrived, without waiting.
-    fn take_back(&mut self) -> Result<u64, Failure> {
+    fn take_replies(&mut self) -> Result<u64, Failure> {
         let mut count = 0;
         for pending in self.fs.returned()? {
             let guest = self
@@ -319,7 +319,7 @@ impl Run {
 
     /// Takes the replies that have arrived; waits for a moment if there are none.
     fn collect(&mut self) -> Result<u64, Failure> {
-        let count = self.take_back()?;
+        let count = self.take_replies()?;
         if count == 0 {
             let queues = &mut self.fs.guest().queues;
             let at = 1 + self.dice.index(self.queues);

@@ -2,7 +2,7 @@
 //! another program.
 //!
 //! It owns the supervisor and the [`Resources`] that each serving process is made of. The
-//! invariant: a server that never gets as far as serving is not restarted for ever.
+//! invariant: a server that never serves isn't restarted forever.
 
 mod program_switch;
 

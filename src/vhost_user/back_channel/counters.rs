@@ -13,7 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
 use crate::sys::receipt::{Receipt, halves, word};
-use crate::sys::shared::{SharedWords, WORD};
+use crate::sys::shared::{MappedWords, WORD};
 use crate::vhost_user::message::Header;
 
 /// Length of an answer: a header and a number.
@@ -54,7 +54,7 @@ pub(super) enum Found {
 /// The counters of one back channel.
 #[derive(Debug)]
 pub(super) struct RequestCounters {
-    words: SharedWords,
+    words: MappedWords,
 }
 
 impl RequestCounters {
@@ -65,7 +65,7 @@ impl RequestCounters {
         rustix::fs::ftruncate(&file, (at::END * WORD) as u64)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
         Ok(Self {
-            words: SharedWords::map(file, at::END)?,
+            words: MappedWords::map(file, at::END)?,
         })
     }
 
@@ -82,7 +82,7 @@ impl RequestCounters {
             return Err(Errno::INVAL);
         }
         let counters = Self {
-            words: SharedWords::map(file, at::END)?,
+            words: MappedWords::map(file, at::END)?,
         };
         counters.settle();
         Ok(counters)

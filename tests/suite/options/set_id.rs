@@ -86,7 +86,7 @@ fn write_with_kill_flag_clears_set_id_bits() {
 }
 
 #[test]
-fn change_without_kill_flag_clears_set_id_bits() {
+fn fallocate_and_copy_by_user_clear_set_id_bits() {
     for (args, left) in [(&["--no-killpriv-v2"][..], 0o6777), (&[], 0o777)] {
         let server = Server::start(args);
         let mut fs = session(&server);

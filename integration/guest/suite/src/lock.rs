@@ -15,6 +15,19 @@ pub(crate) enum Owner {
     OpenFile,
 }
 
+impl Owner {
+    /// The command of `fcntl(2)` that sets a lock of this owner.
+    fn command(self, wait: bool) -> i32 {
+        match (self, wait) {
+            (Self::Process, false) => libc::F_SETLK,
+            (Self::Process, true) => libc::F_SETLKW,
+            (Self::OpenFile, false) => libc::F_OFD_SETLK,
+            (Self::OpenFile, true) => libc::F_OFD_SETLKW,
+        }
+    }
+}
+
+
 /// What to set a range to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -61,11 +74,7 @@ pub(crate) fn set(
     kind: Kind,
     range: Range,
 ) -> Result<(), Errno> {
-    let command = match owner {
-        Owner::Process => libc::F_SETLK,
-        Owner::OpenFile => libc::F_OFD_SETLK,
-    };
-    call(file, command, &mut description(kind, range))
+    call(file, owner.command(false), &mut description(kind, range))
 }
 
 /// Locks a range, waits for its holder.
@@ -75,11 +84,7 @@ pub(crate) fn set_waiting(
     kind: Kind,
     range: Range,
 ) -> Result<(), Errno> {
-    let command = match owner {
-        Owner::Process => libc::F_SETLKW,
-        Owner::OpenFile => libc::F_OFD_SETLKW,
-    };
-    call(file, command, &mut description(kind, range))
+    call(file, owner.command(true), &mut description(kind, range))
 }
 
 /// The process that would keep this one from locking the range, if any.

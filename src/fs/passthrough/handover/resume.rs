@@ -109,7 +109,7 @@ pub(crate) fn key_of(record: &InodeRecord) -> Key {
 
 /// The inherited descriptor with the recorded number `fd`, if it is open on that inode.
 pub(crate) fn inherited_fd(fd: Option<i32>, record: &InodeRecord) -> Option<OwnedFd> {
-    let fd = inherit::bequeathed_fd(fd?).ok()?;
+    let fd = inherit::recorded_fd(fd?).ok()?;
     let stat = stat_fd(&fd, IDENTITY).ok()?;
     let key = Identity::of(&stat).key;
     ((key.number, key.device) == (record.number(), record.device())).then_some(fd)
@@ -250,14 +250,16 @@ impl Resumption<'_> {
         inode
     }
 
+    /// The inode of another record, which names it by its node id.
+    fn inode_of(&self, node: u64) -> Result<Arc<Inode>> {
+        let inode = self.fds.inodes().any(NodeId(node));
+        inode.ok_or(Errno::STALE)
+    }
+
     /// The file of a handle's record. Returns `None` if its OPEN will be served again.
     fn file(&self, record: &HandleRecord) -> Result<Option<File>> {
         let fields = record.fields();
-        let inode = self
-            .fds
-            .inodes()
-            .any(NodeId(fields.node))
-            .ok_or(Errno::STALE)?;
+        let inode = self.inode_of(fields.node)?;
         let inherited = if self.past.inherited_fds {
             inherited_fd(Some(fields.fd), inode.record())
         } else {
@@ -303,11 +305,7 @@ impl Resumption<'_> {
 
     fn lock(&self, record: &LockRecord) -> Result<File> {
         let fields = record.fields();
-        let inode = self
-            .fds
-            .inodes()
-            .any(NodeId(fields.node))
-            .ok_or(Errno::STALE)?;
+        let inode = self.inode_of(fields.node)?;
         if self.past.inherited_fds
             && let Some(fd) = inherited_fd(Some(fields.fd), inode.record())
         {

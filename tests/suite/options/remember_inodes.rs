@@ -6,10 +6,10 @@ use vmm::fuse::{Client, ROOT};
 
 use super::session;
 
-/// Gives back all lookups of a node, and waits until that has been dealt with.
-fn give_back(fs: &mut Client<Session>, node: u64) {
+/// Drops all lookups of a node, and waits until the server has done it.
+fn forget_all(fs: &mut Client<Session>, node: u64) {
     fs.forget(node, 1_000_000).unwrap();
-    // A FORGET has no answer; a queue that was stopped has dealt with all that was on it.
+    // A FORGET has no reply; a queue that was stopped has served all that was on it.
     let bases = fs.guest().stop().unwrap();
     fs.guest().restart(&bases).unwrap();
 }
@@ -38,7 +38,7 @@ fn forgotten_inode_is_found_again_with_option() {
         for name in [c"a", c"b", c"c"] {
             std::fs::write(path(name.to_str().unwrap()), "content").unwrap();
             let entry = fs.lookup(ROOT, name).unwrap();
-            give_back(&mut fs, entry.nodeid);
+            forget_all(&mut fs, entry.nodeid);
             entries.push(entry);
         }
         assert_eq!(server.descriptors_of("a") + server.descriptors_of("c"), 0);
@@ -70,7 +70,7 @@ fn forgotten_inode_is_found_again_with_option() {
         same(&mut fs);
         assert_eq!(fs.getattr(kept.nodeid).unwrap().attr.size, 7);
         assert_eq!(fs.lookup(ROOT, c"c").unwrap().nodeid, kept.nodeid);
-        give_back(&mut fs, kept.nodeid);
+        forget_all(&mut fs, kept.nodeid);
         same(&mut fs);
         // The guest unmounts what it still knows, and mounts again.
         fs.destroy().unwrap();
