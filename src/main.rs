@@ -25,7 +25,8 @@ fn main() -> ExitCode {
     }
     let arguments: Vec<_> = std::env::args_os().collect();
     if cli::asks_for_capabilities(&arguments) {
-        println!("{}", cli::CAPABILITIES);
+        // Whoever closes the pipe early has read enough.
+        let _ = writeln!(std::io::stdout(), "{}", cli::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
     if cli::asks_for_upgrade(&arguments) {

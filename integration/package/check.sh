@@ -154,6 +154,31 @@ manage() {
     }
 }
 
+# With --once a service that a socket unit starts ends with its VMM, and starts again with the next one.
+check_server_for_one_vmm() {
+    local drop_in=/run/systemd/system/ringfsd@four.service.d tries vmm
+    within bash -euc '
+        mkdir -p "$0"
+        command=$(grep ^ExecStart= /usr/lib/systemd/system/ringfsd@.service)
+        printf "[Service]\nExecStart=\n%s --once\n" "$command" >"$0/once.conf"
+        systemctl daemon-reload' "$drop_in"
+    manage start ringfsd@four.socket
+    for vmm in first second; do
+        is ringfsd@four.service inactive
+        serves /run/ringfsd/four.sock
+        for ((tries = 0; tries < 100; tries++)); do
+            within systemctl --quiet is-active ringfsd@four.service || break
+            sleep 0.2
+        done
+        is ringfsd@four.socket active
+        [[ $(within systemctl show --property Result --value ringfsd@four.service) == success ]] ||
+            die "the server for one VMM fails after the $vmm"
+    done
+    is ringfsd@four.service inactive
+    manage stop ringfsd@four.socket
+    within rm -r "$drop_in"
+}
+
 check_units() {
     local unit score
     for unit in integration/systemd/*.service; do
@@ -164,7 +189,7 @@ check_units() {
             die "$unit: the exposure is above $worst"
     done
 
-    within mkdir -p /srv/one /srv/two /srv/three
+    within mkdir -p /srv/one /srv/two /srv/three /srv/four
     manage start ringfsd@one ringfsd-state@two ringfsd-user@mine
     # Type=notify: started means that a VMM can connect.
     serves /run/ringfsd/one.sock
@@ -185,6 +210,7 @@ check_units() {
     is ringfsd@three.service inactive
     serves /run/ringfsd/three.sock
     is ringfsd@three.service active
+    check_server_for_one_vmm
 
     local main
     main=$(within systemctl show --property MainPID --value ringfsd@one)
@@ -223,7 +249,7 @@ for program in ringfsd /usr/libexec/ringfsd /usr/libexec/virtiofsd /usr/lib/ring
 done
 [[ $(readlink "$root/usr/libexec/virtiofsd") == /etc/alternatives/virtiofsd ]] || die 'no alternative'
 check_units
-rm -rf "$root"/srv/{one,two,three}
+rm -rf "$root"/srv/{one,two,three,four}
 # What belongs to the operator: a share, and the state of a guest.
 within rm -rf /var/lib/ringfsd/mine /run/ringfsd/two.state
 within dpkg --purge ringfsd >/dev/null

@@ -6,7 +6,7 @@
     reason = "a test fails by panicking"
 )]
 
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -62,6 +62,17 @@ impl Manager {
 
 /// The server, run by a shell after `set_up`, with its standard input being `stdin`.
 fn launch(dir: tempfile::TempDir, stdin: Stdio, set_up: &str, args: &[&str]) -> Server {
+    let socket = dir.path().join("socket");
+    let args: Vec<_> = ["--socket", socket.to_str().unwrap()]
+        .iter()
+        .chain(args)
+        .copied()
+        .collect();
+    launch_on(dir, stdin, set_up, &args)
+}
+
+/// As [`launch`], with the option for the socket being among `args`.
+fn launch_on(dir: tempfile::TempDir, stdin: Stdio, set_up: &str, args: &[&str]) -> Server {
     let share = dir.path().join("share");
     std::fs::create_dir(&share).unwrap();
     let program = testing::command();
@@ -72,8 +83,6 @@ fn launch(dir: tempfile::TempDir, stdin: Stdio, set_up: &str, args: &[&str]) -> 
         .env_remove("RINGFSD_LOG")
         .env("NOTIFY_SOCKET", dir.path().join("notify"))
         .stdin(stdin)
-        .arg("--socket")
-        .arg(dir.path().join("socket"))
         .arg("--shared-dir")
         .arg(&share)
         .args(args);
@@ -193,9 +202,100 @@ fn killed_process_is_replaced_and_the_manager_hears_of_no_end() {
     }
 }
 
+/// Passes standard input as the only socket.
+const PASS_STDIN: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1;";
+
+/// A socket of a service manager, with which it starts server after server.
+struct SocketUnit {
+    dir: tempfile::TempDir,
+    listener: UnixListener,
+}
+
+impl SocketUnit {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        Self { dir, listener }
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    fn start(&self, args: &[&str]) -> Server {
+        let passed = self.listener.try_clone().unwrap();
+        let passed = Stdio::from(std::os::fd::OwnedFd::from(passed));
+        let dir = tempfile::tempdir().unwrap();
+        let path = self.path();
+        let args: Vec<_> = args
+            .iter()
+            .map(|arg| arg.replace("SOCKET", path.to_str().unwrap()))
+            .collect();
+        let args: Vec<_> = args.iter().map(String::as_str).collect();
+        launch_on(dir, passed, PASS_STDIN, &args)
+    }
+
+    /// A VMM that connects, whether a server runs or not.
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.path()).unwrap()
+    }
+}
+
+/// Makes a directory by way of a VMM's connection.
+fn use_session(connection: UnixStream, name: &std::ffi::CStr) {
+    let session = Profile::Qemu
+        .connect(connection, &Options::default())
+        .unwrap();
+    let mut fs = Client::new(session);
+    fs.init().unwrap();
+    fs.mkdir(ROOT, name, 0o755).unwrap();
+}
+
+#[test]
+fn server_started_by_a_socket_unit_serves_one_vmm_after_the_other() {
+    for args in [
+        &["--socket=SOCKET"][..],
+        &["--socket=SOCKET", "--supervise"],
+        &["--fd=3", "--keep-listening"],
+    ] {
+        let unit = SocketUnit::new();
+        let mut server = unit.start(args);
+        server.wait_until_it_listens();
+        for name in [c"first", c"second"] {
+            use_session(unit.connect(), name);
+            server.wait_for("ready for the next VMM");
+        }
+        assert!(server.share().join("second").exists(), "{args:?}");
+        server.signal(Signal::TERM);
+        assert!(server.wait().success(), "{args:?}");
+        assert!(unit.path().exists(), "{args:?}");
+    }
+}
+
+/// A VMM that connects while no server runs waits for the one that the manager then starts.
+#[test]
+fn server_started_by_a_socket_unit_may_end_with_each_vmm() {
+    for args in [
+        &["--socket=SOCKET", "--once"][..],
+        &["--socket=SOCKET", "--once", "--supervise"],
+        &["--fd=3"],
+        &["--compat=virtiofsd", "--socket=SOCKET"],
+    ] {
+        let unit = SocketUnit::new();
+        for name in [c"first", c"second"] {
+            let connection = unit.connect();
+            let mut server = unit.start(args);
+            use_session(connection, name);
+            assert_eq!(server.wait().code(), Some(0), "{args:?}");
+            assert!(server.share().join(name.to_str().unwrap()).exists());
+            assert!(unit.path().exists(), "{args:?}");
+        }
+    }
+}
+
 #[test]
 fn passed_socket_is_used_if_it_is_the_one_of_the_option() {
-    let set_up = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1;";
+    let set_up = PASS_STDIN;
     for args in [&[][..], &["--supervise"]] {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
