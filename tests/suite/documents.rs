@@ -117,7 +117,9 @@ fn pages_name_files_that_exist() {
     for page in pages {
         let text = std::fs::read_to_string(page).unwrap();
         // Code spans, and targets of links.
+        // `quick-starts.md` names files of the launchers' sources.
         let spans = text.split('`').skip(1).step_by(2);
+        let spans = spans.filter(|_| !page.ends_with("/quick-starts.md"));
         let links = text
             .split("](")
             .skip(1)

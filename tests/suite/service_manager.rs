@@ -29,7 +29,13 @@ impl Manager {
     /// The states that one datagram has.
     fn receive(&self) -> Vec<String> {
         let mut bytes = [0; 4096];
-        let len = self.0.recv(&mut bytes).unwrap();
+        // A read with a timeout isn't restarted after a signal.
+        let len = loop {
+            match self.0.recv(&mut bytes) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                received => break received.unwrap(),
+            }
+        };
         let text = String::from_utf8(bytes[..len].to_vec()).unwrap();
         text.lines().map(str::to_owned).collect()
     }
