@@ -52,6 +52,13 @@ fi
 
 if wanted unit; then
     step 'unit tests, tests over a socket, examples in the documentation'
+    # What launchers see of ringfsd in virtiofsd's place is compared with virtiofsd.
+    if VIRTIOFSD=$(integration/bridge/virtiofsd.sh); then
+        export VIRTIOFSD
+    else
+        echo 'skipped: comparing launchers and options with virtiofsd'
+        skipped=$((skipped + 1))
+    fi
     cargo test --workspace --locked
 fi
 

@@ -35,12 +35,12 @@ fn main() -> ExitCode {
     let persona = Persona::of(&arguments);
     let behaviour = persona.behaviour();
     let program = behaviour.program;
-    let options = match cli::parse(arguments, persona) {
+    let options = match cli::parse(&arguments, persona) {
         Ok(options) => options,
         Err(error) => {
             // A failure can't be reported any more.
             let _ = error.print();
-            return ExitCode::from(cli::status_of(&error, behaviour));
+            return ExitCode::from(cli::status_of(&error, &arguments, behaviour));
         }
     };
     let logging = &options.observability;

@@ -139,11 +139,7 @@ apt_install() {
 
 # Installs a program, or prints why it can't be had.
 get_virtiofsd() {
-    virtiofsd=${VIRTIOFSD:-$peers/bin/virtiofsd}
-    [[ -x $virtiofsd ]] && return
-    apt_install libcap-ng-dev libseccomp-dev pkg-config &&
-        cargo install --quiet --locked --root "$peers" --target-dir "$peers/build" \
-            --version '^1.14' virtiofsd >&2
+    virtiofsd=${VIRTIOFSD:-$("$root/integration/bridge/virtiofsd.sh")}
 }
 
 get_c_virtiofsd() {

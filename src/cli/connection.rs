@@ -38,7 +38,7 @@ pub struct Connection {
     /// GROUP is a name or a number. The socket then has mode 0770 instead of 0700.
     ///
     /// [default: only the server's user can connect]
-    #[arg(long, value_name = "GROUP", requires = "socket")]
+    #[arg(long, value_name = "GROUP", requires = "socket", conflicts_with = "fd")]
     pub socket_group: Option<String>,
 
     /// Tag by which the guest mounts the directory

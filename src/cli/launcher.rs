@@ -8,6 +8,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use log::LevelFilter;
+
+use super::Options;
+
 /// What this server supports, for libvirt and other launchers that ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
 pub const CAPABILITIES: &str = r#"{
@@ -159,6 +164,65 @@ pub(super) fn refusal(arguments: &[OsString], lenient: bool) -> Option<String> {
             directory.display()
         )
     })
+}
+
+/// Settles which of two options wins as virtiofsd does, whatever their order.
+pub(super) fn apply_own_precedence(arguments: &[OsString], options: &mut Options) {
+    let own = arguments.iter().skip(1);
+    let mut own = own.take_while(|argument| *argument != "--");
+    let mut announces = true;
+    while let Some(argument) = own.next() {
+        match argument.as_bytes() {
+            b"--socket-path" => options.connection.socket = own.next().map(Into::into),
+            b"--announce-submounts" => announces = true,
+            b"--no-announce-submounts" => announces = false,
+            bytes => {
+                if let Some(path) = bytes.strip_prefix(b"--socket-path=") {
+                    options.connection.socket = Some(OsStr::from_bytes(path).into());
+                }
+            }
+        }
+    }
+    options.sharing.no_announce_submounts |= !announces;
+    if options.observability.debug {
+        options.observability.log_level = LevelFilter::Debug;
+    }
+}
+
+/// Whether an error of the parser is one that virtiofsd finds after parsing: an empty path or map, a
+/// wrong list of capabilities, or `-o` without a directory.
+#[must_use]
+pub(super) fn is_late_in_virtiofsd(error: &clap::Error, arguments: &[OsString]) -> bool {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.as_str(),
+        Some(ContextValue::Strings(texts)) if texts.len() == 1 => texts[0].as_str(),
+        _ => "",
+    };
+    let argument = text(ContextKind::InvalidArg);
+    let is_of = |options: &[&str]| {
+        let name = argument.split([' ', '=']).next();
+        options.iter().any(|option| name == Some(*option))
+    };
+    let own = arguments.iter().skip(1);
+    let own = own.take_while(|argument| *argument != "--");
+    match error.kind() {
+        ErrorKind::MissingRequiredArgument => {
+            is_of(&["--shared-dir"]) && own.clone().any(|other| short_list(other).is_some())
+        }
+        _ if is_of(&["--modcaps"]) => true,
+        _ if is_of(&["--shared-dir", "--socket"]) => own.clone().any(|other| {
+            ["", "--shared-dir=", "--socket=", "--socket-path="]
+                .iter()
+                .any(|empty| other == empty)
+        }),
+        _ if is_of(&["--uid-map", "--gid-map"]) => {
+            // `:INSIDE:OUTSIDE:0:`
+            let value = text(ContextKind::InvalidValue);
+            let count = value.split(value.chars().next().unwrap_or(':')).nth(3);
+            count.is_some_and(|count| count.parse() == Ok(0_u32))
+        }
+        _ => false,
+    }
 }
 
 /// The items of a comma-separated list. Two commas stand for one comma within an item, as libvirt

@@ -26,7 +26,7 @@ use std::ffi::OsString;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use self::launcher::{expand, refusal};
+use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal};
 
 pub use self::caching::Caching;
 pub use self::connection::Connection;
@@ -105,29 +105,27 @@ pub struct Options {
 /// # Errors
 ///
 /// They aren't such arguments, or ask for help or the version.
-pub fn parse(arguments: Vec<OsString>, persona: Persona) -> Result<Options, clap::Error> {
+pub fn parse(arguments: &[OsString], persona: Persona) -> Result<Options, clap::Error> {
     let behaviour = persona.behaviour();
-    if let Some(reason) = refusal(&arguments, behaviour.lenient) {
+    if let Some(reason) = refusal(arguments, behaviour.lenient) {
         return Err(Options::command().error(ErrorKind::ArgumentConflict, reason));
     }
     let command = Options::command()
         .name(behaviour.program)
         .version(behaviour.version);
-    let matches = command.try_get_matches_from(expand(arguments))?;
+    let matches = command.try_get_matches_from(expand(arguments.iter().cloned()))?;
     let mut options = Options::from_arg_matches(&matches)?;
+    if behaviour.own_precedence {
+        apply_own_precedence(arguments, &mut options);
+    }
     options.connection.compat = Some(persona);
     Ok(options)
 }
 
-/// The status to exit with after an error of [`parse`].
+/// The status to exit with after an error of [`parse`] with these arguments.
 #[must_use]
-pub fn status_of(error: &clap::Error, behaviour: &Behaviour) -> u8 {
-    use clap::error::{ContextKind, ContextValue};
-    let is_of_modcaps = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(argument)) => argument.starts_with("--modcaps"),
-        _ => false,
-    };
-    if is_of_modcaps {
+pub fn status_of(error: &clap::Error, arguments: &[OsString], behaviour: &Behaviour) -> u8 {
+    if is_late_in_virtiofsd(error, arguments) {
         behaviour.conflict_status
     } else {
         u8::try_from(error.exit_code()).unwrap_or(2)

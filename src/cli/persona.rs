@@ -78,6 +78,12 @@ differences! {
     virtiofsd: false, "`--no-xattr`";
     why: "copies without extended attributes lose capabilities, labels and ACLs";
 
+    /// Guests that don't enforce POSIX ACLs can neither read nor set them.
+    hide_acls: bool, "ACLs without `--posix-acl`";
+    ringfsd: false, "extended attributes like others";
+    virtiofsd: true, "hidden; setting one fails with `EOPNOTSUPP`";
+    why: "copies and archives keep ACLs";
+
     /// Clear set-ID bits on behalf of the guest's kernel where that saves requests, unless an option
     /// says otherwise.
     kill_set_id: bool, "`--killpriv-v2`, `--no-killpriv-v2`";
@@ -140,9 +146,9 @@ differences! {
     virtiofsd: true, "256 - N";
     why: "the launcher sees what happened";
 
-    /// The exit status when options contradict each other, or `--modcaps` has no list of changes.
+    /// The exit status for what virtiofsd takes as options, and finds to be wrong afterwards.
     conflict_status: u8,
-        "exit status for options that contradict each other, and for wrong `--modcaps`";
+        "exit status for options that contradict each other, wrong `--modcaps`, empty paths, empty `--uid-map`, and `-o` without a directory";
     ringfsd: 2, "2";
     virtiofsd: 1, "1";
     why: "they are wrong options like any other";
@@ -152,6 +158,13 @@ differences! {
     ringfsd: false, "refused";
     virtiofsd: true, "the other option wins; `-o source=` wins";
     why: "one of the two is a mistake";
+
+    /// Of two options, the one wins that virtiofsd prefers, instead of the later one.
+    own_precedence: bool,
+        "`--socket` with `--socket-path`; `-d` with `--log-level trace`; `--no-announce-submounts` with `-o announce_submounts`";
+    ringfsd: false, "the last one; `--log-level`; `-o`";
+    virtiofsd: true, "`--socket-path`; `-d`; `--no-announce-submounts`";
+    why: "as for all options";
 
     /// Replace any file at the socket's path.
     replaces_files: bool, "a file other than a socket at the path of the socket";

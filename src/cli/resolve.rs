@@ -203,6 +203,7 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             kill_set_id: clears_set_id(options, xattr, behaviour),
             security_label: xattrs.security_label,
             posix_acl: xattrs.posix_acl,
+            hide_acls: xattr && behaviour.hide_acls,
             no_open: caching.no_open,
             no_opendir: caching.no_opendir,
             direct_io_mmap: caching.allow_mmap,

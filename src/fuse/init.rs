@@ -84,6 +84,8 @@ pub struct SessionOptions {
     pub security_label: Wanted,
     /// The guest enforces POSIX ACLs.
     pub posix_acl: Wanted,
+    /// A guest that doesn't enforce POSIX ACLs can neither read nor set them as extended attributes.
+    pub hide_acls: bool,
     /// The guest may cache writes.
     pub writeback: bool,
     /// Files can be used without OPEN.
@@ -121,6 +123,7 @@ impl Default for SessionOptions {
             kill_set_id: false,
             security_label: Wanted::No,
             posix_acl: Wanted::No,
+            hide_acls: false,
             writeback: false,
             no_open: false,
             no_opendir: false,

@@ -13,13 +13,16 @@
 
 mod ends;
 mod files;
+mod launch_lines;
 mod log;
+mod observations;
+mod options;
 mod spellings;
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ringfsd::cli::{DIFFERENCES, Difference, Persona};
@@ -55,9 +58,13 @@ impl Program {
         let paths = std::env::var_os("PATH").unwrap_or_default();
         let home = std::env::var_os("HOME").unwrap_or_default();
         let cargo = PathBuf::from(home).join(".cargo/bin");
-        let mut folders = std::env::split_paths(&paths).chain([cargo]);
-        let path = folders.find_map(|folder| {
-            let path = folder.join("virtiofsd");
+        let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin");
+        let folders = std::env::split_paths(&paths).chain([cargo, built]);
+        let given = std::env::var_os("VIRTIOFSD").map(PathBuf::from);
+        let mut candidates = given
+            .into_iter()
+            .chain(folders.map(|folder| folder.join("virtiofsd")));
+        let path = candidates.find_map(|path| {
             let version = Command::new(&path).arg("--version").output().ok()?;
             let text = String::from_utf8_lossy(&version.stdout).into_owned();
             (text.trim() == "virtiofsd 1.14.0").then_some(path)
@@ -99,6 +106,27 @@ impl Program {
             .arg(dir.path().join("socket"))
             .arg("--shared-dir")
             .arg(dir.path().join("share"));
+        (command, dir)
+    }
+
+    /// As [`command_in_place`](Self::command_in_place), by an ordinary user, from a copy under the name
+    /// `virtiofsd`.
+    fn command_in_place_as(&self, user: u32) -> (Command, tempfile::TempDir) {
+        let (as_root, dir) = self.command_in_place();
+        let copy = dir.path().join("virtiofsd");
+        testing::copy_program(&self.path, &copy);
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(user), Some(user)).unwrap();
+        let mut command = Command::new("setpriv");
+        let user = user.to_string();
+        command
+            .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+            .arg(copy)
+            .args(as_root.get_args())
+            .env_remove("RINGFSD_LOG")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
         (command, dir)
     }
 

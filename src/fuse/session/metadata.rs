@@ -3,6 +3,8 @@
 //! Each is one call of the file system and one reply. The invariant: nothing here waits for
 //! anything but that call.
 
+use std::ffi::CStr;
+
 use rustix::io::Errno;
 
 use super::Session;
@@ -109,6 +111,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
             } => fs
                 .lseek(node, handle, offset, whence)
                 .map(|offset| Answer::Offset(LseekOut { offset })),
+            Operation::Setxattr { name, .. }
+            | Operation::Removexattr { name }
+            | Operation::Getxattr { name, .. }
+                if self.hides(name) =>
+            {
+                Err(Errno::OPNOTSUPP)
+            }
             Operation::Setxattr { name, value, flags } => {
                 fs.setxattr(caller, node, name, value, flags).map(done)
             }
@@ -125,10 +134,13 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let limit = limited(size, room, XATTR_MAX);
                 within(fs.getxattr(caller, node, name, limit)?, limit)
             }
+            Operation::Listxattr { size: 0 } if self.hides_acls() => {
+                xattr_len(self.xattr_names(caller, node, XATTR_MAX)?.len())
+            }
             Operation::Listxattr { size: 0 } => fs.listxattr_len(caller, node).and_then(xattr_len),
             Operation::Listxattr { size } => {
                 let limit = limited(size, room, XATTR_MAX);
-                within(fs.listxattr(caller, node, limit)?, limit)
+                within(self.xattr_names(caller, node, limit)?, limit)
             }
             // The opcode table dispatches none of these to this method.
             Operation::Init(_)
@@ -146,6 +158,26 @@ impl<F: FileSystem + ?Sized> Session<F> {
             | Operation::Setlk(_)
             | Operation::Unserved => Err(Errno::NOSYS),
         }
+    }
+
+    /// Whether the guest can't use the extended attribute of this name.
+    fn hides(&self, name: &CStr) -> bool {
+        self.hides_acls() && ACLS.contains(&name)
+    }
+
+    fn hides_acls(&self) -> bool {
+        self.options.hide_acls && !self.has_agreed(InitFlags::POSIX_ACL)
+    }
+
+    /// The names of a node's extended attributes, each with its NUL.
+    fn xattr_names(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>, Errno> {
+        if !self.hides_acls() {
+            return self.fs.listxattr(caller, node, limit);
+        }
+        let names = self.fs.listxattr(caller, node, XATTR_MAX)?;
+        let names = names.split_inclusive(|byte| *byte == 0);
+        let shown = names.filter(|name| ACLS.iter().all(|acl| acl.to_bytes_with_nul() != *name));
+        Ok(shown.flatten().copied().collect())
     }
 
     fn readdir(
@@ -191,6 +223,9 @@ fn within(bytes: Vec<u8>, limit: usize) -> Result<Answer, Errno> {
         Ok(Answer::Bytes(bytes))
     }
 }
+
+/// Names of the extended attributes that hold POSIX ACLs.
+const ACLS: [&CStr; 2] = [c"system.posix_acl_access", c"system.posix_acl_default"];
 
 fn xattr_len(len: usize) -> Result<Answer, Errno> {
     let size = u32::try_from(len).map_err(|_huge| Errno::TOOBIG)?;

@@ -187,6 +187,10 @@ const REFUSED: &[(&str, i32)] = &[
     ("-o sandbox=x", 2),
     ("-o", 2),
     ("--fd=3", 2),
+    ("--shared-dir", 2),
+    ("--shared-dir=", 1),
+    ("--socket-path=", 1),
+    ("--uid-map=:0:0:0:", 1),
     ("--tag=a-tag-that-is-longer-than-the-36-bytes", 2),
     ("--socket-group=no-such-group", 1),
     ("--rlimit-nofile=10", 1),
@@ -310,12 +314,38 @@ fn spellings_are_as_virtiofsd_has_them() {
     }
 }
 
+#[test]
+fn incomplete_lines_exit_with_the_status_of_virtiofsd() {
+    let mut programs = vec![Program::persona()];
+    programs.extend(Program::virtiofsd());
+    for program in programs {
+        for (line, status) in [
+            ("", 2),
+            ("--socket-path=/tmp", 2),
+            ("--shared-dir=/usr", 2),
+            ("--fd=3 -o xattr", 1),
+            ("--fd=3 -oxattr", 1),
+            ("-o xattr", 2),
+            ("--fd=3 --shared-dir=/usr --socket-group=root", 2),
+            ("--fd=3 --socket-path=/tmp --shared-dir=/usr", 2),
+            ("--fd=3 --shared-dir", 2),
+            ("--fd=3 --shared-dir=", 1),
+            ("--socket-path= --shared-dir=/usr", 1),
+            ("--socket= --shared-dir=/usr", 1),
+        ] {
+            let arguments = line.split(' ').filter(|argument| !argument.is_empty());
+            let output = program.command().args(arguments).output().unwrap();
+            assert_eq!(output.status.code(), Some(status), "{program:?} {line}");
+        }
+    }
+}
+
 /// The configuration that these arguments lead to.
 fn config(arguments: &str) -> String {
     let required = ["virtiofsd", "--socket=/s", "--shared-dir=/d"];
     let more = arguments.split(' ').filter(|argument| !argument.is_empty());
-    let all = required.into_iter().chain(more).map(Into::into).collect();
-    let options = ringfsd::cli::parse(all, Persona::Virtiofsd).unwrap();
+    let all: Vec<_> = required.into_iter().chain(more).map(Into::into).collect();
+    let options = ringfsd::cli::parse(&all, Persona::Virtiofsd).unwrap();
     let level = options.observability.level();
     format!("{level} {:#?}", Config::try_from(options).unwrap())
 }
@@ -348,6 +378,14 @@ fn spellings_mean_what_virtiofsd_says() {
         ("-o modcaps=-mknod", "--modcaps=-mknod"),
         ("-o no_posix_lock,no_flock", ""),
         ("-d", "--log-level=debug"),
+        ("-d --log-level=trace", "--log-level=debug"),
+        ("--socket-path=/p --socket=/s", "--socket-path=/p"),
+        ("--socket-path /p --socket /s", "--socket-path=/p"),
+        (
+            "--no-announce-submounts -o announce_submounts",
+            "--no-announce-submounts",
+        ),
+        ("--no-announce-submounts --announce-submounts", ""),
         ("-f", ""),
         (
             "--inode-file-handles=fallback",
