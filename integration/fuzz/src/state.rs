@@ -205,14 +205,19 @@ fn with(scene: &Scene, mut source: Source<'_>) {
     let Ok(table) = Table::open(file) else {
         return;
     };
-    let _ = (table.agreement(), table.session_snapshot(), table.is_in_use());
+    let _ = (
+        table.agreement(),
+        table.session_snapshot(),
+        table.is_in_use(),
+    );
     let _ = ringfsd::virtqueue::unanswered_requests(&table);
     let share = scene.share.path();
     let past = PreviousProcess {
         inherited_fds: false,
         in_flight,
     };
-    let Ok((fs, _)) = Passthrough::with_table(shared(&share), options(), &table, Some(&past)) else {
+    let Ok((fs, _)) = Passthrough::with_table(shared(&share), options(), &table, Some(&past))
+    else {
         return;
     };
     go_on(&fs);

@@ -16,8 +16,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use ringfsd::device::Device;
-use ringfsd::state::{Limits, Table};
 use ringfsd::migration::{Cause, DeviceState};
+use ringfsd::state::{Limits, Table};
 use ringfsd::vhost_user::{self, Runner};
 use ringfsd::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -193,7 +193,10 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
         leave: &leave,
     };
     let end = vhost_user::serve(theirs, &device, &mut runner, &descriptors.table, stop);
-    assert!(descriptors.table.session_snapshot().is_none(), "forgotten at the end");
+    assert!(
+        descriptors.table.session_snapshot().is_none(),
+        "forgotten at the end"
+    );
     assert!(runner.queues.is_empty(), "stopped at the end: {end:?}");
     count::add(messages);
 }

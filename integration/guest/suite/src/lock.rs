@@ -27,7 +27,6 @@ impl Owner {
     }
 }
 
-
 /// What to set a range to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
