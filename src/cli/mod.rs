@@ -1,6 +1,6 @@
 //! The command line: options as typed, and their help.
 //!
-//! There is one module for each heading of `--help`. [`expand`] rewrites the older spellings of
+//! There is one module for each heading of `--help`. `expand` rewrites the older spellings of
 //! launchers, and [`Options`] converts into a [`Config`](crate::config::Config). The invariant:
 //! nothing here looks at the host; whether it supports an option is found out when the server starts.
 

@@ -10,14 +10,14 @@ const RUNTIMES: [&str; 2] = ["uring", "tokio"];
 
 /// Makes two tests of a function, `NAME::uring` and `NAME::tokio`:
 ///
-/// ```ignore
+/// ```text
 /// #[both_runtimes]
 /// fn lookup_of_root_succeeds(runtime: &str) { … }
 /// ```
 ///
 /// With an argument, a function of this name is called with the runtime and the test:
 ///
-/// ```ignore
+/// ```text
 /// #[both_runtimes(run)]
 /// async fn read_past_the_end_is_short() { … }
 ///
