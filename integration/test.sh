@@ -9,6 +9,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Under nohup SIGHUP would be ignored by every server under test, and a shell can't undo that.
+if ((0x$(awk '$1 == "SigIgn:" { print $2 }' /proc/$$/status) & 1)); then
+    exec env --default-signal=HUP "$PWD/integration/test.sh" "$@"
+fi
+
 started=$SECONDS
 skipped=0
 steps=("${@:-all}")
