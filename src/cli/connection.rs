@@ -116,7 +116,7 @@ pub struct Connection {
     #[arg(long, value_name = "PATH")]
     pub pid_file: Option<PathBuf>,
 
-    /// Take over the behaviour of ringfsd or virtiofsd
+    /// Behave like ringfsd or virtiofsd
     ///
     /// With virtiofsd, defaults, exit codes and files are those of virtiofsd 1.14; the manual lists
     /// the differences. A program that is started under the name virtiofsd behaves so by itself.

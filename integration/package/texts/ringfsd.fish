@@ -9,7 +9,7 @@ uring\t''
 tokio\t''"
 complete -c ringfsd -l poll-us -d 'Poll the rings for up to N µs before sleeping' -r
 complete -c ringfsd -l pid-file -d 'Write the process id to PATH, and lock the file' -r -F
-complete -c ringfsd -l compat -d 'Take over the behaviour of ringfsd or virtiofsd' -r -f -a "ringfsd\t'Its own'
+complete -c ringfsd -l compat -d 'Behave like ringfsd or virtiofsd' -r -f -a "ringfsd\t'Its own'
 virtiofsd\t'Those of virtiofsd 1.14'"
 complete -c ringfsd -s o -d 'Take options as a list: -o source=DIR,cache=auto' -r
 complete -c ringfsd -l thread-pool-size -d 'Accepted for compatibility; has no effect' -r

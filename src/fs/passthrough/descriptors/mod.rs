@@ -2,7 +2,8 @@
 //!
 //! This room joins inodes and open files: which of them have descriptors, how an inode without one
 //! is opened, and what is closed when there are too many. The invariant: an operation that would
-//! exceed a limit fails before it takes effect, and what is closed can be opened again.
+//! exceed a limit fails before it takes effect, and what is closed can be opened again, except for
+//! what the host has removed and no program of the guest has open.
 
 mod closing;
 mod eviction;

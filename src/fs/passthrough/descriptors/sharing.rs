@@ -2,8 +2,8 @@
 //!
 //! The inode of such a file can't be reopened, so its descriptor can't be closed, and the open file
 //! has a descriptor as well. When descriptors are short, the inode gives up its own and is reopened
-//! through that of the open file. The invariant: an inode without a name has a descriptor, or an
-//! open file that stays open for it.
+//! through that of the open file. The invariant: an inode without a name that the guest may have open
+//! has a descriptor, or an open file that stays open for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
