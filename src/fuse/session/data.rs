@@ -105,8 +105,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let (file, mut buffer) = match opened {
             Ok((OpenFile::Host(file), buffer)) => (file, buffer),
             Ok((OpenFile::Object(object), buffer)) => {
-                let read = object.read(buffer, range.offset);
-                return self.filled_by(transport, unique, read);
+                let (session, read) = (Arc::clone(self), object.read(buffer, range.offset));
+                return self.defer(async move {
+                    session.reply_read(transport, unique, read.await);
+                });
             }
             Err(errno) => return self.reply_now(transport, unique, Err(errno)),
         };
@@ -123,27 +125,22 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return self.reply_now(transport, unique, Err(errno(&error)));
             }
         };
-        self.filled_by(transport, unique, async move {
-            file.read_at_from(buffer, filled, range.offset).await
+        // In one future: one within another would have room for the inner one twice.
+        let session = Arc::clone(self);
+        self.defer(async move {
+            let read = file.read_at_from(buffer, filled, range.offset).await;
+            session.reply_read(transport, unique, read);
         })
     }
 
-    /// Replies to a READ once `read` has filled the reply's space.
-    fn filled_by<E: Transport>(
-        self: &Arc<Self>,
-        transport: E,
-        unique: u64,
-        read: impl Future<Output = Transferred> + 'static,
-    ) -> Outcome {
-        let session = Arc::clone(self);
-        self.defer(async move {
-            let (result, buffer) = read.await;
-            drop(buffer);
-            match result {
-                Ok(n) => send_filled(transport, unique, n),
-                Err(error) => session.finish(transport, unique, Err(errno(&error))),
-            }
-        })
+    /// Replies to a READ that has filled the reply's space.
+    fn reply_read<E: Transport>(&self, transport: E, unique: u64, read: Transferred) {
+        let (result, buffer) = read;
+        drop(buffer);
+        match result {
+            Ok(n) => send_filled(transport, unique, n),
+            Err(error) => self.finish(transport, unique, Err(errno(&error))),
+        }
     }
 
     /// WRITE: directly from guest memory.
