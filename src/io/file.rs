@@ -128,16 +128,13 @@ impl File {
     /// # Panics
     ///
     /// Outside of a runtime.
-    pub async fn read_at_from(
+    pub fn read_at_from(
         &self,
         buffer: GuestBuffer,
         filled: usize,
         offset: u64,
-    ) -> (io::Result<usize>, GuestBuffer) {
-        if buffer.is_empty() {
-            return (self.read_nothing(&buffer, offset), buffer);
-        }
-        engine::read(&self.inner, buffer, filled, offset).await
+    ) -> impl Future<Output = (io::Result<usize>, GuestBuffer)> {
+        engine::read(&self.inner, buffer, filled, offset)
     }
 
     /// Writes `buffer` at `offset` by one operation. Returns the number of bytes, which is less
@@ -212,7 +209,7 @@ impl File {
     /// − 1.
     pub fn try_read_at(&self, buffer: &mut GuestBuffer, offset: u64) -> io::Result<Attempt> {
         if buffer.is_empty() {
-            return self.read_nothing(buffer, offset).map(Attempt::Done);
+            return vectored::read_nothing(self.as_fd(), buffer, offset).map(Attempt::Done);
         }
         let facts = self.inner.facts();
         let avoid = Facts::DIRECT | Facts::NO_NOWAIT;
@@ -378,11 +375,6 @@ impl File {
     /// The number of clones and running operations.
     pub(crate) fn users(&self) -> usize {
         Arc::strong_count(&self.inner)
-    }
-
-    /// Reads no bytes, which never waits: the kernel still checks the open mode.
-    fn read_nothing(&self, empty: &GuestBuffer, offset: u64) -> io::Result<usize> {
-        vectored::transfer(Direction::Read, self.as_fd(), empty, (0, offset), 0)
     }
 
     /// The part of `mode` that the descriptor's flags don't cover.

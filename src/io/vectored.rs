@@ -20,6 +20,15 @@ pub(super) enum Direction {
     Write,
 }
 
+/// Reads no bytes into an `empty` buffer, which never waits: the kernel still checks the open mode.
+pub(super) fn read_nothing(
+    fd: BorrowedFd<'_>,
+    empty: &GuestBuffer,
+    offset: u64,
+) -> io::Result<usize> {
+    transfer(Direction::Read, fd, empty, (0, offset), 0)
+}
+
 /// One `preadv2` or `pwritev2` with `flags`, for the buffer from byte `done` on; `offset` is the
 /// position of the buffer's start. Retried if a signal interrupts it.
 ///

@@ -10,10 +10,12 @@ use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::buffer::GuestBuffer;
 use super::descriptor::{Descriptor, Facts};
+use super::vectored;
 
 /// What performs the file operations that may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +75,12 @@ pub(super) async fn read(
     filled: usize,
     offset: u64,
 ) -> Transferred {
+    if buffer.is_empty() {
+        return (
+            vectored::read_nothing(descriptor.as_fd(), &buffer, offset),
+            buffer,
+        );
+    }
     match Engine::of(descriptor) {
         Engine::ThreadPool => thread_pool::read(descriptor, buffer, filled, offset).await,
         Engine::Uring => uring::read(descriptor, buffer, filled, offset).await,

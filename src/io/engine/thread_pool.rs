@@ -174,8 +174,9 @@ where
     C: FnOnce(&GuestBuffer) -> io::Result<usize> + Send + 'static,
 {
     let call = run(move || (call(&buffer), buffer));
-    async {
+    // In a box, so that the ring's futures, which fall back on this one, have no room for it.
+    Box::pin(async {
         call.await
             .unwrap_or_else(|e| (Err(e), GuestBuffer::from_vec(Vec::new())))
-    }
+    })
 }

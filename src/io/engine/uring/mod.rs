@@ -22,17 +22,17 @@ use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
 use tokio::io::unix::AsyncFd;
 use tokio::task::LocalSet;
 
-use self::driver::{Driver, WatchedFd};
+use self::driver::{Driver, Operation, WatchedFd};
 use self::poll_waker::PollWaker;
 use self::slots::Resources;
 use super::{SetupError, SyncKind, Transferred, thread_pool};
@@ -211,17 +211,45 @@ enum Transfer {
     WriteBuffered,
 }
 
-/// One operation on the buffer from byte `done` on; the buffer begins at `offset`.
-async fn transfer(
+/// A transfer that has been started. It is a future by itself, as one that is made by the compiler
+/// would have room for the buffer and the entry besides the operation that owns them.
+enum Started {
+    Operation(Operation),
+    /// It can't be started. `None` when it has returned this.
+    Failed(Option<Transferred>),
+}
+
+impl Future for Started {
+    type Output = Transferred;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Transferred> {
+        match self.get_mut() {
+            Self::Operation(operation) => {
+                Pin::new(operation)
+                    .poll(context)
+                    .map(|(result, resources)| {
+                        let buffer = resources.buffer.expect("invariant: `transfer` has set it");
+                        (result, buffer)
+                    })
+            }
+            Self::Failed(failed) => {
+                Poll::Ready(failed.take().expect("a future is polled until it is ready"))
+            }
+        }
+    }
+}
+
+/// Starts one operation on the buffer from byte `done` on; the buffer begins at `offset`.
+fn transfer(
     kind: Transfer,
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
     done: usize,
     offset: u64,
-) -> Transferred {
+) -> Started {
     let at = match position(offset, done) {
         Ok(position) => position.cast_unsigned(),
-        Err(e) => return (Err(e), buffer),
+        Err(e) => return Started::Failed(Some((Err(e), buffer))),
     };
     let fd = types::Fd(descriptor.as_raw_fd());
     let vecs = buffer.io_vecs(done);
@@ -257,9 +285,7 @@ async fn transfer(
     };
     // SAFETY: the entry names the descriptor, the vector's heap memory and the buffer's pieces, all
     // of which `resources` owns and none of which moves with it.
-    let (result, resources) = unsafe { perform(entry, resources) }.await;
-    let buffer = resources.buffer.expect("invariant: it was set above");
-    (result, buffer)
+    Started::Operation(unsafe { start(entry, resources) })
 }
 
 /// `fsync` or `fdatasync`.
@@ -296,11 +322,11 @@ async fn on_descriptor(entry: Entry, descriptor: &Arc<Descriptor>) -> io::Result
         _descriptor: Arc::clone(descriptor),
     };
     // SAFETY: the entry names only the descriptor, which `resources` keeps open.
-    let (result, _) = unsafe { perform(entry, resources) }.await;
+    let (result, _) = unsafe { start(entry, resources) }.await;
     result.map(drop)
 }
 
-/// Puts `entry` on the ring, waits for its completion, and returns `resources` with the result.
+/// Puts `entry` on the ring. The operation completes with the result and `resources`.
 ///
 /// # Safety
 ///
@@ -310,9 +336,8 @@ async fn on_descriptor(entry: Entry, descriptor: &Arc<Descriptor>) -> io::Result
 /// # Panics
 ///
 /// When the caller doesn't run on a runtime with a ring.
-async unsafe fn perform(entry: Entry, resources: Resources) -> (io::Result<usize>, Resources) {
+unsafe fn start(entry: Entry, resources: Resources) -> Operation {
     let driver = current().expect("an operation on the ring takes a runtime with a ring");
     // SAFETY: the caller guarantees it.
-    let operation = unsafe { driver.start(entry, resources) };
-    operation.await
+    unsafe { driver.start(entry, resources) }
 }
