@@ -9,9 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Under nohup SIGHUP would be ignored by every server under test, and a shell can't undo that.
-if ((0x$(awk '$1 == "SigIgn:" { print $2 }' /proc/$$/status) & 1)); then
-    exec env --default-signal=HUP "$PWD/integration/test.sh" "$@"
+# Under nohup, or in the background of a script, every server under test would ignore SIGHUP, or
+# SIGINT and SIGQUIT, and a shell can't undo that.
+if ((0x$(awk '$1 == "SigIgn:" { print $2 }' /proc/$$/status) & 7)); then
+    exec env --default-signal=HUP,INT,QUIT "$PWD/integration/test.sh" "$@"
 fi
 
 started=$SECONDS
