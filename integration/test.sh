@@ -10,8 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Under nohup, or in the background of a script, every server under test would ignore SIGHUP, or
-# SIGINT and SIGQUIT, and a shell can't undo that.
-if ((0x$(awk '$1 == "SigIgn:" { print $2 }' /proc/$$/status) & 7)); then
+# SIGINT and SIGQUIT, and a shell can't undo that. (It ignores SIGQUIT itself, so that tells nothing.)
+if ((0x$(awk '$1 == "SigIgn:" { print $2 }' /proc/$$/status) & 3)); then
     exec env --default-signal=HUP,INT,QUIT "$PWD/integration/test.sh" "$@"
 fi
 
