@@ -11,6 +11,7 @@ use super::persona::Behaviour;
 use super::sharing::Sharing;
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, Share};
+use crate::dax::DaxOptions;
 use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles};
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
@@ -212,6 +213,11 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             posix_locks: sharing.posix_locks,
             flock: sharing.flock,
             lock_wait_limit: sharing.lock_wait_limit,
+            dax: options.dax.dax_window.map(|window| DaxOptions {
+                window,
+                marked_from: options.dax.marked_from(),
+                writable: !sharing.readonly,
+            }),
             ..SessionOptions::default()
         },
     })

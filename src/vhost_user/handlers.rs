@@ -10,21 +10,21 @@ use std::sync::Arc;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostUserInflight, VhostUserLog, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserSingleMemoryRegion, VhostUserVringAddr,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSingleMemoryRegion,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 
 use super::Runner;
 use super::back_channel::Link;
 use super::session::{Session, SessionError, duplicate, eventfd};
-use crate::device;
+use crate::device::{self, Device};
 use crate::error_chain;
 use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
 use crate::migration::{Direction, TransferError};
 use crate::virtqueue::{InflightRegion, Queue, RingAddresses};
 
-/// Protocol features that are offered.
-pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+/// Protocol features that are offered with any device.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
@@ -34,6 +34,15 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
     .union(VhostUserProtocolFeatures::DEVICE_STATE)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::BACKEND_SEND_FD);
+
+/// Protocol features that are offered.
+pub(super) fn protocol_features(device: &Device) -> u64 {
+    let mut features = PROTOCOL_FEATURES;
+    if device.dax_window != 0 {
+        features |= VhostUserProtocolFeatures::SHMEM;
+    }
+    features.bits()
+}
 
 /// The reply to GET_MAX_MEM_SLOTS.
 pub(super) const MAX_MEM_SLOTS: u64 = Memory::MAX_REGIONS as u64;
@@ -56,13 +65,21 @@ impl<R: Runner> Session<'_, R> {
     }
 
     pub(super) fn set_protocol_features(&mut self, accepted: u64) -> Result<(), SessionError> {
-        let extra = accepted & !PROTOCOL_FEATURES.bits();
+        let extra = accepted & !protocol_features(self.device);
         if extra != 0 {
             return Err(SessionError::Features { accepted, extra });
         }
         self.protocol = Some(accepted);
         self.channel.set_protocol_features(accepted);
         Ok(())
+    }
+
+    /// The sizes of the shared-memory regions: the DAX window is the only one.
+    pub(super) fn get_shmem_config(&self) -> VhostUserShMemConfig {
+        match self.device.dax_window {
+            0 => VhostUserShMemConfig::default(),
+            window => VhostUserShMemConfig::new(1, &[window]),
+        }
     }
 
     pub(super) fn set_backend_req_fd(&mut self, fd: &OwnedFd) -> Result<(), SessionError> {

@@ -54,6 +54,7 @@ fn serve(tree: &Arc<MemoryTree>, runtime: Choice, guest: impl Fn(&mut Client<Ses
         device: Device {
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
+            dax_window: 0,
         },
         workers: NonZeroUsize::new(2).unwrap(),
         runtime,

@@ -185,6 +185,7 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
     let device = Device {
         tag: None,
         request_queues: std::num::NonZeroU16::MIN,
+        dax_window: 8 << 20,
     };
     let mut runner = Taking::default();
     let leave = std::sync::atomic::AtomicBool::new(false);
