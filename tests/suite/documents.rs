@@ -54,7 +54,7 @@ fn is_test(text: &str, name: &str) -> bool {
     let before = text.split(&format!("fn {name}(")).next().unwrap();
     let attributes = before.rsplit("}\n").next().unwrap();
     before.len() < text.len()
-        && ["#[test]", "#[both_runtimes]"]
+        && ["#[test]", "#[each_runtime]"]
             .iter()
             .any(|attribute| attributes.contains(attribute))
 }

@@ -108,7 +108,7 @@ async fn errors() -> Vec<(&'static str, Option<i32>)> {
 }
 
 #[test]
-fn both_runtimes_give_the_same_errors() {
+fn each_runtime_give_the_same_errors() {
     if let Err(reason) = probe() {
         eprintln!("skipped: {reason}");
         return;

@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::task::Poll;
 
 use ringfsd::io::{Engine, File, Runtime, SyncKind, probe, spawn};
-use testing::both_runtimes;
+use testing::each_runtime;
 
 use super::direct::open_direct;
 use super::memory::{Arena, whole};
@@ -34,7 +34,7 @@ impl Drop for Witness {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
     const LEN: usize = 1 << 20;
     let dir = scratch();

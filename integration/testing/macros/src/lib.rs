@@ -11,20 +11,20 @@ const RUNTIMES: [&str; 2] = ["uring", "tokio"];
 /// Makes two tests of a function, `NAME::uring` and `NAME::tokio`:
 ///
 /// ```text
-/// #[both_runtimes]
+/// #[each_runtime]
 /// fn lookup_of_root_succeeds(runtime: &str) { … }
 /// ```
 ///
 /// With an argument, a function of this name is called with the runtime and the test:
 ///
 /// ```text
-/// #[both_runtimes(run)]
+/// #[each_runtime(run)]
 /// async fn read_past_the_end_is_short() { … }
 ///
 /// fn run<F: Future<Output = ()>>(runtime: &str, test: impl FnOnce() -> F) { … }
 /// ```
 #[proc_macro_attribute]
-pub fn both_runtimes(run: TokenStream, function: TokenStream) -> TokenStream {
+pub fn each_runtime(run: TokenStream, function: TokenStream) -> TokenStream {
     let mut tokens = function.clone().into_iter();
     let name = loop {
         match tokens.next() {
@@ -34,7 +34,7 @@ pub fn both_runtimes(run: TokenStream, function: TokenStream) -> TokenStream {
         }
     };
     let Some(name) = name else {
-        return tokens_of("compile_error!(\"both_runtimes is an attribute of a function\");");
+        return tokens_of("compile_error!(\"each_runtime is an attribute of a function\");");
     };
     let tests = RUNTIMES.map(|runtime| {
         let call = if run.is_empty() {
