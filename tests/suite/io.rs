@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, probe, spawn};
+use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, spawn};
 use tempfile::TempDir;
 use testing::each_runtime;
 
@@ -28,11 +28,9 @@ use memory::{Arena, with_gaps};
 
 /// Runs `body` on the engine of this name, or prints that this machine doesn't have it.
 fn run<F: Future<Output = ()>>(runtime: &str, body: impl FnOnce() -> F) {
-    let engine = match runtime {
-        "uring" => Engine::Uring,
-        _ => Engine::ThreadPool,
-    };
-    if let (Engine::Uring, Err(reason)) = (engine, probe()) {
+    let named = |engine: &&Engine| engine.to_string() == runtime;
+    let engine = *Engine::ALL.iter().find(named).unwrap();
+    if let Err(reason) = engine.probe() {
         eprintln!("skipped: {reason}");
         return;
     }
@@ -345,12 +343,14 @@ async fn thousands_of_operations_are_in_flight_at_once() {
 
 #[test]
 fn a_ring_of_two_entries_carries_thousands_of_operations() {
-    if let Err(reason) = probe() {
-        eprintln!("skipped: {reason}");
-        return;
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
+        let runtime = Runtime::with_ring_entries(engine, 2).unwrap();
+        runtime.block_on(thousands_of_operations_are_in_flight_at_once());
     }
-    let runtime = Runtime::with_ring_entries(Engine::Uring, 2).unwrap();
-    runtime.block_on(thousands_of_operations_are_in_flight_at_once());
 }
 
 #[each_runtime(run)]

@@ -5,10 +5,16 @@
 
 use proc_macro::{TokenStream, TokenTree};
 
-/// The server's runtimes, as `--runtime` names them.
-const RUNTIMES: [&str; 2] = ["uring", "tokio"];
+/// The server's runtimes, as `--runtime` names them, and the feature of the tested crate that each
+/// takes.
+const RUNTIMES: [(&str, Option<&str>); 3] = [
+    ("uring", None),
+    ("tokio", None),
+    ("tokio-uring", Some("tokio-uring")),
+];
 
-/// Makes two tests of a function, `NAME::uring` and `NAME::tokio`:
+/// Makes a test of a function for each runtime: `NAME::uring`, `NAME::tokio` and, in crates with the
+/// feature `tokio-uring`, `NAME::tokio_uring`:
 ///
 /// ```text
 /// #[each_runtime]
@@ -36,13 +42,17 @@ pub fn each_runtime(run: TokenStream, function: TokenStream) -> TokenStream {
     let Some(name) = name else {
         return tokens_of("compile_error!(\"each_runtime is an attribute of a function\");");
     };
-    let tests = RUNTIMES.map(|runtime| {
+    let tests = RUNTIMES.map(|(runtime, feature)| {
         let call = if run.is_empty() {
             format!("super::{name}(\"{runtime}\")")
         } else {
             format!("super::{run}(\"{runtime}\", super::{name})")
         };
-        format!("#[test] fn {runtime}() {{ {call}; }}")
+        let feature = feature.map_or(String::new(), |name| {
+            format!("#[cfg(feature = \"{name}\")]")
+        });
+        let test = runtime.replace('-', "_");
+        format!("{feature} #[test] fn {test}() {{ {call}; }}")
     });
     let tests = tokens_of(&format!("mod {name} {{ {} }}", tests.concat()));
     function.into_iter().chain(tests).collect()
