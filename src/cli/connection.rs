@@ -75,8 +75,8 @@ pub struct Connection {
     ///   threads; the log has the reason
     /// - uring: io_uring; refuse to start if unavailable
     /// - tokio: a pool of threads
-    /// - tokio-uring: io_uring by the crate of this name, slower and
-    ///   less confined than uring; in programs built with it only
+    /// - tokio-uring: io_uring by the crate of this name, less
+    ///   confined than uring; in programs built with it only
     #[arg(
         long,
         value_name = "RUNTIME",

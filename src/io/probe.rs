@@ -81,8 +81,8 @@ impl Engine {
 
 /// Why the log warns of tokio-uring: nothing restricts the ring, whose operations no filter sees.
 #[cfg(feature = "tokio-uring")]
-const TOKIO_URING: &str = "requested; its ring can't be restricted to the operations in use, which \
-                           --seccomp doesn't see, and takes more system calls than `uring`";
+const TOKIO_URING: &str = "requested; its ring can't be restricted to the operations in use, \
+                           which --seccomp doesn't see";
 
 /// Chooses the engine.
 ///
