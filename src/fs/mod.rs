@@ -6,6 +6,7 @@
 //! system never sees a name that is empty, `.` or `..`, contains a `/` or a NUL, or is longer than
 //! 255 bytes; the dispatch has rejected it.
 
+pub mod fuse_backend;
 mod migrate;
 mod open_file;
 pub mod passthrough;
