@@ -10,6 +10,7 @@ mod migrate;
 mod open_file;
 pub mod passthrough;
 mod replay;
+pub mod vfs;
 
 use std::ffi::CStr;
 use std::sync::Arc;
