@@ -13,10 +13,11 @@
 #[path = "../../integration/examples/memory_tree/content.rs"]
 mod content;
 #[path = "../../integration/examples/memory_tree/tree.rs"]
-mod tree;
+pub(crate) mod tree;
 
 use std::sync::Arc;
 
+use ringfsd::fs::FileSystem;
 use ringfsd::fuse::SessionOptions;
 use ringfsd::io::Choice;
 use vmm::Session;
@@ -35,9 +36,14 @@ fn on_each_engine(may_block: bool, guest: impl Fn(&mut Client<Session>)) {
     }
 }
 
-fn serve(tree: &Arc<MemoryTree>, runtime: Choice, guest: impl Fn(&mut Client<Session>)) {
+/// Serves `fs` to `guest`, and returns when both have ended.
+pub(crate) fn serve<F: FileSystem>(
+    fs: &Arc<F>,
+    runtime: Choice,
+    guest: impl Fn(&mut Client<Session>),
+) {
     let session = SessionOptions::default();
-    served::serve(Arc::clone(tree) as _, (runtime, 2), session, guest);
+    served::serve(Arc::clone(fs) as _, (runtime, 2), session, guest);
 }
 
 /// What a guest does with files and names; the same wherever the methods are called.
