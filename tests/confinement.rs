@@ -27,7 +27,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Seccomp};
+use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -100,9 +100,9 @@ impl Attempt {
                 "log" => Seccomp::Log,
                 _ => Seccomp::None,
             },
-            runtime: match runtime.as_str() {
-                "uring" => Engine::Uring,
-                _ => Engine::ThreadPool,
+            runtime: {
+                let named = |engine: &&Engine| engine.to_string() == *runtime;
+                *Engine::ALL.iter().find(named).unwrap()
             },
             share: share.into(),
             secret: secret.into(),
@@ -131,6 +131,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         let place = HostAccess {
             root: open(&attempt.share),
             file: None,
+            trees: Vec::new(),
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
             may_label: false,
@@ -150,7 +151,9 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         readonly: false,
         file_handles: false,
     };
-    let place = inside.enter(&attempt.share, needs).unwrap();
+    let place = inside
+        .enter(&Reach::Share(attempt.share.clone()), needs)
+        .unwrap();
     let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {
@@ -452,8 +455,8 @@ fn all() -> ExitCode {
             let name = format!("{kind}, {user:?}: {what}");
             report.check(&name, &output, |status| status.code() == Some(HELD.into()));
         }
-        for runtime in ["uring", "tokio"] {
-            let output = scene.run([kind, "kill", runtime], user, "live");
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
+            let output = scene.run([kind, "kill", &runtime], user, "live");
             let name = format!("{kind}, {user:?}, {runtime}: live");
             report.check(&name, &output, |status| status.success());
         }
@@ -472,9 +475,10 @@ fn all() -> ExitCode {
     }
     let killed = |status: &ExitStatus| status.signal() == Some(libc::SIGSYS);
     for call in FORBIDDEN {
-        for runtime in ["uring", "tokio"] {
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
             for place in ["call", "thread: call"] {
-                let output = scene.run(["none", "kill", runtime], None, &format!("{place} {call}"));
+                let output =
+                    scene.run(["none", "kill", &runtime], None, &format!("{place} {call}"));
                 report.check(
                     &format!("{runtime}, {place} {call}: killed"),
                     &output,
@@ -492,8 +496,13 @@ fn all() -> ExitCode {
     let ring = "call io_uring_setup";
     let output = scene.run(["none", "kill", "tokio"], None, ring);
     report.check("tokio has no ring", &output, killed);
-    let output = scene.run(["none", "kill", "uring"], None, ring);
-    report.check("uring has a ring", &output, through);
+    for engine in Engine::ALL
+        .iter()
+        .filter(|engine| **engine != Engine::ThreadPool)
+    {
+        let output = scene.run(["none", "kill", &engine.to_string()], None, ring);
+        report.check(&format!("{engine} has a ring"), &output, through);
+    }
     for action in ["log", "none"] {
         let output = scene.run(["none", action, "tokio"], None, "call kill");
         report.check(&format!("{action} lets a call happen"), &output, through);

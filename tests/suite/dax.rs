@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use testing::{Server, TIMEOUT, both_runtimes, errno, pattern};
+use testing::{Server, TIMEOUT, each_runtime, errno, pattern};
 use vmm::fuse::wire::{ATTR_DAX, init};
 use vmm::fuse::{Client, LINUX_OFFERS, ROOT};
 use vmm::window::Behaviour;
@@ -118,7 +118,7 @@ fn open_on_host(server: &Server, name: &str) -> std::fs::File {
     options.open(server.share().join(name)).unwrap()
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn mapped_file_is_the_host_s_in_both_directions(runtime: &str) {
     let server = start(runtime, &[]);
     let content = pattern(3 * RANGE as usize, 1);
@@ -162,7 +162,7 @@ fn mapped_file_is_the_host_s_in_both_directions(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn guest_maps_only_what_it_may_open(runtime: &str) {
     let server = start(runtime, &["--readonly"]);
     host_file(&server, "file", b"content");
@@ -200,7 +200,7 @@ fn guest_maps_only_what_it_may_open(runtime: &str) {
     assert_eq!(vm.mapped(), [(0, false)]);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn invalid_ranges_change_nothing(runtime: &str) {
     let server = start(runtime, &[]);
     host_file(&server, "file", &[1; 8192]);
@@ -246,7 +246,7 @@ fn invalid_ranges_change_nothing(runtime: &str) {
     assert_eq!(vm.mapped(), []);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn truncation_under_a_mapping_is_the_guest_s_fault_only(runtime: &str) {
     let server = start(runtime, &[]);
     let content = pattern(RANGE as usize, 2);
@@ -282,7 +282,7 @@ fn truncation_under_a_mapping_is_the_guest_s_fault_only(runtime: &str) {
     vm.guest.getattr(node).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn refusal_of_the_vmm_is_an_errno(runtime: &str) {
     let server = start(runtime, &[]);
     host_file(&server, "file", &[1; 4096]);
@@ -307,7 +307,7 @@ fn refusal_of_the_vmm_is_an_errno(runtime: &str) {
     assert_eq!(vm.mapped(), []);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn files_are_marked_by_size_where_the_guest_decides_by_it(runtime: &str) {
     for (args, small, large) in [
         (&[][..], false, true),
@@ -364,7 +364,7 @@ fn without_the_option_there_is_no_window() {
     assert_eq!(errno(mapping), Some(libc::ENOSYS));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn end_of_the_guest_s_session_removes_its_mappings(runtime: &str) {
     let server = start(runtime, &["--keep-listening"]);
     host_file(&server, "file", &[1; 4096]);
@@ -398,7 +398,7 @@ fn end_of_the_guest_s_session_removes_its_mappings(runtime: &str) {
     assert_eq!(vm.mapped(), [(0, false)]);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn vmm_that_does_not_answer_delays_nobody_else(runtime: &str) {
     let server = start(runtime, &[]);
     host_file(&server, "file", &[1; 4096]);

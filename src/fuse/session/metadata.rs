@@ -101,8 +101,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 ))
             }
             Operation::Flush { handle, owner } => {
-                fs.end_locks(node, owner);
-                fs.flush(caller, node, handle).map(done)
+                fs.flush_and_unlock(caller, node, handle, owner).map(done)
             }
             Operation::Release { handle } => fs.release(node, handle).map(done),
             Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use testing::{Server, both_runtimes, pattern};
+use testing::{Server, each_runtime, pattern};
 use vmm::Profile;
 use vmm::window::Behaviour;
 
@@ -224,7 +224,7 @@ impl Kernel {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn random_work_in_a_small_window_is_right(runtime: &str) {
     for (profile, strict) in [(Profile::Crosvm, false), (Profile::Simple, true)] {
         let server = start(runtime, &[]);
@@ -246,7 +246,7 @@ fn random_work_in_a_small_window_is_right(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn random_work_survives_kills_and_upgrades(runtime: &str) {
     for strict in [false, true] {
         let mut server = start(runtime, &["--supervise"]);
@@ -280,7 +280,7 @@ fn random_work_survives_kills_and_upgrades(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn files_truncated_meanwhile_end_where_they_end(runtime: &str) {
     let server = start(runtime, &[]);
     let mut kernel = Kernel::start(&server, Profile::Crosvm, Behaviour::default());

@@ -1,7 +1,7 @@
 //! Mappings that outlive the process that asked for them.
 
 use rustix::process::{Pid, Signal, kill_process};
-use testing::{Server, both_runtimes, errno, pattern};
+use testing::{Server, each_runtime, errno, pattern};
 use vmm::window::Behaviour;
 use vmm::{Profile, Window};
 
@@ -26,7 +26,7 @@ pub(super) fn upgrade(server: &mut Server) {
     server.wait_for("upgraded to");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn mappings_survive_kills_and_upgrades(runtime: &str) {
     for strict in [false, true] {
         let mut server = start(runtime, &["--supervise"]);
@@ -63,7 +63,7 @@ fn mappings_survive_kills_and_upgrades(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn request_that_was_never_answered_is_done_by_the_next_process(runtime: &str) {
     for strict in [false, true] {
         let mut server = start(runtime, &["--supervise"]);
@@ -91,7 +91,7 @@ fn request_that_was_never_answered_is_done_by_the_next_process(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn vmm_that_reconnects_finds_its_mappings_again(runtime: &str) {
     for lost in [true, false] {
         let dir = tempfile::tempdir().unwrap();
