@@ -529,6 +529,25 @@ mod tests {
     }
 
     #[test]
+    fn window_needs_files_of_directories() {
+        let resolve = |source: &str| {
+            let arguments = ["ringfsd", "--fd=3", "--dax-window=8M", source];
+            Config::try_from(Options::try_parse_from(arguments).unwrap())
+        };
+        for source in ["--shared-dir=/d", "--vfs=/a=/d"] {
+            let dax = resolve(source).unwrap().share.session.dax.unwrap();
+            assert_eq!(
+                (dax.window, dax.marked_from, dax.writable),
+                (8 << 20, 1 << 20, true)
+            );
+        }
+        for source in ["--overlay=lower=/a:/b", "--vfs=/a=overlay:lower=/a:/b"] {
+            let refused = resolve(source).unwrap_err().to_string();
+            assert!(refused.starts_with("--dax-window"), "{refused}");
+        }
+    }
+
+    #[test]
     fn impossible_options_are_refused() {
         for bad in [
             &["--shared-dir", "/d"][..],

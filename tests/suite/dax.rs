@@ -438,3 +438,31 @@ fn migration_is_refused_while_something_is_mapped() {
         assert_eq!(session.load_state(&state).is_ok(), accepted, "{args:?}");
     }
 }
+
+#[test]
+fn files_of_several_file_systems_are_mapped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = testing::command();
+    command.args(["--dax-window", "8M", "--socket"]);
+    command.arg(dir.path().join("socket"));
+    for name in ["one", "two"] {
+        let path = dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("file"), pattern(1 << 20, name.len() as u64)).unwrap();
+        std::fs::write(path.join("name"), name).unwrap();
+        command.arg(format!("--vfs=/{name}={}", path.display()));
+    }
+    let mut server = Server::spawn(command, dir);
+    server.wait_until_it_listens();
+    let mut vm = Vm::start(&server);
+    for (slot, name) in [(0, "one"), (1, "two")] {
+        let top = vm.node(name);
+        let entry = vm.guest.lookup(top, c"file").unwrap();
+        assert_ne!(entry.attr.flags & ATTR_DAX, 0);
+        let node = vm.guest.lookup(top, c"name").unwrap().nodeid;
+        vm.map(node, 0, slot, true);
+        assert_eq!(vm.read(slot * RANGE, 3).unwrap(), name.as_bytes());
+    }
+    let result = vm.guest.setup_mapping(ROOT, (0, RANGE), 2 * RANGE, false);
+    assert_eq!(errno(result), Some(libc::EISDIR));
+}
