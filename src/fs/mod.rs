@@ -10,6 +10,7 @@ pub mod fuse_backend;
 mod migrate;
 mod open_file;
 pub mod passthrough;
+pub(crate) mod permissions;
 mod replay;
 pub mod vfs;
 
