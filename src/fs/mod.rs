@@ -13,6 +13,7 @@ pub mod passthrough;
 pub(crate) mod permissions;
 mod replay;
 pub mod vfs;
+pub mod waiting;
 
 use std::ffi::CStr;
 use std::sync::Arc;
