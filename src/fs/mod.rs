@@ -9,6 +9,7 @@
 pub mod fuse_backend;
 mod migrate;
 mod open_file;
+pub mod overlay;
 pub mod passthrough;
 pub(crate) mod permissions;
 mod replay;
