@@ -5,6 +5,7 @@ use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use testing::Server;
+use vmm::connection::message::protocol;
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
@@ -154,6 +155,17 @@ fn what_cannot_be_recorded_is_refused_at_the_start() {
             assert!(said.contains("use "), "what to do: {said}");
         }
     }
+}
+
+#[test]
+fn migration_is_offered_for_a_single_directory_only() {
+    let offers = |server: &Server| {
+        let mut guest = server.session(Profile::Qemu, &Options::default());
+        guest.guest().connection.has(protocol::DEVICE_STATE)
+    };
+    let (several, _dir) = Shared::new(None).start(None, &[]);
+    assert!(!offers(&several));
+    assert!(offers(&Server::start(&[])));
 }
 
 #[test]
