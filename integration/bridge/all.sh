@@ -9,6 +9,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 suites=(
     'pjdfstest'
+    'pjdfstest --overlay yes'
+    'overlay'
     'single'
     'requests'
     'remount'
@@ -23,6 +25,8 @@ suites=(
     'git --commits 100 --files 200'
     'memory-tree'
     'memory-tree --may-block yes'
+    'vfs'
+    'pjdfstest --vfs yes'
     'fuse-backend'
     'fuse-backend --kind vfs'
     'fuse-backend --kind overlay'

@@ -300,12 +300,19 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
                     --sandbox namespace, or none where the launcher has its own sandbox";
     let unmappable = "files of layers and images can't be mapped: only those of directories";
     let other = source.option();
+    let mapped = "the attributes that describe layers have fixed names: omit it";
     refuse_first([
         (
             options.dax.dax_window.is_some() && !source.can_be_mapped(),
             "--dax-window",
             other,
             unmappable,
+        ),
+        (
+            has_overlay(source) && options.extended_attributes.xattrmap.is_some(),
+            "--xattrmap",
+            "an overlay",
+            mapped,
         ),
         (recovery.supervise, "--supervise", other, unrecorded),
         (recovery.state.is_some(), "--state", other, unrecorded),
@@ -322,6 +329,14 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             one_root,
         ),
     ])
+}
+
+fn has_overlay(source: &Source) -> bool {
+    match source {
+        Source::Overlay(_) => true,
+        Source::Vfs(mounts) => mounts.iter().any(|(_, source)| has_overlay(source)),
+        Source::Directory(_) | Source::Rafs(_) => false,
+    }
 }
 
 /// Whether the server ends when the first VMM has disconnected. Nobody else has a reason to connect

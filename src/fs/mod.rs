@@ -9,9 +9,12 @@
 pub mod fuse_backend;
 mod migrate;
 mod open_file;
+pub mod overlay;
 pub mod passthrough;
+pub(crate) mod permissions;
 mod replay;
 pub mod vfs;
+pub mod waiting;
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;

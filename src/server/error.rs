@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
@@ -45,6 +46,9 @@ pub enum ServerError {
     /// What is to be served is a kind of file system that this build doesn't have.
     #[error("{0} isn't built in")]
     NotBuiltIn(&'static str),
+    /// An overlay can't be served.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// A file system can't be mounted.
     #[error(transparent)]
     Mount(#[from] MountError),

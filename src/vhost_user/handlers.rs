@@ -17,13 +17,13 @@ use vhost::vhost_user::message::{
 use super::Runner;
 use super::back_channel::Link;
 use super::session::{Session, SessionError, duplicate, eventfd};
-use crate::device::{self, Device};
+use crate::device;
 use crate::error_chain;
 use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
 use crate::migration::{Direction, TransferError};
 use crate::virtqueue::{InflightRegion, Queue, RingAddresses};
 
-/// Protocol features that are offered with any device.
+/// Protocol features that may be offered.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -35,15 +35,6 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::BACKEND_SEND_FD);
 
-/// Protocol features that are offered.
-pub(super) fn protocol_features(device: &Device) -> u64 {
-    let mut features = PROTOCOL_FEATURES;
-    if device.dax_window != 0 {
-        features |= VhostUserProtocolFeatures::SHMEM;
-    }
-    features.bits()
-}
-
 /// The reply to GET_MAX_MEM_SLOTS.
 pub(super) const MAX_MEM_SLOTS: u64 = Memory::MAX_REGIONS as u64;
 
@@ -53,6 +44,18 @@ fn log_failure(error: &TransferError) {
 }
 
 impl<R: Runner> Session<'_, R> {
+    /// The protocol features that are offered.
+    pub(super) fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let mut features = PROTOCOL_FEATURES;
+        if !self.runner.can_migrate() {
+            features -= VhostUserProtocolFeatures::DEVICE_STATE;
+        }
+        if self.device.dax_window != 0 {
+            features |= VhostUserProtocolFeatures::SHMEM;
+        }
+        features
+    }
+
     pub(super) fn set_features(&mut self, accepted: u64) -> Result<(), SessionError> {
         let extra = accepted & !device::FEATURES;
         if extra != 0 {
@@ -65,7 +68,7 @@ impl<R: Runner> Session<'_, R> {
     }
 
     pub(super) fn set_protocol_features(&mut self, accepted: u64) -> Result<(), SessionError> {
-        let extra = accepted & !protocol_features(self.device);
+        let extra = accepted & !self.protocol_features().bits();
         if extra != 0 {
             return Err(SessionError::Features { accepted, extra });
         }
