@@ -9,6 +9,8 @@
 mod migrate;
 mod open_file;
 pub mod passthrough;
+#[cfg(feature = "nydus")]
+pub mod rafs;
 mod replay;
 
 use std::ffi::CStr;

@@ -39,6 +39,8 @@ mod options;
 mod permissions;
 mod pool;
 mod queues;
+#[cfg(feature = "nydus")]
+mod rafs;
 mod replies;
 mod sandbox;
 mod service_manager;
