@@ -12,6 +12,7 @@ pub mod passthrough;
 #[cfg(feature = "nydus")]
 pub mod rafs;
 mod replay;
+pub mod vfs;
 
 use std::ffi::CStr;
 use std::sync::Arc;
