@@ -154,7 +154,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
     let place = inside
         .enter(&Reach::Share(attempt.share.clone()), needs)
         .unwrap();
-    let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles).unwrap();
+    let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles, false).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {
         Some(call) => {

@@ -33,6 +33,14 @@ pub enum ServerError {
     /// What is to be served is a kind of file system that this build doesn't have.
     #[error("{0} isn't built in")]
     NotBuiltIn(&'static str),
+    /// No cache can be made for an image.
+    #[error("making a temporary cache {path} (TMPDIR says where, --cache-dir does without)")]
+    Cache {
+        /// Which directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The sandbox reaches less than what is to be served.
     #[error("the sandbox doesn't reach all that is to be served")]
     NotReached,

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use rustix::io::Errno;
 
 use super::Contents;
-use super::store::{self, Place};
+use super::store::{self, CacheRange};
 use crate::fs::{FileObject, ObjectFuture};
 use crate::io::{GuestBuffer, SyncKind, Transferred, WriteMode, blocking};
 
@@ -69,20 +69,20 @@ impl RafsFile {
         for piece in store.pieces(&*inode, offset, len)? {
             store.read(image, &*inode, &piece, at, each)?;
             if store.is_settled(&piece) {
-                self.add_extent(at - u64::from(piece.offset()), piece.place());
+                self.add_extent(at - u64::from(piece.offset()), piece.cache_range());
             }
             at += u64::from(piece.len());
         }
         Ok(())
     }
 
-    fn add_extent(&self, start: u64, place: Place) {
+    fn add_extent(&self, start: u64, range: CacheRange) {
         let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
         extents.add(Extent {
             start,
-            len: u64::from(place.len),
-            blob: place.blob,
-            at: place.offset,
+            len: u64::from(range.len),
+            blob: range.blob,
+            at: range.offset,
         });
     }
 

@@ -22,6 +22,7 @@ use nydus_storage::device::BlobInfo;
 use nydus_utils::digest::RafsDigest;
 use rustix::io::Errno;
 
+use super::Places;
 use super::error::RafsError;
 use super::guarded::guarded;
 use crate::fs::{Attributes, NodeId, Result, Timestamp};
@@ -54,19 +55,19 @@ pub(super) struct Child {
 }
 
 impl Image {
-    /// Copies the bootstrap at `path` to `cache`, loads the copy, and checks all of it.
+    /// Copies the bootstrap to the cache directory, loads the copy, and checks all of it.
     pub(super) fn load(
-        path: &Path,
-        cache: &Path,
+        reached: &Places,
+        named: &Places,
         config: &Arc<ConfigV2>,
     ) -> std::result::Result<Self, RafsError> {
-        let copy = Copy::of(path, cache).map_err(|source| RafsError::Copy {
-            bootstrap: path.to_path_buf(),
-            cache: cache.to_path_buf(),
+        let copy = Copy::of(reached, &named.bootstrap).map_err(|source| RafsError::Copy {
+            bootstrap: named.bootstrap.clone(),
+            cache: named.cache.clone(),
             source,
         })?;
         let damaged = |source| RafsError::Bootstrap {
-            path: path.to_path_buf(),
+            path: named.bootstrap.clone(),
             source,
         };
         guarded(|| Self::check(&copy, config)).map_err(damaged)
@@ -335,12 +336,17 @@ struct Copy {
 }
 
 impl Copy {
-    fn of(path: &Path, cache: &Path) -> io::Result<Self> {
+    fn of(
+        Places {
+            bootstrap, cache, ..
+        }: &Places,
+        named: &Path,
+    ) -> io::Result<Self> {
         static COPIES: AtomicU64 = AtomicU64::new(0);
         // Images of old converters name their blob by this file: by its name up to the first dot.
-        let name = path.file_name().unwrap_or_default().as_bytes();
+        let name = named.file_name().unwrap_or_default().as_bytes();
         let id = name.split(|byte| *byte == b'.').next().unwrap_or_default();
-        let mut source = File::open(path)?;
+        let mut source = File::open(bootstrap)?;
         let changed = source.metadata()?;
         let made = Timestamp {
             seconds: changed.mtime(),

@@ -31,9 +31,9 @@ use self::image::Image;
 use self::prefetch::Prefetcher;
 use self::store::Store;
 
-/// Where an image is, and how it is served.
+/// Where an image is.
 #[derive(Clone, Debug)]
-pub struct RafsOptions {
+pub struct Places {
     /// The metadata.
     pub bootstrap: PathBuf,
     /// The directory that has the blobs, each under its id.
@@ -41,6 +41,15 @@ pub struct RafsOptions {
     /// A writable directory for what has been read of the blobs. Servers of the same image may share
     /// it.
     pub cache: PathBuf,
+}
+
+/// Where an image is, and how it is served.
+#[derive(Clone, Debug)]
+pub struct RafsOptions {
+    /// Where this process finds it.
+    pub reached: Places,
+    /// Where it is on the host, for messages.
+    pub named: Places,
     /// What is read before a guest asks for it.
     pub prefetch: Prefetch,
 }
@@ -77,19 +86,24 @@ impl Rafs {
     ///
     /// See [`RafsError`].
     pub fn open(options: &RafsOptions) -> Result<Self, RafsError> {
-        let config = Arc::new(config(options));
-        let image = Image::load(&options.bootstrap, &options.cache, &config)?;
+        let RafsOptions {
+            reached,
+            named,
+            prefetch,
+        } = options;
+        let config = Arc::new(config(reached));
+        let image = Image::load(reached, named, &config)?;
         let blobs = image.blobs();
         let store =
-            Store::open(&config, &blobs, &options.cache).map_err(|source| RafsError::Blobs {
-                blobs: options.blobs.clone(),
-                cache: options.cache.clone(),
+            Store::open(&config, &blobs, &reached.cache).map_err(|source| RafsError::Blobs {
+                blobs: named.blobs.clone(),
+                cache: named.cache.clone(),
                 source,
             })?;
         log::info!(
             "RAFS version {} image {}: {} inodes, {} MiB of files, {} blobs",
             image.version(),
-            options.bootstrap.display(),
+            named.bootstrap.display(),
             image.inode_count(),
             image.bytes() >> 20,
             blobs.len()
@@ -108,9 +122,8 @@ impl Rafs {
             opened: Mutex::default(),
         });
         let reader = Arc::clone(&files);
-        let prefetcher =
-            Prefetcher::start(&contents, options.prefetch, move |inode| reader.get(inode))
-                .map_err(RafsError::Prefetch)?;
+        let prefetcher = Prefetcher::start(&contents, *prefetch, move |inode| reader.get(inode))
+            .map_err(RafsError::Prefetch)?;
         Ok(Self {
             files,
             no_open: AtomicBool::new(false),
@@ -150,7 +163,7 @@ impl Files {
 
 /// The configuration of the crates. Each image has an id of its own, because they share what has
 /// the same configuration.
-fn config(options: &RafsOptions) -> ConfigV2 {
+fn config(places: &Places) -> ConfigV2 {
     static IMAGES: AtomicU64 = AtomicU64::new(0);
     let text = |path: &PathBuf| path.to_string_lossy().into_owned();
     let mut config = ConfigV2::new(&format!(
@@ -160,7 +173,7 @@ fn config(options: &RafsOptions) -> ConfigV2 {
     config.backend = Some(BackendConfigV2 {
         backend_type: "localfs".to_owned(),
         localfs: Some(LocalFsConfig {
-            dir: text(&options.blobs),
+            dir: text(&places.blobs),
             ..LocalFsConfig::default()
         }),
         ..BackendConfigV2::default()
@@ -169,7 +182,7 @@ fn config(options: &RafsOptions) -> ConfigV2 {
         cache_type: "filecache".to_owned(),
         cache_validate: true,
         file_cache: Some(FileCacheConfig {
-            work_dir: text(&options.cache),
+            work_dir: text(&places.cache),
             ..FileCacheConfig::default()
         }),
         ..CacheConfigV2::default()

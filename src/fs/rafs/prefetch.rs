@@ -17,7 +17,7 @@ pub enum Prefetch {
     None,
     /// The files that the image names for it.
     #[default]
-    Image,
+    Named,
     /// All files, those that the image names first.
     All,
 }
@@ -92,7 +92,7 @@ fn run(
 ) {
     let files = files(contents, what);
     if files.is_empty() {
-        if what == Prefetch::Image {
+        if what == Prefetch::Named {
             log::debug!("prefetch: the image names no files");
         }
         return;

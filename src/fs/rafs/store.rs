@@ -80,7 +80,7 @@ pub(super) struct Piece {
 
 /// Where a chunk is in the cache file of a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct CacheRange {
     /// Which blob.
     pub(super) blob: u32,
     /// Of the chunk's first byte.
@@ -111,8 +111,8 @@ impl Piece {
     }
 
     /// Where the chunk is in the cache file.
-    pub(super) fn place(&self) -> Place {
-        Place {
+    pub(super) fn cache_range(&self) -> CacheRange {
+        CacheRange {
             blob: self.desc.blob.blob_index(),
             offset: self.desc.chunkinfo.uncompressed_offset(),
             len: self.desc.chunkinfo.uncompressed_size(),
@@ -209,11 +209,11 @@ impl Store {
     ) -> io::Result<()> {
         let (from, len) = (piece.offset() as usize, piece.len() as usize);
         if self.is_settled(piece) {
-            let place = piece.place();
+            let range = piece.cache_range();
             let mut bytes = vec![0; len];
-            let blob = self.blob(place.blob)?;
+            let blob = self.blob(range.blob)?;
             blob.file
-                .read_exact_at(&mut bytes, place.offset + from as u64)?;
+                .read_exact_at(&mut bytes, range.offset + from as u64)?;
             each(&bytes);
             return Ok(());
         }
@@ -280,12 +280,12 @@ impl Store {
 
     /// Compares a validated chunk with the cache file, which gets it in the background.
     fn settle(&self, piece: &Piece, chunk: &[u8]) -> bool {
-        let place = piece.place();
-        let Ok(blob) = self.blob(place.blob) else {
+        let range = piece.cache_range();
+        let Ok(blob) = self.blob(range.blob) else {
             return false;
         };
         let mut bytes = vec![0; chunk.len()];
-        let cached = blob.file.read_exact_at(&mut bytes, place.offset);
+        let cached = blob.file.read_exact_at(&mut bytes, range.offset);
         let settled = cached.is_ok() && bytes == chunk;
         if settled && let Some((word, bit)) = self.bit(piece.key()) {
             // Pairs with the load in `is_settled`.

@@ -1,6 +1,7 @@
 //! RAFS images, served by the library's own service to a client that speaks as a guest does.
 
 mod image;
+mod server;
 mod tree;
 
 use std::fs;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use ringfsd::device::Device;
 use ringfsd::error_chain;
-use ringfsd::fs::rafs::{Prefetch, Rafs, RafsError, RafsOptions};
+use ringfsd::fs::rafs::{Places, Prefetch, Rafs, RafsError, RafsOptions};
 use ringfsd::fuse::SessionOptions;
 use ringfsd::io::{Choice, probe};
 use ringfsd::server::{Exit, Service, ServiceOptions};
@@ -29,10 +30,14 @@ fn open(image: &Image) -> Result<Rafs, RafsError> {
 }
 
 fn open_with(image: &Image, prefetch: Prefetch) -> Result<Rafs, RafsError> {
-    Rafs::open(&RafsOptions {
+    let places = Places {
         bootstrap: image.bootstrap(),
         blobs: image.blobs(),
         cache: image.cache(),
+    };
+    Rafs::open(&RafsOptions {
+        reached: places.clone(),
+        named: places,
         prefetch,
     })
 }

@@ -1,0 +1,152 @@
+//! Images served by the program, with its sandbox and its filter of system calls.
+
+use std::fs;
+
+use testing::{Server, command};
+use vmm::fuse::ROOT;
+use vmm::{Options, Profile};
+
+use super::image::{Image, LARGE, damage, everything};
+use super::one_large;
+use super::tree::{compare, try_read};
+
+const LISTENING: &str = "Waiting for vhost-user socket connection";
+
+/// Starts a server of an image that ends if it makes a system call which isn't allowed.
+fn start(image: &Image, arguments: &[&str]) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = command();
+    command
+        .arg("--socket")
+        .arg(dir.path().join("socket"))
+        .arg("--rafs")
+        .arg(image.bootstrap())
+        .arg("--blobs")
+        .arg(image.blobs())
+        .args(["--log-level", "info", "--seccomp", "trap"])
+        .args(arguments);
+    let mut server = Server::spawn(command, dir);
+    server.wait_for(LISTENING);
+    server
+}
+
+fn with_cache(image: &Image, arguments: &[&str]) -> Server {
+    let cache = image.cache();
+    let cache = ["--cache-dir", cache.to_str().unwrap()];
+    start(image, &[&cache, arguments].concat())
+}
+
+#[test]
+fn image_is_served_from_the_sandbox() {
+    for arguments in [
+        &["--version", "6"][..],
+        &["--version", "5"],
+        &["--no-digests"],
+    ] {
+        let image = Image::of(everything, arguments);
+        // The second server finds the cache of the first one.
+        for (sandbox, runtime) in [("namespace", "tokio"), ("none", "auto")] {
+            let arguments = ["--sandbox", sandbox, "--runtime", runtime];
+            let mut server = with_cache(&image, &arguments);
+            let mut guest = server.session(Profile::Qemu, &Options::default());
+            guest.init().unwrap();
+            for _ in 0..2 {
+                compare(&mut guest, &image.source());
+            }
+            drop(guest);
+            server.signal(rustix::process::Signal::TERM);
+            assert!(server.wait().success());
+        }
+    }
+}
+
+#[test]
+fn prefetch_fills_the_cache_and_says_so() {
+    let image = Image::of(everything, &[]);
+    let mut server = with_cache(&image, &["--rafs-prefetch", "all"]);
+    let done = server.wait_for("prefetch: done");
+    assert!(done.contains("10 MiB"), "{done}");
+    assert!(
+        server
+            .said()
+            .iter()
+            .any(|line| line.contains("prefetch: 20"))
+    );
+    // What has been read is all there without the blob.
+    let blob = fs::OpenOptions::new()
+        .write(true)
+        .open(image.blob())
+        .unwrap();
+    blob.set_len(0).unwrap();
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    guest.init().unwrap();
+    compare(&mut guest, &image.source());
+}
+
+#[test]
+fn damaged_blob_is_an_error_in_the_log() {
+    let image = Image::of(one_large, &["--compressor", "none"]);
+    damage(&image.blob(), 5000..LARGE as u64, 1 << 20);
+    let mut server = start(&image, &[]);
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    guest.init().unwrap();
+    let file = guest.lookup(ROOT, c"large").unwrap();
+    assert_eq!(try_read(&mut guest, file.nodeid), Err(libc::EIO));
+    let line = server.wait_for("can't be read");
+    let id = image
+        .blob()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(line.contains("ERROR") && line.contains(&id), "{line}");
+}
+
+#[test]
+fn temporary_cache_is_private_and_removed_at_the_end() {
+    let image = Image::of(one_large, &[]);
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = command();
+    command
+        .env("TMPDIR", temporary.path())
+        .arg("--socket")
+        .arg(dir.path().join("socket"))
+        .arg("--rafs")
+        .arg(image.bootstrap())
+        .arg("--blobs")
+        .arg(image.blobs())
+        .args(["--log-level", "info"]);
+    let mut server = Server::spawn(command, dir);
+    server.wait_for(LISTENING);
+    let made: Vec<_> = fs::read_dir(temporary.path()).unwrap().collect();
+    assert_eq!(made.len(), 1);
+    let made = made[0].as_ref().unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&made.metadata().unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o700);
+    server.signal(rustix::process::Signal::TERM);
+    assert!(server.wait().success());
+    assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn damaged_bootstrap_is_refused_at_the_start() {
+    let image = Image::of(one_large, &[]);
+    fs::write(image.bootstrap(), "damaged").unwrap();
+    let bootstrap = image.bootstrap();
+    let socket = image.cache().join("socket");
+    let arguments = [
+        "--socket",
+        socket.to_str().unwrap(),
+        "--rafs",
+        bootstrap.to_str().unwrap(),
+        "--blobs",
+        "/",
+    ];
+    let output = testing::output(&arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("get the image again"), "{said}");
+    assert!(said.contains(bootstrap.to_str().unwrap()), "{said}");
+}
