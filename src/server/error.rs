@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
@@ -41,6 +42,9 @@ pub enum ServerError {
         /// Why not.
         source: io::Error,
     },
+    /// A file system can't be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
     /// The sandbox reaches less than what is to be served.
     #[error("the sandbox doesn't reach all that is to be served")]
     NotReached,

@@ -13,6 +13,7 @@ use super::error::ServerError;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
+use crate::fs::vfs::Vfs;
 use crate::sandbox::{Reached, SandboxError, Tree};
 use crate::state::Table;
 
@@ -133,7 +134,13 @@ impl Builder {
                 let fs = self.directory(path, reached, self.options.clone())?;
                 Ok(Arc::new(fs))
             }
-            Source::Vfs(_) => Err(ServerError::NotBuiltIn("--vfs")),
+            Source::Vfs(mounts) => {
+                let vfs = Vfs::new(self.options.xattr);
+                for (point, source) in mounts {
+                    vfs.mount(point, self.build(source)?)?;
+                }
+                Ok(Arc::new(vfs))
+            }
             Source::Overlay(_) => Err(ServerError::NotBuiltIn("--overlay")),
             Source::Rafs(image) => self.image(image),
         }

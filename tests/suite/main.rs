@@ -49,3 +49,4 @@ mod space;
 mod state;
 mod supervise;
 mod teardown;
+mod vfs;
