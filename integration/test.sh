@@ -32,16 +32,26 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 
+# The feature nydus has C libraries among its dependencies.
+if wanted lint || wanted doc || wanted unit || wanted guest; then
+    step 'what images need: cmake, OpenSSL'
+    integration/rafs-image/packages.sh
+    export OPENSSL_NO_VENDOR=1
+fi
+
 if wanted format; then
     step 'formatting'
     cargo fmt --all --check
     cargo fmt --manifest-path integration/guest/suite/Cargo.toml --check
     cargo fmt --manifest-path integration/fuzz/Cargo.toml --check
+    cargo fmt --manifest-path integration/rafs-image/Cargo.toml --check
 fi
 
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
+    cargo clippy --all-targets --features nydus --locked -- -D warnings
+    cargo clippy --manifest-path integration/rafs-image/Cargo.toml --target-dir target --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
@@ -53,7 +63,7 @@ fi
 
 if wanted doc; then
     step 'documentation'
-    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --features nydus
 fi
 
 if wanted unit; then
@@ -66,6 +76,9 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
+    # What only this feature has; the rest has been tested.
+    cargo test --features nydus --locked --lib --test suite rafs
+    cargo test --features nydus --locked --lib collector
 fi
 
 if wanted loom; then
@@ -118,6 +131,8 @@ if wanted guest; then
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
+    # A container image.
+    integration/guest/image.sh
     # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load that is migrated to and fro.
