@@ -8,8 +8,11 @@
 
 mod migrate;
 mod open_file;
+pub mod overlay;
 pub mod passthrough;
+pub(crate) mod permissions;
 mod replay;
+pub mod waiting;
 
 use std::ffi::CStr;
 use std::sync::Arc;
