@@ -12,6 +12,7 @@ pub mod overlay;
 pub mod passthrough;
 pub(crate) mod permissions;
 mod replay;
+pub mod vfs;
 pub mod waiting;
 
 use std::ffi::CStr;
