@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use crate::fs::overlay::OverlayError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
@@ -33,6 +34,9 @@ pub enum ServerError {
     /// What is to be served is a kind of file system that this build doesn't have.
     #[error("{0} isn't built in")]
     NotBuiltIn(&'static str),
+    /// An overlay can't be served.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// The sandbox reaches less than what is to be served.
     #[error("the sandbox doesn't reach all that is to be served")]
     NotReached,

@@ -219,7 +219,7 @@ impl FileSystem for Overlay {
             return None;
         }
         Some(Box::new(move || {
-            pending.into_iter().for_each(|wait| wait())
+            pending.into_iter().for_each(|wait| wait());
         }))
     }
 
