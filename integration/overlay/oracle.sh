@@ -87,7 +87,8 @@ await() {
 mount_both() {
     mount -t overlay overlay "$work/mnt/kernel" -o \
         "lowerdir=$work/low1:$work/low2,upperdir=$work/$1/upper,workdir=$work/$1/work$theirs"
-    rm -f "$work/socket"
+    # A log of before would tell that the next server is ready.
+    rm -f "$work"/{socket,server.log,bridge.log}
     "$ringfsd" --socket "$work/socket" --request-queues 2 --modcaps=+sys_admin \
         --overlay "lower=$work/low1:$work/low2,upper=$work/$2/upper,work=$work/$2/work$ours" \
         "${arguments[@]}" >"$work/server.log" 2>&1 &
@@ -98,8 +99,8 @@ mount_both() {
     await "$work/bridge.log" 'mounted on' "$bridge_pid"
 }
 
-failed=0
-for ((round = 0; round < rounds; round++)); do
+failed=0 round=0
+while ((round < rounds && !failed)); do
     rm -rf --one-file-system "$work"/{low1,low2,kernel,ours,mnt}
     mkdir -p "$work"/{low1,low2,{kernel,ours}/{upper,work},mnt/{kernel,ours}}
     "$oracle" populate "$((seed + round))" "$work/low1" "$work/low2"
@@ -116,8 +117,8 @@ for ((round = 0; round < rounds; round++)); do
     if [[ -n $(find "$work/ours/work/work" "$work/kernel/work/work" -mindepth 1 2>/dev/null) ]]; then
         echo 'something is left in a work directory' && failed=1
     fi
-    ((failed == 0)) || break
+    if ((failed)); then echo "FAILED with --seed $((seed + round)) --ops $ops --settings $settings"; fi
+    round=$((round + 1))
 done
-if ((failed)); then echo "FAILED with --seed $((seed + round)) --ops $ops --settings $settings"; fi
-echo "$((round - failed + failed)) rounds, settings $settings, $failed failed"
+echo "$((round - failed)) rounds passed, $failed failed, settings $settings"
 exit "$failed"

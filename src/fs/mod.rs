@@ -290,7 +290,7 @@ pub struct NegotiatedTerms {
 /// `ENOENT` for a name that doesn't exist, `ESTALE` for a node that can't be found any more,
 /// `EBADF` for an unknown handle.
 pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
-    /// Called once on each thread that will call the other methods.
+    /// Called on each thread that will call the other methods; calling it again does nothing.
     ///
     /// # Errors
     ///
@@ -333,6 +333,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// the methods for locks. Data operations are asynchronous: see [`FileObject`].
     fn may_block(&self) -> bool {
         false
+    }
+
+    /// Whether metadata methods may block for requests whose node, or parent, is `node`.
+    fn may_block_at(&self, _node: NodeId) -> bool {
+        self.may_block()
     }
 
     /// LOOKUP: finds `name` in `parent`.

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::limits::LimitError;
 use crate::fs::overlay::OverlayError;
+use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
@@ -37,6 +38,9 @@ pub enum ServerError {
     /// An overlay can't be served.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    /// A file system can't be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
     /// The sandbox reaches less than what is to be served.
     #[error("the sandbox doesn't reach all that is to be served")]
     NotReached,

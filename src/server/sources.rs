@@ -14,6 +14,7 @@ use super::overlays;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
+use crate::fs::vfs::Vfs;
 use crate::sandbox::{Reached, SandboxError, Tree};
 use crate::state::Table;
 
@@ -126,7 +127,13 @@ impl Builder {
                 let fs = self.directory(path, reached, self.options.clone())?;
                 Ok(Arc::new(fs))
             }
-            Source::Vfs(_) => Err(ServerError::NotBuiltIn("--vfs")),
+            Source::Vfs(mounts) => {
+                let vfs = Vfs::new(self.options.xattr);
+                for (point, source) in mounts {
+                    vfs.mount(point, self.build(source)?)?;
+                }
+                Ok(Arc::new(vfs))
+            }
             Source::Overlay(overlay) => self.overlay(overlay),
             Source::Rafs(_) => Err(ServerError::NotBuiltIn("--rafs")),
         }

@@ -16,7 +16,7 @@ const WRITE: u32 = 0o2;
 impl Overlay {
     /// Replaces what the layer says by what the guest sees.
     pub(super) fn show_attributes(&self, node: &Node, attributes: &mut Attributes) {
-        attributes.inode = node.number;
+        attributes.inode = node.number();
         if node.is_dir && node.is_merged() {
             // The number of subdirectories isn't known. 1 tells programs so.
             attributes.links = 1;

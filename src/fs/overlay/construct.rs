@@ -8,9 +8,10 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, StatxFlags};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::handles::{Handles, MAX_LAYERS};
-use super::layer::{Layer, SERVER};
+use super::layer::{Layer, SERVER, XattrPrefix};
 use super::node::{Real, Stack};
 use super::table::NodeTable;
 use super::work::{EXCHANGE, PRIVATE_DIRECTORY};
@@ -74,6 +75,13 @@ pub fn check(upper: &Path, work: &Path, lower: &[PathBuf]) -> Result<PathBuf, Ov
     Ok(common)
 }
 
+/// Whether this process sees `trusted.` attributes. To others they look absent, and what they hide
+/// would appear.
+fn may_read_trusted() -> bool {
+    rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
 /// Fails if one of two directories lies within the other.
 fn separate(one: &Path, other: &Path) -> Result<(), OverlayError> {
     for (inner, outer) in [(one, other), (other, one)] {
@@ -101,6 +109,9 @@ impl Overlay {
     ) -> Result<Self, OverlayError> {
         if lower.is_empty() {
             return Err(OverlayError::NoLayers);
+        }
+        if options.xattr_prefix == XattrPrefix::Trusted && !may_read_trusted() {
+            return Err(OverlayError::NotTrusted);
         }
         let count = lower.len() + usize::from(upper.is_some());
         if count > MAX_LAYERS {
@@ -315,16 +326,8 @@ impl Overlay {
             .map_err(unsupported("be written", "check its permissions"))?;
         let marked = self.layers[UPPER].set_opaque(entry.node);
         self.forget_upper(entry.node);
-        let advice = match self.options.xattr_prefix {
-            super::XattrPrefix::Trusted => {
-                "start the server with CAP_SYS_ADMIN (as root: --modcaps=+sys_admin) or use \
-                 xattr=user"
-            }
-            super::XattrPrefix::User => {
-                "use a file system with extended attributes, such as ext4, XFS, Btrfs, or tmpfs \
-                 since Linux 6.6"
-            }
-        };
+        let advice = "use a file system with extended attributes, such as ext4, XFS or Btrfs, or tmpfs \
+                      since Linux 6.6";
         marked.map_err(unsupported("store the overlay's attributes", advice))?;
         let advice = "use a local file system, such as ext4, XFS, Btrfs or tmpfs";
         let whiteout = self.new_whiteout().map_err(unsupported(

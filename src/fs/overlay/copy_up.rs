@@ -97,7 +97,8 @@ impl Overlay {
             }
             return Err(error);
         }
-        let forgotten = self.nodes.copied_up(node, upper, number);
+        let is_separated = attributes.links > 1;
+        let forgotten = self.nodes.copied_up(node, upper, number, is_separated);
         self.forget_reals(forgotten);
         Ok(())
     }

@@ -13,6 +13,13 @@ pub enum OverlayError {
     /// There is neither a lower layer nor an upper one, or only the latter.
     #[error("an overlay needs at least one lower layer")]
     NoLayers,
+    /// The server can't see which directories of the layers hide others.
+    #[error(
+        "an overlay's layers are described by trusted.overlay attributes, which the server can't read \
+         without CAP_SYS_ADMIN: start it as root with --modcaps=+sys_admin, or with xattr=user if the \
+         layers have user.overlay attributes, as rootless containers' have"
+    )]
+    NotTrusted,
     /// More layers than handles can name.
     #[error("{count} layers are too many: at most {most} are possible")]
     TooManyLayers {

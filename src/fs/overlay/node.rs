@@ -46,7 +46,7 @@ pub(super) struct Node {
     pub(super) id: NodeId,
     pub(super) is_dir: bool,
     /// The inode number that the guest sees.
-    pub(super) number: u64,
+    number: AtomicU64,
     /// The guest's lookups, one for each operation that uses the node by name, and one for each node
     /// whose location has this one as its parent.
     pub(super) refs: AtomicU64,
@@ -73,7 +73,7 @@ impl Node {
         Self {
             id,
             is_dir,
-            number,
+            number: number.into(),
             refs: AtomicU64::new(1),
             removed: AtomicBool::new(false),
             backing: RwLock::new(Backing {
@@ -84,6 +84,11 @@ impl Node {
             names: Mutex::default(),
             copying: Mutex::default(),
         }
+    }
+
+    /// The inode number that the guest sees.
+    pub(super) fn number(&self) -> u64 {
+        self.number.load(Ordering::Relaxed)
     }
 
     /// The topmost inode behind the node, which has its attributes and its data.
@@ -115,12 +120,16 @@ impl Node {
     }
 
     /// The node has been copied up to `upper`, whose inode number there is `number`. Of a directory,
-    /// the layers below still count.
-    pub(super) fn set_upper(&self, upper: Real, number: u64) {
+    /// the layers below still count. A file that `is_separated` from other names gets a number of its
+    /// own.
+    pub(super) fn set_upper(&self, upper: Real, number: u64, is_separated: bool) {
         let mut backing = self.backing.write().unwrap_or_else(PoisonError::into_inner);
         if self.is_dir {
             backing.stack.insert(0, upper);
         } else {
+            if is_separated {
+                self.number.store(number, Ordering::Relaxed);
+            }
             backing.origin = backing.stack.first().map(|lower| (*lower, number));
             backing.stack = Stack::from_slice(&[upper]);
         }

@@ -118,7 +118,7 @@ impl Overlay {
     fn list(&self, node: &Arc<Node>, stack: &[Real]) -> Result<Listing> {
         let mut entries = vec![
             Listed {
-                number: node.number,
+                number: node.number(),
                 kind: libc::DT_DIR,
                 name: c".".to_owned(),
             },
@@ -282,7 +282,7 @@ impl DirSink for OneLayer<'_> {
         let upper = overlay.is_upper(real);
         let name = dir_entry.name;
         let number = match name.to_bytes() {
-            b"." => node.number,
+            b"." => node.number(),
             b".." => parent_number(node),
             _ => {
                 let number = overlay.layers[real.layer].number(dir_entry.inode);
@@ -318,5 +318,6 @@ impl DirSink for OneLayer<'_> {
 
 /// The inode number of `..`. The guest must not see the directory above the root.
 fn parent_number(node: &Node) -> u64 {
-    node.location().map_or(node.number, |at| at.parent.number)
+    node.location()
+        .map_or(node.number(), |at| at.parent.number())
 }

@@ -121,7 +121,7 @@ impl NodeTable {
     pub(super) fn number_of(&self, parent: &Node, name: &CStr, upper: bool, number: u64) -> u64 {
         let index = self.index();
         match index.by_name.get(&NameRef(parent.id.0, name)) {
-            Some(node) => node.number,
+            Some(node) => node.number(),
             None if upper => *index.numbers.get(&number).unwrap_or(&number),
             None => number,
         }
@@ -301,15 +301,22 @@ impl NodeTable {
     }
 
     /// The node has been copied up to `upper`, whose inode number there is `number`. A file is no
-    /// longer known by its name. Returns what is to be forgotten.
-    pub(super) fn copied_up(&self, node: &Arc<Node>, upper: Real, number: u64) -> Stack {
+    /// longer known by its name, and if it `is_separated` from other names, it gets that number.
+    /// Returns what is to be forgotten.
+    pub(super) fn copied_up(
+        &self,
+        node: &Arc<Node>,
+        upper: Real,
+        number: u64,
+        is_separated: bool,
+    ) -> Stack {
         let mut index = self.index();
-        node.set_upper(upper, number);
+        node.set_upper(upper, number, is_separated);
         if node.is_dir {
             return Stack::new();
         }
         index.by_upper.insert(upper.node.0, Arc::clone(node));
-        index.numbers.insert(number, node.number);
+        index.numbers.insert(number, node.number());
         let Some(at) = node.set_location(None) else {
             return Stack::new();
         };
