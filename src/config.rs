@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::device::Tag;
+use crate::fs::overlay::XattrPrefix;
 use crate::fs::passthrough;
 use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
@@ -44,6 +45,19 @@ pub struct OverlaySource {
     pub upper: Option<PathBuf>,
     /// The directory in which changes are prepared, on the file system of `upper`.
     pub work: Option<PathBuf>,
+    /// How the layers are described and changed.
+    pub settings: OverlaySettings,
+}
+
+/// How the layers of an overlay are described and changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OverlaySettings {
+    /// The prefix of the extended attributes that describe layers.
+    pub xattr_prefix: XattrPrefix,
+    /// Directories of lower layers can be renamed.
+    pub redirect_dirs: bool,
+    /// Data that are copied to the upper layer need not survive a crash of the host.
+    pub volatile: bool,
 }
 
 /// A RAFS image.

@@ -7,8 +7,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use super::comma_list::items;
-use crate::config::{OverlaySource, Prefetch, RafsSource, Source};
+use crate::config::{OverlaySettings, OverlaySource, Prefetch, RafsSource, Source};
+use crate::fs::overlay::XattrPrefix;
 use crate::fs::vfs::{MountPoint, MountPointError};
+
+/// The settings of an overlay, for messages.
+const OVERLAY_SETTINGS: &str = "lower=, upper=, work=, xattr=, redirect-dir= and volatile";
 
 /// Why a source can't be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,13 +76,17 @@ pub(super) fn vfs_mount(text: &OsStr) -> Result<(MountPoint, Source), SourceErro
 /// Parses `lower=A:B,upper=U,work=W`. There may be no layer: an image can be the only one.
 pub(super) fn overlay(text: &OsStr) -> Result<OverlaySource, SourceError> {
     let (mut lower, mut upper, mut work) = (None, None, None);
+    let (mut prefix, mut redirects, mut volatile) = (None, None, None);
     for item in items(text) {
         let (name, value) = setting(&item);
         match name {
             b"lower" => set(&mut lower, "lower=", layers(value)?)?,
             b"upper" => set(&mut upper, "upper=", path(value, "upper=")?)?,
             b"work" => set(&mut work, "work=", path(value, "work=")?)?,
-            _ => return Err(unknown(&item, "an overlay", "lower=, upper= and work=")),
+            b"xattr" => set(&mut prefix, "xattr=", xattr_prefix(value)?)?,
+            b"redirect-dir" => set(&mut redirects, "redirect-dir=", on_or_off(value)?)?,
+            b"volatile" if value.is_empty() => set(&mut volatile, "volatile", true)?,
+            _ => return Err(unknown(&item, "an overlay", OVERLAY_SETTINGS)),
         }
     }
     if upper.is_some() != work.is_some() {
@@ -88,7 +96,28 @@ pub(super) fn overlay(text: &OsStr) -> Result<OverlaySource, SourceError> {
         lower: lower.unwrap_or_default(),
         upper,
         work,
+        settings: OverlaySettings {
+            xattr_prefix: prefix.unwrap_or_default(),
+            redirect_dirs: redirects.unwrap_or_default(),
+            volatile: volatile.unwrap_or_default(),
+        },
     })
+}
+
+fn xattr_prefix(value: &[u8]) -> Result<XattrPrefix, SourceError> {
+    match value {
+        b"trusted" => Ok(XattrPrefix::Trusted),
+        b"user" => Ok(XattrPrefix::User),
+        _ => Err(unknown(value, "xattr=", "trusted and user")),
+    }
+}
+
+fn on_or_off(value: &[u8]) -> Result<bool, SourceError> {
+    match value {
+        b"on" => Ok(true),
+        b"off" => Ok(false),
+        _ => Err(unknown(value, "redirect-dir=", "on and off")),
+    }
 }
 
 /// Parses `BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]`.
@@ -243,9 +272,29 @@ mod tests {
             "lower=/a,upper=/u",
             "lower=/a,work=/w",
             "lower=/a,middle=/m",
+            "lower=/a,xattr=none",
+            "lower=/a,redirect-dir=",
+            "lower=/a,volatile=off",
         ] {
             assert!(mount(&format!("/o=overlay:{bad}")).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn overlay_has_settings() {
+        let settings = |text: &str| match mount(&format!("/o=overlay:lower=/a{text}")) {
+            Ok((_, Source::Overlay(overlay))) => overlay.settings,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(settings(""), OverlaySettings::default());
+        assert_eq!(
+            settings(",xattr=user,redirect-dir=on,volatile"),
+            OverlaySettings {
+                xattr_prefix: XattrPrefix::User,
+                redirect_dirs: true,
+                volatile: true,
+            }
+        );
     }
 
     #[test]

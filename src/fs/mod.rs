@@ -8,11 +8,14 @@
 
 mod migrate;
 mod open_file;
+pub mod overlay;
 pub mod passthrough;
+pub(crate) mod permissions;
 #[cfg(feature = "nydus")]
 pub mod rafs;
 mod replay;
 pub mod vfs;
+pub mod waiting;
 
 use std::ffi::CStr;
 use std::sync::Arc;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
@@ -42,6 +43,9 @@ pub enum ServerError {
         /// Why not.
         source: io::Error,
     },
+    /// An overlay can't be served.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// A file system can't be mounted.
     #[error(transparent)]
     Mount(#[from] MountError),

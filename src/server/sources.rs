@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::vec;
 
 use super::error::ServerError;
+use super::overlays;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
@@ -25,15 +26,10 @@ pub(super) fn trees(source: &Source, readonly: bool) -> Vec<Tree> {
             let sources = mounts.iter().map(|(_, source)| source);
             sources.flat_map(|source| trees(source, readonly)).collect()
         }
-        Source::Overlay(OverlaySource { lower, upper, work }) => {
-            let mut all: Vec<_> = lower.iter().flat_map(|lower| trees(lower, true)).collect();
-            if let Some(upper) = upper {
-                let paths = [Some(upper), work.as_ref()];
-                all.push(Tree {
-                    paths: paths.into_iter().flatten().cloned().collect(),
-                    readonly,
-                });
-            }
+        Source::Overlay(overlay) => {
+            let lower = overlay.lower.iter();
+            let mut all: Vec<_> = lower.flat_map(|lower| trees(lower, true)).collect();
+            all.extend(overlays::upper_tree(overlay, readonly));
             all
         }
         Source::Rafs(RafsSource {
@@ -54,10 +50,9 @@ pub(super) fn check(source: &Source) -> Result<(), ServerError> {
     match source {
         Source::Directory(path) => check_directory(path),
         Source::Vfs(mounts) => mounts.iter().try_for_each(|(_, source)| check(source)),
-        Source::Overlay(OverlaySource { lower, upper, work }) => {
-            lower.iter().try_for_each(check)?;
-            let mut own = [upper, work].into_iter().flatten();
-            own.try_for_each(|path| check_directory(path))
+        Source::Overlay(overlay) => {
+            overlay.lower.iter().try_for_each(check)?;
+            overlays::check(overlay)
         }
         Source::Rafs(RafsSource {
             bootstrap,
@@ -102,7 +97,7 @@ fn directories(source: &Source) -> usize {
 #[derive(Debug)]
 pub(super) struct Builder {
     /// The options of each directory.
-    options: Options,
+    pub(super) options: Options,
     /// `/proc/self/fd`, `O_PATH`.
     proc_fds: OwnedFd,
     /// What the sandbox has reached and no file system has taken yet.
@@ -141,13 +136,13 @@ impl Builder {
                 }
                 Ok(Arc::new(vfs))
             }
-            Source::Overlay(_) => Err(ServerError::NotBuiltIn("--overlay")),
+            Source::Overlay(overlay) => self.overlay(overlay),
             Source::Rafs(image) => self.image(image),
         }
     }
 
     /// The passthrough of a directory.
-    fn directory(
+    pub(super) fn directory(
         &self,
         path: &Path,
         reached: Reached,
@@ -203,13 +198,13 @@ impl Builder {
     }
 
     /// The only path of the next tree.
-    fn next(&mut self) -> Result<Reached, ServerError> {
+    pub(super) fn next(&mut self) -> Result<Reached, ServerError> {
         let mut paths = self.next_tree()?.into_iter();
         paths.next().ok_or(ServerError::NotReached)
     }
 
     /// The paths of the next tree.
-    fn next_tree(&mut self) -> Result<Vec<Reached>, ServerError> {
+    pub(super) fn next_tree(&mut self) -> Result<Vec<Reached>, ServerError> {
         self.trees.next().ok_or(ServerError::NotReached)
     }
 }

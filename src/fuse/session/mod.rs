@@ -37,7 +37,7 @@ use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
 use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
-use crate::fs::{FileSystem, NegotiatedTerms, NodeId};
+use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
 use crate::state::{Agreement as AgreementWords, Table};
 
 /// Longest request that is copied to a small buffer. It has room for every request without a name,
@@ -273,7 +273,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     Some(intent) => self.replay_metadata(request, intent, room),
                     None => {
                         self.record_intent(&mut transport, request);
-                        match self.metadata(request, room) {
+                        match waiting::forbid(|| self.metadata(request, room)) {
+                            Err(waiting::MUST_WAIT) => {
+                                return self.metadata_blocking(transport, request.unique, bytes);
+                            }
                             Err(errno) if is_shortage(errno) && self.may_reclaim() => {
                                 let failed = (request.unique, errno);
                                 return self.after_reclaim(transport, bytes, failed);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::{Outcome, Session};
-use crate::fs::FileSystem;
+use crate::fs::{FileSystem, waiting};
 use crate::fuse::reply::Answer;
 use crate::fuse::request::{Request, decode_as};
 use crate::fuse::{OUT_HEADER_LEN, Transport};
@@ -72,13 +72,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         (unique, failed): (u64, Errno),
     ) -> Outcome {
         let session = Arc::clone(self);
-        let bytes = bytes.to_vec();
+        let bytes = Arc::<[u8]>::from(bytes);
         self.defer(async move {
             session.reclaim().await;
-            let answer = match decode_as(&bytes, session.agreed()) {
-                Ok(request) => session.retry(&transport, &request),
+            let mut answer = match decode_as(&bytes, session.agreed()) {
+                Ok(request) => waiting::forbid(|| session.retry(&transport, &request)),
                 Err(_) => Err(failed),
             };
+            if matches!(answer, Err(waiting::MUST_WAIT)) {
+                let room = transport.writable().saturating_sub(OUT_HEADER_LEN);
+                answer = session.serve_blocking(bytes, room).await;
+            }
             session.finish(transport, unique, answer);
         })
     }

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::Operations;
 use crate::fs::passthrough::inode_table::InodeFd;
 use crate::fs::passthrough::inode_table::stat_fd;
+use crate::fs::permissions;
 use crate::fs::{
     Attributes, Caller, Changes, Handle, NewTime, NodeId, Result, Statistics, Timestamp,
 };
@@ -250,36 +251,8 @@ impl Operations {
         if mask & 0o2 != 0 && matches!(inode.kind(), FileType::RegularFile | FileType::Directory) {
             self.fds.writable()?;
         }
-        let allowed = permissions_for(caller, &self.attributes(&stat));
-        if mask & 0o7 & !allowed == 0 {
-            Ok(())
-        } else {
-            Err(Errno::ACCESS)
-        }
+        permissions::check(caller, &self.attributes(&stat), mask)
     }
-}
-
-/// Which of `R_OK`, `W_OK` and `X_OK` a caller has.
-fn permissions_for(caller: &Caller, attributes: &Attributes) -> u32 {
-    let mode = attributes.mode;
-    let directory = FileType::from_raw_mode(mode) == FileType::Directory;
-    let (Some(uid), Some(gid)) = (caller.uid, caller.gid) else {
-        // An unknown caller has what all three classes have.
-        return mode >> 6 & mode >> 3 & mode & 0o7;
-    };
-    if uid == 0 {
-        // Root may do everything, except execute a file without any execute bit.
-        let executable = directory || mode & 0o111 != 0;
-        return if executable { 0o7 } else { 0o6 };
-    }
-    let shift = if uid == attributes.uid {
-        6
-    } else if gid == attributes.gid {
-        3
-    } else {
-        0
-    };
-    mode >> shift & 0o7
 }
 
 /// A mode after a change by a caller that may not keep set-id bits.
@@ -333,38 +306,6 @@ mod tests {
             assert_eq!(decode_device(encode_device(major, minor)), (major, minor));
         }
         assert_eq!(encode_device(8, 1), 0x801);
-    }
-
-    #[test]
-    fn access_uses_first_matching_class() {
-        let attributes = |mode| Attributes {
-            mode,
-            uid: 1000,
-            gid: 100,
-            ..Attributes::default()
-        };
-        let caller = |uid, gid| Caller {
-            uid: Some(uid),
-            gid: Some(gid),
-            ..Caller::default()
-        };
-        let file = attributes(0o100_046);
-        assert_eq!(permissions_for(&caller(1000, 100), &file), 0);
-        assert_eq!(permissions_for(&caller(1, 100), &file), 4);
-        assert_eq!(permissions_for(&caller(1, 1), &file), 6);
-        assert_eq!(permissions_for(&caller(0, 0), &file), 6);
-        assert_eq!(permissions_for(&caller(0, 0), &attributes(0o100_010)), 7);
-        assert_eq!(permissions_for(&caller(0, 0), &attributes(0o040_000)), 7);
-        // An unknown caller has what everybody has.
-        for (uid, gid) in [(None, None), (Some(0), None), (None, Some(100))] {
-            let implicit = Caller {
-                uid,
-                gid,
-                ..Caller::default()
-            };
-            assert_eq!(permissions_for(&implicit, &file), 0);
-            assert_eq!(permissions_for(&implicit, &attributes(0o100_764)), 4);
-        }
     }
 
     #[test]
