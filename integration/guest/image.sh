@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves a RAFS image to a real guest and compares what the guest sees with the directory that the
 # image was made of: every name, mode, owner, time, link, extended attribute and byte; twice, from the
-# blob and from the cache.
+# blob and from the cache. Then the same image as the lowest layer of an overlay, as a container has it.
 #
 #   image.sh [OPTION...]
 #
@@ -90,3 +90,36 @@ for pass in blob cache; do
 done >"$work/expected"
 diff "$work/expected" "$work/seen"
 printf 'image of version %s: %s lines are the same in the guest\n' "$version" "$(wc -l <"$work/seen")"
+
+# A container: the root file system is the image, with a writable directory on top that is this
+# guest's own. Its programs change, remove and replace what the image has.
+cp "$(type -P busybox)" "$source_dir/src/busybox"
+rm -rf "$work/image"
+"$repo/target/debug/ringfsd-rafs-image" "$source_dir" "$work/image" --version "$version" >/dev/null
+mkdir -p "$work/top/upper" "$work/top/work"
+cat >"$work/container" <<'CONTAINER'
+#!/bin/sh
+cd /mnt && chroot . /src/busybox sh -ec '
+    /src/busybox mkdir /bin && /src/busybox --install -s /bin && PATH=/bin
+    echo more >>large && mv many/1 many/one && rm -r deep && mkdir deep && echo new >deep/file
+    rm many/2 && echo other >many/2 && chmod 600 many/3 && ln many/4 many/four
+    seq 200 | xargs -P 4 -n 20 sh -c "for n; do echo \$n >many/new\$n; done" -
+    grep -c . many/* | grep -vc ":1$" || true
+    ls many | wc -l; ls deep; cat many/2 many/one; tail -n 1 large; sha256sum src/lib.rs'
+CONTAINER
+chmod +x "$work/container"
+printf -v layers 'upper=%s,work=%s,xattr=user' "$work/top/upper" "$work/top/work"
+"$here/run.sh" --server "$server --overlay $(printf %q "$layers")" --kernel "$kernel" \
+    --timeout "$limit" -- "$work/container" >"$work/seen"
+cat >"$work/expected" <<SEEN
+0
+701
+file
+other
+1
+more
+$(cd "$source_dir" && sha256sum src/lib.rs)
+SEEN
+diff "$work/expected" "$work/seen"
+[[ $(<"$work/top/upper/many/2") == other && ! -e $work/top/upper/src ]]
+printf 'image as the lowest layer of a container: as expected\n'

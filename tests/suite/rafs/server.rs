@@ -84,6 +84,54 @@ fn prefetch_fills_the_cache_and_says_so() {
 }
 
 #[test]
+fn image_is_the_lowest_layer_of_an_overlay() {
+    if !testing::is_root() {
+        return;
+    }
+    for version in ["5", "6"] {
+        let image = Image::of(everything, &["--version", version]);
+        let layers = image.cache().join("layers");
+        let (upper, work) = (layers.join("upper"), layers.join("work"));
+        fs::create_dir_all(&upper).unwrap();
+        fs::create_dir(&work).unwrap();
+        let overlay = format!("upper={},work={},xattr=user", upper.display(), work.display());
+        let mut server = with_cache(&image, &["--overlay", &overlay]);
+        let mut guest = server.session(Profile::Qemu, &Options::default());
+        guest.init().unwrap();
+        // A changed file is copied to the upper layer first, with all its bytes.
+        let large = guest.lookup(ROOT, c"large").unwrap().nodeid;
+        let handle = guest.open(large, libc::O_RDWR).unwrap();
+        guest.write(large, handle, 1_500_000, b"changed").unwrap();
+        guest.release(large, handle).unwrap();
+        let mut expected = fs::read(image.source().join("large")).unwrap();
+        expected[1_500_000..1_500_007].copy_from_slice(b"changed");
+        assert!(try_read(&mut guest, large).unwrap() == expected);
+        assert!(fs::read(upper.join("large")).unwrap() == expected);
+        // A name of the image that is removed is gone, and what is below a directory stays.
+        guest.unlink(ROOT, c"text").unwrap();
+        let gone = guest.lookup(ROOT, c"text").unwrap_err();
+        assert_eq!(gone.errno(), Some(libc::ENOENT));
+        let many = guest.lookup(ROOT, c"many").unwrap().nodeid;
+        let (new, handle) = guest.create(many, c"new", 0o600).unwrap();
+        guest.write(new.nodeid, handle, 0, b"new").unwrap();
+        guest.release(new.nodeid, handle).unwrap();
+        let listing = guest.opendir(many).unwrap();
+        let names = guest.readdir_all(many, listing).unwrap().len();
+        assert_eq!(names, 2000 + 1 + 2);
+        guest.releasedir(many, listing).unwrap();
+        assert_eq!(fs::read_dir(upper.join("many")).unwrap().count(), 1);
+        // What isn't changed is still the image's.
+        let same = guest.lookup(ROOT, c"same").unwrap().nodeid;
+        let bytes = fs::read(image.source().join("same")).unwrap();
+        assert!(try_read(&mut guest, same).unwrap() == bytes);
+        assert!(!upper.join("same").exists());
+        drop(guest);
+        server.signal(rustix::process::Signal::TERM);
+        assert!(server.wait().success());
+    }
+}
+
+#[test]
 fn damaged_blob_is_an_error_in_the_log() {
     let image = Image::of(one_large, &["--compressor", "none"]);
     damage(&image.blob(), 5000..LARGE as u64, 1 << 20);
