@@ -105,7 +105,7 @@ cd /mnt && chroot . /src/busybox sh -ec '
     rm many/2 && echo other >many/2 && chmod 600 many/3 && ln many/4 many/four
     seq 200 | xargs -P 4 -n 20 sh -c "for n; do echo \$n >many/new\$n; done" -
     grep -c . many/* | grep -vc ":1$" || true
-    ls many | wc -l; ls deep; cat many/2 many/one; tail -n 1 large; sha256sum src/lib.rs'
+    ls many | wc -l; ls deep; cat many/2 many/one; tail -c 5 large; sha256sum src/lib.rs'
 CONTAINER
 chmod +x "$work/container"
 printf -v layers 'upper=%s,work=%s,xattr=user' "$work/top/upper" "$work/top/work"

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::Contents;
 use super::store::{self, CacheRange};
 use crate::fs::{FileObject, ObjectFuture};
-use crate::io::{GuestBuffer, SyncKind, Transferred, WriteMode, blocking};
+use crate::io::{Attempt, GuestBuffer, SyncKind, Transferred, WriteMode, blocking};
 
 /// A regular file.
 #[derive(Debug)]
@@ -109,8 +109,17 @@ impl FileObject for RafsFile {
             && let Some(file) = self.contents.store.file(blob).cloned()
         {
             buffer.truncate(len);
+            // What is in the host's page cache is read at once.
+            let filled = match file.try_read_at(&mut buffer, at) {
+                Ok(Attempt::Done(n)) if n == len => {
+                    return Box::pin(async move { (Ok(len), buffer) });
+                }
+                Ok(Attempt::Done(n) | Attempt::Partial(n)) => n,
+                Ok(Attempt::WouldBlock) => 0,
+                Err(error) => return Box::pin(async { (Err(error), buffer) }),
+            };
             return Box::pin(async move {
-                match file.read_at(buffer, at).await {
+                match file.read_at_from(buffer, filled, at).await {
                     // A guest would take the missing bytes for zeros.
                     (Ok(n), buffer) if n < len => {
                         self.contents.store.report_cache(blob);
@@ -153,7 +162,7 @@ impl Extents {
         let after = self.0.partition_point(|extent| extent.start <= offset);
         let extent = self.0.get(after.checked_sub(1)?)?;
         let skip = offset - extent.start;
-        (skip.checked_add(len)? <= extent.len).then_some((extent.blob, extent.at + skip))
+        (skip.checked_add(len)? <= extent.len).then(|| (extent.blob, extent.at + skip))
     }
 
     fn add(&mut self, new: Extent) {

@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nydus_api::ConfigV2;
 use nydus_rafs::metadata::RafsInode;
@@ -49,6 +49,7 @@ pub(super) struct Store {
     device: BlobDevice,
     blobs: Vec<Blob>,
     recent: Mutex<Recent>,
+    fetching: Fetching,
     reported: Mutex<HashSet<Key>>,
 }
 
@@ -65,6 +66,48 @@ struct Blob {
 
 /// Which chunk: blob and number in it.
 type Key = (u32, u32);
+
+/// Chunks that are being fetched.
+#[derive(Default)]
+struct Fetching {
+    keys: Mutex<HashSet<Key>>,
+    ended: Condvar,
+}
+
+/// A chunk is being fetched until this is dropped.
+struct Fetch<'a> {
+    fetching: &'a Fetching,
+    key: Key,
+}
+
+impl Fetching {
+    /// Begins to fetch a chunk; or waits until another thread has fetched it, and returns `None`.
+    fn begin(&self, key: Key) -> Option<Fetch<'_>> {
+        let mut keys = self.lock();
+        if keys.insert(key) {
+            return Some(Fetch {
+                fetching: self,
+                key,
+            });
+        }
+        while keys.contains(&key) {
+            let waited = self.ended.wait(keys);
+            keys = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashSet<Key>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Fetch<'_> {
+    fn drop(&mut self) {
+        self.fetching.lock().remove(&self.key);
+        self.fetching.ended.notify_all();
+    }
+}
 
 /// Validated chunks that the cache file may not have yet.
 #[derive(Default)]
@@ -149,6 +192,7 @@ impl Store {
             device,
             blobs,
             recent: Mutex::default(),
+            fetching: Fetching::default(),
             reported: Mutex::default(),
         })
     }
@@ -208,45 +252,41 @@ impl Store {
         each: &mut dyn FnMut(&[u8]),
     ) -> io::Result<()> {
         let (from, len) = (piece.offset() as usize, piece.len() as usize);
-        if self.is_settled(piece) {
-            let range = piece.cache_range();
-            let mut bytes = vec![0; len];
-            let blob = self.blob(range.blob)?;
-            blob.file
-                .read_exact_at(&mut bytes, range.offset + from as u64)?;
-            each(&bytes);
-            return Ok(());
-        }
         let digest = || piece.digest().or_else(|| image.chunk_digest(inode, offset));
-        let chunk = self.chunk(piece, &digest)?;
+        let key = piece.key();
+        let chunk = loop {
+            if self.is_settled(piece) {
+                let range = piece.cache_range();
+                let mut bytes = vec![0; len];
+                let blob = self.blob(range.blob)?;
+                blob.file
+                    .read_exact_at(&mut bytes, range.offset + from as u64)?;
+                each(&bytes);
+                return Ok(());
+            }
+            let kept = self.recent().find(key);
+            if let Some(chunk) = kept {
+                if self.settle(piece, &chunk) {
+                    self.recent().remove(key);
+                }
+                break chunk;
+            }
+            // Several readers of a chunk fetch it once.
+            let Some(_fetching) = self.fetching.begin(key) else {
+                continue;
+            };
+            let fetched = self
+                .fetch(piece, &digest)
+                .inspect_err(|error| self.report(key, error))?;
+            let chunk = Arc::new(fetched);
+            if !self.settle(piece, &chunk) {
+                self.recent().keep(key, &chunk);
+            }
+            break chunk;
+        };
         let bytes = chunk.get(from..from + len);
         each(bytes.ok_or_else(|| invalid("a chunk is too short"))?);
         Ok(())
-    }
-
-    /// The chunk of a piece, validated.
-    fn chunk(
-        &self,
-        piece: &Piece,
-        digest: &dyn Fn() -> Option<RafsDigest>,
-    ) -> io::Result<Arc<Vec<u8>>> {
-        let key = piece.key();
-        let kept = self.recent().find(key);
-        let chunk = match kept {
-            Some(chunk) => chunk,
-            None => {
-                let chunk = self
-                    .fetch(piece, digest)
-                    .inspect_err(|error| self.report(key, error))?;
-                Arc::new(chunk)
-            }
-        };
-        if self.settle(piece, &chunk) {
-            self.recent().remove(key);
-        } else {
-            self.recent().keep(key, &chunk);
-        }
-        Ok(chunk)
     }
 
     /// Reads and validates a chunk, by way of the cache.
@@ -424,6 +464,22 @@ pub(super) fn errno(_: &io::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chunk_is_fetched_by_one_thread_at_a_time() {
+        let fetching = Fetching::default();
+        let first = fetching.begin((0, 1)).unwrap();
+        let other = fetching.begin((0, 2)).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| fetching.begin((0, 1)).is_none());
+            drop(other);
+            drop(first);
+            // It was either too late to wait, or waited.
+            let waited = waiting.join().unwrap();
+            assert!(waited || fetching.lock().is_empty());
+        });
+        assert!(fetching.begin((0, 1)).is_some());
+    }
 
     #[test]
     fn recent_chunks_are_limited_by_number_and_bytes() {

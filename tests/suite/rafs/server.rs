@@ -94,7 +94,11 @@ fn image_is_the_lowest_layer_of_an_overlay() {
         let (upper, work) = (layers.join("upper"), layers.join("work"));
         fs::create_dir_all(&upper).unwrap();
         fs::create_dir(&work).unwrap();
-        let overlay = format!("upper={},work={},xattr=user", upper.display(), work.display());
+        let overlay = format!(
+            "upper={},work={},xattr=user",
+            upper.display(),
+            work.display()
+        );
         let mut server = with_cache(&image, &["--overlay", &overlay]);
         let mut guest = server.session(Profile::Qemu, &Options::default());
         guest.init().unwrap();
