@@ -50,7 +50,7 @@ fi
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
-    cargo clippy --all-targets --features nydus --locked -- -D warnings
+    cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
     cargo clippy --manifest-path integration/rafs-image/Cargo.toml --target-dir target --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
@@ -63,7 +63,7 @@ fi
 
 if wanted doc; then
     step 'documentation'
-    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --features nydus
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --all-features --locked
 fi
 
 if wanted unit; then
@@ -76,9 +76,11 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
-    # What only this feature has; the rest has been tested.
-    cargo test --features nydus --locked --lib --test suite rafs
-    cargo test --features nydus --locked --lib collector
+    # What differs with the third engine: its tests, and those that run on all engines in turn. And
+    # images.
+    cargo test --locked --features tokio-uring,nydus --lib --test suite --test model -- \
+        tokio_uring io:: pool:: lifecycle:: rafs
+    cargo test --locked --features tokio-uring --test confinement --test allocations
 fi
 
 if wanted loom; then
