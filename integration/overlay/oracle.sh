@@ -51,7 +51,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-oracle.XXXXXX")
 server_pid='' bridge_pid=''
 
 stop() {
-    if mountpoint -q "$work/mnt/ours"; then umount "$work/mnt/ours"; fi
+    # The bridge unmounts when it is asked to end.
     if mountpoint -q "$work/mnt/kernel"; then umount "$work/mnt/kernel"; fi
     local pid status=0
     for pid in $bridge_pid $server_pid; do

@@ -113,12 +113,14 @@ impl Builder {
             }
             None => None,
         };
+        // Each node is one of a layer's, which limits them.
+        let layers = lower.len() + usize::from(upper.is_some());
         let options = overlay::Options {
             xattr_prefix: source.settings.xattr_prefix,
             redirect_dirs: source.settings.redirect_dirs,
             sync_copies: !source.settings.volatile,
             xattr: self.options.xattr,
-            max_inodes: self.options.max_inodes,
+            max_inodes: self.options.max_inodes.saturating_mul(layers),
             entry_ttl: self.options.entry_ttl,
         };
         Ok(Arc::new(Overlay::new(lower, upper, options)?))

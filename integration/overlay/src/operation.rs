@@ -418,7 +418,8 @@ fn walk(
     if stat.st_mtime < since {
         line += &format!(" modified {}.{}", stat.st_mtime, stat.st_mtime_nsec);
     }
-    if kind != FileType::Directory && stat.st_nlink > 1 {
+    // The kernel gives links of a copied-up special file different numbers if it can't mark its origin.
+    if kind == FileType::RegularFile && stat.st_nlink > 1 {
         let next = links.len();
         let group = *links.entry(stat.st_ino).or_insert(next);
         line += &format!(" links of group {group}");

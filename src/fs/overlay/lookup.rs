@@ -114,7 +114,7 @@ impl Overlay {
             has_whiteout: false,
         };
         let mut name = std::borrow::Cow::Borrowed(name);
-        for (at, dir) in stack.iter().enumerate() {
+        for dir in stack {
             let Some((mut next, is_whiteout)) = self.find_in_layer(*dir, &name)? else {
                 continue;
             };
@@ -130,10 +130,9 @@ impl Overlay {
                 Some(found) => found.stack.append(&mut next.stack),
                 None => result.found = Some(next),
             }
-            let below = stack.get(at + 1..).unwrap_or_default();
-            let (Some(real), true) = (real, next_is_dir && !below.is_empty()) else {
-                break;
-            };
+            // A redirect leads anywhere below, even if this directory has nothing below.
+            let real = real.filter(|real| next_is_dir && self.has_layers_below(real.layer));
+            let Some(real) = real else { break };
             let marks = self.layers[real.layer].marks(real.node)?;
             if marks.is_opaque {
                 break;
@@ -153,6 +152,10 @@ impl Overlay {
             }
         }
         Ok(result)
+    }
+
+    pub(super) fn has_layers_below(&self, layer: usize) -> bool {
+        layer + 1 < self.layers.len()
     }
 
     /// Finds `path` from the root in the layers below `layer`.

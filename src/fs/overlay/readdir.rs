@@ -73,7 +73,6 @@ impl Overlay {
                 let mut sink = OneLayer {
                     overlay: self,
                     open: &open,
-                    error: None,
                     sink,
                 };
                 let (node, handle) = (open.real.node, open.handle);
@@ -247,15 +246,19 @@ impl DirSink for Batch<'_> {
 struct OneLayer<'a> {
     overlay: &'a Overlay,
     open: &'a OpenDirectory,
-    error: Option<Errno>,
     sink: &'a mut dyn DirSink,
 }
 
 impl OneLayer<'_> {
-    fn adopt(&mut self, name: &CStr, entry: &Entry) -> Option<Option<Entry>> {
+    fn adopt(&self, name: &CStr, entry: &Entry) -> Option<Option<Entry>> {
         let (overlay, dir) = (self.overlay, self.open.real);
         let found = overlay.found(dir.layer, *entry);
         let attributes = &entry.attributes;
+        if found.is_dir() && overlay.has_layers_below(dir.layer) {
+            // It may say that something lies below it.
+            let found = overlay.find(&self.open.node, name);
+            return Some(found.map(|(_, entry)| entry).ok());
+        }
         match overlay.layers[dir.layer].is_whiteout(dir.node, entry.node, attributes) {
             Ok(true) => None,
             Ok(false) => Some(
@@ -264,10 +267,8 @@ impl OneLayer<'_> {
                     .map(|(_, entry)| entry)
                     .ok(),
             ),
-            Err(error) => {
-                self.error = Some(error);
-                Some(None)
-            }
+            // The guest looks it up itself and gets the error.
+            Err(_) => Some(None),
         }
     }
 }
