@@ -31,6 +31,8 @@ mod readdir;
 mod remove;
 mod rename;
 mod table;
+#[cfg(test)]
+mod tests;
 mod work;
 mod xattrs;
 
