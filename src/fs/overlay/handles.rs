@@ -219,7 +219,7 @@ impl Overlay {
                 self.layer(top).release(top.node, upper)?;
             }
         }
-        self.release(&node, 1);
+        self.drop_refs(&node, 1);
         Ok(())
     }
 
@@ -247,7 +247,7 @@ impl Overlay {
         let released = self
             .layer(open.real)
             .releasedir(open.real.node, open.handle);
-        self.release(&open.node, 1);
+        self.drop_refs(&open.node, 1);
         released
     }
 

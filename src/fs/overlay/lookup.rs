@@ -63,7 +63,7 @@ impl std::ops::Deref for Used<'_> {
 
 impl Drop for Used<'_> {
     fn drop(&mut self) {
-        self.overlay.release(&self.node, 1);
+        self.overlay.drop_refs(&self.node, 1);
     }
 }
 
@@ -73,7 +73,7 @@ pub(super) fn is_dir(attributes: &Attributes) -> bool {
 
 impl Overlay {
     /// Drops `count` references of a node.
-    pub(super) fn release(&self, node: &Arc<Node>, count: u64) {
+    pub(super) fn drop_refs(&self, node: &Arc<Node>, count: u64) {
         let forgotten = self.nodes.drop_refs(node, count);
         self.forget_reals(forgotten);
     }
@@ -191,10 +191,10 @@ impl Overlay {
                 Ok(_) | Err(Errno::STALE | Errno::NOENT) => {
                     let forgotten = self.nodes.detach(parent, name);
                     self.forget_reals(forgotten);
-                    self.release(&node, 1);
+                    self.drop_refs(&node, 1);
                 }
                 Err(error) => {
-                    self.release(&node, 1);
+                    self.drop_refs(&node, 1);
                     return Err(error);
                 }
             }

@@ -274,6 +274,10 @@ impl OneLayer<'_> {
 }
 
 impl DirSink for OneLayer<'_> {
+    fn room(&self) -> usize {
+        self.sink.room()
+    }
+
     fn has_room(&self, name: &CStr) -> bool {
         self.sink.has_room(name)
     }

@@ -44,7 +44,11 @@ fn copied_up_file_keeps_its_number_and_an_open_one_shows_what_is_written() {
             assert_eq!((again.node, again.attributes.inode), (node, number));
             let root = rig.fs.opendir(&caller(), ROOT, 0).unwrap().handle;
             let listed = rig.list(ROOT, root, 0);
-            assert!(listed.iter().any(|(name, shown, _)| name == "a" && *shown == number));
+            assert!(
+                listed
+                    .iter()
+                    .any(|(name, shown, _)| name == "a" && *shown == number)
+            );
             rig.fs.release(node, reading.handle).unwrap();
             rig.fs.release(node, writing.handle).unwrap();
             // A handle is released once.
