@@ -20,5 +20,5 @@ for settings in default redirect user; do
 done
 server="$here/overlay-server.sh %SOCKET% %SHARE% --runtime $runtime"
 check 'fsx' 200 "$here/fsx.sh" --server "$server" --request-queues 2 --ops 500
-check 'git' 200 "$here/git.sh" --server "$server" --request-queues 2 --commits 50 --files 100
+check git 200 "$here/git.sh" --server "$server" --request-queues 2 --commits 100 --files 200
 summary

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use super::Overlay;
 use super::copy_up::CopyUp;
 use super::layer::SERVER;
+use super::listing::Listing;
 use super::node::{Node, Real};
-use super::readdir::Listing;
 use crate::fs::{Caller, Handle, HandleKind, NodeId, OpenFile, Opened, Result};
 
 const LAYER_SHIFT: u32 = 56;

@@ -25,6 +25,7 @@ mod error;
 mod file_system;
 mod handles;
 mod layer;
+mod listing;
 mod lookup;
 mod node;
 mod readdir;

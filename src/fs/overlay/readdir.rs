@@ -13,19 +13,9 @@ use rustix::io::Errno;
 use super::Overlay;
 use super::handles::OpenDirectory;
 use super::layer::SERVER;
+use super::listing::{Listed, Listing};
 use super::node::{Node, Real, Stack};
 use crate::fs::{Caller, DirEntry, DirSink, Entry, Handle, NodeId, Result};
-
-/// The entries of a merged directory.
-#[derive(Debug)]
-pub(super) struct Listing(Vec<Listed>);
-
-#[derive(Debug)]
-struct Listed {
-    number: u64,
-    kind: u8,
-    name: CString,
-}
 
 /// Collects all entries of a directory of a layer.
 #[derive(Default)]
