@@ -42,6 +42,7 @@ fi
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
+    cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
@@ -53,7 +54,7 @@ fi
 
 if wanted doc; then
     step 'documentation'
-    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --all-features --locked
 fi
 
 if wanted unit; then
@@ -66,6 +67,10 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
+    # What differs with the third engine: its tests, and those that run on all engines in turn.
+    cargo test --locked --features tokio-uring --test suite --test model -- \
+        tokio_uring io:: pool:: lifecycle::
+    cargo test --locked --features tokio-uring --test confinement --test allocations
 fi
 
 if wanted loom; then

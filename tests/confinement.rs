@@ -100,9 +100,9 @@ impl Attempt {
                 "log" => Seccomp::Log,
                 _ => Seccomp::None,
             },
-            runtime: match runtime.as_str() {
-                "uring" => Engine::Uring,
-                _ => Engine::ThreadPool,
+            runtime: {
+                let named = |engine: &&Engine| engine.to_string() == *runtime;
+                *Engine::ALL.iter().find(named).unwrap()
             },
             share: share.into(),
             secret: secret.into(),
@@ -455,8 +455,8 @@ fn all() -> ExitCode {
             let name = format!("{kind}, {user:?}: {what}");
             report.check(&name, &output, |status| status.code() == Some(HELD.into()));
         }
-        for runtime in ["uring", "tokio"] {
-            let output = scene.run([kind, "kill", runtime], user, "live");
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
+            let output = scene.run([kind, "kill", &runtime], user, "live");
             let name = format!("{kind}, {user:?}, {runtime}: live");
             report.check(&name, &output, |status| status.success());
         }
@@ -475,9 +475,10 @@ fn all() -> ExitCode {
     }
     let killed = |status: &ExitStatus| status.signal() == Some(libc::SIGSYS);
     for call in FORBIDDEN {
-        for runtime in ["uring", "tokio"] {
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
             for place in ["call", "thread: call"] {
-                let output = scene.run(["none", "kill", runtime], None, &format!("{place} {call}"));
+                let output =
+                    scene.run(["none", "kill", &runtime], None, &format!("{place} {call}"));
                 report.check(
                     &format!("{runtime}, {place} {call}: killed"),
                     &output,
@@ -495,8 +496,13 @@ fn all() -> ExitCode {
     let ring = "call io_uring_setup";
     let output = scene.run(["none", "kill", "tokio"], None, ring);
     report.check("tokio has no ring", &output, killed);
-    let output = scene.run(["none", "kill", "uring"], None, ring);
-    report.check("uring has a ring", &output, through);
+    for engine in Engine::ALL
+        .iter()
+        .filter(|engine| **engine != Engine::ThreadPool)
+    {
+        let output = scene.run(["none", "kill", &engine.to_string()], None, ring);
+        report.check(&format!("{engine} has a ring"), &output, through);
+    }
     for action in ["log", "none"] {
         let output = scene.run(["none", action, "tokio"], None, "call kill");
         report.check(&format!("{action} lets a call happen"), &output, through);

@@ -6,7 +6,7 @@
 #
 #   --server S            ringfsd (default), virtiofsd, or a shell command in which %SOCKET% and
 #                         %SHARE% stand for the two paths
-#   --runtime R           ringfsd's runtime: auto (default), uring, tokio
+#   --runtime R           ringfsd's runtime: auto (default), uring, tokio; tokio-uring if $RINGFSD has it
 #   --request-queues N    request queues, each with a thread (default 2; 1 for virtiofsd)
 #   --server-arg A        a further argument for ringfsd or virtiofsd; may be repeated
 #   --log FILE            keep the server's log
