@@ -76,7 +76,9 @@ fn copy_keeps_holes_times_and_attributes() {
             mode: Some(0o4711),
             ..Changes::default()
         };
+        let before = rig.attributes(ROOT).modified;
         rig.fs.setattr(&caller(), node, None, &changes).unwrap();
+        assert_eq!(rig.attributes(ROOT).modified, before);
         let above = std::fs::metadata(rig.path("upper/a")).unwrap();
         assert_eq!(above.len(), 100 << 20);
         assert!(above.blocks() * 512 < 1 << 20, "{} blocks", above.blocks());
