@@ -133,6 +133,7 @@ if wanted guest; then
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
+    integration/guest/overlay.sh
     # A container image.
     integration/guest/image.sh
     # A working guest, whose server is killed and upgraded.

@@ -9,6 +9,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 suites=(
     'pjdfstest'
+    'pjdfstest --overlay yes'
+    'overlay'
     'single'
     'requests'
     'remount'

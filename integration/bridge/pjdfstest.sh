@@ -1,16 +1,26 @@
 #!/usr/bin/env bash
 # pjdfstest (of crates.io) on the mount and on the plain directory beside it: a test fails if it fails
-# on the mount and not on the host's own file system. Options: those of with.sh.
+# on the mount and not on the host's own file system. Options: those of with.sh, and --overlay yes: an
+# overlay is served, and compared with the kernel's overlayfs, which refuses devices 0/0 too.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 need_crate pjdfstest 0.2.2
 if ! getent passwd tests >/dev/null; then
     useradd --system --no-create-home --user-group --shell /usr/sbin/nologin tests
 fi
+own=overlay
+if [[ " $* " == *' --overlay yes '* && -z ${MNT:-} ]]; then
+    set -- "$@" --server "$here/overlay-server.sh %SOCKET% %SHARE%" --request-queues 2
+fi
 on_mount "$@"
+if [[ ${overlay:-} ]]; then
+    mkdir "$PLAIN/../kernel" "$PLAIN/../kernel"/{lower,upper,work}
+    mount -t overlay overlay "$PLAIN" -o \
+        "lowerdir=$PLAIN/../kernel/lower,upperdir=$PLAIN/../kernel/upper,workdir=$PLAIN/../kernel/work"
+fi
 
 results=$(mktemp -d)
-trap 'rm -rf "$results"; umount "$PLAIN/../other" 2>/dev/null || true' EXIT
+trap 'rm -rf "$results"; umount "$PLAIN/../other" ${overlay:+"$PLAIN"} 2>/dev/null || true' EXIT
 mkdir -p "$PLAIN/../other"
 mount -t tmpfs other "$PLAIN/../other"
 chmod 777 "$PLAIN/../other"

@@ -10,19 +10,21 @@
 #   --rounds N      rounds (1)
 #   --settings S    the overlays' settings: default (no redirects), redirect, user (attributes user.overlay.*)
 #   --server-arg A  a further argument for ringfsd; may be repeated
+#   --peer PROGRAM  instead of ringfsd: `PROGRAM SOCKET overlay UPPER WORK LOWER...` serves an overlay
 #
 # $RINGFSD, $BRIDGE and $ORACLE name programs to use instead of those that are built here.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-seed=$((RANDOM * 32768 + RANDOM)) ops=3000 rounds=1 settings=default arguments=()
+seed=$((RANDOM * 32768 + RANDOM)) ops=3000 rounds=1 settings=default peer='' arguments=()
 while (($#)); do
     case $1 in
     --seed) seed=$2 ;;
     --ops) ops=$2 ;;
     --rounds) rounds=$2 ;;
     --settings) settings=$2 ;;
+    --peer) peer=$2 ;;
     --server-arg) arguments+=("$2") ;;
     *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
     esac
@@ -51,7 +53,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-oracle.XXXXXX")
 server_pid='' bridge_pid=''
 
 stop() {
-    if mountpoint -q "$work/mnt/ours"; then umount "$work/mnt/ours"; fi
+    # The bridge unmounts when it is asked to end.
     if mountpoint -q "$work/mnt/kernel"; then umount "$work/mnt/kernel"; fi
     local pid status=0
     for pid in $bridge_pid $server_pid; do
@@ -89,9 +91,14 @@ mount_both() {
         "lowerdir=$work/low1:$work/low2,upperdir=$work/$1/upper,workdir=$work/$1/work$theirs"
     # A log of before would tell that the next server is ready.
     rm -f "$work"/{socket,server.log,bridge.log}
-    "$ringfsd" --socket "$work/socket" --request-queues 2 --modcaps=+sys_admin \
-        --overlay "lower=$work/low1:$work/low2,upper=$work/$2/upper,work=$work/$2/work$ours" \
-        "${arguments[@]}" >"$work/server.log" 2>&1 &
+    local command=("$ringfsd" --socket "$work/socket" --request-queues 2 --modcaps=+sys_admin
+        --overlay "lower=$work/low1:$work/low2,upper=$work/$2/upper,work=$work/$2/work$ours"
+        "${arguments[@]}")
+    if [[ $peer ]]; then
+        command=("$peer" "$work/socket" --request-queues 2 overlay "$work/$2/upper" "$work/$2/work"
+            "$work/low1" "$work/low2")
+    fi
+    "${command[@]}" >"$work/server.log" 2>&1 &
     server_pid=$!
     await "$work/server.log" 'Waiting for' "$server_pid"
     "$bridge" --socket "$work/socket" --request-queues 2 "$work/mnt/ours" >"$work/bridge.log" 2>&1 &

@@ -298,7 +298,14 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
     let one_root = "a root directory can't be made of several directories without mounts: use \
                     --sandbox namespace, or none where the launcher has its own sandbox";
     let other = source.option();
+    let mapped = "the attributes that describe layers have fixed names: omit it";
     refuse_first([
+        (
+            has_overlay(source) && options.extended_attributes.xattrmap.is_some(),
+            "--xattrmap",
+            "an overlay",
+            mapped,
+        ),
         (recovery.supervise, "--supervise", other, unrecorded),
         (recovery.state.is_some(), "--state", other, unrecorded),
         (
@@ -314,6 +321,14 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             one_root,
         ),
     ])
+}
+
+fn has_overlay(source: &Source) -> bool {
+    match source {
+        Source::Overlay(_) => true,
+        Source::Vfs(mounts) => mounts.iter().any(|(_, source)| has_overlay(source)),
+        Source::Directory(_) | Source::Rafs(_) => false,
+    }
 }
 
 /// Whether the server ends when the first VMM has disconnected. Nobody else has a reason to connect

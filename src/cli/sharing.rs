@@ -51,7 +51,10 @@ pub struct Sharing {
     /// LAYERS is lower=A:B,upper=U,work=W: the read-only directories A, on top of B, and the
     /// directory U for all changes, which W, an empty directory on the same file system, helps to
     /// make. Without upper= and work= the guest can't change anything. A comma in a path is written
-    /// twice, a colon as \\:. --state, --supervise and live migration don't work with this.
+    /// twice, a colon as \\:. More settings are xattr=trusted (default; needs CAP_SYS_ADMIN) or
+    /// xattr=user for the attributes that describe layers, redirect-dir=on to let directories of
+    /// lower layers be renamed, and volatile. --state, --supervise and live migration don't work
+    /// with this.
     #[arg(
         long,
         value_name = "LAYERS",

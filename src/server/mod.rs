@@ -9,7 +9,6 @@ mod control_group;
 mod error;
 mod file_system;
 mod limits;
-mod overlays;
 mod parent_process;
 mod pid_file;
 mod service;

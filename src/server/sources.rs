@@ -3,6 +3,8 @@
 //! A source is walked twice, in the same order: for what the sandbox has to reach, and to build the
 //! file systems of what it has reached. The invariant: both walks name the same trees.
 
+mod overlays;
+
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -10,7 +12,6 @@ use std::sync::Arc;
 use std::vec;
 
 use super::error::ServerError;
-use super::overlays;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};

@@ -16,7 +16,7 @@ use std::time::Duration;
 use ringfsd::device::Device;
 use ringfsd::fs::FileSystem;
 use ringfsd::fuse::SessionOptions;
-use ringfsd::io::{Choice, probe};
+use ringfsd::io::{Choice, Engine};
 use ringfsd::server::{Exit, Service, ServiceOptions};
 use ringfsd::vhost_user::{Listener, Stop};
 use vmm::fuse::Client;
@@ -24,12 +24,21 @@ use vmm::{Options, Profile, Session};
 
 /// The engines of this machine.
 pub(crate) fn engines() -> Vec<Choice> {
-    let mut choices = vec![Choice::Tokio];
-    match probe() {
-        Ok(()) => choices.push(Choice::Uring),
-        Err(reason) => println!("SKIPPED in part: {reason}"),
-    }
-    choices
+    let is_usable = |engine: &&Engine| match engine.probe() {
+        Ok(()) => true,
+        Err(reason) => {
+            println!("SKIPPED on {engine}: {reason}");
+            false
+        }
+    };
+    let choice = |engine: &Engine| match engine {
+        Engine::ThreadPool => Choice::Tokio,
+        Engine::Uring => Choice::Uring,
+        #[cfg(feature = "tokio-uring")]
+        Engine::TokioUring => Choice::TokioUring,
+        engine => panic!("no choice of {engine}"),
+    };
+    Engine::ALL.iter().filter(is_usable).map(choice).collect()
 }
 
 /// Serves `fs` to `guest` with this many workers, and returns when the server has ended.

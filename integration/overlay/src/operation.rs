@@ -126,6 +126,11 @@ fn any(random: &mut Random) -> PathBuf {
     }
 }
 
+fn attribute(random: &mut Random) -> &'static str {
+    let index = random.below(ATTRIBUTES.len() as u64);
+    ATTRIBUTES[usize::try_from(index).unwrap_or_default()]
+}
+
 fn mode(random: &mut Random) -> u32 {
     *random.pick(&[0o644, 0o600, 0o755, 0o4755, 0o2711, 0o1777, 0o2775, 0o400])
 }
@@ -203,11 +208,11 @@ impl Operation {
                 let flags = [XattrFlags::empty(), XattrFlags::CREATE, XattrFlags::REPLACE];
                 let mut value = bytes(random);
                 value.truncate(100);
-                let name = *random.pick(&ATTRIBUTES);
+                let name = attribute(random);
                 Self::SetAttribute(any(random), name, value, *random.pick(&flags))
             }
-            40 => Self::GetAttribute(any(random), *random.pick(&ATTRIBUTES)),
-            41 => Self::RemoveAttribute(any(random), *random.pick(&ATTRIBUTES)),
+            40 => Self::GetAttribute(any(random), attribute(random)),
+            41 => Self::RemoveAttribute(any(random), attribute(random)),
             42..=43 => Self::List(directory(random)),
             _ => Self::Stat(any(random)),
         }
@@ -415,10 +420,12 @@ fn walk(
     let stat = rustix::fs::lstat(&path)?;
     let kind = FileType::from_raw_mode(stat.st_mode);
     let mut line = format!("{} {}", at.display(), described(&stat));
-    if stat.st_mtime < since {
+    // In the kernel, a rename that fails may have changed the time of a directory.
+    if kind != FileType::Directory && stat.st_mtime < since {
         line += &format!(" modified {}.{}", stat.st_mtime, stat.st_mtime_nsec);
     }
-    if kind != FileType::Directory && stat.st_nlink > 1 {
+    // The kernel gives links of a copied-up special file different numbers if it can't mark its origin.
+    if kind == FileType::RegularFile && stat.st_nlink > 1 {
         let next = links.len();
         let group = *links.entry(stat.st_ino).or_insert(next);
         line += &format!(" links of group {group}");

@@ -107,7 +107,7 @@ impl Overlay {
         upper: Option<Upper>,
         options: Options,
     ) -> Result<Self, OverlayError> {
-        if lower.is_empty() {
+        if lower.is_empty() && upper.is_none() {
             return Err(OverlayError::NoLayers);
         }
         if options.xattr_prefix == XattrPrefix::Trusted && !may_read_trusted() {

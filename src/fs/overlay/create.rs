@@ -178,7 +178,7 @@ impl Overlay {
                 Ok((entry, opened))
             }
             Err(error) => {
-                self.release(&node, 1);
+                self.drop_refs(&node, 1);
                 Err(error)
             }
         }

@@ -10,8 +10,8 @@ use thiserror::Error;
 /// Why an overlay can't be served.
 #[derive(Debug, Error)]
 pub enum OverlayError {
-    /// There is neither a lower layer nor an upper one, or only the latter.
-    #[error("an overlay needs at least one lower layer")]
+    /// There is neither a lower layer nor an upper one.
+    #[error("an overlay needs at least one layer")]
     NoLayers,
     /// The server can't see which directories of the layers hide others.
     #[error(

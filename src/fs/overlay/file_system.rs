@@ -45,15 +45,21 @@ impl FileSystem for Overlay {
         }
     }
 
-    fn begin(&self, terms: &NegotiatedTerms) {
-        // Without OPEN nothing would say that a file must be copied up, and which layer has it.
+    /// Without OPEN nothing would say that a file must be copied up, and which layer has it.
+    fn accept(&self, terms: &NegotiatedTerms) -> Result<NegotiatedTerms> {
         let terms = NegotiatedTerms {
             no_open: false,
             no_opendir: false,
             ..*terms
         };
+        self.layers
+            .iter()
+            .try_fold(terms, |terms, layer| layer.fs.accept(&terms))
+    }
+
+    fn begin(&self, terms: &NegotiatedTerms) {
         for layer in &self.layers {
-            layer.fs.begin(&terms);
+            layer.fs.begin(terms);
         }
     }
 
@@ -89,7 +95,7 @@ impl FileSystem for Overlay {
 
     fn forget(&self, node: NodeId, count: u64) {
         if let Ok(node) = self.nodes.get(node) {
-            self.release(&node, count);
+            self.drop_refs(&node, count);
         }
     }
 

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use super::Overlay;
 use super::copy_up::CopyUp;
 use super::layer::SERVER;
+use super::listing::Listing;
 use super::node::{Node, Real};
-use super::readdir::Listing;
 use crate::fs::{Caller, Handle, HandleKind, NodeId, OpenFile, Opened, Result};
 
 const LAYER_SHIFT: u32 = 56;
@@ -219,7 +219,7 @@ impl Overlay {
                 self.layer(top).release(top.node, upper)?;
             }
         }
-        self.release(&node, 1);
+        self.drop_refs(&node, 1);
         Ok(())
     }
 
@@ -247,7 +247,7 @@ impl Overlay {
         let released = self
             .layer(open.real)
             .releasedir(open.real.node, open.handle);
-        self.release(&open.node, 1);
+        self.drop_refs(&open.node, 1);
         released
     }
 

@@ -63,7 +63,7 @@ impl std::ops::Deref for Used<'_> {
 
 impl Drop for Used<'_> {
     fn drop(&mut self) {
-        self.overlay.release(&self.node, 1);
+        self.overlay.drop_refs(&self.node, 1);
     }
 }
 
@@ -73,7 +73,7 @@ pub(super) fn is_dir(attributes: &Attributes) -> bool {
 
 impl Overlay {
     /// Drops `count` references of a node.
-    pub(super) fn release(&self, node: &Arc<Node>, count: u64) {
+    pub(super) fn drop_refs(&self, node: &Arc<Node>, count: u64) {
         let forgotten = self.nodes.drop_refs(node, count);
         self.forget_reals(forgotten);
     }
@@ -114,7 +114,7 @@ impl Overlay {
             has_whiteout: false,
         };
         let mut name = std::borrow::Cow::Borrowed(name);
-        for (at, dir) in stack.iter().enumerate() {
+        for dir in stack {
             let Some((mut next, is_whiteout)) = self.find_in_layer(*dir, &name)? else {
                 continue;
             };
@@ -130,10 +130,9 @@ impl Overlay {
                 Some(found) => found.stack.append(&mut next.stack),
                 None => result.found = Some(next),
             }
-            let below = stack.get(at + 1..).unwrap_or_default();
-            let (Some(real), true) = (real, next_is_dir && !below.is_empty()) else {
-                break;
-            };
+            // A redirect leads anywhere below, even if this directory has nothing below.
+            let real = real.filter(|real| next_is_dir && self.has_layers_below(real.layer));
+            let Some(real) = real else { break };
             let marks = self.layers[real.layer].marks(real.node)?;
             if marks.is_opaque {
                 break;
@@ -153,6 +152,10 @@ impl Overlay {
             }
         }
         Ok(result)
+    }
+
+    pub(super) fn has_layers_below(&self, layer: usize) -> bool {
+        layer + 1 < self.layers.len()
     }
 
     /// Finds `path` from the root in the layers below `layer`.
@@ -188,10 +191,10 @@ impl Overlay {
                 Ok(_) | Err(Errno::STALE | Errno::NOENT) => {
                     let forgotten = self.nodes.detach(parent, name);
                     self.forget_reals(forgotten);
-                    self.release(&node, 1);
+                    self.drop_refs(&node, 1);
                 }
                 Err(error) => {
-                    self.release(&node, 1);
+                    self.drop_refs(&node, 1);
                     return Err(error);
                 }
             }

@@ -25,12 +25,15 @@ mod error;
 mod file_system;
 mod handles;
 mod layer;
+mod listing;
 mod lookup;
 mod node;
 mod readdir;
 mod remove;
 mod rename;
 mod table;
+#[cfg(test)]
+mod tests;
 mod work;
 mod xattrs;
 

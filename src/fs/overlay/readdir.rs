@@ -13,19 +13,9 @@ use rustix::io::Errno;
 use super::Overlay;
 use super::handles::OpenDirectory;
 use super::layer::SERVER;
+use super::listing::{Listed, Listing};
 use super::node::{Node, Real, Stack};
 use crate::fs::{Caller, DirEntry, DirSink, Entry, Handle, NodeId, Result};
-
-/// The entries of a merged directory.
-#[derive(Debug)]
-pub(super) struct Listing(Vec<Listed>);
-
-#[derive(Debug)]
-struct Listed {
-    number: u64,
-    kind: u8,
-    name: CString,
-}
 
 /// Collects all entries of a directory of a layer.
 #[derive(Default)]
@@ -73,7 +63,6 @@ impl Overlay {
                 let mut sink = OneLayer {
                     overlay: self,
                     open: &open,
-                    error: None,
                     sink,
                 };
                 let (node, handle) = (open.real.node, open.handle);
@@ -247,15 +236,19 @@ impl DirSink for Batch<'_> {
 struct OneLayer<'a> {
     overlay: &'a Overlay,
     open: &'a OpenDirectory,
-    error: Option<Errno>,
     sink: &'a mut dyn DirSink,
 }
 
 impl OneLayer<'_> {
-    fn adopt(&mut self, name: &CStr, entry: &Entry) -> Option<Option<Entry>> {
+    fn adopt(&self, name: &CStr, entry: &Entry) -> Option<Option<Entry>> {
         let (overlay, dir) = (self.overlay, self.open.real);
         let found = overlay.found(dir.layer, *entry);
         let attributes = &entry.attributes;
+        if found.is_dir() && overlay.has_layers_below(dir.layer) {
+            // It may say that something lies below it.
+            let found = overlay.find(&self.open.node, name);
+            return Some(found.map(|(_, entry)| entry).ok());
+        }
         match overlay.layers[dir.layer].is_whiteout(dir.node, entry.node, attributes) {
             Ok(true) => None,
             Ok(false) => Some(
@@ -264,15 +257,17 @@ impl OneLayer<'_> {
                     .map(|(_, entry)| entry)
                     .ok(),
             ),
-            Err(error) => {
-                self.error = Some(error);
-                Some(None)
-            }
+            // The guest looks it up itself and gets the error.
+            Err(_) => Some(None),
         }
     }
 }
 
 impl DirSink for OneLayer<'_> {
+    fn room(&self) -> usize {
+        self.sink.room()
+    }
+
     fn has_room(&self, name: &CStr) -> bool {
         self.sink.has_room(name)
     }

@@ -6,13 +6,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::ServerError;
-use super::sources::Builder;
+use super::Builder;
 use crate::config::{OverlaySource, Source};
 use crate::fs::FileSystem;
 use crate::fs::overlay::{self, Lower, Overlay, Upper};
 use crate::fs::passthrough::Options;
 use crate::sandbox::{Reached, Tree};
+use crate::server::error::ServerError;
 
 /// What the sandbox has to reach for the upper layer: the directory that has both the upper and the
 /// work directory in it, and then these two.
@@ -57,7 +57,7 @@ fn device(reached: &Reached) -> Option<u64> {
 
 impl Builder {
     /// Builds an overlay, whose trees are the next ones in the order of
-    /// [`trees`](super::sources::trees).
+    /// [`trees`](super::trees).
     pub(super) fn overlay(
         &mut self,
         source: &OverlaySource,
@@ -113,12 +113,14 @@ impl Builder {
             }
             None => None,
         };
+        // Each node is one of a layer's, which limits them.
+        let layers = lower.len() + usize::from(upper.is_some());
         let options = overlay::Options {
             xattr_prefix: source.settings.xattr_prefix,
             redirect_dirs: source.settings.redirect_dirs,
             sync_copies: !source.settings.volatile,
             xattr: self.options.xattr,
-            max_inodes: self.options.max_inodes,
+            max_inodes: self.options.max_inodes.saturating_mul(layers),
             entry_ttl: self.options.entry_ttl,
         };
         Ok(Arc::new(Overlay::new(lower, upper, options)?))
