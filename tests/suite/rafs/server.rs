@@ -61,6 +61,23 @@ fn image_is_served_from_the_sandbox() {
 }
 
 #[test]
+fn two_servers_share_a_cache() {
+    let image = Image::of(everything, &["--chunk-size", "65536"]);
+    let mut servers = [with_cache(&image, &[]), with_cache(&image, &[])];
+    std::thread::scope(|scope| {
+        for server in &mut servers {
+            let image = &image;
+            scope.spawn(move || {
+                let mut guest = server.session(Profile::Qemu, &Options::default());
+                guest.init().unwrap();
+                compare(&mut guest, &image.source());
+                compare(&mut guest, &image.source());
+            });
+        }
+    });
+}
+
+#[test]
 fn prefetch_fills_the_cache_and_says_so() {
     let image = Image::of(everything, &[]);
     let mut server = with_cache(&image, &["--rafs-prefetch", "all"]);
