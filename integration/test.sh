@@ -133,6 +133,8 @@ if wanted guest; then
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
+    # Two directories under one mount.
+    integration/guest/vfs.sh
     integration/guest/overlay.sh
     # A container image.
     integration/guest/image.sh

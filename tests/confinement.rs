@@ -27,7 +27,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp};
+use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp, Tree};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -63,6 +63,8 @@ const FORBIDDEN: &[&str] = &[
 struct Attempt {
     /// Without a sandbox.
     outside: bool,
+    /// In a sandbox of two directories; the attempt is made from the first one.
+    several: bool,
     kind: Kind,
     seccomp: Seccomp,
     runtime: Engine,
@@ -89,8 +91,9 @@ impl Attempt {
         };
         Self {
             outside: kind == "outside",
+            several: kind == "several",
             kind: match kind.as_str() {
-                "namespace" | "outside" => Kind::Namespace,
+                "namespace" | "outside" | "several" => Kind::Namespace,
                 "chroot" => Kind::Chroot,
                 _ => Kind::None,
             },
@@ -151,9 +154,16 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         readonly: false,
         file_handles: false,
     };
-    let place = inside
-        .enter(&Reach::Share(attempt.share.clone()), needs)
-        .unwrap();
+    let place = if attempt.several {
+        let other = attempt.share.with_file_name("other");
+        let trees = [&attempt.share, &other].map(|path| Tree::of(path, false));
+        let mut place = inside.enter(&Reach::Trees(trees.into()), needs).unwrap();
+        place.root = place.trees.remove(0).remove(0).fd;
+        place
+    } else {
+        let reach = Reach::Share(attempt.share.clone());
+        inside.enter(&reach, needs).unwrap()
+    };
     let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles, false).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {
@@ -369,6 +379,7 @@ impl Scene {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::create_dir(at("share")).unwrap();
+        std::fs::create_dir(at("other")).unwrap();
         std::fs::write(at("secret"), "outside").unwrap();
         std::fs::copy(std::env::current_exe().unwrap(), at("program")).unwrap();
         std::fs::copy("/bin/true", at("share/program")).unwrap();
@@ -441,11 +452,12 @@ fn all() -> ExitCode {
     if !root {
         println!("SKIPPED: what root does needs root");
     }
-    let mut setups = vec![("namespace", None), ("none", None)];
+    let mut setups = vec![("namespace", None), ("several", None), ("none", None)];
     if root {
         setups.extend([
             ("chroot", None),
             ("namespace", Some(USER)),
+            ("several", Some(USER)),
             ("none", Some(USER)),
         ]);
     }

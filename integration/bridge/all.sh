@@ -25,6 +25,8 @@ suites=(
     'git --commits 100 --files 200'
     'memory-tree'
     'memory-tree --may-block yes'
+    'vfs'
+    'pjdfstest --vfs yes'
     'fuse-backend'
     'fuse-backend --kind vfs'
     'fuse-backend --kind overlay'
