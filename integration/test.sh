@@ -135,6 +135,7 @@ if wanted guest; then
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
     # Two directories under one mount.
     integration/guest/vfs.sh
+    # A lower layer, and all changes in an upper one.
     integration/guest/overlay.sh
     # A container image.
     integration/guest/image.sh
