@@ -32,17 +32,26 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 
+# The feature nydus has C libraries among its dependencies.
+if wanted lint || wanted doc || wanted unit || wanted guest; then
+    step 'what images need: cmake, OpenSSL'
+    integration/rafs-image/packages.sh
+    export OPENSSL_NO_VENDOR=1
+fi
+
 if wanted format; then
     step 'formatting'
     cargo fmt --all --check
     cargo fmt --manifest-path integration/guest/suite/Cargo.toml --check
     cargo fmt --manifest-path integration/fuzz/Cargo.toml --check
+    cargo fmt --manifest-path integration/rafs-image/Cargo.toml --check
 fi
 
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
     cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+    cargo clippy --manifest-path integration/rafs-image/Cargo.toml --target-dir target --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
@@ -67,9 +76,10 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
-    # What differs with the third engine: its tests, and those that run on all engines in turn.
-    cargo test --locked --features tokio-uring --test suite --test model -- \
-        tokio_uring io:: pool:: lifecycle::
+    # What differs with the third engine: its tests, and those that run on all engines in turn. And
+    # images.
+    cargo test --locked --features tokio-uring,nydus --lib --test suite --test model -- \
+        tokio_uring io:: pool:: lifecycle:: rafs
     cargo test --locked --features tokio-uring --test confinement --test allocations
 fi
 
@@ -127,6 +137,8 @@ if wanted guest; then
     integration/guest/vfs.sh
     # A lower layer, and all changes in an upper one.
     integration/guest/overlay.sh
+    # A container image.
+    integration/guest/image.sh
     # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load that is migrated to and fro.

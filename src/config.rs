@@ -67,11 +67,36 @@ pub struct RafsSource {
     pub bootstrap: PathBuf,
     /// The directory that contains the image's data.
     pub blobs: PathBuf,
-    /// The directory for data that have been decompressed.
+    /// The directory for data that have been decompressed; without it a temporary one.
     pub cache_dir: Option<PathBuf>,
+    /// What is read before a guest asks for it.
+    pub prefetch: Prefetch,
+}
+
+/// What is read of an image before a guest asks for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefetch {
+    /// Nothing.
+    None,
+    /// The files that the image names for it.
+    #[default]
+    Named,
+    /// All files, those that the image names first.
+    All,
 }
 
 impl Source {
+    /// Whether an image is among what is served.
+    #[must_use]
+    pub fn has_image(&self) -> bool {
+        match self {
+            Self::Directory(_) => false,
+            Self::Vfs(mounts) => mounts.iter().any(|(_, source)| source.has_image()),
+            Self::Overlay(overlay) => overlay.lower.iter().any(Self::has_image),
+            Self::Rafs(_) => true,
+        }
+    }
+
     /// The option that asks for it.
     #[must_use]
     pub fn option(&self) -> &'static str {

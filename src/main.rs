@@ -104,6 +104,12 @@ fn start_logging(
     let syslog = syslog.then(Syslog::connect);
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
+    // What they log of a damaged image is logged by the server too, and a guest could repeat it.
+    if level < LevelFilter::Debug {
+        for name in ["nydus_rafs", "nydus_storage", "nydus_utils"] {
+            builder.filter_module(name, LevelFilter::Off);
+        }
+    }
     let has_syslog = matches!(syslog, Some(Ok(_)));
     if let Some(filters) = cli::log_filters(behaviour, std::env::var_os, has_syslog) {
         builder.parse_filters(&filters);

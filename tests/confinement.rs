@@ -164,7 +164,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         let reach = Reach::Share(attempt.share.clone());
         inside.enter(&reach, needs).unwrap()
     };
-    let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles).unwrap();
+    let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles, false).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {
         Some(call) => {

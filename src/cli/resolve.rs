@@ -255,7 +255,12 @@ fn source(options: &Options) -> Result<Source, OptionConflict> {
     let image = match (&sharing.rafs, &sharing.blobs) {
         (Some(bootstrap), Some(blobs)) => {
             let cache_dir = sharing.cache_dir.clone();
-            let image = sources::image(bootstrap.clone(), blobs.clone(), cache_dir)?;
+            let image = sources::image(
+                bootstrap.clone(),
+                blobs.clone(),
+                cache_dir,
+                sharing.rafs_prefetch,
+            )?;
             Some(Source::Rafs(image))
         }
         _ => None,

@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args};
 
 use super::seconds::seconds;
 use super::sources;
-use crate::config::{OverlaySource, Source};
+use crate::config::{OverlaySource, Prefetch, Source};
 use crate::fs::passthrough::InodeFileHandles;
 use crate::fs::vfs::MountPoint;
 
@@ -36,7 +36,7 @@ pub struct Sharing {
     ///
     /// The guest sees each SPEC at its MOUNTPOINT, an absolute path such as / or /a/b, and empty
     /// directories above it. SPEC is a directory, overlay:LAYERS with LAYERS as for --overlay, or
-    /// rafs:BOOTSTRAP,blobs=DIR[,cache-dir=DIR]. --state, --supervise and live migration don't work
+    /// rafs:BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]. --state, --supervise and live migration don't work
     /// with this.
     #[arg(
         long,
@@ -78,11 +78,31 @@ pub struct Sharing {
 
     /// Directory for decompressed data of the image
     ///
-    /// What has been read of --rafs is kept there, also for other servers of the same image.
+    /// What has been read of --rafs is kept there, also for later servers and other servers of the
+    /// same image. It grows to the size of the image's files.
     ///
-    /// [default: none; data are decompressed each time they are read]
+    /// [default: a temporary directory, which is removed when the server ends]
     #[arg(long, value_name = "DIR", requires = "rafs")]
     pub cache_dir: Option<PathBuf>,
+
+    /// Read files of the image in advance: none, named or all
+    ///
+    /// - none: nothing
+    /// - named: the files that the image names for it
+    /// - all: these first, and then all others
+    ///
+    /// [default: named]
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_enum,
+        requires = "rafs",
+        default_value_t,
+        hide_default_value = true,
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
+    pub rafs_prefetch: Prefetch,
 
     /// Refuse all changes with EROFS
     ///

@@ -7,7 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use super::comma_list::items;
-use crate::config::{OverlaySettings, OverlaySource, RafsSource, Source};
+use crate::config::{OverlaySettings, OverlaySource, Prefetch, RafsSource, Source};
 use crate::fs::overlay::XattrPrefix;
 use crate::fs::vfs::{MountPoint, MountPointError};
 
@@ -120,23 +120,42 @@ fn on_or_off(value: &[u8]) -> Result<bool, SourceError> {
     }
 }
 
-/// Parses `BOOTSTRAP,blobs=DIR[,cache-dir=DIR]`.
+/// Parses `BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]`.
 fn rafs(text: &OsStr) -> Result<RafsSource, SourceError> {
     let (mut bootstrap, mut blobs, mut cache_dir) = (None, None, None);
+    let mut prefetch = None;
     for item in items(text) {
         match setting(&item) {
             (b"blobs", value) => set(&mut blobs, "blobs=", path(value, "blobs=")?)?,
             (b"cache-dir", value) => {
                 set(&mut cache_dir, "cache-dir=", path(value, "cache-dir=")?)?;
             }
+            (b"prefetch", value) => {
+                let what = [
+                    (&b"none"[..], Prefetch::None),
+                    (b"named", Prefetch::Named),
+                    (b"all", Prefetch::All),
+                ];
+                let found = what.iter().find(|(name, _)| *name == value);
+                let (_, what) =
+                    found.ok_or_else(|| unknown(value, "prefetch=", "none, named and all"))?;
+                set(&mut prefetch, "prefetch=", *what)?;
+            }
             _ if bootstrap.is_none() => bootstrap = Some(path(&item, "rafs:")?),
-            _ => return Err(unknown(&item, "an image", "blobs= and cache-dir=")),
+            _ => {
+                return Err(unknown(
+                    &item,
+                    "an image",
+                    "blobs=, cache-dir= and prefetch=",
+                ));
+            }
         }
     }
     image(
         bootstrap.ok_or(SourceError::NoPath("rafs:"))?,
         blobs.ok_or(SourceError::NoPath("blobs="))?,
         cache_dir,
+        prefetch.unwrap_or_default(),
     )
 }
 
@@ -145,12 +164,14 @@ pub(super) fn image(
     bootstrap: PathBuf,
     blobs: PathBuf,
     cache_dir: Option<PathBuf>,
+    prefetch: Prefetch,
 ) -> Result<RafsSource, SourceError> {
     if cfg!(feature = "nydus") {
         Ok(RafsSource {
             bootstrap,
             blobs,
             cache_dir,
+            prefetch,
         })
     } else {
         Err(SourceError::NoImages)
@@ -278,12 +299,13 @@ mod tests {
 
     #[test]
     fn image_names_bootstrap_and_blobs() {
-        let read = mount("/i=rafs:/boot,blobs=/blobs,cache-dir=/cache");
+        let read = mount("/i=rafs:/boot,blobs=/blobs,cache-dir=/cache,prefetch=all");
         if cfg!(feature = "nydus") {
             let image = RafsSource {
                 bootstrap: "/boot".into(),
                 blobs: "/blobs".into(),
                 cache_dir: Some("/cache".into()),
+                prefetch: Prefetch::All,
             };
             assert_eq!(read, Ok(("/i".to_owned(), Source::Rafs(image))));
         } else {

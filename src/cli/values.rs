@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use log::LevelFilter;
 
+use crate::config::Prefetch;
 use crate::fs::passthrough::{Cache, InodeFileHandles, MigrationMode, OnMigrationError};
 use crate::fuse::Wanted;
 use crate::io::Choice;
@@ -29,6 +30,11 @@ macro_rules! spellings {
 }
 
 spellings! {
+    Prefetch {
+        None = "none",
+        Named = "named",
+        All = "all",
+    }
     Cache {
         Never = "never" | "none",
         Metadata = "metadata",

@@ -12,6 +12,8 @@ mod open_file;
 pub mod overlay;
 pub mod passthrough;
 pub(crate) mod permissions;
+#[cfg(feature = "nydus")]
+pub mod rafs;
 mod replay;
 pub mod vfs;
 pub mod waiting;

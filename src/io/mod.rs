@@ -5,6 +5,8 @@
 //! the operation, never borrowed.
 
 mod buffer;
+#[cfg(feature = "nydus")]
+mod collector;
 mod descriptor;
 mod engine;
 mod event;
@@ -17,6 +19,8 @@ mod vectored;
 mod volatile_bufs;
 
 pub use buffer::{Guard, GuestBuffer};
+#[cfg(feature = "nydus")]
+pub(crate) use collector::Collector;
 pub use engine::thread_pool::run as blocking;
 pub use engine::{Engine, SyncKind, Transferred};
 pub use event::Event;

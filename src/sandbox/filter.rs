@@ -1,8 +1,7 @@
 //! The seccomp filter: the lists of `syscall_allowlist`, and the calls that are allowed only with
 //! certain arguments.
 //!
-//! The invariant: a filter applies to the thread that installs it and to all threads that this one
-//! starts, and is never removed.
+//! The invariant: a filter applies to all threads of the process, and is never removed.
 
 use std::collections::BTreeMap;
 
@@ -130,12 +129,17 @@ const CONDITIONS: &[(libc::c_long, u8, Condition)] = &[
 
 impl Filter {
     /// Compiles the filter for an `engine`; `file_handles` says whether files may be opened by
-    /// handle.
+    /// handle, and `images` whether an image may be served.
     ///
     /// # Errors
     ///
     /// The processor's architecture isn't supported.
-    pub fn new(action: Seccomp, engine: Engine, file_handles: bool) -> Result<Self, FilterError> {
+    pub fn new(
+        action: Seccomp,
+        engine: Engine,
+        file_handles: bool,
+        images: bool,
+    ) -> Result<Self, FilterError> {
         let default = match action {
             Seccomp::Kill => SeccompAction::KillProcess,
             Seccomp::Log => SeccompAction::Log,
@@ -157,7 +161,14 @@ impl Filter {
         } else {
             &[]
         };
-        let lists = syscall_allowlist::ALWAYS.iter().chain([&uring, &handles]);
+        let images: &[_] = if images {
+            syscall_allowlist::IMAGES
+        } else {
+            &[]
+        };
+        let lists = syscall_allowlist::ALWAYS
+            .iter()
+            .chain([&uring, &handles, &images]);
         for call in lists.copied().flatten() {
             rules.insert(*call, Vec::new());
         }
@@ -185,7 +196,7 @@ impl Filter {
         Ok(Self { action, programs })
     }
 
-    /// Installs the filter for the calling thread and all threads that it starts.
+    /// Installs the filter for all threads of the process: a file system may have some already.
     ///
     /// # Errors
     ///
@@ -196,7 +207,7 @@ impl Filter {
         }
         // Once the last one is installed, no other can be.
         for program in &self.programs {
-            seccompiler::apply_filter(program).map_err(FilterError::Install)?;
+            seccompiler::apply_filter_all_threads(program).map_err(FilterError::Install)?;
         }
         Ok(())
     }
@@ -226,10 +237,11 @@ mod tests {
 
     #[test]
     fn each_call_is_listed_once() {
-        let lists = syscall_allowlist::ALWAYS
-            .iter()
-            .copied()
-            .chain([syscall_allowlist::URING, syscall_allowlist::HANDLES]);
+        let lists = syscall_allowlist::ALWAYS.iter().copied().chain([
+            syscall_allowlist::URING,
+            syscall_allowlist::HANDLES,
+            syscall_allowlist::IMAGES,
+        ]);
         let mut all: Vec<_> = lists.flatten().copied().collect();
         all.extend(CONDITIONS.iter().map(|(call, ..)| *call));
         let count = all.len();
@@ -241,13 +253,15 @@ mod tests {
 
     #[test]
     fn each_engine_has_its_filter() {
-        let length = |engine, handles| {
-            let filter = Filter::new(Seccomp::Kill, engine, handles).unwrap();
+        let length = |engine, handles, images| {
+            let filter = Filter::new(Seccomp::Kill, engine, handles, images).unwrap();
             filter.programs[1].len()
         };
-        assert!(length(Engine::Uring, false) > length(Engine::ThreadPool, false));
-        assert!(length(Engine::ThreadPool, true) > length(Engine::ThreadPool, false));
-        let none = Filter::new(Seccomp::None, Engine::ThreadPool, true).unwrap();
+        let least = length(Engine::ThreadPool, false, false);
+        assert!(length(Engine::Uring, false, false) > least);
+        assert!(length(Engine::ThreadPool, true, false) > least);
+        assert!(length(Engine::ThreadPool, false, true) > least);
+        let none = Filter::new(Seccomp::None, Engine::ThreadPool, true, true).unwrap();
         assert!(none.programs.is_empty());
     }
 }

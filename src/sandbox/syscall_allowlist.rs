@@ -141,3 +141,6 @@ pub(super) const URING: &[libc::c_long] = &[
 
 /// Opens files by handle.
 pub(super) const HANDLES: &[libc::c_long] = &[libc::SYS_open_by_handle_at];
+
+/// Reads the cache of an image that has no digests in its blobs (`nydus-storage`).
+pub(super) const IMAGES: &[libc::c_long] = &[libc::SYS_preadv];

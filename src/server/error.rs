@@ -46,6 +46,14 @@ pub enum ServerError {
     /// What is to be served is a kind of file system that this build doesn't have.
     #[error("{0} isn't built in")]
     NotBuiltIn(&'static str),
+    /// No cache can be made for an image.
+    #[error("making a temporary cache {path} (TMPDIR says where, --cache-dir does without)")]
+    Cache {
+        /// Which directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// An overlay can't be served.
     #[error(transparent)]
     Overlay(#[from] OverlayError),

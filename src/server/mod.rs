@@ -13,6 +13,7 @@ mod parent_process;
 mod pid_file;
 mod service;
 mod sources;
+mod temporary_cache;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -40,6 +41,7 @@ pub use self::service::{Exit, Service, ServiceOptions};
 
 use self::file_system::{Built, Entered};
 use self::pid_file::PidFile;
+use self::temporary_cache::TemporaryCache;
 
 /// Which of the two processes this is.
 #[derive(Debug)]
@@ -77,6 +79,7 @@ struct ServerResources {
     pid_file: Option<PidFile>,
     manager: ServiceManager,
     layer: Layer,
+    caches: Vec<TemporaryCache>,
 }
 
 impl Server {
@@ -124,6 +127,7 @@ impl Server {
                 resources.listener.into_file(),
                 resources.pid_file,
                 resources.manager,
+                resources.caches,
             ))),
             ForkResult::Serving(process) => {
                 resources.serve(process).map(Box::new).map(Started::Serving)
@@ -191,7 +195,7 @@ impl Server {
 }
 
 impl ServerResources {
-    fn new(config: Config, layer: Layer, manager: ServiceManager) -> Result<Self, ServerError> {
+    fn new(mut config: Config, layer: Layer, manager: ServiceManager) -> Result<Self, ServerError> {
         let group = config.socket_group.clone();
         let passed = match &config.listen {
             Listen::Path(path) => recovery::passed_listener(path)?,
@@ -246,6 +250,7 @@ impl ServerResources {
         let listener = listen()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
+        let caches = TemporaryCache::make_for(&mut config.source)?;
         Ok(Self {
             listener,
             config,
@@ -254,6 +259,7 @@ impl ServerResources {
             pid_file,
             manager,
             layer,
+            caches,
         })
     }
 }
@@ -264,6 +270,7 @@ impl Resources for ServerResources {
 
     fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
         self.listener.leave_file();
+        self.caches.drain(..).for_each(TemporaryCache::leave);
         let config = self.config;
         let limits = table_limits(&config);
         let (supervised, restarted) = (process.is_supervised(), process.is_restarted());
@@ -290,7 +297,12 @@ impl Resources for ServerResources {
         };
         let Built { fs, table } = file_system::build(&config, entered, opened)?;
         let action = config.sandbox.seccomp;
-        let filter = Filter::new(action, self.runtime.engine, place.file_handles)?;
+        let filter = Filter::new(
+            action,
+            self.runtime.engine,
+            place.file_handles,
+            config.source.has_image(),
+        )?;
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,

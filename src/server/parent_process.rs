@@ -7,6 +7,7 @@
 use std::os::fd::BorrowedFd;
 
 use super::pid_file::PidFile;
+use super::temporary_cache::TemporaryCache;
 use super::{Server, ServerError, ServerResources, Started};
 use crate::recovery::{
     ExecHandover, Forked, RecoveryError, ServiceManager, Silence, Supervision, TableLocation,
@@ -26,6 +27,7 @@ enum Role {
         guardian: Guardian,
         _socket: Option<SocketFile>,
         _pid_file: Option<PidFile>,
+        _caches: Vec<TemporaryCache>,
         manager: ServiceManager,
     },
     Supervising(Box<Supervision<ServerResources>>),
@@ -37,11 +39,13 @@ impl ParentProcess {
         socket: Option<SocketFile>,
         pid_file: Option<PidFile>,
         manager: ServiceManager,
+        caches: Vec<TemporaryCache>,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
             _socket: socket,
             _pid_file: pid_file,
+            _caches: caches,
             manager,
         })
     }
@@ -73,6 +77,7 @@ impl ParentProcess {
             manager: ServiceManager::from_environment(),
             layer,
             pid_file: fds.pid_file.map(PidFile::left),
+            caches: Vec::new(),
         };
         Supervision::take_over(resources, &sandbox, log, passed_on).map(Started::of)
     }

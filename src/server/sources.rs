@@ -37,6 +37,7 @@ pub(super) fn trees(source: &Source, readonly: bool) -> Vec<Tree> {
             bootstrap,
             blobs,
             cache_dir,
+            prefetch: _,
         }) => {
             let mut all = vec![Tree::of(bootstrap, true), Tree::of(blobs, true)];
             all.extend(cache_dir.as_ref().map(|path| Tree::of(path, false)));
@@ -58,6 +59,7 @@ pub(super) fn check(source: &Source) -> Result<(), ServerError> {
             bootstrap,
             blobs,
             cache_dir,
+            prefetch: _,
         }) => {
             passthrough::check_shared(bootstrap)
                 .map_err(|error| ServerError::share(bootstrap, error))?;
@@ -139,7 +141,7 @@ impl Builder {
                 Ok(Arc::new(vfs))
             }
             Source::Overlay(overlay) => self.overlay(overlay),
-            Source::Rafs(_) => Err(ServerError::NotBuiltIn("--rafs")),
+            Source::Rafs(image) => self.image(image),
         }
     }
 
@@ -162,6 +164,41 @@ impl Builder {
         built
             .map(|(fs, _)| fs)
             .map_err(|error| ServerError::share(path, error))
+    }
+
+    #[cfg(feature = "nydus")]
+    fn image(&mut self, image: &RafsSource) -> Result<Arc<dyn FileSystem>, ServerError> {
+        use crate::config::Prefetch;
+        use crate::fs::rafs::{self, Places, Rafs, RafsOptions};
+
+        let reached = Places {
+            bootstrap: self.next()?.path,
+            blobs: self.next()?.path,
+            cache: self.next()?.path,
+        };
+        let named = Places {
+            bootstrap: image.bootstrap.clone(),
+            blobs: image.blobs.clone(),
+            cache: image.cache_dir.clone().unwrap_or_default(),
+        };
+        let options = RafsOptions {
+            reached,
+            named,
+            prefetch: match image.prefetch {
+                Prefetch::None => rafs::Prefetch::None,
+                Prefetch::Named => rafs::Prefetch::Named,
+                Prefetch::All => rafs::Prefetch::All,
+            },
+        };
+        let fs =
+            Rafs::open(&options).map_err(|error| ServerError::share(&image.bootstrap, error))?;
+        Ok(Arc::new(fs))
+    }
+
+    #[cfg(not(feature = "nydus"))]
+    #[allow(clippy::unused_self, reason = "the same call with the feature")]
+    fn image(&mut self, _: &RafsSource) -> Result<Arc<dyn FileSystem>, ServerError> {
+        Err(ServerError::NotBuiltIn("--rafs"))
     }
 
     /// The only path of the next tree.

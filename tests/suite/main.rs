@@ -41,6 +41,8 @@ mod options;
 mod permissions;
 mod pool;
 mod queues;
+#[cfg(feature = "nydus")]
+mod rafs;
 mod replies;
 mod sandbox;
 mod served;

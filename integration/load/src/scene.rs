@@ -98,6 +98,12 @@ fn open<G: Guest>(
         Ok(handle) => handle.fh,
         // The server needs no OPEN.
         Err(error) if error.errno() == Some(libc::ENOSYS) => 0,
+        // A read-only share, for the cases that only read.
+        Err(error)
+            if error.errno() == Some(libc::EROFS) && flags & libc::O_ACCMODE == libc::O_RDWR =>
+        {
+            return open(client, folder, name, flags & !libc::O_ACCMODE);
+        }
         Err(error) => return Err(error),
     };
     Ok(Open {

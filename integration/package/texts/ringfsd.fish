@@ -20,6 +20,9 @@ complete -c ringfsd -l overlay -d 'Share layers as one directory' -r
 complete -c ringfsd -l rafs -d 'Share a RAFS image (needs --blobs)' -r -F
 complete -c ringfsd -l blobs -d 'Directory of the image\'s data' -r -F
 complete -c ringfsd -l cache-dir -d 'Directory for decompressed data of the image' -r -F
+complete -c ringfsd -l rafs-prefetch -d 'Read files of the image in advance: none, named or all' -r -f -a "none\t''
+named\t''
+all\t''"
 complete -c ringfsd -l inode-file-handles -d 'Use file handles: never, prefer or mandatory' -r -f -a "never\t''
 prefer\t''
 mandatory\t''"
