@@ -107,6 +107,16 @@ impl Source {
             Self::Rafs(_) => "--rafs",
         }
     }
+
+    /// Whether its files are files of the host, which a VMM can map.
+    #[must_use]
+    pub fn can_be_mapped(&self) -> bool {
+        match self {
+            Self::Directory(_) => true,
+            Self::Vfs(mounts) => mounts.iter().all(|(_, source)| source.can_be_mapped()),
+            Self::Overlay(_) | Self::Rafs(_) => false,
+        }
+    }
 }
 
 /// How many descriptors the server may have open.

@@ -65,6 +65,8 @@ pub struct Device {
     pub tag: Option<Tag>,
     /// Request queues, without the high-priority queue.
     pub request_queues: NonZeroU16,
+    /// The size of the DAX window, bytes; 0 if there is none.
+    pub dax_window: u64,
 }
 
 impl Device {
@@ -96,6 +98,7 @@ mod tests {
         let device = Device {
             tag: Some("shared".parse().unwrap()),
             request_queues: NonZeroU16::new(4).unwrap(),
+            dax_window: 0,
         };
         let space = device.config_space();
         assert_eq!(&space[..7], b"shared\0");

@@ -16,6 +16,7 @@
 //! | [`scheduler`] | placement of tasks on threads; independent of virtio |
 //! | [`fuse`] | FUSE ABI, decoding, dispatch, replies; independent of virtio |
 //! | [`fs`] | the file system trait; the passthrough file system |
+//! | [`dax`] | the DAX window: its mappings, and the requests to the VMM for them |
 //! | [`io`] | asynchronous files and guest buffers, over io_uring and tokio |
 //! | [`state`] | the table of a session's state, in shared memory |
 //! | [`migration`] | the format of a migrated session, and its transfer over a pipe |
@@ -28,6 +29,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod dax;
 pub mod device;
 pub mod error_chain;
 pub mod fs;

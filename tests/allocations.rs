@@ -76,6 +76,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let device = Device {
         tag: None,
         request_queues: NonZeroU16::MIN,
+        dax_window: 0,
     };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();

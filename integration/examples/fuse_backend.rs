@@ -63,6 +63,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         device: Device {
             tag: Some("backend".parse()?),
             request_queues: NonZeroU16::new(2).ok_or(USAGE)?,
+            dax_window: 0,
         },
         workers: NonZeroUsize::new(2).ok_or(USAGE)?,
         runtime: Choice::Auto,

@@ -7,6 +7,7 @@
 mod caching;
 mod comma_list;
 mod connection;
+mod dax;
 mod extended_attributes;
 mod isolation;
 mod launcher;
@@ -18,6 +19,7 @@ mod recovery;
 mod resolve;
 mod seconds;
 mod sharing;
+mod size;
 mod sources;
 mod syslog;
 mod upgrade;
@@ -32,6 +34,7 @@ use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal
 
 pub use self::caching::Caching;
 pub use self::connection::Connection;
+pub use self::dax::{Dax, MarkedFiles};
 pub use self::extended_attributes::ExtendedAttributes;
 pub use self::isolation::Isolation;
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
@@ -77,6 +80,10 @@ pub struct Options {
     /// What the guest may cache.
     #[command(flatten)]
     pub caching: Caching,
+
+    /// Files that the guest maps.
+    #[command(flatten)]
+    pub dax: Dax,
 
     /// User and group ids.
     #[command(flatten)]

@@ -12,6 +12,7 @@ use super::sharing::Sharing;
 use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
+use crate::dax::DaxOptions;
 use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
@@ -230,6 +231,11 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             posix_locks: sharing.posix_locks,
             flock: sharing.flock,
             lock_wait_limit: sharing.lock_wait_limit,
+            dax: options.dax.dax_window.map(|window| DaxOptions {
+                window,
+                marked_from: options.dax.marked_from(),
+                writable: !sharing.readonly,
+            }),
             ..SessionOptions::default()
         },
     })
@@ -297,9 +303,16 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
     let unrecorded = "a session is recorded only for --shared-dir: use that, or omit the option";
     let one_root = "a root directory can't be made of several directories without mounts: use \
                     --sandbox namespace, or none where the launcher has its own sandbox";
+    let unmappable = "files of layers and images can't be mapped: only those of directories";
     let other = source.option();
     let mapped = "the attributes that describe layers have fixed names: omit it";
     refuse_first([
+        (
+            options.dax.dax_window.is_some() && !source.can_be_mapped(),
+            "--dax-window",
+            other,
+            unmappable,
+        ),
         (
             has_overlay(source) && options.extended_attributes.xattrmap.is_some(),
             "--xattrmap",
@@ -533,6 +546,25 @@ mod tests {
             "--killpriv-v2",
             "--xattrmap=:map:trusted.:user.guest.:"
         ]));
+    }
+
+    #[test]
+    fn window_needs_files_of_directories() {
+        let resolve = |source: &str| {
+            let arguments = ["ringfsd", "--fd=3", "--dax-window=8M", source];
+            Config::try_from(Options::try_parse_from(arguments).unwrap())
+        };
+        for source in ["--shared-dir=/d", "--vfs=/a=/d"] {
+            let dax = resolve(source).unwrap().share.session.dax.unwrap();
+            assert_eq!(
+                (dax.window, dax.marked_from, dax.writable),
+                (8 << 20, 1 << 20, true)
+            );
+        }
+        for source in ["--overlay=lower=/a:/b", "--vfs=/a=overlay:lower=/a:/b"] {
+            let refused = resolve(source).unwrap_err().to_string();
+            assert!(refused.starts_with("--dax-window"), "{refused}");
+        }
     }
 
     #[test]

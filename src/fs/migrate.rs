@@ -44,6 +44,15 @@ pub enum MoveError {
     /// The stream is malformed.
     #[error("decoding the state sent by the source")]
     Stream(#[from] StreamError),
+    /// The VMM has files mapped for the guest, which another VMM doesn't have.
+    #[error(
+        "the guest has {count} mappings in its DAX window, which can't be migrated: unmount the file \
+         system in the guest before, or mount it with -o dax=never"
+    )]
+    Mapped {
+        /// Their number.
+        count: usize,
+    },
     /// The guest uses features that this server doesn't offer.
     #[error(
         "the guest's session uses {missing}, which this server has not enabled: start it with the \

@@ -19,6 +19,7 @@ pub mod vfs;
 pub mod waiting;
 
 use std::ffi::CStr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -507,6 +508,16 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     }
     /// Releases all record locks of `owner` on a file. Called for FLUSH.
     fn end_locks(&self, _node: NodeId, _owner: LockOwner) {}
+    /// Whether files can be mapped by the VMM: [`open_to_map`](Self::open_to_map) is there.
+    fn maps_files(&self) -> bool {
+        false
+    }
+    /// For SETUPMAPPING: opens a regular file anew, for reading or, if `writable`, for reading and
+    /// writing, to be mapped by the VMM. The descriptor leaves the server, so it must give access to
+    /// nothing else. Called on a thread that may block.
+    fn open_to_map(&self, _node: NodeId, _writable: bool) -> Result<OwnedFd> {
+        Err(Errno::NODEV)
+    }
     /// For SYNCFS: a file on the file system that `node` is on.
     fn whole_file_system(&self, _node: NodeId) -> Result<OpenFile> {
         Err(Errno::NOSYS)

@@ -20,17 +20,20 @@ pub(super) struct Records {
     plus: bool,
     refused: Cell<bool>,
     submounts: bool,
+    /// As for [`entry_out`].
+    dax_from: Option<u64>,
 }
 
 impl Records {
     /// Reserves `limit` bytes for records, those of READDIRPLUS if `plus`.
-    pub(super) fn new(limit: usize, plus: bool) -> Self {
+    pub(super) fn new(limit: usize, plus: bool, dax_from: Option<u64>) -> Self {
         Self {
             bytes: Vec::with_capacity(limit),
             limit,
             plus,
             refused: Cell::new(false),
             submounts: false,
+            dax_from,
         }
     }
 
@@ -92,7 +95,9 @@ impl DirSink for Records {
         if self.plus {
             // Node id 0 means that nothing was looked up.
             self.submounts |= entry.is_some_and(|entry| entry.submount);
-            let out = entry.map(entry_out).unwrap_or_default();
+            let out = entry
+                .map(|entry| entry_out(entry, self.dax_from))
+                .unwrap_or_default();
             self.bytes.extend_from_slice(out.as_bytes());
         }
         let dirent = Dirent {

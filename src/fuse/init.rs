@@ -9,6 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::abi::{self, InitFlags, InitIn, InitOut};
+use crate::dax::{self, DaxOptions};
 
 /// The oldest supported minor version: that of Linux 4.18. The first kernel with virtio-fs, 5.4,
 /// has 31.
@@ -98,6 +99,8 @@ pub struct SessionOptions {
     pub posix_locks: bool,
     /// Locks on whole files (`flock(2)`) are sent to the server.
     pub flock: bool,
+    /// The DAX window, if there is one.
+    pub dax: Option<DaxOptions>,
     /// How long a request may wait for a lock; no limit if zero.
     pub lock_wait_limit: Duration,
     /// The guest may use idmapped mounts. Only for transports whose guests mount with
@@ -130,6 +133,7 @@ impl Default for SessionOptions {
             direct_io_mmap: false,
             posix_locks: false,
             flock: false,
+            dax: None,
             lock_wait_limit: Duration::ZERO,
             idmap: false,
         }
@@ -198,6 +202,7 @@ impl Negotiated {
             max_write: self.max_write,
             time_gran: 1,
             max_pages: self.max_pages,
+            map_alignment: map_alignment(self.flags),
             flags2,
             ..InitOut::default()
         }
@@ -285,6 +290,15 @@ pub(super) fn negotiate(
     }))
 }
 
+/// The alignment of mappings as INIT has it: the exponent of a power of two.
+fn map_alignment(flags: InitFlags) -> u16 {
+    if flags.contains(InitFlags::MAP_ALIGNMENT) {
+        u16::try_from(dax::page_size().trailing_zeros()).unwrap_or_default()
+    } else {
+        0
+    }
+}
+
 /// The reply to a guest with a newer major version, which looks only at the version.
 pub(super) fn our_version() -> InitOut {
     InitOut {
@@ -332,6 +346,8 @@ fn accepted_by_options(options: &SessionOptions) -> InitFlags {
         (options.posix_locks, InitFlags::POSIX_LOCKS),
         (options.flock, InitFlags::FLOCK_LOCKS),
         (options.idmap, InitFlags::ALLOW_IDMAP),
+        (options.dax.is_some(), InitFlags::MAP_ALIGNMENT),
+        (options.dax.is_some(), InitFlags::HAS_INODE_DAX),
     ]
     .into_iter()
     .filter(|(accepted_by_options, _)| *accepted_by_options)
@@ -488,6 +504,41 @@ mod tests {
             assert_eq!(flags.contains(InitFlags::ALLOW_IDMAP), agreed_on);
             // A guest that uses it can be taken over only where it is supported.
             assert_eq!(accepted(&options).contains(InitFlags::ALLOW_IDMAP), idmap);
+        }
+    }
+
+    #[test]
+    fn dax_is_negotiated_if_there_is_a_window() {
+        let flags = InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX;
+        let (low, high) = flags.halves();
+        let offered = InitIn {
+            flags: offer(41).flags | low,
+            flags2: offer(41).flags2 | high,
+            ..offer(41)
+        };
+        let nothing = InitIn {
+            flags: 0,
+            ..offer(31)
+        };
+        let dax = DaxOptions {
+            window: dax::RANGE,
+            marked_from: 0,
+            writable: true,
+        };
+        for (init, dax, agreed_on) in [
+            (&offered, Some(dax), true),
+            (&offered, None, false),
+            (&nothing, Some(dax), false),
+        ] {
+            let options = SessionOptions {
+                dax,
+                ..SessionOptions::default()
+            };
+            let negotiated = agreed(init, &options);
+            assert_eq!(negotiated.flags.contains(flags), agreed_on);
+            let alignment = negotiated.reply().map_alignment;
+            assert_eq!(1 << alignment == dax::page_size(), agreed_on);
+            assert_eq!(accepted(&options).contains(flags), dax.is_some());
         }
     }
 

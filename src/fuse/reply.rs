@@ -71,8 +71,9 @@ pub(super) fn send_filled<E: Transport>(transport: E, unique: u64, filled: usize
     transport.reply_filled(&header(unique, 0, filled), filled);
 }
 
-/// An inode, as LOOKUP returns it.
-pub(super) fn entry_out(entry: &Entry) -> EntryOut {
+/// An inode, as LOOKUP returns it. `dax_from` is the size from which files are marked for DAX, if
+/// they are.
+pub(super) fn entry_out(entry: &Entry, dax_from: Option<u64>) -> EntryOut {
     let attribute_ttl = attribute_ttl(&entry.attributes, entry.attribute_ttl);
     EntryOut {
         nodeid: entry.node.0,
@@ -85,7 +86,7 @@ pub(super) fn entry_out(entry: &Entry) -> EntryOut {
             flags: if entry.submount {
                 attr_flags::SUBMOUNT
             } else {
-                0
+                dax_flag(&entry.attributes, dax_from)
             },
             ..attr(&entry.attributes)
         },
@@ -101,14 +102,20 @@ pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
     }
 }
 
-/// Attributes, as GETATTR returns them.
-pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration)) -> AttrOut {
+/// Attributes, as GETATTR returns them. `dax_from` as for [`entry_out`].
+pub(super) fn attr_out(
+    (attributes, ttl): &(Attributes, Duration),
+    dax_from: Option<u64>,
+) -> AttrOut {
     let ttl = attribute_ttl(attributes, *ttl);
     AttrOut {
         attr_valid: ttl.as_secs(),
         attr_valid_nsec: ttl.subsec_nanos(),
         dummy: 0,
-        attr: attr(attributes),
+        attr: Attr {
+            flags: dax_flag(attributes, dax_from),
+            ..attr(attributes)
+        },
     }
 }
 
@@ -216,6 +223,16 @@ fn attribute_ttl(attributes: &Attributes, ttl: Duration) -> Duration {
     }
 }
 
+/// The flag by which a guest decides whether it maps a file.
+fn dax_flag(attributes: &Attributes, dax_from: Option<u64>) -> u32 {
+    let is_file = attributes.mode & libc::S_IFMT == libc::S_IFREG;
+    if is_file && dax_from.is_some_and(|from| attributes.size >= from) {
+        attr_flags::DAX
+    } else {
+        0
+    }
+}
+
 fn attr(from: &Attributes) -> Attr {
     Attr {
         ino: from.inode,
@@ -233,7 +250,7 @@ fn attr(from: &Attributes) -> Attr {
         gid: from.gid,
         rdev: from.rdev,
         blksize: from.block_size,
-        // No file is offered for DAX; `entry_out` sets the submount flag.
+        // `entry_out` and `attr_out` set them.
         flags: 0,
     }
 }

@@ -23,6 +23,17 @@ pub enum ServerError {
     /// The requested runtime isn't available.
     #[error("choosing the runtime")]
     Runtime(#[from] RuntimeError),
+    /// The session to resume has mappings outside of the window.
+    #[error(
+        "the session to resume has mappings up to byte {needed} of its DAX window, and --dax-window is \
+         {window}: start the server with the size that it had"
+    )]
+    Window {
+        /// Where the last mapping ends.
+        needed: u64,
+        /// The size of the window.
+        window: u64,
+    },
     /// The directory can't be shared.
     #[error("sharing {path}")]
     Share {

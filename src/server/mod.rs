@@ -31,7 +31,7 @@ use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
 };
 use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
-use crate::state::{Limits, StateError};
+use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
@@ -281,6 +281,7 @@ impl Resources for ServerResources {
         }
         let place = process.enter(&file_system::reach(&config), file_system::needs(&config))?;
         let opened = self.state.open(&limits, restarted)?;
+        check_window(&config, &opened.table)?;
         let has_waited = restarted && opened.table.is_announced();
         let left = if restarted {
             recovery::sort_leftovers(&opened.table, &place.descriptors)?
@@ -306,6 +307,7 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
+                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -351,6 +353,19 @@ impl Resources for ServerResources {
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {
         self.pid_file.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// Checks that the mappings which a guest has are within the window.
+fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
+    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let ends = table.mappings().into_iter().map(|record| {
+        let mapping = record.fields();
+        mapping.offset.saturating_add(mapping.len)
+    });
+    match ends.max() {
+        Some(needed) if needed > window => Err(ServerError::Window { needed, window }),
+        _ => Ok(()),
     }
 }
 

@@ -306,6 +306,7 @@ impl Service {
         if malformed != 0 {
             log::warn!("the guest has sent {malformed} malformed requests");
         }
+        pool.session().finish_mappings();
         pool.shutdown();
         match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
@@ -395,6 +396,11 @@ impl Runner for SessionWorkers<'_> {
 
     fn connected(&mut self, channel: Arc<dyn BackChannel>) {
         self.fs.connected(&channel);
+        self.pool.session().connected(&channel);
+    }
+
+    fn channel_opened(&mut self, resumed: bool) {
+        self.pool.session().channel_opened(!resumed);
     }
 
     fn resumed(&mut self) {

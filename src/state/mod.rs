@@ -17,6 +17,7 @@ mod handles;
 mod header;
 mod inodes;
 mod locks;
+mod mappings;
 mod slabs;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
+pub use self::mappings::{MappingFields, MappingRecord, MappingState};
 pub use self::thread_journal::{JournalEntry, PreviousEntry};
 
 use self::header::Layout;
@@ -297,6 +299,7 @@ impl Table {
         self.check_inodes()?;
         self.check_handles()?;
         self.check_locks()?;
+        self.check_mappings()?;
         // Blobs that no record refers to are freed.
         self.slabs.finish_claims(&self.words);
         Ok(())

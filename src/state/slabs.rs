@@ -25,6 +25,7 @@ pub(super) enum RecordKind {
     Inode,
     Handle,
     Lock,
+    Mapping,
     /// Blobs of this many words: names, file handles, ranges. One of `BLOB_SIZES`.
     Blob(usize),
 }
@@ -40,7 +41,7 @@ impl RecordKind {
 
     fn words(self) -> usize {
         match self {
-            Self::Inode | Self::Handle | Self::Lock => RECORD,
+            Self::Inode | Self::Handle | Self::Lock | Self::Mapping => RECORD,
             Self::Blob(words) => words,
         }
     }
@@ -56,6 +57,7 @@ impl RecordKind {
             Self::Inode => 1,
             Self::Handle => 2,
             Self::Lock => 3,
+            Self::Mapping => 4,
             Self::Blob(words) => 16 + words as u64,
         }
     }
@@ -65,6 +67,7 @@ impl RecordKind {
             1 => Some(Self::Inode),
             2 => Some(Self::Handle),
             3 => Some(Self::Lock),
+            4 => Some(Self::Mapping),
             blob => BLOB_SIZES
                 .into_iter()
                 .map(Self::Blob)
@@ -78,8 +81,9 @@ impl RecordKind {
             Self::Inode => 0,
             Self::Handle => 1,
             Self::Lock => 2,
+            Self::Mapping => 3,
             Self::Blob(words) => {
-                3 + BLOB_SIZES
+                4 + BLOB_SIZES
                     .iter()
                     .position(|size| *size == words)
                     .unwrap_or(0)
@@ -88,7 +92,7 @@ impl RecordKind {
     }
 }
 
-const LISTS: usize = 3 + BLOB_SIZES.len();
+const LISTS: usize = 4 + BLOB_SIZES.len();
 
 /// The first word of a slot.
 pub(super) fn word_of(slot: SlotRef) -> usize {

@@ -218,6 +218,11 @@ impl<R: Runner> Session<'_, R> {
                 let (asked, _, bytes) = config(body).map_err(SessionError::Protocol)?;
                 self.set_config(asked.offset, bytes);
             }
+            Request::GET_SHMEM_CONFIG => {
+                self.require(Feature::SHMEM)?;
+                empty(body)?;
+                return Ok(Answer::Body(self.get_shmem_config().as_slice().to_vec()));
+            }
             Request::SET_DEVICE_STATE_FD => {
                 let fd = one(fds).ok_or(ProtocolError::IncorrectFds)?;
                 let (direction, phase) = device_state(body)?;
@@ -325,6 +330,7 @@ fn has_reply(request: Request) -> bool {
             | Request::GET_MAX_MEM_SLOTS
             | Request::GET_VRING_BASE
             | Request::GET_CONFIG
+            | Request::GET_SHMEM_CONFIG
             | Request::GET_INFLIGHT_FD
             | Request::SET_LOG_BASE
             | Request::SET_DEVICE_STATE_FD

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostUserInflight, VhostUserLog, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserSingleMemoryRegion, VhostUserVringAddr,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSingleMemoryRegion,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 
 use super::Runner;
@@ -46,11 +46,14 @@ fn log_failure(error: &TransferError) {
 impl<R: Runner> Session<'_, R> {
     /// The protocol features that are offered.
     pub(super) fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        if self.runner.can_migrate() {
-            PROTOCOL_FEATURES
-        } else {
-            PROTOCOL_FEATURES.difference(VhostUserProtocolFeatures::DEVICE_STATE)
+        let mut features = PROTOCOL_FEATURES;
+        if !self.runner.can_migrate() {
+            features -= VhostUserProtocolFeatures::DEVICE_STATE;
         }
+        if self.device.dax_window != 0 {
+            features |= VhostUserProtocolFeatures::SHMEM;
+        }
+        features
     }
 
     pub(super) fn set_features(&mut self, accepted: u64) -> Result<(), SessionError> {
@@ -72,6 +75,14 @@ impl<R: Runner> Session<'_, R> {
         self.protocol = Some(accepted);
         self.channel.set_protocol_features(accepted);
         Ok(())
+    }
+
+    /// The sizes of the shared-memory regions: the DAX window is the only one.
+    pub(super) fn get_shmem_config(&self) -> VhostUserShMemConfig {
+        match self.device.dax_window {
+            0 => VhostUserShMemConfig::default(),
+            window => VhostUserShMemConfig::new(1, &[window]),
+        }
     }
 
     pub(super) fn set_backend_req_fd(&mut self, fd: &OwnedFd) -> Result<(), SessionError> {

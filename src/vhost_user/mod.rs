@@ -54,6 +54,10 @@ pub trait Runner {
     /// fail until the VMM has opened its side, and when the session has ended.
     fn connected(&mut self, _channel: Arc<dyn BackChannel>) {}
 
+    /// Called when requests can be sent on the channel: the VMM has opened its side, or, if
+    /// `resumed`, had opened it before another process continued the session.
+    fn channel_opened(&mut self, _resumed: bool) {}
+
     /// Reports that all queues run again that ran in the previous server process.
     fn resumed(&mut self) {}
 

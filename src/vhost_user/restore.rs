@@ -159,6 +159,9 @@ impl<R: Runner> Session<'_, R> {
         self.channel.set_protocol_features(protocol.unwrap_or(0));
         self.link = link.map(Arc::new);
         self.channel.connect(self.link.clone());
+        if self.link.is_some() {
+            self.runner.channel_opened(true);
+        }
         self.change_all(|session| {
             session.features_requested = *features_requested;
             session.features = *features;

@@ -354,6 +354,7 @@ impl<'a, R: Runner> Session<'a, R> {
     pub(super) fn saved(&mut self) {
         if std::mem::take(&mut self.opens_channel) {
             self.channel.connect(self.link.clone());
+            self.runner.channel_opened(false);
         }
     }
 

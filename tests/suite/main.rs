@@ -16,6 +16,7 @@
 mod compat;
 mod creation;
 mod data;
+mod dax;
 mod descriptors;
 mod diagnostics;
 mod documents;

@@ -55,6 +55,7 @@ pub(crate) fn serve(
         device: Device {
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
+            dax_window: 0,
         },
         workers: NonZeroUsize::new(workers).unwrap(),
         runtime,

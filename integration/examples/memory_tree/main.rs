@@ -71,6 +71,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         device: Device {
             tag: Some("memory".parse()?),
             request_queues: NonZeroU16::new(2).unwrap_or(NonZeroU16::MIN),
+            dax_window: 0,
         },
         workers: NonZeroUsize::new(2).unwrap_or(NonZeroUsize::MIN),
         runtime,

@@ -4,6 +4,7 @@
 //! the server's. What must hold is asserted; a panic is a finding. The invariant: an input always
 //! does the same, so that a finding can be reproduced.
 
+pub mod back_channel;
 pub mod count;
 pub mod decode;
 pub mod guest;
@@ -16,3 +17,4 @@ pub mod source;
 pub mod state;
 pub mod transport;
 pub mod vhost_user;
+pub mod window;

@@ -14,10 +14,12 @@
 
 use std::sync::Arc;
 
+use ringfsd::dax::DaxOptions;
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::passthrough::Passthrough;
 use ringfsd::fuse::{Outcome, Session, SessionOptions};
 use ringfsd::io::{Engine, Runtime, spawn};
+use ringfsd::state::{Limits, Table};
 use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
@@ -25,6 +27,7 @@ use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, de
 use crate::share::Share;
 use crate::source::Source;
 use crate::transport::OnChain;
+use crate::window::{Vmm, WINDOW};
 
 /// Requests on the ring at once.
 const BATCH: u16 = 16;
@@ -51,6 +54,8 @@ struct Scene {
     runtime: Runtime,
     fs: Arc<Passthrough>,
     share: Share,
+    /// Of the DAX window.
+    table: Arc<Table>,
 }
 
 impl Scene {
@@ -65,6 +70,12 @@ impl Scene {
             runtime: Runtime::new(Engine::ThreadPool).expect("a runtime"),
             fs: Arc::new(fs),
             share,
+            table: Table::for_this_process(&Limits {
+                inodes: 0,
+                handles: 0,
+                queues: 1,
+            })
+            .expect("a table"),
         }
     }
 }
@@ -85,9 +96,17 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
         cache_symlinks: flags & 4 != 0,
         kill_set_id: flags & 8 != 0,
         idmap: flags & 32 != 0,
+        dax: (flags & 64 != 0).then_some(DaxOptions {
+            window: WINDOW,
+            marked_from: 0,
+            writable: flags & 1 == 0,
+        }),
         ..SessionOptions::default()
     };
-    let session = Arc::new(Session::new(Arc::clone(&scene.fs), options));
+    let vmm = Arc::new(Vmm::new(if flags & 64 != 0 { source.u8() } else { 0 }));
+    let session = Session::new(Arc::clone(&scene.fs), options);
+    let session = Arc::new(session.remembering(Arc::clone(&scene.table)));
+    session.connected(&(Arc::clone(&vmm) as _));
     let mut queue = scene.guest.queue(Features {
         event_idx: flags & 16 != 0,
         indirect: true,
@@ -123,6 +142,8 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
         records.iter_mut().for_each(Record::vary);
     }
     session.reset();
+    session.finish_mappings();
+    assert_eq!(vmm.mappings(), 0, "mapped after the session");
     assert_eq!(scene.fs.open_handles(), 0, "open after the session");
     assert_eq!(scene.fs.known_inodes(), 1, "known after the session");
     assert_eq!(scene.fs.inode_descriptors(), 1);

@@ -12,12 +12,13 @@ use ringfsd::migration::stream::{
 fn main() -> std::io::Result<()> {
     let dir = std::env::args_os().nth(1);
     let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
-    let targets: [(&str, Seeds); 7] = [
+    let targets: [(&str, Seeds); 8] = [
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
         ("migration", migration()),
         ("vhost_user", vhost_user()),
+        ("back_channel", back_channel()),
         ("state", state()),
         ("session_snapshot", session_snapshot()),
     ];
@@ -242,8 +243,34 @@ fn sessions() -> Vec<(&'static str, Vec<Vec<u8>>)> {
     ]
     .concat();
     let read = words(&[0, 0, 0, 0, 0x800, 0, 0, 0, 0, 0], &[]);
+    let map = |at: u32, flags: u32| {
+        let range = [u32::MAX, u32::MAX, 0, 0, 0x20_0000, 0, flags, 0, at, 0];
+        record(48, 1, NONE, &words(&range, &[]))
+    };
     let lock = |kind: u32| words(&[0, 0, 1, 0, 0, 0, 0, 0, 99, 0, kind, 1, 0, 0], &[]);
     vec![
+        (
+            "mappings",
+            vec![
+                create(b"file\0"),
+                record(16, 1, 1, &write),
+                map(0, 2),
+                map(0x20_0000, 3),
+                map(0, 3),
+                map(0x10_0000, 2),
+                record(
+                    49,
+                    1,
+                    NONE,
+                    &words(
+                        &[2, 0, 0, 0x20_0000, 0],
+                        &words(&[0x20_0000, 0, 0x20_0000, 0], &[]),
+                    ),
+                ),
+                map(0, 2),
+                record(10, 0, NONE, b"file\0"),
+            ],
+        ),
         (
             "files",
             vec![
@@ -333,7 +360,15 @@ fn sessions() -> Vec<(&'static str, Vec<Vec<u8>>)> {
 }
 
 fn request() -> Seeds {
-    let session = |(name, records): (_, Vec<Vec<u8>>)| (name, [vec![3], records.concat()].concat());
+    let session = |(name, records): (_, Vec<Vec<u8>>)| {
+        // With a window, and what its VMM is like.
+        let how = if name == "mappings" {
+            vec![64, 0]
+        } else {
+            vec![3]
+        };
+        (name, [how, records.concat()].concat())
+    };
     sessions().into_iter().map(session).collect()
 }
 
@@ -390,5 +425,17 @@ fn vhost_user() -> Seeds {
     vec![
         ("session", [set_up.concat(), end.concat()].concat()),
         ("regions", [hello, add.concat()].concat()),
+    ]
+}
+
+/// Requests, threads; then for each request a right answer, or bytes.
+fn back_channel() -> Seeds {
+    vec![
+        (
+            "answered",
+            vec![6, 1, 0x81, 0, 0x81, 0, 0x81, 5, 0x81, 0, 0x81, 0],
+        ),
+        ("garbage", [&[3, 0, 0x81, 0, 20][..], &[0xff; 20]].concat()),
+        ("closed", vec![9, 2, 0x81, 0, 4, 9, 0, 0, 0]),
     ]
 }

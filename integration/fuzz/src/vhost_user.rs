@@ -189,6 +189,7 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
     let device = Device {
         tag: None,
         request_queues: std::num::NonZeroU16::MIN,
+        dax_window: 8 << 20,
     };
     let mut runner = Taking::default();
     let leave = std::sync::atomic::AtomicBool::new(false);
@@ -249,7 +250,7 @@ fn completed(request: u8, body: &[u8]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-fn send(to: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+pub(crate) fn send(to: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {

@@ -40,6 +40,11 @@ complete -c ringfsd -l attr-timeout -d 'How long the guest may rely on attribute
 complete -c ringfsd -l entry-timeout -d 'How long the guest may rely on a name' -r
 complete -c ringfsd -l negative-timeout -d 'How long the guest may rely on a name\'s absence' -r
 complete -c ringfsd -l max-spare-files -d 'Closed files to keep open for reuse' -r
+complete -c ringfsd -l dax-window -d 'Size of the window in which the guest maps files (DAX)' -r
+complete -c ringfsd -l dax -d 'What the guest maps: always, inode or never' -r -f -a "always\t'All regular files'
+inode\t'Those that are large enough'
+never\t'None'"
+complete -c ringfsd -l dax-min-size -d 'Size from which a file is mapped with --dax inode' -r
 complete -c ringfsd -l translate-uid -d 'Translate user ids between guest and host' -r
 complete -c ringfsd -l translate-gid -d 'Translate group ids between guest and host' -r
 complete -c ringfsd -l xattrmap -d 'Store extended attributes under other names' -r

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The rooms, each of which uses only those above it: [`event`], [`memory`], [`ring`],
-//! [`connection`], [`session`] with [`profile`], [`fuse`].
+//! [`connection`], [`window`], [`session`] with [`profile`], [`fuse`].
 
 #![deny(missing_docs)]
 
@@ -29,6 +29,7 @@ pub mod memory;
 pub mod profile;
 pub mod ring;
 pub mod session;
+pub mod window;
 
 pub use connection::Connection;
 pub use error_chain::error_chain;
@@ -37,3 +38,4 @@ pub use memory::{Buf, Gpa, Memory, Region};
 pub use profile::Profile;
 pub use ring::Queue;
 pub use session::{Options, Session};
+pub use window::Window;

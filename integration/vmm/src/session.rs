@@ -235,6 +235,9 @@ impl Session {
             self.connection.set_protocol_features(protocol_features)?;
         }
         self.connection.set_need_reply(true);
+        if self.connection.has(protocol::BACKEND_REQ) {
+            self.backend = Some(self.connection.set_backend_req_fd()?);
+        }
         let bases: Vec<_> = self.queues.iter().map(Queue::avail_idx).collect();
         Profile::CloudHypervisor.activate(self, &bases)
     }

@@ -6,6 +6,7 @@
 //! The invariant: an operation that changes something first checks that the share is writable.
 
 use std::ffi::CStr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -279,6 +280,14 @@ impl FileSystem for Passthrough {
         self.ops
             .file_of(node, handle, HandleKind::File, true)
             .map(OpenFile::Host)
+    }
+
+    fn maps_files(&self) -> bool {
+        true
+    }
+
+    fn open_to_map(&self, node: NodeId, writable: bool) -> Result<OwnedFd> {
+        self.ops.open_to_map(node, writable)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {

@@ -5,6 +5,7 @@
 //! all file systems (`ENOSYS`) is returned only where all of them would return it.
 
 use std::ffi::CStr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -470,6 +471,18 @@ impl FileSystem for Vfs {
         let table = self.table()?;
         let at = at(&table, node, Errno::NOTTY)?;
         at.fs.set_extended_inode_flags(at.node, handle, flags)
+    }
+
+    fn maps_files(&self) -> bool {
+        self.shards.get().all().all(|mount| mount.fs.maps_files())
+    }
+
+    fn open_to_map(&self, node: NodeId, writable: bool) -> Result<OwnedFd> {
+        let table = self.table()?;
+        match table.resolve(node)? {
+            Target::Point(_) => Err(Errno::ISDIR),
+            Target::Node(at) => at.fs.open_to_map(at.node, writable),
+        }
     }
 
     fn statfs(&self, node: NodeId) -> Result<Statistics> {

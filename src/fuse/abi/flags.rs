@@ -289,6 +289,14 @@ pub mod ioctl_flags {
     pub const UNRESTRICTED: u32 = 1 << 1;
 }
 
+/// Flags of SETUPMAPPING.
+pub mod setupmapping_flags {
+    /// The guest is going to write to the mapping.
+    pub const WRITE: u64 = 1;
+    /// The guest is going to read from it.
+    pub const READ: u64 = 1 << 1;
+}
+
 /// Flags of attributes.
 pub mod attr_flags {
     /// The root of a submount.

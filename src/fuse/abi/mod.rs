@@ -10,7 +10,7 @@ mod structures;
 
 pub use flags::{
     InitFlags, attr_flags, fsync_flags, getattr_flags, ioctl_flags, lk_flags, open_flags,
-    open_reply_flags, setattr_valid, setxattr_flags, write_flags,
+    open_reply_flags, setattr_valid, setupmapping_flags, setxattr_flags, write_flags,
 };
 pub use opcode::{Arguments, Guard, Handler, Opcode, ReplayClass, Row, UNKNOWN};
 pub use structures::{

@@ -28,6 +28,8 @@ pub enum Arguments {
     XattrValue,
     /// Nodes to forget.
     Forgets,
+    /// Ranges of the DAX window.
+    Ranges,
     /// The structure of WRITE; the data are not decoded.
     Write,
 }
@@ -84,6 +86,8 @@ pub enum Handler {
     Data,
     /// A lock, if locks were negotiated.
     Lock,
+    /// A mapping in the DAX window, if there is one.
+    Mapping,
     /// None: `ENOSYS`.
     Unserved,
 }
@@ -250,9 +254,9 @@ opcodes! {
     /// Copy between files.
     CopyFileRange = 47: Structure, [CopyFileRangeOut], Idempotent, Data;
     /// Map a range of a file into the DAX window.
-    Setupmapping = 48: Structure, [], Never, Unserved;
+    Setupmapping = 48: Structure, [], Idempotent, Mapping;
     /// Remove mappings from the DAX window.
-    Removemapping = 49: Structure, [], Never, Unserved;
+    Removemapping = 49: Ranges, [], Idempotent, Mapping;
     /// Sync the whole file system to disk.
     Syncfs = 50: Structure, [], Idempotent, Data;
     /// Create a file without a name.

@@ -4,7 +4,10 @@ use zerocopy::FromBytes;
 
 use super::arguments::{Arguments, extent, given, given_handle, id, node, offset, timestamp};
 use super::extensions::{EXTENSIONS_MAX, Extensions};
-use super::{Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Operation, Range, Request};
+use super::{
+    Copying, DecodeError, Fault, Forgets, Ioctl, Locking, Mapping, Operation, Range, Ranges,
+    Request,
+};
 use crate::fs::{Caller, Changes, Handle, Label, LockOwner, NewNode, NewTime, NodeId, XattrFlags};
 use crate::fuse::abi::{self, Handler, InHeader, InitFlags, Opcode, Row, UNKNOWN, setattr_valid};
 use crate::io::{Lock, LockKind, RecordLock, SyncKind, WriteMode};
@@ -22,6 +25,8 @@ const NAMES_MAX: usize = 8 * 1024;
 const SETXATTR_MAX: usize = size_of::<abi::SetxattrExtIn>() + 256 + XATTR_SIZE_MAX;
 /// Maximum length of the arguments of BATCH_FORGET: 65,535 nodes.
 const BATCH_FORGET_MAX: usize = 1024 * 1024;
+/// Maximum length of the arguments of REMOVEMAPPING. Linux sends at most a page.
+const RANGES_MAX: usize = 64 * 1024;
 /// More than the longest argument that is one structure.
 const STRUCTURE_MAX: usize = 128;
 
@@ -103,7 +108,7 @@ pub fn decode_as(bytes: &[u8], agreed: InitFlags) -> Result<Request<'_>, DecodeE
     // 0 does no harm, so it is among them.
     if matches!(
         row.handler,
-        Handler::Metadata | Handler::Data | Handler::Lock
+        Handler::Metadata | Handler::Data | Handler::Lock | Handler::Mapping
     ) {
         node(header.nodeid).map_err(failed)?;
     }
@@ -162,6 +167,7 @@ fn limit(header: &InHeader) -> Limit {
         abi::Arguments::XattrName => (NAMES_MAX, Some(Fault::XattrName)),
         abi::Arguments::XattrValue => (SETXATTR_MAX, Some(Fault::XattrValue)),
         abi::Arguments::Forgets => (BATCH_FORGET_MAX, Some(Fault::Length(header.len))),
+        abi::Arguments::Ranges => (RANGES_MAX, Some(Fault::Length(header.len))),
         abi::Arguments::Write => (size_of::<abi::WriteIn>(), None),
     };
     Limit { bytes, beyond }
@@ -531,11 +537,30 @@ fn operation(opcode: Opcode, mut body: Body<'_>) -> Result<Decoded<'_>, Fault> {
                 wide: opcode == Opcode::CopyFileRange64,
             })
         }
-        Opcode::Bmap
-        | Opcode::Poll
-        | Opcode::NotifyReply
-        | Opcode::Setupmapping
-        | Opcode::Removemapping => Operation::Unserved,
+        Opcode::Setupmapping => {
+            let args: abi::SetupmappingIn = arguments.take()?;
+            extent(args.foffset, args.len)?;
+            let known = abi::setupmapping_flags::READ | abi::setupmapping_flags::WRITE;
+            if args.flags & !known != 0 {
+                return Err(Fault::Value("flags"));
+            }
+            // Linux names no open file.
+            Operation::Setupmapping(Mapping {
+                file_offset: args.foffset,
+                offset: args.moffset,
+                len: args.len,
+                writable: args.flags & abi::setupmapping_flags::WRITE != 0,
+            })
+        }
+        Opcode::Removemapping => {
+            let count = arguments.take::<abi::RemovemappingIn>()?.count;
+            let len = usize::try_from(count)
+                .ok()
+                .and_then(|count| count.checked_mul(size_of::<abi::RemovemappingOne>()))
+                .ok_or(Fault::Truncated)?;
+            Operation::Removemapping(Ranges(arguments.bytes(len)?))
+        }
+        Opcode::Bmap | Opcode::Poll | Opcode::NotifyReply => Operation::Unserved,
     };
     Ok(Decoded {
         operation,

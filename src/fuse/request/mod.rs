@@ -20,7 +20,7 @@ use zerocopy::FromBytes;
 pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub use fault::{DecodeError, Fault};
 
-use super::abi::{ForgetOne, InitIn, Row};
+use super::abi::{ForgetOne, InitIn, RemovemappingOne, Row};
 use crate::fs::{
     Caller, Changes, Handle, InodeFlags, Label, LockOwner, NewNode, NodeId, XattrFlags,
 };
@@ -282,6 +282,10 @@ pub enum Operation<'a> {
     },
     /// COPY_FILE_RANGE and COPY_FILE_RANGE_64.
     CopyFileRange(Copying),
+    /// Map part of the request's node into the DAX window.
+    Setupmapping(Mapping),
+    /// Remove mappings from the DAX window.
+    Removemapping(Ranges<'a>),
     /// An operation that is not supported, or not in the protocol.
     Unserved,
 }
@@ -314,6 +318,19 @@ pub struct Copying {
     pub len: u64,
     /// Whether the reply holds a 64-bit count.
     pub wide: bool,
+}
+
+/// A mapping in the DAX window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Offset in the file.
+    pub file_offset: u64,
+    /// Offset in the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether the guest is going to write to it.
+    pub writable: bool,
 }
 
 /// The command of an IOCTL.
@@ -359,6 +376,22 @@ impl<'a> Forgets<'a> {
             let (one, behind) = ForgetOne::read_from_prefix(rest).ok()?;
             rest = behind;
             Some((NodeId(one.nodeid), one.nlookup))
+        })
+    }
+}
+
+/// The ranges of a REMOVEMAPPING.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranges<'a>(&'a [u8]);
+
+impl<'a> Ranges<'a> {
+    /// Offset in the window, and length, of each.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + 'a {
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let (one, behind) = RemovemappingOne::read_from_prefix(rest).ok()?;
+            rest = behind;
+            Some((one.moffset, one.len))
         })
     }
 }

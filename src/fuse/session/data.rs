@@ -84,6 +84,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
             | Operation::Removexattr { .. }
             | Operation::Access { .. }
             | Operation::Lseek { .. }
+            | Operation::Setupmapping(_)
+            | Operation::Removemapping(_)
             | Operation::Unserved => self.reply_now(transport, request.unique, Err(Errno::NOSYS)),
         }
     }

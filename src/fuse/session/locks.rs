@@ -103,6 +103,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
             | Operation::Fallocate { .. }
             | Operation::Lseek { .. }
             | Operation::CopyFileRange(_)
+            | Operation::Setupmapping(_)
+            | Operation::Removemapping(_)
             | Operation::Unserved => Err(Errno::NOSYS),
         };
         self.reply_now(transport, request.unique, answer)

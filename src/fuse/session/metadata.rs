@@ -27,9 +27,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let fs = &*self.fs;
         let (caller, node) = (&request.caller, request.node);
         let done = |()| Answer::Done;
+        let dax_from = self.dax_from();
         let entry = |entry: Entry| {
             self.warn_about_submounts(entry.submount);
-            Answer::Entry(entry_out(&entry))
+            Answer::Entry(entry_out(&entry, dax_from))
         };
         match request.operation {
             Operation::Lookup { name } => match fs.lookup(caller, node, name) {
@@ -45,12 +46,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 .map(|attributes| Answer::Statx(statx_out(&attributes))),
             Operation::Tmpfile { flags, new } => {
                 let (entry, opened) = fs.tmpfile(caller, node, flags, &new)?;
-                Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
+                Ok(Answer::Created(
+                    entry_out(&entry, dax_from),
+                    open_out(&opened),
+                ))
             }
             Operation::Ioctl { handle, ioctl } => self.ioctl(node, handle, ioctl, room),
             Operation::Getattr { handle } => fs
                 .getattr(caller, node, handle)
-                .map(|attributes| Answer::Attributes(attr_out(&attributes))),
+                .map(|attributes| Answer::Attributes(attr_out(&attributes, dax_from))),
             Operation::Setattr { handle, changes } => {
                 // With this flag, Linux drops the set-ID bits from the change that it makes before
                 // a write, `fallocate` or copy by a caller that may not keep them. What is left
@@ -61,7 +65,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     ..*caller
                 };
                 fs.setattr(&caller, node, handle, &changes)
-                    .map(|attributes| Answer::Attributes(attr_out(&attributes)))
+                    .map(|attributes| Answer::Attributes(attr_out(&attributes, dax_from)))
             }
             Operation::Readlink => match fs.readlink(caller, node)? {
                 target if target.len() > room => Err(Errno::NAMETOOLONG),
@@ -91,7 +95,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 .map(|opened| Answer::Opened(open_out(&opened))),
             Operation::Create { name, flags, new } => {
                 let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
-                Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
+                Ok(Answer::Created(
+                    entry_out(&entry, dax_from),
+                    open_out(&opened),
+                ))
             }
             Operation::Flush { handle, owner } => {
                 fs.flush_and_unlock(caller, node, handle, owner).map(done)
@@ -152,6 +159,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
             | Operation::Fsync { .. }
             | Operation::Fallocate { .. }
             | Operation::CopyFileRange(_)
+            | Operation::Setupmapping(_)
+            | Operation::Removemapping(_)
             | Operation::Syncfs
             | Operation::Getlk { .. }
             | Operation::Setlk(_)
@@ -191,7 +200,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             offset,
             size,
         } = range;
-        let mut records = Records::new(limited(size, room, READDIR_MAX), plus);
+        let mut records = Records::new(limited(size, room, READDIR_MAX), plus, self.dax_from());
         let node: NodeId = request.node;
         let result = self
             .fs

@@ -17,6 +17,10 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// See [`MoveError`].
     pub fn save(&self) -> Result<Vec<u8>, MoveError> {
         let _closed = self.barrier.close();
+        match self.mappings() {
+            0 => {}
+            count => return Err(MoveError::Mapped { count }),
+        }
         let mut snapshot = self.migrate()?.save()?;
         snapshot.agreement = self.negotiated().map(|negotiated| Agreement {
             minor: negotiated.minor,

@@ -10,6 +10,7 @@ mod blocking_locks;
 mod data;
 mod inode_flags;
 mod locks;
+mod mapping;
 mod metadata;
 mod migration;
 mod object_locks;
@@ -38,6 +39,7 @@ use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
 use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
+use crate::dax::Window;
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
 use crate::state::{Agreement as AgreementWords, Table};
 
@@ -92,12 +94,18 @@ pub struct Session<F: ?Sized> {
     submounts_warned: AtomicBool,
     /// Where the negotiated parameters are recorded for a process that takes over.
     table: Option<Arc<Table>>,
+    /// The DAX window, if there is one.
+    window: Option<Arc<Window>>,
     fs: Arc<F>,
 }
 
 impl<F: FileSystem + ?Sized> Session<F> {
     /// Creates a session that waits for INIT.
-    pub fn new(fs: Arc<F>, options: SessionOptions) -> Self {
+    pub fn new(fs: Arc<F>, mut options: SessionOptions) -> Self {
+        if options.dax.is_some() && !fs.maps_files() {
+            log::warn!("the files of this file system can't be mapped: there is no DAX");
+            options.dax = None;
+        }
         Self {
             options,
             ready: AtomicBool::new(false),
@@ -110,17 +118,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
             queues: OnceLock::new(),
             submounts_warned: AtomicBool::new(false),
             table: None,
+            window: None,
             fs,
         }
     }
 
-    /// Records the negotiated parameters in `table`. If the table has some already, the session
-    /// resumes with them.
+    /// Records the negotiated parameters and the mappings of the DAX window in `table`. If the table
+    /// has some already, the session resumes with them.
     #[must_use]
     pub fn remembering(mut self, table: Arc<Table>) -> Self {
         if let Some(agreement) = table.agreement() {
             self.agree(Negotiated::from_words(agreement));
         }
+        self.window = (self.options.dax.as_ref()).map(|dax| Window::new(dax, Arc::clone(&table)));
         self.table = Some(table);
         self
     }
@@ -163,6 +173,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     fn clear_agreement(&self, _closed: &ClosedBarrier<'_>) {
+        if let Some(window) = &self.window {
+            window.discard();
+        }
         self.ready.store(false, Ordering::Release);
         self.ended.fetch_add(1, Ordering::Relaxed);
         self.record_agreement(None);
@@ -260,6 +273,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         match handler {
             Handler::Data => self.data(transport, request),
             Handler::Lock => self.lock(transport, request),
+            Handler::Mapping => self.mapping(transport, request),
             Handler::Metadata if self.fs.may_block_at(request.node) => {
                 self.metadata_blocking(transport, request.unique, bytes)
             }
@@ -349,6 +363,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
             | Operation::Fallocate { .. }
             | Operation::Lseek { .. }
             | Operation::CopyFileRange(_)
+            | Operation::Setupmapping(_)
+            | Operation::Removemapping(_)
             | Operation::Unserved => {}
         }
     }
@@ -405,6 +421,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     | Operation::Fallocate { .. }
                     | Operation::Lseek { .. }
                     | Operation::CopyFileRange(_)
+                    | Operation::Setupmapping(_)
+                    | Operation::Removemapping(_)
                     | Operation::Unserved => Err(Errno::NOSYS),
                 });
         self.reply_now(transport, request.unique, answer)

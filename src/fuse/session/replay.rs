@@ -111,6 +111,8 @@ impl<'a> NameChange<'a> {
             | Operation::Fallocate { .. }
             | Operation::Lseek { .. }
             | Operation::CopyFileRange(_)
+            | Operation::Setupmapping(_)
+            | Operation::Removemapping(_)
             | Operation::Unserved => Self::None,
         }
     }
@@ -221,7 +223,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         };
         let entry = self.fs.lookup(&request.caller, request.node, name)?;
         if entry.node == old {
-            return Ok(Answer::Entry(entry_out(&entry)));
+            return Ok(Answer::Entry(entry_out(&entry, self.dax_from())));
         }
         self.fs.forget(entry.node, 1);
         Err(Errno::EXIST)
@@ -238,13 +240,16 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Result<Answer> {
         let entry = self.created_entry(request, new, intent, errno)?;
         let Operation::Create { flags, .. } = request.operation else {
-            return Ok(Answer::Entry(entry_out(&entry)));
+            return Ok(Answer::Entry(entry_out(&entry, self.dax_from())));
         };
         match self
             .fs
             .open(&request.caller, entry.node, flags & !CREATION_FLAGS)
         {
-            Ok(opened) => Ok(Answer::Created(entry_out(&entry), open_out(&opened))),
+            Ok(opened) => Ok(Answer::Created(
+                entry_out(&entry, self.dax_from()),
+                open_out(&opened),
+            )),
             Err(errno) => {
                 self.fs.forget(entry.node, 1);
                 Err(errno)

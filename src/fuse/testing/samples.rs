@@ -178,6 +178,27 @@ pub(in crate::fuse) fn samples() -> Vec<(Opcode, Vec<u8>)> {
         sample(Opcode::Lseek, &[seek.as_bytes()]),
         sample(Opcode::CopyFileRange, &[copy.as_bytes()]),
         sample(Opcode::CopyFileRange64, &[copy.as_bytes()]),
+        sample(
+            Opcode::Setupmapping,
+            &[abi::SetupmappingIn {
+                fh: u64::MAX,
+                flags: abi::setupmapping_flags::READ,
+                len: 0x20_0000,
+                ..Default::default()
+            }
+            .as_bytes()],
+        ),
+        sample(
+            Opcode::Removemapping,
+            &[
+                abi::RemovemappingIn { count: 1 }.as_bytes(),
+                abi::RemovemappingOne {
+                    moffset: 0,
+                    len: 0x20_0000,
+                }
+                .as_bytes(),
+            ],
+        ),
         sample(Opcode::Destroy, &[]),
     ]
 }

@@ -389,8 +389,6 @@ fn unknown_opcode_or_node_gets_errno(runtime: &str) {
         37,
         40,
         41,
-        48,
-        49,
         54,
         55,
         63,

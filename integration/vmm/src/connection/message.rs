@@ -210,6 +210,29 @@ pub struct MemoryRegion {
     pub mmap_offset: u64,
 }
 
+/// SHMEM_MAP and SHMEM_UNMAP, which the back end sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub struct MMap {
+    /// The region.
+    pub shmid: u8,
+    /// Unused.
+    pub padding: [u8; 7],
+    /// Where it begins in the file.
+    pub fd_offset: u64,
+    /// Where it begins in the region.
+    pub shm_offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// [`WRITABLE`](Self::WRITABLE) or 0.
+    pub flags: u64,
+}
+
+impl MMap {
+    /// The guest may write.
+    pub const WRITABLE: u64 = 1;
+}
+
 /// SET_LOG_BASE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]

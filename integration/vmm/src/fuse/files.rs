@@ -12,8 +12,8 @@ use zerocopy::IntoBytes;
 use super::requests::{Call, Pending};
 use super::wire::{
     CopyFileRangeIn, CopyFileRangeOut, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, FsyncIn,
-    InterruptIn, LkIn, LkOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn, WriteIn,
-    WriteOut, opcode, request_flag,
+    InterruptIn, LkIn, LkOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
+    SETUPMAPPING_READ, SETUPMAPPING_WRITE, SetupmappingIn, WriteIn, WriteOut, opcode, request_flag,
 };
 use super::{Client, FuseError, Guest};
 
@@ -170,6 +170,52 @@ impl<G: Guest> Client<G> {
             padding: 0,
         };
         self.done(Call::new(opcode::FALLOCATE, nodeid).arg(asked.as_bytes()))
+    }
+
+    /// SETUPMAPPING of `len` bytes from `file_offset` on at `window_offset`, as Linux asks: for
+    /// reading, and for writing too if `writable`.
+    pub fn setup_mapping(
+        &mut self,
+        nodeid: u64,
+        (file_offset, len): (u64, u64),
+        window_offset: u64,
+        writable: bool,
+    ) -> Result<(), FuseError> {
+        let pending = self.submit_mapping(nodeid, (file_offset, len), window_offset, writable)?;
+        self.collect(pending)?;
+        Ok(())
+    }
+
+    /// As [`setup_mapping`](Self::setup_mapping), without waiting for the reply.
+    pub fn submit_mapping(
+        &mut self,
+        nodeid: u64,
+        (file_offset, len): (u64, u64),
+        window_offset: u64,
+        writable: bool,
+    ) -> Result<Pending, FuseError> {
+        let write = if writable { SETUPMAPPING_WRITE } else { 0 };
+        let asked = SetupmappingIn {
+            fh: u64::MAX,
+            foffset: file_offset,
+            len,
+            flags: SETUPMAPPING_READ | write,
+            moffset: window_offset,
+        };
+        let call = Call::new(opcode::SETUPMAPPING, nodeid).arg(asked.as_bytes());
+        self.submit(call.reply(0))
+    }
+
+    /// REMOVEMAPPING of ranges of the window.
+    pub fn remove_mappings(&mut self, nodeid: u64, ranges: &[(u64, u64)]) -> Result<(), FuseError> {
+        let count = u32::try_from(ranges.len()).unwrap_or(u32::MAX);
+        let ones = ranges.iter().flat_map(|(moffset, len)| [*moffset, *len]);
+        let ones: Vec<u64> = ones.collect();
+        let call = Call::new(opcode::REMOVEMAPPING, nodeid)
+            .arg(count.as_bytes())
+            .arg(ones.as_bytes());
+        self.request(call.reply(0))?;
+        Ok(())
     }
 
     /// LSEEK, with `whence` as `lseek` has it. Returns the offset found.

@@ -240,6 +240,15 @@ pub mod init {
     pub const REQUEST_TIMEOUT: u64 = 1 << 42;
 }
 
+/// Flag of SETUPMAPPING: the guest is going to write.
+pub const SETUPMAPPING_WRITE: u64 = 1;
+
+/// Flag of SETUPMAPPING: the guest is going to read.
+pub const SETUPMAPPING_READ: u64 = 1 << 1;
+
+/// Flag of attributes: the guest maps the file.
+pub const ATTR_DAX: u32 = 1 << 1;
+
 /// Bits of `SetattrIn::valid`.
 pub mod setattr {
     pub const MODE: u32 = 1 << 0;

@@ -85,6 +85,9 @@ impl Profile {
         if agreed.connection.has(protocol::CONFIG) {
             agreed.config = Some(agreed.connection.get_fs_config()?);
         }
+        if agreed.connection.has(protocol::SHMEM) {
+            agreed.shared_memory = agreed.connection.get_shmem_config()?;
+        }
         if agreed.connection.has(protocol::BACKEND_REQ) {
             agreed.backend = Some(agreed.connection.set_backend_req_fd()?);
         }

@@ -97,7 +97,7 @@ impl Options {
     }
 
     /// Whether Dragonball has a cache window, for which it asks for a socket for the back end's
-    /// requests.
+    /// requests, or whether `Simple` has shared memory. crosvm always asks for it.
     #[must_use]
     pub fn dax_window(mut self, on: bool) -> Self {
         self.dax_window = on;
@@ -130,6 +130,9 @@ impl Options {
         let dax = match profile {
             Profile::Dragonball if self.dax_window => {
                 protocol::BACKEND_REQ | protocol::BACKEND_SEND_FD
+            }
+            Profile::Simple if self.dax_window => {
+                protocol::BACKEND_REQ | protocol::BACKEND_SEND_FD | protocol::SHMEM
             }
             _ => 0,
         };

@@ -109,6 +109,19 @@ impl Operations {
         self.opened_as(node, file, flags, HandleKind::File)
     }
 
+    /// Opens a regular file for a mapping of the VMM.
+    pub(crate) fn open_to_map(&self, node: NodeId, writable: bool) -> Result<OwnedFd> {
+        let inode = self.regular(node)?;
+        if writable {
+            self.fds.writable()?;
+            self.fds
+                .open_appendable(&inode, OFlags::RDWR | OFlags::NOCTTY, false)
+        } else {
+            self.fds
+                .open_for_reading(&inode, OFlags::RDONLY | OFlags::NOCTTY)
+        }
+    }
+
     /// Adds an open file to the handles: `entry`, whose lookup is counted already, and `fd`, which
     /// was opened with `flags`.
     pub(crate) fn opened_entry(

@@ -222,9 +222,15 @@ fn every_sample_is_served_and_counted() {
         let ending = serve_any(&guest, bytes, ROOM);
         assert_ne!(ending, Ending::Dropped);
         if let Ending::Reply(_) | Ending::Filled(..) = ending {
-            let by_option = [Opcode::Getlk, Opcode::Setlk, Opcode::Setlkw];
+            let by_option = [
+                Opcode::Getlk,
+                Opcode::Setlk,
+                Opcode::Setlkw,
+                Opcode::Setupmapping,
+                Opcode::Removemapping,
+            ];
             let not_by_this_file_system = [Opcode::Statx, Opcode::Tmpfile, Opcode::Syncfs];
-            let unserved = [by_option, not_by_this_file_system]
+            let unserved = [&by_option[..], &not_by_this_file_system[..]]
                 .concat()
                 .contains(&opcode);
             assert_eq!(ending.errno() == libc::ENOSYS, unserved, "{opcode:?}");
