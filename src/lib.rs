@@ -9,6 +9,7 @@
 //! | [`recovery`] | supervision, handover to another program, the `--state` file |
 //! | [`config`] | the resolved configuration |
 //! | [`vhost_user`] | the listening socket; one vhost-user session |
+//! | [`embed`] | the device in the process of its VMM |
 //! | [`device`] | the virtio-fs device: features, configuration space |
 //! | [`worker`] | worker threads, their runtimes and event loop |
 //! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
@@ -29,6 +30,7 @@
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod embed;
 pub mod error_chain;
 pub mod fs;
 pub mod fuse;
