@@ -3,7 +3,7 @@
 //! A [`VirtioFs`] serves a file system on the virtqueues of a guest whose memory the process has
 //! mapped, with threads of its own. The VMM keeps the transport: registers, interrupts, and the
 //! addresses of the rings. Guest memory is any [`vm_memory::GuestMemory`], mapped from files or
-//! anonymously; ring addresses are guest-physical. With the feature `rust-vmm` the queues of
+//! anonymously, or [raw addresses](Memory::from_raw_regions); ring addresses are guest-physical. With the feature `rust-vmm` the queues of
 //! `virtio-queue` and the eventfds of `vmm-sys-util` convert to and from the types here, and
 //! `VhostUserDevice` runs in the daemon of `vhost-user-backend`.
 //!
@@ -111,6 +111,6 @@ pub use self::vring::DirectVring;
 
 pub use crate::device::{BackChannel, CONFIG_LEN, Tag, TagError};
 pub use crate::fuse::SessionOptions;
-pub use crate::guest_memory::{GuestAddress, Memory, MemoryError};
+pub use crate::guest_memory::{ChangeLog, GuestAddress, Memory, MemoryError};
 pub use crate::io::Choice;
 pub use crate::virtqueue::Call;

@@ -28,7 +28,7 @@ impl Borrowed {
     ///
     /// # Safety
     ///
-    /// As the summary says: `guard` owns what the slice was borrowed from.
+    /// `guard` owns what the slice was borrowed from.
     pub(super) unsafe fn new<B: BitmapSlice>(
         slice: &VolatileSlice<'_, B>,
         guard: Arc<dyn Send + Sync>,
@@ -36,6 +36,19 @@ impl Borrowed {
         Self {
             start: slice.ptr_guard_mut().as_ptr(),
             len: slice.len(),
+            _guard: guard,
+        }
+    }
+
+    /// The `len` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// They are mapped for reading and writing, without a reference to them, as long as `guard` exists.
+    pub(super) unsafe fn from_raw(start: *mut u8, len: usize, guard: Arc<dyn Send + Sync>) -> Self {
+        Self {
+            start,
+            len,
             _guard: guard,
         }
     }

@@ -39,6 +39,7 @@ mod tests;
 #[cfg(not(ringfsd_loom))]
 mod window;
 
+pub use self::change_log::ChangeLog;
 pub use self::dirty_log::{DirtyLog, LOG_PAGE};
 pub use self::error::MemoryError;
 pub use self::region::{Region, RegionDescription};

@@ -56,6 +56,39 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// Guest memory that the caller has mapped, from its addresses: each region is the guest's address,
+    /// the address in this process, and the length in bytes. For a VMM whose `vm-memory` is another
+    /// version than [`of`](Self::of) takes, or that has none. `guard` is kept until the last request
+    /// that uses the memory has ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a region is empty or wraps around, if two overlap, or if there are too many.
+    ///
+    /// # Safety
+    ///
+    /// As long as `guard` exists, all regions are mapped for reading and writing, and no Rust reference
+    /// to them exists.
+    pub unsafe fn from_raw_regions(
+        regions: impl IntoIterator<Item = (GuestAddress, *mut u8, usize)>,
+        guard: Arc<dyn Send + Sync>,
+    ) -> Result<Self, MemoryError> {
+        let regions = regions.into_iter().map(|(guest, start, len)| {
+            // SAFETY: the caller's promise is the same.
+            let memory = unsafe { Borrowed::from_raw(start, len, Arc::clone(&guard)) };
+            Region::borrowed(guest, memory)
+        });
+        Self::new(regions.collect::<Result<_, _>>()?, None)
+    }
+
+    /// The same memory, of which all changes are recorded in `log`.
+    #[must_use]
+    pub fn recording_in(&self, log: Arc<dyn ChangeLog>) -> Self {
+        self.with_change_log(Some(log))
+    }
+}
+
 type PhysicalRegion<M> = <<M as GuestMemory>::PhysicalMemory as GuestMemoryBackend>::R;
 
 /// The bitmaps of changed pages that the regions of a memory have.

@@ -11,6 +11,7 @@
 
 mod daemon;
 mod device;
+mod example;
 mod guest;
 mod memory;
 mod positions;
