@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::device::Tag;
 use crate::fs::passthrough;
+use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
 use crate::sandbox;
@@ -19,6 +20,54 @@ pub enum Listen {
     Path(PathBuf),
     /// On a listening socket inherited from the launcher.
     Inherited(RawFd),
+}
+
+/// What is served to the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of the host, or a directory that contains a single file of the host.
+    Directory(PathBuf),
+    /// Several file systems, each at its mount point.
+    Vfs(Vec<(MountPoint, Self)>),
+    /// Layers seen as one file system.
+    Overlay(OverlaySource),
+    /// A RAFS image.
+    Rafs(RafsSource),
+}
+
+/// Layers seen as one file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OverlaySource {
+    /// The read-only layers, topmost first.
+    pub lower: Vec<Source>,
+    /// The directory that takes all changes. Without it the file system is read-only.
+    pub upper: Option<PathBuf>,
+    /// The directory in which changes are prepared, on the file system of `upper`.
+    pub work: Option<PathBuf>,
+}
+
+/// A RAFS image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RafsSource {
+    /// The file that describes the image's tree.
+    pub bootstrap: PathBuf,
+    /// The directory that contains the image's data.
+    pub blobs: PathBuf,
+    /// The directory for data that have been decompressed.
+    pub cache_dir: Option<PathBuf>,
+}
+
+impl Source {
+    /// The option that asks for it.
+    #[must_use]
+    pub fn option(&self) -> &'static str {
+        match self {
+            Self::Directory(_) => "--shared-dir",
+            Self::Vfs(_) => "--vfs",
+            Self::Overlay(_) => "--overlay",
+            Self::Rafs(_) => "--rafs",
+        }
+    }
 }
 
 /// How many descriptors the server may have open.
@@ -41,8 +90,8 @@ pub struct Config {
     pub listen: Listen,
     /// The group that may connect to a socket that the server creates, besides the server's user.
     pub socket_group: Option<String>,
-    /// The directory that guests see.
-    pub shared_dir: PathBuf,
+    /// What guests see.
+    pub source: Source,
     /// The tag in the configuration space, for front ends that read it there.
     pub tag: Option<Tag>,
     /// Request queues, without the high-priority queue.

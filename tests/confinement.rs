@@ -27,7 +27,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Seccomp};
+use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -131,6 +131,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         let place = HostAccess {
             root: open(&attempt.share),
             file: None,
+            trees: Vec::new(),
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
             may_label: false,
@@ -150,7 +151,9 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         readonly: false,
         file_handles: false,
     };
-    let place = inside.enter(&attempt.share, needs).unwrap();
+    let place = inside
+        .enter(&Reach::Share(attempt.share.clone()), needs)
+        .unwrap();
     let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {

@@ -12,6 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use log::LevelFilter;
 
 use super::Options;
+use super::comma_list::items;
 
 /// What this server supports, for libvirt and other launchers that ask before they start it (QEMU's
 /// `docs/interop/vhost-user.json`).
@@ -223,22 +224,6 @@ pub(super) fn is_late_in_virtiofsd(error: &clap::Error, arguments: &[OsString]) 
         }
         _ => false,
     }
-}
-
-/// The items of a comma-separated list. Two commas stand for one comma within an item, as libvirt
-/// writes a path that has one.
-fn items(list: &OsStr) -> impl Iterator<Item = Vec<u8>> {
-    let mut items = vec![Vec::new()];
-    let mut bytes = list.as_bytes().iter().peekable();
-    while let Some(byte) = bytes.next() {
-        match (byte, items.last_mut()) {
-            (b',', Some(item)) if bytes.next_if_eq(&&b',').is_some() => item.push(b','),
-            (b',', _) => items.push(Vec::new()),
-            (byte, Some(item)) => item.push(*byte),
-            (_, None) => {}
-        }
-    }
-    items.into_iter().filter(|item| !item.is_empty())
 }
 
 /// What an item of `-o` asks for.

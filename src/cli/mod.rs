@@ -5,6 +5,7 @@
 //! nothing here looks at the host; whether it supports an option is found out when the server starts.
 
 mod caching;
+mod comma_list;
 mod connection;
 mod extended_attributes;
 mod isolation;
@@ -17,6 +18,7 @@ mod recovery;
 mod resolve;
 mod seconds;
 mod sharing;
+mod sources;
 mod syslog;
 mod upgrade;
 mod values;
@@ -40,6 +42,7 @@ pub use self::persona::{Behaviour, DIFFERENCES, Difference, Persona};
 pub use self::recovery::Recovery;
 pub use self::resolve::{OptionConflict, notices};
 pub use self::sharing::Sharing;
+pub use self::sources::SourceError;
 pub use self::syslog::{Syslog, header as syslog_header};
 pub use self::upgrade::Upgrade;
 

@@ -9,14 +9,17 @@ use super::caching::Caching;
 use super::extended_attributes::ExtendedAttributes;
 use super::persona::Behaviour;
 use super::sharing::Sharing;
+use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
-use crate::config::{Config, Descriptors, Listen, Share};
+use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
 use crate::fs::passthrough;
-use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles};
+use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles, MigrationOptions};
+use crate::fs::vfs::MountPoint;
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
+use crate::sandbox::{self, Kind};
 
 /// Options, or the rules of one option, contradict each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionConflict {
     /// Two rules of one option.
     #[error("{option}: {overlap}")]
@@ -36,6 +39,12 @@ pub enum OptionConflict {
         /// Why they exclude each other.
         reason: &'static str,
     },
+    /// What is to be served can't be.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Two file systems have the same mount point.
+    #[error("--vfs: two file systems can't be mounted at {0}")]
+    MountedTwice(MountPoint),
 }
 
 /// The rules of one option as a map.
@@ -225,6 +234,74 @@ fn request_queues(connection: &Connection, workers: NonZeroUsize) -> NonZeroU16 
     })
 }
 
+/// What is served.
+fn source(options: &Options) -> Result<Source, OptionConflict> {
+    let sharing = &options.sharing;
+    let image = match (&sharing.rafs, &sharing.blobs) {
+        (Some(bootstrap), Some(blobs)) => {
+            let cache_dir = sharing.cache_dir.clone();
+            let image = sources::image(bootstrap.clone(), blobs.clone(), cache_dir)?;
+            Some(Source::Rafs(image))
+        }
+        _ => None,
+    };
+    let source = match (&sharing.overlay, image) {
+        (Some(overlay), image) => {
+            let mut overlay: OverlaySource = overlay.clone();
+            overlay.lower.extend(image);
+            if overlay.lower.is_empty() && overlay.upper.is_none() {
+                return Err(SourceError::NoLayer.into());
+            }
+            Source::Overlay(overlay)
+        }
+        (None, Some(image)) => image,
+        (None, None) if !sharing.vfs.is_empty() => Source::Vfs(mounts(&sharing.vfs)?),
+        (None, None) => Source::Directory(sharing.shared_dir.clone().unwrap_or_default()),
+    };
+    check_source(&source, options)?;
+    Ok(source)
+}
+
+/// The file systems of `--vfs`, if each has a mount point of its own.
+fn mounts(mounts: &[(MountPoint, Source)]) -> Result<Vec<(MountPoint, Source)>, OptionConflict> {
+    for (at, (point, _)) in mounts.iter().enumerate() {
+        if mounts[..at].iter().any(|(other, _)| other == point) {
+            return Err(OptionConflict::MountedTwice(point.clone()));
+        }
+    }
+    Ok(mounts.to_vec())
+}
+
+/// Refuses what only works with a single directory.
+fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict> {
+    if matches!(source, Source::Directory(_)) {
+        return Ok(());
+    }
+    let recovery = &options.recovery;
+    let migration = MigrationOptions::from(options.migration);
+    let isolation = &options.isolation;
+    let unrecorded = "a session is recorded only for --shared-dir: use that, or omit the option";
+    let one_root = "a root directory can't be made of several directories without mounts: use \
+                    --sandbox namespace, or none where the launcher has its own sandbox";
+    let other = source.option();
+    refuse_first([
+        (recovery.supervise, "--supervise", other, unrecorded),
+        (recovery.state.is_some(), "--state", other, unrecorded),
+        (
+            migration != MigrationOptions::default(),
+            "an option of live migration",
+            other,
+            unrecorded,
+        ),
+        (
+            sandbox::Options::from(isolation.clone()).kind == Kind::Chroot,
+            "--sandbox chroot",
+            other,
+            one_root,
+        ),
+    ])
+}
+
 /// Whether the server ends when the first VMM has disconnected. Nobody else has a reason to connect
 /// to a socket that a launcher has made for one VMM, but a VMM that finds its session in a state
 /// file may connect again.
@@ -241,6 +318,7 @@ impl TryFrom<Options> for Config {
         let connection = &options.connection;
         let behaviour = connection.compat.unwrap_or_default().behaviour();
         let share = share(&options, behaviour)?;
+        let source = source(&options)?;
         let once = ends_with_vmm(&options, behaviour);
         let connection = options.connection;
         let workers = connection.workers.unwrap_or_else(Self::default_workers);
@@ -257,7 +335,7 @@ impl TryFrom<Options> for Config {
                 (Some(path), _) => Listen::Path(path),
                 (None, fd) => Listen::Inherited(fd.unwrap_or(-1)),
             },
-            shared_dir: options.sharing.shared_dir,
+            source,
             socket_group: connection.socket_group,
             tag: connection.tag,
             workers,

@@ -4,10 +4,14 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgGroup, Args};
 
 use super::seconds::seconds;
+use super::sources;
+use crate::config::{OverlaySource, Source};
 use crate::fs::passthrough::InodeFileHandles;
+use crate::fs::vfs::MountPoint;
 
 /// The directory, and what the guest may do with it.
 #[derive(Clone, Debug, Args)]
@@ -20,8 +24,62 @@ pub struct Sharing {
     ///
     /// The guest can't reach anything outside of it. If DIR is a file, the guest sees a directory
     /// that contains only that file.
-    #[arg(long, value_name = "DIR")]
-    pub shared_dir: PathBuf,
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present_any = ["vfs", "overlay", "rafs"],
+        conflicts_with_all = ["vfs", "overlay", "rafs"]
+    )]
+    pub shared_dir: Option<PathBuf>,
+
+    /// Share something at a mount point; may be repeated
+    ///
+    /// The guest sees each SPEC at its MOUNTPOINT, an absolute path such as / or /a/b, and empty
+    /// directories above it. SPEC is a directory, overlay:LAYERS with LAYERS as for --overlay, or
+    /// rafs:BOOTSTRAP,blobs=DIR[,cache-dir=DIR]. --state, --supervise and live migration don't work
+    /// with this.
+    #[arg(
+        long,
+        value_name = "MOUNTPOINT=SPEC",
+        value_parser = OsStringValueParser::new().try_map(|text| sources::vfs_mount(&text)),
+        conflicts_with_all = ["overlay", "rafs"]
+    )]
+    pub vfs: Vec<(MountPoint, Source)>,
+
+    /// Share layers as one directory
+    ///
+    /// LAYERS is lower=A:B,upper=U,work=W: the read-only directories A, on top of B, and the
+    /// directory U for all changes, which W, an empty directory on the same file system, helps to
+    /// make. Without upper= and work= the guest can't change anything. A comma in a path is written
+    /// twice, a colon as \\:. --state, --supervise and live migration don't work with this.
+    #[arg(
+        long,
+        value_name = "LAYERS",
+        value_parser = OsStringValueParser::new().try_map(|text| sources::overlay(&text))
+    )]
+    pub overlay: Option<OverlaySource>,
+
+    /// Share a RAFS image (needs --blobs)
+    ///
+    /// BOOTSTRAP is the file that describes the image's tree. With --overlay the image is the lowest
+    /// layer, and lower= may be left out. Only builds with the feature nydus have this. --state,
+    /// --supervise and live migration don't work with it.
+    #[arg(long, value_name = "BOOTSTRAP", requires = "blobs")]
+    pub rafs: Option<PathBuf>,
+
+    /// Directory of the image's data
+    ///
+    /// The directory has a file for each blob of --rafs, named for the blob's id.
+    #[arg(long, value_name = "DIR", requires = "rafs")]
+    pub blobs: Option<PathBuf>,
+
+    /// Directory for decompressed data of the image
+    ///
+    /// What has been read of --rafs is kept there, also for other servers of the same image.
+    ///
+    /// [default: none; data are decompressed each time they are read]
+    #[arg(long, value_name = "DIR", requires = "rafs")]
+    pub cache_dir: Option<PathBuf>,
 
     /// Refuse all changes with EROFS
     ///

@@ -10,6 +10,7 @@ mod migrate;
 mod open_file;
 pub mod passthrough;
 mod replay;
+pub mod vfs;
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -286,7 +287,7 @@ pub struct NegotiatedTerms {
 /// `ENOENT` for a name that doesn't exist, `ESTALE` for a node that can't be found any more,
 /// `EBADF` for an unknown handle.
 pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
-    /// Called once on each thread that will call the other methods.
+    /// Called on each thread that will call the other methods; calling it again does nothing.
     ///
     /// # Errors
     ///
@@ -329,6 +330,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// the methods for locks. Data operations are asynchronous: see [`FileObject`].
     fn may_block(&self) -> bool {
         false
+    }
+
+    /// Whether metadata methods may block for requests whose node, or parent, is `node`.
+    fn may_block_at(&self, _node: NodeId) -> bool {
+        self.may_block()
     }
 
     /// LOOKUP: finds `name` in `parent`.

@@ -45,6 +45,13 @@ impl Window {
         self.slice.skip(offset).write(from);
     }
 
+    /// Starts to load what begins at `offset` into the processor's cache.
+    pub(crate) fn prefetch(&self, offset: usize) {
+        if offset < self.slice.len {
+            self.slice.skip(offset).first(1).prefetch();
+        }
+    }
+
     /// Loads the 16-bit little-endian number at `offset`.
     pub(crate) fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
         u16::from_le(self.atomic_u16(offset).load(order))

@@ -16,9 +16,10 @@ mod privileges;
 mod report;
 mod respawn;
 mod syscall_allowlist;
+mod trees;
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -31,6 +32,7 @@ pub use self::id_map::{IdRange, IdRangeError};
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::{Serving, now};
 pub use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};
+pub use self::trees::{Reached, Tree};
 
 pub(crate) use self::privileges::keep_over_exec;
 pub(crate) use self::report::Report;
@@ -38,6 +40,7 @@ pub(crate) use self::report::Report;
 use self::guardian::DeathPipe;
 use self::id_map::Maps;
 use self::mounts::View;
+use self::paths::Allowed;
 use self::respawn::OpenRefs;
 use crate::sys::process::{self, Fork};
 
@@ -77,6 +80,15 @@ pub struct Needs {
     pub readonly: bool,
     /// It opens files by file handle.
     pub file_handles: bool,
+}
+
+/// What the server reaches on the host.
+#[derive(Clone, Debug)]
+pub enum Reach {
+    /// One directory, or a single file, which becomes the root.
+    Share(PathBuf),
+    /// Several directories and files. The root contains them and nothing else.
+    Trees(Vec<Tree>),
 }
 
 /// Why the sandbox can't be set up; the text says what to do.
@@ -146,6 +158,18 @@ pub enum SandboxError {
          namespace can make: use that, or share a directory with a hard link to the file in it"
     )]
     NotADirectory(PathBuf),
+    /// Several directories can't be confined to by `chroot`.
+    #[error(
+        "--sandbox chroot: a root directory can't be made of several directories without mounts; \
+         use --sandbox namespace, or none"
+    )]
+    ChrootOfSeveral,
+    /// Directories that have to be on one mount have only the host's root in common.
+    #[error(
+        "the directories {0:?} have only / in common, and the server would see all that is in it: \
+         put them into one directory"
+    )]
+    NothingInCommon(Vec<PathBuf>),
     /// The ids of the user namespace can't be set.
     #[error("setting the ids of the user namespace")]
     Ids(#[source] Errno),
@@ -206,10 +230,12 @@ pub struct ServingProcess {
 /// What a confined server can reach of the host.
 #[derive(Debug)]
 pub struct HostAccess {
-    /// The shared directory, `O_PATH`.
+    /// The shared directory, `O_PATH`; with [`Reach::Trees`] the root.
     pub root: OwnedFd,
     /// The shared file, `O_PATH`, if the share is a single file and the root was made for it.
     pub file: Option<OwnedFd>,
+    /// The paths of each of the [`Reach::Trees`].
+    pub trees: Vec<Vec<Reached>>,
     /// `/proc/self/fd`, `O_PATH`; if possible as a mount of its own, from which `..` leads nowhere.
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle.
@@ -287,28 +313,37 @@ impl ServingProcess {
         self.supervised
     }
 
-    /// Confines the process to `share` and drops all privileges that `needs` doesn't name. From
+    /// Confines the process to `reach` and drops all privileges that `needs` doesn't name. From
     /// here on the process ends if its guardian does.
     ///
     /// # Errors
     ///
     /// See [`SandboxError`].
-    pub fn enter(self, share: &Path, needs: Needs) -> Result<HostAccess, SandboxError> {
+    pub fn enter(self, reach: &Reach, needs: Needs) -> Result<HostAccess, SandboxError> {
         let kind = self.options.kind;
         let again = self.previous.is_some();
+        let alone = |view| (view, Vec::new());
+        let (view, trees) = match (self.previous, kind, reach) {
+            (Some(previous), Kind::Namespace, _) => alone(mounts::reenter_namespace(previous)?),
+            (Some(previous), Kind::Chroot, _) => alone(mounts::reenter_chroot(previous)?),
+            (Some(previous), Kind::None, _) => alone(mounts::reenter_none(previous)?),
+            (None, Kind::Namespace, Reach::Share(share)) => {
+                alone(mounts::namespace(share, needs.readonly)?)
+            }
+            (None, Kind::Chroot, Reach::Share(share)) => {
+                alone(mounts::chroot(share, needs.readonly)?)
+            }
+            (None, Kind::None, Reach::Share(share)) => alone(mounts::none(share, needs.readonly)?),
+            (None, Kind::Namespace, Reach::Trees(trees)) => trees::namespace(trees)?,
+            (None, Kind::Chroot, Reach::Trees(_)) => return Err(SandboxError::ChrootOfSeveral),
+            (None, Kind::None, Reach::Trees(trees)) => trees::none(trees)?,
+        };
         let View {
             root,
             proc_fds,
             mounts,
             file,
-        } = match (self.previous, kind) {
-            (Some(previous), Kind::Namespace) => mounts::reenter_namespace(previous)?,
-            (Some(previous), Kind::Chroot) => mounts::reenter_chroot(previous)?,
-            (Some(previous), Kind::None) => mounts::reenter_none(previous)?,
-            (None, Kind::Namespace) => mounts::namespace(share, needs.readonly)?,
-            (None, Kind::Chroot) => mounts::chroot(share, needs.readonly)?,
-            (None, Kind::None) => mounts::none(share, needs.readonly)?,
-        };
+        } = view;
         let supervised = self.supervised;
         if let Some((uid, gid)) = self.ids {
             privileges::set_ids(uid, gid).map_err(SandboxError::Ids)?;
@@ -322,7 +357,7 @@ impl ServingProcess {
         if retained.file_handles && self.ids.is_none() {
             log::info!("Landlock: not used, as files may be opened by file handle");
         } else {
-            paths::restrict_to(&root)?;
+            paths::restrict_to(&allowed(reach, &root, &trees))?;
         }
         let mut descriptors = self.shared;
         descriptors.push(root.as_raw_fd());
@@ -341,15 +376,33 @@ impl ServingProcess {
         };
         descriptors.extend([root.as_raw_fd(), proc_fds.as_raw_fd()]);
         descriptors.extend(serving.mounts.as_ref().map(AsRawFd::as_raw_fd));
+        descriptors.extend(trees.iter().flatten().map(|reached| reached.fd.as_raw_fd()));
         Ok(HostAccess {
             root,
             file,
+            trees,
             proc_fds,
             file_handles: retained.file_handles,
             may_label: retained.admin && self.ids.is_none(),
             serving,
             descriptors,
         })
+    }
+}
+
+/// What Landlock lets the process open.
+fn allowed<'a>(reach: &Reach, root: &'a OwnedFd, trees: &'a [Vec<Reached>]) -> Vec<Allowed<'a>> {
+    let (fd, readonly) = (root.as_fd(), false);
+    match reach {
+        Reach::Share(_) => vec![Allowed { fd, readonly }],
+        Reach::Trees(_) => {
+            let all = trees.iter().flatten();
+            all.map(|Reached { fd, readonly, .. }| Allowed {
+                fd: fd.as_fd(),
+                readonly: *readonly,
+            })
+            .collect()
+        }
     }
 }
 

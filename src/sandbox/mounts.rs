@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
+use rustix::path::Arg;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::SandboxError;
@@ -37,7 +38,7 @@ pub(super) struct View {
 }
 
 /// The error of a step of `--sandbox namespace`.
-fn namespace_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
+pub(super) fn namespace_step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
     failed_step("namespace", "chroot", step)
 }
 
@@ -64,13 +65,8 @@ fn failed_step(
 pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxError> {
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
     process::unshare_namespaces(flags).map_err(SandboxError::Privilege)?;
-    // Mounts made here stay here; mounts that the host makes in the shared directory appear here.
-    let slaves = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", slaves)
-        .map_err(namespace_step("can't make the mounts private"))?;
-    let proc_fds = clone_proc_fds().map_err(namespace_step(
-        "can't keep /proc/self/fd (is /proc mounted?)",
-    ))?;
+    make_mounts_slaves()?;
+    let proc_fds = keep_proc_fds()?;
     let mounts = rustix::fs::open(
         c"/proc/self/ns/mnt",
         OFlags::RDONLY | OFlags::CLOEXEC,
@@ -86,7 +82,7 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
     let unusable = namespace_step("can't make the shared directory the root");
     // Any directory would do: it is unmounted with the rest.
     let file = if kind_of(&tree).map_err(&unusable)? == FileType::Directory {
-        move_to(&tree, c"/proc").map_err(&unusable)?;
+        move_to(&tree, CWD, "/proc").map_err(&unusable)?;
         enter(&tree, share)?.map_err(&unusable)?;
         None
     } else {
@@ -94,18 +90,38 @@ pub(super) fn namespace(share: &Path, readonly: bool) -> Result<View, SandboxErr
         rustix::process::chdir(c"/proc").map_err(&unusable)?;
         Some(tree)
     };
+    Ok(View {
+        root: leave_root()?,
+        proc_fds,
+        mounts: Some(mounts),
+        file,
+    })
+}
+
+/// Keeps mounts that are made from here on in this namespace. Mounts that the host makes in what is
+/// shared appear here.
+pub(super) fn make_mounts_slaves() -> Result<(), SandboxError> {
+    let slaves = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slaves)
+        .map_err(namespace_step("can't make the mounts private"))
+}
+
+/// `/proc/self/fd`, before `/proc` is given up.
+pub(super) fn keep_proc_fds() -> Result<OwnedFd, SandboxError> {
+    clone_proc_fds().map_err(namespace_step(
+        "can't keep /proc/self/fd (is /proc mounted?)",
+    ))
+}
+
+/// Makes the working directory the root, and unmounts everything else. Returns the root.
+pub(super) fn leave_root() -> Result<OwnedFd, SandboxError> {
     let leave =
         namespace_step("can't leave the host's root (pivot_root fails where that is an initramfs)");
     // This mounts the old root on top of the new one, from where it is unmounted.
     rustix::process::pivot_root(c".", c".").map_err(&leave)?;
     rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(&leave)?;
     rustix::process::chdir(c"/").map_err(&leave)?;
-    Ok(View {
-        root: open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)?,
-        proc_fds,
-        mounts: Some(mounts),
-        file,
-    })
+    open(Path::new("/"), OFlags::DIRECTORY).map_err(&leave)
 }
 
 /// The error of a step of entering an earlier process's mounts.
@@ -144,14 +160,14 @@ fn mount_single_file(target: &CStr, share: &Path, tree: &OwnedFd) -> Result<(), 
         .map_err(|_nul| Errno::INVAL)?;
     let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
     rustix::fs::openat(&directory, &name, new, Mode::empty())?;
-    let onto = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(tree, c"", &directory, &name, onto)?;
+    move_to(tree, &directory, &name)?;
     rustix::mount::mount_remount(target, flags | MountFlags::RDONLY, c"")
 }
 
-fn move_to(tree: &OwnedFd, target: &CStr) -> Result<(), Errno> {
+/// Mounts `tree` at `target` in `directory`.
+pub(super) fn move_to(tree: &OwnedFd, directory: impl AsFd, target: impl Arg) -> Result<(), Errno> {
     let empty_path = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(tree, c"", CWD, target, empty_path)
+    rustix::mount::move_mount(tree, c"", directory, target, empty_path)
 }
 
 /// Changes the root, and nothing else.
@@ -211,21 +227,7 @@ fn open_on_host(share: &Path, readonly: bool) -> Result<View, SandboxError> {
         source,
     };
     let proc_fds = any_proc_fds().map_err(failed)?;
-    let root = if readonly {
-        clone_share(share, true).or_else(|error| {
-            if matches!(error, Errno::PERM | Errno::NOSYS | Errno::INVAL) {
-                log::info!(
-                    "--readonly: enforced by the server alone, as it can't make mounts ({error})"
-                );
-                open(share, OFlags::empty())
-            } else {
-                Err(error)
-            }
-        })
-    } else {
-        open(share, OFlags::empty())
-    };
-    let root = root.map_err(failed)?;
+    let root = clone_share_or_open(share, readonly).map_err(failed)?;
     if kind_of(&root).map_err(failed)? != FileType::Directory {
         return Err(SandboxError::NotADirectory(share.to_owned()));
     }
@@ -234,6 +236,24 @@ fn open_on_host(share: &Path, readonly: bool) -> Result<View, SandboxError> {
         proc_fds,
         mounts: None,
         file: None,
+    })
+}
+
+/// Opens `share`; with `readonly`, a read-only clone of its mount if the server has the privilege to
+/// make one.
+pub(super) fn clone_share_or_open(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
+    if !readonly {
+        return open(share, OFlags::empty());
+    }
+    clone_share(share, true).or_else(|error| {
+        if matches!(error, Errno::PERM | Errno::NOSYS | Errno::INVAL) {
+            log::info!(
+                "--readonly: enforced by the server alone, as it can't make mounts ({error})"
+            );
+            open(share, OFlags::empty())
+        } else {
+            Err(error)
+        }
     })
 }
 
@@ -251,7 +271,7 @@ pub(super) fn reenter_none(previous: OpenRefs) -> Result<View, SandboxError> {
 
 /// `/proc/self/fd`: as a mount of its own, or without that privilege the host's, from which `..`
 /// leads to the rest of `/proc`.
-fn any_proc_fds() -> Result<OwnedFd, Errno> {
+pub(super) fn any_proc_fds() -> Result<OwnedFd, Errno> {
     clone_proc_fds().or_else(|_without| open(Path::new("/proc/self/fd"), OFlags::DIRECTORY))
 }
 
@@ -262,7 +282,7 @@ fn clone_proc_fds() -> Result<OwnedFd, Errno> {
 }
 
 /// Clones the mounts at and below the shared directory.
-fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
+pub(super) fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -283,11 +303,11 @@ fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
     Ok(tree)
 }
 
-fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+pub(super) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn kind_of(fd: impl AsFd) -> Result<FileType, Errno> {
+pub(super) fn kind_of(fd: impl AsFd) -> Result<FileType, Errno> {
     let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
     Ok(FileType::from_raw_mode(u32::from(stat.stx_mode)))
 }

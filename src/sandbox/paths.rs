@@ -4,7 +4,7 @@
 //! escapes namespaces or `chroot`, and for directories that are moved out of the share. The
 //! invariant: if the kernel has Landlock, it is used; if not, the log says so.
 
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
@@ -18,14 +18,22 @@ const MIN: ABI = ABI::V2;
 /// The newest version that is used, if the kernel has it.
 const MAX: ABI = ABI::V6;
 
+/// A file or directory at or below which files may be opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Allowed<'a> {
+    pub(super) fd: BorrowedFd<'a>,
+    /// Nothing may be changed there.
+    pub(super) readonly: bool,
+}
+
 /// Restricts the calling thread, and those it starts, to opening and changing files at or below
-/// `root`.
+/// `all`.
 ///
 /// # Errors
 ///
 /// The kernel has Landlock, and refuses the ruleset.
-pub(super) fn restrict_to(root: impl AsFd) -> Result<(), SandboxError> {
-    match restrict(root) {
+pub(super) fn restrict_to(all: &[Allowed<'_>]) -> Result<(), SandboxError> {
+    match restrict(all) {
         Ok(RulesetStatus::NotEnforced) => {
             log::info!(
                 "Landlock: not used, as this kernel doesn't have it (Linux 5.19 or later has it)"
@@ -37,7 +45,7 @@ pub(super) fn restrict_to(root: impl AsFd) -> Result<(), SandboxError> {
     Ok(())
 }
 
-fn restrict(root: impl AsFd) -> Result<RulesetStatus, RulesetError> {
+fn restrict(all: &[Allowed<'_>]) -> Result<RulesetStatus, RulesetError> {
     let required = Ruleset::default()
         .set_compatibility(CompatLevel::SoftRequirement)
         .handle_access(AccessFs::from_all(MIN))?;
@@ -47,9 +55,13 @@ fn restrict(root: impl AsFd) -> Result<RulesetStatus, RulesetError> {
         .handle_access(AccessNet::from_all(MAX))?
         .scope(Scope::from_all(MAX))?
         .create()?;
-    let allowed = AccessFs::from_all(MAX) & !AccessFs::Execute;
-    let status = ruleset
-        .add_rule(PathBeneath::new(root, allowed))?
-        .restrict_self()?;
+    let rules = all.iter().map(|Allowed { fd, readonly }| {
+        let access = match readonly {
+            true => AccessFs::from_read(MAX),
+            false => AccessFs::from_all(MAX),
+        };
+        Ok::<_, RulesetError>(PathBeneath::new(*fd, access & !AccessFs::Execute))
+    });
+    let status = ruleset.add_rules(rules)?.restrict_self()?;
     Ok(status.ruleset)
 }

@@ -3,11 +3,12 @@
 //! The invariant: an error names the act that failed and, where the operator can do something, what.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
@@ -30,6 +31,15 @@ pub enum ServerError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What is to be served is a kind of file system that this build doesn't have.
+    #[error("{0} isn't built in")]
+    NotBuiltIn(&'static str),
+    /// A file system can't be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The sandbox reaches less than what is to be served.
+    #[error("the sandbox doesn't reach all that is to be served")]
+    NotReached,
     /// The limit of open descriptors can't be set.
     #[error(
         "setting the limit of open descriptors to {limit}: beyond the hard limit (`ulimit -Hn`) \
@@ -82,4 +92,17 @@ pub enum ServerError {
     /// No session's threads could be started.
     #[error("trying whether the threads that serve a VMM can be had")]
     NoThreads(#[from] ThreadsError),
+}
+
+impl ServerError {
+    /// `path` can't be shared.
+    pub(super) fn share(
+        path: &Path,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Share {
+            path: path.to_path_buf(),
+            source: source.into(),
+        }
+    }
 }

@@ -7,15 +7,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::error::ServerError;
-use crate::config::Config;
+use super::sources::{self, Builder};
+use crate::config::{Config, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{
-    self, InodeFileHandles, MigrationMode, Options, Passthrough, PassthroughError, PreviousProcess,
-    Shared,
+    self, InodeFileHandles, MigrationMode, Options, Passthrough, PreviousProcess, Shared,
 };
 use crate::fuse::Wanted;
 use crate::recovery::OpenedTable;
-use crate::sandbox::Needs;
+use crate::sandbox::{Needs, Reach, Reached};
 use crate::state::Table;
 
 pub(super) use crate::fs::passthrough::{raise_descriptor_limit, set_descriptor_limit};
@@ -26,6 +26,8 @@ pub(super) struct Entered {
     pub(super) root: OwnedFd,
     /// The single file that is shared, `O_PATH`, if the root was made for one.
     pub(super) file: Option<OwnedFd>,
+    /// The directories and files of a source that has several, in their order.
+    pub(super) trees: Vec<Vec<Reached>>,
     /// `/proc/self/fd`, `O_PATH`.
     pub(super) proc_fds: OwnedFd,
     /// The server may set security labels.
@@ -38,10 +40,22 @@ pub(super) struct Built {
     pub(super) table: Arc<Table>,
 }
 
-/// Checks that the directory to serve exists, before a launcher or a VMM relies on it.
+/// Checks that what is to be served exists, before a launcher or a VMM relies on it.
 pub(super) fn check(config: &Config) -> Result<(), ServerError> {
-    passthrough::check_shared(&config.shared_dir)
-        .map_err(|error| share_error(&config.shared_dir, error))
+    match &config.source {
+        Source::Directory(path) => {
+            passthrough::check_shared(path).map_err(|error| ServerError::share(path, error))
+        }
+        source => sources::check(source),
+    }
+}
+
+/// What the server reaches on the host.
+pub(super) fn reach(config: &Config) -> Reach {
+    match &config.source {
+        Source::Directory(path) => Reach::Share(path.clone()),
+        source => Reach::Trees(sources::trees(source, config.share.file_system.readonly)),
+    }
 }
 
 /// What the file system needs of the sandbox.
@@ -60,24 +74,43 @@ pub(super) fn build(
     entered: Entered,
     opened: OpenedTable,
 ) -> Result<Built, ServerError> {
+    let options = Options {
+        reserved_descriptors: reserved_descriptors(config),
+        ..config.share.file_system.clone()
+    };
+    let may_label = entered.may_label;
+    let built = match &config.source {
+        Source::Directory(path) => build_directory(path, options, entered, opened)?,
+        source => {
+            let Entered {
+                proc_fds, trees, ..
+            } = entered;
+            Built {
+                fs: Builder::new(config, options, proc_fds, trees).build(source)?,
+                table: opened.table,
+            }
+        }
+    };
+    warn_about_labels(config, may_label);
+    Ok(built)
+}
+
+fn build_directory(
+    path: &Path,
+    options: Options,
+    entered: Entered,
+    opened: OpenedTable,
+) -> Result<Built, ServerError> {
     let OpenedTable { table, previous } = opened;
     let past = previous.map(|previous| PreviousProcess {
         inherited_fds: previous.inherited_fds,
         in_flight: previous.unanswered,
     });
-    let options = Options {
-        reserved_descriptors: reserved_descriptors(config),
-        ..config.share.file_system.clone()
-    };
-    let labels = config.share.session.security_label != Wanted::No;
-    let unsettable = labels
-        .then(|| passthrough::label_that_needs_privilege(options.xattr_map.as_ref()))
-        .flatten();
-    let failed = |error| share_error(&config.shared_dir, error);
+    let failed = |error| ServerError::share(path, error);
     let shared = Shared {
         root: entered.root,
         proc_fds: entered.proc_fds,
-        path: config.shared_dir.clone(),
+        path: path.to_owned(),
     };
     let (mut fs, restored) =
         Passthrough::with_table(shared, options, &table, past.as_ref()).map_err(failed)?;
@@ -87,23 +120,24 @@ pub(super) fn build(
     if let Some(file) = entered.file {
         fs.set_single_file(file);
     }
-    if let Some(name) = unsettable.filter(|_| !entered.may_label) {
-        log::warn!(
-            "--security-label: the guest can't create files with a security label (EPERM), because the \
-             server may not set {name} on the host: as root use --modcaps=+sys_admin, or store the \
-             labels under another name with --xattrmap=:map:security.:user.guest.:"
-        );
-    }
     Ok(Built {
         fs: Arc::new(fs),
         table,
     })
 }
 
-fn share_error(path: &Path, error: PassthroughError) -> ServerError {
-    ServerError::Share {
-        path: path.to_path_buf(),
-        source: error.into(),
+/// Logs that the guest can't set labels, if it is to have them and the server may not.
+fn warn_about_labels(config: &Config, may_label: bool) {
+    if may_label || config.share.session.security_label == Wanted::No {
+        return;
+    }
+    let map = config.share.file_system.xattr_map.as_ref();
+    if let Some(name) = passthrough::label_that_needs_privilege(map) {
+        log::warn!(
+            "--security-label: the guest can't create files with a security label (EPERM), because the \
+             server may not set {name} on the host: as root use --modcaps=+sys_admin, or store the \
+             labels under another name with --xattrmap=:map:security.:user.guest.:"
+        );
     }
 }
 

@@ -12,6 +12,7 @@ mod limits;
 mod parent_process;
 mod pid_file;
 mod service;
+mod sources;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,7 +21,7 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::io::Errno;
 
-use crate::config::{Config, Descriptors, Listen};
+use crate::config::{Config, Descriptors, Listen, Source};
 use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
@@ -271,7 +272,7 @@ impl Resources for ServerResources {
             Some(pid_file) if supervised => std::mem::forget(pid_file),
             pid_file => drop(pid_file),
         }
-        let place = process.enter(&config.shared_dir, file_system::needs(&config))?;
+        let place = process.enter(&file_system::reach(&config), file_system::needs(&config))?;
         let opened = self.state.open(&limits, restarted)?;
         let has_waited = restarted && opened.table.is_announced();
         let left = if restarted {
@@ -282,6 +283,7 @@ impl Resources for ServerResources {
         let entered = Entered {
             root: place.root,
             file: place.file,
+            trees: place.trees,
             proc_fds: place.proc_fds,
             may_label: place.may_label,
         };
@@ -349,7 +351,15 @@ fn choose(config: &Config) -> Result<Chosen, RuntimeError> {
 /// The sizes that the state table needs.
 fn table_limits(config: &Config) -> Limits {
     let queues = config.request_queues.get().saturating_add(1);
-    config.share.file_system.limits(queues)
+    match &config.source {
+        Source::Directory(_) => config.share.file_system.limits(queues),
+        // Nothing of their sessions is recorded but requests.
+        Source::Vfs(_) | Source::Overlay(_) | Source::Rafs(_) => Limits {
+            inodes: 0,
+            handles: 0,
+            queues,
+        },
+    }
 }
 
 /// Opens or creates the state file, or a memfd, if a table has to outlive the serving process.

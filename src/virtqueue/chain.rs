@@ -67,7 +67,7 @@ impl Chain {
             resumed,
             returned: false,
         };
-        let walked = chain.walk(indirect);
+        let walked = chain.walk(table, indirect);
         let segments = chain.segments.slices.len();
         let (marked, counted) = chain.used().begin(head, segments, resumed);
         chain.marked = marked;
@@ -103,8 +103,7 @@ impl Chain {
     }
 
     /// Resolves the descriptors of the chain.
-    fn walk(&mut self, indirect: bool) -> Result<(), BadChain> {
-        let table = Arc::clone(&self.table);
+    fn walk(&mut self, table: &Table, indirect: bool) -> Result<(), BadChain> {
         let mut index = self.head;
         for _ in 0..table.size {
             if index >= table.size {
@@ -138,16 +137,25 @@ impl Chain {
         if size == 0 || !table.len.is_multiple_of(DESCRIPTOR_LEN) || size > u32::from(u16::MAX) {
             return Err(BadChain::IndirectLength);
         }
+        let len = u64::from(table.len);
+        // The whole table, if it is in one region, so that its address is resolved once.
+        let whole = memory
+            .slice(table.address, len)
+            .filter(|slice| slice.len as u64 == len);
         let mut index = 0;
         for _ in 0..size {
             if u32::from(index) >= size {
                 return Err(BadChain::Index);
             }
             let mut bytes = [0; layout::DESCRIPTOR_LEN];
-            let offset = layout::descriptor_at(index) as u64;
-            let at = table.address.checked_add(offset).ok_or(BadChain::Address)?;
-            if !memory.read(at, &mut bytes) {
-                return Err(BadChain::Address);
+            let offset = layout::descriptor_at(index);
+            if let Some(whole) = &whole {
+                whole.skip(offset).read(&mut bytes);
+            } else {
+                let at = table.address.checked_add(offset as u64);
+                if !memory.read(at.ok_or(BadChain::Address)?, &mut bytes) {
+                    return Err(BadChain::Address);
+                }
             }
             let descriptor = Descriptor::parse(bytes);
             if descriptor.has(layout::INDIRECT) {
@@ -167,6 +175,13 @@ impl Chain {
         self.complete(0, Outcome::Refused);
         self.used().publish();
         fault
+    }
+
+    /// Starts to load the request, and where the reply goes, into the processor's cache. The guest
+    /// has written to them last, so they are in another processor's cache. To be called some time
+    /// before the chain is served.
+    pub fn prefetch(&self) {
+        self.segments.prefetch();
     }
 
     /// Returns the number of bytes that were not read yet.

@@ -113,6 +113,9 @@ pub struct Queue {
     size: u16,
     features: Features,
     next: u16,
+    /// The available index as it was read last. The guest's processor keeps writing to its cache
+    /// line, so it is read again only when all chains that it includes are taken.
+    seen: u16,
     table: Arc<Table>,
     available: Arc<Window>,
     used: Arc<UsedRing>,
@@ -250,6 +253,7 @@ impl Queue {
             size,
             features,
             next,
+            seen: next,
             table: Arc::new(table),
             available,
             used,
@@ -298,19 +302,29 @@ impl Queue {
                 return chain;
             }
         }
-        if self.on_ring() == 0 {
+        if self.seen == self.next && self.on_ring() == 0 {
             return None;
         }
-        let entry = layout::available_entry(self.next, self.size);
-        // Relaxed: `on_ring` acquired the index that includes this entry.
-        let head = self.available.load_u16(entry, Ordering::Relaxed);
+        let head = self.entry(self.next);
         self.next = self.next.wrapping_add(1);
+        if self.seen != self.next {
+            let next = layout::descriptor_at(self.entry(self.next));
+            self.table.descriptors.prefetch(next);
+        }
         Some(Chain::from_head(
             &self.table,
             head,
             self.features.indirect,
             false,
         ))
+    }
+
+    /// Returns the head in the entry of the available ring that `at` stands for, which `seen`
+    /// includes.
+    fn entry(&self, at: u16) -> u16 {
+        let entry = layout::available_entry(at, self.size);
+        // Relaxed: `on_ring` acquired the index that includes this entry.
+        self.available.load_u16(entry, Ordering::Relaxed)
     }
 
     /// Whether there is a chain to take.
@@ -340,6 +354,7 @@ impl Queue {
         let index = self.available.load_u16(layout::INDEX, Ordering::Acquire);
         let waiting = index.wrapping_sub(self.next);
         if waiting <= self.size {
+            self.seen = index;
             return waiting;
         }
         if self.bad_index.replace(index) != Some(index) {

@@ -88,6 +88,15 @@ impl Segments {
         }
     }
 
+    /// Starts to load what a FUSE request is decoded from and what its reply begins with into the
+    /// processor's cache: Linux uses up to two buffers for each of them.
+    pub(super) fn prefetch(&self) {
+        let writable = self.slices.get(self.first_writable..).unwrap_or_default();
+        for slice in self.slices.iter().take(2).chain(writable.iter().take(2)) {
+            slice.prefetch();
+        }
+    }
+
     /// Removes and returns the next readable bytes: at least one and at most `max`.
     pub(super) fn take_readable(&mut self, max: usize) -> Option<Slice> {
         while self.next_readable < self.first_writable {

@@ -63,10 +63,17 @@ impl Transport for ChainTransport {
 
     fn read(&mut self, into: &mut [u8]) -> usize {
         let count = self.chain.as_mut().map_or(0, |chain| chain.read(into));
-        let missing = &mut self.header[self.header_len..];
-        let more = missing.len().min(count);
-        missing[..more].copy_from_slice(&into[..more]);
-        self.header_len += more;
+        if self.header_len == 0
+            && let Some(start) = into[..count].first_chunk()
+        {
+            self.header = *start;
+            self.header_len = UNIQUE_END;
+        } else if self.header_len != UNIQUE_END {
+            let missing = &mut self.header[self.header_len..];
+            let more = missing.len().min(count);
+            missing[..more].copy_from_slice(&into[..more]);
+            self.header_len += more;
+        }
         count
     }
 

@@ -27,7 +27,7 @@ use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
 use crate::io::{self, spawn};
 use crate::scheduler::{Placement, Receiver, Sender};
-use crate::virtqueue::{Chain, Queue, QueueIndex};
+use crate::virtqueue::{BadChain, Chain, Queue, QueueIndex, UsedRing};
 
 /// The most chains that one drain takes off a ring before the loop looks at other queues.
 const MAX_DRAIN: usize = 64;
@@ -395,24 +395,38 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut popped = offloaded;
         self.waited.set(false);
         self.queues[at].batch_size.begin(waiting);
-        while (popped < MAX_DRAIN || self.queues[at].queue.is_resuming())
-            && let Some(chain) = self.queues[at].queue.pop()
-        {
-            popped += 1;
+        let mut next = self.pop(at, &mut popped);
+        while let Some(chain) = next {
+            // One chain ahead: its request is loaded while this one is served.
+            next = self.pop(at, &mut popped);
             match chain {
-                Ok(chain) => self.serve(chain),
+                Ok(chain) => self.serve(chain, &used),
                 Err(fault) => self.faults.report(index, fault),
             }
             let OwnedQueue {
                 batch_size, queue, ..
             } = &mut self.queues[at];
-            if batch_size.served(|| usize::from(queue.waiting())) {
+            if batch_size.served(|| usize::from(queue.waiting()) + usize::from(next.is_some())) {
                 used.publish();
             }
         }
         used.publish();
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
+    }
+
+    /// Takes the next chain of a drain off a queue, unless the drain has `popped` enough.
+    fn pop(&mut self, at: usize, popped: &mut usize) -> Option<Result<Chain, BadChain>> {
+        let queue = &mut self.queues[at].queue;
+        if *popped >= MAX_DRAIN && !queue.is_resuming() {
+            return None;
+        }
+        let chain = queue.pop()?;
+        *popped += 1;
+        if let Ok(chain) = &chain {
+            chain.prefetch();
+        }
+        Some(chain)
     }
 
     /// Takes `count` chains off a queue and sends them to other workers.
@@ -444,7 +458,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             {
                 previous.publish();
             }
-            self.serve(chain);
+            self.serve(chain, &used);
             served += 1;
             if served < MAX_DRAIN && !self.queues.iter().any(|owned| owned.ready) {
                 next = self
@@ -458,9 +472,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
     }
 
-    /// Serves one chain: at once, or in a task if the request waits.
-    fn serve(&self, chain: Chain) {
-        let used = Arc::clone(chain.used());
+    /// Serves one chain of the queue that `used` is part of: at once, or in a task if the request
+    /// waits.
+    fn serve(&self, chain: Chain, used: &Arc<UsedRing>) {
         let session = &self.session;
         // No request should cause a panic. If one does, dropping the transport has replied to it,
         // and the worker continues.
@@ -470,7 +484,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
-                let guard = self.completions.begin(used);
+                let guard = self.completions.begin(Arc::clone(used));
                 spawn(async move {
                     request.await;
                     drop(guard);

@@ -47,3 +47,4 @@ mod space;
 mod state;
 mod supervise;
 mod teardown;
+mod vfs;

@@ -13,7 +13,7 @@
 #[path = "../../integration/examples/memory_tree/content.rs"]
 mod content;
 #[path = "../../integration/examples/memory_tree/tree.rs"]
-mod tree;
+pub(crate) mod tree;
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::os::fd::AsFd;
@@ -23,6 +23,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ringfsd::device::Device;
+use ringfsd::fs::FileSystem;
 use ringfsd::fuse::SessionOptions;
 use ringfsd::io::{Choice, probe};
 use ringfsd::server::{Exit, Service, ServiceOptions};
@@ -46,7 +47,12 @@ fn on_each_engine(may_block: bool, guest: impl Fn(&mut Client<Session>)) {
     }
 }
 
-fn serve(tree: &Arc<MemoryTree>, runtime: Choice, guest: impl Fn(&mut Client<Session>)) {
+/// Serves `fs` to `guest`, and returns when both have ended.
+pub(crate) fn serve<F: FileSystem>(
+    fs: &Arc<F>,
+    runtime: Choice,
+    guest: impl Fn(&mut Client<Session>),
+) {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
     let listener = Listener::bind(&socket).unwrap();
@@ -61,7 +67,7 @@ fn serve(tree: &Arc<MemoryTree>, runtime: Choice, guest: impl Fn(&mut Client<Ses
         session: SessionOptions::default(),
         once: true,
     };
-    let mut service = Service::new(Arc::clone(tree) as _, options).unwrap();
+    let mut service = Service::new(Arc::clone(fs) as _, options).unwrap();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| {
             let (never, _keep) = std::io::pipe().unwrap();

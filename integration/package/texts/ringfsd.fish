@@ -14,6 +14,11 @@ virtiofsd\t'Those of virtiofsd 1.14'"
 complete -c ringfsd -s o -d 'Take options as a list: -o source=DIR,cache=auto' -r
 complete -c ringfsd -l thread-pool-size -d 'Accepted for compatibility; has no effect' -r
 complete -c ringfsd -l shared-dir -d 'Directory to share' -r -F
+complete -c ringfsd -l vfs -d 'Share something at a mount point; may be repeated' -r
+complete -c ringfsd -l overlay -d 'Share layers as one directory' -r
+complete -c ringfsd -l rafs -d 'Share a RAFS image (needs --blobs)' -r -F
+complete -c ringfsd -l blobs -d 'Directory of the image\'s data' -r -F
+complete -c ringfsd -l cache-dir -d 'Directory for decompressed data of the image' -r -F
 complete -c ringfsd -l inode-file-handles -d 'Use file handles: never, prefer or mandatory' -r -f -a "never\t''
 prefer\t''
 mandatory\t''"

@@ -2,6 +2,7 @@
 //!
 //! The invariant: the defaults suit every guest and stay within the limits of the process.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -100,6 +101,8 @@ pub struct Options {
     /// How many descriptors the guest never gets, however few there are, as the server needs them
     /// itself. At most half of all.
     pub reserved_descriptors: usize,
+    /// How many file systems share the process's descriptors in equal parts.
+    pub descriptor_parts: NonZeroUsize,
     /// How many inodes the guest may know at the same time, besides the root. A lookup beyond that
     /// fails with `ENFILE`. This limits the host's memory.
     pub max_inodes: usize,
@@ -146,13 +149,34 @@ impl Options {
     /// The size of the state table for all that a guest may have, on a device with `queues` queues.
     #[must_use]
     pub fn limits(&self, queues: u16) -> Limits {
-        let all = guest_descriptors(self.reserved_descriptors);
+        let all = self.guest_descriptors();
         let handles = self.max_handles.unwrap_or(all);
         Limits {
             inodes: self.max_inodes,
             handles: handles.min(1 << 24),
             queues,
         }
+    }
+
+    /// These options for each of several file systems, which share in equal parts what is limited.
+    #[must_use]
+    pub fn divided_by(self, parts: NonZeroUsize) -> Self {
+        let part = |all: usize| (all / parts).max(1);
+        Self {
+            descriptor_parts: parts,
+            max_open_inodes: self.max_open_inodes.map(part),
+            max_inodes: part(self.max_inodes),
+            remember_inodes: self.remember_inodes / parts,
+            max_handles: self.max_handles.map(part),
+            max_closed_files: self.max_closed_files / parts,
+            ..self
+        }
+    }
+
+    /// How many descriptors may be open for the guest. The others are for queues, rings, sockets,
+    /// the front end's messages, and running operations.
+    pub(super) fn guest_descriptors(&self) -> usize {
+        guest_descriptors(self.reserved_descriptors) / self.descriptor_parts
     }
 }
 
@@ -162,6 +186,7 @@ impl Default for Options {
             inode_file_handles: InodeFileHandles::default(),
             max_open_inodes: None,
             reserved_descriptors: 64,
+            descriptor_parts: NonZeroUsize::MIN,
             max_inodes: DEFAULT_MAX_INODES,
             remember_inodes: 0,
             max_handles: None,
@@ -226,9 +251,8 @@ pub(super) fn descriptor_limit() -> usize {
     })
 }
 
-/// How many of them may be open for the guest. The others are for queues, rings, sockets, the front
-/// end's messages, and running operations.
-pub(super) fn guest_descriptors(reserved: usize) -> usize {
+/// How many of them all file systems may have open.
+fn guest_descriptors(reserved: usize) -> usize {
     let limit = descriptor_limit();
     limit - (limit / 4).max(reserved.min(limit / 2))
 }

@@ -156,7 +156,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let opened = self.fs.file_to_change(request.node, range.handle);
         let target = opened.and_then(|file| {
             let payload = transport.payload(len).ok_or(Errno::INVAL)?;
-            if request.caller.kill_set_id && len > 0 && !self.fs.may_block() {
+            if request.caller.kill_set_id && len > 0 && !self.fs.may_block_at(request.node) {
                 self.fs.kill_set_id(request.node, range.handle)?;
             }
             Ok((file, payload))
@@ -167,7 +167,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             ..mode
         };
         let (file, buffer) = match target {
-            Ok((OpenFile::Host(file), buffer)) if !self.fs.may_block() => (file, buffer),
+            Ok((OpenFile::Host(file), buffer)) if !self.fs.may_block_at(request.node) => {
+                (file, buffer)
+            }
             Ok((file, buffer)) => {
                 let session = Arc::clone(self);
                 let kill = request
@@ -332,7 +334,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         if keeps || !self.has_agreed(InitFlags::HANDLE_KILLPRIV_V2) {
             return Ok((file, None));
         }
-        if self.fs.may_block() {
+        if self.fs.may_block_at(node) {
             return Ok((file, Some((node, handle))));
         }
         self.fs.kill_set_id(node, handle)?;

@@ -259,7 +259,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         match handler {
             Handler::Data => self.data(transport, request),
             Handler::Lock => self.lock(transport, request),
-            Handler::Metadata if self.fs.may_block() => {
+            Handler::Metadata if self.fs.may_block_at(request.node) => {
                 self.metadata_blocking(transport, request.unique, bytes)
             }
             Handler::Metadata

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::Descriptors;
 use super::eviction::MIN_FDS;
 use crate::fs::Result;
-use crate::fs::passthrough::options::{Options, descriptor_limit, guest_descriptors};
+use crate::fs::passthrough::options::{Options, descriptor_limit};
 
 /// Descriptors beyond the guest's limit that operations may use for a moment.
 const TRANSIENT_FDS: usize = 2 * MIN_FDS;
@@ -42,7 +42,7 @@ pub(crate) struct GuestLimits {
 
 impl GuestLimits {
     pub(crate) fn new(options: &Options) -> Self {
-        let hard = guest_descriptors(options.reserved_descriptors);
+        let hard = options.guest_descriptors();
         Self {
             limit: descriptor_limit(),
             soft: options.max_open_inodes.unwrap_or(hard).min(hard),

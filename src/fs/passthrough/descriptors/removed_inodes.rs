@@ -4,9 +4,9 @@
 //! likes: a host that replaces files all day would use up the descriptors. The guest can be without
 //! it, unless one of its programs has it open: a path that leads to it fails with `ESTALE`, and is
 //! walked again. The invariant: an inode that the guest has open, or has removed itself, is never
-//! closed here.
+//! closed here without being reachable through the open file.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -83,16 +83,28 @@ impl Descriptors {
             .iter()
             .filter(unused)
             .partition(|inode| inode.slot().second_chance());
-        let mut closed = idle
-            .iter()
-            .filter(|inode| self.close_for_good(inode))
-            .count();
+        let mut closed = HashMap::new();
+        let mut close = |inodes: Vec<&Arc<Inode>>| {
+            for inode in inodes {
+                if self.close_for_good(inode) {
+                    closed.insert(inode.node().0, Arc::clone(inode));
+                }
+            }
+        };
+        close(idle);
         if too_many() {
-            closed += used
-                .iter()
-                .filter(|inode| self.close_for_good(inode))
-                .count();
+            close(used);
         }
+        // An OPEN that got its file from the inode's descriptor may have returned it since, with the
+        // handle added after the first look.
+        self.files.handles().each(|open, _, file| {
+            if !open.directory
+                && let Some(inode) = closed.get(&open.node)
+            {
+                self.share_if_nameless(inode, file);
+            }
+        });
+        let closed = closed.len();
         log::debug!("closed {closed} inodes that processes of the host have removed");
     }
 

@@ -1,0 +1,178 @@
+//! Builds the file system of a source that is made of several directories or files.
+//!
+//! A source is walked twice, in the same order: for what the sandbox has to reach, and to build the
+//! file systems of what it has reached. The invariant: both walks name the same trees.
+
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::vec;
+
+use super::error::ServerError;
+use crate::config::{Config, OverlaySource, RafsSource, Source};
+use crate::fs::FileSystem;
+use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
+use crate::fs::vfs::Vfs;
+use crate::sandbox::{Reached, SandboxError, Tree};
+use crate::state::Table;
+
+/// What the sandbox has to reach for `source`.
+pub(super) fn trees(source: &Source, readonly: bool) -> Vec<Tree> {
+    match source {
+        Source::Directory(path) => vec![Tree::of(path, readonly)],
+        Source::Vfs(mounts) => {
+            let sources = mounts.iter().map(|(_, source)| source);
+            sources.flat_map(|source| trees(source, readonly)).collect()
+        }
+        Source::Overlay(OverlaySource { lower, upper, work }) => {
+            let mut all: Vec<_> = lower.iter().flat_map(|lower| trees(lower, true)).collect();
+            if let Some(upper) = upper {
+                let paths = [Some(upper), work.as_ref()];
+                all.push(Tree {
+                    paths: paths.into_iter().flatten().cloned().collect(),
+                    readonly,
+                });
+            }
+            all
+        }
+        Source::Rafs(RafsSource {
+            bootstrap,
+            blobs,
+            cache_dir,
+        }) => {
+            let mut all = vec![Tree::of(bootstrap, true), Tree::of(blobs, true)];
+            all.extend(cache_dir.as_ref().map(|path| Tree::of(path, false)));
+            all
+        }
+    }
+}
+
+/// Checks that all that `source` names exists, before a launcher or a VMM relies on it.
+pub(super) fn check(source: &Source) -> Result<(), ServerError> {
+    match source {
+        Source::Directory(path) => check_directory(path),
+        Source::Vfs(mounts) => mounts.iter().try_for_each(|(_, source)| check(source)),
+        Source::Overlay(OverlaySource { lower, upper, work }) => {
+            lower.iter().try_for_each(check)?;
+            let mut own = [upper, work].into_iter().flatten();
+            own.try_for_each(|path| check_directory(path))
+        }
+        Source::Rafs(RafsSource {
+            bootstrap,
+            blobs,
+            cache_dir,
+        }) => {
+            passthrough::check_shared(bootstrap)
+                .map_err(|error| ServerError::share(bootstrap, error))?;
+            check_directory(blobs)?;
+            cache_dir.iter().try_for_each(|path| check_directory(path))
+        }
+    }
+}
+
+fn check_directory(path: &Path) -> Result<(), ServerError> {
+    passthrough::check_shared(path).map_err(|error| ServerError::share(path, error))?;
+    // Only the root can be made for a single file.
+    if path.is_dir() {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    Err(ServerError::share(
+        &path.clone(),
+        PassthroughError::NotADirectory { path },
+    ))
+}
+
+/// How many directories of `source` are served by a passthrough of their own.
+fn directories(source: &Source) -> usize {
+    match source {
+        Source::Directory(_) => 1,
+        Source::Vfs(mounts) => mounts.iter().map(|(_, source)| directories(source)).sum(),
+        Source::Overlay(OverlaySource { lower, upper, .. }) => {
+            lower.iter().map(directories).sum::<usize>() + usize::from(upper.is_some())
+        }
+        Source::Rafs(_) => 0,
+    }
+}
+
+/// Builds the file systems of a source.
+#[derive(Debug)]
+pub(super) struct Builder {
+    /// The options of each directory.
+    options: Options,
+    /// `/proc/self/fd`, `O_PATH`.
+    proc_fds: OwnedFd,
+    /// What the sandbox has reached and no file system has taken yet.
+    trees: vec::IntoIter<Vec<Reached>>,
+}
+
+impl Builder {
+    /// Builds from the `trees` that the sandbox has reached. What `options` limit is divided between
+    /// all directories.
+    pub(super) fn new(
+        config: &Config,
+        options: Options,
+        proc_fds: OwnedFd,
+        trees: Vec<Vec<Reached>>,
+    ) -> Self {
+        let parts = NonZeroUsize::new(directories(&config.source)).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            options: options.divided_by(parts),
+            proc_fds,
+            trees: trees.into_iter(),
+        }
+    }
+
+    /// Builds `source`, the next one in the order of [`trees`].
+    pub(super) fn build(&mut self, source: &Source) -> Result<Arc<dyn FileSystem>, ServerError> {
+        match source {
+            Source::Directory(path) => {
+                let reached = self.next()?;
+                let fs = self.directory(path, reached, self.options.clone())?;
+                Ok(Arc::new(fs))
+            }
+            Source::Vfs(mounts) => {
+                let vfs = Vfs::new(self.options.xattr);
+                for (point, source) in mounts {
+                    vfs.mount(point, self.build(source)?)?;
+                }
+                Ok(Arc::new(vfs))
+            }
+            Source::Overlay(_) => Err(ServerError::NotBuiltIn("--overlay")),
+            Source::Rafs(_) => Err(ServerError::NotBuiltIn("--rafs")),
+        }
+    }
+
+    /// The passthrough of a directory.
+    fn directory(
+        &self,
+        path: &Path,
+        reached: Reached,
+        mut options: Options,
+    ) -> Result<Passthrough, ServerError> {
+        options.readonly |= reached.readonly;
+        let proc_fds = self.proc_fds.try_clone();
+        let shared = Shared {
+            root: reached.fd,
+            proc_fds: proc_fds.map_err(SandboxError::Descriptors)?,
+            path: path.to_owned(),
+        };
+        let table = Table::for_this_process(&options.limits(1))?;
+        let built = Passthrough::with_table(shared, options, &table, None);
+        built
+            .map(|(fs, _)| fs)
+            .map_err(|error| ServerError::share(path, error))
+    }
+
+    /// The only path of the next tree.
+    fn next(&mut self) -> Result<Reached, ServerError> {
+        let mut paths = self.next_tree()?.into_iter();
+        paths.next().ok_or(ServerError::NotReached)
+    }
+
+    /// The paths of the next tree.
+    fn next_tree(&mut self) -> Result<Vec<Reached>, ServerError> {
+        self.trees.next().ok_or(ServerError::NotReached)
+    }
+}
