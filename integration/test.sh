@@ -37,11 +37,13 @@ if wanted format; then
     cargo fmt --all --check
     cargo fmt --manifest-path integration/guest/suite/Cargo.toml --check
     cargo fmt --manifest-path integration/fuzz/Cargo.toml --check
+    cargo fmt --manifest-path integration/dragonball/Cargo.toml --check
 fi
 
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
+    cargo clippy --locked --features rust-vmm --lib --examples --test embed -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
@@ -66,6 +68,9 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
+    # With the device in the process of its VMM, and the examples in its documentation.
+    cargo test --locked --features rust-vmm --test embed
+    cargo test --locked --features rust-vmm --doc embed
 fi
 
 if wanted loom; then
