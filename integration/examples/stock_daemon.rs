@@ -1,7 +1,7 @@
 //! The device in the daemon of `vhost-user-backend`, for one VMM.
 //!
-//! `stock_daemon SOCKET DIRECTORY [WORKERS]` listens on SOCKET, shares DIRECTORY with the VMM that
-//! connects, and ends when it disconnects. A program that serves devices of several kinds does the same
+//! `stock_daemon SOCKET DIRECTORY [POLL_US]` listens on SOCKET, shares DIRECTORY with the VMM that
+//! connects, and ends when it disconnects. POLL_US is how long the device polls its rings at most. A program that serves devices of several kinds does the same
 //! with each. It has no sandbox: see the documentation of `ringfsd::embed` for what is to be done.
 
 #![allow(
@@ -10,10 +10,10 @@
 )]
 
 use std::error::Error;
-use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ringfsd::embed::{Options, VhostUserDevice};
 use ringfsd::error_chain;
@@ -26,15 +26,14 @@ fn main() -> ExitCode {
         .filter_level(log::LevelFilter::Warn)
         .init();
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let workers = match arguments.get(2).map(|workers| workers.parse()) {
-        None => Ok(NonZeroUsize::MIN),
-        Some(parsed) => parsed,
-    };
-    let ([socket, directory, ..], Ok(workers)) = (arguments.as_slice(), workers) else {
-        eprintln!("usage: stock_daemon SOCKET DIRECTORY [WORKERS]");
+    let poll = arguments
+        .get(2)
+        .map(|poll| poll.parse().map(Duration::from_micros));
+    let ([socket, directory, ..], Ok(poll)) = (arguments.as_slice(), poll.transpose()) else {
+        eprintln!("usage: stock_daemon SOCKET DIRECTORY [POLL_US]");
         return ExitCode::FAILURE;
     };
-    match serve(socket.as_ref(), directory.as_ref(), workers) {
+    match serve(socket.as_ref(), directory.as_ref(), poll) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("stock_daemon: {}", error_chain::one_line(&*error));
@@ -43,13 +42,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(socket: &Path, directory: &Path, workers: NonZeroUsize) -> Result<(), Box<dyn Error>> {
+fn serve(socket: &Path, directory: &Path, poll: Option<Duration>) -> Result<(), Box<dyn Error>> {
     let fs = Passthrough::new(directory, passthrough::Options::default())?;
-    let options = Options {
-        request_queues: NonZeroU16::MIN.saturating_add(3),
-        workers,
-        ..Options::default()
-    };
+    let mut options = Options::default();
+    options.poll = poll.unwrap_or(options.poll);
     let device = VhostUserDevice::new(Arc::new(fs), options)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("virtio-fs".to_owned(), device.clone(), memory)
