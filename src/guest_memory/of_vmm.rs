@@ -74,7 +74,7 @@ impl Memory {
         regions: impl IntoIterator<Item = (GuestAddress, *mut u8, usize)>,
         guard: Arc<dyn Send + Sync>,
     ) -> Result<Self, MemoryError> {
-        let regions = regions.into_iter().map(|(guest, start, len)| {
+        let regions = regions.into_iter().map(move |(guest, start, len)| {
             // SAFETY: the caller's promise is the same.
             let memory = unsafe { Borrowed::from_raw(start, len, Arc::clone(&guard)) };
             Region::borrowed(guest, memory)
