@@ -40,9 +40,8 @@ pub use self::observability::{Observability, log_filters};
 pub use self::ownership::Ownership;
 pub use self::persona::{Behaviour, DIFFERENCES, Difference, Persona};
 pub use self::recovery::Recovery;
-pub use self::resolve::{OptionConflict, notices};
+pub use self::resolve::notices;
 pub use self::sharing::Sharing;
-pub use self::sources::SourceError;
 pub use self::syslog::{Syslog, header as syslog_header};
 pub use self::upgrade::Upgrade;
 

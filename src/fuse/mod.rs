@@ -27,5 +27,5 @@ mod transport;
 pub use counters::Counters;
 pub use init::{Negotiated, Readdirplus, SessionOptions, Wanted};
 pub use reply::error_reply;
-pub use session::{NoWaits, Outcome, Queues, Session};
+pub use session::{Outcome, Queues, Session};
 pub use transport::{OUT_HEADER_LEN, RecordedIntent, Transport};

@@ -24,9 +24,9 @@ mod upgrade_attempt;
 
 pub use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
-pub use self::exec_handover::{ExecHandover, ExecHandoverError};
+pub use self::exec_handover::ExecHandover;
 pub use self::supervision::{LEFT, Watched};
-pub use self::upgrade::{AskError, ask, check_for_upgrade};
+pub use self::upgrade::{ask, check_for_upgrade};
 
 pub(crate) use self::leftovers::sort_leftovers;
 pub(crate) use self::predecessor::wait_while;

@@ -28,7 +28,7 @@ use rustix::thread::UnshareFlags;
 pub use self::fd_identity::{FdIdentity, Identity};
 pub use self::filter::{Filter, FilterError, Seccomp};
 pub use self::guardian::{Change, Ending, Guardian};
-pub use self::id_map::{IdRange, IdRangeError};
+pub use self::id_map::IdRange;
 pub use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::{Serving, now};
 pub use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};

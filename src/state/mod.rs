@@ -29,12 +29,10 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-pub use self::blobs::Name;
 pub use self::handles::{HandleFields, HandleRecord};
 pub use self::header::{Agreement, Limits, QueuePart};
 pub use self::inodes::{InodeFields, InodeRecord};
 pub use self::locks::{LockFields, LockRecord, Range};
-pub use self::thread_journal::{JournalEntry, PreviousEntry};
 
 use self::header::Layout;
 use self::slabs::{RecordKind, Slabs};

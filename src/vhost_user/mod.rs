@@ -28,7 +28,7 @@ use std::time::Instant;
 pub use listener::{ListenError, Listener, SocketFile};
 pub use session::{End, SessionError};
 pub use session_runner::{resume, serve};
-pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, SnapshotError, VERSION};
+pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, VERSION};
 
 use crate::device::BackChannel;
 use crate::migration::{DeviceState, NoDeviceState};

@@ -28,9 +28,9 @@ mod used;
 pub use bad_chain::BadChain;
 pub use chain::Chain;
 pub use inflight::{InflightError, InflightPart, InflightRegion};
-pub use journal::{Journal, Previous, unanswered_requests};
+pub use journal::{Journal, unanswered_requests};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
-pub use used::{Call, QueueStats, UsedRing};
+pub use used::{Call, UsedRing};
 
 /// Index of a queue of the device: 0 is the high-priority queue, and the request queues follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

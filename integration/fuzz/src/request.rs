@@ -16,9 +16,9 @@ use std::sync::Arc;
 
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::passthrough::Passthrough;
-use ringfsd::fuse::{Outcome, Session, SessionOptions};
+use ringfsd::internals::fuse::{Outcome, Session, SessionOptions};
+use ringfsd::internals::virtqueue::{Features, Queue};
 use ringfsd::io::{Engine, Runtime, spawn};
-use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
 use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};

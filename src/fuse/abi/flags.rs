@@ -2,6 +2,11 @@
 //!
 //! Only values; `init` and `reply` decide which are set.
 
+#![allow(
+    dead_code,
+    reason = "the flags are the protocol's, also those that nothing uses yet"
+)]
+
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 

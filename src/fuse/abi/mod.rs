@@ -13,6 +13,10 @@ pub use flags::{
     open_reply_flags, setattr_valid, setxattr_flags, write_flags,
 };
 pub use opcode::{Arguments, Guard, Handler, Opcode, ReplayClass, Row, UNKNOWN};
+#[allow(
+    unused_imports,
+    reason = "the structures are the protocol's, also those that nothing uses yet"
+)]
 pub use structures::{
     AccessIn, Attr, AttrOut, BatchForgetIn, BmapIn, BmapOut, CopyFileRangeIn, CopyFileRangeOut,
     CreateIn, Dirent, EntryOut, ExtHeader, FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne,

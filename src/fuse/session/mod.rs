@@ -26,7 +26,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
-pub use self::blocking_locks::NoWaits;
 pub use self::reclaim::Queues;
 
 use self::blocking_locks::BlockingLocks;
