@@ -23,6 +23,9 @@ suites=(
     'git --commits 100 --files 200'
     'memory-tree'
     'memory-tree --may-block yes'
+    'fuse-backend'
+    'fuse-backend --kind vfs'
+    'fuse-backend --kind overlay'
     'host-changes --seconds 3'
     'host-changes --seconds 3 --server-arg --cache=always'
 )

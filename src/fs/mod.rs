@@ -6,6 +6,7 @@
 //! system never sees a name that is empty, `.` or `..`, contains a `/` or a NUL, or is longer than
 //! 255 bytes; the dispatch has rejected it.
 
+pub mod fuse_backend;
 mod migrate;
 mod open_file;
 pub mod passthrough;
@@ -242,6 +243,10 @@ pub struct DirEntry<'a> {
 
 /// Receives directory entries until it is full.
 pub trait DirSink {
+    /// About how many bytes are left, for file systems that fetch several entries at once.
+    fn room(&self) -> usize {
+        4096
+    }
     /// Whether `name` still fits. Called before the name is looked up.
     fn has_room(&self, name: &CStr) -> bool;
     /// Adds one entry. For READDIRPLUS `entry` is the result of looking up the name and counts as
@@ -279,6 +284,12 @@ pub struct NegotiatedTerms {
     /// these are the ids that the new inode gets. User 0 among them need not be privileged in the
     /// guest, nor another user unprivileged.
     pub idmapped: bool,
+    /// The file system clears set-ID bits when the guest asks for it; the guest's kernel doesn't.
+    pub kills_set_id: bool,
+    /// Record locks of the guest are sent to the file system.
+    pub record_locks: bool,
+    /// Locks of the guest on whole files (`flock(2)`) are sent to the file system.
+    pub file_locks: bool,
 }
 
 /// A file system as FUSE sees it.
@@ -304,6 +315,15 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     fn unmounted(&self) {
         self.reset();
     }
+    /// Called for INIT: which of the `terms` that the guest and the options allow this file system
+    /// supports. The others are not negotiated.
+    ///
+    /// # Errors
+    ///
+    /// The file system can't be used. The guest's mount fails with this error.
+    fn accept(&self, terms: &NegotiatedTerms) -> Result<NegotiatedTerms> {
+        Ok(*terms)
+    }
     /// Called when INIT has been negotiated. `terms` apply until [`reset`](Self::reset).
     fn begin(&self, _terms: &NegotiatedTerms) {}
 
@@ -327,7 +347,8 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     ///
     /// Never called on such a thread, and therefore not allowed to block: [`forget`](Self::forget),
     /// [`file`](Self::file), [`file_to_change`](Self::file_to_change), [`begin`](Self::begin) and
-    /// the methods for locks. Data operations are asynchronous: see [`FileObject`].
+    /// the methods for locks, but [`end_locks`](Self::end_locks). [`accept`](Self::accept) may, as
+    /// nothing else is served meanwhile. Data operations are asynchronous: see [`FileObject`].
     fn may_block(&self) -> bool {
         false
     }
@@ -446,6 +467,17 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     fn report_shortage(&self) {}
     /// FLUSH: a descriptor in the guest is closed; returns the errors of earlier writes.
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()>;
+    /// FLUSH, by the owner of record locks, all of which it releases.
+    fn flush_and_unlock(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Handle,
+        owner: LockOwner,
+    ) -> Result<()> {
+        self.end_locks(node, owner);
+        self.flush(caller, node, handle)
+    }
     /// RELEASE: the last descriptor is closed; the handle becomes invalid.
     fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
     /// Clears the set-user-ID and set-group-ID bits of a file that is about to be written by a

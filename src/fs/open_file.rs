@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use crate::io::{File, GuestBuffer, SyncKind, Transferred, WriteMode};
+use super::LockOwner;
+use crate::io::{File, GuestBuffer, Lock, RecordLock, SyncKind, Transferred, WriteMode};
 
 /// An operation of a [`FileObject`]. It runs on the worker's own runtime, so it must not block:
 /// waiting must be awaited, or moved to [`io::blocking`](crate::io::blocking()).
@@ -70,6 +71,21 @@ pub trait FileObject: fmt::Debug + Send + Sync + 'static {
         _len: usize,
     ) -> ObjectFuture<io::Result<usize>> {
         Box::pin(async { Err(Errno::OPNOTSUPP.into()) })
+    }
+
+    /// GETLK: a record lock of another owner that conflicts with `lock`, if there is one.
+    fn conflicting_lock(
+        self: Arc<Self>,
+        _owner: LockOwner,
+        _lock: RecordLock,
+    ) -> ObjectFuture<io::Result<Option<RecordLock>>> {
+        Box::pin(async { Err(Errno::NOSYS.into()) })
+    }
+
+    /// SETLK, SETLKW and `flock`: acquires or releases a lock for `owner`, without waiting for
+    /// another owner: `EAGAIN` if it would have to. A request that waits is tried again.
+    fn try_lock(self: Arc<Self>, _owner: LockOwner, _lock: Lock) -> ObjectFuture<io::Result<()>> {
+        Box::pin(async { Err(Errno::NOSYS.into()) })
     }
 }
 

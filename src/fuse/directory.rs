@@ -69,6 +69,10 @@ impl Records {
 }
 
 impl DirSink for Records {
+    fn room(&self) -> usize {
+        self.limit.saturating_sub(self.bytes.len())
+    }
+
     fn has_room(&self, name: &CStr) -> bool {
         let fits = self.fits(name);
         if !fits {

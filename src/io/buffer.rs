@@ -10,7 +10,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use fuse_backend_rs::file_buf::FileVolatileBuf;
+use fuse_backend_rs::file_buf::{FileVolatileBuf, FileVolatileSlice};
 use smallvec::SmallVec;
 
 /// Keeps the memory of a [`GuestBuffer`] mapped while it is held.
@@ -122,10 +122,56 @@ impl GuestBuffer {
         self.len = self.len.min(len);
     }
 
-    /// The pieces, for a file system that handles them one by one.
+    /// The space behind the initialized bytes of each of `bufs`: the target of a read.
+    ///
+    /// `FileVolatileBuf` pins nothing. Who made one, by an unsafe function, has promised that the
+    /// memory outlives every copy of it. The buffer holds copies until the operation ends, also if
+    /// its future is dropped before: that is how long the memory must stay. Memory that may be
+    /// unmapped meanwhile, as a guest's may, needs a guard: see
+    /// [`from_raw_pieces`](Self::from_raw_pieces).
     #[must_use]
-    pub fn pieces(&self) -> &[FileVolatileBuf] {
-        &self.pieces
+    pub fn unfilled(bufs: &[FileVolatileBuf]) -> Self {
+        Self::of_parts(bufs, |buf| (buf.len(), buf.cap() - buf.len()))
+    }
+
+    /// The initialized bytes of `bufs`: the source of a write. The memory must stay as long as for
+    /// [`unfilled`](Self::unfilled).
+    #[must_use]
+    pub fn filled(bufs: &[FileVolatileBuf]) -> Self {
+        Self::of_parts(bufs, |buf| (0, buf.len()))
+    }
+
+    /// The `part` (offset and length) of each of `bufs`.
+    fn of_parts(
+        bufs: &[FileVolatileBuf],
+        part: impl Fn(&FileVolatileBuf) -> (usize, usize),
+    ) -> Self {
+        let pieces = bufs.iter().map(|buf| {
+            let (offset, len) = part(buf);
+            (raw_parts(buf).0.wrapping_add(offset), len)
+        });
+        // SAFETY: the part lies within the capacity of `buf`, whose maker guarantees that the
+        // memory is mapped as long as a copy of `buf` exists, and accessed by nobody but through
+        // volatile accesses. The pieces are such copies, so no guard is needed beyond them.
+        unsafe { Self::from_raw_pieces(pieces, Arc::new(())) }
+    }
+
+    /// Up to `len` bytes from `offset` on, in order, for a file system that reads or writes them by
+    /// itself. The slices can't outlive the buffer, which keeps the memory mapped.
+    pub fn volatile_slices(
+        &self,
+        offset: usize,
+        len: usize,
+    ) -> impl Iterator<Item = FileVolatileSlice<'_>> {
+        let mut left = len;
+        self.io_vecs(offset).into_iter().map_while(move |vec| {
+            let len = vec.iov_len.min(left);
+            left -= len;
+            // SAFETY: `iov_base..+iov_len` stays mapped while `self` is borrowed, and no Rust
+            // reference to it exists, as `from_raw_pieces` demands.
+            let slice = || unsafe { FileVolatileSlice::from_raw_ptr(vec.iov_base.cast(), len) };
+            (len > 0).then(slice)
+        })
     }
 
     /// The guard that keeps the memory mapped.
@@ -184,6 +230,15 @@ impl GuestBuffer {
     }
 }
 
+impl From<FileVolatileBuf> for GuestBuffer {
+    /// The whole capacity, whatever part of it is initialized. For how long the memory must stay,
+    /// and for one of the two parts, see [`unfilled`](Self::unfilled) and
+    /// [`filled`](Self::filled).
+    fn from(buf: FileVolatileBuf) -> Self {
+        Self::of_parts(&[buf], |buf| (0, buf.cap()))
+    }
+}
+
 impl fmt::Debug for GuestBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuestBuffer")
@@ -230,7 +285,7 @@ mod tests {
         // SAFETY: all pieces lie in `memory`, which outlives the buffer and isn't touched.
         let buffer = unsafe { GuestBuffer::from_raw_pieces(pieces, Arc::new(())) };
         assert_eq!(buffer.len(), 32);
-        assert_eq!(buffer.pieces().len(), 2);
+        assert_eq!(buffer.io_vecs(0).len(), 2);
     }
 
     #[test]
@@ -262,6 +317,29 @@ mod tests {
         buffer.truncate(13);
         let lens: Vec<_> = buffer.io_vecs(0).iter().map(|vec| vec.iov_len).collect();
         assert_eq!((buffer.len(), lens), (13, vec![10, 3]));
+    }
+
+    #[test]
+    fn volatile_buf_is_target_where_unfilled_and_source_where_filled() {
+        let mut memory = vec![0u8; 64];
+        let start = memory.as_mut_ptr();
+        // SAFETY: the bytes lie in `memory`, which outlives all buffers and isn't touched.
+        let part = unsafe { FileVolatileBuf::from_raw_ptr(start, 10, 30) };
+        // SAFETY: as above.
+        let empty = unsafe { FileVolatileBuf::from_raw_ptr(start.wrapping_add(40), 0, 20) };
+        let starts_and_lens = |buffer: GuestBuffer| -> Vec<_> {
+            let slices = buffer.volatile_slices(0, 64);
+            slices
+                .map(|slice| (slice.as_ptr().addr() - start.addr(), slice.len()))
+                .collect()
+        };
+        let bufs = [part, empty];
+        assert_eq!(
+            starts_and_lens(GuestBuffer::unfilled(&bufs)),
+            [(10, 20), (40, 20)]
+        );
+        assert_eq!(starts_and_lens(GuestBuffer::filled(&bufs)), [(0, 10)]);
+        assert_eq!(starts_and_lens(GuestBuffer::from(part)), [(0, 30)]);
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod probe;
 mod runtime;
 mod unavailable;
 mod vectored;
+mod volatile_bufs;
 
 pub use buffer::{Guard, GuestBuffer};
 pub use engine::thread_pool::run as blocking;

@@ -15,32 +15,21 @@ mod content;
 #[path = "../../integration/examples/memory_tree/tree.rs"]
 pub(crate) mod tree;
 
-use std::num::{NonZeroU16, NonZeroUsize};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use ringfsd::fs::FileSystem;
-use ringfsd::io::{Choice, probe};
-use ringfsd::service::Device;
+use ringfsd::io::Choice;
 use ringfsd::service::SessionOptions;
-use ringfsd::service::{Exit, Service, ServiceOptions};
-use ringfsd::service::{Listener, Stop};
+use vmm::Session;
 use vmm::fuse::{Client, ROOT};
-use vmm::{Options, Profile, Session};
+
+use super::served::{self, engines};
 
 use self::tree::MemoryTree;
 
-/// Serves a tree to `guest` on each engine, and returns what is left of it.
+/// Serves a tree to `guest` on each engine.
 fn on_each_engine(may_block: bool, guest: impl Fn(&mut Client<Session>)) {
-    let mut choices = vec![Choice::Tokio];
-    match probe() {
-        Ok(()) => choices.push(Choice::Uring),
-        Err(reason) => println!("SKIPPED in part: {reason}"),
-    }
-    for runtime in choices {
+    for runtime in engines() {
         let tree = Arc::new(MemoryTree::new(may_block));
         serve(&tree, runtime, &guest);
         assert_eq!(Arc::strong_count(&tree), 1, "nobody else has it any more");
@@ -53,39 +42,8 @@ pub(crate) fn serve<F: FileSystem>(
     runtime: Choice,
     guest: impl Fn(&mut Client<Session>),
 ) {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("socket");
-    let listener = Listener::bind(&socket).unwrap();
-    let options = ServiceOptions {
-        device: Device {
-            tag: None,
-            request_queues: NonZeroU16::new(2).unwrap(),
-        },
-        workers: NonZeroUsize::new(2).unwrap(),
-        runtime,
-        poll: Duration::ZERO,
-        session: SessionOptions::default(),
-        once: true,
-    };
-    let mut service = Service::new(Arc::clone(fs) as _, options).unwrap();
-    std::thread::scope(|scope| {
-        let server = scope.spawn(|| {
-            let (never, _keep) = std::io::pipe().unwrap();
-            let leave = AtomicBool::new(false);
-            let stop = Stop {
-                asked: never.as_fd(),
-                leave: &leave,
-            };
-            service.run(&listener, stop).unwrap()
-        });
-        let stream = UnixStream::connect(&socket).unwrap();
-        let session = Profile::Qemu.connect(stream, &Options::default()).unwrap();
-        let mut client = Client::new(session);
-        client.init().unwrap();
-        guest(&mut client);
-        drop(client);
-        assert_eq!(server.join().unwrap(), Exit::Ended);
-    });
+    let session = SessionOptions::default();
+    served::serve(Arc::clone(fs) as _, (runtime, 2), session, guest);
 }
 
 /// What a guest does with files and names; the same wherever the methods are called.

@@ -72,6 +72,15 @@ impl Vfs {
         self.changes().terms.unwrap_or_default()
     }
 
+    /// The result of FLUSH. With `--no-open` all file systems return `ENOSYS`, and only then it may
+    /// reach the guest.
+    fn flushed(&self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(Errno::NOSYS) if !self.terms().no_open => Ok(()),
+            result => result,
+        }
+    }
+
     fn for_all(&self, act: impl Fn(&dyn FileSystem)) {
         self.shards.get().all().for_each(|mount| act(&*mount.fs));
     }
@@ -99,6 +108,17 @@ impl FileSystem for Vfs {
 
     fn unmounted(&self) {
         self.end_session(|fs| fs.unmounted());
+    }
+
+    /// What all file systems support.
+    fn accept(&self, terms: &NegotiatedTerms) -> Result<NegotiatedTerms> {
+        let table = self.shards.get();
+        let mut accepted = *terms;
+        // Those that were asked first may have accepted more; `begin` tells them.
+        for mount in table.all() {
+            accepted = mount.fs.accept(&accepted)?;
+        }
+        Ok(accepted)
     }
 
     fn begin(&self, terms: &NegotiatedTerms) {
@@ -345,11 +365,20 @@ impl FileSystem for Vfs {
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()> {
         let table = self.table()?;
         let at = at(&table, node, Errno::BADF)?;
-        match at.fs.flush(caller, at.node, handle) {
-            // With `--no-open` all file systems return it, and only then it may reach the guest.
-            Err(Errno::NOSYS) if !self.terms().no_open => Ok(()),
-            result => result,
-        }
+        self.flushed(at.fs.flush(caller, at.node, handle))
+    }
+
+    fn flush_and_unlock(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        handle: Handle,
+        owner: LockOwner,
+    ) -> Result<()> {
+        let table = self.table()?;
+        let at = at(&table, node, Errno::BADF)?;
+        let flushed = at.fs.flush_and_unlock(caller, at.node, handle, owner);
+        self.flushed(flushed)
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {

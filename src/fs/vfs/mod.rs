@@ -64,6 +64,9 @@ pub enum MountError {
     /// Other file systems are mounted below.
     #[error("file systems are mounted below {0}: unmount them first")]
     Busy(MountPoint),
+    /// The guest's session has terms that the file system doesn't support.
+    #[error("the guest uses the mount in a way that the file system at {0} doesn't support")]
+    Terms(MountPoint),
     /// A number is used once, so that node ids are never reused.
     #[error("65535 file systems have been mounted, and there can't be more")]
     TooMany,
@@ -110,11 +113,14 @@ impl Vfs {
             return Err(MountError::InUse(point.clone()));
         }
         points.set_mount(at, Some(number));
+        if let Some(terms) = &changes.terms {
+            if fs.accept(terms) != Ok(*terms) {
+                return Err(MountError::Terms(point.clone()));
+            }
+            fs.begin(terms);
+        }
         if let Some(channel) = &changes.channel {
             fs.connected(channel);
-        }
-        if let Some(terms) = &changes.terms {
-            fs.begin(terms);
         }
         table.mounts.push(Some(Mount { fs, point: at }));
         table.find_directories();
@@ -220,7 +226,12 @@ impl Table {
                 continue;
             };
             let fs = &mounted.fs;
-            if let Ok(entry) = fs.lookup(&Caller::default(), node, name) {
+            let server = Caller {
+                uid: Some(0),
+                gid: Some(0),
+                ..Caller::default()
+            };
+            if let Ok(entry) = fs.lookup(&server, node, name) {
                 let is_directory = attributes::is_directory(&entry.attributes);
                 point.stand_for(is_directory.then_some(entry.node));
                 fs.forget(entry.node, 1);

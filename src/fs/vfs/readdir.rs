@@ -181,6 +181,10 @@ impl Outward<'_> {
 }
 
 impl DirSink for Outward<'_> {
+    fn room(&self) -> usize {
+        self.sink.room()
+    }
+
     fn has_room(&self, name: &CStr) -> bool {
         let has_room = self.leaves_out(name) || self.sink.has_room(name);
         self.is_full.set(!has_room);

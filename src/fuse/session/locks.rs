@@ -13,7 +13,7 @@ use super::blocking_locks::NoWaits;
 use super::data::errno;
 use super::replay::RECORDED;
 use super::{Outcome, Session};
-use crate::fs::{FileSystem, Handle, HandleKind, LockOwner, NodeId, Result};
+use crate::fs::{FileSystem, Handle, HandleKind, LockOwner, NodeId, OpenFile, Result};
 use crate::fuse::Transport;
 use crate::fuse::abi::{InitFlags, LkOut};
 use crate::fuse::reply::{Answer, file_lock};
@@ -41,13 +41,26 @@ impl<F: FileSystem + ?Sized> Session<F> {
         if !self.has_agreed(needed) {
             return self.reply_now(transport, request.unique, Err(Errno::NOSYS));
         }
+        let unique = request.unique;
         let answer = match request.operation {
-            Operation::Setlk(locking) => return self.setlk(transport, request, locking),
+            Operation::Setlk(locking) => match self.open_file(request.node, locking.handle) {
+                Ok(OpenFile::Object(object)) => {
+                    return self.setlk_of_object(transport, unique, object, locking);
+                }
+                Ok(OpenFile::Host(_)) => return self.setlk(transport, request, locking),
+                Err(errno) => Err(errno),
+            },
             Operation::Getlk {
                 handle,
                 owner,
                 lock,
-            } => self.getlk(request.node, handle, owner, lock),
+            } => match self.open_file(request.node, handle) {
+                Ok(OpenFile::Object(object)) => {
+                    return self.getlk_of_object(transport, unique, object, (owner, lock));
+                }
+                Ok(OpenFile::Host(open)) => self.getlk(request.node, &open, owner, lock),
+                Err(errno) => Err(errno),
+            },
             // The opcode table dispatches none of these to this method.
             Operation::Init(_)
             | Operation::Destroy
@@ -95,16 +108,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.reply_now(transport, request.unique, answer)
     }
 
+    fn open_file(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
+        self.fs.file(node, handle, HandleKind::File)
+    }
+
     /// GETLK. The process that holds the conflicting lock has no id in the guest, so the reply has
     /// pid 0.
     fn getlk(
         &self,
         node: NodeId,
-        handle: Handle,
+        open: &File,
         owner: LockOwner,
         lock: RecordLock,
     ) -> Result<Answer> {
-        let open = self.fs.file(node, handle, HandleKind::File)?.host()?;
         let found = match self.fs.lock_file_if_any(node, owner) {
             Some(owner_file) => owner_file.conflicting_lock(lock),
             None => open.conflicting_lock(lock),

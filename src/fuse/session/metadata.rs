@@ -94,8 +94,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 Ok(Answer::Created(entry_out(&entry), open_out(&opened)))
             }
             Operation::Flush { handle, owner } => {
-                fs.end_locks(node, owner);
-                fs.flush(caller, node, handle).map(done)
+                fs.flush_and_unlock(caller, node, handle, owner).map(done)
             }
             Operation::Release { handle } => fs.release(node, handle).map(done),
             Operation::Releasedir { handle } => fs.releasedir(node, handle).map(done),

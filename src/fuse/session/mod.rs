@@ -12,6 +12,7 @@ mod inode_flags;
 mod locks;
 mod metadata;
 mod migration;
+mod object_locks;
 mod reclaim;
 mod replay;
 mod session_barrier;
@@ -414,6 +415,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.unmount(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {
+                let negotiated = self.accepted_by_file_system(negotiated)?;
                 if should_log(self.counters.requests(Opcode::Init)) {
                     log::info!("session begins: {negotiated}");
                 }
@@ -429,6 +431,23 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 Err(Errno::PROTO)
             }
         }
+    }
+
+    /// Leaves out the flags that the file system doesn't support.
+    fn accepted_by_file_system(&self, negotiated: Negotiated) -> Result<Negotiated, Errno> {
+        let accepted = self
+            .fs
+            .accept(&terms(negotiated.flags))
+            .inspect_err(|errno| {
+                if should_log(self.counters.requests(Opcode::Init)) {
+                    log::error!("no session: the file system can't be used: {errno}");
+                }
+            })?;
+        let flags = negotiated.flags & flags_for(&accepted);
+        Ok(Negotiated {
+            flags,
+            ..negotiated
+        })
     }
 
     fn record_agreement(&self, agreement: Option<AgreementWords>) {
@@ -536,7 +555,34 @@ fn terms(flags: InitFlags) -> NegotiatedTerms {
         no_open: flags.contains(InitFlags::NO_OPEN_SUPPORT),
         no_opendir: flags.contains(InitFlags::NO_OPENDIR_SUPPORT),
         idmapped: flags.contains(InitFlags::ALLOW_IDMAP),
+        kills_set_id: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
+        record_locks: flags.contains(InitFlags::POSIX_LOCKS),
+        file_locks: flags.contains(InitFlags::FLOCK_LOCKS),
     }
+}
+
+/// All flags but those of `terms` that are not in effect.
+fn flags_for(terms: &NegotiatedTerms) -> InitFlags {
+    let NegotiatedTerms {
+        collects_writes,
+        no_open,
+        no_opendir,
+        idmapped,
+        kills_set_id,
+        record_locks,
+        file_locks,
+    } = *terms;
+    let without = [
+        (collects_writes, InitFlags::WRITEBACK_CACHE),
+        (no_open, InitFlags::NO_OPEN_SUPPORT),
+        (no_opendir, InitFlags::NO_OPENDIR_SUPPORT),
+        (idmapped, InitFlags::ALLOW_IDMAP),
+        (kills_set_id, InitFlags::HANDLE_KILLPRIV_V2),
+        (record_locks, InitFlags::POSIX_LOCKS),
+        (file_locks, InitFlags::FLOCK_LOCKS),
+    ];
+    let without = without.into_iter().filter(|(in_effect, _)| !in_effect);
+    InitFlags::from_bits(without.fold(u64::MAX, |all, (_, flag)| all & !flag.bits()))
 }
 
 /// Whether the `count`th occurrence of an event is logged: the first few are, then ever fewer, so

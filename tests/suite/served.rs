@@ -1,0 +1,75 @@
+//! Serves a file system of the test's own by the library's service, over a socket.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use ringfsd::fs::FileSystem;
+use ringfsd::io::{Choice, probe};
+use ringfsd::service::Device;
+use ringfsd::service::SessionOptions;
+use ringfsd::service::{Exit, Service, ServiceOptions};
+use ringfsd::service::{Listener, Stop};
+use vmm::fuse::Client;
+use vmm::{Options, Profile, Session};
+
+/// The engines of this machine.
+pub(crate) fn engines() -> Vec<Choice> {
+    let mut choices = vec![Choice::Tokio];
+    match probe() {
+        Ok(()) => choices.push(Choice::Uring),
+        Err(reason) => println!("SKIPPED in part: {reason}"),
+    }
+    choices
+}
+
+/// Serves `fs` to `guest` with this many workers, and returns when the server has ended.
+pub(crate) fn serve(
+    fs: Arc<dyn FileSystem>,
+    (runtime, workers): (Choice, usize),
+    session: SessionOptions,
+    guest: impl FnOnce(&mut Client<Session>),
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let listener = Listener::bind(&socket).unwrap();
+    let options = ServiceOptions {
+        device: Device {
+            tag: None,
+            request_queues: NonZeroU16::new(2).unwrap(),
+        },
+        workers: NonZeroUsize::new(workers).unwrap(),
+        runtime,
+        poll: Duration::ZERO,
+        session,
+        once: true,
+    };
+    let mut service = Service::new(fs, options).unwrap();
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            let (never, _keep) = std::io::pipe().unwrap();
+            let leave = AtomicBool::new(false);
+            let stop = Stop {
+                asked: never.as_fd(),
+                leave: &leave,
+            };
+            service.run(&listener, stop).unwrap()
+        });
+        let stream = UnixStream::connect(&socket).unwrap();
+        let session = Profile::Qemu.connect(stream, &Options::default()).unwrap();
+        let mut client = Client::new(session);
+        client.init().unwrap();
+        guest(&mut client);
+        drop(client);
+        assert_eq!(server.join().unwrap(), Exit::Ended);
+    });
+}
