@@ -14,6 +14,7 @@ pub use flags::{
 };
 pub use opcode::{Arguments, Guard, Handler, Opcode, ReplayClass, Row, UNKNOWN};
 #[allow(
+    unreachable_pub,
     unused_imports,
     reason = "the structures are the protocol's, also those that nothing uses yet"
 )]
