@@ -18,7 +18,7 @@ use super::sigbus::MemoryLostEvent;
 
 /// Bytes of guest memory that one bit of the dirty log stands for (`VHOST_LOG_PAGE`,
 /// vhost-user specification, "Migration").
-pub const LOG_PAGE: u64 = 4096;
+pub(super) const LOG_PAGE: u64 = 4096;
 
 /// The front end's bitmap of changed pages (vhost-user specification, "Migration").
 #[derive(Debug)]

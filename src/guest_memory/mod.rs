@@ -40,7 +40,7 @@ mod tests;
 mod window;
 
 pub use self::change_log::ChangeLog;
-pub use self::dirty_log::DirtyLog;
+pub(crate) use self::dirty_log::DirtyLog;
 pub use self::error::MemoryError;
 pub use self::region::{Region, RegionDescription};
 pub use self::sigbus::MemoryLostEvent;

@@ -218,7 +218,10 @@ mod tests {
         let mut device = RingfsDevice::new(VirtioFs::new(fs, options).unwrap());
         {
             let device: &mut Device = &mut device;
-            assert_eq!((device.device_type(), device.queue_max_sizes().len()), (26, 2));
+            assert_eq!(
+                (device.device_type(), device.queue_max_sizes().len()),
+                (26, 2)
+            );
             let mut tag = [0; 6];
             device.read_config(0, &mut tag);
             assert_eq!(&tag, b"shared");
@@ -252,11 +255,17 @@ mod tests {
         };
         write(&descriptor(0x8000, 104, 1, 1), 0x1000);
         write(&descriptor(0x9000, 4096, 2, 0), 0x1010);
-        memory.store(1_u16, GuestAddress(0x2002), Ordering::Release).unwrap();
+        memory
+            .store(1_u16, GuestAddress(0x2002), Ordering::Release)
+            .unwrap();
         kick.write(1).unwrap();
         // No VM, so nobody gets the interrupt: the index tells.
         let deadline = Instant::now() + Duration::from_secs(30);
-        while memory.load::<u16>(GuestAddress(0x3002), Ordering::Acquire).unwrap() != 1 {
+        while memory
+            .load::<u16>(GuestAddress(0x3002), Ordering::Acquire)
+            .unwrap()
+            != 1
+        {
             assert!(Instant::now() < deadline, "no answer");
             std::thread::yield_now();
         }
