@@ -43,7 +43,7 @@ fi
 if wanted lint; then
     step 'lints'
     cargo clippy --workspace --all-targets --locked -- -D warnings
-    cargo clippy --locked --features rust-vmm --lib --examples --test embed -- -D warnings
+    cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
 fi
@@ -55,7 +55,7 @@ fi
 
 if wanted doc; then
     step 'documentation'
-    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --all-features --locked
 fi
 
 if wanted unit; then
@@ -71,6 +71,10 @@ if wanted unit; then
     # With the device in the process of its VMM, and the examples in its documentation.
     cargo test --locked --features rust-vmm --test embed
     cargo test --locked --features rust-vmm --doc embed
+    # What differs with the third engine: its tests, and those that run on all engines in turn.
+    cargo test --locked --features tokio-uring --test suite --test model -- \
+        tokio_uring io:: pool:: lifecycle::
+    cargo test --locked --features tokio-uring --test confinement --test allocations
 fi
 
 if wanted loom; then
@@ -123,6 +127,8 @@ if wanted guest; then
     integration/guest/suite.sh --runtime tokio --queues 4 --kernel 6.1 --sandbox namespace --ordinary-user
     integration/guest/suite.sh --runtime tokio --queues 1 --kernel 6.12 --sandbox chroot
     integration/guest/suite.sh --runtime uring --queues 4 --kernel 6.12 --sandbox none --ordinary-user
+    # Two directories under one mount.
+    integration/guest/vfs.sh
     # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load that is migrated to and fro.

@@ -102,7 +102,7 @@ pub mod internals {
     pub mod sandbox {
         pub use crate::sandbox::{
             Ending, Filter, ForkResult, HostAccess, Kind, Needs, Options, Reach, Seccomp, Serving,
-            begin, ending_signals, reset_inherited,
+            Tree, begin, ending_signals, reset_inherited,
         };
     }
 

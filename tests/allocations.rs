@@ -23,7 +23,7 @@ use ringfsd::internals::fuse::{Session, SessionOptions};
 use ringfsd::internals::vhost_user::{self, Runner, Stop};
 use ringfsd::internals::virtqueue::{Queue, QueueIndex};
 use ringfsd::internals::worker::WorkerPool;
-use ringfsd::io::{Engine, probe};
+use ringfsd::io::Engine;
 use testing::allocations::{Counting, leave_out_this_thread, of_all_threads};
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};
@@ -102,12 +102,11 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
 fn hot_requests_allocate_nothing() {
     // The guest's side is not counted.
     leave_out_this_thread();
-    let mut engines = vec![Engine::ThreadPool];
-    match probe() {
-        Ok(()) => engines.push(Engine::Uring),
-        Err(reason) => eprintln!("skipped on uring: {reason}"),
-    }
-    for engine in engines {
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
         serve_to(engine, |fs| {
             let node = fs.lookup(ROOT, c"file").unwrap().nodeid;
             let file = fs.open(node, libc::O_RDWR).unwrap();

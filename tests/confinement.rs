@@ -27,7 +27,7 @@ use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
 use ringfsd::internals::sandbox::{
-    self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp,
+    self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp, Tree,
 };
 use ringfsd::io::Engine;
 use rustix::fs::{FileType, Mode, OFlags};
@@ -65,6 +65,8 @@ const FORBIDDEN: &[&str] = &[
 struct Attempt {
     /// Without a sandbox.
     outside: bool,
+    /// In a sandbox of two directories; the attempt is made from the first one.
+    several: bool,
     kind: Kind,
     seccomp: Seccomp,
     runtime: Engine,
@@ -91,8 +93,9 @@ impl Attempt {
         };
         Self {
             outside: kind == "outside",
+            several: kind == "several",
             kind: match kind.as_str() {
-                "namespace" | "outside" => Kind::Namespace,
+                "namespace" | "outside" | "several" => Kind::Namespace,
                 "chroot" => Kind::Chroot,
                 _ => Kind::None,
             },
@@ -102,9 +105,9 @@ impl Attempt {
                 "log" => Seccomp::Log,
                 _ => Seccomp::None,
             },
-            runtime: match runtime.as_str() {
-                "uring" => Engine::Uring,
-                _ => Engine::ThreadPool,
+            runtime: {
+                let named = |engine: &&Engine| engine.to_string() == *runtime;
+                *Engine::ALL.iter().find(named).unwrap()
             },
             share: share.into(),
             secret: secret.into(),
@@ -153,9 +156,16 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         readonly: false,
         file_handles: false,
     };
-    let place = inside
-        .enter(&Reach::Share(attempt.share.clone()), needs)
-        .unwrap();
+    let place = if attempt.several {
+        let other = attempt.share.with_file_name("other");
+        let trees = [&attempt.share, &other].map(|path| Tree::of(path, false));
+        let mut place = inside.enter(&Reach::Trees(trees.into()), needs).unwrap();
+        place.root = place.trees.remove(0).remove(0).fd;
+        place
+    } else {
+        let reach = Reach::Share(attempt.share.clone());
+        inside.enter(&reach, needs).unwrap()
+    };
     let filter = Filter::new(attempt.seccomp, attempt.runtime, place.file_handles).unwrap();
     filter.install().unwrap();
     let out = match attempt.what.strip_prefix("call ") {
@@ -371,6 +381,7 @@ impl Scene {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::create_dir(at("share")).unwrap();
+        std::fs::create_dir(at("other")).unwrap();
         std::fs::write(at("secret"), "outside").unwrap();
         std::fs::copy(std::env::current_exe().unwrap(), at("program")).unwrap();
         std::fs::copy("/bin/true", at("share/program")).unwrap();
@@ -443,11 +454,12 @@ fn all() -> ExitCode {
     if !root {
         println!("SKIPPED: what root does needs root");
     }
-    let mut setups = vec![("namespace", None), ("none", None)];
+    let mut setups = vec![("namespace", None), ("several", None), ("none", None)];
     if root {
         setups.extend([
             ("chroot", None),
             ("namespace", Some(USER)),
+            ("several", Some(USER)),
             ("none", Some(USER)),
         ]);
     }
@@ -457,8 +469,8 @@ fn all() -> ExitCode {
             let name = format!("{kind}, {user:?}: {what}");
             report.check(&name, &output, |status| status.code() == Some(HELD.into()));
         }
-        for runtime in ["uring", "tokio"] {
-            let output = scene.run([kind, "kill", runtime], user, "live");
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
+            let output = scene.run([kind, "kill", &runtime], user, "live");
             let name = format!("{kind}, {user:?}, {runtime}: live");
             report.check(&name, &output, |status| status.success());
         }
@@ -477,9 +489,10 @@ fn all() -> ExitCode {
     }
     let killed = |status: &ExitStatus| status.signal() == Some(libc::SIGSYS);
     for call in FORBIDDEN {
-        for runtime in ["uring", "tokio"] {
+        for runtime in Engine::ALL.iter().map(Engine::to_string) {
             for place in ["call", "thread: call"] {
-                let output = scene.run(["none", "kill", runtime], None, &format!("{place} {call}"));
+                let output =
+                    scene.run(["none", "kill", &runtime], None, &format!("{place} {call}"));
                 report.check(
                     &format!("{runtime}, {place} {call}: killed"),
                     &output,
@@ -497,8 +510,13 @@ fn all() -> ExitCode {
     let ring = "call io_uring_setup";
     let output = scene.run(["none", "kill", "tokio"], None, ring);
     report.check("tokio has no ring", &output, killed);
-    let output = scene.run(["none", "kill", "uring"], None, ring);
-    report.check("uring has a ring", &output, through);
+    for engine in Engine::ALL
+        .iter()
+        .filter(|engine| **engine != Engine::ThreadPool)
+    {
+        let output = scene.run(["none", "kill", &engine.to_string()], None, ring);
+        report.check(&format!("{engine} has a ring"), &output, through);
+    }
     for action in ["log", "none"] {
         let output = scene.run(["none", action, "tokio"], None, "call kill");
         report.check(&format!("{action} lets a call happen"), &output, through);

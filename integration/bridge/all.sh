@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the suites of this folder on both runtimes, each with short settings, so that all of them
+# Runs the suites of this folder on uring and tokio, each with short settings, so that all of them
 # take some minutes: for the gate. Installs what they need. Without /dev/fuse all are skipped, and
 # counted as skipped.
 #
-#   all.sh [RUNTIME...]    only on these: uring, tokio
+#   all.sh [RUNTIME...]    only on these: uring, tokio, and tokio-uring if $RINGFSD has it
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -23,6 +23,8 @@ suites=(
     'git --commits 100 --files 200'
     'memory-tree'
     'memory-tree --may-block yes'
+    'vfs'
+    'pjdfstest --vfs yes'
     'fuse-backend'
     'fuse-backend --kind vfs'
     'fuse-backend --kind overlay'

@@ -14,7 +14,7 @@ if [[ -z ${MNT:-} ]]; then
     cargo build --quiet --release --locked --manifest-path "$root/Cargo.toml" --example fuse_backend
     options=''
     if [[ " $* " == *' --immediate yes '* ]]; then options+=' --immediate'; fi
-    if [[ " $* " =~ ' --runtime '([a-z]+)' ' ]]; then options+=" --runtime ${BASH_REMATCH[1]}"; fi
+    if [[ " $* " =~ ' --runtime '([a-z-]+)' ' ]]; then options+=" --runtime ${BASH_REMATCH[1]}"; fi
     kind=passthrough
     if [[ " $* " =~ ' --kind '([a-z]+)' ' ]]; then kind=${BASH_REMATCH[1]}; fi
     case $kind in

@@ -10,10 +10,15 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/suite.sh"
 if [[ -z ${MNT:-} ]]; then
     root=$here/../..
-    cargo build --quiet --release --locked --manifest-path "$root/Cargo.toml" --example memory_tree
     server="$(realpath "$root")/target/release/examples/memory_tree %SOCKET%"
     if [[ " $* " == *' --may-block yes '* ]]; then server+=' --may-block'; fi
-    if [[ " $* " =~ ' --runtime '([a-z]+)' ' ]]; then server+=" --runtime ${BASH_REMATCH[1]}"; fi
+    features=()
+    if [[ " $* " =~ ' --runtime '([a-z-]+)' ' ]]; then
+        server+=" --runtime ${BASH_REMATCH[1]}"
+        if [[ ${BASH_REMATCH[1]} == tokio-uring ]]; then features=(--features tokio-uring); fi
+    fi
+    cargo build --quiet --release --locked --manifest-path "$root/Cargo.toml" --example memory_tree \
+        "${features[@]}"
     set -- --server "$server" --request-queues 2 "$@"
 fi
 own='may-block'

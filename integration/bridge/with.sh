@@ -6,9 +6,11 @@
 #
 #   --server S            ringfsd (default), virtiofsd, or a shell command in which %SOCKET% and
 #                         %SHARE% stand for the two paths
-#   --runtime R           ringfsd's runtime: auto (default), uring, tokio
+#   --runtime R           ringfsd's runtime: auto (default), uring, tokio; tokio-uring if $RINGFSD has it
 #   --request-queues N    request queues, each with a thread (default 2; 1 for virtiofsd)
 #   --server-arg A        a further argument for ringfsd or virtiofsd; may be repeated
+#   --vfs yes             ringfsd serves two directories under one mount: $MNT and $SHARE are the
+#                         first one's, $MNT2 and $SHARE2 the second one's
 #   --log FILE            keep the server's log
 #   --stay-connected      the command may unmount and mount again on the same connection
 #                         (`umount "$MNT" && again.sh "$AGAIN" '' "$MNT"`)
@@ -22,13 +24,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 . "$here/../guest/server.sh"
 
-server=ringfsd runtime=auto queues='' log='' stays='' arguments=()
+server=ringfsd runtime=auto queues='' log='' stays='' vfs='' arguments=()
 while (($#)); do
     case $1 in
     --server) server=$2 ;;
     --runtime) runtime=$2 ;;
     --request-queues) queues=$2 ;;
     --server-arg) arguments+=("$2") ;;
+    --vfs) vfs=$2 ;;
     --log) log=$2 ;;
     --stay-connected)
         stays=--stay-connected
@@ -59,8 +62,12 @@ bridge=${BRIDGE:-$(built bridge "$here/Cargo.toml")}
 case $server in
 ringfsd)
     queues=${queues:-2}
+    shared=(--shared-dir %SHARE%)
+    if [[ $vfs == yes ]]; then
+        shared=(--vfs /one=%SHARE%/one --vfs /deep/two=%SHARE%/two)
+    fi
     command=("${RINGFSD:-$(built ringfsd "$root/Cargo.toml")}" --socket %SOCKET%
-        --shared-dir %SHARE% --runtime "$runtime" --request-queues "$queues" "${arguments[@]}")
+        "${shared[@]}" --runtime "$runtime" --request-queues "$queues" "${arguments[@]}")
     ;;
 virtiofsd)
     command=("${VIRTIOFSD:-virtiofsd}" --socket-path %SOCKET% --shared-dir %SHARE%
@@ -74,6 +81,8 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-bridge.XXXXXX")
 chmod 755 "$work"
 export MNT=$work/mnt SHARE=$work/share PLAIN=$work/plain
 mkdir "$MNT" "$SHARE" "$PLAIN"
+mounted=$MNT
+if [[ $vfs == yes ]]; then mkdir "$SHARE/one" "$SHARE/two"; fi
 log=${log:-$work/server.log}
 server_pid='' bridge_pid=''
 
@@ -85,7 +94,7 @@ cleanup() {
     fi
     if [[ $server_pid ]]; then server_stop "$server_pid"; fi
     # Never remove through a mount that still exists.
-    if ! mountpoint -q "$MNT"; then rm -rf --one-file-system "$work"; fi
+    if ! mountpoint -q "$mounted"; then rm -rf --one-file-system "$work"; fi
 }
 trap cleanup EXIT
 trap 'exit 130' INT
@@ -111,6 +120,10 @@ until grep -qs 'mounted on' "$work/bridge.log"; do
     sleep 0.02
 done
 
+if [[ $vfs == yes ]]; then
+    export MNT2=$mounted/deep/two SHARE2=$SHARE/two
+    MNT=$mounted/one SHARE=$SHARE/one
+fi
 status=0
 (cd "$work" && exec "$@") || status=$?
 

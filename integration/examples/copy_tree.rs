@@ -59,6 +59,7 @@ enum RuntimeName {
     Auto,
     Uring,
     Tokio,
+    TokioUring,
 }
 
 /// A file to be copied.
@@ -102,6 +103,7 @@ fn run(options: &Options) -> Result<u64, Box<dyn std::error::Error>> {
         RuntimeName::Auto => Choice::Auto,
         RuntimeName::Uring => Choice::Uring,
         RuntimeName::Tokio => Choice::Tokio,
+        RuntimeName::TokioUring => Choice::TokioUring,
     })?;
     let workers = match options.workers {
         Some(workers) => workers,

@@ -35,7 +35,7 @@ use ringfsd::service::{Listener, Stop};
 use ringfsd::service::{Service, ServiceOptions};
 
 const USAGE: &str =
-    "usage: fuse_backend SOCKET [--immediate] [--writeback] [--runtime auto|uring|tokio]
+    "usage: fuse_backend SOCKET [--immediate] [--writeback] [--runtime auto|uring|tokio|tokio-uring]
          [--workers N] [--request-queues N]
          (passthrough DIR | vfs NAME=DIR... | overlay UPPER WORK LOWER...)";
 
@@ -84,6 +84,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                     "auto" => Choice::Auto,
                     "uring" => Choice::Uring,
                     "tokio" => Choice::Tokio,
+                    "tokio-uring" => Choice::TokioUring,
                     _ => return Err(USAGE.into()),
                 }
             }

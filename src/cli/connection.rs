@@ -69,12 +69,14 @@ pub struct Connection {
     #[arg(long, value_name = "N", value_parser = workers)]
     pub workers: Option<NonZeroUsize>,
 
-    /// How workers do file I/O: auto, uring or tokio
+    /// File I/O by: auto, uring, tokio, tokio-uring
     ///
     /// - auto: io_uring if the kernel has it and permits it, else
     ///   threads; the log has the reason
     /// - uring: io_uring; refuse to start if unavailable
     /// - tokio: a pool of threads
+    /// - tokio-uring: io_uring by the crate of this name, less
+    ///   confined than uring; in programs built with it only
     #[arg(
         long,
         value_name = "RUNTIME",

@@ -16,6 +16,7 @@ use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
+use crate::io::Choice;
 use crate::sandbox::{self, Kind};
 
 /// Options, or the rules of one option, contradict each other.
@@ -38,6 +39,14 @@ pub enum OptionConflict {
         other: &'static str,
         /// Why they exclude each other.
         reason: &'static str,
+    },
+    /// An option of which the program has no implementation.
+    #[error("{option} takes a program that is built with `--features {feature}`; this one is not")]
+    NotBuilt {
+        /// The option.
+        option: &'static str,
+        /// The feature of the crate.
+        feature: &'static str,
     },
     /// What is to be served can't be.
     #[error(transparent)]
@@ -321,6 +330,12 @@ impl TryFrom<Options> for Config {
         let source = source(&options)?;
         let once = ends_with_vmm(&options, behaviour);
         let connection = options.connection;
+        if connection.runtime == Choice::TokioUring && !cfg!(feature = "tokio-uring") {
+            return Err(OptionConflict::NotBuilt {
+                option: "--runtime tokio-uring",
+                feature: "tokio-uring",
+            });
+        }
         let workers = connection.workers.unwrap_or_else(Self::default_workers);
         let request_queues = request_queues(&connection, workers);
         let pid_file = connection.pid_file.or_else(|| {
@@ -378,6 +393,23 @@ mod tests {
                 Config::try_from(options).unwrap().listen,
                 Listen::Path("/s".into())
             );
+        }
+    }
+
+    #[test]
+    fn runtime_that_is_not_built_is_refused() {
+        let line = [
+            "ringfsd",
+            "--fd=3",
+            "--shared-dir=/d",
+            "--runtime=tokio-uring",
+        ];
+        let resolved = Config::try_from(Options::try_parse_from(line).unwrap());
+        if cfg!(feature = "tokio-uring") {
+            assert_eq!(resolved.unwrap().runtime, Choice::TokioUring);
+        } else {
+            let error = resolved.unwrap_err().to_string();
+            assert!(error.contains("--features tokio-uring"), "{error}");
         }
     }
 

@@ -49,6 +49,7 @@ spellings! {
         Auto = "auto",
         Uring = "uring",
         Tokio = "tokio",
+        TokioUring = "tokio-uring",
     }
     Kind {
         Namespace = "namespace",

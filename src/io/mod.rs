@@ -1,4 +1,4 @@
-//! Asynchronous files and guest buffers, on io_uring or tokio's thread pool.
+//! Asynchronous files and guest buffers, on io_uring, tokio's thread pool or tokio-uring.
 //!
 //! This module owns files, buffers and the runtimes. It depends on neither virtio nor FUSE and can
 //! be used without them. The invariant: memory that the kernel may still read or write is owned by

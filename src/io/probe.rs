@@ -8,6 +8,8 @@ use std::io;
 use io_uring::{IoUring, Probe};
 
 use super::engine::Engine;
+#[cfg(feature = "tokio-uring")]
+use super::engine::tokio_uring;
 use super::engine::uring::setup;
 use super::runtime::{DEFAULT_RING_ENTRIES, RuntimeError};
 use super::unavailable::Unavailable;
@@ -22,6 +24,8 @@ pub enum Choice {
     Uring,
     /// tokio.
     Tokio,
+    /// tokio-uring, or an error.
+    TokioUring,
 }
 
 /// The chosen engine, and why.
@@ -43,16 +47,48 @@ pub fn probe() -> Result<(), Unavailable> {
         Some(libc::EINVAL) => Unavailable::Lacks(vec!["IORING_SETUP_R_DISABLED"]),
         _ => explain(e, sysctl()),
     })?;
-    check_features(&ring)?;
+    check_features(&ring, &setup::OPERATIONS)?;
     setup::close_and_enable(&ring)
         .map_err(|_refused| Unavailable::Lacks(vec!["IORING_REGISTER_RESTRICTIONS"]))
 }
+
+/// Tests io_uring for tokio-uring, whose ring takes less of the kernel.
+///
+/// # Errors
+///
+/// The reason why it can't be used.
+#[cfg(feature = "tokio-uring")]
+fn probe_tokio_uring() -> Result<(), Unavailable> {
+    let ring = tokio_uring::setup::ring(DEFAULT_RING_ENTRIES).map_err(|e| explain(e, sysctl()))?;
+    check_features(&ring, &tokio_uring::setup::OPERATIONS)
+}
+
+impl Engine {
+    /// Tests whether this process can use the engine.
+    ///
+    /// # Errors
+    ///
+    /// The reason why it can't.
+    pub fn probe(self) -> Result<(), Unavailable> {
+        match self {
+            Self::ThreadPool => Ok(()),
+            Self::Uring => probe(),
+            #[cfg(feature = "tokio-uring")]
+            Self::TokioUring => probe_tokio_uring(),
+        }
+    }
+}
+
+/// Why the log warns of tokio-uring: nothing restricts the ring, whose operations no filter sees.
+#[cfg(feature = "tokio-uring")]
+const TOKIO_URING: &str = "requested; its ring can't be restricted to the operations in use, \
+                           which --seccomp doesn't see";
 
 /// Chooses the engine.
 ///
 /// # Errors
 ///
-/// Fails if io_uring was requested explicitly and can't be used.
+/// Fails if a kind of io_uring was requested explicitly and can't be used.
 pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
     let chosen = |engine, reason: String| Ok(Chosen { engine, reason });
     match choice {
@@ -61,6 +97,13 @@ pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
             Ok(()) => chosen(Engine::Uring, "requested".into()),
             Err(e) => Err(RuntimeError::Unavailable(e)),
         },
+        #[cfg(feature = "tokio-uring")]
+        Choice::TokioUring => match probe_tokio_uring() {
+            Ok(()) => chosen(Engine::TokioUring, TOKIO_URING.into()),
+            Err(e) => Err(RuntimeError::Unavailable(e)),
+        },
+        #[cfg(not(feature = "tokio-uring"))]
+        Choice::TokioUring => Err(RuntimeError::NotBuilt),
         Choice::Auto => match probe() {
             Ok(()) => chosen(Engine::Uring, "the kernel supports it".into()),
             Err(Unavailable::Other(e)) => {
@@ -71,15 +114,15 @@ pub fn choose(choice: Choice) -> Result<Chosen, RuntimeError> {
     }
 }
 
-fn check_features(ring: &IoUring) -> Result<(), Unavailable> {
+fn check_features(ring: &IoUring, operations: &[(u8, &'static str)]) -> Result<(), Unavailable> {
     let mut probe = Probe::new();
     if ring.submitter().register_probe(&mut probe).is_err() {
         return Err(Unavailable::Lacks(vec!["IORING_REGISTER_PROBE"]));
     }
-    let mut missing: Vec<_> = setup::OPERATIONS
-        .into_iter()
-        .filter(|&(code, _)| !probe.is_supported(code))
-        .map(|(_, name)| name)
+    let mut missing: Vec<_> = operations
+        .iter()
+        .filter(|&&(code, _)| !probe.is_supported(code))
+        .map(|&(_, name)| name)
         .collect();
     let params = ring.params();
     let features = [

@@ -37,6 +37,12 @@ pub enum RuntimeError {
     /// io_uring was requested explicitly and can't be used.
     #[error("io_uring was requested but can't be used; choose `auto` or `tokio`, or fix the cause")]
     Unavailable(#[source] Unavailable),
+    /// tokio-uring was requested, which this program is built without.
+    #[error(
+        "this program is built without tokio-uring; choose `auto`, `uring` or `tokio`, or build it \
+         with `--features tokio-uring`"
+    )]
+    NotBuilt,
 }
 
 /// A single-threaded runtime with an engine for file operations. It stays on the thread that

@@ -125,16 +125,15 @@ impl File {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Engine, Runtime, probe};
+    use crate::io::{Engine, Runtime};
 
     #[test]
     fn bytes_written_from_several_bufs_are_read_into_others_on_each_engine() {
-        let mut engines = vec![Engine::ThreadPool];
-        match probe() {
-            Ok(()) => engines.push(Engine::Uring),
-            Err(reason) => println!("SKIPPED in part: {reason}"),
-        }
-        for engine in engines {
+        for &engine in Engine::ALL {
+            if let Err(reason) = engine.probe() {
+                println!("SKIPPED on {engine}: {reason}");
+                continue;
+            }
             let file = File::from(tempfile::tempfile().unwrap());
             let mut memory = (0..=255).cycle().take(20_000).collect::<Vec<u8>>();
             let expected = [&memory[..5_000], &memory[10_000..10_001]].concat();

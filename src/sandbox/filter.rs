@@ -148,10 +148,9 @@ impl Filter {
             }
         };
         let mut rules = BTreeMap::new();
-        let uring: &[_] = if engine == Engine::Uring {
-            syscall_allowlist::URING
-        } else {
-            &[]
+        let uring: &[_] = match engine {
+            Engine::ThreadPool => &[],
+            _ => syscall_allowlist::URING,
         };
         let handles: &[_] = if file_handles {
             syscall_allowlist::HANDLES

@@ -35,7 +35,8 @@ pub(crate) use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::Serving;
 pub(crate) use self::report::now;
 pub(crate) use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};
-pub(crate) use self::trees::{Reached, Tree};
+pub(crate) use self::trees::Reached;
+pub use self::trees::Tree;
 
 pub(crate) use self::privileges::keep_over_exec;
 pub(crate) use self::report::Report;

@@ -131,7 +131,8 @@ const PANIC: &[libc::c_long] = &[
 pub(super) const ALWAYS: &[&[libc::c_long]] =
     &[FILES, CREDENTIALS, SOCKETS, EVENTS, PROCESS, PANIC];
 
-/// The io_uring engine. No filter sees the operations of a ring; the ring itself is restricted.
+/// io_uring. No filter sees the operations of a ring. The ring of the engine `uring` is restricted
+/// itself; that of tokio-uring can't be.
 pub(super) const URING: &[libc::c_long] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,

@@ -82,6 +82,10 @@ pub(super) fn build(
     let built = match &config.source {
         Source::Directory(path) => build_directory(path, options, entered, opened)?,
         source => {
+            log::info!(
+                "{}: the session isn't recorded, so the VMM isn't offered live migration",
+                source.option()
+            );
             let Entered {
                 proc_fds, trees, ..
             } = entered;

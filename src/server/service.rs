@@ -410,6 +410,10 @@ impl Runner for SessionWorkers<'_> {
         Some(heartbeat.due)
     }
 
+    fn can_migrate(&self) -> bool {
+        self.fs.migrate().is_some()
+    }
+
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
         self.has_taken_over = true;
         Arc::clone(self.pool.session()) as _

@@ -13,7 +13,7 @@ use super::error::ServerError;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
-use crate::fs::vfs::Vfs;
+use crate::fs::vfs::{Vfs, VfsOptions};
 use crate::sandbox::{Reached, SandboxError, Tree};
 use crate::state::Table;
 
@@ -133,7 +133,10 @@ impl Builder {
                 Ok(Arc::new(fs))
             }
             Source::Vfs(mounts) => {
-                let vfs = Vfs::new(self.options.xattr);
+                let vfs = Vfs::new(VfsOptions {
+                    xattr: self.options.xattr,
+                    announce_submounts: self.options.announce_submounts,
+                });
                 for (point, source) in mounts {
                     vfs.mount(point, self.build(source)?)?;
                 }

@@ -151,7 +151,7 @@ impl<R: Runner> Session<'_, R> {
             Request::SET_FEATURES => self.set_features(payload::<VhostUserU64>(body)?.value)?,
             Request::GET_PROTOCOL_FEATURES => {
                 empty(body)?;
-                return Ok(number(super::handlers::PROTOCOL_FEATURES.bits()));
+                return Ok(number(self.protocol_features().bits()));
             }
             Request::SET_PROTOCOL_FEATURES => {
                 self.set_protocol_features(payload::<VhostUserU64>(body)?.value)?;

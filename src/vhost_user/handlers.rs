@@ -23,8 +23,8 @@ use crate::guest_memory::{DirtyLog, Memory, Region, RegionDescription};
 use crate::migration::{Direction, TransferError};
 use crate::virtqueue::{InflightRegion, Queue, RingAddresses};
 
-/// Protocol features that are offered.
-pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+/// Protocol features that may be offered.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
@@ -44,6 +44,15 @@ fn log_failure(error: &TransferError) {
 }
 
 impl<R: Runner> Session<'_, R> {
+    /// The protocol features that are offered.
+    pub(super) fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        if self.runner.can_migrate() {
+            PROTOCOL_FEATURES
+        } else {
+            PROTOCOL_FEATURES.difference(VhostUserProtocolFeatures::DEVICE_STATE)
+        }
+    }
+
     pub(super) fn set_features(&mut self, accepted: u64) -> Result<(), SessionError> {
         let extra = accepted & !device::FEATURES;
         if extra != 0 {
@@ -56,7 +65,7 @@ impl<R: Runner> Session<'_, R> {
     }
 
     pub(super) fn set_protocol_features(&mut self, accepted: u64) -> Result<(), SessionError> {
-        let extra = accepted & !PROTOCOL_FEATURES.bits();
+        let extra = accepted & !self.protocol_features().bits();
         if extra != 0 {
             return Err(SessionError::Features { accepted, extra });
         }

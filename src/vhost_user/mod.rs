@@ -66,6 +66,12 @@ pub trait Runner {
         None
     }
 
+    /// Whether the guest's session can be saved and loaded. If not, the front end is told before it
+    /// tries to migrate the guest.
+    fn can_migrate(&self) -> bool {
+        false
+    }
+
     /// Returns what saves and loads the state of the guest's session. By default neither is
     /// supported.
     fn device_state(&mut self) -> Arc<dyn DeviceState> {

@@ -22,7 +22,7 @@ mod tree;
 use std::cell::{Cell, RefCell};
 
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 
 use guest::Behind;
 use host::Plain;
@@ -128,33 +128,33 @@ fn answers_and_leaves_the_same(arguments: &[&str], usual: u32) {
     server.wait_until_it_listens();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn random_operations_return_what_plain_directory_returns(runtime: &str) {
     answers_and_leaves_the_same(&["--runtime", runtime], 100);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn random_operations_with_few_descriptors_return_what_plain_directory_returns(runtime: &str) {
     let arguments = ["--runtime", runtime, "--max-open-inodes", "8"];
     answers_and_leaves_the_same(&arguments, 50);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn concurrent_clients_see_only_their_own_changes(runtime: &str) {
     together::concurrent_clients_see_only_their_own_changes(runtime, &[]);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn concurrent_clients_with_few_descriptors_see_only_their_own_changes(runtime: &str) {
     together::concurrent_clients_see_only_their_own_changes(runtime, &["--max-open-inodes", "8"]);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn alternating_changes_of_host_and_guest_lose_no_record(runtime: &str) {
     changes::alternating_changes_of_host_and_guest_lose_no_record(runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn concurrent_changes_of_host_lose_no_record(runtime: &str) {
     changes::concurrent_changes_of_host_lose_no_record(runtime);
 }

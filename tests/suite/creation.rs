@@ -11,7 +11,7 @@ use std::ffi::CStr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use testing::{Server, both_runtimes, is_root};
+use testing::{Server, each_runtime, is_root};
 use vmm::fuse::wire::{
     CreateIn, EntryOut, ExtHeader, MkdirIn, MknodIn, OpenOut, Secctx, SecctxHeader, init, opcode,
     request_flag,
@@ -121,7 +121,7 @@ fn on_host(server: &Server, file: &str, name: &str) -> Option<Vec<u8>> {
     Some(value[..len].to_vec())
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn new_inode_gets_its_security_label(runtime: &str) {
     if !is_root() {
         return;
@@ -149,7 +149,7 @@ fn new_inode_gets_its_security_label(runtime: &str) {
     assert_eq!(on_host(&server, "file", "security.ringfsd"), None);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn selinux_label_on_host_without_selinux_is_set(runtime: &str) {
     if !is_root() || Path::new("/sys/fs/selinux/enforce").exists() {
         println!("SKIPPED: needs root, and a host without SELinux");
@@ -161,7 +161,7 @@ fn selinux_label_on_host_without_selinux_is_set(runtime: &str) {
     assert_eq!(label.as_deref(), Some(LABEL));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn label_is_stored_under_mapped_attribute_name(runtime: &str) {
     let rules = ":map:security.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
@@ -173,7 +173,7 @@ fn label_is_stored_under_mapped_attribute_name(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn inode_whose_label_is_refused_is_not_created(runtime: &str) {
     let rules = ":bad:client:security.:: :ok:all:::";
     let (server, mut fs) = start(runtime, &["--security-label", "--xattrmap", rules]);
@@ -208,7 +208,7 @@ fn inode_whose_label_is_refused_is_not_created(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn malformed_extension_creates_nothing(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--security-label"]);
     let mut short = label(c"security.selinux", LABEL);
@@ -222,7 +222,7 @@ fn malformed_extension_creates_nothing(runtime: &str) {
     assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 0);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn create_by_supplementary_group_member_keeps_set_group_id(runtime: &str) {
     if !is_root() {
         return;

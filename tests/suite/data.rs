@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 
-use testing::{Server, both_runtimes, pattern};
+use testing::{Server, each_runtime, pattern};
 use vmm::fuse::wire::{WriteIn, WriteOut, opcode};
 use vmm::fuse::{Call, Client, Cut, Handle, Layout, ROOT};
 use vmm::{Options, Profile, Session};
@@ -46,7 +46,7 @@ fn layouts() -> Vec<Layout> {
     ]
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn read_with_any_layout_returns_file_content(runtime: &str) {
     let content = pattern(700_001, 11);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -74,7 +74,7 @@ fn read_with_any_layout_returns_file_content(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn read_past_end_is_short(runtime: &str) {
     let content = pattern(10_000, 5);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -91,7 +91,7 @@ fn read_past_end_is_short(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn write_with_any_layout_changes_file_content(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     let mut expected = Vec::new();
@@ -108,7 +108,7 @@ fn write_with_any_layout_changes_file_content(runtime: &str) {
     assert!(std::fs::read(server.share().join("file")).unwrap() == expected);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn request_of_one_mebibyte_succeeds(runtime: &str) {
     let (server, mut fs, node, handle) = with_file(runtime, b"");
     assert_eq!(fs.max_write(), 1 << 20);
@@ -119,7 +119,7 @@ fn request_of_one_mebibyte_succeeds(runtime: &str) {
     assert!(fs.read(node, handle, 123, 1 << 20).unwrap() == data);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn request_of_1500_segments_succeeds(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), b"").unwrap();
@@ -151,7 +151,7 @@ fn request_of_1500_segments_succeeds(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn concurrent_reads_and_writes_transfer_their_own_bytes(runtime: &str) {
     let content = pattern(4 << 20, 77);
     let (server, mut fs, node, handle) = with_file(runtime, &content);
@@ -214,7 +214,7 @@ fn write_as(fs: &mut Client<Session>, node: u64, handle: Handle, flags: i32, dat
     assert_eq!(written.size as usize, data.len());
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn append_ignores_offset(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"begin");
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
@@ -231,7 +231,7 @@ fn append_ignores_offset(runtime: &str) {
     assert_eq!(content(), "bEGin end!");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn append_with_writeback_uses_guests_offset(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--writeback"]);
     std::fs::write(server.share().join("file"), "begin").unwrap();
@@ -244,7 +244,7 @@ fn append_with_writeback_uses_guests_offset(runtime: &str) {
     assert_eq!(content, b"bEgin");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn append_only_file_accepts_appends(runtime: &str) {
     let (server, mut fs, node, _) = with_file(runtime, b"log");
     let path = server.share().join("file");
@@ -269,7 +269,7 @@ fn append_only_file_accepts_appends(runtime: &str) {
 
 /// Whatever has no bytes is refused by how the file was opened, as the host refuses it, and takes
 /// nothing away from the file.
-#[both_runtimes]
+#[each_runtime]
 fn empty_operation_without_access_fails_with_host_errno(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--allow-direct-io"]);
     let path = server.share().join("file");
@@ -363,7 +363,7 @@ fn empty_operation_without_access_fails_with_host_errno(runtime: &str) {
     assert_eq!(mode & 0o7777, 0o6777);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn payload_is_never_copied(runtime: &str) {
     let content = pattern(1 << 20, 3);
     let (mut server, mut fs, node, handle) = with_file(runtime, &content);
@@ -409,7 +409,7 @@ fn totals(line: &str) -> (u64, u64) {
     (number(" chains returned"), number(" bytes copied"))
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn read_marks_buffers_and_used_ring_dirty(runtime: &str) {
     let content = pattern(300_000, 3);
     let words: HashSet<&[u8]> = content.windows(8).collect();
@@ -445,7 +445,7 @@ fn read_marks_buffers_and_used_ring_dirty(runtime: &str) {
 
 /// A migration begins while the disk is waited for: what comes later is marked, by whichever thread
 /// or ring it is completed.
-#[both_runtimes]
+#[each_runtime]
 fn dirty_log_started_during_reads_has_later_reads(runtime: &str) {
     const HALF: usize = 512 * 1024;
     const PIECE: usize = 64 * 1024;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use testing::{Server, USER, both_runtimes};
+use testing::{Server, USER, each_runtime};
 use vmm::fuse::{Client, Handle, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -161,7 +161,7 @@ impl Guest {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn unprivileged_server_with_few_descriptors_serves_large_tree(runtime: &str) {
     let count = std::env::var("RINGFSD_TREE_FILES").map_or(5000, |count| count.parse().unwrap());
     let server = ordinary(runtime);

@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
@@ -27,32 +27,32 @@ fn work(profile: Profile, runtime: &str) {
     server.wait_until_it_listens();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn qemu(runtime: &str) {
     work(Profile::Qemu, runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn cloud_hypervisor(runtime: &str) {
     work(Profile::CloudHypervisor, runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn dragonball(runtime: &str) {
     work(Profile::Dragonball, runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn crosvm(runtime: &str) {
     work(Profile::Crosvm, runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn libkrun(runtime: &str) {
     work(Profile::Libkrun, runtime);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn simple(runtime: &str) {
     work(Profile::Simple, runtime);
 }

@@ -15,7 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use testing::{Server, both_runtimes, errno};
+use testing::{Server, each_runtime, errno};
 use vmm::fuse::wire::{SetattrIn, setattr};
 use vmm::fuse::{Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -102,7 +102,7 @@ impl Scene {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn write_after_host_recreates_file_is_stale_until_lookup(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -115,7 +115,7 @@ fn write_after_host_recreates_file_is_stale_until_lookup(runtime: &str) {
     assert_eq!(scene.content("file"), "new\nline\n");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn append_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     for round in 0..5 {
@@ -127,7 +127,7 @@ fn append_after_host_replaces(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn read_after_host_replaces_is_of_what_was_known(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -137,7 +137,7 @@ fn read_after_host_replaces_is_of_what_was_known(runtime: &str) {
     assert_eq!(scene.fs.getattr(node).unwrap().attr.nlink, 0);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn attributes_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let times = SetattrIn {
@@ -160,7 +160,7 @@ fn attributes_after_host_replaces(runtime: &str) {
     assert_eq!(scene.content("file"), "ne");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn extended_attributes_after_host_replaces(runtime: &str) {
     let mut scene = Scene::start(runtime, &["--xattr"]);
     let node = scene.known("file");
@@ -184,7 +184,7 @@ fn extended_attributes_after_host_replaces(runtime: &str) {
     );
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn names_in_a_replaced_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let at = (ROOT, "dir");
@@ -224,7 +224,7 @@ fn names_in_a_replaced_directory(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn names_in_a_removed_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     fs::create_dir(scene.path("dir")).unwrap();
@@ -236,7 +236,7 @@ fn names_in_a_removed_directory(runtime: &str) {
     assert!(scene.path("dir/new").exists());
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn file_in_a_replaced_directory(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     fs::create_dir_all(scene.path("one/two")).unwrap();
@@ -257,7 +257,7 @@ fn file_in_a_replaced_directory(runtime: &str) {
     assert_eq!(scene.content("aside/two/file"), "old\n");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn append_after_host_keeps_a_backup(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let append = |it: &mut Scene, node| it.append(node, b"line\n");
@@ -279,7 +279,7 @@ fn append_after_host_keeps_a_backup(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn link_of_a_replaced_file(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -290,7 +290,7 @@ fn link_of_a_replaced_file(runtime: &str) {
     assert_eq!(scene.content("linked"), "new\n");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn file_with_two_known_names_is_written_by_either(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("one");
@@ -304,7 +304,7 @@ fn file_with_two_known_names_is_written_by_either(runtime: &str) {
     assert_eq!(scene.content("one"), "old\nline\nline\n");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn open_file_is_changed_after_host_removes_it(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -321,7 +321,7 @@ fn open_file_is_changed_after_host_removes_it(runtime: &str) {
     assert_eq!(errno(scene.fs.chmod(node, 0o644)), STALE);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn repeated_request_after_estale_succeeds_once(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -347,7 +347,7 @@ fn repeated_request_after_estale_succeeds_once(runtime: &str) {
     );
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn repeated_request_never_fails(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -365,7 +365,7 @@ fn repeated_request_never_fails(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn emptied_file_may_be_replaced_as_it_is_opened(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let node = scene.known("file");
@@ -451,7 +451,7 @@ fn errno_of_open(scene: &mut Scene) -> Option<i32> {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn unlinked_open_file_is_still_writable(runtime: &str) {
     let mut option_sets: Vec<&[&str]> =
         vec![&[], &["--cache=always"], &["--no-open"], &["--writeback"]];
@@ -466,7 +466,7 @@ fn unlinked_open_file_is_still_writable(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn write_without_a_handle_after_host_removes(runtime: &str) {
     let mut scene = Scene::start(runtime, &["--no-open"]);
     let no_handle = Handle::raw(0);
@@ -487,7 +487,7 @@ fn write_without_a_handle_after_host_removes(runtime: &str) {
 }
 
 /// Of files that a guest replaces itself no request fails, also while inodes have no descriptors.
-#[both_runtimes]
+#[each_runtime]
 fn file_removed_by_guest_stays_readable_by_file_handle(runtime: &str) {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: file handles need CAP_DAC_READ_SEARCH");
@@ -529,7 +529,7 @@ fn file_removed_by_guest_stays_readable_by_file_handle(runtime: &str) {
 
 /// While a file is replaced on the host without a pause, what a guest's kernel repeats once
 /// succeeds, and what is read needs no repetition.
-#[both_runtimes]
+#[each_runtime]
 fn host_replaces_without_a_pause(runtime: &str) {
     let mut scene = Scene::start(runtime, &[]);
     let mut node = scene.known("file");

@@ -11,7 +11,7 @@ use std::ffi::CStr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use testing::{Server, both_runtimes, errno, is_root};
+use testing::{Server, each_runtime, errno, is_root};
 use vmm::fuse::wire::{
     CopyFileRangeIn, CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, Rename2In, SetattrIn, init,
     opcode,
@@ -105,7 +105,7 @@ fn make(fs: &mut Guest, what: &str, uid: u32, gid: u32) -> Result<(), FuseError>
 
 const KINDS: [&str; 6] = ["file", "nameless", "directory", "pipe", "link", "whiteout"];
 
-#[both_runtimes]
+#[each_runtime]
 fn inode_created_by_mapped_user_belongs_to_that_user(runtime: &str) {
     if !is_root() {
         return;
@@ -126,7 +126,7 @@ fn inode_created_by_mapped_user_belongs_to_that_user(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn request_without_ids_that_creates_nothing_succeeds(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--posix-locks"]);
     let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
@@ -155,7 +155,7 @@ fn request_without_ids_that_creates_nothing_succeeds(runtime: &str) {
     assert_eq!(content, b"content");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn create_without_ids_is_eoverflow(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     std::fs::write(server.share().join("whiteout"), "").unwrap();
@@ -172,7 +172,7 @@ fn create_without_ids_is_eoverflow(runtime: &str) {
     assert_eq!(owner(&server.share().join("directory")), own);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn request_without_ids_unnegotiated_is_einval(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let guest = Profile::Simple.connect(server.connect(), &Options::default());
@@ -191,7 +191,7 @@ fn request_without_ids_unnegotiated_is_einval(runtime: &str) {
     assert_eq!(std::fs::read_dir(server.share()).unwrap().count(), 0);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn without_ids_only_empty_setattr_clears_set_id_bits(runtime: &str) {
     for (args, left) in [(&["--no-killpriv-v2"][..], 0o6777), (&[], 0o777)] {
         let (server, mut fs) = start(runtime, args);
@@ -222,7 +222,7 @@ fn without_ids_only_empty_setattr_clears_set_id_bits(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn ids_of_mapped_guest_imply_no_privilege(runtime: &str) {
     if !is_root() {
         return;
@@ -249,7 +249,7 @@ fn ids_of_mapped_guest_imply_no_privilege(runtime: &str) {
     assert_eq!(mode(&dir.join("hosts")), 0o777);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn listxattr_without_ids_lists_trusted_attributes(runtime: &str) {
     let rules = ":map:trusted.:user.guest.:";
     let (server, mut fs) = start(runtime, &["--xattrmap", rules]);
@@ -264,7 +264,7 @@ fn listxattr_without_ids_lists_trusted_attributes(runtime: &str) {
     assert_eq!(fs.listxattr_size(file.nodeid).unwrap(), 10);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn translate_rules_apply_only_to_given_ids(runtime: &str) {
     if !is_root() {
         return;

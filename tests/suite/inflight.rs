@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
 use rustix::process::{Pid, Signal};
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::connection::message::InflightLayout;
 use vmm::fuse::{Call, Client, FuseError, Pending, ROOT, wire};
 use vmm::{Options, Profile, Session};
@@ -66,7 +66,7 @@ fn serves(fs: &mut Client<Session>) {
 }
 
 /// Killed in the middle of whatever it is doing, again and again.
-#[both_runtimes]
+#[each_runtime]
 fn killed_server_answers_each_request_once(runtime: &str) {
     let args = [
         "--runtime",
@@ -94,7 +94,7 @@ fn killed_server_answers_each_request_once(runtime: &str) {
 }
 
 /// Stopped before it has taken anything, then killed; and killed while requests wait for another.
-#[both_runtimes]
+#[each_runtime]
 fn waiting_and_untaken_requests_after_kill_are_answered(runtime: &str) {
     let args = [
         "--runtime",
@@ -132,7 +132,7 @@ fn waiting_and_untaken_requests_after_kill_are_answered(runtime: &str) {
 }
 
 /// The session is in a file, from which the other server resumes without an INIT.
-#[both_runtimes]
+#[each_runtime]
 fn state_file_preserves_guest_state_after_kill(runtime: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state");

@@ -15,9 +15,9 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, probe, spawn};
+use ringfsd::io::{Attempt, Engine, File, GuestBuffer, Runtime, SyncKind, spawn};
 use tempfile::TempDir;
-use testing::both_runtimes;
+use testing::each_runtime;
 
 mod answers;
 mod direct;
@@ -28,11 +28,9 @@ use memory::{Arena, with_gaps};
 
 /// Runs `body` on the engine of this name, or prints that this machine doesn't have it.
 fn run<F: Future<Output = ()>>(runtime: &str, body: impl FnOnce() -> F) {
-    let engine = match runtime {
-        "uring" => Engine::Uring,
-        _ => Engine::ThreadPool,
-    };
-    if let (Engine::Uring, Err(reason)) = (engine, probe()) {
+    let named = |engine: &&Engine| engine.to_string() == runtime;
+    let engine = *Engine::ALL.iter().find(named).unwrap();
+    if let Err(reason) = engine.probe() {
         eprintln!("skipped: {reason}");
         return;
     }
@@ -104,7 +102,7 @@ async fn read(file: &File, len: usize, offset: u64) -> (io::Result<usize>, Vec<u
     (result, bytes)
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn scattered_reads_fill_odd_pieces_and_nothing_else() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..100_000));
@@ -126,7 +124,7 @@ async fn scattered_reads_fill_odd_pieces_and_nothing_else() {
     assert!(arena.bytes() == expected);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn scattered_writes_come_back() {
     let dir = scratch();
     let path = dir.path().join("f");
@@ -146,7 +144,7 @@ async fn scattered_writes_come_back() {
     assert!(std::fs::read(&path).unwrap()[77..] == expected);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn reads_are_short_at_the_end_only() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..10_000));
@@ -170,7 +168,7 @@ async fn reads_are_short_at_the_end_only() {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn buffers_of_1500_pieces_go_both_ways() {
     let dir = scratch();
     let (pieces, len) = with_gaps(&[13; 1500]);
@@ -203,7 +201,7 @@ async fn buffers_of_1500_pieces_go_both_ways() {
     assert!(bytes_of(&buffer) == expected);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_cached_read_is_done_at_once() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..1 << 20));
@@ -214,7 +212,7 @@ async fn a_cached_read_is_done_at_once() {
     assert!(bytes_of(&buffer) == pattern(0..1 << 20));
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn uncached_read_waits_for_disk() {
     const LEN: usize = 4 << 20;
     let dir = scratch();
@@ -236,7 +234,7 @@ async fn uncached_read_waits_for_disk() {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_file_in_memory_is_read_at_once() {
     let shm = std::path::Path::new("/dev/shm");
     if !shm.is_dir() {
@@ -255,7 +253,7 @@ async fn a_file_in_memory_is_read_at_once() {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_write_to_the_page_cache_is_done_at_once() {
     let dir = scratch();
     let path = dir.path().join("f");
@@ -268,7 +266,7 @@ async fn a_write_to_the_page_cache_is_done_at_once() {
     assert!(std::fs::read(&path).unwrap()[10..] == pattern(0..70_000));
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn synchronous_writes_are_not_tried() {
     let dir = scratch();
     for flag in [libc::O_SYNC, libc::O_DSYNC] {
@@ -282,7 +280,7 @@ async fn synchronous_writes_are_not_tried() {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn blocked_open_delays_no_other_task() {
     let dir = scratch();
     let path = dir.path().join("fifo");
@@ -321,7 +319,7 @@ async fn blocked_open_delays_no_other_task() {
     drop(writer);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn thousands_of_operations_are_in_flight_at_once() {
     const LEN: usize = 1 << 20;
     let dir = scratch();
@@ -345,15 +343,17 @@ async fn thousands_of_operations_are_in_flight_at_once() {
 
 #[test]
 fn a_ring_of_two_entries_carries_thousands_of_operations() {
-    if let Err(reason) = probe() {
-        eprintln!("skipped: {reason}");
-        return;
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
+        let runtime = Runtime::with_ring_entries(engine, 2).unwrap();
+        runtime.block_on(thousands_of_operations_are_in_flight_at_once());
     }
-    let runtime = Runtime::with_ring_entries(Engine::Uring, 2).unwrap();
-    runtime.block_on(thousands_of_operations_are_in_flight_at_once());
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn operations_go_on_while_the_thread_never_sleeps() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..5000));
@@ -373,7 +373,7 @@ async fn operations_go_on_while_the_thread_never_sleeps() {
     task.await.unwrap();
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_nonblocking_descriptor_reads_like_any_other() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..1 << 20));
@@ -386,7 +386,7 @@ async fn a_nonblocking_descriptor_reads_like_any_other() {
     assert!(bytes == pattern(0..1 << 20));
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn files_are_synced_allocated_and_copied() {
     let dir = scratch();
     let from = file_of(&dir, "from", &pattern(0..50_000));
@@ -409,7 +409,7 @@ async fn files_are_synced_allocated_and_copied() {
     assert_eq!(from.copy_range_to(60_000, &to, 0, 10, 0).await.unwrap(), 0);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn tasks_and_timers_run() {
     let task = spawn(async {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;

@@ -13,7 +13,7 @@
 use std::process::Command;
 
 use rustix::process::{Pid, Signal, kill_process};
-use testing::{Server, USER, both_runtimes};
+use testing::{Server, USER, each_runtime};
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Region, Session};
 
@@ -399,7 +399,7 @@ mod file_size {
     /// In KiB: far less than the table of what a session holds.
     const LIMIT: &str = "ulimit -f 100; exec";
 
-    #[both_runtimes]
+    #[each_runtime]
     fn ends_nobody(runtime: &str) {
         let args = ["--runtime", runtime];
         let mut server = launch(LIMIT, None, &args);

@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 
+use ringfsd::io::Engine;
 use rustix::process::Signal;
 use testing::{Server, command, output};
 use vmm::fuse::ROOT;
@@ -71,8 +72,8 @@ fn log_level_selects_lines() {
 
 #[test]
 fn runtime_option_selects_runtime() {
-    for runtime in ["uring", "tokio"] {
-        let server = Server::start(&["--runtime", runtime]);
+    for runtime in Engine::ALL.iter().map(Engine::to_string) {
+        let server = Server::start(&["--runtime", &runtime]);
         let line = format!("runtime {runtime}: ");
         let mut said = server.said().iter();
         assert!(said.any(|said| said.contains(&line)), "{runtime}");
@@ -316,10 +317,15 @@ fn forbidden_io_uring_selects_tokio_or_fails_with_reason() {
     let line = server.wait_for("runtime tokio:");
     assert!(line.contains("io_uring"), "{line}");
     server.wait_until_it_listens();
-    let mut refused = launch("uring");
-    let line = refused.wait_for("ringfsd:");
-    assert!(line.contains("io_uring"), "{line}");
-    assert_eq!(refused.wait().code(), Some(1));
+    for engine in Engine::ALL
+        .iter()
+        .filter(|engine| **engine != Engine::ThreadPool)
+    {
+        let mut refused = launch(&engine.to_string());
+        let line = refused.wait_for("ringfsd:");
+        assert!(line.contains("io_uring"), "{line}");
+        assert_eq!(refused.wait().code(), Some(1));
+    }
 }
 
 /// A seccomp filter under which `io_uring_setup` answers EPERM.

@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
-use testing::{Server, both_runtimes, errno};
+use testing::{Server, each_runtime, errno};
 use vmm::fuse::wire::{FileLock, LkIn, ReleaseIn, init, opcode, request_flag};
 use vmm::fuse::{Call, Client, Handle, Pending, ROOT};
 use vmm::{Options, Profile, Session};
@@ -66,7 +66,7 @@ fn host_file(server: &Server) -> std::fs::File {
         .unwrap()
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn lock_owners_of_one_guest_conflict(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     fs.setlk(node, handle, ALICE, lock(libc::F_WRLCK, 10, 19))
@@ -124,7 +124,7 @@ fn flush(fs: &mut Guest, node: u64, handle: Handle, owner: u64) {
     fs.request(call.reply(0)).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn locks_of_guest_and_host_conflict(runtime: &str) {
     let (server, mut fs, node, handle) = start(runtime);
     let host = host_file(&server);
@@ -152,7 +152,7 @@ fn locks_of_guest_and_host_conflict(runtime: &str) {
     rustix::fs::fcntl_lock(&host, exclusive).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn waiting_lock_is_granted_after_release_and_delays_no_request(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -172,7 +172,7 @@ fn waiting_lock_is_granted_after_release_and_delays_no_request(runtime: &str) {
     fs.setlk(node, handle, ALICE, all).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn an_interrupt_ends_the_wait_for_a_lock(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -190,7 +190,7 @@ fn an_interrupt_ends_the_wait_for_a_lock(runtime: &str) {
     fs.collect(waiting).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn a_stopped_queue_returns_its_waiting_locks(runtime: &str) {
     let (mut server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -220,7 +220,7 @@ fn a_stopped_queue_returns_its_waiting_locks(runtime: &str) {
     rustix::fs::fcntl_lock(&host, FlockOperation::NonBlockingLockExclusive).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
     let limit = Duration::from_millis(200);
     let limited = ["--lock-wait-limit", "0.2"];
@@ -259,7 +259,7 @@ fn wait_for_a_lock_ends_at_its_limit(runtime: &str) {
     assert_eq!(errno(fs.setlk(node, handle, ALICE, all)), EAGAIN);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn locks_on_whole_files_belong_to_the_open_file(runtime: &str) {
     let (server, mut fs, node, handle) = start(runtime);
     let host = host_file(&server);
@@ -288,7 +288,7 @@ fn locks_on_whole_files_belong_to_the_open_file(runtime: &str) {
     rustix::fs::flock(&host, exclusive).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn locks_of_an_open_file_end_with_it(runtime: &str) {
     let (_server, mut fs, node, handle) = start(runtime);
     let all = lock(libc::F_WRLCK, 0, END);
@@ -304,7 +304,7 @@ fn locks_of_an_open_file_end_with_it(runtime: &str) {
     fs.setlk(node, handle, BOB, all).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn each_sort_of_lock_has_its_option(runtime: &str) {
     for (option, posix, whole) in [("--posix-locks", true, false), ("--flock", false, true)] {
         let server = Server::start(&["--runtime", runtime, option]);
@@ -319,7 +319,7 @@ fn each_sort_of_lock_has_its_option(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn a_readonly_share_has_locks_of_files_open_for_reading(runtime: &str) {
     let args = ["--runtime", runtime, "--posix-locks", "--flock"];
     let server = Server::start(&[&args[..], &["--readonly"]].concat());

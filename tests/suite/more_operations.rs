@@ -6,7 +6,7 @@
     reason = "a test fails by panicking"
 )]
 
-use testing::{Server, both_runtimes, errno};
+use testing::{Server, each_runtime, errno};
 use vmm::fuse::wire::{IoctlIn, IoctlOut, init, opcode, request_flag};
 use vmm::fuse::{Call, Client, FuseError, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -29,7 +29,7 @@ fn start_with(args: &[&str]) -> (Server, Guest) {
     (server, fs)
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn tmpfile_is_written_and_linked(runtime: &str) {
     let (server, mut fs) = start(runtime);
     fs.act_as(1000, 100);
@@ -46,7 +46,7 @@ fn tmpfile_is_written_and_linked(runtime: &str) {
     assert_eq!(errno(fs.tmpfile(file.nodeid, 0o600)), Some(libc::ENOTDIR));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
     let (server, mut fs) = start_with(&["--runtime", runtime, "--modcaps=+sys_admin"]);
     let (file, _) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -68,7 +68,7 @@ fn trusted_attributes_are_read_set_and_listed(runtime: &str) {
     assert_eq!(fs.listxattr(file.nodeid).unwrap(), [c"trusted.guest"]);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn statx_returns_birth_time(runtime: &str) {
     let (server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -87,7 +87,7 @@ fn statx_returns_birth_time(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn the_whole_file_system_is_synced(runtime: &str) {
     let (_server, mut fs) = start(runtime);
     let (file, handle) = fs.create(ROOT, c"file", 0o600).unwrap();
@@ -121,7 +121,7 @@ fn ioctl(fs: &mut Guest, node: u64, fh: Handle, cmd: u32, data: &[u8], out: u32)
 
 type Answer = Result<Vec<u8>, FuseError>;
 
-#[both_runtimes]
+#[each_runtime]
 fn ioctl_supports_only_inode_flags(runtime: &str) {
     const NO_DUMP: u32 = 0x40;
 
@@ -164,7 +164,7 @@ fn ioctl_supports_only_inode_flags(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn lookup_of_dots_with_export_support_succeeds(runtime: &str) {
     let (server, mut fs) = start(runtime);
     assert!(fs.has(init::EXPORT_SUPPORT));
@@ -194,7 +194,7 @@ fn lookup_of_dots_with_export_support_succeeds(runtime: &str) {
     fs.lookup(dir.nodeid, c".").unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn poll_is_enosys(runtime: &str) {
     let (_server, mut fs) = start(runtime);
     let asked = [0; 24];
@@ -203,7 +203,7 @@ fn poll_is_enosys(runtime: &str) {
     assert_eq!(errno(fs.request(call)), Some(libc::ENOSYS));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn readonly_share_refuses_tmpfile_and_flags(runtime: &str) {
     let (server, mut fs) = start_with(&["--runtime", runtime, "--readonly"]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -223,7 +223,7 @@ fn readonly_share_refuses_tmpfile_and_flags(runtime: &str) {
     assert_eq!(fs.lookup(ROOT, c"..").unwrap().nodeid, ROOT);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn owners_are_translated(runtime: &str) {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
     if !rustix::process::geteuid().is_root() {
@@ -272,7 +272,7 @@ fn owners_are_translated(runtime: &str) {
     assert_eq!(errno(fs.tmpfile(ROOT, 0o600)), Some(libc::EPERM));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn tmpfile_mode_equals_mode_of_named_file(runtime: &str) {
     // A user's and a group's rights, a mask, and none for others.
     let mut acl = 2u32.to_le_bytes().to_vec();

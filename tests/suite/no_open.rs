@@ -10,7 +10,7 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use testing::{Server, both_runtimes, errno};
+use testing::{Server, each_runtime, errno};
 use vmm::fuse::wire::{CopyFileRangeIn, SetattrIn, WriteIn, WriteOut, init, opcode, setattr};
 use vmm::fuse::{Call, Client, Handle, LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile, Session};
@@ -61,7 +61,7 @@ fn opened(server: &Server) -> usize {
         .count()
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn opening_and_closing_need_no_request(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     assert!(fs.has(init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT));
@@ -79,7 +79,7 @@ fn opening_and_closing_need_no_request(runtime: &str) {
     assert_eq!(fs.read(file, NONE, 0, 3).unwrap(), b"con");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn guest_without_no_open_support_opens(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--no-open", "--no-opendir"]);
     host_file(&server, "file", "content");
@@ -96,7 +96,7 @@ fn guest_without_no_open_support_opens(runtime: &str) {
     assert!(!fs.readdir_all(ROOT, directory).unwrap().is_empty());
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn requests_without_handle_take_effect(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     let content = || std::fs::read_to_string(server.share().join("file")).unwrap();
@@ -147,7 +147,7 @@ fn requests_without_handle_take_effect(runtime: &str) {
     assert_eq!(named, b"kept");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn directories_are_read_without_a_handle(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     for n in 0..500 {
@@ -184,7 +184,7 @@ fn directories_are_read_without_a_handle(runtime: &str) {
     assert_eq!(fs.readdirplus_all(ROOT, NONE).unwrap().len(), 502);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn only_so_many_files_stay_open(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--max-open-inodes", "40"]);
     let files: Vec<u64> = (0..200)
@@ -211,7 +211,7 @@ fn only_so_many_files_stay_open(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn forget_closes_handleless_file(runtime: &str) {
     let (server, mut fs) = start(runtime, &[]);
     host_file(&server, "file", "content");
@@ -233,7 +233,7 @@ fn forget_closes_handleless_file(runtime: &str) {
     assert_eq!(opened(&server), 0);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn unlinked_file_stays_usable(runtime: &str) {
     for more in [&[][..], &["--max-open-inodes", "20"]] {
         let (server, mut fs) = start(runtime, more);
@@ -260,7 +260,7 @@ fn unlinked_file_stays_usable(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn access_without_open_follows_open_rules(runtime: &str) {
     let (server, mut fs) = start(runtime, &["--readonly"]);
     host_file(&server, "file", "content");

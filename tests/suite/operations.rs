@@ -6,12 +6,12 @@
     reason = "a test fails by panicking"
 )]
 
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::fuse::wire::{CopyFileRangeIn, FileLock, SetattrIn, init, setattr};
 use vmm::fuse::{LINUX_OFFERS, ROOT};
 use vmm::{Options, Profile};
 
-#[both_runtimes]
+#[each_runtime]
 fn each_operation_takes_effect_on_host(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -138,7 +138,7 @@ fn each_operation_takes_effect_on_host(runtime: &str) {
     fs.destroy().unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn lookup_of_path_is_refused(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::os::unix::fs::symlink("/etc", server.share().join("link")).unwrap();
@@ -167,7 +167,7 @@ fn lookup_of_path_is_refused(runtime: &str) {
     );
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn open_of_fifo_delays_no_request(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "1"]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -179,7 +179,7 @@ fn open_of_fifo_delays_no_request(runtime: &str) {
     fs.getattr(ROOT).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn truncation_by_a_user_clears_set_id_bits(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());

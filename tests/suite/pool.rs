@@ -10,19 +10,21 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 
-use ringfsd::io::{Engine, Runtime, probe};
+use ringfsd::io::{Engine, Runtime};
 use ringfsd::scheduler::{WorkerId, channel};
 use ringfsd::{Threads, ThreadsError};
 
 /// The runtimes of this machine.
 fn engines() -> Vec<Engine> {
-    match probe() {
-        Ok(()) => vec![Engine::ThreadPool, Engine::Uring],
+    let mut engines = Engine::ALL.to_vec();
+    engines.retain(|engine| match engine.probe() {
+        Ok(()) => true,
         Err(reason) => {
-            eprintln!("skipped on uring: {reason}");
-            vec![Engine::ThreadPool]
+            eprintln!("skipped on {engine}: {reason}");
+            false
         }
-    }
+    });
+    engines
 }
 
 fn workers(n: usize) -> NonZeroUsize {
@@ -115,7 +117,7 @@ fn start_with_few_descriptors() {
         maximum: Some(40),
     };
     setrlimit(Resource::Nofile, few).unwrap();
-    for engine in [Engine::ThreadPool, Engine::Uring] {
+    for &engine in Engine::ALL {
         let result = Threads::start(workers(100), engine, |_| async {
             std::process::abort();
         });

@@ -9,12 +9,12 @@
 
 use std::path::{Path, PathBuf};
 
-use testing::{Server, both_runtimes, pattern};
+use testing::{Server, each_runtime, pattern};
 use vmm::connection::message::{MemoryRegion, feature};
 use vmm::fuse::{Layout, ROOT};
 use vmm::{Memory, Options, Profile, Region};
 
-#[both_runtimes]
+#[each_runtime]
 fn every_request_queue_is_served(runtime: &str) {
     for workers in ["1", "2", "3"] {
         let server = Server::start(&[
@@ -39,7 +39,7 @@ fn every_request_queue_is_served(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn any_features_and_sizes_work(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), pattern(200_000, 1)).unwrap();
@@ -73,7 +73,7 @@ fn any_features_and_sizes_work(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn full_ring_is_served_completely(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--workers", "3"]);
     std::fs::write(server.share().join("file"), pattern(1 << 20, 2)).unwrap();
@@ -93,7 +93,7 @@ fn full_ring_is_served_completely(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn get_vring_base_waits_for_taken_chains(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let path = server.share().join("file");
@@ -118,7 +118,7 @@ fn get_vring_base_waits_for_taken_chains(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn restarted_queue_resumes_at_its_base(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Qemu, &Options::default());
@@ -130,7 +130,7 @@ fn restarted_queue_resumes_at_its_base(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn enabled_queue_serves_what_waited_while_disabled(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -147,7 +147,7 @@ fn enabled_queue_serves_what_waited_while_disabled(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn memory_regions_change_while_queues_run(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), pattern(300_000, 4)).unwrap();
@@ -185,7 +185,7 @@ fn memory_regions_change_while_queues_run(runtime: &str) {
     assert!(fs.read(file.nodeid, handle, 0, 300_000).unwrap() == pattern(300_000, 4));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn high_priority_queue_serves_forgets(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     for i in 0..100 {
@@ -208,7 +208,7 @@ fn high_priority_queue_serves_forgets(runtime: &str) {
     assert!(server.holdings().descriptors <= before);
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn guest_reset_releases_inodes_and_files(runtime: &str) {
     let server = Server::start(&["--runtime", runtime]);
     std::fs::write(server.share().join("file"), "x").unwrap();

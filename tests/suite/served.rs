@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ringfsd::fs::FileSystem;
-use ringfsd::io::{Choice, probe};
+use ringfsd::io::{Choice, Engine};
 use ringfsd::service::Device;
 use ringfsd::service::SessionOptions;
 use ringfsd::service::{Exit, Service, ServiceOptions};
@@ -24,12 +24,21 @@ use vmm::{Options, Profile, Session};
 
 /// The engines of this machine.
 pub(crate) fn engines() -> Vec<Choice> {
-    let mut choices = vec![Choice::Tokio];
-    match probe() {
-        Ok(()) => choices.push(Choice::Uring),
-        Err(reason) => println!("SKIPPED in part: {reason}"),
-    }
-    choices
+    let is_usable = |engine: &&Engine| match engine.probe() {
+        Ok(()) => true,
+        Err(reason) => {
+            println!("SKIPPED on {engine}: {reason}");
+            false
+        }
+    };
+    let choice = |engine: &Engine| match engine {
+        Engine::ThreadPool => Choice::Tokio,
+        Engine::Uring => Choice::Uring,
+        #[cfg(feature = "tokio-uring")]
+        Engine::TokioUring => Choice::TokioUring,
+        engine => panic!("no choice of {engine}"),
+    };
+    Engine::ALL.iter().filter(is_usable).map(choice).collect()
 }
 
 /// Serves `fs` to `guest` with this many workers, and returns when the server has ended.

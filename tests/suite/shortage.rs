@@ -10,7 +10,7 @@
 use std::ffi::CString;
 use std::process::{Command, Stdio};
 
-use testing::{Server, both_runtimes, errno};
+use testing::{Server, each_runtime, errno};
 use vmm::fuse::wire::EntryOut;
 use vmm::fuse::{Client, Handle, ROOT};
 use vmm::memory::Region;
@@ -106,7 +106,7 @@ fn reboot(fs: &mut Client<Session>) {
     fs.init().unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn inodes_removed_on_host_make_room_unless_open(runtime: &str) {
     let server = short(runtime, &[]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -141,7 +141,7 @@ fn inodes_removed_on_host_make_room_unless_open(runtime: &str) {
     assert_eq!(fs.read(open_node, handle, 0, 100).unwrap(), b"content");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
     for args in [&[][..], &["--supervise"]] {
         let mut server = short(runtime, args);
@@ -200,7 +200,7 @@ fn removed_directories_leave_the_server_its_reserve(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn removed_inodes_of_half_the_limit_leave_room(runtime: &str) {
     let server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -233,7 +233,7 @@ fn use_as_usual(fs: &mut Client<Session>) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn exhausted_descriptors_are_logged_without_blaming_guest(runtime: &str) {
     let mut server = short(runtime, &[]);
     std::fs::write(server.share().join("file"), "content").unwrap();
@@ -273,7 +273,7 @@ fn hold_unlinked_files(fs: &mut Client<Session>, count: usize) -> Vec<(EntryOut,
     (0..count).map(make).collect()
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn unlinked_open_files_of_half_the_limit_leave_room(runtime: &str) {
     let mut server = short(runtime, &["--supervise"]);
     std::fs::write(server.share().join("file"), "content").unwrap();

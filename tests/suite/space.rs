@@ -9,7 +9,7 @@
 
 use std::process::{Command, Stdio};
 
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::fuse::wire::{CopyFileRangeIn, ReleaseIn, opcode};
 use vmm::fuse::{Call, Client, Handle, ROOT};
 use vmm::{Options, Profile, Session};
@@ -89,7 +89,7 @@ fn free(fs: &mut Client<Session>) -> u64 {
     told.bfree * u64::from(told.frsize)
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn write_after_remove_finds_freed_space(runtime: &str) {
     for args in [&[][..], &["--no-open"], &["--inode-file-handles=prefer"]] {
         let Some(server) = on_small_tmpfs(runtime, args) else {
@@ -112,7 +112,7 @@ fn write_after_remove_finds_freed_space(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn statfs_after_remove_counts_freed_space(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
@@ -129,7 +129,7 @@ fn statfs_after_remove_counts_freed_space(runtime: &str) {
 }
 
 /// Whatever takes space or an inode finds what the guest has just freed.
-#[both_runtimes]
+#[each_runtime]
 fn allocating_operations_find_freed_space(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;
@@ -201,7 +201,7 @@ fn name(number: usize) -> std::ffi::CString {
 }
 
 /// What doesn't fit is refused all the same, and what does fit is written.
-#[both_runtimes]
+#[each_runtime]
 fn write_beyond_free_space_is_enospc(runtime: &str) {
     let Some(server) = on_small_tmpfs(runtime, &[]) else {
         return;

@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-use testing::{Server, both_runtimes, pattern};
+use testing::{Server, each_runtime, pattern};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
@@ -19,7 +19,7 @@ const IN_FLIGHT: u64 = 32;
 
 /// The front end vanishes with 32 requests in flight, again and again: cached reads, reads
 /// that wait for the disk, writes, metadata.
-#[both_runtimes]
+#[each_runtime]
 fn session_end_with_32_requests_in_flight_leaks_nothing(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime, "--workers", "2"]);
     std::fs::write(server.share().join("file"), pattern(4 << 20, 3)).unwrap();

@@ -14,9 +14,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use ringfsd::fs::passthrough::{Options, Passthrough};
-use ringfsd::fs::vfs::{MountError, MountPoint, Vfs};
+use ringfsd::fs::vfs::{MountError, MountPoint, Vfs, VfsOptions};
 use ringfsd::fs::{Caller, FileSystem, HandleKind, NewNode, NodeId, OpenFile};
 use ringfsd::io::{Choice, probe};
 use rustix::io::Errno;
@@ -91,7 +92,7 @@ fn names(list: &[(String, EntryOut)]) -> Vec<&str> {
 #[test]
 fn each_mount_has_its_own_files() {
     let dir = tempfile::tempdir().unwrap();
-    let vfs = Arc::new(Vfs::new(true));
+    let vfs = Arc::new(Vfs::new(VfsOptions::default()));
     let one = directory(&dir.path().join("one"));
     vfs.mount(&point("/one"), Arc::clone(&one) as _).unwrap();
     vfs.mount(&point("/deep/two"), directory(&dir.path().join("two")))
@@ -150,7 +151,7 @@ fn each_mount_has_its_own_files() {
 #[test]
 fn names_of_mount_points_cannot_be_changed() {
     let dir = tempfile::tempdir().unwrap();
-    let vfs = Arc::new(Vfs::new(true));
+    let vfs = Arc::new(Vfs::new(VfsOptions::default()));
     vfs.mount(&point("/a"), directory(&dir.path().join("a")))
         .unwrap();
     vfs.mount(&point("/b/c"), directory(&dir.path().join("c")))
@@ -200,7 +201,7 @@ fn mounts_within_another_mount_take_the_place_of_its_names() {
         fs::write(root.join(format!("x/file {number}")), "").unwrap();
     }
     fs::write(root.join("plain"), "").unwrap();
-    let vfs = Arc::new(Vfs::new(true));
+    let vfs = Arc::new(Vfs::new(VfsOptions::default()));
     // The order doesn't matter.
     vfs.mount(&point("/x/y"), directory(&dir.path().join("y")))
         .unwrap();
@@ -255,7 +256,7 @@ fn mounts_within_another_mount_take_the_place_of_its_names() {
 #[test]
 fn file_system_is_mounted_and_unmounted_while_a_guest_runs() {
     let dir = tempfile::tempdir().unwrap();
-    let vfs = Arc::new(Vfs::new(true));
+    let vfs = Arc::new(Vfs::new(VfsOptions::default()));
     vfs.mount(&point("/stays"), directory(&dir.path().join("stays")))
         .unwrap();
     on_each_engine(&vfs, |guest| {
@@ -308,10 +309,19 @@ fn file_system_is_mounted_and_unmounted_while_a_guest_runs() {
     });
 }
 
+/// Ends what runs beside a test.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn mounts_change_while_requests_are_served() {
     let dir = tempfile::tempdir().unwrap();
-    let vfs = Arc::new(Vfs::new(true));
+    let vfs = Arc::new(Vfs::new(VfsOptions::default()));
     vfs.mount(&point("/"), directory(&dir.path().join("root")))
         .unwrap();
     fs::create_dir_all(dir.path().join("root/x")).unwrap();
@@ -320,6 +330,8 @@ fn mounts_change_while_requests_are_served() {
     fs::write(dir.path().join("y/file"), "mounted").unwrap();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // Also if the guest fails.
+        let _ends = Ends(&is_over);
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 let fs = directory(&dir.path().join("y"));
@@ -329,7 +341,8 @@ fn mounts_change_while_requests_are_served() {
         });
         on_each_engine(&vfs, |guest| {
             let mut found = [0, 0];
-            for _ in 0..20_000 {
+            let end = Instant::now() + testing::TIMEOUT;
+            while Instant::now() < end {
                 let x = guest.lookup(ROOT, c"x").unwrap();
                 // A name of the file system above is always there.
                 let file = guest.lookup(x.nodeid, c"file").unwrap();
@@ -355,7 +368,6 @@ fn mounts_change_while_requests_are_served() {
             }
             panic!("found and missed: {found:?}");
         });
-        is_over.store(true, Ordering::Relaxed);
     });
 }
 
@@ -363,7 +375,7 @@ fn mounts_change_while_requests_are_served() {
 fn open_file_of_a_directory_is_the_hosts_own() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "content").unwrap();
-    let vfs = Vfs::new(true);
+    let vfs = Vfs::new(VfsOptions::default());
     vfs.mount(&point("/a"), directory(dir.path())).unwrap();
     let caller = Caller::default();
     let root = vfs.lookup(&caller, NodeId::ROOT, c"a").unwrap().node;
@@ -377,7 +389,7 @@ fn open_file_of_a_directory_is_the_hosts_own() {
 #[test]
 fn file_system_that_lacks_a_request_does_not_take_it_from_the_others() {
     let dir = tempfile::tempdir().unwrap();
-    let vfs = Vfs::new(true);
+    let vfs = Vfs::new(VfsOptions::default());
     vfs.mount(&point("/memory"), Arc::new(MemoryTree::new(false)))
         .unwrap();
     vfs.mount(&point("/a"), directory(dir.path())).unwrap();
@@ -403,7 +415,7 @@ fn file_system_that_lacks_a_request_does_not_take_it_from_the_others() {
 
 #[test]
 fn session_of_a_vfs_cannot_be_recorded_or_moved() {
-    let vfs = Vfs::new(true);
+    let vfs = Vfs::new(VfsOptions::default());
     assert!(vfs.replay().is_none());
     assert!(vfs.migrate().is_none());
 }

@@ -1,8 +1,9 @@
 //! Serves a file system that is no directory of the host: a tree in memory.
 //!
-//! `memory_tree SOCKET [--may-block] [--runtime auto|uring|tokio]` listens on SOCKET and serves the first
-//! VMM that connects, until that disconnects or SIGTERM comes. With `--may-block` the tree asks to be called on threads that may wait, as a file
-//! system does whose metadata come over a network.
+//! `memory_tree SOCKET [--may-block] [--runtime auto|uring|tokio|tokio-uring]` listens on SOCKET and
+//! serves the first VMM that connects, until that disconnects or SIGTERM comes. With `--may-block`
+//! the tree asks to be called on threads that may wait, as a file system does whose metadata come
+//! over a network.
 
 #![allow(
     clippy::print_stderr,
@@ -30,7 +31,8 @@ use ringfsd::service::{Service, ServiceOptions};
 
 use self::tree::MemoryTree;
 
-const USAGE: &str = "usage: memory_tree SOCKET [--may-block] [--runtime auto|uring|tokio]";
+const USAGE: &str =
+    "usage: memory_tree SOCKET [--may-block] [--runtime auto|uring|tokio|tokio-uring]";
 
 fn main() -> ExitCode {
     env_logger::Builder::new()
@@ -55,6 +57,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                 runtime = match arguments.next().as_deref() {
                     Some("auto") => Choice::Auto,
                     Some("uring") => Choice::Uring,
+                    Some("tokio-uring") => Choice::TokioUring,
                     Some("tokio") => Choice::Tokio,
                     _ => return Err(USAGE.into()),
                 }

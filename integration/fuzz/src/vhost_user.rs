@@ -121,6 +121,10 @@ impl Runner for Taking {
         self.resets += 1;
     }
 
+    fn can_migrate(&self) -> bool {
+        true
+    }
+
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
         assert!(self.queues.is_empty(), "all were stopped before");
         Arc::new(Stateful)

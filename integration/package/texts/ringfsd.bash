@@ -58,7 +58,7 @@ _ringfsd() {
                     return 0
                     ;;
                 --runtime)
-                    COMPREPLY=($(compgen -W "auto uring tokio" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "auto uring tokio tokio-uring" -- "${cur}"))
                     return 0
                     ;;
                 --poll-us)

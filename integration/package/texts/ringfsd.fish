@@ -4,9 +4,10 @@ complete -c ringfsd -l socket-group -d 'Let members of GROUP connect to the new 
 complete -c ringfsd -l tag -d 'Tag by which the guest mounts the directory' -r
 complete -c ringfsd -l request-queues -d 'Request queues that the VMM may set up, 1 to 1024' -r
 complete -c ringfsd -l workers -d 'Threads that serve the queues, 1 to 256' -r
-complete -c ringfsd -l runtime -d 'How workers do file I/O: auto, uring or tokio' -r -f -a "auto\t''
+complete -c ringfsd -l runtime -d 'File I/O by: auto, uring, tokio, tokio-uring' -r -f -a "auto\t''
 uring\t''
-tokio\t''"
+tokio\t''
+tokio-uring\t''"
 complete -c ringfsd -l poll-us -d 'Poll the rings for up to N µs before sleeping' -r
 complete -c ringfsd -l pid-file -d 'Write the process id to PATH, and lock the file' -r -F
 complete -c ringfsd -l compat -d 'Behave like ringfsd or virtiofsd' -r -f -a "ringfsd\t'Its own'

@@ -1,4 +1,4 @@
-//! What the tests of several crates share: a server under test, tests that run on both runtimes, a
+//! What the tests of several crates share: a server under test, tests that run on each runtime, a
 //! counting allocator.
 //!
 //! The invariant: nothing here is part of the server, nor of the client it is tested with (`vmm`).
@@ -6,7 +6,7 @@
 pub mod allocations;
 mod server;
 
-pub use macros::both_runtimes;
+pub use macros::each_runtime;
 pub use server::{
     Holdings, Server, TIMEOUT, child_of, command, command_as, copy_program, output, program,
 };

@@ -47,7 +47,7 @@ impl Vfs {
         (child, name): (&Point, &CStr),
     ) -> Result<Entry> {
         if let Some(mount) = child.mount {
-            return root_entry(table, caller, mount);
+            return self.root_entry(table, caller, mount);
         }
         let Some(at) = parent else {
             return Ok(entry_of(child, self.made));
@@ -77,7 +77,7 @@ impl Vfs {
             Target::Node(at) if at.node == NodeId::ROOT => Ok(Entry {
                 // The guest's kernel asks from within the mount that it made for it.
                 submount: false,
-                ..root_entry(table, &Caller::default(), at.mount)?
+                ..self.root_entry(table, &Caller::default(), at.mount)?
             }),
             Target::Node(at) => translated(table, &at, at.fs.lookup_self(at.node)?),
         }
@@ -102,21 +102,21 @@ impl Vfs {
             None => Ok(entry_of(parent, self.made)),
         }
     }
-}
 
-/// The entry of the root of a mount. It counts as no lookup there.
-fn root_entry(table: &Table, caller: &Caller, mount: u16) -> Result<Entry> {
-    let at = table.node(mount, NodeId::ROOT)?;
-    let (attributes, ttl) = at.fs.getattr(caller, at.node, None)?;
-    Ok(Entry {
-        node: table.outward(mount, at.node)?,
-        // Linux gives the root of a submount this generation.
-        generation: 0,
-        attributes,
-        attribute_ttl: ttl,
-        entry_ttl: ttl.min(super::attributes::TTL),
-        submount: true,
-    })
+    /// The entry of the root of a mount. It counts as no lookup there.
+    fn root_entry(&self, table: &Table, caller: &Caller, mount: u16) -> Result<Entry> {
+        let at = table.node(mount, NodeId::ROOT)?;
+        let (attributes, ttl) = at.fs.getattr(caller, at.node, None)?;
+        Ok(Entry {
+            node: table.outward(mount, at.node)?,
+            // Linux gives the root of a submount this generation.
+            generation: 0,
+            attributes,
+            attribute_ttl: ttl,
+            entry_ttl: ttl.min(super::attributes::TTL),
+            submount: self.options.announce_submounts,
+        })
+    }
 }
 
 /// The entry that a mounted file system has returned, as the guest gets it.

@@ -6,6 +6,7 @@
 
 use std::ffi::CStr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -46,7 +47,7 @@ impl Vfs {
     /// The result of an operation on extended attributes. If none are served at all, the guest's
     /// kernel is told so by `ENOSYS`.
     fn of_xattr<T>(&self, result: Result<T>) -> Result<T> {
-        match self.xattr {
+        match self.options.xattr {
             true => instead(result, Errno::OPNOTSUPP),
             false => result,
         }
@@ -62,7 +63,7 @@ impl Vfs {
     ) -> Result<T> {
         let table = self.table()?;
         match table.resolve(node)? {
-            Target::Point(_) if self.xattr => without,
+            Target::Point(_) if self.options.xattr => without,
             Target::Point(_) => Err(Errno::NOSYS),
             Target::Node(at) => self.of_xattr(act(&**at.fs, at.node)),
         }
@@ -135,16 +136,19 @@ impl FileSystem for Vfs {
     }
 
     fn may_block(&self) -> bool {
-        self.shards.get().all().any(|mount| mount.fs.may_block())
+        self.may_block.load(Ordering::Relaxed)
     }
 
     fn may_block_at(&self, node: NodeId) -> bool {
+        if !self.may_block() {
+            return false;
+        }
         let table = self.shards.get();
         match table.resolve(node) {
-            // What is mounted below may be looked up.
-            Ok(Target::Point(_)) => self.may_block(),
-            Ok(Target::Node(at)) if at.node == NodeId::ROOT => self.may_block(),
-            Ok(Target::Node(at)) if table.point_at(&at).is_some() => self.may_block(),
+            // What is mounted above or below may be looked up.
+            Ok(Target::Point(_)) => true,
+            Ok(Target::Node(at)) if at.node == NodeId::ROOT => true,
+            Ok(Target::Node(at)) if table.point_at(&at).is_some() => true,
             Ok(Target::Node(at)) => at.fs.may_block_at(at.node),
             Err(_) => false,
         }

@@ -16,7 +16,7 @@ mod sync;
 mod table;
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Caller, FileSystem, NegotiatedTerms, Timestamp};
@@ -38,10 +38,30 @@ pub struct Vfs {
     number: u64,
     shards: Shards,
     changes: Mutex<Changes>,
-    /// Extended attributes are served.
-    xattr: bool,
+    options: VfsOptions,
+    /// A file system has been mounted whose methods may block.
+    may_block: AtomicBool,
     /// The time of the directories that lead to mount points.
     made: Timestamp,
+}
+
+/// How several file systems appear under one mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VfsOptions {
+    /// File systems with extended attributes will be mounted. Without, the guest's kernel learns
+    /// that there are none, and doesn't ask again.
+    pub xattr: bool,
+    /// The guest's kernel is told where another file system is mounted.
+    pub announce_submounts: bool,
+}
+
+impl Default for VfsOptions {
+    fn default() -> Self {
+        Self {
+            xattr: true,
+            announce_submounts: true,
+        }
+    }
 }
 
 /// What a change of the mounts needs, and what a file system that is mounted later has to be told.
@@ -78,10 +98,9 @@ thread_local! {
 }
 
 impl Vfs {
-    /// A root without any mount. `xattr` says whether file systems with extended attributes will be
-    /// mounted: without, the guest's kernel learns that there are none, and doesn't ask again.
+    /// A root without any mount.
     #[must_use]
-    pub fn new(xattr: bool) -> Self {
+    pub fn new(options: VfsOptions) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let table = Table::new();
         Self {
@@ -92,7 +111,8 @@ impl Vfs {
                 terms: None,
                 channel: None,
             }),
-            xattr,
+            options,
+            may_block: AtomicBool::new(false),
             made: attributes::now(),
         }
     }
@@ -121,6 +141,10 @@ impl Vfs {
         }
         if let Some(channel) = &changes.channel {
             fs.connected(channel);
+        }
+        if fs.may_block() {
+            // Relaxed: who finds the file system has found the table first, under a lock.
+            self.may_block.store(true, Ordering::Relaxed);
         }
         table.mounts.push(Some(Mount { fs, point: at }));
         table.find_directories();

@@ -4,6 +4,8 @@
 //! another module and one more arm here. The invariant: every engine gives the same results.
 
 pub(super) mod thread_pool;
+#[cfg(feature = "tokio-uring")]
+pub(super) mod tokio_uring;
 pub(super) mod uring;
 
 use std::cell::Cell;
@@ -19,11 +21,15 @@ use super::vectored;
 
 /// What performs the file operations that may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Engine {
     /// tokio's current-thread runtime; operations that may wait run on its blocking threads.
     ThreadPool,
     /// The same runtime with an io_uring of its own.
     Uring,
+    /// tokio-uring's runtime.
+    #[cfg(feature = "tokio-uring")]
+    TokioUring,
 }
 
 impl fmt::Display for Engine {
@@ -31,6 +37,8 @@ impl fmt::Display for Engine {
         f.write_str(match self {
             Self::ThreadPool => "tokio",
             Self::Uring => "uring",
+            #[cfg(feature = "tokio-uring")]
+            Self::TokioUring => "tokio-uring",
         })
     }
 }
@@ -53,15 +61,23 @@ thread_local! {
 }
 
 impl Engine {
+    /// The engines that the program is built with.
+    pub const ALL: &[Self] = &[
+        Self::ThreadPool,
+        Self::Uring,
+        #[cfg(feature = "tokio-uring")]
+        Self::TokioUring,
+    ];
+
     /// The engine of the runtime that the calling code runs on.
     pub(super) fn current() -> Option<Self> {
         CURRENT.get()
     }
 
-    /// The engine for operations on `descriptor`: the ring gets none that may wait forever.
+    /// The engine for operations on `descriptor`: a ring gets none that may wait forever.
     fn of(descriptor: &Descriptor) -> Self {
         match Self::current() {
-            Some(Self::Uring) if descriptor.facts().has(Facts::SEEKABLE) => Self::Uring,
+            Some(engine) if descriptor.facts().has(Facts::SEEKABLE) => engine,
             _ => Self::ThreadPool,
         }
     }
@@ -84,6 +100,8 @@ pub(super) async fn read(
     match Engine::of(descriptor) {
         Engine::ThreadPool => thread_pool::read(descriptor, buffer, filled, offset).await,
         Engine::Uring => uring::read(descriptor, buffer, filled, offset).await,
+        #[cfg(feature = "tokio-uring")]
+        Engine::TokioUring => tokio_uring::read(descriptor, buffer, filled, offset).await,
     }
 }
 
@@ -96,9 +114,9 @@ pub(super) async fn write(
 ) -> Transferred {
     match Engine::of(descriptor) {
         Engine::Uring if flags == 0 => uring::write(descriptor, buffer, offset).await,
-        Engine::ThreadPool | Engine::Uring => {
-            thread_pool::write(descriptor, buffer, (0, offset), flags).await
-        }
+        #[cfg(feature = "tokio-uring")]
+        Engine::TokioUring if flags == 0 => tokio_uring::write(descriptor, buffer, offset).await,
+        _ => thread_pool::write(descriptor, buffer, (0, offset), flags).await,
     }
 }
 
@@ -106,6 +124,8 @@ pub(super) async fn write(
 pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
     match Engine::current() {
         Some(Engine::Uring) => uring::sync(descriptor, kind).await,
+        #[cfg(feature = "tokio-uring")]
+        Some(Engine::TokioUring) => tokio_uring::sync(descriptor, kind).await,
         Some(Engine::ThreadPool) | None => thread_pool::sync(descriptor, kind).await,
     }
 }
@@ -119,6 +139,8 @@ pub(super) async fn allocate(
 ) -> io::Result<()> {
     match Engine::current() {
         Some(Engine::Uring) => uring::allocate(descriptor, mode, offset, len).await,
+        #[cfg(feature = "tokio-uring")]
+        Some(Engine::TokioUring) => tokio_uring::allocate(descriptor, mode, offset, len).await,
         Some(Engine::ThreadPool) | None => {
             thread_pool::allocate(descriptor, mode, offset, len).await
         }
@@ -129,6 +151,8 @@ pub(super) async fn allocate(
 pub(super) enum EventLoop {
     ThreadPool(thread_pool::EventLoop),
     Uring(uring::EventLoop),
+    #[cfg(feature = "tokio-uring")]
+    TokioUring(tokio_uring::EventLoop),
 }
 
 /// The part of an event loop that the kernel refused.
@@ -143,6 +167,8 @@ impl EventLoop {
         Ok(match engine {
             Engine::ThreadPool => Self::ThreadPool(thread_pool::EventLoop::new()?),
             Engine::Uring => Self::Uring(uring::EventLoop::new(entries)?),
+            #[cfg(feature = "tokio-uring")]
+            Engine::TokioUring => Self::TokioUring(tokio_uring::EventLoop::new(entries)?),
         })
     }
 
@@ -150,6 +176,8 @@ impl EventLoop {
         match self {
             Self::ThreadPool(_) => Engine::ThreadPool,
             Self::Uring(_) => Engine::Uring,
+            #[cfg(feature = "tokio-uring")]
+            Self::TokioUring(_) => Engine::TokioUring,
         }
     }
 
@@ -159,6 +187,8 @@ impl EventLoop {
         match self {
             Self::ThreadPool(event_loop) => event_loop.block_on(future),
             Self::Uring(event_loop) => event_loop.block_on(future),
+            #[cfg(feature = "tokio-uring")]
+            Self::TokioUring(event_loop) => event_loop.block_on(future),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::fuse::wire::{FileLock, opcode};
 use vmm::fuse::{Call, ROOT};
 use vmm::{Options, Profile};
@@ -21,7 +21,7 @@ fn lock(kind: i32, start: u64, end: u64) -> FileLock {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-inodes", "100"]);
     for at in 0..200 {
@@ -56,7 +56,7 @@ fn inodes_beyond_the_bound_are_enfile(runtime: &str) {
     assert!(fs.lookup(ROOT, &name(150)).is_ok());
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn remembered_inodes_are_dropped_before_enfile(runtime: &str) {
     let server = Server::start(&[
         "--runtime",
@@ -95,7 +95,7 @@ fn remembered_inodes_are_dropped_before_enfile(runtime: &str) {
     }
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-handles", "50"]);
     std::fs::write(server.share().join("file"), "").unwrap();
@@ -121,7 +121,7 @@ fn open_files_beyond_the_bound_are_enfile(runtime: &str) {
 }
 
 /// A directory that is half read keeps 64 KiB of entries, or, where many do, is read again.
-#[both_runtimes]
+#[each_runtime]
 fn half_read_directories_are_bounded(runtime: &str) {
     const OPEN: usize = 3000;
     let server = Server::start(&["--runtime", runtime]);
@@ -161,7 +161,7 @@ fn resident(server: &Server) -> usize {
     pages * rustix::param::page_size()
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn locks_beyond_the_bound_are_enolck(runtime: &str) {
     let server = Server::start(&["--runtime", runtime, "--max-handles", "50", "--posix-locks"]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -183,7 +183,7 @@ fn locks_beyond_the_bound_are_enolck(runtime: &str) {
         .unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn waiting_locks_are_bounded(runtime: &str) {
     // One worker takes them in order.
     let args = ["--runtime", runtime, "--posix-locks", "--workers", "1"];

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use testing::{Server, TIMEOUT, both_runtimes};
+use testing::{Server, TIMEOUT, each_runtime};
 use vmm::connection::message::request;
 use vmm::connection::{Connection, ConnectionError};
 use vmm::fuse::ROOT;
@@ -31,7 +31,7 @@ const FOREIGN: [(&str, u32, usize); 17] = [
     ("SET_DEVICE_STATE_FD", request::SET_DEVICE_STATE_FD, 8),
 ];
 
-#[both_runtimes]
+#[each_runtime]
 fn malformed_message_ends_only_its_session(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let holdings = server.holdings();
@@ -142,7 +142,7 @@ fn in_any_order(server: &mut Server) {
 }
 
 /// An eventfd whose counter is full, so that writers would wait: the server must not.
-#[both_runtimes]
+#[each_runtime]
 fn full_eventfd_blocks_no_session(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());

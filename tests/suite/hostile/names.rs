@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use testing::both_runtimes;
+use testing::each_runtime;
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::opcode;
 
@@ -60,7 +60,7 @@ fn operations() -> Vec<(&'static str, u32, Vec<u8>, &'static [u8])> {
     ]
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn malformed_name_reaches_nothing_outside(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");
@@ -168,7 +168,7 @@ fn a_link_out_of_the_share_is_not_followed(scene: &mut Scene) {
 
 /// The guest changes a name while it is read. What was checked is what is used: each byte is read
 /// once. Every answer is that of one of the two names, or of a mixture that is a name.
-#[both_runtimes]
+#[each_runtime]
 fn name_changed_while_read_reaches_nothing_outside(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let outside = scene.server.share().join("../outside");

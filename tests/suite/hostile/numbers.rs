@@ -1,6 +1,6 @@
 //! Headers, lengths, opcodes, nodes, handles: every value that a field can have.
 
-use testing::both_runtimes;
+use testing::each_runtime;
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{AttrOut, EntryOut, FlushIn, OpenIn, ReadIn, ReleaseIn, WriteIn, opcode};
 use zerocopy::IntoBytes;
@@ -9,7 +9,7 @@ use super::scene::{Back, IN, OUT, Scene, request};
 
 const EINVAL: Back = Back::Errno(libc::EINVAL);
 
-#[both_runtimes]
+#[each_runtime]
 fn malformed_header_or_number_gets_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let good = request(opcode::GETATTR, ROOT, &[0; 16]);
@@ -379,7 +379,7 @@ fn values(scene: &mut Scene) {
     scene.fs.release(node, handle).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn unknown_opcode_or_node_gets_errno(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for number in [

@@ -1,6 +1,6 @@
 //! Rings: chains, tables, indexes.
 
-use testing::{TIMEOUT, both_runtimes};
+use testing::{TIMEOUT, each_runtime};
 use vmm::Gpa;
 use vmm::connection::message::feature;
 use vmm::fuse::wire::AttrOut;
@@ -342,7 +342,7 @@ fn indirect(table: Gpa, r: Descriptor, w: Descriptor) -> Vec<Indirect> {
     ]
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn malformed_chain_is_refused_alone(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let len = scene.lay_good();
@@ -482,7 +482,7 @@ fn one_head_many_times(scene: &mut Scene, r: Descriptor, w: Descriptor) {
     assert_eq!(scene.faulty(), empty, "they are counted");
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn indirect_descriptor_without_feature_is_not_followed(runtime: &str) {
     let options = memory().without_features(feature::INDIRECT_DESC);
     let mut scene = Scene::with(runtime, &[], &options);
@@ -502,7 +502,7 @@ fn indirect_descriptor_without_feature_is_not_followed(runtime: &str) {
     assert!(scene.totals().contains(" 1 faulty"));
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn jumping_available_index_serves_nothing(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for jump in [65, 66, 1000, 0x7fff, 0x8000, 0xff00, u16::MAX] {
@@ -530,7 +530,7 @@ fn jumping_available_index_serves_nothing(runtime: &str) {
 
 /// The parts of a ring over each other, and requests and replies over the rings: what the guest
 /// gets is its own affair, but nothing else breaks.
-#[both_runtimes]
+#[each_runtime]
 fn overlapping_rings_damage_no_other_session(runtime: &str) {
     let scene = Scene::new(runtime);
     let mut server = scene.server;

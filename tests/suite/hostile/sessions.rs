@@ -1,6 +1,6 @@
 //! INIT and DESTROY: twice, never, wrong, and in the middle of everything else.
 
-use testing::{Server, both_runtimes};
+use testing::{Server, each_runtime};
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::{InitIn, InitOut, OpenIn, OpenOut, opcode};
 use vmm::fuse::{Call, Client};
@@ -21,7 +21,7 @@ fn init(major: u32, minor: u32) -> Vec<u8> {
     request(opcode::INIT, 0, init.as_bytes())
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn only_init_and_destroy_change_fuse_session(runtime: &str) {
     let mut scene = Scene::new(runtime);
     let agreed = Back::Reply(size_of::<InitOut>() as u32);
@@ -99,7 +99,7 @@ fn never(runtime: &str) {
 
 /// INIT on one queue while others open a file: what of these comes before is gone with the old
 /// session, what comes after doesn't know the file. Nothing is in between.
-#[both_runtimes]
+#[each_runtime]
 fn repeated_init_resets_session_during_requests(runtime: &str) {
     let args = [
         "--runtime",

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use testing::both_runtimes;
+use testing::each_runtime;
 use vmm::connection::message::{Log, feature};
 use vmm::fuse::ROOT;
 use vmm::fuse::wire::opcode;
@@ -23,7 +23,7 @@ enum What {
     Rings,
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn truncated_memory_file_ends_session(runtime: &str) {
     let mut scene = Scene::new(runtime);
     for what in [What::Request, What::Reply, What::Table, What::Rings] {
@@ -109,7 +109,7 @@ fn data_that_is_gone_is_an_errno(scene: &mut Scene) {
     assert!(again.is_ok());
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn truncated_dirty_log_ends_session(runtime: &str) {
     let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::Simple, &Options::default());
@@ -139,7 +139,7 @@ fn truncated_dirty_log_ends_session(runtime: &str) {
     fs.getattr(ROOT).unwrap();
 }
 
-#[both_runtimes]
+#[each_runtime]
 fn truncated_inflight_region_ends_session(runtime: &str) {
     let mut server = testing::Server::start(&["--runtime", runtime]);
     let mut fs = server.session(Profile::CloudHypervisor, &Options::default());

@@ -1,4 +1,4 @@
-//! Both runtimes return the same results, and one file serves several of them.
+//! All runtimes return the same results, and one file serves several of them.
 
 use std::io;
 
@@ -108,14 +108,16 @@ async fn errors() -> Vec<(&'static str, Option<i32>)> {
 }
 
 #[test]
-fn both_runtimes_give_the_same_errors() {
-    if let Err(reason) = probe() {
-        eprintln!("skipped: {reason}");
-        return;
-    }
+fn all_runtimes_give_the_same_errors() {
     let tokio = Runtime::new(Engine::ThreadPool).unwrap().block_on(errors());
-    let uring = Runtime::new(Engine::Uring).unwrap().block_on(errors());
-    assert_eq!(tokio, uring);
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
+        let errors = Runtime::new(engine).unwrap().block_on(errors());
+        assert_eq!(errors, tokio, "{engine}");
+    }
 }
 
 #[test]
@@ -124,8 +126,8 @@ fn one_file_is_used_by_two_threads_at_once() {
     let dir = scratch();
     let path = file_of(&dir, "f", &pattern(0..LEN));
     let file = File::from(std::fs::File::open(path).unwrap());
-    let engines = [choose(Choice::Auto).unwrap().engine, Engine::ThreadPool];
-    let threads = engines.map(|engine| {
+    let available = |engine: &&Engine| engine.probe().is_ok();
+    let threads = Engine::ALL.iter().filter(available).map(|&engine| {
         let file = file.clone();
         std::thread::spawn(move || {
             Runtime::new(engine).unwrap().block_on(async {
@@ -138,6 +140,7 @@ fn one_file_is_used_by_two_threads_at_once() {
             });
         })
     });
+    let threads: Vec<_> = threads.collect();
     drop(file);
     for thread in threads {
         thread.join().unwrap();
@@ -151,4 +154,11 @@ fn auto_finds_a_runtime_and_says_why() {
     assert_eq!(chosen.engine == Engine::Uring, probe().is_ok());
     assert_eq!(choose(Choice::Tokio).unwrap().engine, Engine::ThreadPool);
     assert_eq!(choose(Choice::Uring).is_ok(), probe().is_ok());
+    let of_tokio_uring = choose(Choice::TokioUring).map(|chosen| chosen.engine.to_string());
+    if cfg!(feature = "tokio-uring") {
+        assert_eq!(of_tokio_uring.unwrap(), "tokio-uring");
+    } else {
+        let error = of_tokio_uring.unwrap_err().to_string();
+        assert!(error.contains("--features tokio-uring"), "{error}");
+    }
 }

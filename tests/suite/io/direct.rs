@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ringfsd::io::{Attempt, File};
-use testing::both_runtimes;
+use testing::each_runtime;
 
 use super::memory::Arena;
 use super::{bytes_of, file_of, pattern, read_write, run, scratch};
@@ -24,7 +24,7 @@ pub(crate) async fn open_direct(path: &Path) -> Option<File> {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn direct_files_read_and_write() {
     let dir = scratch();
     let path = dir.path().join("f");
@@ -56,7 +56,7 @@ async fn direct_files_read_and_write() {
     assert!(bytes_of(&buffer) == expected);
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_direct_read_over_an_unaligned_end_is_short() {
     let dir = scratch();
     for len in [1000, 4096 + 512, 8192] {

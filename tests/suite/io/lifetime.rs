@@ -3,13 +3,14 @@
 #![allow(unsafe_code, reason = "the suite plays the guest's memory")]
 
 use std::future::{Future, poll_fn};
+use std::path::Path;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 
-use ringfsd::io::{Engine, File, Runtime, SyncKind, probe, spawn};
-use testing::both_runtimes;
+use ringfsd::io::{Engine, File, Guard, GuestBuffer, Runtime, SyncKind, spawn};
+use testing::each_runtime;
 
 use super::direct::open_direct;
 use super::memory::{Arena, whole};
@@ -34,7 +35,7 @@ impl Drop for Witness {
     }
 }
 
-#[both_runtimes(run)]
+#[each_runtime(run)]
 async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
     const LEN: usize = 1 << 20;
     let dir = scratch();
@@ -54,7 +55,7 @@ async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
         })
         .await;
     }
-    if Runtime::current() == Some(Engine::Uring) {
+    if Runtime::current() != Some(Engine::ThreadPool) {
         // Not even handed to the kernel yet.
         assert_eq!(was_full.try_recv(), Err(mpsc::TryRecvError::Empty));
     }
@@ -65,6 +66,97 @@ async fn a_dropped_read_keeps_its_memory_until_it_is_complete() {
         }
     };
     assert!(full);
+}
+
+/// A future that outlives its runtime doesn't wait any more, and gives its memory back whether it is
+/// polled again or not.
+#[test]
+fn future_that_outlives_its_runtime_frees_its_memory() {
+    const LEN: usize = 512 << 10;
+    let dir = scratch();
+    let path = file_of(&dir, "f", &pattern(0..LEN));
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
+        for polled_again in [true, false] {
+            let runtime = Runtime::new(engine).unwrap();
+            let file = File::from(std::fs::File::open(&path).unwrap());
+            let guard = Arc::new(());
+            let buffer = whole(Arena::new(LEN), Arc::clone(&guard) as Guard);
+            let mut reading = Box::pin(file.read_at(buffer, 0));
+            runtime.block_on(poll_fn(|cx| {
+                assert!(reading.as_mut().poll(cx).is_pending());
+                Poll::Ready(())
+            }));
+            drop(runtime);
+            if polled_again {
+                let mut cx = Context::from_waker(Waker::noop());
+                let Poll::Ready((result, buffer)) = reading.as_mut().poll(&mut cx) else {
+                    panic!("{engine}: it waits for a runtime that is gone");
+                };
+                match result {
+                    // It was complete when the runtime ended.
+                    Ok(LEN) => {}
+                    other => assert_eq!(other.unwrap_err().raw_os_error(), Some(libc::ECANCELED)),
+                }
+                drop(buffer);
+            }
+            drop(reading);
+            assert_eq!(Arc::strong_count(&guard), 1, "{engine}");
+        }
+    }
+}
+
+/// Whether this process has a descriptor of this file.
+fn is_open(path: &Path) -> bool {
+    let mut all = std::fs::read_dir("/proc/self/fd").unwrap();
+    all.any(|fd| std::fs::read_link(fd.unwrap().path()).is_ok_and(|link| link == path))
+}
+
+/// An engine closes a file neither before its last operation nor twice: then it would close one that
+/// was opened since under the same number.
+#[test]
+fn each_descriptor_is_closed_once() {
+    const LEN: usize = 64 << 10;
+    let dir = scratch();
+    for &engine in Engine::ALL {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
+            continue;
+        }
+        let runtime = Runtime::new(engine).unwrap();
+        let mut kept = Vec::new();
+        runtime.block_on(async {
+            for n in 0..20 {
+                let path = file_of(&dir, &format!("{engine}-{n}"), &pattern(n..n + LEN));
+                let file = File::from(std::fs::File::open(&path).unwrap());
+                let (result, buffer) = file.read_at(GuestBuffer::from_vec(vec![0; LEN]), 0).await;
+                let mut bytes = vec![0; LEN];
+                buffer.copy_out(0, &mut bytes);
+                assert!(result.unwrap() == LEN && bytes == pattern(n..n + LEN));
+                if n % 2 == 0 {
+                    drop(file);
+                    assert!(!is_open(&path), "{engine} leaves a descriptor open");
+                } else {
+                    kept.push((n, path, file));
+                }
+            }
+        });
+        drop(runtime);
+        let runtime = Runtime::new(engine).unwrap();
+        runtime.block_on(async {
+            for (n, path, file) in kept {
+                let (result, buffer) = file.read_at(GuestBuffer::from_vec(vec![0; LEN]), 0).await;
+                let mut bytes = vec![0; LEN];
+                buffer.copy_out(0, &mut bytes);
+                assert!(result.unwrap() == LEN && bytes == pattern(n..n + LEN));
+                drop(file);
+                assert!(!is_open(&path), "{engine} leaves a descriptor open");
+            }
+        });
+    }
 }
 
 /// Says when it goes, and what was in the arena then.
@@ -92,13 +184,11 @@ impl Drop for LastLook {
 fn a_dropped_runtime_frees_memory_after_the_kernel_is_done() {
     const LEN: usize = 512 << 10;
     // A ring of one entry has room for four completions: half of the reads wait for it.
-    for (engine, entries) in [
-        (Engine::ThreadPool, 1),
-        (Engine::Uring, 256),
-        (Engine::Uring, 1),
-    ] {
-        if let (Engine::Uring, Err(reason)) = (engine, probe()) {
-            eprintln!("skipped: {reason}");
+    let sizes = [256, 1];
+    let all = Engine::ALL.iter();
+    for (&engine, entries) in all.flat_map(|engine| sizes.map(|entries| (engine, entries))) {
+        if let Err(reason) = engine.probe() {
+            eprintln!("skipped on {engine}: {reason}");
             continue;
         }
         let dir = scratch();

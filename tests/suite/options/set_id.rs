@@ -1,6 +1,7 @@
 //! Set-ID bits and capabilities of files that are changed, with `--killpriv-v2`, which is the default,
 //! and without.
 
+use ringfsd::io::Engine;
 use testing::Server;
 use vmm::Session;
 use vmm::fuse::wire::{
@@ -182,9 +183,9 @@ fn capabilities_go_with_every_change() {
     // Revision 2, effective: CAP_CHOWN, permitted.
     let mut value = [0; 20];
     value[..8].copy_from_slice(&[1, 0, 0, 2, 1, 0, 0, 0]);
-    for runtime in ["uring", "tokio"] {
+    for runtime in Engine::ALL.iter().map(Engine::to_string) {
         for killpriv in ["--killpriv-v2", "--no-killpriv-v2"] {
-            let server = Server::start(&["--runtime", runtime, killpriv]);
+            let server = Server::start(&["--runtime", &runtime, killpriv]);
             let mut fs = session(&server);
             let (file, handle) = fs.create(ROOT, c"file", 0o755).unwrap();
             let node = file.nodeid;

@@ -4,11 +4,15 @@ use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use testing::Server;
-use vmm::fuse::ROOT;
+use vmm::connection::message::protocol;
+use vmm::fuse::wire::FileLock;
+use vmm::fuse::{Handle, ROOT};
 use vmm::{Options, Profile};
 
-use super::errno;
+use super::{SUBMOUNT, errno};
 
 /// A user that is not root's, where the tests run as root.
 const USER: u32 = 1000;
@@ -126,6 +130,55 @@ fn readonly_applies_to_all_directories() {
     assert!(mounts.lines().all(|line| line.contains(" ro,")), "{mounts}");
 }
 
+#[test]
+fn locks_of_each_directory_are_the_hosts() {
+    let arguments = ["--posix-locks", "--no-announce-submounts"];
+    let (server, dir) = Shared::new(None).start(None, &arguments);
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    let lock = FileLock {
+        start: 0,
+        end: 9,
+        r#type: libc::F_WRLCK as u32,
+        pid: 1,
+    };
+    for (name, path) in [(c"one", "one/file"), (c"two", "two/file")] {
+        let root = guest.lookup(ROOT, name).unwrap();
+        assert_eq!(root.attr.flags & SUBMOUNT, 0, "not announced");
+        let node = guest.lookup(root.nodeid, c"file").unwrap().nodeid;
+        let handle = guest.open(node, libc::O_RDWR).unwrap();
+        guest.setlk(node, handle, 7, lock).unwrap();
+        assert_eq!(errno(guest.setlk(node, handle, 8, lock)), libc::EAGAIN);
+        let host = fs::File::options()
+            .write(true)
+            .open(dir.join(path))
+            .unwrap();
+        let nonblocking = FlockOperation::NonBlockingLockExclusive;
+        let taken = rustix::fs::fcntl_lock(&host, nonblocking);
+        assert_eq!(taken, Err(Errno::AGAIN), "{path}");
+        guest.release(node, handle).unwrap();
+    }
+}
+
+#[test]
+fn directories_work_without_open_and_opendir() {
+    let (server, dir) = Shared::new(None).start(None, &["--no-open", "--no-opendir"]);
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    assert_eq!(errno(guest.opendir(ROOT)), libc::ENOSYS);
+    let none = Handle::raw(0);
+    let names: Vec<_> = guest.readdir_all(ROOT, none).unwrap();
+    assert_eq!(names.len(), 4, "{names:?}");
+    for (name, text) in [(c"one", "one"), (c"two", "two")] {
+        let root = guest.lookup(ROOT, name).unwrap().nodeid;
+        assert_eq!(errno(guest.opendir(root)), libc::ENOSYS);
+        assert_eq!(guest.readdirplus_all(root, none).unwrap().len(), 3);
+        let file = guest.lookup(root, c"file").unwrap().nodeid;
+        assert_eq!(errno(guest.open(file, libc::O_RDWR)), libc::ENOSYS);
+        assert_eq!(guest.read(file, none, 0, 9).unwrap(), text.as_bytes());
+        guest.write(file, none, 0, b"new").unwrap();
+        assert_eq!(fs::read(dir.join(text).join("file")).unwrap(), b"new");
+    }
+}
+
 /// What the program says, and its status, with these arguments beside the socket.
 fn refused(arguments: &[&str]) -> (Option<i32>, String) {
     let all: Vec<_> = ["--socket=/nowhere/s"]
@@ -154,6 +207,17 @@ fn what_cannot_be_recorded_is_refused_at_the_start() {
             assert!(said.contains("use "), "what to do: {said}");
         }
     }
+}
+
+#[test]
+fn migration_is_offered_for_a_single_directory_only() {
+    let offers = |server: &Server| {
+        let mut guest = server.session(Profile::Qemu, &Options::default());
+        guest.guest().connection.has(protocol::DEVICE_STATE)
+    };
+    let (several, _dir) = Shared::new(None).start(None, &[]);
+    assert!(!offers(&several));
+    assert!(offers(&Server::start(&[])));
 }
 
 #[test]
