@@ -45,6 +45,7 @@ if wanted format; then
     cargo fmt --manifest-path integration/guest/suite/Cargo.toml --check
     cargo fmt --manifest-path integration/fuzz/Cargo.toml --check
     cargo fmt --manifest-path integration/rafs-image/Cargo.toml --check
+    cargo fmt --manifest-path integration/dragonball/Cargo.toml --check
 fi
 
 if wanted lint; then
@@ -76,6 +77,9 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
+    # With the device in the process of its VMM, and the examples in its documentation.
+    cargo test --locked --features rust-vmm --test embed
+    cargo test --locked --features rust-vmm --doc embed
     # What differs with the third engine: its tests, and those that run on all engines in turn. And
     # images.
     cargo test --locked --features tokio-uring,nydus --lib --test suite --test model -- \

@@ -8,18 +8,19 @@ use std::num::NonZeroU16;
 pub use back_channel::{BackChannel, BackChannelError, BackendRequest, SharedMapping};
 
 /// `VIRTIO_RING_F_INDIRECT_DESC`.
-pub const INDIRECT_DESC: u64 = 1 << 28;
+pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 /// `VIRTIO_RING_F_EVENT_IDX`.
-pub const EVENT_IDX: u64 = 1 << 29;
+pub(crate) const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
-pub const VERSION_1: u64 = 1 << 32;
+pub(crate) const VERSION_1: u64 = 1 << 32;
 /// `VHOST_F_LOG_ALL` (vhost-user specification): log all changes of guest memory.
-pub const LOG_ALL: u64 = 1 << 26;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 /// `VHOST_USER_F_PROTOCOL_FEATURES` (vhost-user specification).
-pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// The features that the device offers. A VMM may accept each of them, so each is implemented.
-pub const FEATURES: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | LOG_ALL | PROTOCOL_FEATURES;
+pub(crate) const FEATURES: u64 =
+    INDIRECT_DESC | EVENT_IDX | VERSION_1 | LOG_ALL | PROTOCOL_FEATURES;
 
 /// Length of `struct virtio_fs_config`, bytes.
 pub const CONFIG_LEN: usize = TAG_LEN + 4 + 4;

@@ -1,49 +1,139 @@
 //! A virtio-fs server: shares a directory of the host with a virtual machine.
 //!
-//! The crate is a library with a thin binary. Its modules; each uses only those below it:
+//! The crate is a library with a thin binary. What the library offers:
 //!
-//! | module | what it does |
+//! | for | use |
 //! | --- | --- |
-//! | [`cli`] | options as typed |
-//! | [`server`] | composition root: start-up in order, supervision, upgrades |
-//! | [`recovery`] | supervision, handover to another program, the `--state` file |
-//! | [`config`] | the resolved configuration |
-//! | [`vhost_user`] | the listening socket; one vhost-user session |
-//! | [`device`] | the virtio-fs device: features, configuration space |
-//! | [`worker`] | worker threads, their runtimes and event loop |
-//! | [`virtqueue`] | ring → chain → guest buffers; completion, exactly once |
-//! | [`guest_memory`] | the guest's memory: regions, dirty log, memory that is taken away |
-//! | [`scheduler`] | placement of tasks on threads; independent of virtio |
-//! | [`fuse`] | FUSE ABI, decoding, dispatch, replies; independent of virtio |
-//! | [`fs`] | the file system trait; the passthrough file system |
-//! | [`dax`] | the DAX window: its mappings, and the requests to the VMM for them |
-//! | [`io`] | asynchronous files and guest buffers, over io_uring and tokio |
-//! | [`state`] | the table of a session's state, in shared memory |
-//! | [`migration`] | the format of a migrated session, and its transfer over a pipe |
-//! | [`sandbox`] | namespaces, root directory, capabilities, Landlock, seccomp |
-//! | [`error_chain`] | an error and its causes |
-//! | `sys` | thin typed wrappers over system calls |
+//! | a VMM, or a daemon, with the device in its process | [`embed`] |
+//! | a file system of one's own, served over vhost-user | [`fs::FileSystem`], [`service`] |
+//! | asynchronous files and guest buffers, over io_uring and tokio | [`io`], [`scheduler`], [`Threads`] |
 //!
-//! Usable without virtio: [`io::Runtime`], [`io::File`], [`io::GuestBuffer`], and
-//! [`scheduler`] with [`worker::Threads`]; `integration/examples/copy_tree.rs` uses them all.
+//! `integration/examples` of the repository has a program for each. Nothing else is public.
+//!
+//! Of what the crate is made inside, and which part may use which, `docs/architecture.md` says.
 
-pub mod cli;
-pub mod config;
-pub mod dax;
-pub mod device;
+mod cli;
+mod config;
+mod dax;
+mod device;
+pub mod embed;
 pub mod error_chain;
 pub mod fs;
-pub mod fuse;
-pub mod guest_memory;
+mod fuse;
+mod guest_memory;
 pub mod io;
-pub mod migration;
-pub mod recovery;
-pub mod sandbox;
+mod migration;
+mod recovery;
+mod sandbox;
 pub mod scheduler;
-pub mod server;
-pub mod state;
-pub mod vhost_user;
-pub mod virtqueue;
-pub mod worker;
+mod server;
+mod state;
+mod vhost_user;
+mod virtqueue;
+mod worker;
 
 pub(crate) mod sys;
+
+pub use worker::{Threads, ThreadsError, Worker};
+
+/// A server of one file system over vhost-user.
+///
+/// `integration/examples/memory_tree` serves a tree in memory with it. It has the process as it is: no
+/// sandbox, no recovery.
+pub mod service {
+    pub use crate::dax::DaxOptions;
+    pub use crate::device::{Device, Tag, TagError};
+    pub use crate::fuse::SessionOptions;
+    pub use crate::server::{Exit, ServerError, Service, ServiceOptions};
+    pub use crate::vhost_user::{ListenError, Listener, Stop};
+}
+
+/// What the program and this repository's tests use. It is no part of the interface, and changes
+/// without notice.
+#[doc(hidden)]
+pub mod internals {
+    pub mod cli {
+        pub use crate::cli::{
+            Behaviour, CAPABILITIES, DIFFERENCES, Difference, Options, Persona, Syslog, Upgrade,
+            asks_for_capabilities, asks_for_upgrade, log_filters, notices, parse, status_of,
+            syslog_header,
+        };
+    }
+
+    pub mod config {
+        pub use crate::config::Config;
+    }
+
+    pub mod dax {
+        pub use crate::dax::{DaxOptions, MapRequest, OpenToMap, RANGE, REGION, Window, page_size};
+    }
+
+    pub mod device {
+        pub use crate::device::{
+            BackChannel, BackChannelError, BackendRequest, Device, SharedMapping,
+        };
+    }
+
+    pub mod fuse {
+        pub use crate::fuse::{OUT_HEADER_LEN, Outcome, Session, SessionOptions, Transport};
+
+        pub mod abi {
+            pub use crate::fuse::abi::{GetattrIn, InHeader, InitFlags, Opcode, ReadIn};
+        }
+
+        pub mod request {
+            pub use crate::fuse::request::{
+                HEADER_LEN, Operation, bytes_wanted, decode, decode_as,
+            };
+        }
+    }
+
+    pub mod guest_memory {
+        pub use crate::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+    }
+
+    pub mod migration {
+        pub use crate::migration::{Cause, DeviceState};
+
+        pub mod stream {
+            pub use crate::migration::stream::{
+                Agreement, Find, Flock, Inode, Locks, Nameless, Open, Range, Snapshot, decode,
+                encode, sealed,
+            };
+        }
+    }
+
+    pub mod recovery {
+        pub use crate::recovery::{ExecHandover, Watched, ask, ask_for_upgrade};
+    }
+
+    pub mod sandbox {
+        pub use crate::sandbox::{
+            Ending, Filter, ForkResult, HostAccess, Kind, Needs, Options, Reach, Seccomp, Serving,
+            Tree, begin, ending_signals, reset_inherited,
+        };
+    }
+
+    pub mod server {
+        pub use crate::server::{Exit, Server, Started, check_for_upgrade, explain, raise_limits};
+    }
+
+    pub mod state {
+        pub use crate::state::{Limits, Table};
+    }
+
+    pub mod vhost_user {
+        pub use crate::vhost_user::{Listener, Runner, SessionSnapshot, Stop, VERSION, serve};
+    }
+
+    pub mod virtqueue {
+        pub use crate::virtqueue::{
+            Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup,
+            Tracking, unanswered_requests,
+        };
+    }
+
+    pub mod worker {
+        pub use crate::worker::WorkerPool;
+    }
+}

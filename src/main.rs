@@ -11,12 +11,12 @@ use std::sync::atomic::AtomicBool;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use log::LevelFilter;
-use ringfsd::cli::{self, Behaviour, Options, Persona, Syslog, Upgrade};
-use ringfsd::config::Config;
 use ringfsd::error_chain;
-use ringfsd::recovery::{self, ExecHandover, Watched};
-use ringfsd::sandbox::{self, Ending};
-use ringfsd::server::{self, Exit, Server, Started};
+use ringfsd::internals::cli::{self, Behaviour, Options, Persona, Syslog, Upgrade};
+use ringfsd::internals::config::Config;
+use ringfsd::internals::recovery::{self, ExecHandover, Watched};
+use ringfsd::internals::sandbox::{self, Ending};
+use ringfsd::internals::server::{self, Exit, Server, Started};
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {

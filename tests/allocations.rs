@@ -17,13 +17,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use ringfsd::device::Device;
 use ringfsd::fs::passthrough::{Options, Passthrough};
-use ringfsd::fuse::{Session, SessionOptions};
+use ringfsd::internals::device::Device;
+use ringfsd::internals::fuse::{Session, SessionOptions};
+use ringfsd::internals::vhost_user::{self, Runner, Stop};
+use ringfsd::internals::virtqueue::{Queue, QueueIndex};
+use ringfsd::internals::worker::WorkerPool;
 use ringfsd::io::Engine;
-use ringfsd::vhost_user::{self, Runner, Stop};
-use ringfsd::virtqueue::{Queue, QueueIndex};
-use ringfsd::worker::WorkerPool;
 use testing::allocations::{Counting, leave_out_this_thread, of_all_threads};
 use vmm::Profile;
 use vmm::fuse::{self, Client, ROOT};

@@ -23,16 +23,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use clap::Parser;
-use ringfsd::cli::Options;
-use ringfsd::config::Config;
-use ringfsd::device::{BackChannel, BackChannelError, BackendRequest};
 use ringfsd::fs::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, Label, NewNode,
     NodeId, OpenFile, Opened, Replay, Result, Statistics, XattrFlags,
 };
-use ringfsd::recovery::{ExecHandover, Watched};
-use ringfsd::sandbox;
-use ringfsd::server::{Exit, Server, Started};
+use ringfsd::internals::cli::Options;
+use ringfsd::internals::config::Config;
+use ringfsd::internals::device::{BackChannel, BackChannelError, BackendRequest};
+use ringfsd::internals::recovery::{ExecHandover, Watched};
+use ringfsd::internals::sandbox;
+use ringfsd::internals::server::{Exit, Server, Started};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::Profile;
@@ -93,7 +93,7 @@ fn serve() -> ExitCode {
         .init();
     let options = Options::parse_from(std::env::args_os());
     let config = Config::try_from(options).unwrap();
-    match ringfsd::server::check_for_upgrade(&config) {
+    match ringfsd::internals::server::check_for_upgrade(&config) {
         None => {}
         Some(status) => return ExitCode::from(status.unwrap()),
     }

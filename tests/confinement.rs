@@ -26,8 +26,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Output};
 use std::str::FromStr;
 
+use ringfsd::internals::sandbox::{
+    self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp, Tree,
+};
 use ringfsd::io::Engine;
-use ringfsd::sandbox::{self, Filter, ForkResult, HostAccess, Kind, Needs, Reach, Seccomp, Tree};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use ringfsd::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
-use ringfsd::fuse::{OUT_HEADER_LEN, request};
-use ringfsd::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
-use ringfsd::scheduler;
-use ringfsd::state::{Limits, Table};
-use ringfsd::virtqueue::{
+use ringfsd::internals::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
+use ringfsd::internals::fuse::{OUT_HEADER_LEN, request};
+use ringfsd::internals::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::internals::state::{Limits, Table};
+use ringfsd::internals::virtqueue::{
     Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup, Tracking,
 };
+use ringfsd::scheduler;
 use vmm::memory::{Buf, Gpa};
 use vmm::ring::QueueOptions;
 use zerocopy::IntoBytes;

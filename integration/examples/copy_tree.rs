@@ -22,10 +22,10 @@ use std::time::Instant;
 use std::{fs, thread};
 
 use clap::{Parser, ValueEnum};
+use ringfsd::Threads;
 use ringfsd::error_chain;
 use ringfsd::io::{Attempt, Choice, File, GuestBuffer, choose, spawn};
 use ringfsd::scheduler::{Receiver, Sender, channel};
-use ringfsd::worker::Threads;
 use rustix::fs::{Mode, fchmod};
 
 /// Bytes of one read and one write.

@@ -25,14 +25,14 @@ use fuse_backend_rs::api::filesystem::Layer;
 use fuse_backend_rs::api::{Vfs, VfsOptions};
 use fuse_backend_rs::overlayfs::{self, OverlayFs};
 use fuse_backend_rs::passthrough::{self, CachePolicy, PassthroughFs};
-use ringfsd::device::Device;
 use ringfsd::error_chain;
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::fuse_backend::{Adapter, Backend, Options};
-use ringfsd::fuse::SessionOptions;
 use ringfsd::io::Choice;
-use ringfsd::server::{Service, ServiceOptions};
-use ringfsd::vhost_user::{Listener, Stop};
+use ringfsd::service::Device;
+use ringfsd::service::SessionOptions;
+use ringfsd::service::{Listener, Stop};
+use ringfsd::service::{Service, ServiceOptions};
 
 const USAGE: &str =
     "usage: fuse_backend SOCKET [--immediate] [--writeback] [--runtime auto|uring|tokio|tokio-uring]

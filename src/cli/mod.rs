@@ -32,20 +32,20 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal};
 
-pub use self::caching::Caching;
-pub use self::connection::Connection;
-pub use self::dax::{Dax, MarkedFiles};
-pub use self::extended_attributes::ExtendedAttributes;
-pub use self::isolation::Isolation;
+pub(crate) use self::caching::Caching;
+pub(crate) use self::connection::Connection;
+pub(crate) use self::dax::Dax;
+pub(crate) use self::extended_attributes::ExtendedAttributes;
+pub(crate) use self::isolation::Isolation;
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
-pub use self::migration::Migration;
-pub use self::observability::{Observability, log_filters};
-pub use self::ownership::Ownership;
+pub(crate) use self::migration::Migration;
+pub(crate) use self::observability::Observability;
+pub use self::observability::log_filters;
+pub(crate) use self::ownership::Ownership;
 pub use self::persona::{Behaviour, DIFFERENCES, Difference, Persona};
-pub use self::recovery::Recovery;
-pub use self::resolve::{OptionConflict, notices};
-pub use self::sharing::Sharing;
-pub use self::sources::SourceError;
+pub(crate) use self::recovery::Recovery;
+pub use self::resolve::notices;
+pub(crate) use self::sharing::Sharing;
 pub use self::syslog::{Syslog, header as syslog_header};
 pub use self::upgrade::Upgrade;
 

@@ -13,19 +13,22 @@
     )
 )]
 
-pub mod abi;
+pub(crate) mod abi;
 mod counters;
 mod directory;
 mod init;
 mod reply;
-pub mod request;
+pub(crate) mod request;
 mod session;
 #[cfg(test)]
 mod testing;
 mod transport;
 
-pub use counters::Counters;
-pub use init::{Negotiated, Readdirplus, SessionOptions, Wanted};
-pub use reply::error_reply;
-pub use session::{NoWaits, Outcome, Queues, Session};
-pub use transport::{OUT_HEADER_LEN, RecordedIntent, Transport};
+pub(crate) use counters::Counters;
+pub use init::SessionOptions;
+pub(crate) use init::{Negotiated, Readdirplus, Wanted};
+pub(crate) use reply::error_reply;
+pub(crate) use session::Queues;
+pub use session::{Outcome, Session};
+pub(crate) use transport::RecordedIntent;
+pub use transport::{OUT_HEADER_LEN, Transport};

@@ -258,7 +258,7 @@ fn attr(from: &Attributes) -> Attr {
 /// The reply that fails the request `unique` with `errno`, for a transport that completes a request
 /// which was dropped without a reply.
 #[must_use]
-pub fn error_reply(unique: u64, errno: Errno) -> [u8; OUT_HEADER_LEN] {
+pub(crate) fn error_reply(unique: u64, errno: Errno) -> [u8; OUT_HEADER_LEN] {
     header(unique, errno.raw_os_error().saturating_neg(), 0)
 }
 

@@ -7,7 +7,7 @@ pub const OUT_HEADER_LEN: usize = 16;
 
 /// What was recorded about a request that can't be repeated, before it took effect. All words are 0
 /// if nothing was recorded.
-pub type RecordedIntent = [u64; 4];
+pub(crate) type RecordedIntent = [u64; 4];
 
 /// One request on its transport: bytes to read in order, and space for the reply.
 ///

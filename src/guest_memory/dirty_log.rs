@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use vm_memory::mmap::MmapRegionError;
 
 use super::GuestAddress;
+use super::change_log::ChangeLog;
 use super::error::MemoryError;
 use super::mapping::{MapFault, Mapping};
 use super::sigbus::MemoryLostEvent;
 
 /// Bytes of guest memory that one bit of the dirty log stands for (`VHOST_LOG_PAGE`,
 /// vhost-user specification, "Migration").
-pub const LOG_PAGE: u64 = 4096;
+pub(super) const LOG_PAGE: u64 = 4096;
 
 /// The front end's bitmap of changed pages (vhost-user specification, "Migration").
 #[derive(Debug)]
@@ -62,10 +63,12 @@ impl DirtyLog {
         let (file, offset) = self.mapping.file()?;
         Some((file, offset, self.mapping.bytes.size() as u64))
     }
+}
 
+impl ChangeLog for DirtyLog {
     /// Sets the bits of all pages that overlap `guest..guest + len`. Ignores pages beyond the end
     /// of the log.
-    pub fn mark(&self, guest: GuestAddress, len: u64) {
+    fn mark(&self, guest: GuestAddress, len: u64) {
         let Some(last) = len.checked_sub(1).map(|more| guest.saturating_add(more)) else {
             return;
         };

@@ -32,6 +32,20 @@ pub enum MemoryError {
         /// Length of the region in bytes.
         len: u64,
     },
+    /// The memory has no physical addresses.
+    #[error("guest memory behind an IOMMU can't be used: the device addresses physical memory")]
+    Iommu,
+    /// A region of a VMM's memory is not mapped.
+    #[error("the memory region at {guest:#x} with {len:#x} bytes has no address in this process")]
+    NoHostAddress {
+        /// Guest address of the region.
+        guest: GuestAddress,
+        /// Length of the region in bytes.
+        len: u64,
+        /// The cause.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
     /// Two regions have addresses in common.
     #[error("the memory regions at {first:#x} and {second:#x} overlap")]
     Overlap {

@@ -1,4 +1,4 @@
-//! One region of the guest's memory, mapped from a file of the front end.
+//! One region of the guest's memory: mapped from a file of the front end, or by someone else.
 //!
 //! The invariant: neither the guest's nor the front end's addresses of a region wrap around.
 
@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::GuestAddress;
+use super::borrowed::Borrowed;
 use super::error::MemoryError;
 use super::mapping::{MapFault, Mapping};
 use super::sigbus::MemoryLostEvent;
@@ -17,7 +18,16 @@ pub struct Region {
     pub(super) guest: GuestAddress,
     pub(super) user: u64,
     pub(super) len: u64,
-    mapping: Arc<Mapping>,
+    mapping: Backing,
+}
+
+/// Who has mapped a region.
+#[derive(Clone, Debug)]
+enum Backing {
+    /// This room.
+    Own(Arc<Mapping>),
+    /// Another part of the process.
+    Borrowed(Borrowed),
 }
 
 /// A region as the front end describes it.
@@ -75,7 +85,22 @@ impl Region {
             guest,
             user,
             len,
-            mapping: Arc::new(mapping),
+            mapping: Backing::Own(Arc::new(mapping)),
+        })
+    }
+
+    /// A region at `guest` that another part of the process has mapped. Its addresses in the front
+    /// end's address space are those of the guest.
+    pub(super) fn borrowed(guest: GuestAddress, memory: Borrowed) -> Result<Self, MemoryError> {
+        let len = memory.len() as u64;
+        if len == 0 || guest.checked_add(len).is_none() {
+            return Err(MemoryError::Shape { guest, len });
+        }
+        Ok(Self {
+            guest,
+            user: guest,
+            len,
+            mapping: Backing::Borrowed(memory),
         })
     }
 
@@ -86,16 +111,23 @@ impl Region {
     }
 
     /// Returns the mapped file, which stays open as long as the region exists, and the offset of
-    /// the region in it.
+    /// the region in it. A region that another part of the process has mapped has none here.
     #[must_use]
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.mapping.file()
+        match &self.mapping {
+            Backing::Own(mapping) => mapping.file(),
+            Backing::Borrowed(_) => None,
+        }
     }
 
     /// Returns a pointer to the byte at `offset` in the region; `offset` must be below its length.
     pub(super) fn pointer(&self, offset: u64) -> *mut u8 {
         debug_assert!(offset < self.len);
         let offset = usize::try_from(offset).expect("invariant: a mapped length fits usize");
-        self.mapping.bytes.as_ptr().wrapping_add(offset)
+        let start = match &self.mapping {
+            Backing::Own(mapping) => mapping.bytes.as_ptr(),
+            Backing::Borrowed(memory) => memory.start(),
+        };
+        start.wrapping_add(offset)
     }
 }

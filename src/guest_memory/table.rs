@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use super::GuestAddress;
+use super::change_log::ChangeLog;
 use super::dirty_log::DirtyLog;
 use super::error::MemoryError;
 use super::region::Region;
@@ -16,7 +17,7 @@ use crate::io::GuestBuffer;
 pub struct Memory {
     /// Sorted by guest address, without overlaps.
     regions: Vec<Region>,
-    log: Option<Arc<DirtyLog>>,
+    log: Option<Arc<dyn ChangeLog>>,
 }
 
 impl Memory {
@@ -28,7 +29,14 @@ impl Memory {
     /// # Errors
     ///
     /// Fails if two of them overlap, or if there are too many.
-    pub fn new(mut regions: Vec<Region>, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
+    pub fn new(regions: Vec<Region>, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
+        Self::with_regions(regions, log.map(|log| log as _))
+    }
+
+    fn with_regions(
+        mut regions: Vec<Region>,
+        log: Option<Arc<dyn ChangeLog>>,
+    ) -> Result<Self, MemoryError> {
         if regions.len() > Self::MAX_REGIONS {
             return Err(MemoryError::TooMany {
                 max: Self::MAX_REGIONS,
@@ -56,7 +64,7 @@ impl Memory {
     pub fn with_region(&self, region: Region) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(region);
-        Self::new(regions, self.log.clone())
+        Self::with_regions(regions, self.log.clone())
     }
 
     /// Returns the same memory without the region of `len` bytes at `guest` and `user`.
@@ -76,12 +84,16 @@ impl Memory {
             .position(|r| r.guest == guest && r.user == user && r.len == len)
             .ok_or(MemoryError::Unknown { guest, len })?;
         regions.remove(at);
-        Self::new(regions, self.log.clone())
+        Self::with_regions(regions, self.log.clone())
     }
 
     /// Returns the same memory with another log, or without one.
     #[must_use]
     pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
+        self.with_change_log(log.map(|log| log as _))
+    }
+
+    pub(super) fn with_change_log(&self, log: Option<Arc<dyn ChangeLog>>) -> Self {
         Self {
             regions: self.regions.clone(),
             log,

@@ -126,3 +126,67 @@ fn log_marks_every_changed_page_within_its_length() {
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
     assert_eq!(bytes[..3], [0b11, 0b1000_0000, 0]);
 }
+
+/// Records the ranges that were changed.
+#[derive(Debug, Default)]
+struct Ranges(std::sync::Mutex<Vec<(u64, u64)>>);
+
+impl ChangeLog for Ranges {
+    fn mark(&self, guest: GuestAddress, len: u64) {
+        self.0.lock().unwrap().push((guest, len));
+    }
+}
+
+#[test]
+fn raw_regions_are_used_where_they_are_and_keep_their_guard() {
+    let mapping = Arc::new(vm_memory::MmapRegion::<()>::new(0x3000).unwrap());
+    let start = mapping.as_ptr();
+    let guard = Arc::clone(&mapping);
+    let regions = [
+        (0x8000, start, 0x1000),
+        (0x1_0000, start.wrapping_add(0x2000), 0x1000),
+    ];
+    // SAFETY: both ranges are within the mapping, which the guard keeps, and have no reference.
+    let silent = unsafe { Memory::from_raw_regions(regions, guard) }.unwrap();
+    let log = Arc::new(Ranges::default());
+    let memory = silent.recording_in(Arc::clone(&log) as _);
+    drop(silent);
+    assert!(memory.slices(0x1_0010, 2, |slice| slice.write(b"ab")));
+    memory.mark_dirty(0x1_0010, 2);
+    // SAFETY: the byte is within the mapping.
+    let written = unsafe { start.wrapping_add(0x2010).read_volatile() };
+    assert_eq!(
+        (written, log.0.lock().unwrap().as_slice()),
+        (b'a', &[(0x1_0010, 2)][..])
+    );
+    assert!(!memory.read(0x9000, &mut [0]));
+    assert_eq!(
+        memory.guest_address(0x8000),
+        Some(0x8000),
+        "the guest's addresses"
+    );
+    assert_eq!(Arc::strong_count(&mapping), 3);
+    drop(memory);
+    assert_eq!(Arc::strong_count(&mapping), 1);
+}
+
+#[test]
+fn memory_of_a_vmm_has_its_regions_and_its_bitmaps() {
+    use vm_memory::{GuestAddress as At, GuestMemoryMmap};
+    let ranges = [(At(0), 0x2000), (At(0x8000), 0x1000)];
+    let vmm = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
+    let memory = Memory::of(Arc::clone(&vmm)).unwrap();
+    let addresses: Vec<_> = memory.regions().iter().map(Region::addresses).collect();
+    assert_eq!(addresses, [(0, 0, 0x2000), (0x8000, 0x8000, 0x1000)]);
+    assert!(
+        memory
+            .regions()
+            .iter()
+            .all(|region| region.file().is_none())
+    );
+    assert!(!memory.is_logging(), "it has no bitmap");
+    vm_memory::Bytes::write_slice(&*vmm, b"guest", At(0x8100)).unwrap();
+    let mut read = [0; 5];
+    assert!(memory.read(0x8100, &mut read));
+    assert_eq!(&read, b"guest");
+}

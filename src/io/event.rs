@@ -47,6 +47,15 @@ impl Event {
     }
 }
 
+/// Duplicates the descriptor of an eventfd.
+#[cfg(feature = "rust-vmm")]
+pub(crate) fn duplicate_eventfd(eventfd: &vmm_sys_util::eventfd::EventFd) -> io::Result<OwnedFd> {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    // SAFETY: the descriptor is open as long as its owner `eventfd`, which is borrowed meanwhile.
+    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
+    fd.try_clone_to_owned()
+}
+
 /// Whether a write to `fd` blocks until there is space: some front ends create their eventfds so.
 pub(crate) fn writing_blocks(fd: impl AsFd) -> bool {
     let flags = rustix::fs::fcntl_getfl(fd);

@@ -24,6 +24,8 @@ pub(crate) use collector::Collector;
 pub use engine::thread_pool::run as blocking;
 pub use engine::{Engine, SyncKind, Transferred};
 pub use event::Event;
+#[cfg(feature = "rust-vmm")]
+pub(crate) use event::duplicate_eventfd;
 pub(crate) use event::{takes_writing, writing_blocks};
 pub use file::{Attempt, File, Metadata, WriteMode};
 pub use lock::{Lock, LockKind, RecordLock};

@@ -5,7 +5,7 @@
 //! it is known: `fuse` has what INIT negotiated, a file system its inodes, open files and locks. The
 //! invariant: nothing of a session changes before all of a stream was received and decoded.
 
-pub mod stream;
+pub(crate) mod stream;
 mod transfer;
 
 pub use self::transfer::{Cause, DeviceState};

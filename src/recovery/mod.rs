@@ -22,11 +22,13 @@ mod supervisor;
 mod upgrade;
 mod upgrade_attempt;
 
-pub use self::error::RecoveryError;
+pub(crate) use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
-pub use self::exec_handover::{ExecHandover, ExecHandoverError};
-pub use self::supervision::{LEFT, Watched};
-pub use self::upgrade::{AskError, ask, check_for_upgrade};
+pub use self::exec_handover::ExecHandover;
+pub(crate) use self::supervision::LEFT;
+pub use self::supervision::Watched;
+pub use self::upgrade::ask;
+pub(crate) use self::upgrade::check_for_upgrade;
 
 pub(crate) use self::leftovers::sort_leftovers;
 pub(crate) use self::predecessor::wait_while;

@@ -55,7 +55,7 @@ fn known_formats() -> String {
 /// Whether this program can take over from the running one with the same arguments: those it has
 /// say `supervise`, and with them it `can_serve`, or not for that reason. `None` if the program
 /// isn't being tried for an upgrade; else the status to exit with.
-pub fn check_for_upgrade(
+pub(crate) fn check_for_upgrade(
     supervise: bool,
     can_serve: impl FnOnce() -> Result<(), String>,
 ) -> Option<Result<u8, String>> {

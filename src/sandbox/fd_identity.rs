@@ -12,7 +12,7 @@ use super::SandboxError;
 
 /// Which file a descriptor refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub(crate) struct Identity {
     device: (u32, u32),
     inode: u64,
     kind: u16,
@@ -26,7 +26,7 @@ impl Identity {
     /// # Errors
     ///
     /// Those of `statx(2)`.
-    pub fn of(fd: impl AsFd) -> Result<Self, Errno> {
+    pub(crate) fn of(fd: impl AsFd) -> Result<Self, Errno> {
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
         let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?;
         let has_mount = stat.stx_mask & StatxFlags::MNT_ID.bits() != 0;
@@ -68,7 +68,7 @@ impl std::str::FromStr for Identity {
 
 /// A descriptor and the identity that its file had when it was recorded.
 #[derive(Debug)]
-pub struct FdIdentity {
+pub(crate) struct FdIdentity {
     /// The descriptor.
     pub fd: OwnedFd,
     identity: Identity,
@@ -80,7 +80,7 @@ impl FdIdentity {
     /// # Errors
     ///
     /// Those of `statx(2)`.
-    pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
+    pub(crate) fn new(fd: OwnedFd) -> Result<Self, Errno> {
         let identity = Identity::of(&fd)?;
         Ok(Self { fd, identity })
     }
@@ -90,14 +90,14 @@ impl FdIdentity {
     /// # Errors
     ///
     /// The descriptor isn't open.
-    pub fn inherited(fd: RawFd, identity: Identity) -> std::io::Result<Self> {
+    pub(crate) fn inherited(fd: RawFd, identity: Identity) -> std::io::Result<Self> {
         let fd = crate::sys::inherit::inherited_fd(fd)?;
         Ok(Self { fd, identity })
     }
 
     /// The recorded identity.
     #[must_use]
-    pub fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> Identity {
         self.identity
     }
 
@@ -106,7 +106,7 @@ impl FdIdentity {
     /// # Errors
     ///
     /// The descriptor refers to another file.
-    pub fn take(self) -> Result<OwnedFd, SandboxError> {
+    pub(crate) fn take(self) -> Result<OwnedFd, SandboxError> {
         if Identity::of(&self.fd) == Ok(self.identity) {
             return Ok(self.fd);
         }

@@ -25,14 +25,18 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
-pub use self::fd_identity::{FdIdentity, Identity};
-pub use self::filter::{Filter, FilterError, Seccomp};
-pub use self::guardian::{Change, Ending, Guardian};
-pub use self::id_map::{IdRange, IdRangeError};
-pub use self::privileges::{CapabilityChanges, UnknownCapability};
-pub use self::report::{Serving, now};
-pub use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};
-pub use self::trees::{Reached, Tree};
+pub(crate) use self::fd_identity::{FdIdentity, Identity};
+pub(crate) use self::filter::FilterError;
+pub use self::filter::{Filter, Seccomp};
+pub use self::guardian::Ending;
+pub(crate) use self::guardian::{Change, Guardian};
+pub(crate) use self::id_map::IdRange;
+pub(crate) use self::privileges::{CapabilityChanges, UnknownCapability};
+pub use self::report::Serving;
+pub(crate) use self::report::now;
+pub(crate) use self::respawn::{Ids, InheritedSandbox, Respawn, Respawned, SandboxRefs};
+pub(crate) use self::trees::Reached;
+pub use self::trees::Tree;
 
 pub(crate) use self::privileges::keep_over_exec;
 pub(crate) use self::report::Report;
@@ -412,7 +416,7 @@ fn allowed<'a>(reach: &Reach, root: &'a OwnedFd, trees: &'a [Vec<Reached>]) -> V
 /// # Errors
 ///
 /// Before Linux 5.9: the descriptors can't be listed.
-pub fn close_all_but(keep: &[RawFd]) -> std::io::Result<()> {
+pub(crate) fn close_all_but(keep: &[RawFd]) -> std::io::Result<()> {
     crate::sys::inherit::close_all_but(keep)
 }
 
@@ -421,12 +425,12 @@ pub fn close_all_but(keep: &[RawFd]) -> std::io::Result<()> {
 /// # Errors
 ///
 /// It isn't open.
-pub fn left_open(fd: RawFd) -> std::io::Result<OwnedFd> {
+pub(crate) fn left_open(fd: RawFd) -> std::io::Result<OwnedFd> {
     crate::sys::inherit::inherited_fd(fd)
 }
 
 /// Ends the process at once and leaves everything open for the next one.
-pub fn leave(code: u8) -> ! {
+pub(crate) fn leave(code: u8) -> ! {
     process::exit_now(code.into())
 }
 
@@ -448,7 +452,7 @@ pub fn reset_inherited(supervises: bool) -> std::io::Result<()> {
 /// # Errors
 ///
 /// A seccomp filter forbids the call.
-pub fn release_hangup() -> std::io::Result<()> {
+pub(crate) fn release_hangup() -> std::io::Result<()> {
     Ok(process::unblock_hangup()?)
 }
 
@@ -466,12 +470,12 @@ pub fn ending_signals() -> std::io::Result<Vec<i32>> {
 /// # Errors
 ///
 /// A seccomp filter forbids the call.
-pub fn release_signals() -> std::io::Result<()> {
+pub(crate) fn release_signals() -> std::io::Result<()> {
     Ok(process::unblock_signals()?)
 }
 
 /// Releases the memory of the program's code once the start is over, most of which isn't needed
 /// again.
-pub fn forget_set_up() {
+pub(crate) fn forget_set_up() {
     crate::sys::text_pages::release();
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// The present time on the monotonic clock, which all processes share.
 #[must_use]
-pub fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))

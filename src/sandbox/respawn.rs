@@ -25,7 +25,7 @@ use crate::sys::supervision;
 
 /// The root and the mount namespace of the first serving process, which every later one enters.
 #[derive(Debug)]
-pub struct SandboxRefs {
+pub(crate) struct SandboxRefs {
     /// The shared directory.
     pub root: FdIdentity,
     /// The mount namespace, with `--sandbox namespace`.
@@ -41,7 +41,7 @@ pub(super) struct OpenRefs {
 
 /// The ids of the serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ids {
+pub(crate) struct Ids {
     /// User and group in the user namespace, if there is one.
     pub inside: Option<(u32, u32)>,
     /// Whether there are ids beside the server's own.
@@ -50,7 +50,7 @@ pub struct Ids {
 
 /// What an earlier program in this process has passed on.
 #[derive(Debug)]
-pub struct InheritedSandbox {
+pub(crate) struct InheritedSandbox {
     /// The ids of the serving process. This process is in its user namespace already.
     pub ids: Ids,
     /// The root and the mount namespace of the serving process.
@@ -59,7 +59,7 @@ pub struct InheritedSandbox {
 
 /// Which of the two processes this is after a fork.
 #[derive(Debug)]
-pub enum Respawned {
+pub(crate) enum Respawned {
     /// The guardian.
     Guardian {
         /// The serving process.
@@ -73,7 +73,7 @@ pub enum Respawned {
 
 /// What all serving processes of one guardian have in common.
 #[derive(Debug)]
-pub struct Respawn {
+pub(crate) struct Respawn {
     options: Options,
     ids: Ids,
     keep: Vec<(RawFd, Identity)>,
@@ -89,7 +89,7 @@ impl Respawn {
     /// # Errors
     ///
     /// See [`SandboxError`].
-    pub fn begin(
+    pub(crate) fn begin(
         options: &Options,
         keep: &[BorrowedFd<'_>],
         past: Option<InheritedSandbox>,
@@ -117,7 +117,7 @@ impl Respawn {
     /// # Errors
     ///
     /// See [`SandboxError`]; in the serving process also if a descriptor of `keep` was replaced.
-    pub fn fork(
+    pub(crate) fn fork(
         &mut self,
         keep: &[BorrowedFd<'_>],
         own: &[RawFd],
@@ -190,13 +190,13 @@ impl Respawn {
 
     /// The ids of the serving process.
     #[must_use]
-    pub fn ids(&self) -> Ids {
+    pub(crate) fn ids(&self) -> Ids {
         self.ids
     }
 
     /// The root and the mount namespace of the serving process, once the first one has served.
     #[must_use]
-    pub fn sandbox_refs(&self) -> Option<&SandboxRefs> {
+    pub(crate) fn sandbox_refs(&self) -> Option<&SandboxRefs> {
         self.sandbox_refs.as_ref()
     }
 }

@@ -35,8 +35,9 @@ use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
-pub use self::limits::{LimitError, explain, raise_limits};
-pub use self::parent_process::ParentProcess;
+pub(crate) use self::limits::LimitError;
+pub use self::limits::{explain, raise_limits};
+pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
 use self::file_system::{Built, Entered};
@@ -67,7 +68,7 @@ pub struct Server {
 }
 
 /// Makes the file system that is served of the one of the shared directory.
-pub type Layer = fn(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>;
+pub(crate) type Layer = fn(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>;
 
 /// What is set up before the process is split, and what each serving process is made of.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Choice, Chosen, Engine};
-use crate::migration::{Cause, DeviceState};
+use crate::migration::DeviceState;
 use crate::sandbox::Serving;
 use crate::state::{Limits, Table};
 use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
@@ -422,24 +422,6 @@ impl Runner for SessionWorkers<'_> {
 
     fn device_state(&mut self) -> Arc<dyn DeviceState> {
         self.has_taken_over = true;
-        Arc::new(Migration(Arc::clone(self.pool.session())))
-    }
-}
-
-/// A guest's session, as it is saved and loaded for a migration.
-#[derive(Debug)]
-struct Migration(Arc<Session<dyn FileSystem>>);
-
-impl DeviceState for Migration {
-    fn save(&self) -> Result<Vec<u8>, Cause> {
-        Ok(self.0.save()?)
-    }
-
-    fn saved(&self) {
-        self.0.release_for_migration();
-    }
-
-    fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
-        Ok(self.0.load(bytes)?)
+        Arc::clone(self.pool.session()) as _
     }
 }

@@ -57,7 +57,7 @@ mod at {
 }
 
 /// The negotiated parameters, as `fuse` encodes them.
-pub type Agreement = [u64; 8];
+pub(crate) type Agreement = [u64; 8];
 
 /// Words of each of the front end's two blocks.
 const SNAPSHOT: usize = 16 * 1024;

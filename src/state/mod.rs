@@ -30,13 +30,12 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-pub use self::blobs::Name;
-pub use self::handles::{HandleFields, HandleRecord};
-pub use self::header::{Agreement, Limits, QueuePart};
-pub use self::inodes::{InodeFields, InodeRecord};
-pub use self::locks::{LockFields, LockRecord, Range};
-pub use self::mappings::{MappingFields, MappingRecord, MappingState};
-pub use self::thread_journal::{JournalEntry, PreviousEntry};
+pub(crate) use self::handles::{HandleFields, HandleRecord};
+pub use self::header::Limits;
+pub(crate) use self::header::{Agreement, QueuePart};
+pub(crate) use self::inodes::{InodeFields, InodeRecord};
+pub(crate) use self::locks::{LockFields, LockRecord, Range};
+pub(crate) use self::mappings::{MappingFields, MappingRecord, MappingState};
 
 use self::header::Layout;
 use self::slabs::{RecordKind, Slabs};

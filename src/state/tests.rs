@@ -1,5 +1,6 @@
 //! Tests of state tables: written, abandoned and opened again.
 
+use super::blobs::Name;
 use super::*;
 
 fn limits() -> Limits {

@@ -25,10 +25,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-pub use listener::{ListenError, Listener, SocketFile};
-pub use session::{End, SessionError};
-pub use session_runner::{resume, serve};
-pub use session_snapshot::{OLDEST_VERSION, SessionSnapshot, SnapshotError, VERSION};
+pub(crate) use listener::SocketFile;
+pub use listener::{ListenError, Listener};
+pub(crate) use session::{End, SessionError};
+pub(crate) use session_runner::resume;
+pub use session_runner::serve;
+pub(crate) use session_snapshot::OLDEST_VERSION;
+pub use session_snapshot::{SessionSnapshot, VERSION};
 
 use crate::device::BackChannel;
 use crate::migration::{DeviceState, NoDeviceState};
@@ -100,7 +103,7 @@ impl Stop<'_> {
 
 /// What has ended [`wait_readable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Woken {
+pub(crate) enum Woken {
     /// The server was asked to stop.
     Stop,
     /// The descriptor is readable or closed.
@@ -114,7 +117,7 @@ pub enum Woken {
 /// # Errors
 ///
 /// Fails as `poll(2)` does.
-pub fn wait_readable(
+pub(crate) fn wait_readable(
     fd: impl AsFd,
     stop: BorrowedFd<'_>,
     time: Option<Instant>,

@@ -49,7 +49,7 @@ pub fn serve<R: Runner>(
 /// # Errors
 ///
 /// Fails as [`serve`] does, or if a descriptor is not what `snapshot` says.
-pub fn resume<R: Runner>(
+pub(crate) fn resume<R: Runner>(
     snapshot: SessionSnapshot,
     device: &Device,
     runner: &mut R,

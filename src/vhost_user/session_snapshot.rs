@@ -17,7 +17,7 @@ const MAGIC: u32 = 0x7266_4652;
 pub const VERSION: u32 = 2;
 
 /// The oldest version that this program reads. Version 1 has no back channel.
-pub const OLDEST_VERSION: u32 = 1;
+pub(crate) const OLDEST_VERSION: u32 = 1;
 
 /// The most queues that a device can have.
 const MAX_VRINGS: usize = 1 + 1024;

@@ -27,7 +27,7 @@ mod word {
 const REPLIED: u64 = 1 << 63;
 
 /// Words of an intent.
-pub const INTENT: usize = 4;
+pub(crate) const INTENT: usize = 4;
 
 /// What a slot records of a request that was in flight when its server ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,8 +9,8 @@
 
 mod bad_chain;
 mod chain;
-pub mod inflight;
-pub mod journal;
+pub(crate) mod inflight;
+pub(crate) mod journal;
 mod layout;
 mod queue;
 mod segments;
@@ -25,12 +25,15 @@ mod sync;
 pub(crate) mod tests;
 mod used;
 
-pub use bad_chain::BadChain;
+pub(crate) use bad_chain::BadChain;
 pub use chain::Chain;
-pub use inflight::{InflightError, InflightPart, InflightRegion};
-pub use journal::{Journal, Previous, unanswered_requests};
-pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
-pub use used::{Call, QueueStats, UsedRing};
+pub use inflight::InflightPart;
+pub(crate) use inflight::{InflightError, InflightRegion};
+pub use journal::{Journal, unanswered_requests};
+pub(crate) use queue::QueueError;
+pub use queue::{Features, Queue, RingAddresses, Setup, Tracking};
+pub use used::Call;
+pub(crate) use used::UsedRing;
 
 /// Index of a queue of the device: 0 is the high-priority queue, and the request queues follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

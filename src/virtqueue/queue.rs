@@ -126,6 +126,9 @@ pub struct Queue {
 }
 
 impl Queue {
+    /// The largest number of entries.
+    pub const MAX_SIZE: u16 = layout::MAX_SIZE;
+
     /// Sets up the queue `index` of `size` entries. It starts at the available index `next`, and at
     /// the used index that the used ring has.
     ///

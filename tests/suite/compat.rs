@@ -25,7 +25,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ringfsd::cli::{DIFFERENCES, Difference, Persona};
+use ringfsd::internals::cli::{DIFFERENCES, Difference, Persona};
 use testing::Server;
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile};

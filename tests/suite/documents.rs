@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use clap::CommandFactory;
-use ringfsd::fuse::abi::Opcode;
+use ringfsd::internals::fuse::abi::Opcode;
 
 const PAGE: &str = include_str!("../../docs/testing.md");
 
@@ -43,7 +43,7 @@ fn testing_page_has_a_row_for_each_message() {
 
 #[test]
 fn testing_page_has_a_row_for_each_heading_of_options() {
-    let options = ringfsd::cli::Options::command();
+    let options = ringfsd::internals::cli::Options::command();
     let headings = options.get_arguments().filter_map(|a| a.get_help_heading());
     let headings: BTreeSet<_> = headings.map(str::to_owned).collect();
     assert_eq!(rows("Options"), headings);

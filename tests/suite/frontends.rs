@@ -7,53 +7,17 @@
     reason = "a test fails by panicking"
 )]
 
-use testing::{Server, each_runtime, pattern};
+use testing::{Server, each_runtime};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-/// A guest at work: directories, files, data, names, and all of it gone again.
+mod work;
+
+/// A guest at work, and its front end, which stops the queues in the end.
 fn work(profile: Profile, runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime, "--request-queues", "2"]);
-    std::fs::write(server.share().join("from the host"), "hello guest").unwrap();
     let mut fs = server.session(profile, &Options::default());
-
-    let there = fs.lookup(ROOT, c"from the host").unwrap();
-    let handle = fs.open(there.nodeid, libc::O_RDONLY).unwrap();
-    assert_eq!(
-        fs.read(there.nodeid, handle, 0, 100).unwrap(),
-        b"hello guest"
-    );
-    fs.release(there.nodeid, handle).unwrap();
-
-    let dir = fs.mkdir(ROOT, c"dir", 0o755).unwrap();
-    let (file, handle) = fs.create(dir.nodeid, c"file", 0o644).unwrap();
-    let data = pattern(300_000, 7);
-    assert_eq!(fs.write(file.nodeid, handle, 5, &data).unwrap(), 300_000);
-    assert_eq!(fs.read(file.nodeid, handle, 5, 300_000).unwrap(), data);
-    assert_eq!(fs.getattr(file.nodeid).unwrap().attr.size, 300_005);
-    fs.flush(file.nodeid, handle).unwrap();
-    fs.fsync(file.nodeid, handle, false).unwrap();
-    fs.release(file.nodeid, handle).unwrap();
-    let on_host = std::fs::read(server.share().join("dir/file")).unwrap();
-    assert_eq!(on_host[..5], [0; 5]);
-    assert_eq!(on_host[5..], data);
-
-    let open = fs.opendir(dir.nodeid).unwrap();
-    let names: Vec<_> = fs
-        .readdirplus_all(dir.nodeid, open)
-        .unwrap()
-        .into_iter()
-        .map(|found| found.entry.name.to_string_lossy().into_owned())
-        .collect();
-    assert_eq!(names.len(), 3, "{names:?}");
-    assert!(names.contains(&"file".to_owned()));
-    fs.releasedir(dir.nodeid, open).unwrap();
-
-    fs.unlink(dir.nodeid, c"file").unwrap();
-    fs.rmdir(ROOT, c"dir").unwrap();
-    assert!(!server.share().join("dir").exists());
-    fs.forget(dir.nodeid, 1).unwrap();
-
+    work::work(&mut fs, &server.share());
     let bases = fs.guest().stop().unwrap();
     assert!(
         bases.iter().any(|base| *base > 0),

@@ -22,7 +22,7 @@ use fuse_backend_rs::overlayfs::{self, OverlayFs};
 use fuse_backend_rs::passthrough::{self, PassthroughFs};
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::fuse_backend::{Adapter, Backend, Options};
-use ringfsd::fuse::SessionOptions;
+use ringfsd::internals::fuse::SessionOptions;
 use ringfsd::io::Choice;
 use testing::TIMEOUT;
 use vmm::Session;

@@ -146,7 +146,7 @@ fn manual_section<'a>(manual: &'a str, name: &str) -> Option<&'a str> {
 #[test]
 fn manual_describes_each_option_under_its_heading() {
     let manual = include_str!("../../docs/manual.md");
-    let command = ringfsd::cli::Options::command();
+    let command = ringfsd::internals::cli::Options::command();
     let mut sections = Vec::new();
     for argument in command.get_arguments() {
         let name = match (argument.get_long(), argument.get_short()) {

@@ -18,8 +18,8 @@ pub(crate) mod tree;
 use std::sync::Arc;
 
 use ringfsd::fs::FileSystem;
-use ringfsd::fuse::SessionOptions;
 use ringfsd::io::Choice;
+use ringfsd::service::SessionOptions;
 use vmm::Session;
 use vmm::fuse::{Client, ROOT};
 

@@ -149,7 +149,7 @@ fn nameless_file_migrates_by_file_handle() {
 
 #[test]
 fn forged_stream_damages_nothing() {
-    use ringfsd::migration::stream::{self, Find};
+    use ringfsd::internals::migration::stream::{self, Find};
     let (share, from, to) = two(&[]);
     let mut guest = begin(&from);
     let (node, handle) = file(&mut guest, ROOT, c"file", b"there");

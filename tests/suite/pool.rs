@@ -12,7 +12,7 @@ use std::sync::{Arc, mpsc};
 
 use ringfsd::io::{Engine, Runtime};
 use ringfsd::scheduler::{WorkerId, channel};
-use ringfsd::worker::{Threads, ThreadsError};
+use ringfsd::{Threads, ThreadsError};
 
 /// The runtimes of this machine.
 fn engines() -> Vec<Engine> {

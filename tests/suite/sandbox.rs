@@ -322,7 +322,10 @@ fn ids_can_be_mapped_to_others_of_the_host() {
     ];
     let server = Server::start_as(Some(0), &maps);
     std::os::unix::fs::chown(server.share(), Some(100_000), Some(100_000)).unwrap();
-    std::fs::write(server.share().join("roots"), "").unwrap();
+    let roots = server.share().join("roots");
+    std::fs::write(&roots, "").unwrap();
+    // Other tests of this process may have changed its umask.
+    std::fs::set_permissions(&roots, std::fs::Permissions::from_mode(0o644)).unwrap();
     let mut fs = session(&server);
     let owner = |name: &str| std::fs::metadata(server.share().join(name)).unwrap().uid();
 

@@ -13,12 +13,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use ringfsd::device::Device;
 use ringfsd::fs::FileSystem;
-use ringfsd::fuse::SessionOptions;
 use ringfsd::io::{Choice, Engine};
-use ringfsd::server::{Exit, Service, ServiceOptions};
-use ringfsd::vhost_user::{Listener, Stop};
+use ringfsd::service::Device;
+use ringfsd::service::SessionOptions;
+use ringfsd::service::{Exit, Service, ServiceOptions};
+use ringfsd::service::{Listener, Stop};
 use vmm::fuse::Client;
 use vmm::{Options, Profile, Session};
 

@@ -560,7 +560,7 @@ fn program_of_another_user_is_refused() {
     });
     let listener = listener.join().unwrap();
     let guardian = i32::try_from(server.guardian()).unwrap();
-    ringfsd::recovery::ask_for_upgrade(guardian, value).unwrap();
+    ringfsd::internals::recovery::ask_for_upgrade(guardian, value).unwrap();
     drop(listener.accept().unwrap());
     let line = server.wait_for("not upgraded");
     assert!(line.contains("another process listens"), "{line}");

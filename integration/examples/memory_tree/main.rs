@@ -22,12 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use ringfsd::device::Device;
 use ringfsd::error_chain;
-use ringfsd::fuse::SessionOptions;
 use ringfsd::io::Choice;
-use ringfsd::server::{Service, ServiceOptions};
-use ringfsd::vhost_user::{Listener, Stop};
+use ringfsd::service::Device;
+use ringfsd::service::SessionOptions;
+use ringfsd::service::{Listener, Stop};
+use ringfsd::service::{Service, ServiceOptions};
 
 use self::tree::MemoryTree;
 

@@ -13,10 +13,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use ringfsd::device::{BackChannel, BackendRequest, Device, SharedMapping};
-use ringfsd::state::{Limits, Table};
-use ringfsd::vhost_user::{self, Runner};
-use ringfsd::virtqueue::{Queue, QueueIndex};
+use ringfsd::internals::device::{BackChannel, BackendRequest, Device, SharedMapping};
+use ringfsd::internals::state::{Limits, Table};
+use ringfsd::internals::vhost_user::{self, Runner};
+use ringfsd::internals::virtqueue::{Queue, QueueIndex};
 
 use crate::count;
 use crate::source::Source;

@@ -2,8 +2,8 @@
 //!
 //! What must hold: no panic, and the result is what the room promises.
 
-use ringfsd::fuse::abi::InitFlags;
-use ringfsd::fuse::request::{HEADER_LEN, Operation, bytes_wanted, decode_as};
+use ringfsd::internals::fuse::abi::InitFlags;
+use ringfsd::internals::fuse::request::{HEADER_LEN, Operation, bytes_wanted, decode_as};
 
 use crate::count;
 use crate::source::Source;

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ringfsd::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
-use ringfsd::virtqueue::{Call, Features, Queue, QueueIndex, RingAddresses};
+use ringfsd::internals::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::internals::virtqueue::{Call, Features, Queue, QueueIndex, RingAddresses};
 
 /// Guest address and length of each region; each lies at its own address in the file.
 pub const REGIONS: [(u64, u64); 3] = [(0, 0x8000), (0x8000, 0x38000), (0x50000, 0x8000)];

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{MigrationOptions, OnMigrationError, Options, Passthrough};
-use ringfsd::fuse::{Session, SessionOptions};
-use ringfsd::migration::stream;
+use ringfsd::internals::fuse::{Session, SessionOptions};
+use ringfsd::internals::migration::stream;
 
 use crate::count;
 use crate::share::Share;

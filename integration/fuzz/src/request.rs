@@ -14,13 +14,13 @@
 
 use std::sync::Arc;
 
-use ringfsd::dax::DaxOptions;
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::passthrough::Passthrough;
-use ringfsd::fuse::{Outcome, Session, SessionOptions};
+use ringfsd::internals::dax::DaxOptions;
+use ringfsd::internals::fuse::{Outcome, Session, SessionOptions};
+use ringfsd::internals::state::{Limits, Table};
+use ringfsd::internals::virtqueue::{Features, Queue};
 use ringfsd::io::{Engine, Runtime, spawn};
-use ringfsd::state::{Limits, Table};
-use ringfsd::virtqueue::{Features, Queue};
 
 use crate::count;
 use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, NEXT, WRITE, descriptor};

@@ -3,7 +3,7 @@
 //! Each chain that comes off the ring is used as a request would use it. What must hold: each is
 //! returned exactly once, and the queue still works.
 
-use ringfsd::virtqueue::{Features, Queue};
+use ringfsd::internals::virtqueue::{Features, Queue};
 
 use crate::count;
 use crate::guest::{DESCRIPTOR_LEN, DESCRIPTORS, Guest, INDIRECT, descriptor};

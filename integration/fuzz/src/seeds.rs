@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use ringfsd::migration::stream::{
+use ringfsd::internals::migration::stream::{
     self, Agreement, Find, Flock, Inode, Locks, Nameless, Open, Range, Snapshot,
 };
 

@@ -5,7 +5,7 @@
 
 use std::os::fd::RawFd;
 
-use ringfsd::vhost_user::{SessionSnapshot, VERSION};
+use ringfsd::internals::vhost_user::{SessionSnapshot, VERSION};
 
 use crate::count;
 

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{Options, Passthrough, PreviousProcess, Shared};
 use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId, Replay};
+use ringfsd::internals::state::{Limits, Table};
 use ringfsd::io::{Lock, LockKind, RecordLock};
-use ringfsd::state::{Limits, Table};
 
 use crate::count;
 use crate::share::Share;
@@ -210,7 +210,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
         table.session_snapshot(),
         table.is_in_use(),
     );
-    let _ = ringfsd::virtqueue::unanswered_requests(&table);
+    let _ = ringfsd::internals::virtqueue::unanswered_requests(&table);
     let share = scene.share.path();
     let past = PreviousProcess {
         inherited_fds: false,

@@ -1,9 +1,9 @@
 //! A chain as the FUSE session sees it. The server's own transport, in `worker`, does the same and
 //! replies to a dropped request; here a dropped one is a finding.
 
-use ringfsd::fuse::{OUT_HEADER_LEN, Transport};
+use ringfsd::internals::fuse::{OUT_HEADER_LEN, Transport};
+use ringfsd::internals::virtqueue::Chain;
 use ringfsd::io::GuestBuffer;
-use ringfsd::virtqueue::Chain;
 
 /// One chain.
 #[derive(Debug)]

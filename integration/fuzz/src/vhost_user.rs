@@ -15,11 +15,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use ringfsd::device::Device;
-use ringfsd::migration::{Cause, DeviceState};
-use ringfsd::state::{Limits, Table};
-use ringfsd::vhost_user::{self, Runner};
-use ringfsd::virtqueue::{Queue, QueueIndex};
+use ringfsd::internals::device::Device;
+use ringfsd::internals::migration::{Cause, DeviceState};
+use ringfsd::internals::state::{Limits, Table};
+use ringfsd::internals::vhost_user::{self, Runner};
+use ringfsd::internals::virtqueue::{Queue, QueueIndex};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::count;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
-use ringfsd::device::{BackChannel, BackChannelError, BackendRequest};
+use ringfsd::internals::device::{BackChannel, BackChannelError, BackendRequest};
 use rustix::fs::{FileType, OFlags};
 
 /// The window's size.

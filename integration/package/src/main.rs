@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::CommandFactory;
 use clap_complete::Shell;
-use ringfsd::cli::{Options, Upgrade};
+use ringfsd::internals::cli::{Options, Upgrade};
 
 /// The files, by name.
 type Texts = BTreeMap<&'static str, Vec<u8>>;

@@ -69,7 +69,7 @@ impl Default for Options {
 /// use std::sync::Arc;
 ///
 /// use ringfsd::fs::fuse_backend::Adapter;
-/// use ringfsd::server::{Service, ServiceOptions};
+/// use ringfsd::service::{Service, ServiceOptions};
 ///
 /// # fn serve(options: ServiceOptions) -> Result<(), Box<dyn std::error::Error>> {
 /// /// A file system without a single file.

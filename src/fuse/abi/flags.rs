@@ -2,6 +2,11 @@
 //!
 //! Only values; `init` and `reply` decide which are set.
 
+#![allow(
+    dead_code,
+    reason = "the flags are the protocol's, also those that nothing uses yet"
+)]
+
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
@@ -198,111 +203,111 @@ impl fmt::Display for InitFlags {
 }
 
 /// Which fields of SETATTR are valid (`FATTR_*`).
-pub mod setattr_valid {
+pub(crate) mod setattr_valid {
     /// `mode`.
-    pub const MODE: u32 = 1;
+    pub(crate) const MODE: u32 = 1;
     /// `uid`.
-    pub const UID: u32 = 1 << 1;
+    pub(crate) const UID: u32 = 1 << 1;
     /// `gid`.
-    pub const GID: u32 = 1 << 2;
+    pub(crate) const GID: u32 = 1 << 2;
     /// `size`.
-    pub const SIZE: u32 = 1 << 3;
+    pub(crate) const SIZE: u32 = 1 << 3;
     /// `atime`.
-    pub const ATIME: u32 = 1 << 4;
+    pub(crate) const ATIME: u32 = 1 << 4;
     /// `mtime`.
-    pub const MTIME: u32 = 1 << 5;
+    pub(crate) const MTIME: u32 = 1 << 5;
     /// `fh`.
-    pub const FH: u32 = 1 << 6;
+    pub(crate) const FH: u32 = 1 << 6;
     /// The host's current time in place of `atime`.
-    pub const ATIME_NOW: u32 = 1 << 7;
+    pub(crate) const ATIME_NOW: u32 = 1 << 7;
     /// The host's current time in place of `mtime`.
-    pub const MTIME_NOW: u32 = 1 << 8;
+    pub(crate) const MTIME_NOW: u32 = 1 << 8;
     /// `lock_owner`.
-    pub const LOCKOWNER: u32 = 1 << 9;
+    pub(crate) const LOCKOWNER: u32 = 1 << 9;
     /// `ctime`; only from a guest that caches writes.
-    pub const CTIME: u32 = 1 << 10;
+    pub(crate) const CTIME: u32 = 1 << 10;
     /// Clear set-user-ID bits.
-    pub const KILL_SUIDGID: u32 = 1 << 11;
+    pub(crate) const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// Flags in the reply to OPEN, OPENDIR and CREATE (`FOPEN_*`).
-pub mod open_reply_flags {
+pub(crate) mod open_reply_flags {
     /// Don't cache the file.
-    pub const DIRECT_IO: u32 = 1;
+    pub(crate) const DIRECT_IO: u32 = 1;
     /// Keep what is cached of the file.
-    pub const KEEP_CACHE: u32 = 1 << 1;
+    pub(crate) const KEEP_CACHE: u32 = 1 << 1;
     /// The file can't seek.
-    pub const NONSEEKABLE: u32 = 1 << 2;
+    pub(crate) const NONSEEKABLE: u32 = 1 << 2;
     /// The directory's entries may be cached.
-    pub const CACHE_DIR: u32 = 1 << 3;
+    pub(crate) const CACHE_DIR: u32 = 1 << 3;
     /// The file has no position.
-    pub const STREAM: u32 = 1 << 4;
+    pub(crate) const STREAM: u32 = 1 << 4;
     /// No FLUSH when a descriptor is closed.
-    pub const NOFLUSH: u32 = 1 << 5;
+    pub(crate) const NOFLUSH: u32 = 1 << 5;
     /// Direct writes may run at once.
-    pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+    pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
 /// Flags of GETATTR.
-pub mod getattr_flags {
+pub(crate) mod getattr_flags {
     /// `fh` is valid.
-    pub const FH: u32 = 1;
+    pub(crate) const FH: u32 = 1;
 }
 
 /// Flags of OPEN and CREATE in addition to those of `open(2)`.
-pub mod open_flags {
+pub(crate) mod open_flags {
     /// Clear set-user-ID bits of a file that is truncated.
-    pub const KILL_SUIDGID: u32 = 1;
+    pub(crate) const KILL_SUIDGID: u32 = 1;
 }
 
 /// Flags of SETXATTR in its extended form.
-pub mod setxattr_flags {
+pub(crate) mod setxattr_flags {
     /// Clear the set-group-ID bit because an ACL is set.
-    pub const ACL_KILL_SGID: u32 = 1;
+    pub(crate) const ACL_KILL_SGID: u32 = 1;
 }
 
 /// Flags of WRITE.
-pub mod write_flags {
+pub(crate) mod write_flags {
     /// From the page cache; the handle is a guess.
-    pub const CACHE: u32 = 1;
+    pub(crate) const CACHE: u32 = 1;
     /// `lock_owner` is valid.
-    pub const LOCKOWNER: u32 = 1 << 1;
+    pub(crate) const LOCKOWNER: u32 = 1 << 1;
     /// Clear set-user-ID bits.
-    pub const KILL_SUIDGID: u32 = 1 << 2;
+    pub(crate) const KILL_SUIDGID: u32 = 1 << 2;
 }
 
 /// Flags of FSYNC and FSYNCDIR.
-pub mod fsync_flags {
+pub(crate) mod fsync_flags {
     /// Data only.
-    pub const FDATASYNC: u32 = 1;
+    pub(crate) const FDATASYNC: u32 = 1;
 }
 
 /// Flags of GETLK, SETLK and SETLKW.
-pub mod lk_flags {
+pub(crate) mod lk_flags {
     /// A lock of `flock(2)`.
-    pub const FLOCK: u32 = 1;
+    pub(crate) const FLOCK: u32 = 1;
 }
 
 /// Flags of IOCTL.
-pub mod ioctl_flags {
+pub(crate) mod ioctl_flags {
     /// The server may access any memory of the caller; only for CUSE.
-    pub const UNRESTRICTED: u32 = 1 << 1;
+    pub(crate) const UNRESTRICTED: u32 = 1 << 1;
 }
 
 /// Flags of SETUPMAPPING.
-pub mod setupmapping_flags {
+pub(crate) mod setupmapping_flags {
     /// The guest is going to write to the mapping.
-    pub const WRITE: u64 = 1;
+    pub(crate) const WRITE: u64 = 1;
     /// The guest is going to read from it.
-    pub const READ: u64 = 1 << 1;
+    pub(crate) const READ: u64 = 1 << 1;
 }
 
 /// Flags of attributes.
-pub mod attr_flags {
+pub(crate) mod attr_flags {
     /// The root of a submount.
-    pub const SUBMOUNT: u32 = 1;
+    pub(crate) const SUBMOUNT: u32 = 1;
     /// DAX for this file.
-    pub const DAX: u32 = 1 << 1;
+    pub(crate) const DAX: u32 = 1 << 1;
 }
 
 #[cfg(test)]

@@ -8,11 +8,18 @@ mod flags;
 mod opcode;
 mod structures;
 
-pub use flags::{
-    InitFlags, attr_flags, fsync_flags, getattr_flags, ioctl_flags, lk_flags, open_flags,
-    open_reply_flags, setattr_valid, setupmapping_flags, setxattr_flags, write_flags,
+pub use flags::InitFlags;
+pub(crate) use flags::{
+    attr_flags, fsync_flags, getattr_flags, ioctl_flags, lk_flags, open_flags, open_reply_flags,
+    setattr_valid, setupmapping_flags, setxattr_flags, write_flags,
 };
-pub use opcode::{Arguments, Guard, Handler, Opcode, ReplayClass, Row, UNKNOWN};
+pub use opcode::Opcode;
+pub(crate) use opcode::{Arguments, Guard, Handler, ReplayClass, Row, UNKNOWN};
+#[allow(
+    unreachable_pub,
+    unused_imports,
+    reason = "the structures are the protocol's, also those that nothing uses yet"
+)]
 pub use structures::{
     AccessIn, Attr, AttrOut, BatchForgetIn, BmapIn, BmapOut, CopyFileRangeIn, CopyFileRangeOut,
     CreateIn, Dirent, EntryOut, ExtHeader, FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne,
@@ -25,23 +32,23 @@ pub use structures::{
 };
 
 /// The supported major version.
-pub const MAJOR: u32 = 7;
+pub(crate) const MAJOR: u32 = 7;
 
 /// The newest supported minor version.
-pub const MINOR: u32 = 45;
+pub(crate) const MINOR: u32 = 45;
 
 /// Length of the INIT argument before 7.36, and of the part that every kernel sends.
-pub const INIT_IN_SHORT_LEN: usize = 16;
+pub(crate) const INIT_IN_SHORT_LEN: usize = 16;
 
 /// Extension of a request that holds supplementary groups (`FUSE_EXT_GROUPS`).
-pub const EXT_GROUPS: u32 = 32;
+pub(crate) const EXT_GROUPS: u32 = 32;
 
 /// Maximum number of labels in an extension (`FUSE_MAX_NR_SECCTX`). The number is in the field that
 /// holds the type of other extensions.
-pub const MAX_SECURITY_CONTEXTS: u32 = 31;
+pub(crate) const MAX_SECURITY_CONTEXTS: u32 = 31;
 
 /// `total_extlen` in [`InHeader`] counts in units of this many bytes.
-pub const EXT_UNIT: usize = 8;
+pub(crate) const EXT_UNIT: usize = 8;
 
 /// Directory entries begin at multiples of this many bytes.
-pub const DIRENT_ALIGN: usize = 8;
+pub(crate) const DIRENT_ALIGN: usize = 8;

@@ -107,7 +107,7 @@ pub struct Row {
 }
 
 /// The row for opcodes that are not in the protocol.
-pub const UNKNOWN: Row = Row {
+pub(crate) const UNKNOWN: Row = Row {
     arguments: Arguments::Ignored,
     reply: 0,
     replay: ReplayClass::Never,

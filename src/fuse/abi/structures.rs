@@ -4,6 +4,10 @@
 //! `uapi/linux/fuse.h`.
 
 #![allow(
+    unreachable_pub,
+    reason = "one macro makes all structures, of which the tests use some"
+)]
+#![allow(
     missing_docs,
     reason = "the fields are the kernel's, name by name; linux/fuse.h is their documentation"
 )]

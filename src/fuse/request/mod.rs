@@ -18,7 +18,7 @@ use std::ffi::CStr;
 use zerocopy::FromBytes;
 
 pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
-pub use fault::{DecodeError, Fault};
+pub(crate) use fault::{DecodeError, Fault};
 
 use super::abi::{ForgetOne, InitIn, RemovemappingOne, Row};
 use crate::fs::{

@@ -8,6 +8,7 @@ use crate::fs::{FileSystem, Migrate, MoveError};
 use crate::fuse::abi::InitFlags;
 use crate::fuse::init::{self, Negotiated};
 use crate::migration::stream::{self, Agreement};
+use crate::migration::{Cause, DeviceState};
 
 impl<F: FileSystem + ?Sized> Session<F> {
     /// The whole session, as bytes for [`load`](Self::load). It continues here if its queues do.
@@ -88,5 +89,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     fn migrate(&self) -> Result<&dyn Migrate, MoveError> {
         self.fs.migrate().ok_or(MoveError::Unsupported)
+    }
+}
+
+impl<F: FileSystem + ?Sized> DeviceState for Session<F> {
+    fn save(&self) -> Result<Vec<u8>, Cause> {
+        Ok(self.save()?)
+    }
+
+    fn saved(&self) {
+        self.release_for_migration();
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), Cause> {
+        Ok(self.load(bytes)?)
     }
 }

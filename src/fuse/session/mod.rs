@@ -28,8 +28,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
-pub use self::blocking_locks::NoWaits;
-pub use self::reclaim::Queues;
+pub(crate) use self::reclaim::Queues;
 
 use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;

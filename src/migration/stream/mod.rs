@@ -12,14 +12,14 @@
 use std::fmt;
 
 /// The version of the stream that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// Maximum length of a stream, bytes: enough for a few million inodes and the contents that
 /// [`MAX_CONTENT`] allows.
-pub const MAX_LEN: usize = 1 << 30;
+pub(crate) const MAX_LEN: usize = 1 << 30;
 
 /// Maximum total size of the contents of files without a name that are sent along, bytes.
-pub const MAX_CONTENT: u64 = 256 << 20;
+pub(crate) const MAX_CONTENT: u64 = 256 << 20;
 
 const MAGIC: [u8; 8] = *b"RINGFSDm";
 

@@ -20,7 +20,7 @@ use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
 use crate::vhost_user::Listener;
 
 /// The exit status of a serving process that leaves its session to the next one.
-pub const LEFT: u8 = 98;
+pub(crate) const LEFT: u8 = 98;
 
 /// What every serving process is made of. Each has a copy of it, in memory of its own.
 pub(crate) trait Resources: Sized {

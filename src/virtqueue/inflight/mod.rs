@@ -102,7 +102,7 @@ pub enum InflightError {
 
 /// A front end's in-flight region for all queues, mapped.
 #[derive(Clone, Debug)]
-pub struct InflightRegion {
+pub(crate) struct InflightRegion {
     mapping: Arc<Mapping>,
     queues: u16,
     size: u16,
@@ -110,7 +110,7 @@ pub struct InflightRegion {
 
 impl InflightRegion {
     /// The address by which a [`MemoryLostEvent`] reports the first byte of a lost region.
-    pub const GONE: u64 = u64::MAX - (1 << 40);
+    pub(crate) const GONE: u64 = u64::MAX - (1 << 40);
 
     /// Creates a file for an empty region for `queues` queues of `size` entries each, sealed
     /// against truncation. Returns the file and its length.
@@ -118,7 +118,7 @@ impl InflightRegion {
     /// # Errors
     ///
     /// Fails if the number or size of the queues is invalid, or if there is no memory.
-    pub fn create(queues: u16, size: u16) -> Result<(File, u64), InflightError> {
+    pub(crate) fn create(queues: u16, size: u16) -> Result<(File, u64), InflightError> {
         use rustix::fs::{MemfdFlags, SealFlags};
         let len = region_len(queues, size)?;
         let fail = |source: rustix::io::Errno| InflightError::Create {
@@ -142,7 +142,7 @@ impl InflightRegion {
     /// # Errors
     ///
     /// Fails if `len` or the file is too short, or if the file can't be mapped.
-    pub fn map(
+    pub(crate) fn map(
         file: File,
         (offset, len): (u64, u64),
         (queues, size): (u16, u16),
@@ -164,20 +164,20 @@ impl InflightRegion {
 
     /// Returns the mapped file, the offset of the region in it, and the region's length in bytes.
     #[must_use]
-    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
+    pub(crate) fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
         let (file, offset) = self.mapping.file()?;
         Some((file, offset, region_len(self.queues, self.size).ok()?))
     }
 
     /// Returns the number of queues and the number of entries of each.
     #[must_use]
-    pub fn shape(&self) -> (u16, u16) {
+    pub(crate) fn shape(&self) -> (u16, u16) {
         (self.queues, self.size)
     }
 
     /// Returns the part of a queue, or `None` if the region is for fewer queues.
     #[must_use]
-    pub fn part(&self, queue: QueueIndex) -> Option<InflightPart> {
+    pub(crate) fn part(&self, queue: QueueIndex) -> Option<InflightPart> {
         if queue.0 >= self.queues {
             return None;
         }

@@ -22,22 +22,54 @@ use super::layout;
 use super::sync::{Condvar, Mutex, MutexGuard, Window, fence};
 use crate::guest_memory::{GuestAddress, Memory};
 
-/// The eventfd that notifies the guest of used chains. The front end may replace it at any time,
-/// also while the queue runs.
+/// What notifies the guest of used chains: an eventfd or a function. The front end may replace it at
+/// any time, also while the queue runs.
 #[derive(Debug, Default)]
-pub struct Call(Mutex<Option<Eventfd>>);
+pub struct Call(Mutex<Option<Notifier>>);
 
-#[derive(Debug)]
-struct Eventfd {
-    fd: Arc<std::os::fd::OwnedFd>,
-    /// Whether a write may block; it blocks forever if the front end has filled the counter.
-    blocks: bool,
+enum Notifier {
+    Eventfd {
+        fd: Arc<std::os::fd::OwnedFd>,
+        /// Whether a write may block; it blocks forever if the front end has filled the counter.
+        blocks: bool,
+    },
+    Function(Arc<dyn Fn() + Send + Sync>),
+}
+
+impl std::fmt::Debug for Notifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Eventfd { fd, blocks } => f
+                .debug_struct("Eventfd")
+                .field("fd", fd)
+                .field("blocks", blocks)
+                .finish(),
+            Self::Function(_) => f.write_str("Function"),
+        }
+    }
 }
 
 impl Call {
+    /// Calls by a write to `eventfd`.
+    #[must_use]
+    pub fn eventfd(eventfd: Arc<std::os::fd::OwnedFd>) -> Arc<Self> {
+        let call = Self::default();
+        call.set(Some(eventfd));
+        Arc::new(call)
+    }
+
+    /// Calls by running `function` on the thread that has returned chains: it must not block, and
+    /// must not panic.
+    #[must_use]
+    pub fn function(function: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        let call = Self::default();
+        *call.lock() = Some(Notifier::Function(Arc::new(function)));
+        Arc::new(call)
+    }
+
     /// Replaces the eventfd. Without one the guest polls.
     pub fn set(&self, eventfd: Option<Arc<std::os::fd::OwnedFd>>) {
-        *self.lock() = eventfd.map(|fd| Eventfd {
+        *self.lock() = eventfd.map(|fd| Notifier::Eventfd {
             blocks: crate::io::writing_blocks(&fd),
             fd,
         });
@@ -45,9 +77,17 @@ impl Call {
 
     /// Calls the guest.
     pub fn signal(&self) {
-        let eventfd = self.lock();
-        let Some(Eventfd { fd, blocks }) = eventfd.as_ref() else {
-            return;
+        let notifier = self.lock();
+        let (fd, blocks) = match notifier.as_ref() {
+            None => return,
+            Some(Notifier::Eventfd { fd, blocks }) => (fd, blocks),
+            Some(Notifier::Function(function)) => {
+                let function = Arc::clone(function);
+                // The function may set another notifier.
+                drop(notifier);
+                function();
+                return;
+            }
         };
         if *blocks && !crate::io::takes_writing(fd) {
             return;
@@ -58,7 +98,7 @@ impl Call {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Eventfd>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Notifier>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -184,7 +224,7 @@ impl UsedRing {
     }
 
     /// Returns the index of the used ring: the number of chains published so far, modulo 2¹⁶.
-    pub(super) fn published_index(&self) -> u16 {
+    pub(crate) fn published_index(&self) -> u16 {
         self.lock().published
     }
 

@@ -4,8 +4,8 @@
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
-use ringfsd::cli::Persona;
-use ringfsd::config::Config;
+use ringfsd::internals::cli::Persona;
+use ringfsd::internals::config::Config;
 
 use super::Program;
 
@@ -345,7 +345,7 @@ fn config(arguments: &str) -> String {
     let required = ["virtiofsd", "--socket=/s", "--shared-dir=/d"];
     let more = arguments.split(' ').filter(|argument| !argument.is_empty());
     let all: Vec<_> = required.into_iter().chain(more).map(Into::into).collect();
-    let options = ringfsd::cli::parse(&all, Persona::Virtiofsd).unwrap();
+    let options = ringfsd::internals::cli::parse(&all, Persona::Virtiofsd).unwrap();
     let level = options.observability.level();
     format!("{level} {:#?}", Config::try_from(options).unwrap())
 }

@@ -12,13 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use ringfsd::device::Device;
 use ringfsd::error_chain;
 use ringfsd::fs::rafs::{Places, Prefetch, Rafs, RafsError, RafsOptions};
-use ringfsd::fuse::SessionOptions;
 use ringfsd::io::{Choice, probe};
-use ringfsd::server::{Exit, Service, ServiceOptions};
-use ringfsd::vhost_user::{Listener, Stop};
+use ringfsd::service::{Device, Exit, Listener, Service, ServiceOptions, SessionOptions, Stop};
 use vmm::fuse::{Client, ROOT};
 use vmm::{Options, Profile, Session};
 
@@ -51,6 +48,7 @@ fn serve(rafs: Rafs, runtime: Choice, guest: impl FnOnce(&mut Client<Session>)) 
         device: Device {
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
+            dax_window: 0,
         },
         workers: NonZeroUsize::new(2).unwrap(),
         runtime,
