@@ -229,7 +229,8 @@ mod tests {
             device.set_acked_features(1, 1);
         }
 
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let memory =
+            Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
         let mut config = VirtioQueueConfig::<QueueSync>::create(QUEUE_SIZE, 1).unwrap();
         let queue = config.queue_mut();
         queue.set_size(16);
