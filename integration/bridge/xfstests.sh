@@ -11,6 +11,8 @@
 #   --runtime R          ringfsd's runtime: auto (default), uring, tokio
 #   --server-arg A       a further argument for ringfsd or virtiofsd; may be repeated
 #   --results DIR        keep the output of the tests there
+#   --overlay yes        ringfsd serves an overlay of three directories in the image (the kernel's
+#                        overlayfs, for comparison: --server none -- -overlay TEST...)
 #   --stay-connected     a server continues over umount(8) and the next mount(8), as it does for a
 #                        guest that mounts again
 #
@@ -27,7 +29,7 @@ fi
 shift
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-checkout='' server=ringfsd runtime=auto results='' stays='' arguments=()
+checkout='' server=ringfsd runtime=auto results='' overlay='' stays='' arguments=()
 while (($#)); do
     case $1 in
     --checkout) checkout=$(realpath "$2") ;;
@@ -35,6 +37,7 @@ while (($#)); do
     --runtime) runtime=$2 ;;
     --server-arg) arguments+=("$2") ;;
     --results) results=$2 ;;
+    --overlay) overlay=$2 ;;
     --stay-connected)
         stays=--stay-connected
         shift
@@ -57,8 +60,9 @@ mount --bind "$work/tmp" /tmp
 
 case $server in
 ringfsd)
-    command=("${RINGFSD:?}" --socket %SOCKET% --shared-dir %SHARE% --runtime "$runtime"
-        --request-queues 2 "${arguments[@]}")
+    command=("${RINGFSD:?}" --socket %SOCKET% --shared-dir %SHARE% --request-queues 2)
+    if [[ $overlay == yes ]]; then command=("$here/overlay-server.sh" %SOCKET% %SHARE%); fi
+    command+=(--runtime "$runtime" "${arguments[@]}")
     queues=2
     ;;
 virtiofsd)
@@ -84,6 +88,9 @@ cleanup() {
             umount -q "$work/$name" 2>/dev/null || sleep 0.1
         done
         if mountpoint -q "$work/$name"; then umount -l "$work/$name"; fi
+    done
+    for name in "$work"/*.img; do
+        losetup --noheadings --output NAME --associated "$name" | xargs --no-run-if-empty losetup --detach
     done
     umount /tmp
     rm -f "$helper" "$work"/*.img
