@@ -186,7 +186,8 @@ status=0
 (cd "$checkout" && TMPDIR=/tmp HOST_OPTIONS=$work/config ./check "$@") 2>&1 | tee "$results/check.full" || status=$?
 # Bridges that stay connected report their result only at their end.
 for kept in "$work"/*.kept; do
-    bridge=$(cat "$kept" 2>/dev/null).pid
+    [[ -e $kept ]] || continue
+    bridge=$(<"$kept").pid
     [[ -s $bridge ]] || continue
     kill -TERM "$(<"$bridge")" || true
     for ((tries = 0; tries < 500; tries++)); do
@@ -194,5 +195,5 @@ for kept in "$work"/*.kept; do
         sleep 0.02
     done
 done
-grep -hE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
+grep -shE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
 exit "$status"
