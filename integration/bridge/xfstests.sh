@@ -142,6 +142,11 @@ command=(${command[*]@Q})
 command=("\${command[@]/\\%SOCKET%/\$bridge.socket}")
 command=("\${command[@]/\\%SHARE%/\$work/share/\${source#bridge-}}")
 log=$results/\$source.server.log
+# An overlay's former server has its work directory until it has ended.
+for ((tries = 0; tries < 250; tries++)); do
+    if [[ ! "$overlay" ]] || ! compgen -G "\$work/\$source.*.wanted" >/dev/null; then break; fi
+    sleep 0.02
+done
 mkfifo "\$bridge.wanted"
 (
     "\${command[@]}" >>"\$log" 2>&1 </dev/null &
