@@ -9,7 +9,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 suites=(
     'pjdfstest'
-    'pjdfstest --overlay yes'
     'overlay'
     'single'
     'requests'
@@ -24,14 +23,18 @@ suites=(
     'stress --seconds 1 --only access chmod copy-file dentry dir fallocate fpunch link rename seek symlink utime xattr'
     'git --commits 100 --files 200'
     'memory-tree'
-    'memory-tree --may-block yes'
     'vfs'
+    'host-changes --seconds 3'
+    'host-changes --seconds 3 --server-arg --cache=always'
+)
+# What these serve has no part of its own for each runtime, so they run on the first one only.
+once=(
+    'pjdfstest --overlay yes'
     'pjdfstest --vfs yes'
+    'memory-tree --may-block yes'
     'fuse-backend'
     'fuse-backend --kind vfs'
     'fuse-backend --kind overlay'
-    'host-changes --seconds 3'
-    'host-changes --seconds 3 --server-arg --cache=always'
 )
 runtimes=("${@:-uring}")
 (($#)) || runtimes=(uring tokio)
@@ -40,7 +43,7 @@ passed=0 failed=0 skipped=0 began=$SECONDS
 # The module may not have been loaded yet.
 [[ -c /dev/fuse ]] || modprobe fuse 2>/dev/null || true
 if [[ ! -c /dev/fuse ]]; then
-    skipped=$((${#suites[@]} * ${#runtimes[@]}))
+    skipped=$((${#suites[@]} * ${#runtimes[@]} + ${#once[@]}))
     echo "0 suites passed, 0 failed, $skipped skipped: there is no /dev/fuse"
     exit 0
 fi
@@ -63,7 +66,9 @@ run() {
 }
 
 for runtime in "${runtimes[@]}"; do
-    for suite in "${suites[@]}"; do
+    more=()
+    [[ $runtime != "${runtimes[0]}" ]] || more=("${once[@]}")
+    for suite in "${suites[@]}" "${more[@]}"; do
         read -ra words <<<"$suite"
         # Everything after --only is one value.
         if [[ $suite == *' --only '* ]]; then

@@ -14,6 +14,7 @@ use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
 use crate::guest_memory::Memory;
 use crate::io::{Choice, Engine, choose};
+use crate::state::{Limits, Table};
 use crate::virtqueue::{Features, Queue, QueueIndex};
 use crate::worker::{WorkerPool, WorkerPoolError};
 
@@ -65,6 +66,8 @@ pub struct VirtioFs {
     fs: Arc<dyn FileSystem>,
     engine: Engine,
     pool: Option<WorkerPool<dyn FileSystem>>,
+    /// How to ask the VMM for something, once it has said so.
+    channel: Option<Arc<dyn BackChannel>>,
     /// Set while the device is active.
     active: Option<Active>,
 }
@@ -101,12 +104,13 @@ impl VirtioFs {
             device: Device {
                 tag: options.tag.clone(),
                 request_queues: options.request_queues,
-                dax_window: 0,
+                dax_window: options.session.dax.map_or(0, |dax| dax.window),
             },
             options,
             fs,
             engine,
             pool: None,
+            channel: None,
             active: None,
         })
     }
@@ -348,9 +352,15 @@ impl VirtioFs {
         pool.session().load(session).map_err(DeviceError::Load)
     }
 
-    /// Hands over the way to send requests to the VMM, for file systems that have any.
-    pub fn connect(&self, channel: &Arc<dyn BackChannel>) {
-        self.fs.connected(channel);
+    /// Hands over the way to ask the VMM for something: mappings of files in the
+    /// [window](SessionOptions::dax), if there is one, and what the file system has to ask. To be
+    /// called before the device is activated.
+    pub fn connect(&mut self, channel: Arc<dyn BackChannel>) {
+        self.fs.connected(&channel);
+        if let Some(pool) = &self.pool {
+            open(pool.session(), &channel);
+        }
+        self.channel = Some(channel);
     }
 
     /// The ring of a queue that was started and doesn't run, and whether it has EVENT_IDX.
@@ -417,23 +427,35 @@ impl VirtioFs {
     fn start_threads(&mut self) -> Result<&WorkerPool<dyn FileSystem>, DeviceError> {
         let pool = match self.pool.take() {
             Some(pool) => pool,
-            None => self.new_pool().map_err(DeviceError::Workers)?,
+            None => self.new_pool()?,
         };
         Ok(self.pool.insert(pool))
     }
 
-    fn new_pool(&self) -> Result<WorkerPool<dyn FileSystem>, WorkerPoolError> {
+    fn new_pool(&self) -> Result<WorkerPool<dyn FileSystem>, DeviceError> {
         let Options {
             workers,
             poll,
             runtime,
             ..
         } = self.options;
+        // Records what is mapped. Nothing else needs a table here.
+        let table = match self.options.session.dax {
+            Some(_) => Some(Table::for_this_process(&Limits {
+                inodes: 0,
+                handles: 0,
+                queues: 0,
+            })?),
+            None => None,
+        };
         let start = |engine| {
-            let session = Session::new(Arc::clone(&self.fs), self.options.session.clone());
+            let mut session = Session::new(Arc::clone(&self.fs), self.options.session.clone());
+            if let Some(table) = &table {
+                session = session.remembering(Arc::clone(table));
+            }
             WorkerPool::start(Arc::new(session), workers, engine, poll)
         };
-        match start(self.engine) {
+        let started = match start(self.engine) {
             Err(WorkerPoolError::Threads(error))
                 if runtime == Choice::Auto
                     && self.engine != Engine::ThreadPool
@@ -443,14 +465,26 @@ impl VirtioFs {
                 start(Engine::ThreadPool)
             }
             started => started,
+        };
+        let pool = started.map_err(DeviceError::Workers)?;
+        if let Some(channel) = &self.channel {
+            open(pool.session(), channel);
         }
+        Ok(pool)
     }
+}
+
+/// Lets `session` ask the VMM for mappings.
+fn open(session: &Arc<Session<dyn FileSystem>>, channel: &Arc<dyn BackChannel>) {
+    session.connected(channel);
+    session.channel_opened(false);
 }
 
 impl Drop for VirtioFs {
     fn drop(&mut self) {
         self.reset();
         if let Some(pool) = self.pool.take() {
+            pool.session().finish_mappings();
             pool.shutdown();
         }
     }

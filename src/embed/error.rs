@@ -5,6 +5,7 @@ use std::io;
 use crate::fs::MoveError;
 use crate::guest_memory::{GuestAddress, MemoryError};
 use crate::io::RuntimeError;
+use crate::state::StateError;
 use crate::virtqueue::{QueueError, QueueIndex};
 use crate::worker::WorkerPoolError;
 
@@ -17,6 +18,9 @@ pub enum DeviceError {
     /// The host has no threads for the device, or the file system can't use them.
     #[error("starting the device's threads")]
     Workers(#[source] WorkerPoolError),
+    /// There is no memory to record the mappings of the DAX window.
+    #[error("recording the mappings of the DAX window")]
+    Mappings(#[from] StateError),
     /// The driver has accepted features that the device doesn't offer.
     #[error("the driver accepted features {accepted:#x}, of which {extra:#x} were not offered")]
     Features {

@@ -109,7 +109,10 @@ pub use self::vhost_user_device::{VhostUserDevice, VhostUserDeviceError};
 #[cfg(feature = "rust-vmm")]
 pub use self::vring::DirectVring;
 
-pub use crate::device::{BackChannel, CONFIG_LEN, Tag, TagError};
+pub use crate::dax::DaxOptions;
+pub use crate::device::{
+    BackChannel, BackChannelError, BackendRequest, CONFIG_LEN, SharedMapping, Tag, TagError,
+};
 pub use crate::fuse::SessionOptions;
 pub use crate::guest_memory::{ChangeLog, GuestAddress, Memory, MemoryError};
 pub use crate::io::Choice;

@@ -250,19 +250,19 @@ pub struct HostAccess {
     /// To report on once the server serves.
     pub serving: Serving,
     /// The numbers of all descriptors that the process needs. Those of an earlier serving process
-    /// that the table of state doesn't name are to be closed: see [`close_all_but`].
+    /// that the table of state doesn't name are to be closed: see `close_all_but`.
     pub descriptors: Vec<RawFd>,
 }
 
 /// Splits the process in two. The serving process keeps the descriptors of `keep` and the standard
 /// three, and closes all others. Signals that end a server are blocked in both processes until
-/// [`release_signals`].
+/// `release_signals`.
 ///
 /// To be called while the process has one thread, and owns no other descriptors.
 ///
 /// # Errors
 ///
-/// See [`SandboxError`]; there is no second process then.
+/// See `SandboxError`; there is no second process then.
 pub fn begin(options: &Options, keep: &[BorrowedFd<'_>]) -> Result<ForkResult, SandboxError> {
     let maps = Maps::wanted(options)?;
     process::block_signals().map_err(SandboxError::Fork)?;

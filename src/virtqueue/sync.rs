@@ -56,6 +56,8 @@ mod model {
             }
         }
 
+        pub(in crate::virtqueue) fn prefetch(&self, _offset: usize) {}
+
         pub(in crate::virtqueue) fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
             self.0[offset / 2].load(order)
         }

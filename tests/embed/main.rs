@@ -10,6 +10,7 @@
 )]
 
 mod daemon;
+mod dax;
 mod device;
 mod example;
 mod guest;

@@ -46,7 +46,7 @@ fn log_level_selects_lines() {
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).unwrap()
     };
-    let line = "INFO  ringfsd::internals::server";
+    let line = "INFO  ringfsd::server";
     assert!(said(&[], None).contains(line));
     assert!(said(&["--log-level", "info"], None).contains(line));
     for quieter in ["off", "error", "warn"] {
@@ -56,7 +56,7 @@ fn log_level_selects_lines() {
         );
     }
     assert!(said(&["--log-level", "off", "-d"], None).contains(line));
-    let finer = Some("ringfsd::internals::server=info");
+    let finer = Some("ringfsd::server=info");
     assert!(said(&["--log-level", "off"], finer).contains(line));
     for (args, more) in [
         (&["--log-level", "info"][..], false),

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -247,8 +247,12 @@ impl Window {
                 .value::<MMap>()
                 .map_err(io::Error::other)
                 .and_then(|asked| match message.header.request {
-                    backend_request::SHMEM_MAP => self.map(&asked, message),
-                    backend_request::SHMEM_UNMAP => self.unmap(&asked),
+                    _ if asked.shmid != 0 => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+                    backend_request::SHMEM_MAP => match &message.fds[..] {
+                        [fd] => self.map(asked.shm_offset, mapping(&asked), fd.as_fd()),
+                        _ => Err(io::ErrorKind::InvalidInput.into()),
+                    },
+                    backend_request::SHMEM_UNMAP => self.unmap(asked.shm_offset, asked.len),
                     _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
                 });
         match done {
@@ -260,58 +264,57 @@ impl Window {
         }
     }
 
-    fn map(&self, asked: &MMap, message: &Message) -> io::Result<()> {
-        let [fd] = &message.fds[..] else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        let (at, len) = self.range(asked)?;
+    /// Maps a file at `offset`, as SHMEM_MAP asks for.
+    ///
+    /// # Errors
+    ///
+    /// The range isn't within the region, or in use and the VMM strict; or those of `mmap(2)`.
+    pub fn map(&self, offset: u64, mapping: Mapping, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let (at, len) = self.range(offset, mapping.len)?;
         let mut mappings = self.lock();
-        let end = asked.shm_offset.saturating_add(asked.len);
-        let overlaps = |(start, mapping): (&u64, &Mapping)| {
-            *start < end && asked.shm_offset < start.saturating_add(mapping.len)
+        let end = offset.saturating_add(mapping.len);
+        let overlaps = |(start, other): (&u64, &Mapping)| {
+            *start < end && offset < start.saturating_add(other.len)
         };
         if self.behaviour.strict && mappings.iter().any(overlaps) {
             return Err(io::Error::from_raw_os_error(libc::EEXIST));
         }
-        let writable = asked.flags & MMap::WRITABLE != 0;
-        let protection = match writable {
+        let protection = match mapping.writable {
             true => ProtFlags::READ | ProtFlags::WRITE,
             false => ProtFlags::READ,
         };
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: the range is within the region, which this struct has reserved.
-        unsafe { rustix::mm::mmap(at, len, protection, flags, fd.as_fd(), asked.fd_offset) }?;
-        mappings.retain(|start, mapping| !overlaps((start, mapping)));
-        mappings.insert(
-            asked.shm_offset,
-            Mapping {
-                len: asked.len,
-                file_offset: asked.fd_offset,
-                writable,
-            },
-        );
+        unsafe { rustix::mm::mmap(at, len, protection, flags, fd, mapping.file_offset) }?;
+        mappings.retain(|start, other| !overlaps((start, other)));
+        mappings.insert(offset, mapping);
         Ok(())
     }
 
-    fn unmap(&self, asked: &MMap) -> io::Result<()> {
-        let (at, len) = self.range(asked)?;
+    /// Removes a mapping, as SHMEM_UNMAP asks for.
+    ///
+    /// # Errors
+    ///
+    /// The range isn't that of a mapping.
+    pub fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (at, bytes) = self.range(offset, len)?;
         let mut mappings = self.lock();
         // What isn't a whole mapping can't be removed by any VMM that keeps a list.
-        if mappings.get(&asked.shm_offset).map(|it| it.len) != Some(asked.len) {
+        if mappings.get(&offset).map(|it| it.len) != Some(len) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.reserve_at(at, len)?;
-        mappings.remove(&asked.shm_offset);
+        self.reserve_at(at, bytes)?;
+        mappings.remove(&offset);
         Ok(())
     }
 
     /// Where a range begins, and its length.
-    fn range(&self, asked: &MMap) -> io::Result<(*mut libc::c_void, usize)> {
-        let len = usize::try_from(asked.len).map_err(io::Error::other)?;
-        if asked.shmid != 0 || len == 0 {
+    fn range(&self, offset: u64, len: u64) -> io::Result<(*mut libc::c_void, usize)> {
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        if len == 0 {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        Ok((self.iovec(asked.shm_offset, len)?.iov_base, len))
+        Ok((self.iovec(offset, len)?.iov_base, len))
     }
 
     fn reserve(&self, offset: u64, len: usize) -> io::Result<()> {
@@ -323,6 +326,15 @@ impl Window {
         // SAFETY: the range is within the region, as `iovec` has checked.
         unsafe { rustix::mm::mmap_anonymous(at, len, ProtFlags::empty(), flags) }?;
         Ok(())
+    }
+}
+
+/// The mapping that a message asks for.
+fn mapping(asked: &MMap) -> Mapping {
+    Mapping {
+        len: asked.len,
+        file_offset: asked.fd_offset,
+        writable: asked.flags & MMap::WRITABLE != 0,
     }
 }
 

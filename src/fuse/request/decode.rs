@@ -76,7 +76,7 @@ pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> 
 ///
 /// # Errors
 ///
-/// Any of [`Fault`].
+/// Any of `Fault`.
 pub fn decode(bytes: &[u8]) -> Result<Request<'_>, DecodeError> {
     decode_as(bytes, InitFlags::NONE)
 }

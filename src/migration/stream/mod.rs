@@ -247,7 +247,7 @@ mod found_by {
 ///
 /// # Errors
 ///
-/// [`StreamError::TooLong`].
+/// `StreamError::TooLong`.
 pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, StreamError> {
     let mut out = Vec::new();
     out.extend(MAGIC);
@@ -408,7 +408,7 @@ pub fn sealed(body: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 ///
-/// See [`StreamError`].
+/// See `StreamError`.
 pub fn decode(stream: &[u8]) -> Result<Snapshot, StreamError> {
     if stream.len() > MAX_LEN {
         return Err(StreamError::TooLong);
