@@ -11,6 +11,8 @@
 #   --runtime R          ringfsd's runtime: auto (default), uring, tokio
 #   --server-arg A       a further argument for ringfsd or virtiofsd; may be repeated
 #   --results DIR        keep the output of the tests there
+#   --overlay yes        ringfsd serves an overlay of three directories in the image (the kernel's
+#                        overlayfs, for comparison: --server none -- -overlay TEST...)
 #   --stay-connected     a server continues over umount(8) and the next mount(8), as it does for a
 #                        guest that mounts again
 #
@@ -27,7 +29,7 @@ fi
 shift
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-checkout='' server=ringfsd runtime=auto results='' stays='' arguments=()
+checkout='' server=ringfsd runtime=auto results='' overlay='' stays='' arguments=()
 while (($#)); do
     case $1 in
     --checkout) checkout=$(realpath "$2") ;;
@@ -35,6 +37,7 @@ while (($#)); do
     --runtime) runtime=$2 ;;
     --server-arg) arguments+=("$2") ;;
     --results) results=$2 ;;
+    --overlay) overlay=$2 ;;
     --stay-connected)
         stays=--stay-connected
         shift
@@ -57,8 +60,9 @@ mount --bind "$work/tmp" /tmp
 
 case $server in
 ringfsd)
-    command=("${RINGFSD:?}" --socket %SOCKET% --shared-dir %SHARE% --runtime "$runtime"
-        --request-queues 2 "${arguments[@]}")
+    command=("${RINGFSD:?}" --socket %SOCKET% --shared-dir %SHARE% --request-queues 2)
+    if [[ $overlay == yes ]]; then command=("$here/overlay-server.sh" %SOCKET% %SHARE%); fi
+    command+=(--runtime "$runtime" "${arguments[@]}")
     queues=2
     ;;
 virtiofsd)
@@ -84,6 +88,9 @@ cleanup() {
             umount -q "$work/$name" 2>/dev/null || sleep 0.1
         done
         if mountpoint -q "$work/$name"; then umount -l "$work/$name"; fi
+    done
+    for name in "$work"/*.img; do
+        losetup --noheadings --output NAME --associated "$name" | xargs --no-run-if-empty losetup --detach
     done
     umount /tmp
     rm -f "$helper" "$work"/*.img
@@ -135,6 +142,11 @@ command=(${command[*]@Q})
 command=("\${command[@]/\\%SOCKET%/\$bridge.socket}")
 command=("\${command[@]/\\%SHARE%/\$work/share/\${source#bridge-}}")
 log=$results/\$source.server.log
+# An overlay's former server has its work directory until it has ended.
+for ((tries = 0; tries < 250; tries++)); do
+    if [[ ! "$overlay" ]] || ! compgen -G "\$work/\$source.*.wanted" >/dev/null; then break; fi
+    sleep 0.02
+done
 mkfifo "\$bridge.wanted"
 (
     "\${command[@]}" >>"\$log" 2>&1 </dev/null &
@@ -179,7 +191,8 @@ status=0
 (cd "$checkout" && TMPDIR=/tmp HOST_OPTIONS=$work/config ./check "$@") 2>&1 | tee "$results/check.full" || status=$?
 # Bridges that stay connected report their result only at their end.
 for kept in "$work"/*.kept; do
-    bridge=$(cat "$kept" 2>/dev/null).pid
+    [[ -e $kept ]] || continue
+    bridge=$(<"$kept").pid
     [[ -s $bridge ]] || continue
     kill -TERM "$(<"$bridge")" || true
     for ((tries = 0; tries < 500; tries++)); do
@@ -187,5 +200,5 @@ for kept in "$work"/*.kept; do
         sleep 0.02
     done
 done
-grep -hE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
+grep -shE 'panicked|[1-9][0-9]* faults' "$results"/*.server.log && status=1
 exit "$status"
