@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test, on a fresh Debian machine with Rust: installs what is missing, then runs
 # formatting, lints, spelling, dependencies, documentation, unit and loom tests, the tests over a
-# socket, a minute of each fuzz target, other projects' suites on a mount of this machine, real
+# socket, 45 seconds of each fuzz target, other projects' suites on a mount of this machine, real
 # guests, and other projects' suites in those.
 #
 #   test.sh [STEP...]     only these steps: format lint tools doc unit loom fuzz bridge recovery package
@@ -77,14 +77,14 @@ if wanted unit; then
         skipped=$((skipped + 1))
     fi
     cargo test --workspace --locked
-    # With the device in the process of its VMM, and the examples in its documentation.
-    cargo test --locked --features rust-vmm --test embed
-    cargo test --locked --features rust-vmm --doc embed
-    # What differs with the third engine: its tests, and those that run on all engines in turn. And
+    # What the features add, in one build: the device in the process of its VMM, and the examples in
+    # its documentation; the tests of the third engine, and those that run on all engines in turn;
     # images.
-    cargo test --locked --features tokio-uring,nydus --lib --test suite --test model -- \
+    cargo test --locked --all-features --test embed
+    cargo test --locked --all-features --doc embed
+    cargo test --locked --all-features --lib --test suite --test model -- \
         tokio_uring io:: pool:: lifecycle:: rafs
-    cargo test --locked --features tokio-uring --test confinement --test allocations
+    cargo test --locked --all-features --test confinement --test allocations
 fi
 
 if wanted loom; then
@@ -93,9 +93,9 @@ if wanted loom; then
 fi
 
 if wanted fuzz; then
-    step 'fuzzing: each target for a minute'
+    step 'fuzzing: each target for 45 seconds'
     if rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
-        integration/fuzz/run.sh 60
+        integration/fuzz/run.sh 45
     else
         echo 'skipped: fuzzing needs a nightly compiler (rustup toolchain install nightly)'
         skipped=$((skipped + 1))
