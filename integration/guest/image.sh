@@ -27,9 +27,9 @@ read_options "$@"
 work=$(mktemp -d "${TMPDIR:-/tmp}/ringfsd-image.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-# Not optimized: a guest that is emulated is slower still.
+# Not optimized: a guest that is emulated is slower still. All features, as the unit tests build it.
 if [[ -z $program ]]; then
-    cargo build --quiet --locked --features nydus --manifest-path "$repo/Cargo.toml"
+    cargo build --quiet --locked --all-features --manifest-path "$repo/Cargo.toml"
     program=$repo/target/debug/ringfsd
 fi
 cargo build --quiet --locked --manifest-path "$repo/integration/rafs-image/Cargo.toml" \
