@@ -440,14 +440,14 @@ impl VirtioFs {
             ..
         } = self.options;
         // Records what is mapped. Nothing else needs a table here.
-        let table = match self.options.session.dax {
-            Some(_) => Some(Table::for_this_process(&Limits {
-                inodes: 0,
-                handles: 0,
-                queues: 0,
-            })?),
-            None => None,
+        let limits = Limits {
+            inodes: 0,
+            handles: 0,
+            queues: 0,
         };
+        let table = (self.options.session.dax)
+            .map(|_| Table::for_this_process(&limits))
+            .transpose()?;
         let start = |engine| {
             let mut session = Session::new(Arc::clone(&self.fs), self.options.session.clone());
             if let Some(table) = &table {

@@ -3,9 +3,10 @@
 //! A [`VirtioFs`] serves a file system on the virtqueues of a guest whose memory the process has
 //! mapped, with threads of its own. The VMM keeps the transport: registers, interrupts, and the
 //! addresses of the rings. Guest memory is any [`vm_memory::GuestMemory`], mapped from files or
-//! anonymously, or [raw addresses](Memory::from_raw_regions); ring addresses are guest-physical. With the feature `rust-vmm` the queues of
-//! `virtio-queue` and the eventfds of `vmm-sys-util` convert to and from the types here, and
-//! `VhostUserDevice` runs in the daemon of `vhost-user-backend`.
+//! anonymously, or [raw addresses](Memory::from_raw_regions); ring addresses are guest-physical.
+//! With the feature `rust-vmm` the queues of `virtio-queue` and the eventfds of `vmm-sys-util`
+//! convert to and from the types here, and `VhostUserDevice` runs in the daemon of
+//! `vhost-user-backend`.
 //!
 //! The invariant: a queue runs only between a start and a stop that the VMM has asked for, and after
 //! a stop all chains taken off it have been returned.

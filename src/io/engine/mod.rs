@@ -6,6 +6,7 @@
 pub(super) mod thread_pool;
 #[cfg(feature = "tokio-uring")]
 pub(super) mod tokio_uring;
+mod transfers;
 pub(super) mod uring;
 
 use std::cell::Cell;

@@ -29,10 +29,10 @@ use std::task::Poll;
 
 use self::operation::{Operation, Owner, pieces};
 use self::ring::{Resources, Ring};
-use super::{SetupError, SyncKind, Transferred, thread_pool};
+use super::{SetupError, SyncKind, Transferred, thread_pool, transfers};
 use crate::io::buffer::GuestBuffer;
 use crate::io::descriptor::{Descriptor, Facts, position};
-use crate::io::vectored::{Direction, ok_if_any, one_operation};
+use crate::io::vectored::Direction;
 
 thread_local! {
     /// The ring of the runtime that runs on this thread, if any.
@@ -109,33 +109,16 @@ fn current() -> Rc<Ring> {
 }
 
 /// Reads into the buffer after its first `filled` bytes, until it is full or the file ends.
-pub(super) async fn read(
+pub(super) fn read(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
     filled: usize,
     offset: u64,
-) -> Transferred {
-    let mut buffer = buffer;
-    let mut filled = filled;
-    while filled < buffer.len() {
-        let result;
-        (result, buffer) = transfer(Direction::Read, descriptor, buffer, filled, offset).await;
-        match result {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            // A ring fails on a descriptor with O_NONBLOCK where `preadv` would wait.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return thread_pool::read(descriptor, buffer, filled, offset).await;
-            }
-            Err(e) => return (Err(e), buffer),
-        }
-        let end = offset.saturating_add(filled as u64);
-        if filled < buffer.len() && descriptor.is_direct_at_end(end) {
-            break;
-        }
-    }
-    (Ok(filled), buffer)
+) -> impl Future<Output = Transferred> {
+    let read = |descriptor, buffer, filled, offset| {
+        transfer(Direction::Read, descriptor, buffer, filled, offset)
+    };
+    transfers::read(read, descriptor, buffer, filled, offset)
 }
 
 /// Writes the buffer by one operation, or by the fewest that hold all pieces.
@@ -147,26 +130,10 @@ pub(super) async fn write(
     if !descriptor.facts().has(Facts::DIRECT) {
         return thread_pool::write(descriptor, buffer, (0, offset), 0).await;
     }
-    let mut buffer = buffer;
-    let mut done = 0;
-    loop {
-        let expected = one_operation(&buffer, done);
-        let result;
-        (result, buffer) = transfer(Direction::Write, descriptor, buffer, done, offset).await;
-        match result {
-            Ok(n) => {
-                done += n;
-                if n < expected || done == buffer.len() {
-                    return (Ok(done), buffer);
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
-                return thread_pool::write(descriptor, buffer, (0, offset), 0).await;
-            }
-            Err(e) => return (ok_if_any(done, e), buffer),
-        }
-    }
+    let write = |descriptor, buffer, done, offset| {
+        transfer(Direction::Write, descriptor, buffer, done, offset)
+    };
+    transfers::write(write, descriptor, buffer, offset).await
 }
 
 /// One operation on the buffer from byte `done` on; the buffer begins at `offset`.

@@ -35,10 +35,9 @@ use tokio::task::LocalSet;
 use self::driver::{Driver, Operation, WatchedFd};
 use self::poll_waker::PollWaker;
 use self::slots::Resources;
-use super::{SetupError, SyncKind, Transferred, thread_pool};
+use super::{SetupError, SyncKind, Transferred, transfers};
 use crate::io::buffer::{GuestBuffer, IOV_MAX};
 use crate::io::descriptor::{Descriptor, Facts, position};
-use crate::io::vectored::{ok_if_any, one_operation};
 
 thread_local! {
     /// The ring of the runtime that runs on this thread, if any.
@@ -136,66 +135,32 @@ pub(in crate::io) fn has_completions() -> bool {
 }
 
 /// Reads into the buffer after its first `filled` bytes, until it is full or the file ends.
-pub(super) async fn read(
+pub(super) fn read(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
     filled: usize,
     offset: u64,
-) -> Transferred {
-    let mut buffer = buffer;
-    let mut filled = filled;
-    while filled < buffer.len() {
-        let result;
-        (result, buffer) = transfer(Transfer::Read, descriptor, buffer, filled, offset).await;
-        match result {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            // A ring fails on a descriptor with O_NONBLOCK where `preadv` would wait.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return thread_pool::read(descriptor, buffer, filled, offset).await;
-            }
-            Err(e) => return (Err(e), buffer),
-        }
-        let end = offset.saturating_add(filled as u64);
-        if filled < buffer.len() && descriptor.is_direct_at_end(end) {
-            break;
-        }
-    }
-    (Ok(filled), buffer)
+) -> impl Future<Output = Transferred> {
+    let read = |descriptor, buffer, filled, offset| {
+        transfer(Transfer::Read, descriptor, buffer, filled, offset)
+    };
+    transfers::read(read, descriptor, buffer, filled, offset)
 }
 
 /// Writes the buffer by one operation, or by the fewest that hold all pieces.
-pub(super) async fn write(
+pub(super) fn write(
     descriptor: &Arc<Descriptor>,
     buffer: GuestBuffer,
     offset: u64,
-) -> Transferred {
-    let transfer_kind = if descriptor.facts().has(Facts::DIRECT) {
+) -> impl Future<Output = Transferred> {
+    let kind = if descriptor.facts().has(Facts::DIRECT) {
         Transfer::Write
     } else {
         Transfer::WriteBuffered
     };
-    let mut buffer = buffer;
-    let mut done = 0;
-    loop {
-        let expected = one_operation(&buffer, done);
-        let result;
-        (result, buffer) = transfer(transfer_kind, descriptor, buffer, done, offset).await;
-        match result {
-            Ok(n) => {
-                done += n;
-                if n < expected || done == buffer.len() {
-                    return (Ok(done), buffer);
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && done == 0 => {
-                return thread_pool::write(descriptor, buffer, (0, offset), 0).await;
-            }
-            Err(e) => return (ok_if_any(done, e), buffer),
-        }
-    }
+    let write =
+        move |descriptor, buffer, done, offset| transfer(kind, descriptor, buffer, done, offset);
+    transfers::write(write, descriptor, buffer, offset)
 }
 
 /// The direction of a transfer.
