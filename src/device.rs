@@ -32,6 +32,12 @@ const TAG_LEN: usize = 36;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tag(String);
 
+impl std::fmt::Display for Tag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// Why a string is not a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TagError {

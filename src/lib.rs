@@ -14,6 +14,8 @@
 
 mod cli;
 mod config;
+mod control;
+mod ctl;
 mod dax;
 mod device;
 pub mod embed;
@@ -22,6 +24,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod logging;
 mod migration;
 mod recovery;
 mod sandbox;
@@ -54,14 +57,22 @@ pub mod service {
 pub mod internals {
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, DIFFERENCES, Difference, Options, Persona, Syslog, Upgrade,
-            asks_for_capabilities, asks_for_upgrade, log_filters, notices, parse, status_of,
-            syslog_header,
+            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog,
+            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            status_of, syslog_header,
         };
     }
 
     pub mod config {
         pub use crate::config::Config;
+    }
+
+    pub mod control {
+        pub use crate::control::{COMMANDS, Code, Command, VERSION};
+    }
+
+    pub mod ctl {
+        pub use crate::ctl::run;
     }
 
     pub mod dax {
@@ -90,6 +101,10 @@ pub mod internals {
 
     pub mod guest_memory {
         pub use crate::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+    }
+
+    pub mod logging {
+        pub use crate::logging::{Output, start};
     }
 
     pub mod migration {

@@ -153,6 +153,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         ForkResult::Serving(inside) => inside,
     };
     let needs = Needs {
+        more_directories: false,
         readonly: false,
         file_handles: false,
     };

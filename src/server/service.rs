@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::error::ServerError;
 use super::limits::explain;
+use super::live::Live;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
@@ -66,6 +67,7 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    live: Arc<Live>,
 }
 
 impl Service {
@@ -100,6 +102,7 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            live: Arc::default(),
         }
     }
 
@@ -121,6 +124,21 @@ impl Service {
         self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
+    }
+
+    /// What is served at this moment.
+    pub(super) fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// The file system that is served.
+    pub(super) fn file_system(&self) -> &Arc<dyn FileSystem> {
+        &self.fs
+    }
+
+    /// The engine of the workers.
+    pub(super) fn engine(&self) -> Engine {
+        self.runtime.engine
     }
 
     /// The table of what the session holds.
@@ -286,7 +304,9 @@ impl Service {
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
         };
+        self.live.connected(&workers.pool);
         let end = run(&self.options.device, &mut workers, &self.table, stop);
+        self.live.disconnected();
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;

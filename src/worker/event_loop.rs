@@ -23,6 +23,7 @@ use super::chain_transport::ChainTransport;
 use super::completion_batch::CompletionBatch;
 use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
+use super::queue_report::QueueReport;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
 use crate::io::{self, spawn};
@@ -54,6 +55,10 @@ pub(super) enum Command {
     Ping {
         /// Dropped in reply.
         done: oneshot::Sender<()>,
+    },
+    /// Describe this thread's queues.
+    Describe {
+        done: mpsc::Sender<Vec<QueueReport>>,
     },
     /// Take no more chains off this queue. Chains in flight continue.
     Stop {
@@ -90,6 +95,22 @@ struct OwnedQueue {
     /// The guest was asked for a kick at the next chain.
     notifications_enabled: bool,
     batch_size: BatchSize,
+}
+
+impl OwnedQueue {
+    fn report(&mut self) -> QueueReport {
+        let queue = &mut self.queue;
+        QueueReport {
+            index: queue.index(),
+            size: queue.size(),
+            next_available: queue.next_available(),
+            waiting: queue.waiting(),
+            used: queue.used().published_index(),
+            in_flight: queue.used().in_flight(),
+            wants_kick: self.notifications_enabled,
+            stats: queue.used().stats(),
+        }
+    }
 }
 
 /// What the loop handles next.
@@ -365,6 +386,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 drop(done);
             }
             Command::Ping { done } => drop(done),
+            Command::Describe { done } => {
+                // Fails if nobody waits for it any more.
+                let _ = done.send(self.queues.iter_mut().map(OwnedQueue::report).collect());
+            }
             Command::Stop { index, done } => {
                 let at = self
                     .queues

@@ -11,9 +11,13 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
+mod observer;
+mod queue_report;
 mod threads;
 mod worker_pool;
 
+pub(crate) use observer::{Observer, ThreadReport};
+pub(crate) use queue_report::QueueReport;
 pub use threads::{Threads, ThreadsError, Worker};
 pub use worker_pool::WorkerPool;
 pub(crate) use worker_pool::{Pings, WorkerPoolError};
