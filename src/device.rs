@@ -32,12 +32,6 @@ const TAG_LEN: usize = 36;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tag(String);
 
-impl std::fmt::Display for Tag {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 /// Why a string is not a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TagError {
@@ -62,6 +56,12 @@ impl std::str::FromStr for Tag {
             _ if text.contains('\0') => Err(TagError::Nul),
             _ => Ok(Self(text.to_owned())),
         }
+    }
+}
+
+impl std::fmt::Display for Tag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
     }
 }
 

@@ -25,6 +25,7 @@ mod fuse;
 mod guest_memory;
 pub mod io;
 mod logging;
+pub mod metrics;
 mod migration;
 mod recovery;
 mod sandbox;

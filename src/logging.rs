@@ -28,6 +28,7 @@ pub(crate) const ROOMS: &[&str] = &[
     "guest_memory",
     "io",
     "logging",
+    "metrics",
     "migration",
     "recovery",
     "sandbox",

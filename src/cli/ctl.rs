@@ -34,6 +34,15 @@ pub struct Ctl {
 pub enum CtlCommand {
     /// Show what the server serves, how, and whether a VMM is connected
     Status,
+    /// Show the counters of requests, and what is in use
+    Statistics {
+        /// Measure how long requests take, for the next 10 seconds
+        ///
+        /// Durations in the reply are those of earlier calls with this option. With --metrics they
+        /// are always measured.
+        #[arg(long)]
+        durations: bool,
+    },
     /// Set the log level
     ///
     /// The level applies until the serving process is replaced.

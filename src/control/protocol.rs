@@ -29,6 +29,11 @@ pub const COMMANDS: &[Command] = &[
         purpose: "What the server serves, how, and whether a VMM is connected",
     },
     Command {
+        name: "statistics",
+        arguments: &["durations"],
+        purpose: "The counters of requests, and what is in use",
+    },
+    Command {
         name: "set-log-level",
         arguments: &["level", "room"],
         purpose: "Sets the log level of the server, or of one of its rooms",

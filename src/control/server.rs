@@ -34,6 +34,12 @@ pub(crate) trait Handler: Send {
 
     /// Logs a summary.
     fn report(&mut self);
+
+    /// When [`expire`](Self::expire) is to be called, if it is.
+    fn deadline(&self) -> Option<Instant>;
+
+    /// Ends what a client has asked for only for a while.
+    fn expire(&mut self);
 }
 
 /// What the thread waits for.
@@ -99,6 +105,13 @@ impl Server {
             if events.reports {
                 self.report();
             }
+            if self
+                .handler
+                .deadline()
+                .is_some_and(|time| time <= Instant::now())
+            {
+                self.handler.expire();
+            }
             self.progress(&events.connections);
             if events.listener {
                 self.accept();
@@ -126,7 +139,8 @@ impl Server {
             push(&mut fds, connection, connection.interest());
         }
         let deadlines = self.connections.iter().filter_map(Connection::deadline);
-        let mut until = deadlines.chain(self.accept_again).min();
+        let others = self.accept_again.into_iter().chain(self.handler.deadline());
+        let mut until = deadlines.chain(others).min();
         if self.connections.iter().any(Connection::has_request) {
             until = Some(now);
         }

@@ -4,6 +4,7 @@
 //! which the serving process may not. The invariant: what a guest can name is printed without control
 //! characters.
 
+mod statistics;
 mod text;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -53,7 +54,7 @@ pub(crate) enum CtlError {
 pub fn run(ctl: &Ctl) -> Result<String, String> {
     match ask(ctl) {
         Ok(reply) if ctl.json => Ok(reply.to_string()),
-        Ok(reply) => Ok(render(&reply)),
+        Ok(reply) => Ok(render(&statistics::readable(reply))),
         Err(error) if ctl.json => Err(json!({ "error": to_json(&error) }).to_string()),
         Err(error) => Err(message(&error)),
     }
@@ -71,6 +72,9 @@ fn ask(ctl: &Ctl) -> Result<Value, CtlError> {
     let none = json!({});
     Ok(match &ctl.command {
         CtlCommand::Status => call("status", none, None)?,
+        CtlCommand::Statistics { durations } => {
+            call("statistics", json!({ "durations": durations }), None)?
+        }
         CtlCommand::SetLogLevel { level, room } => {
             let level = level.as_str().to_ascii_lowercase();
             call(

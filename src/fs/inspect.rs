@@ -72,37 +72,6 @@ pub struct Dropped {
     pub inode_descriptors: usize,
 }
 
-/// How much a file system has of everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Inodes in its table, the root included.
-    pub inodes: usize,
-    /// Of these, those that the guest has forgotten and that are remembered.
-    pub remembered_inodes: usize,
-    /// Files and directories that the guest has open.
-    pub handles: usize,
-    /// Descriptors that the server has open for the guest.
-    pub descriptors: usize,
-    /// Of these, those of files that the guest has closed.
-    pub closed_files: usize,
-}
-
-impl std::ops::Add for Usage {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            inodes: self.inodes.saturating_add(other.inodes),
-            remembered_inodes: self
-                .remembered_inodes
-                .saturating_add(other.remembered_inodes),
-            handles: self.handles.saturating_add(other.handles),
-            descriptors: self.descriptors.saturating_add(other.descriptors),
-            closed_files: self.closed_files.saturating_add(other.closed_files),
-        }
-    }
-}
-
 impl std::ops::Add for Dropped {
     type Output = Self;
 
@@ -119,9 +88,6 @@ impl std::ops::Add for Dropped {
 
 /// A file system that an operator can look into.
 pub trait Inspect {
-    /// How much it has of everything.
-    fn usage(&self) -> Usage;
-
     /// Up to `limit` inodes, from the one on at which a [`Page`] ended; 0 for the first.
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode>;
 

@@ -66,6 +66,8 @@ pub(crate) struct ServerFds {
     pub(crate) control: Option<Listener>,
     pub(crate) user: Option<u32>,
     pub(crate) state: OwnedFd,
+    /// The file of the counters, if the previous program had one.
+    pub(crate) metrics: Option<OwnedFd>,
     pub(crate) pid_file: Option<OwnedFd>,
 }
 
@@ -186,6 +188,10 @@ impl ExecHandover {
             .optional("pid-file", Self::fd_identity)?
             .map(FdIdentity::take)
             .transpose()?;
+        let metrics = self
+            .optional("metrics", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -204,6 +210,7 @@ impl ExecHandover {
             control: control.transpose()?,
             user: self.optional("started-by", Self::number)?,
             state,
+            metrics,
             pid_file,
         };
         Ok((PassedOn { past, attempt }, fds))
@@ -218,6 +225,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) control: Option<&'a Listener>,
     pub(super) user: u32,
     pub(super) state: BorrowedFd<'a>,
+    pub(super) metrics: Option<BorrowedFd<'a>>,
     pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
@@ -261,6 +269,9 @@ impl Outgoing<'_> {
             }
         }
         list.open("state", self.state)?;
+        if let Some(metrics) = self.metrics {
+            list.open("metrics", metrics)?;
+        }
         if let Some(pid_file) = self.pid_file {
             list.open("pid-file", pid_file)?;
         }

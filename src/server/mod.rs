@@ -8,6 +8,7 @@
 mod control;
 mod control_group;
 mod control_socket;
+mod counters;
 mod error;
 mod file_system;
 mod limits;
@@ -34,6 +35,7 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
+use crate::metrics::SharedFile;
 use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
 };
@@ -100,6 +102,7 @@ struct ServerResources {
     state: TableLocation,
     pid_file: Option<PidFile>,
     control: Option<Listener>,
+    metrics: Option<SharedFile>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
@@ -244,6 +247,8 @@ impl Server {
             facts,
             live: Arc::clone(self.service.live()),
             fs: Arc::downgrade(self.service.file_system()),
+            metrics: Arc::downgrade(self.service.metrics()),
+            measured_until: None,
             mounts: parts.mounts.take(),
         };
         crate::control::start(sockets, Box::new(handlers)).map_err(ServerError::ControlThread)
@@ -303,6 +308,7 @@ impl ServerResources {
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
         let state = locate_table(&config)?;
+        let metrics = counters::create(&config)?;
         let listener = listen()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
@@ -318,6 +324,7 @@ impl ServerResources {
             runtime,
             state,
             pid_file,
+            metrics,
             manager,
             layer,
             caches,
@@ -384,6 +391,7 @@ impl Resources for ServerResources {
             place.file_handles,
             config.source.has_image(),
         )?;
+        let metrics = counters::open(&config, self.metrics.take(), &self.runtime)?;
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -397,7 +405,7 @@ impl Resources for ServerResources {
             once: config.once,
         };
         let fs = (self.layer)(fs);
-        let service = Service::over(fs, options, self.runtime, table)
+        let service = Service::over(fs, options, self.runtime, table, metrics)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
@@ -416,6 +424,7 @@ impl Resources for ServerResources {
             log,
             Some(self.listener.as_fd()),
             self.state.file(),
+            self.metrics.as_ref().map(AsFd::as_fd),
             self.pid_file(),
             self.control.as_ref().map(AsFd::as_fd),
         ];
@@ -444,6 +453,10 @@ impl Resources for ServerResources {
 
     fn state(&self) -> Option<BorrowedFd<'_>> {
         self.state.file()
+    }
+
+    fn metrics(&self) -> Option<&SharedFile> {
+        self.metrics.as_ref()
     }
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {

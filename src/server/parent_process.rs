@@ -75,11 +75,13 @@ impl ParentProcess {
             (None, Some(path)) => Some(super::control_socket::bind(path)?),
             (left, _) => left,
         };
+        let metrics = super::counters::take_over(&config, fds.metrics)?;
         let resources = ServerResources {
             control,
             started: Instant::now(),
             launched: super::launched(fds.user),
             config,
+            metrics: Some(metrics),
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),

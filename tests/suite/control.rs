@@ -22,11 +22,11 @@ use vmm::fuse::ROOT;
 use vmm::{Options as VmmOptions, Profile};
 
 /// A place for a control socket, and the option that makes it.
-struct Place {
+struct ControlSocket {
     dir: tempfile::TempDir,
 }
 
-impl Place {
+impl ControlSocket {
     fn new() -> Self {
         Self::of(None)
     }
@@ -114,7 +114,7 @@ const STATUS: &str = r#"{"version":1,"command":"status"}"#;
 
 #[test]
 fn status_shows_server_and_its_session() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let server = place.start(&["--workers=2", "--cache=never", "--tag=here"]);
     let status = place.ctl(&["status"]);
     assert_eq!(status["process"], server.guardian());
@@ -148,7 +148,7 @@ fn status_shows_server_and_its_session() {
 
 #[test]
 fn options_have_the_names_of_the_command_line() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let _server = place.start(&[]);
     let status = place.ctl(&["status"]);
     let command = Options::command();
@@ -165,7 +165,7 @@ fn options_have_the_names_of_the_command_line() {
 
 #[test]
 fn inodes_and_handles_are_listed_page_by_page_with_their_paths() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let server = place.start(&[]);
     let mut guest = server.session(Profile::Qemu, &VmmOptions::default());
     let dir = guest.mkdir(ROOT, c"dir", 0o755).unwrap().nodeid;
@@ -217,7 +217,7 @@ fn inodes_and_handles_are_listed_page_by_page_with_their_paths() {
 
 #[test]
 fn dropped_caches_are_opened_again() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let server = place.start(&[]);
     let mut guest = server.session(Profile::Qemu, &VmmOptions::default());
     let mut nodes = Vec::new();
@@ -250,7 +250,7 @@ fn descriptors_on_submounts_are_dropped_too() {
         println!("SKIPPED: to mount a tmpfs needs root");
         return;
     }
-    let place = Place::new();
+    let place = ControlSocket::new();
     let share = tempfile::tempdir().unwrap();
     let within = share.path().join("within");
     std::fs::create_dir(&within).unwrap();
@@ -284,7 +284,7 @@ fn descriptors_on_submounts_are_dropped_too() {
 
 #[test]
 fn log_level_changes_while_the_server_runs() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let mut server = place.start(&["--supervise"]);
     place.ctl(&["set-log-level", "warn"]);
     let levels = place.ctl(&["set-log-level", "debug", "virtqueue"]);
@@ -302,7 +302,7 @@ fn log_level_changes_while_the_server_runs() {
 
 #[test]
 fn dump_shows_queues_and_requests() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let server = place.start(&["--workers=2"]);
     assert_eq!(place.ctl(&["dump"])["threads"], Value::Null);
     let mut guest = server.session(Profile::Qemu, &VmmOptions::default());
@@ -327,12 +327,14 @@ fn dump_shows_queues_and_requests() {
         .iter()
         .map(|queue| queue["returned"].as_u64().unwrap());
     assert!(served.sum::<u64>() >= 2, "{queues:?}");
-    assert_eq!(dump["requests"]["by_operation"]["Mkdir"], 1);
+    let operations = dump["statistics"]["operations"].as_array().unwrap();
+    let made = operations.iter().find(|it| it["operation"] == "mkdir");
+    assert_eq!(made.unwrap()["requests"], 1, "{operations:?}");
 }
 
 #[test]
 fn signal_logs_a_report_with_and_without_control_socket() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     for arguments in [&[][..], &["--supervise"], &[&*place.option()]] {
         let mut server = Server::start(arguments);
         let mut guest = server.session(Profile::Qemu, &VmmOptions::default());
@@ -349,7 +351,7 @@ fn signal_logs_a_report_with_and_without_control_socket() {
 
 #[test]
 fn what_cannot_be_done_says_so_and_why() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let _server = place.start(&[]);
     for (arguments, code) in [
         (&["upgrade"][..], "not-possible"),
@@ -372,7 +374,7 @@ fn what_cannot_be_done_says_so_and_why() {
 
 #[test]
 fn socket_is_the_owners_and_ends_with_the_server() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let mut server = place.start(&[]);
     let mode = std::fs::metadata(place.socket())
         .unwrap()
@@ -404,7 +406,7 @@ fn other_users_are_refused_even_if_the_mode_lets_them_in() {
         println!("SKIPPED: another user needs root");
         return;
     }
-    let place = Place::new();
+    let place = ControlSocket::new();
     let _server = place.start(&[]);
     let program = place.dir.path().join("ringfsd");
     testing::copy_program(testing::program(), &program);
@@ -435,7 +437,7 @@ fn ordinary_user_and_root_control_a_server_in_its_user_namespace() {
         return;
     }
     for sandbox in ["--sandbox=namespace", "--sandbox=none"] {
-        let place = Place::of(Some(USER));
+        let place = ControlSocket::of(Some(USER));
         let server = Server::start_as(Some(USER), &[sandbox, &place.option()]);
         let status = place.ctl(&["status"]);
         assert_eq!(status["user"], USER, "{sandbox}");
@@ -453,7 +455,7 @@ fn ordinary_user_and_root_control_a_server_in_its_user_namespace() {
 
 #[test]
 fn stuck_and_hostile_clients_delay_neither_guests_nor_others() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let server = place.start(&[]);
     let mut guest = server.session(Profile::Qemu, &VmmOptions::default());
     // One that never completes its line, one that never reads, and more than there may be.

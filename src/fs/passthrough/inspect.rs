@@ -9,25 +9,12 @@ use std::os::fd::AsFd;
 use super::Passthrough;
 use super::descriptors::Descriptors;
 use super::inode_table::Inode;
-use crate::fs::{
-    Dropped, Handle, HandleKind, Inspect, KnownInode, NodeId, OpenHandle, Page, Usage,
-};
+use crate::fs::{Dropped, Handle, HandleKind, Inspect, KnownInode, NodeId, OpenHandle, Page};
 
 /// How many directories above an inode are named at most.
 const MAX_PATH_DEPTH: usize = 1024;
 
 impl Inspect for Passthrough {
-    fn usage(&self) -> Usage {
-        let fds = self.fds();
-        Usage {
-            inodes: fds.inodes().known(),
-            remembered_inodes: fds.inodes().forgotten(),
-            handles: fds.files().handles().count(),
-            descriptors: fds.count(),
-            closed_files: fds.files().closed().count(),
-        }
-    }
-
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode> {
         let fds = self.fds();
         let (nodes, next) = fds.inodes().nodes_from(NodeId(from), limit);

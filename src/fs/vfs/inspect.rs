@@ -6,13 +6,9 @@
 use super::Vfs;
 use super::points::Points;
 use super::table::{MOUNT_SHIFT, Mount, Table};
-use crate::fs::{Dropped, Inspect, KnownInode, NodeId, OpenHandle, Page, Usage};
+use crate::fs::{Dropped, Inspect, KnownInode, NodeId, OpenHandle, Page};
 
 impl Inspect for Vfs {
-    fn usage(&self) -> Usage {
-        self.sum(|fs| fs.usage())
-    }
-
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode> {
         self.pages(from, limit, |table, number, mount, fs, from, limit| {
             let page = fs.inodes(from, limit);
@@ -44,18 +40,13 @@ impl Inspect for Vfs {
     }
 
     fn drop_caches(&self) -> Dropped {
-        self.sum(|fs| fs.drop_caches())
+        let table = self.shards.get();
+        let all = table.all().filter_map(|mount| mount.fs.inspect());
+        all.fold(Dropped::default(), |sum, fs| sum + fs.drop_caches())
     }
 }
 
 impl Vfs {
-    /// What all file systems together have.
-    fn sum<T: Default + std::ops::Add<Output = T>>(&self, of: impl Fn(&dyn Inspect) -> T) -> T {
-        let table = self.shards.get();
-        let all = table.all().filter_map(|mount| mount.fs.inspect());
-        all.fold(T::default(), |sum, fs| sum + of(fs))
-    }
-
     /// A page of the lists of all file systems, one after the other.
     fn pages<T>(
         &self,

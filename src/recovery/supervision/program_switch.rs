@@ -118,6 +118,7 @@ impl<R: Resources> Supervision<R> {
             state,
             control: self.resources.control(),
             user: self.resources.user(),
+            metrics: self.resources.metrics().map(AsFd::as_fd),
             pid_file: self.resources.pid_file(),
             attempt,
         };

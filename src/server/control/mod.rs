@@ -8,6 +8,7 @@ mod status;
 
 use std::ffi::OsStr;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use log::LevelFilter;
 use serde_json::{Value, json};
@@ -19,9 +20,13 @@ use crate::error_chain;
 use crate::fs::vfs::MountPoint;
 use crate::fs::{FileSystem, Inspect};
 use crate::logging;
+use crate::metrics::Registry;
 
 pub(super) use self::options::options;
 pub(super) use self::status::Facts;
+
+/// For how long durations are measured after a client has asked for them.
+const MEASURE: Duration = Duration::from_secs(10);
 
 /// The handlers, and what they look at.
 #[derive(Debug)]
@@ -30,6 +35,9 @@ pub(super) struct Handlers {
     pub(super) live: Arc<Live>,
     /// It is dropped with the server, whatever this thread does.
     pub(super) fs: Weak<dyn FileSystem>,
+    pub(super) metrics: Weak<Registry>,
+    /// Until when durations are measured because a client has asked for them.
+    pub(super) measured_until: Option<Instant>,
     /// With `--vfs`.
     pub(super) mounts: Option<Mounts>,
 }
@@ -38,6 +46,7 @@ impl Handler for Handlers {
     fn call(&mut self, call: Call) -> Result<Value, Failure> {
         match call.command {
             "status" => Ok(self.status()),
+            "statistics" => self.measure(&call),
             "set-log-level" => set_log_level(&call),
             "inodes" => self.inspect(|fs| lists::inodes(fs, &call)),
             "handles" => self.inspect(|fs| lists::handles(fs, &call)),
@@ -50,6 +59,17 @@ impl Handler for Handlers {
                 Code::UnknownCommand,
                 format!("this server doesn't implement {other}"),
             )),
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.measured_until
+    }
+
+    fn expire(&mut self) {
+        self.measured_until = None;
+        if let Some(metrics) = self.metrics.upgrade() {
+            metrics.set_timed(false);
         }
     }
 
@@ -77,6 +97,19 @@ impl Handlers {
             .hint("directories can, alone (--shared-dir) or together (--vfs)")
         })?;
         look(inspect)
+    }
+
+    /// The counters. Durations are measured for a while if the client wants them.
+    fn measure(&mut self, call: &Call) -> Result<Value, Failure> {
+        let ending = || Failure::new(Code::Failed, "the server is ending");
+        let metrics = self.metrics.upgrade().ok_or_else(ending)?;
+        // Where they are measured anyway, that goes on.
+        if call.flag("durations")? && (!metrics.is_timed() || self.measured_until.is_some()) {
+            metrics.set_timed(true);
+            self.measured_until = Some(Instant::now() + MEASURE);
+        }
+        let statistics = serde_json::to_value(metrics.snapshot());
+        statistics.map_err(|error| Failure::new(Code::Failed, error.to_string()))
     }
 
     fn mounts(&mut self) -> Result<&mut Mounts, Failure> {

@@ -8,10 +8,9 @@ use serde_json::{Value, json};
 
 use super::{Handlers, lists};
 use crate::control::VERSION;
-use crate::fs::Usage;
 use crate::fuse::Negotiated;
-use crate::fuse::abi::Opcode;
 use crate::logging;
+use crate::metrics::{Snapshot, Usage};
 use crate::server::live::LiveSession;
 use crate::worker::{QueueReport, ThreadReport};
 
@@ -85,15 +84,19 @@ impl Handlers {
             "request_queues": request_queues,
             "connections": self.live.connections(),
             "vmm": self.live.session().map(|session| vmm(&session)),
-            "usage": self.usage().map(usage),
+            "usage": self.usage(),
             "log": log(),
             "options": options,
         })
     }
 
     fn usage(&self) -> Option<Usage> {
-        let fs = self.fs.upgrade()?;
-        Some(fs.inspect()?.usage())
+        Some(self.fs.upgrade()?.usage())
+    }
+
+    /// The counters, unless the server is ending.
+    pub(super) fn statistics(&self) -> Option<Snapshot> {
+        Some(self.metrics.upgrade()?.snapshot())
     }
 
     pub(super) fn dump(&self) -> Value {
@@ -102,7 +105,7 @@ impl Handlers {
         json!({
             "status": self.status(),
             "threads": threads.map(|threads| threads.iter().map(thread).collect::<Value>()),
-            "requests": session.as_ref().map(requests),
+            "statistics": self.statistics(),
         })
     }
 
@@ -120,10 +123,18 @@ impl Handlers {
             facts.workers,
         )];
         if let Some(usage) = self.usage() {
+            let shown =
+                |count: Option<u64>| count.map_or("-".to_owned(), |count| count.to_string());
             lines.push(format!(
                 "{} inodes known, {} files and directories open, {} descriptors",
-                usage.inodes, usage.handles, usage.descriptors
+                shown(usage.inodes),
+                shown(usage.handles),
+                shown(usage.descriptors)
             ));
+        }
+        if let Some(statistics) = self.statistics() {
+            lines.push(request_line(&statistics));
+            lines.extend(latency_line(&statistics));
         }
         let Some(live) = self.live.session() else {
             lines.push("no VMM is connected".to_owned());
@@ -139,7 +150,6 @@ impl Handlers {
                 |negotiated| negotiated.to_string()
             )
         ));
-        lines.extend(request_line(&live));
         for thread in live.threads.threads() {
             lines.push(thread_line(&thread));
         }
@@ -180,56 +190,37 @@ fn session(negotiated: &Negotiated) -> Value {
     })
 }
 
-fn usage(usage: Usage) -> Value {
-    json!({
-        "inodes": usage.inodes,
-        "remembered_inodes": usage.remembered_inodes,
-        "handles": usage.handles,
-        "descriptors": usage.descriptors,
-        "closed_files": usage.closed_files,
-    })
-}
-
-/// How many requests of each kind the session has had.
-fn counts(live: &LiveSession) -> Vec<(String, u64)> {
-    let Some(session) = live.session.upgrade() else {
-        return Vec::new();
-    };
-    let counters = session.counters();
-    let counts = Opcode::ALL
-        .iter()
-        .map(|opcode| (format!("{opcode:?}"), counters.requests(*opcode)))
-        .filter(|(_, count)| *count != 0);
-    let mut counts: Vec<_> = counts.collect();
-    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    counts
-}
-
-fn requests(live: &LiveSession) -> Value {
-    let counts = counts(live);
-    let session = live.session.upgrade();
-    let counters = session.as_ref().map(|session| session.counters());
-    json!({
-        "by_operation": counts.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
-        "errors": counters.map(|counters| counters.errors()),
-        "malformed": counters.map(|counters| counters.malformed()),
-        "deferred": counters.map(|counters| counters.later()),
-    })
-}
-
-fn request_line(live: &LiveSession) -> Option<String> {
-    let counts = counts(live);
-    let total: u64 = counts.iter().map(|(_, count)| count).sum();
-    let session = live.session.upgrade()?;
-    let most: Vec<_> = counts
+/// The requests that a server has had, in a line.
+fn request_line(statistics: &Snapshot) -> String {
+    let mut operations: Vec<_> = statistics.operations.iter().collect();
+    operations.sort_by_key(|stats| std::cmp::Reverse(stats.requests));
+    let most: Vec<_> = operations
         .iter()
         .take(5)
-        .map(|(name, count)| format!("{name} {count}"))
+        .map(|stats| format!("{} {}", stats.operation, stats.requests))
         .collect();
+    let errors: u64 = operations.iter().map(|stats| stats.errors).sum();
+    format!(
+        "{} requests, {errors} errors, {} bytes read, {} written; most of all {}",
+        statistics.requests(),
+        statistics.bytes_read,
+        statistics.bytes_written,
+        if most.is_empty() {
+            "nothing".to_owned()
+        } else {
+            most.join(", ")
+        }
+    )
+}
+
+/// How long requests took, if that is measured.
+fn latency_line(statistics: &Snapshot) -> Option<String> {
+    let latency = statistics.latency();
+    let microseconds = |part| Some(latency.quantile(part)? / 1000.0);
     Some(format!(
-        "{total} requests, {} errors: {}",
-        session.counters().errors(),
-        most.join(", ")
+        "half of the requests took at most {:.1} µs, 99 % at most {:.1} µs",
+        microseconds(0.5)?,
+        microseconds(0.99)?
     ))
 }
 

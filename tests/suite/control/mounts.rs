@@ -13,10 +13,10 @@ use testing::{Server, USER, errno};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-use super::{Connection, Place};
+use super::{Connection, ControlSocket};
 
 /// A server of `/one`, and a directory `two` beside it.
-fn start(user: Option<u32>, place: &Place, arguments: &[&str]) -> (Server, PathBuf) {
+fn start(user: Option<u32>, place: &ControlSocket, arguments: &[&str]) -> (Server, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
     for name in ["one", "two", "two/inner"] {
@@ -55,7 +55,7 @@ fn setups() -> Vec<(Option<u32>, &'static str)> {
 fn directory_is_mounted_used_and_unmounted_while_a_guest_works() {
     for (user, sandbox) in setups() {
         println!("{sandbox} {user:?}");
-        let place = Place::of(user);
+        let place = ControlSocket::of(user);
         let (server, path) = start(user, &place, &["--sandbox", sandbox]);
         let mut guest = server.session(Profile::Qemu, &Options::default());
         assert_eq!(errno(guest.lookup(ROOT, c"two")), Some(libc::ENOENT));
@@ -98,7 +98,7 @@ fn directory_is_mounted_used_and_unmounted_while_a_guest_works() {
 
 #[test]
 fn readonly_mount_refuses_changes() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let (server, path) = start(None, &place, &[]);
     let two = path.join("two");
     place.ctl(&["mount", "/two", two.to_str().unwrap(), "--readonly"]);
@@ -109,7 +109,7 @@ fn readonly_mount_refuses_changes() {
 
 #[test]
 fn number_of_added_directories_is_limited() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let (_server, path) = start(None, &place, &[]);
     let two = path.join("two");
     let two = two.to_str().unwrap();
@@ -140,7 +140,7 @@ fn mount_raw(client: &mut Connection, point: &str, fd: Option<&fs::File>) -> Val
 
 #[test]
 fn descriptor_that_leads_out_of_the_sandbox_is_refused() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let (_server, path) = start(None, &place, &[]);
     let mut client = place.connect();
     let open = |path: &Path| fs::File::open(path).unwrap();
@@ -154,7 +154,7 @@ fn descriptor_that_leads_out_of_the_sandbox_is_refused() {
     let reply = mount_raw(&mut client, "/two", None);
     assert_eq!(reply["error"]["code"], "invalid-argument", "{reply}");
     // Without a sandbox there is nothing to be led out of.
-    let place = Place::new();
+    let place = ControlSocket::new();
     let (_server, path) = start(None, &place, &["--sandbox=none"]);
     let mut client = place.connect();
     let attached = open(&path.join("two"));

@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use ringfsd::internals::control::{COMMANDS, Code, VERSION};
 use serde_json::Value;
 
-use super::{Place, STATUS};
+use super::{ControlSocket, STATUS};
 
 const PAGE: &str = include_str!("../../../docs/control.md");
 
 #[test]
 fn one_connection_takes_requests_one_after_the_other() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let _server = place.start(&[]);
     let mut client = place.connect();
     for id in ["1", "\"two\"", "null"] {
@@ -31,7 +31,7 @@ fn one_connection_takes_requests_one_after_the_other() {
 
 #[test]
 fn requests_of_other_versions_and_commands_are_refused_and_the_connection_stays() {
-    let place = Place::new();
+    let place = ControlSocket::new();
     let _server = place.start(&[]);
     let mut client = place.connect();
     for (line, code) in [

@@ -6,7 +6,7 @@ use testing::{Server, USER};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-use super::{Place, STATUS};
+use super::{ControlSocket, STATUS};
 
 fn kill(pid: u32) {
     let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
@@ -28,7 +28,7 @@ fn setups() -> Vec<(&'static str, Option<u32>)> {
 fn control_socket_survives_kills_and_upgrades() {
     for (sandbox, user) in setups() {
         println!("{sandbox} {user:?}");
-        let place = Place::of(user);
+        let place = ControlSocket::of(user);
         let arguments = ["--supervise", "--sandbox", sandbox, &place.option()];
         let mut server = Server::start_as(user, &arguments);
         let mut guest = server.session(Profile::Qemu, &Options::default());
