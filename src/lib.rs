@@ -32,6 +32,7 @@ mod sandbox;
 pub mod scheduler;
 mod server;
 mod state;
+mod top;
 mod vhost_user;
 mod virtqueue;
 mod worker;
@@ -58,7 +59,7 @@ pub mod service {
 pub mod internals {
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog,
+            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog, Top,
             Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
             status_of, syslog_header,
         };
@@ -136,6 +137,10 @@ pub mod internals {
 
     pub mod state {
         pub use crate::state::{Limits, Table};
+    }
+
+    pub mod top {
+        pub use crate::top::run;
     }
 
     pub mod vhost_user {

@@ -36,6 +36,7 @@ pub(crate) const ROOMS: &[&str] = &[
     "server",
     "state",
     "sys",
+    "top",
     "vhost_user",
     "virtqueue",
     "worker",

@@ -12,13 +12,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use log::LevelFilter;
 use ringfsd::error_chain;
-use ringfsd::internals::cli::{self, Behaviour, Ctl, Options, Persona, Syslog, Upgrade};
+use ringfsd::internals::cli::{self, Behaviour, Ctl, Options, Persona, Syslog, Top, Upgrade};
 use ringfsd::internals::config::Config;
 use ringfsd::internals::ctl;
 use ringfsd::internals::logging;
 use ringfsd::internals::recovery::{self, ExecHandover, Watched};
 use ringfsd::internals::sandbox::{self, Ending};
 use ringfsd::internals::server::{self, Exit, Server, Started};
+use ringfsd::internals::top;
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     match cli::asks_for_command(&arguments) {
         None => {}
         Some("ctl") => return ctl(&arguments),
+        Some("top") => return top(&arguments),
         Some(_) => return upgrade(&arguments),
     }
     let persona = Persona::of(&arguments);
@@ -114,6 +116,17 @@ fn ctl(arguments: &[OsString]) -> ExitCode {
         }
         Err(text) => {
             eprintln!("ringfsd: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Watches running servers.
+fn top(arguments: &[OsString]) -> ExitCode {
+    match top::run(&Top::parse_from(arguments.iter().skip(1))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringfsd: {}", error_chain::one_line(&error));
             ExitCode::FAILURE
         }
     }

@@ -43,6 +43,14 @@ pub enum CtlCommand {
         #[arg(long)]
         durations: bool,
     },
+    /// Show the files with the most requests
+    ///
+    /// Requests are counted by file from the first call on, until none has come for 10 seconds.
+    WatchFiles {
+        /// Show up to N files, at most 10000
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=10000))]
+        limit: u64,
+    },
     /// Set the log level
     ///
     /// The level applies until the serving process is replaced.

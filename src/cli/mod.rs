@@ -23,6 +23,7 @@ mod sharing;
 mod size;
 mod sources;
 mod syslog;
+mod top;
 mod upgrade;
 mod values;
 
@@ -50,6 +51,7 @@ pub(crate) use self::recovery::Recovery;
 pub use self::resolve::notices;
 pub(crate) use self::sharing::Sharing;
 pub use self::syslog::{Syslog, header as syslog_header};
+pub use self::top::Top;
 pub use self::upgrade::Upgrade;
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
@@ -62,9 +64,11 @@ pub use self::upgrade::Upgrade;
     version,
     args_override_self = true,
     after_help = "Replace a running server with this program: ringfsd upgrade --help\n\
-        Look into a running server, or change its settings: ringfsd ctl --help",
+        Look into a running server, or change its settings: ringfsd ctl --help\n\
+        Watch what running servers do: ringfsd top --help",
     after_long_help = "To replace a running server with this program, see ringfsd upgrade --help. \
-        To look into a running server, or change its settings, see ringfsd ctl --help.\n\n\
+        To look into a running server, or change its settings, see ringfsd ctl --help; \
+        to watch what servers do, see ringfsd top --help.\n\n\
         Example with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
         qemu-system-x86_64 … -m 4G \\\n    \
@@ -213,7 +217,7 @@ mod tests {
         for line in short_help_lines(100) {
             let option = line.trim_start().starts_with('-');
             let heading = line.ends_with(':') && !line.starts_with(' ');
-            let last = ["Replace a running", "Look into a running"];
+            let last = ["Replace a running", "Look into a running", "Watch what"];
             let last = last.iter().any(|start| line.starts_with(start));
             assert!(option || heading || last || line.is_empty(), "{line:?}");
             // If help doesn't fit, clap puts it below the name, for the whole heading.

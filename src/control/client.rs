@@ -57,13 +57,22 @@ impl Client {
     ///
     /// No server listens there, or this user may not connect.
     pub(crate) fn connect(path: &Path) -> Result<Self, CallError> {
+        Self::connect_within(path, TIMEOUT)
+    }
+
+    /// As [`connect`](Self::connect), for commands that take no longer than `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// As for `connect`.
+    pub(crate) fn connect_within(path: &Path, timeout: Duration) -> Result<Self, CallError> {
         let failed = |source| CallError::Connect {
             path: path.to_owned(),
             source,
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
-        stream.set_read_timeout(Some(TIMEOUT)).map_err(failed)?;
-        stream.set_write_timeout(Some(TIMEOUT)).map_err(failed)?;
+        stream.set_read_timeout(Some(timeout)).map_err(failed)?;
+        stream.set_write_timeout(Some(timeout)).map_err(failed)?;
         Ok(Self {
             stream: BufReader::new(stream),
         })

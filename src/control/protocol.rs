@@ -34,6 +34,11 @@ pub const COMMANDS: &[Command] = &[
         purpose: "The counters of requests, and what is in use",
     },
     Command {
+        name: "watch-files",
+        arguments: &["limit"],
+        purpose: "The files with the most requests",
+    },
+    Command {
         name: "set-log-level",
         arguments: &["level", "room"],
         purpose: "Sets the log level of the server, or of one of its rooms",

@@ -75,6 +75,7 @@ fn ask(ctl: &Ctl) -> Result<Value, CtlError> {
         CtlCommand::Statistics { durations } => {
             call("statistics", json!({ "durations": durations }), None)?
         }
+        CtlCommand::WatchFiles { limit } => call("watch-files", json!({ "limit": limit }), None)?,
         CtlCommand::SetLogLevel { level, room } => {
             let level = level.as_str().to_ascii_lowercase();
             call(

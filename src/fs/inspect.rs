@@ -94,6 +94,9 @@ pub trait Inspect {
     /// Up to `limit` open files and directories, likewise.
     fn handles(&self, from: u64, limit: usize) -> Page<OpenHandle>;
 
+    /// The path of an inode that the guest knows, from `/`, if it is known.
+    fn path(&self, node: NodeId) -> Option<Vec<u8>>;
+
     /// Closes what is open only because it may be needed again.
     fn drop_caches(&self) -> Dropped;
 }

@@ -16,6 +16,7 @@
 pub(crate) mod abi;
 mod counters;
 mod directory;
+mod file_watch;
 mod init;
 mod reply;
 pub(crate) mod request;
@@ -30,6 +31,7 @@ pub(crate) use counters::Counters;
 pub(crate) fn opcode_name(number: u32) -> Option<String> {
     abi::Opcode::name_of(number)
 }
+pub(crate) use file_watch::{FileCounts, FileWatch};
 pub use init::SessionOptions;
 pub(crate) use init::{Negotiated, Readdirplus, Wanted};
 pub(crate) use reply::error_reply;

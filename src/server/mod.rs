@@ -249,6 +249,8 @@ impl Server {
             fs: Arc::downgrade(self.service.file_system()),
             metrics: Arc::downgrade(self.service.metrics()),
             measured_until: None,
+            file_watch: Arc::clone(self.service.file_watch()),
+            watched_until: None,
             mounts: parts.mounts.take(),
         };
         crate::control::start(sockets, Box::new(handlers)).map_err(ServerError::ControlThread)

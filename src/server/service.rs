@@ -17,7 +17,7 @@ use super::limits::explain;
 use super::live::Live;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
-use crate::fuse::{Session, SessionOptions, opcode_name};
+use crate::fuse::{FileWatch, Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
@@ -72,6 +72,7 @@ pub struct Service {
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
     live: Arc<Live>,
+    file_watch: Arc<FileWatch>,
 }
 
 impl Service {
@@ -115,6 +116,7 @@ impl Service {
             heartbeat: None,
             has_waited: false,
             live: Arc::default(),
+            file_watch: Arc::default(),
         }
     }
 
@@ -136,6 +138,11 @@ impl Service {
         self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
+    }
+
+    /// Counts requests by file, if it is switched on.
+    pub(super) fn file_watch(&self) -> &Arc<FileWatch> {
+        &self.file_watch
     }
 
     /// What is served at this moment.
@@ -312,6 +319,7 @@ impl Service {
         ) -> Result<End, SessionError>,
     ) -> Result<End, ServerError> {
         let session = Session::new(Arc::clone(&self.fs), self.options.session.clone())
+            .watched_by(Arc::clone(&self.file_watch))
             .remembering(Arc::clone(&self.table))
             .reporting_to(Arc::clone(&self.metrics));
         if let Some(negotiated) = session.negotiated() {

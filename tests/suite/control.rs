@@ -1,9 +1,11 @@
 //! The control socket: what it shows, what it changes, who may use it, and what no client can do to
-//! others. `control/mounts.rs` has what it mounts, `control/recovery.rs` restarts and upgrades.
+//! others. `control/mounts.rs` has what it mounts, `control/recovery.rs` restarts and upgrades,
+//! `control/top.rs` the live view.
 
 mod mounts;
 mod protocol;
 mod recovery;
+mod top;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};

@@ -47,6 +47,11 @@ impl Inspect for Passthrough {
         }
     }
 
+    fn path(&self, node: NodeId) -> Option<Vec<u8>> {
+        let fds = self.fds();
+        path(fds, &*fds.inodes().any(node)?)
+    }
+
     fn drop_caches(&self) -> Dropped {
         self.fds().drop_caches()
     }

@@ -5,7 +5,7 @@
 
 use super::Vfs;
 use super::points::Points;
-use super::table::{MOUNT_SHIFT, Mount, Table};
+use super::table::{MOUNT_SHIFT, Mount, Table, Target};
 use crate::fs::{Dropped, Inspect, KnownInode, NodeId, OpenHandle, Page};
 
 impl Inspect for Vfs {
@@ -37,6 +37,17 @@ impl Inspect for Vfs {
                 next: page.next,
             }
         })
+    }
+
+    fn path(&self, node: NodeId) -> Option<Vec<u8>> {
+        let table = self.shards.get();
+        match table.resolve(node).ok()? {
+            Target::Point(point) => Some(table.points.path_of(point.number)),
+            Target::Node(at) => {
+                let path = at.fs.inspect()?.path(at.node);
+                below(&table.points, table.mount(at.mount)?, path)
+            }
+        }
     }
 
     fn drop_caches(&self) -> Dropped {

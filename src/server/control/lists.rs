@@ -6,7 +6,8 @@ use rustix::fs::FileType;
 use serde_json::{Value, json};
 
 use crate::control::{Call, Failure};
-use crate::fs::{Dropped, HandleKind, Inspect, KnownInode, OpenHandle, Page};
+use crate::fs::{Dropped, HandleKind, Inspect, KnownInode, NodeId, OpenHandle, Page};
+use crate::fuse::FileCounts;
 use crate::server::mounts::Mounts;
 
 /// How many entries a page has unless the client says otherwise, and at most.
@@ -25,12 +26,34 @@ pub(super) fn handles(fs: &dyn Inspect, call: &Call) -> Result<Value, Failure> {
 
 /// Where a page begins, and how long it is.
 fn range(call: &Call) -> Result<(u64, usize), Failure> {
-    let limit = call.number("limit", DEFAULT)?;
+    Ok((call.number("after", 0)?, limit(call, DEFAULT)?))
+}
+
+/// How many entries a client wants.
+pub(super) fn limit(call: &Call, otherwise: u64) -> Result<usize, Failure> {
+    let limit = call.number("limit", otherwise)?;
     if !(1..=MAX).contains(&limit) {
         return Err(Failure::argument("limit", "from 1 to 10000"));
     }
-    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    Ok((call.number("after", 0)?, limit))
+    Ok(usize::try_from(limit).unwrap_or(usize::MAX))
+}
+
+/// What was done with files, with their paths as far as `fs` knows them.
+pub(super) fn busiest(fs: Option<&dyn Inspect>, files: Vec<(NodeId, FileCounts)>) -> Value {
+    let files: Vec<_> = files
+        .into_iter()
+        .map(|(node, counts)| {
+            let path = fs.and_then(|fs| fs.path(node));
+            json!({
+                "node": node.0,
+                "requests": counts.requests,
+                "bytes_read": counts.bytes_read,
+                "bytes_written": counts.bytes_written,
+                "path": path.as_deref().map(text),
+            })
+        })
+        .collect();
+    json!({ "files": files })
 }
 
 fn page<T>(name: &str, page: &Page<T>, show: impl Fn(&T) -> Value) -> Value {

@@ -19,6 +19,7 @@ use crate::control::{Call, Code, Failure, Handler};
 use crate::error_chain;
 use crate::fs::vfs::MountPoint;
 use crate::fs::{FileSystem, Inspect};
+use crate::fuse::FileWatch;
 use crate::logging;
 use crate::metrics::Registry;
 
@@ -38,6 +39,9 @@ pub(super) struct Handlers {
     pub(super) metrics: Weak<Registry>,
     /// Until when durations are measured because a client has asked for them.
     pub(super) measured_until: Option<Instant>,
+    pub(super) file_watch: Arc<FileWatch>,
+    /// Until when requests are counted by file.
+    pub(super) watched_until: Option<Instant>,
     /// With `--vfs`.
     pub(super) mounts: Option<Mounts>,
 }
@@ -47,6 +51,7 @@ impl Handler for Handlers {
         match call.command {
             "status" => Ok(self.status()),
             "statistics" => self.measure(&call),
+            "watch-files" => self.watch_files(&call),
             "set-log-level" => set_log_level(&call),
             "inodes" => self.inspect(|fs| lists::inodes(fs, &call)),
             "handles" => self.inspect(|fs| lists::handles(fs, &call)),
@@ -64,12 +69,23 @@ impl Handler for Handlers {
 
     fn deadline(&self) -> Option<Instant> {
         self.measured_until
+            .into_iter()
+            .chain(self.watched_until)
+            .min()
     }
 
     fn expire(&mut self) {
-        self.measured_until = None;
-        if let Some(metrics) = self.metrics.upgrade() {
-            metrics.set_timed(false);
+        let now = Instant::now();
+        let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
+        if is_over(self.measured_until) {
+            self.measured_until = None;
+            if let Some(metrics) = self.metrics.upgrade() {
+                metrics.set_timed(false);
+            }
+        }
+        if is_over(self.watched_until) {
+            self.watched_until = None;
+            self.file_watch.switch(false);
         }
     }
 
@@ -110,6 +126,16 @@ impl Handlers {
         }
         let statistics = serde_json::to_value(metrics.snapshot());
         statistics.map_err(|error| Failure::new(Code::Failed, error.to_string()))
+    }
+
+    /// The files with the most requests, which are counted for a while from now on.
+    fn watch_files(&mut self, call: &Call) -> Result<Value, Failure> {
+        let limit = lists::limit(call, 100)?;
+        self.file_watch.switch(true);
+        self.watched_until = Some(Instant::now() + MEASURE);
+        let fs = self.fs.upgrade();
+        let inspect = fs.as_ref().and_then(|fs| fs.inspect());
+        Ok(lists::busiest(inspect, self.file_watch.busiest(limit)))
     }
 
     fn mounts(&mut self) -> Result<&mut Mounts, Failure> {
