@@ -12,7 +12,12 @@ use super::values::log_level;
 /// The server must have been started with --control unix:SOCKET. Only its user and root can control
 /// it.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ringfsd ctl", bin_name = "ringfsd ctl", version)]
+#[command(
+    name = "ringfsd ctl",
+    bin_name = "ringfsd ctl",
+    version,
+    flatten_help = true
+)]
 pub struct Ctl {
     /// Path of the server's control socket
     pub socket: PathBuf,

@@ -10,8 +10,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::request::{Operation, Request};
 use crate::fs::NodeId;
 
-/// Enough for a handful of workers to collide rarely.
+/// Enough for a handful of workers to collide rarely; a power of two.
 const SHARDS: usize = 16;
+
+/// The bits of a node id that choose the shard.
+const MASK: u64 = SHARDS as u64 - 1;
 
 /// How many files are counted in each shard. Requests for others aren't counted then.
 const MAX_FILES: usize = 4096;
@@ -75,7 +78,7 @@ impl FileWatch {
     }
 
     fn add(&self, node: NodeId, read: u64, written: u64) {
-        let at = usize::try_from(node.0 % SHARDS as u64).unwrap_or_default();
+        let at = usize::try_from(node.0 & MASK).unwrap_or_default();
         let Some(shard) = self.shards.get(at) else {
             return;
         };

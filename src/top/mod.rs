@@ -61,10 +61,12 @@ pub fn run(top: &Top) -> Result<(), TopError> {
         .into_iter()
         .map(|socket| Watched::start(socket, top.interval))
         .collect();
-    let screen = Screen {
-        shares,
-        view: View::new(top.interval),
+    let view = View::new(top.interval);
+    let view = match top.batch {
+        Some(_) => view.without_keys(),
+        None => view,
     };
+    let screen = Screen { shares, view };
     match top.batch {
         Some(count) => screen.print(count, top.width, top.interval),
         None => screen.show(),

@@ -91,10 +91,11 @@ mod tests {
             r#"{{"operation":"read","requests":{requests},"errors":{errors},
             "latency":{{"sum":{requests},"buckets":[0,{requests}]}}}}"#
         );
-        let mut snapshot = Snapshot::default();
-        snapshot.operations = vec![serde_json::from_str(&text).unwrap()];
-        snapshot.bytes_read = bytes;
-        snapshot
+        Snapshot {
+            operations: vec![serde_json::from_str(&text).unwrap()],
+            bytes_read: bytes,
+            ..Snapshot::default()
+        }
     }
 
     #[test]

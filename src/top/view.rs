@@ -43,6 +43,8 @@ pub(super) struct View {
     selected: Option<usize>,
     detail: Detail,
     paused_at: Option<Instant>,
+    /// The last line names the keys.
+    shows_keys: bool,
 }
 
 impl View {
@@ -55,7 +57,14 @@ impl View {
             selected: None,
             detail: Detail::Operations,
             paused_at: None,
+            shows_keys: true,
         }
+    }
+
+    /// The same without a line that names the keys.
+    pub(super) fn without_keys(mut self) -> Self {
+        self.shows_keys = false;
+        self
     }
 
     pub(super) fn set_shares(&mut self, shares: Vec<Share>) {
@@ -156,7 +165,7 @@ impl View {
             Constraint::Length(rows),
             Constraint::Length(1),
             Constraint::Fill(1),
-            Constraint::Length(1),
+            Constraint::Length(u16::from(self.shows_keys)),
         ])
         .areas(area);
         self.draw_header(header, buffer);
