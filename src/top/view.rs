@@ -209,9 +209,9 @@ impl View {
 
     /// The columns for which there is room.
     fn columns(width: u16) -> Vec<Column> {
-        let room = width.saturating_sub(NAME) / (NUMBER + 1);
         let all = Column::ALL.into_iter();
-        all.take(usize::from(room).max(1) + 1).collect()
+        all.take(fitting(width, Column::ALL.len() - 1) + 1)
+            .collect()
     }
 
     fn draw_shares(&self, area: Rect, buffer: &mut Buffer) {
@@ -369,10 +369,19 @@ fn draw_files(files: &Files, area: Rect, buffer: &mut Buffer) {
             bytes(file.bytes_read),
             bytes(file.bytes_written),
         ];
-        let name = Cell::new(end_of(&file.path, name_width(area.width, 3)));
+        let name = Cell::new(end_of(
+            &file.path,
+            name_width(area.width, fitting(area.width, 3)),
+        ));
         Row::new([name].into_iter().chain(cells.map(right)))
     });
     draw_table(header, rows.collect(), 3, area, buffer);
+}
+
+/// How many of so many numbers fit beside a name.
+fn fitting(width: u16, numbers: usize) -> usize {
+    let room = width.saturating_sub(NAME) / (NUMBER + 1);
+    usize::from(room).clamp(1, numbers.max(1))
 }
 
 /// The width of the names beside so many numbers.
@@ -398,9 +407,10 @@ fn draw_table(
     area: Rect,
     buffer: &mut Buffer,
 ) {
-    let widths = [Constraint::Fill(1)]
-        .into_iter()
-        .chain(std::iter::repeat_n(Constraint::Length(NUMBER), numbers));
+    let widths = [Constraint::Fill(1)].into_iter().chain(std::iter::repeat_n(
+        Constraint::Length(NUMBER),
+        fitting(area.width, numbers),
+    ));
     let header = header.style(Style::new().add_modifier(Modifier::BOLD));
     Widget::render(Table::new(rows, widths).header(header), area, buffer);
 }
