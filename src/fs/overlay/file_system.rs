@@ -253,17 +253,13 @@ impl FileSystem for Overlay {
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
         match kind {
-            HandleKind::File => self.with_file(node, handle, |fs, node, handle| {
-                fs.file(node, handle, HandleKind::File)
-            }),
+            HandleKind::File => self.open_file(node, handle),
             HandleKind::Directory => self.directory_file(node, handle),
         }
     }
 
     fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
-        self.with_file(node, handle, |fs, node, handle| {
-            fs.file_to_change(node, handle)
-        })
+        self.open_file_to_change(node, handle)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
