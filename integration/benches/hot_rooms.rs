@@ -16,7 +16,7 @@ use ringfsd::fs::vfs::{MountPoint, Vfs, VfsOptions};
 use ringfsd::fs::{Caller, FileSystem, HandleKind, NodeId};
 use ringfsd::internals::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::internals::fuse::{OUT_HEADER_LEN, request};
-use ringfsd::internals::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::internals::guest_memory::{MemoryLostEvent, Region, RegionDescription, of_regions};
 use ringfsd::internals::state::{Limits, Table};
 use ringfsd::internals::virtqueue::{
     Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup, Tracking,
@@ -88,7 +88,7 @@ impl Ring {
         };
         let region = Region::map(description, &alarm);
         let regions = vec![region.expect("a region")];
-        let ours = Arc::new(Memory::new(regions, None).expect("a memory table"));
+        let ours = Arc::new(of_regions(regions).expect("a memory table"));
         let at = driver.addresses();
         let user = |gpa: Gpa| memory.user_address(gpa).expect("an address");
         let addresses = RingAddresses {

@@ -25,8 +25,8 @@ mod testing;
 mod transport;
 
 pub(crate) use counters::Counters;
-pub use init::SessionOptions;
-pub(crate) use init::{Negotiated, Readdirplus, Wanted};
+pub(crate) use init::Negotiated;
+pub use init::{Readdirplus, SessionOptions, Wanted};
 pub(crate) use reply::error_reply;
 pub(crate) use session::Queues;
 pub use session::{Outcome, Session};
