@@ -32,3 +32,8 @@ pub(crate) use session::Queues;
 pub use session::{Outcome, Session};
 pub(crate) use transport::RecordedIntent;
 pub use transport::{OUT_HEADER_LEN, Transport};
+
+/// The name of the opcode with this number, if there is one.
+pub(crate) fn opcode_name(number: u32) -> Option<String> {
+    abi::Opcode::name_of(number)
+}
