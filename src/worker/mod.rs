@@ -15,5 +15,5 @@ mod threads;
 mod worker_pool;
 
 pub use threads::{Threads, ThreadsError, Worker};
-pub use worker_pool::WorkerPool;
-pub(crate) use worker_pool::{Pings, WorkerPoolError};
+pub(crate) use worker_pool::Pings;
+pub use worker_pool::{WorkerPool, WorkerPoolError};
