@@ -34,7 +34,7 @@ impl Operations {
     /// Serves LOOKUP of a name.
     pub(crate) fn look_up(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
         let parent = self.fds.inode(parent)?;
-        let entry = self.find(self.fds.fd(&parent)?, name)?;
+        let entry = self.find_listed(self.fds.fd(&parent)?, name)?;
         self.note_lookup(caller, entry.node);
         Ok(self.announced(&parent.key(), entry))
     }
