@@ -184,7 +184,7 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         let left = self.left.take();
         if left.is_none() && self.first {
-            self.service.try_threads()?;
+            self.service.start_first_workers()?;
         }
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();

@@ -11,6 +11,7 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
+mod lone_wait;
 mod threads;
 mod worker_pool;
 
