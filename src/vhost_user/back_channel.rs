@@ -7,6 +7,7 @@
 //! invariant: an answer is never taken for that to another request, also after a kill (`counters`).
 
 mod counters;
+mod message;
 #[cfg(test)]
 mod tests;
 
@@ -19,16 +20,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use vhost::vhost_user::message::{
-    BackendReq, VhostUserHeaderFlag, VhostUserMMap, VhostUserMMapFlags, VhostUserMsgValidator,
-    VhostUserProtocolFeatures as Feature,
-};
-use vm_memory::ByteValued;
 
 use self::counters::{ANSWER, Found, RequestCounters};
+use self::message::Message;
 use super::message::Header;
 use super::session_snapshot::BackChannelRecord;
-use crate::device::{BackChannel, BackChannelError, BackendRequest, SharedMapping};
+use crate::device::{BackChannel, BackChannelError, BackendRequest};
 
 /// How long a request may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -347,78 +344,5 @@ fn failed(error: Errno) -> BackChannelError {
     match error {
         Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN => BackChannelError::Closed,
         error => BackChannelError::Io(error.into()),
-    }
-}
-
-/// A request as it is sent.
-struct Message<'a> {
-    number: BackendReq,
-    bytes: Vec<u8>,
-    fd: Option<BorrowedFd<'a>>,
-}
-
-impl<'a> Message<'a> {
-    fn new(request: BackendRequest, fd: Option<BorrowedFd<'a>>) -> Result<Self, BackChannelError> {
-        let (number, mapping) = match &request {
-            BackendRequest::ConfigChanged => (BackendReq::CONFIG_CHANGE_MSG, None),
-            BackendRequest::MapSharedMemory(mapping) => (BackendReq::SHMEM_MAP, Some(mapping)),
-            BackendRequest::UnmapSharedMemory(mapping) => (BackendReq::SHMEM_UNMAP, Some(mapping)),
-        };
-        match (number, fd) {
-            (BackendReq::SHMEM_MAP, None) => {
-                return Err(BackChannelError::Invalid("it has no descriptor"));
-            }
-            (BackendReq::SHMEM_MAP, Some(_)) | (_, None) => {}
-            (_, Some(_)) => return Err(BackChannelError::Invalid("it takes no descriptor")),
-        }
-        let payload = mapping.map(payload).transpose()?;
-        let body = payload.as_ref().map_or(&[][..], ByteValued::as_slice);
-        let header = Header {
-            request: number.into(),
-            flags: Header::VERSION | VhostUserHeaderFlag::NEED_REPLY.bits(),
-            size: u32::try_from(body.len()).unwrap_or(u32::MAX),
-        };
-        Ok(Self {
-            number,
-            bytes: [&header.bytes(), body].concat(),
-            fd,
-        })
-    }
-
-    /// Whether the front end has accepted the features that the request belongs to.
-    fn check_negotiated(&self, protocol: u64) -> Result<(), BackChannelError> {
-        // SHMEM says by itself that SHMEM_MAP has a descriptor: crosvm accepts SHMEM without
-        // BACKEND_SEND_FD.
-        let of_request = match self.number {
-            BackendReq::SHMEM_MAP | BackendReq::SHMEM_UNMAP => (Feature::SHMEM, "SHMEM"),
-            _ => (Feature::CONFIG, "CONFIG"),
-        };
-        let needs = [(Feature::REPLY_ACK, "REPLY_ACK"), of_request];
-        let missing = |(feature, _): &&(Feature, _)| protocol & feature.bits() == 0;
-        match needs.iter().find(missing) {
-            Some((_, name)) => Err(BackChannelError::NotNegotiated(name)),
-            None => Ok(()),
-        }
-    }
-}
-
-fn payload(mapping: &SharedMapping) -> Result<VhostUserMMap, BackChannelError> {
-    let flags = if mapping.writable {
-        VhostUserMMapFlags::WRITABLE
-    } else {
-        VhostUserMMapFlags::empty()
-    };
-    let payload = VhostUserMMap {
-        shmid: mapping.region,
-        padding: [0; 7],
-        fd_offset: mapping.file_offset,
-        shm_offset: mapping.offset,
-        len: mapping.len,
-        flags: flags.bits(),
-    };
-    if payload.is_valid() {
-        Ok(payload)
-    } else {
-        Err(BackChannelError::Invalid("its range"))
     }
 }

@@ -5,8 +5,10 @@ use std::sync::mpsc;
 use std::thread;
 
 use rustix::net::RecvFlags;
+use vhost::vhost_user::message::{BackendReq, VhostUserMMap, VhostUserProtocolFeatures as Feature};
 
 use super::*;
+use crate::device::SharedMapping;
 use crate::sys::rights;
 
 const CONFIG_CHANGED: u32 = BackendReq::CONFIG_CHANGE_MSG as u32;
