@@ -62,6 +62,14 @@ pub struct Dax {
         requires = "dax_window"
     )]
     pub dax_min_size: u64,
+
+    /// Map by FS_MAP under a VMM without SHMEM
+    ///
+    /// VMMs had these requests before vhost-user got SHMEM. Their numbers now mean other requests, so
+    /// they are sent only with this option, and only to a VMM that hasn't accepted SHMEM. Such a VMM
+    /// has its own setting for the size of the window: set both to the same.
+    #[arg(long, requires = "dax_window")]
+    pub dax_fs_map: bool,
 }
 
 impl Dax {

@@ -394,6 +394,7 @@ impl TryFrom<Options> for Config {
             state: options.recovery.state,
             once,
             supervise: options.recovery.supervise,
+            dax_fs_map: options.dax.dax_fs_map,
             descriptors: match options.sharing.rlimit_nofile {
                 None => behaviour.descriptors,
                 Some(0) => Descriptors::Inherited,

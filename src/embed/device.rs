@@ -105,6 +105,7 @@ impl VirtioFs {
                 tag: options.tag.clone(),
                 request_queues: options.request_queues,
                 dax_window: options.session.dax.map_or(0, |dax| dax.window),
+                dax_fs_map: false,
             },
             options,
             fs,

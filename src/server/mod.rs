@@ -309,6 +309,7 @@ impl Resources for ServerResources {
                 tag: config.tag,
                 request_queues: config.request_queues,
                 dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,

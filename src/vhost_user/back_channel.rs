@@ -20,9 +20,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Feature;
 
 use self::counters::{ANSWER, Found, RequestCounters};
-use self::message::Message;
+use self::message::{Form, Message};
 use super::message::Header;
 use super::session_snapshot::BackChannelRecord;
 use crate::device::{BackChannel, BackChannelError, BackendRequest};
@@ -43,6 +44,8 @@ pub(super) struct VmmChannel {
     /// Readable while a request that waits has to look at `state`.
     wake: OwnedFd,
     timeout: Duration,
+    /// A front end that hasn't accepted SHMEM is asked by FS_MAP and FS_UNMAP.
+    fs_map: bool,
 }
 
 #[derive(Debug, Default)]
@@ -113,13 +116,16 @@ fn stream_socket(fd: OwnedFd) -> io::Result<UnixStream> {
 }
 
 impl VmmChannel {
-    pub(super) fn new() -> io::Result<Self> {
+    /// A channel that isn't open. With `fs_map` a front end that hasn't accepted SHMEM is asked to
+    /// map by FS_MAP and FS_UNMAP.
+    pub(super) fn new(fs_map: bool) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self {
             state: Mutex::default(),
             changed: Condvar::new(),
             wake: eventfd(0, flags)?,
             timeout: TIMEOUT,
+            fs_map,
         })
     }
 
@@ -160,6 +166,16 @@ impl VmmChannel {
             }
         }
         WaitLimit(self)
+    }
+
+    /// How this front end is asked to map.
+    fn form(&self) -> Form {
+        let has_shared_memory = self.lock().protocol & Feature::SHMEM.bits() != 0;
+        if self.fs_map && !has_shared_memory {
+            Form::FsMap
+        } else {
+            Form::SharedMemory
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -214,7 +230,7 @@ impl BackChannel for VmmChannel {
         request: BackendRequest,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), BackChannelError> {
-        let message = Message::new(request, fd)?;
+        let message = Message::new(request, fd, self.form())?;
         self.turn(&message)?.run(&message)
     }
 }
@@ -282,7 +298,7 @@ impl Turn<'_> {
         self.receive(&mut bytes)?;
         let wrong = BackChannelError::Malformed("a message of another kind");
         let answer = Header::read(&bytes).ok_or(wrong)?;
-        if answer.request != u32::from(message.number) {
+        if answer.request != message.number {
             return Err(BackChannelError::Malformed("the answer to another request"));
         }
         match bytes.last_chunk().map(|value| u64::from_ne_bytes(*value)) {

@@ -31,6 +31,28 @@ const RANGE: u64 = 2 << 20;
 /// The size of the window: 8 MiB.
 const WINDOW: u64 = 4 * RANGE;
 
+/// VMMs: one that replaces mappings, one that refuses to, and one of the older requests.
+const VMMS: [(Profile, Behaviour); 3] = [
+    (Profile::Crosvm, REPLACING),
+    (Profile::Crosvm, STRICT),
+    (Profile::Dragonball, FS_MAP),
+];
+
+const REPLACING: Behaviour = Behaviour {
+    strict: false,
+    fs_map: false,
+};
+
+const STRICT: Behaviour = Behaviour {
+    strict: true,
+    ..REPLACING
+};
+
+const FS_MAP: Behaviour = Behaviour {
+    fs_map: true,
+    ..REPLACING
+};
+
 const OFFERS: u64 = LINUX_OFFERS | init::MAP_ALIGNMENT | init::HAS_INODE_DAX;
 
 /// A VMM and its guest.
@@ -49,7 +71,13 @@ impl Vm {
     fn start_as(server: &Server, profile: Profile, behaviour: Behaviour) -> Self {
         let options = Options::default().dax_window(true).queue_size(128);
         let mut session = profile.connect(server.connect(), &options).unwrap();
-        assert_eq!(session.shared_memory, [WINDOW]);
+        // A VMM of the older form has its own setting for the size.
+        let expected = if behaviour.fs_map {
+            vec![]
+        } else {
+            vec![WINDOW]
+        };
+        assert_eq!(session.shared_memory, expected);
         let window = Window::new(WINDOW, behaviour).unwrap();
         let device = window.serve(session.backend.take().unwrap());
         let mut guest = Client::new(session);
@@ -120,16 +148,16 @@ fn open_on_host(server: &Server, name: &str) -> std::fs::File {
 
 #[each_runtime]
 fn mapped_file_is_the_host_s_in_both_directions(runtime: &str) {
-    let server = start(runtime, &[]);
+    let server = start(runtime, &["--dax-fs-map"]);
     let content = pattern(3 * RANGE as usize, 1);
     host_file(&server, "file", &content);
     let host = open_on_host(&server, "file");
-    for strict in [false, true] {
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+    for (profile, behaviour) in VMMS {
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         vm.map(node, 0, 3, false);
         vm.map(node, 2, 0, true);
-        assert_eq!(vm.mapped(), [(0, true), (3, strict)]);
+        assert_eq!(vm.mapped(), [(0, true), (3, behaviour.strict)]);
         let whole = vm.read(3 * RANGE, RANGE as usize).unwrap();
         assert_eq!(whole, content[..RANGE as usize]);
         // What the guest writes, the host and READ see at once, and the reverse.
@@ -362,6 +390,17 @@ fn without_the_option_there_is_no_window() {
     assert_eq!(entry.attr.flags & ATTR_DAX, 0);
     let mapping = guest.setup_mapping(entry.nodeid, (0, RANGE), 0, false);
     assert_eq!(errno(mapping), Some(libc::ENOSYS));
+}
+
+#[test]
+fn vmm_without_shmem_is_asked_for_nothing_unless_that_is_wanted() {
+    let server = start("auto", &[]);
+    host_file(&server, "file", &[1; 4096]);
+    let mut vm = Vm::start_as(&server, Profile::Dragonball, FS_MAP);
+    let node = vm.node("file");
+    let refused = vm.guest.setup_mapping(node, (0, RANGE), 0, false);
+    assert_eq!(errno(refused), Some(libc::EOPNOTSUPP));
+    assert_eq!(vm.window.requests(), 0);
 }
 
 #[each_runtime]

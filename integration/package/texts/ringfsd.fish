@@ -90,6 +90,7 @@ complete -c ringfsd -l allow-mmap -d 'Allow shared writable mmap with any --cach
 complete -c ringfsd -l no-readdirplus -d 'List directories without attributes of the files'
 complete -c ringfsd -l no-open -d 'Let the guest use files without OPEN requests'
 complete -c ringfsd -l no-opendir -d 'Let the guest read directories without OPENDIR requests'
+complete -c ringfsd -l dax-fs-map -d 'Map by FS_MAP under a VMM without SHMEM'
 complete -c ringfsd -l killpriv-v2 -d 'Clear set-ID bits on behalf of the guest\'s kernel'
 complete -c ringfsd -l no-killpriv-v2 -d 'Let the guest\'s kernel clear set-ID bits'
 complete -c ringfsd -l xattr -d 'Serve extended attributes (default)'

@@ -5,7 +5,7 @@ use testing::{Server, each_runtime, errno, pattern};
 use vmm::window::Behaviour;
 use vmm::{Profile, Window};
 
-use super::{RANGE, Vm, WINDOW, host_file, start};
+use super::{RANGE, VMMS, Vm, WINDOW, host_file, start};
 
 fn kill_process_of(server: &Server) {
     let pid = Pid::from_raw(i32::try_from(server.pid()).unwrap()).unwrap();
@@ -28,11 +28,11 @@ pub(super) fn upgrade(server: &mut Server) {
 
 #[each_runtime]
 fn mappings_survive_kills_and_upgrades(runtime: &str) {
-    for strict in [false, true] {
-        let mut server = start(runtime, &["--supervise"]);
+    for (profile, behaviour) in VMMS {
+        let mut server = start(runtime, &["--supervise", "--dax-fs-map"]);
         let content = pattern(2 * RANGE as usize, 3);
         host_file(&server, "file", &content);
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         for round in 0..4_u64 {
             vm.map(node, 0, 1, false);
@@ -65,10 +65,10 @@ fn mappings_survive_kills_and_upgrades(runtime: &str) {
 
 #[each_runtime]
 fn request_that_was_never_answered_is_done_by_the_next_process(runtime: &str) {
-    for strict in [false, true] {
-        let mut server = start(runtime, &["--supervise"]);
+    for (profile, behaviour) in VMMS {
+        let mut server = start(runtime, &["--supervise", "--dax-fs-map"]);
         host_file(&server, "file", &[7; 4096]);
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         for _ in 0..3 {
             // The VMM does what it is asked for, and the process is killed before it learns that.
