@@ -36,7 +36,9 @@ use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::abi::{Handler, InitFlags, InitIn, Opcode};
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
-use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
+use super::request::{
+    DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as, inaccessible,
+};
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::dax::Window;
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
@@ -188,7 +190,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Serves one request: answers it, or returns the future that will.
     pub fn serve<E: Transport>(self: &Arc<Self>, mut transport: E) -> Outcome {
         let mut small = [0; SMALL];
-        match fetch(&mut transport, &mut small) {
+        let fetched = if transport.is_incomplete() {
+            let (header, _) = small.split_at_mut(HEADER_LEN);
+            let len = transport.read(header);
+            Err(inaccessible(header.get(..len).unwrap_or_default()))
+        } else {
+            fetch(&mut transport, &mut small)
+        };
+        match fetched {
             Ok(Fetched::Whole(len)) => {
                 self.serve_bytes(transport, small.get(..len).unwrap_or_default())
             }
@@ -551,9 +560,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Answers a request that can't be decoded.
     fn refuse<E: Transport>(&self, transport: E, error: &DecodeError) {
-        // Any program in the guest can use a name that is too long, and the guest's kernel passes
-        // it on, so this is not a malformed request.
-        if error.errno() != Errno::NAMETOOLONG {
+        // Any program in the guest can use a name that is too long, or read into memory of a device,
+        // and the guest's kernel passes it on, so this is not a malformed request.
+        if !matches!(error.errno(), Errno::NAMETOOLONG | Errno::FAULT) {
             let count = self.counters.count_malformed();
             if should_log(count) {
                 let fault = error.source().map(ToString::to_string).unwrap_or_default();
