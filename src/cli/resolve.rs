@@ -12,7 +12,7 @@ use super::sharing::Sharing;
 use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
-use crate::dax::DaxOptions;
+use crate::dax::{DaxOptions, NamePatterns};
 use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
@@ -234,6 +234,10 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             dax: options.dax.dax_window.map(|window| DaxOptions {
                 window,
                 marked_from: options.dax.marked_from(),
+                names: NamePatterns {
+                    include: options.dax.dax_include.clone(),
+                    exclude: options.dax.dax_exclude.clone(),
+                },
                 writable: !sharing.readonly,
             }),
             ..SessionOptions::default()

@@ -369,6 +369,63 @@ fn files_are_marked_by_size_where_the_guest_decides_by_it(runtime: &str) {
     }
 }
 
+#[each_runtime]
+fn files_are_marked_by_their_first_name(runtime: &str) {
+    let args = ["--dax-include=*.{gguf,img}", "--dax-exclude=old*"];
+    let server = start(runtime, &args);
+    for name in ["a.gguf", "b.img", "c.iso", "old.img"] {
+        host_file(&server, name, &[1; 1 << 20]);
+    }
+    host_file(&server, "small.img", &[1; 4096]);
+    std::fs::create_dir(server.share().join("dir.img")).unwrap();
+    let mut vm = Vm::start(&server);
+    let has = |flags: u32| flags & ATTR_DAX != 0;
+    for (name, expected) in [
+        (c"a.gguf", true),
+        (c"b.img", true),
+        (c"c.iso", false),
+        (c"old.img", false),
+        (c"small.img", false),
+        (c"dir.img", false),
+    ] {
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        let attributes = vm.guest.getattr(entry.nodeid).unwrap().attr;
+        let marks = [entry.attr.flags, attributes.flags].map(has);
+        assert_eq!(marks, [expected; 2], "{name:?}");
+    }
+    // Under another name it stays what it is, as long as the guest knows it.
+    let marked = vm.guest.lookup(ROOT, c"a.gguf").unwrap().nodeid;
+    let unmarked = vm.guest.lookup(ROOT, c"c.iso").unwrap().nodeid;
+    vm.guest.rename(ROOT, c"a.gguf", ROOT, c"a.iso").unwrap();
+    let link = vm.guest.link(unmarked, ROOT, c"c.img").unwrap();
+    assert_eq!((link.nodeid, has(link.attr.flags)), (unmarked, false));
+    for (name, node, expected, lookups) in
+        [(c"a.iso", marked, true, 3), (c"c.img", unmarked, false, 4)]
+    {
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        assert_eq!((entry.nodeid, has(entry.attr.flags)), (node, expected));
+        assert_eq!(has(vm.guest.getattr(node).unwrap().attr.flags), expected);
+        // The guest forgets it: each lookup, and the link.
+        vm.guest.forget(node, lookups).unwrap();
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        assert_eq!(has(entry.attr.flags), !expected, "{name:?}");
+    }
+    // What the guest creates has a name, too, and may grow.
+    let (entry, handle) = vm.guest.create(ROOT, c"new.img", 0o644).unwrap();
+    assert!(!has(entry.attr.flags));
+    vm.guest.truncate(entry.nodeid, 1 << 20).unwrap();
+    let attributes = vm.guest.getattr(entry.nodeid).unwrap().attr;
+    assert!(has(attributes.flags));
+    vm.guest.release(entry.nodeid, handle).unwrap();
+    let directory = vm.guest.opendir(ROOT).unwrap();
+    let mut listed = vm.guest.readdirplus_all(ROOT, directory).unwrap();
+    listed.retain(|it| has(it.node.attr.flags));
+    let mut marked: Vec<_> = listed.iter().map(|it| &it.entry.name).collect();
+    marked.sort();
+    // The inode of `c.img` has another name.
+    assert_eq!(marked, ["b.img", "c.img", "c.iso", "new.img"]);
+}
+
 #[test]
 fn without_the_option_there_is_no_window() {
     let server = Server::start(&[]);

@@ -45,6 +45,8 @@ complete -c ringfsd -l dax -d 'What the guest maps: always, inode or never' -r -
 inode\t'Those that are large enough'
 never\t'None'"
 complete -c ringfsd -l dax-min-size -d 'Size from which a file is mapped with --dax inode' -r
+complete -c ringfsd -l dax-include -d 'Names of files that are mapped; repeatable' -r
+complete -c ringfsd -l dax-exclude -d 'Names of files that are not mapped; repeatable' -r
 complete -c ringfsd -l translate-uid -d 'Translate user ids between guest and host' -r
 complete -c ringfsd -l translate-gid -d 'Translate group ids between guest and host' -r
 complete -c ringfsd -l xattrmap -d 'Store extended attributes under other names' -r

@@ -34,6 +34,7 @@ use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
 use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::abi::{Handler, InitFlags, InitIn, Opcode};
+use super::dax_marks::KnownNames;
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
 use super::request::{
@@ -97,6 +98,8 @@ pub struct Session<F: ?Sized> {
     table: Option<Arc<Table>>,
     /// The DAX window, if there is one.
     window: Option<Arc<Window>>,
+    /// The nodes whose names have decided whether they are marked for DAX.
+    known_names: KnownNames,
     fs: Arc<F>,
 }
 
@@ -120,6 +123,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             submounts_warned: AtomicBool::new(false),
             table: None,
             window: None,
+            known_names: KnownNames::default(),
             fs,
         }
     }
@@ -177,6 +181,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         if let Some(window) = &self.window {
             window.discard();
         }
+        self.known_names.clear();
         self.ready.store(false, Ordering::Release);
         self.ended.fetch_add(1, Ordering::Relaxed);
         self.record_agreement(None);
@@ -499,6 +504,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     fn forget<E: Transport>(&self, transport: &E, unique: u64, (node, count): (NodeId, u64)) {
+        self.known_names.forget(node, count);
         match transport.previous_attempt() {
             _ if !self.is_ready() => {}
             Some(_) => self.replay_forget(unique, node, count),
