@@ -22,6 +22,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+pub mod metrics;
 mod migration;
 mod recovery;
 mod sandbox;

@@ -26,6 +26,7 @@ use super::kick_moderation::{self, KickModeration};
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session};
 use crate::io::{self, spawn};
+use crate::metrics::{Count, Recorder};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{BadChain, Chain, Queue, QueueIndex, UsedRing};
 
@@ -115,6 +116,7 @@ pub(super) struct EventLoop<F: ?Sized> {
     /// Chains to be sent to other workers; kept to reuse its allocation.
     offloaded: Vec<Chain>,
     completions: Rc<CompletionBatch>,
+    recorder: Rc<Recorder>,
     faults: Faults,
     /// Polls for the guest's next request while none is in flight.
     busy_poll: BusyPoll,
@@ -132,7 +134,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         commands: UnboundedReceiver<Command>,
         backlog: Option<Backlog>,
         policy: IdlePolicy,
+        recorder: Recorder,
     ) -> Self {
+        let recorder = Rc::new(recorder);
         let poll = match policy {
             IdlePolicy::BusyPoll(poll) => poll,
             IdlePolicy::ModerateKicks => Duration::ZERO,
@@ -143,7 +147,8 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             backlog,
             queues: Vec::new(),
             offloaded: Vec::new(),
-            completions: Rc::default(),
+            completions: Rc::new(CompletionBatch::new(Rc::clone(&recorder))),
+            recorder,
             faults: Faults::default(),
             busy_poll: BusyPoll::new(poll),
             disk_poll: BusyPoll::new(poll.min(MAX_DISK_POLL)),
@@ -217,7 +222,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
 
     /// Sleeps for [`kick_moderation::DELAY`] or until a ring fills up, then checks the rings.
     async fn delay_kicks(&mut self) -> Event {
-        let queues = &mut self.queues;
+        let (queues, recorder) = (&mut self.queues, &self.recorder);
         let filled = queues.iter_mut().fold(false, |filled, owned| {
             filled | owned.queue.enable_notifications_when_filled()
         });
@@ -227,10 +232,12 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 if let Poll::Ready(command) = commands.poll_recv(cx) {
                     return Poll::Ready(Some(command.map_or(Event::End, Event::Command)));
                 }
-                let kicked = queues.iter_mut().fold(false, |kicked, owned| {
-                    kicked | owned.kick.poll(cx).is_ready()
-                });
-                if kicked {
+                let kicked = queues
+                    .iter_mut()
+                    .filter_map(|owned| owned.kick.poll(cx).is_ready().then_some(1))
+                    .sum();
+                if kicked != 0 {
+                    recorder.count(Count::Kicks, kicked);
                     Poll::Ready(None)
                 } else {
                     Poll::Pending
@@ -301,6 +308,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             backlog,
             queues,
             completions,
+            recorder,
             ..
         } = self;
         // A worker that waits on this channel counts as idle for the others, so wait nowhere else.
@@ -320,7 +328,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             let mut ready = false;
             for owned in queues.iter_mut() {
                 match owned.kick.poll(cx) {
-                    Poll::Ready(Ok(())) => owned.ready = true,
+                    Poll::Ready(Ok(())) => {
+                        recorder.count(Count::Kicks, 1);
+                        owned.ready = true;
+                    }
                     Poll::Ready(Err(error)) => log::error!("waiting for a kick: {error}"),
                     Poll::Pending => (),
                 }
@@ -394,23 +405,28 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
         let mut popped = offloaded;
         self.waited.set(false);
-        self.queues[at].batch_size.begin(waiting);
+        self.recorder.found(waiting);
+        self.recorder.begin_row();
+        self.queues[at].batch_size.begin(waiting, &self.recorder);
         let mut next = self.pop(at, &mut popped);
         while let Some(chain) = next {
             // One chain ahead: its request is loaded while this one is served.
             next = self.pop(at, &mut popped);
             match chain {
                 Ok(chain) => self.serve(chain, &used),
-                Err(fault) => self.faults.report(index, fault),
+                Err(fault) => self.report_fault(index, fault),
             }
             let OwnedQueue {
                 batch_size, queue, ..
             } = &mut self.queues[at];
-            if batch_size.served(|| usize::from(queue.waiting()) + usize::from(next.is_some())) {
-                used.publish();
+            let left = || usize::from(queue.waiting()) + usize::from(next.is_some());
+            if batch_size.served(left, &self.recorder) {
+                self.publish(&used);
+                // The next request doesn't begin before the guest was called.
+                self.recorder.begin_row();
             }
         }
-        used.publish();
+        self.publish(&used);
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
     }
@@ -438,10 +454,15 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         for _ in 0..count {
             match queue.pop() {
                 Some(Ok(chain)) => self.offloaded.push(chain),
-                Some(Err(fault)) => self.faults.report(queue.index(), fault),
+                Some(Err(fault)) => {
+                    self.recorder.count(Count::FaultyChains, 1);
+                    self.faults.report(queue.index(), fault);
+                }
                 None => break,
             }
         }
+        let offloaded = self.offloaded.len() as u64;
+        self.recorder.count(Count::Offloaded, offloaded);
         // The channel closes only after all workers have ended, including this one.
         let _ = backlog.sender.send_batch(self.offloaded.drain(..));
     }
@@ -451,25 +472,39 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut next = Some(first);
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
+        self.recorder.begin_row();
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
                 && !Arc::ptr_eq(&previous, &used)
             {
-                previous.publish();
+                self.publish(&previous);
             }
             self.serve(chain, &used);
             served += 1;
-            if served < MAX_DRAIN && !self.queues.iter().any(|owned| owned.ready) {
+            if served < MAX_DRAIN as u64 && !self.queues.iter().any(|owned| owned.ready) {
                 next = self
                     .backlog
                     .as_ref()
                     .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
+        self.recorder.count(Count::Stolen, served);
         if let Some(used) = last {
-            used.publish();
+            self.publish(&used);
         }
+    }
+
+    /// Publishes what was returned to a ring.
+    fn publish(&self, used: &UsedRing) {
+        let published = used.publish_counted();
+        self.recorder.published(published.chains, published.called);
+    }
+
+    /// Logs and counts a faulty chain that was returned empty.
+    fn report_fault(&mut self, index: QueueIndex, fault: BadChain) {
+        self.recorder.count(Count::FaultyChains, 1);
+        self.faults.report(index, fault);
     }
 
     /// Serves one chain of the queue that `used` is part of: at once, or in a task if the request
@@ -479,11 +514,14 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         // No request should cause a panic. If one does, dropping the transport has replied to it,
         // and the worker continues.
         match catch_unwind(AssertUnwindSafe(|| {
-            session.serve(ChainTransport::new(chain))
+            session.serve(ChainTransport::new(chain, &self.recorder))
         })) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
+                self.recorder.count(Count::Deferred, 1);
+                // The next request hasn't waited for what this one did so far.
+                self.recorder.begin_row();
                 let guard = self.completions.begin(Arc::clone(used));
                 spawn(async move {
                     request.await;
