@@ -264,8 +264,9 @@ fn random_work_survives_kills_and_upgrades(runtime: &str) {
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    match kills % 3 {
-                        2 => recovery::upgrade(&mut server),
+                    match kills % 4 {
+                        1 => recovery::upgrade_and_crash(&mut server),
+                        3 => recovery::upgrade(&mut server),
                         _ => recovery::crash(&mut server),
                     }
                     done.store(true, Ordering::Release);

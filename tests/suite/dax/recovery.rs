@@ -1,5 +1,6 @@
 //! Mappings that outlive the process that asked for them.
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use testing::{Server, each_runtime, errno, pattern};
 use vmm::window::Behaviour;
@@ -7,9 +8,20 @@ use vmm::{Profile, Window};
 
 use super::{RANGE, VMMS, Vm, WINDOW, host_file, start};
 
+/// Kills the process that serves, as soon as there is one.
 fn kill_process_of(server: &Server) {
-    let pid = Pid::from_raw(i32::try_from(server.pid()).unwrap()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
+    loop {
+        let pid = server.child().and_then(|pid| i32::try_from(pid).ok());
+        let killed = pid
+            .and_then(Pid::from_raw)
+            .map(|pid| kill_process(pid, Signal::KILL));
+        match killed {
+            Some(Ok(())) => return,
+            // It has ended by itself, after an upgrade.
+            None | Some(Err(Errno::SRCH)) => std::thread::yield_now(),
+            Some(Err(error)) => panic!("{error}"),
+        }
+    }
 }
 
 /// Kills the process that serves, and waits until another does.
@@ -24,6 +36,17 @@ pub(super) fn upgrade(server: &mut Server) {
     let output = command.args(["upgrade", "--pid", &pid]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     server.wait_for("upgraded to");
+}
+
+/// Kills the process that serves while an upgrade is under way. Whichever comes first, a process
+/// serves afterwards.
+pub(super) fn upgrade_and_crash(server: &mut Server) {
+    let mut command = testing::command();
+    let pid = server.guardian().to_string();
+    let upgrade = command.args(["upgrade", "--pid", &pid]).spawn();
+    kill_process_of(server);
+    // An upgrade whose process was killed may report that.
+    let _done_or_failed = upgrade.unwrap().wait().unwrap();
 }
 
 #[each_runtime]
