@@ -1,9 +1,9 @@
 //! The DAX window: a shared-memory region of the device, in which the VMM maps parts of files that
 //! the guest then uses without requests.
 //!
-//! `window` keeps the table of the mappings and asks the VMM for each. Knows neither FUSE nor the
-//! file system, which opens the files. The invariant: the table names every range that the VMM may
-//! have mapped.
+//! `window` keeps the table of the mappings and asks the VMM for each; `names` are patterns of the
+//! files that are worth a mapping. Knows neither FUSE nor the file system, which opens the files. The
+//! invariant: the table names every range that the VMM may have mapped.
 
 mod helpers;
 mod names;

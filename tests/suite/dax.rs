@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 
 use testing::{Server, TIMEOUT, each_runtime, errno, pattern};
 use vmm::fuse::wire::{ATTR_DAX, init};
-use vmm::fuse::{Client, LINUX_OFFERS, ROOT};
+use vmm::fuse::{Client, FuseError, LINUX_OFFERS, ROOT};
 use vmm::window::Behaviour;
 use vmm::{Connection, Options, Profile, Session, Window};
 
@@ -99,12 +99,11 @@ impl Vm {
         self.guest.lookup(ROOT, &name).unwrap().nodeid
     }
 
-    /// Maps range number `range` of a file at slot number `slot` of the window.
+    /// Maps range number `range` of a file at slot number `slot` of the window. While a queue is being
+    /// stopped, the server doesn't wait for the VMM, and Linux repeats the page fault.
     fn map(&mut self, node: u64, range: u64, slot: u64, writable: bool) {
-        let part = (range * RANGE, RANGE);
-        self.guest
-            .setup_mapping(node, part, slot * RANGE, writable)
-            .unwrap();
+        let (part, at) = ((range * RANGE, RANGE), slot * RANGE);
+        repeat(|| self.guest.setup_mapping(node, part, at, writable));
     }
 
     /// The mappings: their slots, and whether the guest may write.
@@ -118,6 +117,17 @@ impl Vm {
         let n = self.window.read(at, &mut bytes)?;
         bytes.truncate(n);
         Ok(bytes)
+    }
+}
+
+/// Repeats a request while it fails with `EAGAIN`.
+fn repeat(mut request: impl FnMut() -> Result<(), FuseError>) {
+    loop {
+        let result = request();
+        match result {
+            Err(FuseError::Refused { errno, .. }) if errno == libc::EAGAIN => {}
+            result => return result.unwrap(),
+        }
     }
 }
 

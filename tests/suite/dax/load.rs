@@ -16,7 +16,8 @@ use vmm::Profile;
 use vmm::window::Behaviour;
 
 use super::{
-    FS_MAP, RANGE, REPLACING, STRICT, VMMS, Vm, WINDOW, host_file, open_on_host, recovery, start,
+    FS_MAP, RANGE, REPLACING, STRICT, VMMS, Vm, WINDOW, host_file, open_on_host, recovery, repeat,
+    start,
 };
 
 /// Ten files, with as many bytes together as ten windows.
@@ -130,7 +131,8 @@ impl Kernel {
                 if let Some(old) = self.slots[at].take() {
                     let node = self.files[old.file].node;
                     let range = (at as u64 * RANGE, RANGE);
-                    self.vm.guest.remove_mappings(node, &[range]).unwrap();
+                    let guest = &mut self.vm.guest;
+                    repeat(|| guest.remove_mappings(node, &[range]));
                     self.removed += 1;
                 }
                 at
