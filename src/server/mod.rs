@@ -313,7 +313,8 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
-                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_window: (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -369,7 +370,7 @@ impl Resources for ServerResources {
 
 /// Checks that the mappings which a guest has are within the window.
 fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
-    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let window = (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window);
     let ends = table.mappings().into_iter().map(|record| {
         let mapping = record.fields();
         mapping.offset.saturating_add(mapping.len)
