@@ -191,6 +191,8 @@ pub struct Config {
     pub once: bool,
     /// Restart the serving process if it is killed.
     pub supervise: bool,
+    /// Map files by FS_MAP and FS_UNMAP under a VMM that hasn't accepted SHMEM.
+    pub dax_fs_map: bool,
     /// The limit of open descriptors.
     pub descriptors: Descriptors,
     /// The sandbox of the server.

@@ -47,7 +47,7 @@ pub use worker::{Threads, ThreadsError, Worker};
 /// `integration/examples/memory_tree` serves a tree in memory with it. It has the process as it is: no
 /// sandbox, no recovery.
 pub mod service {
-    pub use crate::dax::DaxOptions;
+    pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
     pub use crate::device::{Device, Tag, TagError};
     pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
     pub use crate::server::{Exit, ServerError, Service, ServiceOptions};
@@ -94,7 +94,10 @@ pub mod internals {
     }
 
     pub mod dax {
-        pub use crate::dax::{DaxOptions, MapRequest, OpenToMap, RANGE, REGION, Window, page_size};
+        pub use crate::dax::{
+            DaxOptions, MapRequest, NamePattern, NamePatterns, OpenToMap, RANGE, REGION, Window,
+            page_size,
+        };
     }
 
     pub mod device {

@@ -204,11 +204,14 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // From here on these signals only make `stop` readable.
     let (stop, signalled) = UnixStream::pair()?;
     let leave = Arc::new(AtomicBool::new(false));
+    // Set before `stop` is readable, so that a request to report isn't taken for one to end.
+    let ending = Arc::new(AtomicBool::new(false));
     let ending_signals = if server.is_supervised() {
         abort_on_panic();
         let hangup = signal_hook::consts::SIGHUP;
         // Handlers run in the order of registration: the flag is set before `stop` is readable.
         signal_hook::flag::register(hangup, Arc::clone(&leave))?;
+        signal_hook::flag::register(hangup, Arc::clone(&ending))?;
         signal_hook::low_level::pipe::register(hangup, signalled.try_clone()?)?;
         let mut signals = sandbox::ending_signals()?;
         signals.retain(|signal| *signal != hangup);
@@ -216,10 +219,17 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     } else {
         sandbox::ending_signals()?
     };
-    let (reports, asked) = UnixStream::pair()?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGUSR1, asked)?;
-    server.reports_on(reports);
+    let report = signal_hook::consts::SIGUSR1;
+    if server.is_controlled() {
+        let (reports, asked) = UnixStream::pair()?;
+        signal_hook::low_level::pipe::register(report, asked)?;
+        server.reports_on(reports);
+    } else {
+        signal_hook::low_level::pipe::register(report, signalled.try_clone()?)?;
+        server.reports_between(stop.try_clone()?, Arc::clone(&ending));
+    }
     for signal in ending_signals {
+        signal_hook::flag::register(signal, Arc::clone(&ending))?;
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
     server.release_signals()?;

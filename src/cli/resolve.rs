@@ -14,7 +14,7 @@ use super::source_options;
 use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
-use crate::dax::DaxOptions;
+use crate::dax::{DaxOptions, NamePatterns};
 use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
@@ -185,6 +185,10 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             dax: options.dax.dax_window.map(|window| DaxOptions {
                 window,
                 marked_from: options.dax.marked_from(),
+                names: NamePatterns {
+                    include: options.dax.dax_include.clone(),
+                    exclude: options.dax.dax_exclude.clone(),
+                },
                 writable: !sharing.readonly,
             }),
             ..SessionOptions::default()
@@ -332,6 +336,7 @@ impl TryFrom<Options> for Config {
             control: options.observability.control,
             once,
             supervise: options.recovery.supervise,
+            dax_fs_map: options.dax.dax_fs_map,
             descriptors: match options.sharing.rlimit_nofile {
                 None => behaviour.descriptors,
                 Some(0) => Descriptors::Inherited,

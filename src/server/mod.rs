@@ -16,6 +16,7 @@ mod live;
 mod mounts;
 mod parent_process;
 mod pid_file;
+mod reporter;
 mod service;
 mod sources;
 mod temporary_cache;
@@ -52,6 +53,7 @@ use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
 use self::mounts::Mounts;
 use self::pid_file::PidFile;
+use self::reporter::Reporter;
 use self::temporary_cache::TemporaryCache;
 
 /// Which of the two processes this is.
@@ -84,6 +86,8 @@ struct ControlParts {
     listener: Option<Listener>,
     /// Readable when a signal asks for a report.
     reports: Option<UnixStream>,
+    /// Without a thread: the socket that the server is stopped by, and whether it is to end.
+    between: Option<(UnixStream, Arc<AtomicBool>)>,
     facts: Facts,
     mounts: Option<Mounts>,
     lacks_users: bool,
@@ -183,9 +187,22 @@ impl Server {
         self.supervised
     }
 
-    /// Logs a summary whenever `asked` becomes readable.
+    /// Whether a thread serves a control socket.
+    #[must_use]
+    pub fn is_controlled(&self) -> bool {
+        self.control.listener.is_some()
+    }
+
+    /// Logs a summary whenever `asked` becomes readable, on the thread of the control socket.
     pub fn reports_on(&mut self, asked: UnixStream) {
         self.control.reports = Some(asked);
+    }
+
+    /// Logs a summary whenever `stop`, the socket that [`run`](Self::run) is stopped by, becomes
+    /// readable without the server being asked to end or to leave: `ending` is set before that. A
+    /// thread for reports alone would take memory of every server.
+    pub fn reports_between(&mut self, stop: UnixStream, ending: Arc<AtomicBool>) {
+        self.control.between = Some((stop, ending));
     }
 
     /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
@@ -236,9 +253,6 @@ impl Server {
             reports: parts.reports.take(),
             lacks_users: parts.lacks_users,
         };
-        if sockets.listener.is_none() && sockets.reports.is_none() {
-            return Ok(());
-        }
         let mut facts = parts.facts.clone();
         facts.serving = Instant::now();
         facts.engine = self.service.engine().to_string();
@@ -252,6 +266,13 @@ impl Server {
             watched_until: None,
             mounts: parts.mounts.take(),
         };
+        if sockets.listener.is_none() {
+            if let Some((stop, ending)) = parts.between.take() {
+                let reporter = Reporter::new(stop, ending, handlers);
+                self.service.report_by(reporter);
+            }
+            return Ok(());
+        }
         crate::control::start(sockets, Box::new(handlers)).map_err(ServerError::ControlThread)
     }
 }
@@ -374,6 +395,7 @@ impl Resources for ServerResources {
         let control = ControlParts {
             listener: self.control,
             reports: None,
+            between: None,
             facts: Facts {
                 pid,
                 user,
@@ -397,7 +419,8 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
-                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_window: (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -495,7 +518,7 @@ fn facts(config: &Config, runtime: &Chosen, socket: &str) -> Facts {
 
 /// Checks that the mappings which a guest has are within the window.
 fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
-    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let window = (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window);
     let ends = table.mappings().into_iter().map(|record| {
         let mapping = record.fields();
         mapping.offset.saturating_add(mapping.len)

@@ -15,6 +15,7 @@ use super::counters;
 use super::error::ServerError;
 use super::limits::explain;
 use super::live::Live;
+use super::reporter::Reporter;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{FileWatch, Session, SessionOptions, opcode_name};
@@ -73,6 +74,7 @@ pub struct Service {
     has_waited: bool,
     live: Arc<Live>,
     file_watch: Arc<FileWatch>,
+    reporter: Option<Reporter>,
     /// Of the session of the first VMM, before that has connected.
     first_workers: Mutex<Option<Workers>>,
 }
@@ -119,6 +121,7 @@ impl Service {
             has_waited: false,
             live: Arc::default(),
             file_watch: Arc::default(),
+            reporter: None,
             first_workers: Mutex::default(),
         }
     }
@@ -141,6 +144,15 @@ impl Service {
         self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
+    }
+
+    /// Lets `reporter` log a report when the server isn't stopped but asked for one.
+    pub(super) fn report_by(&mut self, reporter: Reporter) {
+        self.reporter = Some(reporter);
+    }
+
+    fn reports(&self) -> bool {
+        self.reporter.as_ref().is_some_and(Reporter::report)
     }
 
     /// Counts requests by file, if it is switched on.
@@ -237,6 +249,7 @@ impl Service {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
                 Woken::Time => self.serving.report(),
+                Woken::Stop if self.reports() => {}
                 woken => return Ok(woken),
             }
         }
@@ -356,6 +369,7 @@ impl Service {
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
+            reporter: self.reporter.as_ref(),
             metrics: &self.metrics,
         };
         self.live.connected(&workers.pool);
@@ -414,6 +428,7 @@ struct SessionWorkers<'a> {
     metrics: &'a Registry,
     /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
+    reporter: Option<&'a Reporter>,
 }
 
 /// Checks periodically that the session's threads run.
@@ -491,6 +506,10 @@ impl Runner for SessionWorkers<'_> {
             self.serving.report();
         }
         Some(heartbeat.due)
+    }
+
+    fn reports(&mut self) -> bool {
+        self.reporter.is_some_and(Reporter::report)
     }
 
     fn can_migrate(&self) -> bool {

@@ -11,7 +11,6 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
-mod lone_wait;
 mod observer;
 mod queue_report;
 mod threads;

@@ -8,7 +8,6 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use crate::config::{Config, Descriptors, Listen, Share};
-use crate::dax::DaxOptions;
 use crate::fs::passthrough;
 use crate::fuse::{Readdirplus, SessionOptions};
 use crate::sandbox;
@@ -40,6 +39,7 @@ pub(in crate::server) fn options(config: &Config) -> Value {
         replaces_files: _,
         once,
         supervise,
+        dax_fs_map,
         descriptors,
         sandbox,
         share,
@@ -68,6 +68,7 @@ pub(in crate::server) fn options(config: &Config) -> Value {
         "pid-file": pid_file,
         "once": once,
         "supervise": supervise,
+        "dax-fs-map": dax_fs_map,
         "rlimit-nofile": match descriptors {
             Descriptors::Most => json!("hard limit"),
             Descriptors::Inherited => json!(0),
@@ -187,15 +188,6 @@ fn session_options(options: &SessionOptions) -> Value {
         lock_wait_limit,
         idmap: _,
     } = options;
-    let DaxOptions {
-        window,
-        marked_from,
-        writable: _,
-    } = dax.unwrap_or(DaxOptions {
-        window: 0,
-        marked_from: 0,
-        writable: false,
-    });
     json!({
         "no-readdirplus": *readdirplus == Readdirplus::Never,
         "negative-timeout": seconds(*negative_ttl),
@@ -207,8 +199,8 @@ fn session_options(options: &SessionOptions) -> Value {
         "no-opendir": no_opendir,
         "posix-locks": posix_locks,
         "flock": flock,
-        "dax-window": window,
-        "dax-min-size": marked_from,
+        "dax-window": dax.as_ref().map(|dax| dax.window),
+        "dax-min-size": dax.as_ref().map(|dax| dax.marked_from),
         "lock-wait-limit": seconds(*lock_wait_limit),
     })
 }
