@@ -22,6 +22,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
 mod migration;
 mod recovery;
 mod sandbox;
@@ -90,6 +91,10 @@ pub mod internals {
 
     pub mod guest_memory {
         pub use crate::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {

@@ -17,6 +17,7 @@ use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions};
 use crate::io::{Choice, Chosen, Engine};
+use crate::limits;
 use crate::migration::DeviceState;
 use crate::sandbox::Serving;
 use crate::state::{Limits, Table};
@@ -66,6 +67,8 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    /// How much the guest may ask for.
+    limits: Arc<limits::Limits>,
 }
 
 impl Service {
@@ -100,7 +103,14 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            limits: Arc::default(),
         }
+    }
+
+    /// Limits how much the guest may ask for.
+    pub(super) fn limited(mut self, limits: Arc<limits::Limits>) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Keeps the guest's state for the next server.
@@ -241,7 +251,9 @@ impl Service {
         const TRIES: usize = 5;
         const PAUSE: Duration = Duration::from_millis(20);
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(session), workers, engine, poll, &self.limits)
+        };
         let mut tries = 1;
         loop {
             let error = match start(self.runtime.engine) {
