@@ -193,6 +193,19 @@ pub struct Share {
 }
 
 impl Config {
+    /// What an operator knows the share by: the tag, else the directory or what else is served.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let source = || match &self.source {
+            Source::Directory(path) => path.display().to_string(),
+            Source::Vfs(_) | Source::Overlay(_) | Source::Rafs(_) => match &self.listen {
+                Listen::Path(path) => path.display().to_string(),
+                Listen::Inherited(_) => self.source.option().trim_start_matches('-').to_owned(),
+            },
+        };
+        self.tag.as_ref().map_or_else(source, ToString::to_string)
+    }
+
     /// One worker for each processor, up to four: a single guest rarely keeps more busy, and each
     /// costs its ring's memory.
     #[must_use]

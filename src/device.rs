@@ -59,6 +59,12 @@ impl std::str::FromStr for Tag {
     }
 }
 
+impl std::fmt::Display for Tag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// A virtio-fs device as the front end sees it.
 #[derive(Clone, Debug)]
 pub struct Device {

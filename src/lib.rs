@@ -23,6 +23,7 @@ mod fuse;
 mod guest_memory;
 pub mod io;
 mod limits;
+pub mod metrics;
 mod migration;
 mod recovery;
 mod sandbox;

@@ -28,6 +28,7 @@ use rustix::io::Errno;
 pub use self::migrate::{Migrate, MoveError};
 pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
 pub use self::replay::Replay;
+pub use crate::metrics::Usage;
 
 use crate::device::BackChannel;
 use crate::io::File;
@@ -336,6 +337,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// Hands over the way to send requests to the VMM. Called when a session begins, and when it is
     /// resumed after another process.
     fn connected(&self, _channel: &Arc<dyn BackChannel>) {}
+
+    /// How much of the limited resources is in use. Called by threads that serve no requests.
+    fn usage(&self) -> Usage {
+        Usage::default()
+    }
 
     /// Support for another process to continue the session, if this file system has it.
     fn replay(&self) -> Option<&dyn Replay> {

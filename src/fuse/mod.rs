@@ -25,6 +25,11 @@ mod testing;
 mod transport;
 
 pub(crate) use counters::Counters;
+
+/// The name of the opcode with this number, if there is one.
+pub(crate) fn opcode_name(number: u32) -> Option<String> {
+    abi::Opcode::name_of(number)
+}
 pub use init::SessionOptions;
 pub(crate) use init::{Negotiated, Readdirplus, Wanted};
 pub(crate) use reply::error_reply;

@@ -23,6 +23,9 @@ pub trait Transport: Sized + 'static {
     /// request takes effect.
     fn record_intent(&mut self, _intent: RecordedIntent) {}
 
+    /// The request can't be decoded.
+    fn note_malformed(&mut self) {}
+
     /// What a previous process recorded about this request, if it began the request and did not
     /// answer it.
     fn previous_attempt(&self) -> Option<RecordedIntent> {

@@ -64,6 +64,8 @@ pub struct ExecHandover(BTreeMap<String, String>);
 pub(crate) struct ServerFds {
     pub(crate) listener: Listener,
     pub(crate) state: OwnedFd,
+    /// The file of the counters, if the previous program had one.
+    pub(crate) metrics: Option<OwnedFd>,
     pub(crate) pid_file: Option<OwnedFd>,
 }
 
@@ -167,6 +169,10 @@ impl ExecHandover {
             .optional("pid-file", Self::fd_identity)?
             .map(FdIdentity::take)
             .transpose()?;
+        let metrics = self
+            .optional("metrics", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -183,6 +189,7 @@ impl ExecHandover {
         let fds = ServerFds {
             listener,
             state,
+            metrics,
             pid_file,
         };
         Ok((PassedOn { past, attempt }, fds))
@@ -195,6 +202,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
     pub(super) state: BorrowedFd<'a>,
+    pub(super) metrics: Option<BorrowedFd<'a>>,
     pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
@@ -233,6 +241,9 @@ impl Outgoing<'_> {
             list.add("socket-inode", inode);
         }
         list.open("state", self.state)?;
+        if let Some(metrics) = self.metrics {
+            list.open("metrics", metrics)?;
+        }
         if let Some(pid_file) = self.pid_file {
             list.open("pid-file", pid_file)?;
         }

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use crate::metrics::Process;
 use crate::sandbox::FdIdentity;
 
 /// How long a program may take until it serves.
@@ -41,6 +42,14 @@ impl UpgradeAttempt {
         let old = self.old.as_ref().map(|old| old.fd.as_raw_fd());
         let client = self.client.as_ref().map(AsRawFd::as_raw_fd);
         old.into_iter().chain(client).collect()
+    }
+
+    /// As what it is counted, when a process serves.
+    pub(super) fn outcome(&self) -> Process {
+        match &self.failed {
+            None => Process::Upgrade,
+            Some(_) => Process::FailedUpgrade,
+        }
     }
 
     /// Reports the outcome: this program serves.

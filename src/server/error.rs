@@ -12,6 +12,7 @@ use super::space::SpaceError;
 use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
+use crate::metrics::MetricsError;
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
 use crate::state::StateError;
@@ -76,6 +77,9 @@ pub enum ServerError {
         #[source]
         source: Errno,
     },
+    /// There is no memory for the counters.
+    #[error("counting what the server does")]
+    Metrics(#[from] MetricsError),
     /// A limit set by the launcher would kill the server.
     #[error(transparent)]
     Limit(#[from] LimitError),

@@ -6,6 +6,7 @@
 //! released before the next one begins, unless another process continues it.
 
 mod control_group;
+mod counters;
 mod error;
 mod file_system;
 mod guest_limits;
@@ -29,6 +30,7 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
+use crate::metrics::SharedFile;
 use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
 };
@@ -80,6 +82,7 @@ struct ServerResources {
     listener: Listener,
     state: TableLocation,
     pid_file: Option<PidFile>,
+    metrics: Option<SharedFile>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
@@ -253,6 +256,7 @@ impl ServerResources {
             space::limit(path, limit)?;
         }
         let state = locate_table(&config)?;
+        let metrics = counters::create(&config)?;
         let listener = listen()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
@@ -263,6 +267,7 @@ impl ServerResources {
             runtime,
             state,
             pid_file,
+            metrics,
             manager,
             layer,
             caches,
@@ -309,6 +314,7 @@ impl Resources for ServerResources {
             place.file_handles,
             config.source.has_image(),
         )?;
+        let metrics = counters::open(&config, self.metrics.take(), &self.runtime)?;
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -323,7 +329,7 @@ impl Resources for ServerResources {
         };
         let fs = (self.layer)(fs);
         let limits = guest_limits::in_table(config.limits, &table, restarted);
-        let service = Service::over(fs, options, self.runtime, table)
+        let service = Service::over(fs, options, self.runtime, table, metrics)
             .limited(limits)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
@@ -342,6 +348,7 @@ impl Resources for ServerResources {
             log,
             Some(self.listener.as_fd()),
             self.state.file(),
+            self.metrics.as_ref().map(AsFd::as_fd),
             self.pid_file(),
         ];
         all.into_iter().flatten().collect()
@@ -357,6 +364,10 @@ impl Resources for ServerResources {
 
     fn state(&self) -> Option<BorrowedFd<'_>> {
         self.state.file()
+    }
+
+    fn metrics(&self) -> Option<&SharedFile> {
+        self.metrics.as_ref()
     }
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {

@@ -69,8 +69,10 @@ impl ParentProcess {
         let runtime = super::choose(&config)?;
         let (passed_on, fds) = handover.open().map_err(RecoveryError::ExecHandover)?;
         let sandbox = config.sandbox.clone();
+        let metrics = super::counters::take_over(&config, fds.metrics)?;
         let resources = ServerResources {
             config,
+            metrics: Some(metrics),
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),

@@ -11,13 +11,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::counters;
 use super::error::ServerError;
 use super::limits::explain;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
-use crate::fuse::{Session, SessionOptions};
+use crate::fuse::{Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
 use crate::limits;
+use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
 use crate::sandbox::Serving;
 use crate::state::{Limits, Table};
@@ -59,6 +61,8 @@ pub struct Service {
     fs: Arc<dyn FileSystem>,
     /// What the session holds, where that outlives the process.
     table: Arc<Table>,
+    /// Counts what the server does.
+    metrics: Arc<Registry>,
     /// The guest's state is kept for the next server.
     keeps: bool,
     /// To be told once a VMM is served, or can connect.
@@ -84,17 +88,25 @@ impl Service {
             handles: 0,
             queues: options.device.queues(),
         })?;
-        Ok(Self::over(fs, options, runtime, table))
+        let metrics = Registry::for_this_process(Shape {
+            workers: options.workers.get(),
+            queues: usize::from(options.device.queues()),
+            operation: opcode_name,
+        })?;
+        Ok(Self::over(fs, options, runtime, table, metrics))
     }
 
-    /// Serves `fs`, whose session is recorded in `table`.
+    /// Serves `fs`, whose session is recorded in `table`. Reports to `metrics`.
     pub(super) fn over(
         fs: Arc<dyn FileSystem>,
         options: ServiceOptions,
         runtime: Chosen,
         table: Arc<Table>,
+        metrics: Arc<Registry>,
     ) -> Self {
+        counters::watch(&metrics, &fs);
         Self {
+            metrics,
             options,
             runtime,
             fs,
@@ -138,6 +150,12 @@ impl Service {
         &self.table
     }
 
+    /// What counts what the server does.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Registry> {
+        &self.metrics
+    }
+
     /// Whether the guest's state is kept for the next server.
     pub(super) fn keeps(&self) -> bool {
         self.keeps
@@ -171,6 +189,7 @@ impl Service {
                 });
             }
             let stream = listener.accept().map_err(ServerError::Accept)?;
+            self.metrics.count(Server::Connections);
             log::info!("a VMM has connected");
             let end = self.serve(stop, |device, runner, table, stop| {
                 vhost_user::serve(stream, device, runner, table, stop)
@@ -227,6 +246,7 @@ impl Service {
         let try_out = |engine| Threads::start(count, engine, |_| async {}).and_then(Threads::join);
         match try_out(self.runtime.engine) {
             Err(error) if self.may_change_engine(&error) => {
+                self.metrics.count(Server::EngineFallbacks);
                 log::warn!("runtime tokio: {}", explain(&error));
                 self.runtime.engine = Engine::ThreadPool;
                 Ok(try_out(Engine::ThreadPool)?)
@@ -263,6 +283,7 @@ impl Service {
             match &error {
                 _ if tries < TRIES => {}
                 WorkerPoolError::Threads(of_threads) if self.may_change_engine(of_threads) => {
+                    self.metrics.count(Server::EngineFallbacks);
                     log::warn!("runtime tokio for this session: {}", explain(&error));
                     return Ok(start(Engine::ThreadPool)?);
                 }
@@ -285,7 +306,8 @@ impl Service {
         ) -> Result<End, SessionError>,
     ) -> Result<End, ServerError> {
         let session = Session::new(Arc::clone(&self.fs), self.options.session.clone())
-            .remembering(Arc::clone(&self.table));
+            .remembering(Arc::clone(&self.table))
+            .reporting_to(Arc::clone(&self.metrics));
         if let Some(negotiated) = session.negotiated() {
             log::info!("the guest's session resumes: {negotiated}");
         }
@@ -297,8 +319,10 @@ impl Service {
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
+            metrics: &self.metrics,
         };
         let end = run(&self.options.device, &mut workers, &self.table, stop);
+        self.metrics.set_session(SessionState::Waiting);
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;
@@ -348,6 +372,7 @@ struct SessionWorkers<'a> {
     pool: Workers,
     serving: &'a Serving,
     heartbeat: Option<Heartbeat>,
+    metrics: &'a Registry,
     /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
 }
@@ -416,6 +441,7 @@ impl Runner for SessionWorkers<'_> {
     }
 
     fn resumed(&mut self) {
+        self.metrics.count(Server::Resumed);
         log::info!("the session has resumed");
         self.serving.report();
     }

@@ -9,6 +9,7 @@
     reason = "raw system calls are made here and nowhere else"
 )]
 
+pub(crate) mod clock;
 pub(crate) mod closing;
 pub(crate) mod credentials;
 pub(crate) mod fd_slot;

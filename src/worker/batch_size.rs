@@ -6,7 +6,9 @@
 //! microseconds, so a drain of slow chains has only two batches. The invariant: a complete reply
 //! waits for at most half of the chains that the drain found at its start.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::metrics::{Recorder, Ticks};
 
 /// The largest batch of fast chains. Measured at 32 in flight: 0.64 million GETATTR a second with
 /// two batches for each drain, 0.85 with batches of 4, and 0.73 with batches of 1. At 8 in flight
@@ -32,20 +34,20 @@ pub(super) struct BatchSize {
     left: usize,
     /// Start of the batch. Unknown for the first batch of a drain that finds a single chain, which
     /// saves reading the clock.
-    started: Option<Instant>,
+    started: Option<Ticks>,
 }
 
 impl BatchSize {
     /// Starts a drain that finds `waiting` chains on the ring.
-    pub(super) fn begin(&mut self, waiting: usize) {
+    pub(super) fn begin(&mut self, waiting: usize, clock: &Recorder) {
         self.half = waiting / 2;
-        self.started = (waiting > 1).then(Instant::now);
+        self.started = (waiting > 1).then(|| clock.now());
         self.next(waiting);
     }
 
     /// Counts one served chain. Returns whether to publish now. `waiting` returns how many chains
     /// are still on the ring.
-    pub(super) fn served(&mut self, waiting: impl FnOnce() -> usize) -> bool {
+    pub(super) fn served(&mut self, waiting: impl FnOnce() -> usize, clock: &Recorder) -> bool {
         if self.left > 1 {
             self.left -= 1;
             return false;
@@ -55,9 +57,8 @@ impl BatchSize {
             // The drain ends and publishes then, or continues with chains that arrive right now.
             return false;
         }
-        let now = Instant::now();
-        if let Some(started) = self.started.replace(now) {
-            self.learn(now.duration_since(started));
+        if let Some(started) = self.started.replace(clock.now()) {
+            self.learn(clock.since(started));
         }
         self.next(waiting);
         true
@@ -83,21 +84,32 @@ impl BatchSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::{Registry, Shape};
+
+    fn clock() -> Recorder {
+        let shape = Shape {
+            workers: 1,
+            queues: 0,
+            operation: |_| None,
+        };
+        Registry::for_this_process(shape).unwrap().recorder(0)
+    }
 
     const LONG: Duration = Duration::from_secs(1000);
 
     /// After how many chains a drain of `waiting` chains publishes, if each takes `chain_time`.
     fn published(waiting: usize, chain_time: Duration) -> Vec<usize> {
+        let clock = clock();
         let mut batch_size = BatchSize {
             chain_time,
             ..BatchSize::default()
         };
-        batch_size.begin(waiting);
+        batch_size.begin(waiting, &clock);
         let mut published = Vec::new();
         for served in 1..=waiting {
             // Ignore the time that the test itself takes.
             batch_size.chain_time = chain_time;
-            if batch_size.served(|| waiting - served) {
+            if batch_size.served(|| waiting - served, &clock) {
                 published.push(served);
             }
         }
@@ -111,11 +123,12 @@ mod tests {
 
     #[test]
     fn single_chain_is_published_before_chains_that_arrive_meanwhile() {
+        let clock = clock();
         let mut batch_size = BatchSize::default();
-        batch_size.begin(1);
-        assert!(batch_size.served(|| 1));
-        assert!(!batch_size.served(|| 0));
-        assert!(batch_size.served(|| 2));
+        batch_size.begin(1, &clock);
+        assert!(batch_size.served(|| 1, &clock));
+        assert!(!batch_size.served(|| 0, &clock));
+        assert!(batch_size.served(|| 2, &clock));
     }
 
     #[test]
@@ -134,7 +147,7 @@ mod tests {
     #[test]
     fn chain_time_average_follows_recent_batches() {
         let mut batch_size = BatchSize::default();
-        batch_size.begin(8);
+        batch_size.begin(8, &clock());
         batch_size.learn(SLOW * 32);
         batch_size.next(8);
         assert_eq!(batch_size.size, 4, "slow now");

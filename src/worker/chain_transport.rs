@@ -4,8 +4,12 @@
 //! gets the reply EIO. To the guest, an empty used element would look like a success without
 //! content.
 
+use std::rc::Rc;
+
+use crate::fuse::abi::Opcode;
 use crate::fuse::{OUT_HEADER_LEN, RecordedIntent, Transport, error_reply};
 use crate::io::GuestBuffer;
+use crate::metrics::{Count, Ended, Recorder, RequestStart};
 use crate::virtqueue::Chain;
 
 /// Where `unique` ends in `fuse_in_header`.
@@ -20,10 +24,12 @@ pub(super) struct ChainTransport {
     header_len: usize,
     /// The intent that a previous server process recorded for the request.
     previous_intent: Option<RecordedIntent>,
+    recorder: Rc<Recorder>,
+    begun: RequestStart,
 }
 
 impl ChainTransport {
-    pub(super) fn new(chain: Chain) -> Self {
+    pub(super) fn new(chain: Chain, recorder: &Rc<Recorder>) -> Self {
         // Without a recorded `unique`, the previous process did nothing for the request.
         let previous = chain.previous().filter(|it| it.unique != 0);
         Self {
@@ -31,12 +37,34 @@ impl ChainTransport {
             chain: Some(chain),
             header: [0; UNIQUE_END],
             header_len: 0,
+            begun: recorder.begin(),
+            recorder: Rc::clone(recorder),
         }
     }
 
     /// Takes the chain, for a reply or for the drop, which end the request.
     fn take(&mut self) -> Option<Chain> {
         self.chain.take()
+    }
+
+    /// Returns the request's opcode; 0, which is none, if it was not read.
+    fn opcode(&self) -> u32 {
+        let [_, _, _, _, a, b, c, d, ..] = self.header;
+        if self.header_len == UNIQUE_END {
+            u32::from_le_bytes([a, b, c, d])
+        } else {
+            0
+        }
+    }
+
+    /// Takes the chain, returns it by `send`, and counts the request, which has ended as `ended` says.
+    fn end(&mut self, ended: Ended, send: impl FnOnce(Chain)) {
+        let Some(chain) = self.take() else {
+            return;
+        };
+        let queue = chain.used().index().0;
+        send(chain);
+        self.recorder.end(self.begun, &Ended { queue, ..ended });
     }
 }
 
@@ -51,6 +79,10 @@ impl Transport for ChainTransport {
         if let Some(chain) = &self.chain {
             chain.record_intent(intent);
         }
+    }
+
+    fn note_malformed(&mut self) {
+        self.recorder.count(Count::Malformed, 1);
     }
 
     fn previous_attempt(&self) -> Option<RecordedIntent> {
@@ -90,46 +122,85 @@ impl Transport for ChainTransport {
     }
 
     fn reply(mut self, parts: &[&[u8]]) {
-        if let Some(chain) = self.take() {
-            chain.reply(parts);
-        }
+        let opcode = self.opcode();
+        let errno = parts.first().map_or(0, |header| errno_of(header));
+        let ended = Ended {
+            opcode,
+            errno,
+            written: match parts {
+                [_, written, ..] if errno == 0 && opcode == WRITE => first_u32(written).into(),
+                _ => 0,
+            },
+            ..Ended::default()
+        };
+        self.end(ended, |chain| chain.reply(parts));
     }
 
     fn reply_filled(mut self, header: &[u8; OUT_HEADER_LEN], filled: usize) {
-        if let Some(chain) = self.take() {
-            chain.reply_filled(header, filled);
-        }
+        let ended = Ended {
+            opcode: self.opcode(),
+            errno: errno_of(header),
+            read: filled as u64,
+            ..Ended::default()
+        };
+        self.end(ended, |chain| chain.reply_filled(header, filled));
     }
 
     fn no_reply(mut self) {
-        if let Some(chain) = self.take() {
-            chain.no_reply();
-        }
+        let ended = Ended {
+            opcode: self.opcode(),
+            ..Ended::default()
+        };
+        self.end(ended, Chain::no_reply);
     }
 }
 
 impl Drop for ChainTransport {
     fn drop(&mut self) {
-        let Some(chain) = self.take() else {
+        let Some(chain) = &self.chain else {
             return;
         };
         let used = chain.used().clone();
-        if self.header_len == UNIQUE_END {
-            let [_, _, _, _, _, _, _, _, unique @ ..] = self.header;
-            let unique = u64::from_le_bytes(unique);
-            log::error!("request {unique:#x} was dropped without a reply; replying EIO");
-            chain.reply(&[&error_reply(unique, rustix::io::Errno::IO)]);
-        } else {
-            drop(chain);
-        }
+        let ended = Ended {
+            opcode: self.opcode(),
+            errno: libc::EIO.unsigned_abs(),
+            ..Ended::default()
+        };
+        let header = (self.header_len == UNIQUE_END).then_some(self.header);
+        self.end(ended, |chain| match header {
+            Some([_, _, _, _, _, _, _, _, unique @ ..]) => {
+                let unique = u64::from_le_bytes(unique);
+                log::error!("request {unique:#x} was dropped without a reply; replying EIO");
+                chain.reply(&[&error_reply(unique, rustix::io::Errno::IO)]);
+            }
+            None => drop(chain),
+        });
+        self.recorder.count(Count::Dropped, 1);
         // No later batch is certain to publish this.
-        used.publish();
+        let published = used.publish_counted();
+        self.recorder.published(published.chains, published.called);
     }
+}
+
+/// The number of WRITE.
+const WRITE: u32 = Opcode::Write.number();
+
+/// The errno in a reply's header; 0 if the request has succeeded.
+fn errno_of(header: &[u8]) -> u32 {
+    header.get(4..).map_or(0, first_u32).wrapping_neg()
+}
+
+/// The first number in `bytes`; 0 if there is none.
+fn first_u32(bytes: &[u8]) -> u32 {
+    bytes
+        .first_chunk()
+        .map_or(0, |word| u32::from_le_bytes(*word))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::{Registry, Shape};
     use crate::virtqueue::tests::{DESCRIPTORS, Driver, PLAIN};
 
     /// `VIRTQ_DESC_F_WRITE`.
@@ -137,12 +208,20 @@ mod tests {
 
     #[test]
     fn drop_of_request_replies_eio() {
+        let shape = Shape {
+            workers: 1,
+            queues: 1,
+            operation: |number| (number == 1).then(|| "lookup".to_owned()),
+        };
+        let metrics = Registry::for_this_process(shape).unwrap();
+        let recorder = Rc::new(metrics.recorder(1));
         for read in [40, 16, 15, 0] {
             let mut driver = Driver::new(false);
             let mut queue = driver.queue(PLAIN);
             driver.write(0x5008, &0x1234_5678_u64.to_le_bytes());
             driver.chain(DESCRIPTORS, &[(0x5000, 40, 0), (0x6000, 16, WRITE)]);
-            let mut request = ChainTransport::new(driver.pop_one(&mut queue).unwrap());
+            let chain = driver.pop_one(&mut queue).unwrap();
+            let mut request = ChainTransport::new(chain, &recorder);
             request.read(&mut vec![0; read]);
             drop(request);
             assert_eq!(driver.used_index(), 1, "{read} bytes were read");
@@ -156,5 +235,11 @@ mod tests {
                 assert_eq!(driver.used_element(0), (0, 0));
             }
         }
+        let snapshot = metrics.snapshot();
+        assert_eq!(snapshot.guest_faults.dropped_requests, 4);
+        assert_eq!(snapshot.operation("unknown").unwrap().requests, 4);
+        assert_eq!(snapshot.operation("unknown").unwrap().errors, 4);
+        // A chain without a header publishes itself.
+        assert_eq!((snapshot.in_flight, snapshot.threads.batches), (0, 2));
     }
 }

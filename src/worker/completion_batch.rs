@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
+use crate::metrics::Recorder;
 use crate::virtqueue::UsedRing;
 
 /// The most completions that are published together. A disk may complete all requests at once, and
@@ -20,8 +21,9 @@ use crate::virtqueue::UsedRing;
 const MAX_BATCH: usize = 8;
 
 /// The requests in flight on one worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct CompletionBatch {
+    recorder: Rc<Recorder>,
     in_flight: Cell<usize>,
     completed: RefCell<Vec<Arc<UsedRing>>>,
     /// Completed requests that have not been published.
@@ -31,6 +33,18 @@ pub(super) struct CompletionBatch {
 }
 
 impl CompletionBatch {
+    /// Nothing is in flight yet. What is published is reported to `recorder`.
+    pub(super) fn new(recorder: Rc<Recorder>) -> Self {
+        Self {
+            recorder,
+            in_flight: Cell::default(),
+            completed: RefCell::default(),
+            unpublished: Cell::default(),
+            wake: Notify::new(),
+            idle: Notify::new(),
+        }
+    }
+
     /// Returns the number of requests in flight.
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight.get()
@@ -59,7 +73,8 @@ impl CompletionBatch {
     pub(super) fn publish_now(&self) {
         self.unpublished.set(0);
         for used in self.completed.take() {
-            used.publish();
+            let published = used.publish_counted();
+            self.recorder.published(published.chains, published.called);
         }
     }
 

@@ -29,6 +29,7 @@ use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
 use crate::limits::{Buckets, Clock};
+use crate::metrics::{Count, Recorder};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{BadChain, Chain, Queue, QueueIndex, UsedRing};
 
@@ -128,6 +129,7 @@ pub(super) struct EventLoop<F: ?Sized> {
     /// Chains to be sent to other workers; kept to reuse its allocation.
     offloaded: Vec<Chain>,
     completions: Rc<CompletionBatch>,
+    recorder: Rc<Recorder>,
     faults: Faults,
     /// Polls for the guest's next request while none is in flight.
     busy_poll: BusyPoll,
@@ -147,7 +149,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         commands: UnboundedReceiver<Command>,
         backlog: Option<Backlog>,
         policy: IdlePolicy,
+        recorder: Recorder,
     ) -> Self {
+        let recorder = Rc::new(recorder);
         let poll = match policy {
             IdlePolicy::BusyPoll(poll) => poll,
             IdlePolicy::ModerateKicks => Duration::ZERO,
@@ -158,7 +162,8 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             backlog,
             queues: Vec::new(),
             offloaded: Vec::new(),
-            completions: Rc::default(),
+            completions: Rc::new(CompletionBatch::new(Rc::clone(&recorder))),
+            recorder,
             faults: Faults::default(),
             busy_poll: BusyPoll::new(poll),
             disk_poll: BusyPoll::new(poll.min(MAX_DISK_POLL)),
@@ -256,7 +261,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
 
     /// Sleeps for [`kick_moderation::DELAY`] or until a ring fills up, then checks the rings.
     async fn delay_kicks(&mut self) -> Event {
-        let queues = &mut self.queues;
+        let (queues, recorder) = (&mut self.queues, &self.recorder);
         let filled = queues.iter_mut().fold(false, |filled, owned| {
             filled | owned.queue.enable_notifications_when_filled()
         });
@@ -266,10 +271,12 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 if let Poll::Ready(command) = commands.poll_recv(cx) {
                     return Poll::Ready(Some(command.map_or(Event::End, Event::Command)));
                 }
-                let kicked = queues.iter_mut().fold(false, |kicked, owned| {
-                    kicked | owned.kick.poll(cx).is_ready()
-                });
-                if kicked {
+                let kicked = queues
+                    .iter_mut()
+                    .filter_map(|owned| owned.kick.poll(cx).is_ready().then_some(1))
+                    .sum();
+                if kicked != 0 {
+                    recorder.count(Count::Kicks, kicked);
                     Poll::Ready(None)
                 } else {
                     Poll::Pending
@@ -340,6 +347,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             backlog,
             queues,
             completions,
+            recorder,
             ..
         } = self;
         // A worker that waits on this channel counts as idle for the others, so wait nowhere else.
@@ -365,7 +373,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             let mut ready = false;
             for owned in queues.iter_mut() {
                 match owned.kick.poll(cx) {
-                    Poll::Ready(Ok(())) => owned.ready = true,
+                    Poll::Ready(Ok(())) => {
+                        recorder.count(Count::Kicks, 1);
+                        owned.ready = true;
+                    }
                     Poll::Ready(Err(error)) => log::error!("waiting for a kick: {error}"),
                     Poll::Pending => (),
                 }
@@ -419,7 +430,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 if let Some(request) = found {
                     let used = Arc::clone(request.used());
                     request.interrupt();
-                    used.publish();
+                    self.publish(&used);
                 }
             }
             Command::Stop { index, done } => {
@@ -457,23 +468,28 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
         let mut popped = offloaded;
         self.waited.set(false);
-        self.queues[at].batch_size.begin(waiting);
+        self.recorder.found(waiting);
+        self.recorder.begin_row();
+        self.queues[at].batch_size.begin(waiting, &self.recorder);
         let mut next = self.pop(at, &mut popped);
         while let Some(chain) = next {
             // One chain ahead: its request is loaded while this one is served.
             next = self.pop(at, &mut popped);
             match chain {
                 Ok(chain) => self.serve(chain, &used),
-                Err(fault) => self.faults.report(index, fault),
+                Err(fault) => self.report_fault(index, fault),
             }
             let OwnedQueue {
                 batch_size, queue, ..
             } = &mut self.queues[at];
-            if batch_size.served(|| usize::from(queue.waiting()) + usize::from(next.is_some())) {
-                used.publish();
+            let left = || usize::from(queue.waiting()) + usize::from(next.is_some());
+            if batch_size.served(left, &self.recorder) {
+                self.publish(&used);
+                // The next request doesn't begin before the guest was called.
+                self.recorder.begin_row();
             }
         }
-        used.publish();
+        self.publish(&used);
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
     }
@@ -501,10 +517,15 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         for _ in 0..count {
             match queue.pop() {
                 Some(Ok(chain)) => self.offloaded.push(chain),
-                Some(Err(fault)) => self.faults.report(queue.index(), fault),
+                Some(Err(fault)) => {
+                    self.recorder.count(Count::FaultyChains, 1);
+                    self.faults.report(queue.index(), fault);
+                }
                 None => break,
             }
         }
+        let offloaded = self.offloaded.len() as u64;
+        self.recorder.count(Count::Offloaded, offloaded);
         // The channel closes only after all workers have ended, including this one.
         let _ = backlog.sender.send_batch(self.offloaded.drain(..));
     }
@@ -514,36 +535,50 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut next = Some(first);
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
+        self.recorder.begin_row();
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
                 && !Arc::ptr_eq(&previous, &used)
             {
-                previous.publish();
+                self.publish(&previous);
             }
             match &self.limiter {
-                None => self.serve_now(ChainTransport::new(chain), &used),
-                Some(limiter) => self.serve_now(limiter.admit_stolen(chain), &used),
+                None => self.serve_now(ChainTransport::new(chain, &self.recorder), &used),
+                Some(limiter) => self.serve_now(limiter.admit_stolen(chain, &self.recorder), &used),
             }
             served += 1;
-            if served < MAX_DRAIN && !self.queues.iter().any(|owned| owned.ready) {
+            if served < MAX_DRAIN as u64 && !self.queues.iter().any(|owned| owned.ready) {
                 next = self
                     .backlog
                     .as_ref()
                     .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
+        self.recorder.count(Count::Stolen, served);
         if let Some(used) = last {
-            used.publish();
+            self.publish(&used);
         }
+    }
+
+    /// Publishes what was returned to a ring.
+    fn publish(&self, used: &UsedRing) {
+        let published = used.publish_counted();
+        self.recorder.published(published.chains, published.called);
+    }
+
+    /// Logs and counts a faulty chain that was returned empty.
+    fn report_fault(&mut self, index: QueueIndex, fault: BadChain) {
+        self.recorder.count(Count::FaultyChains, 1);
+        self.faults.report(index, fault);
     }
 
     /// Serves one chain of the queue that `used` is part of, or holds it back.
     fn serve(&mut self, chain: Chain, used: &Arc<UsedRing>) {
         match &mut self.limiter {
-            None => self.serve_now(ChainTransport::new(chain), used),
+            None => self.serve_now(ChainTransport::new(chain, &self.recorder), used),
             Some(limiter) => {
-                if let Some(request) = limiter.admit(chain) {
+                if let Some(request) = limiter.admit(chain, &self.recorder) {
                     self.serve_now(request, used);
                 }
             }
@@ -565,6 +600,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves requests that were held back until now, a batch of them.
     fn serve_due(&mut self) {
         let mut last = None;
+        self.recorder.begin_row();
         for _ in 0..MAX_DRAIN {
             let due = self.limiter.as_mut().and_then(|limiter| limiter.pop_due());
             let Some(request) = due else {
@@ -573,7 +609,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             self.serve_next(request, &mut last);
         }
         if let Some(used) = last {
-            used.publish();
+            self.publish(&used);
         }
     }
 
@@ -584,7 +620,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             self.serve_next(request, &mut last);
         }
         if let Some(used) = last {
-            used.publish();
+            self.publish(&used);
         }
     }
 
@@ -595,7 +631,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         if let Some(previous) = last.replace(Arc::clone(&used))
             && !Arc::ptr_eq(&previous, &used)
         {
-            previous.publish();
+            self.publish(&previous);
         }
     }
 
@@ -608,6 +644,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
+                self.recorder.count(Count::Deferred, 1);
+                // The next request hasn't waited for what this one did so far.
+                self.recorder.begin_row();
                 let guard = self.completions.begin(Arc::clone(used));
                 spawn(async move {
                     request.await;

@@ -4,6 +4,7 @@
 //! taken off the ring, and the session gets this copy. The invariant: what a request pays for is
 //! what is served.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -13,6 +14,7 @@ use crate::fuse::abi::{Handler, Opcode};
 use crate::fuse::{OUT_HEADER_LEN, RecordedIntent, Transport, error_reply};
 use crate::io::GuestBuffer;
 use crate::limits::{Buckets, Kind, Load};
+use crate::metrics::Recorder;
 use crate::virtqueue::{Chain, UsedRing};
 
 /// Bytes of `fuse_in_header`, and those of `fuse_read_in` or `fuse_write_in` up to the end of `size`.
@@ -36,10 +38,10 @@ pub(super) struct LimitedTransport {
 }
 
 impl LimitedTransport {
-    pub(super) fn new(chain: Chain) -> Self {
+    pub(super) fn new(chain: Chain, recorder: &Rc<Recorder>) -> Self {
         let used = Arc::clone(chain.used());
         let resumed = chain.previous().is_some();
-        let mut inner = ChainTransport::new(chain);
+        let mut inner = ChainTransport::new(chain, recorder);
         let mut start = [0; START];
         let len = inner.read(&mut start);
         let load = load(start.get(..len).unwrap_or_default(), &inner);
@@ -150,6 +152,10 @@ impl Transport for LimitedTransport {
         self.inner.record_intent(intent);
     }
 
+    fn note_malformed(&mut self) {
+        self.inner.note_malformed();
+    }
+
     fn previous_attempt(&self) -> Option<RecordedIntent> {
         self.inner.previous_attempt()
     }
@@ -203,6 +209,8 @@ impl Transport for LimitedTransport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::opcode_name;
+    use crate::metrics::{Registry, Shape};
     use crate::virtqueue::tests::{DESCRIPTORS, Driver, PLAIN};
 
     /// `VIRTQ_DESC_F_WRITE`.
@@ -223,7 +231,15 @@ mod tests {
         driver.write(0x5000 + 76, b"last");
         let chain = [(0x5000, 80 + payload, 0), (0x6000, 16 + 1000, WRITE)];
         driver.chain(DESCRIPTORS, &chain);
-        look(LimitedTransport::new(driver.pop_one(&mut queue).unwrap()))
+        let shape = Shape {
+            workers: 1,
+            queues: 1,
+            operation: opcode_name,
+        };
+        let metrics = Registry::for_this_process(shape).unwrap();
+        let recorder = Rc::new(metrics.recorder(1));
+        let chain = driver.pop_one(&mut queue).unwrap();
+        look(LimitedTransport::new(chain, &recorder))
     }
 
     fn load_of(opcode: Opcode, size: u32, payload: u32) -> Option<Load> {

@@ -5,11 +5,13 @@
 //! finds it.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::limited_transport::LimitedTransport;
 use crate::limits::{Buckets, Clock, Lanes};
+use crate::metrics::Recorder;
 use crate::virtqueue::{Chain, QueueIndex};
 
 /// The most INTERRUPTs that are kept because their request may still arrive.
@@ -44,8 +46,12 @@ impl Limiter {
     }
 
     /// Returns a request that may be served now. Holds back or interrupts any other.
-    pub(super) fn admit(&mut self, chain: Chain) -> Option<LimitedTransport> {
-        let request = LimitedTransport::new(chain);
+    pub(super) fn admit(
+        &mut self,
+        chain: Chain,
+        recorder: &Rc<Recorder>,
+    ) -> Option<LimitedTransport> {
+        let request = LimitedTransport::new(chain, recorder);
         let Some(load) = request.load() else {
             return Some(request);
         };
@@ -69,8 +75,8 @@ impl Limiter {
     }
 
     /// Returns a request of another worker's queue, which has to be served now.
-    pub(super) fn admit_stolen(&self, chain: Chain) -> LimitedTransport {
-        let request = LimitedTransport::new(chain);
+    pub(super) fn admit_stolen(&self, chain: Chain, recorder: &Rc<Recorder>) -> LimitedTransport {
+        let request = LimitedTransport::new(chain, recorder);
         if let Some(load) = request.load() {
             self.buckets.take(load, self.clock.ticks(Instant::now()));
         }

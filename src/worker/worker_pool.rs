@@ -19,9 +19,10 @@ use tokio::sync::oneshot;
 use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
 use super::threads::{Threads, ThreadsError};
 use crate::fs::FileSystem;
-use crate::fuse::{Queues, Session};
+use crate::fuse::{Queues, Session, opcode_name};
 use crate::io::Engine;
 use crate::limits::Limits;
+use crate::metrics::{MetricsError, Registry, Shape};
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
 
@@ -38,6 +39,9 @@ pub enum WorkerPoolError {
     /// The file system can't prepare a thread.
     #[error("preparing a worker thread for the file system")]
     Prepare(#[source] io::Error),
+    /// There is no memory for the counters.
+    #[error("counting what the worker threads do")]
+    Metrics(#[from] MetricsError),
     /// A thread ended before it was ready, and has reported why.
     #[error("a worker thread ended while it was starting")]
     Ended,
@@ -51,6 +55,7 @@ pub struct WorkerPool<F: ?Sized> {
     /// workers.
     commands: Vec<UnboundedSender<Command>>,
     pools: Vec<Threads>,
+    metrics: Arc<Registry>,
 }
 
 impl<F: FileSystem + ?Sized> WorkerPool<F> {
@@ -82,8 +87,17 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         limits: &Arc<Limits>,
     ) -> Result<Self, WorkerPoolError> {
         let placement = Placement::new(workers);
+        let metrics = match session.metrics() {
+            Some(metrics) => Arc::clone(metrics),
+            None => Registry::for_this_process(Shape {
+                workers: workers.get(),
+                queues: 0,
+                operation: opcode_name,
+            })?,
+        };
         let mut pool = Self {
             session,
+            metrics,
             placement,
             commands: Vec::new(),
             pools: Vec::new(),
@@ -137,7 +151,9 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             (0..count.get()).map(|_| unbounded_channel()).unzip();
         let receivers: Vec<_> = receivers.into_iter().map(Some).collect();
         let receivers = Arc::new(Mutex::new(receivers));
-        let session = Arc::clone(&self.session);
+        let (session, metrics) = (Arc::clone(&self.session), Arc::clone(&self.metrics));
+        // The threads of the first call have the first numbers.
+        let first = self.commands.len();
         let (ready, is_ready) = mpsc::channel();
         let pool = Threads::start_named(name, count, engine, move |worker| {
             let commands = receivers
@@ -149,9 +165,10 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             let is_prepared = prepared.is_ok();
             // `spawn` waits for this, unless another thread has failed already.
             let _ = ready.send(prepared);
-            let event_loop = commands
-                .filter(|_| is_prepared)
-                .map(|commands| EventLoop::new(Arc::clone(&session), commands, backlog(), policy));
+            let event_loop = commands.filter(|_| is_prepared).map(|commands| {
+                let recorder = metrics.recorder(first + worker.id.0);
+                EventLoop::new(Arc::clone(&session), commands, backlog(), policy, recorder)
+            });
             async move {
                 if let Some(event_loop) = event_loop {
                     event_loop.run().await;

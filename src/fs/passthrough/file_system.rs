@@ -17,7 +17,7 @@ use super::Passthrough;
 use crate::fs::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
     LockOwner, Migrate, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Replay, Result,
-    Statistics, Timestamp, XattrFlags,
+    Statistics, Timestamp, Usage, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -52,6 +52,10 @@ impl FileSystem for Passthrough {
 
     fn begin(&self, terms: &NegotiatedTerms) {
         self.ops.begin(terms);
+    }
+
+    fn usage(&self) -> Usage {
+        self.fds().usage()
     }
 
     fn replay(&self) -> Option<&dyn Replay> {

@@ -268,6 +268,21 @@ opcodes! {
 }
 
 impl Opcode {
+    /// The name of the opcode with this number, if there is one: in lower case, its words separated by
+    /// underscores.
+    #[must_use]
+    pub fn name_of(number: u32) -> Option<String> {
+        let name = format!("{:?}", Self::from_number(number)?);
+        let mut words = String::new();
+        for letter in name.chars() {
+            if letter.is_uppercase() && !words.is_empty() {
+                words.push('_');
+            }
+            words.extend(letter.to_lowercase());
+        }
+        Some(words)
+    }
+
     /// Whether the guest expects no reply, not even an error.
     #[must_use]
     pub const fn has_no_reply(self) -> bool {
@@ -285,6 +300,13 @@ mod tests {
             assert_eq!(Opcode::from_number(opcode.number()), Some(opcode));
         }
         assert_eq!(Opcode::ALL.len(), 51);
+    }
+
+    #[test]
+    fn names_are_words_in_lower_case() {
+        assert_eq!(Opcode::name_of(47).unwrap(), "copy_file_range");
+        assert_eq!(Opcode::name_of(3).unwrap(), "getattr");
+        assert_eq!(Opcode::name_of(7), None);
     }
 
     #[test]

@@ -40,6 +40,7 @@ use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, 
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::dax::Window;
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
+use crate::metrics::{Registry, SessionState};
 use crate::state::{Agreement as AgreementWords, Table};
 
 /// Longest request that is copied to a small buffer. It has room for every request without a name,
@@ -95,6 +96,8 @@ pub struct Session<F: ?Sized> {
     table: Option<Arc<Table>>,
     /// The DAX window, if there is one.
     window: Option<Arc<Window>>,
+    /// The server's counters, if it has some.
+    metrics: Option<Arc<Registry>>,
     fs: Arc<F>,
 }
 
@@ -118,6 +121,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             submounts_warned: AtomicBool::new(false),
             table: None,
             window: None,
+            metrics: None,
             fs,
         }
     }
@@ -146,6 +150,28 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .negotiated
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reports to `metrics`, and so do the workers that serve the session.
+    #[must_use]
+    pub(crate) fn reporting_to(mut self, metrics: Arc<Registry>) -> Self {
+        self.metrics = Some(metrics);
+        self.report_state();
+        self
+    }
+
+    /// The counters that the session reports to, if there are any.
+    pub(crate) fn metrics(&self) -> Option<&Arc<Registry>> {
+        self.metrics.as_ref()
+    }
+
+    fn report_state(&self) {
+        if let Some(metrics) = &self.metrics {
+            metrics.set_session(match self.is_ready() {
+                true => SessionState::Mounted,
+                false => SessionState::Connected,
+            });
+        }
     }
 
     /// The session's counters.
@@ -183,6 +209,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
         self.blocking_locks.end_all(Errno::INTR);
+        self.report_state();
     }
 
     /// Serves one request: answers it, or returns the future that will.
@@ -487,6 +514,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.agreed.store(flags.bits(), Ordering::Relaxed);
         self.fs.begin(&terms(flags));
         self.ready.store(true, Ordering::Release);
+        self.report_state();
     }
 
     fn forget<E: Transport>(&self, transport: &E, unique: u64, (node, count): (NodeId, u64)) {
@@ -550,10 +578,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     /// Answers a request that can't be decoded.
-    fn refuse<E: Transport>(&self, transport: E, error: &DecodeError) {
+    fn refuse<E: Transport>(&self, mut transport: E, error: &DecodeError) {
         // Any program in the guest can use a name that is too long, and the guest's kernel passes
         // it on, so this is not a malformed request.
         if error.errno() != Errno::NAMETOOLONG {
+            transport.note_malformed();
             let count = self.counters.count_malformed();
             if should_log(count) {
                 let fault = error.source().map(ToString::to_string).unwrap_or_default();

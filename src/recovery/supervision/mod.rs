@@ -16,6 +16,7 @@ use super::service_manager::{ServiceManager, Silence};
 use super::supervisor::{Event, Supervisor};
 use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
+use crate::metrics::{Process, SharedFile};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
 use crate::vhost_user::Listener;
 
@@ -43,6 +44,9 @@ pub(crate) trait Resources: Sized {
 
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
+
+    /// The file of the counters.
+    fn metrics(&self) -> Option<&SharedFile>;
 
     /// The file that has the server's process id.
     fn pid_file(&self) -> Option<BorrowedFd<'_>>;
@@ -249,9 +253,17 @@ impl<R: Resources> Supervision<R> {
             .down_since
             .take()
             .map(|down| since.saturating_sub(down));
+        let metrics = self.resources.metrics();
         if let Some(attempt) = self.attempt.take() {
-            attempt.report(pause.unwrap_or_default());
+            let pause = pause.unwrap_or_default();
+            if let Some(metrics) = metrics {
+                metrics.count(attempt.outcome(), pause);
+            }
+            attempt.report(pause);
         } else if let Some(pause) = pause {
+            if let Some(metrics) = metrics {
+                metrics.count(Process::Recovery, pause);
+            }
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
         // A report is repeated as a heartbeat.

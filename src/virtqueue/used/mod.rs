@@ -151,6 +151,15 @@ pub struct QueueStats {
     pub copied: u64,
 }
 
+/// What one store of the index has published.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Published {
+    /// Chains.
+    pub(crate) chains: u16,
+    /// Whether the guest was called.
+    pub(crate) called: bool,
+}
+
 #[derive(Debug)]
 struct State {
     /// Elements written, modulo 2¹⁶.
@@ -323,19 +332,31 @@ impl UsedRing {
     /// Makes all elements written so far visible to the guest, with one store of the index. Calls
     /// the guest if it wants that.
     pub fn publish(&self) {
-        if self.publish_index() {
-            self.call.signal();
-        }
+        self.publish_counted();
     }
 
-    /// Stores the index if elements were added. Returns whether the guest wants a call for that.
-    fn publish_index(&self) -> bool {
+    /// As [`publish`](Self::publish); returns what was published.
+    pub(crate) fn publish_counted(&self) -> Published {
+        let published = self.publish_index();
+        if published.called {
+            self.call.signal();
+        }
+        published
+    }
+
+    /// Stores the index if elements were added. Returns how many, and whether the guest wants a call
+    /// for that.
+    fn publish_index(&self) -> Published {
         let mut state = self.lock();
-        if state.next == state.published {
-            return false;
+        let chains = state.next.wrapping_sub(state.published);
+        if chains == 0 {
+            return Published::default();
         }
         self.store_index(&mut state);
-        self.wants_call(&mut state)
+        Published {
+            chains,
+            called: self.wants_call(&mut state),
+        }
     }
 
     fn store_index(&self, state: &mut State) {

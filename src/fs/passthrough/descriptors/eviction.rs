@@ -68,7 +68,9 @@ impl Descriptors {
             let Some(inode) = evictor.next(|node| self.inodes.any(node)) else {
                 continue;
             };
-            if !self.close(&inode) {
+            if self.close(&inode) {
+                evictor.count_eviction();
+            } else {
                 self.inodes.enqueue_for_eviction(&inode);
             }
         }

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 
 use super::Descriptors;
 use super::eviction::MIN_FDS;
-use crate::fs::Result;
 use crate::fs::passthrough::options::{Options, descriptor_limit};
+use crate::fs::{Result, Usage};
 
 /// Descriptors beyond the guest's limit that operations may use for a moment.
 const TRANSIENT_FDS: usize = 2 * MIN_FDS;
@@ -58,6 +58,20 @@ impl Descriptors {
     /// The number of descriptors that the server has open for the guest.
     pub(crate) fn count(&self) -> usize {
         self.inodes.descriptors() + self.files.descriptors() + self.reopen_policy.anchors()
+    }
+
+    /// How much of the limits is in use.
+    pub(crate) fn usage(&self) -> Usage {
+        let number = |count: usize| Some(count as u64);
+        Usage {
+            inodes: number(self.inodes.known()),
+            max_inodes: number(self.limits.inodes),
+            handles: number(self.files.until_released()),
+            max_handles: number(self.limits.handles),
+            descriptors: number(self.count()),
+            max_descriptors: number(self.limits.hard),
+            evictions: self.inodes.evictor().evicted(),
+        }
     }
 
     /// Checks the limits before the guest gets to know another inode. Forgotten inodes make room.

@@ -7,7 +7,7 @@
 //! slot says, and a queue has at most about as many stale entries as valid ones.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::inode::Inode;
@@ -32,6 +32,8 @@ pub(crate) struct FdEvictor {
     queues: Box<[Mutex<Queue>]>,
     /// The queue to take from next. Orders nothing.
     hand: AtomicUsize,
+    /// Descriptors that were closed so far. Orders nothing.
+    evicted: AtomicU64,
 }
 
 impl FdEvictor {
@@ -39,6 +41,7 @@ impl FdEvictor {
         Self {
             queues: (0..SHARDS).map(|_| Mutex::default()).collect(),
             hand: AtomicUsize::new(0),
+            evicted: AtomicU64::new(0),
         }
     }
 
@@ -62,6 +65,16 @@ impl FdEvictor {
             }
             queue.stale = queue.stale.saturating_sub(1);
         }
+    }
+
+    /// Counts a descriptor that was closed.
+    pub(crate) fn count_eviction(&self) {
+        self.evicted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The number of descriptors that were closed so far.
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted.load(Ordering::Relaxed)
     }
 
     /// The number of entries, including stale ones.

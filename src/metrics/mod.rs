@@ -1,0 +1,26 @@
+//! Counts what the server does: requests and their durations, errors, bytes, restarts.
+//!
+//! Each thread of the workers has a [`Recorder`] with counters of its own; [`Registry::snapshot`] adds
+//! them up. With `--supervise` the counters are in memory that outlives the process
+//! ([`SharedFile`]). This room knows opcodes only as numbers. The invariant: counting takes no lock and
+//! no memory, and what reads the counters can't hold up what counts.
+
+mod buckets;
+mod layout;
+mod recorder;
+mod registry;
+mod shared_file;
+mod snapshot;
+mod sum;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use self::layout::{Count, Process, Server};
+pub(crate) use self::recorder::{Ended, Recorder, RequestStart};
+pub use self::registry::{Facts, MetricsError, Registry, Shape};
+pub(crate) use self::shared_file::SharedFile;
+pub use self::snapshot::{
+    ErrorCount, GuestFaults, Histogram, OperationStats, QueueStats, Recoveries, Restarts,
+    SessionState, Snapshot, ThreadStats, Usage,
+};
+pub(crate) use crate::sys::clock::Ticks;
