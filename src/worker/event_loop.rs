@@ -544,8 +544,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 self.publish(&previous);
             }
             match &self.limiter {
-                None => self.serve_now(ChainTransport::new(chain, &self.recorder), &used),
-                Some(limiter) => self.serve_now(limiter.admit_stolen(chain, &self.recorder), &used),
+                None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), &used),
+                Some(limiter) => {
+                    self.serve_now(|| limiter.admit_stolen(chain, &self.recorder), &used);
+                }
             }
             served += 1;
             if served < MAX_DRAIN as u64 && !self.queues.iter().any(|owned| owned.ready) {
@@ -576,10 +578,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves one chain of the queue that `used` is part of, or holds it back.
     fn serve(&mut self, chain: Chain, used: &Arc<UsedRing>) {
         match &mut self.limiter {
-            None => self.serve_now(ChainTransport::new(chain, &self.recorder), used),
+            None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), used),
             Some(limiter) => {
                 if let Some(request) = limiter.admit(chain, &self.recorder) {
-                    self.serve_now(request, used);
+                    self.serve_now(|| request, used);
                 }
             }
         }
@@ -627,7 +629,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves a request. Publishes the replies of the queue before, `last`, if it is another one.
     fn serve_next(&self, request: LimitedTransport, last: &mut Option<Arc<UsedRing>>) {
         let used = Arc::clone(request.used());
-        self.serve_now(request, &used);
+        self.serve_now(|| request, &used);
         if let Some(previous) = last.replace(Arc::clone(&used))
             && !Arc::ptr_eq(&previous, &used)
         {
@@ -635,12 +637,13 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
     }
 
-    /// Serves one request of the queue that `used` is part of: at once, or in a task if it waits.
-    fn serve_now<T: Transport>(&self, request: T, used: &Arc<UsedRing>) {
+    /// Serves the request that `transport` returns, of the queue that `used` is part of: at once, or in
+    /// a task if it waits.
+    fn serve_now<T: Transport>(&self, transport: impl FnOnce() -> T, used: &Arc<UsedRing>) {
         let session = &self.session;
         // No request should cause a panic. If one does, dropping the transport has replied to it,
         // and the worker continues.
-        match catch_unwind(AssertUnwindSafe(|| session.serve(request))) {
+        match catch_unwind(AssertUnwindSafe(|| session.serve(transport()))) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
