@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-/// A point in time, or a span of it, in 16ths of a nanosecond.
+/// A point in time, or a span of it, in sixteenths of a nanosecond.
 pub(crate) type Ticks = u64;
 
 /// Ticks of a nanosecond. An operation costs a whole number of ticks; with this many, rounding
