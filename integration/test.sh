@@ -55,6 +55,9 @@ if wanted lint; then
     cargo clippy --manifest-path integration/rafs-image/Cargo.toml --target-dir target --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
+    # The interface, without what is hidden: each type that it mentions has a public name.
+    cargo rustc --lib --profile check --all-features --locked -- \
+        --cfg ringfsd_surface -A warnings -D unnameable_types
 fi
 
 if wanted tools; then

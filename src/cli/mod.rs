@@ -6,6 +6,7 @@
 
 mod caching;
 mod comma_list;
+mod conflict;
 mod connection;
 mod dax;
 mod extended_attributes;
@@ -21,6 +22,7 @@ mod resolve;
 mod seconds;
 mod sharing;
 mod size;
+mod source_options;
 mod sources;
 mod syslog;
 mod upgrade;

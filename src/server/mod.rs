@@ -39,8 +39,7 @@ use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
-pub(crate) use self::limits::LimitError;
-pub use self::limits::{explain, raise_limits};
+pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
@@ -187,7 +186,7 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         let left = self.left.take();
         if left.is_none() && self.first {
-            self.service.try_threads()?;
+            self.service.start_first_workers()?;
         }
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();

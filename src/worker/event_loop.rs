@@ -25,6 +25,7 @@ use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
 use super::limited_transport::LimitedTransport;
 use super::limiter::Limiter;
+use super::lone_wait::{self, LoneWait};
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
@@ -135,6 +136,8 @@ pub(super) struct EventLoop<F: ?Sized> {
     busy_poll: BusyPoll,
     /// Polls for completions of the disk.
     disk_poll: BusyPoll,
+    /// Waits for the disk without looking at the rings.
+    lone_wait: LoneWait,
     /// Whether a request of the last drain had to wait. Compared with such a wait, waking up for
     /// the guest's next request is cheap.
     waited: Cell<bool>,
@@ -167,6 +170,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             faults: Faults::default(),
             busy_poll: BusyPoll::new(poll),
             disk_poll: BusyPoll::new(poll.min(MAX_DISK_POLL)),
+            lone_wait: LoneWait::default(),
             waited: Cell::new(false),
             moderation: KickModeration::new(policy == IdlePolicy::ModerateKicks),
             limiter: None,
@@ -213,7 +217,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             return self.wait_until_due(due).await;
         }
         let in_flight = self.completions.in_flight() != 0;
-        if in_flight && self.disk_poll.pays() {
+        if in_flight && (self.disk_poll.pays() || self.lone_wait.pays(1)) {
             // Submits the operations whose completions the poll looks for.
             tokio::task::yield_now().await;
         }
@@ -224,6 +228,11 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
             return Event::Ready;
         }
+        if self.wait_for_disk_alone() {
+            // Lets the task whose operation has completed run.
+            tokio::task::yield_now().await;
+            return Event::Ready;
+        }
         if self.moderation.is_active() {
             return self.delay_kicks().await;
         }
@@ -231,7 +240,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             return Event::Ready;
         }
         self.moderation.sleep_starts();
+        self.lone_wait.begins(self.completions.in_flight());
         let event = self.wait(None).await;
+        self.lone_wait.ended(matches!(event, Event::Idle));
         match event {
             Event::Ready => {
                 self.busy_poll.woken();
@@ -257,6 +268,23 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             return Event::Due;
         }
         self.wait(due).await
+    }
+
+    /// If the guest's only request waits for the disk, and lately that was all there was, waits for
+    /// the disk alone. Returns whether the operation has completed.
+    fn wait_for_disk_alone(&mut self) -> bool {
+        let in_flight = self.completions.in_flight();
+        if !self.lone_wait.pays(in_flight) {
+            return false;
+        }
+        self.lone_wait.begins(in_flight);
+        let completed = io::wait_for_completion(lone_wait::LIMIT);
+        let came = self.queues.iter_mut().fold(false, |came, owned| {
+            owned.ready |= owned.queue.has_more();
+            came | owned.ready
+        });
+        self.lone_wait.ended(completed && !came);
+        completed || came
     }
 
     /// Sleeps for [`kick_moderation::DELAY`] or until a ring fills up, then checks the rings.

@@ -18,6 +18,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use ringfsd::fs::passthrough::{self, Passthrough};
+use ringfsd::internals;
 use ringfsd::internals::device::Device;
 use ringfsd::internals::fuse::{Session, SessionOptions};
 use ringfsd::internals::limits::{Limits, Rate, Settings};
@@ -274,7 +275,7 @@ impl Runner for Workers<'_> {
 fn with_limits(engine: Engine, limits: &Arc<Limits>, act: impl FnOnce(&mut Guest)) {
     let dir = tempfile::tempdir().unwrap();
     let fs = Arc::new(Passthrough::new(dir.path(), passthrough::Options::default()).unwrap());
-    let table = Arc::clone(fs.table());
+    let table = Arc::clone(internals::passthrough::table(&fs));
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let workers = NonZeroUsize::new(2).unwrap();
     let pool = WorkerPool::start_limited(session, workers, engine, Duration::ZERO, limits).unwrap();

@@ -1,6 +1,7 @@
 //! RAFS images, served by the library's own service to a client that speaks as a guest does.
 
 mod image;
+mod mounted;
 mod server;
 mod tree;
 
