@@ -23,6 +23,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -121,6 +122,10 @@ pub mod internals {
         pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
             Memory::new(regions, None)
         }
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {
