@@ -2,7 +2,7 @@
 //! representation.
 
 use std::fmt;
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU64, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use crate::fs::passthrough;
 use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
+use crate::limits;
 use crate::sandbox;
 
 /// Where front ends connect.
@@ -160,6 +161,15 @@ pub enum Descriptors {
     AtLeast(u64),
 }
 
+/// How much space the shared directory may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpaceLimit {
+    /// Bytes.
+    pub bytes: NonZeroU64,
+    /// Files and directories, itself included.
+    pub inodes: Option<NonZeroU64>,
+}
+
 /// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -195,6 +205,10 @@ pub struct Config {
     pub dax_fs_map: bool,
     /// The limit of open descriptors.
     pub descriptors: Descriptors,
+    /// How much the guest may ask for.
+    pub limits: limits::Settings,
+    /// How much the guest may store.
+    pub space: Option<SpaceLimit>,
     /// The sandbox of the server.
     pub sandbox: sandbox::Options,
     /// What guests may do with the directory.

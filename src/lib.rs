@@ -25,6 +25,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
 mod logging;
 pub mod metrics;
 mod migration;
@@ -137,6 +138,10 @@ pub mod internals {
 
     pub mod logging {
         pub use crate::logging::{Output, start};
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {

@@ -27,6 +27,7 @@ pub(crate) const ROOMS: &[&str] = &[
     "fuse",
     "guest_memory",
     "io",
+    "limits",
     "logging",
     "metrics",
     "migration",

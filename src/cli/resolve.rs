@@ -234,6 +234,12 @@ fn source(options: &Options) -> Result<Source, OptionConflict> {
         (None, None) => Source::Directory(sharing.shared_dir.clone().unwrap_or_default()),
     };
     check_source(&source, options)?;
+    refuse_first([(
+        options.limits.limit_space.is_some() && options.isolation.modcaps.keeps_sys_resource(),
+        "--limit-space",
+        "--modcaps=+sys_resource",
+        "a process with that capability may exceed quotas",
+    )])?;
     Ok(source)
 }
 
@@ -267,6 +273,12 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             "--dax-window",
             other,
             unmappable,
+        ),
+        (
+            options.limits.limit_space.is_some(),
+            "--limit-space",
+            other,
+            "only a single directory gets a quota",
         ),
         (recovery.supervise, "--supervise", other, unrecorded),
         (recovery.state.is_some(), "--state", other, unrecorded),
@@ -342,6 +354,8 @@ impl TryFrom<Options> for Config {
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
+            limits: options.limits.settings(),
+            space: options.limits.limit_space,
             sandbox: options.isolation.into(),
             share,
         })
@@ -508,6 +522,21 @@ mod tests {
             let refused = resolve(source).unwrap_err().to_string();
             assert!(refused.starts_with("--dax-window"), "{refused}");
         }
+    }
+
+    #[test]
+    fn space_is_limited_only_where_a_quota_holds() {
+        let resolve = |arguments: &[&str]| {
+            let required = ["ringfsd", "--fd=3", "--limit-space=1G"];
+            let options = Options::try_parse_from(required.iter().chain(arguments)).unwrap();
+            Config::try_from(options).map_err(|error| error.to_string())
+        };
+        let config = resolve(&["--shared-dir=/d"]).unwrap();
+        assert_eq!(config.space.unwrap().bytes.get(), 1 << 30);
+        let refused = resolve(&["--vfs=/=/d"]).unwrap_err();
+        assert!(refused.contains("--vfs"), "{refused}");
+        let refused = resolve(&["--shared-dir=/d", "--modcaps=+sys_resource"]).unwrap_err();
+        assert!(refused.contains("sys_resource"), "{refused}");
     }
 
     #[test]

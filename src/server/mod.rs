@@ -11,6 +11,7 @@ mod control_socket;
 mod counters;
 mod error;
 mod file_system;
+mod guest_limits;
 mod limits;
 mod live;
 mod mounts;
@@ -19,6 +20,7 @@ mod pid_file;
 mod reporter;
 mod service;
 mod sources;
+mod space;
 mod temporary_cache;
 
 use std::io;
@@ -329,6 +331,9 @@ impl ServerResources {
         // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
+        if let (Some(limit), Source::Directory(path)) = (config.space, &config.source) {
+            space::limit(path, limit)?;
+        }
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
@@ -429,7 +434,9 @@ impl Resources for ServerResources {
             once: config.once,
         };
         let fs = (self.layer)(fs);
+        let limits = guest_limits::in_table(config.limits, &table, restarted);
         let service = Service::over(fs, options, self.runtime, table, metrics)
+            .limited(limits)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {

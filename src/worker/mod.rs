@@ -11,6 +11,8 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
+mod limited_transport;
+mod limiter;
 mod observer;
 mod queue_report;
 mod threads;

@@ -32,6 +32,9 @@ complete -c ringfsd -l max-handles -d 'Maximum number of files the guest may hav
 complete -c ringfsd -l max-open-inodes -d 'Maximum number of descriptors for inodes and files' -r
 complete -c ringfsd -l rlimit-nofile -d 'Limit of open files (RLIMIT_NOFILE)' -r
 complete -c ringfsd -l remember-inodes -d 'Dropped inodes whose file handles stay valid' -r
+complete -c ringfsd -l limit-iops -d 'Maximum operations a second; may be repeated' -r
+complete -c ringfsd -l limit-bandwidth -d 'Maximum bytes read and written a second; may be repeated' -r
+complete -c ringfsd -l limit-space -d 'Maximum space the directory may take' -r
 complete -c ringfsd -l cache -d 'Caching policy: never, metadata, auto or always' -r -f -a "never\t''
 metadata\t''
 auto\t''

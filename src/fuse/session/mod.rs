@@ -378,8 +378,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 }
             }
             // Only requests that may wait for the guest without a limit, such as locks, are
-            // interrupted.
-            Operation::Interrupt { unique } => self.blocking_locks.interrupt(unique),
+            // interrupted, and those that aren't served yet.
+            Operation::Interrupt { unique } => self.interrupt(unique),
             // The opcode table dispatches none of these to this method.
             Operation::Init(_)
             | Operation::Destroy

@@ -41,6 +41,9 @@ pub(in crate::server) fn options(config: &Config) -> Value {
         supervise,
         dax_fs_map,
         descriptors,
+        // What holds now may be something else.
+        limits: _,
+        space,
         sandbox,
         share,
     } = config;
@@ -69,6 +72,7 @@ pub(in crate::server) fn options(config: &Config) -> Value {
         "once": once,
         "supervise": supervise,
         "dax-fs-map": dax_fs_map,
+        "limit-space": space.is_some(),
         "rlimit-nofile": match descriptors {
             Descriptors::Most => json!("hard limit"),
             Descriptors::Inherited => json!(0),
