@@ -13,6 +13,7 @@
 //!
 //! Of what the crate is made inside, and which part may use which, `docs/architecture.md` says.
 
+mod check;
 mod cli;
 mod config;
 mod dax;
@@ -69,11 +70,15 @@ pub mod errors {
 #[doc(hidden)]
 #[cfg(not(ringfsd_surface))]
 pub mod internals {
+    pub mod check {
+        pub use crate::check::{Report, run};
+    }
+
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, DIFFERENCES, Difference, Options, Persona, Syslog, Upgrade,
-            asks_for_capabilities, asks_for_upgrade, log_filters, notices, parse, status_of,
-            syslog_header,
+            Behaviour, CAPABILITIES, Check, DIFFERENCES, Difference, Options, Persona, Syslog,
+            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            status_of, syslog_header,
         };
     }
 

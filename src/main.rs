@@ -12,7 +12,8 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use log::LevelFilter;
 use ringfsd::error_chain;
-use ringfsd::internals::cli::{self, Behaviour, Options, Persona, Syslog, Upgrade};
+use ringfsd::internals::check;
+use ringfsd::internals::cli::{self, Behaviour, Check, Options, Persona, Syslog, Upgrade};
 use ringfsd::internals::config::Config;
 use ringfsd::internals::recovery::{self, ExecHandover, Watched};
 use ringfsd::internals::sandbox::{self, Ending};
@@ -29,8 +30,10 @@ fn main() -> ExitCode {
         let _ = writeln!(std::io::stdout(), "{}", cli::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
-    if cli::asks_for_upgrade(&arguments) {
-        return upgrade(&arguments);
+    match cli::asks_for_command(&arguments) {
+        None => {}
+        Some("check") => return check(&arguments),
+        Some(_) => return upgrade(&arguments),
     }
     let persona = Persona::of(&arguments);
     let behaviour = persona.behaviour();
@@ -92,6 +95,28 @@ fn upgrade(arguments: &[OsString]) -> ExitCode {
             eprintln!("ringfsd: {}", error_chain::one_line(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Reports what this host can do, and whether a server would start.
+fn check(arguments: &[OsString]) -> ExitCode {
+    let (check, config) = match Check::parse(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // A failure can't be reported any more.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let report = check::run(config, check.writes);
+    // Whoever closes the pipe early has read enough.
+    let _ = match check.json {
+        true => writeln!(std::io::stdout(), "{}", report.json()),
+        false => write!(std::io::stdout(), "{report}"),
+    };
+    match report.would_start() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 

@@ -5,6 +5,7 @@
 //! nothing here looks at the host; whether it supports an option is found out when the server starts.
 
 mod caching;
+mod check;
 mod comma_list;
 mod conflict;
 mod connection;
@@ -35,11 +36,12 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal};
 
 pub(crate) use self::caching::Caching;
+pub use self::check::Check;
 pub(crate) use self::connection::Connection;
 pub(crate) use self::dax::Dax;
 pub(crate) use self::extended_attributes::ExtendedAttributes;
 pub(crate) use self::isolation::Isolation;
-pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_command};
 pub(crate) use self::migration::Migration;
 pub(crate) use self::observability::Observability;
 pub use self::observability::log_filters;
@@ -60,8 +62,10 @@ pub use self::upgrade::Upgrade;
     name = "ringfsd",
     version,
     args_override_self = true,
-    after_help = "Replace a running server with this program: ringfsd upgrade --help",
-    after_long_help = "To replace a running server with this program, see ringfsd upgrade --help.\n\n\
+    after_help = "Replace a running server with this program: ringfsd upgrade --help\n\
+        Find out whether a server would start, and what it could do: ringfsd check --help",
+    after_long_help = "To replace a running server with this program, see ringfsd upgrade --help. \
+        To find out whether a server would start, and what it could do, see ringfsd check --help.\n\n\
         Example with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
         qemu-system-x86_64 … -m 4G \\\n    \
@@ -210,7 +214,8 @@ mod tests {
         for line in short_help_lines(100) {
             let option = line.trim_start().starts_with('-');
             let heading = line.ends_with(':') && !line.starts_with(' ');
-            let last = line.starts_with("Replace a running server");
+            let last = ["Replace a running", "Find out whether"];
+            let last = last.iter().any(|start| line.starts_with(start));
             assert!(option || heading || last || line.is_empty(), "{line:?}");
             // If help doesn't fit, clap puts it below the name, for the whole heading.
             assert!(!option || line.trim().contains("  "), "{line:?}");

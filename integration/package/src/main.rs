@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::CommandFactory;
 use clap_complete::Shell;
-use ringfsd::internals::cli::{Options, Upgrade};
+use ringfsd::internals::cli::{Check, Options, Upgrade};
 
 /// The files, by name.
 type Texts = BTreeMap<&'static str, Vec<u8>>;
@@ -56,6 +56,7 @@ fn texts() -> std::io::Result<Texts> {
             "ringfsd-upgrade.1",
             Upgrade::command().name("ringfsd-upgrade"),
         ),
+        ("ringfsd-check.1", Check::command().name("ringfsd-check")),
     ];
     for (name, command) in pages {
         let mut text = Vec::new();
