@@ -24,6 +24,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -44,7 +45,7 @@ pub use worker::{Threads, ThreadsError, Worker};
 /// `integration/examples/memory_tree` serves a tree in memory with it. It has the process as it is: no
 /// sandbox, no recovery.
 pub mod service {
-    pub use crate::dax::DaxOptions;
+    pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
     pub use crate::device::{Device, Tag, TagError};
     pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
     pub use crate::server::{Exit, ServerError, Service, ServiceOptions};
@@ -87,7 +88,10 @@ pub mod internals {
     }
 
     pub mod dax {
-        pub use crate::dax::{DaxOptions, MapRequest, OpenToMap, RANGE, REGION, Window, page_size};
+        pub use crate::dax::{
+            DaxOptions, MapRequest, NamePattern, NamePatterns, OpenToMap, RANGE, REGION, Window,
+            page_size,
+        };
     }
 
     pub mod device {
@@ -123,6 +127,10 @@ pub mod internals {
         pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
             Memory::new(regions, None)
         }
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {

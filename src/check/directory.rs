@@ -13,6 +13,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use rustix::thread::CapabilitySet;
 
 use super::report::Finding;
+use crate::server;
 
 /// The attribute that is read and, on a file without a name, set.
 const NAME: &str = "ringfsd.check";
@@ -40,6 +41,7 @@ pub(super) fn test(path: &Path, writes: bool) -> Vec<Finding> {
     findings.push(acls(path));
     findings.push(trusted(path));
     findings.push(labels(path));
+    findings.push(quota(path));
     findings
 }
 
@@ -354,6 +356,15 @@ fn labels(path: &Path) -> Finding {
         )
         .advising("--security-label needs --xattrmap=:map:security.:user.guest.:"),
         Err(error) => Finding::unknown(name, error.to_string()),
+    }
+}
+
+/// Whether the space that the directory takes can be limited.
+fn quota(path: &Path) -> Finding {
+    match server::check_space(path) {
+        Ok(()) => Finding::yes("project quota", "can be set for it")
+            .advising("--limit-space limits what the guest may store"),
+        Err(error) => Finding::no("project quota", crate::error_chain::one_line(&error)),
     }
 }
 

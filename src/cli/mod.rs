@@ -13,6 +13,7 @@ mod dax;
 mod extended_attributes;
 mod isolation;
 mod launcher;
+mod limits;
 mod migration;
 mod observability;
 mod ownership;
@@ -42,6 +43,7 @@ pub(crate) use self::dax::Dax;
 pub(crate) use self::extended_attributes::ExtendedAttributes;
 pub(crate) use self::isolation::Isolation;
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_command};
+pub(crate) use self::limits::Limits;
 pub(crate) use self::migration::Migration;
 pub(crate) use self::observability::Observability;
 pub use self::observability::log_filters;
@@ -82,6 +84,10 @@ pub struct Options {
     /// The directory, and what the guest may do with it.
     #[command(flatten)]
     pub sharing: Sharing,
+
+    /// How much the guest may ask for, and how much it may store.
+    #[command(flatten)]
+    pub limits: Limits,
 
     /// What the guest may cache.
     #[command(flatten)]
@@ -170,6 +176,7 @@ mod tests {
         let headings = [
             "Connection",
             "Sharing",
+            "Limits",
             "Caching",
             "Ownership",
             "Extended attributes",

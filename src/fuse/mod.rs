@@ -15,6 +15,7 @@
 
 pub(crate) mod abi;
 mod counters;
+mod dax_marks;
 mod directory;
 mod init;
 mod reply;

@@ -9,12 +9,14 @@ mod control_group;
 mod counters;
 mod error;
 mod file_system;
+mod guest_limits;
 mod limits;
 mod parent_process;
 mod pid_file;
 mod rehearsal;
 mod service;
 mod sources;
+mod space;
 mod temporary_cache;
 
 use std::io;
@@ -44,6 +46,7 @@ pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub(crate) use self::rehearsal::{check_inherited, rehearse};
 pub use self::service::{Exit, Service, ServiceOptions};
+pub(crate) use self::space::check as check_space;
 
 use self::file_system::{Built, Entered};
 use self::pid_file::PidFile;
@@ -253,6 +256,9 @@ impl ServerResources {
         // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
+        if let (Some(limit), Source::Directory(path)) = (config.space, &config.source) {
+            space::limit(path, limit)?;
+        }
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
@@ -317,7 +323,8 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
-                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_window: (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -326,7 +333,9 @@ impl Resources for ServerResources {
             once: config.once,
         };
         let fs = (self.layer)(fs);
+        let limits = guest_limits::in_table(config.limits, &table, restarted);
         let service = Service::over(fs, options, self.runtime, table, metrics)
+            .limited(limits)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
@@ -393,7 +402,7 @@ fn set_descriptor_limit(config: &Config) -> Result<(), ServerError> {
 
 /// Checks that the mappings which a guest has are within the window.
 fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
-    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let window = (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window);
     let ends = table.mappings().into_iter().map(|record| {
         let mapping = record.fields();
         mapping.offset.saturating_add(mapping.len)

@@ -51,6 +51,9 @@ impl ServerResources {
         super::set_descriptor_limit(&config)?;
         super::file_system::check(&config)?;
         super::limits::check(&config, super::table_limits(&config).bytes())?;
+        if let (Some(_), Source::Directory(path)) = (config.space, &config.source) {
+            super::space::check(path)?;
+        }
         let state = super::locate(&config, TableLocation::copy)?;
         let metrics = super::counters::create(&config)?;
         PidFile::check(&config)?;

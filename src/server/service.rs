@@ -18,6 +18,7 @@ use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
+use crate::limits;
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
 use crate::sandbox::Serving;
@@ -70,6 +71,8 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    /// How much the guest may ask for.
+    limits: Arc<limits::Limits>,
     /// Of the session of the first VMM, before that has connected.
     first_workers: Mutex<Option<Workers>>,
 }
@@ -114,8 +117,15 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            limits: Arc::default(),
             first_workers: Mutex::default(),
         }
+    }
+
+    /// Limits how much the guest may ask for.
+    pub(super) fn limited(mut self, limits: Arc<limits::Limits>) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Keeps the guest's state for the next server.
@@ -242,7 +252,9 @@ impl Service {
     pub(super) fn start_first_workers(&mut self) -> Result<(), ServerError> {
         let session = Arc::new(self.new_session());
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(&session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(&session), workers, engine, poll, &self.limits)
+        };
         let pool = match start(self.runtime.engine) {
             Err(WorkerPoolError::Threads(error)) if self.may_change_engine(&error) => {
                 self.metrics.count(Server::EngineFallbacks);
@@ -272,7 +284,9 @@ impl Service {
         const TRIES: usize = 5;
         const PAUSE: Duration = Duration::from_millis(20);
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(session), workers, engine, poll, &self.limits)
+        };
         let mut tries = 1;
         loop {
             let error = match start(self.runtime.engine) {

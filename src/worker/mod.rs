@@ -11,7 +11,8 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
-mod lone_wait;
+mod limited_transport;
+mod limiter;
 mod threads;
 mod worker_pool;
 
