@@ -16,6 +16,8 @@
 mod check;
 mod cli;
 mod config;
+mod control;
+mod ctl;
 mod dax;
 mod device;
 pub mod embed;
@@ -25,6 +27,7 @@ mod fuse;
 mod guest_memory;
 pub mod io;
 mod limits;
+mod logging;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -32,6 +35,7 @@ mod sandbox;
 pub mod scheduler;
 mod server;
 mod state;
+mod top;
 mod vhost_user;
 mod virtqueue;
 mod worker;
@@ -77,14 +81,22 @@ pub mod internals {
 
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, Check, DIFFERENCES, Difference, Options, Persona, Syslog,
-            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            Behaviour, CAPABILITIES, Check, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog,
+            Top, Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
             status_of, syslog_header,
         };
     }
 
     pub mod config {
         pub use crate::config::Config;
+    }
+
+    pub mod control {
+        pub use crate::control::{COMMANDS, Code, Command, VERSION};
+    }
+
+    pub mod ctl {
+        pub use crate::ctl::run;
     }
 
     pub mod dax {
@@ -127,6 +139,10 @@ pub mod internals {
         pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
             Memory::new(regions, None)
         }
+    }
+
+    pub mod logging {
+        pub use crate::logging::{Output, start};
     }
 
     pub mod limits {
@@ -191,6 +207,10 @@ pub mod internals {
 
     pub mod state {
         pub use crate::state::{Limits, Table};
+    }
+
+    pub mod top {
+        pub use crate::top::run;
     }
 
     pub mod vhost_user {

@@ -37,7 +37,7 @@ pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
 }
 
 /// The commands, which are the first argument.
-const COMMANDS: [&str; 2] = ["upgrade", "check"];
+const COMMANDS: [&str; 4] = ["upgrade", "ctl", "top", "check"];
 
 /// The command that the arguments ask for, if they aren't those of a server.
 #[must_use]
@@ -396,7 +396,7 @@ mod tests {
         let upgrade = ["p", "upgrade", "--pid=1"].map(OsString::from);
         assert_eq!(asks_for_command(&upgrade), Some("upgrade"));
         assert_eq!(asks_for_command(&upgrade[1..]), None);
-        let server = ["p", "--socket", "check"].map(OsString::from);
+        let server = ["p", "--socket", "ctl"].map(OsString::from);
         assert_eq!(asks_for_command(&server), None);
     }
 }

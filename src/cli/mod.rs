@@ -9,6 +9,7 @@ mod check;
 mod comma_list;
 mod conflict;
 mod connection;
+mod ctl;
 mod dax;
 mod extended_attributes;
 mod isolation;
@@ -26,6 +27,7 @@ mod size;
 mod source_options;
 mod sources;
 mod syslog;
+mod top;
 mod upgrade;
 mod values;
 
@@ -39,6 +41,8 @@ use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal
 pub(crate) use self::caching::Caching;
 pub use self::check::Check;
 pub(crate) use self::connection::Connection;
+pub use self::ctl::Ctl;
+pub(crate) use self::ctl::{CtlCommand, PageArgs};
 pub(crate) use self::dax::Dax;
 pub(crate) use self::extended_attributes::ExtendedAttributes;
 pub(crate) use self::isolation::Isolation;
@@ -53,6 +57,7 @@ pub(crate) use self::recovery::Recovery;
 pub use self::resolve::notices;
 pub(crate) use self::sharing::Sharing;
 pub use self::syslog::{Syslog, header as syslog_header};
+pub use self::top::Top;
 pub use self::upgrade::Upgrade;
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
@@ -65,8 +70,12 @@ pub use self::upgrade::Upgrade;
     version,
     args_override_self = true,
     after_help = "Replace a running server with this program: ringfsd upgrade --help\n\
+        Look into a running server, or change its settings: ringfsd ctl --help\n\
+        Watch what running servers do: ringfsd top --help\n\
         Find out whether a server would start, and what it could do: ringfsd check --help",
     after_long_help = "To replace a running server with this program, see ringfsd upgrade --help. \
+        To look into a running server, or change its settings, see ringfsd ctl --help; \
+        to watch what servers do, see ringfsd top --help. \
         To find out whether a server would start, and what it could do, see ringfsd check --help.\n\n\
         Example with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
@@ -221,7 +230,12 @@ mod tests {
         for line in short_help_lines(100) {
             let option = line.trim_start().starts_with('-');
             let heading = line.ends_with(':') && !line.starts_with(' ');
-            let last = ["Replace a running", "Find out whether"];
+            let last = [
+                "Replace a running",
+                "Look into a running",
+                "Watch what",
+                "Find out whether",
+            ];
             let last = last.iter().any(|start| line.starts_with(start));
             assert!(option || heading || last || line.is_empty(), "{line:?}");
             // If help doesn't fit, clap puts it below the name, for the whole heading.

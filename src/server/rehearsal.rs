@@ -5,6 +5,7 @@
 //! host that is still there afterwards.
 
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use super::error::ServerError;
 use super::pid_file::PidFile;
@@ -59,7 +60,14 @@ impl ServerResources {
         PidFile::check(&config)?;
         leave_unchanged(&mut config);
         let caches = TemporaryCache::make_for(&mut config.source)?;
+        config
+            .control
+            .as_deref()
+            .map_or(Ok(()), super::control_socket::check)?;
         Ok(Self {
+            control: None,
+            started: Instant::now(),
+            launched: super::launched(None),
             listener: Listener::without_file()?,
             config,
             runtime,

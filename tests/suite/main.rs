@@ -15,6 +15,7 @@
 
 mod check;
 mod compat;
+mod control;
 mod creation;
 mod data;
 mod dax;

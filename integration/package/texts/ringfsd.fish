@@ -80,6 +80,7 @@ warn\t''
 info\t''
 debug\t''
 trace\t''"
+complete -c ringfsd -l control -d 'Let the server be controlled by a new socket: unix:PATH' -r -F
 complete -c ringfsd -l once -d 'Exit when the first VMM disconnects'
 complete -c ringfsd -l keep-listening -d 'Wait for the next VMM when one disconnects'
 complete -c ringfsd -s f -d 'Accepted for compatibility; has no effect'

@@ -43,6 +43,15 @@ pub(crate) trait Resources: Sized {
     /// The same.
     fn listener_mut(&mut self) -> &mut Listener;
 
+    /// The socket that the server is controlled by.
+    fn control(&self) -> Option<&Listener>;
+
+    /// The same.
+    fn control_mut(&mut self) -> Option<&mut Listener>;
+
+    /// The user that the launcher has started the server as.
+    fn user(&self) -> u32;
+
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
 
@@ -240,6 +249,7 @@ impl<R: Resources> Supervision<R> {
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched<R::Server> {
         drop(self.resources.listener_mut().take_file());
+        drop(self.resources.control_mut().and_then(Listener::take_file));
         // A signal that a seccomp filter keeps from being seen has asked for nothing.
         let _ = self.supervisor.is_to_stop();
         let asked_by = self.supervisor.asked_by();
