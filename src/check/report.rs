@@ -118,7 +118,7 @@ impl Report {
 /// The columns of the text, of the names, and of the names with the support.
 const WIDTH: usize = 100;
 const NAMES: usize = 22;
-const INDENT: usize = NAMES + 9;
+const INDENT: usize = NAMES + 10;
 
 impl Display for Report {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -156,7 +156,7 @@ fn write_findings(f: &mut Formatter<'_>, heading: &str, findings: &[Finding]) ->
             Support::Note => "note",
             Support::Unknown => "unknown",
         };
-        write!(f, "  {:<width$}{support:<7}", finding.name, width = NAMES)?;
+        write!(f, "  {:<width$}{support:<8}", finding.name, width = NAMES)?;
         write_wrapped(f, &finding.detail, INDENT)?;
         if let Some(advice) = &finding.advice {
             write!(f, "{:INDENT$}-> ", "")?;
