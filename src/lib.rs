@@ -13,6 +13,7 @@
 //!
 //! Of what the crate is made inside, and which part may use which, `docs/architecture.md` says.
 
+mod check;
 mod cli;
 mod config;
 mod control;
@@ -74,10 +75,14 @@ pub mod errors {
 #[doc(hidden)]
 #[cfg(not(ringfsd_surface))]
 pub mod internals {
+    pub mod check {
+        pub use crate::check::{Report, run};
+    }
+
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog, Top,
-            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            Behaviour, CAPABILITIES, Check, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog,
+            Top, Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
             status_of, syslog_header,
         };
     }

@@ -15,6 +15,7 @@ const CRATE: &str = "ringfsd";
 
 /// The rooms whose level can be set on its own.
 pub(crate) const ROOMS: &[&str] = &[
+    "check",
     "cli",
     "config",
     "control",

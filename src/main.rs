@@ -12,7 +12,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use log::LevelFilter;
 use ringfsd::error_chain;
-use ringfsd::internals::cli::{self, Behaviour, Ctl, Options, Persona, Syslog, Top, Upgrade};
+use ringfsd::internals::check;
+use ringfsd::internals::cli::{
+    self, Behaviour, Check, Ctl, Options, Persona, Syslog, Top, Upgrade,
+};
 use ringfsd::internals::config::Config;
 use ringfsd::internals::ctl;
 use ringfsd::internals::logging;
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     }
     match cli::asks_for_command(&arguments) {
         None => {}
+        Some("check") => return check(&arguments),
         Some("ctl") => return ctl(&arguments),
         Some("top") => return top(&arguments),
         Some(_) => return upgrade(&arguments),
@@ -98,6 +102,28 @@ fn upgrade(arguments: &[OsString]) -> ExitCode {
             eprintln!("ringfsd: {}", error_chain::one_line(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Reports what this host can do, and whether a server would start.
+fn check(arguments: &[OsString]) -> ExitCode {
+    let (check, config) = match Check::parse(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // A failure can't be reported any more.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let report = check::run(config, check.writes);
+    // Whoever closes the pipe early has read enough.
+    let _ = match check.json {
+        true => writeln!(std::io::stdout(), "{}", report.json()),
+        false => write!(std::io::stdout(), "{report}"),
+    };
+    match report.would_start() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 

@@ -37,7 +37,7 @@ pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
 }
 
 /// The commands, which are the first argument.
-const COMMANDS: [&str; 3] = ["upgrade", "ctl", "top"];
+const COMMANDS: [&str; 4] = ["upgrade", "ctl", "top", "check"];
 
 /// The command that the arguments ask for, if they aren't those of a server.
 #[must_use]

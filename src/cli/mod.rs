@@ -5,6 +5,7 @@
 //! nothing here looks at the host; whether it supports an option is found out when the server starts.
 
 mod caching;
+mod check;
 mod comma_list;
 mod conflict;
 mod connection;
@@ -38,6 +39,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal};
 
 pub(crate) use self::caching::Caching;
+pub use self::check::Check;
 pub(crate) use self::connection::Connection;
 pub use self::ctl::Ctl;
 pub(crate) use self::ctl::{CtlCommand, PageArgs};
@@ -69,10 +71,12 @@ pub use self::upgrade::Upgrade;
     args_override_self = true,
     after_help = "Replace a running server with this program: ringfsd upgrade --help\n\
         Look into a running server, or change its settings: ringfsd ctl --help\n\
-        Watch what running servers do: ringfsd top --help",
+        Watch what running servers do: ringfsd top --help\n\
+        Find out whether a server would start, and what it could do: ringfsd check --help",
     after_long_help = "To replace a running server with this program, see ringfsd upgrade --help. \
         To look into a running server, or change its settings, see ringfsd ctl --help; \
-        to watch what servers do, see ringfsd top --help.\n\n\
+        to watch what servers do, see ringfsd top --help. \
+        To find out whether a server would start, and what it could do, see ringfsd check --help.\n\n\
         Example with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
         qemu-system-x86_64 … -m 4G \\\n    \
@@ -226,7 +230,12 @@ mod tests {
         for line in short_help_lines(100) {
             let option = line.trim_start().starts_with('-');
             let heading = line.ends_with(':') && !line.starts_with(' ');
-            let last = ["Replace a running", "Look into a running", "Watch what"];
+            let last = [
+                "Replace a running",
+                "Look into a running",
+                "Watch what",
+                "Find out whether",
+            ];
             let last = last.iter().any(|start| line.starts_with(start));
             assert!(option || heading || last || line.is_empty(), "{line:?}");
             // If help doesn't fit, clap puts it below the name, for the whole heading.

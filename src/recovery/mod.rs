@@ -34,5 +34,5 @@ pub(crate) use self::upgrade::check_for_upgrade;
 pub(crate) use self::leftovers::sort_leftovers;
 pub(crate) use self::predecessor::wait_while;
 pub(crate) use self::service_manager::{ServiceManager, Silence, passed_listener};
-pub(crate) use self::state_file::{OpenedTable, TableLocation};
+pub(crate) use self::state_file::{OpenedTable, TableLocation, may_create};
 pub(crate) use self::supervision::{Forked, Resources, Supervision};

@@ -12,19 +12,27 @@ use crate::vhost_user::{ListenError, Listener};
 /// Listens at `path`, for the server's own user and root alone.
 pub(super) fn bind(path: &Path) -> Result<Listener, ServerError> {
     let busy = |error: &ListenError| matches!(error, ListenError::InUse(_));
-    recovery::wait_while(|| Listener::bind(path), busy).map_err(|error| {
-        let path = path.display();
-        ServerError::Control(match &error {
-            ListenError::InUse(_) => {
-                format!("another server listens on {path}: stop it, or give each its own")
-            }
-            ListenError::NotASocket(_) => {
-                format!("{path} exists and is not a socket: remove it, or give another path")
-            }
-            ListenError::TooLong { len, .. } => {
-                format!("the path {path} is too long for a socket: it has {len} bytes")
-            }
-            other => error_chain::one_line(other),
-        })
+    recovery::wait_while(|| Listener::bind(path), busy).map_err(|error| explained(path, &error))
+}
+
+/// Checks whether [`bind`] would succeed now; creates and changes nothing.
+pub(super) fn check(path: &Path) -> Result<(), ServerError> {
+    Listener::check(path, false, None).map_err(|error| explained(path, &error))
+}
+
+/// Why the server can't listen at `path`, as what the option says of it.
+fn explained(path: &Path, error: &ListenError) -> ServerError {
+    let path = path.display();
+    ServerError::Control(match error {
+        ListenError::InUse(_) => {
+            format!("another server listens on {path}: stop it, or give each its own")
+        }
+        ListenError::NotASocket(_) => {
+            format!("{path} exists and is not a socket: remove it, or give another path")
+        }
+        ListenError::TooLong { len, .. } => {
+            format!("the path {path} is too long for a socket: it has {len} bytes")
+        }
+        other => error_chain::one_line(other),
     })
 }

@@ -198,6 +198,11 @@ pub fn raise_limits() -> Result<(), LimitError> {
     }
 }
 
+/// The smallest memory limit of this process's control groups, and the file that sets it.
+pub(crate) fn memory_of_control_group() -> Option<(u64, std::path::PathBuf)> {
+    control_group::memory()
+}
+
 /// Lowers the limits on what a guest may hold if they are not set by options and the control group
 /// has too little memory for the defaults. Beyond them the guest gets `ENFILE`; the kernel would
 /// kill the server.

@@ -17,6 +17,7 @@ mod live;
 mod mounts;
 mod parent_process;
 mod pid_file;
+mod rehearsal;
 mod reporter;
 mod service;
 mod sources;
@@ -26,6 +27,7 @@ mod temporary_cache;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -47,9 +49,12 @@ use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
 
 pub use self::error::ServerError;
+pub(crate) use self::limits::memory_of_control_group;
 pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
+pub(crate) use self::rehearsal::{check_inherited, rehearse};
 pub use self::service::{Exit, Service, ServiceOptions};
+pub(crate) use self::space::check as check_space;
 
 use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
@@ -151,7 +156,14 @@ impl Server {
         }
         let manager = ServiceManager::from_environment();
         config.sandbox.reports = manager.wants_reports();
-        let resources = ServerResources::new(config, layer, manager)?;
+        Self::split(ServerResources::new(config, layer, manager)?, log)
+    }
+
+    /// Splits the process in two.
+    fn split(
+        resources: ServerResources,
+        log: Option<BorrowedFd<'_>>,
+    ) -> Result<Started, ServerError> {
         if resources.config.supervise {
             return ParentProcess::supervise(resources, log);
         }
@@ -222,19 +234,8 @@ impl Server {
     /// Connections can't be accepted any more, or the host has no threads for a session. What a VMM
     /// does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
-        limits::save();
-        self.filter.install()?;
-        // The next server needs both if this process is killed, and closing the guest's files may
-        // take the kernel seconds.
-        self.listener.close_first();
-        if self.service.keeps() {
-            self.service.table().close_first();
-        }
+        let left = self.prepare()?;
         let stop = Stop { asked: stop, leave };
-        let left = self.left.take();
-        if left.is_none() && self.first {
-            self.service.start_first_workers()?;
-        }
         self.start_control()?;
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();
@@ -244,6 +245,24 @@ impl Server {
             return Ok(exit);
         }
         self.service.run(&self.listener, stop)
+    }
+
+    /// Does all that can fail before the server serves. Returns the session that the previous process
+    /// has left.
+    fn prepare(&mut self) -> Result<Option<SessionSnapshot>, ServerError> {
+        limits::save();
+        self.filter.install()?;
+        // The next server needs both if this process is killed, and closing the guest's files may
+        // take the kernel seconds.
+        self.listener.close_first();
+        if self.service.keeps() {
+            self.service.table().close_first();
+        }
+        let left = self.left.take();
+        if left.is_none() && self.first {
+            self.service.start_first_workers()?;
+        }
+        Ok(left)
     }
 
     /// Starts the thread that serves the control socket and reports, if there is anything for it to
@@ -314,21 +333,7 @@ impl ServerResources {
             }
         };
         let runtime = choose(&config)?;
-        match config.descriptors {
-            Descriptors::Inherited => {}
-            Descriptors::Most => {
-                file_system::raise_descriptor_limit();
-            }
-            Descriptors::AtLeast(limit) => {
-                let raised = file_system::raise_descriptor_limit();
-                if raised.is_some_and(|raised| raised < limit) {
-                    // Needs a privilege.
-                    let _ = file_system::set_descriptor_limit(limit);
-                }
-            }
-            Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
-                .map_err(|source| ServerError::Descriptors { limit, source })?,
-        }
+        set_descriptor_limit(&config)?;
         // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
@@ -496,6 +501,26 @@ impl Resources for ServerResources {
     }
 }
 
+/// Sets the limit of open descriptors as configured.
+fn set_descriptor_limit(config: &Config) -> Result<(), ServerError> {
+    match config.descriptors {
+        Descriptors::Inherited => {}
+        Descriptors::Most => {
+            file_system::raise_descriptor_limit();
+        }
+        Descriptors::AtLeast(limit) => {
+            let raised = file_system::raise_descriptor_limit();
+            if raised.is_some_and(|raised| raised < limit) {
+                // Needs a privilege.
+                let _ = file_system::set_descriptor_limit(limit);
+            }
+        }
+        Descriptors::Limit(limit) => file_system::set_descriptor_limit(limit)
+            .map_err(|source| ServerError::Descriptors { limit, source })?,
+    }
+    Ok(())
+}
+
 /// This process, and the user that it was started as: by its own account, unless it is in a user
 /// namespace already.
 fn launched(user: Option<u32>) -> (u32, u32) {
@@ -559,10 +584,18 @@ fn table_limits(config: &Config) -> Limits {
 
 /// Opens or creates the state file, or a memfd, if a table has to outlive the serving process.
 fn locate_table(config: &Config) -> Result<TableLocation, ServerError> {
+    locate(config, TableLocation::new)
+}
+
+/// As [`locate_table`], by `open`.
+fn locate(
+    config: &Config,
+    open: fn(Option<&Path>, bool, &Limits) -> Result<TableLocation, RecoveryError>,
+) -> Result<TableLocation, ServerError> {
     let needed = table_limits(config);
     let size = limits::file_size();
     let located = limits::without_file_size_limit(|| {
-        TableLocation::new(config.state.as_deref(), config.supervise, &needed)
+        open(config.state.as_deref(), config.supervise, &needed)
     });
     located.map_err(|error| match (error, size) {
         (RecoveryError::InStateFile { source, .. } | RecoveryError::State(source), Some(limit))

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::error::ServerError;
@@ -37,6 +37,26 @@ impl PidFile {
             Ok(file) => write(&file).map(|()| Some(Self(file))).map_err(fail),
             Err(error) if is_locked(&error) => Err(ServerError::PidFileInUse(path.clone())),
             Err(error) => Err(fail(error)),
+        }
+    }
+
+    /// Checks whether [`create`](Self::create) would succeed now; creates and changes nothing.
+    pub(super) fn check(config: &Config) -> Result<(), ServerError> {
+        let Some(path) = &config.pid_file else {
+            return Ok(());
+        };
+        let fail = |source: Errno| ServerError::PidFile {
+            path: path.clone(),
+            source: source.into(),
+        };
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => return recovery::may_create(path).map_err(fail),
+            opened => opened.map_err(fail)?,
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::AGAIN) => Err(ServerError::PidFileInUse(path.clone())),
+            locked => locked.map_err(fail),
         }
     }
 

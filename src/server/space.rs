@@ -13,7 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::config::SpaceLimit;
-use crate::sys::inode_flags;
+use crate::sys::inode_flags::{self, ExtendedFlags};
 use crate::sys::project_quota::{self, Quota};
 
 /// `FS_XFLAG_PROJINHERIT`: what is created in a directory belongs to its project.
@@ -88,8 +88,29 @@ pub enum SpaceError {
     },
 }
 
-/// Gives `path` a project, unless it has one, and the project its limits.
-pub(super) fn limit(path: &Path, limit: SpaceLimit) -> Result<(), SpaceError> {
+/// A directory whose project can be limited.
+struct Target {
+    directory: File,
+    /// Its attributes, with the project that it has or can be given.
+    attributes: ExtendedFlags,
+    had_project: bool,
+}
+
+/// Checks whether [`limit`] would succeed; changes nothing.
+///
+/// # Errors
+///
+/// See [`SpaceError`].
+pub(crate) fn check(path: &Path) -> Result<(), SpaceError> {
+    let target = examine(path)?;
+    match project_quota::get(&target.directory, target.attributes.project) {
+        Ok(_) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(quota_error(path, "reading the quota of", errno)),
+    }
+}
+
+/// Finds out whether the project of `path` can be limited, and which it is to be.
+fn examine(path: &Path) -> Result<Target, SpaceError> {
     let read = |source| SpaceError::Read {
         path: path.to_owned(),
         source,
@@ -126,6 +147,20 @@ pub(super) fn limit(path: &Path, limit: SpaceLimit) -> Result<(), SpaceError> {
             });
         }
     }
+    Ok(Target {
+        directory,
+        attributes,
+        had_project,
+    })
+}
+
+/// Gives `path` a project, unless it has one, and the project its limits.
+pub(super) fn limit(path: &Path, limit: SpaceLimit) -> Result<(), SpaceError> {
+    let Target {
+        directory,
+        mut attributes,
+        had_project,
+    } = examine(path)?;
     if !had_project || attributes.flags & INHERIT == 0 {
         attributes.flags |= INHERIT;
         inode_flags::set(&directory, &attributes).map_err(|errno| match errno {

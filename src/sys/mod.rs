@@ -18,6 +18,7 @@ pub(crate) mod file_handle;
 pub(crate) mod group;
 pub(crate) mod inherit;
 pub(crate) mod inode_flags;
+pub(crate) mod landlock;
 pub(crate) mod lock;
 pub(crate) mod process;
 pub(crate) mod project_quota;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::sys;
 use crate::sys::closing::First;
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -133,41 +133,59 @@ impl Listener {
         Self::bind_replacing(path, true)
     }
 
+    /// Checks whether a socket can be created at `path` now, with `any` also in the place of a file that
+    /// isn't a socket, and whether `group` exists. Creates and changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As for [`bind`](Self::bind) and [`admit_group`](Self::admit_group).
+    pub(crate) fn check(path: &Path, any: bool, group: Option<&str>) -> Result<(), ListenError> {
+        present_at(path, any)?;
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        let access = Access::WRITE_OK | Access::EXEC_OK;
+        rustix::fs::accessat(CWD, parent, access, AtFlags::EACCESS)
+            .map_err(|source| cant_bind(path, source.into()))?;
+        group.map_or(Ok(()), |group| id_of_group(group, path).map(|_| ()))
+    }
+
+    /// A listening socket without a file, which the kernel has named and nobody is told of.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses.
+    pub(crate) fn without_file() -> Result<Self, ListenError> {
+        let path = Path::new("without a file");
+        let socket = bind_private(&SocketAddrUnix::new_unnamed());
+        Ok(Self {
+            socket: socket.map_err(|source| cant_bind(path, source.into()))?,
+            name: path.display().to_string(),
+            file: None,
+            first: None,
+        })
+    }
+
     fn bind_replacing(path: &Path, any: bool) -> Result<Self, ListenError> {
-        let fail = |source| ListenError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        let len = path.as_os_str().len();
-        if len > MAX_PATH_LEN {
-            return Err(ListenError::TooLong {
-                path: path.to_owned(),
-                len,
-            });
-        }
-        match std::fs::symlink_metadata(path) {
-            Ok(there) if !there.file_type().is_socket() && any => {
+        let fail = |source| cant_bind(path, source);
+        match present_at(path, any)? {
+            Present::Nothing => {}
+            Present::Other => {
                 log::warn!("replacing {}, which is not a socket", path.display());
                 std::fs::remove_file(path).map_err(fail)?;
             }
-            Ok(there) if !there.file_type().is_socket() => {
-                return Err(ListenError::NotASocket(path.to_owned()));
-            }
-            Ok(_) if is_alive(path).map_err(fail)? => {
-                return Err(ListenError::InUse(path.to_owned()));
-            }
-            Ok(_) => {
+            Present::DeadSocket => {
                 log::info!(
                     "replacing the socket {}, on which no server listens",
                     path.display()
                 );
                 std::fs::remove_file(path).map_err(fail)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Err(error) => return Err(fail(error)),
         }
         let fail = |source: Errno| fail(source.into());
-        let socket = bind_private(path).map_err(fail)?;
+        let address = SocketAddrUnix::new(path).map_err(fail)?;
+        let socket = bind_private(&address).map_err(fail)?;
         let made = open_socket(path)
             .and_then(rustix::fs::fstat)
             .map_err(fail)?;
@@ -193,19 +211,9 @@ impl Listener {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        let path = &file.path;
-        let fail = |source| ListenError::Group {
-            path: path.clone(),
-            group: group.to_owned(),
-            source,
-        };
-        let id = match group.parse() {
-            Ok(id) => id,
-            Err(_) => sys::group::id_of(group)
-                .map_err(|error| fail(error.into()))?
-                .ok_or_else(|| ListenError::NoGroup(group.to_owned()))?,
-        };
-        file.admit(id).map_err(|error| fail(error.into()))
+        let id = id_of_group(group, &file.path)?;
+        file.admit(id)
+            .map_err(|error| cant_admit(group, &file.path, error))
     }
 
     /// Takes ownership of the listening socket that the launcher left open as descriptor `fd`. The
@@ -372,15 +380,73 @@ impl Drop for SocketFile {
     }
 }
 
-/// Creates a listening socket at `path` whose file has mode 0700, less the umask, from its creation
-/// on.
-fn bind_private(path: &Path) -> Result<UnixListener, Errno> {
-    let address = SocketAddrUnix::new(path)?;
+/// What is at the path of a new socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Present {
+    Nothing,
+    /// A file that isn't a socket, and may be replaced.
+    Other,
+    /// The socket of a server that no longer runs.
+    DeadSocket,
+}
+
+/// What a new socket at `path` would replace; with `any` that may be a file that isn't a socket.
+fn present_at(path: &Path, any: bool) -> Result<Present, ListenError> {
+    let len = path.as_os_str().len();
+    if len > MAX_PATH_LEN {
+        return Err(ListenError::TooLong {
+            path: path.to_owned(),
+            len,
+        });
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.file_type().is_socket() && any => Ok(Present::Other),
+        Ok(there) if !there.file_type().is_socket() => {
+            Err(ListenError::NotASocket(path.to_owned()))
+        }
+        Ok(_) => match is_alive(path) {
+            Ok(true) => Err(ListenError::InUse(path.to_owned())),
+            Ok(false) => Ok(Present::DeadSocket),
+            Err(error) => Err(cant_bind(path, error)),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Present::Nothing),
+        Err(error) => Err(cant_bind(path, error)),
+    }
+}
+
+fn cant_bind(path: &Path, source: io::Error) -> ListenError {
+    ListenError::Bind {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn cant_admit(group: &str, path: &Path, source: Errno) -> ListenError {
+    ListenError::Group {
+        path: path.to_owned(),
+        group: group.to_owned(),
+        source: source.into(),
+    }
+}
+
+/// The number of a group, of which `group` is the name or the number.
+fn id_of_group(group: &str, path: &Path) -> Result<u32, ListenError> {
+    match group.parse() {
+        Ok(id) => Ok(id),
+        Err(_) => sys::group::id_of(group)
+            .map_err(|error| cant_admit(group, path, error))?
+            .ok_or_else(|| ListenError::NoGroup(group.to_owned())),
+    }
+}
+
+/// Creates a listening socket at `address` whose file has mode 0700, less the umask, from its
+/// creation on.
+fn bind_private(address: &SocketAddrUnix) -> Result<UnixListener, Errno> {
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     // Linux gives the file the mode of the socket, less the umask.
     rustix::fs::fchmod(&socket, Mode::RWXU)?;
-    rustix::net::bind(&socket, &address)?;
+    rustix::net::bind(&socket, address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }

@@ -329,7 +329,7 @@ fn forbidden_io_uring_selects_tokio_or_fails_with_reason() {
 }
 
 /// A seccomp filter under which `io_uring_setup` answers EPERM.
-fn forbid_io_uring() -> std::io::Result<()> {
+pub(crate) fn forbid_io_uring() -> std::io::Result<()> {
     let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(0),
         jt,

@@ -13,6 +13,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod check;
 mod compat;
 mod control;
 mod creation;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, Command, CommandFactory};
 use clap_complete::Shell;
-use ringfsd::internals::cli::{Ctl, Options, Top, Upgrade};
+use ringfsd::internals::cli::{Check, Ctl, Options, Top, Upgrade};
 
 /// The files, by name.
 type Texts = BTreeMap<&'static str, Vec<u8>>;
@@ -57,6 +57,7 @@ fn texts() -> std::io::Result<Texts> {
             "ringfsd-upgrade.1",
             Upgrade::command().name("ringfsd-upgrade"),
         ),
+        ("ringfsd-check.1", Check::command().name("ringfsd-check")),
         ("ringfsd-ctl.1", Ctl::command().name("ringfsd-ctl")),
         ("ringfsd-top.1", Top::command().name("ringfsd-top")),
     ];
