@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::forgets::Form;
 use crate::spec::{self, Typed};
 
 /// Put load on a virtio-fs server through its socket, and measure what it does and what it costs.
@@ -85,6 +86,10 @@ pub(crate) struct Run {
     /// replies ENOSYS or clears set-ID bits (killpriv-v2).
     #[arg(long)]
     pub(crate) no_getxattr: bool,
+
+    /// How inodes are forgotten.
+    #[arg(long, value_enum, default_value_t = Form::Case)]
+    pub(crate) forget: Form,
 
     /// Offer the server to do without OPEN and OPENDIR, as Linux does. Off by default, so that every
     /// server gets the same requests.
