@@ -146,6 +146,8 @@ if wanted guest; then
     integration/guest/overlay.sh
     # A container image.
     integration/guest/image.sh
+    # The space that a guest may take, on file systems with quotas.
+    integration/guest/quota.sh
     # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load that is migrated to and fro.

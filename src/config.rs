@@ -1,7 +1,8 @@
 //! The resolved configuration of a server. The invariant: an impossible setting has no
 //! representation.
 
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::fmt;
+use std::num::{NonZeroU16, NonZeroU64, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use crate::fs::passthrough;
 use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
+use crate::limits;
 use crate::sandbox;
 
 /// Where front ends connect.
@@ -85,6 +87,33 @@ pub enum Prefetch {
     All,
 }
 
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "{}", path.display()),
+            Self::Vfs(mounts) => {
+                for (number, (point, source)) in mounts.iter().enumerate() {
+                    let separator = if number == 0 { "" } else { ", " };
+                    write!(f, "{separator}{point}={source}")?;
+                }
+                Ok(())
+            }
+            Self::Overlay(OverlaySource { lower, upper, .. }) => {
+                f.write_str("overlay:lower=")?;
+                for (number, layer) in lower.iter().enumerate() {
+                    let separator = if number == 0 { "" } else { ":" };
+                    write!(f, "{separator}{layer}")?;
+                }
+                match upper {
+                    Some(upper) => write!(f, ",upper={}", upper.display()),
+                    None => Ok(()),
+                }
+            }
+            Self::Rafs(image) => write!(f, "rafs:{}", image.bootstrap.display()),
+        }
+    }
+}
+
 impl Source {
     /// Whether an image is among what is served.
     #[must_use]
@@ -132,6 +161,15 @@ pub enum Descriptors {
     AtLeast(u64),
 }
 
+/// How much space the shared directory may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpaceLimit {
+    /// Bytes.
+    pub bytes: NonZeroU64,
+    /// Files and directories, itself included.
+    pub inodes: Option<NonZeroU64>,
+}
+
 /// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -153,6 +191,8 @@ pub struct Config {
     pub poll: Duration,
     /// The file that keeps the session's state across servers.
     pub state: Option<PathBuf>,
+    /// The socket that the server is controlled by.
+    pub control: Option<PathBuf>,
     /// The file that has the process id and is locked while the server runs.
     pub pid_file: Option<PathBuf>,
     /// Replace a file at the socket's path even if it isn't a socket.
@@ -161,8 +201,14 @@ pub struct Config {
     pub once: bool,
     /// Restart the serving process if it is killed.
     pub supervise: bool,
+    /// Map files by FS_MAP and FS_UNMAP under a VMM that hasn't accepted SHMEM.
+    pub dax_fs_map: bool,
     /// The limit of open descriptors.
     pub descriptors: Descriptors,
+    /// How much the guest may ask for.
+    pub limits: limits::Settings,
+    /// How much the guest may store.
+    pub space: Option<SpaceLimit>,
     /// The sandbox of the server.
     pub sandbox: sandbox::Options,
     /// What guests may do with the directory.

@@ -15,6 +15,8 @@
 
 mod cli;
 mod config;
+mod control;
+mod ctl;
 mod dax;
 mod device;
 pub mod embed;
@@ -23,6 +25,8 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
+mod logging;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -30,6 +34,7 @@ mod sandbox;
 pub mod scheduler;
 mod server;
 mod state;
+mod top;
 mod vhost_user;
 mod virtqueue;
 mod worker;
@@ -43,7 +48,7 @@ pub use worker::{Threads, ThreadsError, Worker};
 /// `integration/examples/memory_tree` serves a tree in memory with it. It has the process as it is: no
 /// sandbox, no recovery.
 pub mod service {
-    pub use crate::dax::DaxOptions;
+    pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
     pub use crate::device::{Device, Tag, TagError};
     pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
     pub use crate::server::{Exit, ServerError, Service, ServiceOptions};
@@ -71,9 +76,9 @@ pub mod errors {
 pub mod internals {
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, DIFFERENCES, Difference, Options, Persona, Syslog, Upgrade,
-            asks_for_capabilities, asks_for_upgrade, log_filters, notices, parse, status_of,
-            syslog_header,
+            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog, Top,
+            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            status_of, syslog_header,
         };
     }
 
@@ -81,8 +86,19 @@ pub mod internals {
         pub use crate::config::Config;
     }
 
+    pub mod control {
+        pub use crate::control::{COMMANDS, Code, Command, VERSION};
+    }
+
+    pub mod ctl {
+        pub use crate::ctl::run;
+    }
+
     pub mod dax {
-        pub use crate::dax::{DaxOptions, MapRequest, OpenToMap, RANGE, REGION, Window, page_size};
+        pub use crate::dax::{
+            DaxOptions, MapRequest, NamePattern, NamePatterns, OpenToMap, RANGE, REGION, Window,
+            page_size,
+        };
     }
 
     pub mod device {
@@ -118,6 +134,14 @@ pub mod internals {
         pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
             Memory::new(regions, None)
         }
+    }
+
+    pub mod logging {
+        pub use crate::logging::{Output, start};
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {
@@ -178,6 +202,10 @@ pub mod internals {
 
     pub mod state {
         pub use crate::state::{Limits, Table};
+    }
+
+    pub mod top {
+        pub use crate::top::run;
     }
 
     pub mod vhost_user {

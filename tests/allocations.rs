@@ -78,6 +78,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
         tag: None,
         request_queues: NonZeroU16::MIN,
         dax_window: 0,
+        dax_fs_map: false,
     };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();

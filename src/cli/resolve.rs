@@ -14,7 +14,7 @@ use super::source_options;
 use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
-use crate::dax::DaxOptions;
+use crate::dax::{DaxOptions, NamePatterns};
 use crate::fs::passthrough;
 use crate::fs::passthrough::{Cache, IdMap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
@@ -185,6 +185,10 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             dax: options.dax.dax_window.map(|window| DaxOptions {
                 window,
                 marked_from: options.dax.marked_from(),
+                names: NamePatterns {
+                    include: options.dax.dax_include.clone(),
+                    exclude: options.dax.dax_exclude.clone(),
+                },
                 writable: !sharing.readonly,
             }),
             ..SessionOptions::default()
@@ -230,6 +234,12 @@ fn source(options: &Options) -> Result<Source, OptionConflict> {
         (None, None) => Source::Directory(sharing.shared_dir.clone().unwrap_or_default()),
     };
     check_source(&source, options)?;
+    refuse_first([(
+        options.limits.limit_space.is_some() && options.isolation.modcaps.keeps_sys_resource(),
+        "--limit-space",
+        "--modcaps=+sys_resource",
+        "a process with that capability may exceed quotas",
+    )])?;
     Ok(source)
 }
 
@@ -263,6 +273,12 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             "--dax-window",
             other,
             unmappable,
+        ),
+        (
+            options.limits.limit_space.is_some(),
+            "--limit-space",
+            other,
+            "only a single directory gets a quota",
         ),
         (recovery.supervise, "--supervise", other, unrecorded),
         (recovery.state.is_some(), "--state", other, unrecorded),
@@ -329,13 +345,17 @@ impl TryFrom<Options> for Config {
             runtime: connection.runtime,
             poll: Duration::from_micros(u64::from(connection.poll_us)),
             state: options.recovery.state,
+            control: options.observability.control,
             once,
             supervise: options.recovery.supervise,
+            dax_fs_map: options.dax.dax_fs_map,
             descriptors: match options.sharing.rlimit_nofile {
                 None => behaviour.descriptors,
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
+            limits: options.limits.settings(),
+            space: options.limits.limit_space,
             sandbox: options.isolation.into(),
             share,
         })
@@ -502,6 +522,21 @@ mod tests {
             let refused = resolve(source).unwrap_err().to_string();
             assert!(refused.starts_with("--dax-window"), "{refused}");
         }
+    }
+
+    #[test]
+    fn space_is_limited_only_where_a_quota_holds() {
+        let resolve = |arguments: &[&str]| {
+            let required = ["ringfsd", "--fd=3", "--limit-space=1G"];
+            let options = Options::try_parse_from(required.iter().chain(arguments)).unwrap();
+            Config::try_from(options).map_err(|error| error.to_string())
+        };
+        let config = resolve(&["--shared-dir=/d"]).unwrap();
+        assert_eq!(config.space.unwrap().bytes.get(), 1 << 30);
+        let refused = resolve(&["--vfs=/=/d"]).unwrap_err();
+        assert!(refused.contains("--vfs"), "{refused}");
+        let refused = resolve(&["--shared-dir=/d", "--modcaps=+sys_resource"]).unwrap_err();
+        assert!(refused.contains("sys_resource"), "{refused}");
     }
 
     #[test]

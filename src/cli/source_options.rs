@@ -214,6 +214,9 @@ mod tests {
         (&["--rlimit-nofile=9999"], [Effect, Effect, Effect]),
         // A file handle of an image's inode is always valid.
         (&["--remember-inodes=9"], [Effect, Refused, AsItIs]),
+        (&["--limit-iops=9"], [Effect, Effect, Effect]),
+        (&["--limit-bandwidth=9M"], [Effect, Effect, Effect]),
+        (&["--limit-space=9G"], [Refused, Refused, Refused]),
         (&["--cache=never"], [Effect, Effect, Refused]),
         (&["--attr-timeout=9"], [Effect, Effect, Refused]),
         (&["--entry-timeout=9"], [Effect, Effect, Refused]),

@@ -110,7 +110,7 @@ pub use self::vhost_user_device::{VhostUserDevice, VhostUserDeviceError};
 #[cfg(feature = "rust-vmm")]
 pub use self::vring::DirectVring;
 
-pub use crate::dax::DaxOptions;
+pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
 pub use crate::device::{
     BackChannel, BackChannelError, BackendRequest, CONFIG_LEN, SharedMapping, Tag, TagError,
 };

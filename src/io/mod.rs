@@ -32,6 +32,5 @@ pub use lock::{Lock, LockKind, RecordLock};
 pub use probe::{Choice, Chosen, choose, probe};
 pub use runtime::{
     DEFAULT_RING_ENTRIES, JoinHandle, Runtime, RuntimeError, has_completions, spawn,
-    wait_for_completion,
 };
 pub use unavailable::Unavailable;

@@ -8,7 +8,6 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::time::Duration;
 
 use thiserror::Error;
 
@@ -113,14 +112,6 @@ impl fmt::Debug for Runtime {
 #[must_use]
 pub fn has_completions() -> bool {
     engine::uring::has_completions()
-}
-
-/// Submits the operations of the caller's runtime and waits until one completes, at most for
-/// `timeout`. Returns whether one has; always false on a runtime other than that with an io_uring of
-/// ours. The calling thread does nothing else meanwhile.
-#[must_use]
-pub fn wait_for_completion(timeout: Duration) -> bool {
-    engine::uring::wait_for_completion(timeout)
 }
 
 /// Starts a task on the caller's runtime; the task need not be `Send`. Keep the handle and await

@@ -63,6 +63,8 @@ pub struct ExecHandover(BTreeMap<String, String>);
 /// The descriptors on the list that a server is built from.
 pub(crate) struct ServerFds {
     pub(crate) listener: Listener,
+    pub(crate) control: Option<Listener>,
+    pub(crate) user: Option<u32>,
     pub(crate) state: OwnedFd,
     /// The file of the counters, if the previous program had one.
     pub(crate) metrics: Option<OwnedFd>,
@@ -144,6 +146,23 @@ impl ExecHandover {
         self.has(name).then(|| get(self, name)).transpose()
     }
 
+    /// The file of a socket: its path, device and inode have these names.
+    fn socket_file(
+        &self,
+        [path, device, inode]: [&'static str; 3],
+    ) -> Result<Option<SocketFile>, ExecHandoverError> {
+        self.optional(path, |list, name| {
+            let invalid = || ExecHandoverError::Invalid(name);
+            let path = unhex(list.value(name)?).ok_or_else(invalid)?;
+            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+            Ok(SocketFile::left(
+                path,
+                list.number(device)?,
+                list.number(inode)?,
+            ))
+        })
+    }
+
     /// Takes over everything on the list.
     pub(crate) fn open(self) -> Result<(PassedOn, ServerFds), ExecHandoverError> {
         let sandbox_refs = SandboxRefs {
@@ -156,14 +175,14 @@ impl ExecHandover {
                 .zip(self.optional("group", Self::number)?),
             change: self.number::<u8>("ids")? != 0,
         };
-        let file = self.optional("socket", |list, name| {
-            let invalid = || ExecHandoverError::Invalid(name);
-            let path = unhex(list.value(name)?).ok_or_else(invalid)?;
-            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
-            let (device, inode) = (list.number("socket-device")?, list.number("socket-inode")?);
-            Ok(SocketFile::left(path, device, inode))
-        })?;
+        let file = self.socket_file(["socket", "socket-device", "socket-inode"])?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
+        let control = self
+            .optional("control", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
+        let file = self.socket_file(["control-path", "control-device", "control-inode"])?;
+        let control = control.map(|control| Listener::left(control, file));
         let state = self.fd_identity("state")?.take()?;
         let pid_file = self
             .optional("pid-file", Self::fd_identity)?
@@ -188,6 +207,8 @@ impl ExecHandover {
         let past = InheritedSandbox { ids, sandbox_refs };
         let fds = ServerFds {
             listener,
+            control: control.transpose()?,
+            user: self.optional("started-by", Self::number)?,
             state,
             metrics,
             pid_file,
@@ -201,6 +222,8 @@ impl ExecHandover {
 pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
+    pub(super) control: Option<&'a Listener>,
+    pub(super) user: u32,
     pub(super) state: BorrowedFd<'a>,
     pub(super) metrics: Option<BorrowedFd<'a>>,
     pub(super) pid_file: Option<BorrowedFd<'a>>,
@@ -235,10 +258,15 @@ impl Outgoing<'_> {
         list.add("ids", u8::from(ids.change));
         list.open("listener", self.listener)?;
         if let Some(file) = self.listener.file() {
-            let (path, device, inode) = file.place();
-            list.add("socket", hex(path.as_os_str().as_bytes()));
-            list.add("socket-device", device);
-            list.add("socket-inode", inode);
+            list.socket_file(["socket", "socket-device", "socket-inode"], file);
+        }
+        list.add("started-by", self.user);
+        if let Some(control) = self.control {
+            list.open("control", control)?;
+            if let Some(file) = control.file() {
+                let names = ["control-path", "control-device", "control-inode"];
+                list.socket_file(names, file);
+            }
         }
         list.open("state", self.state)?;
         if let Some(metrics) = self.metrics {
@@ -267,6 +295,14 @@ impl List {
     fn add(&mut self, name: &str, value: impl std::fmt::Display) {
         // Writing to a string doesn't fail.
         let _ = writeln!(self.0, "{name} {value}");
+    }
+
+    fn socket_file(&mut self, names: [&str; 3], file: &SocketFile) {
+        let [path_name, device_name, inode_name] = names;
+        let (path, device, inode) = file.place();
+        self.add(path_name, hex(path.as_os_str().as_bytes()));
+        self.add(device_name, device);
+        self.add(inode_name, inode);
     }
 
     fn fd_identity(&mut self, name: &str, identity: &FdIdentity) {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use super::space::SpaceError;
 use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
@@ -82,9 +83,18 @@ pub enum ServerError {
     /// A limit set by the launcher would kill the server.
     #[error(transparent)]
     Limit(#[from] LimitError),
+    /// The space that the guest may take can't be limited.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
+    /// There is no socket to control the server by.
+    #[error("--control: {0}")]
+    Control(String),
+    /// The thread of the control socket can't be started.
+    #[error("starting the thread that serves the control socket")]
+    ControlThread(#[source] io::Error),
     /// The PID file can't be written.
     #[error("writing the PID file {path}")]
     PidFile {

@@ -5,25 +5,35 @@
 //! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
 //! released before the next one begins, unless another process continues it.
 
+mod control;
 mod control_group;
+mod control_socket;
 mod counters;
 mod error;
 mod file_system;
+mod guest_limits;
 mod limits;
+mod live;
+mod mounts;
 mod parent_process;
 mod pid_file;
+mod reporter;
 mod service;
 mod sources;
+mod space;
 mod temporary_cache;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen, Source};
+use crate::control::Sockets;
 use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
@@ -41,8 +51,11 @@ pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
+use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
+use self::mounts::Mounts;
 use self::pid_file::PidFile;
+use self::reporter::Reporter;
 use self::temporary_cache::TemporaryCache;
 
 /// Which of the two processes this is.
@@ -66,6 +79,20 @@ pub struct Server {
     first: bool,
     /// The session that the previous process has left.
     left: Option<SessionSnapshot>,
+    control: ControlParts,
+}
+
+/// What the thread of the control socket is made of.
+#[derive(Debug)]
+struct ControlParts {
+    listener: Option<Listener>,
+    /// Readable when a signal asks for a report.
+    reports: Option<UnixStream>,
+    /// Without a thread: the socket that the server is stopped by, and whether it is to end.
+    between: Option<(UnixStream, Arc<AtomicBool>)>,
+    facts: Facts,
+    mounts: Option<Mounts>,
+    lacks_users: bool,
 }
 
 /// Makes the file system that is served of the one of the shared directory.
@@ -79,10 +106,14 @@ struct ServerResources {
     listener: Listener,
     state: TableLocation,
     pid_file: Option<PidFile>,
+    control: Option<Listener>,
     metrics: Option<SharedFile>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
+    started: Instant,
+    /// The process that the launcher has started, and its user.
+    launched: (u32, u32),
 }
 
 impl Server {
@@ -127,7 +158,7 @@ impl Server {
         match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
             ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
-                resources.listener.into_file(),
+                [Some(resources.listener), resources.control],
                 resources.pid_file,
                 resources.manager,
                 resources.caches,
@@ -158,6 +189,24 @@ impl Server {
         self.supervised
     }
 
+    /// Whether a thread serves a control socket.
+    #[must_use]
+    pub fn is_controlled(&self) -> bool {
+        self.control.listener.is_some()
+    }
+
+    /// Logs a summary whenever `asked` becomes readable, on the thread of the control socket.
+    pub fn reports_on(&mut self, asked: UnixStream) {
+        self.control.reports = Some(asked);
+    }
+
+    /// Logs a summary whenever `stop`, the socket that [`run`](Self::run) is stopped by, becomes
+    /// readable without the server being asked to end or to leave: `ending` is set before that. A
+    /// thread for reports alone would take memory of every server.
+    pub fn reports_between(&mut self, stop: UnixStream, ending: Arc<AtomicBool>) {
+        self.control.between = Some((stop, ending));
+    }
+
     /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
     pub fn leave(self) -> ! {
         sandbox::leave(recovery::LEFT)
@@ -186,6 +235,7 @@ impl Server {
         if left.is_none() && self.first {
             self.service.start_first_workers()?;
         }
+        self.start_control()?;
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();
         if let Some(session) = left
@@ -194,6 +244,38 @@ impl Server {
             return Ok(exit);
         }
         self.service.run(&self.listener, stop)
+    }
+
+    /// Starts the thread that serves the control socket and reports, if there is anything for it to
+    /// do.
+    fn start_control(&mut self) -> Result<(), ServerError> {
+        let parts = &mut self.control;
+        let sockets = Sockets {
+            listener: parts.listener.take().map(Listener::into_socket),
+            reports: parts.reports.take(),
+            lacks_users: parts.lacks_users,
+        };
+        let mut facts = parts.facts.clone();
+        facts.serving = Instant::now();
+        facts.engine = self.service.engine().to_string();
+        let handlers = Handlers {
+            facts,
+            live: Arc::clone(self.service.live()),
+            fs: Arc::downgrade(self.service.file_system()),
+            metrics: Arc::downgrade(self.service.metrics()),
+            measured_until: None,
+            file_watch: Arc::clone(self.service.file_watch()),
+            watched_until: None,
+            mounts: parts.mounts.take(),
+        };
+        if sockets.listener.is_none() {
+            if let Some((stop, ending)) = parts.between.take() {
+                let reporter = Reporter::new(stop, ending, handlers);
+                self.service.report_by(reporter);
+            }
+            return Ok(());
+        }
+        crate::control::start(sockets, Box::new(handlers)).map_err(ServerError::ControlThread)
     }
 }
 
@@ -249,13 +331,21 @@ impl ServerResources {
         // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
+        if let (Some(limit), Source::Directory(path)) = (config.space, &config.source) {
+            space::limit(path, limit)?;
+        }
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
         let caches = TemporaryCache::make_for(&mut config.source)?;
+        let control = config.control.as_deref().map(control_socket::bind);
+        let control = control.transpose()?;
         Ok(Self {
+            control,
+            started: Instant::now(),
+            launched: launched(None),
             listener,
             config,
             runtime,
@@ -275,6 +365,9 @@ impl Resources for ServerResources {
 
     fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
         self.listener.leave_file();
+        if let Some(control) = &mut self.control {
+            control.leave_file();
+        }
         self.caches.drain(..).for_each(TemporaryCache::leave);
         let config = self.config;
         let limits = table_limits(&config);
@@ -298,9 +391,27 @@ impl Resources for ServerResources {
             file: place.file,
             trees: place.trees,
             proc_fds: place.proc_fds,
+            file_handles: place.file_handles,
             may_label: place.may_label,
         };
-        let Built { fs, table } = file_system::build(&config, entered, opened)?;
+        let Built { fs, table, mounts } = file_system::build(&config, entered, opened)?;
+        let facts = facts(&config, &self.runtime, self.listener.name());
+        let (pid, user) = self.launched;
+        let control = ControlParts {
+            listener: self.control,
+            reports: None,
+            between: None,
+            facts: Facts {
+                pid,
+                user,
+                started: self.started,
+                restarted,
+                supervised,
+                ..facts
+            },
+            mounts,
+            lacks_users: place.in_user_namespace,
+        };
         let action = config.sandbox.seccomp;
         let filter = Filter::new(
             action,
@@ -313,7 +424,8 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
-                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_window: (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -322,7 +434,9 @@ impl Resources for ServerResources {
             once: config.once,
         };
         let fs = (self.layer)(fs);
+        let limits = guest_limits::in_table(config.limits, &table, restarted);
         let service = Service::over(fs, options, self.runtime, table, metrics)
+            .limited(limits)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
@@ -332,6 +446,7 @@ impl Resources for ServerResources {
             supervised,
             first: !restarted,
             left,
+            control,
         })
     }
 
@@ -342,6 +457,7 @@ impl Resources for ServerResources {
             self.state.file(),
             self.metrics.as_ref().map(AsFd::as_fd),
             self.pid_file(),
+            self.control.as_ref().map(AsFd::as_fd),
         ];
         all.into_iter().flatten().collect()
     }
@@ -352,6 +468,18 @@ impl Resources for ServerResources {
 
     fn listener_mut(&mut self) -> &mut Listener {
         &mut self.listener
+    }
+
+    fn control(&self) -> Option<&Listener> {
+        self.control.as_ref()
+    }
+
+    fn control_mut(&mut self) -> Option<&mut Listener> {
+        self.control.as_mut()
+    }
+
+    fn user(&self) -> u32 {
+        self.launched.1
     }
 
     fn state(&self) -> Option<BorrowedFd<'_>> {
@@ -367,9 +495,37 @@ impl Resources for ServerResources {
     }
 }
 
+/// This process, and the user that it was started as: by its own account, unless it is in a user
+/// namespace already.
+fn launched(user: Option<u32>) -> (u32, u32) {
+    let own = || rustix::process::geteuid().as_raw();
+    (std::process::id(), user.unwrap_or_else(own))
+}
+
+/// What a configuration says of a server.
+fn facts(config: &Config, runtime: &Chosen, socket: &str) -> Facts {
+    let now = Instant::now();
+    Facts {
+        pid: 0,
+        user: 0,
+        started: now,
+        serving: now,
+        restarted: false,
+        supervised: config.supervise,
+        socket: socket.to_owned(),
+        source: config.source.to_string(),
+        source_option: config.source.option(),
+        engine: runtime.engine.to_string(),
+        engine_reason: runtime.reason.clone(),
+        workers: config.workers.get(),
+        request_queues: config.request_queues.get(),
+        options: control::options(config),
+    }
+}
+
 /// Checks that the mappings which a guest has are within the window.
 fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
-    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let window = (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window);
     let ends = table.mappings().into_iter().map(|record| {
         let mapping = record.fields();
         mapping.offset.saturating_add(mapping.len)

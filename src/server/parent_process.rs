@@ -5,6 +5,7 @@
 //! sends.
 
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use super::pid_file::PidFile;
 use super::temporary_cache::TemporaryCache;
@@ -14,7 +15,7 @@ use crate::recovery::{
     Watched,
 };
 use crate::sandbox::{self, Change, Ending, Guardian};
-use crate::vhost_user::SocketFile;
+use crate::vhost_user::{Listener, SocketFile};
 
 /// The part that stays outside of the sandbox: the guardian, and the socket's file, which it
 /// removes at the end.
@@ -25,7 +26,7 @@ pub struct ParentProcess(Role);
 enum Role {
     Waiting {
         guardian: Guardian,
-        _socket: Option<SocketFile>,
+        _sockets: [Option<SocketFile>; 2],
         _pid_file: Option<PidFile>,
         _caches: Vec<TemporaryCache>,
         manager: ServiceManager,
@@ -36,14 +37,14 @@ enum Role {
 impl ParentProcess {
     pub(super) fn waiting(
         guardian: Guardian,
-        socket: Option<SocketFile>,
+        listeners: [Option<Listener>; 2],
         pid_file: Option<PidFile>,
         manager: ServiceManager,
         caches: Vec<TemporaryCache>,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
-            _socket: socket,
+            _sockets: listeners.map(|listener| listener.and_then(Listener::into_file)),
             _pid_file: pid_file,
             _caches: caches,
             manager,
@@ -69,8 +70,16 @@ impl ParentProcess {
         let runtime = super::choose(&config)?;
         let (passed_on, fds) = handover.open().map_err(RecoveryError::ExecHandover)?;
         let sandbox = config.sandbox.clone();
+        let control = match (fds.control, &config.control) {
+            // A program that doesn't know the option has left no socket.
+            (None, Some(path)) => Some(super::control_socket::bind(path)?),
+            (left, _) => left,
+        };
         let metrics = super::counters::take_over(&config, fds.metrics)?;
         let resources = ServerResources {
+            control,
+            started: Instant::now(),
+            launched: super::launched(fds.user),
             config,
             metrics: Some(metrics),
             runtime,

@@ -14,10 +14,13 @@ use std::time::{Duration, Instant};
 use super::counters;
 use super::error::ServerError;
 use super::limits::explain;
+use super::live::Live;
+use super::reporter::Reporter;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
-use crate::fuse::{Session, SessionOptions, opcode_name};
+use crate::fuse::{FileWatch, Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
+use crate::limits;
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
 use crate::sandbox::Serving;
@@ -70,6 +73,11 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    live: Arc<Live>,
+    file_watch: Arc<FileWatch>,
+    reporter: Option<Reporter>,
+    /// How much the guest may ask for.
+    limits: Arc<limits::Limits>,
     /// Of the session of the first VMM, before that has connected.
     first_workers: Mutex<Option<Workers>>,
 }
@@ -114,8 +122,18 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            live: Arc::default(),
+            file_watch: Arc::default(),
+            reporter: None,
+            limits: Arc::default(),
             first_workers: Mutex::default(),
         }
+    }
+
+    /// Limits how much the guest may ask for.
+    pub(super) fn limited(mut self, limits: Arc<limits::Limits>) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Keeps the guest's state for the next server.
@@ -136,6 +154,35 @@ impl Service {
         self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
+    }
+
+    /// Lets `reporter` log a report when the server isn't stopped but asked for one.
+    pub(super) fn report_by(&mut self, reporter: Reporter) {
+        self.reporter = Some(reporter);
+    }
+
+    fn reports(&self) -> bool {
+        self.reporter.as_ref().is_some_and(Reporter::report)
+    }
+
+    /// Counts requests by file, if it is switched on.
+    pub(super) fn file_watch(&self) -> &Arc<FileWatch> {
+        &self.file_watch
+    }
+
+    /// What is served at this moment.
+    pub(super) fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// The file system that is served.
+    pub(super) fn file_system(&self) -> &Arc<dyn FileSystem> {
+        &self.fs
+    }
+
+    /// The engine of the workers.
+    pub(super) fn engine(&self) -> Engine {
+        self.runtime.engine
     }
 
     /// The table of what the session holds.
@@ -212,6 +259,7 @@ impl Service {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
                 Woken::Time => self.serving.report(),
+                Woken::Stop if self.reports() => {}
                 woken => return Ok(woken),
             }
         }
@@ -242,7 +290,9 @@ impl Service {
     pub(super) fn start_first_workers(&mut self) -> Result<(), ServerError> {
         let session = Arc::new(self.new_session());
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(&session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(&session), workers, engine, poll, &self.limits)
+        };
         let pool = match start(self.runtime.engine) {
             Err(WorkerPoolError::Threads(error)) if self.may_change_engine(&error) => {
                 self.metrics.count(Server::EngineFallbacks);
@@ -272,7 +322,9 @@ impl Service {
         const TRIES: usize = 5;
         const PAUSE: Duration = Duration::from_millis(20);
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(session), workers, engine, poll, &self.limits)
+        };
         let mut tries = 1;
         loop {
             let error = match start(self.runtime.engine) {
@@ -295,6 +347,7 @@ impl Service {
 
     fn new_session(&self) -> Session<dyn FileSystem> {
         Session::new(Arc::clone(&self.fs), self.options.session.clone())
+            .watched_by(Arc::clone(&self.file_watch))
             .remembering(Arc::clone(&self.table))
             .reporting_to(Arc::clone(&self.metrics))
     }
@@ -330,9 +383,12 @@ impl Service {
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
+            reporter: self.reporter.as_ref(),
             metrics: &self.metrics,
         };
+        self.live.connected(&workers.pool);
         let end = run(&self.options.device, &mut workers, &self.table, stop);
+        self.live.disconnected();
         self.metrics.set_session(SessionState::Waiting);
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
@@ -386,6 +442,7 @@ struct SessionWorkers<'a> {
     metrics: &'a Registry,
     /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
+    reporter: Option<&'a Reporter>,
 }
 
 /// Checks periodically that the session's threads run.
@@ -463,6 +520,10 @@ impl Runner for SessionWorkers<'_> {
             self.serving.report();
         }
         Some(heartbeat.due)
+    }
+
+    fn reports(&mut self) -> bool {
+        self.reporter.is_some_and(Reporter::report)
     }
 
     fn can_migrate(&self) -> bool {

@@ -205,7 +205,8 @@ impl<'a, R: Runner> Session<'a, R> {
         (table, memory_lost): (&Arc<Table>, &Arc<MemoryLostEvent>),
         stop: BorrowedFd<'_>,
     ) -> Result<Self, SessionError> {
-        let channel = Arc::new(VmmChannel::new().map_err(SessionError::socket)?);
+        let channel = VmmChannel::new(device.dax_fs_map).map_err(SessionError::socket)?;
+        let channel = Arc::new(channel);
         runner.connected(Arc::clone(&channel) as _);
         Ok(Self {
             table: Arc::clone(table),
@@ -343,6 +344,10 @@ impl<'a, R: Runner> Session<'a, R> {
         for index in 0..self.device.queues() {
             self.stop(QueueIndex(index));
         }
+    }
+
+    pub(super) fn reports(&mut self) -> bool {
+        self.runner.reports()
     }
 
     pub(super) fn heartbeat(&mut self) -> Option<Instant> {

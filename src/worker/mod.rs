@@ -11,10 +11,15 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
-mod lone_wait;
+mod limited_transport;
+mod limiter;
+mod observer;
+mod queue_report;
 mod threads;
 mod worker_pool;
 
+pub(crate) use observer::{Observer, ThreadReport};
+pub(crate) use queue_report::QueueReport;
 pub use threads::{Threads, ThreadsError, Worker};
 pub(crate) use worker_pool::Pings;
 pub use worker_pool::{WorkerPool, WorkerPoolError};

@@ -17,10 +17,12 @@ use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel}
 use tokio::sync::oneshot;
 
 use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
+use super::observer::Observer;
 use super::threads::{Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session, opcode_name};
 use crate::io::Engine;
+use crate::limits::Limits;
 use crate::metrics::{MetricsError, Registry, Shape};
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
@@ -28,6 +30,10 @@ use crate::virtqueue::{Queue, QueueIndex};
 /// How long to wait for the workers to serve the chains on their queues. The host may block one of
 /// them for longer.
 const SERVE_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// What the names of the threads begin with.
+const HIGH_PRIORITY: &str = "ringfsd-high";
+const WORKER: &str = "ringfsd-work";
 
 /// Why a worker pool can't start.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +76,21 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         engine: Engine,
         poll: Duration,
     ) -> Result<Self, WorkerPoolError> {
+        Self::start_limited(session, workers, engine, poll, &Arc::default())
+    }
+
+    /// As [`start`](Self::start), with `limits` of what the guest may ask for.
+    ///
+    /// # Errors
+    ///
+    /// As for `start`.
+    pub fn start_limited(
+        session: Arc<Session<F>>,
+        workers: NonZeroUsize,
+        engine: Engine,
+        poll: Duration,
+        limits: &Arc<Limits>,
+    ) -> Result<Self, WorkerPoolError> {
         let placement = Placement::new(workers);
         let metrics = match session.metrics() {
             Some(metrics) => Arc::clone(metrics),
@@ -88,7 +109,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         };
         // FORGET and INTERRUPT never wait for I/O, so this thread needs no io_uring.
         pool.spawn(
-            "ringfsd-high",
+            HIGH_PRIORITY,
             NonZeroUsize::MIN,
             Engine::ThreadPool,
             IdlePolicy::ModerateKicks,
@@ -97,16 +118,28 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         let (sender, receiver) = channel();
         let single = workers == NonZeroUsize::MIN;
         let policy = IdlePolicy::BusyPoll(poll);
-        pool.spawn("ringfsd-work", workers, engine, policy, move || {
+        pool.spawn(WORKER, workers, engine, policy, move || {
             (!single).then(|| Backlog {
                 placement,
                 sender: sender.clone(),
                 receiver: receiver.clone(),
             })
         })?;
-        let threads = pool.commands.iter().map(UnboundedSender::downgrade);
-        let threads = QueueThreads(threads.collect());
-        pool.session.set_queues(Box::new(threads));
+        let threads: Arc<[_]> = (pool.commands.iter())
+            .map(UnboundedSender::downgrade)
+            .collect();
+        let watched = WeakThreads(Arc::clone(&threads));
+        let clock = limits.clock();
+        limits.watch(move |buckets| {
+            watched.send(|| Command::Limit {
+                buckets: buckets.clone(),
+                clock,
+            })
+        });
+        pool.session.set_queues(Box::new(QueueThreads {
+            threads: WeakThreads(threads),
+            limits: Arc::clone(limits),
+        }));
         Ok(pool)
     }
 
@@ -209,6 +242,20 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         Pings(self.commands.iter().map(ping).collect())
     }
 
+    /// Returns what the threads can be asked by while they run.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        let name = |thread: usize| match thread.checked_sub(1) {
+            None => format!("{HIGH_PRIORITY}-0"),
+            Some(worker) => format!("{WORKER}-{worker}"),
+        };
+        let threads = self.commands.iter().map(UnboundedSender::downgrade);
+        let threads = threads.enumerate();
+        Observer {
+            threads: threads.map(|(at, thread)| (name(at), thread)).collect(),
+        }
+    }
+
     /// Returns the FUSE session that these workers serve.
     #[must_use]
     pub fn session(&self) -> &Arc<Session<F>> {
@@ -244,7 +291,25 @@ impl Pings {
 /// The command channels of a pool's threads, that of the high-priority queue first. They are weak,
 /// so they don't keep the threads from ending.
 #[derive(Debug)]
-struct QueueThreads(Box<[WeakUnboundedSender<Command>]>);
+struct WeakThreads(Arc<[WeakUnboundedSender<Command>]>);
+
+impl WeakThreads {
+    /// Sends a command to each thread. Returns whether there are any left.
+    fn send(&self, command: impl Fn() -> Command) -> bool {
+        let running = self.0.iter().filter_map(WeakUnboundedSender::upgrade);
+        running
+            .filter(|thread| thread.send(command()).is_ok())
+            .count()
+            != 0
+    }
+}
+
+/// The threads, for what a request asks of them.
+#[derive(Debug)]
+struct QueueThreads {
+    threads: WeakThreads,
+    limits: Arc<Limits>,
+}
 
 impl Queues for QueueThreads {
     fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>> {
@@ -256,7 +321,7 @@ impl Queues for QueueThreads {
             }
             is_done
         };
-        let mut pending: VecDeque<_> = self.0.iter().map(request).collect();
+        let mut pending: VecDeque<_> = self.threads.0.iter().map(request).collect();
         Box::pin(async move {
             // The high-priority queue's thread never waits for the host, so it needs no timeout.
             if let Some(high_priority) = pending.pop_front() {
@@ -269,6 +334,13 @@ impl Queues for QueueThreads {
             };
             let _ = tokio::time::timeout(SERVE_TIMEOUT, others).await;
         })
+    }
+
+    fn interrupt(&self, unique: u64) {
+        // Nothing else is held back.
+        if self.limits.is_active() {
+            self.threads.send(|| Command::Interrupt { unique });
+        }
     }
 }
 

@@ -575,6 +575,9 @@ mod control_groups {
         for args in [&[][..], &["--supervise"]] {
             let mut server = launch(&group.enter(), None, args);
             server.wait_until_it_listens();
+            // The first session's workers exist before it does.
+            uses(&mut session(&server), &server, "first");
+            server.wait_until_it_listens();
             allow("2");
             let refused = Profile::Qemu.connect(server.connect(), &Options::default());
             assert!(refused.is_err());

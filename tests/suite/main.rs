@@ -14,6 +14,7 @@
 )]
 
 mod compat;
+mod control;
 mod creation;
 mod data;
 mod dax;
@@ -31,6 +32,8 @@ mod io;
 mod launch;
 mod launchers;
 mod lifecycle;
+mod limit_space;
+mod limits;
 mod locks;
 mod memory_tree;
 mod migration;

@@ -18,6 +18,7 @@ use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
 use crate::metrics::{Process, SharedFile};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
+use crate::sys::supervision::Queued;
 use crate::vhost_user::Listener;
 
 /// The exit status of a serving process that leaves its session to the next one.
@@ -41,6 +42,15 @@ pub(crate) trait Resources: Sized {
 
     /// The same.
     fn listener_mut(&mut self) -> &mut Listener;
+
+    /// The socket that the server is controlled by.
+    fn control(&self) -> Option<&Listener>;
+
+    /// The same.
+    fn control_mut(&mut self) -> Option<&mut Listener>;
+
+    /// The user that the launcher has started the server as.
+    fn user(&self) -> u32;
 
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
@@ -115,6 +125,8 @@ pub(crate) struct Supervision<R> {
     down_since: Option<Duration>,
     /// When the present process began to serve, if one does.
     serving_since: Option<Duration>,
+    /// A request for an upgrade that came while no process served, and what its signal carried.
+    postponed: Option<Option<Queued>>,
 }
 
 impl<R: Resources> Supervision<R> {
@@ -150,6 +162,7 @@ impl<R: Resources> Supervision<R> {
             program: std::env::current_exe().unwrap_or_default(),
             failures: Failures::default(),
             serving_since: None,
+            postponed: None,
         }
     }
 
@@ -178,14 +191,22 @@ impl<R: Resources> Supervision<R> {
         log: Option<BorrowedFd<'_>>,
     ) -> Result<Watched<R::Server>, R::Error> {
         loop {
-            let event = match &self.attempt {
-                None => self.supervisor.next_event(self.manager.timeout()),
-                Some(_) => self.supervisor.next_within(START_TIMEOUT),
+            let serves = self.serving_since.is_some();
+            let event = match (self.postponed.take_if(|_| serves), &self.attempt) {
+                (Some(queued), _) => Ok(Some(Event::Upgrade(queued))),
+                (None, None) => self.supervisor.next_event(self.manager.timeout()),
+                (None, Some(_)) => self.supervisor.next_within(START_TIMEOUT),
             };
             let event = event.map_err(RecoveryError::Watch)?;
             let restart = match event {
                 Some(Event::Serving(since)) => {
                     self.served(since);
+                    false
+                }
+                // A process that is starting closes the descriptors that it doesn't know, and a
+                // request has some.
+                Some(Event::Upgrade(queued)) if !serves => {
+                    self.postponed = Some(queued);
                     false
                 }
                 Some(Event::Upgrade(queued)) => match UpgradeRequest::of(queued, &self.program) {
@@ -228,6 +249,7 @@ impl<R: Resources> Supervision<R> {
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched<R::Server> {
         drop(self.resources.listener_mut().take_file());
+        drop(self.resources.control_mut().and_then(Listener::take_file));
         // A signal that a seccomp filter keeps from being seen has asked for nothing.
         let _ = self.supervisor.is_to_stop();
         let asked_by = self.supervisor.asked_by();

@@ -50,6 +50,7 @@ fn serve(rafs: Rafs, runtime: Choice, guest: impl FnOnce(&mut Client<Session>)) 
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
             dax_window: 0,
+            dax_fs_map: false,
         },
         workers: NonZeroUsize::new(2).unwrap(),
         runtime,

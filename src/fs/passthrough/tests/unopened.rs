@@ -99,25 +99,20 @@ fn unopened_file_is_read_written_renamed_and_removed() {
 #[test]
 fn what_the_host_puts_in_place_of_a_file_is_not_opened() {
     with_old_files(|rig| {
-        let fifo = |name: &str| {
-            rustix::fs::mknodat(CWD, rig.path(name), FileType::Fifo, Mode::RWXU, 0).unwrap();
-        };
-        let others: [(&str, &dyn Fn(&str)); 5] = [
-            ("fifo", &fifo),
-            ("file", &|name| drop(rig.host_file(name, "another"))),
-            ("dir", &|name| drop(rig.host_dir(name))),
-            ("link", &|name| {
-                symlink("/etc/passwd", rig.path(name)).unwrap()
-            }),
-            ("socket", &|name| {
-                drop(UnixListener::bind(rig.path(name)).unwrap())
-            }),
-        ];
-        for (name, put) in others {
+        for name in ["fifo", "file", "dir", "link", "socket"] {
             rig.host_file(name, "mine");
             let node = rig.node(name);
             std::fs::rename(rig.path(name), rig.path("moved")).unwrap();
-            put(name);
+            let path = rig.path(name);
+            match name {
+                "fifo" => {
+                    rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+                }
+                "file" => drop(rig.host_file(name, "another")),
+                "dir" => drop(rig.host_dir(name)),
+                "link" => symlink("/etc/passwd", path).unwrap(),
+                _ => drop(UnixListener::bind(path).unwrap()),
+            }
             for flags in [O_RDONLY, O_RDWR] {
                 let opened = rig.fs.open(&SUPERUSER, node, flags);
                 assert_eq!(opened.err(), Some(Errno::STALE), "{name}, flags {flags}");

@@ -18,10 +18,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use io_uring::squeue::Entry;
-use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, opcode};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -116,15 +114,6 @@ impl Driver {
     /// Whether there are completions to reap; for busy polling.
     pub(super) fn has_completions(&self) -> bool {
         self.inner.borrow_mut().has_completions()
-    }
-
-    /// Submits the collected entries and waits until an operation completes, at most for `timeout`.
-    /// Returns whether one has.
-    pub(super) fn wait_for(&self, timeout: Duration) -> bool {
-        self.inner.borrow_mut().wait_for(timeout);
-        let completed = self.has_completions();
-        self.reap();
-        completed
     }
 
     /// Puts an operation on the ring.
@@ -285,18 +274,6 @@ impl Inner {
             let cancel = opcode::AsyncCancel::new(key.data()).build();
             self.enqueue(cancel.user_data(CANCELLATION));
         }
-    }
-
-    /// Sleeps until an operation completes, at most for `timeout`. What fails shows at the next
-    /// submission.
-    fn wait_for(&mut self, timeout: Duration) {
-        let Some(ring) = &self.ring else { return };
-        if self.on_ring == 0 || !ring.params().is_feature_ext_arg() {
-            return;
-        }
-        let timeout = Timespec::from(timeout);
-        let arguments = SubmitArgs::new().timespec(&timeout);
-        let _ = ring.submitter().submit_with_args(1, &arguments);
     }
 
     /// Sleeps until an operation completes.

@@ -26,7 +26,6 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
@@ -133,12 +132,6 @@ pub(in crate::io) fn has_completions() -> bool {
             .as_ref()
             .is_some_and(|driver| driver.has_completions())
     })
-}
-
-/// Submits the operations of the current runtime and waits until one completes, at most for
-/// `timeout`. Returns whether one has.
-pub(in crate::io) fn wait_for_completion(timeout: Duration) -> bool {
-    current().is_some_and(|driver| driver.wait_for(timeout))
 }
 
 /// Reads into the buffer after its first `filled` bytes, until it is full or the file ends.
