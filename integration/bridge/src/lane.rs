@@ -22,6 +22,7 @@ use crate::counters::Counters;
 use crate::device::Device;
 use crate::error::LaneError;
 use crate::init;
+use crate::record::{Recorded, Recorder};
 use crate::request::{IN_HEADER, OUT_HEADER, Request};
 use crate::slot::{MOST_BUFFERS, SLOTS};
 use crate::track::{CLOSING, Track};
@@ -33,6 +34,8 @@ pub(crate) struct Shared {
     pub(crate) memory: Memory,
     pub(crate) urgent: Urgent,
     pub(crate) counters: Counters,
+    /// Records requests, if that is wanted.
+    pub(crate) recorder: Option<Recorder>,
     /// Signalled by a lane when it has the reply to INIT, and when it ends.
     pub(crate) news: Event,
     /// Lanes that have ended. Incremented before the end is signalled, while their threads still run.
@@ -70,6 +73,8 @@ pub(crate) struct Lane {
     epoll: OwnedFd,
     /// The request in each slot that is in use.
     under_way: Vec<Option<Request>>,
+    /// What is recorded of them, if that is wanted.
+    recorded: Vec<Option<Recorded>>,
     free: Vec<usize>,
     /// Whether the device is in the epoll set: only while a slot is free.
     listens: bool,
@@ -102,6 +107,7 @@ impl Lane {
             shared,
             epoll,
             under_way: vec![None; usize::from(SLOTS)],
+            recorded: vec![None; usize::from(SLOTS)],
             free: (0..usize::from(SLOTS)).rev().collect(),
             listens: false,
             readable: Vec::with_capacity(MOST_BUFFERS),
@@ -163,7 +169,14 @@ impl Lane {
         let start = slot.request.incoming().gpa;
         let request = Request::parse(memory, start)?;
         self.shared.counters.count_request();
+        let recorder = self.shared.recorder.as_ref();
+        let recorded = recorder
+            .map(|recorder| recorder.request(memory, start, &request))
+            .transpose()?;
         if request.is_urgent() {
+            if let Some((recorder, recorded)) = recorder.zip(recorded) {
+                recorder.unanswered(&recorded);
+            }
             urgent.send(&request, &mut slot.request)?;
             return Ok(Taken::Request);
         }
@@ -178,6 +191,7 @@ impl Lane {
         self.track.queue.kick()?;
         self.free.pop();
         self.under_way[token] = Some(request);
+        self.recorded[token] = recorded;
         Ok(Taken::Request)
     }
 
@@ -225,6 +239,10 @@ impl Lane {
                     init::limit_answer(memory, at.offset(OUT_HEADER.into()))?;
                 }
                 self.shared.news.signal().map_err(LaneError::Wait)?;
+            }
+            let recorded = self.recorded[token].take();
+            if let Some((recorder, recorded)) = self.shared.recorder.as_ref().zip(recorded) {
+                recorder.answered(memory, at, &recorded)?;
             }
             match self.write(token, used.len)? {
                 None => return Ok(()),

@@ -11,6 +11,7 @@ mod error;
 mod init;
 mod lane;
 mod mount;
+mod record;
 mod request;
 mod slot;
 mod track;
@@ -38,6 +39,7 @@ use device::Device;
 use error::LaneError;
 use lane::Shared;
 use mount::{Mount, MountError, host, wait};
+use record::Recorder;
 use slot::{AREA_BYTES, SLOT_BYTES, SLOTS};
 use track::Track;
 use urgent::{AREAS, Urgent};
@@ -74,6 +76,11 @@ struct Options {
     #[arg(long)]
     stay_connected: bool,
 
+    /// Record all requests in this file, without names and contents: time, duration, opcode, node,
+    /// size, offset, length of the name, error, and node of the entry.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+
     /// The directory to mount on.
     mountpoint: PathBuf,
 }
@@ -108,6 +115,7 @@ fn run(options: &Options) -> Result<(), BridgeError> {
     let source = options.source.clone();
     let source = source.unwrap_or_else(|| format!("bridge-{}", std::process::id()));
     let signals = signals().map_err(host("take signals"))?;
+    let recorder = options.record.as_deref().map(Recorder::new).transpose();
     let mut session = connect(options)?;
     let mut queues = std::mem::take(&mut session.queues).into_iter();
     let urgent = queues.next();
@@ -117,6 +125,7 @@ fn run(options: &Options) -> Result<(), BridgeError> {
         memory: session.memory.clone(),
         urgent: Urgent::new(&session.memory, urgent).map_err(no_room)?,
         counters: Counters::default(),
+        recorder: recorder.map_err(host("make the recording"))?,
         news: Event::new().map_err(host("make an eventfd"))?,
         ended: AtomicUsize::new(0),
         stop: Event::new().map_err(host("make an eventfd"))?,
@@ -144,6 +153,9 @@ fn run(options: &Options) -> Result<(), BridgeError> {
         }
     };
     println!("bridge: {}", bridge.shared.counters);
+    if let Some(recorder) = &bridge.shared.recorder {
+        recorder.finish().map_err(host("write the recording"))?;
+    }
     ended?;
     Ok(())
 }

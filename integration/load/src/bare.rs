@@ -53,7 +53,7 @@ pub(crate) fn run(options: &Bare) -> Result<(), BareError> {
         println!("{}", heading());
     }
     for mut spec in options.measure.specs() {
-        if matches!(spec.kind, Kind::Idle | Kind::Mixed) {
+        if matches!(spec.kind, Kind::Idle | Kind::Mixed | Kind::VmLike) {
             eprintln!("load: {spec} has no bare system calls; skipped");
             continue;
         }
@@ -220,7 +220,7 @@ impl Calls {
                 let number = self.random.below(KNOWN_FILES);
                 statx(&self.known, path(&mut [0; 8], number), flags, wanted)?;
             }
-            Kind::LookupNew => {
+            Kind::LookupNew | Kind::Revalidate => {
                 let number = self.count % COLD_FILES;
                 statx(&self.cold, path(&mut [0; 8], number), flags, wanted)?;
             }
@@ -258,7 +258,7 @@ impl Calls {
                 statx(&self.cold, path(&mut [0; 8], number), flags, wanted)?;
                 visit(&self.cold, number, OFlags::RDONLY, self.buffer.get())?;
             }
-            Kind::Readdirplus => {
+            Kind::Readdirplus | Kind::ListLookup => {
                 let opened = OFlags::DIRECTORY | OFlags::CLOEXEC;
                 let folder = openat(&self.cold, c".", opened, Mode::empty())?;
                 let mut space = [std::mem::MaybeUninit::uninit(); 32 << 10];
@@ -267,7 +267,7 @@ impl Calls {
                     statx(&folder, entry?.file_name(), flags, wanted)?;
                 }
             }
-            Kind::Idle | Kind::Mixed => {}
+            Kind::Idle | Kind::Mixed | Kind::VmLike => {}
         }
         Ok(())
     }

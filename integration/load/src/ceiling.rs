@@ -14,7 +14,7 @@ use vmm::{Memory, Queue, Region};
 
 use crate::cli::{Ceiling, Descriptors};
 use crate::drive::{DriveError, Plan, drive, own_cpu};
-use crate::forgets::Forgets;
+use crate::forgets::{Forgets, Form};
 use crate::lane::{Clock, Lane, Phase};
 use crate::program::{self, Builder, Failure, Manner, Program};
 use crate::report::{Measurement, Raw, heading};
@@ -77,7 +77,8 @@ fn rig(spec: Spec) -> Result<Rig, CeilingError> {
     };
     let client = preparer(&memory, Descriptors::Pages);
     let mut builder = Builder::new(client, memory, &scene, spec, manner);
-    let forgets = Forgets::new(&mut builder.client, urgent).map_err(Failure::Request)?;
+    let forgets =
+        Forgets::new(&mut builder.client, urgent, Form::Case).map_err(Failure::Request)?;
     let programs: Result<_, _> = (0..spec.depth).map(|_| builder.build()).collect();
     Ok(Rig {
         queue,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::forgets::Form;
 use crate::spec::{self, Typed};
 
 /// Put load on a virtio-fs server through its socket, and measure what it does and what it costs.
@@ -38,6 +39,10 @@ pub(crate) enum Command {
     Bare(Bare),
     /// Measure this program itself, against a responder in the same process.
     Ceiling(Ceiling),
+    /// Start many servers: what each takes to start, and what it uses while it is idle.
+    Fleet(Fleet),
+    /// Measure a server whose guest knows many inodes, has many files open, or lists large directories.
+    Many(Many),
     /// Print the medians and ratios of results (--json) of several servers, as Markdown.
     Table(Table),
 }
@@ -85,6 +90,10 @@ pub(crate) struct Run {
     /// replies ENOSYS or clears set-ID bits (killpriv-v2).
     #[arg(long)]
     pub(crate) no_getxattr: bool,
+
+    /// How inodes are forgotten.
+    #[arg(long, value_enum, default_value_t = Form::Case)]
+    pub(crate) forget: Form,
 
     /// Offer the server to do without OPEN and OPENDIR, as Linux does. Off by default, so that every
     /// server gets the same requests.
@@ -200,6 +209,63 @@ pub(crate) struct Table {
     /// Files of lines of JSON, one for each measurement.
     #[arg(value_name = "FILE", required = true)]
     pub(crate) files: Vec<PathBuf>,
+}
+
+/// The options of `fleet`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Fleet {
+    /// A shell command that starts a server; %SOCKET% stands for the path of its socket.
+    #[arg(long, value_name = "LINE")]
+    pub(crate) command: String,
+
+    /// The directory of the sockets.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+
+    /// How many servers to start.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) count: u32,
+
+    /// How long to measure the idle servers, and then a request on one in a hundred of them.
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub(crate) seconds: Duration,
+
+    /// The server's name in the results.
+    #[arg(long, value_name = "NAME", default_value = "server")]
+    pub(crate) label: String,
+
+    /// Print the head of the table first.
+    #[arg(long)]
+    pub(crate) heading: bool,
+}
+
+/// The options of `many`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Many {
+    /// The server's socket.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+
+    /// The directory that the server shares, as a path of this host. Files are made in its
+    /// subdirectory ringfsd-many, and stay there.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) shared_dir: PathBuf,
+
+    /// The server's process.
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: i32,
+
+    /// Numbers of inodes that the guest knows, in ascending order.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) inodes: Vec<u32>,
+
+    /// Numbers of files that are open, in ascending order.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) open_files: Vec<u32>,
+
+    /// Numbers of entries of a directory.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) entries: Vec<u32>,
 }
 
 /// `--wait`.

@@ -1,13 +1,14 @@
 //! FORGET, over the high-priority queue, where no program waits for it.
 //!
-//! As in Linux, each inode has a request of its own, which is sent and not waited for. After a
-//! listing, its ten thousand inodes are forgotten in batches, so that the listing is what is
-//! measured. The invariant: a request's slot in guest memory is reused only once its chain has been
-//! returned.
+//! As in Linux's virtio-fs driver, each inode has a request of its own, which is sent and not waited
+//! for. After a listing, its ten thousand inodes are forgotten in batches, so that the listing is what
+//! is measured. [`Form`] overrides both. The invariant: a request's slot in guest memory is reused only
+//! once its chain has been returned.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use vmm::Queue;
 use vmm::fuse::wire::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, opcode};
 use vmm::fuse::{Call, Client, FuseError, Guest, Prepared};
@@ -27,9 +28,22 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Other requests' unique ids don't have this bit.
 const MARK: u64 = 1 << 62;
 
+/// `--forget`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Form {
+    /// FORGET for each inode; BATCH_FORGET for the inodes of a listing.
+    #[default]
+    Case,
+    /// FORGET for each inode, as Linux's virtio-fs driver sends it.
+    Single,
+    /// BATCH_FORGET for 64 inodes, as Linux sends it to a server behind /dev/fuse.
+    Batch,
+}
+
 /// The high-priority queue and its requests. Threads share it.
 #[derive(Debug)]
 pub(crate) struct Forgets {
+    form: Form,
     inner: Mutex<Inner>,
 }
 
@@ -40,6 +54,9 @@ struct Inner {
     /// Numbers of requests that are not in flight.
     singles: Vec<usize>,
     batches: Vec<usize>,
+    /// Inodes to be forgotten in the next batch.
+    collected: [ForgetOne; BATCH],
+    count: usize,
     sent: u64,
 }
 
@@ -48,6 +65,7 @@ impl Forgets {
     pub(crate) fn new<G: Guest>(
         client: &mut Client<G>,
         mut queue: Queue,
+        form: Form,
     ) -> Result<Self, FuseError> {
         queue.suppress_calls();
         let one = ForgetIn::default();
@@ -68,11 +86,14 @@ impl Forgets {
             requests.push(client.prepare(&batch)?);
         }
         Ok(Self {
+            form,
             inner: Mutex::new(Inner {
                 queue,
                 requests,
                 singles: (0..SINGLES).collect(),
                 batches: (SINGLES..SINGLES + BATCHES).collect(),
+                collected: [ForgetOne::default(); BATCH],
+                count: 0,
                 sent: 0,
             }),
         })
@@ -80,21 +101,27 @@ impl Forgets {
 
     /// Forgets one lookup of an inode.
     pub(crate) fn one(&self, nodeid: u64) -> Result<(), FuseError> {
+        self.lookups(nodeid, 1)
+    }
+
+    /// Forgets this number of lookups of an inode.
+    pub(crate) fn lookups(&self, nodeid: u64, nlookup: u64) -> Result<(), FuseError> {
         let mut inner = self.lock();
-        let number = inner.take(|inner| inner.singles.pop())?;
-        let nodeid_at = std::mem::offset_of!(InHeader, nodeid);
-        inner.send(number, |request| {
-            request.patch(nodeid_at, &nodeid)?;
-            request.patch(Prepared::ARGUMENTS, &ForgetIn { nlookup: 1 })
-        })
+        match self.form {
+            Form::Batch => inner.collect_one(ForgetOne { nodeid, nlookup }),
+            Form::Case | Form::Single => inner.single(nodeid, nlookup),
+        }
     }
 
     /// Forgets these lookups.
     pub(crate) fn batch(&self, ones: &[ForgetOne; BATCH]) -> Result<(), FuseError> {
         let mut inner = self.lock();
-        let number = inner.take(|inner| inner.batches.pop())?;
-        let ones_at = Prepared::ARGUMENTS + size_of::<BatchForgetIn>();
-        inner.send(number, |request| request.patch(ones_at, ones))
+        match self.form {
+            Form::Case | Form::Batch => inner.batch(ones),
+            Form::Single => ones
+                .iter()
+                .try_for_each(|one| inner.single(one.nodeid, one.nlookup)),
+        }
     }
 
     /// Kicks the server if it wants a kick.
@@ -107,7 +134,7 @@ impl Forgets {
     pub(crate) fn finish(self) -> (Queue, Result<(), FuseError>) {
         let inner = self.inner.into_inner();
         let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
-        let mut result = Ok(());
+        let mut result = inner.send_collected();
         while result.is_ok() && inner.queue.in_flight() > 0 {
             result = inner.wait();
         }
@@ -120,6 +147,42 @@ impl Forgets {
 }
 
 impl Inner {
+    fn single(&mut self, nodeid: u64, nlookup: u64) -> Result<(), FuseError> {
+        let number = self.take(|inner| inner.singles.pop())?;
+        let nodeid_at = std::mem::offset_of!(InHeader, nodeid);
+        self.send(number, |request| {
+            request.patch(nodeid_at, &nodeid)?;
+            request.patch(Prepared::ARGUMENTS, &ForgetIn { nlookup })
+        })
+    }
+
+    fn batch(&mut self, ones: &[ForgetOne; BATCH]) -> Result<(), FuseError> {
+        let number = self.take(|inner| inner.batches.pop())?;
+        let ones_at = Prepared::ARGUMENTS + size_of::<BatchForgetIn>();
+        self.send(number, |request| request.patch(ones_at, ones))
+    }
+
+    fn collect_one(&mut self, one: ForgetOne) -> Result<(), FuseError> {
+        if let Some(place) = self.collected.get_mut(self.count) {
+            *place = one;
+            self.count += 1;
+        }
+        if self.count == BATCH {
+            self.count = 0;
+            let ones = self.collected;
+            self.batch(&ones)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is not a whole batch, one by one.
+    fn send_collected(&mut self) -> Result<(), FuseError> {
+        let (ones, count) = (self.collected, std::mem::take(&mut self.count));
+        ones.iter()
+            .take(count)
+            .try_for_each(|one| self.single(one.nodeid, one.nlookup))
+    }
+
     /// Takes the number of a request that is not in flight; waits for one if necessary.
     fn take(
         &mut self,

@@ -6,9 +6,11 @@ mod bare;
 mod ceiling;
 mod cli;
 mod drive;
+mod fleet;
 mod forgets;
 mod histogram;
 mod lane;
+mod many;
 mod pattern;
 mod process;
 mod program;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
     let result: Result<(), Box<dyn Error>> = match &options.command {
         Some(Command::Bare(bare)) => bare::run(bare).map_err(Into::into),
         Some(Command::Ceiling(ceiling)) => ceiling::run(ceiling).map_err(Into::into),
+        Some(Command::Fleet(fleet)) => fleet::run(fleet).map_err(Into::into),
+        Some(Command::Many(many)) => many::run(many).map_err(Into::into),
         Some(Command::Table(table)) => table::run(&table.files).map_err(Into::into),
         None if options.run.list => {
             list();

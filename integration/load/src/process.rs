@@ -69,6 +69,8 @@ pub(crate) struct Usage {
     pub(crate) threads: u64,
     /// KiB without the guest's memory; of memory that several processes share, this one's part.
     pub(crate) memory: u64,
+    /// KiB that no other process maps, without the guest's memory.
+    pub(crate) private: u64,
 }
 
 impl Process {
@@ -114,13 +116,15 @@ impl Process {
         let (mut threads, mut memory) = self.first.size()?;
         for other in self.others.iter().filter_map(|other| other.size().ok()) {
             threads += other.0;
-            memory += other.1;
+            memory.shared += other.1.shared;
+            memory.private += other.1.private;
         }
         Ok(Usage {
             cpu: now.cpu.saturating_sub(before.cpu),
             switches: switches.sum(),
             threads,
-            memory,
+            memory: memory.shared,
+            private: memory.private,
         })
     }
 
@@ -152,7 +156,7 @@ impl Part {
     }
 
     /// Threads, and KiB of memory.
-    fn size(&self) -> Result<(u64, u64), ProcessError> {
+    fn size(&self) -> Result<(u64, Memory), ProcessError> {
         let threads = field(&self.read("status")?, "Threads:");
         Ok((threads, memory(&self.read("smaps")?)))
     }
@@ -242,18 +246,31 @@ fn children() -> HashMap<i32, Vec<i32>> {
     children
 }
 
-/// KiB of all mappings (`/proc/PID/smaps`) except the guest's memory; of memory that other processes
-/// map too, this one's part.
-fn memory(smaps: &str) -> u64 {
-    let (mut sum, mut guests) = (0, false);
+/// KiB of a process without the guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Memory {
+    /// With this process's part of what other processes map too.
+    shared: u64,
+    /// Only what no other process maps.
+    private: u64,
+}
+
+/// The memory of all mappings (`/proc/PID/smaps`) except the guest's.
+fn memory(smaps: &str) -> Memory {
+    let (mut sum, mut guests) = (Memory::default(), false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or_default();
         if !first.ends_with(':') {
             // The first line of a mapping: addresses, access, offset, device, inode, path.
             guests = words.nth(4) == Some(GUEST_MEMORY);
-        } else if first == "Pss:" && !guests {
-            sum += words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
+        } else if !guests {
+            let kib = words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
+            match first {
+                "Pss:" => sum.shared += kib,
+                "Private_Clean:" | "Private_Dirty:" => sum.private += kib,
+                _ => {}
+            }
         }
     }
     sum
@@ -290,13 +307,17 @@ mod tests {
 7f0000000000-7f0000001000 rw-s 00000000 00:01 2048 /memfd:guest (deleted)
 Rss:                  40 kB
 Pss:                  20 kB
+Private_Dirty:        16 kB
 7f0000001000-7f0000002000 rw-s 00000000 00:01 2049 /memfd:state (deleted)
 Pss:                   4 kB
 Pss_Dirty:             4 kB
 7f0000002000-7f0000003000 rw-p 00000000 00:00 0
 Pss:                   8 kB
+Private_Clean:         1 kB
+Private_Dirty:         6 kB
 ";
-        assert_eq!(memory(smaps), 12);
+        let found = memory(smaps);
+        assert_eq!((found.shared, found.private), (12, 7));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::forgets::Forgets;
 use crate::scene::Scene;
 use crate::share::{COLD_FILES, KNOWN_FILES};
 use crate::spec::{Kind, PAGE, Spec};
-pub(crate) use attributes::{Getattr, Lookup};
+pub(crate) use attributes::{Getattr, Lookup, Revalidate};
 pub(crate) use data::{Read, Write, Written};
 pub(crate) use files::{Create, Visit};
 pub(crate) use listing::Listing;
@@ -57,6 +57,9 @@ pub(crate) enum Failure {
     /// The listing of a directory was wrong.
     #[error("{found} entries were listed instead of {wanted}, of which {known} by their names")]
     Listing { found: u32, wanted: u32, known: u32 },
+    /// The mix has no requests.
+    #[error("the mix is empty")]
+    Mix,
     /// An entry does not fit in its reply, or its name doesn't exist.
     #[error("entry number {0} of a listing is wrong")]
     Entry(u32),
@@ -145,6 +148,7 @@ impl<'a, G: Guest> Builder<'a, G> {
             Kind::Getattr | Kind::Idle => Box::new(self.getattr()?),
             Kind::Chmod => Box::new(Getattr::chmod(self)?),
             Kind::Lookup => Box::new(Lookup::known(self)?),
+            Kind::Revalidate => Box::new(Revalidate::new(self)?),
             Kind::LookupNew => Box::new(Lookup::new_names(self)?),
             Kind::LookupAbsent => Box::new(Lookup::absent(self)?),
             Kind::Data(transfer) if transfer.write => Box::new(Write::new(self, transfer)?),
@@ -154,7 +158,9 @@ impl<'a, G: Guest> Builder<'a, G> {
             Kind::OpenRwClose => Box::new(Visit::known(self, libc::O_RDWR)?),
             Kind::Cold => Box::new(Visit::cold(self)?),
             Kind::Readdirplus => Box::new(Listing::new(self)?),
-            Kind::Mixed => Box::new(Mixed::new(self)?),
+            Kind::ListLookup => Box::new(Listing::with_lookups(self)?),
+            Kind::Mixed => Box::new(Mixed::hundred(self)?),
+            Kind::VmLike => Box::new(Mixed::recorded(self)?),
         })
     }
 
@@ -207,7 +213,7 @@ fn read_u64(request: &Prepared, at: usize) -> Result<u64, FuseError> {
 /// How many items a case's operation has: the entries of a listing.
 pub(crate) fn items(kind: Kind) -> u32 {
     match kind {
-        Kind::Readdirplus => COLD_FILES,
+        Kind::Readdirplus | Kind::ListLookup => COLD_FILES,
         _ => 1,
     }
 }

@@ -232,6 +232,7 @@ mod tests {
                 switches: 100,
                 threads: 3,
                 memory: 2048,
+                private: 1024,
             }),
             own_cpu: 1_000_000_000,
             threads: 1,

@@ -23,7 +23,7 @@ use crate::program::{self, Builder, Failure, Manner, Written};
 use crate::report::{Measurement, Raw, heading};
 use crate::scene::Scene;
 use crate::share::{self, DATA, DIRECT, Share, ShareError};
-use crate::spec::{Kind, PAGE, Spec, Transfer};
+use crate::spec::{Kind, LONGEST, PAGE, Spec, Transfer};
 
 /// Why a run fails.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +167,12 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn measure(&mut self, spec: Spec) -> Result<Measurement, RunError> {
         let longest = self.client.max_write();
-        if matches!(spec.kind, Kind::Data(_) | Kind::Mixed) && spec.size > longest {
+        let needed = match spec.kind {
+            Kind::Data(_) | Kind::Mixed => spec.size,
+            Kind::VmLike => LONGEST,
+            _ => 0,
+        };
+        if needed > longest {
             return Err(RunError::TooLarge { spec, longest });
         }
         self.before(spec)?;
@@ -222,7 +227,7 @@ impl Bench<'_> {
         let rest = queues.split_off(queues.len().min(1 + used));
         let mut taken = std::mem::replace(queues, rest).into_iter();
         let urgent = taken.next().ok_or(RunError::Missing("a queue"))?;
-        let forgets = Forgets::new(&mut builder.client, urgent);
+        let forgets = Forgets::new(&mut builder.client, urgent, self.options.forget);
         let forgets = forgets.map_err(|error| prepare(error.into()))?;
         let depth = match spec.kind {
             Kind::Idle => 0,
@@ -321,7 +326,7 @@ impl Bench<'_> {
 fn transfer(spec: Spec) -> Option<Transfer> {
     match spec.kind {
         Kind::Data(transfer) => Some(transfer),
-        Kind::Mixed => Some(Transfer {
+        Kind::Mixed | Kind::VmLike => Some(Transfer {
             write: true,
             sequential: false,
             direct: false,

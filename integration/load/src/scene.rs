@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vmm::fuse::{Client, FuseError, Guest, ROOT};
 
-use crate::share::{COLD, DATA, DIRECT, FOLDER, KNOWN, KNOWN_FILES, NEW, name};
+use crate::share::{COLD, DATA, DIRECT, FEW, FOLDER, KNOWN, KNOWN_FILES, NEW, name};
 use crate::spec::Transfer;
 
 /// An open file.
@@ -28,6 +28,7 @@ pub(crate) struct Scene {
     pub(crate) direct: Open,
     pub(crate) known_folder: u64,
     pub(crate) cold_folder: u64,
+    pub(crate) few_folder: u64,
     pub(crate) new_folder: u64,
     /// The nodes of the known files, by their numbers.
     pub(crate) known: Arc<[u64]>,
@@ -48,6 +49,7 @@ impl Scene {
             direct: open(client, folder, DIRECT, libc::O_RDWR | libc::O_DIRECT)?,
             known_folder,
             cold_folder: find(client, folder, COLD.as_bytes())?,
+            few_folder: find(client, folder, FEW.as_bytes())?,
             new_folder: find(client, folder, NEW.as_bytes())?,
             known: known?.into(),
             file_size,
@@ -75,6 +77,7 @@ impl Scene {
             direct: open,
             known_folder: 3,
             cold_folder: 4,
+            few_folder: 6,
             new_folder: 5,
             known: (10..10 + u64::from(KNOWN_FILES)).collect(),
             file_size,

@@ -23,6 +23,9 @@ pub(crate) const KNOWN: &str = "known";
 pub(crate) const KNOWN_FILES: u32 = 1000;
 pub(crate) const COLD: &str = "cold";
 pub(crate) const COLD_FILES: u32 = 10_000;
+/// The directory with as many files as directories mostly have, which the server never knows for long.
+pub(crate) const FEW: &str = "few";
+pub(crate) const FEW_FILES: u32 = 12;
 /// The directory in which files are made and removed.
 pub(crate) const NEW: &str = "new";
 /// Bytes of a small file.
@@ -78,16 +81,19 @@ impl Share {
         if new.exists() {
             fs::remove_dir_all(&new).map_err(failed("empty", &new))?;
         }
-        for folder in [KNOWN, COLD, NEW] {
+        for folder in [KNOWN, COLD, FEW, NEW] {
             let folder = self.path(folder);
             fs::create_dir_all(&folder).map_err(failed("make", &folder))?;
         }
         let mark = self.path(MARK);
-        let wanted = format!("{} {KNOWN_FILES} {COLD_FILES}\n", self.file_size);
+        let wanted = format!(
+            "{} {KNOWN_FILES} {COLD_FILES} {FEW_FILES}\n",
+            self.file_size
+        );
         if fs::read_to_string(&mark).is_ok_and(|found| found == wanted) {
             return Ok(());
         }
-        for (folder, count) in [(KNOWN, KNOWN_FILES), (COLD, COLD_FILES)] {
+        for (folder, count) in [(KNOWN, KNOWN_FILES), (COLD, COLD_FILES), (FEW, FEW_FILES)] {
             let folder = self.path(folder);
             for number in 0..count {
                 let path = folder.join(String::from_utf8_lossy(&name(number)).as_ref());

@@ -10,7 +10,7 @@ use std::str::FromStr;
 /// The page size, of which sizes are multiples.
 pub(crate) const PAGE: u32 = 4096;
 /// The longest transfer that every server accepts.
-const LONGEST: u32 = 1 << 20;
+pub(crate) const LONGEST: u32 = 1 << 20;
 /// The most that can be in flight on a queue.
 const DEEPEST: u16 = 128;
 const MOST_QUEUES: u16 = 16;
@@ -30,6 +30,7 @@ pub(crate) enum Kind {
     Getattr,
     Chmod,
     Lookup,
+    Revalidate,
     LookupNew,
     LookupAbsent,
     Data(Transfer),
@@ -38,7 +39,9 @@ pub(crate) enum Kind {
     OpenRwClose,
     Cold,
     Readdirplus,
+    ListLookup,
     Mixed,
+    VmLike,
 }
 
 /// A case's name, description, and default size and depth.
@@ -100,6 +103,13 @@ const CASES: &[Entry] = &[
         "LOOKUP of names whose files are known",
         SMALL,
         32,
+    ),
+    entry(
+        Kind::Revalidate,
+        "revalidate",
+        "LOOKUP of known names after their time-out, each 8 times, then FORGET",
+        SMALL,
+        8,
     ),
     entry(
         Kind::LookupNew,
@@ -207,11 +217,25 @@ const CASES: &[Entry] = &[
         1,
     ),
     entry(
+        Kind::ListLookup,
+        "list-lookup",
+        "as readdirplus, and LOOKUP of each entry after it",
+        LISTING,
+        1,
+    ),
+    entry(
         Kind::Mixed,
         "mixed",
         "of 100: 50 reads, 10 writes, 20 GETATTR, 10 LOOKUP, 8 open-read-close, 2 create",
         SMALL,
         32,
+    ),
+    entry(
+        Kind::VmLike,
+        "vm-like",
+        "requests in the proportions recorded from programs' work on a mount (vm-like.tsv)",
+        SMALL,
+        8,
     ),
     entry(
         Kind::Idle,
@@ -234,7 +258,10 @@ impl Kind {
 
     /// Whether the size of its transfers can be chosen.
     pub(crate) fn has_size(self) -> bool {
-        matches!(self, Self::Data(_) | Self::Readdirplus | Self::Mixed)
+        matches!(
+            self,
+            Self::Data(_) | Self::Readdirplus | Self::ListLookup | Self::Mixed
+        )
     }
 }
 

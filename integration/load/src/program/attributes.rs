@@ -182,3 +182,76 @@ impl Program for Lookup {
         Ok(None)
     }
 }
+
+/// Files of a slot that are looked up in turn, and how often each is before its inode goes.
+const REVALIDATED: usize = 16;
+const TIMES: u64 = 8;
+
+/// LOOKUP of names that the guest knows and whose entries have timed out.
+///
+/// As in Linux, each time is one LOOKUP, whose count adds up; FORGET with the sum follows when the
+/// inode goes.
+pub(crate) struct Revalidate {
+    request: Prepared,
+    files: [(u32, u64); REVALIDATED],
+    turns: Turns,
+    /// The current file, and how often all files before it have been looked up.
+    current: usize,
+    round: u64,
+}
+
+impl Revalidate {
+    pub(super) fn new<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let call = Call::new(opcode::LOOKUP, builder.scene.cold_folder).arg(&NAME);
+        let turns = builder.turns();
+        Ok(Self {
+            request: builder.prepare(&call.reply_of::<EntryOut>())?,
+            files: [(); REVALIDATED].map(|()| (turns.next_file(), 0)),
+            turns,
+            current: 0,
+            round: 0,
+        })
+    }
+}
+
+impl Program for Revalidate {
+    fn begin(&mut self) -> Result<&Prepared, Failure> {
+        let number = self
+            .files
+            .get(self.current)
+            .map_or(0, |(number, _)| *number);
+        self.request.patch(ARGUMENTS, &name(number))?;
+        Ok(&self.request)
+    }
+
+    fn reply(
+        &mut self,
+        returned: Returned,
+        forgets: &Forgets,
+    ) -> Result<Option<&Prepared>, Failure> {
+        self.request.check(returned.unique, returned.used)?;
+        let found = read_u64(&self.request, offset_of!(EntryOut, nodeid))?;
+        if let Some((number, wanted)) = self.files.get_mut(self.current) {
+            if self.round == 0 {
+                *wanted = found;
+            } else if found != *wanted {
+                // Linux would drop what it has.
+                return Err(Failure::Node {
+                    number: *number,
+                    found,
+                    wanted: *wanted,
+                });
+            }
+            if self.round + 1 == TIMES {
+                forgets.lookups(found, TIMES)?;
+                *number = self.turns.next_file();
+            }
+        }
+        self.current += 1;
+        if self.current == REVALIDATED {
+            self.current = 0;
+            self.round = (self.round + 1) % TIMES;
+        }
+        Ok(None)
+    }
+}

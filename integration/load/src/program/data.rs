@@ -177,9 +177,9 @@ impl Write {
             flags: open.flags,
             ..WriteIn::default()
         };
-        // `mixed` writes what its reads expect.
+        // Mixes write what their reads expect.
         let seed = match builder.spec.kind {
-            Kind::Mixed => Seed::MADE,
+            Kind::Mixed | Kind::VmLike => Seed::MADE,
             _ => Seed::WRITTEN,
         };
         let mut payload = vec![0; size as usize];

@@ -194,6 +194,8 @@ pub(crate) struct Visit {
     open: Option<Prepared>,
     read: Prepared,
     closing: Closing,
+    /// Whether the file is read.
+    reads: bool,
     step: Visiting,
     number: u32,
     nodeid: u64,
@@ -225,6 +227,13 @@ impl Visit {
         let nodes = Arc::clone(&builder.scene.known);
         let files = Files::Known(Random::new(builder.slot()), nodes);
         Self::new(builder, files, flags, None)
+    }
+
+    /// Known files, opened for reading and not read, as their content is cached.
+    pub(super) fn unread<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let mut visit = Self::known(builder, libc::O_RDONLY)?;
+        visit.reads = false;
+        Ok(visit)
     }
 
     /// Unknown files, which are forgotten afterwards.
@@ -260,6 +269,7 @@ impl Visit {
             open: Some(open),
             read,
             closing: Closing::new(builder, flags)?,
+            reads: true,
             step: Visiting::Lookup,
             number: 0,
             nodeid: 0,
@@ -300,6 +310,19 @@ impl Visit {
             }
         }
         Ok(())
+    }
+
+    /// Closes the file, if it was opened.
+    fn close(&mut self, forgets: &Forgets) -> Result<Option<&Prepared>, Failure> {
+        if self.open.is_none() {
+            return self.end(forgets);
+        }
+        self.step = if self.flush {
+            Visiting::Flush
+        } else {
+            Visiting::Release
+        };
+        Ok(Some(self.closing.first(self.flush)))
     }
 
     fn end(&self, forgets: &Forgets) -> Result<Option<&Prepared>, Failure> {
@@ -361,21 +384,15 @@ impl Program for Visit {
                 }
                 self.read.patch(ARGUMENTS + offset_of!(ReadIn, fh), &fh)?;
                 self.flush = self.closing.aim(self.nodeid, fh, open_flags)?;
+                if !self.reads {
+                    return self.close(forgets);
+                }
                 self.step = Visiting::Read;
                 Ok(Some(&self.read))
             }
             Visiting::Read => {
                 self.check_read(returned)?;
-                if self.open.is_none() {
-                    return self.end(forgets);
-                }
-                let flush = self.flush;
-                self.step = if flush {
-                    Visiting::Flush
-                } else {
-                    Visiting::Release
-                };
-                Ok(Some(self.closing.first(flush)))
+                self.close(forgets)
             }
             Visiting::Flush => {
                 self.closing.flushed(returned)?;

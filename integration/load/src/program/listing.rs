@@ -1,4 +1,5 @@
-//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; and FORGET of everything that was looked up.
+//! OPENDIR, READDIRPLUS to the end, RELEASEDIR; LOOKUP of what was listed, if the case says so; and
+//! FORGET of everything that was looked up.
 
 use std::mem::offset_of;
 
@@ -8,14 +9,16 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::{ARGUMENTS, BODY, Builder, Failure, Program, Returned, read_u64};
 use crate::forgets::{BATCH, Forgets};
-use crate::share::{COLD_FILES, name};
+use crate::share::{COLD_FILES, FEW_FILES, name};
 
-/// A listing of the unknown files.
+/// A listing.
 pub(crate) struct Listing {
     /// None after the server has replied that it needs no OPENDIR.
     opendir: Option<Prepared>,
     read: Prepared,
     releasedir: Prepared,
+    /// LOOKUP of what was listed.
+    lookup: Option<Prepared>,
     step: Step,
     size: u32,
     bytes: Box<[u8]>,
@@ -26,11 +29,15 @@ pub(crate) struct Listing {
 enum Step {
     Opendir,
     Read,
+    /// Of the entry with this number.
+    Lookup(usize),
     Releasedir,
 }
 
 /// What a listing has found so far.
 struct Found {
+    /// How many entries there are.
+    wanted: u32,
     entries: u32,
     /// The entries with right names, each counted once.
     known: u32,
@@ -41,11 +48,37 @@ struct Found {
     /// Looked up and not yet forgotten.
     nodes: [ForgetOne; BATCH],
     count: usize,
+    /// Names and nodes that are to be looked up; those are forgotten later.
+    listed: Option<Vec<([u8; 6], u64)>>,
 }
 
 impl Listing {
+    /// A listing of the unknown files.
     pub(super) fn new<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
         let folder = builder.scene.cold_folder;
+        Self::of(builder, folder, COLD_FILES)
+    }
+
+    /// A listing of a directory of the size that directories mostly have.
+    pub(super) fn few<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let folder = builder.scene.few_folder;
+        Self::of(builder, folder, FEW_FILES)
+    }
+
+    /// A listing of the unknown files, each of which is looked up afterwards.
+    pub(super) fn with_lookups<G: Guest>(builder: &mut Builder<'_, G>) -> Result<Self, Failure> {
+        let mut listing = Self::new(builder)?;
+        let call = Call::new(opcode::LOOKUP, builder.scene.cold_folder).arg(b"f00000\0");
+        listing.lookup = Some(builder.prepare(&call.reply_of::<EntryOut>())?);
+        listing.found.listed = Some(Vec::with_capacity(COLD_FILES as usize));
+        Ok(listing)
+    }
+
+    fn of<G: Guest>(
+        builder: &mut Builder<'_, G>,
+        folder: u64,
+        wanted: u32,
+    ) -> Result<Self, Failure> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let asked = OpenIn {
             flags: flags.cast_unsigned(),
@@ -66,21 +99,24 @@ impl Listing {
             ..ReleaseIn::default()
         };
         let call = Call::new(opcode::RELEASEDIR, folder).arg(asked.as_bytes());
-        let seen = || vec![false; COLD_FILES as usize].into();
+        let seen = || vec![false; wanted as usize].into();
         Ok(Self {
             opendir: Some(opendir),
             read,
             releasedir: builder.prepare(&call.reply(0))?,
+            lookup: None,
             step: Step::Opendir,
             size,
             bytes: vec![0; size as usize].into(),
             found: Found {
+                wanted,
                 entries: 0,
                 known: 0,
                 seen: builder.manner.verify.then(seen),
                 offset: 0,
                 nodes: [ForgetOne::default(); BATCH],
                 count: 0,
+                listed: None,
             },
         })
     }
@@ -90,6 +126,23 @@ impl Listing {
         self.read.patch(at, &self.found.offset)?;
         self.step = Step::Read;
         Ok(&self.read)
+    }
+
+    /// Looks up the listed entry with this number, or ends the listing.
+    fn look_up(&mut self, number: usize, forgets: &Forgets) -> Result<Option<&Prepared>, Failure> {
+        let listed = self.found.listed.as_ref();
+        let entry = listed.and_then(|listed| listed.get(number));
+        if let (Some(lookup), Some((name, _))) = (&self.lookup, entry) {
+            lookup.patch(ARGUMENTS, name)?;
+            self.step = Step::Lookup(number);
+            return Ok(self.lookup.as_ref());
+        }
+        self.found.end(forgets)?;
+        if self.opendir.is_none() {
+            return Ok(None);
+        }
+        self.step = Step::Releasedir;
+        Ok(Some(&self.releasedir))
     }
 }
 
@@ -139,12 +192,16 @@ impl Program for Listing {
                     self.found.take(bytes, forgets)?;
                     return self.read_on().map(Some);
                 }
-                self.found.end(forgets)?;
-                if self.opendir.is_none() {
-                    return Ok(None);
+                self.look_up(0, forgets)
+            }
+            Step::Lookup(number) => {
+                let mut found = 0;
+                if let Some(lookup) = &self.lookup {
+                    lookup.check(returned.unique, returned.used)?;
+                    found = read_u64(lookup, offset_of!(EntryOut, nodeid))?;
                 }
-                self.step = Step::Releasedir;
-                Ok(Some(&self.releasedir))
+                self.found.looked_up(number, found, forgets)?;
+                self.look_up(number + 1, forgets)
             }
             Step::Releasedir => {
                 self.releasedir.check(returned.unique, returned.used)?;
@@ -159,6 +216,9 @@ impl Found {
         self.entries = 0;
         self.known = 0;
         self.offset = 0;
+        if let Some(listed) = &mut self.listed {
+            listed.clear();
+        }
         if let Some(seen) = &mut self.seen {
             seen.fill(false);
         }
@@ -184,7 +244,7 @@ impl Found {
             self.offset = entry.off;
             bytes = next;
             if node.nodeid != 0 && name != b"." && name != b".." {
-                self.forget(node.nodeid, forgets)?;
+                self.looked_up_by_listing(name, node.nodeid, forgets)?;
             }
             self.count_name(name);
         }
@@ -205,10 +265,42 @@ impl Found {
         }
     }
 
+    /// Forgets an entry's node, or remembers it if it is going to be looked up.
+    fn looked_up_by_listing(
+        &mut self,
+        name: &[u8],
+        nodeid: u64,
+        forgets: &Forgets,
+    ) -> Result<(), Failure> {
+        let Some(listed) = &mut self.listed else {
+            return self.forget(nodeid, 1, forgets);
+        };
+        let name = name
+            .try_into()
+            .map_err(|_len| Failure::Entry(self.entries))?;
+        listed.push((name, nodeid));
+        Ok(())
+    }
+
+    /// Takes the node that LOOKUP has found for a listed entry.
+    fn looked_up(&mut self, number: usize, found: u64, forgets: &Forgets) -> Result<(), Failure> {
+        let listed = self.listed.as_ref().and_then(|listed| listed.get(number));
+        let wanted = listed.map_or(0, |(_, node)| *node);
+        if found != wanted {
+            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            return Err(Failure::Node {
+                number,
+                found,
+                wanted,
+            });
+        }
+        self.forget(found, 2, forgets)
+    }
+
     /// Forgets a node together with others.
-    fn forget(&mut self, nodeid: u64, forgets: &Forgets) -> Result<(), Failure> {
+    fn forget(&mut self, nodeid: u64, nlookup: u64, forgets: &Forgets) -> Result<(), Failure> {
         if let Some(one) = self.nodes.get_mut(self.count) {
-            *one = ForgetOne { nodeid, nlookup: 1 };
+            *one = ForgetOne { nodeid, nlookup };
             self.count += 1;
         }
         if self.count == BATCH {
@@ -221,10 +313,10 @@ impl Found {
     /// Forgets the rest, and checks that the listing was complete.
     fn end(&mut self, forgets: &Forgets) -> Result<(), Failure> {
         for one in self.nodes.iter().take(self.count) {
-            forgets.one(one.nodeid)?;
+            forgets.lookups(one.nodeid, one.nlookup)?;
         }
         self.count = 0;
-        let (found, wanted, known) = (self.entries, COLD_FILES, self.known);
+        let (found, wanted, known) = (self.entries, self.wanted, self.known);
         if found != wanted || (self.seen.is_some() && known != wanted) {
             return Err(Failure::Listing {
                 found,

@@ -83,10 +83,7 @@ impl Operations {
                 self.fds.files().handles().any(node, handle)?,
                 StatxFlags::BASIC_STATS,
             ),
-            None => stat_fd(
-                self.fds.fd(&*self.fds.inode(node)?)?,
-                StatxFlags::BASIC_STATS,
-            ),
+            None => self.stat_inode(node, StatxFlags::BASIC_STATS),
         }?;
         Ok((self.attributes(&stat), self.options.attribute_ttl))
     }
@@ -99,11 +96,19 @@ impl Operations {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
         let stat = match self.terms.explicit(handle) {
             Some(handle) => stat_fd(self.fds.files().handles().any(node, handle)?, mask),
-            None => stat_fd(self.fds.fd(&*self.fds.inode(node)?)?, mask),
+            None => self.stat_inode(node, mask),
         }?;
         let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         let born = known.then(|| timestamp(stat.stx_btime));
         Ok((self.attributes(&stat), born, self.options.attribute_ttl))
+    }
+
+    fn stat_inode(&self, node: NodeId, mask: StatxFlags) -> Result<Statx> {
+        let inode = self.fds.inode(node)?;
+        match self.fds.stat_by_name(&inode) {
+            Some(stat) => Ok(stat),
+            None => stat_fd(self.fds.fd(&inode)?, mask),
+        }
     }
 
     /// STATFS of the file system that `node` is on.

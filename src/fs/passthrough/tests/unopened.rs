@@ -54,6 +54,23 @@ fn lookup_opens_directories_and_no_files() {
 }
 
 #[test]
+fn attributes_of_unopened_file_leave_it_unopened() {
+    with_old_files(|rig| {
+        rig.host_file("file", "content");
+        symlink("file", rig.path("link")).unwrap();
+        let (file, link) = (rig.node("file"), rig.node("link"));
+        assert_eq!(rig.attributes(file).unwrap().size, 7);
+        assert_eq!(rig.attributes(link).unwrap().size, 4, "the link's own");
+        assert_eq!(rig.fs.inode_descriptors(), 1, "the root's");
+        std::fs::rename(rig.path("file"), rig.path("moved")).unwrap();
+        rig.host_file("file", "another");
+        assert_eq!(rig.attributes(file).err(), Some(Errno::STALE));
+        assert_eq!(rig.node("moved"), file);
+        assert_eq!(rig.attributes(file).unwrap().size, 7);
+    });
+}
+
+#[test]
 fn unopened_file_is_read_written_renamed_and_removed() {
     with_old_files(|rig| {
         for name in ["read", "written", "renamed", "removed", "linked"] {
