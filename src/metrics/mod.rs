@@ -17,6 +17,7 @@ mod tests;
 
 pub(crate) use self::layout::{Count, Process, Server};
 pub(crate) use self::recorder::{Ended, Recorder, RequestStart};
+pub(crate) use self::registry::Interruption;
 pub use self::registry::{Facts, MetricsError, Registry, Shape};
 pub(crate) use self::shared_file::SharedFile;
 pub use self::snapshot::{

@@ -5,12 +5,13 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use rustix::io::Errno;
 
-use super::layout::{Layout, OPCODES, Section, Server};
+use super::buckets::bucket_of;
+use super::layout::{Layout, OPCODES, PROCESS, Process, Section, Server};
 use super::snapshot::{SessionState, Snapshot, Usage};
 use super::sum::Reader;
 use crate::sys::clock::Clock;
@@ -57,6 +58,15 @@ pub struct Facts {
     pub workers: usize,
 }
 
+/// A time in which no process served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Interruption {
+    /// What ended it.
+    pub(crate) process: Process,
+    /// When it began, on the monotonic clock.
+    pub(crate) since: Duration,
+}
+
 /// Tells how much of the limited resources is in use. Called by whoever reads the counters.
 type ReadUsage = Box<dyn Fn() -> Usage + Send + Sync>;
 
@@ -74,6 +84,7 @@ pub struct Registry {
     /// The count of evictions when this process began.
     evictions_before: u64,
     session: AtomicU8,
+    interruption: Mutex<Option<Interruption>>,
 }
 
 impl Registry {
@@ -115,6 +126,7 @@ impl Registry {
             usage: OnceLock::new(),
             evictions_before: 0,
             session: AtomicU8::new(SessionState::Waiting as u8),
+            interruption: Mutex::default(),
         };
         this.evictions_before = this.server(Server::Evictions).map_or(0, load);
         if let Some(began) = this.server(Server::Began) {
@@ -153,6 +165,31 @@ impl Registry {
     /// The session is in this state now.
     pub fn set_session(&self, state: SessionState) {
         self.session.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// Sets what interrupted the service until this process serves.
+    pub(crate) fn set_interruption(&self, interruption: Option<Interruption>) {
+        *self.interruption() = interruption;
+    }
+
+    /// The process serves, at this time of the monotonic clock: counts the interruption that has ended.
+    pub(crate) fn serves(&self, now: Duration) {
+        let Some(Interruption { process, since }) = self.interruption().take() else {
+            return;
+        };
+        let pause = now.saturating_sub(since).as_nanos();
+        let pause = u64::try_from(pause).unwrap_or(u64::MAX);
+        let first = self.layout.part(Section::Processes).first + process as usize * PROCESS;
+        for (at, more) in [(0, 1), (1, pause), (2 + bucket_of(pause), 1)] {
+            if let Some(word) = self.word(first + at) {
+                word.fetch_add(more, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn interruption(&self) -> MutexGuard<'_, Option<Interruption>> {
+        let interruption = self.interruption.lock();
+        interruption.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts an event of the whole server.

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Count, Ended, Process, Registry, Server, Shape, SharedFile, Snapshot};
+use super::{Count, Ended, Interruption, Process, Registry, Server, Shape, SharedFile, Snapshot};
 
 fn operation(number: u32) -> Option<String> {
     let names = [(3, "getattr"), (15, "read"), (16, "write")];
@@ -30,6 +30,14 @@ fn open(file: &SharedFile, shape: Shape) -> Arc<Registry> {
 
 fn duplicate(file: &SharedFile) -> OwnedFd {
     file.as_fd().try_clone_to_owned().unwrap()
+}
+
+/// The process serves after a pause of this length.
+fn interrupt(metrics: &Registry, process: Process, pause: Duration) {
+    let since = Duration::from_secs(100);
+    metrics.set_interruption(Some(Interruption { process, since }));
+    metrics.serves(since + pause);
+    metrics.serves(since + pause * 2);
 }
 
 /// Serves one request on a thread, and returns the recorder's snapshot.
@@ -185,8 +193,8 @@ fn next_process_continues_with_the_counters() {
     first.recorder(2).begin();
     let began = first.snapshot().began;
     drop(first);
-    file.count(Process::Recovery, Duration::from_millis(3));
     let next = open(&file, shape(2, 3));
+    interrupt(&next, Process::Recovery, Duration::from_millis(3));
     (1..=2).for_each(|thread| drop(next.recorder(thread)));
     serve(&next, 1, read(1));
     let snapshot = next.snapshot();
@@ -245,7 +253,7 @@ fn another_layout_begins_with_the_sums() {
     // In flight in a process that has ended.
     metrics.recorder(1).begin();
     metrics.count(Server::Connections);
-    file.count(Process::Upgrade, Duration::from_secs(1));
+    interrupt(&metrics, Process::Upgrade, Duration::from_secs(1));
     let before = Snapshot {
         in_flight: 0,
         timed: false,

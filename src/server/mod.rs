@@ -28,7 +28,7 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
-use crate::metrics::SharedFile;
+use crate::metrics::{Interruption, SharedFile};
 use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
 };
@@ -133,9 +133,10 @@ impl Server {
                 resources.manager,
                 resources.caches,
             ))),
-            ForkResult::Serving(process) => {
-                resources.serve(process).map(Box::new).map(Started::Serving)
-            }
+            ForkResult::Serving(process) => resources
+                .serve(process, None)
+                .map(Box::new)
+                .map(Started::Serving),
         }
     }
 
@@ -274,7 +275,11 @@ impl Resources for ServerResources {
     type Server = Server;
     type Error = ServerError;
 
-    fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
+    fn serve(
+        mut self,
+        process: ServingProcess,
+        interruption: Option<Interruption>,
+    ) -> Result<Server, ServerError> {
         self.listener.leave_file();
         self.caches.drain(..).for_each(TemporaryCache::leave);
         let config = self.config;
@@ -310,6 +315,7 @@ impl Resources for ServerResources {
             config.source.has_image(),
         )?;
         let metrics = counters::open(&config, self.metrics.take(), &self.runtime)?;
+        metrics.set_interruption(interruption);
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -359,8 +365,8 @@ impl Resources for ServerResources {
         self.state.file()
     }
 
-    fn metrics(&self) -> Option<&SharedFile> {
-        self.metrics.as_ref()
+    fn metrics(&self) -> Option<BorrowedFd<'_>> {
+        self.metrics.as_ref().map(AsFd::as_fd)
     }
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {

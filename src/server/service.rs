@@ -20,7 +20,7 @@ use crate::fuse::{Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
-use crate::sandbox::Serving;
+use crate::sandbox::{self, Serving};
 use crate::state::{Limits, Table};
 use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
@@ -160,7 +160,7 @@ impl Service {
     /// wrong ends its session and is logged.
     pub fn run(&mut self, listener: &Listener, stop: Stop<'_>) -> Result<Exit, ServerError> {
         loop {
-            self.serving.report();
+            self.report();
             let name = listener.name();
             if std::mem::replace(&mut self.has_waited, true) {
                 log::info!("ready for the next VMM on {name}");
@@ -198,12 +198,17 @@ impl Service {
         }
     }
 
+    fn report(&self) {
+        self.serving.report();
+        self.metrics.serves(sandbox::now());
+    }
+
     /// Waits for the next VMM to connect.
     fn wait_for_vmm(&self, listener: &Listener, stop: Stop<'_>) -> io::Result<Woken> {
         loop {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
-                Woken::Time => self.serving.report(),
+                Woken::Time => self.report(),
                 woken => return Ok(woken),
             }
         }
@@ -432,6 +437,7 @@ impl Runner for SessionWorkers<'_> {
         self.metrics.count(Server::Resumed);
         log::info!("the session has resumed");
         self.serving.report();
+        self.metrics.serves(sandbox::now());
     }
 
     fn heartbeat(&mut self) -> Option<Instant> {

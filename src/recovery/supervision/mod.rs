@@ -16,7 +16,7 @@ use super::service_manager::{ServiceManager, Silence};
 use super::supervisor::{Event, Supervisor};
 use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
-use crate::metrics::{Process, SharedFile};
+use crate::metrics::{Interruption, Process};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
 use crate::vhost_user::Listener;
 
@@ -30,8 +30,12 @@ pub(crate) trait Resources: Sized {
     /// Why it can't be made.
     type Error: From<RecoveryError> + From<SandboxError>;
 
-    /// Makes this process, which is the serving one, ready to serve.
-    fn serve(self, process: ServingProcess) -> Result<Self::Server, Self::Error>;
+    /// Makes this process, which is the serving one, ready to serve, after the `interruption`.
+    fn serve(
+        self,
+        process: ServingProcess,
+        interruption: Option<Interruption>,
+    ) -> Result<Self::Server, Self::Error>;
 
     /// The descriptors that every serving process has from the beginning.
     fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>>;
@@ -46,7 +50,7 @@ pub(crate) trait Resources: Sized {
     fn state(&self) -> Option<BorrowedFd<'_>>;
 
     /// The file of the counters.
-    fn metrics(&self) -> Option<&SharedFile>;
+    fn metrics(&self) -> Option<BorrowedFd<'_>>;
 
     /// The file that has the server's process id.
     fn pid_file(&self) -> Option<BorrowedFd<'_>>;
@@ -165,9 +169,14 @@ impl<R: Resources> Supervision<R> {
         let Some(process) = started? else {
             return Ok(Forked::Guardian(self));
         };
+        let attempt = self.attempt.as_ref();
+        let interruption = self.down_since.map(|since| Interruption {
+            process: attempt.map_or(Process::Recovery, UpgradeAttempt::outcome),
+            since,
+        });
         // The guardian owns its descriptors.
         std::mem::forget(self.attempt);
-        let server = self.resources.serve(process)?;
+        let server = self.resources.serve(process, interruption)?;
         Ok(Forked::Serving(Box::new(server)))
     }
 
@@ -253,17 +262,9 @@ impl<R: Resources> Supervision<R> {
             .down_since
             .take()
             .map(|down| since.saturating_sub(down));
-        let metrics = self.resources.metrics();
         if let Some(attempt) = self.attempt.take() {
-            let pause = pause.unwrap_or_default();
-            if let Some(metrics) = metrics {
-                metrics.count(attempt.outcome(), pause);
-            }
-            attempt.report(pause);
+            attempt.report(pause.unwrap_or_default());
         } else if let Some(pause) = pause {
-            if let Some(metrics) = metrics {
-                metrics.count(Process::Recovery, pause);
-            }
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
         // A report is repeated as a heartbeat.

@@ -116,7 +116,7 @@ impl<R: Resources> Supervision<R> {
             supervisor: &self.supervisor,
             listener: self.resources.listener(),
             state,
-            metrics: self.resources.metrics().map(AsFd::as_fd),
+            metrics: self.resources.metrics(),
             pid_file: self.resources.pid_file(),
             attempt,
         };
