@@ -114,6 +114,10 @@ pub(crate) enum Count {
     FaultyChains,
     /// Requests that were dropped without a reply.
     Dropped,
+    /// Chains of all batches.
+    PublishedChains,
+    /// Chains that looks at a ring have found.
+    FoundChains,
 }
 
 /// Values of a thread, which end with it.

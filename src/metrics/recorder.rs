@@ -23,7 +23,6 @@ pub(crate) struct Recorder {
     /// The end of the last request, which is the start of the next one; `None` if requests aren't
     /// timed.
     last: Cell<Option<Ticks>>,
-    in_flight: Cell<u64>,
 }
 
 /// A request that is being served.
@@ -62,7 +61,6 @@ impl Recorder {
             starts: Section::ALL.map(start),
             queues: layout.part(Section::QueueLatency).words / ROW,
             last: Cell::new(None),
-            in_flight: Cell::new(0),
             registry,
         };
         // What a thread that was killed had in flight.
@@ -80,14 +78,15 @@ impl Recorder {
     /// A request begins.
     #[inline]
     pub(crate) fn begin(&self) -> RequestStart {
-        self.set_in_flight(self.in_flight.get() + 1);
+        self.add(Section::Gauges, Gauge::InFlight as usize, 1);
         RequestStart(self.last.get())
     }
 
     /// A request has ended.
     #[inline]
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
-        self.set_in_flight(self.in_flight.get().saturating_sub(1));
+        // Adding the largest number is subtracting 1.
+        self.add(Section::Gauges, Gauge::InFlight as usize, u64::MAX);
         let opcode = self.registry.row_of(ended.opcode);
         self.add(Section::Requests, opcode, 1);
         if ended.read != 0 {
@@ -153,6 +152,7 @@ impl Recorder {
     pub(crate) fn published(&self, chains: u16, called: bool) {
         if chains != 0 {
             self.count(Count::Batches, 1);
+            self.count(Count::PublishedChains, chains.into());
             self.add(Section::Batches, power_of(u64::from(chains)), 1);
         }
         if called {
@@ -163,6 +163,7 @@ impl Recorder {
     /// A look at a ring has found so many chains.
     #[inline]
     pub(crate) fn found(&self, chains: usize) {
+        self.count(Count::FoundChains, chains as u64);
         self.add(Section::Depths, power_of(chains as u64), 1);
     }
 
@@ -177,11 +178,6 @@ impl Recorder {
     #[inline]
     pub(crate) fn since(&self, start: Ticks) -> Duration {
         Duration::from_nanos(self.registry.clock().nanoseconds(start, self.now()))
-    }
-
-    fn set_in_flight(&self, in_flight: u64) {
-        self.in_flight.set(in_flight);
-        self.store(Section::Gauges, Gauge::InFlight as usize, in_flight);
     }
 
     /// Marks a histogram as in use. Reading one that isn't would allocate its memory.

@@ -25,6 +25,11 @@ pub(super) const FORMAT: u32 = 1;
 /// The environment variable that holds the number of the list's descriptor.
 pub(super) const VARIABLE: &str = "RINGFSD_HAND_OVER";
 
+/// The names of the values that describe the file of the front end's socket.
+const LISTENER_FILE: [&str; 3] = ["socket", "socket-device", "socket-inode"];
+/// Those of the file of the metrics' socket.
+const METRICS_FILE: [&str; 3] = ["metrics-socket", "metrics-device", "metrics-inode"];
+
 /// Why a program can't take over from the previous one.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecHandoverError {
@@ -66,7 +71,15 @@ pub(crate) struct ServerFds {
     pub(crate) state: OwnedFd,
     /// The file of the counters, if the previous program had one.
     pub(crate) metrics: Option<OwnedFd>,
+    /// The socket on which they are read.
+    pub(crate) metrics_socket: Option<PassedSocket>,
     pub(crate) pid_file: Option<OwnedFd>,
+}
+
+/// A listening socket on the list, and its file if it has one.
+pub(crate) struct PassedSocket {
+    pub(crate) socket: OwnedFd,
+    pub(crate) file: Option<SocketFile>,
 }
 
 /// What is on the list about the processes: the sandbox, and the upgrade in progress.
@@ -144,6 +157,23 @@ impl ExecHandover {
         self.has(name).then(|| get(self, name)).transpose()
     }
 
+    /// The file of a socket; `names` are those of its path, its device and its inode.
+    fn socket_file(
+        &self,
+        [path, device, inode]: [&'static str; 3],
+    ) -> Result<Option<SocketFile>, ExecHandoverError> {
+        self.optional(path, |list, name| {
+            let invalid = || ExecHandoverError::Invalid(name);
+            let path = unhex(list.value(name)?).ok_or_else(invalid)?;
+            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+            Ok(SocketFile::left(
+                path,
+                list.number(device)?,
+                list.number(inode)?,
+            ))
+        })
+    }
+
     /// Takes over everything on the list.
     pub(crate) fn open(self) -> Result<(PassedOn, ServerFds), ExecHandoverError> {
         let sandbox_refs = SandboxRefs {
@@ -156,13 +186,7 @@ impl ExecHandover {
                 .zip(self.optional("group", Self::number)?),
             change: self.number::<u8>("ids")? != 0,
         };
-        let file = self.optional("socket", |list, name| {
-            let invalid = || ExecHandoverError::Invalid(name);
-            let path = unhex(list.value(name)?).ok_or_else(invalid)?;
-            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
-            let (device, inode) = (list.number("socket-device")?, list.number("socket-inode")?);
-            Ok(SocketFile::left(path, device, inode))
-        })?;
+        let file = self.socket_file(LISTENER_FILE)?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
         let state = self.fd_identity("state")?.take()?;
         let pid_file = self
@@ -173,6 +197,12 @@ impl ExecHandover {
             .optional("metrics", Self::fd_identity)?
             .map(FdIdentity::take)
             .transpose()?;
+        let metrics_socket = self.optional("metrics-listener", |list, name| {
+            Ok(PassedSocket {
+                socket: list.fd_identity(name)?.take()?,
+                file: list.socket_file(METRICS_FILE)?,
+            })
+        })?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -190,6 +220,7 @@ impl ExecHandover {
             listener,
             state,
             metrics,
+            metrics_socket,
             pid_file,
         };
         Ok((PassedOn { past, attempt }, fds))
@@ -203,6 +234,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) listener: &'a Listener,
     pub(super) state: BorrowedFd<'a>,
     pub(super) metrics: Option<BorrowedFd<'a>>,
+    pub(super) metrics_socket: Option<(BorrowedFd<'a>, Option<&'a SocketFile>)>,
     pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
@@ -235,14 +267,17 @@ impl Outgoing<'_> {
         list.add("ids", u8::from(ids.change));
         list.open("listener", self.listener)?;
         if let Some(file) = self.listener.file() {
-            let (path, device, inode) = file.place();
-            list.add("socket", hex(path.as_os_str().as_bytes()));
-            list.add("socket-device", device);
-            list.add("socket-inode", inode);
+            list.socket_file(LISTENER_FILE, file);
         }
         list.open("state", self.state)?;
         if let Some(metrics) = self.metrics {
             list.open("metrics", metrics)?;
+        }
+        if let Some((socket, file)) = self.metrics_socket {
+            list.open("metrics-listener", socket)?;
+            if let Some(file) = file {
+                list.socket_file(METRICS_FILE, file);
+            }
         }
         if let Some(pid_file) = self.pid_file {
             list.open("pid-file", pid_file)?;
@@ -272,6 +307,13 @@ impl List {
     fn fd_identity(&mut self, name: &str, identity: &FdIdentity) {
         let value = format!("{} {}", identity.fd.as_raw_fd(), identity.identity());
         self.add(name, value);
+    }
+
+    fn socket_file(&mut self, [path_name, device_name, inode_name]: [&str; 3], file: &SocketFile) {
+        let (path, device, inode) = file.place();
+        self.add(path_name, hex(path.as_os_str().as_bytes()));
+        self.add(device_name, device);
+        self.add(inode_name, inode);
     }
 
     fn open(&mut self, name: &str, fd: impl AsFd) -> std::io::Result<()> {

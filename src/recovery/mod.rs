@@ -25,6 +25,7 @@ mod upgrade_attempt;
 pub(crate) use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
 pub use self::exec_handover::ExecHandover;
+pub(crate) use self::exec_handover::PassedSocket;
 pub(crate) use self::supervision::LEFT;
 pub use self::supervision::Watched;
 pub use self::upgrade::ask;

@@ -10,6 +10,7 @@ mod counters;
 mod error;
 mod file_system;
 mod limits;
+mod metrics_socket;
 mod parent_process;
 mod pid_file;
 mod service;
@@ -17,7 +18,7 @@ mod sources;
 mod temporary_cache;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -34,7 +35,7 @@ use crate::recovery::{
 };
 use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError, Table};
-use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
+use crate::vhost_user::{ListenError, Listener, SessionSnapshot, SocketFile, Stop};
 
 pub use self::error::ServerError;
 pub(crate) use self::limits::LimitError;
@@ -43,6 +44,7 @@ pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
 use self::file_system::{Built, Entered};
+use self::metrics_socket::MetricsSocket;
 use self::pid_file::PidFile;
 use self::temporary_cache::TemporaryCache;
 
@@ -67,6 +69,8 @@ pub struct Server {
     first: bool,
     /// The session that the previous process has left.
     left: Option<SessionSnapshot>,
+    /// Where the counters are read.
+    metrics_socket: Option<OwnedFd>,
 }
 
 /// Makes the file system that is served of the one of the shared directory.
@@ -81,6 +85,7 @@ struct ServerResources {
     state: TableLocation,
     pid_file: Option<PidFile>,
     metrics: Option<SharedFile>,
+    metrics_socket: Option<MetricsSocket>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
@@ -128,7 +133,10 @@ impl Server {
         match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
             ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
-                resources.listener.into_file(),
+                [
+                    resources.listener.into_file(),
+                    resources.metrics_socket.and_then(MetricsSocket::into_file),
+                ],
                 resources.pid_file,
                 resources.manager,
                 resources.caches,
@@ -182,6 +190,10 @@ impl Server {
         self.listener.close_first();
         if self.service.keeps() {
             self.service.table().close_first();
+        }
+        if let Some(socket) = self.metrics_socket.take() {
+            let metrics = Arc::clone(self.service.metrics());
+            crate::metrics::serve(socket, metrics).map_err(ServerError::MetricsThread)?;
         }
         let stop = Stop { asked: stop, leave };
         let left = self.left.take();
@@ -254,6 +266,8 @@ impl ServerResources {
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
+        let metrics_socket = config.metrics.as_ref().map(MetricsSocket::bind);
+        let metrics_socket = metrics_socket.transpose()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
         let caches = TemporaryCache::make_for(&mut config.source)?;
@@ -264,6 +278,7 @@ impl ServerResources {
             state,
             pid_file,
             metrics,
+            metrics_socket,
             manager,
             layer,
             caches,
@@ -316,6 +331,9 @@ impl Resources for ServerResources {
         )?;
         let metrics = counters::open(&config, self.metrics.take(), &self.runtime)?;
         metrics.set_interruption(interruption);
+        let metrics_socket = self.metrics_socket.take().map(MetricsSocket::into_socket);
+        // Only a reader wants to know how long requests take.
+        metrics.set_timed(metrics_socket.is_some());
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -339,6 +357,7 @@ impl Resources for ServerResources {
             supervised,
             first: !restarted,
             left,
+            metrics_socket,
         })
     }
 
@@ -348,6 +367,7 @@ impl Resources for ServerResources {
             Some(self.listener.as_fd()),
             self.state.file(),
             self.metrics.as_ref().map(AsFd::as_fd),
+            self.metrics_socket.as_ref().map(AsFd::as_fd),
             self.pid_file(),
         ];
         all.into_iter().flatten().collect()
@@ -357,8 +377,15 @@ impl Resources for ServerResources {
         &self.listener
     }
 
-    fn listener_mut(&mut self) -> &mut Listener {
-        &mut self.listener
+    fn remove_files(&mut self) {
+        drop(self.listener.take_file());
+        let socket = self.metrics_socket.as_mut();
+        drop(socket.and_then(MetricsSocket::take_file));
+    }
+
+    fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)> {
+        let socket = self.metrics_socket.as_ref()?;
+        Some((socket.as_fd(), socket.file()))
     }
 
     fn state(&self) -> Option<BorrowedFd<'_>> {

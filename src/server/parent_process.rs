@@ -6,6 +6,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::metrics_socket::MetricsSocket;
 use super::pid_file::PidFile;
 use super::temporary_cache::TemporaryCache;
 use super::{Server, ServerError, ServerResources, Started};
@@ -25,7 +26,7 @@ pub struct ParentProcess(Role);
 enum Role {
     Waiting {
         guardian: Guardian,
-        _socket: Option<SocketFile>,
+        _sockets: [Option<SocketFile>; 2],
         _pid_file: Option<PidFile>,
         _caches: Vec<TemporaryCache>,
         manager: ServiceManager,
@@ -36,14 +37,14 @@ enum Role {
 impl ParentProcess {
     pub(super) fn waiting(
         guardian: Guardian,
-        socket: Option<SocketFile>,
+        sockets: [Option<SocketFile>; 2],
         pid_file: Option<PidFile>,
         manager: ServiceManager,
         caches: Vec<TemporaryCache>,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
-            _socket: socket,
+            _sockets: sockets,
             _pid_file: pid_file,
             _caches: caches,
             manager,
@@ -70,9 +71,16 @@ impl ParentProcess {
         let (passed_on, fds) = handover.open().map_err(RecoveryError::ExecHandover)?;
         let sandbox = config.sandbox.clone();
         let metrics = super::counters::take_over(&config, fds.metrics)?;
+        let metrics_socket = match (&config.metrics, fds.metrics_socket) {
+            (_, Some(passed)) => Some(MetricsSocket::left(passed)),
+            // The previous program didn't have the option.
+            (Some(address), None) => Some(MetricsSocket::bind(address)?),
+            (None, None) => None,
+        };
         let resources = ServerResources {
             config,
             metrics: Some(metrics),
+            metrics_socket,
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),

@@ -199,8 +199,9 @@ impl Service {
     }
 
     fn report(&self) {
-        self.serving.report();
+        // First, so that whoever learns that it serves finds the restart counted.
         self.metrics.serves(sandbox::now());
+        self.serving.report();
     }
 
     /// Waits for the next VMM to connect.
@@ -315,7 +316,6 @@ impl Service {
             metrics: &self.metrics,
         };
         let end = run(&self.options.device, &mut workers, &self.table, stop);
-        self.metrics.set_session(SessionState::Waiting);
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;
@@ -337,6 +337,7 @@ impl Service {
         }
         pool.session().finish_mappings();
         pool.shutdown();
+        self.metrics.set_session(SessionState::Waiting);
         match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
             Ok(_) => log::info!("the VMM has disconnected"),
@@ -436,8 +437,8 @@ impl Runner for SessionWorkers<'_> {
     fn resumed(&mut self) {
         self.metrics.count(Server::Resumed);
         log::info!("the session has resumed");
-        self.serving.report();
         self.metrics.serves(sandbox::now());
+        self.serving.report();
     }
 
     fn heartbeat(&mut self) -> Option<Instant> {

@@ -33,6 +33,7 @@ mod launchers;
 mod lifecycle;
 mod locks;
 mod memory_tree;
+mod metrics;
 mod migration;
 mod more_operations;
 mod no_open;

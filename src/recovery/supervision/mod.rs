@@ -18,7 +18,7 @@ use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
 use crate::metrics::{Interruption, Process};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
-use crate::vhost_user::Listener;
+use crate::vhost_user::{Listener, SocketFile};
 
 /// The exit status of a serving process that leaves its session to the next one.
 pub(crate) const LEFT: u8 = 98;
@@ -43,8 +43,11 @@ pub(crate) trait Resources: Sized {
     /// The socket that the VMM connects to.
     fn listener(&self) -> &Listener;
 
-    /// The same.
-    fn listener_mut(&mut self) -> &mut Listener;
+    /// Removes the files of the sockets.
+    fn remove_files(&mut self);
+
+    /// The socket on which the counters are read, and its file.
+    fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)>;
 
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
@@ -236,7 +239,7 @@ impl<R: Resources> Supervision<R> {
 
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched<R::Server> {
-        drop(self.resources.listener_mut().take_file());
+        self.resources.remove_files();
         // A signal that a seccomp filter keeps from being seen has asked for nothing.
         let _ = self.supervisor.is_to_stop();
         let asked_by = self.supervisor.asked_by();

@@ -117,6 +117,7 @@ impl<R: Resources> Supervision<R> {
             listener: self.resources.listener(),
             state,
             metrics: self.resources.metrics(),
+            metrics_socket: self.resources.metrics_socket(),
             pid_file: self.resources.pid_file(),
             attempt,
         };
