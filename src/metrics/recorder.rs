@@ -10,15 +10,18 @@ use std::time::Duration;
 
 use super::Registry;
 use super::buckets::bucket_of;
-use super::layout::{Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key};
+use super::layout::{
+    Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key, offset_of,
+};
 use crate::sys::clock::Ticks;
+use crate::sys::shared::WordRow;
 
 /// Counts what one thread does.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     registry: Arc<Registry>,
-    /// The first word of each section of the thread's block.
-    starts: [usize; Section::ALL.len()],
+    /// The thread's block; `None` if the registry has none, which no caller asks for.
+    block: Option<WordRow>,
     queues: usize,
     /// The end of the last request, which is the start of the next one; `None` if requests aren't
     /// timed.
@@ -56,9 +59,9 @@ impl Recorder {
     fn new(registry: Arc<Registry>, thread: usize) -> Self {
         let layout = registry.layout();
         let thread = thread.min(layout.threads.saturating_sub(1));
-        let start = |section| layout.starts(section).nth(thread).unwrap_or(0);
+        let first = layout.header + thread * layout.block;
         let this = Self {
-            starts: Section::ALL.map(start),
+            block: WordRow::new(registry.words(), first, layout.block),
             queues: layout.part(Section::QueueLatency).words / ROW,
             last: Cell::new(None),
             registry,
@@ -181,6 +184,7 @@ impl Recorder {
     }
 
     /// Marks a histogram as in use. Reading one that isn't would allocate its memory.
+    #[inline]
     fn mark(&self, gauge: Gauge, number: usize) {
         let (at, bit) = (gauge as usize + number / 64, 1 << (number % 64));
         let known = self.load(Section::Gauges, at);
@@ -191,7 +195,7 @@ impl Recorder {
 
     #[inline]
     fn word(&self, section: Section, at: usize) -> Option<&AtomicU64> {
-        self.registry.word(self.starts[section as usize] + at)
+        self.block.as_ref()?.get(offset_of(section) + at)
     }
 
     // Relaxed throughout: the counters order nothing, and only this thread writes them.
@@ -205,11 +209,13 @@ impl Recorder {
         }
     }
 
+    #[inline]
     fn load(&self, section: Section, at: usize) -> u64 {
         let word = self.word(section, at);
         word.map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
+    #[inline]
     fn store(&self, section: Section, at: usize, value: u64) {
         if let Some(word) = self.word(section, at) {
             word.store(value, Ordering::Relaxed);

@@ -72,7 +72,7 @@ type ReadUsage = Box<dyn Fn() -> Usage + Send + Sync>;
 
 /// The counters of a server.
 pub struct Registry {
-    words: MappedWords,
+    words: Arc<MappedWords>,
     layout: Layout,
     shape: Shape,
     /// The opcodes that exist, one bit each.
@@ -116,7 +116,7 @@ impl Registry {
             known | u64::from((shape.operation)(number).is_some()) << row
         });
         let mut this = Self {
-            words,
+            words: Arc::new(words),
             layout,
             shape,
             known,
@@ -226,6 +226,10 @@ impl Registry {
 
     pub(super) fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    pub(super) fn words(&self) -> &Arc<MappedWords> {
+        &self.words
     }
 
     pub(super) fn clock(&self) -> &Clock {

@@ -420,9 +420,8 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 batch_size, queue, ..
             } = &mut self.queues[at];
             let left = || usize::from(queue.waiting()) + usize::from(next.is_some());
-            if batch_size.served(left, &self.recorder) {
-                self.publish(&used);
-                // The next request doesn't begin before the guest was called.
+            // The next request doesn't begin before the guest was called.
+            if batch_size.served(left, &self.recorder) && self.publish(&used) {
                 self.recorder.begin_row();
             }
         }
@@ -495,10 +494,11 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
     }
 
-    /// Publishes what was returned to a ring.
-    fn publish(&self, used: &UsedRing) {
+    /// Publishes what was returned to a ring. Returns whether the guest was called.
+    fn publish(&self, used: &UsedRing) -> bool {
         let published = used.publish_counted();
         self.recorder.published(published.chains, published.called);
+        published.called
     }
 
     /// Logs and counts a faulty chain that was returned empty.
