@@ -4,14 +4,17 @@
 //! so however slowly a reader takes one, no counter and no other reader waits for it. The invariant:
 //! connections, the bytes of each, and the time that a request and its reply may take are limited.
 
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{io, thread};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
+use rustix::net::{
+    RecvFlags, SendAncillaryBuffer, SendFlags, SocketFlags, accept_with, recv, sendmsg,
+};
 
 use super::Registry;
 use super::http::{Decision, MAX_HEAD, Reply, Status, decide, head};
@@ -246,14 +249,15 @@ impl Output {
     fn send(&mut self, socket: &OwnedFd) -> Sent {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
-            let rest = match self.sent.checked_sub(self.head.len()) {
-                None => &self.head.as_bytes()[self.sent..],
-                Some(sent) => &self.body.as_bytes()[sent..],
-            };
-            if rest.is_empty() {
+            let head = self.head.as_bytes().get(self.sent..).unwrap_or_default();
+            let body = self.sent.saturating_sub(self.head.len());
+            let body = self.body.as_bytes().get(body..).unwrap_or_default();
+            if head.is_empty() && body.is_empty() {
                 return Sent::All;
             }
-            match send(socket, rest, flags) {
+            // In one call: TCP would hold a body back until the head is acknowledged.
+            let parts = [IoSlice::new(head), IoSlice::new(body)];
+            match sendmsg(socket, &parts, &mut SendAncillaryBuffer::default(), flags) {
                 Ok(count) => self.sent += count,
                 Err(Errno::AGAIN) => return Sent::Some,
                 Err(Errno::INTR) => {}

@@ -13,7 +13,7 @@ use super::buckets::bucket_of;
 use super::layout::{
     Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key, offset_of,
 };
-use crate::sys::clock::Ticks;
+use crate::sys::clock::{Clock, Ticks};
 use crate::sys::shared::WordRow;
 
 /// Counts what one thread does.
@@ -23,6 +23,13 @@ pub(crate) struct Recorder {
     /// The thread's block; `None` if the registry has none, which no caller asks for.
     block: Option<WordRow>,
     queues: usize,
+    /// The opcodes that exist.
+    known: u64,
+    clock: Clock,
+    /// The histograms that are marked as in use: those of opcodes, and of the first 64 queues.
+    marked: [Cell<u64>; 2],
+    /// Requests that wait for the host.
+    waiting: Cell<u64>,
     /// The end of the last request, which is the start of the next one; `None` if requests aren't
     /// timed.
     last: Cell<Option<Ticks>>,
@@ -62,6 +69,10 @@ impl Recorder {
         let first = layout.header + thread * layout.block;
         let this = Self {
             block: WordRow::new(registry.words(), first, layout.block),
+            known: registry.known(),
+            clock: registry.clock().clone(),
+            marked: [Cell::new(0), Cell::new(0)],
+            waiting: Cell::new(0),
             queues: layout.part(Section::QueueLatency).words / ROW,
             last: Cell::new(None),
             registry,
@@ -75,22 +86,39 @@ impl Recorder {
     #[inline]
     pub(crate) fn begin_row(&self) {
         let is_timed = self.registry.is_timed();
-        self.last.set(is_timed.then(|| self.registry.clock().now()));
+        self.last.set(is_timed.then(|| self.clock.now()));
+    }
+
+    /// The thread serves requests now, one after the other, or has served the last one of a row.
+    #[inline]
+    pub(crate) fn set_serving(&self, serving: bool) {
+        let in_flight = self.waiting.get() + u64::from(serving);
+        self.store(Section::Gauges, Gauge::InFlight as usize, in_flight);
+    }
+
+    /// A request of the row waits for the host from now on.
+    pub(crate) fn begin_wait(&self) {
+        self.waiting.set(self.waiting.get() + 1);
+        self.count(Count::Deferred, 1);
+        self.set_serving(true);
+    }
+
+    /// A request that has waited has ended.
+    pub(crate) fn end_wait(&self) {
+        self.waiting.set(self.waiting.get().saturating_sub(1));
+        self.set_serving(false);
     }
 
     /// A request begins.
     #[inline]
     pub(crate) fn begin(&self) -> RequestStart {
-        self.add(Section::Gauges, Gauge::InFlight as usize, 1);
         RequestStart(self.last.get())
     }
 
     /// A request has ended.
     #[inline]
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
-        // Adding the largest number is subtracting 1.
-        self.add(Section::Gauges, Gauge::InFlight as usize, u64::MAX);
-        let opcode = self.registry.row_of(ended.opcode);
+        let opcode = self.row_of(ended.opcode);
         self.add(Section::Requests, opcode, 1);
         if ended.read != 0 {
             self.count(Count::BytesRead, ended.read);
@@ -108,9 +136,9 @@ impl Recorder {
 
     #[inline]
     fn time(&self, start: Ticks, opcode: usize, queue: usize) {
-        let now = self.registry.clock().now();
+        let now = self.clock.now();
         self.last.set(Some(now));
-        let nanoseconds = self.registry.clock().nanoseconds(start, now);
+        let nanoseconds = self.clock.nanoseconds(start, now);
         let bucket = bucket_of(nanoseconds);
         self.mark(Gauge::Opcodes, opcode);
         let row = opcode * ROW;
@@ -174,22 +202,34 @@ impl Recorder {
     #[inline]
     pub(crate) fn now(&self) -> Ticks {
         let last = self.last.get();
-        last.unwrap_or_else(|| self.registry.clock().now())
+        last.unwrap_or_else(|| self.clock.now())
     }
 
     /// The time since then.
     #[inline]
     pub(crate) fn since(&self, start: Ticks) -> Duration {
-        Duration::from_nanos(self.registry.clock().nanoseconds(start, self.now()))
+        Duration::from_nanos(self.clock.nanoseconds(start, self.now()))
     }
 
     /// Marks a histogram as in use. Reading one that isn't would allocate its memory.
     #[inline]
     fn mark(&self, gauge: Gauge, number: usize) {
-        let (at, bit) = (gauge as usize + number / 64, 1 << (number % 64));
-        let known = self.load(Section::Gauges, at);
-        if known & bit == 0 {
-            self.store(Section::Gauges, at, known | bit);
+        let bit = 1 << (number % 64);
+        let known = &self.marked[usize::from(matches!(gauge, Gauge::Queues))];
+        if number >= 64 || known.get() & bit == 0 {
+            known.set(known.get() | if number < 64 { bit } else { 0 });
+            let at = gauge as usize + number / 64;
+            self.store(Section::Gauges, at, self.load(Section::Gauges, at) | bit);
+        }
+    }
+
+    /// The row of an opcode: 0 if there is no such opcode.
+    #[inline]
+    fn row_of(&self, opcode: u32) -> usize {
+        if opcode < u64::BITS && self.known >> opcode & 1 != 0 {
+            opcode as usize
+        } else {
+            0
         }
     }
 

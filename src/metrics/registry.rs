@@ -241,14 +241,9 @@ impl Registry {
         self.words.get(at)
     }
 
-    /// The row of an opcode: 0 if there is no such opcode.
-    #[inline]
-    pub(super) fn row_of(&self, opcode: u32) -> usize {
-        if opcode < 64 && self.known >> opcode & 1 != 0 {
-            opcode as usize
-        } else {
-            0
-        }
+    /// The opcodes that exist, one bit each.
+    pub(super) fn known(&self) -> u64 {
+        self.known
     }
 
     fn server(&self, count: Server) -> Option<&AtomicU64> {

@@ -44,9 +44,11 @@ fn interrupt(metrics: &Registry, process: Process, pause: Duration) {
 fn serve(metrics: &Arc<Registry>, thread: usize, ended: Ended) {
     let recorder = metrics.recorder(thread);
     recorder.begin_row();
+    recorder.set_serving(true);
     let begun = recorder.begin();
     assert_eq!(metrics.snapshot().in_flight, 1);
     recorder.end(begun, &ended);
+    recorder.set_serving(false);
 }
 
 fn read(queue: u16) -> Ended {
@@ -151,6 +153,22 @@ fn durations_are_measured_only_on_request() {
 }
 
 #[test]
+fn requests_that_wait_are_in_flight_besides_the_one_that_is_served() {
+    let metrics = registry();
+    let recorder = metrics.recorder(1);
+    recorder.set_serving(true);
+    recorder.begin_wait();
+    recorder.begin_wait();
+    assert_eq!(metrics.snapshot().in_flight, 3);
+    recorder.set_serving(false);
+    assert_eq!(metrics.snapshot().in_flight, 2);
+    recorder.end_wait();
+    recorder.end_wait();
+    let snapshot = metrics.snapshot();
+    assert_eq!((snapshot.in_flight, snapshot.threads.deferred), (0, 2));
+}
+
+#[test]
 fn request_that_began_untimed_stays_untimed() {
     let metrics = registry();
     let recorder = metrics.recorder(1);
@@ -190,7 +208,7 @@ fn next_process_continues_with_the_counters() {
     serve(&first, 1, read(1));
     first.count(Server::Connections);
     // A request that was in flight when the process was killed.
-    first.recorder(2).begin();
+    first.recorder(2).begin_wait();
     let began = first.snapshot().began;
     drop(first);
     let next = open(&file, shape(2, 3));
@@ -251,7 +269,7 @@ fn another_layout_begins_with_the_sums() {
         metrics.recorder(thread).count(Count::Kicks, 10);
     }
     // In flight in a process that has ended.
-    metrics.recorder(1).begin();
+    metrics.recorder(1).begin_wait();
     metrics.count(Server::Connections);
     interrupt(&metrics, Process::Upgrade, Duration::from_secs(1));
     let before = Snapshot {

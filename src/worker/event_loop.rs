@@ -407,6 +407,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         self.waited.set(false);
         self.recorder.found(waiting);
         self.recorder.begin_row();
+        self.recorder.set_serving(true);
         self.queues[at].batch_size.begin(waiting, &self.recorder);
         let mut next = self.pop(at, &mut popped);
         while let Some(chain) = next {
@@ -426,6 +427,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
         }
         self.publish(&used);
+        self.recorder.set_serving(false);
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
     }
@@ -472,6 +474,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
         self.recorder.begin_row();
+        self.recorder.set_serving(true);
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
@@ -488,6 +491,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                     .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
+        self.recorder.set_serving(false);
         self.recorder.count(Count::Stolen, served);
         if let Some(used) = last {
             self.publish(&used);
@@ -519,7 +523,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
-                self.recorder.count(Count::Deferred, 1);
+                self.recorder.begin_wait();
                 // The next request hasn't waited for what this one did so far.
                 self.recorder.begin_row();
                 let guard = self.completions.begin(Arc::clone(used));
