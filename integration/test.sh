@@ -55,6 +55,9 @@ if wanted lint; then
     cargo clippy --manifest-path integration/rafs-image/Cargo.toml --target-dir target --locked -- -D warnings
     cargo clippy --manifest-path integration/guest/suite/Cargo.toml --all-targets --locked -- -D warnings
     cargo clippy --manifest-path integration/fuzz/Cargo.toml --lib --bin seeds --locked -- -D warnings
+    # The interface, without what is hidden: each type that it mentions has a public name.
+    cargo rustc --lib --profile check --all-features --locked -- \
+        --cfg ringfsd_surface -A warnings -D unnameable_types
 fi
 
 if wanted tools; then
@@ -146,6 +149,8 @@ if wanted guest; then
     integration/guest/overlay.sh
     # A container image.
     integration/guest/image.sh
+    # The space that a guest may take, on file systems with quotas.
+    integration/guest/quota.sh
     # A working guest, whose server is killed and upgraded.
     integration/guest/upgrade.sh --kills 5 --upgrades 5 --queues 2
     # A guest under load that is migrated to and fro.

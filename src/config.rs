@@ -1,7 +1,7 @@
 //! The resolved configuration of a server. The invariant: an impossible setting has no
 //! representation.
 
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU64, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use crate::fs::passthrough;
 use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
+use crate::limits;
 use crate::metrics::Address;
 use crate::sandbox;
 
@@ -133,6 +134,15 @@ pub enum Descriptors {
     AtLeast(u64),
 }
 
+/// How much space the shared directory may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpaceLimit {
+    /// Bytes.
+    pub bytes: NonZeroU64,
+    /// Files and directories, itself included.
+    pub inodes: Option<NonZeroU64>,
+}
+
 /// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -164,8 +174,14 @@ pub struct Config {
     pub once: bool,
     /// Restart the serving process if it is killed.
     pub supervise: bool,
+    /// Map files by FS_MAP and FS_UNMAP under a VMM that hasn't accepted SHMEM.
+    pub dax_fs_map: bool,
     /// The limit of open descriptors.
     pub descriptors: Descriptors,
+    /// How much the guest may ask for.
+    pub limits: limits::Settings,
+    /// How much the guest may store.
+    pub space: Option<SpaceLimit>,
     /// The sandbox of the server.
     pub sandbox: sandbox::Options,
     /// What guests may do with the directory.

@@ -74,6 +74,8 @@ pub struct Device {
     pub request_queues: NonZeroU16,
     /// The size of the DAX window, bytes; 0 if there is none.
     pub dax_window: u64,
+    /// A VMM that hasn't accepted SHMEM is asked to map into the window by FS_MAP and FS_UNMAP.
+    pub dax_fs_map: bool,
 }
 
 impl Device {
@@ -106,6 +108,7 @@ mod tests {
             tag: Some("shared".parse().unwrap()),
             request_queues: NonZeroU16::new(4).unwrap(),
             dax_window: 0,
+            dax_fs_map: false,
         };
         let space = device.config_space();
         assert_eq!(&space[..7], b"shared\0");

@@ -7,6 +7,7 @@
 //! | a VMM, or a daemon, with the device in its process | [`embed`] |
 //! | a file system of one's own, served over vhost-user | [`fs::FileSystem`], [`service`] |
 //! | asynchronous files and guest buffers, over io_uring and tokio | [`io`], [`scheduler`], [`Threads`] |
+//! | what errors are made of | [`errors`], [`error_chain`] |
 //!
 //! `integration/examples` of the repository has a program for each. Nothing else is public.
 //!
@@ -22,6 +23,7 @@ pub mod fs;
 mod fuse;
 mod guest_memory;
 pub mod io;
+mod limits;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -42,16 +44,31 @@ pub use worker::{Threads, ThreadsError, Worker};
 /// `integration/examples/memory_tree` serves a tree in memory with it. It has the process as it is: no
 /// sandbox, no recovery.
 pub mod service {
-    pub use crate::dax::DaxOptions;
+    pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
     pub use crate::device::{Device, Tag, TagError};
-    pub use crate::fuse::SessionOptions;
+    pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
     pub use crate::server::{Exit, ServerError, Service, ServiceOptions};
     pub use crate::vhost_user::{ListenError, Listener, Stop};
 }
 
+/// The causes within [`service::ServerError`] and [`embed::DeviceError`].
+///
+/// An error says all that an operator needs to know; these are for programs that tell causes apart.
+pub mod errors {
+    pub use crate::recovery::{ExecHandoverError, RecoveryError};
+    pub use crate::sandbox::{FilterError, MapError, SandboxError};
+    pub use crate::server::LimitError;
+    pub use crate::state::StateError;
+    pub use crate::virtqueue::{InflightError, QueueError};
+    pub use crate::worker::WorkerPoolError;
+}
+
 /// What the program and this repository's tests use. It is no part of the interface, and changes
 /// without notice.
+///
+/// It is left out (`--cfg ringfsd_surface`) to see what the interface is made of without it.
 #[doc(hidden)]
+#[cfg(not(ringfsd_surface))]
 pub mod internals {
     pub mod cli {
         pub use crate::cli::{
@@ -66,7 +83,10 @@ pub mod internals {
     }
 
     pub mod dax {
-        pub use crate::dax::{DaxOptions, MapRequest, OpenToMap, RANGE, REGION, Window, page_size};
+        pub use crate::dax::{
+            DaxOptions, MapRequest, NamePattern, NamePatterns, OpenToMap, RANGE, REGION, Window,
+            page_size,
+        };
     }
 
     pub mod device {
@@ -91,6 +111,21 @@ pub mod internals {
 
     pub mod guest_memory {
         pub use crate::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+
+        use crate::guest_memory::MemoryError;
+
+        /// The memory that consists of these regions.
+        ///
+        /// # Errors
+        ///
+        /// See [`MemoryError`].
+        pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
+            Memory::new(regions, None)
+        }
+    }
+
+    pub mod limits {
+        pub use crate::limits::{Limits, Rate, Settings};
     }
 
     pub mod migration {
@@ -101,6 +136,36 @@ pub mod internals {
                 Agreement, Find, Flock, Inode, Locks, Nameless, Open, Range, Snapshot, decode,
                 encode, sealed,
             };
+        }
+    }
+
+    pub mod passthrough {
+        use std::sync::Arc;
+
+        use crate::fs::passthrough::{
+            Options, Passthrough, PassthroughError, PreviousProcess, Restored, Shared,
+        };
+        use crate::state::Table;
+
+        /// Shares `shared` with the guest's state in `table`: as a new session, or resuming the
+        /// session described by `past`.
+        ///
+        /// # Errors
+        ///
+        /// See [`PassthroughError`].
+        pub fn with_table(
+            shared: Shared,
+            options: Options,
+            table: &Arc<Table>,
+            past: Option<&PreviousProcess>,
+        ) -> Result<(Passthrough, Restored), PassthroughError> {
+            Passthrough::with_table(shared, options, table, past)
+        }
+
+        /// The table of the guest's state.
+        #[must_use]
+        pub fn table(fs: &Passthrough) -> &Arc<Table> {
+            fs.table()
         }
     }
 

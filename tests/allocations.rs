@@ -20,6 +20,7 @@ use std::time::Duration;
 use ringfsd::fs::passthrough::{Options, Passthrough};
 use ringfsd::internals::device::Device;
 use ringfsd::internals::fuse::{Session, SessionOptions};
+use ringfsd::internals::passthrough;
 use ringfsd::internals::vhost_user::{self, Runner, Stop};
 use ringfsd::internals::virtqueue::{Queue, QueueIndex};
 use ringfsd::internals::worker::WorkerPool;
@@ -69,7 +70,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("file"), vec![7; 1 << 16]).unwrap();
     let fs = Arc::new(Passthrough::new(dir.path(), Options::default()).unwrap());
-    let table = Arc::clone(fs.table());
+    let table = Arc::clone(passthrough::table(&fs));
     let session = Arc::new(Session::new(fs, SessionOptions::default()));
     let one = NonZeroUsize::MIN;
     let pool = WorkerPool::start(session, one, engine, Duration::from_micros(50)).unwrap();
@@ -77,6 +78,7 @@ fn serve_to(engine: Engine, guest: impl FnOnce(&mut Client<vmm::Session>)) {
         tag: None,
         request_queues: NonZeroU16::MIN,
         dax_window: 0,
+        dax_fs_map: false,
     };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();

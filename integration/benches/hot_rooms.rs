@@ -3,14 +3,20 @@
 //! A ring in shared memory is driven as a guest's driver does; only the server's half of the work
 //! is timed. Numbers are for one request, of which thirty-two arrive together.
 
+use std::ffi::OsStr;
 use std::hint::black_box;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use ringfsd::fs::overlay::{self, Lower, Overlay, Upper, XattrPrefix};
+use ringfsd::fs::passthrough::{self, Passthrough};
+use ringfsd::fs::vfs::{MountPoint, Vfs, VfsOptions};
+use ringfsd::fs::{Caller, FileSystem, HandleKind, NodeId};
 use ringfsd::internals::fuse::abi::{GetattrIn, InHeader, Opcode, ReadIn};
 use ringfsd::internals::fuse::{OUT_HEADER_LEN, request};
-use ringfsd::internals::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::internals::guest_memory::{MemoryLostEvent, Region, RegionDescription, of_regions};
 use ringfsd::internals::state::{Limits, Table};
 use ringfsd::internals::virtqueue::{
     Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup, Tracking,
@@ -82,7 +88,7 @@ impl Ring {
         };
         let region = Region::map(description, &alarm);
         let regions = vec![region.expect("a region")];
-        let ours = Arc::new(Memory::new(regions, None).expect("a memory table"));
+        let ours = Arc::new(of_regions(regions).expect("a memory table"));
         let at = driver.addresses();
         let user = |gpa: Gpa| memory.user_address(gpa).expect("an address");
         let addresses = RingAddresses {
@@ -239,5 +245,83 @@ fn channel(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(hot_rooms, chains, decoding, channel);
+/// The passthrough of a directory.
+fn passthrough(path: &Path, readonly: bool) -> Arc<dyn FileSystem> {
+    let options = passthrough::Options {
+        readonly,
+        ..passthrough::Options::default()
+    };
+    Arc::new(Passthrough::new(path, options).expect("a passthrough"))
+}
+
+/// The overlay of the directories in `dir`.
+fn overlay(dir: &Path) -> Arc<dyn FileSystem> {
+    let lower = Lower {
+        fs: passthrough(&dir.join("lower"), true),
+        device: Some(1),
+    };
+    let upper = Upper {
+        fs: passthrough(dir, false),
+        device: Some(1),
+        directory: PathBuf::from("upper"),
+        work: PathBuf::from("work"),
+    };
+    let options = overlay::Options {
+        xattr_prefix: XattrPrefix::User,
+        redirect_dirs: false,
+        sync_copies: false,
+        xattr: true,
+        max_inodes: 1000,
+        entry_ttl: Duration::ZERO,
+    };
+    Arc::new(Overlay::new(vec![lower], Some(upper), options).expect("an overlay"))
+}
+
+/// What a READ asks of the file system: the open file of a handle.
+fn open_files(criterion: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("a directory");
+    for name in ["lower", "upper", "work"] {
+        std::fs::create_dir(dir.path().join(name)).expect("a directory");
+    }
+    for name in ["lower/below", "upper/above"] {
+        std::fs::write(dir.path().join(name), "data").expect("a file");
+    }
+    let options = VfsOptions {
+        xattr: true,
+        announce_submounts: true,
+    };
+    let root = MountPoint::parse(OsStr::new("/")).expect("a mount point");
+    let vfs = Vfs::new(options);
+    let share = passthrough(&dir.path().join("lower"), false);
+    vfs.mount(&root, share).expect("a mount");
+    let layers = overlay(dir.path());
+    let cases = [
+        (
+            "passthrough",
+            passthrough(&dir.path().join("lower"), false),
+            c"below",
+        ),
+        ("vfs", Arc::new(vfs) as Arc<dyn FileSystem>, c"below"),
+        ("overlay, lower layer", Arc::clone(&layers), c"below"),
+        ("overlay, upper layer", layers, c"above"),
+    ];
+    let caller = Caller {
+        uid: Some(0),
+        gid: Some(0),
+        pid: 1,
+        kill_set_id: false,
+        group: None,
+    };
+    let mut group = criterion.benchmark_group("open file");
+    for (name, fs, file) in cases {
+        let node = fs.lookup(&caller, NodeId::ROOT, file).expect("a file").node;
+        let handle = fs.open(&caller, node, 0).expect("an open file").handle;
+        group.bench_function(name, |bench| {
+            bench.iter(|| black_box(fs.file(black_box(node), handle, HandleKind::File)).is_ok());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(hot_rooms, chains, decoding, channel, open_files);
 criterion_main!(hot_rooms);

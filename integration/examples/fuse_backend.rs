@@ -64,6 +64,7 @@ fn run() -> Result<(), Box<dyn Error>> {
             tag: Some("backend".parse()?),
             request_queues: NonZeroU16::new(2).ok_or(USAGE)?,
             dax_window: 0,
+            dax_fs_map: false,
         },
         workers: NonZeroUsize::new(2).ok_or(USAGE)?,
         runtime: Choice::Auto,

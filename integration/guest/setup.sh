@@ -29,6 +29,8 @@ declare -A package_of=(
     [newuidmap]=uidmap
     [flock]=util-linux
     [cc]=gcc
+    [mkfs.ext4]=e2fsprogs
+    [mkfs.xfs]=xfsprogs
 )
 
 say() { printf 'setup: %s\n' "$*" >&2; }

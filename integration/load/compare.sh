@@ -125,40 +125,8 @@ wanted() {
 
 ### What is needed
 
-installed() {
-    dpkg -s "$1" >/dev/null 2>&1
-}
-
-apt_install() {
-    local missing=() name
-    for name in "$@"; do installed "$name" || missing+=("$name"); done
-    ((${#missing[@]})) || return 0
-    echo "compare.sh: installing ${missing[*]}" >&2
-    apt-get update -q >&2 && apt-get install -q -y --no-install-recommends "${missing[@]}" >&2
-}
-
-# Installs a program, or prints why it can't be had.
-get_virtiofsd() {
-    virtiofsd=${VIRTIOFSD:-$("$root/integration/bridge/virtiofsd.sh")}
-}
-
-get_c_virtiofsd() {
-    c_virtiofsd=${C_VIRTIOFSD:-$peers/c-virtiofsd/usr/lib/qemu/virtiofsd}
-    [[ -x $c_virtiofsd ]] && return
-    local version folder
-    apt-get update -q >&2 || true
-    # QEMU 7.2 is the last version that contains it.
-    version=$(apt-cache madison qemu-system-common | awk '$3 ~ /^1:7\.2/ { print $3; exit }')
-    if [[ -z $version ]]; then
-        echo 'compare.sh: no package of QEMU 7.2, which contains the C virtiofsd: Debian 12 has one' >&2
-        return 1
-    fi
-    folder=$(mktemp -d "$scratch/deb-XXXXXX")
-    mkdir -p "$peers"
-    (cd "$folder" &&
-        apt-get download -q -o APT::Sandbox::User=root "qemu-system-common=$version" >&2) &&
-        dpkg -x "$folder"/*.deb "$peers/c-virtiofsd"
-}
+# shellcheck source=peers.sh
+source "$here/peers.sh"
 
 for tool in cargo taskset setpriv awk; do
     command -v "$tool" >/dev/null || fail "$tool is missing"

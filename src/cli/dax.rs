@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 
 use super::size::size;
-use crate::dax::RANGE;
+use crate::dax::{NamePattern, RANGE};
 
 /// The files that are marked for DAX.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -18,7 +18,7 @@ pub enum MarkedFiles {
 }
 
 /// The DAX window.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Caching")]
 pub struct Dax {
     /// Size of the window in which the guest maps files (DAX)
@@ -62,6 +62,28 @@ pub struct Dax {
         requires = "dax_window"
     )]
     pub dax_min_size: u64,
+
+    /// Names of files that are mapped; repeatable
+    ///
+    /// With --dax always or inode only files are mapped whose name, without its directory, matches
+    /// one of these patterns, for example '*.{gguf,safetensors}'. A pattern has * for any characters,
+    /// ? for one, [...] for one of these, and {...,...} for alternatives. By default all names match.
+    #[arg(long, value_name = "PATTERN", requires = "dax_window")]
+    pub dax_include: Vec<NamePattern>,
+
+    /// Names of files that are not mapped; repeatable
+    ///
+    /// Takes precedence over --dax-include.
+    #[arg(long, value_name = "PATTERN", requires = "dax_window")]
+    pub dax_exclude: Vec<NamePattern>,
+
+    /// Map by FS_MAP under a VMM without SHMEM
+    ///
+    /// VMMs had these requests before vhost-user got SHMEM. Their numbers now mean other requests, so
+    /// they are sent only with this option, and only to a VMM that hasn't accepted SHMEM. Such a VMM
+    /// has its own setting for the size of the window: set both to the same.
+    #[arg(long, requires = "dax_window")]
+    pub dax_fs_map: bool,
 }
 
 impl Dax {

@@ -63,13 +63,13 @@ pub struct Migration {
     pub migration_confirm_paths: bool,
 }
 
-impl From<Migration> for MigrationOptions {
-    fn from(migration: Migration) -> Self {
-        Self {
-            mode: migration.migration_mode,
-            on_error: migration.migration_on_error,
-            verify_handles: migration.migration_verify_handles,
-            confirm_paths: migration.migration_confirm_paths,
+impl Migration {
+    pub(super) fn resolved(self) -> MigrationOptions {
+        MigrationOptions {
+            mode: self.migration_mode,
+            on_error: self.migration_on_error,
+            verify_handles: self.migration_verify_handles,
+            confirm_paths: self.migration_confirm_paths,
         }
     }
 }
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn migration_options_reach_the_file_system() {
-        assert_eq!(options(&[]), Migration::default().into());
+        assert_eq!(options(&[]), Migration::default().resolved());
         let all = options(&[
             "--migration-mode=file-handles",
             "--migration-on-error=guest-error",

@@ -6,11 +6,13 @@
 
 mod caching;
 mod comma_list;
+mod conflict;
 mod connection;
 mod dax;
 mod extended_attributes;
 mod isolation;
 mod launcher;
+mod limits;
 mod migration;
 mod observability;
 mod ownership;
@@ -20,6 +22,7 @@ mod resolve;
 mod seconds;
 mod sharing;
 mod size;
+mod source_options;
 mod sources;
 mod syslog;
 mod upgrade;
@@ -38,6 +41,7 @@ pub(crate) use self::dax::Dax;
 pub(crate) use self::extended_attributes::ExtendedAttributes;
 pub(crate) use self::isolation::Isolation;
 pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
+pub(crate) use self::limits::Limits;
 pub(crate) use self::migration::Migration;
 pub(crate) use self::observability::Observability;
 pub use self::observability::log_filters;
@@ -76,6 +80,10 @@ pub struct Options {
     /// The directory, and what the guest may do with it.
     #[command(flatten)]
     pub sharing: Sharing,
+
+    /// How much the guest may ask for, and how much it may store.
+    #[command(flatten)]
+    pub limits: Limits,
 
     /// What the guest may cache.
     #[command(flatten)]
@@ -164,6 +172,7 @@ mod tests {
         let headings = [
             "Connection",
             "Sharing",
+            "Limits",
             "Caching",
             "Ownership",
             "Extended attributes",

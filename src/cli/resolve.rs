@@ -6,56 +6,21 @@ use std::num::{NonZeroU16, NonZeroUsize};
 use std::time::Duration;
 
 use super::caching::Caching;
+use super::conflict::{OptionConflict, refuse_first};
 use super::extended_attributes::ExtendedAttributes;
 use super::persona::Behaviour;
 use super::sharing::Sharing;
+use super::source_options;
 use super::sources::{self, SourceError};
 use super::{Connection, Options, Ownership};
 use crate::config::{Config, Descriptors, Listen, OverlaySource, Share, Source};
-use crate::dax::DaxOptions;
+use crate::dax::{DaxOptions, NamePatterns};
 use crate::fs::passthrough;
-use crate::fs::passthrough::{Cache, IdMap, IdOverlap, IdRule, InodeFileHandles, MigrationOptions};
+use crate::fs::passthrough::{Cache, IdMap, IdRule, InodeFileHandles, MigrationOptions};
 use crate::fs::vfs::MountPoint;
 use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 use crate::io::Choice;
 use crate::sandbox::{self, Kind};
-
-/// Options, or the rules of one option, contradict each other.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OptionConflict {
-    /// Two rules of one option.
-    #[error("{option}: {overlap}")]
-    Rules {
-        /// The option.
-        option: &'static str,
-        /// The rules.
-        overlap: IdOverlap,
-    },
-    /// Two options.
-    #[error("{option} can't be used with {other}: {reason}")]
-    Options {
-        /// One option.
-        option: &'static str,
-        /// The other option.
-        other: &'static str,
-        /// Why they exclude each other.
-        reason: &'static str,
-    },
-    /// An option of which the program has no implementation.
-    #[error("{option} takes a program that is built with `--features {feature}`; this one is not")]
-    NotBuilt {
-        /// The option.
-        option: &'static str,
-        /// The feature of the crate.
-        feature: &'static str,
-    },
-    /// What is to be served can't be.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// Two file systems have the same mount point.
-    #[error("--vfs: two file systems can't be mounted at {0}")]
-    MountedTwice(MountPoint),
-}
 
 /// The rules of one option as a map.
 fn id_map(option: &'static str, rules: &[IdRule]) -> Result<IdMap, OptionConflict> {
@@ -97,20 +62,6 @@ fn check_handleless(caching: &Caching, sharing: &Sharing) -> Result<(), OptionCo
 
 fn uses_handles(handles: InodeFileHandles) -> bool {
     handles != InodeFileHandles::Never
-}
-
-/// Two options that exclude each other if the first value says so, and why.
-type Conflict = (bool, &'static str, &'static str, &'static str);
-
-fn refuse_first(conflicts: impl IntoIterator<Item = Conflict>) -> Result<(), OptionConflict> {
-    match conflicts.into_iter().find(|(conflicting, ..)| *conflicting) {
-        None => Ok(()),
-        Some((_, option, other, reason)) => Err(OptionConflict::Options {
-            option,
-            other,
-            reason,
-        }),
-    }
 }
 
 /// Whether extended attributes are served.
@@ -211,7 +162,7 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             remember_inodes: sharing.remember_inodes,
             max_handles: sharing.max_handles.map(NonZeroUsize::get),
             max_closed_files: caching.max_spare_files,
-            migration: options.migration.into(),
+            migration: options.migration.resolved(),
             ..passthrough::Options::default()
         },
         session: SessionOptions {
@@ -234,6 +185,10 @@ fn share(options: &Options, behaviour: &Behaviour) -> Result<Share, OptionConfli
             dax: options.dax.dax_window.map(|window| DaxOptions {
                 window,
                 marked_from: options.dax.marked_from(),
+                names: NamePatterns {
+                    include: options.dax.dax_include.clone(),
+                    exclude: options.dax.dax_exclude.clone(),
+                },
                 writable: !sharing.readonly,
             }),
             ..SessionOptions::default()
@@ -279,6 +234,12 @@ fn source(options: &Options) -> Result<Source, OptionConflict> {
         (None, None) => Source::Directory(sharing.shared_dir.clone().unwrap_or_default()),
     };
     check_source(&source, options)?;
+    refuse_first([(
+        options.limits.limit_space.is_some() && options.isolation.modcaps.keeps_sys_resource(),
+        "--limit-space",
+        "--modcaps=+sys_resource",
+        "a process with that capability may exceed quotas",
+    )])?;
     Ok(source)
 }
 
@@ -298,14 +259,14 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
         return Ok(());
     }
     let recovery = &options.recovery;
-    let migration = MigrationOptions::from(options.migration);
+    let migration = options.migration.resolved();
     let isolation = &options.isolation;
     let unrecorded = "a session is recorded only for --shared-dir: use that, or omit the option";
     let one_root = "a root directory can't be made of several directories without mounts: use \
                     --sandbox namespace, or none where the launcher has its own sandbox";
     let unmappable = "files of layers and images can't be mapped: only those of directories";
     let other = source.option();
-    let mapped = "the attributes that describe layers have fixed names: omit it";
+    source_options::check(source, options)?;
     refuse_first([
         (
             options.dax.dax_window.is_some() && !source.can_be_mapped(),
@@ -314,10 +275,10 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             unmappable,
         ),
         (
-            has_overlay(source) && options.extended_attributes.xattrmap.is_some(),
-            "--xattrmap",
-            "an overlay",
-            mapped,
+            options.limits.limit_space.is_some(),
+            "--limit-space",
+            other,
+            "only a single directory gets a quota",
         ),
         (recovery.supervise, "--supervise", other, unrecorded),
         (recovery.state.is_some(), "--state", other, unrecorded),
@@ -334,14 +295,6 @@ fn check_source(source: &Source, options: &Options) -> Result<(), OptionConflict
             one_root,
         ),
     ])
-}
-
-fn has_overlay(source: &Source) -> bool {
-    match source {
-        Source::Overlay(_) => true,
-        Source::Vfs(mounts) => mounts.iter().any(|(_, source)| has_overlay(source)),
-        Source::Directory(_) | Source::Rafs(_) => false,
-    }
 }
 
 /// Whether the server ends when the first VMM has disconnected. Nobody else has a reason to connect
@@ -395,11 +348,14 @@ impl TryFrom<Options> for Config {
             state: options.recovery.state,
             once,
             supervise: options.recovery.supervise,
+            dax_fs_map: options.dax.dax_fs_map,
             descriptors: match options.sharing.rlimit_nofile {
                 None => behaviour.descriptors,
                 Some(0) => Descriptors::Inherited,
                 Some(limit) => Descriptors::Limit(limit),
             },
+            limits: options.limits.settings(),
+            space: options.limits.limit_space,
             sandbox: options.isolation.into(),
             share,
         })
@@ -566,6 +522,21 @@ mod tests {
             let refused = resolve(source).unwrap_err().to_string();
             assert!(refused.starts_with("--dax-window"), "{refused}");
         }
+    }
+
+    #[test]
+    fn space_is_limited_only_where_a_quota_holds() {
+        let resolve = |arguments: &[&str]| {
+            let required = ["ringfsd", "--fd=3", "--limit-space=1G"];
+            let options = Options::try_parse_from(required.iter().chain(arguments)).unwrap();
+            Config::try_from(options).map_err(|error| error.to_string())
+        };
+        let config = resolve(&["--shared-dir=/d"]).unwrap();
+        assert_eq!(config.space.unwrap().bytes.get(), 1 << 30);
+        let refused = resolve(&["--vfs=/=/d"]).unwrap_err();
+        assert!(refused.contains("--vfs"), "{refused}");
+        let refused = resolve(&["--shared-dir=/d", "--modcaps=+sys_resource"]).unwrap_err();
+        assert!(refused.contains("sys_resource"), "{refused}");
     }
 
     #[test]

@@ -36,8 +36,8 @@ pub struct Sharing {
     ///
     /// The guest sees each SPEC at its MOUNTPOINT, an absolute path such as / or /a/b, and empty
     /// directories above it. SPEC is a directory, overlay:LAYERS with LAYERS as for --overlay, or
-    /// rafs:BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]. --state, --supervise and live migration don't work
-    /// with this.
+    /// rafs:BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]. --state, --supervise and live
+    /// migration don't work with this.
     #[arg(
         long,
         value_name = "MOUNTPOINT=SPEC",
@@ -50,7 +50,8 @@ pub struct Sharing {
     ///
     /// LAYERS is lower=A:B,upper=U,work=W: the read-only directories A, on top of B, and the
     /// directory U for all changes, which W, an empty directory on the same file system, helps to
-    /// make. Without upper= and work= the guest can't change anything. A comma in a path is written
+    /// make. Without upper= and work= the guest can't change anything. A RAFS image can be the lowest
+    /// layer: rafs=BOOTSTRAP,blobs=DIR and the other settings of one. A comma in a path is written
     /// twice, a colon as \\:. More settings are xattr=trusted (default; needs CAP_SYS_ADMIN) or
     /// xattr=user for the attributes that describe layers, redirect-dir=on to let directories of
     /// lower layers be renamed, and volatile. --state, --supervise and live migration don't work

@@ -12,7 +12,8 @@ use crate::fs::overlay::XattrPrefix;
 use crate::fs::vfs::{MountPoint, MountPointError};
 
 /// The settings of an overlay, for messages.
-const OVERLAY_SETTINGS: &str = "lower=, upper=, work=, xattr=, redirect-dir= and volatile";
+const OVERLAY_SETTINGS: &str = "lower=, upper=, work=, rafs=, blobs=, cache-dir=, prefetch=, xattr=, \
+                                redirect-dir= and volatile";
 
 /// Why a source can't be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -73,13 +74,17 @@ pub(super) fn vfs_mount(text: &OsStr) -> Result<(MountPoint, Source), SourceErro
     Ok((point, source))
 }
 
-/// Parses `lower=A:B,upper=U,work=W`. There may be no layer: an image can be the only one.
+/// Parses `lower=A:B,upper=U,work=W`, and `rafs=BOOTSTRAP,blobs=DIR` with the settings of an image for
+/// the lowest layer. There may be no layer: an image can be the only one.
 pub(super) fn overlay(text: &OsStr) -> Result<OverlaySource, SourceError> {
     let (mut lower, mut upper, mut work) = (None, None, None);
     let (mut prefix, mut redirects, mut volatile) = (None, None, None);
+    let mut image = ImageSettings::default();
     for item in items(text) {
         let (name, value) = setting(&item);
         match name {
+            b"rafs" => set(&mut image.bootstrap, "rafs=", path(value, "rafs=")?)?,
+            _ if image.take(name, value)? => {}
             b"lower" => set(&mut lower, "lower=", layers(value)?)?,
             b"upper" => set(&mut upper, "upper=", path(value, "upper=")?)?,
             b"work" => set(&mut work, "work=", path(value, "work=")?)?,
@@ -92,8 +97,12 @@ pub(super) fn overlay(text: &OsStr) -> Result<OverlaySource, SourceError> {
     if upper.is_some() != work.is_some() {
         return Err(SourceError::UpperWithoutWork);
     }
+    let mut lower = lower.unwrap_or_default();
+    if !image.is_empty() {
+        lower.push(Source::Rafs(image.finish("rafs=")?));
+    }
     Ok(OverlaySource {
-        lower: lower.unwrap_or_default(),
+        lower,
         upper,
         work,
         settings: OverlaySettings {
@@ -120,43 +129,76 @@ fn on_or_off(value: &[u8]) -> Result<bool, SourceError> {
     }
 }
 
+/// The settings of an image, as far as they have been read.
+#[derive(Debug, Default)]
+struct ImageSettings {
+    bootstrap: Option<PathBuf>,
+    blobs: Option<PathBuf>,
+    cache_dir: Option<PathBuf>,
+    prefetch: Option<Prefetch>,
+}
+
+impl ImageSettings {
+    /// Takes a setting, if it is one of an image.
+    fn take(&mut self, name: &[u8], value: &[u8]) -> Result<bool, SourceError> {
+        match name {
+            b"blobs" => set(&mut self.blobs, "blobs=", path(value, "blobs=")?)?,
+            b"cache-dir" => {
+                set(
+                    &mut self.cache_dir,
+                    "cache-dir=",
+                    path(value, "cache-dir=")?,
+                )?;
+            }
+            b"prefetch" => set(&mut self.prefetch, "prefetch=", prefetch(value)?)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn is_empty(&self) -> bool {
+        let paths = [&self.bootstrap, &self.blobs, &self.cache_dir];
+        paths.iter().all(|path| path.is_none()) && self.prefetch.is_none()
+    }
+
+    /// The image, whose bootstrap is spelled as `bootstrap`.
+    fn finish(self, bootstrap: &'static str) -> Result<RafsSource, SourceError> {
+        image(
+            self.bootstrap.ok_or(SourceError::NoPath(bootstrap))?,
+            self.blobs.ok_or(SourceError::NoPath("blobs="))?,
+            self.cache_dir,
+            self.prefetch.unwrap_or_default(),
+        )
+    }
+}
+
+fn prefetch(value: &[u8]) -> Result<Prefetch, SourceError> {
+    match value {
+        b"none" => Ok(Prefetch::None),
+        b"named" => Ok(Prefetch::Named),
+        b"all" => Ok(Prefetch::All),
+        _ => Err(unknown(value, "prefetch=", "none, named and all")),
+    }
+}
+
 /// Parses `BOOTSTRAP,blobs=DIR[,cache-dir=DIR][,prefetch=WHAT]`.
 fn rafs(text: &OsStr) -> Result<RafsSource, SourceError> {
-    let (mut bootstrap, mut blobs, mut cache_dir) = (None, None, None);
-    let mut prefetch = None;
+    let mut image = ImageSettings::default();
     for item in items(text) {
-        match setting(&item) {
-            (b"blobs", value) => set(&mut blobs, "blobs=", path(value, "blobs=")?)?,
-            (b"cache-dir", value) => {
-                set(&mut cache_dir, "cache-dir=", path(value, "cache-dir=")?)?;
-            }
-            (b"prefetch", value) => {
-                let what = [
-                    (&b"none"[..], Prefetch::None),
-                    (b"named", Prefetch::Named),
-                    (b"all", Prefetch::All),
-                ];
-                let found = what.iter().find(|(name, _)| *name == value);
-                let (_, what) =
-                    found.ok_or_else(|| unknown(value, "prefetch=", "none, named and all"))?;
-                set(&mut prefetch, "prefetch=", *what)?;
-            }
-            _ if bootstrap.is_none() => bootstrap = Some(path(&item, "rafs:")?),
-            _ => {
-                return Err(unknown(
-                    &item,
-                    "an image",
-                    "blobs=, cache-dir= and prefetch=",
-                ));
-            }
+        let (name, value) = setting(&item);
+        if image.take(name, value)? {
+            continue;
         }
+        if image.bootstrap.is_some() {
+            return Err(unknown(
+                &item,
+                "an image",
+                "blobs=, cache-dir= and prefetch=",
+            ));
+        }
+        image.bootstrap = Some(path(&item, "rafs:")?);
     }
-    image(
-        bootstrap.ok_or(SourceError::NoPath("rafs:"))?,
-        blobs.ok_or(SourceError::NoPath("blobs="))?,
-        cache_dir,
-        prefetch.unwrap_or_default(),
-    )
+    image.finish("rafs:")
 }
 
 /// An image, if this build can read one.
@@ -277,6 +319,38 @@ mod tests {
             "lower=/a,volatile=off",
         ] {
             assert!(mount(&format!("/o=overlay:{bad}")).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn image_is_the_lowest_layer_of_an_overlay() {
+        let read = mount("/o=overlay:rafs=/boot,lower=/a:/b,blobs=/blobs,prefetch=none");
+        if cfg!(feature = "nydus") {
+            let Ok((_, Source::Overlay(overlay))) = read else {
+                panic!("{read:?}");
+            };
+            let image = RafsSource {
+                bootstrap: "/boot".into(),
+                blobs: "/blobs".into(),
+                cache_dir: None,
+                prefetch: Prefetch::None,
+            };
+            let layers = [directory("/a"), directory("/b"), Source::Rafs(image)];
+            assert_eq!(overlay.lower, layers);
+        } else {
+            assert_eq!(read, Err(SourceError::NoImages));
+        }
+        for bad in [
+            "rafs=/boot",
+            "blobs=/blobs,lower=/a",
+            "prefetch=all,lower=/a",
+            "rafs=,blobs=/blobs",
+            "rafs=/boot,rafs=/boot,blobs=/blobs",
+            "rafs=/boot,blobs=/blobs,prefetch=some",
+        ] {
+            let read = mount(&format!("/o=overlay:{bad}"));
+            let refused = read.is_err_and(|error| error != SourceError::NoImages);
+            assert!(refused, "{bad:?}");
         }
     }
 

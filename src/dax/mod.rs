@@ -1,16 +1,18 @@
 //! The DAX window: a shared-memory region of the device, in which the VMM maps parts of files that
 //! the guest then uses without requests.
 //!
-//! `window` keeps the table of the mappings and asks the VMM for each. Knows neither FUSE nor the
-//! file system, which opens the files. The invariant: the table names every range that the VMM may
-//! have mapped.
+//! `window` keeps the table of the mappings and asks the VMM for each; `names` are patterns of the
+//! files that are worth a mapping. Knows neither FUSE nor the file system, which opens the files. The
+//! invariant: the table names every range that the VMM may have mapped.
 
 mod helpers;
+mod names;
 mod overlap;
 #[cfg(test)]
 mod tests;
 mod window;
 
+pub use names::{NamePattern, NamePatternError, NamePatterns};
 pub use window::{MapRequest, OpenToMap, Window};
 
 /// The granularity of the window's size: what a Linux guest maps at once (`FUSE_DAX_SHIFT`).
@@ -21,13 +23,15 @@ pub const RANGE: u64 = 2 << 20;
 pub const REGION: u8 = 0;
 
 /// How files are offered for mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DaxOptions {
     /// The size of the window, bytes; a multiple of [`RANGE`].
     pub window: u64,
     /// Regular files of this size and larger are marked for DAX, by which a guest decides unless
     /// its mount option does.
     pub marked_from: u64,
+    /// The names of those that are marked.
+    pub names: NamePatterns,
     /// Whether the guest may write to files.
     pub writable: bool,
 }

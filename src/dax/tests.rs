@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rustix::io::Errno;
 
 use super::window::errno_of;
-use super::{DaxOptions, MapRequest, RANGE, Window, page_size};
+use super::{DaxOptions, MapRequest, NamePatterns, RANGE, Window, page_size};
 use crate::device::{BackChannel, BackChannelError, BackendRequest, SharedMapping};
 use crate::state::{Limits, MappingState, Table};
 
@@ -120,6 +120,7 @@ fn window(table: &Arc<Table>, channel: &Arc<Channel>) -> Arc<Window> {
     let options = DaxOptions {
         window: WINDOW,
         marked_from: 0,
+        names: NamePatterns::default(),
         writable: true,
     };
     let window = Window::new(&options, Arc::clone(table));

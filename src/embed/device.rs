@@ -104,7 +104,8 @@ impl VirtioFs {
             device: Device {
                 tag: options.tag.clone(),
                 request_queues: options.request_queues,
-                dax_window: options.session.dax.map_or(0, |dax| dax.window),
+                dax_window: options.session.dax.as_ref().map_or(0, |dax| dax.window),
+                dax_fs_map: false,
             },
             options,
             fs,
@@ -445,7 +446,7 @@ impl VirtioFs {
             handles: 0,
             queues: 0,
         };
-        let table = (self.options.session.dax)
+        let table = (self.options.session.dax.as_ref())
             .map(|_| Table::for_this_process(&limits))
             .transpose()?;
         let start = |engine| {

@@ -110,11 +110,11 @@ pub use self::vhost_user_device::{VhostUserDevice, VhostUserDeviceError};
 #[cfg(feature = "rust-vmm")]
 pub use self::vring::DirectVring;
 
-pub use crate::dax::DaxOptions;
+pub use crate::dax::{DaxOptions, NamePattern, NamePatternError, NamePatterns};
 pub use crate::device::{
     BackChannel, BackChannelError, BackendRequest, CONFIG_LEN, SharedMapping, Tag, TagError,
 };
-pub use crate::fuse::SessionOptions;
+pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 pub use crate::guest_memory::{ChangeLog, GuestAddress, Memory, MemoryError};
 pub use crate::io::Choice;
-pub use crate::virtqueue::Call;
+pub use crate::virtqueue::{Call, QueueIndex};

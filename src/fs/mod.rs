@@ -18,6 +18,13 @@ mod replay;
 pub mod vfs;
 pub mod waiting;
 
+/// What [`Migrate`] sends to another server, and receives from one: a session of a guest.
+pub mod session {
+    pub use crate::migration::stream::{
+        Agreement, Find, Flock, Inode, Locks, Nameless, Open, Range, Root, Snapshot, StreamError,
+    };
+}
+
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

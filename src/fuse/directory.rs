@@ -9,31 +9,31 @@ use std::ffi::CStr;
 use zerocopy::IntoBytes;
 
 use super::abi::{DIRENT_ALIGN, Dirent, EntryOut};
+use super::dax_marks::DaxMarks;
 use super::reply::entry_out;
 use crate::fs::{DirEntry, DirSink, Entry};
 
 /// Directory entries, as many as fit.
 #[derive(Debug)]
-pub(super) struct Records {
+pub(super) struct Records<'a> {
     bytes: Vec<u8>,
     limit: usize,
     plus: bool,
     refused: Cell<bool>,
     submounts: bool,
-    /// As for [`entry_out`].
-    dax_from: Option<u64>,
+    marks: DaxMarks<'a>,
 }
 
-impl Records {
+impl<'a> Records<'a> {
     /// Reserves `limit` bytes for records, those of READDIRPLUS if `plus`.
-    pub(super) fn new(limit: usize, plus: bool, dax_from: Option<u64>) -> Self {
+    pub(super) fn new(limit: usize, plus: bool, marks: DaxMarks<'a>) -> Self {
         Self {
             bytes: Vec::with_capacity(limit),
             limit,
             plus,
             refused: Cell::new(false),
             submounts: false,
-            dax_from,
+            marks,
         }
     }
 
@@ -71,7 +71,7 @@ impl Records {
     }
 }
 
-impl DirSink for Records {
+impl DirSink for Records<'_> {
     fn room(&self) -> usize {
         self.limit.saturating_sub(self.bytes.len())
     }
@@ -96,7 +96,7 @@ impl DirSink for Records {
             // Node id 0 means that nothing was looked up.
             self.submounts |= entry.is_some_and(|entry| entry.submount);
             let out = entry
-                .map(|entry| entry_out(entry, self.dax_from))
+                .map(|entry| entry_out(entry, self.marks.of_entry(entry, dir_entry.name)))
                 .unwrap_or_default();
             self.bytes.extend_from_slice(out.as_bytes());
         }

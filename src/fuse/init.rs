@@ -523,13 +523,15 @@ mod tests {
         let dax = DaxOptions {
             window: dax::RANGE,
             marked_from: 0,
+            names: dax::NamePatterns::default(),
             writable: true,
         };
         for (init, dax, agreed_on) in [
-            (&offered, Some(dax), true),
+            (&offered, Some(dax.clone()), true),
             (&offered, None, false),
             (&nothing, Some(dax), false),
         ] {
+            let has_window = dax.is_some();
             let options = SessionOptions {
                 dax,
                 ..SessionOptions::default()
@@ -538,7 +540,7 @@ mod tests {
             assert_eq!(negotiated.flags.contains(flags), agreed_on);
             let alignment = negotiated.reply().map_alignment;
             assert_eq!(1 << alignment == dax::page_size(), agreed_on);
-            assert_eq!(accepted(&options).contains(flags), dax.is_some());
+            assert_eq!(accepted(&options).contains(flags), has_window);
         }
     }
 

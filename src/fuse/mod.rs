@@ -15,6 +15,7 @@
 
 pub(crate) mod abi;
 mod counters;
+mod dax_marks;
 mod directory;
 mod init;
 mod reply;
@@ -25,15 +26,15 @@ mod testing;
 mod transport;
 
 pub(crate) use counters::Counters;
-
-/// The name of the opcode with this number, if there is one.
-pub(crate) fn opcode_name(number: u32) -> Option<String> {
-    abi::Opcode::name_of(number)
-}
-pub use init::SessionOptions;
-pub(crate) use init::{Negotiated, Readdirplus, Wanted};
+pub(crate) use init::Negotiated;
+pub use init::{Readdirplus, SessionOptions, Wanted};
 pub(crate) use reply::error_reply;
 pub(crate) use session::Queues;
 pub use session::{Outcome, Session};
 pub(crate) use transport::RecordedIntent;
 pub use transport::{OUT_HEADER_LEN, Transport};
+
+/// The name of the opcode with this number, if there is one.
+pub(crate) fn opcode_name(number: u32) -> Option<String> {
+    abi::Opcode::name_of(number)
+}

@@ -71,9 +71,8 @@ pub(super) fn send_filled<E: Transport>(transport: E, unique: u64, filled: usize
     transport.reply_filled(&header(unique, 0, filled), filled);
 }
 
-/// An inode, as LOOKUP returns it. `dax_from` is the size from which files are marked for DAX, if
-/// they are.
-pub(super) fn entry_out(entry: &Entry, dax_from: Option<u64>) -> EntryOut {
+/// An inode, as LOOKUP returns it; `dax` marks it for DAX.
+pub(super) fn entry_out(entry: &Entry, dax: bool) -> EntryOut {
     let attribute_ttl = attribute_ttl(&entry.attributes, entry.attribute_ttl);
     EntryOut {
         nodeid: entry.node.0,
@@ -86,7 +85,7 @@ pub(super) fn entry_out(entry: &Entry, dax_from: Option<u64>) -> EntryOut {
             flags: if entry.submount {
                 attr_flags::SUBMOUNT
             } else {
-                dax_flag(&entry.attributes, dax_from)
+                dax_flag(dax)
             },
             ..attr(&entry.attributes)
         },
@@ -102,18 +101,15 @@ pub(super) fn no_entry_out(ttl: Duration) -> EntryOut {
     }
 }
 
-/// Attributes, as GETATTR returns them. `dax_from` as for [`entry_out`].
-pub(super) fn attr_out(
-    (attributes, ttl): &(Attributes, Duration),
-    dax_from: Option<u64>,
-) -> AttrOut {
+/// Attributes, as GETATTR returns them; `dax` marks their file for DAX.
+pub(super) fn attr_out((attributes, ttl): &(Attributes, Duration), dax: bool) -> AttrOut {
     let ttl = attribute_ttl(attributes, *ttl);
     AttrOut {
         attr_valid: ttl.as_secs(),
         attr_valid_nsec: ttl.subsec_nanos(),
         dummy: 0,
         attr: Attr {
-            flags: dax_flag(attributes, dax_from),
+            flags: dax_flag(dax),
             ..attr(attributes)
         },
     }
@@ -224,13 +220,8 @@ fn attribute_ttl(attributes: &Attributes, ttl: Duration) -> Duration {
 }
 
 /// The flag by which a guest decides whether it maps a file.
-fn dax_flag(attributes: &Attributes, dax_from: Option<u64>) -> u32 {
-    let is_file = attributes.mode & libc::S_IFMT == libc::S_IFREG;
-    if is_file && dax_from.is_some_and(|from| attributes.size >= from) {
-        attr_flags::DAX
-    } else {
-        0
-    }
+fn dax_flag(dax: bool) -> u32 {
+    if dax { attr_flags::DAX } else { 0 }
 }
 
 fn attr(from: &Attributes) -> Attr {

@@ -32,6 +32,12 @@ pub trait Transport: Sized + 'static {
         None
     }
 
+    /// Whether only the beginning of the request, or of the space for its reply, can be accessed. The
+    /// request then fails with `EFAULT`.
+    fn is_incomplete(&self) -> bool {
+        false
+    }
+
     /// Bytes of the request that have not been read yet.
     fn readable(&self) -> usize;
 

@@ -22,13 +22,13 @@ pub(super) const LOG_PAGE: u64 = 4096;
 
 /// The front end's bitmap of changed pages (vhost-user specification, "Migration").
 #[derive(Debug)]
-pub struct DirtyLog {
+pub(crate) struct DirtyLog {
     mapping: Mapping,
 }
 
 impl DirtyLog {
     /// The address by which a [`MemoryLostEvent`] reports a lost log.
-    pub const GONE: u64 = u64::MAX - 1;
+    pub(crate) const GONE: u64 = u64::MAX - 1;
 
     /// Maps the log: `len` bytes of `file` from `offset` on, with a bit for each [`LOG_PAGE`]. If
     /// the file is truncated later, `memory_lost` reports [`GONE`](Self::GONE).
@@ -36,7 +36,7 @@ impl DirtyLog {
     /// # Errors
     ///
     /// Fails if the file is too short or can't be mapped.
-    pub fn map(
+    pub(crate) fn map(
         file: File,
         offset: u64,
         len: u64,
@@ -59,7 +59,7 @@ impl DirtyLog {
 
     /// Returns the mapped file, the offset of the log in it, and the log's length in bytes.
     #[must_use]
-    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
+    pub(crate) fn file(&self) -> Option<(BorrowedFd<'_>, u64, u64)> {
         let (file, offset) = self.mapping.file()?;
         Some((file, offset, self.mapping.bytes.size() as u64))
     }

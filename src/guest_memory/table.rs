@@ -29,7 +29,10 @@ impl Memory {
     /// # Errors
     ///
     /// Fails if two of them overlap, or if there are too many.
-    pub fn new(regions: Vec<Region>, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
+    pub(crate) fn new(
+        regions: Vec<Region>,
+        log: Option<Arc<DirtyLog>>,
+    ) -> Result<Self, MemoryError> {
         Self::with_regions(regions, log.map(|log| log as _))
     }
 
@@ -61,7 +64,7 @@ impl Memory {
     /// # Errors
     ///
     /// Fails if `region` overlaps another one, or if there are too many.
-    pub fn with_region(&self, region: Region) -> Result<Self, MemoryError> {
+    pub(crate) fn with_region(&self, region: Region) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(region);
         Self::with_regions(regions, self.log.clone())
@@ -72,7 +75,7 @@ impl Memory {
     /// # Errors
     ///
     /// Fails if there is no such region.
-    pub fn without_region(
+    pub(crate) fn without_region(
         &self,
         guest: GuestAddress,
         user: u64,
@@ -89,7 +92,7 @@ impl Memory {
 
     /// Returns the same memory with another log, or without one.
     #[must_use]
-    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
+    pub(crate) fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
         self.with_change_log(log.map(|log| log as _))
     }
 
@@ -102,7 +105,7 @@ impl Memory {
 
     /// Returns the regions, sorted by guest address.
     #[must_use]
-    pub fn regions(&self) -> &[Region] {
+    pub(crate) fn regions(&self) -> &[Region] {
         &self.regions
     }
 

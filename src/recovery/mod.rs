@@ -22,10 +22,10 @@ mod supervisor;
 mod upgrade;
 mod upgrade_attempt;
 
-pub(crate) use self::error::RecoveryError;
+pub use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
-pub use self::exec_handover::ExecHandover;
 pub(crate) use self::exec_handover::PassedSocket;
+pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub(crate) use self::supervision::LEFT;
 pub use self::supervision::Watched;
 pub use self::upgrade::ask;

@@ -26,11 +26,11 @@ use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
 pub(crate) use self::fd_identity::{FdIdentity, Identity};
-pub(crate) use self::filter::FilterError;
-pub use self::filter::{Filter, Seccomp};
+pub use self::filter::{Filter, FilterError, Seccomp};
 pub use self::guardian::Ending;
 pub(crate) use self::guardian::{Change, Guardian};
 pub(crate) use self::id_map::IdRange;
+pub use self::id_map::MapError;
 pub(crate) use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::Serving;
 pub(crate) use self::report::now;
@@ -118,7 +118,7 @@ pub enum SandboxError {
     UserNamespace(#[source] Errno),
     /// The id maps can't be written.
     #[error("mapping the ids of the user namespace")]
-    Map(#[from] id_map::MapError),
+    Map(#[from] MapError),
     /// Id maps are given, but there is no namespace that they apply to.
     #[error("--uid-map and --gid-map need --sandbox namespace")]
     MapsWithoutNamespace,

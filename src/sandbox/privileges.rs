@@ -25,6 +25,14 @@ pub struct CapabilityChanges {
 )]
 pub struct UnknownCapability(String);
 
+impl CapabilityChanges {
+    /// Whether the server keeps `CAP_SYS_RESOURCE`, which a quota doesn't bind.
+    #[must_use]
+    pub fn keeps_sys_resource(&self) -> bool {
+        self.kept & !self.dropped & CapabilitySet::SYS_RESOURCE.bits() != 0
+    }
+}
+
 impl FromStr for CapabilityChanges {
     type Err = UnknownCapability;
 
@@ -193,6 +201,9 @@ mod tests {
         let kept = CapabilitySet::SYS_ADMIN | CapabilitySet::CHOWN;
         assert_eq!(changes.kept, kept.bits());
         assert_eq!(changes.dropped, CapabilitySet::MKNOD.bits());
+        assert!(!changes.keeps_sys_resource());
+        let changes: CapabilityChanges = "+sys_resource".parse().unwrap();
+        assert!(changes.keeps_sys_resource());
         for bad in ["", "sys_admin", "+", "+sys_adm", "+chown,-mknod", "+chown:"] {
             assert!(bad.parse::<CapabilityChanges>().is_err(), "{bad}");
         }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::limits::LimitError;
+use super::space::SpaceError;
 use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
@@ -96,6 +97,9 @@ pub enum ServerError {
     /// A limit set by the launcher would kill the server.
     #[error(transparent)]
     Limit(#[from] LimitError),
+    /// The space that the guest may take can't be limited.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),

@@ -9,12 +9,14 @@ mod control_group;
 mod counters;
 mod error;
 mod file_system;
+mod guest_limits;
 mod limits;
 mod metrics_socket;
 mod parent_process;
 mod pid_file;
 mod service;
 mod sources;
+mod space;
 mod temporary_cache;
 
 use std::io;
@@ -38,8 +40,7 @@ use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, SocketFile, Stop};
 
 pub use self::error::ServerError;
-pub(crate) use self::limits::LimitError;
-pub use self::limits::{explain, raise_limits};
+pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
@@ -198,7 +199,7 @@ impl Server {
         let stop = Stop { asked: stop, leave };
         let left = self.left.take();
         if left.is_none() && self.first {
-            self.service.try_threads()?;
+            self.service.start_first_workers()?;
         }
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();
@@ -263,6 +264,9 @@ impl ServerResources {
         // What is known to fail leaves no socket behind.
         file_system::check(&config)?;
         limits::check(&config, table_limits(&config).bytes())?;
+        if let (Some(limit), Source::Directory(path)) = (config.space, &config.source) {
+            space::limit(path, limit)?;
+        }
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
@@ -338,7 +342,8 @@ impl Resources for ServerResources {
             device: Device {
                 tag: config.tag,
                 request_queues: config.request_queues,
-                dax_window: (config.share.session.dax).map_or(0, |dax| dax.window),
+                dax_window: (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window),
+                dax_fs_map: config.dax_fs_map,
             },
             workers: config.workers,
             runtime: config.runtime,
@@ -347,7 +352,9 @@ impl Resources for ServerResources {
             once: config.once,
         };
         let fs = (self.layer)(fs);
+        let limits = guest_limits::in_table(config.limits, &table, restarted);
         let service = Service::over(fs, options, self.runtime, table, metrics)
+            .limited(limits)
             .keeping(config.state.is_some())
             .reporting(place.serving, self.manager.interval(), has_waited);
         Ok(Server {
@@ -403,7 +410,7 @@ impl Resources for ServerResources {
 
 /// Checks that the mappings which a guest has are within the window.
 fn check_window(config: &Config, table: &Arc<Table>) -> Result<(), ServerError> {
-    let window = (config.share.session.dax).map_or(0, |dax| dax.window);
+    let window = (config.share.session.dax.as_ref()).map_or(0, |dax| dax.window);
     let ends = table.mappings().into_iter().map(|record| {
         let mapping = record.fields();
         mapping.offset.saturating_add(mapping.len)

@@ -8,7 +8,7 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::counters;
@@ -18,13 +18,14 @@ use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
 use crate::fuse::{Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
+use crate::limits;
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
 use crate::sandbox::{self, Serving};
 use crate::state::{Limits, Table};
 use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
-use crate::worker::{Pings, Threads, ThreadsError, WorkerPool, WorkerPoolError};
+use crate::worker::{Pings, ThreadsError, WorkerPool, WorkerPoolError};
 
 /// How a server's run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,10 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    /// How much the guest may ask for.
+    limits: Arc<limits::Limits>,
+    /// Of the session of the first VMM, before that has connected.
+    first_workers: Mutex<Option<Workers>>,
 }
 
 impl Service {
@@ -112,7 +117,15 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            limits: Arc::default(),
+            first_workers: Mutex::default(),
         }
+    }
+
+    /// Limits how much the guest may ask for.
+    pub(super) fn limited(mut self, limits: Arc<limits::Limits>) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Keeps the guest's state for the next server.
@@ -172,11 +185,16 @@ impl Service {
             let woken = self.wait_for_vmm(listener, stop);
             if woken.map_err(ServerError::Accept)? == Woken::Stop {
                 log::info!("asked to stop");
-                return Ok(if stop.leaves() {
-                    Exit::Left
-                } else {
-                    Exit::Ended
-                });
+                let workers = self.take_first_workers();
+                if stop.leaves() {
+                    // They end with the process.
+                    std::mem::forget(workers);
+                    return Ok(Exit::Left);
+                }
+                if let Some(workers) = workers {
+                    workers.shutdown();
+                }
+                return Ok(Exit::Ended);
             }
             let stream = listener.accept().map_err(ServerError::Accept)?;
             self.metrics.count(Server::Connections);
@@ -235,20 +253,25 @@ impl Service {
         }
     }
 
-    /// Checks that the host has threads for a session, while an error still reaches the launcher.
-    pub(super) fn try_threads(&mut self) -> Result<(), ServerError> {
-        // One for the high-priority queue.
-        let count = self.options.workers.saturating_add(1);
-        let try_out = |engine| Threads::start(count, engine, |_| async {}).and_then(Threads::join);
-        match try_out(self.runtime.engine) {
-            Err(error) if self.may_change_engine(&error) => {
+    /// Starts the workers of the first session before a VMM has connected: it needn't wait for them
+    /// then, and if the host has no threads for them, the error still reaches the launcher.
+    pub(super) fn start_first_workers(&mut self) -> Result<(), ServerError> {
+        let session = Arc::new(self.new_session());
+        let ServiceOptions { workers, poll, .. } = self.options;
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(&session), workers, engine, poll, &self.limits)
+        };
+        let pool = match start(self.runtime.engine) {
+            Err(WorkerPoolError::Threads(error)) if self.may_change_engine(&error) => {
                 self.metrics.count(Server::EngineFallbacks);
                 log::warn!("runtime tokio: {}", explain(&error));
                 self.runtime.engine = Engine::ThreadPool;
-                Ok(try_out(Engine::ThreadPool)?)
+                start(Engine::ThreadPool)
             }
-            tried => Ok(tried?),
-        }
+            started => started,
+        };
+        self.first_workers = Mutex::new(Some(pool?));
+        Ok(())
     }
 
     /// Whether another engine may do what this one can't.
@@ -267,7 +290,9 @@ impl Service {
         const TRIES: usize = 5;
         const PAUSE: Duration = Duration::from_millis(20);
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| WorkerPool::start(Arc::clone(session), workers, engine, poll);
+        let start = |engine| {
+            WorkerPool::start_limited(Arc::clone(session), workers, engine, poll, &self.limits)
+        };
         let mut tries = 1;
         loop {
             let error = match start(self.runtime.engine) {
@@ -288,6 +313,17 @@ impl Service {
         }
     }
 
+    fn new_session(&self) -> Session<dyn FileSystem> {
+        Session::new(Arc::clone(&self.fs), self.options.session.clone())
+            .remembering(Arc::clone(&self.table))
+            .reporting_to(Arc::clone(&self.metrics))
+    }
+
+    fn take_first_workers(&self) -> Option<Workers> {
+        let first = self.first_workers.lock();
+        first.unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Serves one VMM until it disconnects, with workers of its own.
     fn serve<'a>(
         &'a self,
@@ -299,13 +335,14 @@ impl Service {
             Stop<'a>,
         ) -> Result<End, SessionError>,
     ) -> Result<End, ServerError> {
-        let session = Session::new(Arc::clone(&self.fs), self.options.session.clone())
-            .remembering(Arc::clone(&self.table))
-            .reporting_to(Arc::clone(&self.metrics));
-        if let Some(negotiated) = session.negotiated() {
+        let first = self.take_first_workers();
+        let pool = match first {
+            Some(pool) => pool,
+            None => self.start_workers(&Arc::new(self.new_session()))?,
+        };
+        if let Some(negotiated) = pool.session().negotiated() {
             log::info!("the guest's session resumes: {negotiated}");
         }
-        let pool = self.start_workers(&Arc::new(session))?;
         let kept = self.keeps && pool.session().negotiated().is_some();
         let mut workers = SessionWorkers {
             fs: &*self.fs,

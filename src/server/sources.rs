@@ -141,7 +141,7 @@ impl Builder {
                 Ok(Arc::new(vfs))
             }
             Source::Overlay(overlay) => self.overlay(overlay),
-            Source::Rafs(image) => self.image(image),
+            Source::Rafs(image) => self.image(image, self.options.xattr),
         }
     }
 
@@ -166,8 +166,13 @@ impl Builder {
             .map_err(|error| ServerError::share(path, error))
     }
 
+    /// An image, with extended attributes if `xattr` is true.
     #[cfg(feature = "nydus")]
-    fn image(&mut self, image: &RafsSource) -> Result<Arc<dyn FileSystem>, ServerError> {
+    fn image(
+        &mut self,
+        image: &RafsSource,
+        xattr: bool,
+    ) -> Result<Arc<dyn FileSystem>, ServerError> {
         use crate::config::Prefetch;
         use crate::fs::rafs::{self, Places, Rafs, RafsOptions};
 
@@ -192,12 +197,12 @@ impl Builder {
         };
         let fs =
             Rafs::open(&options).map_err(|error| ServerError::share(&image.bootstrap, error))?;
-        Ok(Arc::new(fs))
+        Ok(Arc::new(if xattr { fs } else { fs.without_xattrs() }))
     }
 
     #[cfg(not(feature = "nydus"))]
     #[allow(clippy::unused_self, reason = "the same call with the feature")]
-    fn image(&mut self, _: &RafsSource) -> Result<Arc<dyn FileSystem>, ServerError> {
+    fn image(&mut self, _: &RafsSource, _: bool) -> Result<Arc<dyn FileSystem>, ServerError> {
         Err(ServerError::NotBuiltIn("--rafs"))
     }
 

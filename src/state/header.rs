@@ -54,10 +54,17 @@ mod at {
     pub(super) const AGREEMENTS: usize = 32;
     /// How much of the reply to the front end was sent.
     pub(super) const RECEIPT: usize = 56;
+    /// The valid one of the two blocks of the guest's limits: 1 or 2, or 0 for none. 0 in a table of
+    /// a program that knows none.
+    pub(super) const LIMITED: usize = 64;
+    pub(super) const GUEST_LIMITS: usize = 72;
 }
 
 /// The negotiated parameters, as `fuse` encodes them.
 pub(crate) type Agreement = [u64; 8];
+
+/// The limits of a guest that were set while it was served, as `limits` encodes them.
+pub(crate) type GuestLimits = [u64; 14];
 
 /// Words of each of the front end's two blocks.
 const SNAPSHOT: usize = 16 * 1024;
@@ -293,6 +300,28 @@ impl Table {
         self.store(at::AGREED, other);
     }
 
+    /// The guest's limits, if they were set while it was served.
+    pub fn guest_limits(&self) -> Option<GuestLimits> {
+        let first = guest_limits_at(self.load(at::LIMITED))?;
+        Some(std::array::from_fn(|n| self.load(first + n)))
+    }
+
+    /// Records the guest's limits, or that those of the command line apply. Must not be called
+    /// concurrently.
+    pub fn set_guest_limits(&self, limits: Option<&GuestLimits>) {
+        let Some(limits) = limits else {
+            self.store(at::LIMITED, 0);
+            return;
+        };
+        let other = 1 + self.load(at::LIMITED) % 2;
+        if let Some(first) = guest_limits_at(other) {
+            for (n, word) in limits.iter().enumerate() {
+                self.store(first + n, *word);
+            }
+        }
+        self.store(at::LIMITED, other);
+    }
+
     /// Maximum length of the front end's session, bytes.
     pub const MAX_SNAPSHOT_LEN: usize = (SNAPSHOT - 2) * WORD;
 
@@ -409,6 +438,14 @@ fn agreement_at(half: u64) -> Option<usize> {
     match half {
         1 => Some(at::AGREEMENTS),
         2 => Some(at::AGREEMENTS + 8),
+        _ => None,
+    }
+}
+
+fn guest_limits_at(half: u64) -> Option<usize> {
+    match half {
+        1 => Some(at::GUEST_LIMITS),
+        2 => Some(at::GUEST_LIMITS + 16),
         _ => None,
     }
 }

@@ -20,6 +20,7 @@ pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod lock;
 pub(crate) mod process;
+pub(crate) mod project_quota;
 pub(crate) mod receipt;
 pub(crate) mod rights;
 pub(crate) mod shared;

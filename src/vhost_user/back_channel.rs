@@ -7,6 +7,7 @@
 //! invariant: an answer is never taken for that to another request, also after a kill (`counters`).
 
 mod counters;
+mod message;
 #[cfg(test)]
 mod tests;
 
@@ -19,16 +20,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use vhost::vhost_user::message::{
-    BackendReq, VhostUserHeaderFlag, VhostUserMMap, VhostUserMMapFlags, VhostUserMsgValidator,
-    VhostUserProtocolFeatures as Feature,
-};
-use vm_memory::ByteValued;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Feature;
 
 use self::counters::{ANSWER, Found, RequestCounters};
+use self::message::{Form, Message};
 use super::message::Header;
 use super::session_snapshot::BackChannelRecord;
-use crate::device::{BackChannel, BackChannelError, BackendRequest, SharedMapping};
+use crate::device::{BackChannel, BackChannelError, BackendRequest};
 
 /// How long a request may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -46,6 +44,8 @@ pub(super) struct VmmChannel {
     /// Readable while a request that waits has to look at `state`.
     wake: OwnedFd,
     timeout: Duration,
+    /// A front end that hasn't accepted SHMEM is asked by FS_MAP and FS_UNMAP.
+    fs_map: bool,
 }
 
 #[derive(Debug, Default)]
@@ -116,13 +116,16 @@ fn stream_socket(fd: OwnedFd) -> io::Result<UnixStream> {
 }
 
 impl VmmChannel {
-    pub(super) fn new() -> io::Result<Self> {
+    /// A channel that isn't open. With `fs_map` a front end that hasn't accepted SHMEM is asked to
+    /// map by FS_MAP and FS_UNMAP.
+    pub(super) fn new(fs_map: bool) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self {
             state: Mutex::default(),
             changed: Condvar::new(),
             wake: eventfd(0, flags)?,
             timeout: TIMEOUT,
+            fs_map,
         })
     }
 
@@ -163,6 +166,16 @@ impl VmmChannel {
             }
         }
         WaitLimit(self)
+    }
+
+    /// How this front end is asked to map.
+    fn form(&self) -> Form {
+        let has_shared_memory = self.lock().protocol & Feature::SHMEM.bits() != 0;
+        if self.fs_map && !has_shared_memory {
+            Form::FsMap
+        } else {
+            Form::SharedMemory
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -217,7 +230,7 @@ impl BackChannel for VmmChannel {
         request: BackendRequest,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), BackChannelError> {
-        let message = Message::new(request, fd)?;
+        let message = Message::new(request, fd, self.form())?;
         self.turn(&message)?.run(&message)
     }
 }
@@ -285,7 +298,7 @@ impl Turn<'_> {
         self.receive(&mut bytes)?;
         let wrong = BackChannelError::Malformed("a message of another kind");
         let answer = Header::read(&bytes).ok_or(wrong)?;
-        if answer.request != u32::from(message.number) {
+        if answer.request != message.number {
             return Err(BackChannelError::Malformed("the answer to another request"));
         }
         match bytes.last_chunk().map(|value| u64::from_ne_bytes(*value)) {
@@ -347,78 +360,5 @@ fn failed(error: Errno) -> BackChannelError {
     match error {
         Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN => BackChannelError::Closed,
         error => BackChannelError::Io(error.into()),
-    }
-}
-
-/// A request as it is sent.
-struct Message<'a> {
-    number: BackendReq,
-    bytes: Vec<u8>,
-    fd: Option<BorrowedFd<'a>>,
-}
-
-impl<'a> Message<'a> {
-    fn new(request: BackendRequest, fd: Option<BorrowedFd<'a>>) -> Result<Self, BackChannelError> {
-        let (number, mapping) = match &request {
-            BackendRequest::ConfigChanged => (BackendReq::CONFIG_CHANGE_MSG, None),
-            BackendRequest::MapSharedMemory(mapping) => (BackendReq::SHMEM_MAP, Some(mapping)),
-            BackendRequest::UnmapSharedMemory(mapping) => (BackendReq::SHMEM_UNMAP, Some(mapping)),
-        };
-        match (number, fd) {
-            (BackendReq::SHMEM_MAP, None) => {
-                return Err(BackChannelError::Invalid("it has no descriptor"));
-            }
-            (BackendReq::SHMEM_MAP, Some(_)) | (_, None) => {}
-            (_, Some(_)) => return Err(BackChannelError::Invalid("it takes no descriptor")),
-        }
-        let payload = mapping.map(payload).transpose()?;
-        let body = payload.as_ref().map_or(&[][..], ByteValued::as_slice);
-        let header = Header {
-            request: number.into(),
-            flags: Header::VERSION | VhostUserHeaderFlag::NEED_REPLY.bits(),
-            size: u32::try_from(body.len()).unwrap_or(u32::MAX),
-        };
-        Ok(Self {
-            number,
-            bytes: [&header.bytes(), body].concat(),
-            fd,
-        })
-    }
-
-    /// Whether the front end has accepted the features that the request belongs to.
-    fn check_negotiated(&self, protocol: u64) -> Result<(), BackChannelError> {
-        // SHMEM says by itself that SHMEM_MAP has a descriptor: crosvm accepts SHMEM without
-        // BACKEND_SEND_FD.
-        let of_request = match self.number {
-            BackendReq::SHMEM_MAP | BackendReq::SHMEM_UNMAP => (Feature::SHMEM, "SHMEM"),
-            _ => (Feature::CONFIG, "CONFIG"),
-        };
-        let needs = [(Feature::REPLY_ACK, "REPLY_ACK"), of_request];
-        let missing = |(feature, _): &&(Feature, _)| protocol & feature.bits() == 0;
-        match needs.iter().find(missing) {
-            Some((_, name)) => Err(BackChannelError::NotNegotiated(name)),
-            None => Ok(()),
-        }
-    }
-}
-
-fn payload(mapping: &SharedMapping) -> Result<VhostUserMMap, BackChannelError> {
-    let flags = if mapping.writable {
-        VhostUserMMapFlags::WRITABLE
-    } else {
-        VhostUserMMapFlags::empty()
-    };
-    let payload = VhostUserMMap {
-        shmid: mapping.region,
-        padding: [0; 7],
-        fd_offset: mapping.file_offset,
-        shm_offset: mapping.offset,
-        len: mapping.len,
-        flags: flags.bits(),
-    };
-    if payload.is_valid() {
-        Ok(payload)
-    } else {
-        Err(BackChannelError::Invalid("its range"))
     }
 }

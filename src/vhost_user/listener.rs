@@ -103,7 +103,7 @@ pub struct Listener {
 
 /// The file of a socket that this server created; dropping this removes the file.
 #[derive(Debug)]
-pub struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -251,7 +251,7 @@ impl Listener {
     /// # Errors
     ///
     /// Fails if `fd` is not a listening Unix stream socket.
-    pub fn left(fd: OwnedFd, file: Option<SocketFile>) -> Result<Self, ListenError> {
+    pub(crate) fn left(fd: OwnedFd, file: Option<SocketFile>) -> Result<Self, ListenError> {
         let mut listener = Self::from_fd(fd)?;
         if let Some(file) = &file {
             listener.name = file.path.display().to_string();
@@ -262,7 +262,7 @@ impl Listener {
 
     /// Returns the file of the socket, if this server created it.
     #[must_use]
-    pub fn file(&self) -> Option<&SocketFile> {
+    pub(crate) fn file(&self) -> Option<&SocketFile> {
         self.file.as_ref()
     }
 
@@ -295,12 +295,12 @@ impl Listener {
 
     /// Stops listening, and keeps the file for another process that listens on it.
     #[must_use]
-    pub fn into_file(self) -> Option<SocketFile> {
+    pub(crate) fn into_file(self) -> Option<SocketFile> {
         self.file
     }
 
     /// Keeps listening, and gives the ownership of the file to the caller.
-    pub fn take_file(&mut self) -> Option<SocketFile> {
+    pub(crate) fn take_file(&mut self) -> Option<SocketFile> {
         self.file.take()
     }
 
@@ -334,13 +334,13 @@ impl SocketFile {
 
     /// Returns the file's path, device and inode number.
     #[must_use]
-    pub fn place(&self) -> (&Path, u64, u64) {
+    pub(crate) fn place(&self) -> (&Path, u64, u64) {
         (&self.path, self.device, self.inode)
     }
 
     /// Describes a socket file that the program executed earlier in this process created.
     #[must_use]
-    pub fn left(path: PathBuf, device: u64, inode: u64) -> Self {
+    pub(crate) fn left(path: PathBuf, device: u64, inode: u64) -> Self {
         Self {
             path,
             device,

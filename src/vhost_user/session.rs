@@ -205,7 +205,8 @@ impl<'a, R: Runner> Session<'a, R> {
         (table, memory_lost): (&Arc<Table>, &Arc<MemoryLostEvent>),
         stop: BorrowedFd<'_>,
     ) -> Result<Self, SessionError> {
-        let channel = Arc::new(VmmChannel::new().map_err(SessionError::socket)?);
+        let channel = VmmChannel::new(device.dax_fs_map).map_err(SessionError::socket)?;
+        let channel = Arc::new(channel);
         runner.connected(Arc::clone(&channel) as _);
         Ok(Self {
             table: Arc::clone(table),

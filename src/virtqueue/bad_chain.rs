@@ -32,7 +32,7 @@ pub enum BadChain {
     /// The length of an indirect table is 0, too large, or no multiple of a descriptor's length.
     #[error("an indirect table of an invalid length")]
     IndirectLength,
-    /// A buffer or an indirect table is not completely in guest memory.
+    /// An indirect table, or the first buffer to read or to write, is not completely in guest memory.
     #[error("an address outside of guest memory")]
     Address,
     /// A readable descriptor follows a writable one (virtio 1.2, section 2.7.4.2).

@@ -184,6 +184,14 @@ impl Chain {
         self.segments.prefetch();
     }
 
+    /// Whether buffers of the chain aren't in guest memory, though its first ones are. They are left
+    /// out, with those behind them: what can be read and written is the beginning. A guest may use
+    /// memory of a device as a buffer, as the DAX window's.
+    #[must_use]
+    pub fn is_incomplete(&self) -> bool {
+        self.segments.is_incomplete()
+    }
+
     /// Returns the number of bytes that were not read yet.
     #[must_use]
     pub fn readable(&self) -> usize {

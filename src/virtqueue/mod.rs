@@ -27,11 +27,10 @@ mod used;
 
 pub(crate) use bad_chain::BadChain;
 pub use chain::Chain;
-pub use inflight::InflightPart;
-pub(crate) use inflight::{InflightError, InflightRegion};
+pub(crate) use inflight::InflightRegion;
+pub use inflight::{InflightError, InflightPart};
 pub use journal::{Journal, unanswered_requests};
-pub(crate) use queue::QueueError;
-pub use queue::{Features, Queue, RingAddresses, Setup, Tracking};
+pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::Call;
 pub(crate) use used::UsedRing;
 

@@ -52,10 +52,20 @@ pub(super) struct Segments {
     pub(super) copied: usize,
     /// Segments that the used ring counts as in flight.
     pub(super) counted: usize,
+    /// Which buffers were left out.
+    left_out: LeftOut,
+}
+
+/// Whether a chain has buffers that aren't in guest memory. What comes behind one is left out, too.
+#[derive(Clone, Copy, Debug, Default)]
+struct LeftOut {
+    readable: bool,
+    writable: bool,
 }
 
 impl Segments {
-    /// Adds the buffer of one descriptor.
+    /// Adds the buffer of one descriptor. A buffer that isn't completely in guest memory is left out,
+    /// and so are those of its direction behind it. It is a fault only if nothing comes before it.
     pub(super) fn add(&mut self, memory: &Memory, descriptor: &Descriptor) -> Result<(), BadChain> {
         let write = descriptor.has(layout::WRITE);
         if !write && self.writable_len != 0 {
@@ -72,20 +82,35 @@ impl Segments {
             return Err(BadChain::TooLong);
         }
         let slices = &mut self.slices;
+        let before = slices.len();
         let all_mapped = memory.slices(descriptor.address, u64::from(descriptor.len), |slice| {
             slices.push(slice);
         });
+        let left_out = if write {
+            &mut self.left_out.writable
+        } else {
+            &mut self.left_out.readable
+        };
+        *left_out |= !all_mapped;
+        if *left_out {
+            slices.truncate(before);
+            *len = len.saturating_sub(more);
+            if *len == 0 {
+                return Err(BadChain::Address);
+            }
+        }
         if !write {
             self.first_writable = self.slices.len();
         }
         if self.slices.len() > MAX_SEGMENTS {
             return Err(BadChain::TooManySegments);
         }
-        if all_mapped {
-            Ok(())
-        } else {
-            Err(BadChain::Address)
-        }
+        Ok(())
+    }
+
+    /// Whether buffers were left out.
+    pub(super) fn is_incomplete(&self) -> bool {
+        self.left_out.readable || self.left_out.writable
     }
 
     /// Starts to load what a FUSE request is decoded from and what its reply begins with into the
@@ -143,8 +168,10 @@ impl Segments {
             lent_end,
             copied,
             counted,
+            left_out,
         } = self;
         slices.clear();
+        *left_out = LeftOut::default();
         for number in [
             first_writable,
             next_readable,

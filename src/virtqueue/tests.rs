@@ -319,6 +319,62 @@ fn malformed_chain_is_returned_empty_with_its_fault() {
 }
 
 #[test]
+fn buffers_outside_of_memory_are_left_out_with_those_behind_them() {
+    type Case = (&'static str, &'static [(u64, u32, u16)], (usize, usize));
+    let cases: &[Case] = &[
+        (
+            "all there",
+            &[(0x5000, 40, 0), (0x6000, 16, WRITE)],
+            (40, 16),
+        ),
+        (
+            "where a read goes",
+            &[(0x5000, 40, 0), (0x6000, 16, WRITE), (END, 4096, WRITE)],
+            (40, 16),
+        ),
+        (
+            "what is written",
+            &[(0x5000, 40, 0), (END - 4, 4096, 0), (0x6000, 16, WRITE)],
+            (40, 16),
+        ),
+        (
+            "between others",
+            &[
+                (0x5000, 40, 0),
+                (u64::MAX - 9, 20, 0),
+                (0x5100, 8, 0),
+                (0x6000, 16, WRITE),
+                (END, 8, WRITE),
+                (0x7000, 4096, WRITE),
+            ],
+            (40, 16),
+        ),
+        ("no room", &[(0x5000, 40, 0), (END, 40, 0)], (40, 0)),
+    ];
+    for (name, parts, expected) in cases {
+        let mut driver = Driver::new(false);
+        let mut queue = driver.queue(PLAIN);
+        driver.write(0x5000, &[7; 40]);
+        driver.chain(DESCRIPTORS, parts);
+        let mut chain = driver.pop_one(&mut queue).unwrap();
+        assert_eq!((chain.readable(), chain.writable()), *expected, "{name}");
+        assert_eq!(chain.is_incomplete(), *name != "all there", "{name}");
+        let mut request = [0; 48];
+        assert_eq!(chain.read(&mut request), 40, "{name}");
+        assert_eq!(request[..40], [7; 40], "{name}");
+        assert!(chain.reply_buffer(16, 1).is_none(), "{name}");
+        chain.reply(&[&[1; 16]]);
+        queue.used().publish();
+        let replied = u32::try_from(expected.1).unwrap();
+        assert_eq!(driver.used_element(0), (0, replied), "{name}");
+        // The pooled allocation is used again.
+        driver.chain(DESCRIPTORS, &[(0x5000, 4, 0), (0x6000, 4, WRITE)]);
+        let next = driver.pop_one(&mut queue).unwrap();
+        assert!(!next.is_incomplete(), "{name}");
+    }
+}
+
+#[test]
 fn loops_invalid_indexes_and_nested_tables_are_refused() {
     let mut driver = Driver::new(false);
     let mut queue = driver.queue(PLAIN);

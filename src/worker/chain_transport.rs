@@ -89,6 +89,10 @@ impl Transport for ChainTransport {
         self.previous_intent
     }
 
+    fn is_incomplete(&self) -> bool {
+        self.chain.as_ref().is_some_and(Chain::is_incomplete)
+    }
+
     fn readable(&self) -> usize {
         self.chain.as_ref().map_or(0, Chain::readable)
     }

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
@@ -23,9 +23,12 @@ use super::chain_transport::ChainTransport;
 use super::completion_batch::CompletionBatch;
 use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
+use super::limited_transport::LimitedTransport;
+use super::limiter::Limiter;
 use crate::fs::FileSystem;
-use crate::fuse::{Outcome, Session};
+use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
+use crate::limits::{Buckets, Clock};
 use crate::metrics::{Count, Recorder};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{BadChain, Chain, Queue, QueueIndex, UsedRing};
@@ -56,7 +59,15 @@ pub(super) enum Command {
         /// Dropped in reply.
         done: oneshot::Sender<()>,
     },
-    /// Take no more chains off this queue. Chains in flight continue.
+    /// Take tokens for requests from these buckets from now on; `None` lifts all limits.
+    Limit {
+        buckets: Option<Arc<Buckets>>,
+        clock: Clock,
+    },
+    /// The guest no longer wants to wait for this request, which may be held back.
+    Interrupt { unique: u64 },
+    /// Take no more chains off this queue. Chains in flight continue, and those that are held back
+    /// are served.
     Stop {
         index: QueueIndex,
         done: mpsc::Sender<Option<Box<Queue>>>,
@@ -102,6 +113,8 @@ enum Event {
     Chain(Chain),
     /// The last request in flight has completed.
     Idle,
+    /// A request that is held back may be served.
+    Due,
     /// The session has ended.
     End,
 }
@@ -126,6 +139,8 @@ pub(super) struct EventLoop<F: ?Sized> {
     /// the guest's next request is cheap.
     waited: Cell<bool>,
     moderation: KickModeration,
+    /// What is held back, if the guest is limited.
+    limiter: Option<Box<Limiter>>,
 }
 
 impl<F: FileSystem + ?Sized> EventLoop<F> {
@@ -154,6 +169,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             disk_poll: BusyPoll::new(poll.min(MAX_DISK_POLL)),
             waited: Cell::new(false),
             moderation: KickModeration::new(policy == IdlePolicy::ModerateKicks),
+            limiter: None,
         }
     }
 
@@ -162,7 +178,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let publisher = spawn(Rc::clone(&self.completions).publish());
         loop {
             match self.next_event().await {
-                Event::Ready => (),
+                Event::Ready | Event::Due => (),
                 // Requests may complete one at a time, and the guest waits for them.
                 Event::Idle => self.completions.publish_now(),
                 Event::Command(command) => self.handle_command(command),
@@ -173,6 +189,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 if self.queues[at].ready {
                     self.drain_batch(at);
                 }
+            }
+            if self.limiter.is_some() {
+                self.serve_due();
             }
         }
         self.completions.drained().await;
@@ -188,6 +207,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             // Lets other tasks run, and the runtime notice the kicks of other queues.
             tokio::task::yield_now().await;
             return Event::Ready;
+        }
+        let due = self.limiter.as_ref().and_then(|limiter| limiter.next_due());
+        if due.is_some() {
+            return self.wait_until_due(due).await;
         }
         let in_flight = self.completions.in_flight() != 0;
         if in_flight && self.disk_poll.pays() {
@@ -208,7 +231,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             return Event::Ready;
         }
         self.moderation.sleep_starts();
-        let event = self.wait().await;
+        let event = self.wait(None).await;
         match event {
             Event::Ready => {
                 self.busy_poll.woken();
@@ -218,6 +241,22 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             _ => (),
         }
         event
+    }
+
+    /// Returns the next event; waits at most until `due`, when a request may be served that is held
+    /// back. To poll meanwhile would find little, since the guest waits too.
+    async fn wait_until_due(&mut self, due: Option<Instant>) -> Event {
+        if self.enable_notifications() {
+            return Event::Ready;
+        }
+        if due.is_some_and(|due| due <= Instant::now()) {
+            if let Ok(command) = self.commands.try_recv() {
+                return Event::Command(command);
+            }
+            tokio::task::yield_now().await;
+            return Event::Due;
+        }
+        self.wait(due).await
     }
 
     /// Sleeps for [`kick_moderation::DELAY`] or until a ring fills up, then checks the rings.
@@ -301,8 +340,8 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         queues.iter().any(|owned| owned.ready)
     }
 
-    /// Sleeps until there is an event.
-    async fn wait(&mut self) -> Event {
+    /// Sleeps until there is an event, at most until `due`.
+    async fn wait(&mut self, due: Option<Instant>) -> Event {
         let Self {
             commands,
             backlog,
@@ -319,6 +358,12 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
         });
         let mut idle = pin!(completions.idle());
+        let mut timer = pin!(async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        });
         poll_fn(|cx| {
             match commands.poll_recv(cx) {
                 Poll::Ready(Some(command)) => return Poll::Ready(Event::Command(command)),
@@ -342,6 +387,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
             if idle.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Idle);
+            }
+            if due.is_some() && timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Due);
             }
             chain
                 .as_mut()
@@ -376,12 +424,25 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 drop(done);
             }
             Command::Ping { done } => drop(done),
+            Command::Limit { buckets, clock } => self.limit(buckets, clock),
+            Command::Interrupt { unique } => {
+                let found = (self.limiter.as_mut()).and_then(|limiter| limiter.interrupt(unique));
+                if let Some(request) = found {
+                    let used = Arc::clone(request.used());
+                    request.interrupt();
+                    self.publish(&used);
+                }
+            }
             Command::Stop { index, done } => {
                 let at = self
                     .queues
                     .iter()
                     .position(|owned| owned.queue.index() == index);
                 let queue = at.map(|at| self.queues.swap_remove(at).queue);
+                if let Some(limiter) = &mut self.limiter {
+                    let held = limiter.take_queue(index);
+                    self.serve_held(held);
+                }
                 let _ = done.send(queue);
             }
         }
@@ -397,7 +458,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
         let used = Arc::clone(owned.queue.used());
         let waiting = usize::from(owned.queue.waiting()).min(MAX_DRAIN);
-        let offloaded = self.backlog.as_ref().map_or(0, |backlog| {
+        // Whether a request may be served is decided where it is taken.
+        let backlog = self.backlog.as_ref().filter(|_| self.limiter.is_none());
+        let offloaded = backlog.map_or(0, |backlog| {
             backlog.placement.spread(waiting, backlog.sender.idle())
         });
         if offloaded != 0 {
@@ -482,7 +545,12 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             {
                 self.publish(&previous);
             }
-            self.serve(chain, &used);
+            match &self.limiter {
+                None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), &used),
+                Some(limiter) => {
+                    self.serve_now(|| limiter.admit_stolen(chain, &self.recorder), &used);
+                }
+            }
             served += 1;
             if served < MAX_DRAIN as u64 && !self.queues.iter().any(|owned| owned.ready) {
                 next = self
@@ -511,15 +579,75 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         self.faults.report(index, fault);
     }
 
-    /// Serves one chain of the queue that `used` is part of: at once, or in a task if the request
-    /// waits.
-    fn serve(&self, chain: Chain, used: &Arc<UsedRing>) {
+    /// Serves one chain of the queue that `used` is part of, or holds it back.
+    fn serve(&mut self, chain: Chain, used: &Arc<UsedRing>) {
+        match &mut self.limiter {
+            None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), used),
+            Some(limiter) => {
+                if let Some(request) = limiter.admit(chain, &self.recorder) {
+                    self.serve_now(|| request, used);
+                }
+            }
+        }
+    }
+
+    /// Applies other limits.
+    fn limit(&mut self, buckets: Option<Arc<Buckets>>, clock: Clock) {
+        match (buckets, &mut self.limiter) {
+            (Some(buckets), Some(limiter)) => limiter.replace(buckets),
+            (Some(buckets), None) => self.limiter = Some(Box::new(Limiter::new(buckets, clock))),
+            (None, limiter) => {
+                let held = limiter.take().map(|limiter| limiter.take_all());
+                self.serve_held(held.into_iter().flatten());
+            }
+        }
+    }
+
+    /// Serves requests that were held back until now, a batch of them.
+    fn serve_due(&mut self) {
+        let mut last = None;
+        self.recorder.begin_row();
+        for _ in 0..MAX_DRAIN {
+            let due = self.limiter.as_mut().and_then(|limiter| limiter.pop_due());
+            let Some(request) = due else {
+                break;
+            };
+            self.serve_next(request, &mut last);
+        }
+        if let Some(used) = last {
+            self.publish(&used);
+        }
+    }
+
+    /// Serves requests that were held back.
+    fn serve_held(&self, requests: impl IntoIterator<Item = LimitedTransport>) {
+        let mut last = None;
+        for request in requests {
+            self.serve_next(request, &mut last);
+        }
+        if let Some(used) = last {
+            self.publish(&used);
+        }
+    }
+
+    /// Serves a request. Publishes the replies of the queue before, `last`, if it is another one.
+    fn serve_next(&self, request: LimitedTransport, last: &mut Option<Arc<UsedRing>>) {
+        let used = Arc::clone(request.used());
+        self.serve_now(|| request, &used);
+        if let Some(previous) = last.replace(Arc::clone(&used))
+            && !Arc::ptr_eq(&previous, &used)
+        {
+            self.publish(&previous);
+        }
+    }
+
+    /// Serves the request that `transport` returns, of the queue that `used` is part of: at once, or in
+    /// a task if it waits.
+    fn serve_now<T: Transport>(&self, transport: impl FnOnce() -> T, used: &Arc<UsedRing>) {
         let session = &self.session;
         // No request should cause a panic. If one does, dropping the transport has replied to it,
         // and the worker continues.
-        match catch_unwind(AssertUnwindSafe(|| {
-            session.serve(ChainTransport::new(chain, &self.recorder))
-        })) {
+        match catch_unwind(AssertUnwindSafe(|| session.serve(transport()))) {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);

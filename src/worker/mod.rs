@@ -11,9 +11,11 @@ mod completion_batch;
 mod event_loop;
 mod faults;
 mod kick_moderation;
+mod limited_transport;
+mod limiter;
 mod threads;
 mod worker_pool;
 
 pub use threads::{Threads, ThreadsError, Worker};
-pub use worker_pool::WorkerPool;
-pub(crate) use worker_pool::{Pings, WorkerPoolError};
+pub(crate) use worker_pool::Pings;
+pub use worker_pool::{WorkerPool, WorkerPoolError};

@@ -21,6 +21,7 @@ use super::threads::{Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session, opcode_name};
 use crate::io::Engine;
+use crate::limits::Limits;
 use crate::metrics::{MetricsError, Registry, Shape};
 use crate::scheduler::{Placement, channel};
 use crate::virtqueue::{Queue, QueueIndex};
@@ -70,6 +71,21 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         engine: Engine,
         poll: Duration,
     ) -> Result<Self, WorkerPoolError> {
+        Self::start_limited(session, workers, engine, poll, &Arc::default())
+    }
+
+    /// As [`start`](Self::start), with `limits` of what the guest may ask for.
+    ///
+    /// # Errors
+    ///
+    /// As for `start`.
+    pub fn start_limited(
+        session: Arc<Session<F>>,
+        workers: NonZeroUsize,
+        engine: Engine,
+        poll: Duration,
+        limits: &Arc<Limits>,
+    ) -> Result<Self, WorkerPoolError> {
         let placement = Placement::new(workers);
         let metrics = match session.metrics() {
             Some(metrics) => Arc::clone(metrics),
@@ -104,9 +120,21 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
                 receiver: receiver.clone(),
             })
         })?;
-        let threads = pool.commands.iter().map(UnboundedSender::downgrade);
-        let threads = QueueThreads(threads.collect());
-        pool.session.set_queues(Box::new(threads));
+        let threads: Arc<[_]> = (pool.commands.iter())
+            .map(UnboundedSender::downgrade)
+            .collect();
+        let watched = WeakThreads(Arc::clone(&threads));
+        let clock = limits.clock();
+        limits.watch(move |buckets| {
+            watched.send(|| Command::Limit {
+                buckets: buckets.clone(),
+                clock,
+            })
+        });
+        pool.session.set_queues(Box::new(QueueThreads {
+            threads: WeakThreads(threads),
+            limits: Arc::clone(limits),
+        }));
         Ok(pool)
     }
 
@@ -244,7 +272,25 @@ impl Pings {
 /// The command channels of a pool's threads, that of the high-priority queue first. They are weak,
 /// so they don't keep the threads from ending.
 #[derive(Debug)]
-struct QueueThreads(Box<[WeakUnboundedSender<Command>]>);
+struct WeakThreads(Arc<[WeakUnboundedSender<Command>]>);
+
+impl WeakThreads {
+    /// Sends a command to each thread. Returns whether there are any left.
+    fn send(&self, command: impl Fn() -> Command) -> bool {
+        let running = self.0.iter().filter_map(WeakUnboundedSender::upgrade);
+        running
+            .filter(|thread| thread.send(command()).is_ok())
+            .count()
+            != 0
+    }
+}
+
+/// The threads, for what a request asks of them.
+#[derive(Debug)]
+struct QueueThreads {
+    threads: WeakThreads,
+    limits: Arc<Limits>,
+}
 
 impl Queues for QueueThreads {
     fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>> {
@@ -256,7 +302,7 @@ impl Queues for QueueThreads {
             }
             is_done
         };
-        let mut pending: VecDeque<_> = self.0.iter().map(request).collect();
+        let mut pending: VecDeque<_> = self.threads.0.iter().map(request).collect();
         Box::pin(async move {
             // The high-priority queue's thread never waits for the host, so it needs no timeout.
             if let Some(high_priority) = pending.pop_front() {
@@ -269,6 +315,13 @@ impl Queues for QueueThreads {
             };
             let _ = tokio::time::timeout(SERVE_TIMEOUT, others).await;
         })
+    }
+
+    fn interrupt(&self, unique: u64) {
+        // Nothing else is held back.
+        if self.limits.is_active() {
+            self.threads.send(|| Command::Interrupt { unique });
+        }
     }
 }
 

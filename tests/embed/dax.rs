@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use ringfsd::embed::{
-    BackChannel, BackChannelError, BackendRequest, DaxOptions, Options, SessionOptions, VirtioFs,
+    BackChannel, BackChannelError, BackendRequest, DaxOptions, NamePatterns, Options,
+    SessionOptions, VirtioFs,
 };
 use vmm::Window;
 use vmm::fuse::wire::init;
@@ -57,6 +58,7 @@ fn guest_maps_files_into_the_window_of_its_vmm() {
         let dax = DaxOptions {
             window: 4 * RANGE,
             marked_from: 0,
+            names: NamePatterns::default(),
             writable: true,
         };
         let options = Options {

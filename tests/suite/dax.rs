@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 
 use testing::{Server, TIMEOUT, each_runtime, errno, pattern};
 use vmm::fuse::wire::{ATTR_DAX, init};
-use vmm::fuse::{Client, LINUX_OFFERS, ROOT};
+use vmm::fuse::{Client, FuseError, LINUX_OFFERS, ROOT};
 use vmm::window::Behaviour;
 use vmm::{Connection, Options, Profile, Session, Window};
 
@@ -30,6 +30,28 @@ const RANGE: u64 = 2 << 20;
 
 /// The size of the window: 8 MiB.
 const WINDOW: u64 = 4 * RANGE;
+
+/// VMMs: one that replaces mappings, one that refuses to, and one of the older requests.
+const VMMS: [(Profile, Behaviour); 3] = [
+    (Profile::Crosvm, REPLACING),
+    (Profile::Crosvm, STRICT),
+    (Profile::Dragonball, FS_MAP),
+];
+
+const REPLACING: Behaviour = Behaviour {
+    strict: false,
+    fs_map: false,
+};
+
+const STRICT: Behaviour = Behaviour {
+    strict: true,
+    ..REPLACING
+};
+
+const FS_MAP: Behaviour = Behaviour {
+    fs_map: true,
+    ..REPLACING
+};
 
 const OFFERS: u64 = LINUX_OFFERS | init::MAP_ALIGNMENT | init::HAS_INODE_DAX;
 
@@ -49,7 +71,13 @@ impl Vm {
     fn start_as(server: &Server, profile: Profile, behaviour: Behaviour) -> Self {
         let options = Options::default().dax_window(true).queue_size(128);
         let mut session = profile.connect(server.connect(), &options).unwrap();
-        assert_eq!(session.shared_memory, [WINDOW]);
+        // A VMM of the older form has its own setting for the size.
+        let expected = if behaviour.fs_map {
+            vec![]
+        } else {
+            vec![WINDOW]
+        };
+        assert_eq!(session.shared_memory, expected);
         let window = Window::new(WINDOW, behaviour).unwrap();
         let device = window.serve(session.backend.take().unwrap());
         let mut guest = Client::new(session);
@@ -71,12 +99,11 @@ impl Vm {
         self.guest.lookup(ROOT, &name).unwrap().nodeid
     }
 
-    /// Maps range number `range` of a file at slot number `slot` of the window.
+    /// Maps range number `range` of a file at slot number `slot` of the window. While a queue is being
+    /// stopped, the server doesn't wait for the VMM, and Linux repeats the page fault.
     fn map(&mut self, node: u64, range: u64, slot: u64, writable: bool) {
-        let part = (range * RANGE, RANGE);
-        self.guest
-            .setup_mapping(node, part, slot * RANGE, writable)
-            .unwrap();
+        let (part, at) = ((range * RANGE, RANGE), slot * RANGE);
+        repeat(|| self.guest.setup_mapping(node, part, at, writable));
     }
 
     /// The mappings: their slots, and whether the guest may write.
@@ -90,6 +117,17 @@ impl Vm {
         let n = self.window.read(at, &mut bytes)?;
         bytes.truncate(n);
         Ok(bytes)
+    }
+}
+
+/// Repeats a request while it fails with `EAGAIN`.
+fn repeat(mut request: impl FnMut() -> Result<(), FuseError>) {
+    loop {
+        let result = request();
+        match result {
+            Err(FuseError::Refused { errno, .. }) if errno == libc::EAGAIN => {}
+            result => return result.unwrap(),
+        }
     }
 }
 
@@ -120,16 +158,16 @@ fn open_on_host(server: &Server, name: &str) -> std::fs::File {
 
 #[each_runtime]
 fn mapped_file_is_the_host_s_in_both_directions(runtime: &str) {
-    let server = start(runtime, &[]);
+    let server = start(runtime, &["--dax-fs-map"]);
     let content = pattern(3 * RANGE as usize, 1);
     host_file(&server, "file", &content);
     let host = open_on_host(&server, "file");
-    for strict in [false, true] {
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+    for (profile, behaviour) in VMMS {
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         vm.map(node, 0, 3, false);
         vm.map(node, 2, 0, true);
-        assert_eq!(vm.mapped(), [(0, true), (3, strict)]);
+        assert_eq!(vm.mapped(), [(0, true), (3, behaviour.strict)]);
         let whole = vm.read(3 * RANGE, RANGE as usize).unwrap();
         assert_eq!(whole, content[..RANGE as usize]);
         // What the guest writes, the host and READ see at once, and the reverse.
@@ -341,6 +379,63 @@ fn files_are_marked_by_size_where_the_guest_decides_by_it(runtime: &str) {
     }
 }
 
+#[each_runtime]
+fn files_are_marked_by_their_first_name(runtime: &str) {
+    let args = ["--dax-include=*.{gguf,img}", "--dax-exclude=old*"];
+    let server = start(runtime, &args);
+    for name in ["a.gguf", "b.img", "c.iso", "old.img"] {
+        host_file(&server, name, &[1; 1 << 20]);
+    }
+    host_file(&server, "small.img", &[1; 4096]);
+    std::fs::create_dir(server.share().join("dir.img")).unwrap();
+    let mut vm = Vm::start(&server);
+    let has = |flags: u32| flags & ATTR_DAX != 0;
+    for (name, expected) in [
+        (c"a.gguf", true),
+        (c"b.img", true),
+        (c"c.iso", false),
+        (c"old.img", false),
+        (c"small.img", false),
+        (c"dir.img", false),
+    ] {
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        let attributes = vm.guest.getattr(entry.nodeid).unwrap().attr;
+        let marks = [entry.attr.flags, attributes.flags].map(has);
+        assert_eq!(marks, [expected; 2], "{name:?}");
+    }
+    // Under another name it stays what it is, as long as the guest knows it.
+    let marked = vm.guest.lookup(ROOT, c"a.gguf").unwrap().nodeid;
+    let unmarked = vm.guest.lookup(ROOT, c"c.iso").unwrap().nodeid;
+    vm.guest.rename(ROOT, c"a.gguf", ROOT, c"a.iso").unwrap();
+    let link = vm.guest.link(unmarked, ROOT, c"c.img").unwrap();
+    assert_eq!((link.nodeid, has(link.attr.flags)), (unmarked, false));
+    for (name, node, expected, lookups) in
+        [(c"a.iso", marked, true, 3), (c"c.img", unmarked, false, 4)]
+    {
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        assert_eq!((entry.nodeid, has(entry.attr.flags)), (node, expected));
+        assert_eq!(has(vm.guest.getattr(node).unwrap().attr.flags), expected);
+        // The guest forgets it: each lookup, and the link.
+        vm.guest.forget(node, lookups).unwrap();
+        let entry = vm.guest.lookup(ROOT, name).unwrap();
+        assert_eq!(has(entry.attr.flags), !expected, "{name:?}");
+    }
+    // What the guest creates has a name, too, and may grow.
+    let (entry, handle) = vm.guest.create(ROOT, c"new.img", 0o644).unwrap();
+    assert!(!has(entry.attr.flags));
+    vm.guest.truncate(entry.nodeid, 1 << 20).unwrap();
+    let attributes = vm.guest.getattr(entry.nodeid).unwrap().attr;
+    assert!(has(attributes.flags));
+    vm.guest.release(entry.nodeid, handle).unwrap();
+    let directory = vm.guest.opendir(ROOT).unwrap();
+    let mut listed = vm.guest.readdirplus_all(ROOT, directory).unwrap();
+    listed.retain(|it| has(it.node.attr.flags));
+    let mut marked: Vec<_> = listed.iter().map(|it| &it.entry.name).collect();
+    marked.sort();
+    // The inode of `c.img` has another name.
+    assert_eq!(marked, ["b.img", "c.img", "c.iso", "new.img"]);
+}
+
 #[test]
 fn without_the_option_there_is_no_window() {
     let server = Server::start(&[]);
@@ -362,6 +457,17 @@ fn without_the_option_there_is_no_window() {
     assert_eq!(entry.attr.flags & ATTR_DAX, 0);
     let mapping = guest.setup_mapping(entry.nodeid, (0, RANGE), 0, false);
     assert_eq!(errno(mapping), Some(libc::ENOSYS));
+}
+
+#[test]
+fn vmm_without_shmem_is_asked_for_nothing_unless_that_is_wanted() {
+    let server = start("auto", &[]);
+    host_file(&server, "file", &[1; 4096]);
+    let mut vm = Vm::start_as(&server, Profile::Dragonball, FS_MAP);
+    let node = vm.node("file");
+    let refused = vm.guest.setup_mapping(node, (0, RANGE), 0, false);
+    assert_eq!(errno(refused), Some(libc::EOPNOTSUPP));
+    assert_eq!(vm.window.requests(), 0);
 }
 
 #[each_runtime]

@@ -31,6 +31,8 @@ mod io;
 mod launch;
 mod launchers;
 mod lifecycle;
+mod limit_space;
+mod limits;
 mod locks;
 mod memory_tree;
 mod metrics;

@@ -56,6 +56,7 @@ pub(crate) fn serve(
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
             dax_window: 0,
+            dax_fs_map: false,
         },
         workers: NonZeroUsize::new(workers).unwrap(),
         runtime,

@@ -72,6 +72,7 @@ fn run() -> Result<(), Box<dyn Error>> {
             tag: Some("memory".parse()?),
             request_queues: NonZeroU16::new(2).unwrap_or(NonZeroU16::MIN),
             dax_window: 0,
+            dax_fs_map: false,
         },
         workers: NonZeroUsize::new(2).unwrap_or(NonZeroUsize::MIN),
         runtime,

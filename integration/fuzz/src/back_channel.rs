@@ -4,7 +4,8 @@
 //! must hold: each request ends, with an error unless there was an answer to it, and once something else
 //! has come the channel is closed.
 //!
-//! The input: the number of requests and of threads (one byte each), then what comes for each request:
+//! The input: the number of requests (one byte, of which the highest bit asks for the older form of the
+//! requests) and of threads (one byte), then what comes for each request:
 //! the length (one byte, of which the highest bit asks for a right answer instead), the bytes.
 
 use std::io::{Read, Write};
@@ -79,7 +80,9 @@ impl Runner for Asking {
 /// One input.
 pub fn run(data: &[u8]) {
     let mut source = Source::new(data);
-    let (requests, count) = (source.u8() % 16, 1 + source.u8() % 3);
+    let first = source.u8();
+    let (requests, dax_fs_map) = (first % 16, first & 0x80 != 0);
+    let count = 1 + source.u8() % 3;
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let (vmm, device_end) = UnixStream::pair().expect("sockets");
     let message = |request: u32, body: &[u8], fd: Option<&UnixStream>| {
@@ -89,7 +92,8 @@ pub fn run(data: &[u8]) {
         assert!(send(&ours, &[&header[..], body].concat(), &fds));
     };
     // GET_FEATURES; REPLY_ACK, BACKEND_REQ, CONFIG, BACKEND_SEND_FD, SHMEM; SET_BACKEND_REQ_FD.
-    let features: u64 = 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 22;
+    let shmem = u64::from(!dax_fs_map) << 22;
+    let features: u64 = 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | shmem;
     message(1, &[], None);
     message(16, &features.to_le_bytes(), None);
     message(21, &[], Some(&device_end));
@@ -116,6 +120,7 @@ pub fn run(data: &[u8]) {
         tag: None,
         request_queues: std::num::NonZeroU16::MIN,
         dax_window: 8 << 20,
+        dax_fs_map,
     };
     let mut runner = Asking {
         requests,

@@ -7,7 +7,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ringfsd::internals::guest_memory::{Memory, MemoryLostEvent, Region, RegionDescription};
+use ringfsd::internals::guest_memory::{
+    Memory, MemoryLostEvent, Region, RegionDescription, of_regions,
+};
 use ringfsd::internals::virtqueue::{Call, Features, Queue, QueueIndex, RingAddresses};
 
 /// Guest address and length of each region; each lies at its own address in the file.
@@ -63,7 +65,7 @@ impl Guest {
                 Region::map(description, &alarm).expect("a region")
             })
             .collect();
-        let memory = Arc::new(Memory::new(regions, None).expect("a memory"));
+        let memory = Arc::new(of_regions(regions).expect("a memory"));
         Self {
             file,
             memory,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use ringfsd::fs::FileSystem;
 use ringfsd::fs::passthrough::Passthrough;
-use ringfsd::internals::dax::DaxOptions;
+use ringfsd::internals::dax::{DaxOptions, NamePatterns};
 use ringfsd::internals::fuse::{Outcome, Session, SessionOptions};
 use ringfsd::internals::state::{Limits, Table};
 use ringfsd::internals::virtqueue::{Features, Queue};
@@ -99,6 +99,7 @@ fn with(scene: &mut Scene, mut source: Source<'_>) {
         dax: (flags & 64 != 0).then_some(DaxOptions {
             window: WINDOW,
             marked_from: 0,
+            names: NamePatterns::default(),
             writable: flags & 1 == 0,
         }),
         ..SessionOptions::default()

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use ringfsd::fs::passthrough::{Options, Passthrough, PreviousProcess, Shared};
 use ringfsd::fs::{Caller, FileSystem, Handle, HandleKind, LockOwner, NodeId, Replay};
+use ringfsd::internals::passthrough::with_table;
 use ringfsd::internals::state::{Limits, Table};
 use ringfsd::io::{Lock, LockKind, RecordLock};
 
@@ -108,8 +109,7 @@ impl Scene {
         let table = Table::in_memory(&LIMITS).expect("a table");
         table.set_agreement(Some([31, 0, 4096, 4096, 1, 0, 0, 0]));
         table.set_session_snapshot(b"what a front end might have said");
-        let (fs, _) =
-            Passthrough::with_table(shared(&path), options(), &table, None).expect("a file system");
+        let (fs, _) = with_table(shared(&path), options(), &table, None).expect("a file system");
         use_it(&fs);
 
         let len = rustix::fs::fstat(table.file().expect("a file"))
@@ -216,8 +216,7 @@ fn with(scene: &Scene, mut source: Source<'_>) {
         inherited_fds: false,
         in_flight,
     };
-    let Ok((fs, _)) = Passthrough::with_table(shared(&share), options(), &table, Some(&past))
-    else {
+    let Ok((fs, _)) = with_table(shared(&share), options(), &table, Some(&past)) else {
         return;
     };
     go_on(&fs);

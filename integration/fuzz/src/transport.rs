@@ -10,6 +10,10 @@ use ringfsd::io::GuestBuffer;
 pub struct OnChain(pub Chain);
 
 impl Transport for OnChain {
+    fn is_incomplete(&self) -> bool {
+        self.0.is_incomplete()
+    }
+
     fn readable(&self) -> usize {
         self.0.readable()
     }

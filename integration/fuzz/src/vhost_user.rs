@@ -190,6 +190,7 @@ fn with(descriptors: &Descriptors, data: &[u8]) {
         tag: None,
         request_queues: std::num::NonZeroU16::MIN,
         dax_window: 8 << 20,
+        dax_fs_map: false,
     };
     let mut runner = Taking::default();
     let leave = std::sync::atomic::AtomicBool::new(false);

@@ -32,6 +32,9 @@ complete -c ringfsd -l max-handles -d 'Maximum number of files the guest may hav
 complete -c ringfsd -l max-open-inodes -d 'Maximum number of descriptors for inodes and files' -r
 complete -c ringfsd -l rlimit-nofile -d 'Limit of open files (RLIMIT_NOFILE)' -r
 complete -c ringfsd -l remember-inodes -d 'Dropped inodes whose file handles stay valid' -r
+complete -c ringfsd -l limit-iops -d 'Maximum operations a second; may be repeated' -r
+complete -c ringfsd -l limit-bandwidth -d 'Maximum bytes read and written a second; may be repeated' -r
+complete -c ringfsd -l limit-space -d 'Maximum space the directory may take' -r
 complete -c ringfsd -l cache -d 'Caching policy: never, metadata, auto or always' -r -f -a "never\t''
 metadata\t''
 auto\t''
@@ -45,6 +48,8 @@ complete -c ringfsd -l dax -d 'What the guest maps: always, inode or never' -r -
 inode\t'Those that are large enough'
 never\t'None'"
 complete -c ringfsd -l dax-min-size -d 'Size from which a file is mapped with --dax inode' -r
+complete -c ringfsd -l dax-include -d 'Names of files that are mapped; repeatable' -r
+complete -c ringfsd -l dax-exclude -d 'Names of files that are not mapped; repeatable' -r
 complete -c ringfsd -l translate-uid -d 'Translate user ids between guest and host' -r
 complete -c ringfsd -l translate-gid -d 'Translate group ids between guest and host' -r
 complete -c ringfsd -l xattrmap -d 'Store extended attributes under other names' -r
@@ -91,6 +96,7 @@ complete -c ringfsd -l allow-mmap -d 'Allow shared writable mmap with any --cach
 complete -c ringfsd -l no-readdirplus -d 'List directories without attributes of the files'
 complete -c ringfsd -l no-open -d 'Let the guest use files without OPEN requests'
 complete -c ringfsd -l no-opendir -d 'Let the guest read directories without OPENDIR requests'
+complete -c ringfsd -l dax-fs-map -d 'Map by FS_MAP under a VMM without SHMEM'
 complete -c ringfsd -l killpriv-v2 -d 'Clear set-ID bits on behalf of the guest\'s kernel'
 complete -c ringfsd -l no-killpriv-v2 -d 'Let the guest\'s kernel clear set-ID bits'
 complete -c ringfsd -l xattr -d 'Serve extended attributes (default)'

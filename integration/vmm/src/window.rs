@@ -22,7 +22,7 @@ use std::time::Duration;
 use rustix::mm::{MapFlags, ProtFlags};
 use zerocopy::IntoBytes;
 
-use crate::connection::message::{MMap, backend_request};
+use crate::connection::message::{FsMap, MMap, backend_request};
 use crate::connection::{Connection, ConnectionError, Message};
 
 /// A mapping.
@@ -42,6 +42,8 @@ pub struct Behaviour {
     /// It refuses to map where something is mapped, as the specification says. The VMMs that exist
     /// replace what is there.
     pub strict: bool,
+    /// It serves FS_MAP and FS_UNMAP, and not the requests of the specification.
+    pub fs_map: bool,
 }
 
 /// The region.
@@ -242,26 +244,43 @@ impl Window {
             0 => {}
             code => return code,
         }
-        let done =
-            message
-                .value::<MMap>()
-                .map_err(io::Error::other)
-                .and_then(|asked| match message.header.request {
-                    _ if asked.shmid != 0 => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-                    backend_request::SHMEM_MAP => match &message.fds[..] {
-                        [fd] => self.map(asked.shm_offset, mapping(&asked), fd.as_fd()),
-                        _ => Err(io::ErrorKind::InvalidInput.into()),
-                    },
-                    backend_request::SHMEM_UNMAP => self.unmap(asked.shm_offset, asked.len),
-                    _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
-                });
-        match done {
+        match self.serve_one(message) {
             Ok(()) => 0,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
                 i64::from(errno).wrapping_neg().cast_unsigned()
             }
         }
+    }
+
+    fn serve_one(&self, message: &Message) -> io::Result<()> {
+        let request = message.header.request;
+        let is_old = matches!(request, backend_request::FS_MAP | backend_request::FS_UNMAP);
+        if is_old != self.behaviour.fs_map {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let (region, parts) = if is_old {
+            let asked = message.value::<FsMap>().map_err(io::Error::other)?;
+            (0, parts(&asked))
+        } else {
+            let asked = message.value::<MMap>().map_err(io::Error::other)?;
+            (asked.shmid, vec![(asked.shm_offset, mapping(&asked))])
+        };
+        if region != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        for (offset, mapping) in parts {
+            match (request, &message.fds[..]) {
+                (backend_request::SHMEM_MAP | backend_request::FS_MAP, [fd]) => {
+                    self.map(offset, mapping, fd.as_fd())?;
+                }
+                (backend_request::SHMEM_UNMAP | backend_request::FS_UNMAP, []) => {
+                    self.unmap(offset, mapping.len)?;
+                }
+                _ => return Err(io::ErrorKind::InvalidInput.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Maps a file at `offset`, as SHMEM_MAP asks for.
@@ -336,6 +355,20 @@ fn mapping(asked: &MMap) -> Mapping {
         file_offset: asked.fd_offset,
         writable: asked.flags & MMap::WRITABLE != 0,
     }
+}
+
+/// The mappings that a message of the older form asks for, and where they begin in the window.
+fn parts(asked: &FsMap) -> Vec<(u64, Mapping)> {
+    let all = (0..asked.len.len()).filter(|at| asked.len[*at] != 0);
+    all.map(|at| {
+        let mapping = Mapping {
+            len: asked.len[at],
+            file_offset: asked.fd_offset[at],
+            writable: asked.flags[at] & FsMap::WRITE != 0,
+        };
+        (asked.cache_offset[at], mapping)
+    })
+    .collect()
 }
 
 /// Mapped memory of the guest, which is accessed as a virtual processor does: where a file has ended,

@@ -158,7 +158,7 @@ impl Overlay {
                 Err(Errno::EXIST) if !exclusive => {}
                 made => {
                     let (node, entry, opened) = made?;
-                    return Ok((entry, self.opened(&node, UPPER, opened)));
+                    return Ok((entry, self.opened(&node, node.top(), opened)));
                 }
             }
         }
@@ -201,7 +201,7 @@ impl Overlay {
         found.stack.clear();
         let mut entry = found.entry;
         self.show(&node, &mut entry);
-        Ok((entry, self.opened(&node, UPPER, opened)))
+        Ok((entry, self.opened(&node, node.top(), opened)))
     }
 
     /// Creates another name for a node.

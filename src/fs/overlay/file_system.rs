@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::Overlay;
 use super::copy_up::CopyUp;
@@ -236,9 +237,14 @@ impl FileSystem for Overlay {
     }
 
     fn flush(&self, caller: &Caller, node: NodeId, handle: Handle) -> Result<()> {
-        self.with_file(node, handle, |fs, node, handle| {
+        let flushed = self.with_file(node, handle, |fs, node, handle| {
             fs.flush(caller, node, handle)
-        })
+        });
+        match flushed {
+            // The guest's kernel would flush no file of the other layers either.
+            Err(Errno::NOSYS) => Ok(()),
+            flushed => flushed,
+        }
     }
 
     fn release(&self, node: NodeId, handle: Handle) -> Result<()> {
@@ -253,17 +259,13 @@ impl FileSystem for Overlay {
 
     fn file(&self, node: NodeId, handle: Handle, kind: HandleKind) -> Result<OpenFile> {
         match kind {
-            HandleKind::File => self.with_file(node, handle, |fs, node, handle| {
-                fs.file(node, handle, HandleKind::File)
-            }),
+            HandleKind::File => self.open_file(node, handle),
             HandleKind::Directory => self.directory_file(node, handle),
         }
     }
 
     fn file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
-        self.with_file(node, handle, |fs, node, handle| {
-            fs.file_to_change(node, handle)
-        })
+        self.open_file_to_change(node, handle)
     }
 
     fn lock_file(&self, node: NodeId, handle: Handle, owner: LockOwner) -> Result<Arc<File>> {
@@ -350,16 +352,12 @@ impl FileSystem for Overlay {
         limit: usize,
     ) -> Result<Vec<u8>> {
         self.check_xattrs()?;
-        let top = self.nodes.get(node)?.top();
-        self.layer(top)
-            .getxattr(caller, top.node, &self.layer_name(name), limit)
+        self.xattr_value(caller, node, name, limit)
     }
 
     fn getxattr_len(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<usize> {
         self.check_xattrs()?;
-        let top = self.nodes.get(node)?.top();
-        self.layer(top)
-            .getxattr_len(caller, top.node, &self.layer_name(name))
+        self.xattr_len(caller, node, name)
     }
 
     fn listxattr(&self, caller: &Caller, node: NodeId, limit: usize) -> Result<Vec<u8>> {

@@ -1,13 +1,13 @@
 //! Open files and directories.
 //!
-//! The handle of a file is the layer's own with the layer's index in its upper bits, so reading and
-//! writing need no table. A file that was opened in a lower layer and copied up afterwards is opened
-//! again in the upper layer when its handle is next used, so that it shows what is written from then
-//! on. The invariant: each handle counts as one reference of its node.
+//! The handle of a file is the layer's own with the layer's index in its upper bits. A file that was
+//! opened in a lower layer and copied up afterwards is opened again in the upper layer when its
+//! handle is next used, so that it shows what is written from then on. The invariant: each handle
+//! counts as one reference of its node.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -17,6 +17,7 @@ use super::copy_up::CopyUp;
 use super::layer::SERVER;
 use super::listing::Listing;
 use super::node::{Node, Real};
+use super::open_files::{Current, InLayer, Open, OpenFiles};
 use crate::fs::{Caller, Handle, HandleKind, NodeId, OpenFile, Opened, Result};
 
 const LAYER_SHIFT: u32 = 56;
@@ -25,15 +26,12 @@ const DIRECTORY: u64 = 0xff;
 /// How many layers handles can name.
 pub(super) const MAX_LAYERS: usize = 254;
 
-/// What a guest has open, as far as the layers don't know it themselves.
+/// What a guest has open.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
+    pub(super) files: OpenFiles,
     directories: RwLock<HashMap<u64, Arc<OpenDirectory>>>,
     next: AtomicU64,
-    /// The upper layer's handles for handles of copied-up files, by the latter.
-    reopened: Mutex<HashMap<u64, Handle>>,
-    /// How many there are, to know without the lock that there is none.
-    reopened_count: AtomicUsize,
 }
 
 /// An open directory.
@@ -63,12 +61,7 @@ impl Handles {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        self.reopened().clear();
-        self.reopened_count.store(0, Ordering::Relaxed);
-    }
-
-    fn reopened(&self) -> MutexGuard<'_, HashMap<u64, Handle>> {
-        self.reopened.lock().unwrap_or_else(PoisonError::into_inner)
+        self.files.clear();
     }
 
     fn add_directory(&self, directory: OpenDirectory) -> Handle {
@@ -111,11 +104,39 @@ impl Handles {
 }
 
 impl Overlay {
-    /// What the guest gets for a file that `layer` has opened for `node`.
-    pub(super) fn opened(&self, node: &Arc<Node>, layer: usize, opened: Opened) -> Opened {
+    /// What the guest gets for a file that a layer has opened as `real`, which is behind `node`.
+    pub(super) fn opened(&self, node: &Arc<Node>, real: Real, opened: Opened) -> Opened {
         self.nodes.count(node);
-        let handle = tagged(u64::try_from(layer).unwrap_or(DIRECTORY), opened.handle);
+        let layer = u64::try_from(real.layer).unwrap_or(DIRECTORY);
+        let handle = tagged(layer, opened.handle);
+        let open = Open {
+            node: Arc::clone(node),
+            first: self.in_layer(real, opened.handle),
+            reopened: None,
+        };
+        self.handles.files.add(handle, open);
         Opened { handle, ..opened }
+    }
+
+    /// What a layer has open, and the host's file behind that.
+    fn in_layer(&self, real: Real, handle: Handle) -> InLayer {
+        let layer = self.layer(real);
+        let host = |file| match file {
+            Ok(OpenFile::Host(file)) => Some(file),
+            // Asked for by each request.
+            Ok(OpenFile::Object(_)) | Err(_) => None,
+        };
+        let file = host(layer.file(real.node, handle, HandleKind::File));
+        let file_to_change = file
+            .as_ref()
+            .filter(|_| self.is_upper(real))
+            .and_then(|_| host(layer.file_to_change(real.node, handle)));
+        InLayer {
+            real,
+            handle,
+            file,
+            file_to_change,
+        }
     }
 
     pub(super) fn open_node(
@@ -141,7 +162,7 @@ impl Overlay {
             self.refuse_metacopy(node, top)?;
         }
         let opened = self.layer(top).open(caller, top.node, flags.bits())?;
-        Ok(self.opened(node, top.layer, opened))
+        Ok(self.opened(node, top, opened))
     }
 
     /// Refuses a file of which the layer has only the metadata. Its data have no blocks there.
@@ -163,28 +184,22 @@ impl Overlay {
 
     /// The inode and handle of a layer for the guest's `handle` of `node`.
     fn resolve(&self, node: NodeId, handle: Handle) -> Result<(Real, Handle)> {
-        let node = self.nodes.get(node)?;
-        let (tag, real) = untagged(handle);
+        let node = match self.handles.files.current(node, handle)? {
+            Current::Open(real, handle) => return Ok((real, handle)),
+            Current::CopiedUp(node) => node,
+        };
         let top = node.top();
-        if usize::try_from(tag).is_ok_and(|layer| layer == top.layer) {
-            return Ok((top, real));
-        }
-        let (origin, _) = node.origin().ok_or(Errno::BADF)?;
-        if tag != u64::try_from(origin.layer).unwrap_or(DIRECTORY) {
-            return Err(Errno::BADF);
-        }
-        let mut reopened = self.handles.reopened();
-        if let Some(upper) = reopened.get(&handle.0) {
-            return Ok((top, *upper));
-        }
-        // Refuses handles that the guest has invented.
-        self.layer(origin)
-            .file(origin.node, real, HandleKind::File)?;
         let flags = OFlags::RDONLY.bits();
         let opened = self.layer(top).open(&SERVER, top.node, flags)?;
-        reopened.insert(handle.0, opened.handle);
-        self.handles.reopened_count.fetch_add(1, Ordering::Relaxed);
-        Ok((top, opened.handle))
+        let reopened = self.in_layer(top, opened.handle);
+        if self.handles.files.set_reopened(handle, reopened) {
+            return Ok((top, opened.handle));
+        }
+        self.layer(top).release(top.node, opened.handle)?;
+        match self.handles.files.current(node.id, handle)? {
+            Current::Open(real, handle) => Ok((real, handle)),
+            Current::CopiedUp(_) => Err(Errno::BADF),
+        }
     }
 
     /// Calls `act` with the layer's inode and handle of an open file.
@@ -198,29 +213,44 @@ impl Overlay {
         act(self.layer(real), real.node, handle)
     }
 
+    /// The host's file behind a handle for a READ, or whatever the layer has.
+    pub(super) fn open_file(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
+        if let Some(file) = self.handles.files.host_file(node, handle) {
+            return Ok(OpenFile::Host(file));
+        }
+        self.with_file(node, handle, |fs, node, handle| {
+            fs.file(node, handle, HandleKind::File)
+        })
+    }
+
+    /// As [`open_file`](Self::open_file), for a WRITE.
+    pub(super) fn open_file_to_change(&self, node: NodeId, handle: Handle) -> Result<OpenFile> {
+        if let Some(file) = self.handles.files.host_file_to_change(node, handle) {
+            return Ok(OpenFile::Host(file));
+        }
+        self.with_file(node, handle, |fs, node, handle| {
+            fs.file_to_change(node, handle)
+        })
+    }
+
     pub(super) fn release_file(&self, node: NodeId, handle: Handle) -> Result<()> {
-        let node = self.nodes.get(node)?;
-        let (tag, real_handle) = untagged(handle);
-        let top = node.top();
-        let opened_in = if usize::try_from(tag).is_ok_and(|layer| layer == top.layer) {
-            top
-        } else {
-            let origin = node.origin().map(|(origin, _)| origin);
-            origin
-                .filter(|origin| u64::try_from(origin.layer).is_ok_and(|layer| layer == tag))
-                .ok_or(Errno::BADF)?
-        };
-        let layer = self.layer(opened_in);
-        layer.release(opened_in.node, real_handle)?;
-        if opened_in != top && self.handles.reopened_count.load(Ordering::Relaxed) != 0 {
-            let reopened = self.handles.reopened().remove(&handle.0);
-            if let Some(upper) = reopened {
-                self.handles.reopened_count.fetch_sub(1, Ordering::Relaxed);
-                self.layer(top).release(top.node, upper)?;
-            }
+        let Open {
+            node,
+            first,
+            reopened,
+        } = self.handles.files.remove(node, handle)?;
+        let mut released = Ok(());
+        for open in [Some(first), reopened.map(|open| *open)]
+            .into_iter()
+            .flatten()
+        {
+            let (real, handle) = (open.real, open.handle);
+            // So that the layer has the last reference, and decides where the file is closed.
+            drop(open);
+            released = released.and(self.layer(real).release(real.node, handle));
         }
         self.drop_refs(&node, 1);
-        Ok(())
+        released
     }
 
     pub(super) fn open_directory(

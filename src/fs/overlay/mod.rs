@@ -28,6 +28,7 @@ mod layer;
 mod listing;
 mod lookup;
 mod node;
+mod open_files;
 mod readdir;
 mod remove;
 mod rename;

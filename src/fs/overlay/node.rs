@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use smallvec::SmallVec;
 
+use super::UPPER;
 use crate::fs::NodeId;
 
 /// An inode of a layer.
@@ -52,6 +53,8 @@ pub(super) struct Node {
     pub(super) refs: AtomicU64,
     /// The guest has removed its name, or its only name if it is not in the upper layer.
     removed: AtomicBool,
+    /// Whether `backing` has changed since the node is known, in a file.
+    copied_up: AtomicBool,
     backing: RwLock<Backing>,
     /// `None` for the root, for removed nodes, and for files of the upper layer, which may have
     /// several names and need none.
@@ -76,6 +79,7 @@ impl Node {
             number: number.into(),
             refs: AtomicU64::new(1),
             removed: AtomicBool::new(false),
+            copied_up: AtomicBool::new(false),
             backing: RwLock::new(Backing {
                 stack,
                 origin: None,
@@ -99,6 +103,12 @@ impl Node {
             layer: usize::MAX,
             node: NodeId(0),
         })
+    }
+
+    /// Whether `real`, once the topmost inode behind a file, still is. Of a file that was copied up,
+    /// only an inode of the upper layer is.
+    pub(super) fn is_still_top(&self, real: Real) -> bool {
+        real.layer == UPPER || !self.copied_up.load(Ordering::Acquire)
     }
 
     /// All inodes behind the node, topmost first.
@@ -132,6 +142,8 @@ impl Node {
             }
             backing.origin = backing.stack.first().map(|lower| (*lower, number));
             backing.stack = Stack::from_slice(&[upper]);
+            // Pairs with `is_still_top`: who sees it sees the stack, too.
+            self.copied_up.store(true, Ordering::Release);
         }
     }
 

@@ -15,6 +15,15 @@ use crate::fs::{Caller, NodeId, Result, XattrFlags};
 /// The limit of a list of names (`XATTR_LIST_MAX`).
 const LIST_MAX: usize = 65536;
 
+/// The result of a layer, in which `ENOSYS` would make the guest's kernel stop sending the request,
+/// also for files of the other layers.
+fn of_layer<T>(result: Result<T>) -> Result<T> {
+    match result {
+        Err(Errno::NOSYS) => Err(Errno::OPNOTSUPP),
+        result => result,
+    }
+}
+
 impl Overlay {
     pub(super) fn check_xattrs(&self) -> Result<()> {
         if self.options.xattr {
@@ -44,8 +53,28 @@ impl Overlay {
         let name = self.layer_name(name);
         self.copy_up(&node, CopyUp::Whole)?;
         let top = node.top();
-        self.layer(top)
-            .setxattr(caller, top.node, &name, value, flags)
+        of_layer(
+            self.layer(top)
+                .setxattr(caller, top.node, &name, value, flags),
+        )
+    }
+
+    pub(super) fn xattr_value(
+        &self,
+        caller: &Caller,
+        node: NodeId,
+        name: &CStr,
+        limit: usize,
+    ) -> Result<Vec<u8>> {
+        let top = self.nodes.get(node)?.top();
+        let name = self.layer_name(name);
+        of_layer(self.layer(top).getxattr(caller, top.node, &name, limit))
+    }
+
+    pub(super) fn xattr_len(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<usize> {
+        let top = self.nodes.get(node)?.top();
+        let name = self.layer_name(name);
+        of_layer(self.layer(top).getxattr_len(caller, top.node, &name))
     }
 
     pub(super) fn remove_xattr(&self, caller: &Caller, node: NodeId, name: &CStr) -> Result<()> {
@@ -54,11 +83,11 @@ impl Overlay {
         let top = node.top();
         if !self.is_upper(top) {
             // Without the attribute there is nothing to remove, nor to copy up for.
-            self.layer(top).getxattr_len(caller, top.node, &name)?;
+            of_layer(self.layer(top).getxattr_len(caller, top.node, &name))?;
             self.copy_up(&node, CopyUp::Whole)?;
         }
         let top = node.top();
-        self.layer(top).removexattr(caller, top.node, &name)
+        of_layer(self.layer(top).removexattr(caller, top.node, &name))
     }
 
     pub(super) fn xattr_names(
@@ -68,7 +97,7 @@ impl Overlay {
         limit: usize,
     ) -> Result<Vec<u8>> {
         let top = self.nodes.get(node)?.top();
-        let names = self.layer(top).listxattr(caller, top.node, LIST_MAX)?;
+        let names = of_layer(self.layer(top).listxattr(caller, top.node, LIST_MAX))?;
         let names = self.options.xattr_prefix.to_guest(&names);
         if names.len() > limit {
             return Err(Errno::RANGE);

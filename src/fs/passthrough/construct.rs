@@ -45,7 +45,7 @@ impl Passthrough {
     /// # Errors
     ///
     /// See [`PassthroughError`].
-    pub fn with_table(
+    pub(crate) fn with_table(
         shared: Shared,
         options: Options,
         table: &Arc<Table>,

@@ -63,7 +63,7 @@ pub struct Passthrough {
 impl Passthrough {
     /// The table of the guest's state, which outlives this process.
     #[must_use]
-    pub fn table(&self) -> &Arc<Table> {
+    pub(crate) fn table(&self) -> &Arc<Table> {
         self.fds().inodes().table()
     }
 

@@ -148,7 +148,7 @@ pub struct Options {
 impl Options {
     /// The size of the state table for all that a guest may have, on a device with `queues` queues.
     #[must_use]
-    pub fn limits(&self, queues: u16) -> Limits {
+    pub(crate) fn limits(&self, queues: u16) -> Limits {
         let all = self.guest_descriptors();
         let handles = self.max_handles.unwrap_or(all);
         Limits {

@@ -47,7 +47,7 @@ impl Rafs {
     }
 
     fn xattr(&self, node: NodeId, name: &CStr) -> Result<Vec<u8>> {
-        if !self.image().has_xattrs() {
+        if !self.xattr {
             return Err(Errno::NOSYS);
         }
         let inode = self.image().find(node)?;
@@ -57,7 +57,7 @@ impl Rafs {
     }
 
     fn xattr_names(&self, node: NodeId) -> Result<Vec<u8>> {
-        if !self.image().has_xattrs() {
+        if !self.xattr {
             return Err(Errno::NOSYS);
         }
         let inode = self.image().find(node)?;

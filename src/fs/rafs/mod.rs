@@ -58,6 +58,8 @@ pub struct RafsOptions {
 #[derive(Debug)]
 pub struct Rafs {
     files: Arc<Files>,
+    /// Whether there are extended attributes.
+    xattr: bool,
     /// Files and directories may be used without OPEN and OPENDIR.
     no_open: AtomicBool,
     no_opendir: AtomicBool,
@@ -124,12 +126,23 @@ impl Rafs {
         let reader = Arc::clone(&files);
         let prefetcher = Prefetcher::start(&contents, *prefetch, move |inode| reader.get(inode))
             .map_err(RafsError::Prefetch)?;
+        let xattr = contents.image.has_xattrs();
         Ok(Self {
             files,
+            xattr,
             no_open: AtomicBool::new(false),
             no_opendir: AtomicBool::new(false),
             _prefetcher: prefetcher,
         })
+    }
+
+    /// The image without extended attributes.
+    #[must_use]
+    pub fn without_xattrs(self) -> Self {
+        Self {
+            xattr: false,
+            ..self
+        }
     }
 
     fn image(&self) -> &Image {

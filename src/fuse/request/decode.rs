@@ -69,6 +69,19 @@ pub fn bytes_wanted(header: &[u8], behind: usize) -> Result<usize, DecodeError> 
     }
 }
 
+/// The error of a request that begins with `header`, the first [`HEADER_LEN`] bytes, and of which
+/// part can't be accessed.
+pub(in crate::fuse) fn inaccessible(header: &[u8]) -> DecodeError {
+    match in_header(header) {
+        Ok((header, _)) => DecodeError {
+            unique: Some(header.unique),
+            opcode: Some(header.opcode),
+            fault: Fault::Inaccessible,
+        },
+        Err(error) => error,
+    }
+}
+
 /// Decodes a request from its bytes, header first; the data of a WRITE need not be included.
 ///
 /// Bytes after those that the header counts, or after the arguments, are ignored. Flags to OPEN,

@@ -77,6 +77,9 @@ pub enum Fault {
     /// A user or group id that means "none".
     #[error("the user or group id is invalid")]
     Id,
+    /// Part of the request or of the space for its reply is in memory that isn't the guest's RAM.
+    #[error("a buffer is not in guest memory")]
+    Inaccessible,
     /// A value that is invalid for its field.
     #[error("the value of {0} is invalid")]
     Value(&'static str),
@@ -91,6 +94,7 @@ impl Fault {
             Self::XattrName => Errno::RANGE,
             Self::XattrValue => Errno::TOOBIG,
             Self::EmptyTarget => Errno::NOENT,
+            Self::Inaccessible => Errno::FAULT,
             _ => Errno::INVAL,
         }
     }

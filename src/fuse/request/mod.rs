@@ -17,6 +17,7 @@ use std::ffi::CStr;
 
 use zerocopy::FromBytes;
 
+pub(super) use decode::inaccessible;
 pub use decode::{HEADER_LEN, bytes_wanted, decode, decode_as};
 pub(crate) use fault::{DecodeError, Fault};
 

@@ -16,6 +16,7 @@ use crate::device::BackChannel;
 use crate::fs::{FileSystem, NodeId};
 use crate::fuse::Transport;
 use crate::fuse::abi::InitFlags;
+use crate::fuse::dax_marks::DaxMarks;
 use crate::fuse::reply::Answer;
 use crate::fuse::request::{Operation, Request};
 use crate::io::blocking;
@@ -58,11 +59,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.window.as_ref().map_or(0, |window| window.mappings())
     }
 
-    /// The smallest size of files that are marked for DAX, if any are.
-    pub(super) fn dax_from(&self) -> Option<u64> {
-        let dax = self.options.dax.as_ref()?;
-        self.has_agreed(InitFlags::HAS_INODE_DAX)
-            .then_some(dax.marked_from)
+    /// Decides which files are marked for DAX.
+    pub(super) fn dax_marks(&self) -> DaxMarks<'_> {
+        let policy = self.options.dax.as_ref();
+        let policy = policy.filter(|_| self.has_agreed(InitFlags::HAS_INODE_DAX));
+        DaxMarks::new(policy, &self.known_names)
     }
 
     pub(super) fn mapping<E: Transport>(

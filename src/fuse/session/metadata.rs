@@ -4,11 +4,12 @@
 //! anything but that call.
 
 use std::ffi::CStr;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::Session;
-use crate::fs::{Caller, Entry, FileSystem, NodeId};
+use crate::fs::{Attributes, Caller, Entry, FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, InitFlags, LseekOut};
 use crate::fuse::directory::Records;
 use crate::fuse::reply::{
@@ -27,34 +28,36 @@ impl<F: FileSystem + ?Sized> Session<F> {
         let fs = &*self.fs;
         let (caller, node) = (&request.caller, request.node);
         let done = |()| Answer::Done;
-        let dax_from = self.dax_from();
-        let entry = |entry: Entry| {
+        let marks = self.dax_marks();
+        let entry = |entry: Entry, name: &CStr| {
             self.warn_about_submounts(entry.submount);
-            Answer::Entry(entry_out(&entry, dax_from))
+            Answer::Entry(entry_out(&entry, marks.of_entry(&entry, name)))
+        };
+        let attributes = |(attributes, ttl): (Attributes, Duration)| {
+            let dax = marks.of_attributes(node, &attributes);
+            Answer::Attributes(attr_out(&(attributes, ttl), dax))
         };
         match request.operation {
             Operation::Lookup { name } => match fs.lookup(caller, node, name) {
                 Err(Errno::NOENT) if !self.options.negative_ttl.is_zero() => {
                     Ok(Answer::Entry(no_entry_out(self.options.negative_ttl)))
                 }
-                found => found.map(entry),
+                found => found.map(|found| entry(found, name)),
             },
-            Operation::LookupSelf => fs.lookup_self(node).map(entry),
-            Operation::LookupParent => fs.lookup_parent(node).map(entry),
+            Operation::LookupSelf => fs.lookup_self(node).map(|found| entry(found, c"")),
+            Operation::LookupParent => fs.lookup_parent(node).map(|found| entry(found, c"")),
             Operation::Statx { handle } => fs
                 .statx(node, handle)
                 .map(|attributes| Answer::Statx(statx_out(&attributes))),
             Operation::Tmpfile { flags, new } => {
                 let (entry, opened) = fs.tmpfile(caller, node, flags, &new)?;
                 Ok(Answer::Created(
-                    entry_out(&entry, dax_from),
+                    entry_out(&entry, marks.of_entry(&entry, c"")),
                     open_out(&opened),
                 ))
             }
             Operation::Ioctl { handle, ioctl } => self.ioctl(node, handle, ioctl, room),
-            Operation::Getattr { handle } => fs
-                .getattr(caller, node, handle)
-                .map(|attributes| Answer::Attributes(attr_out(&attributes, dax_from))),
+            Operation::Getattr { handle } => fs.getattr(caller, node, handle).map(attributes),
             Operation::Setattr { handle, changes } => {
                 // With this flag, Linux drops the set-ID bits from the change that it makes before
                 // a write, `fallocate` or copy by a caller that may not keep them. What is left
@@ -64,8 +67,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                     kill_set_id: caller.kill_set_id || kills,
                     ..*caller
                 };
-                fs.setattr(&caller, node, handle, &changes)
-                    .map(|attributes| Answer::Attributes(attr_out(&attributes, dax_from)))
+                fs.setattr(&caller, node, handle, &changes).map(attributes)
             }
             Operation::Readlink => match fs.readlink(caller, node)? {
                 target if target.len() > room => Err(Errno::NAMETOOLONG),
@@ -75,9 +77,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 name,
                 target,
                 label,
-            } => fs.symlink(caller, node, name, target, label).map(entry),
-            Operation::Mknod { name, new } => fs.mknod(caller, node, name, &new).map(entry),
-            Operation::Mkdir { name, new } => fs.mkdir(caller, node, name, &new).map(entry),
+            } => fs
+                .symlink(caller, node, name, target, label)
+                .map(|made| entry(made, name)),
+            Operation::Mknod { name, new } => fs
+                .mknod(caller, node, name, &new)
+                .map(|made| entry(made, name)),
+            Operation::Mkdir { name, new } => fs
+                .mkdir(caller, node, name, &new)
+                .map(|made| entry(made, name)),
             Operation::Unlink { name } => fs.unlink(caller, node, name).map(done),
             Operation::Rmdir { name } => fs.rmdir(caller, node, name).map(done),
             Operation::Rename { from, to, flags } => {
@@ -86,7 +94,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Link {
                 node: existing,
                 name,
-            } => fs.link(caller, existing, node, name).map(entry),
+            } => fs
+                .link(caller, existing, node, name)
+                .map(|made| entry(made, name)),
             Operation::Open { flags } => fs
                 .open(caller, node, flags)
                 .map(|opened| Answer::Opened(open_out(&opened))),
@@ -96,7 +106,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             Operation::Create { name, flags, new } => {
                 let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
                 Ok(Answer::Created(
-                    entry_out(&entry, dax_from),
+                    entry_out(&entry, marks.of_entry(&entry, name)),
                     open_out(&opened),
                 ))
             }
@@ -200,7 +210,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             offset,
             size,
         } = range;
-        let mut records = Records::new(limited(size, room, READDIR_MAX), plus, self.dax_from());
+        let mut records = Records::new(limited(size, room, READDIR_MAX), plus, self.dax_marks());
         let node: NodeId = request.node;
         let result = self
             .fs

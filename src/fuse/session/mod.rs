@@ -34,9 +34,12 @@ use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
 use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::abi::{Handler, InitFlags, InitIn};
+use super::dax_marks::KnownNames;
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
-use super::request::{DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as};
+use super::request::{
+    DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as, inaccessible,
+};
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::dax::Window;
 use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
@@ -96,6 +99,8 @@ pub struct Session<F: ?Sized> {
     table: Option<Arc<Table>>,
     /// The DAX window, if there is one.
     window: Option<Arc<Window>>,
+    /// The nodes whose names have decided whether they are marked for DAX.
+    known_names: KnownNames,
     /// The server's counters, if it has some.
     metrics: Option<Arc<Registry>>,
     fs: Arc<F>,
@@ -121,6 +126,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             submounts_warned: AtomicBool::new(false),
             table: None,
             window: None,
+            known_names: KnownNames::default(),
             metrics: None,
             fs,
         }
@@ -201,6 +207,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         if let Some(window) = &self.window {
             window.discard();
         }
+        self.known_names.clear();
         self.ready.store(false, Ordering::Release);
         self.ended.fetch_add(1, Ordering::Relaxed);
         self.record_agreement(None);
@@ -215,7 +222,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Serves one request: answers it, or returns the future that will.
     pub fn serve<E: Transport>(self: &Arc<Self>, mut transport: E) -> Outcome {
         let mut small = [0; SMALL];
-        match fetch(&mut transport, &mut small) {
+        let fetched = if transport.is_incomplete() {
+            let (header, _) = small.split_at_mut(HEADER_LEN);
+            let len = transport.read(header);
+            Err(inaccessible(header.get(..len).unwrap_or_default()))
+        } else {
+            fetch(&mut transport, &mut small)
+        };
+        match fetched {
             Ok(Fetched::Whole(len)) => {
                 self.serve_bytes(transport, small.get(..len).unwrap_or_default())
             }
@@ -345,8 +359,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 }
             }
             // Only requests that may wait for the guest without a limit, such as locks, are
-            // interrupted.
-            Operation::Interrupt { unique } => self.blocking_locks.interrupt(unique),
+            // interrupted, and those that aren't served yet.
+            Operation::Interrupt { unique } => self.interrupt(unique),
             // The opcode table dispatches none of these to this method.
             Operation::Init(_)
             | Operation::Destroy
@@ -522,6 +536,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     fn forget<E: Transport>(&self, transport: &E, unique: u64, (node, count): (NodeId, u64)) {
+        self.known_names.forget(node, count);
         match transport.previous_attempt() {
             _ if !self.is_ready() => {}
             Some(_) => self.replay_forget(unique, node, count),
@@ -582,9 +597,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
 
     /// Answers a request that can't be decoded.
     fn refuse<E: Transport>(&self, mut transport: E, error: &DecodeError) {
-        // Any program in the guest can use a name that is too long, and the guest's kernel passes
-        // it on, so this is not a malformed request.
-        if error.errno() != Errno::NAMETOOLONG {
+        // Any program in the guest can use a name that is too long, or read into memory of a device,
+        // and the guest's kernel passes it on, so this is not a malformed request.
+        if !matches!(error.errno(), Errno::NAMETOOLONG | Errno::FAULT) {
             transport.note_malformed();
             let count = self.counters.count_malformed();
             if should_log(count) {

@@ -27,6 +27,9 @@ pub trait Queues: Debug + Send + Sync {
     /// Serves the requests that are on the queues now. Completes when all of them are served that
     /// don't have to wait.
     fn serve_waiting(&self) -> Pin<Box<dyn Future<Output = ()>>>;
+
+    /// Fails the request `unique` with `EINTR` if it waits to be served.
+    fn interrupt(&self, unique: u64);
 }
 
 /// Whether an operation failed for lack of what FORGET and RELEASE free: space, inodes, quota,
@@ -43,6 +46,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
     pub fn set_queues(&self, queues: Box<dyn Queues>) {
         if self.queues.set(queues).is_err() {
             log::debug!("the queues are set already");
+        }
+    }
+
+    /// Interrupts the request `unique` if it waits for the guest, or to be served.
+    pub(super) fn interrupt(&self, unique: u64) {
+        self.blocking_locks.interrupt(unique);
+        if let Some(queues) = self.queues.get() {
+            queues.interrupt(unique);
         }
     }
 

@@ -223,7 +223,8 @@ impl<F: FileSystem + ?Sized> Session<F> {
         };
         let entry = self.fs.lookup(&request.caller, request.node, name)?;
         if entry.node == old {
-            return Ok(Answer::Entry(entry_out(&entry, self.dax_from())));
+            let dax = self.dax_marks().of_entry(&entry, name);
+            return Ok(Answer::Entry(entry_out(&entry, dax)));
         }
         self.fs.forget(entry.node, 1);
         Err(Errno::EXIST)
@@ -240,14 +241,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
     ) -> Result<Answer> {
         let entry = self.created_entry(request, new, intent, errno)?;
         let Operation::Create { flags, .. } = request.operation else {
-            return Ok(Answer::Entry(entry_out(&entry, self.dax_from())));
+            let dax = self.dax_marks().of_entry(&entry, new.0);
+            return Ok(Answer::Entry(entry_out(&entry, dax)));
         };
         match self
             .fs
             .open(&request.caller, entry.node, flags & !CREATION_FLAGS)
         {
             Ok(opened) => Ok(Answer::Created(
-                entry_out(&entry, self.dax_from()),
+                entry_out(&entry, self.dax_marks().of_entry(&entry, new.0)),
                 open_out(&opened),
             )),
             Err(errno) => {

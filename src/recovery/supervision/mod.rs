@@ -18,6 +18,7 @@ use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
 use crate::metrics::{Interruption, Process};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
+use crate::sys::supervision::Queued;
 use crate::vhost_user::{Listener, SocketFile};
 
 /// The exit status of a serving process that leaves its session to the next one.
@@ -122,6 +123,8 @@ pub(crate) struct Supervision<R> {
     down_since: Option<Duration>,
     /// When the present process began to serve, if one does.
     serving_since: Option<Duration>,
+    /// A request for an upgrade that came while no process served, and what its signal carried.
+    postponed: Option<Option<Queued>>,
 }
 
 impl<R: Resources> Supervision<R> {
@@ -157,6 +160,7 @@ impl<R: Resources> Supervision<R> {
             program: std::env::current_exe().unwrap_or_default(),
             failures: Failures::default(),
             serving_since: None,
+            postponed: None,
         }
     }
 
@@ -190,14 +194,22 @@ impl<R: Resources> Supervision<R> {
         log: Option<BorrowedFd<'_>>,
     ) -> Result<Watched<R::Server>, R::Error> {
         loop {
-            let event = match &self.attempt {
-                None => self.supervisor.next_event(self.manager.timeout()),
-                Some(_) => self.supervisor.next_within(START_TIMEOUT),
+            let serves = self.serving_since.is_some();
+            let event = match (self.postponed.take_if(|_| serves), &self.attempt) {
+                (Some(queued), _) => Ok(Some(Event::Upgrade(queued))),
+                (None, None) => self.supervisor.next_event(self.manager.timeout()),
+                (None, Some(_)) => self.supervisor.next_within(START_TIMEOUT),
             };
             let event = event.map_err(RecoveryError::Watch)?;
             let restart = match event {
                 Some(Event::Serving(since)) => {
                     self.served(since);
+                    false
+                }
+                // A process that is starting closes the descriptors that it doesn't know, and a
+                // request has some.
+                Some(Event::Upgrade(queued)) if !serves => {
+                    self.postponed = Some(queued);
                     false
                 }
                 Some(Event::Upgrade(queued)) => match UpgradeRequest::of(queued, &self.program) {

@@ -83,6 +83,10 @@ impl Builder {
                     let fs = Arc::new(self.directory(path, reached, options)?);
                     Lower { fs, device }
                 }
+                Source::Rafs(image) => Lower {
+                    fs: self.image(image, layer_options.xattr)?,
+                    device: None,
+                },
                 other => Lower {
                     fs: self.build(other)?,
                     device: None,

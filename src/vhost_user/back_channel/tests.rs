@@ -5,8 +5,10 @@ use std::sync::mpsc;
 use std::thread;
 
 use rustix::net::RecvFlags;
+use vhost::vhost_user::message::{BackendReq, VhostUserMMap, VhostUserProtocolFeatures as Feature};
 
 use super::*;
+use crate::device::SharedMapping;
 use crate::sys::rights;
 
 const CONFIG_CHANGED: u32 = BackendReq::CONFIG_CHANGE_MSG as u32;
@@ -18,7 +20,7 @@ fn channel(timeout: Duration) -> (Arc<VmmChannel>, UnixStream) {
     vmm.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let channel = VmmChannel {
         timeout,
-        ..VmmChannel::new().unwrap()
+        ..VmmChannel::new(false).unwrap()
     };
     let features = Feature::REPLY_ACK | Feature::CONFIG | Feature::SHMEM;
     channel.set_protocol_features(features.bits());
@@ -69,7 +71,7 @@ fn resumed(channel: &VmmChannel, timeout: Duration) -> Arc<VmmChannel> {
     let link = Link::resume(duplicate(link.socket.as_fd()), counters).unwrap();
     let next = VmmChannel {
         timeout,
-        ..VmmChannel::new().unwrap()
+        ..VmmChannel::new(false).unwrap()
     };
     next.set_protocol_features(channel.lock().protocol);
     next.connect(Some(Arc::new(link)));
@@ -112,6 +114,103 @@ fn mapping_is_sent_with_its_descriptor() {
         vmm.write_all(&answer(SHMEM_MAP, 0)).unwrap();
         asked.join().unwrap().unwrap();
     });
+}
+
+/// The features of a VMM from before SHMEM.
+const OLD: Feature = Feature::REPLY_ACK
+    .union(Feature::CONFIG)
+    .union(Feature::BACKEND_SEND_FD);
+
+#[test]
+fn vmm_without_shmem_is_asked_by_fs_map_if_that_is_wanted() {
+    let (channel, mut vmm) = patient();
+    let channel = VmmChannel {
+        fs_map: true,
+        ..Arc::try_unwrap(channel).unwrap()
+    };
+    let file = File::open("/dev/null").unwrap();
+    let mapping = SharedMapping {
+        region: 0,
+        ..mapping()
+    };
+    // Where SHMEM was accepted, the option changes nothing.
+    for (features, number) in [(Feature::REPLY_ACK | Feature::SHMEM, SHMEM_MAP), (OLD, 6)] {
+        channel.set_protocol_features(features.bits());
+        thread::scope(|scope| {
+            let map = BackendRequest::MapSharedMemory(mapping);
+            let (channel, fd) = (&channel, file.as_fd());
+            let asked = scope.spawn(move || channel.request(map, Some(fd)));
+            let header = read_header(&mut vmm);
+            assert_eq!(header.request, number);
+            let mut body = vec![0; usize::try_from(header.size).unwrap()];
+            vmm.read_exact(&mut body).unwrap();
+            vmm.write_all(&answer(number, 0)).unwrap();
+            asked.join().unwrap().unwrap();
+        });
+    }
+    for (writable, flags) in [(true, 3_u64), (false, 1)] {
+        thread::scope(|scope| {
+            let unmap = BackendRequest::UnmapSharedMemory(SharedMapping {
+                writable,
+                ..mapping
+            });
+            let channel = &channel;
+            let asked = scope.spawn(move || channel.request(unmap, None));
+            let header = read_header(&mut vmm);
+            assert_eq!((header.request, header.size), (7, 4 * 64));
+            let mut body = [0; 4 * 64];
+            vmm.read_exact(&mut body).unwrap();
+            // The first of eight is used, and the others are none.
+            let first_of = [0x3000, 0x1000, 0x2000, flags];
+            let expected = first_of.map(|value| {
+                let mut words = [0; 8];
+                words[0] = value;
+                words.map(u64::to_ne_bytes).concat()
+            });
+            assert_eq!(body[..], expected.concat());
+            vmm.write_all(&answer(7, 0)).unwrap();
+            asked.join().unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
+fn fs_map_needs_its_features_and_the_first_region() {
+    let (channel, vmm) = patient();
+    let file = File::open("/dev/null").unwrap();
+    let ask = |channel: &VmmChannel, region| {
+        let mapping = SharedMapping {
+            region,
+            ..mapping()
+        };
+        channel.request(BackendRequest::MapSharedMemory(mapping), Some(file.as_fd()))
+    };
+    channel.set_protocol_features(OLD.bits());
+    let unwanted = ask(&channel, 0);
+    assert!(matches!(
+        unwanted,
+        Err(BackChannelError::NotNegotiated("SHMEM"))
+    ));
+    let channel = VmmChannel {
+        fs_map: true,
+        ..Arc::try_unwrap(channel).unwrap()
+    };
+    let region = ask(&channel, 1);
+    assert!(matches!(region, Err(BackChannelError::Invalid(_))));
+    for (features, missing) in [
+        (Feature::REPLY_ACK, "BACKEND_SEND_FD"),
+        (Feature::BACKEND_SEND_FD, "REPLY_ACK"),
+    ] {
+        channel.set_protocol_features(features.bits());
+        match ask(&channel, 0) {
+            Err(BackChannelError::NotNegotiated(name)) => assert_eq!(name, missing),
+            result => panic!("{missing}: {result:?}"),
+        }
+    }
+    drop(channel);
+    let mut rest = Vec::new();
+    (&vmm).read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"", "nothing was sent");
 }
 
 #[test]

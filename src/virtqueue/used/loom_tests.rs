@@ -85,7 +85,7 @@ fn sleeping_driver_is_called() {
                 thread::spawn(move || {
                     begin(&ring);
                     complete(&ring, 2);
-                    if ring.publish_index() {
+                    if ring.publish_index().called {
                         call.notify();
                     }
                 })

@@ -15,7 +15,10 @@ use testing::{Server, each_runtime, pattern};
 use vmm::Profile;
 use vmm::window::Behaviour;
 
-use super::{RANGE, Vm, WINDOW, host_file, open_on_host, recovery, start};
+use super::{
+    FS_MAP, RANGE, REPLACING, STRICT, VMMS, Vm, WINDOW, host_file, open_on_host, recovery, repeat,
+    start,
+};
 
 /// Ten files, with as many bytes together as ten windows.
 const FILES: u64 = 10;
@@ -128,7 +131,8 @@ impl Kernel {
                 if let Some(old) = self.slots[at].take() {
                     let node = self.files[old.file].node;
                     let range = (at as u64 * RANGE, RANGE);
-                    self.vm.guest.remove_mappings(node, &[range]).unwrap();
+                    let guest = &mut self.vm.guest;
+                    repeat(|| guest.remove_mappings(node, &[range]));
                     self.removed += 1;
                 }
                 at
@@ -226,9 +230,13 @@ impl Kernel {
 
 #[each_runtime]
 fn random_work_in_a_small_window_is_right(runtime: &str) {
-    for (profile, strict) in [(Profile::Crosvm, false), (Profile::Simple, true)] {
-        let server = start(runtime, &[]);
-        let mut kernel = Kernel::start(&server, profile, Behaviour { strict });
+    for (profile, behaviour) in [
+        (Profile::Crosvm, REPLACING),
+        (Profile::Simple, STRICT),
+        (Profile::Dragonball, FS_MAP),
+    ] {
+        let server = start(runtime, &["--dax-fs-map"]);
+        let mut kernel = Kernel::start(&server, profile, behaviour);
         let end = Instant::now() + duration();
         let mut steps = 0_u64;
         while Instant::now() < end {
@@ -248,9 +256,9 @@ fn random_work_in_a_small_window_is_right(runtime: &str) {
 
 #[each_runtime]
 fn random_work_survives_kills_and_upgrades(runtime: &str) {
-    for strict in [false, true] {
-        let mut server = start(runtime, &["--supervise"]);
-        let mut kernel = Kernel::start(&server, Profile::Crosvm, Behaviour { strict });
+    for (profile, behaviour) in VMMS {
+        let mut server = start(runtime, &["--supervise", "--dax-fs-map"]);
+        let mut kernel = Kernel::start(&server, profile, behaviour);
         let end = Instant::now() + duration();
         let mut kills = 0_u32;
         while Instant::now() < end || kills < 6 {
@@ -258,8 +266,9 @@ fn random_work_survives_kills_and_upgrades(runtime: &str) {
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    match kills % 3 {
-                        2 => recovery::upgrade(&mut server),
+                    match kills % 4 {
+                        1 => recovery::upgrade_and_crash(&mut server),
+                        3 => recovery::upgrade(&mut server),
                         _ => recovery::crash(&mut server),
                     }
                     done.store(true, Ordering::Release);

@@ -1,15 +1,27 @@
 //! Mappings that outlive the process that asked for them.
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use testing::{Server, each_runtime, errno, pattern};
 use vmm::window::Behaviour;
 use vmm::{Profile, Window};
 
-use super::{RANGE, Vm, WINDOW, host_file, start};
+use super::{RANGE, VMMS, Vm, WINDOW, host_file, start};
 
+/// Kills the process that serves, as soon as there is one.
 fn kill_process_of(server: &Server) {
-    let pid = Pid::from_raw(i32::try_from(server.pid()).unwrap()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
+    loop {
+        let pid = server.child().and_then(|pid| i32::try_from(pid).ok());
+        let killed = pid
+            .and_then(Pid::from_raw)
+            .map(|pid| kill_process(pid, Signal::KILL));
+        match killed {
+            Some(Ok(())) => return,
+            // It has ended by itself, after an upgrade.
+            None | Some(Err(Errno::SRCH)) => std::thread::yield_now(),
+            Some(Err(error)) => panic!("{error}"),
+        }
+    }
 }
 
 /// Kills the process that serves, and waits until another does.
@@ -26,13 +38,24 @@ pub(super) fn upgrade(server: &mut Server) {
     server.wait_for("upgraded to");
 }
 
+/// Kills the process that serves while an upgrade is under way. Whichever comes first, a process
+/// serves afterwards.
+pub(super) fn upgrade_and_crash(server: &mut Server) {
+    let mut command = testing::command();
+    let pid = server.guardian().to_string();
+    let upgrade = command.args(["upgrade", "--pid", &pid]).spawn();
+    kill_process_of(server);
+    // An upgrade whose process was killed may report that.
+    let _done_or_failed = upgrade.unwrap().wait().unwrap();
+}
+
 #[each_runtime]
 fn mappings_survive_kills_and_upgrades(runtime: &str) {
-    for strict in [false, true] {
-        let mut server = start(runtime, &["--supervise"]);
+    for (profile, behaviour) in VMMS {
+        let mut server = start(runtime, &["--supervise", "--dax-fs-map"]);
         let content = pattern(2 * RANGE as usize, 3);
         host_file(&server, "file", &content);
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         for round in 0..4_u64 {
             vm.map(node, 0, 1, false);
@@ -65,10 +88,10 @@ fn mappings_survive_kills_and_upgrades(runtime: &str) {
 
 #[each_runtime]
 fn request_that_was_never_answered_is_done_by_the_next_process(runtime: &str) {
-    for strict in [false, true] {
-        let mut server = start(runtime, &["--supervise"]);
+    for (profile, behaviour) in VMMS {
+        let mut server = start(runtime, &["--supervise", "--dax-fs-map"]);
         host_file(&server, "file", &[7; 4096]);
-        let mut vm = Vm::start_as(&server, Profile::Crosvm, Behaviour { strict });
+        let mut vm = Vm::start_as(&server, profile, behaviour);
         let node = vm.node("file");
         for _ in 0..3 {
             // The VMM does what it is asked for, and the process is killed before it learns that.

@@ -34,6 +34,9 @@ const FOREIGN: [(&str, u32, usize); 17] = [
 #[each_runtime]
 fn malformed_message_ends_only_its_session(runtime: &str) {
     let mut server = Server::start(&["--runtime", runtime]);
+    // The first session's workers exist before it does.
+    is_well(&server, "nothing");
+    server.wait_until_it_listens();
     let holdings = server.holdings();
     for (name, act, words) in FRAMES.iter().chain(TABLES).chain(RINGS) {
         let mut session = session(&server);

@@ -3,13 +3,14 @@
 use testing::{TIMEOUT, each_runtime};
 use vmm::Gpa;
 use vmm::connection::message::feature;
-use vmm::fuse::wire::AttrOut;
+use vmm::fuse::ROOT;
+use vmm::fuse::wire::{AttrOut, ReadIn, WriteIn, opcode};
 use vmm::ring::Descriptor;
 use zerocopy::IntoBytes;
 
 use super::scene::{
-    BORDER, Back, END, HIGH, HOLE, IN, INDIRECT, NEXT, Scene, WRITE, memory, readable, request,
-    then, writable,
+    BORDER, Back, END, HIGH, HOLE, IN, INDIRECT, NEXT, OUT, Scene, WRITE, memory, readable,
+    request, then, writable,
 };
 
 /// What a GETATTR answers.
@@ -388,6 +389,79 @@ fn malformed_chain_is_refused_alone(runtime: &str) {
     assert!(totals.contains(" 0 of them dropped, 0 faulty"), "{totals}");
 }
 
+/// A guest that reads a file into memory that it has mapped of another, by DAX, uses the memory of a
+/// device as a buffer.
+#[each_runtime]
+fn buffer_outside_of_guest_memory_fails_with_efault(runtime: &str) {
+    let mut scene = Scene::new(runtime);
+    let node = scene.fs.lookup(ROOT, c"file").unwrap().nodeid;
+    let handle = scene.fs.open(node, libc::O_RDWR).unwrap();
+    let read = ReadIn {
+        fh: handle.fh,
+        size: 0x1000,
+        ..ReadIn::default()
+    };
+    let write = WriteIn {
+        fh: handle.fh,
+        size: 7,
+        ..WriteIn::default()
+    };
+    let efault = Back::Errno(libc::EFAULT);
+    for (what, at) in [("in the hole", HOLE), ("past the end", END)] {
+        let elsewhere = Gpa(at);
+        let len = scene.lay(opcode::READ, node, read.as_bytes());
+        let (r, w) = (readable(scene.request, len), writable(scene.reply, OUT));
+        let chain = [then(r, 1), then(w, 2), writable(elsewhere, 0x1000)];
+        assert_eq!(scene.chain(&chain), efault, "READ {what}");
+        // In part, with good memory before and behind.
+        let good = scene.reply.offset(64);
+        let chain = [
+            then(r, 1),
+            then(w, 2),
+            then(writable(good, 64), 3),
+            then(writable(elsewhere, 0x1000), 4),
+            writable(good, 64),
+        ];
+        assert_eq!(scene.chain(&chain), efault, "READ, partly {what}");
+        let untouched = scene.memory().read_vec(good, 64).unwrap();
+        assert_eq!(untouched, [0xee; 64], "READ, partly {what}");
+        // WRITE takes effect in none of its parts.
+        let bytes = request(
+            opcode::WRITE,
+            node,
+            &[write.as_bytes(), b"changed"].concat(),
+        );
+        let len = bytes.len() as u32;
+        scene.memory().write(scene.request, &bytes).unwrap();
+        let header = then(readable(scene.request, len - 7), 1);
+        let chain = [header, then(readable(elsewhere, 7), 2), w];
+        assert_eq!(scene.chain(&chain), efault, "WRITE {what}");
+        let first = readable(scene.request.offset(u64::from(len - 7)), 3);
+        let chain = [header, then(first, 2), then(readable(elsewhere, 4), 3), w];
+        assert_eq!(scene.chain(&chain), efault, "WRITE, partly {what}");
+        let content = std::fs::read(scene.server.share().join("file")).unwrap();
+        assert_eq!(content, b"content");
+        // What has no reply gets none.
+        for opcode in [opcode::BATCH_FORGET, opcode::FORGET] {
+            let len = scene.lay(opcode, node, &[]);
+            let header = then(readable(scene.request, len), 1);
+            let chain = [header, then(readable(elsewhere, 16), 2), w];
+            assert_eq!(scene.chain(&chain), Back::Empty, "{opcode} {what}");
+        }
+        // Neither the request's number nor the place of the reply is known.
+        let len = scene.lay_good();
+        let r = readable(scene.request, len);
+        let chain = [then(readable(elsewhere, 40), 1), then(r, 2), w];
+        assert_eq!(scene.chain(&chain), Back::Empty, "a header {what}");
+        let chain = [then(r, 1), then(writable(elsewhere, OUT), 2), w];
+        assert_eq!(scene.chain(&chain), Back::Empty, "a reply {what}");
+        scene.is_well(what);
+    }
+    assert_eq!(scene.faulty(), 4, "those without a header or a reply");
+    let read = scene.fs.read(node, handle, 0, 100).unwrap();
+    assert_eq!(read, b"content");
+}
+
 fn lay_descriptor(scene: &mut Scene, at: Gpa, descriptor: &Descriptor) {
     let memory = scene.memory();
     memory.write(at, descriptor.addr.as_bytes()).unwrap();
@@ -421,7 +495,7 @@ fn an_unaligned_table(scene: &mut Scene, r: Descriptor, w: Descriptor) {
 /// Two regions that touch are as one, for headers, tables and replies.
 fn across_the_border(scene: &mut Scene) {
     let memory = scene.memory();
-    let bytes = request(vmm::fuse::wire::opcode::GETATTR, vmm::fuse::ROOT, &[0; 16]);
+    let bytes = request(opcode::GETATTR, ROOT, &[0; 16]);
     for within in [1, 8, IN as u64, bytes.len() as u64 - 1] {
         let at = Gpa(BORDER - within);
         memory.write(at, &bytes).unwrap();

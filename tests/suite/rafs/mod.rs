@@ -1,6 +1,7 @@
 //! RAFS images, served by the library's own service to a client that speaks as a guest does.
 
 mod image;
+mod mounted;
 mod server;
 mod tree;
 
@@ -49,6 +50,7 @@ fn serve(rafs: Rafs, runtime: Choice, guest: impl FnOnce(&mut Client<Session>)) 
             tag: None,
             request_queues: NonZeroU16::new(2).unwrap(),
             dax_window: 0,
+            dax_fs_map: false,
         },
         workers: NonZeroUsize::new(2).unwrap(),
         runtime,

@@ -10,7 +10,7 @@ use super::image::{Image, LARGE, damage, everything};
 use super::one_large;
 use super::tree::{compare, try_read};
 
-const LISTENING: &str = "Waiting for vhost-user socket connection";
+pub(super) const LISTENING: &str = "Waiting for vhost-user socket connection";
 
 /// Starts a server of an image that ends if it makes a system call which isn't allowed.
 fn start(image: &Image, arguments: &[&str]) -> Server {
@@ -57,6 +57,19 @@ fn image_is_served_from_the_sandbox() {
             server.signal(rustix::process::Signal::TERM);
             assert!(server.wait().success());
         }
+    }
+}
+
+#[test]
+fn attributes_are_hidden_if_the_guest_is_not_to_have_them() {
+    let image = Image::of(everything, &[]);
+    for (arguments, found) in [(&["--no-xattr"][..], Err(libc::ENOSYS)), (&[], Ok(1000))] {
+        let server = with_cache(&image, arguments);
+        let mut guest = server.session(Profile::Qemu, &Options::default());
+        let small = guest.lookup(ROOT, c"small").unwrap().nodeid;
+        let value = guest.getxattr(small, c"user.long");
+        let len = value.map(|value| value.len());
+        assert_eq!(len.map_err(|error| error.errno().unwrap()), found);
     }
 }
 

@@ -27,6 +27,13 @@ pub(super) fn compare(guest: &mut Client<Session>, source: &Path) -> Compared {
     compared
 }
 
+/// Compares everything below `source` with what is below the directory `node` of the guest.
+pub(super) fn compare_below(guest: &mut Client<Session>, node: u64, source: &Path) -> Compared {
+    let mut compared = Compared::default();
+    directory(guest, node, source, &mut compared);
+    compared
+}
+
 fn directory(guest: &mut Client<Session>, node: u64, path: &Path, compared: &mut Compared) {
     let handle = guest.opendir(node).unwrap();
     let plain = guest.readdir_all(node, handle).unwrap();
@@ -91,8 +98,8 @@ fn compare_inode(guest: &mut Client<Session>, node: u64, path: &Path, compared: 
     if !theirs.is_dir() {
         assert_eq!(ours.size, theirs.size(), "{which}");
         assert_eq!(u64::from(ours.nlink), theirs.nlink(), "{which}");
-        let number = *compared.numbers.entry(theirs.ino()).or_insert(node);
-        assert_eq!(number, node, "{which}: hard links are one inode");
+        let number = *compared.numbers.entry(theirs.ino()).or_insert(ours.ino);
+        assert_eq!(number, ours.ino, "{which}: hard links are one inode");
     }
     xattrs(guest, node, path);
     if theirs.is_symlink() {

@@ -134,6 +134,10 @@ pub mod request {
 pub mod backend_request {
     /// The configuration space has changed.
     pub const CONFIG_CHANGE_MSG: u32 = 2;
+    /// Map files into the cache window, before `SHMEM_MAP` was specified.
+    pub const FS_MAP: u32 = 6;
+    /// Remove such mappings.
+    pub const FS_UNMAP: u32 = 7;
     /// Map a file into a shared-memory region.
     pub const SHMEM_MAP: u32 = 9;
     /// Remove such a mapping.
@@ -231,6 +235,27 @@ pub struct MMap {
 impl MMap {
     /// The guest may write.
     pub const WRITABLE: u64 = 1;
+}
+
+/// FS_MAP and FS_UNMAP: mappings, of which those of length 0 are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub struct FsMap {
+    /// Where they begin in the file.
+    pub fd_offset: [u64; 8],
+    /// Where they begin in the window.
+    pub cache_offset: [u64; 8],
+    /// Bytes.
+    pub len: [u64; 8],
+    /// [`READ`](Self::READ), [`WRITE`](Self::WRITE).
+    pub flags: [u64; 8],
+}
+
+impl FsMap {
+    /// The guest may read.
+    pub const READ: u64 = 1;
+    /// The guest may write.
+    pub const WRITE: u64 = 2;
 }
 
 /// SET_LOG_BASE.

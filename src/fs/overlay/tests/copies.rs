@@ -1,13 +1,13 @@
 //! Copying up: numbers, handles, holes, waiting, and several threads at once.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Barrier;
 
 use rustix::io::Errno;
 
 use super::{FileSystem, O_RDONLY, O_RDWR, ROOT, c, caller, new, with_overlay};
-use crate::fs::{Changes, waiting};
+use crate::fs::{Changes, Handle, HandleKind, waiting};
 
 #[test]
 fn file_of_one_layer_is_its_own_file_of_the_host() {
@@ -56,6 +56,72 @@ fn copied_up_file_keeps_its_number_and_an_open_one_shows_what_is_written() {
             rig.fs.releasedir(ROOT, root).unwrap();
         },
     );
+}
+
+#[test]
+fn handle_of_before_a_copy_up_is_opened_anew_once_and_released_with_the_first() {
+    const THREADS: usize = 4;
+    const ROUNDS: usize = 20;
+    let fill = |lower: &std::path::Path| {
+        for file in 0..ROUNDS {
+            std::fs::write(lower.join(file.to_string()), "below").unwrap();
+        }
+    };
+    with_overlay(fill, |rig| {
+        for round in 0..ROUNDS {
+            let name = round.to_string();
+            let before = rig.descriptors();
+            let node = rig.node(&name);
+            let reading = rig.open(node, O_RDONLY).handle;
+            let writing = rig.open(node, O_RDWR).handle;
+            rustix::io::pwrite(rig.file(node, writing), b"above", 0).unwrap();
+            let barrier = Barrier::new(THREADS);
+            let read = || {
+                barrier.wait();
+                assert_eq!(rig.content(node, reading), b"above");
+                rig.file(node, reading).as_fd().as_raw_fd()
+            };
+            let descriptors: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(read)).collect();
+                let threads = threads.into_iter();
+                threads.map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(descriptors, [descriptors[0]; THREADS]);
+            rig.fs.release(node, writing).unwrap();
+            rig.fs.release(node, reading).unwrap();
+            rig.fs.forget(node, 1);
+            assert_eq!(rig.descriptors(), before, "round {round}");
+        }
+    });
+}
+
+#[test]
+fn handle_gives_access_to_its_own_node_only() {
+    let fill = |lower: &std::path::Path| {
+        std::fs::write(lower.join("a"), "of a").unwrap();
+        std::fs::write(lower.join("b"), "of b").unwrap();
+    };
+    with_overlay(fill, |rig| {
+        let (a, b) = (rig.node("a"), rig.node("b"));
+        let (of_a, of_b) = (rig.open(a, O_RDONLY).handle, rig.open(b, O_RDWR).handle);
+        let invented = Handle(of_a.0 + 1000);
+        for (node, handle) in [(a, of_b), (b, of_a), (a, invented), (ROOT, of_a)] {
+            let refused = [
+                rig.fs.file(node, handle, HandleKind::File).err(),
+                rig.fs.file_to_change(node, handle).err(),
+                rig.fs.flush(&caller(), node, handle).err(),
+                rig.fs.release(node, handle).err(),
+            ];
+            assert_eq!(refused, [Some(Errno::BADF); 4]);
+        }
+        assert_eq!(rig.content(a, of_a), b"of a");
+        rig.fs.release(a, of_a).unwrap();
+        assert_eq!(
+            rig.fs.file(a, of_a, HandleKind::File).err(),
+            Some(Errno::BADF)
+        );
+        assert_eq!(rig.content(b, of_b), b"of b");
+    });
 }
 
 #[test]

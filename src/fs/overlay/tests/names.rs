@@ -1,13 +1,17 @@
 //! Names and references: what stays known, what is given back, and what is refused.
 
 use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
 
 use rustix::io::Errno;
+use tempfile::TempDir;
 
 use super::{
-    FileSystem, O_RDONLY, OverlayError, ROOT, c, caller, new, options, overlay, with_overlay,
+    FileSystem, Lower, O_RDONLY, Overlay, OverlayError, Passthrough, ROOT, Upper, c, caller, new,
+    options, overlay, with_overlay,
 };
 use crate::fs::overlay::check;
+use crate::fs::{XattrFlags, passthrough};
 
 #[test]
 fn everything_that_was_looked_up_is_given_back() {
@@ -220,4 +224,48 @@ fn session_begins_anew_after_a_reset() {
         let opened = rig.open(new_node, super::O_RDWR);
         assert_eq!(rig.content(new_node, opened.handle), b"x");
     });
+}
+
+#[test]
+fn layer_without_attributes_does_not_end_requests_for_those_of_others() {
+    let dir = TempDir::new().unwrap();
+    for name in ["lower", "upper", "work"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    std::fs::write(dir.path().join("lower/below"), "").unwrap();
+    std::fs::write(dir.path().join("upper/above"), "").unwrap();
+    let without = passthrough::Options {
+        xattr: false,
+        max_inodes: 1000,
+        ..passthrough::Options::default()
+    };
+    let layer = Lower {
+        fs: Arc::new(Passthrough::new(&dir.path().join("lower"), without).unwrap()),
+        device: Some(1),
+    };
+    let upper = Upper {
+        fs: super::passthrough(dir.path(), false),
+        device: Some(1),
+        directory: "upper".into(),
+        work: "work".into(),
+    };
+    let fs = Overlay::new(vec![layer], Some(upper), options()).unwrap();
+    let node = |name| fs.lookup(&caller(), ROOT, name).unwrap().node;
+    let (below, above) = (node(c"below"), node(c"above"));
+    let none = XattrFlags::empty();
+    let refused = [
+        fs.getxattr(&caller(), below, c"user.a", 9).err(),
+        fs.getxattr_len(&caller(), below, c"user.a").err(),
+        fs.listxattr(&caller(), below, 9).err(),
+        fs.listxattr_len(&caller(), below).err(),
+        fs.removexattr(&caller(), below, c"user.a").err(),
+    ];
+    assert_eq!(refused, [Some(Errno::OPNOTSUPP); 5]);
+    // Setting one copies the file to the layer that has them.
+    for node in [above, below] {
+        fs.setxattr(&caller(), node, c"user.a", b"value", none)
+            .unwrap();
+        let value = fs.getxattr(&caller(), node, c"user.a", 9);
+        assert_eq!(value.unwrap(), b"value");
+    }
 }

@@ -10,6 +10,7 @@ mod eviction;
 mod forget;
 mod limits;
 mod lost_inodes;
+mod open_by_name;
 mod opening;
 mod paths;
 mod removed_inodes;
@@ -28,6 +29,7 @@ pub(crate) use self::opening::regular_file;
 pub(crate) use self::reopen_policy::ReopenPolicy;
 
 use self::lost_inodes::LostInodes;
+use self::open_by_name::mount_without_devices;
 use self::removed_inodes::RemovedInodes;
 use self::sharing::Sharing;
 use crate::fs::passthrough::inode_table::{Inode, InodeTable};
@@ -48,6 +50,8 @@ pub(crate) struct Descriptors {
     removed_inodes: RemovedInodes,
     /// Whether the share is read-only.
     readonly: bool,
+    /// The mount of the shared directory, if no device can be opened in it.
+    mount_without_devices: Option<u64>,
 }
 
 impl Descriptors {
@@ -60,8 +64,10 @@ impl Descriptors {
         limits: GuestLimits,
         readonly: bool,
     ) -> Self {
+        let mount_without_devices = mount_without_devices(&inodes);
         Self {
             proc_fds,
+            mount_without_devices,
             inodes,
             reopen_policy,
             files,

@@ -26,12 +26,19 @@ impl Descriptors {
     pub(crate) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
         if self.readonly {
             // Reading leaves no trace, if the host allows that.
-            match self.reopen(inode, flags | OFlags::NOATIME) {
+            match self.open_unchanged(inode, flags | OFlags::NOATIME) {
                 Err(Errno::PERM) => {}
                 opened => return opened,
             }
         }
-        self.reopen(inode, flags)
+        self.open_unchanged(inode, flags)
+    }
+
+    fn open_unchanged(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
+        match self.open_by_name(inode, flags) {
+            Some(fd) => Ok(fd),
+            None => self.reopen(inode, flags),
+        }
     }
 
     /// Opens a file for writing; `appends` says whether the caller opened it with `O_APPEND`. An

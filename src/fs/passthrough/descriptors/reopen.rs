@@ -34,6 +34,7 @@ impl Descriptors {
             Some(fd) => Ok(InodeFd::installed(inode, fd)),
             None => self
                 .open_closed(inode)
+                .or_else(|error| self.open_through_file(inode, error))
                 .or_else(|error| self.search_lost(inode, error))
                 .inspect_err(|error| self.note_stale(inode, *error)),
         }
@@ -86,6 +87,23 @@ impl Descriptors {
             Err(Errno::AGAIN) => Err(Errno::STALE),
             done => done,
         }
+    }
+
+    /// Opens an inode whose name leads elsewhere through a file that the guest has open on it. Other
+    /// errors than `ESTALE` are returned as they are.
+    fn open_through_file<'a>(&self, inode: &'a Inode, error: Errno) -> Result<InodeFd<'a>> {
+        if error != Errno::STALE {
+            return Err(error);
+        }
+        let mut found = None;
+        self.files.handles().each(|open, _, file| {
+            if found.is_none() && open.node == inode.node().0 {
+                found = Some(file.clone());
+            }
+        });
+        let file = found.ok_or(error)?;
+        let fd = self.with_room(|| reopen_fd(&file, &self.proc_fds, OFlags::PATH))?;
+        self.install(inode, fd)
     }
 
     fn try_open_closed<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {

@@ -51,12 +51,13 @@ impl InodeTable {
     }
 
     /// Finds or adds an inode without opening it, and counts one lookup. Returns `None` if it may
-    /// be a known inode and `identity` is not sufficient to tell. A new inode can't be opened
-    /// before [`record_name_of_new`](Self::record_name_of_new).
+    /// be a known inode and `identity` is not sufficient to tell, or one that was forgotten. A new
+    /// inode can't be opened before [`record_name_of_new`](Self::record_name_of_new).
     pub(crate) fn add_unopened(&self, identity: &Identity) -> Option<Arc<Inode>> {
         let mut keys = self.keys(&identity.key);
         if let Some(known) = by_key(&keys, &identity.key) {
-            let known = known.is(identity).then_some(known)?;
+            let is_known = known.is(identity) && !known.is_forgotten();
+            let known = is_known.then_some(known)?;
             self.increment_lookups(&keys, known);
             return Some(Arc::clone(known));
         }

@@ -34,7 +34,7 @@ impl Operations {
     /// Serves LOOKUP of a name.
     pub(crate) fn look_up(&self, caller: &Caller, parent: NodeId, name: &CStr) -> Result<Entry> {
         let parent = self.fds.inode(parent)?;
-        let entry = self.find(self.fds.fd(&parent)?, name)?;
+        let entry = self.find_unopened(self.fds.fd(&parent)?, name, Opens::WhatMayChange)?;
         self.note_lookup(caller, entry.node);
         Ok(self.announced(&parent.key(), entry))
     }
@@ -70,9 +70,14 @@ impl Operations {
         self.find_or_insert(Found::Path(fd), Some(&seen))
     }
 
-    /// As [`find`](Self::find), for one of many names, most of which are never used: a new inode is
-    /// only recorded, and opened when it is needed.
+    /// As [`find`](Self::find), for one of many names, most of which are never used.
     pub(crate) fn find_listed(&self, parent: impl Directory, name: &CStr) -> Result<Entry> {
+        self.find_unopened(parent, name, Opens::Nothing)
+    }
+
+    /// As [`find`](Self::find), by one system call: a new inode is only recorded, and opened when it
+    /// is needed, unless it is one that `opens` says.
+    fn find_unopened(&self, parent: impl Directory, name: &CStr, opens: Opens) -> Result<Entry> {
         if !self.fds.reopen_policy().keeps_opened_fds() {
             return self.find(parent, name);
         }
@@ -84,6 +89,11 @@ impl Operations {
                 .inodes()
                 .record_name(&inode, seen.parent, name, seen.dir_seq);
             return Ok(self.entry(&inode, &stat));
+        }
+        let opened = opens == Opens::WhatMayChange
+            && (identity.kind == FileType::Directory || !identity.is_settled());
+        if opened {
+            return self.find_new(parent, name);
         }
         match self.add_unopened(&parent, &seen, &identity) {
             Some(inode) => Ok(self.entry(&inode, &stat)),
@@ -265,6 +275,16 @@ impl Operations {
             submount: false,
         }
     }
+}
+
+/// Which new inodes are opened when they are found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opens {
+    /// Directories, as what is in them is about to be looked up, and a program that works in one
+    /// keeps it when the host moves it; and what is so young that its identity says little, as it
+    /// costs another call to identify it later.
+    WhatMayChange,
+    Nothing,
 }
 
 /// A name under which an inode was seen.

@@ -14,6 +14,7 @@ mod lookups;
 mod lost_names;
 mod names;
 mod restored;
+mod unopened;
 mod xattrs;
 
 use std::ffi::{CStr, CString};

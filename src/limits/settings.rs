@@ -1,0 +1,165 @@
+//! What is limited, and how much.
+
+use std::fmt;
+use std::num::NonZeroU64;
+
+/// How many operations or bytes a second there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// The average.
+    pub per_second: NonZeroU64,
+    /// How many there may be at once after a pause; as many as in 50 ms if `None`.
+    pub burst: Option<NonZeroU64>,
+}
+
+impl Rate {
+    /// So many a second.
+    #[must_use]
+    pub fn of(per_second: NonZeroU64) -> Self {
+        Self {
+            per_second,
+            burst: None,
+        }
+    }
+}
+
+/// The limits of a share. What is `None` isn't limited. A request has to meet all limits that
+/// concern it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Operations of all kinds.
+    pub operations: Option<Rate>,
+    /// Operations that read a file.
+    pub reads: Option<Rate>,
+    /// Operations that write to a file, copy to it, or allocate space for it.
+    pub writes: Option<Rate>,
+    /// All other operations.
+    pub metadata: Option<Rate>,
+    /// Bytes that are read or written.
+    pub bytes: Option<Rate>,
+    /// Bytes that are read.
+    pub bytes_read: Option<Rate>,
+    /// Bytes that are written.
+    pub bytes_written: Option<Rate>,
+}
+
+/// Settings as words of shared memory: rate and burst of each limit, 0 for none.
+pub(crate) type SettingsWords = [u64; 14];
+
+impl Settings {
+    /// Whether nothing is limited.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The limits, in the order of the fields.
+    pub(super) fn rates(&self) -> [Option<Rate>; 7] {
+        [
+            self.operations,
+            self.reads,
+            self.writes,
+            self.metadata,
+            self.bytes,
+            self.bytes_read,
+            self.bytes_written,
+        ]
+    }
+
+    /// The settings as words.
+    pub(crate) fn words(&self) -> SettingsWords {
+        let mut words = [0; 14];
+        for (pair, rate) in words.chunks_exact_mut(2).zip(self.rates()) {
+            let Some(rate) = rate else {
+                continue;
+            };
+            pair[0] = rate.per_second.get();
+            pair[1] = rate.burst.map_or(0, NonZeroU64::get);
+        }
+        words
+    }
+
+    /// The settings that the words say.
+    pub(crate) fn from_words(words: &SettingsWords) -> Self {
+        let rate = |at: usize| {
+            Some(Rate {
+                per_second: NonZeroU64::new(words[2 * at])?,
+                burst: NonZeroU64::new(words[2 * at + 1]),
+            })
+        };
+        Self {
+            operations: rate(0),
+            reads: rate(1),
+            writes: rate(2),
+            metadata: rate(3),
+            bytes: rate(4),
+            bytes_read: rate(5),
+            bytes_written: rate(6),
+        }
+    }
+}
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 7] = [
+            "operations",
+            "reads",
+            "writes",
+            "metadata operations",
+            "bytes",
+            "bytes read",
+            "bytes written",
+        ];
+        let mut separator = "";
+        for (rate, unit) in self.rates().into_iter().zip(UNITS) {
+            let Some(rate) = rate else {
+                continue;
+            };
+            write!(f, "{separator}{} {unit} a second", rate.per_second)?;
+            if let Some(burst) = rate.burst {
+                write!(f, " (burst {burst})")?;
+            }
+            separator = ", ";
+        }
+        if self.is_empty() {
+            f.write_str("none")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_survive_as_words() {
+        let rate = |per_second, burst| {
+            Some(Rate {
+                per_second: NonZeroU64::new(per_second).unwrap(),
+                burst: NonZeroU64::new(burst),
+            })
+        };
+        let all = Settings {
+            operations: rate(1, 0),
+            reads: rate(2, 20),
+            writes: rate(3, 0),
+            metadata: rate(4, 40),
+            bytes: rate(5, 0),
+            bytes_read: rate(u64::MAX, u64::MAX),
+            bytes_written: rate(7, 0),
+        };
+        assert_eq!(Settings::from_words(&all.words()), all);
+        assert_eq!(Settings::default().words(), [0; 14]);
+        assert_eq!(Settings::default().to_string(), "none");
+        let text = Settings {
+            operations: rate(1000, 0),
+            bytes_read: rate(4096, 8192),
+            ..Settings::default()
+        };
+        assert_eq!(
+            text.to_string(),
+            "1000 operations a second, 4096 bytes read a second (burst 8192)"
+        );
+    }
+}
