@@ -574,6 +574,7 @@ mod control_groups {
         let allow = |most: &str| std::fs::write(group.0.join("pids.max"), most).unwrap();
         for args in [&[][..], &["--supervise"]] {
             let mut server = launch(&group.enter(), None, args);
+            server.wait_until_it_listens();
             // The first session's workers exist before it does.
             uses(&mut session(&server), &server, "first");
             server.wait_until_it_listens();

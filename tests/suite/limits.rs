@@ -283,6 +283,7 @@ fn with_limits(engine: Engine, limits: &Arc<Limits>, act: impl FnOnce(&mut Guest
         tag: None,
         request_queues: NonZeroU16::MIN,
         dax_window: 0,
+        dax_fs_map: false,
     };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (_stop, never) = UnixStream::pair().unwrap();
