@@ -340,6 +340,7 @@ impl Service {
             Some(pool) => pool,
             None => self.start_workers(&Arc::new(self.new_session()))?,
         };
+        pool.session().report_state();
         if let Some(negotiated) = pool.session().negotiated() {
             log::info!("the guest's session resumes: {negotiated}");
         }

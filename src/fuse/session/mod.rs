@@ -162,7 +162,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
     #[must_use]
     pub(crate) fn reporting_to(mut self, metrics: Arc<Registry>) -> Self {
         self.metrics = Some(metrics);
-        self.report_state();
         self
     }
 
@@ -171,7 +170,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.metrics.as_ref()
     }
 
-    fn report_state(&self) {
+    /// Reports the state of the session, which a VMM is about to use. Later changes are reported as they
+    /// happen.
+    pub(crate) fn report_state(&self) {
         if let Some(metrics) = &self.metrics {
             metrics.set_session(match self.is_ready() {
                 true => SessionState::Mounted,
