@@ -1,6 +1,7 @@
 //! The resolved configuration of a server. The invariant: an impossible setting has no
 //! representation.
 
+use std::fmt;
 use std::num::{NonZeroU16, NonZeroU64, NonZeroUsize};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -87,6 +88,33 @@ pub enum Prefetch {
     All,
 }
 
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "{}", path.display()),
+            Self::Vfs(mounts) => {
+                for (number, (point, source)) in mounts.iter().enumerate() {
+                    let separator = if number == 0 { "" } else { ", " };
+                    write!(f, "{separator}{point}={source}")?;
+                }
+                Ok(())
+            }
+            Self::Overlay(OverlaySource { lower, upper, .. }) => {
+                f.write_str("overlay:lower=")?;
+                for (number, layer) in lower.iter().enumerate() {
+                    let separator = if number == 0 { "" } else { ":" };
+                    write!(f, "{separator}{layer}")?;
+                }
+                match upper {
+                    Some(upper) => write!(f, ",upper={}", upper.display()),
+                    None => Ok(()),
+                }
+            }
+            Self::Rafs(image) => write!(f, "rafs:{}", image.bootstrap.display()),
+        }
+    }
+}
+
 impl Source {
     /// Whether an image is among what is served.
     #[must_use]
@@ -164,6 +192,8 @@ pub struct Config {
     pub poll: Duration,
     /// The file that keeps the session's state across servers.
     pub state: Option<PathBuf>,
+    /// The socket that the server is controlled by.
+    pub control: Option<PathBuf>,
     /// The file that has the process id and is locked while the server runs.
     pub pid_file: Option<PathBuf>,
     /// Replace a file at the socket's path even if it isn't a socket.

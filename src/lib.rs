@@ -15,6 +15,8 @@
 
 mod cli;
 mod config;
+mod control;
+mod ctl;
 mod dax;
 mod device;
 pub mod embed;
@@ -24,6 +26,7 @@ mod fuse;
 mod guest_memory;
 pub mod io;
 mod limits;
+mod logging;
 pub mod metrics;
 mod migration;
 mod recovery;
@@ -31,6 +34,7 @@ mod sandbox;
 pub mod scheduler;
 mod server;
 mod state;
+mod top;
 mod vhost_user;
 mod virtqueue;
 mod worker;
@@ -72,14 +76,22 @@ pub mod errors {
 pub mod internals {
     pub mod cli {
         pub use crate::cli::{
-            Behaviour, CAPABILITIES, DIFFERENCES, Difference, Options, Persona, Syslog, Upgrade,
-            asks_for_capabilities, asks_for_upgrade, log_filters, notices, parse, status_of,
-            syslog_header,
+            Behaviour, CAPABILITIES, Ctl, DIFFERENCES, Difference, Options, Persona, Syslog, Top,
+            Upgrade, asks_for_capabilities, asks_for_command, log_filters, notices, parse,
+            status_of, syslog_header,
         };
     }
 
     pub mod config {
         pub use crate::config::Config;
+    }
+
+    pub mod control {
+        pub use crate::control::{COMMANDS, Code, Command, VERSION};
+    }
+
+    pub mod ctl {
+        pub use crate::ctl::run;
     }
 
     pub mod dax {
@@ -122,6 +134,10 @@ pub mod internals {
         pub fn of_regions(regions: Vec<Region>) -> Result<Memory, MemoryError> {
             Memory::new(regions, None)
         }
+    }
+
+    pub mod logging {
+        pub use crate::logging::{Output, start};
     }
 
     pub mod limits {
@@ -186,6 +202,10 @@ pub mod internals {
 
     pub mod state {
         pub use crate::state::{Limits, Table};
+    }
+
+    pub mod top {
+        pub use crate::top::run;
     }
 
     pub mod vhost_user {

@@ -12,11 +12,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use log::LevelFilter;
 use ringfsd::error_chain;
-use ringfsd::internals::cli::{self, Behaviour, Options, Persona, Syslog, Upgrade};
+use ringfsd::internals::cli::{self, Behaviour, Ctl, Options, Persona, Syslog, Top, Upgrade};
 use ringfsd::internals::config::Config;
+use ringfsd::internals::ctl;
+use ringfsd::internals::logging;
 use ringfsd::internals::recovery::{self, ExecHandover, Watched};
 use ringfsd::internals::sandbox::{self, Ending};
 use ringfsd::internals::server::{self, Exit, Server, Started};
+use ringfsd::internals::top;
 
 fn main() -> ExitCode {
     if let Err(error) = server::raise_limits() {
@@ -29,8 +32,11 @@ fn main() -> ExitCode {
         let _ = writeln!(std::io::stdout(), "{}", cli::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
-    if cli::asks_for_upgrade(&arguments) {
-        return upgrade(&arguments);
+    match cli::asks_for_command(&arguments) {
+        None => {}
+        Some("ctl") => return ctl(&arguments),
+        Some("top") => return top(&arguments),
+        Some(_) => return upgrade(&arguments),
     }
     let persona = Persona::of(&arguments);
     let behaviour = persona.behaviour();
@@ -95,6 +101,37 @@ fn upgrade(arguments: &[OsString]) -> ExitCode {
     }
 }
 
+/// Asks a running server for something.
+fn ctl(arguments: &[OsString]) -> ExitCode {
+    let ctl = Ctl::parse_from(arguments.iter().skip(1));
+    match ctl::run(&ctl) {
+        Ok(text) => {
+            // Whoever closes the pipe early has read enough.
+            let _ = writeln!(std::io::stdout(), "{text}");
+            ExitCode::SUCCESS
+        }
+        Err(text) if ctl.json => {
+            let _ = writeln!(std::io::stdout(), "{text}");
+            ExitCode::FAILURE
+        }
+        Err(text) => {
+            eprintln!("ringfsd: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Watches running servers.
+fn top(arguments: &[OsString]) -> ExitCode {
+    match top::run(&Top::parse_from(arguments.iter().skip(1))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringfsd: {}", error_chain::one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Starts logging; returns the connection to syslog if the log goes there.
 fn start_logging(
     behaviour: &'static Behaviour,
@@ -102,29 +139,18 @@ fn start_logging(
     syslog: bool,
 ) -> Option<Syslog> {
     let syslog = syslog.then(Syslog::connect);
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    // What they log of a damaged image is logged by the server too, and a guest could repeat it.
-    if level < LevelFilter::Debug {
-        for name in ["nydus_rafs", "nydus_storage", "nydus_utils"] {
-            builder.filter_module(name, LevelFilter::Off);
-        }
-    }
     let has_syslog = matches!(syslog, Some(Ok(_)));
-    if let Some(filters) = cli::log_filters(behaviour, std::env::var_os, has_syslog) {
-        builder.parse_filters(&filters);
-    }
-    if let Some(Ok(syslog)) = &syslog {
+    let filters = cli::log_filters(behaviour, std::env::var_os, has_syslog);
+    let output = syslog.as_ref().and_then(|syslog| syslog.as_ref().ok());
+    let output = output.map(|syslog| {
         // The process ID that the launcher knows, also in the serving process.
         let pid = std::process::id();
-        builder
-            .target(env_logger::Target::Pipe(Box::new(syslog.clone())))
-            .format(move |line, record| {
-                let header = cli::syslog_header(behaviour, record.level(), pid);
-                writeln!(line, "{header}{}", record.args())
-            });
-    }
-    builder.init();
+        logging::Output {
+            target: Box::new(syslog.clone()),
+            header: Box::new(move |level| cli::syslog_header(behaviour, level, pid)),
+        }
+    });
+    logging::start(level, filters, output);
     match syslog {
         Some(Ok(syslog)) => Some(syslog),
         Some(Err(error)) => {
@@ -178,11 +204,14 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // From here on these signals only make `stop` readable.
     let (stop, signalled) = UnixStream::pair()?;
     let leave = Arc::new(AtomicBool::new(false));
+    // Set before `stop` is readable, so that a request to report isn't taken for one to end.
+    let ending = Arc::new(AtomicBool::new(false));
     let ending_signals = if server.is_supervised() {
         abort_on_panic();
         let hangup = signal_hook::consts::SIGHUP;
         // Handlers run in the order of registration: the flag is set before `stop` is readable.
         signal_hook::flag::register(hangup, Arc::clone(&leave))?;
+        signal_hook::flag::register(hangup, Arc::clone(&ending))?;
         signal_hook::low_level::pipe::register(hangup, signalled.try_clone()?)?;
         let mut signals = sandbox::ending_signals()?;
         signals.retain(|signal| *signal != hangup);
@@ -190,7 +219,17 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     } else {
         sandbox::ending_signals()?
     };
+    let report = signal_hook::consts::SIGUSR1;
+    if server.is_controlled() {
+        let (reports, asked) = UnixStream::pair()?;
+        signal_hook::low_level::pipe::register(report, asked)?;
+        server.reports_on(reports);
+    } else {
+        signal_hook::low_level::pipe::register(report, signalled.try_clone()?)?;
+        server.reports_between(stop.try_clone()?, Arc::clone(&ending));
+    }
     for signal in ending_signals {
+        signal_hook::flag::register(signal, Arc::clone(&ending))?;
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
     server.release_signals()?;

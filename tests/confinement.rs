@@ -139,6 +139,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
             trees: Vec::new(),
             proc_fds: open(Path::new("/proc/self/fd")),
             file_handles: true,
+            in_user_namespace: false,
             may_label: false,
             serving: sandbox::Serving::default(),
             descriptors: Vec::new(),
@@ -153,6 +154,7 @@ fn attempt(attempt: &Attempt) -> ExitCode {
         ForkResult::Serving(inside) => inside,
     };
     let needs = Needs {
+        more_directories: false,
         readonly: false,
         file_handles: false,
     };

@@ -36,10 +36,14 @@ pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
         .any(|argument| argument == "--print-capabilities")
 }
 
-/// Whether the arguments are those of `ringfsd upgrade`.
+/// The commands, which are the first argument.
+const COMMANDS: [&str; 3] = ["upgrade", "ctl", "top"];
+
+/// The command that the arguments ask for, if they aren't those of a server.
 #[must_use]
-pub fn asks_for_upgrade(arguments: &[OsString]) -> bool {
-    arguments.get(1).is_some_and(|first| first == "upgrade")
+pub fn asks_for_command(arguments: &[OsString]) -> Option<&'static str> {
+    let first = arguments.get(1)?;
+    COMMANDS.into_iter().find(|command| first == command)
 }
 
 /// Returns the arguments with each `-o LIST` replaced by the options that it names, after all other
@@ -390,7 +394,9 @@ mod tests {
         assert!(!asks(&["--print-capabilities"]));
         assert!(!asks(&["p", "--", "--print-capabilities"]));
         let upgrade = ["p", "upgrade", "--pid=1"].map(OsString::from);
-        assert!(asks_for_upgrade(&upgrade));
-        assert!(!asks_for_upgrade(&upgrade[1..]));
+        assert_eq!(asks_for_command(&upgrade), Some("upgrade"));
+        assert_eq!(asks_for_command(&upgrade[1..]), None);
+        let server = ["p", "--socket", "ctl"].map(OsString::from);
+        assert_eq!(asks_for_command(&server), None);
     }
 }

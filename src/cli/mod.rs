@@ -8,6 +8,7 @@ mod caching;
 mod comma_list;
 mod conflict;
 mod connection;
+mod ctl;
 mod dax;
 mod extended_attributes;
 mod isolation;
@@ -25,6 +26,7 @@ mod size;
 mod source_options;
 mod sources;
 mod syslog;
+mod top;
 mod upgrade;
 mod values;
 
@@ -37,10 +39,12 @@ use self::launcher::{apply_own_precedence, expand, is_late_in_virtiofsd, refusal
 
 pub(crate) use self::caching::Caching;
 pub(crate) use self::connection::Connection;
+pub use self::ctl::Ctl;
+pub(crate) use self::ctl::{CtlCommand, PageArgs};
 pub(crate) use self::dax::Dax;
 pub(crate) use self::extended_attributes::ExtendedAttributes;
 pub(crate) use self::isolation::Isolation;
-pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_upgrade};
+pub use self::launcher::{CAPABILITIES, asks_for_capabilities, asks_for_command};
 pub(crate) use self::limits::Limits;
 pub(crate) use self::migration::Migration;
 pub(crate) use self::observability::Observability;
@@ -51,6 +55,7 @@ pub(crate) use self::recovery::Recovery;
 pub use self::resolve::notices;
 pub(crate) use self::sharing::Sharing;
 pub use self::syslog::{Syslog, header as syslog_header};
+pub use self::top::Top;
 pub use self::upgrade::Upgrade;
 
 /// Share a directory of this host with a virtual machine over virtio-fs.
@@ -62,8 +67,12 @@ pub use self::upgrade::Upgrade;
     name = "ringfsd",
     version,
     args_override_self = true,
-    after_help = "Replace a running server with this program: ringfsd upgrade --help",
-    after_long_help = "To replace a running server with this program, see ringfsd upgrade --help.\n\n\
+    after_help = "Replace a running server with this program: ringfsd upgrade --help\n\
+        Look into a running server, or change its settings: ringfsd ctl --help\n\
+        Watch what running servers do: ringfsd top --help",
+    after_long_help = "To replace a running server with this program, see ringfsd upgrade --help. \
+        To look into a running server, or change its settings, see ringfsd ctl --help; \
+        to watch what servers do, see ringfsd top --help.\n\n\
         Example with QEMU (the guest's memory must be shared):\n  \
         ringfsd --socket /run/vm1.sock --shared-dir /srv/vm1 &\n  \
         qemu-system-x86_64 … -m 4G \\\n    \
@@ -217,7 +226,8 @@ mod tests {
         for line in short_help_lines(100) {
             let option = line.trim_start().starts_with('-');
             let heading = line.ends_with(':') && !line.starts_with(' ');
-            let last = line.starts_with("Replace a running server");
+            let last = ["Replace a running", "Look into a running", "Watch what"];
+            let last = last.iter().any(|start| line.starts_with(start));
             assert!(option || heading || last || line.is_empty(), "{line:?}");
             // If help doesn't fit, clap puts it below the name, for the whole heading.
             assert!(!option || line.trim().contains("  "), "{line:?}");

@@ -1,6 +1,7 @@
 //! Options of the heading Observability: the log, and what the server says of itself.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::Args;
 use log::LevelFilter;
@@ -50,12 +51,29 @@ pub struct Observability {
     /// [default: none]
     #[arg(long, value_name = "ADDRESS")]
     pub metrics: Option<Address>,
+    /// Let the server be controlled by a new socket: unix:PATH
+    ///
+    /// `ringfsd ctl PATH` shows what the server does, and changes its settings while it runs; see
+    /// `ringfsd ctl --help`. Only the server's user and root can connect. With --vfs, directories can
+    /// be mounted while the server runs, so Landlock isn't used.
+    ///
+    /// [default: none]
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
+    pub control: Option<PathBuf>,
 
     /// Print what the server supports as JSON, and exit
     ///
     /// libvirt asks for this before it starts a server.
     #[arg(long, exclusive = true)]
     pub print_capabilities: bool,
+}
+
+/// Parses `unix:PATH`.
+fn unix_path(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:") {
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => Err("expected unix:PATH".to_owned()),
+    }
 }
 
 /// The variable that Rust programs take log filters from.

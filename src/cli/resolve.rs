@@ -346,6 +346,7 @@ impl TryFrom<Options> for Config {
             runtime: connection.runtime,
             poll: Duration::from_micros(u64::from(connection.poll_us)),
             state: options.recovery.state,
+            control: options.observability.control,
             once,
             supervise: options.recovery.supervise,
             dax_fs_map: options.dax.dax_fs_map,

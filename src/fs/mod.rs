@@ -7,6 +7,7 @@
 //! 255 bytes; the dispatch has rejected it.
 
 pub mod fuse_backend;
+mod inspect;
 mod migrate;
 mod open_file;
 pub mod overlay;
@@ -32,6 +33,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+pub use self::inspect::{Dropped, Inspect, KnownInode, OpenHandle, Page};
 pub use self::migrate::{Migrate, MoveError};
 pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
 pub use self::replay::Replay;
@@ -357,6 +359,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
 
     /// Support for another server to continue the session, if this file system has it.
     fn migrate(&self) -> Option<&dyn Migrate> {
+        None
+    }
+
+    /// What an operator can see of this file system, if it lets anything be seen.
+    fn inspect(&self) -> Option<&dyn Inspect> {
         None
     }
 

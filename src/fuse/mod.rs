@@ -17,6 +17,7 @@ pub(crate) mod abi;
 mod counters;
 mod dax_marks;
 mod directory;
+mod file_watch;
 mod init;
 mod reply;
 pub(crate) mod request;
@@ -26,6 +27,7 @@ mod testing;
 mod transport;
 
 pub(crate) use counters::Counters;
+pub(crate) use file_watch::{FileCounts, FileWatch};
 pub(crate) use init::Negotiated;
 pub use init::{Readdirplus, SessionOptions, Wanted};
 pub(crate) use reply::error_reply;

@@ -79,6 +79,7 @@ pub struct Registry {
     known: u64,
     clock: Clock,
     timed: AtomicBool,
+    always_timed: AtomicBool,
     facts: OnceLock<Facts>,
     usage: OnceLock<ReadUsage>,
     /// The count of evictions when this process began.
@@ -122,6 +123,7 @@ impl Registry {
             known,
             clock: Clock::choose(),
             timed: AtomicBool::new(false),
+            always_timed: AtomicBool::new(false),
             facts: OnceLock::new(),
             usage: OnceLock::new(),
             evictions_before: 0,
@@ -138,8 +140,15 @@ impl Registry {
         Arc::new(this)
     }
 
-    /// Measures from now on how long requests take, or doesn't.
+    /// Measures how long requests take for as long as the process lives.
+    pub(crate) fn keep_timed(&self) {
+        self.always_timed.store(true, Ordering::Relaxed);
+        self.set_timed(true);
+    }
+
+    /// Measures from now on how long requests take, or doesn't any more, unless it always does.
     pub fn set_timed(&self, timed: bool) {
+        let timed = timed || self.always_timed.load(Ordering::Relaxed);
         if timed {
             self.clock.calibrate();
         }

@@ -169,6 +169,17 @@ fn requests_that_wait_are_in_flight_besides_the_one_that_is_served() {
 }
 
 #[test]
+fn what_is_always_timed_stays_so() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    metrics.set_timed(false);
+    assert!(!metrics.is_timed());
+    metrics.keep_timed();
+    metrics.set_timed(false);
+    assert!(metrics.is_timed());
+}
+
+#[test]
 fn request_that_began_untimed_stays_untimed() {
     let metrics = registry();
     let recorder = metrics.recorder(1);

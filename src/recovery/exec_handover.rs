@@ -68,6 +68,8 @@ pub struct ExecHandover(BTreeMap<String, String>);
 /// The descriptors on the list that a server is built from.
 pub(crate) struct ServerFds {
     pub(crate) listener: Listener,
+    pub(crate) control: Option<Listener>,
+    pub(crate) user: Option<u32>,
     pub(crate) state: OwnedFd,
     /// The file of the counters, if the previous program had one.
     pub(crate) metrics: Option<OwnedFd>,
@@ -188,6 +190,12 @@ impl ExecHandover {
         };
         let file = self.socket_file(LISTENER_FILE)?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
+        let control = self
+            .optional("control", Self::fd_identity)?
+            .map(FdIdentity::take)
+            .transpose()?;
+        let file = self.socket_file(["control-path", "control-device", "control-inode"])?;
+        let control = control.map(|control| Listener::left(control, file));
         let state = self.fd_identity("state")?.take()?;
         let pid_file = self
             .optional("pid-file", Self::fd_identity)?
@@ -218,6 +226,8 @@ impl ExecHandover {
         let past = InheritedSandbox { ids, sandbox_refs };
         let fds = ServerFds {
             listener,
+            control: control.transpose()?,
+            user: self.optional("started-by", Self::number)?,
             state,
             metrics,
             metrics_socket,
@@ -232,6 +242,8 @@ impl ExecHandover {
 pub(super) struct Outgoing<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) listener: &'a Listener,
+    pub(super) control: Option<&'a Listener>,
+    pub(super) user: u32,
     pub(super) state: BorrowedFd<'a>,
     pub(super) metrics: Option<BorrowedFd<'a>>,
     pub(super) metrics_socket: Option<(BorrowedFd<'a>, Option<&'a SocketFile>)>,
@@ -269,6 +281,14 @@ impl Outgoing<'_> {
         if let Some(file) = self.listener.file() {
             list.socket_file(LISTENER_FILE, file);
         }
+        list.add("started-by", self.user);
+        if let Some(control) = self.control {
+            list.open("control", control)?;
+            if let Some(file) = control.file() {
+                let names = ["control-path", "control-device", "control-inode"];
+                list.socket_file(names, file);
+            }
+        }
         list.open("state", self.state)?;
         if let Some(metrics) = self.metrics {
             list.open("metrics", metrics)?;
@@ -304,16 +324,17 @@ impl List {
         let _ = writeln!(self.0, "{name} {value}");
     }
 
-    fn fd_identity(&mut self, name: &str, identity: &FdIdentity) {
-        let value = format!("{} {}", identity.fd.as_raw_fd(), identity.identity());
-        self.add(name, value);
-    }
-
-    fn socket_file(&mut self, [path_name, device_name, inode_name]: [&str; 3], file: &SocketFile) {
+    fn socket_file(&mut self, names: [&str; 3], file: &SocketFile) {
+        let [path_name, device_name, inode_name] = names;
         let (path, device, inode) = file.place();
         self.add(path_name, hex(path.as_os_str().as_bytes()));
         self.add(device_name, device);
         self.add(inode_name, inode);
+    }
+
+    fn fd_identity(&mut self, name: &str, identity: &FdIdentity) {
+        let value = format!("{} {}", identity.fd.as_raw_fd(), identity.identity());
+        self.add(name, value);
     }
 
     fn open(&mut self, name: &str, fd: impl AsFd) -> std::io::Result<()> {

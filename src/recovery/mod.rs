@@ -28,6 +28,7 @@ pub(crate) use self::exec_handover::PassedSocket;
 pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub(crate) use self::supervision::LEFT;
 pub use self::supervision::Watched;
+pub(crate) use self::upgrade::AskError;
 pub use self::upgrade::ask;
 pub(crate) use self::upgrade::check_for_upgrade;
 

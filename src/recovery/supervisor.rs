@@ -86,8 +86,8 @@ impl Supervisor {
         }
     }
 
-    /// Waits for the next event. Signals that ask this process to end are passed on to the serving
-    /// process. Returns `None` after `timeout`.
+    /// Waits for the next event. Signals that ask this process to end or to report are passed
+    /// on to the serving process. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
@@ -116,6 +116,7 @@ impl Supervisor {
                     self.signal(Signal::TERM)?;
                     return Ok(Some(Event::Stopping));
                 }
+                Some(signal) if signal.number == libc::SIGUSR1 => self.signal(Signal::USR1)?,
                 Some(_) => {}
             }
         }

@@ -85,7 +85,7 @@ impl Guardian {
     }
 
     /// Waits for the next change; returns `None` after `timeout`. Passes on to the serving process
-    /// the signals that ask this process to end.
+    /// the signals that ask this process to end or to report.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Guardian {
     pub fn next_change(&mut self, timeout: Option<Duration>) -> std::io::Result<Option<Change>> {
         let ending_signals = process::ending_signals()?;
         let mut signals = ending_signals.clone();
-        signals.push(libc::SIGCHLD);
+        signals.extend([libc::SIGCHLD, libc::SIGUSR1]);
         if self.reports.is_some() {
             signals.push(libc::SIGIO);
         }
@@ -123,6 +123,12 @@ impl Guardian {
                     match rustix::process::kill_process(self.child, Signal::TERM) {
                         // It has ended, and its SIGCHLD is pending.
                         Ok(()) | Err(Errno::SRCH) => return Ok(Some(Change::Stopping)),
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Some(signal) if signal.number == libc::SIGUSR1 => {
+                    match rustix::process::kill_process(self.child, Signal::USR1) {
+                        Ok(()) | Err(Errno::SRCH) => {}
                         Err(error) => return Err(error.into()),
                     }
                 }

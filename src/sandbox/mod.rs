@@ -31,6 +31,7 @@ pub use self::guardian::Ending;
 pub(crate) use self::guardian::{Change, Guardian};
 pub(crate) use self::id_map::IdRange;
 pub use self::id_map::MapError;
+pub(crate) use self::mounts::detached;
 pub(crate) use self::privileges::{CapabilityChanges, UnknownCapability};
 pub use self::report::Serving;
 pub(crate) use self::report::now;
@@ -84,6 +85,8 @@ pub struct Needs {
     pub readonly: bool,
     /// It opens files by file handle.
     pub file_handles: bool,
+    /// It gets descriptors of other directories while it serves.
+    pub more_directories: bool,
 }
 
 /// What the server reaches on the host.
@@ -244,6 +247,8 @@ pub struct HostAccess {
     pub proc_fds: OwnedFd,
     /// Whether files can be opened by file handle.
     pub file_handles: bool,
+    /// Whether the process is in a user namespace of its own.
+    pub in_user_namespace: bool,
     /// Whether the server has `CAP_SYS_ADMIN` on the host, which setting `security.*` and
     /// `trusted.*` attributes needs.
     pub may_label: bool,
@@ -360,6 +365,8 @@ impl ServingProcess {
         // refuses such files.
         if retained.file_handles && self.ids.is_none() {
             log::info!("Landlock: not used, as files may be opened by file handle");
+        } else if needs.more_directories {
+            log::info!("Landlock: not used, as directories may be mounted by --control");
         } else {
             paths::restrict_to(&allowed(reach, &root, &trees))?;
         }
@@ -387,6 +394,7 @@ impl ServingProcess {
             trees,
             proc_fds,
             file_handles: retained.file_handles,
+            in_user_namespace: self.ids.is_some(),
             may_label: retained.admin && self.ids.is_none(),
             serving,
             descriptors,

@@ -303,6 +303,27 @@ pub(super) fn clone_share(share: &Path, readonly: bool) -> Result<OwnedFd, Errno
     Ok(tree)
 }
 
+/// Opens a directory for a server in a sandbox, which can't open it itself: as a mount without a
+/// parent, from which `..` leads nowhere, or without the privilege for that just as it is. To be
+/// called while the process has one thread: it may end up in namespaces of its own.
+///
+/// # Errors
+///
+/// The directory can't be opened.
+pub(crate) fn detached(path: &Path, readonly: bool) -> Result<OwnedFd, Errno> {
+    let as_it_is = || open(path, OFlags::DIRECTORY);
+    match clone_share(path, readonly) {
+        Err(Errno::PERM) => {}
+        Err(Errno::NOSYS) => return as_it_is(),
+        cloned => return cloned,
+    }
+    let namespaces = UnshareFlags::NEWUSER | UnshareFlags::NEWNS;
+    match process::unshare_namespaces(namespaces) {
+        Ok(()) => clone_share(path, readonly).or_else(|_refused| as_it_is()),
+        Err(_) => as_it_is(),
+    }
+}
+
 pub(super) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }

@@ -214,6 +214,7 @@ mod tests {
         let needs = Needs {
             readonly: true,
             file_handles: false,
+            more_directories: false,
         };
         assert_eq!(
             needed(needs),
@@ -222,6 +223,7 @@ mod tests {
         let all = needed(Needs {
             readonly: false,
             file_handles: true,
+            more_directories: false,
         });
         assert!(!all.contains(CapabilitySet::SYS_ADMIN));
         assert_eq!(all.iter().count(), 9);

@@ -103,6 +103,12 @@ pub enum ServerError {
     /// There is nothing to listen on.
     #[error("listening for the VMM")]
     Listen(#[from] ListenError),
+    /// There is no socket to control the server by.
+    #[error("--control: {0}")]
+    Control(String),
+    /// The thread of the control socket can't be started.
+    #[error("starting the thread that serves the control socket")]
+    ControlThread(#[source] io::Error),
     /// The PID file can't be written.
     #[error("writing the PID file {path}")]
     PidFile {

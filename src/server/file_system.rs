@@ -7,15 +7,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::error::ServerError;
+use super::mounts::Mounts;
 use super::sources::{self, Builder};
 use crate::config::{Config, Source};
+use crate::control::MAX_CLIENTS;
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{
     self, InodeFileHandles, MigrationMode, Options, Passthrough, PreviousProcess, Shared,
 };
 use crate::fuse::Wanted;
 use crate::recovery::OpenedTable;
-use crate::sandbox::{Needs, Reach, Reached};
+use crate::sandbox::{Kind, Needs, Reach, Reached};
 use crate::state::Table;
 
 pub(super) use crate::fs::passthrough::{raise_descriptor_limit, set_descriptor_limit};
@@ -30,6 +32,8 @@ pub(super) struct Entered {
     pub(super) trees: Vec<Vec<Reached>>,
     /// `/proc/self/fd`, `O_PATH`.
     pub(super) proc_fds: OwnedFd,
+    /// Files can be opened by file handle.
+    pub(super) file_handles: bool,
     /// The server may set security labels.
     pub(super) may_label: bool,
 }
@@ -38,6 +42,8 @@ pub(super) struct Entered {
 pub(super) struct Built {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) table: Arc<Table>,
+    /// What can be mounted beside it while it is served.
+    pub(super) mounts: Option<Mounts>,
 }
 
 /// Checks that what is to be served exists, before a launcher or a VMM relies on it.
@@ -58,6 +64,11 @@ pub(super) fn reach(config: &Config) -> Reach {
     }
 }
 
+/// Whether directories may be mounted while the server runs.
+fn may_add_mounts(config: &Config) -> bool {
+    config.control.is_some() && matches!(config.source, Source::Vfs(_))
+}
+
 /// What the file system needs of the sandbox.
 pub(super) fn needs(config: &Config) -> Needs {
     let options = &config.share.file_system;
@@ -65,6 +76,7 @@ pub(super) fn needs(config: &Config) -> Needs {
         readonly: options.readonly,
         file_handles: options.inode_file_handles != InodeFileHandles::Never
             || options.migration.mode == MigrationMode::FileHandles,
+        more_directories: may_add_mounts(config),
     }
 }
 
@@ -75,6 +87,7 @@ pub(super) fn build(
     opened: OpenedTable,
 ) -> Result<Built, ServerError> {
     let options = Options {
+        may_open_handles: entered.file_handles,
         reserved_descriptors: reserved_descriptors(config),
         ..config.share.file_system.clone()
     };
@@ -89,9 +102,30 @@ pub(super) fn build(
             let Entered {
                 proc_fds, trees, ..
             } = entered;
-            Built {
-                fs: Builder::new(config, options, proc_fds, trees).build(source)?,
-                table: opened.table,
+            let spare = may_add_mounts(config);
+            let options = Options {
+                // What is mounted later can't ask for it any more.
+                descriptor_limit: Some(passthrough::descriptor_limit()),
+                ..options
+            };
+            let mut builder = Builder::new(config, options, proc_fds, trees, spare);
+            let table = opened.table;
+            let confined = config.sandbox.kind != Kind::None;
+            match source {
+                Source::Vfs(mounts) if spare => {
+                    let vfs = builder.vfs(mounts)?;
+                    let mounts = Mounts::new(&vfs, builder, mounts, confined);
+                    Built {
+                        fs: vfs,
+                        table,
+                        mounts: Some(mounts),
+                    }
+                }
+                source => Built {
+                    fs: builder.build(source)?,
+                    table,
+                    mounts: None,
+                },
             }
         }
     };
@@ -127,6 +161,7 @@ fn build_directory(
     Ok(Built {
         fs: Arc::new(fs),
         table,
+        mounts: None,
     })
 }
 
@@ -154,5 +189,7 @@ fn reserved_descriptors(config: &Config) -> usize {
     const QUEUE: usize = 4;
     const OTHERS: usize = 64;
     let queues = usize::from(config.request_queues.get()) + 1;
-    WORKER * config.workers.get() + QUEUE * queues + OTHERS
+    // A client's connection, and a descriptor that comes with its request.
+    let clients = config.control.iter().count() * 2 * MAX_CLIENTS;
+    clients + WORKER * config.workers.get() + QUEUE * queues + OTHERS
 }

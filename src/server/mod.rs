@@ -5,15 +5,20 @@
 //! reasons for the order. The invariant: whatever a session took (threads, descriptors, mappings) is
 //! released before the next one begins, unless another process continues it.
 
+mod control;
 mod control_group;
+mod control_socket;
 mod counters;
 mod error;
 mod file_system;
 mod guest_limits;
 mod limits;
+mod live;
 mod metrics_socket;
+mod mounts;
 mod parent_process;
 mod pid_file;
+mod reporter;
 mod service;
 mod sources;
 mod space;
@@ -21,12 +26,15 @@ mod temporary_cache;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use rustix::io::Errno;
 
 use crate::config::{Config, Descriptors, Listen, Source};
+use crate::control::Sockets;
 use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
@@ -44,9 +52,12 @@ pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub use self::service::{Exit, Service, ServiceOptions};
 
+use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
 use self::metrics_socket::MetricsSocket;
+use self::mounts::Mounts;
 use self::pid_file::PidFile;
+use self::reporter::Reporter;
 use self::temporary_cache::TemporaryCache;
 
 /// Which of the two processes this is.
@@ -72,6 +83,20 @@ pub struct Server {
     left: Option<SessionSnapshot>,
     /// Where the counters are read.
     metrics_socket: Option<OwnedFd>,
+    control: ControlParts,
+}
+
+/// What the thread of the control socket is made of.
+#[derive(Debug)]
+struct ControlParts {
+    listener: Option<Listener>,
+    /// Readable when a signal asks for a report.
+    reports: Option<UnixStream>,
+    /// Without a thread: the socket that the server is stopped by, and whether it is to end.
+    between: Option<(UnixStream, Arc<AtomicBool>)>,
+    facts: Facts,
+    mounts: Option<Mounts>,
+    lacks_users: bool,
 }
 
 /// Makes the file system that is served of the one of the shared directory.
@@ -85,11 +110,15 @@ struct ServerResources {
     listener: Listener,
     state: TableLocation,
     pid_file: Option<PidFile>,
+    control: Option<Listener>,
     metrics: Option<SharedFile>,
     metrics_socket: Option<MetricsSocket>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
+    started: Instant,
+    /// The process that the launcher has started, and its user.
+    launched: (u32, u32),
 }
 
 impl Server {
@@ -136,6 +165,7 @@ impl Server {
                 guardian,
                 [
                     resources.listener.into_file(),
+                    resources.control.and_then(Listener::into_file),
                     resources.metrics_socket.and_then(MetricsSocket::into_file),
                 ],
                 resources.pid_file,
@@ -167,6 +197,24 @@ impl Server {
     #[must_use]
     pub fn is_supervised(&self) -> bool {
         self.supervised
+    }
+
+    /// Whether a thread serves a control socket.
+    #[must_use]
+    pub fn is_controlled(&self) -> bool {
+        self.control.listener.is_some()
+    }
+
+    /// Logs a summary whenever `asked` becomes readable, on the thread of the control socket.
+    pub fn reports_on(&mut self, asked: UnixStream) {
+        self.control.reports = Some(asked);
+    }
+
+    /// Logs a summary whenever `stop`, the socket that [`run`](Self::run) is stopped by, becomes
+    /// readable without the server being asked to end or to leave: `ending` is set before that. A
+    /// thread for reports alone would take memory of every server.
+    pub fn reports_between(&mut self, stop: UnixStream, ending: Arc<AtomicBool>) {
+        self.control.between = Some((stop, ending));
     }
 
     /// Ends the process, after a [`run`](Self::run) that is [`Exit::Left`].
@@ -201,6 +249,7 @@ impl Server {
         if left.is_none() && self.first {
             self.service.start_first_workers()?;
         }
+        self.start_control()?;
         // The last step before it serves: what runs after this stays in memory.
         sandbox::forget_set_up();
         if let Some(session) = left
@@ -209,6 +258,38 @@ impl Server {
             return Ok(exit);
         }
         self.service.run(&self.listener, stop)
+    }
+
+    /// Starts the thread that serves the control socket and reports, if there is anything for it to
+    /// do.
+    fn start_control(&mut self) -> Result<(), ServerError> {
+        let parts = &mut self.control;
+        let sockets = Sockets {
+            listener: parts.listener.take().map(Listener::into_socket),
+            reports: parts.reports.take(),
+            lacks_users: parts.lacks_users,
+        };
+        let mut facts = parts.facts.clone();
+        facts.serving = Instant::now();
+        facts.engine = self.service.engine().to_string();
+        let handlers = Handlers {
+            facts,
+            live: Arc::clone(self.service.live()),
+            fs: Arc::downgrade(self.service.file_system()),
+            metrics: Arc::downgrade(self.service.metrics()),
+            measured_until: None,
+            file_watch: Arc::clone(self.service.file_watch()),
+            watched_until: None,
+            mounts: parts.mounts.take(),
+        };
+        if sockets.listener.is_none() {
+            if let Some((stop, ending)) = parts.between.take() {
+                let reporter = Reporter::new(stop, ending, handlers);
+                self.service.report_by(reporter);
+            }
+            return Ok(());
+        }
+        crate::control::start(sockets, Box::new(handlers)).map_err(ServerError::ControlThread)
     }
 }
 
@@ -275,7 +356,12 @@ impl ServerResources {
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
         let caches = TemporaryCache::make_for(&mut config.source)?;
+        let control = config.control.as_deref().map(control_socket::bind);
+        let control = control.transpose()?;
         Ok(Self {
+            control,
+            started: Instant::now(),
+            launched: launched(None),
             listener,
             config,
             runtime,
@@ -300,6 +386,9 @@ impl Resources for ServerResources {
         interruption: Option<Interruption>,
     ) -> Result<Server, ServerError> {
         self.listener.leave_file();
+        if let Some(control) = &mut self.control {
+            control.leave_file();
+        }
         self.caches.drain(..).for_each(TemporaryCache::leave);
         let config = self.config;
         let limits = table_limits(&config);
@@ -323,9 +412,27 @@ impl Resources for ServerResources {
             file: place.file,
             trees: place.trees,
             proc_fds: place.proc_fds,
+            file_handles: place.file_handles,
             may_label: place.may_label,
         };
-        let Built { fs, table } = file_system::build(&config, entered, opened)?;
+        let Built { fs, table, mounts } = file_system::build(&config, entered, opened)?;
+        let facts = facts(&config, &self.runtime, self.listener.name());
+        let (pid, user) = self.launched;
+        let control = ControlParts {
+            listener: self.control,
+            reports: None,
+            between: None,
+            facts: Facts {
+                pid,
+                user,
+                started: self.started,
+                restarted,
+                supervised,
+                ..facts
+            },
+            mounts,
+            lacks_users: place.in_user_namespace,
+        };
         let action = config.sandbox.seccomp;
         let filter = Filter::new(
             action,
@@ -337,7 +444,9 @@ impl Resources for ServerResources {
         metrics.set_interruption(interruption);
         let metrics_socket = self.metrics_socket.take().map(MetricsSocket::into_socket);
         // Only a reader wants to know how long requests take.
-        metrics.set_timed(metrics_socket.is_some());
+        if metrics_socket.is_some() {
+            metrics.keep_timed();
+        }
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -365,6 +474,7 @@ impl Resources for ServerResources {
             first: !restarted,
             left,
             metrics_socket,
+            control,
         })
     }
 
@@ -376,6 +486,7 @@ impl Resources for ServerResources {
             self.metrics.as_ref().map(AsFd::as_fd),
             self.metrics_socket.as_ref().map(AsFd::as_fd),
             self.pid_file(),
+            self.control.as_ref().map(AsFd::as_fd),
         ];
         all.into_iter().flatten().collect()
     }
@@ -386,6 +497,7 @@ impl Resources for ServerResources {
 
     fn remove_files(&mut self) {
         drop(self.listener.take_file());
+        drop(self.control.as_mut().and_then(Listener::take_file));
         let socket = self.metrics_socket.as_mut();
         drop(socket.and_then(MetricsSocket::take_file));
     }
@@ -393,6 +505,14 @@ impl Resources for ServerResources {
     fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)> {
         let socket = self.metrics_socket.as_ref()?;
         Some((socket.as_fd(), socket.file()))
+    }
+
+    fn control(&self) -> Option<&Listener> {
+        self.control.as_ref()
+    }
+
+    fn user(&self) -> u32 {
+        self.launched.1
     }
 
     fn state(&self) -> Option<BorrowedFd<'_>> {
@@ -405,6 +525,34 @@ impl Resources for ServerResources {
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {
         self.pid_file.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// This process, and the user that it was started as: by its own account, unless it is in a user
+/// namespace already.
+fn launched(user: Option<u32>) -> (u32, u32) {
+    let own = || rustix::process::geteuid().as_raw();
+    (std::process::id(), user.unwrap_or_else(own))
+}
+
+/// What a configuration says of a server.
+fn facts(config: &Config, runtime: &Chosen, socket: &str) -> Facts {
+    let now = Instant::now();
+    Facts {
+        pid: 0,
+        user: 0,
+        started: now,
+        serving: now,
+        restarted: false,
+        supervised: config.supervise,
+        socket: socket.to_owned(),
+        source: config.source.to_string(),
+        source_option: config.source.option(),
+        engine: runtime.engine.to_string(),
+        engine_reason: runtime.reason.clone(),
+        workers: config.workers.get(),
+        request_queues: config.request_queues.get(),
+        options: control::options(config),
     }
 }
 

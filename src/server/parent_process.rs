@@ -5,6 +5,7 @@
 //! sends.
 
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use super::metrics_socket::MetricsSocket;
 use super::pid_file::PidFile;
@@ -26,7 +27,7 @@ pub struct ParentProcess(Role);
 enum Role {
     Waiting {
         guardian: Guardian,
-        _sockets: [Option<SocketFile>; 2],
+        _sockets: Vec<SocketFile>,
         _pid_file: Option<PidFile>,
         _caches: Vec<TemporaryCache>,
         manager: ServiceManager,
@@ -37,14 +38,14 @@ enum Role {
 impl ParentProcess {
     pub(super) fn waiting(
         guardian: Guardian,
-        sockets: [Option<SocketFile>; 2],
+        sockets: [Option<SocketFile>; 3],
         pid_file: Option<PidFile>,
         manager: ServiceManager,
         caches: Vec<TemporaryCache>,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
-            _sockets: sockets,
+            _sockets: sockets.into_iter().flatten().collect(),
             _pid_file: pid_file,
             _caches: caches,
             manager,
@@ -70,6 +71,11 @@ impl ParentProcess {
         let runtime = super::choose(&config)?;
         let (passed_on, fds) = handover.open().map_err(RecoveryError::ExecHandover)?;
         let sandbox = config.sandbox.clone();
+        let control = match (fds.control, &config.control) {
+            // A program that doesn't know the option has left no socket.
+            (None, Some(path)) => Some(super::control_socket::bind(path)?),
+            (left, _) => left,
+        };
         let metrics = super::counters::take_over(&config, fds.metrics)?;
         let metrics_socket = match (&config.metrics, fds.metrics_socket) {
             (_, Some(passed)) => Some(MetricsSocket::left(passed)),
@@ -78,6 +84,9 @@ impl ParentProcess {
             (None, None) => None,
         };
         let resources = ServerResources {
+            control,
+            started: Instant::now(),
+            launched: super::launched(fds.user),
             config,
             metrics: Some(metrics),
             metrics_socket,

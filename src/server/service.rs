@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 use super::counters;
 use super::error::ServerError;
 use super::limits::explain;
+use super::live::Live;
+use super::reporter::Reporter;
 use crate::device::{BackChannel, Device};
 use crate::fs::FileSystem;
-use crate::fuse::{Session, SessionOptions, opcode_name};
+use crate::fuse::{FileWatch, Session, SessionOptions, opcode_name};
 use crate::io::{Choice, Chosen, Engine};
 use crate::limits;
 use crate::metrics::{Registry, Server, SessionState, Shape};
@@ -71,6 +73,9 @@ pub struct Service {
     heartbeat: Option<Duration>,
     /// This process, or one before it, has logged that a VMM can connect.
     has_waited: bool,
+    live: Arc<Live>,
+    file_watch: Arc<FileWatch>,
+    reporter: Option<Reporter>,
     /// How much the guest may ask for.
     limits: Arc<limits::Limits>,
     /// Of the session of the first VMM, before that has connected.
@@ -117,6 +122,9 @@ impl Service {
             serving: Serving::default(),
             heartbeat: None,
             has_waited: false,
+            live: Arc::default(),
+            file_watch: Arc::default(),
+            reporter: None,
             limits: Arc::default(),
             first_workers: Mutex::default(),
         }
@@ -146,6 +154,35 @@ impl Service {
         self.heartbeat = heartbeat;
         self.has_waited = has_waited;
         self
+    }
+
+    /// Lets `reporter` log a report when the server isn't stopped but asked for one.
+    pub(super) fn report_by(&mut self, reporter: Reporter) {
+        self.reporter = Some(reporter);
+    }
+
+    fn reports(&self) -> bool {
+        self.reporter.as_ref().is_some_and(Reporter::report)
+    }
+
+    /// Counts requests by file, if it is switched on.
+    pub(super) fn file_watch(&self) -> &Arc<FileWatch> {
+        &self.file_watch
+    }
+
+    /// What is served at this moment.
+    pub(super) fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// The file system that is served.
+    pub(super) fn file_system(&self) -> &Arc<dyn FileSystem> {
+        &self.fs
+    }
+
+    /// The engine of the workers.
+    pub(super) fn engine(&self) -> Engine {
+        self.runtime.engine
     }
 
     /// The table of what the session holds.
@@ -228,6 +265,7 @@ impl Service {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
                 Woken::Time => self.report(),
+                Woken::Stop if self.reports() => {}
                 woken => return Ok(woken),
             }
         }
@@ -315,6 +353,7 @@ impl Service {
 
     fn new_session(&self) -> Session<dyn FileSystem> {
         Session::new(Arc::clone(&self.fs), self.options.session.clone())
+            .watched_by(Arc::clone(&self.file_watch))
             .remembering(Arc::clone(&self.table))
             .reporting_to(Arc::clone(&self.metrics))
     }
@@ -351,9 +390,12 @@ impl Service {
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
+            reporter: self.reporter.as_ref(),
             metrics: &self.metrics,
         };
+        self.live.connected(&workers.pool);
         let end = run(&self.options.device, &mut workers, &self.table, stop);
+        self.live.disconnected();
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;
@@ -407,6 +449,7 @@ struct SessionWorkers<'a> {
     metrics: &'a Registry,
     /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
+    reporter: Option<&'a Reporter>,
 }
 
 /// Checks periodically that the session's threads run.
@@ -485,6 +528,10 @@ impl Runner for SessionWorkers<'_> {
             self.serving.report();
         }
         Some(heartbeat.due)
+    }
+
+    fn reports(&mut self) -> bool {
+        self.reporter.is_some_and(Reporter::report)
     }
 
     fn can_migrate(&self) -> bool {

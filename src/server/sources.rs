@@ -15,7 +15,7 @@ use super::error::ServerError;
 use crate::config::{Config, OverlaySource, RafsSource, Source};
 use crate::fs::FileSystem;
 use crate::fs::passthrough::{self, Options, Passthrough, PassthroughError, Shared};
-use crate::fs::vfs::{Vfs, VfsOptions};
+use crate::fs::vfs::{MountPoint, Vfs, VfsOptions};
 use crate::sandbox::{Reached, SandboxError, Tree};
 use crate::state::Table;
 
@@ -103,19 +103,28 @@ pub(super) struct Builder {
     proc_fds: OwnedFd,
     /// What the sandbox has reached and no file system has taken yet.
     trees: vec::IntoIter<Vec<Reached>>,
+    /// For how many more directories than those of the source there are descriptors.
+    pub(super) spare: usize,
 }
+
+/// For how many directories that are added later there are descriptors at least.
+const MIN_SPARE: usize = 4;
 
 impl Builder {
     /// Builds from the `trees` that the sandbox has reached. What `options` limit is divided between
-    /// all directories.
+    /// all directories; `with_spare` says that as many more may be added.
     pub(super) fn new(
         config: &Config,
         options: Options,
         proc_fds: OwnedFd,
         trees: Vec<Vec<Reached>>,
+        with_spare: bool,
     ) -> Self {
-        let parts = NonZeroUsize::new(directories(&config.source)).unwrap_or(NonZeroUsize::MIN);
+        let own = directories(&config.source);
+        let spare = if with_spare { own.max(MIN_SPARE) } else { 0 };
+        let parts = NonZeroUsize::new(own + spare).unwrap_or(NonZeroUsize::MIN);
         Self {
+            spare,
             options: options.divided_by(parts),
             proc_fds,
             trees: trees.into_iter(),
@@ -130,19 +139,22 @@ impl Builder {
                 let fs = self.directory(path, reached, self.options.clone())?;
                 Ok(Arc::new(fs))
             }
-            Source::Vfs(mounts) => {
-                let vfs = Vfs::new(VfsOptions {
-                    xattr: self.options.xattr,
-                    announce_submounts: self.options.announce_submounts,
-                });
-                for (point, source) in mounts {
-                    vfs.mount(point, self.build(source)?)?;
-                }
-                Ok(Arc::new(vfs))
-            }
+            Source::Vfs(mounts) => Ok(self.vfs(mounts)?),
             Source::Overlay(overlay) => self.overlay(overlay),
             Source::Rafs(image) => self.image(image, self.options.xattr),
         }
+    }
+
+    /// Several file systems under one mount.
+    pub(super) fn vfs(&mut self, mounts: &[(MountPoint, Source)]) -> Result<Arc<Vfs>, ServerError> {
+        let vfs = Vfs::new(VfsOptions {
+            xattr: self.options.xattr,
+            announce_submounts: self.options.announce_submounts,
+        });
+        for (point, source) in mounts {
+            vfs.mount(point, self.build(source)?)?;
+        }
+        Ok(Arc::new(vfs))
     }
 
     /// The passthrough of a directory.

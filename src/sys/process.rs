@@ -79,14 +79,16 @@ pub(crate) fn unshare_namespaces(flags: UnshareFlags) -> Result<(), Errno> {
 pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
 /// The signals that a supervisor waits for: the same, the one that reports a child's end, the one
-/// that asks for an upgrade, and the one that announces a report of the serving process.
-pub(crate) const SUPERVISED: [libc::c_int; 6] = [
+/// that asks for an upgrade, the one that announces a report of the serving process, and the one that
+/// asks that process to log one.
+pub(crate) const SUPERVISED: [libc::c_int; 7] = [
     libc::SIGTERM,
     libc::SIGINT,
     libc::SIGQUIT,
     libc::SIGCHLD,
     libc::SIGHUP,
     libc::SIGIO,
+    libc::SIGUSR1,
 ];
 
 /// A set of signals.
@@ -125,14 +127,14 @@ pub(crate) fn ending_signals() -> Result<Vec<libc::c_int>, Errno> {
     Ok(signals)
 }
 
-/// The same, and the signal that reports a child's end.
+/// The same, the signal that reports a child's end, and the one that asks for a report.
 fn guarded() -> Result<Vec<libc::c_int>, Errno> {
     let mut signals = ending_signals()?;
-    signals.push(libc::SIGCHLD);
+    signals.extend([libc::SIGCHLD, libc::SIGUSR1]);
     Ok(signals)
 }
 
-/// Blocks the signals that ask the server to end, and `SIGCHLD`. Also resets the action of
+/// Blocks the signals that ask the server to end, `SIGCHLD`, and `SIGUSR1`. Also resets the action of
 /// `SIGCHLD`: if a launcher has it ignored, children can't be waited for.
 ///
 /// # Errors

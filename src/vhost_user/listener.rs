@@ -299,6 +299,13 @@ impl Listener {
         self.file
     }
 
+    /// The listening socket itself, in a process that leaves the file to another.
+    #[must_use]
+    pub(crate) fn into_socket(mut self) -> OwnedFd {
+        self.leave_file();
+        self.socket.into()
+    }
+
     /// Keeps listening, and gives the ownership of the file to the caller.
     pub(crate) fn take_file(&mut self) -> Option<SocketFile> {
         self.file.take()

@@ -70,6 +70,12 @@ pub trait Runner {
         None
     }
 
+    /// Called when the descriptor that stops the server is readable: whether it was for something
+    /// else, which is done then.
+    fn reports(&mut self) -> bool {
+        false
+    }
+
     /// Whether the guest's session can be saved and loaded. If not, the front end is told before it
     /// tries to migrate the guest.
     fn can_migrate(&self) -> bool {

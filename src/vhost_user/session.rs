@@ -346,6 +346,10 @@ impl<'a, R: Runner> Session<'a, R> {
         }
     }
 
+    pub(super) fn reports(&mut self) -> bool {
+        self.runner.reports()
+    }
+
     pub(super) fn heartbeat(&mut self) -> Option<Instant> {
         self.runner.heartbeat()
     }

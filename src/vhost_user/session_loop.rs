@@ -103,6 +103,7 @@ impl<'a, R: Runner> SessionLoop<'a, R> {
                 }
                 Incoming::Message(Readable { len: 0, .. }) => return Ok(End::Disconnected),
                 Incoming::Message(readable) => readable,
+                Incoming::Stop if self.session.reports() => continue,
                 Incoming::Stop => return Ok(End::Stopped),
                 Incoming::Stalled { have } => return Err(SessionError::Stalled { have }),
             };

@@ -32,7 +32,7 @@ pub use inflight::{InflightError, InflightPart};
 pub use journal::{Journal, unanswered_requests};
 pub use queue::{Features, Queue, QueueError, RingAddresses, Setup, Tracking};
 pub use used::Call;
-pub(crate) use used::UsedRing;
+pub(crate) use used::{QueueStats, UsedRing};
 
 /// Index of a queue of the device: 0 is the high-priority queue, and the request queues follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

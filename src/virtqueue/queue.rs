@@ -281,6 +281,12 @@ impl Queue {
         self.used.index()
     }
 
+    /// Returns the number of entries.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
     /// Returns the next available index, which is the reply to GET_VRING_BASE.
     #[must_use]
     pub fn next_available(&self) -> u16 {

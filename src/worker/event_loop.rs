@@ -25,6 +25,7 @@ use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
 use super::limited_transport::LimitedTransport;
 use super::limiter::Limiter;
+use super::queue_report::QueueReport;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
@@ -58,6 +59,10 @@ pub(super) enum Command {
     Ping {
         /// Dropped in reply.
         done: oneshot::Sender<()>,
+    },
+    /// Describe this thread's queues.
+    Describe {
+        done: mpsc::Sender<Vec<QueueReport>>,
     },
     /// Take tokens for requests from these buckets from now on; `None` lifts all limits.
     Limit {
@@ -102,6 +107,22 @@ struct OwnedQueue {
     /// The guest was asked for a kick at the next chain.
     notifications_enabled: bool,
     batch_size: BatchSize,
+}
+
+impl OwnedQueue {
+    fn report(&mut self) -> QueueReport {
+        let queue = &mut self.queue;
+        QueueReport {
+            index: queue.index(),
+            size: queue.size(),
+            next_available: queue.next_available(),
+            waiting: queue.waiting(),
+            used: queue.used().published_index(),
+            in_flight: queue.used().in_flight(),
+            wants_kick: self.notifications_enabled,
+            stats: queue.used().stats(),
+        }
+    }
 }
 
 /// What the loop handles next.
@@ -424,6 +445,10 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 drop(done);
             }
             Command::Ping { done } => drop(done),
+            Command::Describe { done } => {
+                // Fails if nobody waits for it any more.
+                let _ = done.send(self.queues.iter_mut().map(OwnedQueue::report).collect());
+            }
             Command::Limit { buckets, clock } => self.limit(buckets, clock),
             Command::Interrupt { unique } => {
                 let found = (self.limiter.as_mut()).and_then(|limiter| limiter.interrupt(unique));

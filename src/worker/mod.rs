@@ -13,9 +13,13 @@ mod faults;
 mod kick_moderation;
 mod limited_transport;
 mod limiter;
+mod observer;
+mod queue_report;
 mod threads;
 mod worker_pool;
 
+pub(crate) use observer::{Observer, ThreadReport};
+pub(crate) use queue_report::QueueReport;
 pub use threads::{Threads, ThreadsError, Worker};
 pub(crate) use worker_pool::Pings;
 pub use worker_pool::{WorkerPool, WorkerPoolError};

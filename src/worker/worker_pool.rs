@@ -17,6 +17,7 @@ use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel}
 use tokio::sync::oneshot;
 
 use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
+use super::observer::Observer;
 use super::threads::{Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session, opcode_name};
@@ -29,6 +30,10 @@ use crate::virtqueue::{Queue, QueueIndex};
 /// How long to wait for the workers to serve the chains on their queues. The host may block one of
 /// them for longer.
 const SERVE_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// What the names of the threads begin with.
+const HIGH_PRIORITY: &str = "ringfsd-high";
+const WORKER: &str = "ringfsd-work";
 
 /// Why a worker pool can't start.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +109,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         };
         // FORGET and INTERRUPT never wait for I/O, so this thread needs no io_uring.
         pool.spawn(
-            "ringfsd-high",
+            HIGH_PRIORITY,
             NonZeroUsize::MIN,
             Engine::ThreadPool,
             IdlePolicy::ModerateKicks,
@@ -113,7 +118,7 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         let (sender, receiver) = channel();
         let single = workers == NonZeroUsize::MIN;
         let policy = IdlePolicy::BusyPoll(poll);
-        pool.spawn("ringfsd-work", workers, engine, policy, move || {
+        pool.spawn(WORKER, workers, engine, policy, move || {
             (!single).then(|| Backlog {
                 placement,
                 sender: sender.clone(),
@@ -235,6 +240,20 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             is_done
         };
         Pings(self.commands.iter().map(ping).collect())
+    }
+
+    /// Returns what the threads can be asked by while they run.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        let name = |thread: usize| match thread.checked_sub(1) {
+            None => format!("{HIGH_PRIORITY}-0"),
+            Some(worker) => format!("{WORKER}-{worker}"),
+        };
+        let threads = self.commands.iter().map(UnboundedSender::downgrade);
+        let threads = threads.enumerate();
+        Observer {
+            threads: threads.map(|(at, thread)| (name(at), thread)).collect(),
+        }
     }
 
     /// Returns the FUSE session that these workers serve.

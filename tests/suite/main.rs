@@ -14,6 +14,7 @@
 )]
 
 mod compat;
+mod control;
 mod creation;
 mod data;
 mod dax;

@@ -87,7 +87,7 @@ impl Passthrough {
         let file_system = (identity.key.device, identity.key.mount);
         let closed = ClosedFdCache::new(&root, file_system, closed).map_err(of_share)?;
         let files = OpenFiles::new(table, closed, limits.soft);
-        let mode = options.inode_file_handles;
+        let mode = (options.inode_file_handles, options.may_open_handles);
         let reopen_policy =
             ReopenPolicy::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
                 PassthroughError::FileHandles {

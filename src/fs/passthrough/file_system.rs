@@ -15,9 +15,9 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use crate::fs::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, Migrate, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Replay, Result,
-    Statistics, Timestamp, Usage, XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    Inspect, Label, LockOwner, Migrate, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Replay,
+    Result, Statistics, Timestamp, Usage, XattrFlags,
 };
 use crate::io::File;
 use crate::sys;
@@ -63,6 +63,10 @@ impl FileSystem for Passthrough {
     }
 
     fn migrate(&self) -> Option<&dyn Migrate> {
+        Some(self)
+    }
+
+    fn inspect(&self) -> Option<&dyn Inspect> {
         Some(self)
     }
 

@@ -14,6 +14,8 @@ mod file_system;
 mod handover;
 mod ids;
 mod inode_table;
+mod inspect;
+mod lowest;
 mod open_files;
 mod ops;
 mod options;
@@ -32,7 +34,7 @@ pub use self::handover::{PreviousProcess, Restored};
 pub use self::ids::{IdMap, IdOverlap, IdRule, IdRuleError};
 pub use self::options::{
     Cache, InodeFileHandles, MigrationMode, MigrationOptions, OnMigrationError, Options,
-    raise_descriptor_limit, set_descriptor_limit,
+    descriptor_limit, raise_descriptor_limit, set_descriptor_limit,
 };
 pub use self::xattr::{XattrMap, XattrMapError, label_that_needs_privilege};
 

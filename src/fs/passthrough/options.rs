@@ -93,6 +93,9 @@ pub struct MigrationOptions {
 pub struct Options {
     /// When inodes are referred to by file handle.
     pub inode_file_handles: InodeFileHandles,
+    /// Whether opening a file by its handle may be tried. Without, handles are never used: a filter
+    /// of system calls may end the process for the attempt.
+    pub may_open_handles: bool,
     /// How many descriptors inodes and open files may have in total before unused inodes give up
     /// theirs. `None` means three quarters of `RLIMIT_NOFILE` at construction, or less if that
     /// would leave fewer than `reserved_descriptors`; this is also the maximum. See
@@ -101,6 +104,8 @@ pub struct Options {
     /// How many descriptors the guest never gets, however few there are, as the server needs them
     /// itself. At most half of all.
     pub reserved_descriptors: usize,
+    /// How many descriptors the process may have; `None` for what `RLIMIT_NOFILE` is at construction.
+    pub descriptor_limit: Option<usize>,
     /// How many file systems share the process's descriptors in equal parts.
     pub descriptor_parts: NonZeroUsize,
     /// How many inodes the guest may know at the same time, besides the root. A lookup beyond that
@@ -176,7 +181,14 @@ impl Options {
     /// How many descriptors may be open for the guest. The others are for queues, rings, sockets,
     /// the front end's messages, and running operations.
     pub(super) fn guest_descriptors(&self) -> usize {
-        guest_descriptors(self.reserved_descriptors) / self.descriptor_parts
+        let limit = self.process_descriptors();
+        let reserved = (limit / 4).max(self.reserved_descriptors.min(limit / 2));
+        (limit - reserved) / self.descriptor_parts
+    }
+
+    /// How many descriptors the process may have.
+    pub(super) fn process_descriptors(&self) -> usize {
+        self.descriptor_limit.unwrap_or_else(descriptor_limit)
     }
 }
 
@@ -184,8 +196,10 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             inode_file_handles: InodeFileHandles::default(),
+            may_open_handles: true,
             max_open_inodes: None,
             reserved_descriptors: 64,
+            descriptor_limit: None,
             descriptor_parts: NonZeroUsize::MIN,
             max_inodes: DEFAULT_MAX_INODES,
             remember_inodes: 0,
@@ -244,15 +258,10 @@ pub fn set_descriptor_limit(limit: u64) -> Result<(), Errno> {
 }
 
 /// How many descriptors this process may have open.
-pub(super) fn descriptor_limit() -> usize {
+#[must_use]
+pub fn descriptor_limit() -> usize {
     let limit = rustix::process::getrlimit(Resource::Nofile).current;
     limit.map_or(usize::MAX, |limit| {
         usize::try_from(limit).unwrap_or(usize::MAX)
     })
-}
-
-/// How many of them all file systems may have open.
-fn guest_descriptors(reserved: usize) -> usize {
-    let limit = descriptor_limit();
-    limit - (limit / 4).max(reserved.min(limit / 2))
 }

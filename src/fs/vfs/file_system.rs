@@ -20,9 +20,9 @@ use super::sync::Directory;
 use super::table::Target;
 use crate::device::BackChannel;
 use crate::fs::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result, Statistics, Timestamp,
-    XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    Inspect, Label, LockOwner, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result,
+    Statistics, Timestamp, XattrFlags,
 };
 use crate::io::File;
 
@@ -100,6 +100,10 @@ impl Vfs {
 }
 
 impl FileSystem for Vfs {
+    fn inspect(&self) -> Option<&dyn Inspect> {
+        Some(self)
+    }
+
     fn prepare_thread(&self) -> std::io::Result<()> {
         self.prepare_for(&self.shards.get())
     }

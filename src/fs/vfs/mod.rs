@@ -9,6 +9,7 @@
 mod attributes;
 mod entries;
 mod file_system;
+mod inspect;
 mod mount_point;
 mod points;
 mod readdir;

@@ -137,6 +137,27 @@ impl Points {
         Some(point)
     }
 
+    /// The path that leads to a point; empty for the root.
+    pub(super) fn path_of(&self, number: u64) -> Vec<u8> {
+        let mut names = Vec::new();
+        let mut at = number;
+        while at != ROOT
+            && let Some(point) = self.all.get(&at)
+        {
+            let parent = self.all.get(&point.parent);
+            let children = parent.into_iter().flat_map(|parent| &parent.children);
+            let name = children.into_iter().find(|(_, child)| **child == at);
+            names.extend(name.map(|(name, _)| name.as_c_str()));
+            at = point.parent;
+        }
+        let mut path = Vec::new();
+        for name in names.iter().rev() {
+            path.push(b'/');
+            path.extend_from_slice(name.to_bytes());
+        }
+        path
+    }
+
     /// Changes what is mounted at a point.
     pub(super) fn set_mount(&mut self, number: u64, mount: Option<u16>) {
         if let Some(point) = self.all.get_mut(&number) {

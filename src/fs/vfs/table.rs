@@ -15,7 +15,7 @@ use super::points::{Point, Points};
 use crate::fs::{FileSystem, NodeId, Result};
 
 /// A node id has the number of the mount above these bits. Number 0 is that of the points.
-const MOUNT_SHIFT: u32 = 48;
+pub(super) const MOUNT_SHIFT: u32 = 48;
 
 /// A file system, and where it is mounted.
 #[derive(Clone, Debug)]

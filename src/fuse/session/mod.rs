@@ -33,6 +33,7 @@ pub(crate) use self::reclaim::Queues;
 use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
 use self::session_barrier::{ClosedBarrier, SessionBarrier};
+use super::FileWatch;
 use super::abi::{Handler, InitFlags, InitIn};
 use super::dax_marks::KnownNames;
 use super::init::{Agreement, negotiate, our_version};
@@ -97,6 +98,8 @@ pub struct Session<F: ?Sized> {
     submounts_warned: AtomicBool,
     /// Where the negotiated parameters are recorded for a process that takes over.
     table: Option<Arc<Table>>,
+    /// Counts requests by file, if it is on.
+    file_watch: Option<Arc<FileWatch>>,
     /// The DAX window, if there is one.
     window: Option<Arc<Window>>,
     /// The nodes whose names have decided whether they are marked for DAX.
@@ -125,11 +128,19 @@ impl<F: FileSystem + ?Sized> Session<F> {
             queues: OnceLock::new(),
             submounts_warned: AtomicBool::new(false),
             table: None,
+            file_watch: None,
             window: None,
             known_names: KnownNames::default(),
             metrics: None,
             fs,
         }
+    }
+
+    /// Lets `watch` count requests by file.
+    #[must_use]
+    pub(crate) fn watched_by(mut self, watch: Arc<FileWatch>) -> Self {
+        self.file_watch = Some(watch);
+        self
     }
 
     /// Records the negotiated parameters and the mappings of the DAX window in `table`. If the table
@@ -280,7 +291,14 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 Outcome::Done
             }
             handler => match self.admit(&request, transport.writable()) {
-                Ok(()) => self.dispatch(transport, &request, handler, bytes),
+                Ok(()) => {
+                    if let Some(watch) = &self.file_watch
+                        && watch.is_on()
+                    {
+                        watch.count(&request);
+                    }
+                    self.dispatch(transport, &request, handler, bytes)
+                }
                 Err(errno) => self.reply_now(transport, request.unique, Err(errno)),
             },
         }

@@ -50,6 +50,12 @@ pub(crate) trait Resources: Sized {
     /// The socket on which the counters are read, and its file.
     fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)>;
 
+    /// The socket that the server is controlled by.
+    fn control(&self) -> Option<&Listener>;
+
+    /// The user that the launcher has started the server as.
+    fn user(&self) -> u32;
+
     /// The file of the state table.
     fn state(&self) -> Option<BorrowedFd<'_>>;
 

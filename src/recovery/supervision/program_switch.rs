@@ -116,6 +116,8 @@ impl<R: Resources> Supervision<R> {
             supervisor: &self.supervisor,
             listener: self.resources.listener(),
             state,
+            control: self.resources.control(),
+            user: self.resources.user(),
             metrics: self.resources.metrics(),
             metrics_socket: self.resources.metrics_socket(),
             pid_file: self.resources.pid_file(),

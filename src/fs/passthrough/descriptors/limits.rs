@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::Descriptors;
 use super::eviction::MIN_FDS;
-use crate::fs::passthrough::options::{Options, descriptor_limit};
+use crate::fs::passthrough::options::Options;
 use crate::fs::{Result, Usage};
 
 /// Descriptors beyond the guest's limit that operations may use for a moment.
@@ -44,7 +44,7 @@ impl GuestLimits {
     pub(crate) fn new(options: &Options) -> Self {
         let hard = options.guest_descriptors();
         Self {
-            limit: descriptor_limit(),
+            limit: options.process_descriptors(),
             soft: options.max_open_inodes.unwrap_or(hard).min(hard),
             hard,
             inodes: options.max_inodes,

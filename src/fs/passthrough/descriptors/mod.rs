@@ -6,6 +6,7 @@
 //! what the host has removed and no program of the guest has open.
 
 mod closing;
+mod drop_caches;
 mod eviction;
 mod forget;
 mod limits;

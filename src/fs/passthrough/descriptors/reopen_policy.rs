@@ -20,6 +20,7 @@ use crate::sys::file_handle::FileHandle;
 #[derive(Debug)]
 pub(crate) struct ReopenPolicy {
     mode: InodeFileHandles,
+    may_open: bool,
     mounts: Mutex<HashMap<u64, Exportable>>,
     /// The mount of the shared directory stays anchored, as the server keeps it busy anyway.
     root: Option<Arc<Mount>>,
@@ -36,19 +37,24 @@ enum Exportable {
 }
 
 impl ReopenPolicy {
-    /// Checks whether file handles work for the shared directory, open as `root`.
+    /// Checks whether file handles work for the shared directory, open as `root`; not at all unless
+    /// they `may_open` files.
     ///
     /// # Errors
     ///
     /// File handles don't work and are mandatory.
     pub(crate) fn new(
-        mode: InodeFileHandles,
+        (mode, may_open): (InodeFileHandles, bool),
         root: BorrowedFd<'_>,
         identity: &Identity,
         proc_fds: &OwnedFd,
     ) -> Result<Self> {
         let anchors = Arc::default();
-        let (root, verdict) = match probe_mount(root, identity.kind, proc_fds, &anchors) {
+        let probed = match may_open {
+            true => probe_mount(root, identity.kind, proc_fds, &anchors),
+            false => Err(Errno::PERM),
+        };
+        let (root, verdict) = match probed {
             Ok((mount, _)) => {
                 let verdict = Exportable::Yes(Arc::downgrade(&mount));
                 (Some(mount), verdict)
@@ -58,6 +64,7 @@ impl ReopenPolicy {
         };
         Ok(Self {
             mode,
+            may_open,
             mounts: Mutex::new(HashMap::from([(identity.key.mount, verdict)])),
             root,
             anchors,
@@ -114,6 +121,9 @@ impl ReopenPolicy {
         identity: &Identity,
         proc_fds: &OwnedFd,
     ) -> Result<ReopenMethod> {
+        if !self.may_open {
+            return Err(Errno::PERM);
+        }
         let id = identity.key.mount;
         let known = {
             let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);

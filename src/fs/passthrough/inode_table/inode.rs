@@ -158,6 +158,12 @@ impl Inode {
         })
     }
 
+    /// The parent and the name, if the inode is reopened by name.
+    pub(crate) fn link(&self) -> Option<(NodeId, Box<CStr>)> {
+        let link = self.parent_link(&self.ref_kind())?;
+        Some((link.parent, link.name))
+    }
+
     /// Whether the inode is reopened by `name` in `parent`.
     pub(crate) fn is_linked_as(&self, ref_kind: &RefKind, parent: NodeId, name: &CStr) -> bool {
         matches!(ref_kind, RefKind::Name) && self.record.goes_by(parent.0, name.to_bytes())

@@ -46,6 +46,7 @@ use self::dir_seqcount::DirSeqCounts;
 use self::fd_evictor::FdEvictor;
 use self::forgotten_inodes::ForgottenInodes;
 use crate::fs::NodeId;
+use crate::fs::passthrough::lowest::Lowest;
 use crate::state::Table;
 
 /// A set of inodes. An entry is one pointer; the key is read from the inode's record.
@@ -184,6 +185,19 @@ impl InodeTable {
             return all;
         }
         self.needed(all)
+    }
+
+    /// The `limit` lowest node ids from `from` on, and the next one.
+    pub(crate) fn nodes_from(&self, from: NodeId, limit: usize) -> (Vec<NodeId>, Option<NodeId>) {
+        let mut lowest = Lowest::new(limit);
+        for shard in &self.by_node {
+            let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let nodes = nodes.iter().map(|inode| inode.node());
+            nodes
+                .filter(|node| *node >= from)
+                .for_each(|node| lowest.add(node));
+        }
+        lowest.take()
     }
 
     fn all_with_forgotten(&self) -> Vec<Arc<Inode>> {

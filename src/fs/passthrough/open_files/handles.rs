@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::dir_stream::DirStream;
 use crate::fs::passthrough::current_request;
+use crate::fs::passthrough::lowest::Lowest;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};
@@ -210,6 +211,24 @@ impl Handles {
                 each(&open.record.fields(), open.record.lock(), &open.file);
             }
         }
+    }
+
+    /// The `limit` lowest handles from `from` on, and the next one.
+    pub(crate) fn from(&self, from: u64, limit: usize) -> (Vec<(HandleFields, File)>, Option<u64>) {
+        let mut lowest = Lowest::new(limit);
+        for shard in &self.shards {
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let handles = shard.keys().copied().filter(|handle| *handle >= from);
+            handles.for_each(|handle| lowest.add(handle));
+        }
+        let (handles, next) = lowest.take();
+        let open = handles.into_iter().filter_map(|handle| {
+            let shard = self.shard(handle);
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let open = shard.get(&handle)?;
+            Some((open.record.fields(), open.file.clone()))
+        });
+        (open.collect(), next)
     }
 
     /// Ensures that handles below `handle` are not handed out any more.

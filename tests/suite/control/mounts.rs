@@ -1,0 +1,163 @@
+//! Directories that are mounted and unmounted while a guest works.
+
+use std::fs;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde_json::Value;
+use testing::{Server, USER, errno};
+use vmm::fuse::ROOT;
+use vmm::{Options, Profile};
+
+use super::{Connection, ControlSocket};
+
+/// A server of `/one`, and a directory `two` beside it.
+fn start(user: Option<u32>, place: &ControlSocket, arguments: &[&str]) -> (Server, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    for name in ["one", "two", "two/inner"] {
+        fs::create_dir(path.join(name)).unwrap();
+        chown(path.join(name), user, user).unwrap();
+    }
+    fs::write(path.join("two/inner/file"), "new").unwrap();
+    fs::write(path.join("secret"), "").unwrap();
+    chown(path.join("two/inner/file"), user, user).unwrap();
+    chown(&path, user, user).unwrap();
+    let mut command = testing::command_as(user, &path);
+    command
+        .arg("--socket")
+        .arg(path.join("socket"))
+        .arg(format!("--vfs=/one={}", path.join("one").display()))
+        .arg(place.option())
+        .args(arguments);
+    let mut server = Server::spawn(command, dir);
+    server.wait_until_it_listens();
+    (server, path)
+}
+
+fn setups() -> Vec<(Option<u32>, &'static str)> {
+    match rustix::process::geteuid().is_root() {
+        true => vec![
+            (None, "namespace"),
+            (None, "none"),
+            (Some(USER), "namespace"),
+            (Some(USER), "none"),
+        ],
+        false => vec![(None, "namespace"), (None, "none")],
+    }
+}
+
+#[test]
+fn directory_is_mounted_used_and_unmounted_while_a_guest_works() {
+    for (user, sandbox) in setups() {
+        println!("{sandbox} {user:?}");
+        let place = ControlSocket::of(user);
+        let (server, path) = start(user, &place, &["--sandbox", sandbox]);
+        let mut guest = server.session(Profile::Qemu, &Options::default());
+        assert_eq!(errno(guest.lookup(ROOT, c"two")), Some(libc::ENOENT));
+        let two = path.join("two");
+        let mounted = place.ctl(&["mount", "/two", two.to_str().unwrap()]);
+        assert_eq!(mounted["mounts"][1]["point"], "/two");
+        let root = guest.lookup(ROOT, c"two").unwrap().nodeid;
+        let inner = guest.lookup(root, c"inner").unwrap().nodeid;
+        let file = guest.lookup(inner, c"file").unwrap().nodeid;
+        let handle = guest.open(file, libc::O_RDWR).unwrap();
+        assert_eq!(guest.read(file, handle, 0, 9).unwrap(), b"new");
+        guest.write(file, handle, 3, b"er").unwrap();
+        assert_eq!(fs::read(path.join("two/inner/file")).unwrap(), b"newer");
+        let made = guest.mkdir(root, c"made", 0o755).unwrap();
+        guest.rmdir(root, c"made").unwrap();
+        guest.forget(made.nodeid, 1).unwrap();
+        let open = place.ctl(&["handles"]);
+        assert_eq!(open["handles"][0]["node"], file);
+        let inodes = place.ctl(&["inodes", "--all"]);
+        let inodes = inodes["inodes"].as_array().unwrap();
+        let shown = inodes.iter().find(|inode| inode["node"] == file).unwrap();
+        assert_eq!(shown["path"], "/two/inner/file");
+        place.ctl(&["drop-caches"]);
+        assert_eq!(guest.read(file, handle, 0, 9).unwrap(), b"newer");
+        // Occupied, and unknown.
+        let again = ["mount", "/two", two.to_str().unwrap()];
+        assert_eq!(place.refusal(&again), "failed");
+        assert_eq!(place.refusal(&["unmount", "/three"]), "failed");
+        assert_eq!(place.refusal(&["mount", "three", "/"]), "invalid-argument");
+        place.ctl(&["unmount", "/two"]);
+        assert_eq!(errno(guest.lookup(ROOT, c"two")), Some(libc::ENOENT));
+        assert_eq!(errno(guest.getattr(file)), Some(libc::ESTALE));
+        assert!(guest.lookup(ROOT, c"one").is_ok());
+        assert_eq!(
+            place.ctl(&["status"])["mounts"].as_array().unwrap().len(),
+            1
+        );
+    }
+}
+
+#[test]
+fn readonly_mount_refuses_changes() {
+    let place = ControlSocket::new();
+    let (server, path) = start(None, &place, &[]);
+    let two = path.join("two");
+    place.ctl(&["mount", "/two", two.to_str().unwrap(), "--readonly"]);
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    let root = guest.lookup(ROOT, c"two").unwrap().nodeid;
+    assert_eq!(errno(guest.mkdir(root, c"made", 0o755)), Some(libc::EROFS));
+}
+
+#[test]
+fn number_of_added_directories_is_limited() {
+    let place = ControlSocket::new();
+    let (_server, path) = start(None, &place, &[]);
+    let two = path.join("two");
+    let two = two.to_str().unwrap();
+    for number in 0..4 {
+        place.ctl(&["mount", &format!("/m{number}"), two]);
+    }
+    assert_eq!(place.refusal(&["mount", "/more", two]), "not-possible");
+    place.ctl(&["unmount", "/m0"]);
+    place.ctl(&["mount", "/more", two]);
+}
+
+/// Asks for a mount with this descriptor.
+fn mount_raw(client: &mut Connection, point: &str, fd: Option<&fs::File>) -> Value {
+    let request = format!(
+        "{{\"version\":1,\"command\":\"mount\",\"arguments\":{{\"point\":\"{point}\",\"source\":\"it\"}}}}\n"
+    );
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+    if !fds.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    let bytes = [IoSlice::new(request.as_bytes())];
+    let flags = SendFlags::empty();
+    rustix::net::sendmsg(client.0.get_ref(), &bytes, &mut control, flags).unwrap();
+    client.receive().unwrap()
+}
+
+#[test]
+fn descriptor_that_leads_out_of_the_sandbox_is_refused() {
+    let place = ControlSocket::new();
+    let (_server, path) = start(None, &place, &[]);
+    let mut client = place.connect();
+    let open = |path: &Path| fs::File::open(path).unwrap();
+    let attached = open(&path.join("two"));
+    let reply = mount_raw(&mut client, "/two", Some(&attached));
+    assert_eq!(reply["error"]["code"], "not-possible", "{reply}");
+    assert!(reply["error"]["hint"].is_string());
+    let file = open(&path.join("two/inner/file"));
+    let reply = mount_raw(&mut client, "/two", Some(&file));
+    assert_eq!(reply["error"]["code"], "not-possible", "{reply}");
+    let reply = mount_raw(&mut client, "/two", None);
+    assert_eq!(reply["error"]["code"], "invalid-argument", "{reply}");
+    // Without a sandbox there is nothing to be led out of.
+    let place = ControlSocket::new();
+    let (_server, path) = start(None, &place, &["--sandbox=none"]);
+    let mut client = place.connect();
+    let attached = open(&path.join("two"));
+    let reply = mount_raw(&mut client, "/two", Some(&attached));
+    assert!(reply["result"].is_object(), "{reply}");
+}
