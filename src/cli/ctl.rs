@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use log::LevelFilter;
 
+use super::limits::{BandwidthLimit, OperationLimit, bandwidth, operations, settings};
 use super::values::log_level;
+use crate::limits::Settings;
 
 /// Look into a running server, or change its settings
 ///
@@ -66,6 +68,11 @@ pub enum CtlCommand {
         /// Part of the server, such as fs or vhost_user; without it all of them
         room: Option<String>,
     },
+    /// Set how much the guest may ask for in a second
+    ///
+    /// All limits are replaced: what isn't named isn't limited any more. They apply to requests that
+    /// wait, too, and are kept when the serving process is replaced.
+    SetLimits(LimitArgs),
     /// List the inodes that the guest knows
     Inodes(PageArgs),
     /// List the files and directories that the guest has open
@@ -100,6 +107,25 @@ pub enum CtlCommand {
     Upgrade,
     /// Show threads, queues and requests, to diagnose a server that hangs
     Dump,
+}
+
+/// What is limited, and how much.
+#[derive(Clone, Debug, Args)]
+pub struct LimitArgs {
+    /// Operations a second, as for --limit-iops
+    #[arg(long, value_name = "[KIND=]N[,burst=M]", value_parser = operations)]
+    pub iops: Vec<OperationLimit>,
+    /// Bytes a second, as for --limit-bandwidth
+    #[arg(long, value_name = "[KIND=]BYTES[,burst=M]", value_parser = bandwidth)]
+    pub bandwidth: Vec<BandwidthLimit>,
+}
+
+impl LimitArgs {
+    /// The limits. A later one of the same kind replaces an earlier one.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        settings(&self.iops, &self.bandwidth)
+    }
 }
 
 /// Which part of a list is shown.

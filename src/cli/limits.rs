@@ -71,28 +71,36 @@ impl Limits {
     /// The limits of what a guest may ask for. A later limit of the same kind replaces an earlier
     /// one.
     pub(super) fn settings(&self) -> Settings {
-        let mut settings = Settings::default();
-        for OperationLimit(of, rate) in &self.limit_iops {
-            *match of {
-                Operations::All => &mut settings.operations,
-                Operations::Read => &mut settings.reads,
-                Operations::Write => &mut settings.writes,
-                Operations::Metadata => &mut settings.metadata,
-            } = *rate;
-        }
-        for BandwidthLimit(of, rate) in &self.limit_bandwidth {
-            *match of {
-                Bytes::All => &mut settings.bytes,
-                Bytes::Read => &mut settings.bytes_read,
-                Bytes::Write => &mut settings.bytes_written,
-            } = *rate;
-        }
-        settings
+        settings(&self.limit_iops, &self.limit_bandwidth)
     }
 }
 
+/// The settings that options say. A later limit of the same kind replaces an earlier one.
+pub(super) fn settings(
+    of_operations: &[OperationLimit],
+    of_bandwidth: &[BandwidthLimit],
+) -> Settings {
+    let mut settings = Settings::default();
+    for OperationLimit(of, rate) in of_operations {
+        *match of {
+            Operations::All => &mut settings.operations,
+            Operations::Read => &mut settings.reads,
+            Operations::Write => &mut settings.writes,
+            Operations::Metadata => &mut settings.metadata,
+        } = *rate;
+    }
+    for BandwidthLimit(of, rate) in of_bandwidth {
+        *match of {
+            Bytes::All => &mut settings.bytes,
+            Bytes::Read => &mut settings.bytes_read,
+            Bytes::Write => &mut settings.bytes_written,
+        } = *rate;
+    }
+    settings
+}
+
 /// Parses `[KIND=]N[,burst=M]`.
-fn operations(text: &str) -> Result<OperationLimit, String> {
+pub(super) fn operations(text: &str) -> Result<OperationLimit, String> {
     let (kind, rate) = rate(text, number)?;
     let of = match kind {
         None | Some("all") => Operations::All,
@@ -105,7 +113,7 @@ fn operations(text: &str) -> Result<OperationLimit, String> {
 }
 
 /// Parses `[KIND=]BYTES[,burst=M]`.
-fn bandwidth(text: &str) -> Result<BandwidthLimit, String> {
+pub(super) fn bandwidth(text: &str) -> Result<BandwidthLimit, String> {
     let (kind, rate) = rate(text, size)?;
     let of = match kind {
         None | Some("all") => Bytes::All,

@@ -44,6 +44,19 @@ pub const COMMANDS: &[Command] = &[
         purpose: "Sets the log level of the server, or of one of its rooms",
     },
     Command {
+        name: "set-limits",
+        arguments: &[
+            "operations",
+            "reads",
+            "writes",
+            "metadata",
+            "bytes",
+            "bytes-read",
+            "bytes-written",
+        ],
+        purpose: "Sets how much the guest may ask for in a second",
+    },
+    Command {
         name: "inodes",
         arguments: &["after", "limit"],
         purpose: "The inodes that the guest knows",

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::cli::{Ctl, CtlCommand, PageArgs};
 use crate::control::{CallError, Client};
 use crate::error_chain;
+use crate::limits::LIMITED;
 use crate::{recovery, sandbox};
 
 pub(crate) use self::text::{printable, render};
@@ -83,6 +84,13 @@ fn ask(ctl: &Ctl) -> Result<Value, CtlError> {
                 json!({ "level": level, "room": room }),
                 None,
             )?
+        }
+        CtlCommand::SetLimits(limits) => {
+            let rates = LIMITED.into_iter().zip(limits.settings().rates());
+            let arguments = rates.filter_map(|(name, rate)| {
+                rate.map(|rate| (name.to_owned(), Value::from(rate.to_string())))
+            });
+            call("set-limits", Value::Object(arguments.collect()), None)?
         }
         CtlCommand::Inodes(page) => list(page, |arguments| call("inodes", arguments, None))?,
         CtlCommand::Handles(page) => list(page, |arguments| call("handles", arguments, None))?,

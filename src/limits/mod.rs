@@ -21,6 +21,7 @@ use std::time::Instant;
 pub(crate) use self::buckets::{Buckets, Kind, Load};
 pub(crate) use self::clock::Clock;
 pub(crate) use self::lanes::Lanes;
+pub(crate) use self::settings::LIMITED;
 pub(crate) use self::settings::SettingsWords;
 pub use self::settings::{Rate, Settings};
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::num::NonZeroU64;
+use std::str::FromStr;
 
 /// How many operations or bytes a second there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,41 @@ impl Rate {
             per_second,
             burst: None,
         }
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.per_second)?;
+        match self.burst {
+            Some(burst) => write!(f, ",burst={burst}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A text is no rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected N or N,burst=M with whole numbers above 0")]
+pub struct NoRate;
+
+impl FromStr for Rate {
+    type Err = NoRate;
+
+    /// Parses what [`Display`](fmt::Display) shows: `N[,burst=M]`.
+    fn from_str(text: &str) -> Result<Self, NoRate> {
+        let number = |text: &str| text.parse().map_err(|_no_number| NoRate);
+        let (per_second, burst) = match text.split_once(',') {
+            Some((per_second, rest)) => (per_second, rest.strip_prefix("burst=").map(number)),
+            None => (text, None),
+        };
+        if burst.is_none() && text.contains(',') {
+            return Err(NoRate);
+        }
+        Ok(Self {
+            per_second: number(per_second)?,
+            burst: burst.transpose()?,
+        })
     }
 }
 
@@ -43,6 +79,17 @@ pub struct Settings {
     pub bytes_written: Option<Rate>,
 }
 
+/// What is limited, in the order of the fields of [`Settings`], as the control socket names it.
+pub(crate) const LIMITED: [&str; 7] = [
+    "operations",
+    "reads",
+    "writes",
+    "metadata",
+    "bytes",
+    "bytes-read",
+    "bytes-written",
+];
+
 /// Settings as words of shared memory: rate and burst of each limit, 0 for none.
 pub(crate) type SettingsWords = [u64; 14];
 
@@ -53,8 +100,32 @@ impl Settings {
         *self == Self::default()
     }
 
+    /// The settings with these limits, in the order of the fields.
+    #[must_use]
+    pub fn from_rates(rates: [Option<Rate>; 7]) -> Self {
+        let [
+            operations,
+            reads,
+            writes,
+            metadata,
+            bytes,
+            bytes_read,
+            bytes_written,
+        ] = rates;
+        Self {
+            operations,
+            reads,
+            writes,
+            metadata,
+            bytes,
+            bytes_read,
+            bytes_written,
+        }
+    }
+
     /// The limits, in the order of the fields.
-    pub(super) fn rates(&self) -> [Option<Rate>; 7] {
+    #[must_use]
+    pub fn rates(&self) -> [Option<Rate>; 7] {
         [
             self.operations,
             self.reads,
@@ -87,15 +158,7 @@ impl Settings {
                 burst: NonZeroU64::new(words[2 * at + 1]),
             })
         };
-        Self {
-            operations: rate(0),
-            reads: rate(1),
-            writes: rate(2),
-            metadata: rate(3),
-            bytes: rate(4),
-            bytes_read: rate(5),
-            bytes_written: rate(6),
-        }
+        Self::from_rates(std::array::from_fn(rate))
     }
 }
 
@@ -131,6 +194,26 @@ impl fmt::Display for Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rate_is_parsed_as_it_is_shown() {
+        for text in ["1", "1000", "4096,burst=8192"] {
+            assert_eq!(text.parse::<Rate>().unwrap().to_string(), text);
+        }
+        for wrong in [
+            "",
+            "0",
+            "-1",
+            "1k",
+            "1,",
+            "1,2",
+            "1,burst=",
+            "1,burst=0",
+            ",burst=1",
+        ] {
+            assert_eq!(wrong.parse::<Rate>(), Err(NoRate), "{wrong}");
+        }
+    }
 
     #[test]
     fn settings_survive_as_words() {

@@ -280,6 +280,7 @@ impl Server {
             measured_until: None,
             file_watch: Arc::clone(self.service.file_watch()),
             watched_until: None,
+            limits: Arc::clone(self.service.limits()),
             mounts: parts.mounts.take(),
         };
         if sockets.listener.is_none() {

@@ -130,6 +130,11 @@ impl Service {
         }
     }
 
+    /// The limits of what the guest may ask for.
+    pub(super) fn limits(&self) -> &Arc<limits::Limits> {
+        &self.limits
+    }
+
     /// Limits how much the guest may ask for.
     pub(super) fn limited(mut self, limits: Arc<limits::Limits>) -> Self {
         self.limits = limits;

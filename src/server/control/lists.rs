@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::control::{Call, Failure};
 use crate::fs::{Dropped, HandleKind, Inspect, KnownInode, NodeId, OpenHandle, Page};
 use crate::fuse::FileCounts;
+use crate::limits::{LIMITED, Settings};
 use crate::server::mounts::Mounts;
 
 /// How many entries a page has unless the client says otherwise, and at most.
@@ -96,6 +97,14 @@ pub(super) fn dropped(dropped: Dropped) -> Value {
         "unreported_opens": dropped.unreported_opens,
         "inode_descriptors": dropped.inode_descriptors,
     })
+}
+
+/// The limits that are set.
+pub(super) fn limits(settings: &Settings) -> Value {
+    let rates = LIMITED.into_iter().zip(settings.rates());
+    let limits = rates
+        .filter_map(|(name, rate)| rate.map(|rate| (name.to_owned(), rate.to_string().into())));
+    Value::Object(limits.collect())
 }
 
 pub(super) fn mounts(mounts: &Mounts) -> Value {

@@ -20,6 +20,7 @@ use crate::error_chain;
 use crate::fs::vfs::MountPoint;
 use crate::fs::{FileSystem, Inspect};
 use crate::fuse::FileWatch;
+use crate::limits::{LIMITED, Limits, Rate, Settings};
 use crate::logging;
 use crate::metrics::Registry;
 
@@ -42,6 +43,7 @@ pub(super) struct Handlers {
     pub(super) file_watch: Arc<FileWatch>,
     /// Until when requests are counted by file.
     pub(super) watched_until: Option<Instant>,
+    pub(super) limits: Arc<Limits>,
     /// With `--vfs`.
     pub(super) mounts: Option<Mounts>,
 }
@@ -53,6 +55,7 @@ impl Handler for Handlers {
             "statistics" => self.measure(&call),
             "watch-files" => self.watch_files(&call),
             "set-log-level" => set_log_level(&call),
+            "set-limits" => self.set_limits(&call),
             "inodes" => self.inspect(|fs| lists::inodes(fs, &call)),
             "handles" => self.inspect(|fs| lists::handles(fs, &call)),
             "drop-caches" => self.inspect(|fs| Ok(lists::dropped(fs.drop_caches()))),
@@ -126,6 +129,24 @@ impl Handlers {
         }
         let statistics = serde_json::to_value(metrics.snapshot());
         statistics.map_err(|error| Failure::new(Code::Failed, error.to_string()))
+    }
+
+    /// Replaces all limits; what isn't named isn't limited.
+    fn set_limits(&mut self, call: &Call) -> Result<Value, Failure> {
+        let mut rates = [None; LIMITED.len()];
+        for (rate, name) in rates.iter_mut().zip(LIMITED) {
+            let Some(text) = call.optional_text(name)? else {
+                continue;
+            };
+            let parsed = text.parse::<Rate>();
+            *rate = Some(parsed.map_err(|error| {
+                Failure::new(Code::InvalidArgument, format!("{name}: {error}"))
+            })?);
+        }
+        let settings = Settings::from_rates(rates);
+        self.limits.set(settings);
+        log::info!("limits: {settings}");
+        Ok(json!({ "limits": lists::limits(&settings) }))
     }
 
     /// The files with the most requests, which are counted for a while from now on.

@@ -85,6 +85,7 @@ impl Handlers {
             "connections": self.live.connections(),
             "vmm": self.live.session().map(|session| vmm(&session)),
             "usage": self.usage(),
+            "limits": lists::limits(&self.limits.settings()),
             "log": log(),
             "options": options,
         })

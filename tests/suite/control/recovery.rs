@@ -1,7 +1,10 @@
 //! The control socket through restarts and upgrades: it is the same socket, and what it shows is the
 //! process that serves.
 
+use std::time::{Duration, Instant};
+
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 use testing::{Server, USER};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
@@ -22,6 +25,36 @@ fn setups() -> Vec<(&'static str, Option<u32>)> {
         ],
         false => vec![("namespace", None)],
     }
+}
+
+#[test]
+fn limits_change_while_the_server_runs_and_outlive_its_process() {
+    let place = ControlSocket::new();
+    let mut server = place.start(&["--supervise", "--limit-iops", "1000"]);
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    assert_eq!(
+        place.ctl(&["status"])["limits"],
+        json!({ "operations": "1000" })
+    );
+    let set = json!({ "metadata": "20,burst=1", "bytes-read": "1048576" });
+    let args = ["--iops", "metadata=20,burst=1", "--bandwidth", "read=1M"];
+    let reply = place.ctl(&[&["set-limits"][..], &args].concat());
+    assert_eq!(reply["limits"], set);
+    // A bucket that was full lets one pass at once, and the others wait for 50 ms each.
+    let began = Instant::now();
+    for _ in 0..5 {
+        guest.getattr(ROOT).unwrap();
+    }
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(190), "{took:?}");
+    kill(server.pid());
+    server.wait_for("serving again");
+    assert_eq!(place.ctl(&["status"])["limits"], set);
+    assert_eq!(place.ctl(&["set-limits"])["limits"], json!({}));
+    guest.getattr(ROOT).unwrap();
+    let many = r#"{"version":1,"command":"set-limits","arguments":{"reads":"many"}}"#;
+    let error = place.connect().ask(many)["error"].clone();
+    assert_eq!(error["code"], "invalid-argument", "{error}");
 }
 
 #[test]
