@@ -119,6 +119,9 @@ if wanted recovery; then
     target/release/kill --mode state --kills 150
     target/release/kill --mode state --end both --kills 150
     target/release/kill --mode upgraded --kills 20
+    # Prometheus' view of a kill and an upgrade; the dashboard and the alerts.
+    cargo build --release --locked --package ringfsd-load
+    integration/metrics/check.sh
 fi
 
 if wanted package; then

@@ -14,6 +14,7 @@ use crate::fs::vfs::MountPoint;
 use crate::fuse::SessionOptions;
 use crate::io::Choice;
 use crate::limits;
+use crate::metrics::Address;
 use crate::sandbox;
 
 /// Where front ends connect.
@@ -197,6 +198,8 @@ pub struct Config {
     pub pid_file: Option<PathBuf>,
     /// Replace a file at the socket's path even if it isn't a socket.
     pub replaces_files: bool,
+    /// Where the counters can be read.
+    pub metrics: Option<Address>,
     /// Exit after the first session.
     pub once: bool,
     /// Restart the serving process if it is killed.

@@ -8,6 +8,7 @@ use log::LevelFilter;
 
 use super::persona::Behaviour;
 use super::values::log_level;
+use crate::metrics::Address;
 
 /// Logging and introspection.
 #[derive(Clone, Debug, Args)]
@@ -40,6 +41,16 @@ pub struct Observability {
     #[arg(long)]
     pub syslog: bool,
 
+    /// Serve metrics at unix:PATH, 127.0.0.1:PORT or [::1]:PORT
+    ///
+    /// They are OpenMetrics text under /metrics, for Prometheus and others: requests and their
+    /// durations, errors, bytes, descriptors, restarts. Whoever can connect can read them: the
+    /// server's user at unix:PATH, all users of this host at a port. Counters survive restarts by
+    /// --supervise and upgrades.
+    ///
+    /// [default: none]
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<Address>,
     /// Let the server be controlled by a new socket: unix:PATH
     ///
     /// `ringfsd ctl PATH` shows what the server does, and changes its settings while it runs; see

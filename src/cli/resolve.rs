@@ -341,6 +341,7 @@ impl TryFrom<Options> for Config {
             tag: connection.tag,
             workers,
             pid_file,
+            metrics: options.observability.metrics,
             replaces_files: behaviour.replaces_files,
             runtime: connection.runtime,
             poll: Duration::from_micros(u64::from(connection.poll_us)),

@@ -238,6 +238,18 @@ mod tests {
             &["--dax-min-size=8M", "--dax-window=8M"],
             [Effect, Refused, Refused],
         ),
+        (
+            &["--dax-include=*.so", "--dax-window=8M"],
+            [Effect, Refused, Refused],
+        ),
+        (
+            &["--dax-exclude=*.so", "--dax-window=8M"],
+            [Effect, Refused, Refused],
+        ),
+        (
+            &["--dax-fs-map", "--dax-window=8M"],
+            [Effect, Refused, Refused],
+        ),
         (&["--translate-uid=map:0:1:1"], [Effect, Effect, Refused]),
         (&["--translate-gid=map:0:1:1"], [Effect, Effect, Refused]),
         (&["--killpriv-v2"], [Effect, Effect, AsItIs]),

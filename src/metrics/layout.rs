@@ -114,6 +114,10 @@ pub(crate) enum Count {
     FaultyChains,
     /// Requests that were dropped without a reply.
     Dropped,
+    /// Chains of all batches.
+    PublishedChains,
+    /// Chains that looks at a ring have found.
+    FoundChains,
 }
 
 /// Values of a thread, which end with it.
@@ -174,6 +178,33 @@ const FIXED: usize = 8;
 /// Words of the header with its list of sections.
 const LIST: usize = FIXED + 2 * Section::ALL.len();
 
+/// Words of a section of a block, but for the histograms of queues.
+const fn words_of(section: Section) -> usize {
+    match section {
+        Section::Server | Section::Counts => COUNTS,
+        Section::Processes => PROCESSES * PROCESS,
+        Section::Gauges => GAUGES,
+        Section::Requests => OPCODES,
+        Section::Errors => 2 * ERRORS,
+        Section::Batches | Section::Depths => POWERS,
+        Section::OpcodeLatency => OPCODES * ROW,
+        Section::QueueLatency => 0,
+    }
+}
+
+/// Where a section of a block begins in the layout of this program.
+pub(crate) const fn offset_of(section: Section) -> usize {
+    let (mut offset, mut at) = (0, 0);
+    while at < section as usize {
+        let before = Section::ALL[at];
+        if !before.is_of_header() {
+            offset += words_of(before);
+        }
+        at += 1;
+    }
+    offset
+}
+
 impl Layout {
     /// The layout of this program for so many threads and queues.
     pub(crate) fn new(threads: usize, queues: usize) -> Self {
@@ -181,14 +212,8 @@ impl Layout {
         let (mut header, mut block) = (LIST, 0);
         for (part, section) in parts.iter_mut().zip(Section::ALL) {
             let words = match section {
-                Section::Server | Section::Counts => COUNTS,
-                Section::Processes => PROCESSES * PROCESS,
-                Section::Gauges => GAUGES,
-                Section::Requests => OPCODES,
-                Section::Errors => 2 * ERRORS,
-                Section::Batches | Section::Depths => POWERS,
-                Section::OpcodeLatency => OPCODES * ROW,
                 Section::QueueLatency => queues.min(MAX_QUEUES) * ROW,
+                section => words_of(section),
             };
             let end = if section.is_of_header() {
                 &mut header
@@ -329,6 +354,21 @@ mod tests {
                 // The reserved word means nothing, and a longer list is that of a newer program.
                 assert!(found.is_none() || at == FIXED - 1, "word {at}: {found:?}");
             }
+        }
+    }
+
+    #[test]
+    fn sections_of_blocks_are_at_constant_offsets() {
+        let layout = Layout::new(3, 4);
+        for section in Section::ALL
+            .into_iter()
+            .filter(|section| !section.is_of_header())
+        {
+            assert_eq!(
+                layout.part(section).first,
+                offset_of(section),
+                "{section:?}"
+            );
         }
     }
 

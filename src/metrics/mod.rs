@@ -5,7 +5,11 @@
 //! ([`SharedFile`]). This room knows opcodes only as numbers. The invariant: counting takes no lock and
 //! no memory, and what reads the counters can't hold up what counts.
 
+mod address;
 mod buckets;
+mod endpoint;
+mod errno;
+mod http;
 mod layout;
 mod recorder;
 mod registry;
@@ -14,9 +18,13 @@ mod snapshot;
 mod sum;
 #[cfg(test)]
 mod tests;
+mod text;
 
+pub use self::address::{Address, AddressError};
+pub(crate) use self::endpoint::serve;
 pub(crate) use self::layout::{Count, Process, Server};
 pub(crate) use self::recorder::{Ended, Recorder, RequestStart};
+pub(crate) use self::registry::Interruption;
 pub use self::registry::{Facts, MetricsError, Registry, Shape};
 pub(crate) use self::shared_file::SharedFile;
 pub use self::snapshot::{

@@ -10,20 +10,29 @@ use std::time::Duration;
 
 use super::Registry;
 use super::buckets::bucket_of;
-use super::layout::{Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key};
-use crate::sys::clock::Ticks;
+use super::layout::{
+    Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key, offset_of,
+};
+use crate::sys::clock::{Clock, Ticks};
+use crate::sys::shared::WordRow;
 
 /// Counts what one thread does.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     registry: Arc<Registry>,
-    /// The first word of each section of the thread's block.
-    starts: [usize; Section::ALL.len()],
+    /// The thread's block; `None` if the registry has none, which no caller asks for.
+    block: Option<WordRow>,
     queues: usize,
+    /// The opcodes that exist.
+    known: u64,
+    clock: Clock,
+    /// The histograms that are marked as in use: those of opcodes, and of the first 64 queues.
+    marked: [Cell<u64>; 2],
+    /// Requests that wait for the host.
+    waiting: Cell<u64>,
     /// The end of the last request, which is the start of the next one; `None` if requests aren't
     /// timed.
     last: Cell<Option<Ticks>>,
-    in_flight: Cell<u64>,
 }
 
 /// A request that is being served.
@@ -57,12 +66,15 @@ impl Recorder {
     fn new(registry: Arc<Registry>, thread: usize) -> Self {
         let layout = registry.layout();
         let thread = thread.min(layout.threads.saturating_sub(1));
-        let start = |section| layout.starts(section).nth(thread).unwrap_or(0);
+        let first = layout.header + thread * layout.block;
         let this = Self {
-            starts: Section::ALL.map(start),
+            block: WordRow::new(registry.words(), first, layout.block),
+            known: registry.known(),
+            clock: registry.clock().clone(),
+            marked: [Cell::new(0), Cell::new(0)],
+            waiting: Cell::new(0),
             queues: layout.part(Section::QueueLatency).words / ROW,
             last: Cell::new(None),
-            in_flight: Cell::new(0),
             registry,
         };
         // What a thread that was killed had in flight.
@@ -74,21 +86,39 @@ impl Recorder {
     #[inline]
     pub(crate) fn begin_row(&self) {
         let is_timed = self.registry.is_timed();
-        self.last.set(is_timed.then(|| self.registry.clock().now()));
+        self.last.set(is_timed.then(|| self.clock.now()));
+    }
+
+    /// The thread serves requests now, one after the other, or has served the last one of a row.
+    #[inline]
+    pub(crate) fn set_serving(&self, serving: bool) {
+        let in_flight = self.waiting.get() + u64::from(serving);
+        self.store(Section::Gauges, Gauge::InFlight as usize, in_flight);
+    }
+
+    /// A request of the row waits for the host from now on.
+    pub(crate) fn begin_wait(&self) {
+        self.waiting.set(self.waiting.get() + 1);
+        self.count(Count::Deferred, 1);
+        self.set_serving(true);
+    }
+
+    /// A request that has waited has ended.
+    pub(crate) fn end_wait(&self) {
+        self.waiting.set(self.waiting.get().saturating_sub(1));
+        self.set_serving(false);
     }
 
     /// A request begins.
     #[inline]
     pub(crate) fn begin(&self) -> RequestStart {
-        self.set_in_flight(self.in_flight.get() + 1);
         RequestStart(self.last.get())
     }
 
     /// A request has ended.
     #[inline]
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
-        self.set_in_flight(self.in_flight.get().saturating_sub(1));
-        let opcode = self.registry.row_of(ended.opcode);
+        let opcode = self.row_of(ended.opcode);
         self.add(Section::Requests, opcode, 1);
         if ended.read != 0 {
             self.count(Count::BytesRead, ended.read);
@@ -106,9 +136,9 @@ impl Recorder {
 
     #[inline]
     fn time(&self, start: Ticks, opcode: usize, queue: usize) {
-        let now = self.registry.clock().now();
+        let now = self.clock.now();
         self.last.set(Some(now));
-        let nanoseconds = self.registry.clock().nanoseconds(start, now);
+        let nanoseconds = self.clock.nanoseconds(start, now);
         let bucket = bucket_of(nanoseconds);
         self.mark(Gauge::Opcodes, opcode);
         let row = opcode * ROW;
@@ -153,6 +183,7 @@ impl Recorder {
     pub(crate) fn published(&self, chains: u16, called: bool) {
         if chains != 0 {
             self.count(Count::Batches, 1);
+            self.count(Count::PublishedChains, chains.into());
             self.add(Section::Batches, power_of(u64::from(chains)), 1);
         }
         if called {
@@ -163,6 +194,7 @@ impl Recorder {
     /// A look at a ring has found so many chains.
     #[inline]
     pub(crate) fn found(&self, chains: usize) {
+        self.count(Count::FoundChains, chains as u64);
         self.add(Section::Depths, power_of(chains as u64), 1);
     }
 
@@ -170,32 +202,40 @@ impl Recorder {
     #[inline]
     pub(crate) fn now(&self) -> Ticks {
         let last = self.last.get();
-        last.unwrap_or_else(|| self.registry.clock().now())
+        last.unwrap_or_else(|| self.clock.now())
     }
 
     /// The time since then.
     #[inline]
     pub(crate) fn since(&self, start: Ticks) -> Duration {
-        Duration::from_nanos(self.registry.clock().nanoseconds(start, self.now()))
-    }
-
-    fn set_in_flight(&self, in_flight: u64) {
-        self.in_flight.set(in_flight);
-        self.store(Section::Gauges, Gauge::InFlight as usize, in_flight);
+        Duration::from_nanos(self.clock.nanoseconds(start, self.now()))
     }
 
     /// Marks a histogram as in use. Reading one that isn't would allocate its memory.
+    #[inline]
     fn mark(&self, gauge: Gauge, number: usize) {
-        let (at, bit) = (gauge as usize + number / 64, 1 << (number % 64));
-        let known = self.load(Section::Gauges, at);
-        if known & bit == 0 {
-            self.store(Section::Gauges, at, known | bit);
+        let bit = 1 << (number % 64);
+        let known = &self.marked[usize::from(matches!(gauge, Gauge::Queues))];
+        if number >= 64 || known.get() & bit == 0 {
+            known.set(known.get() | if number < 64 { bit } else { 0 });
+            let at = gauge as usize + number / 64;
+            self.store(Section::Gauges, at, self.load(Section::Gauges, at) | bit);
+        }
+    }
+
+    /// The row of an opcode: 0 if there is no such opcode.
+    #[inline]
+    fn row_of(&self, opcode: u32) -> usize {
+        if opcode < u64::BITS && self.known >> opcode & 1 != 0 {
+            opcode as usize
+        } else {
+            0
         }
     }
 
     #[inline]
     fn word(&self, section: Section, at: usize) -> Option<&AtomicU64> {
-        self.registry.word(self.starts[section as usize] + at)
+        self.block.as_ref()?.get(offset_of(section) + at)
     }
 
     // Relaxed throughout: the counters order nothing, and only this thread writes them.
@@ -209,11 +249,13 @@ impl Recorder {
         }
     }
 
+    #[inline]
     fn load(&self, section: Section, at: usize) -> u64 {
         let word = self.word(section, at);
         word.map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
+    #[inline]
     fn store(&self, section: Section, at: usize, value: u64) {
         if let Some(word) = self.word(section, at) {
             word.store(value, Ordering::Relaxed);

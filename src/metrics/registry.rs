@@ -5,12 +5,13 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use rustix::io::Errno;
 
-use super::layout::{Layout, OPCODES, Section, Server};
+use super::buckets::bucket_of;
+use super::layout::{Layout, OPCODES, PROCESS, Process, Section, Server};
 use super::snapshot::{SessionState, Snapshot, Usage};
 use super::sum::Reader;
 use crate::sys::clock::Clock;
@@ -57,23 +58,34 @@ pub struct Facts {
     pub workers: usize,
 }
 
+/// A time in which no process served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Interruption {
+    /// What ended it.
+    pub(crate) process: Process,
+    /// When it began, on the monotonic clock.
+    pub(crate) since: Duration,
+}
+
 /// Tells how much of the limited resources is in use. Called by whoever reads the counters.
 type ReadUsage = Box<dyn Fn() -> Usage + Send + Sync>;
 
 /// The counters of a server.
 pub struct Registry {
-    words: MappedWords,
+    words: Arc<MappedWords>,
     layout: Layout,
     shape: Shape,
     /// The opcodes that exist, one bit each.
     known: u64,
     clock: Clock,
     timed: AtomicBool,
+    always_timed: AtomicBool,
     facts: OnceLock<Facts>,
     usage: OnceLock<ReadUsage>,
     /// The count of evictions when this process began.
     evictions_before: u64,
     session: AtomicU8,
+    interruption: Mutex<Option<Interruption>>,
 }
 
 impl Registry {
@@ -105,16 +117,18 @@ impl Registry {
             known | u64::from((shape.operation)(number).is_some()) << row
         });
         let mut this = Self {
-            words,
+            words: Arc::new(words),
             layout,
             shape,
             known,
             clock: Clock::choose(),
             timed: AtomicBool::new(false),
+            always_timed: AtomicBool::new(false),
             facts: OnceLock::new(),
             usage: OnceLock::new(),
             evictions_before: 0,
             session: AtomicU8::new(SessionState::Waiting as u8),
+            interruption: Mutex::default(),
         };
         this.evictions_before = this.server(Server::Evictions).map_or(0, load);
         if let Some(began) = this.server(Server::Began) {
@@ -126,8 +140,15 @@ impl Registry {
         Arc::new(this)
     }
 
-    /// Measures from now on how long requests take, or doesn't.
+    /// Measures how long requests take for as long as the process lives.
+    pub(crate) fn keep_timed(&self) {
+        self.always_timed.store(true, Ordering::Relaxed);
+        self.set_timed(true);
+    }
+
+    /// Measures from now on how long requests take, or doesn't any more, unless it always does.
     pub fn set_timed(&self, timed: bool) {
+        let timed = timed || self.always_timed.load(Ordering::Relaxed);
         if timed {
             self.clock.calibrate();
         }
@@ -153,6 +174,31 @@ impl Registry {
     /// The session is in this state now.
     pub fn set_session(&self, state: SessionState) {
         self.session.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// Sets what interrupted the service until this process serves.
+    pub(crate) fn set_interruption(&self, interruption: Option<Interruption>) {
+        *self.interruption() = interruption;
+    }
+
+    /// The process serves, at this time of the monotonic clock: counts the interruption that has ended.
+    pub(crate) fn serves(&self, now: Duration) {
+        let Some(Interruption { process, since }) = self.interruption().take() else {
+            return;
+        };
+        let pause = now.saturating_sub(since).as_nanos();
+        let pause = u64::try_from(pause).unwrap_or(u64::MAX);
+        let first = self.layout.part(Section::Processes).first + process as usize * PROCESS;
+        for (at, more) in [(0, 1), (1, pause), (2 + bucket_of(pause), 1)] {
+            if let Some(word) = self.word(first + at) {
+                word.fetch_add(more, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn interruption(&self) -> MutexGuard<'_, Option<Interruption>> {
+        let interruption = self.interruption.lock();
+        interruption.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts an event of the whole server.
@@ -191,6 +237,10 @@ impl Registry {
         &self.layout
     }
 
+    pub(super) fn words(&self) -> &Arc<MappedWords> {
+        &self.words
+    }
+
     pub(super) fn clock(&self) -> &Clock {
         &self.clock
     }
@@ -200,14 +250,9 @@ impl Registry {
         self.words.get(at)
     }
 
-    /// The row of an opcode: 0 if there is no such opcode.
-    #[inline]
-    pub(super) fn row_of(&self, opcode: u32) -> usize {
-        if opcode < 64 && self.known >> opcode & 1 != 0 {
-            opcode as usize
-        } else {
-            0
-        }
+    /// The opcodes that exist, one bit each.
+    pub(super) fn known(&self) -> u64 {
+        self.known
     }
 
     fn server(&self, count: Server) -> Option<&AtomicU64> {

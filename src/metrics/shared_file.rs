@@ -1,18 +1,17 @@
 //! The file that the counters are in, where they have to outlive the serving process.
 //!
-//! The process that starts serving processes holds it. It maps nothing, as it must not depend on what a
-//! serving process writes there: it reads and writes the file. The invariant: the file never changes
-//! its length.
+//! The process that starts serving processes holds it, and uses it only where one program follows
+//! another, to carry the counters over. As a serving process may have put anything there, the file is
+//! read, not mapped, and only if it is memory that can't change its length. The invariant: the file
+//! never changes its length.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use super::buckets::bucket_of;
-use super::layout::{ERRORS, Gauge, Layout, PROCESS, Process, Section};
+use super::layout::{ERRORS, Gauge, Layout, OTHERS, Section};
 use super::{MetricsError, Shape};
 use crate::sys::shared::WORD;
 
@@ -51,12 +50,11 @@ impl SharedFile {
     ///
     /// There is no memory for a new file.
     pub(crate) fn take_over(shape: &Shape, previous: OwnedFd) -> Result<Self, MetricsError> {
-        let len = rustix::fs::fstat(&previous).map_or(0, |stat| stat.st_size);
-        let len = usize::try_from(len).unwrap_or(0) / WORD;
-        let header = read_words(&previous, 0, len.min(64)).unwrap_or_default();
-        let found = Layout::of_header(len, |at| header.get(at).copied().unwrap_or(0));
+        let found = is_fixed(&previous)
+            .then(|| find_layout(&previous))
+            .flatten();
         match found {
-            Some(layout) if is_fixed(&previous) && layout == shape.layout() => Ok(Self {
+            Some(layout) if layout == shape.layout() => Ok(Self {
                 file: previous,
                 layout,
             }),
@@ -82,40 +80,24 @@ impl SharedFile {
         self.file
     }
 
-    /// Counts what happened to a serving process, and the pause until the next one served.
-    pub(crate) fn count(&self, process: Process, pause: Duration) {
-        // The serving process has the same descriptors, and may have replaced this one.
-        if !is_fixed(&self.file) {
-            return;
-        }
-        let nanoseconds = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
-        let first = self.layout.part(Section::Processes).first + process as usize * PROCESS;
-        let more = [(0, 1), (1, nanoseconds), (2 + bucket_of(nanoseconds), 1)];
-        for (at, more) in more {
-            let known = self.read(first + at, 1).unwrap_or_default();
-            let value = known
-                .first()
-                .map_or(more, |known| known.saturating_add(more));
-            if let Err(error) = self.write(first + at, &[value]) {
-                log::warn!("counting a restart: {error}");
-            }
-        }
-    }
-
     /// Adds the counters of `previous` to those of the first thread.
     fn carry_over(&self, previous: &Self) -> Result<(), Errno> {
         for section in Section::ALL {
             let (from, to) = (previous.layout.part(section), self.layout.part(section));
             let words = from.words.min(to.words);
-            let mut blocks = Vec::new();
+            let mut sums = vec![0; words];
+            let mut errors = BTreeMap::new();
             for start in previous.layout.starts(section) {
-                blocks.push(previous.read(start, words)?);
+                let block = previous.read(start, words)?;
+                match section {
+                    Section::Errors => add_errors(&mut errors, &block),
+                    Section::Gauges => add_words(&mut sums, &block, |all, word| all | word),
+                    _ => add_words(&mut sums, &block, u64::wrapping_add),
+                }
             }
-            let sums = match section {
-                Section::Errors => sum_errors(&blocks, words),
-                Section::Gauges => sum_words(&blocks, words, |all, word| all | word),
-                _ => sum_words(&blocks, words, u64::wrapping_add),
-            };
+            if section == Section::Errors {
+                write_errors(errors, &mut sums);
+            }
             if let Some(start) = self.layout.starts(section).next() {
                 self.write(start, &sums)?;
                 if section == Section::Gauges {
@@ -147,6 +129,17 @@ impl AsFd for SharedFile {
     }
 }
 
+/// The most words that a file may have: those for the largest number of threads and queues.
+const MAX_WORDS: usize = 64 << 20;
+
+fn find_layout(file: &OwnedFd) -> Option<Layout> {
+    let len = rustix::fs::fstat(file).ok()?.st_size;
+    let len = usize::try_from(len).ok()? / WORD;
+    let header = read_words(file, 0, len.min(64)).ok()?;
+    let layout = Layout::of_header(len, |at| header.get(at).copied().unwrap_or(0));
+    layout.filter(|_| len <= MAX_WORDS)
+}
+
 /// Whether it is memory whose length can't be changed.
 fn is_fixed(file: &OwnedFd) -> bool {
     rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
@@ -166,34 +159,31 @@ fn read_words(file: &OwnedFd, first: usize, count: usize) -> Result<Vec<u64>, Er
     Ok(words.iter().copied().map(u64::from_ne_bytes).collect())
 }
 
-fn sum_words(blocks: &[Vec<u64>], words: usize, add: impl Fn(u64, u64) -> u64) -> Vec<u64> {
-    let mut sums = vec![0; words];
-    for block in blocks {
-        for (sum, word) in sums.iter_mut().zip(block) {
-            *sum = add(*sum, *word);
-        }
+fn add_words(sums: &mut [u64], words: &[u64], add: impl Fn(u64, u64) -> u64) {
+    for (sum, word) in sums.iter_mut().zip(words) {
+        *sum = add(*sum, *word);
     }
-    sums
 }
 
-/// Adds up pairs of a key and a count. Those that there is no room for are added to the last one.
-fn sum_errors(blocks: &[Vec<u64>], words: usize) -> Vec<u64> {
-    let mut counts = BTreeMap::<u64, u64>::new();
-    for [key, count] in blocks.iter().flat_map(|block| block.as_chunks().0) {
-        if *key != 0 {
-            let sum = counts.entry(*key).or_default();
+/// Adds pairs of a key and a count. There are at most as many keys as opcodes and errnos that exist,
+/// unless a serving process has written others; those beyond the room for all threads are left out.
+fn add_errors(errors: &mut BTreeMap<u64, u64>, words: &[u64]) {
+    const MAX: usize = 256 * ERRORS;
+    for [key, count] in words.as_chunks().0 {
+        if *key != 0 && (errors.len() < MAX || errors.contains_key(key)) {
+            let sum = errors.entry(*key).or_default();
             *sum = sum.wrapping_add(*count);
         }
     }
-    let mut sums = vec![0; words];
-    let (pairs, _) = sums.as_chunks_mut::<2>();
+}
+
+/// Writes pairs. Those that there is no room for are added to the last one.
+fn write_errors(errors: BTreeMap<u64, u64>, words: &mut [u64]) {
+    let (pairs, _) = words.as_chunks_mut::<2>();
     let last = pairs.len().min(ERRORS).saturating_sub(1);
     let mut others = 0_u64;
-    for (at, (key, count)) in counts.into_iter().enumerate() {
-        match pairs
-            .get_mut(at)
-            .filter(|_| at < last && key != super::layout::OTHERS)
-        {
+    for (at, (key, count)) in errors.into_iter().enumerate() {
+        match pairs.get_mut(at).filter(|_| at < last && key != OTHERS) {
             Some(pair) => *pair = [key, count],
             None => others = others.wrapping_add(count),
         }
@@ -201,7 +191,6 @@ fn sum_errors(blocks: &[Vec<u64>], words: usize) -> Vec<u64> {
     if others != 0
         && let Some(pair) = pairs.get_mut(last)
     {
-        *pair = [super::layout::OTHERS, others];
+        *pair = [OTHERS, others];
     }
-    sums
 }

@@ -97,6 +97,10 @@ pub struct ThreadStats {
     pub calls: u64,
     /// Batches of chains that were returned.
     pub batches: u64,
+    /// Chains of these batches.
+    pub published_chains: u64,
+    /// Chains that workers have found when they looked at a ring.
+    pub found_chains: u64,
     /// Chains that were passed on to other workers.
     pub offloaded: u64,
     /// Chains that were served for other workers.

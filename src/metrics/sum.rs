@@ -66,6 +66,8 @@ impl<R: Fn(usize) -> u64> Reader<'_, R> {
                 kicks: count(Count::Kicks),
                 calls: count(Count::Calls),
                 batches: count(Count::Batches),
+                published_chains: count(Count::PublishedChains),
+                found_chains: count(Count::FoundChains),
                 offloaded: count(Count::Offloaded),
                 stolen: count(Count::Stolen),
                 deferred: count(Count::Deferred),

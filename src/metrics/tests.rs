@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Count, Ended, Process, Registry, Server, Shape, SharedFile, Snapshot};
+use super::{Count, Ended, Interruption, Process, Registry, Server, Shape, SharedFile, Snapshot};
 
 fn operation(number: u32) -> Option<String> {
     let names = [(3, "getattr"), (15, "read"), (16, "write")];
@@ -32,13 +32,23 @@ fn duplicate(file: &SharedFile) -> OwnedFd {
     file.as_fd().try_clone_to_owned().unwrap()
 }
 
+/// The process serves after a pause of this length.
+fn interrupt(metrics: &Registry, process: Process, pause: Duration) {
+    let since = Duration::from_secs(100);
+    metrics.set_interruption(Some(Interruption { process, since }));
+    metrics.serves(since + pause);
+    metrics.serves(since + pause * 2);
+}
+
 /// Serves one request on a thread, and returns the recorder's snapshot.
 fn serve(metrics: &Arc<Registry>, thread: usize, ended: Ended) {
     let recorder = metrics.recorder(thread);
     recorder.begin_row();
+    recorder.set_serving(true);
     let begun = recorder.begin();
     assert_eq!(metrics.snapshot().in_flight, 1);
     recorder.end(begun, &ended);
+    recorder.set_serving(false);
 }
 
 fn read(queue: u16) -> Ended {
@@ -143,6 +153,33 @@ fn durations_are_measured_only_on_request() {
 }
 
 #[test]
+fn requests_that_wait_are_in_flight_besides_the_one_that_is_served() {
+    let metrics = registry();
+    let recorder = metrics.recorder(1);
+    recorder.set_serving(true);
+    recorder.begin_wait();
+    recorder.begin_wait();
+    assert_eq!(metrics.snapshot().in_flight, 3);
+    recorder.set_serving(false);
+    assert_eq!(metrics.snapshot().in_flight, 2);
+    recorder.end_wait();
+    recorder.end_wait();
+    let snapshot = metrics.snapshot();
+    assert_eq!((snapshot.in_flight, snapshot.threads.deferred), (0, 2));
+}
+
+#[test]
+fn what_is_always_timed_stays_so() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    metrics.set_timed(false);
+    assert!(!metrics.is_timed());
+    metrics.keep_timed();
+    metrics.set_timed(false);
+    assert!(metrics.is_timed());
+}
+
+#[test]
 fn request_that_began_untimed_stays_untimed() {
     let metrics = registry();
     let recorder = metrics.recorder(1);
@@ -182,11 +219,11 @@ fn next_process_continues_with_the_counters() {
     serve(&first, 1, read(1));
     first.count(Server::Connections);
     // A request that was in flight when the process was killed.
-    first.recorder(2).begin();
+    first.recorder(2).begin_wait();
     let began = first.snapshot().began;
     drop(first);
-    file.count(Process::Recovery, Duration::from_millis(3));
     let next = open(&file, shape(2, 3));
+    interrupt(&next, Process::Recovery, Duration::from_millis(3));
     (1..=2).for_each(|thread| drop(next.recorder(thread)));
     serve(&next, 1, read(1));
     let snapshot = next.snapshot();
@@ -243,9 +280,9 @@ fn another_layout_begins_with_the_sums() {
         metrics.recorder(thread).count(Count::Kicks, 10);
     }
     // In flight in a process that has ended.
-    metrics.recorder(1).begin();
+    metrics.recorder(1).begin_wait();
     metrics.count(Server::Connections);
-    file.count(Process::Upgrade, Duration::from_secs(1));
+    interrupt(&metrics, Process::Upgrade, Duration::from_secs(1));
     let before = Snapshot {
         in_flight: 0,
         timed: false,

@@ -25,6 +25,11 @@ pub(super) const FORMAT: u32 = 1;
 /// The environment variable that holds the number of the list's descriptor.
 pub(super) const VARIABLE: &str = "RINGFSD_HAND_OVER";
 
+/// The names of the values that describe the file of the front end's socket.
+const LISTENER_FILE: [&str; 3] = ["socket", "socket-device", "socket-inode"];
+/// Those of the file of the metrics' socket.
+const METRICS_FILE: [&str; 3] = ["metrics-socket", "metrics-device", "metrics-inode"];
+
 /// Why a program can't take over from the previous one.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecHandoverError {
@@ -68,7 +73,15 @@ pub(crate) struct ServerFds {
     pub(crate) state: OwnedFd,
     /// The file of the counters, if the previous program had one.
     pub(crate) metrics: Option<OwnedFd>,
+    /// The socket on which they are read.
+    pub(crate) metrics_socket: Option<PassedSocket>,
     pub(crate) pid_file: Option<OwnedFd>,
+}
+
+/// A listening socket on the list, and its file if it has one.
+pub(crate) struct PassedSocket {
+    pub(crate) socket: OwnedFd,
+    pub(crate) file: Option<SocketFile>,
 }
 
 /// What is on the list about the processes: the sandbox, and the upgrade in progress.
@@ -146,7 +159,7 @@ impl ExecHandover {
         self.has(name).then(|| get(self, name)).transpose()
     }
 
-    /// The file of a socket: its path, device and inode have these names.
+    /// The file of a socket; `names` are those of its path, its device and its inode.
     fn socket_file(
         &self,
         [path, device, inode]: [&'static str; 3],
@@ -175,7 +188,7 @@ impl ExecHandover {
                 .zip(self.optional("group", Self::number)?),
             change: self.number::<u8>("ids")? != 0,
         };
-        let file = self.socket_file(["socket", "socket-device", "socket-inode"])?;
+        let file = self.socket_file(LISTENER_FILE)?;
         let listener = Listener::left(self.fd_identity("listener")?.take()?, file)?;
         let control = self
             .optional("control", Self::fd_identity)?
@@ -192,6 +205,12 @@ impl ExecHandover {
             .optional("metrics", Self::fd_identity)?
             .map(FdIdentity::take)
             .transpose()?;
+        let metrics_socket = self.optional("metrics-listener", |list, name| {
+            Ok(PassedSocket {
+                socket: list.fd_identity(name)?.take()?,
+                file: list.socket_file(METRICS_FILE)?,
+            })
+        })?;
         let client = self
             .optional("asker", Self::fd_identity)?
             .map(FdIdentity::take);
@@ -211,6 +230,7 @@ impl ExecHandover {
             user: self.optional("started-by", Self::number)?,
             state,
             metrics,
+            metrics_socket,
             pid_file,
         };
         Ok((PassedOn { past, attempt }, fds))
@@ -226,6 +246,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) user: u32,
     pub(super) state: BorrowedFd<'a>,
     pub(super) metrics: Option<BorrowedFd<'a>>,
+    pub(super) metrics_socket: Option<(BorrowedFd<'a>, Option<&'a SocketFile>)>,
     pub(super) pid_file: Option<BorrowedFd<'a>>,
     pub(super) attempt: &'a UpgradeAttempt,
 }
@@ -258,7 +279,7 @@ impl Outgoing<'_> {
         list.add("ids", u8::from(ids.change));
         list.open("listener", self.listener)?;
         if let Some(file) = self.listener.file() {
-            list.socket_file(["socket", "socket-device", "socket-inode"], file);
+            list.socket_file(LISTENER_FILE, file);
         }
         list.add("started-by", self.user);
         if let Some(control) = self.control {
@@ -271,6 +292,12 @@ impl Outgoing<'_> {
         list.open("state", self.state)?;
         if let Some(metrics) = self.metrics {
             list.open("metrics", metrics)?;
+        }
+        if let Some((socket, file)) = self.metrics_socket {
+            list.open("metrics-listener", socket)?;
+            if let Some(file) = file {
+                list.socket_file(METRICS_FILE, file);
+            }
         }
         if let Some(pid_file) = self.pid_file {
             list.open("pid-file", pid_file)?;

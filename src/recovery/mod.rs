@@ -24,6 +24,7 @@ mod upgrade_attempt;
 
 pub use self::error::RecoveryError;
 pub use self::exec::ask_for_upgrade;
+pub(crate) use self::exec_handover::PassedSocket;
 pub use self::exec_handover::{ExecHandover, ExecHandoverError};
 pub(crate) use self::supervision::LEFT;
 pub use self::supervision::Watched;

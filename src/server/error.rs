@@ -12,7 +12,7 @@ use super::space::SpaceError;
 use crate::fs::overlay::OverlayError;
 use crate::fs::vfs::MountError;
 use crate::io::RuntimeError;
-use crate::metrics::MetricsError;
+use crate::metrics::{Address, MetricsError};
 use crate::recovery::RecoveryError;
 use crate::sandbox::{FilterError, SandboxError};
 use crate::state::StateError;
@@ -77,6 +77,20 @@ pub enum ServerError {
         #[source]
         source: Errno,
     },
+    /// The unix socket of the metrics can't be made.
+    #[error("--metrics")]
+    MetricsSocket(#[source] ListenError),
+    /// The metrics can't be served.
+    #[error("--metrics: listening on {address}")]
+    MetricsAddress {
+        /// The address.
+        address: Address,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The thread that serves the metrics can't be started.
+    #[error("--metrics: starting the thread that serves them")]
+    MetricsThread(#[source] io::Error),
     /// There is no memory for the counters.
     #[error("counting what the server does")]
     Metrics(#[from] MetricsError),
@@ -132,6 +146,13 @@ pub enum ServerError {
 }
 
 impl ServerError {
+    pub(super) fn metrics(address: &Address, source: io::Error) -> Self {
+        Self::MetricsAddress {
+            address: address.clone(),
+            source,
+        }
+    }
+
     /// `path` can't be shared.
     pub(super) fn share(
         path: &Path,

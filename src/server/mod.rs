@@ -14,6 +14,7 @@ mod file_system;
 mod guest_limits;
 mod limits;
 mod live;
+mod metrics_socket;
 mod mounts;
 mod parent_process;
 mod pid_file;
@@ -25,7 +26,7 @@ mod space;
 mod temporary_cache;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,13 +41,13 @@ use crate::device::Device;
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::io::{Chosen, RuntimeError};
-use crate::metrics::SharedFile;
+use crate::metrics::{Interruption, SharedFile};
 use crate::recovery::{
     self, ExecHandover, RecoveryError, Resources, ServiceManager, TableLocation,
 };
 use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError, Table};
-use crate::vhost_user::{ListenError, Listener, SessionSnapshot, Stop};
+use crate::vhost_user::{ListenError, Listener, SessionSnapshot, SocketFile, Stop};
 
 pub use self::error::ServerError;
 pub(crate) use self::limits::memory_of_control_group;
@@ -58,6 +59,7 @@ pub(crate) use self::space::check as check_space;
 
 use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
+use self::metrics_socket::MetricsSocket;
 use self::mounts::Mounts;
 use self::pid_file::PidFile;
 use self::reporter::Reporter;
@@ -84,6 +86,8 @@ pub struct Server {
     first: bool,
     /// The session that the previous process has left.
     left: Option<SessionSnapshot>,
+    /// Where the counters are read.
+    metrics_socket: Option<OwnedFd>,
     control: ControlParts,
 }
 
@@ -113,6 +117,7 @@ struct ServerResources {
     pid_file: Option<PidFile>,
     control: Option<Listener>,
     metrics: Option<SharedFile>,
+    metrics_socket: Option<MetricsSocket>,
     manager: ServiceManager,
     layer: Layer,
     caches: Vec<TemporaryCache>,
@@ -170,14 +175,19 @@ impl Server {
         match sandbox::begin(&resources.config.sandbox, &resources.keep(log))? {
             ForkResult::Guardian(guardian) => Ok(Started::Guardian(ParentProcess::waiting(
                 guardian,
-                [Some(resources.listener), resources.control],
+                [
+                    resources.listener.into_file(),
+                    resources.control.and_then(Listener::into_file),
+                    resources.metrics_socket.and_then(MetricsSocket::into_file),
+                ],
                 resources.pid_file,
                 resources.manager,
                 resources.caches,
             ))),
-            ForkResult::Serving(process) => {
-                resources.serve(process).map(Box::new).map(Started::Serving)
-            }
+            ForkResult::Serving(process) => resources
+                .serve(process, None)
+                .map(Box::new)
+                .map(Started::Serving),
         }
     }
 
@@ -235,6 +245,10 @@ impl Server {
     /// does wrong ends its session and is logged.
     pub fn run(&mut self, stop: BorrowedFd<'_>, leave: &AtomicBool) -> Result<Exit, ServerError> {
         let left = self.prepare()?;
+        if let Some(socket) = self.metrics_socket.take() {
+            let metrics = Arc::clone(self.service.metrics());
+            crate::metrics::serve(socket, metrics).map_err(ServerError::MetricsThread)?;
+        }
         let stop = Stop { asked: stop, leave };
         self.start_control()?;
         // The last step before it serves: what runs after this stays in memory.
@@ -343,6 +357,8 @@ impl ServerResources {
         let state = locate_table(&config)?;
         let metrics = counters::create(&config)?;
         let listener = listen()?;
+        let metrics_socket = config.metrics.as_ref().map(MetricsSocket::bind);
+        let metrics_socket = metrics_socket.transpose()?;
         // A launcher that waits for this file expects to be able to connect.
         let pid_file = PidFile::create(&config)?;
         let caches = TemporaryCache::make_for(&mut config.source)?;
@@ -358,6 +374,7 @@ impl ServerResources {
             state,
             pid_file,
             metrics,
+            metrics_socket,
             manager,
             layer,
             caches,
@@ -369,7 +386,11 @@ impl Resources for ServerResources {
     type Server = Server;
     type Error = ServerError;
 
-    fn serve(mut self, process: ServingProcess) -> Result<Server, ServerError> {
+    fn serve(
+        mut self,
+        process: ServingProcess,
+        interruption: Option<Interruption>,
+    ) -> Result<Server, ServerError> {
         self.listener.leave_file();
         if let Some(control) = &mut self.control {
             control.leave_file();
@@ -426,6 +447,12 @@ impl Resources for ServerResources {
             config.source.has_image(),
         )?;
         let metrics = counters::open(&config, self.metrics.take(), &self.runtime)?;
+        metrics.set_interruption(interruption);
+        let metrics_socket = self.metrics_socket.take().map(MetricsSocket::into_socket);
+        // Only a reader wants to know how long requests take.
+        if metrics_socket.is_some() {
+            metrics.keep_timed();
+        }
         let options = ServiceOptions {
             device: Device {
                 tag: config.tag,
@@ -452,6 +479,7 @@ impl Resources for ServerResources {
             supervised,
             first: !restarted,
             left,
+            metrics_socket,
             control,
         })
     }
@@ -462,6 +490,7 @@ impl Resources for ServerResources {
             Some(self.listener.as_fd()),
             self.state.file(),
             self.metrics.as_ref().map(AsFd::as_fd),
+            self.metrics_socket.as_ref().map(AsFd::as_fd),
             self.pid_file(),
             self.control.as_ref().map(AsFd::as_fd),
         ];
@@ -472,16 +501,20 @@ impl Resources for ServerResources {
         &self.listener
     }
 
-    fn listener_mut(&mut self) -> &mut Listener {
-        &mut self.listener
+    fn remove_files(&mut self) {
+        drop(self.listener.take_file());
+        drop(self.control.as_mut().and_then(Listener::take_file));
+        let socket = self.metrics_socket.as_mut();
+        drop(socket.and_then(MetricsSocket::take_file));
+    }
+
+    fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)> {
+        let socket = self.metrics_socket.as_ref()?;
+        Some((socket.as_fd(), socket.file()))
     }
 
     fn control(&self) -> Option<&Listener> {
         self.control.as_ref()
-    }
-
-    fn control_mut(&mut self) -> Option<&mut Listener> {
-        self.control.as_mut()
     }
 
     fn user(&self) -> u32 {
@@ -492,8 +525,8 @@ impl Resources for ServerResources {
         self.state.file()
     }
 
-    fn metrics(&self) -> Option<&SharedFile> {
-        self.metrics.as_ref()
+    fn metrics(&self) -> Option<BorrowedFd<'_>> {
+        self.metrics.as_ref().map(AsFd::as_fd)
     }
 
     fn pid_file(&self) -> Option<BorrowedFd<'_>> {

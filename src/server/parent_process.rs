@@ -7,6 +7,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
+use super::metrics_socket::MetricsSocket;
 use super::pid_file::PidFile;
 use super::temporary_cache::TemporaryCache;
 use super::{Server, ServerError, ServerResources, Started};
@@ -15,7 +16,7 @@ use crate::recovery::{
     Watched,
 };
 use crate::sandbox::{self, Change, Ending, Guardian};
-use crate::vhost_user::{Listener, SocketFile};
+use crate::vhost_user::SocketFile;
 
 /// The part that stays outside of the sandbox: the guardian, and the socket's file, which it
 /// removes at the end.
@@ -26,7 +27,7 @@ pub struct ParentProcess(Role);
 enum Role {
     Waiting {
         guardian: Guardian,
-        _sockets: [Option<SocketFile>; 2],
+        _sockets: Vec<SocketFile>,
         _pid_file: Option<PidFile>,
         _caches: Vec<TemporaryCache>,
         manager: ServiceManager,
@@ -37,14 +38,14 @@ enum Role {
 impl ParentProcess {
     pub(super) fn waiting(
         guardian: Guardian,
-        listeners: [Option<Listener>; 2],
+        sockets: [Option<SocketFile>; 3],
         pid_file: Option<PidFile>,
         manager: ServiceManager,
         caches: Vec<TemporaryCache>,
     ) -> Self {
         Self(Role::Waiting {
             guardian,
-            _sockets: listeners.map(|listener| listener.and_then(Listener::into_file)),
+            _sockets: sockets.into_iter().flatten().collect(),
             _pid_file: pid_file,
             _caches: caches,
             manager,
@@ -76,12 +77,19 @@ impl ParentProcess {
             (left, _) => left,
         };
         let metrics = super::counters::take_over(&config, fds.metrics)?;
+        let metrics_socket = match (&config.metrics, fds.metrics_socket) {
+            (_, Some(passed)) => Some(MetricsSocket::left(passed)),
+            // The previous program didn't have the option.
+            (Some(address), None) => Some(MetricsSocket::bind(address)?),
+            (None, None) => None,
+        };
         let resources = ServerResources {
             control,
             started: Instant::now(),
             launched: super::launched(fds.user),
             config,
             metrics: Some(metrics),
+            metrics_socket,
             runtime,
             listener: fds.listener,
             state: TableLocation::Shared(fds.state),

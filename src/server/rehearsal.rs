@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use super::error::ServerError;
+use super::metrics_socket::MetricsSocket;
 use super::pid_file::PidFile;
 use super::temporary_cache::TemporaryCache;
 use super::{Server, ServerResources, Started};
@@ -64,8 +65,13 @@ impl ServerResources {
             .control
             .as_deref()
             .map_or(Ok(()), super::control_socket::check)?;
+        config
+            .metrics
+            .as_ref()
+            .map_or(Ok(()), MetricsSocket::check)?;
         Ok(Self {
             control: None,
+            metrics_socket: None,
             started: Instant::now(),
             launched: super::launched(None),
             listener: Listener::without_file()?,

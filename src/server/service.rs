@@ -23,7 +23,7 @@ use crate::io::{Choice, Chosen, Engine};
 use crate::limits;
 use crate::metrics::{Registry, Server, SessionState, Shape};
 use crate::migration::DeviceState;
-use crate::sandbox::Serving;
+use crate::sandbox::{self, Serving};
 use crate::state::{Limits, Table};
 use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
@@ -215,7 +215,7 @@ impl Service {
     /// wrong ends its session and is logged.
     pub fn run(&mut self, listener: &Listener, stop: Stop<'_>) -> Result<Exit, ServerError> {
         loop {
-            self.serving.report();
+            self.report();
             let name = listener.name();
             if std::mem::replace(&mut self.has_waited, true) {
                 log::info!("ready for the next VMM on {name}");
@@ -258,12 +258,18 @@ impl Service {
         }
     }
 
+    fn report(&self) {
+        // First, so that whoever learns that it serves finds the restart counted.
+        self.metrics.serves(sandbox::now());
+        self.serving.report();
+    }
+
     /// Waits for the next VMM to connect.
     fn wait_for_vmm(&self, listener: &Listener, stop: Stop<'_>) -> io::Result<Woken> {
         loop {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
-                Woken::Time => self.serving.report(),
+                Woken::Time => self.report(),
                 Woken::Stop if self.reports() => {}
                 woken => return Ok(woken),
             }
@@ -378,6 +384,7 @@ impl Service {
             Some(pool) => pool,
             None => self.start_workers(&Arc::new(self.new_session()))?,
         };
+        pool.session().report_state();
         if let Some(negotiated) = pool.session().negotiated() {
             log::info!("the guest's session resumes: {negotiated}");
         }
@@ -394,7 +401,6 @@ impl Service {
         self.live.connected(&workers.pool);
         let end = run(&self.options.device, &mut workers, &self.table, stop);
         self.live.disconnected();
-        self.metrics.set_session(SessionState::Waiting);
         // A connection that started no queue isn't that of the VMM for which the state is kept.
         let is_a_stranger = kept && !workers.has_taken_over;
         let pool = workers.pool;
@@ -416,6 +422,7 @@ impl Service {
         }
         pool.session().finish_mappings();
         pool.shutdown();
+        self.metrics.set_session(SessionState::Waiting);
         match &end {
             Ok(End::Stopped) => log::info!("asked to stop; the session is ended"),
             Ok(_) => log::info!("the VMM has disconnected"),
@@ -516,6 +523,7 @@ impl Runner for SessionWorkers<'_> {
     fn resumed(&mut self) {
         self.metrics.count(Server::Resumed);
         log::info!("the session has resumed");
+        self.metrics.serves(sandbox::now());
         self.serving.report();
     }
 

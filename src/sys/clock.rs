@@ -19,7 +19,7 @@ const MAX_APART: u64 = 1000;
 pub(crate) struct Ticks(u64);
 
 /// A clock. Its frequency is measured when it is first converted.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Clock {
     counter: bool,
     /// A moment by both clocks.

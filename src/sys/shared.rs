@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use rustix::io::Errno;
@@ -120,6 +121,39 @@ impl MappedWords {
     }
 }
 
+/// Words in a row of a mapping, which stays mapped as long as this lives.
+#[derive(Debug)]
+pub(crate) struct WordRow {
+    start: NonNull<AtomicU64>,
+    len: usize,
+    _words: Arc<MappedWords>,
+}
+
+impl WordRow {
+    /// The `count` words from `first` on; `None` if they reach beyond the end.
+    pub(crate) fn new(words: &Arc<MappedWords>, first: usize, count: usize) -> Option<Self> {
+        let row = words.get_some(first, count)?;
+        Some(Self {
+            start: NonNull::new(row.as_ptr().cast_mut())?,
+            len: row.len(),
+            _words: Arc::clone(words),
+        })
+    }
+
+    /// The word at `index`; `None` beyond the end.
+    #[inline]
+    pub(crate) fn get(&self, index: usize) -> Option<&AtomicU64> {
+        if index >= self.len {
+            return None;
+        }
+        // SAFETY: the index is in bounds of the row.
+        let word = unsafe { self.start.add(index) };
+        // SAFETY: the row is part of the mapping, which this keeps, and is accessed by atomic words
+        // alone.
+        Some(unsafe { word.as_ref() })
+    }
+}
+
 impl Drop for MappedWords {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping, and nothing borrowed from it outlives it.
@@ -158,6 +192,17 @@ mod tests {
         one.get(1023).unwrap().store(7, Ordering::Relaxed);
         assert_eq!(other.get(1023).unwrap().load(Ordering::Relaxed), 7);
         assert!(one.get(1024).is_none());
+    }
+
+    #[test]
+    fn row_of_words_stays_when_the_mapping_is_dropped() {
+        let all = Arc::new(words(1024));
+        assert!(WordRow::new(&all, 1000, 25).is_none());
+        let row = WordRow::new(&all, 1000, 24).unwrap();
+        all.get(1023).unwrap().store(3, Ordering::Relaxed);
+        drop(all);
+        assert_eq!(row.get(23).unwrap().load(Ordering::Relaxed), 3);
+        assert!(row.get(24).is_none());
     }
 
     #[test]

@@ -118,6 +118,7 @@ impl Drop for InFlightGuard {
         if completions.unpublished.get() >= MAX_BATCH {
             completions.publish_now();
         }
+        completions.recorder.end_wait();
         completions.in_flight.set(completions.in_flight.get() - 1);
         if completions.in_flight.get() == 0 {
             completions.idle.notify_one();

@@ -495,6 +495,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         self.waited.set(false);
         self.recorder.found(waiting);
         self.recorder.begin_row();
+        self.recorder.set_serving(true);
         self.queues[at].batch_size.begin(waiting, &self.recorder);
         let mut next = self.pop(at, &mut popped);
         while let Some(chain) = next {
@@ -508,13 +509,13 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                 batch_size, queue, ..
             } = &mut self.queues[at];
             let left = || usize::from(queue.waiting()) + usize::from(next.is_some());
-            if batch_size.served(left, &self.recorder) {
-                self.publish(&used);
-                // The next request doesn't begin before the guest was called.
+            // The next request doesn't begin before the guest was called.
+            if batch_size.served(left, &self.recorder) && self.publish(&used) {
                 self.recorder.begin_row();
             }
         }
         self.publish(&used);
+        self.recorder.set_serving(false);
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
     }
@@ -561,6 +562,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
         self.recorder.begin_row();
+        self.recorder.set_serving(true);
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
@@ -582,16 +584,18 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                     .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
+        self.recorder.set_serving(false);
         self.recorder.count(Count::Stolen, served);
         if let Some(used) = last {
             self.publish(&used);
         }
     }
 
-    /// Publishes what was returned to a ring.
-    fn publish(&self, used: &UsedRing) {
+    /// Publishes what was returned to a ring. Returns whether the guest was called.
+    fn publish(&self, used: &UsedRing) -> bool {
         let published = used.publish_counted();
         self.recorder.published(published.chains, published.called);
+        published.called
     }
 
     /// Logs and counts a faulty chain that was returned empty.
@@ -672,7 +676,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             Ok(Outcome::Done) => (),
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
-                self.recorder.count(Count::Deferred, 1);
+                self.recorder.begin_wait();
                 // The next request hasn't waited for what this one did so far.
                 self.recorder.begin_row();
                 let guard = self.completions.begin(Arc::clone(used));

@@ -37,6 +37,7 @@ mod limit_space;
 mod limits;
 mod locks;
 mod memory_tree;
+mod metrics;
 mod migration;
 mod more_operations;
 mod no_open;

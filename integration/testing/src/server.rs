@@ -333,8 +333,9 @@ pub fn child_of(guardian: u32) -> Option<u32> {
 
 /// Whether a mapping is of what a front end has handed over.
 fn of_a_guest(line: &&str) -> bool {
-    // The table of what a session holds is the server's own, and outlives sessions.
-    line.contains("memfd:") && !line.contains("memfd:ringfsd-state")
+    // The state table and the counters are the server's own, and outlive sessions.
+    let own = ["memfd:ringfsd-state", "memfd:ringfsd-metrics"];
+    line.contains("memfd:") && !own.iter().any(|name| line.contains(name))
 }
 
 /// What a process holds.

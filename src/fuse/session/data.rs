@@ -386,7 +386,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
     }
 
     pub(super) fn defer(&self, future: impl Future<Output = ()> + 'static) -> Outcome {
-        self.counters.count_later();
         Outcome::Later(Box::pin(future))
     }
 }

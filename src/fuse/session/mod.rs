@@ -34,7 +34,7 @@ use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
 use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::FileWatch;
-use super::abi::{Handler, InitFlags, InitIn, Opcode};
+use super::abi::{Handler, InitFlags, InitIn};
 use super::dax_marks::KnownNames;
 use super::init::{Agreement, negotiate, our_version};
 use super::reply::{Answer, send_error};
@@ -173,7 +173,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
     #[must_use]
     pub(crate) fn reporting_to(mut self, metrics: Arc<Registry>) -> Self {
         self.metrics = Some(metrics);
-        self.report_state();
         self
     }
 
@@ -182,7 +181,9 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.metrics.as_ref()
     }
 
-    fn report_state(&self) {
+    /// Reports the state of the session, which a VMM is about to use. Later changes are reported as they
+    /// happen.
+    pub(crate) fn report_state(&self) {
         if let Some(metrics) = &self.metrics {
             metrics.set_session(match self.is_ready() {
                 true => SessionState::Mounted,
@@ -275,7 +276,6 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 return Outcome::Done;
             }
         };
-        self.counters.count_request(request.opcode);
         if request.row.handler == Handler::Session {
             return self.serve_init_or_destroy(transport, &request);
         }
@@ -489,14 +489,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// INIT. A second one means that the guest has restarted.
     fn init(&self, init: &InitIn) -> Result<Answer, Errno> {
         let closed = self.barrier.close();
-        if self.is_ready() && should_log(self.counters.requests(Opcode::Init)) {
+        let logs = should_log(self.counters.count_init());
+        if self.is_ready() && logs {
             log::info!("the previous session is discarded: the guest sent INIT again");
         }
         self.unmount(&closed);
         match negotiate(init, &self.options) {
             Ok(Agreement::Agreed(negotiated)) => {
-                let negotiated = self.accepted_by_file_system(negotiated)?;
-                if should_log(self.counters.requests(Opcode::Init)) {
+                let negotiated = self.accepted_by_file_system(negotiated, logs)?;
+                if logs {
                     log::info!("session begins: {negotiated}");
                 }
                 self.agree(negotiated);
@@ -505,7 +506,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
             }
             Ok(Agreement::NewerMajor) => Ok(Answer::Init(our_version())),
             Err(error) => {
-                if should_log(self.counters.requests(Opcode::Init)) {
+                if logs {
                     log::error!("no session: {error}");
                 }
                 Err(Errno::PROTO)
@@ -513,13 +514,17 @@ impl<F: FileSystem + ?Sized> Session<F> {
         }
     }
 
-    /// Leaves out the flags that the file system doesn't support.
-    fn accepted_by_file_system(&self, negotiated: Negotiated) -> Result<Negotiated, Errno> {
+    /// Leaves out the flags that the file system doesn't support. `logs` says whether an error is logged.
+    fn accepted_by_file_system(
+        &self,
+        negotiated: Negotiated,
+        logs: bool,
+    ) -> Result<Negotiated, Errno> {
         let accepted = self
             .fs
             .accept(&terms(negotiated.flags))
             .inspect_err(|errno| {
-                if should_log(self.counters.requests(Opcode::Init)) {
+                if logs {
                     log::error!("no session: the file system can't be used: {errno}");
                 }
             })?;
@@ -587,12 +592,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
         self.ready.load(Ordering::Acquire)
     }
 
-    /// Sends `answer`, and counts it if it is an error.
+    /// Sends `answer`.
     fn finish<E: Transport>(&self, transport: E, unique: u64, answer: Result<Answer, Errno>) {
         match answer {
             Ok(answer) => answer.send(transport, unique),
             Err(errno) => {
-                self.counters.count_error();
                 send_error(transport, unique, self.guest_errno(errno));
             }
         }

@@ -16,10 +16,10 @@ use super::service_manager::{ServiceManager, Silence};
 use super::supervisor::{Event, Supervisor};
 use super::upgrade::UpgradeRequest;
 use super::upgrade_attempt::{START_TIMEOUT, UpgradeAttempt, milliseconds};
-use crate::metrics::{Process, SharedFile};
+use crate::metrics::{Interruption, Process};
 use crate::sandbox::{self, Ending, SandboxError, ServingProcess};
 use crate::sys::supervision::Queued;
-use crate::vhost_user::Listener;
+use crate::vhost_user::{Listener, SocketFile};
 
 /// The exit status of a serving process that leaves its session to the next one.
 pub(crate) const LEFT: u8 = 98;
@@ -31,8 +31,12 @@ pub(crate) trait Resources: Sized {
     /// Why it can't be made.
     type Error: From<RecoveryError> + From<SandboxError>;
 
-    /// Makes this process, which is the serving one, ready to serve.
-    fn serve(self, process: ServingProcess) -> Result<Self::Server, Self::Error>;
+    /// Makes this process, which is the serving one, ready to serve, after the `interruption`.
+    fn serve(
+        self,
+        process: ServingProcess,
+        interruption: Option<Interruption>,
+    ) -> Result<Self::Server, Self::Error>;
 
     /// The descriptors that every serving process has from the beginning.
     fn keep<'a>(&'a self, log: Option<BorrowedFd<'a>>) -> Vec<BorrowedFd<'a>>;
@@ -40,14 +44,14 @@ pub(crate) trait Resources: Sized {
     /// The socket that the VMM connects to.
     fn listener(&self) -> &Listener;
 
-    /// The same.
-    fn listener_mut(&mut self) -> &mut Listener;
+    /// Removes the files of the sockets.
+    fn remove_files(&mut self);
+
+    /// The socket on which the counters are read, and its file.
+    fn metrics_socket(&self) -> Option<(BorrowedFd<'_>, Option<&SocketFile>)>;
 
     /// The socket that the server is controlled by.
     fn control(&self) -> Option<&Listener>;
-
-    /// The same.
-    fn control_mut(&mut self) -> Option<&mut Listener>;
 
     /// The user that the launcher has started the server as.
     fn user(&self) -> u32;
@@ -56,7 +60,7 @@ pub(crate) trait Resources: Sized {
     fn state(&self) -> Option<BorrowedFd<'_>>;
 
     /// The file of the counters.
-    fn metrics(&self) -> Option<&SharedFile>;
+    fn metrics(&self) -> Option<BorrowedFd<'_>>;
 
     /// The file that has the server's process id.
     fn pid_file(&self) -> Option<BorrowedFd<'_>>;
@@ -178,9 +182,14 @@ impl<R: Resources> Supervision<R> {
         let Some(process) = started? else {
             return Ok(Forked::Guardian(self));
         };
+        let attempt = self.attempt.as_ref();
+        let interruption = self.down_since.map(|since| Interruption {
+            process: attempt.map_or(Process::Recovery, UpgradeAttempt::outcome),
+            since,
+        });
         // The guardian owns its descriptors.
         std::mem::forget(self.attempt);
-        let server = self.resources.serve(process)?;
+        let server = self.resources.serve(process, interruption)?;
         Ok(Forked::Serving(Box::new(server)))
     }
 
@@ -248,8 +257,7 @@ impl<R: Resources> Supervision<R> {
 
     /// Ends supervision.
     fn end(mut self: Box<Self>, ending: Ending) -> Watched<R::Server> {
-        drop(self.resources.listener_mut().take_file());
-        drop(self.resources.control_mut().and_then(Listener::take_file));
+        self.resources.remove_files();
         // A signal that a seccomp filter keeps from being seen has asked for nothing.
         let _ = self.supervisor.is_to_stop();
         let asked_by = self.supervisor.asked_by();
@@ -275,17 +283,9 @@ impl<R: Resources> Supervision<R> {
             .down_since
             .take()
             .map(|down| since.saturating_sub(down));
-        let metrics = self.resources.metrics();
         if let Some(attempt) = self.attempt.take() {
-            let pause = pause.unwrap_or_default();
-            if let Some(metrics) = metrics {
-                metrics.count(attempt.outcome(), pause);
-            }
-            attempt.report(pause);
+            attempt.report(pause.unwrap_or_default());
         } else if let Some(pause) = pause {
-            if let Some(metrics) = metrics {
-                metrics.count(Process::Recovery, pause);
-            }
             log::warn!("serving again, after {:.1} ms", milliseconds(pause));
         }
         // A report is repeated as a heartbeat.

@@ -118,7 +118,8 @@ impl<R: Resources> Supervision<R> {
             state,
             control: self.resources.control(),
             user: self.resources.user(),
-            metrics: self.resources.metrics().map(AsFd::as_fd),
+            metrics: self.resources.metrics(),
+            metrics_socket: self.resources.metrics_socket(),
             pid_file: self.resources.pid_file(),
             attempt,
         };
