@@ -64,17 +64,57 @@ impl std::fmt::Debug for Output {
     }
 }
 
+/// How a record is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// A line of text.
+    #[default]
+    Text,
+    /// A line with one JSON object.
+    Json,
+}
+
+/// A record as a JSON object: when, how important, from where, what.
+fn json(time: &str, record: &Record<'_>) -> serde_json::Value {
+    serde_json::json!({
+        "time": time,
+        "level": record.level().as_str().to_ascii_lowercase(),
+        "target": record.target(),
+        "message": record.args().to_string(),
+    })
+}
+
 /// Starts to log what `level` and `filters` allow, to `output`, or to standard error. To be called
 /// once.
-pub fn start(level: LevelFilter, filters: Option<String>, output: Option<Output>) {
+pub fn start(level: LevelFilter, filters: Option<String>, output: Option<Output>, format: Format) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Trace);
-    if let Some(Output { target, header }) = output {
-        builder
-            .target(env_logger::Target::Pipe(target))
-            .format(move |line, record| {
+    let header = match output {
+        Some(Output { target, header }) => {
+            builder.target(env_logger::Target::Pipe(target));
+            Some(header)
+        }
+        None => None,
+    };
+    match (header, format) {
+        (None, Format::Text) => {}
+        (Some(header), Format::Text) => {
+            builder.format(move |line, record| {
                 writeln!(line, "{}{}", header(record.level()), record.args())
             });
+        }
+        (header, Format::Json) => {
+            builder.format(move |line, record| {
+                let time = line.timestamp_millis().to_string();
+                let header = header.as_ref().map(|header| header(record.level()));
+                writeln!(
+                    line,
+                    "{}{}",
+                    header.unwrap_or_default(),
+                    json(&time, record)
+                )
+            });
+        }
     }
     let levels = LEVELS.get_or_init(|| Levels::new(level, filters));
     // Fails only if it was called before.
@@ -261,6 +301,23 @@ mod tests {
         assert!(!allows(&levels, Level::Info, "ringfsd::fs::vfs"));
         assert!(allows(&levels, Level::Warn, "ringfsd::io::engine"));
         assert!(levels.rooms().is_empty() && levels.filters().is_none());
+    }
+
+    #[test]
+    fn record_is_one_line_of_json_whatever_it_says() {
+        let args = format_args!("a \"name\"\nwith a line break");
+        let record = Record::builder()
+            .level(Level::Warn)
+            .target("ringfsd::fs")
+            .args(args)
+            .build();
+        let line = json("2026-01-02T03:04:05.678Z", &record).to_string();
+        assert_eq!(line.lines().count(), 1);
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["level"], "warn");
+        assert_eq!(value["target"], "ringfsd::fs");
+        assert_eq!(value["message"], "a \"name\"\nwith a line break");
+        assert_eq!(value["time"], "2026-01-02T03:04:05.678Z");
     }
 
     #[test]

@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         }
     };
     let logging = &options.observability;
-    let (level, syslog) = (logging.level(), logging.syslog);
+    let (level, syslog, format) = (logging.level(), logging.syslog, logging.log_format);
     let notices = cli::notices(&options);
     let config = match Config::try_from(options) {
         Ok(config) => config,
@@ -73,7 +73,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
-    let syslog = start_logging(behaviour, level, syslog);
+    let syslog = start_logging(behaviour, level, syslog, format);
     for notice in notices {
         log::warn!("{notice}");
     }
@@ -163,6 +163,7 @@ fn start_logging(
     behaviour: &'static Behaviour,
     level: LevelFilter,
     syslog: bool,
+    format: logging::Format,
 ) -> Option<Syslog> {
     let syslog = syslog.then(Syslog::connect);
     let has_syslog = matches!(syslog, Some(Ok(_)));
@@ -176,7 +177,7 @@ fn start_logging(
             header: Box::new(move |level| cli::syslog_header(behaviour, level, pid)),
         }
     });
-    logging::start(level, filters, output);
+    logging::start(level, filters, output, format);
     match syslog {
         Some(Ok(syslog)) => Some(syslog),
         Some(Err(error)) => {

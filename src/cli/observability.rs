@@ -4,10 +4,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use log::LevelFilter;
 
 use super::persona::Behaviour;
 use super::values::log_level;
+use crate::logging;
 use crate::metrics::Address;
 
 /// Logging and introspection.
@@ -33,6 +35,12 @@ pub struct Observability {
     /// --log-level trace still applies.
     #[arg(short = 'd')]
     pub debug: bool,
+
+    /// Format of log records: text or json
+    ///
+    /// An object has time, level, target (the part of the server) and message.
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = log_format(), hide_possible_values = true)]
+    pub log_format: logging::Format,
 
     /// Log to syslog
     ///
@@ -66,6 +74,14 @@ pub struct Observability {
     /// libvirt asks for this before it starts a server.
     #[arg(long, exclusive = true)]
     pub print_capabilities: bool,
+}
+
+/// Parses `text` or `json`.
+fn log_format() -> impl TypedValueParser<Value = logging::Format> {
+    PossibleValuesParser::new(["text", "json"]).map(|name| match &*name {
+        "json" => logging::Format::Json,
+        _ => logging::Format::Text,
+    })
 }
 
 /// Parses `unix:PATH`.

@@ -32,6 +32,23 @@ fn lines(server: &mut Server, last: &str, text: &str) -> usize {
 }
 
 #[test]
+fn json_log_is_an_object_a_line() {
+    let mut server = Server::start(&["--log-format", "json"]);
+    drop(server.session(Profile::Qemu, &Options::default()));
+    server.wait_for("the VMM has disconnected");
+    let lines = server.said();
+    assert!(lines.len() > 1);
+    for line in lines {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        let level = record["level"].as_str().unwrap();
+        assert!(["info", "debug"].contains(&level), "{line}");
+        let target = record["target"].as_str().unwrap();
+        assert!(target.starts_with("ringfsd::"), "{line}");
+        assert!(record["time"].as_str().unwrap().ends_with('Z'), "{line}");
+    }
+}
+
+#[test]
 fn unshared_guest_memory_error_says_what_to_do() {
     let region = MemoryRegion {
         gpa: 0,

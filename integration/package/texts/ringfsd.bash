@@ -23,7 +23,7 @@ _ringfsd() {
 
     case "${cmd}" in
         ringfsd)
-            opts="-o -f -d -h -V --socket-path --socket --fd --socket-group --tag --request-queues --workers --runtime --poll-us --once --keep-listening --pid-file --compat --thread-pool-size --shared-dir --vfs --overlay --rafs --blobs --cache-dir --rafs-prefetch --readonly --announce-submounts --no-announce-submounts --inode-file-handles --preserve-noatime --posix-locks --flock --lock-wait-limit --max-inodes --max-handles --max-open-inodes --rlimit-nofile --remember-inodes --limit-iops --limit-bandwidth --limit-space --cache --attr-timeout --entry-timeout --negative-timeout --writeback --allow-direct-io --allow-mmap --no-readdirplus --no-open --no-opendir --max-spare-files --dax-window --dax --dax-min-size --dax-include --dax-exclude --dax-fs-map --translate-uid --translate-gid --killpriv-v2 --no-killpriv-v2 --xattr --no-xattr --xattrmap --posix-acl --security-label --sandbox --disable-sandbox --seccomp --modcaps --uid-map --gid-map --migration-mode --migration-on-error --migration-verify-handles --migration-confirm-paths --supervise --state --log-level --syslog --metrics --control --print-capabilities --help --version"
+            opts="-o -f -d -h -V --socket-path --socket --fd --socket-group --tag --request-queues --workers --runtime --poll-us --once --keep-listening --pid-file --compat --thread-pool-size --shared-dir --vfs --overlay --rafs --blobs --cache-dir --rafs-prefetch --readonly --announce-submounts --no-announce-submounts --inode-file-handles --preserve-noatime --posix-locks --flock --lock-wait-limit --max-inodes --max-handles --max-open-inodes --rlimit-nofile --remember-inodes --limit-iops --limit-bandwidth --limit-space --cache --attr-timeout --entry-timeout --negative-timeout --writeback --allow-direct-io --allow-mmap --no-readdirplus --no-open --no-opendir --max-spare-files --dax-window --dax --dax-min-size --dax-include --dax-exclude --dax-fs-map --translate-uid --translate-gid --killpriv-v2 --no-killpriv-v2 --xattr --no-xattr --xattrmap --posix-acl --security-label --sandbox --disable-sandbox --seccomp --modcaps --uid-map --gid-map --migration-mode --migration-on-error --migration-verify-handles --migration-confirm-paths --supervise --state --log-level --log-format --syslog --metrics --control --print-capabilities --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -243,6 +243,10 @@ _ringfsd() {
                     ;;
                 --log-level)
                     COMPREPLY=($(compgen -W "off error warn info debug trace" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-format)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
                     ;;
                 --metrics)

@@ -80,6 +80,8 @@ warn\t''
 info\t''
 debug\t''
 trace\t''"
+complete -c ringfsd -l log-format -d 'Format of log records: text or json' -r -f -a "text\t''
+json\t''"
 complete -c ringfsd -l metrics -d 'Serve metrics at unix:PATH, 127.0.0.1:PORT or [::1]:PORT' -r
 complete -c ringfsd -l control -d 'Let the server be controlled by a new socket: unix:PATH' -r -F
 complete -c ringfsd -l once -d 'Exit when the first VMM disconnects'
