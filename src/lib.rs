@@ -62,7 +62,7 @@ pub mod service {
 pub mod errors {
     pub use crate::recovery::{ExecHandoverError, RecoveryError};
     pub use crate::sandbox::{FilterError, MapError, SandboxError};
-    pub use crate::server::LimitError;
+    pub use crate::server::{LimitError, SpaceError};
     pub use crate::state::StateError;
     pub use crate::virtqueue::{InflightError, QueueError};
     pub use crate::worker::WorkerPoolError;

@@ -55,6 +55,7 @@ pub use self::limits::{LimitError, explain, raise_limits};
 pub(crate) use self::parent_process::ParentProcess;
 pub(crate) use self::rehearsal::{check_inherited, rehearse};
 pub use self::service::{Exit, Service, ServiceOptions};
+pub use self::space::SpaceError;
 pub(crate) use self::space::check as check_space;
 
 use self::control::{Facts, Handlers};
