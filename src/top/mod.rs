@@ -48,7 +48,7 @@ pub enum TopError {
 ///
 /// # Errors
 ///
-/// See [`TopError`].
+/// The terminal can't be used, or no server is given and none is found.
 pub fn run(top: &Top) -> Result<(), TopError> {
     let mut sockets = top.sockets.clone();
     if sockets.is_empty() {

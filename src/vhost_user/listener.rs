@@ -319,8 +319,7 @@ impl Listener {
         self.file.take()
     }
 
-    /// Leaves the file to another process, which got it by [`into_file`](Self::into_file) or
-    /// [`take_file`](Self::take_file).
+    /// Leaves the file to another process, which got it by `into_file` or `take_file`.
     pub fn leave_file(&mut self) {
         std::mem::forget(self.file.take());
     }

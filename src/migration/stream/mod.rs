@@ -61,7 +61,7 @@ pub enum StreamError {
         /// Its position.
         at: usize,
     },
-    /// Longer than [`MAX_LEN`].
+    /// Longer than `MAX_LEN`.
     #[error("the state is longer than the allowed {MAX_LEN} bytes")]
     TooLong,
 }
