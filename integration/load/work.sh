@@ -226,6 +226,8 @@ fi
 peers=$target/peers
 mkdir -p "$dir"
 scratch=$(mktemp -d "$dir/work-XXXXXX")
+# PostgreSQL's user needs access to it.
+chmod 755 "$scratch"
 group=''
 cleanup() {
     rm -rf --one-file-system "$scratch"
@@ -290,7 +292,9 @@ if wanted "$works" npm && [[ ! -e $FIXTURES/npm/package-lock.json ]]; then
     mkdir -p "$FIXTURES/npm"
     echo '{"name": "work", "version": "1.0.0", "private": true, "dependencies":
         {"express": "4", "lodash": "4", "webpack": "5", "typescript": "5", "eslint": "8"}}' >"$FIXTURES/npm/package.json"
-    (cd "$FIXTURES/npm" && npm install --silent --no-audit --no-fund --cache "$FIXTURES/npm-cache" && rm -rf node_modules)
+    # The first makes the lock file, the second fetches everything in it.
+    (cd "$FIXTURES/npm" && npm install --silent --package-lock-only --no-audit --no-fund &&
+        npm ci --silent --no-audit --no-fund --cache "$FIXTURES/npm-cache" && rm -rf node_modules)
 fi
 if wanted "$hosts" quota; then
     if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then

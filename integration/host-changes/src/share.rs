@@ -104,6 +104,15 @@ impl State {
 }
 
 impl Share {
+    /// Whether a directory that was above `path` still exists, renamed.
+    pub(crate) fn has_moved_above(&self, path: &str) -> bool {
+        let state = self.read();
+        state.renamed.iter().any(|(_, old)| {
+            path.strip_prefix(old.as_str())
+                .is_some_and(|rest| rest.starts_with('/'))
+        })
+    }
+
     /// Uses a directory as the share, and makes the directories that are used in it.
     ///
     /// # Errors
