@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 
 use serde_json::{Map, Value, json};
 
+use crate::limits::LIMITED;
+
 /// The version of the protocol. A server answers requests of this version and refuses all others.
 pub const VERSION: u64 = 1;
 
@@ -45,15 +47,7 @@ pub const COMMANDS: &[Command] = &[
     },
     Command {
         name: "set-limits",
-        arguments: &[
-            "operations",
-            "reads",
-            "writes",
-            "metadata",
-            "bytes",
-            "bytes-read",
-            "bytes-written",
-        ],
+        arguments: &LIMITED,
         purpose: "Sets how much the guest may ask for in a second",
     },
     Command {

@@ -12,9 +12,10 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, StatVfsMountFlags, Statx};
 
 use super::Descriptors;
+use super::reopen::is_same;
 use crate::fs::NodeId;
 use crate::fs::passthrough::inode_table::{
-    IDENTITY, Identity, Inode, InodeFd, InodeTable, ReopenMethod, digest_of, stat_fd, stat_name,
+    Identity, Inode, InodeFd, InodeTable, ReopenMethod, stat_name,
 };
 
 /// The number of the shared directory's mount, if no device can be opened in it.
@@ -50,10 +51,7 @@ impl Descriptors {
                 rustix::fs::openat(&directory, &*link.name, flags | temporary, Mode::empty())
             })
             .ok()?;
-        let identity = Identity::of(&stat_fd(&fd, IDENTITY).ok()?);
-        let same = inode.may_be(&identity)
-            && (link.digest == 0 || digest_of(&fd).is_ok_and(|digest| digest == link.digest));
-        if !same {
+        if !is_same(inode, &link, &fd).ok()? {
             return None;
         }
         // With the flag io_uring would fail instead of waiting for the disk.

@@ -27,6 +27,13 @@ enum Step {
     Name(ParentLink),
 }
 
+/// Whether `fd`, which `link` has led to, is open on `inode`.
+pub(super) fn is_same(inode: &Inode, link: &ParentLink, fd: &OwnedFd) -> Result<bool> {
+    let identity = Identity::of(&stat_fd(fd, IDENTITY)?);
+    Ok(inode.may_be(&identity)
+        && (link.digest == 0 || digest_of(fd).is_ok_and(|digest| digest == link.digest)))
+}
+
 impl Descriptors {
     /// An `O_PATH` descriptor of `inode`.
     pub(crate) fn fd<'a>(&self, inode: &'a Inode) -> Result<InodeFd<'a>> {
@@ -182,10 +189,7 @@ impl Descriptors {
             Err(Errno::NOENT | Errno::NOTDIR) => return Err(Errno::STALE),
             opened => opened?,
         };
-        let identity = Identity::of(&stat_fd(&fd, IDENTITY)?);
-        let same = inode.may_be(&identity)
-            && (link.digest == 0 || digest_of(&fd).is_ok_and(|digest| digest == link.digest));
-        if same {
+        if is_same(inode, link, &fd)? {
             self.install(inode, fd)
         } else {
             Err(Errno::STALE)

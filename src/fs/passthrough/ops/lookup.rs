@@ -26,7 +26,7 @@ use crate::sys::file_handle::FileHandle;
 const LIKELY_NEW: u32 = 4;
 
 thread_local! {
-    /// The number of new inodes that the calling thread has found since the last known one.
+    /// The number of new inodes in a row that the calling thread has found and that a lookup opens.
     static NEW_IN_A_ROW: Cell<u32> = const { Cell::new(0) };
 }
 
@@ -81,6 +81,9 @@ impl Operations {
         if !self.fds.reopen_policy().keeps_opened_fds() {
             return self.find(parent, name);
         }
+        if opens == Opens::WhatMayChange && NEW_IN_A_ROW.get() >= LIKELY_NEW {
+            return self.find_new(parent, name);
+        }
         let seen = self.seen(&parent, name);
         let stat = stat_name(&parent, name)?;
         let identity = Identity::of(&stat);
@@ -90,9 +93,7 @@ impl Operations {
                 .record_name(&inode, seen.parent, name, seen.dir_seq);
             return Ok(self.entry(&inode, &stat));
         }
-        let opened = opens == Opens::WhatMayChange
-            && (identity.kind == FileType::Directory || !identity.is_settled());
-        if opened {
+        if opens == Opens::WhatMayChange && may_change(&identity) {
             return self.find_new(parent, name);
         }
         match self.add_unopened(&parent, &seen, &identity) {
@@ -200,7 +201,12 @@ impl Operations {
                 inode
             }
             None => {
-                NEW_IN_A_ROW.set(NEW_IN_A_ROW.get().saturating_add(1));
+                let is_opened =
+                    may_change(&identity) || !self.fds.reopen_policy().keeps_opened_fds();
+                NEW_IN_A_ROW.set(match is_opened {
+                    true => NEW_IN_A_ROW.get().saturating_add(1),
+                    false => 0,
+                });
                 self.add(found, &identity, seen)?
             }
         };
@@ -275,6 +281,11 @@ impl Operations {
             submount: false,
         }
     }
+}
+
+/// Whether [`Opens::WhatMayChange`] opens a new inode.
+fn may_change(identity: &Identity) -> bool {
+    identity.kind == FileType::Directory || !identity.is_settled()
 }
 
 /// Which new inodes are opened when they are found.
