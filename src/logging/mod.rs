@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn rooms_are_those_of_the_crate() {
-        let modules = include_str!("lib.rs")
+        let modules = include_str!("../lib.rs")
             .lines()
             .filter(|line| !line.starts_with(' '))
             .filter_map(|line| line.strip_suffix(';')?.rsplit_once("mod "))
