@@ -142,7 +142,7 @@ pub mod internals {
     }
 
     pub mod logging {
-        pub use crate::logging::{Format, Output, start};
+        pub use crate::logging::{Format, LevelError, LevelList, Output, start};
     }
 
     pub mod limits {

@@ -1,51 +1,27 @@
-//! The process's log: where records go, and which ones, which can be changed while it runs.
+//! The process's log: where records go, which ones, and what happens to those that repeat.
 //!
-//! A filter of this room stands before the logger, which therefore passes on whatever it gets. The
-//! invariant: the filter is replaced as a whole, so each record is judged by one set of levels.
+//! What an operator chooses can be changed while the process runs ([`levels`]), and of records that
+//! repeat only the first are logged ([`repeats`]). The invariant: whatever a guest or a VMM does, one
+//! place of the code logs a bounded number of lines in a time, unless it is being debugged.
 
-use std::collections::BTreeMap;
+mod levels;
+mod repeats;
+
+use std::fmt::Arguments;
 use std::io::{self, Write};
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use env_filter::Filter;
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
-/// The path that the names of rooms are below.
-const CRATE: &str = "ringfsd";
+use self::levels::Levels;
+#[cfg(test)]
+pub(crate) use self::levels::ROOMS;
+pub use self::levels::{LevelError, LevelList};
+use self::repeats::{INTERVAL, Repeats, Suppressed, Verdict};
 
-/// The rooms whose level can be set on its own.
-pub(crate) const ROOMS: &[&str] = &[
-    "check",
-    "cli",
-    "config",
-    "control",
-    "ctl",
-    "dax",
-    "device",
-    "embed",
-    "error_chain",
-    "fs",
-    "fuse",
-    "guest_memory",
-    "io",
-    "limits",
-    "logging",
-    "metrics",
-    "migration",
-    "recovery",
-    "sandbox",
-    "scheduler",
-    "server",
-    "state",
-    "sys",
-    "top",
-    "vhost_user",
-    "virtqueue",
-    "worker",
-];
-
-/// Crates that log what the server logs too, and that a guest could make repeat it.
-const REPEATING: [&str; 3] = ["nydus_rafs", "nydus_storage", "nydus_utils"];
+/// The target of what is logged because somebody has asked for it. It is never left out.
+pub(crate) const REPORT: &str = "ringfsd::server::report";
 
 /// The levels of a process, once it logs. There is one logger in a process.
 static LEVELS: OnceLock<Levels> = OnceLock::new();
@@ -55,7 +31,7 @@ pub struct Output {
     /// Takes each line.
     pub target: Box<dyn Write + Send>,
     /// What a line begins with, for a level.
-    pub header: Box<dyn Fn(log::Level) -> String + Send + Sync>,
+    pub header: Box<dyn Fn(Level) -> String + Send + Sync>,
 }
 
 impl std::fmt::Debug for Output {
@@ -84,9 +60,9 @@ fn json(time: &str, record: &Record<'_>) -> serde_json::Value {
     })
 }
 
-/// Starts to log what `level` and `filters` allow, to `output`, or to standard error. To be called
+/// Starts to log what `levels` and `filters` allow, to `output`, or to standard error. To be called
 /// once.
-pub fn start(level: LevelFilter, filters: Option<String>, output: Option<Output>, format: Format) {
+pub fn start(levels: LevelList, filters: Option<String>, output: Option<Output>, format: Format) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Trace);
     let header = match output {
@@ -116,13 +92,15 @@ pub fn start(level: LevelFilter, filters: Option<String>, output: Option<Output>
             });
         }
     }
-    let levels = LEVELS.get_or_init(|| Levels::new(level, filters));
+    let levels = LEVELS.get_or_init(|| Levels::new(levels, filters));
     // Fails only if it was called before.
     let _ = log::set_boxed_logger(Box::new(Filtered {
         levels,
-        logger: builder.build(),
+        repeats: Repeats::default(),
+        since: Instant::now(),
+        logger: Box::new(builder.build()),
     }));
-    levels.apply(&levels.choice());
+    levels.start();
 }
 
 /// The levels of this process, if it logs by this room.
@@ -130,123 +108,68 @@ pub(crate) fn levels() -> Option<&'static Levels> {
     LEVELS.get()
 }
 
-/// Why a level can't be set.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no room {0}; the rooms are {rooms}", rooms = ROOMS.join(", "))]
-pub(crate) struct NoSuchRoom(pub(crate) String);
-
-/// Which records are logged.
-#[derive(Debug)]
-pub(crate) struct Levels {
-    choice: Mutex<Choice>,
-    filter: RwLock<Filter>,
-}
-
-/// What has been chosen, from which the filter is made.
-#[derive(Clone, Debug)]
-struct Choice {
-    level: LevelFilter,
-    /// Finer filters, as the environment sets them.
-    filters: Option<String>,
-    /// The levels of single rooms that were set later.
-    rooms: BTreeMap<String, LevelFilter>,
-}
-
-impl Choice {
-    fn filter(&self) -> Filter {
-        let mut builder = env_filter::Builder::new();
-        builder.filter_level(self.level);
-        if self.level < LevelFilter::Debug {
-            for name in REPEATING {
-                builder.filter_module(name, LevelFilter::Off);
-            }
-        }
-        if let Some(filters) = &self.filters {
-            builder.parse(filters);
-        }
-        for (room, level) in &self.rooms {
-            builder.filter_module(&format!("{CRATE}::{room}"), *level);
-        }
-        builder.build()
-    }
-}
-
-impl Levels {
-    fn new(level: LevelFilter, filters: Option<String>) -> Self {
-        let choice = Choice {
-            level,
-            filters,
-            rooms: BTreeMap::new(),
-        };
-        Self {
-            filter: RwLock::new(choice.filter()),
-            choice: Mutex::new(choice),
-        }
-    }
-
-    fn choice(&self) -> Choice {
-        self.choice
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Sets the level of one room, or that of all, which replaces what was set of single ones.
-    ///
-    /// # Errors
-    ///
-    /// There is no such room.
-    pub(crate) fn set(&self, level: LevelFilter, room: Option<&str>) -> Result<(), NoSuchRoom> {
-        let mut choice = self.choice.lock().unwrap_or_else(PoisonError::into_inner);
-        match room {
-            Some(room) if ROOMS.contains(&room) => {
-                choice.rooms.insert(room.to_owned(), level);
-            }
-            Some(room) => return Err(NoSuchRoom(room.to_owned())),
-            None => {
-                *choice = Choice {
-                    level,
-                    filters: None,
-                    rooms: BTreeMap::new(),
-                };
-            }
-        }
-        self.apply(&choice);
-        Ok(())
-    }
-
-    fn apply(&self, choice: &Choice) {
-        let filter = choice.filter();
-        let most = filter.filter();
-        *self.filter.write().unwrap_or_else(PoisonError::into_inner) = filter;
-        log::set_max_level(most);
-    }
-
-    /// The level of all rooms that have none of their own.
-    pub(crate) fn level(&self) -> LevelFilter {
-        self.choice().level
-    }
-
-    /// The filters that the environment has set, if they still apply.
-    pub(crate) fn filters(&self) -> Option<String> {
-        self.choice().filters
-    }
-
-    /// The levels of single rooms that were set while the process ran.
-    pub(crate) fn rooms(&self) -> BTreeMap<String, LevelFilter> {
-        self.choice().rooms
-    }
-
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let filter = self.filter.read().unwrap_or_else(PoisonError::into_inner);
-        filter.enabled(metadata)
-    }
-}
-
-/// A logger that logs what the levels allow.
+/// A logger that logs what the levels allow, and of what repeats only the first.
 struct Filtered {
     levels: &'static Levels,
-    logger: env_logger::Logger,
+    repeats: Repeats,
+    /// From when on times are counted.
+    since: Instant,
+    logger: Box<dyn Log>,
+}
+
+impl Filtered {
+    /// Logs a record at a time.
+    fn log_at(&self, record: &Record<'_>, now: Duration) {
+        if !self.levels.enabled(record.metadata()) {
+            return;
+        }
+        let (level, target) = (record.level(), record.target());
+        if level > LevelFilter::Info || target == REPORT || self.levels.debugs(target) {
+            self.logger.log(record);
+            return;
+        }
+        self.count_suppressed(now);
+        match self.repeats.judge(record, now) {
+            Verdict::Log => self.logger.log(record),
+            Verdict::Announce => self.note(
+                level,
+                target,
+                format_args!(
+                    "suppressing more messages like this one for up to {} s: {}",
+                    INTERVAL.as_secs(),
+                    record.args()
+                ),
+            ),
+            Verdict::Suppress => {}
+        }
+    }
+
+    /// Logs how many records were left out in intervals that have ended.
+    fn count_suppressed(&self, now: Duration) {
+        for Suppressed {
+            level,
+            target,
+            text,
+            count,
+        } in self.repeats.ended(now)
+        {
+            self.note(
+                level,
+                &target,
+                format_args!("{count} more messages like this one were suppressed: {text}"),
+            );
+        }
+    }
+
+    fn note(&self, level: Level, target: &str, text: Arguments<'_>) {
+        self.logger.log(
+            &Record::builder()
+                .level(level)
+                .target(target)
+                .args(text)
+                .build(),
+        );
+    }
 }
 
 impl Log for Filtered {
@@ -255,12 +178,12 @@ impl Log for Filtered {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.levels.enabled(record.metadata()) {
-            self.logger.log(record);
-        }
+        self.log_at(record, self.since.elapsed());
     }
 
+    /// Ends the intervals, too.
     fn flush(&self) {
+        self.count_suppressed(Duration::MAX);
         self.logger.flush();
         let _ = io::stderr().flush();
     }
@@ -268,39 +191,99 @@ impl Log for Filtered {
 
 #[cfg(test)]
 mod tests {
-    use log::Level;
+    use std::sync::{Arc, Mutex};
 
     use super::*;
 
-    fn allows(levels: &Levels, level: Level, target: &str) -> bool {
-        levels.enabled(&Metadata::builder().level(level).target(target).build())
+    /// A logger that keeps the lines that it gets.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<String>>>);
+
+    impl Log for Lines {
+        fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn log(&self, record: &Record<'_>) {
+            self.0.lock().unwrap().push(record.args().to_string());
+        }
+
+        fn flush(&self) {}
+    }
+
+    fn filtered(levels: &str) -> (Filtered, Lines) {
+        let kept = Lines::default();
+        let levels = Box::leak(Box::new(Levels::new(levels.parse().unwrap(), None)));
+        let filtered = Filtered {
+            levels,
+            repeats: Repeats::default(),
+            since: Instant::now(),
+            logger: Box::new(kept.clone()),
+        };
+        (filtered, kept)
+    }
+
+    fn log(to: &Filtered, level: Level, target: &str, text: &str, now: Duration) {
+        let args = format_args!("{text}");
+        let record = Record::builder()
+            .level(level)
+            .target(target)
+            .file_static(Some("a.rs"))
+            .args(args)
+            .build();
+        to.log_at(&record, now);
+    }
+
+    const BURST: usize = repeats::BURST as usize;
+
+    #[test]
+    fn flood_is_announced_and_counted_by_the_next_line_after_it() {
+        let (filtered, kept) = filtered("info");
+        for number in 0..1000 {
+            let text = format!("fault {number}");
+            log(&filtered, Level::Warn, "ringfsd::fs", &text, Duration::ZERO);
+        }
+        let said = std::mem::take(&mut *kept.0.lock().unwrap());
+        assert_eq!(said.len(), BURST + 1);
+        assert!(
+            said[0] == "fault 0" && said[BURST].ends_with(": fault 50"),
+            "{said:?}"
+        );
+        // A line of any place shows the count.
+        log(&filtered, Level::Info, "ringfsd::io", "other", INTERVAL);
+        let said = std::mem::take(&mut *kept.0.lock().unwrap());
+        let counted = "950 more messages like this one were suppressed: fault 50";
+        assert_eq!(said, [counted, "other"]);
     }
 
     #[test]
-    fn rooms_are_those_of_the_crate() {
-        let modules = include_str!("../lib.rs")
-            .lines()
-            .filter(|line| !line.starts_with(' '))
-            .filter_map(|line| line.strip_suffix(';')?.rsplit_once("mod "))
-            .map(|(_, name)| name);
-        let mut modules: Vec<_> = modules.collect();
-        modules.sort_unstable();
-        assert_eq!(modules, ROOMS);
+    fn end_of_the_process_shows_the_count() {
+        let (filtered, kept) = filtered("info");
+        for _ in 0..BURST + 3 {
+            log(&filtered, Level::Error, "ringfsd::fs", "x", Duration::ZERO);
+        }
+        filtered.flush();
+        let said = kept.0.lock().unwrap();
+        assert_eq!(
+            said[BURST + 1..],
+            ["3 more messages like this one were suppressed: x"]
+        );
     }
 
     #[test]
-    fn room_has_level_of_its_own_until_all_are_set() {
-        let levels = Levels::new(LevelFilter::Info, Some("ringfsd::io=off".to_owned()));
-        assert!(!allows(&levels, Level::Error, "ringfsd::io::engine"));
-        assert!(!allows(&levels, Level::Debug, "ringfsd::fs::vfs"));
-        levels.set(LevelFilter::Debug, Some("fs")).unwrap();
-        assert!(allows(&levels, Level::Debug, "ringfsd::fs::vfs"));
-        assert!(!allows(&levels, Level::Debug, "ringfsd::fuse"));
-        assert!(!allows(&levels, Level::Error, "ringfsd::io::engine"));
-        levels.set(LevelFilter::Warn, None).unwrap();
-        assert!(!allows(&levels, Level::Info, "ringfsd::fs::vfs"));
-        assert!(allows(&levels, Level::Warn, "ringfsd::io::engine"));
-        assert!(levels.rooms().is_empty() && levels.filters().is_none());
+    fn nothing_is_left_out_of_what_is_debugged_or_asked_for() {
+        let (filtered, kept) = filtered("info,fs=debug");
+        let all = [
+            (Level::Warn, "ringfsd::fs"),
+            (Level::Debug, "ringfsd::fs"),
+            (Level::Info, REPORT),
+        ];
+        for (level, target) in all {
+            for _ in 0..2 * BURST {
+                log(&filtered, level, target, "x", Duration::ZERO);
+            }
+        }
+        assert_eq!(kept.0.lock().unwrap().len(), all.len() * 2 * BURST);
     }
 
     #[test]
@@ -318,13 +301,5 @@ mod tests {
         assert_eq!(value["target"], "ringfsd::fs");
         assert_eq!(value["message"], "a \"name\"\nwith a line break");
         assert_eq!(value["time"], "2026-01-02T03:04:05.678Z");
-    }
-
-    #[test]
-    fn unknown_room_is_refused_and_changes_nothing() {
-        let levels = Levels::new(LevelFilter::Info, None);
-        let refused = levels.set(LevelFilter::Trace, Some("attic"));
-        assert_eq!(refused, Err(NoSuchRoom("attic".to_owned())));
-        assert!(!allows(&levels, Level::Debug, "ringfsd::fs"));
     }
 }
