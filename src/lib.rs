@@ -202,7 +202,9 @@ pub mod internals {
     }
 
     pub mod server {
-        pub use crate::server::{Exit, Server, Started, check_for_upgrade, explain, raise_limits};
+        pub use crate::server::{
+            Controlled, Exit, Server, Started, check_for_upgrade, explain, raise_limits,
+        };
     }
 
     pub mod state {

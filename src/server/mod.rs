@@ -8,6 +8,7 @@
 mod control;
 mod control_group;
 mod control_socket;
+mod controlled;
 mod counters;
 mod error;
 mod file_system;
@@ -50,6 +51,7 @@ use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, SocketFile, Stop};
 
+pub use self::controlled::Controlled;
 pub use self::error::ServerError;
 pub(crate) use self::limits::memory_of_control_group;
 pub use self::limits::{LimitError, explain, raise_limits};
