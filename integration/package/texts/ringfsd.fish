@@ -74,7 +74,12 @@ file-handles\t''"
 complete -c ringfsd -l migration-on-error -d 'If a file is missing: abort or guest-error' -r -f -a "abort\t''
 guest-error\t''"
 complete -c ringfsd -l state -d 'Keep the session in FILE for the next server' -r -F
-complete -c ringfsd -l log-level -d 'Log level: off, error, warn, info, debug or trace' -r
+complete -c ringfsd -l log-level -d 'Log level: off, error, warn, info, debug or trace' -r -f -a "off\t''
+error\t''
+warn\t''
+info\t''
+debug\t''
+trace\t''"
 complete -c ringfsd -l log-format -d 'Format of log records: text or json' -r -f -a "text\t''
 json\t''"
 complete -c ringfsd -l metrics -d 'Serve metrics at unix:PATH, 127.0.0.1:PORT or [::1]:PORT' -r
