@@ -153,7 +153,7 @@ fn control() -> Seeds {
     let bytes = |client: u8, text: &[u8]| {
         let parts = text.chunks(0x1f).map(|part| {
             let len = u8::try_from(part.len()).unwrap_or_default();
-            [&[client, len], part].concat()
+            [&[client, len][..], part].concat()
         });
         parts.collect::<Vec<_>>().concat()
     };
