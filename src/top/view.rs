@@ -25,6 +25,9 @@ const NUMBER: u16 = 7;
 /// The least width of a name.
 const NAME: u16 = 12;
 
+/// Tables are no wider, so that numbers stay near their names, unless a name needs it.
+const WIDE: u16 = 80;
+
 /// What is shown of the selected server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Detail {
@@ -215,6 +218,8 @@ impl View {
     }
 
     fn draw_shares(&self, area: Rect, buffer: &mut Buffer) {
+        let names = self.shares.iter().map(|share| share.name.as_str());
+        let area = narrowed(area, names, Column::ALL.len() - 1);
         let columns = Self::columns(area.width);
         let title = |column: &Column| {
             let mark = match (*column == self.sorted_by, self.reversed) {
@@ -330,6 +335,8 @@ fn right(text: String) -> Cell<'static> {
 }
 
 fn draw_operations(rates: &Rates, area: Rect, buffer: &mut Buffer) {
+    let names = rates.by_operation.iter().map(|it| it.name.as_str());
+    let area = narrowed(area, names, 5);
     let all: f64 = rates.by_operation.iter().map(|it| it.time).sum();
     let titles = ["OPS/s", "P50", "P99", "ERR/s", "TIME"];
     let titles = titles.map(|title| right(title.to_owned()));
@@ -360,6 +367,7 @@ fn draw_files(files: &Files, area: Rect, buffer: &mut Buffer) {
             return;
         }
     };
+    let area = narrowed(area, files.iter().map(|file| file.path.as_str()), 3);
     let titles = ["OPS/s", "READ/s", "WRITE/s"];
     let titles = titles.map(|title| right(title.to_owned()));
     let header = Row::new([Cell::new("FILE")].into_iter().chain(titles));
@@ -376,6 +384,17 @@ fn draw_files(files: &Files, area: Rect, buffer: &mut Buffer) {
         Row::new([name].into_iter().chain(cells.map(right)))
     });
     draw_table(header, rows.collect(), 3, area, buffer);
+}
+
+/// The part of `area` that a table of these names with so many numbers takes.
+fn narrowed<'a>(area: Rect, names: impl Iterator<Item = &'a str>, numbers: usize) -> Rect {
+    let longest = names.map(|name| name.chars().count()).max().unwrap_or(0);
+    let needed = longest + numbers * usize::from(NUMBER + 1);
+    let needed = u16::try_from(needed).unwrap_or(u16::MAX);
+    Rect {
+        width: area.width.min(needed.max(WIDE)),
+        ..area
+    }
 }
 
 /// How many of so many numbers fit beside a name.
@@ -521,6 +540,18 @@ mod tests {
         }
         assert_eq!(View::columns(80), Column::ALL);
         assert!(View::columns(60).len() >= 6);
+    }
+
+    #[test]
+    fn wide_screen_keeps_numbers_near_names_and_shows_long_ones() {
+        let width = |name: &str| {
+            let rows = shown(&view(vec![serving(name, 10.0)]), 200, 50);
+            rows[2].trim_end().chars().count()
+        };
+        assert_eq!(width("/a"), 80);
+        let long = format!("/srv/{}/one", "x".repeat(100));
+        assert_eq!(width(&long), long.len() + 7 * 8);
+        assert_eq!(width(&"x".repeat(1000)), 200);
     }
 
     #[test]
