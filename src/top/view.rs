@@ -193,8 +193,12 @@ impl View {
         let sum = |get: fn(&Rates) -> f64| serving.clone().map(get).sum::<f64>();
         let gone = self.shares.iter().filter(|share| is_gone(share)).count();
         let mut text = format!(
-            "ringfsd top: {} shares, {} ops/s, {}/s read, {}/s written",
+            "ringfsd top: {} {}, {} ops/s, {}/s read, {}/s written",
             self.shares.len(),
+            match self.shares.len() {
+                1 => "share",
+                _ => "shares",
+            },
             number(sum(|rates| rates.operations)),
             bytes(sum(|rates| rates.bytes_read)),
             bytes(sum(|rates| rates.bytes_written)),
@@ -561,6 +565,7 @@ mod tests {
         view.toggle_files();
         view.toggle_pause();
         let text = shown(&view, 80, 24).join("\n");
+        assert!(text.contains("top: 1 share, "), "{text}");
         assert!(
             text.contains("/dir/file") && text.contains("PAUSED"),
             "{text}"
