@@ -199,7 +199,7 @@ impl Scene {
         std::io::Write::write_all(&mut last, STATUS).expect("room");
         theirs.push(end);
         std::thread::scope(|scope| {
-            scope.spawn(|| server.serve(theirs).expect("an end"));
+            let server = scope.spawn(|| server.serve(theirs).expect("an end"));
             for client in ours.iter().chain([&last]) {
                 client.shutdown(std::net::Shutdown::Write).expect("an end");
             }
@@ -213,6 +213,8 @@ impl Scene {
                 assert_eq!(reader.join().expect("no panic"), lines);
             }
             assert_eq!(replies(last), 1);
+            // Joined, so that nothing of the thread is left.
+            server.join().expect("no panic");
         });
         self.share.check_outside();
     }
