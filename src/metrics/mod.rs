@@ -6,6 +6,7 @@
 //! no memory, and what reads the counters can't hold up what counts.
 
 mod address;
+mod block;
 mod buckets;
 mod endpoint;
 mod errno;
@@ -19,11 +20,12 @@ mod sum;
 #[cfg(test)]
 mod tests;
 mod text;
+mod timing;
 
 pub use self::address::{Address, AddressError};
 pub(crate) use self::endpoint::serve;
 pub(crate) use self::layout::{Count, Process, Server};
-pub(crate) use self::recorder::{Ended, Recorder, RequestStart};
+pub(crate) use self::recorder::{Ended, Recorder, RequestStart, Row};
 pub(crate) use self::registry::Interruption;
 pub use self::registry::{Facts, MetricsError, Registry, Shape};
 pub(crate) use self::shared_file::SharedFile;

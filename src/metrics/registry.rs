@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::io::Errno;
 
+use super::block::Block;
 use super::buckets::bucket_of;
 use super::layout::{Layout, OPCODES, PROCESS, Process, Section, Server};
 use super::snapshot::{SessionState, Snapshot, Usage};
@@ -233,12 +234,11 @@ impl Registry {
         snapshot
     }
 
-    pub(super) fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    pub(super) fn words(&self) -> &Arc<MappedWords> {
-        &self.words
+    /// The counters of a thread, or of the last one if there are not so many.
+    pub(super) fn block(&self, thread: usize) -> Block {
+        let thread = thread.min(self.layout.threads.saturating_sub(1));
+        let block = Block::new(&self.words, &self.layout, thread);
+        block.expect("invariant: each layout has a thread, and its words are mapped")
     }
 
     pub(super) fn clock(&self) -> &Clock {
