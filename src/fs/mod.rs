@@ -8,6 +8,7 @@
 
 pub mod fuse_backend;
 mod inspect;
+mod lowest;
 mod migrate;
 mod open_file;
 pub mod overlay;

@@ -46,7 +46,7 @@ use self::dir_seqcount::DirSeqCounts;
 use self::fd_evictor::FdEvictor;
 use self::forgotten_inodes::ForgottenInodes;
 use crate::fs::NodeId;
-use crate::fs::passthrough::lowest::Lowest;
+use crate::fs::lowest::Lowest;
 use crate::state::Table;
 
 /// A set of inodes. An entry is one pointer; the key is read from the inode's record.
