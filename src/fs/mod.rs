@@ -38,7 +38,7 @@ pub use self::inspect::{Dropped, Inspect, KnownInode, OpenHandle, Page};
 pub use self::migrate::{Migrate, MoveError};
 pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
 pub use self::replay::Replay;
-pub use crate::metrics::Usage;
+pub use crate::metrics::{MountUsage, Usage};
 
 use crate::device::BackChannel;
 use crate::io::File;
@@ -351,6 +351,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// How much of the limited resources is in use. Called by threads that serve no requests.
     fn usage(&self) -> Usage {
         Usage::default()
+    }
+
+    /// The same for each file system that this one consists of, by the path that it is mounted at.
+    fn usage_by_mount(&self) -> Vec<MountUsage> {
+        Vec::new()
     }
 
     /// Support for another process to continue the session, if this file system has it.

@@ -30,7 +30,7 @@ pub(crate) use self::registry::Interruption;
 pub use self::registry::{Facts, MetricsError, Registry, Shape};
 pub(crate) use self::shared_file::SharedFile;
 pub use self::snapshot::{
-    ErrorCount, GuestFaults, Histogram, OperationStats, QueueStats, Recoveries, Restarts,
-    SessionState, Snapshot, ThreadStats, Usage,
+    ErrorCount, GuestFaults, Histogram, MountUsage, OperationStats, QueueStats, Recoveries,
+    Restarts, SessionState, Snapshot, ThreadStats, Usage,
 };
 pub(crate) use crate::sys::clock::Ticks;
