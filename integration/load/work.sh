@@ -16,11 +16,19 @@
 #                    quota, where the server has half a processor's time (a control group's limit)
 #   --cold yes       drop the host's caches before each step
 #   --files N        number of files in the tree (5000)
+#   --million N      number of files of the work million (1000000)
 #   --dir DIR        where everything is made (the target directory)
 #   --results FILE   append the single results there, a line each
 #   --table FILE     only print the tables of such results
 #
-# Servers run with their default options and log errors only.
+# Servers run with their default options and log errors only. virtiofsd's thread pool is off then, which
+# is its best setting for programs that wait for each reply. What the work has made is compared with
+# what it should be, in the directory itself. A peer that crashes, or runs out of descriptors, has no
+# figures for the rest of a work.
+#
+# Each server has a new ext4 for each work, in a file (if loop devices can't be had, the directory it is
+# in, and the output says so): for minutes after many files were deleted, ext4 takes several times as long
+# to create others, so a server would pay for what the one before it has removed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -41,6 +49,14 @@ step() {
     echo "$SERVER $HOST $1 $(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }')" >>"$LINES"
 }
 
+# check COMMAND: fails if what the steps have made is wrong, as seen in the directory itself.
+check() {
+    (cd "$SHARE" && bash -ec "$1") >"$OUT" 2>&1 && return
+    echo "work.sh: $SERVER has not done the work $WORK right:" >&2
+    tail -n 20 "$OUT" >&2
+    exit 1
+}
+
 work_tree() {
     export HOME=$PLAIN GIT_CONFIG_NOSYSTEM=1 GIT_AUTHOR_NAME=n GIT_AUTHOR_EMAIL=e
     export GIT_COMMITTER_NAME=n GIT_COMMITTER_EMAIL=e
@@ -53,8 +69,11 @@ work_tree() {
     step 'find' 'find tree -type f -size +100k'
     step 'du' 'du -s tree'
     step 'grep -r' 'grep -rc unsafe_impl tree >/dev/null || true'
+    step 'rg' 'rg -uu --count unsafe_impl tree >/dev/null || true'
     step 'cp -r' 'cp -r tree copy'
     step 'rsync' 'rsync -a tree/ synced/'
+    check "((\$(tar tf $FIXTURES/tree.tar | grep -vc '/$') == \$(find tree -path tree/.git -prune -o -type f -print | wc -l)))
+        diff -rq tree copy && diff -rq tree synced"
     step 'rm -rf' 'rm -rf tree copy synced'
 }
 
@@ -70,6 +89,7 @@ work_sqlite() {
     step 'SQLite: bulk' "sqlite3 db \"WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 50000)
         INSERT INTO t(v) SELECT hex(randomblob(100)) FROM c\""
     step 'SQLite: reads' "sqlite3 -cmd 'PRAGMA cache_size=50' db <$PLAIN/select.sql"
+    check '[[ $(sqlite3 db "PRAGMA integrity_check; SELECT count(*) FROM t" | tee /dev/stderr | xargs) == "ok 51000" ]]'
 }
 
 work_postgres() {
@@ -85,7 +105,7 @@ work_postgres() {
     # shellcheck disable=SC2064 # the values of now
     trap "$as $bin/pg_ctl -s -m immediate -D $data stop" EXIT
     step 'pgbench: load' "$bin/pgbench -h $PLAIN -U postgres -q -i -s 3 postgres"
-    step 'pgbench' "$bin/pgbench -h $PLAIN -U postgres -n -c 2 -t 400 postgres"
+    step 'pgbench' "$bin/pgbench -h $PLAIN -U postgres -n -c 2 -t 400 postgres | grep 'processed: 800/800'"
     trap - EXIT
     $as "$bin/pg_ctl" -s -m fast -D "$data" stop
 }
@@ -100,17 +120,21 @@ work_cargo() {
     cp -r "$FIXTURES/crate" "$SHARE/crate"
     step 'cargo build' 'cd crate && env -u CARGO_TARGET_DIR cargo build --quiet --offline'
     step 'cargo build again' 'cd crate && env -u CARGO_TARGET_DIR cargo build --quiet --offline'
+    check crate/target/debug/hello
 }
 
 work_image() {
     step 'unpack a root file system' "mkdir root && tar xf $FIXTURES/image.tar -C root"
     step 'tar c of it' 'tar cf - -C root . | cat >/dev/null'
+    check "tar df $FIXTURES/image.tar -C root"
 }
 
 work_million() {
-    step 'create 1 M files' 'perl -e "for my \$d (0..99) { mkdir \$d; for my \$f (0..9999) { open(my \$h, q(>), qq(\$d/\$f)) or die } }"'
-    step 'list 1 M files' 'find . -type f -printf x | wc -c'
-    step 'remove 1 M files' 'rm -rf ./*'
+    step "create $MILLION files" "perl -e 'for my \$f (0 .. $MILLION - 1) {
+        my \$d = int(\$f / 10000); mkdir \$d if \$f % 10000 == 0; open(my \$h, q(>), qq(\$d/\$f)) or die }'"
+    step "list $MILLION files" "(($MILLION == \$(find . -type f -printf x | wc -c)))"
+    step "remove $MILLION files" 'rm -rf ./*'
+    check '[[ -z $(ls) ]]'
 }
 
 if [[ ${WORK:-} ]]; then
@@ -131,7 +155,7 @@ fi
 ### Options
 
 rounds=3 works=tree,sqlite,postgres,npm,cargo,image servers=ringfsd,virtiofsd,c-virtiofsd,plain
-ringfsd='' ringfsd_args='' hosts=quiet cold='' files=5000 results='' table=''
+ringfsd='' ringfsd_args='' hosts=quiet cold='' files=5000 million=1000000 results='' table=''
 target=${CARGO_TARGET_DIR:-$root/target}
 dir=$target
 declare -A more_servers=()
@@ -150,6 +174,7 @@ while (($#)); do
     --host) hosts=$2 ;;
     --cold) cold=$2 ;;
     --files) files=$2 ;;
+    --million) million=$2 ;;
     --dir) dir=$2 ;;
     --results) results=$2 ;;
     --table) table=$2 ;;
@@ -230,6 +255,7 @@ scratch=$(mktemp -d "$dir/work-XXXXXX")
 chmod 755 "$scratch"
 group=''
 cleanup() {
+    if mountpoint -q "$scratch/disk"; then umount "$scratch/disk" || umount -l "$scratch/disk"; fi
     rm -rf --one-file-system "$scratch"
     if [[ $group ]]; then rmdir "$group" 2>/dev/null || true; fi
 }
@@ -257,7 +283,7 @@ for name in virtiofsd c-virtiofsd; do
         servers=$(sed "s/\b$name\b,\?//" <<<",$servers," | sed 's/^,*//;s/,*$//')
     fi
 done
-packages=(git rsync perl)
+packages=(git rsync perl ripgrep)
 if wanted "$works" sqlite; then packages+=(sqlite3); fi
 if wanted "$works" postgres; then packages+=(postgresql); fi
 if wanted "$works" npm; then packages+=(npm); fi
@@ -278,8 +304,9 @@ if wanted "$works" tree && [[ ! -e $FIXTURES/tree.tar || $(cat "$FIXTURES/files"
     echo "$files" >"$FIXTURES/files"
 fi
 if wanted "$works" image && [[ ! -e $FIXTURES/image.tar ]]; then
-    tar cf "$FIXTURES/image.tar" --one-file-system -C / usr/bin usr/share/zoneinfo usr/share/perl usr/lib/python3 2>/dev/null ||
-        [[ -s $FIXTURES/image.tar ]]
+    # What a small image has: programs, libraries of scripts, many small files.
+    (cd / && find usr/bin usr/share/zoneinfo usr/share/perl usr/lib/python3 -xdev -size -1024k | sort |
+        tar cf "$FIXTURES/image.tar" --no-recursion -T -)
 fi
 if wanted "$works" cargo && [[ ! -e $FIXTURES/crate ]]; then
     mkdir "$FIXTURES/crate" "$FIXTURES/crate/src"
@@ -291,7 +318,7 @@ fi
 if wanted "$works" npm && [[ ! -e $FIXTURES/npm/package-lock.json ]]; then
     mkdir -p "$FIXTURES/npm"
     echo '{"name": "work", "version": "1.0.0", "private": true, "dependencies":
-        {"express": "4", "lodash": "4", "webpack": "5", "typescript": "5", "eslint": "8"}}' >"$FIXTURES/npm/package.json"
+        {"express": "4", "lodash": "4", "webpack": "5"}}' >"$FIXTURES/npm/package.json"
     # The first makes the lock file, the second fetches everything in it.
     (cd "$FIXTURES/npm" && npm install --silent --package-lock-only --no-audit --no-fund &&
         npm ci --silent --no-audit --no-fund --cache "$FIXTURES/npm-cache" && rm -rf node_modules)
@@ -311,9 +338,30 @@ fi
 
 ### The rounds
 
+# new_disk: makes an empty $scratch/disk: a file system, or a directory if that can't be had.
+disk=''
+new_disk() {
+    local device
+    if mountpoint -q "$scratch/disk"; then umount "$scratch/disk" || umount -l "$scratch/disk"; fi
+    rm -rf --one-file-system "$scratch/disk" "$scratch/disk.img"
+    mkdir "$scratch/disk"
+    truncate -s 16G "$scratch/disk.img"
+    mkfs.ext4 -q -F -i 8192 -E lazy_itable_init=0,lazy_journal_init=0 "$scratch/disk.img"
+    if device=$(losetup --find --show --direct-io=on "$scratch/disk.img" 2>/dev/null) &&
+        mount "$device" "$scratch/disk"; then
+        disk='a new ext4 for each work'
+        rmdir "$scratch/disk/lost+found"
+    else
+        disk=$(findmnt -n -o FSTYPE -T "$scratch")
+    fi
+    # It is released when it is unmounted.
+    if [[ $device ]]; then losetup --detach "$device"; fi
+    chmod 755 "$scratch/disk"
+}
+
 LINES=${results:-$scratch/results}
-COLD=$cold
-export LINES COLD
+COLD=$cold MILLION=$million
+export LINES COLD MILLION
 touch "$LINES"
 line_of() {
     case $1 in
@@ -323,25 +371,35 @@ line_of() {
     *) echo "${more_servers[$1]:?there is no server $1}" ;;
     esac
 }
+# Reads what a work begins with, so that the first server in turn doesn't wait for the disk alone.
+warm_up() {
+    local -A paths=(
+        [tree]=$FIXTURES/tree.tar [image]=$FIXTURES/image.tar [cargo]=$FIXTURES/crate
+        [npm]="$FIXTURES/npm-cache /usr/share/nodejs" [postgres]=/usr/lib/postgresql
+    )
+    # shellcheck disable=SC2086 # several paths
+    [[ -z ${paths[$1]:-} ]] || find -L ${paths[$1]} -type f -exec cat {} + >/dev/null 2>&1 || true
+}
 IFS=, read -ra work_list <<<"$works"
 IFS=, read -ra server_list <<<"$servers"
 IFS=, read -ra host_list <<<"$hosts"
 for ((round = 1; round <= rounds; round++)); do
     for HOST in "${host_list[@]}"; do
         for WORK in "${work_list[@]}"; do
+            warm_up "$WORK"
             for ((turn = 0; turn < ${#server_list[@]}; turn++)); do
                 SERVER=${server_list[(turn + round - 1) % ${#server_list[@]}]}
                 export HOST WORK SERVER
                 if [[ -t 2 ]]; then printf '\r\033[Kround %d: %s, %s, %s' "$round" "$HOST" "$WORK" "$SERVER" >&2; fi
+                new_disk
                 if [[ $SERVER == plain ]]; then
-                    mkdir "$scratch/share" "$scratch/beside"
-                    MNT=$scratch/share SHARE=$scratch/share PLAIN=$scratch/beside "$here/work.sh"
-                    rm -rf "$scratch/share" "$scratch/beside"
+                    mkdir "$scratch/disk/share" "$scratch/disk/beside"
+                    MNT=$scratch/disk/share SHARE=$scratch/disk/share PLAIN=$scratch/disk/beside "$here/work.sh"
                     continue
                 fi
                 line="exec $(line_of "$SERVER")"
                 if [[ $HOST == quota ]]; then line="echo \$\$ >$group/cgroup.procs && $line"; fi
-                TMPDIR=$scratch "$here/../bridge/with.sh" --server "$line" -- "$here/work.sh" || {
+                TMPDIR=$scratch/disk "$here/../bridge/with.sh" --server "$line" -- "$here/work.sh" || {
                     # virtiofsd ends with its client, and reports that as a failure.
                     (($? == 125)) && [[ $SERVER == *virtiofsd ]]
                 }
@@ -352,6 +410,6 @@ done
 if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 
 processor=$(awk -F ': ' '/^model name/ { print $2; exit }' /proc/cpuinfo)
-echo "- $(date -u +%F), $(nproc) processors ($processor), Linux $(uname -r), $(findmnt -n -o FSTYPE -T "$scratch")"
+echo "- $(date -u +%F), $(nproc) processors ($processor), Linux $(uname -r), $disk"
 echo "- rounds: $rounds, a tree of $files files${cold:+, cold caches}"
 report "$LINES"

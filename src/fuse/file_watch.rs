@@ -3,6 +3,7 @@
 //! The invariant: while nobody does, a request costs one load more, and while somebody does, the
 //! counts take a bounded amount of memory.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,7 @@ const SHARDS: usize = 16;
 /// The bits of a node id that choose the shard.
 const MASK: u64 = SHARDS as u64 - 1;
 
-/// How many files are counted in each shard. Requests for others aren't counted then.
+/// How many files are counted in each shard. For another one, half of them are dropped.
 const MAX_FILES: usize = 4096;
 
 /// What was done with a file since counting began.
@@ -55,13 +56,14 @@ impl FileWatch {
         }
     }
 
-    /// The files with the most requests, most of all first.
+    /// The files with the most requests, most of all first. Of several with as many, those that the guest
+    /// has met last come first: it may know a file again that it had forgotten, by another node id.
     pub(crate) fn busiest(&self, limit: usize) -> Vec<(NodeId, FileCounts)> {
         let mut files = Vec::new();
         for shard in &self.shards {
             files.extend(lock(shard).iter().map(|(node, counts)| (*node, *counts)));
         }
-        files.sort_unstable_by_key(|(node, counts)| (std::cmp::Reverse(counts.requests), *node));
+        files.sort_unstable_by_key(rank);
         files.truncate(limit);
         files
     }
@@ -84,13 +86,21 @@ impl FileWatch {
         };
         let mut files = lock(shard);
         if files.len() >= MAX_FILES && !files.contains_key(&node) {
-            return;
+            let mut ranked: Vec<_> = files.drain().collect();
+            ranked.sort_unstable_by_key(rank);
+            ranked.truncate(MAX_FILES / 2);
+            files.extend(ranked);
         }
         let counts = files.entry(node).or_default();
         counts.requests = counts.requests.saturating_add(1);
         counts.bytes_read = counts.bytes_read.saturating_add(read);
         counts.bytes_written = counts.bytes_written.saturating_add(written);
     }
+}
+
+/// What files are sorted by.
+fn rank((node, counts): &(NodeId, FileCounts)) -> Reverse<(u64, NodeId)> {
+    Reverse((counts.requests, *node))
 }
 
 fn lock(shard: &Mutex<HashMap<NodeId, FileCounts>>) -> MutexGuard<'_, HashMap<NodeId, FileCounts>> {
@@ -105,20 +115,31 @@ mod tests {
     fn busiest_files_come_first_and_their_number_is_bounded() {
         let watch = FileWatch::default();
         watch.switch(true);
-        for node in 0..200_000 {
-            watch.add(NodeId(node), 0, 0);
-        }
-        for _ in 0..3 {
+        for _ in 0..4 {
             watch.add(NodeId(7), 10, 1);
         }
-        let all = watch.busiest(usize::MAX);
-        assert_eq!(all.len(), SHARDS * MAX_FILES);
+        for node in 100..200_100 {
+            watch.add(NodeId(node), 0, 0);
+            assert!(node % 50_000 != 0 || watch.busiest(usize::MAX).len() <= SHARDS * MAX_FILES);
+        }
         let counts = FileCounts {
             requests: 4,
-            bytes_read: 30,
-            bytes_written: 3,
+            bytes_read: 40,
+            bytes_written: 4,
         };
-        assert_eq!(watch.busiest(1), [(NodeId(7), counts)]);
+        let one = FileCounts {
+            requests: 1,
+            ..FileCounts::default()
+        };
+        // The latest ones are counted, too.
+        assert_eq!(
+            watch.busiest(3),
+            [
+                (NodeId(7), counts),
+                (NodeId(200_099), one),
+                (NodeId(200_098), one)
+            ]
+        );
         watch.switch(false);
         assert!(watch.busiest(1).is_empty());
     }

@@ -20,7 +20,7 @@ use crate::metrics::{SessionState, Snapshot};
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How many files are asked for.
-const FILES: u64 = 100;
+const FILES: u64 = 1000;
 
 /// What is known of a server.
 #[derive(Clone, Debug)]

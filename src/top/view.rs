@@ -25,6 +25,9 @@ const NUMBER: u16 = 7;
 /// The least width of a name.
 const NAME: u16 = 12;
 
+/// Tables are no wider, so that numbers stay near their names, unless a name needs it.
+const WIDE: u16 = 80;
+
 /// What is shown of the selected server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Detail {
@@ -190,8 +193,12 @@ impl View {
         let sum = |get: fn(&Rates) -> f64| serving.clone().map(get).sum::<f64>();
         let gone = self.shares.iter().filter(|share| is_gone(share)).count();
         let mut text = format!(
-            "ringfsd top: {} shares, {} ops/s, {}/s read, {}/s written",
+            "ringfsd top: {} {}, {} ops/s, {}/s read, {}/s written",
             self.shares.len(),
+            match self.shares.len() {
+                1 => "share",
+                _ => "shares",
+            },
             number(sum(|rates| rates.operations)),
             bytes(sum(|rates| rates.bytes_read)),
             bytes(sum(|rates| rates.bytes_written)),
@@ -215,6 +222,8 @@ impl View {
     }
 
     fn draw_shares(&self, area: Rect, buffer: &mut Buffer) {
+        let names = self.shares.iter().map(|share| share.name.as_str());
+        let area = narrowed(area, names, Column::ALL.len() - 1);
         let columns = Self::columns(area.width);
         let title = |column: &Column| {
             let mark = match (*column == self.sorted_by, self.reversed) {
@@ -330,6 +339,8 @@ fn right(text: String) -> Cell<'static> {
 }
 
 fn draw_operations(rates: &Rates, area: Rect, buffer: &mut Buffer) {
+    let names = rates.by_operation.iter().map(|it| it.name.as_str());
+    let area = narrowed(area, names, 5);
     let all: f64 = rates.by_operation.iter().map(|it| it.time).sum();
     let titles = ["OPS/s", "P50", "P99", "ERR/s", "TIME"];
     let titles = titles.map(|title| right(title.to_owned()));
@@ -360,6 +371,7 @@ fn draw_files(files: &Files, area: Rect, buffer: &mut Buffer) {
             return;
         }
     };
+    let area = narrowed(area, files.iter().map(|file| file.path.as_str()), 3);
     let titles = ["OPS/s", "READ/s", "WRITE/s"];
     let titles = titles.map(|title| right(title.to_owned()));
     let header = Row::new([Cell::new("FILE")].into_iter().chain(titles));
@@ -376,6 +388,17 @@ fn draw_files(files: &Files, area: Rect, buffer: &mut Buffer) {
         Row::new([name].into_iter().chain(cells.map(right)))
     });
     draw_table(header, rows.collect(), 3, area, buffer);
+}
+
+/// The part of `area` that a table of these names with so many numbers takes.
+fn narrowed<'a>(area: Rect, names: impl Iterator<Item = &'a str>, numbers: usize) -> Rect {
+    let longest = names.map(|name| name.chars().count()).max().unwrap_or(0);
+    let needed = longest + numbers * usize::from(NUMBER + 1);
+    let needed = u16::try_from(needed).unwrap_or(u16::MAX);
+    Rect {
+        width: area.width.min(needed.max(WIDE)),
+        ..area
+    }
 }
 
 /// How many of so many numbers fit beside a name.
@@ -524,12 +547,25 @@ mod tests {
     }
 
     #[test]
+    fn wide_screen_keeps_numbers_near_names_and_shows_long_ones() {
+        let width = |name: &str| {
+            let rows = shown(&view(vec![serving(name, 10.0)]), 200, 50);
+            rows[2].trim_end().chars().count()
+        };
+        assert_eq!(width("/a"), 80);
+        let long = format!("/srv/{}/one", "x".repeat(100));
+        assert_eq!(width(&long), long.len() + 7 * 8);
+        assert_eq!(width(&"x".repeat(1000)), 200);
+    }
+
+    #[test]
     fn files_are_shown_on_request_and_a_pause_says_so() {
         let mut view = view(vec![serving("/a", 10.0)]);
         assert!(!shown(&view, 80, 24).join("\n").contains("/dir/file"));
         view.toggle_files();
         view.toggle_pause();
         let text = shown(&view, 80, 24).join("\n");
+        assert!(text.contains("top: 1 share, "), "{text}");
         assert!(
             text.contains("/dir/file") && text.contains("PAUSED"),
             "{text}"

@@ -6,6 +6,8 @@
 
 use std::rc::Rc;
 
+use probe::probe;
+
 use crate::fuse::abi::Opcode;
 use crate::fuse::{OUT_HEADER_LEN, RecordedIntent, Transport, error_reply};
 use crate::io::GuestBuffer;
@@ -57,6 +59,32 @@ impl ChainTransport {
         }
     }
 
+    /// Returns the request's `unique`; 0, which is none, if it was not read.
+    fn unique(&self) -> u64 {
+        let [_, _, _, _, _, _, _, _, unique @ ..] = self.header;
+        if self.header_len == UNIQUE_END {
+            u64::from_le_bytes(unique)
+        } else {
+            0
+        }
+    }
+
+    /// Tells tracers that the request begins, whose first bytes are `request`.
+    #[inline]
+    fn probe_begin(&self, request: &[u8]) {
+        let node: Option<&[u8; 8]> = request.get(UNIQUE_END..).and_then(<[u8]>::first_chunk);
+        let node = node.map_or(0, |node| u64::from_le_bytes(*node));
+        let queue = self.chain.as_ref().map_or(0, |it| it.used().index().0);
+        probe!(
+            ringfsd,
+            request_begin,
+            self.unique(),
+            self.opcode(),
+            node,
+            queue
+        );
+    }
+
     /// Takes the chain, returns it by `send`, and counts the request, which has ended as `ended` says.
     fn end(&mut self, ended: Ended, send: impl FnOnce(Chain)) {
         let Some(chain) = self.take() else {
@@ -64,6 +92,16 @@ impl ChainTransport {
         };
         let queue = chain.used().index().0;
         send(chain);
+        let (opcode, errno, bytes) = (ended.opcode, ended.errno, ended.read + ended.written);
+        probe!(
+            ringfsd,
+            request_end,
+            self.unique(),
+            opcode,
+            errno,
+            bytes,
+            queue
+        );
         self.recorder.end(self.begun, &Ended { queue, ..ended });
     }
 }
@@ -104,11 +142,15 @@ impl Transport for ChainTransport {
         {
             self.header = *start;
             self.header_len = UNIQUE_END;
+            self.probe_begin(&into[..count]);
         } else if self.header_len != UNIQUE_END {
             let missing = &mut self.header[self.header_len..];
             let more = missing.len().min(count);
             missing[..more].copy_from_slice(&into[..more]);
             self.header_len += more;
+            if self.header_len == UNIQUE_END {
+                self.probe_begin(&[]);
+            }
         }
         count
     }

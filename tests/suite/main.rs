@@ -45,6 +45,7 @@ mod operations;
 mod options;
 mod permissions;
 mod pool;
+mod probes;
 mod queues;
 #[cfg(feature = "nydus")]
 mod rafs;
