@@ -6,6 +6,7 @@
 //! [`Filter::install`] then forbids the system calls that the server doesn't make. The invariant:
 //! the options are enforced as given, or there is an error; nothing weaker takes their place.
 
+mod bpf;
 mod fd_identity;
 mod filter;
 mod guardian;
@@ -482,8 +483,9 @@ pub(crate) fn release_signals() -> std::io::Result<()> {
     Ok(process::unblock_signals()?)
 }
 
-/// Releases the memory of the program's code once the start is over, most of which isn't needed
-/// again.
+/// Releases the memory that the start has taken and that isn't needed again: most of the program's
+/// code, and what was allocated and freed, such as options and their help.
 pub(crate) fn forget_set_up() {
     crate::sys::text_pages::release();
+    crate::sys::heap::release();
 }

@@ -49,9 +49,29 @@ use crate::fs::NodeId;
 use crate::fs::lowest::Lowest;
 use crate::state::Table;
 
-/// A set of inodes. An entry is one pointer; the key is read from the inode's record.
-type Keys = HashTable<Arc<Inode>>;
-type Nodes = HashTable<Arc<Inode>>;
+/// Sets of inodes.
+type Keys = HashTable<Entry>;
+type Nodes = HashTable<Entry>;
+
+/// An inode in a set. Its hash is there too, so that a set grows and shrinks without reading each
+/// inode and its record, which aren't in the processor's caches: the other threads wait meanwhile.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    hash: u64,
+    inode: Arc<Inode>,
+}
+
+impl Entry {
+    fn by_key(inode: Arc<Inode>) -> Self {
+        let hash = hash_of_key(&inode.key());
+        Self { hash, inode }
+    }
+
+    fn by_node(inode: Arc<Inode>) -> Self {
+        let hash = hash_of_node(inode.node());
+        Self { hash, inode }
+    }
+}
 
 fn hash_of_key(key: &Key) -> u64 {
     FxBuildHasher.hash_one(key)
@@ -61,17 +81,13 @@ fn hash_of_node(node: NodeId) -> u64 {
     FxBuildHasher.hash_one(node)
 }
 
-fn key_hash(inode: &Arc<Inode>) -> u64 {
-    hash_of_key(&inode.key())
-}
-
-fn node_hash(inode: &Arc<Inode>) -> u64 {
-    hash_of_node(inode.node())
-}
-
 /// The inode that has `key`.
 fn by_key<'a>(keys: &'a Keys, key: &Key) -> Option<&'a Arc<Inode>> {
-    keys.find(hash_of_key(key), |known| known.key() == *key)
+    let hash = hash_of_key(key);
+    keys.find(hash, |known| {
+        known.hash == hash && known.inode.key() == *key
+    })
+    .map(|known| &known.inode)
 }
 
 /// Enough for a handful of workers to collide rarely.
@@ -192,7 +208,7 @@ impl InodeTable {
         let mut lowest = Lowest::new(limit);
         for shard in &self.by_node {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let nodes = nodes.iter().map(|inode| inode.node());
+            let nodes = nodes.iter().map(|known| known.inode.node());
             nodes
                 .filter(|node| *node >= from)
                 .for_each(|node| lowest.add(node));
@@ -203,8 +219,11 @@ impl InodeTable {
     fn all_with_forgotten(&self) -> Vec<Arc<Inode>> {
         let of = |shard: &RwLock<Nodes>| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
-            inodes.map(Arc::clone).collect::<Vec<_>>()
+            let inodes = nodes.iter().map(|known| &known.inode);
+            inodes
+                .filter(|inode| inode.node() != NodeId::ROOT)
+                .map(Arc::clone)
+                .collect::<Vec<_>>()
         };
         self.by_node.iter().flat_map(of).collect()
     }
@@ -269,9 +288,12 @@ impl InodeTable {
             .nodes(node)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
+        let hash = hash_of_node(node);
         nodes
-            .find(hash_of_node(node), |known| known.node() == node)
-            .map(Arc::clone)
+            .find(hash, |known| {
+                known.hash == hash && known.inode.node() == node
+            })
+            .map(|known| Arc::clone(&known.inode))
     }
 
     /// The inode that is reopened by `name` in `parent`. Scans all inodes.
@@ -281,8 +303,8 @@ impl InodeTable {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
             nodes
                 .iter()
-                .find(|known| is_linked_as(known))
-                .map(Arc::clone)
+                .find(|known| is_linked_as(&known.inode))
+                .map(|known| Arc::clone(&known.inode))
         })
     }
 
@@ -293,7 +315,7 @@ impl InodeTable {
             // one keeps the two sets consistent at every moment.
             let nodes: Vec<NodeId> = {
                 let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-                nodes.iter().map(|known| known.node()).collect()
+                nodes.iter().map(|known| known.inode.node()).collect()
             };
             for node in nodes {
                 if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
@@ -346,11 +368,13 @@ impl InodeTable {
         if inode.slot.is_full() {
             self.descriptors.fetch_add(1, Ordering::Relaxed);
         }
+        let entry = Entry::by_node(Arc::clone(&inode));
         self.nodes(inode.node())
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert_unique(node_hash(&inode), Arc::clone(&inode), node_hash);
-        keys.insert_unique(key_hash(&inode), inode, key_hash);
+            .insert_unique(entry.hash, entry, |known| known.hash);
+        let entry = Entry::by_key(inode);
+        keys.insert_unique(entry.hash, entry, |known| known.hash);
     }
 
     fn remove(&self, keys: &mut Keys, inode: &Inode) -> Option<Arc<Inode>> {
@@ -360,15 +384,18 @@ impl InodeTable {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let node = inode.node();
+        let hash = hash_of_node(node);
         let removed = nodes
-            .find_entry(hash_of_node(node), |known| known.node() == node)
-            .map(|entry| entry.remove().0)
+            .find_entry(hash, |known| {
+                known.hash == hash && known.inode.node() == node
+            })
+            .map(|entry| entry.remove().0.inode)
             .ok();
         if removed.is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
         if is_sparse(nodes.len(), nodes.capacity()) {
-            nodes.shrink_to_fit(node_hash);
+            nodes.shrink_to_fit(|known| known.hash);
         }
         removed
     }
@@ -376,11 +403,11 @@ impl InodeTable {
 
 fn remove_key(keys: &mut Keys, inode: &Inode) {
     // Another inode may have taken over the key.
-    let own = |known: &Arc<Inode>| std::ptr::eq(&**known, inode);
+    let own = |known: &Entry| std::ptr::eq(&*known.inode, inode);
     if let Ok(entry) = keys.find_entry(hash_of_key(&inode.key()), own) {
         entry.remove();
         if is_sparse(keys.len(), keys.capacity()) {
-            keys.shrink_to_fit(key_hash);
+            keys.shrink_to_fit(|known| known.hash);
         }
     }
 }
