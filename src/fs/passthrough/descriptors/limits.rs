@@ -86,6 +86,12 @@ impl Descriptors {
         self.room_below(self.limits.hard.saturating_add(TRANSIENT_FDS))
     }
 
+    /// Whether inodes can be opened only to be faster, with no fear that others are closed for that.
+    pub(super) fn has_room_for_inodes(&self) -> bool {
+        let soft = self.limits.soft;
+        self.count() < soft - soft / 4
+    }
+
     /// Checks the limits before another file or directory is opened for the guest.
     pub(crate) fn room_for_handle(&self) -> Result<()> {
         self.sharing.note_open();

@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FileType;
@@ -37,6 +37,8 @@ pub(crate) struct Inode {
     /// Whether the guest has forgotten this inode and the table keeps it. Changes under the shard's
     /// lock.
     forgotten: AtomicBool,
+    /// How often its attributes were read by its name instead of its descriptor, up to 255.
+    stats_by_name: AtomicU8,
 }
 
 /// Which [`ReopenMethod`] an inode has. The record stores the details.
@@ -108,6 +110,7 @@ impl Inode {
             children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
             forgotten: AtomicBool::new(false),
+            stats_by_name: AtomicU8::new(0),
         }
     }
 
@@ -295,6 +298,15 @@ impl Inode {
     /// Whether the inode is reopened through `file`.
     pub(crate) fn is_reopened_through(&self, file: &File) -> bool {
         matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
+    }
+
+    /// Counts another time that its attributes are read by its name. Returns how often that was the
+    /// case before; threads that count at the same moment may be counted as one.
+    pub(crate) fn count_stat_by_name(&self) -> u8 {
+        let before = self.stats_by_name.load(Ordering::Relaxed);
+        let now = before.saturating_add(1);
+        self.stats_by_name.store(now, Ordering::Relaxed);
+        before
     }
 
     /// The file type, which never changes.

@@ -9,6 +9,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
 
 use super::*;
+use crate::fs::passthrough::descriptors::MAX_STATS_BY_NAME;
 use crate::fs::passthrough::inode_table::CLOCK_AHEAD;
 use crate::sys::process;
 
@@ -68,6 +69,34 @@ fn attributes_of_unopened_file_leave_it_unopened() {
         assert_eq!(rig.node("moved"), file);
         assert_eq!(rig.attributes(file).unwrap().size, 7);
     });
+}
+
+#[test]
+fn file_whose_attributes_are_read_often_is_opened_while_there_is_room() {
+    with_old_files(|rig| {
+        rig.host_file("file", "content");
+        let file = rig.node("file");
+        for _ in 0..MAX_STATS_BY_NAME {
+            assert_eq!(rig.attributes(file).unwrap().size, 7);
+        }
+        assert_eq!(rig.fs.inode_descriptors(), 1, "the root's");
+        assert_eq!(rig.attributes(file).unwrap().size, 7);
+        assert_eq!(rig.fs.inode_descriptors(), 2);
+    });
+    let options = Options {
+        max_open_inodes: Some(2),
+        ..Options::default()
+    };
+    let rig = Rig::new(options).unwrap();
+    CLOCK_AHEAD.set(60_000_000_000);
+    for name in ["a", "b", "c"] {
+        rig.host_file(name, name);
+        let file = rig.node(name);
+        for _ in 0..10 {
+            assert_eq!(rig.attributes(file).unwrap().size, 1);
+        }
+    }
+    assert_eq!(rig.fs.usage().evictions, 0);
 }
 
 #[test]
