@@ -27,7 +27,7 @@ use rustix::io::Errno;
 
 pub(crate) use self::limits::GuestLimits;
 #[cfg(test)]
-pub(crate) use self::open_by_name::MAX_STATS_BY_NAME;
+pub(crate) use self::open_by_name::MAX_USES_BY_NAME;
 pub(crate) use self::opening::regular_file;
 pub(crate) use self::reopen_policy::ReopenPolicy;
 

@@ -18,9 +18,9 @@ use crate::fs::passthrough::inode_table::{
     Identity, Inode, InodeFd, InodeTable, ReopenMethod, stat_name,
 };
 
-/// So often the attributes of an inode are read by its name, which takes about 0.7 µs longer than by
-/// a descriptor, before it is worth to open it, which takes about four times as long.
-pub(crate) const MAX_STATS_BY_NAME: u8 = 4;
+/// After so many uses by its name an inode is opened, if there is room. A use by name takes about
+/// 0.7 µs longer than one by a descriptor, and opening one about four times as long.
+pub(crate) const MAX_USES_BY_NAME: u8 = 4;
 
 /// The number of the shared directory's mount, if no device can be opened in it.
 pub(super) fn mount_without_devices(inodes: &InodeTable) -> Option<u64> {
@@ -35,7 +35,8 @@ pub(super) fn mount_without_devices(inodes: &InodeTable) -> Option<u64> {
 
 impl Descriptors {
     /// Opens a regular file for reading, or returns `None` if that has to be done with more care: it
-    /// is open already, or isn't found by a name in an open directory, or the attempt failed.
+    /// is open already or should be, or isn't found by a name in an open directory, or the attempt
+    /// failed.
     pub(super) fn open_by_name(&self, inode: &Inode, flags: OFlags) -> Option<OwnedFd> {
         if inode.slot().is_full()
             || inode.kind() != FileType::RegularFile
@@ -46,6 +47,9 @@ impl Descriptors {
         let ReopenMethod::Name(link) = inode.reopen_method() else {
             return None;
         };
+        if self.should_be_open(inode) {
+            return None;
+        }
         let parent = self.inodes.any(link.parent)?;
         let directory = parent.slot().borrow()?;
         let temporary = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -67,10 +71,6 @@ impl Descriptors {
     /// The attributes of an inode without a descriptor, with its birth time, found by its name in an
     /// open directory. `None` if it is open or should be by now, or if that isn't certain to be this
     /// inode.
-    ///
-    /// It should be open if it is asked for often and there is room. Without room it would take the
-    /// place of another inode's descriptor, which the next GETATTR of that one would have to open again:
-    /// with more inodes than descriptors each costs three calls more.
     pub(crate) fn stat_by_name(&self, inode: &Inode) -> Option<Statx> {
         if inode.slot().is_full() {
             return None;
@@ -81,12 +81,20 @@ impl Descriptors {
         if link.digest != 0 && !inode.is_settled() {
             return None;
         }
-        if inode.count_stat_by_name() >= MAX_STATS_BY_NAME && self.has_room_for_inodes() {
+        if self.should_be_open(inode) {
             return None;
         }
         let parent = self.inodes.any(link.parent)?;
         let directory = InodeFd::installed(&parent, parent.slot().borrow()?);
         let stat = stat_name(&directory, &link.name).ok()?;
         inode.may_be(&Identity::of(&stat)).then_some(stat)
+    }
+
+    /// Counts a use of an inode without a descriptor. Returns whether it is used so often that it
+    /// should have one, and there is room. Without room it would take the place of another inode's
+    /// descriptor, which the next use of that one would have to open again: with more inodes than
+    /// descriptors each use costs three calls more.
+    fn should_be_open(&self, inode: &Inode) -> bool {
+        inode.count_use_by_name() >= MAX_USES_BY_NAME && self.has_room_for_inodes()
     }
 }

@@ -37,8 +37,8 @@ pub(crate) struct Inode {
     /// Whether the guest has forgotten this inode and the table keeps it. Changes under the shard's
     /// lock.
     forgotten: AtomicBool,
-    /// How often its attributes were read by its name instead of its descriptor, up to 255.
-    stats_by_name: AtomicU8,
+    /// How often it was used by its name instead of a descriptor, up to 255.
+    uses_by_name: AtomicU8,
 }
 
 /// Which [`ReopenMethod`] an inode has. The record stores the details.
@@ -110,7 +110,7 @@ impl Inode {
             children: AtomicU32::new(0),
             settled: AtomicBool::new(false),
             forgotten: AtomicBool::new(false),
-            stats_by_name: AtomicU8::new(0),
+            uses_by_name: AtomicU8::new(0),
         }
     }
 
@@ -293,12 +293,12 @@ impl Inode {
         matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
     }
 
-    /// Counts another time that its attributes are read by its name. Returns how often that was the
-    /// case before; threads that count at the same moment may be counted as one.
-    pub(crate) fn count_stat_by_name(&self) -> u8 {
-        let before = self.stats_by_name.load(Ordering::Relaxed);
+    /// Counts another use by its name. Returns the number of those before; threads that count at the
+    /// same moment may be counted as one.
+    pub(crate) fn count_use_by_name(&self) -> u8 {
+        let before = self.uses_by_name.load(Ordering::Relaxed);
         let now = before.saturating_add(1);
-        self.stats_by_name.store(now, Ordering::Relaxed);
+        self.uses_by_name.store(now, Ordering::Relaxed);
         before
     }
 

@@ -9,7 +9,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
 
 use super::*;
-use crate::fs::passthrough::descriptors::MAX_STATS_BY_NAME;
+use crate::fs::passthrough::descriptors::MAX_USES_BY_NAME;
 use crate::fs::passthrough::inode_table::CLOCK_AHEAD;
 use crate::sys::process;
 
@@ -98,16 +98,23 @@ fn attributes_of_unopened_file_leave_it_unopened() {
 }
 
 #[test]
-fn file_whose_attributes_are_read_often_is_opened_while_there_is_room() {
+fn file_that_is_used_often_is_opened_while_there_is_room() {
     with_old_files(|rig| {
         rig.host_file("file", "content");
         let file = rig.node("file");
-        for _ in 0..MAX_STATS_BY_NAME {
+        for _ in 0..MAX_USES_BY_NAME {
             assert_eq!(rig.attributes(file).unwrap().size, 7);
         }
         assert_eq!(rig.fs.inode_descriptors(), 1, "the root's");
         assert_eq!(rig.attributes(file).unwrap().size, 7);
         assert_eq!(rig.fs.inode_descriptors(), 2);
+
+        rig.host_file("read", "content");
+        let read = rig.node("read");
+        for _ in 0..=MAX_USES_BY_NAME {
+            rig.fs.open(&SUPERUSER, read, O_RDONLY).unwrap();
+        }
+        assert_eq!(rig.fs.inode_descriptors(), 3);
     });
     let options = Options {
         max_open_inodes: Some(2),
