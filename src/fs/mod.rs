@@ -222,6 +222,10 @@ pub struct Opened {
     pub direct_io: bool,
     /// The guest may cache the directory's entries (`FOPEN_CACHE_DIR`).
     pub cache_dir: bool,
+    /// The guest need not send FLUSH when a descriptor is closed (`FOPEN_NOFLUSH`): it would report
+    /// nothing. Ignored if record locks are negotiated, as FLUSH releases them. Linux then doesn't
+    /// write back on `close(2)` what was written to a mapping, but only when that is unmapped.
+    pub no_flush: bool,
 }
 
 /// Usage and limits of a file system, as `statfs(2)` returns them.

@@ -44,6 +44,7 @@ impl Rafs {
             keep_cache: true,
             direct_io: direct,
             cache_dir: true,
+            no_flush: true,
         }
     }
 

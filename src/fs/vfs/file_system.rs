@@ -566,6 +566,7 @@ impl FileSystem for Vfs {
                 keep_cache: false,
                 direct_io: false,
                 cache_dir: false,
+                no_flush: false,
             }),
             Target::Node(at) => at.fs.opendir(caller, at.node, flags),
         }
