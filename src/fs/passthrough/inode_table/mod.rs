@@ -49,29 +49,9 @@ use crate::fs::NodeId;
 use crate::fs::lowest::Lowest;
 use crate::state::Table;
 
-/// Sets of inodes.
-type Keys = HashTable<Entry>;
-type Nodes = HashTable<Entry>;
-
-/// An inode in a set. Its hash is there too, so that a set grows and shrinks without reading each
-/// inode and its record, which aren't in the processor's caches: the other threads wait meanwhile.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    hash: u64,
-    inode: Arc<Inode>,
-}
-
-impl Entry {
-    fn by_key(inode: Arc<Inode>) -> Self {
-        let hash = hash_of_key(&inode.key());
-        Self { hash, inode }
-    }
-
-    fn by_node(inode: Arc<Inode>) -> Self {
-        let hash = hash_of_node(inode.node());
-        Self { hash, inode }
-    }
-}
+/// A set of inodes. An entry is one pointer; the key is read from the inode's record.
+type Keys = HashTable<Arc<Inode>>;
+type Nodes = HashTable<Arc<Inode>>;
 
 fn hash_of_key(key: &Key) -> u64 {
     FxBuildHasher.hash_one(key)
@@ -81,13 +61,17 @@ fn hash_of_node(node: NodeId) -> u64 {
     FxBuildHasher.hash_one(node)
 }
 
+fn key_hash(inode: &Arc<Inode>) -> u64 {
+    hash_of_key(&inode.key())
+}
+
+fn node_hash(inode: &Arc<Inode>) -> u64 {
+    hash_of_node(inode.node())
+}
+
 /// The inode that has `key`.
 fn by_key<'a>(keys: &'a Keys, key: &Key) -> Option<&'a Arc<Inode>> {
-    let hash = hash_of_key(key);
-    keys.find(hash, |known| {
-        known.hash == hash && known.inode.key() == *key
-    })
-    .map(|known| &known.inode)
+    keys.find(hash_of_key(key), |known| known.key() == *key)
 }
 
 /// Enough for a handful of workers to collide rarely.
@@ -235,7 +219,7 @@ impl InodeTable {
         let mut lowest = Lowest::new(limit);
         for shard in &self.by_node {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let nodes = nodes.iter().map(|known| known.inode.node());
+            let nodes = nodes.iter().map(|inode| inode.node());
             nodes
                 .filter(|node| *node >= from)
                 .for_each(|node| lowest.add(node));
@@ -246,11 +230,8 @@ impl InodeTable {
     fn all_with_forgotten(&self) -> Vec<Arc<Inode>> {
         let of = |shard: &RwLock<Nodes>| {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-            let inodes = nodes.iter().map(|known| &known.inode);
-            inodes
-                .filter(|inode| inode.node() != NodeId::ROOT)
-                .map(Arc::clone)
-                .collect::<Vec<_>>()
+            let inodes = nodes.iter().filter(|inode| inode.node() != NodeId::ROOT);
+            inodes.map(Arc::clone).collect::<Vec<_>>()
         };
         self.by_node.iter().flat_map(of).collect()
     }
@@ -315,12 +296,9 @@ impl InodeTable {
             .nodes(node)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        let hash = hash_of_node(node);
         nodes
-            .find(hash, |known| {
-                known.hash == hash && known.inode.node() == node
-            })
-            .map(|known| Arc::clone(&known.inode))
+            .find(hash_of_node(node), |known| known.node() == node)
+            .map(Arc::clone)
     }
 
     /// The inode that is reopened by `name` in `parent`. Scans all inodes.
@@ -330,8 +308,8 @@ impl InodeTable {
             let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
             nodes
                 .iter()
-                .find(|known| is_linked_as(&known.inode))
-                .map(|known| Arc::clone(&known.inode))
+                .find(|known| is_linked_as(known))
+                .map(Arc::clone)
         })
     }
 
@@ -342,7 +320,7 @@ impl InodeTable {
             // one keeps the two sets consistent at every moment.
             let nodes: Vec<NodeId> = {
                 let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
-                nodes.iter().map(|known| known.inode.node()).collect()
+                nodes.iter().map(|known| known.node()).collect()
             };
             for node in nodes {
                 if let Some(inode) = self.any(node).filter(|_| node != NodeId::ROOT) {
@@ -395,13 +373,11 @@ impl InodeTable {
         if inode.slot.is_full() {
             self.descriptors.fetch_add(1, Ordering::Relaxed);
         }
-        let entry = Entry::by_node(Arc::clone(&inode));
         self.nodes(inode.node())
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert_unique(entry.hash, entry, |known| known.hash);
-        let entry = Entry::by_key(inode);
-        keys.insert_unique(entry.hash, entry, |known| known.hash);
+            .insert_unique(node_hash(&inode), Arc::clone(&inode), node_hash);
+        keys.insert_unique(key_hash(&inode), inode, key_hash);
     }
 
     fn remove(&self, keys: &mut Keys, inode: &Inode) -> Option<Arc<Inode>> {
@@ -411,18 +387,15 @@ impl InodeTable {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let node = inode.node();
-        let hash = hash_of_node(node);
         let removed = nodes
-            .find_entry(hash, |known| {
-                known.hash == hash && known.inode.node() == node
-            })
-            .map(|entry| entry.remove().0.inode)
+            .find_entry(hash_of_node(node), |known| known.node() == node)
+            .map(|entry| entry.remove().0)
             .ok();
         if removed.is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
         if is_sparse(nodes.len(), nodes.capacity()) {
-            nodes.shrink_to_fit(|known| known.hash);
+            nodes.shrink_to_fit(node_hash);
         }
         removed
     }
@@ -430,11 +403,11 @@ impl InodeTable {
 
 fn remove_key(keys: &mut Keys, inode: &Inode) {
     // Another inode may have taken over the key.
-    let own = |known: &Entry| std::ptr::eq(&*known.inode, inode);
+    let own = |known: &Arc<Inode>| std::ptr::eq(&**known, inode);
     if let Ok(entry) = keys.find_entry(hash_of_key(&inode.key()), own) {
         entry.remove();
         if is_sparse(keys.len(), keys.capacity()) {
-            keys.shrink_to_fit(|known| known.hash);
+            keys.shrink_to_fit(key_hash);
         }
     }
 }
