@@ -6,7 +6,6 @@
 //! [`Filter::install`] then forbids the system calls that the server doesn't make. The invariant:
 //! the options are enforced as given, or there is an error; nothing weaker takes their place.
 
-mod bpf;
 mod fd_identity;
 mod filter;
 mod guardian;
