@@ -142,7 +142,7 @@ pub mod internals {
     }
 
     pub mod logging {
-        pub use crate::logging::{Format, Output, start};
+        pub use crate::logging::{Format, LevelError, LevelList, Output, start};
     }
 
     pub mod limits {
@@ -202,7 +202,9 @@ pub mod internals {
     }
 
     pub mod server {
-        pub use crate::server::{Exit, Server, Started, check_for_upgrade, explain, raise_limits};
+        pub use crate::server::{
+            Controlled, Exit, Server, Started, check_for_upgrade, explain, raise_limits,
+        };
     }
 
     pub mod state {

@@ -10,7 +10,6 @@ use std::sync::atomic::AtomicBool;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use log::LevelFilter;
 use ringfsd::error_chain;
 use ringfsd::internals::check;
 use ringfsd::internals::cli::{
@@ -54,7 +53,7 @@ fn main() -> ExitCode {
         }
     };
     let logging = &options.observability;
-    let (level, syslog, format) = (logging.level(), logging.syslog, logging.log_format);
+    let (levels, syslog, format) = (logging.levels(), logging.syslog, logging.log_format);
     let notices = cli::notices(&options);
     let config = match Config::try_from(options) {
         Ok(config) => config,
@@ -73,11 +72,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
-    let syslog = start_logging(behaviour, level, syslog, format);
+    let syslog = start_logging(behaviour, levels, syslog, format);
     for notice in notices {
         log::warn!("{notice}");
     }
-    match run(config, behaviour, syslog.as_ref()) {
+    let ended = run(config, behaviour, syslog.as_ref());
+    log::logger().flush();
+    match ended {
         Ok(code) => code,
         Err(error) => {
             let error = server::explain(error.as_ref());
@@ -161,7 +162,7 @@ fn top(arguments: &[OsString]) -> ExitCode {
 /// Starts logging; returns the connection to syslog if the log goes there.
 fn start_logging(
     behaviour: &'static Behaviour,
-    level: LevelFilter,
+    levels: logging::LevelList,
     syslog: bool,
     format: logging::Format,
 ) -> Option<Syslog> {
@@ -177,7 +178,7 @@ fn start_logging(
             header: Box::new(move |level| cli::syslog_header(behaviour, level, pid)),
         }
     });
-    logging::start(level, filters, output, format);
+    logging::start(levels, filters, output, format);
     match syslog {
         Some(Ok(syslog)) => Some(syslog),
         Some(Err(error)) => {
@@ -262,7 +263,10 @@ fn serve(mut server: Server) -> Result<ExitCode, Box<dyn std::error::Error>> {
     server.release_signals()?;
     match server.run(stop.as_fd(), &leave)? {
         Exit::Ended => Ok(ExitCode::SUCCESS),
-        Exit::Left => server.leave(),
+        Exit::Left => {
+            log::logger().flush();
+            server.leave()
+        }
     }
 }
 

@@ -17,7 +17,7 @@ seconds=$1
 here=$PWD
 targets=("${@:2}")
 if ((${#targets[@]} == 0)); then
-    targets=(ring decode request migration vhost_user back_channel state session_snapshot)
+    targets=(ring decode request migration vhost_user back_channel state session_snapshot control)
 fi
 
 if ! cargo fuzz --version >/dev/null 2>&1; then

@@ -138,6 +138,14 @@ serves() {
     grep -q '^READ the same: true' <<<"$output" || die "a file reads differently on $1"
 }
 
+# Root controls a share by its name; others can't even connect.
+controlled() {
+    local status
+    status=$(within ringfsd ctl "$1" status --json) || die "$1 isn't controlled"
+    grep -q "\"value\":\"$3\"" <<<"$status" || die "$2 controls another share: $status"
+    [[ $(within stat --format %a "$2") == 700 ]] || die "others can open $2"
+}
+
 is() {
     local what
     what=$(within systemctl is-active "$1") || true
@@ -195,6 +203,10 @@ check_units() {
     serves /run/ringfsd/one.sock
     serves /run/ringfsd/two.sock
     serves /run/ringfsd-user/mine.sock
+    controlled one /run/ringfsd/one.ctl /srv/one
+    controlled two /run/ringfsd/two.ctl /srv/two
+    controlled mine /run/ringfsd-user/mine.ctl /var/lib/ringfsd/mine
+    within ringfsd top --batch 1 | grep -q '^ringfsd top: 3 shares, [^g]*$' || die 'top misses a share'
     # A real guest. It may make device nodes, as the unit leaves the right to.
     integration/guest/run.sh --socket "/proc/$init/root/run/ringfsd/one.sock" --timeout 300 -- \
         'echo guest >/mnt/made && mknod /mnt/device c 1 3 && chmod 4755 /mnt/made && ls -l /mnt' >&2 ||
@@ -221,6 +233,7 @@ check_units() {
     manage stop ringfsd@one ringfsd-state@two ringfsd-user@mine
     is ringfsd@one.service inactive
     within test ! -e /run/ringfsd/one.sock
+    within test ! -e /run/ringfsd/one.ctl
 }
 
 install_tools

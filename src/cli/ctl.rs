@@ -21,7 +21,10 @@ use crate::limits::Settings;
     flatten_help = true
 )]
 pub struct Ctl {
-    /// Path of the server's control socket
+    /// Path of the server's control socket, or name of its share
+    ///
+    /// A NAME stands for NAME.ctl in /run/ringfsd, where ringfsd@NAME of systemd has it, in
+    /// /run/ringfsd-user or in $XDG_RUNTIME_DIR/ringfsd.
     pub socket: PathBuf,
 
     /// Print the reply as one line of JSON
@@ -60,7 +63,7 @@ pub enum CtlCommand {
     },
     /// Set the log level
     ///
-    /// The level applies until the serving process is replaced.
+    /// The level is kept when the serving process is replaced, and ends with the server.
     SetLogLevel {
         /// Log level: off, error, warn, info, debug or trace
         #[arg(value_parser = log_level(), ignore_case = true, hide_possible_values = true)]

@@ -190,7 +190,7 @@ pub(super) fn apply_own_precedence(arguments: &[OsString], options: &mut Options
     }
     options.sharing.no_announce_submounts |= !announces;
     if options.observability.debug {
-        options.observability.log_level = LevelFilter::Debug;
+        options.observability.log_level = LevelFilter::Debug.into();
     }
 }
 

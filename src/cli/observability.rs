@@ -5,11 +5,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use log::LevelFilter;
 
 use super::persona::Behaviour;
-use super::values::log_level;
-use crate::logging;
+use super::values::LogLevels;
+use crate::logging::{self, LevelList};
 use crate::metrics::Address;
 
 /// Logging and introspection.
@@ -18,17 +17,19 @@ use crate::metrics::Address;
 pub struct Observability {
     /// Log level: off, error, warn, info, debug or trace
     ///
-    /// The log goes to standard error. The environment variable RINGFSD_LOG sets finer filters, such
-    /// as `info,ringfsd::vhost_user=debug`; with --compat virtiofsd, RUST_LOG does.
+    /// Parts of the server can have levels of their own, as in info,fs=debug,vhost_user=off; an
+    /// unknown part is an error that lists them. The log goes to standard error. The environment
+    /// variable RINGFSD_LOG sets finer filters, such as `info,ringfsd::fs::vfs=debug`; with --compat
+    /// virtiofsd, RUST_LOG does. Of messages that repeat, about 50 in 10 seconds are logged, and the
+    /// others counted, unless their level is debug.
     #[arg(
         long,
-        value_name = "LEVEL",
-        value_parser = log_level(),
-        ignore_case = true,
-        default_value = "info",
-        hide_possible_values = true
+        value_name = "LEVELS",
+        value_parser = LogLevels,
+        hide_possible_values = true,
+        default_value = "info"
     )]
-    pub log_level: LevelFilter,
+    pub log_level: LevelList,
 
     /// Same as --log-level debug
     ///
@@ -118,13 +119,14 @@ pub fn log_filters(
 }
 
 impl Observability {
-    /// The most verbose level that an option asks for.
+    /// The most verbose levels that an option asks for.
     #[must_use]
-    pub fn level(&self) -> LevelFilter {
+    pub fn levels(&self) -> LevelList {
+        let levels = self.log_level.clone();
         if self.debug {
-            self.log_level.max(LevelFilter::Debug)
+            levels.at_least_debug()
         } else {
-            self.log_level
+            levels
         }
     }
 }

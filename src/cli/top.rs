@@ -13,10 +13,10 @@ use clap::Parser;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "ringfsd top", bin_name = "ringfsd top", version)]
 pub struct Top {
-    /// Paths of control sockets
+    /// Paths of control sockets, or names of shares
     ///
-    /// Without any, all sockets in /run/ringfsd and $XDG_RUNTIME_DIR/ringfsd whose names end with
-    /// .ctl.
+    /// A NAME stands for NAME.ctl in /run/ringfsd, /run/ringfsd-user or $XDG_RUNTIME_DIR/ringfsd.
+    /// Without any, all sockets in these directories whose names end with .ctl.
     pub sockets: Vec<PathBuf>,
 
     /// Seconds between two updates, 0.1 to 60

@@ -3,14 +3,17 @@
 //! The enums belong to the rooms that use them, so there is one type for each choice. The invariant:
 //! the first spelling of a value is the one that help and manual show; case doesn't matter.
 
+use std::ffi::OsStr;
+
 use clap::ValueEnum;
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, StringValueParser, TypedValueParser};
 use log::LevelFilter;
 
 use crate::config::Prefetch;
 use crate::fs::passthrough::{Cache, InodeFileHandles, MigrationMode, OnMigrationError};
 use crate::fuse::Wanted;
 use crate::io::Choice;
+use crate::logging::LevelList;
 use crate::sandbox::{Kind, Seccomp};
 
 macro_rules! spellings {
@@ -78,10 +81,34 @@ spellings! {
     }
 }
 
+/// The log levels.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Parses log levels of all rooms and of single ones. The completions are those of all rooms.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LogLevels;
+
+impl TypedValueParser for LogLevels {
+    type Value = LevelList;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<LevelList, clap::Error> {
+        let text = StringValueParser::new().try_map(|text| text.parse::<LevelList>());
+        text.parse_ref(command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(LEVELS.into_iter().map(PossibleValue::new)))
+    }
+}
+
 /// Parses a log level; `log` has the type.
 pub(super) fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
-    let names = ["off", "error", "warn", "info", "debug", "trace"];
-    let values = names.map(|name| match name {
+    let values = LEVELS.map(|name| match name {
         "error" => PossibleValue::new(name).alias("err"),
         name => PossibleValue::new(name),
     });

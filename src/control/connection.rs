@@ -1,7 +1,7 @@
 //! One client's connection: the line that arrives, and the reply that is on its way.
 //!
 //! Nothing here waits. The invariant: a client has at most one request that isn't answered, a line
-//! of at most [`MAX_LINE`] bytes, and [`TIMEOUT`] to complete either.
+//! of at most [`MAX_LINE`] bytes, one descriptor, and [`TIMEOUT`] to complete either.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,8 +33,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
-    /// The descriptors that came with the line.
-    descriptors: Vec<OwnedFd>,
+    /// The first descriptor that came with the line.
+    descriptor: Option<OwnedFd>,
     output: Vec<u8>,
     sent: usize,
     /// When the client must have completed its request, or have read the reply.
@@ -42,6 +42,8 @@ pub(super) struct Connection {
     last_active: Instant,
     /// Is closed once the reply is sent.
     closing: bool,
+    /// The client sends no more.
+    ended: bool,
 }
 
 /// The connection is of no use any more.
@@ -54,21 +56,24 @@ impl Connection {
         Ok(Self {
             stream,
             input: Vec::new(),
-            descriptors: Vec::new(),
+            descriptor: None,
             output: Vec::new(),
             sent: 0,
             deadline: None,
             last_active: Instant::now(),
             closing: false,
+            ended: false,
         })
     }
 
     /// What to wait for.
     pub(super) fn interest(&self) -> PollFlags {
-        if self.output.is_empty() {
-            PollFlags::IN
-        } else {
+        if !self.output.is_empty() {
             PollFlags::OUT
+        } else if self.ended {
+            PollFlags::empty()
+        } else {
+            PollFlags::IN
         }
     }
 
@@ -94,7 +99,7 @@ impl Connection {
         if !self.output.is_empty() {
             return self.send();
         }
-        if events.is_empty() {
+        if events.is_empty() || self.ended {
             return Ok(());
         }
         self.receive(now)
@@ -102,16 +107,24 @@ impl Connection {
 
     fn receive(&mut self, now: Instant) -> Result<(), Ended> {
         let mut bytes = [0; CHUNK];
-        let received = match rights::receive(&self.stream, &mut bytes, RecvFlags::DONTWAIT) {
+        let received = match rights::receive_one(&self.stream, &mut bytes, RecvFlags::DONTWAIT) {
             Ok(received) => received,
             Err(Errno::AGAIN) => return Ok(()),
             Err(_) => return Err(Ended),
         };
         if received.len == 0 {
-            return Err(Ended);
+            self.ended = true;
+            // It may still read the replies to what it has sent.
+            return if self.has_request() {
+                Ok(())
+            } else {
+                Err(Ended)
+            };
         }
         self.last_active = now;
-        self.descriptors.extend(received.fds);
+        if self.descriptor.is_none() {
+            self.descriptor = received.fds.into_iter().next();
+        }
         self.input.extend_from_slice(&bytes[..received.len]);
         // Not extended by more bytes: a client can't hold its place by one byte now and then.
         self.deadline.get_or_insert(now + TIMEOUT);
@@ -131,8 +144,7 @@ impl Connection {
             return None;
         }
         let end = self.input.iter().position(|byte| *byte == b'\n')?;
-        let mut descriptors = std::mem::take(&mut self.descriptors).into_iter();
-        let request = Request::parse(&self.input[..end], descriptors.next());
+        let request = Request::parse(&self.input[..end], self.descriptor.take());
         self.input.drain(..=end);
         Some(request)
     }
@@ -168,6 +180,9 @@ impl Connection {
         }
         self.output = Vec::new();
         self.sent = 0;
+        if self.ended && !self.has_request() {
+            return Err(Ended);
+        }
         self.deadline = (!self.input.is_empty()).then(|| Instant::now() + TIMEOUT);
         Ok(())
     }

@@ -14,4 +14,4 @@ pub(crate) use self::client::{CallError, Client};
 pub(crate) use self::connection::MAX_CLIENTS;
 pub use self::protocol::{COMMANDS, Code, Command, VERSION};
 pub(crate) use self::protocol::{Call, Failure};
-pub(crate) use self::server::{Handler, Sockets, start};
+pub(crate) use self::server::{Handler, Sockets, serve_clients, start};

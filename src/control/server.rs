@@ -82,6 +82,24 @@ pub(crate) fn start(sockets: Sockets, handler: Box<dyn Handler>) -> io::Result<(
         .map(drop)
 }
 
+/// Serves clients that are connected already, on this thread, until the last has gone.
+///
+/// # Errors
+///
+/// The host has no descriptor or memory for it.
+pub(crate) fn serve_clients(clients: Vec<UnixStream>, handler: Box<dyn Handler>) -> io::Result<()> {
+    let connections: io::Result<_> = clients.into_iter().map(Connection::new).collect();
+    let mut server = Server {
+        listener: None,
+        reports: None,
+        lacks_users: false,
+        connections: connections?,
+        accept_again: None,
+        handler,
+    };
+    Ok(server.serve_until(|server| server.connections.is_empty())?)
+}
+
 struct Server {
     listener: Option<UnixListener>,
     reports: Option<UnixStream>,
@@ -94,14 +112,14 @@ struct Server {
 
 impl Server {
     fn run(mut self) {
-        loop {
-            let events = match self.wait() {
-                Ok(events) => events,
-                Err(error) => {
-                    log::error!("the control socket is not served any more: {error}");
-                    return;
-                }
-            };
+        if let Err(error) = self.serve_until(|_| false) {
+            log::error!("the control socket is not served any more: {error}");
+        }
+    }
+
+    fn serve_until(&mut self, ends: impl Fn(&Self) -> bool) -> Result<(), Errno> {
+        while !ends(self) {
+            let events = self.wait()?;
             if events.reports {
                 self.report();
             }
@@ -118,6 +136,7 @@ impl Server {
             }
             self.serve();
         }
+        Ok(())
     }
 
     /// Waits for the next event.

@@ -4,6 +4,7 @@
 //! which the serving process may not. The invariant: what a guest can name is printed without control
 //! characters.
 
+mod sockets;
 mod statistics;
 mod text;
 
@@ -19,6 +20,7 @@ use crate::error_chain;
 use crate::limits::LIMITED;
 use crate::{recovery, sandbox};
 
+pub(crate) use self::sockets::{socket, sockets};
 pub(crate) use self::text::{printable, render};
 
 /// How many entries of a long list are asked for at once.
@@ -62,7 +64,7 @@ pub fn run(ctl: &Ctl) -> Result<String, String> {
 }
 
 fn ask(ctl: &Ctl) -> Result<Value, CtlError> {
-    let mut client = Client::connect(&ctl.socket)?;
+    let mut client = Client::connect(&socket(&ctl.socket))?;
     let mut call = |command: &str, arguments: Value, fd: Option<OwnedFd>| {
         let arguments = match arguments {
             Value::Object(arguments) => arguments,

@@ -402,6 +402,34 @@ impl ServingProcess {
     }
 }
 
+/// What a server without a sandbox reaches.
+#[derive(Debug)]
+pub(crate) struct HostPaths {
+    /// The shared directory, or the host's root.
+    pub(crate) root: OwnedFd,
+    /// `/proc/self/fd`, `O_PATH`.
+    pub(crate) proc_fds: OwnedFd,
+    /// The directories and files of a source that has several, in their order.
+    pub(crate) trees: Vec<Vec<Reached>>,
+}
+
+/// Opens what a server without a sandbox reaches, in a process that stays as it is.
+///
+/// # Errors
+///
+/// It can't be opened.
+pub(crate) fn reach(reach: &Reach) -> Result<HostPaths, SandboxError> {
+    let (view, trees) = match reach {
+        Reach::Share(share) => (mounts::none(share, false)?, Vec::new()),
+        Reach::Trees(trees) => trees::none(trees)?,
+    };
+    Ok(HostPaths {
+        root: view.root,
+        proc_fds: view.proc_fds,
+        trees,
+    })
+}
+
 /// What Landlock lets the process open.
 fn allowed<'a>(reach: &Reach, root: &'a OwnedFd, trees: &'a [Vec<Reached>]) -> Vec<Allowed<'a>> {
     let (fd, readonly) = (root.as_fd(), false);

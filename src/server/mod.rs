@@ -8,12 +8,14 @@
 mod control;
 mod control_group;
 mod control_socket;
+mod controlled;
 mod counters;
 mod error;
 mod file_system;
 mod guest_limits;
 mod limits;
 mod live;
+mod log_levels;
 mod metrics_socket;
 mod mounts;
 mod parent_process;
@@ -49,6 +51,7 @@ use crate::sandbox::{self, Filter, ForkResult, ServingProcess};
 use crate::state::{Limits, StateError, Table};
 use crate::vhost_user::{ListenError, Listener, SessionSnapshot, SocketFile, Stop};
 
+pub use self::controlled::Controlled;
 pub use self::error::ServerError;
 pub(crate) use self::limits::memory_of_control_group;
 pub use self::limits::{LimitError, explain, raise_limits};
@@ -60,6 +63,7 @@ pub(crate) use self::space::check as check_space;
 
 use self::control::{Facts, Handlers};
 use self::file_system::{Built, Entered};
+use self::log_levels::LogLevels;
 use self::metrics_socket::MetricsSocket;
 use self::mounts::Mounts;
 use self::pid_file::PidFile;
@@ -286,6 +290,7 @@ impl Server {
     /// Starts the thread that serves the control socket and reports, if there is anything for it to
     /// do.
     fn start_control(&mut self) -> Result<(), ServerError> {
+        let log_levels = LogLevels::in_table(self.service.table(), !self.first);
         let parts = &mut self.control;
         let sockets = Sockets {
             listener: parts.listener.take().map(Listener::into_socket),
@@ -295,17 +300,7 @@ impl Server {
         let mut facts = parts.facts.clone();
         facts.serving = Instant::now();
         facts.engine = self.service.engine().to_string();
-        let handlers = Handlers {
-            facts,
-            live: Arc::clone(self.service.live()),
-            fs: Arc::downgrade(self.service.file_system()),
-            metrics: Arc::downgrade(self.service.metrics()),
-            measured_until: None,
-            file_watch: Arc::clone(self.service.file_watch()),
-            watched_until: None,
-            limits: Arc::clone(self.service.limits()),
-            mounts: parts.mounts.take(),
-        };
+        let handlers = handlers(&self.service, facts, parts.mounts.take(), log_levels);
         if sockets.listener.is_none() {
             if let Some((stop, ending)) = parts.between.take() {
                 let reporter = Reporter::new(stop, ending, handlers);
@@ -563,6 +558,27 @@ fn set_descriptor_limit(config: &Config) -> Result<(), ServerError> {
 fn launched(user: Option<u32>) -> (u32, u32) {
     let own = || rustix::process::geteuid().as_raw();
     (std::process::id(), user.unwrap_or_else(own))
+}
+
+/// What looks at `service`, and changes it, for clients of the control socket.
+fn handlers(
+    service: &Service,
+    facts: Facts,
+    mounts: Option<Mounts>,
+    log_levels: LogLevels,
+) -> Handlers {
+    Handlers {
+        facts,
+        live: Arc::clone(service.live()),
+        fs: Arc::downgrade(service.file_system()),
+        metrics: Arc::downgrade(service.metrics()),
+        measured_until: None,
+        file_watch: Arc::clone(service.file_watch()),
+        watched_until: None,
+        limits: Arc::clone(service.limits()),
+        mounts,
+        log_levels,
+    }
 }
 
 /// What a configuration says of a server.

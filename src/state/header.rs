@@ -58,7 +58,14 @@ mod at {
     /// a program that knows none.
     pub(super) const LIMITED: usize = 64;
     pub(super) const GUEST_LIMITS: usize = 72;
+    /// The valid one of the two texts of log levels: 1 or 2, or 0 for none. 0 in a table of a program
+    /// that knows none.
+    pub(super) const LOGGED: usize = 104;
+    pub(super) const LOG_LEVELS: usize = 128;
 }
+
+/// Words of each of the two texts of log levels: the length in bytes, and the bytes.
+const LOG_LEVELS: usize = 128;
 
 /// The negotiated parameters, as `fuse` encodes them.
 pub(crate) type Agreement = [u64; 8];
@@ -322,6 +329,45 @@ impl Table {
         self.store(at::LIMITED, other);
     }
 
+    /// Maximum length of the text of log levels, bytes.
+    pub const MAX_LOG_LEVELS_LEN: usize = (LOG_LEVELS - 1) * WORD;
+
+    /// The log levels that were set while the server ran, as `logging` shows them, if there are any.
+    #[must_use]
+    pub fn log_levels(&self) -> Option<String> {
+        let first = log_levels_at(self.load(at::LOGGED))?;
+        let len = usize::try_from(self.load(first)).ok()?;
+        if len > Self::MAX_LOG_LEVELS_LEN {
+            return None;
+        }
+        let words = (first + 1..).take(len.div_ceil(WORD));
+        let mut bytes: Vec<u8> = words.flat_map(|at| self.load(at).to_le_bytes()).collect();
+        bytes.truncate(len);
+        String::from_utf8(bytes).ok()
+    }
+
+    /// Records the log levels, or that those of the command line apply. Returns whether there is room
+    /// for them. Must not be called concurrently.
+    pub fn set_log_levels(&self, levels: Option<&str>) -> bool {
+        let Some(levels) = levels else {
+            self.store(at::LOGGED, 0);
+            return true;
+        };
+        let other = 1 + self.load(at::LOGGED) % 2;
+        let Some(first) = log_levels_at(other).filter(|_| levels.len() <= Self::MAX_LOG_LEVELS_LEN)
+        else {
+            return false;
+        };
+        self.store(first, levels.len() as u64);
+        for (at, part) in (first + 1..).zip(levels.as_bytes().chunks(WORD)) {
+            let mut word = [0; WORD];
+            word.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
+            self.store(at, u64::from_le_bytes(word));
+        }
+        self.store(at::LOGGED, other);
+        true
+    }
+
     /// Maximum length of the front end's session, bytes.
     pub const MAX_SNAPSHOT_LEN: usize = (SNAPSHOT - 2) * WORD;
 
@@ -446,6 +492,14 @@ fn guest_limits_at(half: u64) -> Option<usize> {
     match half {
         1 => Some(at::GUEST_LIMITS),
         2 => Some(at::GUEST_LIMITS + 16),
+        _ => None,
+    }
+}
+
+fn log_levels_at(half: u64) -> Option<usize> {
+    match half {
+        1 => Some(at::LOG_LEVELS),
+        2 => Some(at::LOG_LEVELS + LOG_LEVELS),
         _ => None,
     }
 }

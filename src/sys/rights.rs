@@ -1,7 +1,7 @@
 //! Receives bytes and the descriptors that are sent with them (`SCM_RIGHTS`).
 //!
-//! The invariant: no descriptor that has arrived is lost without an error, and none is inherited by
-//! another program.
+//! The invariant: no descriptor that has arrived is lost without an error, unless the
+//! caller takes one alone, and none is inherited by another program.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -33,7 +33,40 @@ pub(crate) fn receive(
     flags: RecvFlags,
 ) -> Result<Received, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let (received, truncated) = receive_with(socket, bytes, flags, &mut space)?;
+    // The buffer has room for the most descriptors a message can carry, so truncation means that
+    // this process has no free descriptor.
+    match truncated {
+        true => Err(Errno::MFILE),
+        false => Ok(received),
+    }
+}
+
+/// As [`receive`], with the first descriptor alone. The kernel closes all others.
+///
+/// # Errors
+///
+/// Those of `recvmsg(2)`.
+pub(crate) fn receive_one(
+    socket: impl AsFd,
+    bytes: &mut [u8],
+    flags: RecvFlags,
+) -> Result<Received, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let (mut received, _) = receive_with(socket, bytes, flags, &mut space)?;
+    // Padding of the buffer may have room for another.
+    received.fds.truncate(1);
+    Ok(received)
+}
+
+/// Receives with `space` for descriptors, and returns whether some are missing.
+fn receive_with(
+    socket: impl AsFd,
+    bytes: &mut [u8],
+    flags: RecvFlags,
+    space: &mut [MaybeUninit<u8>],
+) -> Result<(Received, bool), Errno> {
+    let mut control = RecvAncillaryBuffer::new(space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let got = rustix::io::retry_on_intr(|| {
         let mut slices = [IoSliceMut::new(bytes)];
@@ -45,13 +78,9 @@ pub(crate) fn receive(
             fds.extend(rights);
         }
     }
-    // The buffer has room for the most descriptors a message can carry, so truncation means that
-    // this process has no free descriptor.
-    if got.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Errno::MFILE);
-    }
-    Ok(Received {
+    let received = Received {
         len: got.bytes,
         fds,
-    })
+    };
+    Ok((received, got.flags.contains(ReturnFlags::CTRUNC)))
 }

@@ -9,7 +9,6 @@ mod table;
 mod view;
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ratatui::buffer::Buffer;
@@ -20,12 +19,7 @@ use self::share::Watched;
 use self::table::Column;
 use self::view::{Detail, View};
 use crate::cli::Top;
-
-/// Where the sockets are that are watched unless others are named.
-const DIRECTORY: &str = "/run/ringfsd";
-
-/// What the names of these sockets end with.
-const EXTENSION: &str = "ctl";
+use crate::ctl;
 
 /// How often the screen is drawn at least, so that a pause and the end of a server show soon.
 const REDRAW: Duration = Duration::from_millis(500);
@@ -35,7 +29,7 @@ const REDRAW: Duration = Duration::from_millis(500);
 pub enum TopError {
     /// There is no socket.
     #[error(
-        "no control socket is named, and there is none in {DIRECTORY}: name those of --control \
+        "no control socket is named, and there is none in /run/ringfsd: name those of --control \
          unix:PATH"
     )]
     NoSocket,
@@ -50,10 +44,10 @@ pub enum TopError {
 ///
 /// The terminal can't be used, or no server is given and none is found.
 pub fn run(top: &Top) -> Result<(), TopError> {
-    let mut sockets = top.sockets.clone();
-    if sockets.is_empty() {
-        sockets = found();
-    }
+    let sockets: Vec<_> = match &*top.sockets {
+        [] => ctl::sockets(),
+        named => named.iter().map(|name| ctl::socket(name)).collect(),
+    };
     if sockets.is_empty() {
         return Err(TopError::NoSocket);
     }
@@ -72,22 +66,6 @@ pub fn run(top: &Top) -> Result<(), TopError> {
         None => screen.show(),
     }
     .map_err(TopError::Terminal)
-}
-
-/// The control sockets of this host's servers and of this user's.
-fn found() -> Vec<PathBuf> {
-    let own = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("ringfsd"));
-    let directories = [Some(PathBuf::from(DIRECTORY)), own];
-    let mut sockets: Vec<_> = directories
-        .into_iter()
-        .flatten()
-        .filter_map(|directory| std::fs::read_dir(directory).ok())
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|it| it == EXTENSION))
-        .collect();
-    sockets.sort();
-    sockets
 }
 
 /// The servers, and how they are shown.

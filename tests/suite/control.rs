@@ -471,12 +471,29 @@ fn stuck_and_hostile_clients_delay_neither_guests_nor_others() {
     let many = format!("{STATUS}\n").repeat(1000);
     while deaf.0.get_mut().write_all(many.as_bytes()).is_ok() {}
     let idle: Vec<_> = (0..40).map(|_| place.connect()).collect();
-    for round in 0..10 {
+    let mut round = 0;
+    let mut works = || {
         let status = place.ctl(&["status"]);
         assert_eq!(status["process"], server.guardian());
         let name = std::ffi::CString::new(format!("d{round}")).unwrap();
         guest.mkdir(ROOT, &name, 0o755).unwrap();
-    }
+        round += 1;
+    };
+    (0..10).for_each(|_| works());
+    // And while they come, each of them with something to say.
+    std::thread::scope(|scope| {
+        let crowd = scope.spawn(|| {
+            for _ in 0..1000 {
+                let mut client = place.connect();
+                // The server may have replaced it already.
+                let _ = client.0.get_mut().write_all(b"not JSON\n{");
+            }
+        });
+        works();
+        while !crowd.is_finished() {
+            works();
+        }
+    });
     drop(idle);
     // A line without end is refused, before it takes much memory.
     let mut endless = place.connect();

@@ -322,3 +322,57 @@ fn spellings_of_crosvm_are_taken_or_refused_with_the_reason() {
     assert!(text.contains("is a connected socket"), "{text}");
     drop(ours);
 }
+
+#[test]
+fn repeated_lines_are_suppressed_and_counted_unless_they_are_debugged() {
+    const TIMES: usize = 80;
+    const LINE: &str = "a VMM has connected";
+    for (level, suppresses) in [("info", true), ("info,server=debug", false)] {
+        let mut server = Server::start(&["--log-level", level]);
+        for _ in 0..TIMES {
+            drop(server.connect());
+        }
+        // Served after all of them.
+        drop(server.session(Profile::Qemu, &Options::default()));
+        server.signal(rustix::process::Signal::TERM);
+        let last = if suppresses {
+            "were suppressed: a VMM"
+        } else {
+            "asked to stop"
+        };
+        server.wait_for(last);
+        let said = server.said();
+        let logged = said
+            .iter()
+            .filter(|line| line.ends_with(&format!("] {LINE}")));
+        let counted = said.iter().filter_map(|line| {
+            let (start, text) =
+                line.split_once(" more messages like this one were suppressed: ")?;
+            (text == LINE).then(|| start.rsplit(' ').next()?.parse::<usize>().ok())?
+        });
+        let (logged, counted) = (logged.count(), counted.sum::<usize>());
+        assert_eq!(logged + counted, TIMES + 1, "{said:#?}");
+        assert_eq!(counted > 0, suppresses, "{said:#?}");
+        let announced = format!("suppressing more messages like this one for up to 10 s: {LINE}");
+        let announced = said.iter().any(|line| line.ends_with(&announced));
+        assert_eq!(announced, suppresses, "{said:#?}");
+    }
+}
+
+#[test]
+fn wrong_log_level_is_an_error_that_lists_the_choices() {
+    let refused = |level: &str| {
+        let output = testing::output(&["--fd=3", "--shared-dir=/", "--log-level", level]);
+        said(&output, 2)
+    };
+    let text = refused("info,attic=debug");
+    assert!(
+        text.contains("no room attic") && text.contains("fs, fuse, "),
+        "{text}"
+    );
+    let text = refused("fs=loud");
+    assert!(
+        text.contains("\"loud\"") && text.contains("info, debug"),
+        "{text}"
+    );
+}

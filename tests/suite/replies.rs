@@ -235,7 +235,9 @@ fn reply_arrives_once_whichever_system_call_the_server_is_killed_at() {
 
 #[test]
 fn reply_arrives_once_when_the_server_is_killed_as_it_arrives() {
-    let mut server = Server::start_as(None, &["--supervise"]);
+    // Each restart shall be logged, and there are more than are logged otherwise.
+    let options = ["--supervise", "--log-level=info,recovery=debug"];
+    let mut server = Server::start_as(None, &options);
     let mut fs = server.session(Profile::Simple, &Options::default());
     let mut twice = 0;
     for round in 0..60 {

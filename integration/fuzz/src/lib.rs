@@ -5,6 +5,7 @@
 //! does the same, so that a finding can be reproduced.
 
 pub mod back_channel;
+pub mod control;
 pub mod count;
 pub mod decode;
 pub mod guest;

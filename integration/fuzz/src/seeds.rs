@@ -12,7 +12,7 @@ use ringfsd::internals::migration::stream::{
 fn main() -> std::io::Result<()> {
     let dir = std::env::args_os().nth(1);
     let dir = dir.ok_or_else(|| std::io::Error::other("usage: seeds DIR"))?;
-    let targets: [(&str, Seeds); 8] = [
+    let targets: [(&str, Seeds); 9] = [
         ("ring", ring()),
         ("decode", decode()),
         ("request", request()),
@@ -21,6 +21,7 @@ fn main() -> std::io::Result<()> {
         ("back_channel", back_channel()),
         ("state", state()),
         ("session_snapshot", session_snapshot()),
+        ("control", control()),
     ];
     for (target, seeds) in targets {
         let dir = Path::new(&dir).join(target);
@@ -138,6 +139,71 @@ fn state() -> Seeds {
         (
             "elsewhere",
             [under_way, store(0x60, 14, 3, 0x0101)].concat(),
+        ),
+    ]
+}
+
+/// What clients of the control socket send: to which source, and then who sends what.
+fn control() -> Seeds {
+    // The number of a command with its arguments, and what comes with it.
+    let command = |client: u8, number: u8, arguments: u16, with: u8| {
+        let [low, high] = arguments.to_le_bytes();
+        vec![client, with << 6 | 0x20 | number, low, high]
+    };
+    let bytes = |client: u8, text: &[u8]| {
+        let parts = text.chunks(0x1f).map(|part| {
+            let len = u8::try_from(part.len()).unwrap_or_default();
+            [&[client, len][..], part].concat()
+        });
+        parts.collect::<Vec<_>>().concat()
+    };
+    let each = (0..12).map(|number| command(number % 3, number, 0, 0));
+    vec![
+        (
+            "each",
+            [vec![0], each.clone().collect::<Vec<_>>().concat()].concat(),
+        ),
+        (
+            "each-of-several",
+            [vec![1], each.collect::<Vec<_>>().concat()].concat(),
+        ),
+        (
+            "arguments",
+            [
+                vec![0],
+                command(0, 3, 0x60, 0),
+                command(0, 4, 0x200, 0),
+                command(1, 5, 0x180, 0),
+                command(1, 6, 0x180, 0),
+                command(2, 2, 0x80, 0),
+            ]
+            .concat(),
+        ),
+        (
+            "mounts",
+            [
+                vec![1],
+                command(0, 8, 0x09, 1),
+                command(1, 8, 0x19, 3),
+                command(0, 8, 0x0c, 2),
+                command(2, 5, 0, 0),
+                command(0, 9, 0x01, 0),
+                command(1, 9, 0x02, 0),
+                command(2, 6, 0, 0),
+            ]
+            .concat(),
+        ),
+        (
+            "text",
+            [
+                vec![0],
+                bytes(
+                    0,
+                    b"{\"version\":1,\"id\":[{}],\"command\":\"statistics\"}\n",
+                ),
+                bytes(1, b"{\"version\":2}\nno JSON\n\n{\"command\":\"status\""),
+            ]
+            .concat(),
         ),
     ]
 }

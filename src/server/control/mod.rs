@@ -14,6 +14,7 @@ use log::LevelFilter;
 use serde_json::{Value, json};
 
 use super::live::Live;
+use super::log_levels::{LogLevels, SetError};
 use super::mounts::{AddError, Mounts};
 use crate::control::{Call, Code, Failure, Handler};
 use crate::error_chain;
@@ -21,7 +22,7 @@ use crate::fs::vfs::MountPoint;
 use crate::fs::{FileSystem, Inspect};
 use crate::fuse::FileWatch;
 use crate::limits::{LIMITED, Limits, Rate, Settings};
-use crate::logging;
+use crate::logging::REPORT;
 use crate::metrics::Registry;
 
 pub(super) use self::options::options;
@@ -46,6 +47,7 @@ pub(super) struct Handlers {
     pub(super) limits: Arc<Limits>,
     /// With `--vfs`.
     pub(super) mounts: Option<Mounts>,
+    pub(super) log_levels: LogLevels,
 }
 
 impl Handler for Handlers {
@@ -54,7 +56,7 @@ impl Handler for Handlers {
             "status" => Ok(self.status()),
             "statistics" => self.measure(&call),
             "watch-files" => self.watch_files(&call),
-            "set-log-level" => set_log_level(&call),
+            "set-log-level" => self.set_log_level(&call),
             "set-limits" => self.set_limits(&call),
             "inodes" => self.inspect(|fs| lists::inodes(fs, &call)),
             "handles" => self.inspect(|fs| lists::handles(fs, &call)),
@@ -94,7 +96,7 @@ impl Handler for Handlers {
 
     fn report(&mut self) {
         for line in self.summary() {
-            log::info!("report: {line}");
+            log::info!(target: REPORT, "report: {line}");
         }
     }
 }
@@ -129,6 +131,23 @@ impl Handlers {
         }
         let statistics = serde_json::to_value(metrics.snapshot());
         statistics.map_err(|error| Failure::new(Code::Failed, error.to_string()))
+    }
+
+    fn set_log_level(&self, call: &Call) -> Result<Value, Failure> {
+        let level: LevelFilter = call.text("level")?.parse().map_err(|_unknown| {
+            Failure::argument("level", "one of off, error, warn, info, debug, trace")
+        })?;
+        let room = call.optional_text("room")?;
+        self.log_levels.set(level, room).map_err(|error| {
+            let code = match error {
+                SetError::Fixed => Code::NotPossible,
+                SetError::Level(_) => Code::InvalidArgument,
+            };
+            Failure::new(code, error.to_string())
+        })?;
+        // What is logged at the old level may be the reason why nobody sees this.
+        log::info!("log level {level} of {}", room.unwrap_or("all rooms"));
+        Ok(status::log())
     }
 
     /// Replaces all limits; what isn't named isn't limited.
@@ -234,23 +253,4 @@ fn failure(error: &AddError) -> Failure {
             Failure::new(Code::Failed, text)
         }
     }
-}
-
-fn set_log_level(call: &Call) -> Result<Value, Failure> {
-    let levels = logging::levels().ok_or_else(|| {
-        Failure::new(
-            Code::NotPossible,
-            "the log of this process has fixed levels",
-        )
-    })?;
-    let level: LevelFilter = call.text("level")?.parse().map_err(|_unknown| {
-        Failure::argument("level", "one of off, error, warn, info, debug, trace")
-    })?;
-    let room = call.optional_text("room")?;
-    levels
-        .set(level, room)
-        .map_err(|error| Failure::new(Code::InvalidArgument, error.to_string()))?;
-    // What is logged at the old level may be the reason why nobody sees this.
-    log::info!("log level {level} of {}", room.unwrap_or("all rooms"));
-    Ok(status::log())
 }

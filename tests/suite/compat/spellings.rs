@@ -346,8 +346,8 @@ fn config(arguments: &str) -> String {
     let more = arguments.split(' ').filter(|argument| !argument.is_empty());
     let all: Vec<_> = required.into_iter().chain(more).map(Into::into).collect();
     let options = ringfsd::internals::cli::parse(&all, Persona::Virtiofsd).unwrap();
-    let level = options.observability.level();
-    format!("{level} {:#?}", Config::try_from(options).unwrap())
+    let levels = options.observability.levels();
+    format!("{levels} {:#?}", Config::try_from(options).unwrap())
 }
 
 #[test]

@@ -13,7 +13,7 @@ use testing::{Server, USER, errno};
 use vmm::fuse::ROOT;
 use vmm::{Options, Profile};
 
-use super::{Connection, ControlSocket};
+use super::{Connection, ControlSocket, STATUS};
 
 /// A server of `/one`, and a directory `two` beside it.
 fn start(user: Option<u32>, place: &ControlSocket, arguments: &[&str]) -> (Server, PathBuf) {
@@ -121,20 +121,25 @@ fn number_of_added_directories_is_limited() {
     place.ctl(&["mount", "/more", two]);
 }
 
+/// Sends bytes with these descriptors.
+fn send(client: &Connection, bytes: &[u8], files: &[&fs::File]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    if !fds.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    let bytes = [IoSlice::new(bytes)];
+    let flags = SendFlags::empty();
+    rustix::net::sendmsg(client.0.get_ref(), &bytes, &mut control, flags).unwrap();
+}
+
 /// Asks for a mount with this descriptor.
 fn mount_raw(client: &mut Connection, point: &str, fd: Option<&fs::File>) -> Value {
     let request = format!(
         "{{\"version\":1,\"command\":\"mount\",\"arguments\":{{\"point\":\"{point}\",\"source\":\"it\"}}}}\n"
     );
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-    if !fds.is_empty() {
-        control.push(SendAncillaryMessage::ScmRights(&fds));
-    }
-    let bytes = [IoSlice::new(request.as_bytes())];
-    let flags = SendFlags::empty();
-    rustix::net::sendmsg(client.0.get_ref(), &bytes, &mut control, flags).unwrap();
+    send(client, request.as_bytes(), fd.as_slice());
     client.receive().unwrap()
 }
 
@@ -267,4 +272,30 @@ fn mounts_of_all_kinds_are_listed_and_what_they_use() {
         assert!(found, "{sample}: {text}");
     }
     assert!(!text.contains("ringfsd_mount_handles_limit{share=\"vfs\",mount=\"/layers\"}"));
+}
+
+#[test]
+fn descriptors_without_a_request_are_not_kept() {
+    let place = ControlSocket::new();
+    let (server, _) = start(None, &place, &[]);
+    let open = || {
+        let fds = format!("/proc/{}/fd", server.pid());
+        fs::read_dir(fds).unwrap().count()
+    };
+    let (mut client, mut other) = (place.connect(), place.connect());
+    client.ask(STATUS);
+    other.ask(STATUS);
+    let before = open();
+    let null = fs::File::open("/dev/null").unwrap();
+    for _ in 0..10 {
+        send(&client, b" ", &[&null; 100]);
+        // The server has received that before this reply, or does before the next one.
+        other.ask(STATUS);
+    }
+    other.ask(STATUS);
+    // The first one may belong to a request that isn't complete yet.
+    let kept = open() - before;
+    assert!(kept <= 1, "{kept} descriptors are kept");
+    client.ask(STATUS);
+    assert_eq!(open(), before);
 }

@@ -54,6 +54,22 @@ fn requests_of_other_versions_and_commands_are_refused_and_the_connection_stays(
     assert!(client.ask(STATUS)["result"].is_object());
 }
 
+#[test]
+fn client_that_sends_no_more_gets_its_replies() {
+    let place = ControlSocket::new();
+    let _server = place.start(&[]);
+    let mut client = place.connect();
+    client.send(format!("{STATUS}\n").repeat(20).as_bytes());
+    client.send(&STATUS.as_bytes()[..10]);
+    let stream = client.0.get_ref();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    for _ in 0..20 {
+        assert!(client.receive().unwrap()["result"].is_object());
+    }
+    // Half a line is no request.
+    assert_eq!(client.receive(), None);
+}
+
 /// The first cells of the table below a heading.
 fn rows(heading: &str) -> BTreeSet<String> {
     let section = PAGE.split(&format!("\n## {heading}\n")).nth(1).unwrap();

@@ -58,6 +58,47 @@ fn limits_change_while_the_server_runs_and_outlive_its_process() {
 }
 
 #[test]
+fn log_levels_change_while_the_server_runs_and_outlive_its_process_and_program() {
+    let place = ControlSocket::new();
+    let mut server = place.start(&["--supervise", "--log-level=info,fs=warn,io=off"]);
+    let log = || place.ctl(&["status"])["log"].clone();
+    let first = json!({ "level": "info", "filters": null, "rooms": { "fs": "warn", "io": "off" } });
+    assert_eq!(log(), first);
+    place.ctl(&["set-log-level", "trace", "io"]);
+    kill(server.pid());
+    server.wait_for("serving again");
+    // What was set at the start still applies beside it.
+    assert_eq!(log()["rooms"], json!({ "fs": "warn", "io": "trace" }));
+    place.ctl(&["set-log-level", "error"]);
+    place.ctl(&["set-log-level", "debug", "control"]);
+    let set = json!({ "level": "error", "filters": null, "rooms": { "control": "debug" } });
+    assert_eq!(log(), set);
+    kill(server.pid());
+    server.wait_for("serving again");
+    assert_eq!(log(), set);
+    // The level is that of the log, and not only shown.
+    server.wait_for("control: status");
+    place.ctl(&["upgrade"]);
+    server.wait_for("upgraded to");
+    assert_eq!(log(), set);
+    server.wait_for("control: status");
+    // What the guest does at info isn't logged any more.
+    let guest = server.session(Profile::Qemu, &Options::default());
+    assert_eq!(log(), set);
+    server.wait_for("control: status");
+    drop(guest);
+    let said = server.said();
+    let upgraded = said.iter().position(|line| line.contains("upgraded to"));
+    let after = &said[upgraded.unwrap()..];
+    assert!(
+        !after
+            .iter()
+            .any(|line| line.contains("a VMM has connected")),
+        "{after:?}"
+    );
+}
+
+#[test]
 fn control_socket_survives_kills_and_upgrades() {
     for (sandbox, user) in setups() {
         println!("{sandbox} {user:?}");
