@@ -3,10 +3,11 @@
 //! A ring in shared memory is driven as a guest's driver does; only the server's half of the work
 //! is timed. Numbers are for one request, of which thirty-two arrive together.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -22,6 +23,7 @@ use ringfsd::internals::virtqueue::{
     Call, Chain, Features, InflightPart, Journal, Queue, QueueIndex, RingAddresses, Setup, Tracking,
 };
 use ringfsd::scheduler;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use vmm::memory::{Buf, Gpa};
 use vmm::ring::QueueOptions;
 use zerocopy::IntoBytes;
@@ -323,5 +325,96 @@ fn open_files(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(hot_rooms, chains, decoding, channel, open_files);
+/// Runs `work` `times` times on each of the first `threads` processors, all at the same time.
+/// Returns how long that took. `work` gets the number of its thread.
+fn pinned(threads: usize, times: u64, work: impl Fn(usize) + Sync) -> Duration {
+    let start = Barrier::new(threads + 1);
+    let end = Barrier::new(threads + 1);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let (start, end, work) = (&start, &end, &work);
+            scope.spawn(move || {
+                let mut processors = CpuSet::new();
+                processors.set(thread);
+                sched_setaffinity(None, &processors).expect("a processor for each thread");
+                start.wait();
+                for _ in 0..times {
+                    work(thread);
+                }
+                end.wait();
+            });
+        }
+        start.wait();
+        let begin = Instant::now();
+        end.wait();
+        begin.elapsed()
+    })
+}
+
+/// What it costs that several processors write to the same words: a word of its own, and LOOKUPs of
+/// a known name, which count references of the directory and of the file.
+fn shared_words(criterion: &mut Criterion) {
+    #[repr(align(128))]
+    struct Line(AtomicU64);
+    let mut group = criterion.benchmark_group("shared words");
+    let lines = [const { Line(AtomicU64::new(0)) }; 2];
+    for (name, threads, own) in [
+        ("a word, one thread", 1, true),
+        ("a word each, two threads", 2, true),
+        ("one word, two threads", 2, false),
+    ] {
+        group.bench_function(name, |bench| {
+            bench.iter_custom(|times| {
+                pinned(threads, times, |thread| {
+                    let line = if own { thread } else { 0 };
+                    lines[line].0.fetch_add(1, Ordering::Relaxed);
+                })
+            });
+        });
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    for name in ["a", "b"] {
+        std::fs::create_dir(dir.path().join(name)).expect("a directory");
+        for file in ["0", "1"] {
+            std::fs::write(dir.path().join(name).join(file), "data").expect("a file");
+        }
+    }
+    let fs = passthrough(dir.path(), false);
+    let caller = Caller {
+        uid: Some(0),
+        gid: Some(0),
+        pid: 1,
+        kill_set_id: false,
+        group: None,
+    };
+    let lookup = |parent, name: &CStr| fs.lookup(&caller, parent, name).expect("an entry").node;
+    let dirs = [c"a", c"b"].map(|name| lookup(NodeId::ROOT, name));
+    let files = [c"0", c"1"];
+    for (name, threads, own_dir, own_file) in [
+        ("LOOKUP, one thread", 1, true, true),
+        ("LOOKUP, two threads, a directory each", 2, true, true),
+        ("LOOKUP, two threads, one directory", 2, false, true),
+        ("LOOKUP, two threads, one file", 2, false, false),
+    ] {
+        group.bench_function(name, |bench| {
+            bench.iter_custom(|times| {
+                pinned(threads, times, |thread| {
+                    let dir = if own_dir { thread } else { 0 };
+                    let file = if own_file { thread } else { 0 };
+                    black_box(lookup(dirs[dir], files[file]));
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(
+    hot_rooms,
+    chains,
+    decoding,
+    channel,
+    open_files,
+    shared_words
+);
 criterion_main!(hot_rooms);

@@ -11,10 +11,12 @@ use super::error::DeviceError;
 use super::queue::{QueueSetup, RingState};
 use crate::device::{BackChannel, CONFIG_LEN, Device, EVENT_IDX, INDIRECT_DESC, Tag, VERSION_1};
 use crate::fs::FileSystem;
-use crate::fuse::{Session, SessionOptions};
+use crate::fuse::{Session, SessionOptions, opcode_name};
 use crate::guest_memory::Memory;
 use crate::io::{Choice, Engine, choose};
-use crate::state::{Limits, Table};
+use crate::limits::Limits;
+use crate::metrics::{Facts, Registry, SessionState, Shape};
+use crate::state::{self, Table};
 use crate::virtqueue::{Features, Queue, QueueIndex};
 use crate::worker::{WorkerPool, WorkerPoolError};
 
@@ -66,6 +68,8 @@ pub struct VirtioFs {
     fs: Arc<dyn FileSystem>,
     engine: Engine,
     pool: Option<WorkerPool<dyn FileSystem>>,
+    metrics: Arc<Registry>,
+    limits: Arc<Limits>,
     /// How to ask the VMM for something, once it has said so.
     channel: Option<Arc<dyn BackChannel>>,
     /// Set while the device is active.
@@ -97,7 +101,7 @@ impl VirtioFs {
     ///
     /// # Errors
     ///
-    /// The engine that `options` ask for isn't available.
+    /// The engine that `options` ask for isn't available, or there is no memory for the counters.
     pub fn new(fs: Arc<dyn FileSystem>, options: Options) -> Result<Self, DeviceError> {
         let engine = choose(options.runtime).map_err(DeviceError::Engine)?.engine;
         Ok(Self {
@@ -107,6 +111,8 @@ impl VirtioFs {
                 dax_window: options.session.dax.as_ref().map_or(0, |dax| dax.window),
                 dax_fs_map: false,
             },
+            metrics: counters(&fs, &options, engine)?,
+            limits: Arc::default(),
             options,
             fs,
             engine,
@@ -158,6 +164,25 @@ impl VirtioFs {
         pool.is_some_and(|pool| pool.session().negotiated().is_some())
     }
 
+    /// What the device counts, from its construction on: the same that the server counts, but restarts.
+    /// May be kept and read by any thread, also when the device is gone.
+    ///
+    /// [`Registry::snapshot`] has the numbers, [`Snapshot::to_open_metrics`] writes them for
+    /// Prometheus. Durations are measured once [`Registry::set_timed`] says so.
+    ///
+    /// [`Snapshot::to_open_metrics`]: crate::metrics::Snapshot::to_open_metrics
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Registry> {
+        &self.metrics
+    }
+
+    /// How much the guest may ask for: nothing is limited until [`Limits::set`] says so. That may be
+    /// called by any thread, and takes effect at once.
+    #[must_use]
+    pub fn limits(&self) -> &Arc<Limits> {
+        &self.limits
+    }
+
     /// Starts serving: the driver has accepted `features` and set up `queues`, each with its index.
     /// Further ones may be started later.
     ///
@@ -182,6 +207,7 @@ impl VirtioFs {
             });
         }
         self.start_threads()?;
+        self.metrics.set_session(SessionState::Connected);
         self.active = Some(Active {
             memory: Arc::new(memory),
             features: agreed(features),
@@ -311,6 +337,7 @@ impl VirtioFs {
         if let Some(pool) = &self.pool {
             pool.session().reset();
         }
+        self.metrics.set_session(SessionState::Waiting);
     }
 
     /// The guest's session, in the format that a server sends and receives when a guest is migrated. It
@@ -441,7 +468,7 @@ impl VirtioFs {
             ..
         } = self.options;
         // Records what is mapped. Nothing else needs a table here.
-        let limits = Limits {
+        let limits = state::Limits {
             inodes: 0,
             handles: 0,
             queues: 0,
@@ -450,11 +477,12 @@ impl VirtioFs {
             .map(|_| Table::for_this_process(&limits))
             .transpose()?;
         let start = |engine| {
-            let mut session = Session::new(Arc::clone(&self.fs), self.options.session.clone());
+            let session = Session::new(Arc::clone(&self.fs), self.options.session.clone());
+            let mut session = session.reporting_to(Arc::clone(&self.metrics));
             if let Some(table) = &table {
                 session = session.remembering(Arc::clone(table));
             }
-            WorkerPool::start(Arc::new(session), workers, engine, poll)
+            WorkerPool::start_limited(Arc::new(session), workers, engine, poll, &self.limits)
         };
         let started = match start(self.engine) {
             Err(WorkerPoolError::Threads(error))
@@ -473,6 +501,31 @@ impl VirtioFs {
         }
         Ok(pool)
     }
+}
+
+/// The counters of a device that serves `fs`. They keep nothing of it alive.
+fn counters(
+    fs: &Arc<dyn FileSystem>,
+    options: &Options,
+    engine: Engine,
+) -> Result<Arc<Registry>, DeviceError> {
+    let metrics = Registry::for_this_process(Shape {
+        workers: options.workers.get(),
+        queues: usize::from(options.request_queues.get()) + 1,
+        operation: opcode_name,
+    })?;
+    metrics.set_facts(Facts {
+        share: (options.tag.as_ref()).map_or_else(String::new, ToString::to_string),
+        runtime: engine.to_string(),
+        workers: options.workers.get(),
+    });
+    let (all, each) = (Arc::downgrade(fs), Arc::downgrade(fs));
+    metrics.set_usage(move || all.upgrade().map(|fs| fs.usage()).unwrap_or_default());
+    metrics.set_mounts(move || {
+        let fs = each.upgrade();
+        fs.map(|fs| fs.usage_by_mount()).unwrap_or_default()
+    });
+    Ok(metrics)
 }
 
 /// Lets `session` ask the VMM for mappings.

@@ -5,6 +5,7 @@ use std::io;
 use crate::fs::MoveError;
 use crate::guest_memory::{GuestAddress, MemoryError};
 use crate::io::RuntimeError;
+use crate::metrics::MetricsError;
 use crate::state::StateError;
 use crate::virtqueue::{QueueError, QueueIndex};
 use crate::worker::WorkerPoolError;
@@ -18,6 +19,9 @@ pub enum DeviceError {
     /// The host has no threads for the device, or the file system can't use them.
     #[error("starting the device's threads")]
     Workers(#[source] WorkerPoolError),
+    /// There is no memory for the counters.
+    #[error("counting what the device does")]
+    Counters(#[from] MetricsError),
     /// There is no memory to record the mappings of the DAX window.
     #[error("recording the mappings of the DAX window")]
     Mappings(#[from] StateError),

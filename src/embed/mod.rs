@@ -29,7 +29,9 @@
 //! use std::num::NonZeroU16;
 //! use std::sync::Arc;
 //!
-//! use ringfsd::embed::{Call, Kick, Memory, Options, QueueSetup, RingState, VirtioFs};
+//! use ringfsd::embed::{
+//!     Call, Kick, LimitSettings, Memory, Options, QueueSetup, RingState, VirtioFs,
+//! };
 //! use ringfsd::fs::passthrough::{self, Passthrough};
 //! use vm_memory::{GuestAddress, GuestMemoryMmap};
 //!
@@ -59,6 +61,16 @@
 //!
 //! // The guest has written to the queue's doorbell.
 //! kick.notify();
+//!
+//! // What the guest asks for is counted, and can be limited while it runs. Any thread may do this.
+//! let (metrics, limits) = (device.metrics().clone(), device.limits().clone());
+//! limits.set(LimitSettings {
+//!     operations: Some("10000,burst=500".parse()?),
+//!     ..LimitSettings::default()
+//! });
+//! let snapshot = metrics.snapshot();
+//! println!("{} requests", snapshot.requests());
+//! assert!(snapshot.to_open_metrics().contains("ringfsd_workers{share=\"shared\"} 1"));
 //!
 //! // A snapshot of the VM: the queues' positions, and the guest's session.
 //! let rings = device.pause();
@@ -117,4 +129,5 @@ pub use crate::device::{
 pub use crate::fuse::{Readdirplus, SessionOptions, Wanted};
 pub use crate::guest_memory::{ChangeLog, GuestAddress, Memory, MemoryError};
 pub use crate::io::Choice;
+pub use crate::limits::{Limits, NoRate, Rate, Settings as LimitSettings};
 pub use crate::virtqueue::{Call, QueueIndex};

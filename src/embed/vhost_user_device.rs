@@ -27,6 +27,8 @@ use crate::device::{LOG_ALL, PROTOCOL_FEATURES};
 use crate::error_chain;
 use crate::fs::FileSystem;
 use crate::guest_memory::Memory;
+use crate::limits::Limits;
+use crate::metrics::Registry;
 use crate::migration::{Direction, Transfer};
 use crate::virtqueue::Queue;
 
@@ -132,6 +134,18 @@ impl VhostUserDevice {
     pub fn disconnected(&self) {
         self.device().reset();
         *self.terms() = Terms::default();
+    }
+
+    /// What the device counts; see [`VirtioFs::metrics`].
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Registry> {
+        Arc::clone(self.device().metrics())
+    }
+
+    /// How much the guest may ask for; see [`VirtioFs::limits`].
+    #[must_use]
+    pub fn limits(&self) -> Arc<Limits> {
+        Arc::clone(self.device().limits())
     }
 
     fn device(&self) -> MutexGuard<'_, VirtioFs> {

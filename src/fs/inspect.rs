@@ -88,11 +88,22 @@ impl std::ops::Add for Dropped {
 
 /// A file system that an operator can look into.
 pub trait Inspect {
+    /// An inode, if the guest may know it.
+    fn inode(&self, _node: NodeId) -> Option<KnownInode> {
+        None
+    }
+
     /// Up to `limit` inodes, from the one on at which a [`Page`] ended; 0 for the first.
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode>;
 
     /// Up to `limit` open files and directories, likewise.
     fn handles(&self, from: u64, limit: usize) -> Page<OpenHandle>;
+
+    /// The paths below which it isn't recorded what a guest knows and has open, so that no list has
+    /// anything of it.
+    fn unlisted(&self) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
 
     /// The path of an inode that the guest knows, from `/`, if it is known.
     fn path(&self, node: NodeId) -> Option<Vec<u8>>;

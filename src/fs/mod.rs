@@ -8,6 +8,7 @@
 
 pub mod fuse_backend;
 mod inspect;
+mod lowest;
 mod migrate;
 mod open_file;
 pub mod overlay;
@@ -37,7 +38,7 @@ pub use self::inspect::{Dropped, Inspect, KnownInode, OpenHandle, Page};
 pub use self::migrate::{Migrate, MoveError};
 pub use self::open_file::{FileObject, ObjectFuture, OpenFile};
 pub use self::replay::Replay;
-pub use crate::metrics::Usage;
+pub use crate::metrics::{MountUsage, Usage};
 
 use crate::device::BackChannel;
 use crate::io::File;
@@ -221,6 +222,10 @@ pub struct Opened {
     pub direct_io: bool,
     /// The guest may cache the directory's entries (`FOPEN_CACHE_DIR`).
     pub cache_dir: bool,
+    /// The guest need not send FLUSH when a descriptor is closed (`FOPEN_NOFLUSH`): it would report
+    /// nothing. Ignored if record locks are negotiated, as FLUSH releases them. Linux then doesn't
+    /// write back on `close(2)` what was written to a mapping, but only when that is unmapped.
+    pub no_flush: bool,
 }
 
 /// Usage and limits of a file system, as `statfs(2)` returns them.
@@ -350,6 +355,11 @@ pub trait FileSystem: std::fmt::Debug + Send + Sync + 'static {
     /// How much of the limited resources is in use. Called by threads that serve no requests.
     fn usage(&self) -> Usage {
         Usage::default()
+    }
+
+    /// The same for each file system that this one consists of, by the path that it is mounted at.
+    fn usage_by_mount(&self) -> Vec<MountUsage> {
+        Vec::new()
     }
 
     /// Support for another process to continue the session, if this file system has it.

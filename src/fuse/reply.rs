@@ -156,12 +156,13 @@ pub(super) fn statx_out(
     })
 }
 
-/// An opened file or directory.
-pub(super) fn open_out(opened: &Opened) -> OpenOut {
+/// An opened file or directory. `record_locks` says whether those of the guest are served here.
+pub(super) fn open_out(opened: &Opened, record_locks: bool) -> OpenOut {
     let flags = [
         (opened.direct_io, open_reply_flags::DIRECT_IO),
         (opened.keep_cache, open_reply_flags::KEEP_CACHE),
         (opened.cache_dir, open_reply_flags::CACHE_DIR),
+        (opened.no_flush && !record_locks, open_reply_flags::NOFLUSH),
     ];
     OpenOut {
         fh: opened.handle.0,

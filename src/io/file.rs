@@ -79,6 +79,14 @@ impl File {
         }
     }
 
+    /// States that the file is on a file system in memory (tmpfs, ramfs), where nothing is waited
+    /// for, so that the first read need not find it out.
+    #[must_use]
+    pub fn in_memory(self) -> Self {
+        self.inner.learn(Facts::IN_MEMORY);
+        self
+    }
+
     /// Opens `path` with `options`. Opening may wait (for a disk, for the other end of a FIFO), so
     /// it runs on a blocking thread.
     ///

@@ -23,7 +23,7 @@ pub(crate) use self::clock::Clock;
 pub(crate) use self::lanes::Lanes;
 pub(crate) use self::settings::LIMITED;
 pub(crate) use self::settings::SettingsWords;
-pub use self::settings::{Rate, Settings};
+pub use self::settings::{NoRate, Rate, Settings};
 
 /// Is told of the buckets, or that there are none. Returns whether to tell it again.
 type Watcher = Box<dyn Fn(Option<Arc<Buckets>>) -> bool + Send + Sync>;

@@ -79,19 +79,51 @@ pub struct Settings {
     pub bytes_written: Option<Rate>,
 }
 
-/// What is limited, in the order of the fields of [`Settings`], as the control socket names it.
-pub(crate) const LIMITED: [&str; 7] = [
-    "operations",
-    "reads",
-    "writes",
-    "metadata",
-    "bytes",
-    "bytes-read",
-    "bytes-written",
-];
+/// One of the limits.
+struct Limit {
+    /// What the control socket calls it.
+    name: &'static str,
+    /// What is counted.
+    unit: &'static str,
+    field: fn(&mut Settings) -> &mut Option<Rate>,
+}
+
+/// How many limits there are.
+const COUNT: usize = 7;
+
+/// All limits.
+const ALL: [Limit; COUNT] = {
+    const fn limit(
+        name: &'static str,
+        unit: &'static str,
+        field: fn(&mut Settings) -> &mut Option<Rate>,
+    ) -> Limit {
+        Limit { name, unit, field }
+    }
+    [
+        limit("operations", "operations", |it| &mut it.operations),
+        limit("reads", "reads", |it| &mut it.reads),
+        limit("writes", "writes", |it| &mut it.writes),
+        limit("metadata", "metadata operations", |it| &mut it.metadata),
+        limit("bytes", "bytes", |it| &mut it.bytes),
+        limit("bytes-read", "bytes read", |it| &mut it.bytes_read),
+        limit("bytes-written", "bytes written", |it| &mut it.bytes_written),
+    ]
+};
+
+/// What is limited, in the order of [`Settings::rates`], as the control socket names it.
+pub(crate) const LIMITED: [&str; COUNT] = {
+    let mut names = [""; COUNT];
+    let mut at = 0;
+    while at < COUNT {
+        names[at] = ALL[at].name;
+        at += 1;
+    }
+    names
+};
 
 /// Settings as words of shared memory: rate and burst of each limit, 0 for none.
-pub(crate) type SettingsWords = [u64; 14];
+pub(crate) type SettingsWords = [u64; 2 * COUNT];
 
 impl Settings {
     /// Whether nothing is limited.
@@ -102,44 +134,24 @@ impl Settings {
 
     /// The settings with these limits, in the order of the fields.
     #[must_use]
-    pub fn from_rates(rates: [Option<Rate>; 7]) -> Self {
-        let [
-            operations,
-            reads,
-            writes,
-            metadata,
-            bytes,
-            bytes_read,
-            bytes_written,
-        ] = rates;
-        Self {
-            operations,
-            reads,
-            writes,
-            metadata,
-            bytes,
-            bytes_read,
-            bytes_written,
+    pub fn from_rates(rates: [Option<Rate>; COUNT]) -> Self {
+        let mut settings = Self::default();
+        for (limit, rate) in ALL.iter().zip(rates) {
+            *(limit.field)(&mut settings) = rate;
         }
+        settings
     }
 
     /// The limits, in the order of the fields.
     #[must_use]
-    pub fn rates(&self) -> [Option<Rate>; 7] {
-        [
-            self.operations,
-            self.reads,
-            self.writes,
-            self.metadata,
-            self.bytes,
-            self.bytes_read,
-            self.bytes_written,
-        ]
+    pub fn rates(&self) -> [Option<Rate>; COUNT] {
+        let mut settings = *self;
+        ALL.map(|limit| *(limit.field)(&mut settings))
     }
 
     /// The settings as words.
     pub(crate) fn words(&self) -> SettingsWords {
-        let mut words = [0; 14];
+        let mut words = [0; 2 * COUNT];
         for (pair, rate) in words.chunks_exact_mut(2).zip(self.rates()) {
             let Some(rate) = rate else {
                 continue;
@@ -164,17 +176,8 @@ impl Settings {
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 7] = [
-            "operations",
-            "reads",
-            "writes",
-            "metadata operations",
-            "bytes",
-            "bytes read",
-            "bytes written",
-        ];
         let mut separator = "";
-        for (rate, unit) in self.rates().into_iter().zip(UNITS) {
+        for (rate, Limit { unit, .. }) in self.rates().into_iter().zip(&ALL) {
             let Some(rate) = rate else {
                 continue;
             };

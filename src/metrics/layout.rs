@@ -205,6 +205,10 @@ pub(crate) const fn offset_of(section: Section) -> usize {
     offset
 }
 
+/// Words of a block that are at the same offsets in every layout of this program: all but the
+/// histograms of queues.
+pub(crate) const BLOCK: usize = offset_of(Section::QueueLatency);
+
 impl Layout {
     /// The layout of this program for so many threads and queues.
     pub(crate) fn new(threads: usize, queues: usize) -> Self {

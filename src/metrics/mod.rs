@@ -6,6 +6,7 @@
 //! no memory, and what reads the counters can't hold up what counts.
 
 mod address;
+mod block;
 mod buckets;
 mod endpoint;
 mod errno;
@@ -19,16 +20,17 @@ mod sum;
 #[cfg(test)]
 mod tests;
 mod text;
+mod timing;
 
 pub use self::address::{Address, AddressError};
 pub(crate) use self::endpoint::serve;
 pub(crate) use self::layout::{Count, Process, Server};
-pub(crate) use self::recorder::{Ended, Recorder, RequestStart};
+pub(crate) use self::recorder::{Ended, Recorder, RequestStart, Row};
 pub(crate) use self::registry::Interruption;
 pub use self::registry::{Facts, MetricsError, Registry, Shape};
 pub(crate) use self::shared_file::SharedFile;
 pub use self::snapshot::{
-    ErrorCount, GuestFaults, Histogram, OperationStats, QueueStats, Recoveries, Restarts,
-    SessionState, Snapshot, ThreadStats, Usage,
+    ErrorCount, GuestFaults, Histogram, MountUsage, OperationStats, QueueStats, Recoveries,
+    Restarts, SessionState, Snapshot, ThreadStats, Usage,
 };
 pub(crate) use crate::sys::clock::Ticks;

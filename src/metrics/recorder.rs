@@ -1,41 +1,31 @@
 //! What one thread of the workers reports.
 //!
-//! A thread adds to counters of its own, by a load and a store, so nothing is locked, allocated or
-//! shared with another thread. The invariant: each block has one recorder at a time.
+//! A thread adds to counters of its own ([`Block`]), so nothing is locked, allocated or shared with
+//! another thread. The invariant: each block has one recorder at a time.
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::Registry;
-use super::buckets::bucket_of;
-use super::layout::{
-    Count, ERRORS, Gauge, MAX_QUEUES, OTHERS, POWERS, ROW, Section, error_key, offset_of,
-};
-use crate::sys::clock::{Clock, Ticks};
-use crate::sys::shared::WordRow;
+use super::block::Block;
+use super::layout::{Count, Gauge, OPCODES, POWERS, Section};
+use super::timing::{SHORT_ROW, Timing};
+use crate::sys::clock::Ticks;
 
 /// Counts what one thread does.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     registry: Arc<Registry>,
-    /// The thread's block; `None` if the registry has none, which no caller asks for.
-    block: Option<WordRow>,
-    queues: usize,
+    block: Block,
     /// The opcodes that exist.
     known: u64,
-    clock: Clock,
-    /// The histograms that are marked as in use: those of opcodes, and of the first 64 queues.
-    marked: [Cell<u64>; 2],
     /// Requests that wait for the host.
     waiting: Cell<u64>,
-    /// The end of the last request, which is the start of the next one; `None` if requests aren't
-    /// timed.
-    last: Cell<Option<Ticks>>,
+    timing: Timing,
 }
 
-/// A request that is being served.
+/// A request that is being served: when it has begun, if it is timed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RequestStart(Option<Ticks>);
 
@@ -54,6 +44,31 @@ pub(crate) struct Ended {
     pub(crate) written: u64,
 }
 
+/// Requests that are served one after the other.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row {
+    /// How many there are.
+    pub(crate) requests: usize,
+    /// One takes so little time that measuring each would be felt.
+    pub(crate) is_fast: bool,
+}
+
+impl Row {
+    /// Requests that are all timed.
+    pub(crate) const SLOW: Self = Self {
+        requests: 1,
+        is_fast: false,
+    };
+}
+
+impl RequestStart {
+    /// Whether the request is timed.
+    #[cfg(test)]
+    pub(super) fn is_timed(self) -> bool {
+        self.0.is_some()
+    }
+}
+
 impl Registry {
     /// The recorder of a thread: 0 is that of the high-priority queue, the workers follow. There must
     /// be only one of each number at a time, or counts are lost.
@@ -64,62 +79,80 @@ impl Registry {
 
 impl Recorder {
     fn new(registry: Arc<Registry>, thread: usize) -> Self {
-        let layout = registry.layout();
-        let thread = thread.min(layout.threads.saturating_sub(1));
-        let first = layout.header + thread * layout.block;
         let this = Self {
-            block: WordRow::new(registry.words(), first, layout.block),
+            block: registry.block(thread),
             known: registry.known(),
-            clock: registry.clock().clone(),
-            marked: [Cell::new(0), Cell::new(0)],
+            timing: Timing::new(registry.clock().clone()),
             waiting: Cell::new(0),
-            queues: layout.part(Section::QueueLatency).words / ROW,
-            last: Cell::new(None),
             registry,
         };
         // What a thread that was killed had in flight.
-        this.store(Section::Gauges, Gauge::InFlight as usize, 0);
+        this.set_in_flight(0);
         this
     }
 
-    /// Begins a row of requests that are served one after the other.
+    /// The thread serves requests from now on, one after the other.
     #[inline]
-    pub(crate) fn begin_row(&self) {
-        let is_timed = self.registry.is_timed();
-        self.last.set(is_timed.then(|| self.clock.now()));
+    pub(crate) fn begin_row(&self, row: Row) {
+        let is_sampled = row.is_fast && row.requests > SHORT_ROW;
+        self.timing
+            .begin_row(&self.block, self.registry.is_timed(), is_sampled);
+        self.set_in_flight(1);
     }
 
-    /// The thread serves requests now, one after the other, or has served the last one of a row.
+    /// The next request of the row hasn't waited for what was done since the last one.
     #[inline]
-    pub(crate) fn set_serving(&self, serving: bool) {
-        let in_flight = self.waiting.get() + u64::from(serving);
-        self.store(Section::Gauges, Gauge::InFlight as usize, in_flight);
+    pub(crate) fn interrupt_row(&self) {
+        self.timing.interrupt_row();
+    }
+
+    /// The thread has served the last request of a row.
+    #[inline]
+    pub(crate) fn end_row(&self) {
+        self.timing.settle(&self.block, self.waiting.get() != 0);
+        self.set_in_flight(0);
     }
 
     /// A request of the row waits for the host from now on.
     pub(crate) fn begin_wait(&self) {
         self.waiting.set(self.waiting.get() + 1);
         self.count(Count::Deferred, 1);
-        self.set_serving(true);
+        self.set_in_flight(1);
+        self.interrupt_row();
     }
 
     /// A request that has waited has ended.
     pub(crate) fn end_wait(&self) {
         self.waiting.set(self.waiting.get().saturating_sub(1));
-        self.set_serving(false);
+        self.end_row_if_idle();
+    }
+
+    fn end_row_if_idle(&self) {
+        if self.waiting.get() == 0 {
+            self.timing.settle(&self.block, false);
+        }
+        self.set_in_flight(0);
+    }
+
+    /// Besides the requests that wait, so many are being served.
+    #[inline]
+    fn set_in_flight(&self, served: u64) {
+        let in_flight = self.waiting.get() + served;
+        self.block
+            .store(Section::Gauges, Gauge::InFlight as usize, in_flight);
     }
 
     /// A request begins.
     #[inline]
     pub(crate) fn begin(&self) -> RequestStart {
-        RequestStart(self.last.get())
+        RequestStart(self.timing.begin())
     }
 
     /// A request has ended.
     #[inline]
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
         let opcode = self.row_of(ended.opcode);
-        self.add(Section::Requests, opcode, 1);
+        self.block.add(Section::Requests, opcode, 1);
         if ended.read != 0 {
             self.count(Count::BytesRead, ended.read);
         }
@@ -127,55 +160,18 @@ impl Recorder {
             self.count(Count::BytesWritten, ended.written);
         }
         if ended.errno != 0 {
-            self.count_error(opcode, ended.errno);
+            self.block.count_error(opcode, ended.errno);
         }
         if let Some(start) = begun.0 {
-            self.time(start, opcode, usize::from(ended.queue));
+            let queue = usize::from(ended.queue);
+            self.timing.end(&self.block, start, opcode, queue);
         }
-    }
-
-    #[inline]
-    fn time(&self, start: Ticks, opcode: usize, queue: usize) {
-        let now = self.clock.now();
-        self.last.set(Some(now));
-        let nanoseconds = self.clock.nanoseconds(start, now);
-        let bucket = bucket_of(nanoseconds);
-        self.mark(Gauge::Opcodes, opcode);
-        let row = opcode * ROW;
-        self.add(Section::OpcodeLatency, row, nanoseconds);
-        self.add(Section::OpcodeLatency, row + 1 + bucket, 1);
-        if self.queues != 0 {
-            let queue = queue.min(self.queues - 1);
-            self.mark(Gauge::Queues, queue.min(MAX_QUEUES - 1));
-            let row = queue * ROW;
-            self.add(Section::QueueLatency, row, nanoseconds);
-            self.add(Section::QueueLatency, row + 1 + bucket, 1);
-        }
-    }
-
-    /// Counts an error. Once the thread has seen more kinds than there is room for, further ones are
-    /// counted without their errno.
-    #[cold]
-    fn count_error(&self, opcode: usize, errno: u32) {
-        let key = error_key(opcode, errno);
-        let first = usize::try_from(errno).unwrap_or(0).wrapping_mul(31) + opcode * 7;
-        for slot in (first..first + ERRORS).map(|slot| slot % (ERRORS - 1)) {
-            let known = self.load(Section::Errors, 2 * slot);
-            if known == 0 {
-                self.store(Section::Errors, 2 * slot, key);
-            }
-            if known == 0 || known == key {
-                return self.add(Section::Errors, 2 * slot + 1, 1);
-            }
-        }
-        self.store(Section::Errors, 2 * (ERRORS - 1), OTHERS);
-        self.add(Section::Errors, 2 * ERRORS - 1, 1);
     }
 
     /// Adds to a counter.
     #[inline]
     pub(crate) fn count(&self, count: Count, more: u64) {
-        self.add(Section::Counts, count as usize, more);
+        self.block.add(Section::Counts, count as usize, more);
     }
 
     /// So many `chains` were published together, and the guest was `called` for them or not.
@@ -184,7 +180,8 @@ impl Recorder {
         if chains != 0 {
             self.count(Count::Batches, 1);
             self.count(Count::PublishedChains, chains.into());
-            self.add(Section::Batches, power_of(u64::from(chains)), 1);
+            self.block
+                .add(Section::Batches, power_of(u64::from(chains)), 1);
         }
         if called {
             self.count(Count::Calls, 1);
@@ -195,70 +192,29 @@ impl Recorder {
     #[inline]
     pub(crate) fn found(&self, chains: usize) {
         self.count(Count::FoundChains, chains as u64);
-        self.add(Section::Depths, power_of(chains as u64), 1);
+        self.block.add(Section::Depths, power_of(chains as u64), 1);
     }
 
-    /// The time now: the end of the last request, if requests are timed.
+    /// The time now: the end of the last request, if that was timed.
     #[inline]
     pub(crate) fn now(&self) -> Ticks {
-        let last = self.last.get();
-        last.unwrap_or_else(|| self.clock.now())
+        self.timing.now()
     }
 
-    /// The time since then.
+    /// The time between two readings.
     #[inline]
-    pub(crate) fn since(&self, start: Ticks) -> Duration {
-        Duration::from_nanos(self.clock.nanoseconds(start, self.now()))
-    }
-
-    /// Marks a histogram as in use. Reading one that isn't would allocate its memory.
-    #[inline]
-    fn mark(&self, gauge: Gauge, number: usize) {
-        let bit = 1 << (number % 64);
-        let known = &self.marked[usize::from(matches!(gauge, Gauge::Queues))];
-        if number >= 64 || known.get() & bit == 0 {
-            known.set(known.get() | if number < 64 { bit } else { 0 });
-            let at = gauge as usize + number / 64;
-            self.store(Section::Gauges, at, self.load(Section::Gauges, at) | bit);
-        }
+    pub(crate) fn between(&self, earlier: Ticks, later: Ticks) -> Duration {
+        Duration::from_nanos(self.timing.nanoseconds(earlier, later))
     }
 
     /// The row of an opcode: 0 if there is no such opcode.
     #[inline]
     fn row_of(&self, opcode: u32) -> usize {
-        if opcode < u64::BITS && self.known >> opcode & 1 != 0 {
-            opcode as usize
+        let row = opcode as usize;
+        if row < OPCODES && self.known >> row & 1 != 0 {
+            row
         } else {
             0
-        }
-    }
-
-    #[inline]
-    fn word(&self, section: Section, at: usize) -> Option<&AtomicU64> {
-        self.block.as_ref()?.get(offset_of(section) + at)
-    }
-
-    // Relaxed throughout: the counters order nothing, and only this thread writes them.
-    #[inline]
-    fn add(&self, section: Section, at: usize, more: u64) {
-        if let Some(word) = self.word(section, at) {
-            word.store(
-                word.load(Ordering::Relaxed).wrapping_add(more),
-                Ordering::Relaxed,
-            );
-        }
-    }
-
-    #[inline]
-    fn load(&self, section: Section, at: usize) -> u64 {
-        let word = self.word(section, at);
-        word.map_or(0, |word| word.load(Ordering::Relaxed))
-    }
-
-    #[inline]
-    fn store(&self, section: Section, at: usize, value: u64) {
-        if let Some(word) = self.word(section, at) {
-            word.store(value, Ordering::Relaxed);
         }
     }
 }
@@ -266,6 +222,6 @@ impl Recorder {
 /// The bucket of a number of chains: 0, 1, 2–3, 4–7, ….
 #[inline]
 fn power_of(number: u64) -> usize {
-    let bits = usize::try_from(u64::BITS - number.leading_zeros()).unwrap_or(0);
+    let bits = (u64::BITS - number.leading_zeros()) as usize;
     bits.min(POWERS - 1)
 }

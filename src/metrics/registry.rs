@@ -10,9 +10,10 @@ use std::time::{Duration, SystemTime};
 
 use rustix::io::Errno;
 
+use super::block::Block;
 use super::buckets::bucket_of;
 use super::layout::{Layout, OPCODES, PROCESS, Process, Section, Server};
-use super::snapshot::{SessionState, Snapshot, Usage};
+use super::snapshot::{MountUsage, SessionState, Snapshot, Usage};
 use super::sum::Reader;
 use crate::sys::clock::Clock;
 use crate::sys::shared::MappedWords;
@@ -70,6 +71,9 @@ pub(crate) struct Interruption {
 /// Tells how much of the limited resources is in use. Called by whoever reads the counters.
 type ReadUsage = Box<dyn Fn() -> Usage + Send + Sync>;
 
+/// Tells the same of each mount.
+type ReadMounts = Box<dyn Fn() -> Vec<MountUsage> + Send + Sync>;
+
 /// The counters of a server.
 pub struct Registry {
     words: Arc<MappedWords>,
@@ -82,6 +86,7 @@ pub struct Registry {
     always_timed: AtomicBool,
     facts: OnceLock<Facts>,
     usage: OnceLock<ReadUsage>,
+    mounts: OnceLock<ReadMounts>,
     /// The count of evictions when this process began.
     evictions_before: u64,
     session: AtomicU8,
@@ -126,6 +131,7 @@ impl Registry {
             always_timed: AtomicBool::new(false),
             facts: OnceLock::new(),
             usage: OnceLock::new(),
+            mounts: OnceLock::new(),
             evictions_before: 0,
             session: AtomicU8::new(SessionState::Waiting as u8),
             interruption: Mutex::default(),
@@ -169,6 +175,11 @@ impl Registry {
     /// Sets what tells how much of the limited resources is in use, once.
     pub fn set_usage(&self, usage: impl Fn() -> Usage + Send + Sync + 'static) {
         let _ = self.usage.set(Box::new(usage));
+    }
+
+    /// Sets what tells the same of each mount, once.
+    pub fn set_mounts(&self, mounts: impl Fn() -> Vec<MountUsage> + Send + Sync + 'static) {
+        let _ = self.mounts.set(Box::new(mounts));
     }
 
     /// The session is in this state now.
@@ -230,15 +241,15 @@ impl Registry {
         snapshot.timed = self.is_timed();
         snapshot.session = SessionState::of(self.session.load(Ordering::Relaxed));
         snapshot.usage = usage;
+        snapshot.mounts = self.mounts.get().map(|mounts| mounts()).unwrap_or_default();
         snapshot
     }
 
-    pub(super) fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    pub(super) fn words(&self) -> &Arc<MappedWords> {
-        &self.words
+    /// The counters of a thread, or of the last one if there are not so many.
+    pub(super) fn block(&self, thread: usize) -> Block {
+        let thread = thread.min(self.layout.threads.saturating_sub(1));
+        let block = Block::new(&self.words, &self.layout, thread);
+        block.expect("invariant: each layout has a thread, and its words are mapped")
     }
 
     pub(super) fn clock(&self) -> &Clock {

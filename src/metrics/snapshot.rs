@@ -47,6 +47,9 @@ pub struct Snapshot {
     pub guest_faults: GuestFaults,
     /// Limited resources.
     pub usage: Usage,
+    /// The same for each mount, if the share consists of several.
+    #[serde(default)]
+    pub mounts: Vec<MountUsage>,
     /// Restarts and upgrades.
     pub recoveries: Recoveries,
 }
@@ -138,6 +141,56 @@ pub struct Usage {
     pub max_descriptors: Option<u64>,
     /// Descriptors of inodes that were closed because there were too many.
     pub evictions: u64,
+}
+
+/// What one of several file systems uses.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountUsage {
+    /// The path that it is mounted at.
+    pub mount: String,
+    /// What it uses.
+    pub usage: Usage,
+}
+
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    /// What both use together. A file system that doesn't count something adds nothing to that, and
+    /// where one that counts it has no limit, both together have none.
+    fn add(self, other: Self) -> Self {
+        let counts = |one: Option<u64>, other: Option<u64>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.saturating_add(other)),
+            (one, other) => one.or(other),
+        };
+        let limits = |one: [Option<u64>; 2], other: [Option<u64>; 2]| match (one, other) {
+            ([None, _], [_, limit]) | ([_, limit], [None, _]) => limit,
+            ([_, one], [_, other]) => one.zip(other).map(|(one, other)| one.saturating_add(other)),
+        };
+        Self {
+            inodes: counts(self.inodes, other.inodes),
+            max_inodes: limits(
+                [self.inodes, self.max_inodes],
+                [other.inodes, other.max_inodes],
+            ),
+            handles: counts(self.handles, other.handles),
+            max_handles: limits(
+                [self.handles, self.max_handles],
+                [other.handles, other.max_handles],
+            ),
+            descriptors: counts(self.descriptors, other.descriptors),
+            max_descriptors: limits(
+                [self.descriptors, self.max_descriptors],
+                [other.descriptors, other.max_descriptors],
+            ),
+            evictions: self.evictions.saturating_add(other.evictions),
+        }
+    }
+}
+
+impl std::iter::Sum for Usage {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, usage| sum + usage)
+    }
 }
 
 /// Restarts and upgrades.
@@ -293,6 +346,26 @@ impl Snapshot {
 mod tests {
     use super::super::buckets::bucket_of;
     use super::*;
+
+    #[test]
+    fn sum_of_usages_has_no_limit_that_one_of_them_lacks() {
+        let usage = |handles, max_handles| Usage {
+            handles,
+            max_handles,
+            evictions: 1,
+            ..Usage::default()
+        };
+        let limited = usage(Some(3), Some(10));
+        let sum = |other| {
+            let sum = limited + other;
+            assert_eq!((sum.evictions, other + limited), (2, sum));
+            (sum.handles, sum.max_handles)
+        };
+        assert_eq!(sum(usage(Some(4), Some(20))), (Some(7), Some(30)));
+        assert_eq!(sum(usage(Some(4), None)), (Some(7), None));
+        assert_eq!(sum(usage(None, None)), (Some(3), Some(10)));
+        assert_eq!([limited; 3].into_iter().sum::<Usage>().handles, Some(9));
+    }
 
     #[test]
     fn quantiles_are_within_a_quarter() {

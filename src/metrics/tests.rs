@@ -4,7 +4,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Count, Ended, Interruption, Process, Registry, Server, Shape, SharedFile, Snapshot};
+use super::{
+    Count, Ended, Interruption, Process, Recorder, Registry, Row, Server, Shape, SharedFile,
+    Snapshot,
+};
 
 fn operation(number: u32) -> Option<String> {
     let names = [(3, "getattr"), (15, "read"), (16, "write")];
@@ -43,12 +46,11 @@ fn interrupt(metrics: &Registry, process: Process, pause: Duration) {
 /// Serves one request on a thread, and returns the recorder's snapshot.
 fn serve(metrics: &Arc<Registry>, thread: usize, ended: Ended) {
     let recorder = metrics.recorder(thread);
-    recorder.begin_row();
-    recorder.set_serving(true);
+    recorder.begin_row(Row::SLOW);
     let begun = recorder.begin();
     assert_eq!(metrics.snapshot().in_flight, 1);
     recorder.end(begun, &ended);
-    recorder.set_serving(false);
+    recorder.end_row();
 }
 
 fn read(queue: u16) -> Ended {
@@ -152,15 +154,152 @@ fn durations_are_measured_only_on_request() {
     assert_eq!(queues, [(2, 2)]);
 }
 
+/// A long row of requests that take little time.
+const LONG: Row = Row {
+    requests: 64,
+    is_fast: true,
+};
+
+/// Serves requests of these opcodes one after the other, and returns how many were timed.
+fn serve_row(recorder: &Recorder, row: Row, opcodes: impl IntoIterator<Item = u32>) -> usize {
+    recorder.begin_row(row);
+    let mut timed = 0;
+    for opcode in opcodes {
+        let begun = recorder.begin();
+        timed += usize::from(begun.is_timed());
+        let ended = Ended {
+            opcode,
+            queue: 1,
+            ..Ended::default()
+        };
+        recorder.end(begun, &ended);
+    }
+    recorder.end_row();
+    timed
+}
+
+#[test]
+fn each_request_of_a_short_or_slow_row_is_timed() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    let recorder = metrics.recorder(1);
+    let row = |requests, is_fast| Row { requests, is_fast };
+    for (row, count) in [(row(4, true), 4), (row(64, false), 64)] {
+        assert_eq!(serve_row(&recorder, row, vec![15; count]), count);
+    }
+    assert_eq!(metrics.snapshot().latency().count(), 68);
+}
+
+#[test]
+fn part_of_a_long_row_is_timed_and_stands_for_all() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    let recorder = metrics.recorder(1);
+    let (mut timed, mut before) = (0, metrics.snapshot());
+    for row in 1..=1000 {
+        // Two of three are GETATTR.
+        timed += serve_row(&recorder, LONG, (0..60).map(|n| [3, 15, 3][n % 3]));
+        let snapshot = metrics.snapshot();
+        for stats in &snapshot.operations {
+            let counted = stats.latency.count();
+            let earlier = before.operation(&stats.operation);
+            let earlier = earlier.map_or(0, |earlier| earlier.latency.count());
+            assert!(
+                counted >= earlier && counted <= stats.requests,
+                "{row}: {stats:?}"
+            );
+            // Until one of its requests was timed, nothing is known of an operation.
+            assert!(counted == stats.requests || counted == 0, "{stats:?}");
+        }
+        before = snapshot;
+    }
+    assert_eq!(before.operation("getattr").unwrap().latency.count(), 40_000);
+    assert_eq!(before.operation("read").unwrap().latency.count(), 20_000);
+    assert_eq!(before.queues[0].latency, before.latency());
+    // One in eight: six standard deviations are less than 500.
+    assert!((7_000..8_000).contains(&timed), "{timed}");
+}
+
+#[test]
+fn durations_of_a_sample_are_those_of_all_requests() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    let recorder = metrics.recorder(1);
+    // Where in a row a request is, and how long those beside it take, makes no difference.
+    let is_slow = |at: usize| at.is_multiple_of(10);
+    for _ in 0..400 {
+        recorder.begin_row(LONG);
+        for at in 0..60 {
+            let begun = recorder.begin();
+            if is_slow(at) {
+                let start = std::time::Instant::now();
+                while start.elapsed() < Duration::from_micros(20) {}
+            }
+            recorder.end(
+                begun,
+                &Ended {
+                    opcode: 3,
+                    queue: 1,
+                    ..Ended::default()
+                },
+            );
+        }
+        recorder.end_row();
+    }
+    let latency = metrics.snapshot().latency();
+    assert_eq!(latency.count(), 24_000);
+    let slow: u64 = (0..)
+        .zip(&latency.buckets)
+        .filter(|(bucket, _)| *bucket >= super::buckets::bucket_of(20_000))
+        .map(|it| it.1)
+        .sum();
+    // 2,400 requests are slow; 300 of them are timed, and a sixth is three standard deviations.
+    assert!((1_900..3_000).contains(&slow), "{slow}");
+}
+
+#[test]
+fn request_that_waits_is_counted_when_it_has_ended() {
+    let metrics = registry();
+    metrics.set_timed(true);
+    let recorder = metrics.recorder(1);
+    serve_row(&recorder, LONG, [15; 64]);
+    recorder.begin_row(LONG);
+    let waiting: Vec<_> = (0..32).map(|_| recorder.begin()).collect();
+    waiting.iter().for_each(|_| recorder.begin_wait());
+    recorder.end_row();
+    for begun in waiting {
+        recorder.end(begun, &read(1));
+        recorder.end_wait();
+    }
+    let snapshot = metrics.snapshot();
+    assert_eq!((snapshot.requests(), snapshot.latency().count()), (96, 96));
+    assert_eq!(snapshot.in_flight, 0);
+}
+
+#[test]
+fn requests_that_end_while_nothing_is_timed_are_never_counted_as_timed() {
+    let metrics = registry();
+    let recorder = metrics.recorder(1);
+    for counted in [64, 128] {
+        metrics.set_timed(true);
+        serve_row(&recorder, LONG, [15; 64]);
+        metrics.set_timed(false);
+        serve_row(&recorder, LONG, [15; 64]);
+        let snapshot = metrics.snapshot();
+        let latency = snapshot.latency().count();
+        assert_eq!((snapshot.requests(), latency), (counted * 2, counted));
+    }
+}
+
 #[test]
 fn requests_that_wait_are_in_flight_besides_the_one_that_is_served() {
     let metrics = registry();
     let recorder = metrics.recorder(1);
-    recorder.set_serving(true);
+    recorder.begin_row(Row::SLOW);
     recorder.begin_wait();
     recorder.begin_wait();
     assert_eq!(metrics.snapshot().in_flight, 3);
-    recorder.set_serving(false);
+    recorder.end_row();
     assert_eq!(metrics.snapshot().in_flight, 2);
     recorder.end_wait();
     recorder.end_wait();
@@ -183,7 +322,7 @@ fn what_is_always_timed_stays_so() {
 fn request_that_began_untimed_stays_untimed() {
     let metrics = registry();
     let recorder = metrics.recorder(1);
-    recorder.begin_row();
+    recorder.begin_row(Row::SLOW);
     let begun = recorder.begin();
     metrics.set_timed(true);
     recorder.end(begun, &read(1));

@@ -14,7 +14,7 @@ use prometheus_client::registry::{self, Unit};
 
 use super::buckets::end_of;
 use super::errno::name_of;
-use super::snapshot::{Histogram, SessionState, Snapshot};
+use super::snapshot::{Histogram, SessionState, Snapshot, Usage};
 
 /// The media type of the text.
 pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -23,6 +23,16 @@ pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0
 const REQUESTS: std::ops::RangeInclusive<u32> = 10..=34;
 /// Pauses of the service, from 1 ms to 17 s.
 const PAUSES: std::ops::RangeInclusive<u32> = 20..=34;
+
+impl Snapshot {
+    /// The counters as [OpenMetrics] text, as `--metrics` serves it.
+    ///
+    /// [OpenMetrics]: https://prometheus.io/docs/specs/om/open_metrics_spec/
+    #[must_use]
+    pub fn to_open_metrics(&self) -> String {
+        text_of(self.clone())
+    }
+}
 
 /// The text of a snapshot.
 pub(super) fn text_of(snapshot: Snapshot) -> String {
@@ -34,6 +44,41 @@ pub(super) fn text_of(snapshot: Snapshot) -> String {
     let _ = encode(&mut text, &registry);
     text
 }
+
+/// A limited resource: its name, its help, and how much is in use, or its limit.
+type UsageGauge = (&'static str, &'static str, fn(&Usage) -> Option<u64>);
+
+/// What is known of limited resources.
+const GAUGES: [UsageGauge; 6] = [
+    ("inodes", "Inodes that the guest knows", |usage| {
+        usage.inodes
+    }),
+    (
+        "inodes_limit",
+        "The most inodes that the guest may know",
+        |usage| usage.max_inodes,
+    ),
+    (
+        "handles",
+        "Files, directories and locks that the guest has open",
+        |usage| usage.handles,
+    ),
+    (
+        "handles_limit",
+        "The most that the guest may have open",
+        |usage| usage.max_handles,
+    ),
+    (
+        "descriptors",
+        "Descriptors that are open for the guest",
+        |usage| usage.descriptors,
+    ),
+    (
+        "descriptors_limit",
+        "The most descriptors that may be open for the guest",
+        |usage| usage.max_descriptors,
+    ),
+];
 
 #[derive(Debug)]
 struct Exposition(Snapshot);
@@ -79,6 +124,18 @@ impl Writer<'_> {
     fn gauge(&mut self, name: &str, unit: Option<&Unit>, help: &str, value: u64) -> fmt::Result {
         self.family(MetricType::Gauge, name, unit, help, |metric| {
             metric.encode_gauge(&value)
+        })
+    }
+
+    /// A value of each mount.
+    fn by_mount(&mut self, name: &str, help: &str, values: Vec<(&str, u64)>) -> fmt::Result {
+        self.family(MetricType::Gauge, name, None, help, |metric| {
+            for (mount, value) in values {
+                metric
+                    .encode_family(&[("mount", mount)])?
+                    .encode_gauge(&value)?;
+            }
+            Ok(())
         })
     }
 
@@ -266,37 +323,18 @@ impl Exposition {
 
     fn usage(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let usage = &self.0.usage;
-        let gauges = [
-            ("inodes", "Inodes that the guest knows", usage.inodes),
-            (
-                "inodes_limit",
-                "The most inodes that the guest may know",
-                usage.max_inodes,
-            ),
-            (
-                "handles",
-                "Files, directories and locks that the guest has open",
-                usage.handles,
-            ),
-            (
-                "handles_limit",
-                "The most that the guest may have open",
-                usage.max_handles,
-            ),
-            (
-                "descriptors",
-                "Descriptors that are open for the guest",
-                usage.descriptors,
-            ),
-            (
-                "descriptors_limit",
-                "The most descriptors that may be open for the guest",
-                usage.max_descriptors,
-            ),
-        ];
-        for (name, help, value) in gauges {
-            if let Some(value) = value {
+        for (name, help, value) in GAUGES {
+            if let Some(value) = value(usage) {
                 writer.gauge(name, None, help, value)?;
+            }
+        }
+        for (name, help, value) in GAUGES {
+            let mounts = self.0.mounts.iter();
+            let known: Vec<_> = mounts
+                .filter_map(|it| Some((&*it.mount, value(&it.usage)?)))
+                .collect();
+            if !known.is_empty() {
+                writer.by_mount(&format!("mount_{name}"), help, known)?;
             }
         }
         let evictions = "Descriptors of inodes that were closed because there were too many";

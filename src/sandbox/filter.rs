@@ -88,6 +88,9 @@ const REQUESTS: &[u64] = &[
     libc::FIONREAD,
 ];
 
+/// The flag of `open_tree` that makes a copy of a mount (uapi `linux/mount.h`).
+const OPEN_TREE_CLONE: u64 = 1;
+
 /// PR_GET_AUXV (uapi `linux/prctl.h`): the vector that contains the page size.
 const GET_AUXV: u64 = 0x4155_5856;
 
@@ -123,6 +126,8 @@ const CONDITIONS: &[(libc::c_long, u8, Condition)] = &[
         2,
         Condition::Bits(bits(libc::PROT_EXEC), 0),
     ),
+    // Open a file without its content, and make no copy of a mount.
+    (libc::SYS_open_tree, 2, Condition::Bits(OPEN_TREE_CLONE, 0)),
     (libc::SYS_prctl, 0, Condition::OneOf(PROPERTIES)),
     (libc::SYS_ioctl, 1, Condition::OneOf(REQUESTS)),
 ];

@@ -510,8 +510,9 @@ pub(crate) fn release_signals() -> std::io::Result<()> {
     Ok(process::unblock_signals()?)
 }
 
-/// Releases the memory of the program's code once the start is over, most of which isn't needed
-/// again.
+/// Releases the memory that the start has taken and that isn't needed again: most of the program's
+/// code, and what was allocated and freed, such as options and their help.
 pub(crate) fn forget_set_up() {
     crate::sys::text_pages::release();
+    crate::sys::heap::release();
 }

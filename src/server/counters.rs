@@ -57,8 +57,9 @@ pub(super) fn open(
 
 /// Lets the counters tell how much of its resources `fs` uses.
 pub(super) fn watch(metrics: &Registry, fs: &Arc<dyn FileSystem>) {
-    let fs = Arc::clone(fs);
-    metrics.set_usage(move || fs.usage());
+    let (all, each) = (Arc::clone(fs), Arc::clone(fs));
+    metrics.set_usage(move || all.usage());
+    metrics.set_mounts(move || each.usage_by_mount());
 }
 
 fn shape(config: &Config) -> Shape {

@@ -256,8 +256,6 @@ impl Server {
         }
         let stop = Stop { asked: stop, leave };
         self.start_control()?;
-        // The last step before it serves: what runs after this stays in memory.
-        sandbox::forget_set_up();
         if let Some(session) = left
             && let Some(exit) = self.service.resume(session, stop)?
         {
@@ -270,18 +268,23 @@ impl Server {
     /// has left.
     fn prepare(&mut self) -> Result<Option<SessionSnapshot>, ServerError> {
         limits::save();
-        self.filter.install()?;
         // The next server needs both if this process is killed, and closing the guest's files may
-        // take the kernel seconds.
+        // take the kernel seconds. Not beside other threads: the kernel waits for all processors
+        // before it gives several threads a larger table of descriptors.
         self.listener.close_first();
         if self.service.keeps() {
             self.service.table().close_first();
         }
-        let left = self.left.take();
-        if left.is_none() && self.first {
-            self.service.start_first_workers()?;
+        // They prepare themselves meanwhile. The filter applies to all threads.
+        let workers = match self.left.is_none() && self.first {
+            true => Some(self.service.begin_first_workers()?),
+            false => None,
+        };
+        self.filter.install()?;
+        if let Some(workers) = workers {
+            self.service.finish_first_workers(workers)?;
         }
-        Ok(left)
+        Ok(self.left.take())
     }
 
     /// Starts the thread that serves the control socket and reports, if there is anything for it to

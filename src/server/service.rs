@@ -27,7 +27,7 @@ use crate::sandbox::{self, Serving};
 use crate::state::{Limits, Table};
 use crate::vhost_user::{self, End, Listener, Runner, SessionError, SessionSnapshot, Stop, Woken};
 use crate::virtqueue::{Queue, QueueIndex};
-use crate::worker::{Pings, ThreadsError, WorkerPool, WorkerPoolError};
+use crate::worker::{Pings, StartingPool, ThreadsError, WorkerPool, WorkerPoolError};
 
 /// How a server's run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,6 +266,11 @@ impl Service {
 
     /// Waits for the next VMM to connect.
     fn wait_for_vmm(&self, listener: &Listener, stop: Stop<'_>) -> io::Result<Woken> {
+        // Not while a VMM waits: its session does so later.
+        let now = Some(Instant::now());
+        if vhost_user::wait_readable(listener, stop.asked, now)? == Woken::Time {
+            sandbox::forget_set_up();
+        }
         loop {
             let time = self.heartbeat.map(|interval| Instant::now() + interval);
             match vhost_user::wait_readable(listener, stop.asked, time)? {
@@ -296,20 +301,33 @@ impl Service {
         }
     }
 
-    /// Starts the workers of the first session before a VMM has connected: it needn't wait for them
-    /// then, and if the host has no threads for them, the error still reaches the launcher.
-    pub(super) fn start_first_workers(&mut self) -> Result<(), ServerError> {
-        let session = Arc::new(self.new_session());
+    /// Creates the workers of the first session before a VMM has connected: it needn't wait for them
+    /// then, and if the host has no threads for them, the error still reaches the launcher. They
+    /// prepare themselves until [`finish_first_workers`](Self::finish_first_workers) waits for them.
+    pub(super) fn begin_first_workers(&self) -> Result<StartingWorkers, ServerError> {
         let ServiceOptions { workers, poll, .. } = self.options;
-        let start = |engine| {
-            WorkerPool::start_limited(Arc::clone(&session), workers, engine, poll, &self.limits)
-        };
-        let pool = match start(self.runtime.engine) {
+        let session = Arc::new(self.new_session());
+        let engine = self.runtime.engine;
+        Ok(WorkerPool::begin(
+            session,
+            workers,
+            engine,
+            poll,
+            &self.limits,
+        )?)
+    }
+
+    /// Waits for the workers of the first session.
+    pub(super) fn finish_first_workers(
+        &mut self,
+        starting: StartingWorkers,
+    ) -> Result<(), ServerError> {
+        let pool = match starting.finish() {
             Err(WorkerPoolError::Threads(error)) if self.may_change_engine(&error) => {
                 self.metrics.count(Server::EngineFallbacks);
                 log::warn!("runtime tokio: {}", explain(&error));
                 self.runtime.engine = Engine::ThreadPool;
-                start(Engine::ThreadPool)
+                self.begin_first_workers()?.finish()
             }
             started => started,
         };
@@ -395,6 +413,7 @@ impl Service {
             serving: &self.serving,
             heartbeat: self.heartbeat.map(Heartbeat::new),
             has_taken_over: false,
+            has_run: false,
             reporter: self.reporter.as_ref(),
             metrics: &self.metrics,
         };
@@ -445,6 +464,9 @@ impl Service {
 /// The workers of a session of any file system.
 type Workers = WorkerPool<dyn FileSystem>;
 
+/// The same while they prepare themselves.
+pub(super) type StartingWorkers = StartingPool<dyn FileSystem>;
+
 /// The workers of a session, as its vhost-user side sees them.
 struct SessionWorkers<'a> {
     fs: &'a dyn FileSystem,
@@ -454,6 +476,8 @@ struct SessionWorkers<'a> {
     metrics: &'a Registry,
     /// The connection has started a queue, or has decided what happens to the guest's state.
     has_taken_over: bool,
+    /// The connection has started a queue.
+    has_run: bool,
     reporter: Option<&'a Reporter>,
 }
 
@@ -495,6 +519,10 @@ impl Runner for SessionWorkers<'_> {
         // The guest may continue here after a migration that failed.
         self.pool.session().reacquire();
         self.pool.run(queue, kick)?;
+        if !self.has_run {
+            self.has_run = true;
+            sandbox::forget_set_up();
+        }
         self.has_taken_over = true;
         Ok(())
     }

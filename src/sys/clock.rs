@@ -4,6 +4,7 @@
 //! directly, which costs half as much as `clock_gettime(2)`. The invariant: readings of all threads
 //! are on one scale, and differences are nanoseconds once they are converted.
 
+use std::num::NonZeroU64;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,23 @@ const CALIBRATION: Duration = Duration::from_micros(200);
 /// How far apart two readings that stand for one moment may be, in nanoseconds.
 const MAX_APART: u64 = 1000;
 
-/// A reading of a [`Clock`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Ticks(u64);
+/// A reading of a [`Clock`], whose scale begins at 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticks(NonZeroU64);
+
+impl Ticks {
+    #[inline]
+    fn new(count: u64) -> Self {
+        Self(NonZeroU64::new(count).unwrap_or(NonZeroU64::MIN))
+    }
+
+    /// Ticks from `earlier` to this reading. A thread may be moved to a processor whose counter is a
+    /// few ticks behind, so the difference is 0 then.
+    #[inline]
+    fn since(self, earlier: Self) -> u64 {
+        self.0.get().saturating_sub(earlier.0.get())
+    }
+}
 
 /// A clock. Its frequency is measured when it is first converted.
 #[derive(Clone, Debug)]
@@ -42,7 +57,7 @@ impl Clock {
         let mut this = Self {
             counter,
             start: Instant::now(),
-            first: Ticks(0),
+            first: Ticks::new(0),
             scale: OnceLock::new(),
         };
         // The thread may be preempted between the two readings, so they are repeated.
@@ -60,9 +75,9 @@ impl Clock {
     pub(crate) fn now(&self) -> Ticks {
         #[cfg(target_arch = "x86_64")]
         if self.counter {
-            return Ticks(time_stamp());
+            return Ticks::new(time_stamp());
         }
-        Ticks(self.since_start())
+        Ticks::new(self.since_start())
     }
 
     /// Measures the frequency, unless that has been done, so that no conversion has to wait for it.
@@ -73,8 +88,7 @@ impl Clock {
     /// Nanoseconds from `earlier` to `later`; 0 if they are the other way round.
     #[inline]
     pub(crate) fn nanoseconds(&self, earlier: Ticks, later: Ticks) -> u64 {
-        // A thread may be moved to a processor whose counter is a few ticks behind.
-        let ticks = later.0.saturating_sub(earlier.0);
+        let ticks = later.since(earlier);
         if !self.counter {
             return ticks;
         }
@@ -98,7 +112,7 @@ impl Clock {
             let apart = self.since_start() - before;
             // Preempted long ago, it matters no more.
             if before >= least && apart < MAX_APART.max(before / 1000) {
-                let ticks = u128::from(now.0.saturating_sub(self.first.0).max(1));
+                let ticks = u128::from(now.since(self.first).max(1));
                 let scale = (u128::from(before) << 32) / ticks;
                 return u64::try_from(scale).unwrap_or(u64::MAX).max(1);
             }

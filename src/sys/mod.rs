@@ -16,6 +16,7 @@ pub(crate) mod fd_slot;
 pub(crate) mod file;
 pub(crate) mod file_handle;
 pub(crate) mod group;
+pub(crate) mod heap;
 pub(crate) mod inherit;
 pub(crate) mod inode_flags;
 pub(crate) mod landlock;

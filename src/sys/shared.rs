@@ -121,6 +121,32 @@ impl MappedWords {
     }
 }
 
+/// A known number of words in a row of a mapping, which stays mapped as long as this lives.
+#[derive(Debug)]
+pub(crate) struct WordArray<const N: usize> {
+    start: NonNull<[AtomicU64; N]>,
+    _words: Arc<MappedWords>,
+}
+
+impl<const N: usize> WordArray<N> {
+    /// The words from `first` on; `None` if they reach beyond the end.
+    pub(crate) fn new(words: &Arc<MappedWords>, first: usize) -> Option<Self> {
+        let row: &[AtomicU64; N] = words.get_some(first, N)?.try_into().ok()?;
+        Some(Self {
+            start: NonNull::from(row),
+            _words: Arc::clone(words),
+        })
+    }
+
+    /// The words.
+    #[inline]
+    pub(crate) fn words(&self) -> &[AtomicU64; N] {
+        // SAFETY: the words are part of the mapping, which this keeps, and are accessed by atomic
+        // words alone.
+        unsafe { self.start.as_ref() }
+    }
+}
+
 /// Words in a row of a mapping, which stays mapped as long as this lives.
 #[derive(Debug)]
 pub(crate) struct WordRow {
@@ -199,10 +225,14 @@ mod tests {
         let all = Arc::new(words(1024));
         assert!(WordRow::new(&all, 1000, 25).is_none());
         let row = WordRow::new(&all, 1000, 24).unwrap();
+        assert!(WordArray::<25>::new(&all, 1000).is_none());
+        let array = WordArray::<24>::new(&all, 1000).unwrap();
         all.get(1023).unwrap().store(3, Ordering::Relaxed);
         drop(all);
         assert_eq!(row.get(23).unwrap().load(Ordering::Relaxed), 3);
         assert!(row.get(24).is_none());
+        drop(row);
+        assert_eq!(array.words()[23].load(Ordering::Relaxed), 3);
     }
 
     #[test]

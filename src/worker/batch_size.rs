@@ -21,6 +21,10 @@ const FRACTION: usize = 4;
 /// A chain that takes longer is slow: the guest processes the reply and falls asleep meanwhile.
 const SLOW: Duration = Duration::from_micros(8);
 
+/// A chain that takes less is fast: reading the clock for each would take a hundredth of the time or
+/// more.
+const FAST: Duration = Duration::from_micros(3);
+
 /// The batches of one queue.
 #[derive(Debug, Default)]
 pub(super) struct BatchSize {
@@ -45,6 +49,11 @@ impl BatchSize {
         self.next(waiting);
     }
 
+    /// Whether it is known that chains take little time.
+    pub(super) fn is_fast(&self) -> bool {
+        self.chain_time != Duration::ZERO && self.chain_time < FAST
+    }
+
     /// Counts one served chain. Returns whether to publish now. `waiting` returns how many chains
     /// are still on the ring.
     pub(super) fn served(&mut self, waiting: impl FnOnce() -> usize, clock: &Recorder) -> bool {
@@ -57,8 +66,9 @@ impl BatchSize {
             // The drain ends and publishes then, or continues with chains that arrive right now.
             return false;
         }
-        if let Some(started) = self.started.replace(clock.now()) {
-            self.learn(clock.since(started));
+        let now = clock.now();
+        if let Some(started) = self.started.replace(now) {
+            self.learn(clock.between(started, now));
         }
         self.next(waiting);
         true

@@ -30,7 +30,7 @@ use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
 use crate::limits::{Buckets, Clock};
-use crate::metrics::{Count, Recorder};
+use crate::metrics::{Count, Recorder, Row};
 use crate::scheduler::{Placement, Receiver, Sender};
 use crate::virtqueue::{BadChain, Chain, Queue, QueueIndex, UsedRing};
 
@@ -494,9 +494,13 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut popped = offloaded;
         self.waited.set(false);
         self.recorder.found(waiting);
-        self.recorder.begin_row();
-        self.recorder.set_serving(true);
-        self.queues[at].batch_size.begin(waiting, &self.recorder);
+        let batch_size = &mut self.queues[at].batch_size;
+        self.recorder.begin_row(Row {
+            requests: waiting,
+            // What is held back ends in another row.
+            is_fast: self.limiter.is_none() && batch_size.is_fast(),
+        });
+        batch_size.begin(waiting, &self.recorder);
         let mut next = self.pop(at, &mut popped);
         while let Some(chain) = next {
             // One chain ahead: its request is loaded while this one is served.
@@ -511,11 +515,11 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             let left = || usize::from(queue.waiting()) + usize::from(next.is_some());
             // The next request doesn't begin before the guest was called.
             if batch_size.served(left, &self.recorder) && self.publish(&used) {
-                self.recorder.begin_row();
+                self.recorder.interrupt_row();
             }
         }
         self.publish(&used);
-        self.recorder.set_serving(false);
+        self.recorder.end_row();
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
     }
@@ -561,8 +565,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let mut next = Some(first);
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
-        self.recorder.begin_row();
-        self.recorder.set_serving(true);
+        self.recorder.begin_row(Row::SLOW);
         while let Some(chain) = next.take() {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
@@ -584,7 +587,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                     .and_then(|backlog| backlog.receiver.try_recv());
             }
         }
-        self.recorder.set_serving(false);
+        self.recorder.end_row();
         self.recorder.count(Count::Stolen, served);
         if let Some(used) = last {
             self.publish(&used);
@@ -631,7 +634,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves requests that were held back until now, a batch of them.
     fn serve_due(&mut self) {
         let mut last = None;
-        self.recorder.begin_row();
+        self.recorder.begin_row(Row::SLOW);
         for _ in 0..MAX_DRAIN {
             let due = self.limiter.as_mut().and_then(|limiter| limiter.pop_due());
             let Some(request) = due else {
@@ -639,6 +642,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             };
             self.serve_next(request, &mut last);
         }
+        self.recorder.end_row();
         if let Some(used) = last {
             self.publish(&used);
         }
@@ -677,8 +681,6 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
                 self.recorder.begin_wait();
-                // The next request hasn't waited for what this one did so far.
-                self.recorder.begin_row();
                 let guard = self.completions.begin(Arc::clone(used));
                 spawn(async move {
                     request.await;

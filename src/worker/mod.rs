@@ -22,4 +22,5 @@ pub(crate) use observer::{Observer, ThreadReport};
 pub(crate) use queue_report::QueueReport;
 pub use threads::{Threads, ThreadsError, Worker};
 pub(crate) use worker_pool::Pings;
+pub(crate) use worker_pool::StartingPool;
 pub use worker_pool::{WorkerPool, WorkerPoolError};

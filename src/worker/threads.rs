@@ -101,11 +101,27 @@ impl Threads {
         B: Fn(Worker) -> F + Clone + Send + 'static,
         F: Future<Output = ()> + 'static,
     {
-        let mut pool = Self {
-            threads: Vec::with_capacity(workers.get()),
+        Self::begin(name, workers, engine, body)?.finish()
+    }
+
+    /// Creates threads as [`start_named`](Self::start_named) does, and doesn't wait for them: each
+    /// sets up its runtime meanwhile.
+    pub(super) fn begin<B, F>(
+        name: &str,
+        workers: NonZeroUsize,
+        engine: Engine,
+        body: B,
+    ) -> Result<StartingThreads, ThreadsError>
+    where
+        B: Fn(Worker) -> F + Clone + Send + 'static,
+        F: Future<Output = ()> + 'static,
+    {
+        let mut starting = StartingThreads {
+            gates: Vec::with_capacity(workers.get()),
+            threads: Self {
+                threads: Vec::with_capacity(workers.get()),
+            },
         };
-        // On an error this is dropped before `pool`, which ends the waiting threads.
-        let mut gates = Vec::with_capacity(workers.get());
         for id in (0..workers.get()).map(WorkerId) {
             let (ready, is_ready) = mpsc::channel();
             let (gate, is_open) = mpsc::channel();
@@ -121,7 +137,7 @@ impl Threads {
                     let runtime = match Runtime::new(engine) {
                         Ok(runtime) => runtime,
                         Err(e) => {
-                            // `start_named` waits for this.
+                            // `finish` waits for this.
                             let _ = ready.send(Err(e));
                             return;
                         }
@@ -132,22 +148,10 @@ impl Threads {
                     }
                 })
                 .map_err(|source| ThreadsError::Spawn { worker: id, source })?;
-            pool.threads.push(thread);
-            gates.push((id, is_ready, gate));
+            starting.threads.threads.push(thread);
+            starting.gates.push(Gate { id, is_ready, gate });
         }
-        for (id, is_ready, _) in &gates {
-            let id = *id;
-            match is_ready.recv() {
-                Ok(Ok(())) => {}
-                Ok(Err(source)) => return Err(ThreadsError::Runtime { worker: id, source }),
-                Err(mpsc::RecvError) => return Err(ThreadsError::Panicked(vec![id])),
-            }
-        }
-        for (_, _, gate) in gates {
-            // If the worker has ended already, joining it reports that.
-            let _ = gate.send(());
-        }
-        Ok(pool)
+        Ok(starting)
     }
 
     /// Returns the number of workers.
@@ -178,6 +182,45 @@ impl Threads {
             }
         }
         panicked
+    }
+}
+
+/// Threads that set up their runtimes. They end if this is dropped.
+#[derive(Debug)]
+pub(super) struct StartingThreads {
+    // Dropped before `threads`, which waits for the threads: they end when their gates do.
+    gates: Vec<Gate>,
+    threads: Threads,
+}
+
+/// What a thread waits for before its body is called.
+#[derive(Debug)]
+struct Gate {
+    id: WorkerId,
+    is_ready: mpsc::Receiver<Result<(), RuntimeError>>,
+    gate: mpsc::Sender<()>,
+}
+
+impl StartingThreads {
+    /// Waits for all runtimes, and then lets each thread call its body.
+    pub(super) fn finish(self) -> Result<Threads, ThreadsError> {
+        let Self { gates, threads } = self;
+        for Gate { id, is_ready, .. } in &gates {
+            let id = *id;
+            let error = match is_ready.recv() {
+                Ok(Ok(())) => continue,
+                Ok(Err(source)) => ThreadsError::Runtime { worker: id, source },
+                Err(mpsc::RecvError) => ThreadsError::Panicked(vec![id]),
+            };
+            // `threads` waits for the other threads, which wait for these.
+            drop(gates);
+            return Err(error);
+        }
+        for Gate { gate, .. } in gates {
+            // If the worker has ended already, joining it reports that.
+            let _ = gate.send(());
+        }
+        Ok(threads)
     }
 }
 

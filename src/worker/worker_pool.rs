@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 
 use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
 use super::observer::Observer;
-use super::threads::{Threads, ThreadsError};
+use super::threads::{StartingThreads, Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session, opcode_name};
 use crate::io::Engine;
@@ -60,7 +60,6 @@ pub struct WorkerPool<F: ?Sized> {
     /// workers.
     commands: Vec<UnboundedSender<Command>>,
     pools: Vec<Threads>,
-    metrics: Arc<Registry>,
 }
 
 impl<F: FileSystem + ?Sized> WorkerPool<F> {
@@ -91,6 +90,22 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         poll: Duration,
         limits: &Arc<Limits>,
     ) -> Result<Self, WorkerPoolError> {
+        Self::begin(session, workers, engine, poll, limits)?.finish()
+    }
+
+    /// Creates the threads as [`start_limited`](Self::start_limited) does, and doesn't wait for
+    /// them: they prepare themselves meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a thread can't be created.
+    pub(crate) fn begin(
+        session: Arc<Session<F>>,
+        workers: NonZeroUsize,
+        engine: Engine,
+        poll: Duration,
+        limits: &Arc<Limits>,
+    ) -> Result<StartingPool<F>, WorkerPoolError> {
         let placement = Placement::new(workers);
         let metrics = match session.metrics() {
             Some(metrics) => Arc::clone(metrics),
@@ -100,15 +115,16 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
                 operation: opcode_name,
             })?,
         };
-        let mut pool = Self {
-            session,
-            metrics,
-            placement,
+        let mut starting = StartingPool {
+            groups: Vec::new(),
             commands: Vec::new(),
-            pools: Vec::new(),
+            session,
+            placement,
+            limits: Arc::clone(limits),
+            metrics,
         };
         // FORGET and INTERRUPT never wait for I/O, so this thread needs no io_uring.
-        pool.spawn(
+        starting.spawn(
             HIGH_PRIORITY,
             NonZeroUsize::MIN,
             Engine::ThreadPool,
@@ -118,77 +134,14 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         let (sender, receiver) = channel();
         let single = workers == NonZeroUsize::MIN;
         let policy = IdlePolicy::BusyPoll(poll);
-        pool.spawn(WORKER, workers, engine, policy, move || {
+        starting.spawn(WORKER, workers, engine, policy, move || {
             (!single).then(|| Backlog {
                 placement,
                 sender: sender.clone(),
                 receiver: receiver.clone(),
             })
         })?;
-        let threads: Arc<[_]> = (pool.commands.iter())
-            .map(UnboundedSender::downgrade)
-            .collect();
-        let watched = WeakThreads(Arc::clone(&threads));
-        let clock = limits.clock();
-        limits.watch(move |buckets| {
-            watched.send(|| Command::Limit {
-                buckets: buckets.clone(),
-                clock,
-            })
-        });
-        pool.session.set_queues(Box::new(QueueThreads {
-            threads: WeakThreads(threads),
-            limits: Arc::clone(limits),
-        }));
-        Ok(pool)
-    }
-
-    /// Starts `count` threads and waits until they are ready.
-    fn spawn(
-        &mut self,
-        name: &str,
-        count: NonZeroUsize,
-        engine: Engine,
-        policy: IdlePolicy,
-        backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
-    ) -> Result<(), WorkerPoolError> {
-        let (senders, receivers): (Vec<_>, Vec<_>) =
-            (0..count.get()).map(|_| unbounded_channel()).unzip();
-        let receivers: Vec<_> = receivers.into_iter().map(Some).collect();
-        let receivers = Arc::new(Mutex::new(receivers));
-        let (session, metrics) = (Arc::clone(&self.session), Arc::clone(&self.metrics));
-        // The threads of the first call have the first numbers.
-        let first = self.commands.len();
-        let (ready, is_ready) = mpsc::channel();
-        let pool = Threads::start_named(name, count, engine, move |worker| {
-            let commands = receivers
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_mut(worker.id.0)
-                .and_then(Option::take);
-            let prepared = session.file_system().prepare_thread();
-            let is_prepared = prepared.is_ok();
-            // `spawn` waits for this, unless another thread has failed already.
-            let _ = ready.send(prepared);
-            let event_loop = commands.filter(|_| is_prepared).map(|commands| {
-                let recorder = metrics.recorder(first + worker.id.0);
-                EventLoop::new(Arc::clone(&session), commands, backlog(), policy, recorder)
-            });
-            async move {
-                if let Some(event_loop) = event_loop {
-                    event_loop.run().await;
-                }
-            }
-        })?;
-        self.commands.extend(senders);
-        self.pools.push(pool);
-        for _ in 0..count.get() {
-            match is_ready.recv() {
-                Ok(prepared) => prepared.map_err(WorkerPoolError::Prepare)?,
-                Err(mpsc::RecvError) => return Err(WorkerPoolError::Ended),
-            }
-        }
-        Ok(())
+        Ok(starting)
     }
 
     /// Returns the index of the thread that owns a queue.
@@ -274,6 +227,105 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
     }
 }
 
+/// The threads of a pool while they prepare themselves. They end if this is dropped.
+pub(crate) struct StartingPool<F: ?Sized> {
+    /// The threads by their names, each with where they report that they are prepared.
+    groups: Vec<(StartingThreads, mpsc::Receiver<io::Result<()>>)>,
+    commands: Vec<UnboundedSender<Command>>,
+    session: Arc<Session<F>>,
+    placement: Placement,
+    limits: Arc<Limits>,
+    metrics: Arc<Registry>,
+}
+
+impl<F: FileSystem + ?Sized> StartingPool<F> {
+    /// Waits until all threads are ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a runtime can't be created, or if the file system can't prepare a thread.
+    pub(crate) fn finish(self) -> Result<WorkerPool<F>, WorkerPoolError> {
+        let mut pool = WorkerPool {
+            session: self.session,
+            placement: self.placement,
+            commands: self.commands,
+            pools: Vec::new(),
+        };
+        let mut reports = Vec::new();
+        for (starting, prepared) in self.groups {
+            let threads = starting.finish()?;
+            reports.push((threads.workers(), prepared));
+            pool.pools.push(threads);
+        }
+        for (count, prepared) in reports {
+            for _ in 0..count {
+                match prepared.recv() {
+                    Ok(prepared) => prepared.map_err(WorkerPoolError::Prepare)?,
+                    Err(mpsc::RecvError) => return Err(WorkerPoolError::Ended),
+                }
+            }
+        }
+        let threads: Arc<[_]> = (pool.commands.iter())
+            .map(UnboundedSender::downgrade)
+            .collect();
+        let watched = WeakThreads(Arc::clone(&threads));
+        let clock = self.limits.clock();
+        self.limits.watch(move |buckets| {
+            watched.send(|| Command::Limit {
+                buckets: buckets.clone(),
+                clock,
+            })
+        });
+        pool.session.set_queues(Box::new(QueueThreads {
+            threads: WeakThreads(threads),
+            limits: self.limits,
+        }));
+        Ok(pool)
+    }
+
+    /// Creates `count` threads.
+    fn spawn(
+        &mut self,
+        name: &str,
+        count: NonZeroUsize,
+        engine: Engine,
+        policy: IdlePolicy,
+        backlog: impl Fn() -> Option<Backlog> + Clone + Send + 'static,
+    ) -> Result<(), WorkerPoolError> {
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..count.get()).map(|_| unbounded_channel()).unzip();
+        let receivers: Vec<_> = receivers.into_iter().map(Some).collect();
+        let receivers = Arc::new(Mutex::new(receivers));
+        let (session, metrics) = (Arc::clone(&self.session), Arc::clone(&self.metrics));
+        // The threads of the first call have the first numbers.
+        let first = self.commands.len();
+        let (ready, is_ready) = mpsc::channel();
+        let threads = Threads::begin(name, count, engine, move |worker| {
+            let commands = receivers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_mut(worker.id.0)
+                .and_then(Option::take);
+            let prepared = session.file_system().prepare_thread();
+            let is_prepared = prepared.is_ok();
+            // `finish` waits for this, unless another thread has failed already.
+            let _ = ready.send(prepared);
+            let event_loop = commands.filter(|_| is_prepared).map(|commands| {
+                let recorder = metrics.recorder(first + worker.id.0);
+                EventLoop::new(Arc::clone(&session), commands, backlog(), policy, recorder)
+            });
+            async move {
+                if let Some(event_loop) = event_loop {
+                    event_loop.run().await;
+                }
+            }
+        })?;
+        self.commands.extend(senders);
+        self.groups.push((threads, is_ready));
+        Ok(())
+    }
+}
+
 /// The replies that [`WorkerPool::ping`] waits for.
 #[derive(Debug, Default)]
 pub struct Pings(Vec<oneshot::Receiver<()>>);
@@ -347,6 +399,14 @@ impl Queues for QueueThreads {
 impl<F: ?Sized> fmt::Debug for WorkerPool<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkerPool")
+            .field("threads", &self.commands.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<F: ?Sized> fmt::Debug for StartingPool<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StartingPool")
             .field("threads", &self.commands.len())
             .finish_non_exhaustive()
     }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ringfsd::embed::{Call, Choice, DeviceError, Kick, Memory, VirtioFs};
+use ringfsd::embed::{Call, Choice, DeviceError, Kick, LimitSettings, Memory, VirtioFs};
+use ringfsd::metrics::SessionState;
 use vmm::fuse::{Client, ROOT};
 
 use crate::guest::{Driver, device, engines, mounted, options, passthrough, setup};
@@ -21,6 +22,54 @@ fn guest_works_on_a_device_in_its_process() {
         work(&mut client, share.path());
         assert!(device.has_session());
     }
+}
+
+#[test]
+fn guest_is_counted_and_limited_while_it_works() {
+    let share = tempfile::tempdir().unwrap();
+    let mut device = device(share.path(), Choice::Tokio);
+    let (metrics, limits) = (Arc::clone(device.metrics()), Arc::clone(device.limits()));
+    assert_eq!(metrics.snapshot().session, SessionState::Waiting);
+    metrics.set_timed(true);
+    let driver = Driver::new();
+    driver.activate(&mut device);
+    assert_eq!(metrics.snapshot().session, SessionState::Connected);
+    let mut client = Client::new(driver);
+    client.init().unwrap();
+    let (file, handle) = client.create(ROOT, c"file", 0o644).unwrap();
+    client.write(file.nodeid, handle, 0, b"0123456789").unwrap();
+    // The first READ passes, and the next one would wait for seconds.
+    limits.set(LimitSettings {
+        bytes_read: Some("1".parse().unwrap()),
+        ..LimitSettings::default()
+    });
+    assert_eq!(client.read(file.nodeid, handle, 0, 100).unwrap().len(), 10);
+    let held = client.submit_read(file.nodeid, handle, 0, 100).unwrap();
+    for _ in 0..100 {
+        client.getattr(ROOT).unwrap();
+    }
+    let snapshot = metrics.snapshot();
+    assert_eq!(snapshot.operation("read").unwrap().requests, 1);
+    limits.set(LimitSettings::default());
+    assert_eq!(client.collect(held).unwrap().bytes, b"0123456789");
+    drop(client);
+    device.reset();
+
+    // All threads have told what they did.
+    let snapshot = metrics.snapshot();
+    let read = snapshot.operation("read").unwrap();
+    assert_eq!((read.requests, read.latency.count()), (2, 2));
+    assert_eq!((snapshot.bytes_read, snapshot.bytes_written), (20, 10));
+    assert_eq!((&*snapshot.share, snapshot.workers), ("shared", 2));
+    assert_eq!(snapshot.session, SessionState::Waiting);
+    assert!(snapshot.usage.max_inodes.is_some());
+    let text = snapshot.to_open_metrics();
+    let sample = "ringfsd_requests_total{share=\"shared\",operation=\"read\"} 2\n";
+    assert!(text.contains(sample), "{text}");
+    // The counters keep neither the device nor its file system.
+    drop(device);
+    assert_eq!(metrics.snapshot().usage.max_inodes, None);
+    assert_eq!(metrics.snapshot().requests(), snapshot.requests());
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn exchange(path: &Path, request: &str) -> Reply {
     reply(&mut stream, request.starts_with("HEAD"))
 }
 
-fn text(path: &Path) -> String {
+pub(crate) fn text(path: &Path) -> String {
     let reply = exchange(path, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     assert_eq!(reply.status, "HTTP/1.1 200 OK");
     reply.body
@@ -111,6 +111,30 @@ fn work(fs: &mut Client<Session>, name: &std::ffi::CStr) {
     fs.fsync(file.nodeid, handle, false).unwrap();
     assert!(fs.lookup(ROOT, c"missing").is_err());
     fs.release(file.nodeid, handle).unwrap();
+}
+
+/// The metrics that a text has, with their types.
+pub(crate) fn types(text: &str) -> BTreeSet<(String, String)> {
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types
+        .map(|line| line.split_once(' ').unwrap())
+        .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
+        .collect()
+}
+
+/// The metrics of the page, those of mounts or the others.
+pub(crate) fn documented(of_mounts: bool) -> BTreeSet<(String, String)> {
+    let page = include_str!("../../docs/metrics.md");
+    let rows = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `ringfsd_"))
+        .filter(|row| row.starts_with("mount_") == of_mounts);
+    rows.map(|row| {
+        let mut cells = row.split(" | ");
+        let name = cells.next().unwrap().trim_end_matches('`');
+        (format!("ringfsd_{name}"), cells.next().unwrap().to_owned())
+    })
+    .collect()
 }
 
 /// Scrapes until `done`: a request is counted after its reply was sent.
@@ -422,25 +446,8 @@ fn address_that_other_hosts_reach_is_refused() {
 
 #[test]
 fn page_has_a_row_for_each_metric() {
-    let page = include_str!("../../docs/metrics.md");
-    let rows = page
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `ringfsd_"));
-    let documented: BTreeSet<_> = rows
-        .map(|row| {
-            let mut cells = row.split(" | ");
-            let name = cells.next().unwrap().trim_end_matches('`');
-            (format!("ringfsd_{name}"), cells.next().unwrap().to_owned())
-        })
-        .collect();
     let (server, path, _dir) = start(None, &[]);
     let mut fs = session(&server);
     work(&mut fs, c"file");
-    let text = text(&path);
-    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
-    let served: BTreeSet<_> = types
-        .map(|line| line.split_once(' ').unwrap())
-        .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
-        .collect();
-    assert_eq!(documented, served);
+    assert_eq!(types(&text(&path)), documented(false));
 }

@@ -43,7 +43,11 @@ fn cache_policy(args: &[&str]) -> CachePolicy {
     let opened = fs.open(file.nodeid, libc::O_RDONLY).unwrap();
     CachePolicy {
         seconds: (file.entry_valid, file.attr_valid),
-        flags: (opened.open_flags, fs.opendir(ROOT).unwrap().open_flags),
+        // Depends on the file system of the temporary directory.
+        flags: (
+            opened.open_flags & !fopen::NOFLUSH,
+            fs.opendir(ROOT).unwrap().open_flags,
+        ),
         readdirplus: fs.has(init::DO_READDIRPLUS),
         symlinks: fs.has(init::CACHE_SYMLINKS),
     }

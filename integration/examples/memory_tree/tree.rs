@@ -293,6 +293,7 @@ impl State {
             keep_cache: true,
             direct_io: false,
             cache_dir: true,
+            no_flush: false,
         }
     }
 

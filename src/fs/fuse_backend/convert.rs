@@ -127,6 +127,7 @@ pub(super) fn opened(handle: Handle, options: OpenOptions) -> Opened {
         keep_cache: options.contains(OpenOptions::KEEP_CACHE),
         direct_io: options.contains(OpenOptions::DIRECT_IO),
         cache_dir: options.contains(OpenOptions::CACHE_DIR),
+        no_flush: false,
     }
 }
 

@@ -13,9 +13,9 @@ use super::Overlay;
 use super::copy_up::CopyUp;
 use crate::device::BackChannel;
 use crate::fs::{
-    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags, Label,
-    LockOwner, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result, Statistics, Timestamp,
-    XattrFlags,
+    Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
+    Inspect, Label, LockOwner, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result,
+    Statistics, Timestamp, Usage, XattrFlags,
 };
 use crate::io::File;
 
@@ -68,6 +68,14 @@ impl FileSystem for Overlay {
         for layer in &self.layers {
             layer.fs.connected(channel);
         }
+    }
+
+    fn usage(&self) -> Usage {
+        self.in_use()
+    }
+
+    fn inspect(&self) -> Option<&dyn Inspect> {
+        Some(self)
     }
 
     fn may_block(&self) -> bool {

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -20,7 +20,9 @@ use super::node::{Node, Real};
 use super::open_files::{Current, InLayer, Open, OpenFiles};
 use crate::fs::{Caller, Handle, HandleKind, NodeId, OpenFile, Opened, Result};
 
-const LAYER_SHIFT: u32 = 56;
+/// Bits of a handle above the layer's own.
+pub(super) const TAG_BITS: u32 = 8;
+pub(super) const LAYER_SHIFT: u32 = 64 - TAG_BITS;
 /// In place of a layer's index: the handle is that of a directory.
 const DIRECTORY: u64 = 0xff;
 /// How many layers handles can name.
@@ -55,7 +57,23 @@ fn untagged(handle: Handle) -> (u64, Handle) {
     (handle.0 >> LAYER_SHIFT, Handle(handle.0 & mask))
 }
 
+/// The handle of the directory with this number.
+pub(super) fn of_directory(number: u64) -> Handle {
+    tagged(DIRECTORY, Handle(number))
+}
+
+/// The number of a directory, if the handle is that of one.
+pub(super) fn directory_number(handle: Handle) -> Option<u64> {
+    let (tag, Handle(number)) = untagged(handle);
+    (tag == DIRECTORY).then_some(number)
+}
+
 impl Handles {
+    pub(super) fn lock_directories(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<OpenDirectory>>> {
+        let directories = self.directories.read();
+        directories.unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn reset(&self) {
         self.directories
             .write()
@@ -70,15 +88,12 @@ impl Handles {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(number, Arc::new(directory));
-        tagged(DIRECTORY, Handle(number))
+        of_directory(number)
     }
 
     pub(super) fn directory(&self, node: NodeId, handle: Handle) -> Result<Arc<OpenDirectory>> {
-        let (DIRECTORY, Handle(number)) = untagged(handle) else {
-            return Err(Errno::BADF);
-        };
-        let directories = self.directories.read();
-        let directories = directories.unwrap_or_else(PoisonError::into_inner);
+        let number = directory_number(handle).ok_or(Errno::BADF)?;
+        let directories = self.lock_directories();
         let directory = directories.get(&number).filter(|open| open.node.id == node);
         directory.cloned().ok_or(Errno::BADF)
     }

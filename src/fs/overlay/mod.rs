@@ -24,6 +24,7 @@ mod create;
 mod error;
 mod file_system;
 mod handles;
+mod inspect;
 mod layer;
 mod listing;
 mod lookup;

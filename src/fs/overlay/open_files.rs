@@ -5,7 +5,7 @@
 //! opened again in the upper layer, and found as that from then on. The invariant: what is found for
 //! a handle is open in the layer that has the file's data.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rustc_hash::FxHashMap;
 use rustix::io::Errno;
@@ -133,6 +133,26 @@ impl OpenFiles {
         Ok(open)
     }
 
+    /// How many files are open.
+    pub(super) fn count(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    /// Calls `each` with all handles.
+    pub(super) fn each_handle(&self, each: &mut dyn FnMut(Handle)) {
+        for shard in &self.shards {
+            lock(shard).keys().for_each(|handle| each(Handle(*handle)));
+        }
+    }
+
+    /// The node of a handle, and the inode and handle of the layer that it is open as.
+    pub(super) fn open_in(&self, handle: Handle) -> Option<(Arc<Node>, Real, Handle)> {
+        let shard = lock(self.shard(handle));
+        let open = shard.get(&handle.0)?;
+        let current = open.current().unwrap_or(&open.first);
+        Some((Arc::clone(&open.node), current.real, current.handle))
+    }
+
     pub(super) fn clear(&self) {
         for shard in &self.shards {
             let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
@@ -143,10 +163,7 @@ impl OpenFiles {
     }
 
     fn with<T>(&self, node: NodeId, handle: Handle, read: impl FnOnce(&Open) -> T) -> Result<T> {
-        let shard = self
-            .shard(handle)
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let shard = lock(self.shard(handle));
         match shard.get(&handle.0) {
             Some(open) if open.node.id == node => Ok(read(open)),
             _ => Err(Errno::BADF),
@@ -156,4 +173,8 @@ impl OpenFiles {
     fn shard(&self, handle: Handle) -> &Shard {
         &self.shards[usize::try_from(handle.0 % SHARDS).unwrap_or_default()]
     }
+}
+
+fn lock(shard: &Shard) -> RwLockReadGuard<'_, FxHashMap<u64, Open>> {
+    shard.read().unwrap_or_else(PoisonError::into_inner)
 }

@@ -16,6 +16,7 @@ use rustc_hash::FxBuildHasher;
 use rustix::io::Errno;
 
 use super::node::{Location, Node, Real, Stack};
+use crate::fs::lowest::Lowest;
 use crate::fs::{NodeId, Result};
 
 const SHARDS: usize = 16;
@@ -107,6 +108,24 @@ impl NodeTable {
         let shard = self.shard(id);
         let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
         nodes.get(&id.0).cloned().ok_or(Errno::STALE)
+    }
+
+    /// How many nodes there are besides the root, and how many there may be.
+    pub(super) fn count_and_limit(&self) -> (usize, usize) {
+        (self.index().count, self.limit)
+    }
+
+    /// The `limit` nodes with the lowest ids from `from` on, and the id of the next one.
+    pub(super) fn from(&self, from: u64, limit: usize) -> (Vec<Arc<Node>>, Option<u64>) {
+        let mut lowest = Lowest::new(limit);
+        for shard in &self.shards {
+            let nodes = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let ids = nodes.keys().copied().filter(|id| *id >= from);
+            ids.for_each(|id| lowest.add(id));
+        }
+        let (ids, next) = lowest.take();
+        let nodes = ids.into_iter().filter_map(|id| self.get(NodeId(id)).ok());
+        (nodes.collect(), next)
     }
 
     /// The node that is known as `name` in `parent`; counts one reference.

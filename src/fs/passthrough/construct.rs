@@ -11,8 +11,10 @@ use rustix::fs::{FileType, Mode, OFlags};
 use super::descriptors::{Descriptors, GuestLimits, ReopenPolicy};
 use super::handover::{Handover, Records, inherited_fd, key_of};
 use super::ids::{Ids, overrides};
-use super::inode_table::{IDENTITY, Identity, Inode, InodeTable, new_generation, stat_fd};
-use super::open_files::{ClosedFdCache, OpenFiles};
+use super::inode_table::{
+    IDENTITY, Identity, Inode, InodeTable, LocalBirths, new_generation, stat_fd,
+};
+use super::open_files::{LocalMount, OpenFiles};
 use super::ops::Operations;
 use super::xattr::Xattrs;
 use super::{Options, Passthrough, PassthroughError, PreviousProcess, Restored, Shared};
@@ -84,9 +86,9 @@ impl Passthrough {
         } else {
             0
         };
-        let file_system = (identity.key.device, identity.key.mount);
-        let closed = ClosedFdCache::new(&root, file_system, closed).map_err(of_share)?;
-        let files = OpenFiles::new(table, closed, limits.soft);
+        let local = LocalMount::of(&root, (identity.key.device, identity.key.mount));
+        let local = local.map_err(of_share)?;
+        let files = OpenFiles::new(table, local, closed, limits.soft);
         let mode = (options.inode_file_handles, options.may_open_handles);
         let reopen_policy =
             ReopenPolicy::new(mode, root.as_fd(), &identity, &proc_fds).map_err(|source| {
@@ -110,6 +112,11 @@ impl Passthrough {
                 let inodes = InodeTable::with_root(root, table, options.remember_inodes);
                 (inodes, Some((old, others)))
             }
+        };
+        let inodes = if local.exists() {
+            inodes.with_local_births(LocalBirths::of(&identity.key))
+        } else {
+            inodes
         };
         if table.generation() == 0 || rest.is_none() {
             table.set_generation(new_generation());

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom};
+use rustix::fs::{AtFlags, FileType, SeekFrom};
 use rustix::io::Errno;
 
 use super::Passthrough;
@@ -239,6 +239,11 @@ impl FileSystem for Passthrough {
             .files()
             .handles()
             .file(node, handle, HandleKind::File)?;
+        let inode = self.fds().inode(node)?;
+        if self.fds().is_local(&inode.key()) {
+            // There is nothing to wait for, and no error that this would report.
+            return Ok(());
+        }
         let duplicate = self
             .fds()
             .with_room(|| rustix::io::fcntl_dupfd_cloexec(&file, 0))?;
@@ -380,8 +385,7 @@ impl FileSystem for Passthrough {
         }
         self.fds().room_for_handle()?;
         let fd = self.fds().open_directory(&*self.fds().inode(node)?)?;
-        self.ops
-            .opened(node, fd, OFlags::RDONLY, HandleKind::Directory)
+        self.ops.opened_directory(node, fd)
     }
 
     fn readdir(

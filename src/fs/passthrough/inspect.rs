@@ -15,6 +15,11 @@ use crate::fs::{Dropped, Handle, HandleKind, Inspect, KnownInode, NodeId, OpenHa
 const MAX_PATH_DEPTH: usize = 1024;
 
 impl Inspect for Passthrough {
+    fn inode(&self, node: NodeId) -> Option<KnownInode> {
+        let fds = self.fds();
+        Some(known_inode(fds, &*fds.inodes().any(node)?))
+    }
+
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode> {
         let fds = self.fds();
         let (nodes, next) = fds.inodes().nodes_from(NodeId(from), limit);

@@ -15,7 +15,6 @@ mod handover;
 mod ids;
 mod inode_table;
 mod inspect;
-mod lowest;
 mod open_files;
 mod ops;
 mod options;

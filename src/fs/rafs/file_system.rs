@@ -16,8 +16,9 @@ use super::Rafs;
 use super::guarded::guarded;
 use super::image::damaged;
 use crate::fs::{
-    Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, HandleKind, Label,
-    NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result, Statistics, Timestamp, XattrFlags,
+    Attributes, Caller, Changes, DirEntry, DirSink, Entry, FileSystem, Handle, HandleKind, Inspect,
+    Label, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result, Statistics, Timestamp,
+    XattrFlags,
 };
 
 /// How long a guest may rely on what never changes.
@@ -43,6 +44,7 @@ impl Rafs {
             keep_cache: true,
             direct_io: direct,
             cache_dir: true,
+            no_flush: true,
         }
     }
 
@@ -72,6 +74,10 @@ impl Rafs {
 }
 
 impl FileSystem for Rafs {
+    fn inspect(&self) -> Option<&dyn Inspect> {
+        Some(self)
+    }
+
     fn reset(&self) {
         self.no_open.store(false, Ordering::Relaxed);
         self.no_opendir.store(false, Ordering::Relaxed);

@@ -10,6 +10,7 @@ mod file;
 mod file_system;
 mod guarded;
 mod image;
+mod inspect;
 mod prefetch;
 mod store;
 

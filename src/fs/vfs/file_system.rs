@@ -21,8 +21,8 @@ use super::table::Target;
 use crate::device::BackChannel;
 use crate::fs::{
     Attributes, Caller, Changes, DirSink, Entry, FileSystem, Handle, HandleKind, InodeFlags,
-    Inspect, Label, LockOwner, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened, Result,
-    Statistics, Timestamp, XattrFlags,
+    Inspect, Label, LockOwner, MountUsage, NegotiatedTerms, NewNode, NodeId, OpenFile, Opened,
+    Result, Statistics, Timestamp, Usage, XattrFlags,
 };
 use crate::io::File;
 
@@ -102,6 +102,14 @@ impl Vfs {
 impl FileSystem for Vfs {
     fn inspect(&self) -> Option<&dyn Inspect> {
         Some(self)
+    }
+
+    fn usage(&self) -> Usage {
+        self.in_use()
+    }
+
+    fn usage_by_mount(&self) -> Vec<MountUsage> {
+        self.in_use_by_mount()
     }
 
     fn prepare_thread(&self) -> std::io::Result<()> {
@@ -558,6 +566,7 @@ impl FileSystem for Vfs {
                 keep_cache: false,
                 direct_io: false,
                 cache_dir: false,
+                no_flush: false,
             }),
             Target::Node(at) => at.fs.opendir(caller, at.node, flags),
         }

@@ -3,40 +3,43 @@
 //! A list goes through the mounts in the order of their numbers. Where one ends, the next page begins
 //! at the next. The invariant: node ids and paths are those that the guest knows.
 
+use std::sync::atomic::Ordering;
+
 use super::Vfs;
 use super::points::Points;
 use super::table::{MOUNT_SHIFT, Mount, Table, Target};
-use crate::fs::{Dropped, Inspect, KnownInode, NodeId, OpenHandle, Page};
+use crate::fs::{Dropped, Inspect, KnownInode, MountUsage, NodeId, OpenHandle, Page, Usage};
 
 impl Inspect for Vfs {
+    fn inode(&self, node: NodeId) -> Option<KnownInode> {
+        let table = self.shards.get();
+        let Target::Node(at) = table.resolve(node).ok()? else {
+            return None;
+        };
+        let mut inode = at.fs.inspect()?.inode(at.node)?;
+        inode.outward(&table, at.mount, table.mount(at.mount)?);
+        Some(inode)
+    }
+
     fn inodes(&self, from: u64, limit: usize) -> Page<KnownInode> {
-        self.pages(from, limit, |table, number, mount, fs, from, limit| {
-            let page = fs.inodes(from, limit);
-            let outward = |mut inode: KnownInode| {
-                inode.node = table.outward(number, inode.node).unwrap_or(NodeId(0));
-                inode.path = below(&table.points, mount, inode.path);
-                inode
-            };
-            Page {
-                entries: page.entries.into_iter().map(outward).collect(),
-                next: page.next,
-            }
-        })
+        self.pages(from, limit, |fs, from, limit| fs.inodes(from, limit))
     }
 
     fn handles(&self, from: u64, limit: usize) -> Page<OpenHandle> {
-        self.pages(from, limit, |table, number, mount, fs, from, limit| {
-            let page = fs.handles(from, limit);
-            let outward = |mut open: OpenHandle| {
-                open.node = table.outward(number, open.node).unwrap_or(NodeId(0));
-                open.path = below(&table.points, mount, open.path);
-                open
-            };
-            Page {
-                entries: page.entries.into_iter().map(outward).collect(),
-                next: page.next,
-            }
-        })
+        self.pages(from, limit, |fs, from, limit| fs.handles(from, limit))
+    }
+
+    fn unlisted(&self) -> Vec<Vec<u8>> {
+        let table = self.shards.get();
+        let of_mount = |mount: &Mount| {
+            let root = || vec![b"/".to_vec()];
+            let unlisted = mount.fs.inspect().map_or_else(root, |fs| fs.unlisted());
+            let paths = unlisted.into_iter();
+            paths
+                .filter_map(|path| below(&table.points, mount, Some(path)))
+                .collect::<Vec<_>>()
+        };
+        table.all().flat_map(of_mount).collect()
     }
 
     fn path(&self, node: NodeId) -> Option<Vec<u8>> {
@@ -58,12 +61,33 @@ impl Inspect for Vfs {
 }
 
 impl Vfs {
+    /// The sum of all mounts, with the evictions of those that were unmounted.
+    pub(super) fn in_use(&self) -> Usage {
+        let mut sum: Usage = self.shards.get().all().map(|mount| mount.fs.usage()).sum();
+        // Relaxed: who has counted it has replaced the table first, under a lock.
+        sum.evictions += self.evictions_before.load(Ordering::Relaxed);
+        sum
+    }
+
+    /// What each mount uses.
+    pub(super) fn in_use_by_mount(&self) -> Vec<MountUsage> {
+        let table = self.shards.get();
+        let usage = |mount: &Mount| {
+            let point = below(&table.points, mount, Some(b"/".to_vec()));
+            MountUsage {
+                mount: String::from_utf8_lossy(&point.unwrap_or_default()).into_owned(),
+                usage: mount.fs.usage(),
+            }
+        };
+        table.all().map(usage).collect()
+    }
+
     /// A page of the lists of all file systems, one after the other.
-    fn pages<T>(
+    fn pages<T: Outward>(
         &self,
         from: u64,
         limit: usize,
-        page: impl Fn(&Table, u16, &Mount, &dyn Inspect, u64, usize) -> Page<T>,
+        page: impl Fn(&dyn Inspect, u64, usize) -> Page<T>,
     ) -> Page<T> {
         let table = self.shards.get();
         let (first, mut from) = (from >> MOUNT_SHIFT, from & ((1 << MOUNT_SHIFT) - 1));
@@ -79,8 +103,11 @@ impl Vfs {
             }
             let mount = table.mount(number);
             if let Some((mount, fs)) = mount.and_then(|mount| Some((mount, mount.fs.inspect()?))) {
-                let found = page(&table, number, mount, fs, from, room);
-                entries.extend(found.entries);
+                let mut found = page(fs, from, room);
+                for entry in &mut found.entries {
+                    entry.outward(&table, number, mount);
+                }
+                entries.append(&mut found.entries);
                 if let Some(next) = found.next {
                     let next = Some(start | next);
                     return Page { entries, next };
@@ -93,6 +120,35 @@ impl Vfs {
             next: None,
         }
     }
+}
+
+/// An entry of a list of a mounted file system.
+trait Outward {
+    /// Gives it the node id and the path that the guest knows.
+    fn outward(&mut self, table: &Table, number: u16, mount: &Mount);
+}
+
+impl Outward for KnownInode {
+    fn outward(&mut self, table: &Table, number: u16, mount: &Mount) {
+        outward(&mut self.node, &mut self.path, table, number, mount);
+    }
+}
+
+impl Outward for OpenHandle {
+    fn outward(&mut self, table: &Table, number: u16, mount: &Mount) {
+        outward(&mut self.node, &mut self.path, table, number, mount);
+    }
+}
+
+fn outward(
+    node: &mut NodeId,
+    path: &mut Option<Vec<u8>>,
+    table: &Table,
+    number: u16,
+    mount: &Mount,
+) {
+    *node = table.outward(number, *node).unwrap_or(NodeId(0));
+    *path = below(&table.points, mount, path.take());
 }
 
 /// The path below the point of a mount.

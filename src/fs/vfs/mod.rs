@@ -42,6 +42,8 @@ pub struct Vfs {
     options: VfsOptions,
     /// A file system has been mounted whose methods may block.
     may_block: AtomicBool,
+    /// Evictions of file systems that were unmounted.
+    evictions_before: AtomicU64,
     /// The time of the directories that lead to mount points.
     made: Timestamp,
 }
@@ -114,6 +116,7 @@ impl Vfs {
             }),
             options,
             may_block: AtomicBool::new(false),
+            evictions_before: AtomicU64::new(0),
             made: attributes::now(),
         }
     }
@@ -178,6 +181,9 @@ impl Vfs {
         let mount = slot.and_then(Option::take).ok_or_else(missing)?;
         self.shards.replace(&table);
         changes.table = table;
+        let evictions = mount.fs.usage().evictions;
+        self.evictions_before
+            .fetch_add(evictions, Ordering::Relaxed);
         Ok(mount.fs)
     }
 

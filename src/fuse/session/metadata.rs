@@ -12,9 +12,7 @@ use super::Session;
 use crate::fs::{Attributes, Caller, Entry, FileSystem, NodeId};
 use crate::fuse::abi::{GetxattrOut, InitFlags, LseekOut};
 use crate::fuse::directory::Records;
-use crate::fuse::reply::{
-    Answer, attr_out, entry_out, no_entry_out, open_out, statfs_out, statx_out,
-};
+use crate::fuse::reply::{Answer, attr_out, entry_out, no_entry_out, statfs_out, statx_out};
 use crate::fuse::request::{Operation, Range, Request};
 
 /// Longest reply to READDIR, bytes.
@@ -53,7 +51,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 let (entry, opened) = fs.tmpfile(caller, node, flags, &new)?;
                 Ok(Answer::Created(
                     entry_out(&entry, marks.of_entry(&entry, c"")),
-                    open_out(&opened),
+                    self.open_out(&opened),
                 ))
             }
             Operation::Ioctl { handle, ioctl } => self.ioctl(node, handle, ioctl, room),
@@ -99,15 +97,15 @@ impl<F: FileSystem + ?Sized> Session<F> {
                 .map(|made| entry(made, name)),
             Operation::Open { flags } => fs
                 .open(caller, node, flags)
-                .map(|opened| Answer::Opened(open_out(&opened))),
+                .map(|opened| Answer::Opened(self.open_out(&opened))),
             Operation::Opendir { flags } => fs
                 .opendir(caller, node, flags)
-                .map(|opened| Answer::Opened(open_out(&opened))),
+                .map(|opened| Answer::Opened(self.open_out(&opened))),
             Operation::Create { name, flags, new } => {
                 let (entry, opened) = fs.create(caller, node, name, flags, &new)?;
                 Ok(Answer::Created(
                     entry_out(&entry, marks.of_entry(&entry, name)),
-                    open_out(&opened),
+                    self.open_out(&opened),
                 ))
             }
             Operation::Flush { handle, owner } => {

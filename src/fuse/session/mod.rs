@@ -34,16 +34,16 @@ use self::blocking_locks::BlockingLocks;
 use self::reclaim::is_shortage;
 use self::session_barrier::{ClosedBarrier, SessionBarrier};
 use super::FileWatch;
-use super::abi::{Handler, InitFlags, InitIn};
+use super::abi::{Handler, InitFlags, InitIn, OpenOut};
 use super::dax_marks::KnownNames;
 use super::init::{Agreement, negotiate, our_version};
-use super::reply::{Answer, send_error};
+use super::reply::{Answer, open_out, send_error};
 use super::request::{
     DecodeError, HEADER_LEN, Operation, Request, bytes_wanted, decode_as, inaccessible,
 };
 use super::{Counters, Negotiated, OUT_HEADER_LEN, SessionOptions, Transport};
 use crate::dax::Window;
-use crate::fs::{FileSystem, NegotiatedTerms, NodeId, waiting};
+use crate::fs::{FileSystem, NegotiatedTerms, NodeId, Opened, waiting};
 use crate::metrics::{Registry, SessionState};
 use crate::state::{Agreement as AgreementWords, Table};
 
@@ -566,6 +566,11 @@ impl<F: FileSystem + ?Sized> Session<F> {
     /// Whether all of these flags were negotiated.
     fn has_agreed(&self, flags: InitFlags) -> bool {
         self.agreed().contains(flags)
+    }
+
+    /// The reply to a request that has opened a file or directory.
+    fn open_out(&self, opened: &Opened) -> OpenOut {
+        open_out(opened, self.has_agreed(InitFlags::POSIX_LOCKS))
     }
 
     /// Warns once that the share contains another file system and that the guest can't be told

@@ -18,7 +18,7 @@ use super::Session;
 use crate::fs::{Entry, FileSystem, NodeId, Replay, Result, Timestamp};
 use crate::fuse::Transport;
 use crate::fuse::abi::{Guard, ReplayClass};
-use crate::fuse::reply::{Answer, entry_out, open_out};
+use crate::fuse::reply::{Answer, entry_out};
 use crate::fuse::request::{Operation, Request};
 use crate::fuse::transport::RecordedIntent;
 use crate::io::File;
@@ -250,7 +250,7 @@ impl<F: FileSystem + ?Sized> Session<F> {
         {
             Ok(opened) => Ok(Answer::Created(
                 entry_out(&entry, self.dax_marks().of_entry(&entry, new.0)),
-                open_out(&opened),
+                self.open_out(&opened),
             )),
             Err(errno) => {
                 self.fs.forget(entry.node, 1);

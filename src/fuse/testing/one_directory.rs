@@ -114,6 +114,7 @@ impl OneDirectory {
             keep_cache: true,
             direct_io: false,
             cache_dir: true,
+            no_flush: true,
         }
     }
 

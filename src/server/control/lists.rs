@@ -17,12 +17,12 @@ const MAX: u64 = 10_000;
 
 pub(super) fn inodes(fs: &dyn Inspect, call: &Call) -> Result<Value, Failure> {
     let (after, limit) = range(call)?;
-    Ok(page("inodes", &fs.inodes(after, limit), inode))
+    Ok(page(fs, "inodes", &fs.inodes(after, limit), inode))
 }
 
 pub(super) fn handles(fs: &dyn Inspect, call: &Call) -> Result<Value, Failure> {
     let (after, limit) = range(call)?;
-    Ok(page("handles", &fs.handles(after, limit), handle))
+    Ok(page(fs, "handles", &fs.handles(after, limit), handle))
 }
 
 /// Where a page begins, and how long it is.
@@ -57,9 +57,17 @@ pub(super) fn busiest(fs: Option<&dyn Inspect>, files: Vec<(NodeId, FileCounts)>
     json!({ "files": files })
 }
 
-fn page<T>(name: &str, page: &Page<T>, show: impl Fn(&T) -> Value) -> Value {
+fn page<T>(fs: &dyn Inspect, name: &str, page: &Page<T>, show: impl Fn(&T) -> Value) -> Value {
     let entries: Vec<_> = page.entries.iter().map(show).collect();
-    json!({ name: entries, "next": page.next })
+    let mut list = json!({ name: entries, "next": page.next });
+    // Once for all pages.
+    if page.next.is_none() {
+        let unlisted = fs.unlisted();
+        if !unlisted.is_empty() {
+            list["unlisted"] = unlisted.iter().map(|path| text(path)).collect();
+        }
+    }
+    list
 }
 
 fn inode(inode: &KnownInode) -> Value {

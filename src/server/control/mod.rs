@@ -115,7 +115,7 @@ impl Handlers {
                 Code::NotPossible,
                 format!("{option} serves a file system that can't be looked into"),
             )
-            .hint("directories can, alone (--shared-dir) or together (--vfs)")
+            .hint("directories, overlays and images can, alone or together (--vfs)")
         })?;
         look(inspect)
     }

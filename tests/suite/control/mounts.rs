@@ -168,6 +168,113 @@ fn descriptor_that_leads_out_of_the_sandbox_is_refused() {
 }
 
 #[test]
+fn mounts_of_all_kinds_are_listed_and_what_they_use() {
+    let place = ControlSocket::new();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["plain", "lower", "top/upper", "top/work"] {
+        fs::create_dir_all(at(name)).unwrap();
+    }
+    fs::write(at("lower/file"), "below").unwrap();
+    let metrics = format!(
+        "--metrics=unix:{}",
+        place.dir.path().join("metrics").display()
+    );
+    let layers = format!(
+        "--vfs=/layers=overlay:lower={},upper={},work={},xattr=user",
+        at("lower"),
+        at("top/upper"),
+        at("top/work")
+    );
+    let socket = tempfile::tempdir().unwrap();
+    let mut command = testing::command_as(None, socket.path());
+    command
+        .arg("--socket")
+        .arg(socket.path().join("socket"))
+        .arg(format!("--vfs=/plain={}", at("plain")))
+        .args([layers, place.option(), metrics]);
+    let mut server = Server::spawn(command, socket);
+    server.wait_until_it_listens();
+    let mut guest = server.session(Profile::Qemu, &Options::default());
+    let [plain, overlay] = [c"plain", c"layers"].map(|name| guest.lookup(ROOT, name).unwrap());
+    let file = guest.lookup(overlay.nodeid, c"file").unwrap().nodeid;
+    let of_layers = guest.open(file, libc::O_RDWR).unwrap();
+    let (made, _) = guest.create(plain.nodeid, c"made", 0o644).unwrap();
+    let (_, _) = guest.create(plain.nodeid, c"more", 0o644).unwrap();
+
+    let inodes = place.ctl(&["inodes", "--all"]);
+    let known = |node: u64| {
+        let mut inodes = inodes["inodes"].as_array().unwrap().iter();
+        let inode = inodes.find(|inode| inode["node"] == node).unwrap();
+        (inode["path"].clone(), inode["kind"].clone())
+    };
+    assert_eq!(known(file), ("/layers/file".into(), "file".into()));
+    assert_eq!(known(made.nodeid), ("/plain/made".into(), "file".into()));
+    assert_eq!(inodes["unlisted"], Value::Null);
+    let handles = place.ctl(&["handles", "--all"]);
+    let mut handles = handles["handles"].as_array().unwrap().iter();
+    let open = handles.find(|open| open["node"] == file).unwrap();
+    assert_eq!(
+        (&open["path"], &open["access"]),
+        (&"/layers/file".into(), &"read-write".into())
+    );
+    assert_eq!(open["handle"], of_layers.fh);
+
+    let statistics = place.ctl(&["statistics"]);
+    let mounts = statistics["mounts"].as_array().unwrap();
+    let points: Vec<_> = mounts
+        .iter()
+        .map(|it| it["mount"].as_str().unwrap())
+        .collect();
+    assert_eq!(points, ["/plain", "/layers"]);
+    let used = |usage: &Value, what: &str| usage[what].as_u64();
+    for (what, of_plain, of_layers) in [("inodes", 3, 1), ("handles", 2, 1)] {
+        assert_eq!(
+            used(&mounts[0]["usage"], what),
+            Some(of_plain),
+            "{what}: {mounts:?}"
+        );
+        assert_eq!(
+            used(&mounts[1]["usage"], what),
+            Some(of_layers),
+            "{what}: {mounts:?}"
+        );
+        let sum = of_plain + of_layers;
+        assert_eq!(
+            used(&statistics["usage"], what),
+            Some(sum),
+            "{what}: {statistics}"
+        );
+        assert_eq!(
+            used(&place.ctl(&["status"])["usage"], what),
+            Some(sum),
+            "{what}"
+        );
+    }
+    // An overlay limits no handles, so nothing does that for all mounts.
+    assert_eq!(statistics["usage"]["max_handles"], Value::Null);
+    assert!(
+        used(&statistics["usage"], "descriptors") < used(&statistics["usage"], "max_descriptors")
+    );
+    let text = crate::metrics::text(&place.dir.path().join("metrics"));
+    let served = crate::metrics::types(&text).into_iter();
+    let of_mounts = served.filter(|(name, _)| name.starts_with("ringfsd_mount_"));
+    assert!(of_mounts.eq(crate::metrics::documented(true)), "{text}");
+    for sample in [
+        "ringfsd_inodes{share=\"vfs\"} 4",
+        "ringfsd_mount_handles{share=\"vfs\",mount=\"/plain\"} 2",
+        "ringfsd_mount_handles{share=\"vfs\",mount=\"/layers\"} 1",
+    ] {
+        let (name, value) = sample.split_once("share=\"vfs\"").unwrap();
+        let found = text
+            .lines()
+            .any(|line| line.starts_with(name) && line.ends_with(value));
+        assert!(found, "{sample}: {text}");
+    }
+    assert!(!text.contains("ringfsd_mount_handles_limit{share=\"vfs\",mount=\"/layers\"}"));
+}
+
+#[test]
 fn descriptors_without_a_request_are_not_kept() {
     let place = ControlSocket::new();
     let (server, _) = start(None, &place, &[]);

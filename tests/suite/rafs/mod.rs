@@ -14,7 +14,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ringfsd::error_chain;
+use ringfsd::fs::passthrough::{self, Passthrough};
 use ringfsd::fs::rafs::{Places, Prefetch, Rafs, RafsError, RafsOptions};
+use ringfsd::fs::vfs::{MountPoint, Vfs, VfsOptions};
+use ringfsd::fs::{Caller, FileSystem, NodeId, Usage};
 use ringfsd::io::{Choice, probe};
 use ringfsd::service::{Device, Exit, Listener, Service, ServiceOptions, SessionOptions, Stop};
 use vmm::fuse::{Client, ROOT};
@@ -345,4 +348,43 @@ fn nothing_can_be_changed_and_numbers_that_no_inode_has_are_stale() {
         assert_eq!(guest.lookup(dir, c"..").unwrap().nodeid, ROOT);
         assert_eq!(guest.lookup(ROOT, c"..").unwrap().nodeid, ROOT);
     });
+}
+
+#[test]
+fn what_is_not_recorded_of_an_image_is_reported_as_unlisted() {
+    let image = Image::of(one_large, &[]);
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let vfs = Vfs::new(VfsOptions::default());
+    let point = |path: &str| MountPoint::parse(path.as_ref()).unwrap();
+    let plain = Passthrough::new(dir.path(), passthrough::Options::default()).unwrap();
+    vfs.mount(&point("/plain"), Arc::new(plain)).unwrap();
+    vfs.mount(&point("/image"), Arc::new(open(&image).unwrap()))
+        .unwrap();
+    vfs.prepare_thread().unwrap();
+    let caller = Caller::default();
+    let find = |parent, name| vfs.lookup(&caller, parent, name).unwrap().node;
+    let plain = find(NodeId::ROOT, c"plain");
+    find(plain, c"file");
+    let of_image = find(find(NodeId::ROOT, c"image"), c"large");
+
+    let inspect = vfs.inspect().unwrap();
+    assert_eq!(inspect.unlisted(), [b"/image".to_vec()]);
+    let inodes = inspect.inodes(0, 100).entries;
+    let paths: Vec<_> = inodes.into_iter().filter_map(|inode| inode.path).collect();
+    assert_eq!(paths, [b"/plain".to_vec(), b"/plain/file".to_vec()]);
+    let known = inspect.inode(of_image).unwrap();
+    assert_eq!((known.node, known.kind), (of_image, libc::S_IFREG));
+    assert_eq!(inspect.path(of_image), None);
+    // The sum is that of the directory, which alone counts.
+    let by_mount = vfs.usage_by_mount();
+    assert_eq!(by_mount[1].mount, "/image");
+    assert_eq!(by_mount[1].usage, Usage::default());
+    assert_eq!(vfs.usage(), by_mount[0].usage);
+    assert!(vfs.usage().inodes.unwrap() >= 1);
+    // Files that have been read stay open until they are dropped.
+    let opened = vfs.open(&caller, of_image, 0).unwrap();
+    vfs.release(of_image, opened.handle).unwrap();
+    assert_eq!(inspect.drop_caches().closed_files, 1);
+    assert!(vfs.open(&caller, of_image, 0).is_ok());
 }

@@ -6,6 +6,7 @@
 //! when a test ends.
 
 mod copies;
+mod inspect;
 mod names;
 
 use std::ffi::{CStr, CString};

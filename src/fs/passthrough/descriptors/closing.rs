@@ -18,6 +18,11 @@ fn is_plain(flags: OFlags) -> bool {
 }
 
 impl Descriptors {
+    /// Whether an inode with `key` is on a file system of this host.
+    pub(crate) fn is_local(&self, key: &Key) -> bool {
+        self.files.local().contains((key.device, key.mount))
+    }
+
     /// Whether `inode` may be a file that only its descriptor keeps alive.
     pub(crate) fn may_be_nameless(inode: &Inode) -> bool {
         inode.kind() == FileType::RegularFile && matches!(&*inode.ref_kind(), RefKind::Nothing)
@@ -81,11 +86,10 @@ impl Descriptors {
             self.close_file(node, file);
             return;
         }
-        let is_accepted = |key: Key| self.files.closed().accepts((key.device, key.mount));
         let Some(inode) = self
             .inodes
             .get(node)
-            .filter(|inode| is_accepted(inode.key()))
+            .filter(|inode| self.is_local(&inode.key()))
         else {
             self.close_file(node, file);
             return;

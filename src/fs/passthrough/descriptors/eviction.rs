@@ -135,7 +135,7 @@ impl Descriptors {
         if let Ok(better) = self.reopen_policy.by_handle(fd, &identity, &self.proc_fds) {
             return ReopenPlan::Better(better);
         }
-        inode.settle(&identity);
+        self.inodes.settle(inode, &identity);
         if inode.is_settled() {
             return ReopenPlan::Digest(0);
         }

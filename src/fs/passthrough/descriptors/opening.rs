@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::Descriptors;
 use crate::fs::Result;
-use crate::fs::passthrough::inode_table::Inode;
+use crate::fs::passthrough::inode_table::{Inode, Key};
 use crate::io::File;
 
 impl Descriptors {
@@ -21,6 +21,13 @@ impl Descriptors {
         } else {
             Ok(())
         }
+    }
+
+    /// As [`regular_file`], with what is known of files at `place`.
+    pub(crate) fn regular_file_at(&self, place: &Key, fd: OwnedFd, flags: OFlags) -> File {
+        let file = regular_file(fd, flags);
+        let in_memory = self.files.local().is_in_memory((place.device, place.mount));
+        if in_memory { file.in_memory() } else { file }
     }
 
     pub(crate) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {

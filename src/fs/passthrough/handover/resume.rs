@@ -246,7 +246,7 @@ impl Resumption<'_> {
             record.set_nameless(true);
         }
         let inode = Inode::recorded(record, fd, ref_kind.unwrap_or(RefKind::Nothing));
-        inode.settle_by_record();
+        self.fds.inodes().settle_by_record(&inode);
         inode
     }
 

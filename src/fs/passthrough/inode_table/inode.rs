@@ -97,7 +97,7 @@ impl Inode {
         record.set_location(identity.key.device, identity.key.mount);
         record.set_descriptor(Some(fd.as_raw_fd()));
         let root = Self::recorded(record, Some(fd), RefKind::Nothing);
-        root.settle_by_record();
+        root.set_settled(root.birth().is_some_and(is_old));
         Some(root)
     }
 
@@ -112,13 +112,6 @@ impl Inode {
             forgotten: AtomicBool::new(false),
             uses_by_name: AtomicU8::new(0),
         }
-    }
-
-    /// Uses the birth time in the record to decide whether the inode is settled.
-    pub(crate) fn settle_by_record(&self) {
-        let birth = self.record.birth();
-        let settled = birth != NO_BIRTH && is_old(birth);
-        self.settled.store(settled, Ordering::Relaxed);
     }
 
     /// Locks the reopen method. Hold the lock briefly: lookups of this inode wait for it.
@@ -343,12 +336,17 @@ impl Inode {
     /// the same birth time. Once the clock has passed the birth time of an inode that still exists,
     /// every later inode with its number has a later birth time. From then on number and birth time
     /// are sufficient; until then file handles are compared.
-    pub(crate) fn settle(&self, identity: &Identity) {
+    pub(crate) fn settle(&self, identity: &Identity, settled: bool) {
         let birth = birth_of(identity);
         if birth != self.record.birth() {
             self.record.set_birth(birth);
         }
-        self.settled.store(identity.is_settled(), Ordering::Relaxed);
+        self.set_settled(settled);
+    }
+
+    /// Sets whether number and birth time tell the inode from all later ones.
+    pub(crate) fn set_settled(&self, settled: bool) {
+        self.settled.store(settled, Ordering::Relaxed);
     }
 }
 

@@ -78,7 +78,7 @@ impl InodeTable {
             if known.is(identity) || same(known, &new) {
                 let was_forgotten_before = known.is_forgotten();
                 self.increment_lookups(&keys, known);
-                known.settle(identity);
+                self.settle(known, identity);
                 let known = Arc::clone(known);
                 drop(keys);
                 if was_forgotten_before && let Some(fd) = new.fd {
@@ -111,6 +111,7 @@ impl InodeTable {
         entry.inspect(|entry| entry.before(node.0, false));
         let inode = Inode::new(&self.table, identity, node, fd, method)?;
         entry.inspect(|entry| entry.after());
+        inode.set_settled(self.is_settled(identity));
         let inode = Arc::new(inode);
         self.insert(keys, Arc::clone(&inode));
         Some(inode)

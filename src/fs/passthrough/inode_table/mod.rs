@@ -36,7 +36,7 @@ use rustc_hash::FxBuildHasher;
 pub(crate) use self::dir_seqcount::{DirChange, DirSeq};
 #[cfg(test)]
 pub(crate) use self::identity::CLOCK_AHEAD;
-pub(crate) use self::identity::{IDENTITY, Identity, Key, stat_fd};
+pub(crate) use self::identity::{IDENTITY, Identity, Key, LocalBirths, stat_fd};
 pub(crate) use self::inode::{Inode, RefKind};
 pub(crate) use self::inode_fd::{Directory, InodeFd, component, reopen_fd, stat_name};
 pub(crate) use self::lookups::NewInode;
@@ -46,7 +46,7 @@ use self::dir_seqcount::DirSeqCounts;
 use self::fd_evictor::FdEvictor;
 use self::forgotten_inodes::ForgottenInodes;
 use crate::fs::NodeId;
-use crate::fs::passthrough::lowest::Lowest;
+use crate::fs::lowest::Lowest;
 use crate::state::Table;
 
 /// A set of inodes. An entry is one pointer; the key is read from the inode's record.
@@ -99,6 +99,7 @@ pub(crate) struct InodeTable {
     evictor: FdEvictor,
     dir_seqcounts: DirSeqCounts,
     forgotten: ForgottenInodes,
+    local_births: LocalBirths,
 }
 
 impl InodeTable {
@@ -128,9 +129,35 @@ impl InodeTable {
             evictor: FdEvictor::new(),
             dir_seqcounts: DirSeqCounts::new(),
             forgotten: ForgottenInodes::new(forgotten),
+            local_births: LocalBirths::default(),
         };
         store.insert(&mut store.keys(&store.root.key()), Arc::clone(&store.root));
         store
+    }
+
+    /// States where birth times come from this host's clock.
+    #[must_use]
+    pub(crate) fn with_local_births(self, local_births: LocalBirths) -> Self {
+        Self {
+            local_births,
+            ..self
+        }
+    }
+
+    /// Whether number and birth time tell the inode with this `identity` from all later ones.
+    pub(crate) fn is_settled(&self, identity: &Identity) -> bool {
+        self.local_births.is_settled(&identity.key, identity.birth)
+    }
+
+    /// Stores the birth time of an `identity` that certainly describes `inode`. See
+    /// [`Inode::settle`].
+    pub(crate) fn settle(&self, inode: &Inode, identity: &Identity) {
+        inode.settle(identity, self.is_settled(identity));
+    }
+
+    /// Uses the record of an inode to decide whether it is settled.
+    pub(crate) fn settle_by_record(&self, inode: &Inode) {
+        inode.set_settled(self.local_births.is_settled(&inode.key(), inode.birth()));
     }
 
     /// The table of the guest's state.

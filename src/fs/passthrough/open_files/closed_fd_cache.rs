@@ -7,32 +7,19 @@
 //! from writing to the file or executing it.
 //!
 //! The cache is used only if opening again would yield the same file and can't be refused. This
-//! excludes file systems where the file can change (overlayfs after copy-up, NFS), and servers
-//! without the capabilities to open every file. The invariant: a cached file was opened for its
+//! excludes files that aren't on a [local mount](super::LocalMount), and servers without the
+//! capabilities to open every file. The invariant: a cached file was opened for its
 //! node, and is closed when the guest forgets the node.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::fs::{NodeId, Result};
+use crate::fs::NodeId;
 use crate::io::File;
 
 /// Enough for a handful of workers to collide rarely.
 const SHARDS: usize = 64;
-
-/// Magic numbers of uapi `linux/magic.h` of file systems where an open file stays the one that its
-/// name opens: ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs.
-const LOCAL: [u32; 7] = [
-    0xef53,
-    0x5846_5342,
-    0x9123_683e,
-    0x0102_1994,
-    0xf2f5_2010,
-    0x2fc1_2fc1,
-    0xca45_1a4e,
-];
 
 /// A node and a file that is open on it.
 type ClosedFile = (NodeId, File);
@@ -44,27 +31,18 @@ pub(crate) struct ClosedFdCache {
     shards: Box<[Mutex<VecDeque<ClosedFile>>]>,
     /// How many files may be cached.
     max: usize,
-    /// The device and mount that files must be on.
-    file_system: (u64, u64),
     /// The number of cached files. It orders nothing and is used for limits.
     count: AtomicUsize,
 }
 
 impl ClosedFdCache {
-    /// Caches up to `max` files of the file system of `root`, or none if it is not suitable.
-    /// `file_system` is its device and mount.
-    pub(crate) fn new(root: impl AsFd, file_system: (u64, u64), max: usize) -> Result<Self> {
-        let kind = rustix::fs::fstatfs(root)?.f_type;
-        let is_local = LOCAL
-            .iter()
-            .any(|&magic| i64::from(magic) == kind & 0xffff_ffff);
-        let max = if is_local { max } else { 0 };
-        Ok(Self {
+    /// Caches up to `max` files.
+    pub(crate) fn new(max: usize) -> Self {
+        Self {
             shards: (0..max.min(SHARDS)).map(|_| Mutex::default()).collect(),
             max,
-            file_system,
             count: AtomicUsize::new(0),
-        })
+        }
     }
 
     /// The number of cached files.
@@ -87,11 +65,6 @@ impl ClosedFdCache {
     /// Whether files are cached at all.
     pub(crate) fn is_enabled(&self) -> bool {
         self.max > 0
-    }
-
-    /// Whether a file on this file system, by device and mount, may be cached.
-    pub(crate) fn accepts(&self, file_system: (u64, u64)) -> bool {
-        self.file_system == file_system
     }
 
     /// Caches `file`. Closes the oldest one if there are too many.

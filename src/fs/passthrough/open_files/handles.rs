@@ -13,8 +13,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::dir_stream::DirStream;
+use crate::fs::lowest::Lowest;
 use crate::fs::passthrough::current_request;
-use crate::fs::passthrough::lowest::Lowest;
 use crate::fs::{Handle, HandleKind, NodeId, Result};
 use crate::io::File;
 use crate::state::{HandleFields, HandleRecord, Table};

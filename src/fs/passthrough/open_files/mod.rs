@@ -9,6 +9,7 @@ mod closer;
 mod dir_stream;
 mod handleless;
 mod handles;
+mod local_mount;
 mod record_locks;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ pub(crate) use self::closer::Closer;
 pub(crate) use self::dir_stream::{DirStream, DirentCache, RawEntry};
 pub(crate) use self::handleless::{HandlelessOpens, IMPLICIT, InodeFiles};
 pub(crate) use self::handles::{Handles, Released};
+pub(crate) use self::local_mount::LocalMount;
 pub(crate) use self::record_locks::RecordLocks;
 
 use crate::state::Table;
@@ -28,6 +30,7 @@ pub(crate) struct OpenFiles {
     handles: Handles,
     handleless: HandlelessOpens,
     closed: ClosedFdCache,
+    local: LocalMount,
     record_locks: RecordLocks,
     closer: Closer,
     /// Limits how many open directories keep their entry buffers.
@@ -35,12 +38,20 @@ pub(crate) struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// With at most `descriptors` descriptors of the guest.
-    pub(crate) fn new(table: &Arc<Table>, closed: ClosedFdCache, descriptors: usize) -> Self {
+    /// With at most `descriptors` descriptors of the guest, of which up to `closed` are those of
+    /// `local` files that it has closed.
+    pub(crate) fn new(
+        table: &Arc<Table>,
+        local: LocalMount,
+        closed: usize,
+        descriptors: usize,
+    ) -> Self {
+        let closed = if local.exists() { closed } else { 0 };
         Self {
             handles: Handles::new(table),
             handleless: HandlelessOpens::new(descriptors),
-            closed,
+            closed: ClosedFdCache::new(closed),
+            local,
             record_locks: RecordLocks::new(table),
             closer: Closer::default(),
             dirent_cache: DirentCache::default(),
@@ -60,6 +71,11 @@ impl OpenFiles {
     /// The files that the guest has closed and may open again.
     pub(crate) fn closed(&self) -> &ClosedFdCache {
         &self.closed
+    }
+
+    /// Which files are on a file system of this host.
+    pub(crate) fn local(&self) -> LocalMount {
+        self.local
     }
 
     /// The descriptors that hold record locks.

@@ -193,7 +193,7 @@ impl Operations {
                 .with_room(|| rustix::fs::openat(parent, name, flags | creating, mode))?
         };
         let entry = self.entry_of_created(parent, name, &fd)?;
-        self.opened_entry(entry, fd, flags)
+        self.opened_entry(parent.inode(), entry, fd, flags)
     }
 
     fn open_existing(
@@ -300,6 +300,6 @@ impl Operations {
         if let Some(inode) = self.fds.inodes().get(entry.node) {
             self.fds.inodes().set_nameless(&inode, true);
         }
-        self.opened_entry(entry, fd, flags)
+        self.opened_entry(parent.inode(), entry, fd, flags)
     }
 }

@@ -93,7 +93,7 @@ impl Operations {
                 .record_name(&inode, seen.parent, name, seen.dir_seq);
             return Ok(self.entry(&inode, &stat));
         }
-        if opens == Opens::WhatMayChange && may_change(&identity) {
+        if opens == Opens::WhatMayChange && self.may_change(&identity) {
             return self.find_new(parent, name);
         }
         match self.add_unopened(&parent, &seen, &identity) {
@@ -111,7 +111,7 @@ impl Operations {
         seen: &Seen<'_>,
         identity: &Identity,
     ) -> Option<Arc<Inode>> {
-        let digest = if identity.is_settled() {
+        let digest = if self.fds.inodes().is_settled(identity) {
             0
         } else {
             // Without a birth time too little can be compared when it is opened later.
@@ -202,7 +202,7 @@ impl Operations {
             }
             None => {
                 let is_opened =
-                    may_change(&identity) || !self.fds.reopen_policy().keeps_opened_fds();
+                    self.may_change(&identity) || !self.fds.reopen_policy().keeps_opened_fds();
                 NEW_IN_A_ROW.set(match is_opened {
                     true => NEW_IN_A_ROW.get().saturating_add(1),
                     false => 0,
@@ -271,6 +271,11 @@ impl Operations {
         }
     }
 
+    /// Whether [`Opens::WhatMayChange`] opens a new inode.
+    fn may_change(&self, identity: &Identity) -> bool {
+        identity.kind == FileType::Directory || !self.fds.inodes().is_settled(identity)
+    }
+
     fn entry(&self, inode: &Inode, stat: &Statx) -> Entry {
         Entry {
             node: inode.node(),
@@ -281,11 +286,6 @@ impl Operations {
             submount: false,
         }
     }
-}
-
-/// Whether [`Opens::WhatMayChange`] opens a new inode.
-fn may_change(identity: &Identity) -> bool {
-    identity.kind == FileType::Directory || !identity.is_settled()
 }
 
 /// Which new inodes are opened when they are found.

@@ -12,8 +12,7 @@ use rustix::io::Errno;
 
 use super::Operations;
 use super::path_checks::is_reopened_by_name;
-use crate::fs::passthrough::descriptors::regular_file;
-use crate::fs::passthrough::inode_table::Inode;
+use crate::fs::passthrough::inode_table::{Inode, Key};
 use crate::fs::passthrough::open_files::IMPLICIT;
 use crate::fs::passthrough::options::Cache;
 use crate::fs::{Caller, Entry, HandleKind, NodeId, Opened, Result};
@@ -76,8 +75,10 @@ impl Operations {
         let appends = flags & OFlags::APPEND.bits() != 0;
         let flags = self.file_flags(flags);
         let truncates = flags.contains(OFlags::TRUNC);
+        let place = inode.key();
+        let no_flush = self.needs_no_flush(&place, flags);
         if let Some(file) = self.fds.take_closed(node, flags) {
-            return self.opened_as(node, file, flags, HandleKind::File);
+            return self.opened_as(node, file, flags, HandleKind::File, no_flush);
         }
         let changes = truncates || flags & OFlags::RWMODE != OFlags::RDONLY;
         let by_name = is_reopened_by_name(&inode);
@@ -90,15 +91,18 @@ impl Operations {
         let file = if truncates && (caller.kill_set_id || !privileged) {
             self.fds.writable()?;
             let flags = flags.difference(OFlags::TRUNC);
-            let file = regular_file(self.fds.open_appendable(&inode, flags, appends)?, flags);
+            let fd = self.fds.open_appendable(&inode, flags, appends)?;
+            let file = self.fds.regular_file_at(&place, fd, flags);
             self.kill_set_id_of_open(&file)?;
             self.truncate_to_zero(&file)?;
             file
         } else if !changes {
-            regular_file(self.fds.open_for_reading(&inode, flags)?, flags)
+            let fd = self.fds.open_for_reading(&inode, flags)?;
+            self.fds.regular_file_at(&place, fd, flags)
         } else {
             self.fds.writable()?;
-            regular_file(self.fds.open_appendable(&inode, flags, appends)?, flags)
+            let fd = self.fds.open_appendable(&inode, flags, appends)?;
+            self.fds.regular_file_at(&place, fd, flags)
         };
         if changes {
             if !by_name && !truncates {
@@ -106,7 +110,14 @@ impl Operations {
             }
             self.note_opened(caller, node);
         }
-        self.opened_as(node, file, flags, HandleKind::File)
+        self.opened_as(node, file, flags, HandleKind::File, no_flush)
+    }
+
+    /// Whether nothing is lost if the guest leaves out FLUSH for a file, at `place` and open with
+    /// `flags`. What is open for reading and writing may be mapped, and a guest's kernel writes a
+    /// mapping back on `close(2)` only if it sends FLUSH.
+    fn needs_no_flush(&self, place: &Key, flags: OFlags) -> bool {
+        flags & OFlags::RWMODE != OFlags::RDWR && self.fds.is_local(place)
     }
 
     /// Opens a regular file for a mapping of the VMM.
@@ -122,15 +133,19 @@ impl Operations {
         }
     }
 
-    /// Adds an open file to the handles: `entry`, whose lookup is counted already, and `fd`, which
-    /// was opened with `flags`.
+    /// Adds a new file to the handles: `entry`, whose lookup is counted already, and `fd`, which was
+    /// opened with `flags` in `directory`.
     pub(crate) fn opened_entry(
         &self,
+        directory: &Inode,
         entry: Entry,
         fd: OwnedFd,
         flags: OFlags,
     ) -> Result<(Entry, Opened)> {
-        match self.opened(entry.node, fd, flags, HandleKind::File) {
+        let place = directory.key();
+        let no_flush = self.needs_no_flush(&place, flags);
+        let file = self.fds.regular_file_at(&place, fd, flags);
+        match self.opened_as(entry.node, file, flags, HandleKind::File, no_flush) {
             Ok(opened) => Ok((entry, opened)),
             Err(error) => {
                 self.fds.forget_lookups(entry.node, 1);
@@ -139,20 +154,10 @@ impl Operations {
         }
     }
 
-    /// Adds `fd`, which was opened with `flags`, to the handles.
-    pub(crate) fn opened(
-        &self,
-        node: NodeId,
-        fd: OwnedFd,
-        flags: OFlags,
-        kind: HandleKind,
-    ) -> Result<Opened> {
-        let file = if kind == HandleKind::Directory {
-            File::from_fd(fd)
-        } else {
-            regular_file(fd, flags)
-        };
-        self.opened_as(node, file, flags, kind)
+    /// Adds the directory `fd` to the handles.
+    pub(crate) fn opened_directory(&self, node: NodeId, fd: OwnedFd) -> Result<Opened> {
+        let file = File::from_fd(fd);
+        self.opened_as(node, file, OFlags::RDONLY, HandleKind::Directory, false)
     }
 
     fn opened_as(
@@ -161,6 +166,7 @@ impl Operations {
         file: File,
         flags: OFlags,
         kind: HandleKind,
+        no_flush: bool,
     ) -> Result<Opened> {
         let directory = kind == HandleKind::Directory;
         let handle = if self.terms.is_implicit(IMPLICIT, kind) {
@@ -180,6 +186,7 @@ impl Operations {
             },
             direct_io: !directory && matches!(self.options.cache, Cache::Never | Cache::Metadata),
             cache_dir: directory && matches!(self.options.cache, Cache::Metadata | Cache::Always),
+            no_flush,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Files that the guest has closed are reused by the next OPEN.
+//! What the guest closes: whether it sends FLUSH, and files that the next OPEN reuses.
 
 use super::*;
 use crate::fs::{HandleKind, OpenFile};
@@ -115,6 +115,29 @@ fn cached_files_are_closed_when_descriptors_are_short() {
             let node = rig.node(&n.to_string());
             open_and_close(rig, node, O_RDONLY);
             assert!(rig.descriptors() <= 41, "{}", rig.descriptors());
+        }
+    });
+}
+
+#[test]
+fn only_files_open_for_both_need_flush() {
+    in_each_mode(|rig| {
+        // A mapping can be written to only if the file is open for reading and writing.
+        rig.host_file("file", "");
+        let node = rig.node("file");
+        let is_local = rig.fs.fds().files().local().exists();
+        let excepted = [(O_RDONLY, is_local), (O_WRONLY, is_local), (O_RDWR, false)];
+        for (flags, no_flush) in excepted {
+            let opened = rig.fs.open(&SUPERUSER, node, flags).unwrap();
+            assert_eq!(opened.no_flush, no_flush, "{flags:#o}");
+            rig.fs.release(node, opened.handle).unwrap();
+            let name = format!("new-{flags:o}");
+            let (new, opened) = rig.create(&SUPERUSER, &name, flags, 0o644).unwrap();
+            assert_eq!(opened.no_flush, no_flush, "{flags:#o}");
+            rig.fs.flush(&SUPERUSER, new.node, opened.handle).unwrap();
+            rig.fs.release(new.node, opened.handle).unwrap();
+            let flushed = rig.fs.flush(&SUPERUSER, new.node, opened.handle);
+            assert_eq!(flushed, Err(Errno::BADF));
         }
     });
 }

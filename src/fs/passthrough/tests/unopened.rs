@@ -55,6 +55,32 @@ fn lookup_opens_directories_and_no_files() {
 }
 
 #[test]
+fn birth_time_by_the_hosts_clock_is_sufficient_early() {
+    on_a_thread(|| {
+        let rig = Rig::new(Options::default()).unwrap();
+        if !rig.fs.fds().files().local().exists() {
+            println!("SKIPPED: the temporary directory is on no local file system");
+            return;
+        }
+        rig.host_file("new", "");
+        rig.node("new");
+        assert_eq!(
+            rig.fs.inode_descriptors(),
+            2,
+            "the root's and the new file's"
+        );
+        CLOCK_AHEAD.set(200_000_000);
+        rig.host_file("file", "content");
+        let node = rig.node("file");
+        assert_eq!(rig.node("file"), node);
+        assert_eq!(rig.fs.inode_descriptors(), 2);
+        std::fs::remove_file(rig.path("file")).unwrap();
+        rig.host_file("file", "another");
+        assert_ne!(rig.node("file"), node);
+    });
+}
+
+#[test]
 fn attributes_of_unopened_file_leave_it_unopened() {
     with_old_files(|rig| {
         rig.host_file("file", "content");

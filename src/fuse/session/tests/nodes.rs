@@ -3,8 +3,9 @@
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{FH, ROOM, lookup};
-use crate::fuse::abi::{self, Opcode};
-use crate::fuse::testing::{Ending, Guest, attributes, on_root, request};
+use crate::fuse::SessionOptions;
+use crate::fuse::abi::{self, InitFlags, Opcode};
+use crate::fuse::testing::{Ending, Guest, attributes, init_of, on_root, request};
 
 fn readdir(plus: bool, offset: u64, size: u32) -> Vec<u8> {
     let opcode = if plus {
@@ -167,8 +168,23 @@ fn create_replies_with_entry_and_handle() {
     let (entry, behind) = abi::EntryOut::read_from_prefix(reply.body()).unwrap();
     let opened = abi::OpenOut::read_from_bytes(behind).unwrap();
     assert_eq!(entry.nodeid, 100);
-    assert_eq!((opened.fh, opened.open_flags), (FH, 0b1010));
+    assert_eq!((opened.fh, opened.open_flags), (FH, 0b10_1010));
     assert_eq!(guest.serve(create, ROOM).errno(), libc::EEXIST);
+}
+
+#[test]
+fn record_locks_need_flush() {
+    for (posix_locks, open_flags) in [(false, 0b10_1010), (true, 0b1010)] {
+        let guest = Guest::with_options(SessionOptions {
+            posix_locks,
+            ..SessionOptions::default()
+        });
+        let init = init_of(7, 41, InitFlags::POSIX_LOCKS);
+        assert_eq!(guest.serve(init, ROOM).errno(), 0);
+        let open = on_root(Opcode::Open, &[abi::OpenIn::default().as_bytes()]);
+        let opened: abi::OpenOut = guest.serve(open, ROOM).structure();
+        assert_eq!(opened.open_flags, open_flags, "{posix_locks}");
+    }
 }
 
 #[test]
