@@ -40,6 +40,15 @@ const REQUEST: u32 = 80;
 /// The size of guest memory.
 const MEMORY: u64 = 16 << 20;
 
+/// The guest's superuser.
+const CALLER: Caller = Caller {
+    uid: Some(0),
+    gid: Some(0),
+    pid: 1,
+    kill_set_id: false,
+    group: None,
+};
+
 /// Both sides of one queue.
 struct Ring {
     driver: vmm::Queue,
@@ -307,17 +316,10 @@ fn open_files(criterion: &mut Criterion) {
         ("overlay, lower layer", Arc::clone(&layers), c"below"),
         ("overlay, upper layer", layers, c"above"),
     ];
-    let caller = Caller {
-        uid: Some(0),
-        gid: Some(0),
-        pid: 1,
-        kill_set_id: false,
-        group: None,
-    };
     let mut group = criterion.benchmark_group("open file");
     for (name, fs, file) in cases {
-        let node = fs.lookup(&caller, NodeId::ROOT, file).expect("a file").node;
-        let handle = fs.open(&caller, node, 0).expect("an open file").handle;
+        let node = fs.lookup(&CALLER, NodeId::ROOT, file).expect("a file").node;
+        let handle = fs.open(&CALLER, node, 0).expect("an open file").handle;
         group.bench_function(name, |bench| {
             bench.iter(|| black_box(fs.file(black_box(node), handle, HandleKind::File)).is_ok());
         });
@@ -380,14 +382,7 @@ fn shared_words(criterion: &mut Criterion) {
         }
     }
     let fs = passthrough(dir.path(), false);
-    let caller = Caller {
-        uid: Some(0),
-        gid: Some(0),
-        pid: 1,
-        kill_set_id: false,
-        group: None,
-    };
-    let lookup = |parent, name: &CStr| fs.lookup(&caller, parent, name).expect("an entry").node;
+    let lookup = |parent, name: &CStr| fs.lookup(&CALLER, parent, name).expect("an entry").node;
     let dirs = [c"a", c"b"].map(|name| lookup(NodeId::ROOT, name));
     let files = [c"0", c"1"];
     for (name, threads, own_dir, own_file) in [

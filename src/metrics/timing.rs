@@ -24,7 +24,7 @@ const RARITY: u32 = 3;
 const LOWEST: u64 = 0x1249_2492_4924_9249;
 
 /// A request that was timed, which stands for others.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Sample {
     nanoseconds: u64,
     queue: usize,

@@ -59,14 +59,10 @@ impl ChainTransport {
         }
     }
 
-    /// Returns the request's `unique`; 0, which is none, if it was not read.
-    fn unique(&self) -> u64 {
+    /// Returns the request's `unique`, if it was read.
+    fn unique(&self) -> Option<u64> {
         let [_, _, _, _, _, _, _, _, unique @ ..] = self.header;
-        if self.header_len == UNIQUE_END {
-            u64::from_le_bytes(unique)
-        } else {
-            0
-        }
+        (self.header_len == UNIQUE_END).then_some(u64::from_le_bytes(unique))
     }
 
     /// Tells tracers that the request begins, whose first bytes are `request`.
@@ -78,7 +74,7 @@ impl ChainTransport {
         probe!(
             ringfsd,
             request_begin,
-            self.unique(),
+            self.unique().unwrap_or(0),
             self.opcode(),
             node,
             queue
@@ -96,7 +92,7 @@ impl ChainTransport {
         probe!(
             ringfsd,
             request_end,
-            self.unique(),
+            self.unique().unwrap_or(0),
             opcode,
             errno,
             bytes,
@@ -212,10 +208,9 @@ impl Drop for ChainTransport {
             errno: libc::EIO.unsigned_abs(),
             ..Ended::default()
         };
-        let header = (self.header_len == UNIQUE_END).then_some(self.header);
-        self.end(ended, |chain| match header {
-            Some([_, _, _, _, _, _, _, _, unique @ ..]) => {
-                let unique = u64::from_le_bytes(unique);
+        let unique = self.unique();
+        self.end(ended, |chain| match unique {
+            Some(unique) => {
                 log::error!("request {unique:#x} was dropped without a reply; replying EIO");
                 chain.reply(&[&error_reply(unique, rustix::io::Errno::IO)]);
             }
