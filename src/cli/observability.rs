@@ -19,9 +19,9 @@ pub struct Observability {
     ///
     /// Parts of the server can have levels of their own, as in info,fs=debug,vhost_user=off; an
     /// unknown part is an error that lists them. The log goes to standard error. The environment
-    /// variable RINGFSD_LOG sets finer filters, such as `info,ringfsd::fs::vfs=debug`; with --compat
-    /// virtiofsd, RUST_LOG does. Of messages that repeat, about 50 in 10 seconds are logged, and the
-    /// others counted, unless their level is debug.
+    /// variable RINGFSD_LOG sets finer filters, such as `info,ringfsd::fs::vfs=debug`; with
+    /// --compat virtiofsd, RUST_LOG does. Of messages that repeat, about 50 in 10 seconds are
+    /// logged, and the others counted, unless their level is debug.
     #[arg(
         long,
         value_name = "LEVELS",

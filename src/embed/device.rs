@@ -164,8 +164,8 @@ impl VirtioFs {
         pool.is_some_and(|pool| pool.session().negotiated().is_some())
     }
 
-    /// What the device counts, from its construction on: the same that the server counts, but restarts.
-    /// May be kept and read by any thread, also when the device is gone.
+    /// What the device counts, from its construction on: the same that the server counts, but
+    /// restarts. May be kept and read by any thread, also when the device is gone.
     ///
     /// [`Registry::snapshot`] has the numbers, [`Snapshot::to_open_metrics`] writes them for
     /// Prometheus. Durations are measured once [`Registry::set_timed`] says so.
@@ -176,8 +176,8 @@ impl VirtioFs {
         &self.metrics
     }
 
-    /// How much the guest may ask for: nothing is limited until [`Limits::set`] says so. That may be
-    /// called by any thread, and takes effect at once.
+    /// How much the guest may ask for: nothing is limited until [`Limits::set`] says so. That may
+    /// be called by any thread, and takes effect at once.
     #[must_use]
     pub fn limits(&self) -> &Arc<Limits> {
         &self.limits

@@ -56,8 +56,9 @@ impl FileWatch {
         }
     }
 
-    /// The files with the most requests, most of all first. Of several with as many, those that the guest
-    /// has met last come first: it may know a file again that it had forgotten, by another node id.
+    /// The files with the most requests, most of all first. Of several with as many, those that the
+    /// guest has met last come first: it may know a file again that it had forgotten, by another
+    /// node id.
     pub(crate) fn busiest(&self, limit: usize) -> Vec<(NodeId, FileCounts)> {
         let mut files = Vec::new();
         for shard in &self.shards {

@@ -1,8 +1,8 @@
 //! The process's log: where records go, which ones, and what happens to those that repeat.
 //!
 //! What an operator chooses can be changed while the process runs ([`levels`]), and of records that
-//! repeat only the first are logged ([`repeats`]). The invariant: whatever a guest or a VMM does, one
-//! place of the code logs a bounded number of lines in a time, unless it is being debugged.
+//! repeat only the first are logged ([`repeats`]). The invariant: whatever a guest or a VMM does,
+//! one place of the code logs a bounded number of lines in a time, unless it is being debugged.
 
 mod levels;
 mod repeats;

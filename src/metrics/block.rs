@@ -32,8 +32,8 @@ impl Block {
         })
     }
 
-    /// Counts an error. Once the thread has seen more kinds than there is room for, further ones are
-    /// counted without their errno.
+    /// Counts an error. Once the thread has seen more kinds than there is room for, further ones
+    /// are counted without their errno.
     #[cold]
     pub(super) fn count_error(&self, opcode: usize, errno: u32) {
         let key = error_key(opcode, errno);

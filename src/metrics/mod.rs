@@ -1,9 +1,9 @@
 //! Counts what the server does: requests and their durations, errors, bytes, restarts.
 //!
-//! Each thread of the workers has a `Recorder` with counters of its own; [`Registry::snapshot`] adds
-//! them up. With `--supervise` the counters are in memory that outlives the process
-//! (`SharedFile`). This room knows opcodes only as numbers. The invariant: counting takes no lock and
-//! no memory, and what reads the counters can't hold up what counts.
+//! Each thread of the workers has a `Recorder` with counters of its own; [`Registry::snapshot`]
+//! adds them up. With `--supervise` the counters are in memory that outlives the process
+//! (`SharedFile`). This room knows opcodes only as numbers. The invariant: counting takes no lock
+//! and no memory, and what reads the counters can't hold up what counts.
 
 mod address;
 mod block;

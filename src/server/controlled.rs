@@ -1,7 +1,7 @@
 //! What clients of a control socket look at and change, without a sandbox and without a VMM.
 //!
-//! Fuzzing asks it for arbitrary commands. The invariant: the commands and the file system are those
-//! of a server with the same configuration.
+//! Fuzzing asks it for arbitrary commands. The invariant: the commands and the file system are
+//! those of a server with the same configuration.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

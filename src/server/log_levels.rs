@@ -1,7 +1,7 @@
 //! The log levels over the processes that serve a guest.
 //!
-//! The invariant: levels that were set while the server ran stay until it ends; the command line and
-//! the environment have those that it starts with.
+//! The invariant: levels that were set while the server ran stay until it ends; the command line
+//! and the environment have those that it starts with.
 
 use std::sync::Arc;
 
@@ -41,7 +41,8 @@ impl LogLevels {
         kept
     }
 
-    /// What the previous process has had set, unless the text isn't one that this program understands.
+    /// What the previous process has had set, unless the text isn't one that this program
+    /// understands.
     fn changes(&self) -> Option<LevelList> {
         let text = self.0.log_levels()?;
         let changes = text.parse();

@@ -301,9 +301,10 @@ impl Service {
         }
     }
 
-    /// Creates the workers of the first session before a VMM has connected: it needn't wait for them
-    /// then, and if the host has no threads for them, the error still reaches the launcher. They
-    /// prepare themselves until [`finish_first_workers`](Self::finish_first_workers) waits for them.
+    /// Creates the workers of the first session before a VMM has connected: it needn't wait for
+    /// them then, and if the host has no threads for them, the error still reaches the launcher.
+    /// They prepare themselves until [`finish_first_workers`](Self::finish_first_workers) waits for
+    /// them.
     pub(super) fn begin_first_workers(&self) -> Result<StartingWorkers, ServerError> {
         let ServiceOptions { workers, poll, .. } = self.options;
         let session = Arc::new(self.new_session());

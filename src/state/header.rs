@@ -58,8 +58,8 @@ mod at {
     /// a program that knows none.
     pub(super) const LIMITED: usize = 64;
     pub(super) const GUEST_LIMITS: usize = 72;
-    /// The valid one of the two texts of log levels: 1 or 2, or 0 for none. 0 in a table of a program
-    /// that knows none.
+    /// The valid one of the two texts of log levels: 1 or 2, or 0 for none. 0 in a table of a
+    /// program that knows none.
     pub(super) const LOGGED: usize = 104;
     pub(super) const LOG_LEVELS: usize = 128;
 }
@@ -332,7 +332,8 @@ impl Table {
     /// Maximum length of the text of log levels, bytes.
     pub const MAX_LOG_LEVELS_LEN: usize = (LOG_LEVELS - 1) * WORD;
 
-    /// The log levels that were set while the server ran, as `logging` shows them, if there are any.
+    /// The log levels that were set while the server ran, as `logging` shows them, if there are
+    /// any.
     #[must_use]
     pub fn log_levels(&self) -> Option<String> {
         let first = log_levels_at(self.load(at::LOGGED))?;
@@ -346,8 +347,8 @@ impl Table {
         String::from_utf8(bytes).ok()
     }
 
-    /// Records the log levels, or that those of the command line apply. Returns whether there is room
-    /// for them. Must not be called concurrently.
+    /// Records the log levels, or that those of the command line apply. Returns whether there is
+    /// room for them. Must not be called concurrently.
     pub fn set_log_levels(&self, levels: Option<&str>) -> bool {
         let Some(levels) = levels else {
             self.store(at::LOGGED, 0);

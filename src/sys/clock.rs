@@ -25,8 +25,8 @@ impl Ticks {
         Self(NonZeroU64::new(count).unwrap_or(NonZeroU64::MIN))
     }
 
-    /// Ticks from `earlier` to this reading. A thread may be moved to a processor whose counter is a
-    /// few ticks behind, so the difference is 0 then.
+    /// Ticks from `earlier` to this reading. A thread may be moved to a processor whose counter is
+    /// a few ticks behind, so the difference is 0 then.
     #[inline]
     fn since(self, earlier: Self) -> u64 {
         self.0.get().saturating_sub(earlier.0.get())

@@ -21,8 +21,8 @@ const FRACTION: usize = 4;
 /// A chain that takes longer is slow: the guest processes the reply and falls asleep meanwhile.
 const SLOW: Duration = Duration::from_micros(8);
 
-/// A chain that takes less is fast: reading the clock for each would take a hundredth of the time or
-/// more.
+/// A chain that takes less is fast: reading the clock for each would take a hundredth of the time
+/// or more.
 const FAST: Duration = Duration::from_micros(3);
 
 /// The batches of one queue.

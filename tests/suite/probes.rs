@@ -6,13 +6,15 @@ use std::collections::BTreeSet;
 
 const PAGE: &str = include_str!("../../docs/tuning.md");
 
-/// What a note of a probe begins with: its owner, and before that the number of its type, which is 3.
+/// What a note of a probe begins with: its owner, and before that the number of its type, which is
+/// 3.
 const OWNER: &[u8] = b"\x03\0\0\0stapsdt\0";
 
 /// The addresses before the names: of the probe, of the note's base, and of a semaphore.
 const ADDRESSES: usize = 3 * 8;
 
-/// The probes in `program`, by provider and name, with the number of arguments; and their addresses.
+/// The probes in `program`, by provider and name, with the number of arguments; and their
+/// addresses.
 fn probes(program: &[u8]) -> Vec<((String, String, usize), [u8; 8])> {
     let starts = (0..program.len()).filter(|&at| program[at..].starts_with(OWNER));
     let probes = starts.map(|at| {

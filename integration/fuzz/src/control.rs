@@ -1,8 +1,8 @@
-//! Clients of the control socket: any bytes in any parts, with any descriptors, to the commands of a
-//! server that serves a directory, or several that clients mount and unmount.
+//! Clients of the control socket: any bytes in any parts, with any descriptors, to the commands of
+//! a server that serves a directory, or several that clients mount and unmount.
 //!
-//! What must hold: each line has one reply, and it is one of the protocol; a client that comes after
-//! all others is served; nothing outside of the directories is reached.
+//! What must hold: each line has one reply, and it is one of the protocol; a client that comes
+//! after all others is served; nothing outside of the directories is reached.
 
 use std::ffi::OsString;
 use std::fs::File;

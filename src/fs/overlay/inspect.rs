@@ -52,8 +52,8 @@ impl Inspect for Overlay {
 }
 
 impl Overlay {
-    /// The nodes and handles of the overlay, and the descriptors of its layers. There is no limit of
-    /// handles but that of each layer.
+    /// The nodes and handles of the overlay, and the descriptors of its layers. There is no limit
+    /// of handles but that of each layer.
     pub(super) fn in_use(&self) -> Usage {
         let layers: Usage = self.layers.iter().map(|layer| layer.fs.usage()).sum();
         let (nodes, limit) = self.nodes.count_and_limit();
@@ -140,7 +140,8 @@ impl Overlay {
         )
     }
 
-    /// The guest's path of what has this path in a layer. The upper directory is a part of its layer.
+    /// The guest's path of what has this path in a layer. The upper directory is a part of its
+    /// layer.
     fn guest_path(&self, real: Real, path: Vec<u8>) -> Option<Vec<u8>> {
         let Some(upper) = self.upper.as_ref().filter(|_| real.layer == UPPER) else {
             return Some(path);

@@ -33,7 +33,8 @@ const FOREIGN: [(&str, u32, usize); 17] = [
 
 #[each_runtime]
 fn malformed_message_ends_only_its_session(runtime: &str) {
-    // Each of the lines that are waited for shall come, and there are more than are logged otherwise.
+    // Each of the lines that are waited for shall come, and there are more than are logged
+    // otherwise.
     let mut server = Server::start(&["--runtime", runtime, "--log-level=info,server=debug"]);
     // The first session's workers exist before it does.
     is_well(&server, "nothing");

@@ -86,7 +86,8 @@ impl Descriptors {
         self.room_below(self.limits.hard.saturating_add(TRANSIENT_FDS))
     }
 
-    /// Whether inodes can be opened only to be faster, with no fear that others are closed for that.
+    /// Whether inodes can be opened only to be faster, with no fear that others are closed for
+    /// that.
     pub(super) fn has_room_for_inodes(&self) -> bool {
         let soft = self.limits.soft;
         self.count() < soft - soft / 4

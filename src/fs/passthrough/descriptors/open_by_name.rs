@@ -68,9 +68,9 @@ impl Descriptors {
         Some(fd)
     }
 
-    /// The attributes of an inode without a descriptor, with its birth time, found by its name in an
-    /// open directory. `None` if it is open or should be by now, or if that isn't certain to be this
-    /// inode.
+    /// The attributes of an inode without a descriptor, with its birth time, found by its name in
+    /// an open directory. `None` if it is open or should be by now, or if that isn't certain to be
+    /// this inode.
     pub(crate) fn stat_by_name(&self, inode: &Inode) -> Option<Statx> {
         if inode.slot().is_full() {
             return None;

@@ -293,8 +293,8 @@ impl Inode {
         matches!(&*self.ref_kind(), RefKind::Open(shared) if shared.as_raw_fd() == file.as_raw_fd())
     }
 
-    /// Counts another use by its name. Returns the number of those before; threads that count at the
-    /// same moment may be counted as one.
+    /// Counts another use by its name. Returns the number of those before; threads that count at
+    /// the same moment may be counted as one.
     pub(crate) fn count_use_by_name(&self) -> u8 {
         let before = self.uses_by_name.load(Ordering::Relaxed);
         let now = before.saturating_add(1);

@@ -1,9 +1,9 @@
 //! The mount of the shared directory, if its file system is one of this host's own.
 //!
-//! On these an open file stays the one that its name opens, and `close(2)` neither waits for earlier
-//! writes nor reports their errors. This excludes overlayfs (after copy-up another file has the name)
-//! and whatever another machine or process serves. The invariant: a file counts as local only if it
-//! is on the file system and mount of the shared directory.
+//! On these an open file stays the one that its name opens, and `close(2)` neither waits for
+//! earlier writes nor reports their errors. This excludes overlayfs (after copy-up another file has
+//! the name) and whatever another machine or process serves. The invariant: a file counts as local
+//! only if it is on the file system and mount of the shared directory.
 
 use std::os::fd::AsFd;
 

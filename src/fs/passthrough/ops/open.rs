@@ -133,8 +133,8 @@ impl Operations {
         }
     }
 
-    /// Adds a new file to the handles: `entry`, whose lookup is counted already, and `fd`, which was
-    /// opened with `flags` in `directory`.
+    /// Adds a new file to the handles: `entry`, whose lookup is counted already, and `fd`, which
+    /// was opened with `flags` in `directory`.
     pub(crate) fn opened_entry(
         &self,
         directory: &Inode,
