@@ -89,7 +89,8 @@ pub(crate) enum Server {
     Began,
 }
 
-/// Counters of a thread. Their numbers never change their meaning.
+/// Counters of a thread. Their numbers never change their meaning; 4 were batches, which the section
+/// of their sizes counts too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Count {
     /// Bytes that READ has returned.
@@ -100,10 +101,8 @@ pub(crate) enum Count {
     Kicks,
     /// Calls of the guest.
     Calls,
-    /// Batches of chains that were published.
-    Batches,
     /// Chains that were sent to other workers.
-    Offloaded,
+    Offloaded = 5,
     /// Chains of other workers that this thread has served.
     Stolen,
     /// Requests that had to wait for the host.

@@ -153,14 +153,13 @@ impl Recorder {
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
         let opcode = self.row_of(ended.opcode);
         self.block.add(Section::Requests, opcode, 1);
-        if ended.read != 0 {
+        // One branch for the many requests that have none of these.
+        if ended.read | ended.written | u64::from(ended.errno) != 0 {
             self.count(Count::BytesRead, ended.read);
-        }
-        if ended.written != 0 {
             self.count(Count::BytesWritten, ended.written);
-        }
-        if ended.errno != 0 {
-            self.block.count_error(opcode, ended.errno);
+            if ended.errno != 0 {
+                self.block.count_error(opcode, ended.errno);
+            }
         }
         if let Some(start) = begun.0 {
             let queue = usize::from(ended.queue);
@@ -178,7 +177,6 @@ impl Recorder {
     #[inline]
     pub(crate) fn published(&self, chains: u16, called: bool) {
         if chains != 0 {
-            self.count(Count::Batches, 1);
             self.count(Count::PublishedChains, chains.into());
             self.block
                 .add(Section::Batches, power_of(u64::from(chains)), 1);

@@ -50,6 +50,7 @@ impl<R: Fn(usize) -> u64> Reader<'_, R> {
         });
         let counts = self.sums(Section::Counts);
         let count = |count: Count| counts.get(count as usize).copied().unwrap_or(0);
+        let batch_sizes = self.sums(Section::Batches);
         let server = |count: Server| {
             let part = self.layout.part(Section::Server);
             (self.word)(part.first + count as usize)
@@ -65,14 +66,14 @@ impl<R: Fn(usize) -> u64> Reader<'_, R> {
             threads: ThreadStats {
                 kicks: count(Count::Kicks),
                 calls: count(Count::Calls),
-                batches: count(Count::Batches),
+                batches: batch_sizes.iter().sum(),
                 published_chains: count(Count::PublishedChains),
                 found_chains: count(Count::FoundChains),
                 offloaded: count(Count::Offloaded),
                 stolen: count(Count::Stolen),
                 deferred: count(Count::Deferred),
             },
-            batch_sizes: self.sums(Section::Batches),
+            batch_sizes,
             queue_depths: self.sums(Section::Depths),
             guest_faults: GuestFaults {
                 malformed_requests: count(Count::Malformed),
