@@ -42,6 +42,8 @@ impl Facts {
     /// A file on a file system in memory, which doesn't support `RWF_NOWAIT` either: there is no
     /// disk to wait for.
     pub(super) const IN_MEMORY: u8 = 1 << 6;
+    /// A file on a file system of this host's own: operations wait for its disks only.
+    pub(super) const LOCAL: u8 = 1 << 7;
 
     fn of(kind: FileType, flags: OFlags) -> u8 {
         let mut facts = match kind {

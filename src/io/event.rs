@@ -12,9 +12,9 @@ use tokio::io::unix::AsyncFd;
 
 /// An eventfd that another process signals, as a guest does to kick a queue.
 ///
-/// It is never read: the descriptor is registered edge-triggered, and each write to an eventfd is a
-/// new edge. That saves a system call for each signal. The counter, up to 2⁶⁴ - 2, doesn't
-/// overflow.
+/// It need not be read: the descriptor is registered edge-triggered, and each write to an eventfd is
+/// a new edge. That saves a system call for each signal. The counter, up to 2⁶⁴ - 2, doesn't
+/// overflow. An epoll instance will do instead of an eventfd.
 #[derive(Debug)]
 pub struct Event(AsyncFd<Arc<OwnedFd>>);
 
@@ -37,6 +37,12 @@ impl Event {
             Ok(fd) => Ok(Self(fd)),
             Err(error) => Err(error.into_parts().1),
         }
+    }
+
+    /// The eventfd.
+    #[must_use]
+    pub fn eventfd(&self) -> &Arc<OwnedFd> {
+        self.0.get_ref()
     }
 
     /// Ready once for all signals since the last time. Only one task at a time may wait.

@@ -87,6 +87,16 @@ impl File {
         self
     }
 
+    /// States that the file is on a file system of this host's own, and no other machine or process
+    /// serves it: a thread that has nothing else to do may wait for its disk.
+    #[must_use]
+    pub fn local(self) -> Self {
+        if self.inner.facts().has(Facts::REGULAR) {
+            self.inner.learn(Facts::LOCAL);
+        }
+        self
+    }
+
     /// Opens `path` with `options`. Opening may wait (for a disk, for the other end of a FIFO), so
     /// it runs on a blocking thread.
     ///

@@ -25,7 +25,10 @@ use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
 use super::limited_transport::LimitedTransport;
 use super::limiter::Limiter;
+use super::lone_waits::LoneWaits;
 use super::queue_report::QueueReport;
+use super::standby::Standby;
+use super::waiting::Waiting;
 use crate::fs::FileSystem;
 use crate::fuse::{Outcome, Session, Transport};
 use crate::io::{self, spawn};
@@ -95,6 +98,7 @@ pub(super) struct Backlog {
     pub(super) placement: Placement,
     pub(super) sender: Sender<Chain>,
     pub(super) receiver: Receiver<Chain>,
+    pub(super) standby: Arc<Standby>,
 }
 
 /// A queue that this worker owns.
@@ -132,6 +136,8 @@ enum Event {
     Command(Command),
     /// A chain of another worker's queue.
     Chain(Chain),
+    /// The queue that this worker watches may have chains.
+    Watched,
     /// The last request in flight has completed.
     Idle,
     /// A request that is held back may be served.
@@ -147,6 +153,11 @@ pub(super) struct EventLoop<F: ?Sized> {
     /// `None` for a single worker, and for the high-priority queue's thread.
     backlog: Option<Backlog>,
     queues: Vec<OwnedQueue>,
+    /// Becomes ready when the queue of a worker that waits for the host may have chains.
+    watched: Option<io::Event>,
+    /// That queue may have chains.
+    watched_ready: bool,
+    lone_waits: LoneWaits,
     /// Chains to be sent to other workers; kept to reuse its allocation.
     offloaded: Vec<Chain>,
     completions: Rc<CompletionBatch>,
@@ -182,6 +193,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             commands,
             backlog,
             queues: Vec::new(),
+            watched: None,
+            watched_ready: false,
+            lone_waits: LoneWaits::default(),
             offloaded: Vec::new(),
             completions: Rc::new(CompletionBatch::new(Rc::clone(&recorder))),
             recorder,
@@ -197,9 +211,18 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves until the session drops its command channel, then waits for the requests in flight.
     pub(super) async fn run(mut self) {
         let publisher = spawn(Rc::clone(&self.completions).publish());
+        let watch = (self.backlog.as_ref()).map(|it| io::Event::new(it.standby.readable()));
+        match watch.transpose() {
+            Ok(watch) => self.watched = watch,
+            Err(error) => log::warn!("waiting for other workers' queues: {error}"),
+        }
         loop {
             match self.next_event().await {
                 Event::Ready | Event::Due => (),
+                Event::Watched => {
+                    self.recorder.count(Count::Kicks, 1);
+                    self.watched_ready = true;
+                }
                 // Requests may complete one at a time, and the guest waits for them.
                 Event::Idle => self.completions.publish_now(),
                 Event::Command(command) => self.handle_command(command),
@@ -211,6 +234,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
                     self.drain_batch(at);
                 }
             }
+            if self.watched_ready {
+                self.serve_watched();
+            }
             if self.limiter.is_some() {
                 self.serve_due();
             }
@@ -221,7 +247,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
 
     /// Returns the next event; waits if there is none.
     async fn next_event(&mut self) -> Event {
-        if self.queues.iter().any(|owned| owned.ready) {
+        if self.watched_ready || self.queues.iter().any(|owned| owned.ready) {
             if let Ok(command) = self.commands.try_recv() {
                 return Event::Command(command);
             }
@@ -367,6 +393,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             commands,
             backlog,
             queues,
+            watched,
             completions,
             recorder,
             ..
@@ -405,6 +432,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
             if ready {
                 return Poll::Ready(Event::Ready);
+            }
+            if (watched.as_ref()).is_some_and(|watched| watched.poll(cx).is_ready()) {
+                return Poll::Ready(Event::Watched);
             }
             if idle.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Idle);
@@ -492,6 +522,8 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             self.offload(at, offloaded);
         }
         let mut popped = offloaded;
+        let may_wait_here = waiting == 1 && self.may_wait_here();
+        let mut alone = None;
         self.waited.set(false);
         self.recorder.found(waiting);
         let batch_size = &mut self.queues[at].batch_size;
@@ -506,7 +538,14 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             // One chain ahead: its request is loaded while this one is served.
             next = self.pop(at, &mut popped);
             match chain {
-                Ok(chain) => self.serve(chain, &used),
+                Ok(chain) => {
+                    let waiting = self.serve(chain, &used);
+                    if may_wait_here && alone.is_none() {
+                        alone = waiting;
+                    } else if let Some(waiting) = waiting {
+                        waiting.spawn();
+                    }
+                }
                 Err(fault) => self.report_fault(index, fault),
             }
             let OwnedQueue {
@@ -520,8 +559,73 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
         self.publish(&used);
         self.recorder.end_row();
+        if let Some(waiting) = alone {
+            self.wait_for(waiting, at);
+        }
         let owned = &mut self.queues[at];
         owned.ready = owned.queue.has_more();
+    }
+
+    /// Whether this worker may wait for the host itself in a request that is alone.
+    fn may_wait_here(&mut self) -> bool {
+        let is_other_idle = |it: &Backlog| it.sender.idle() != 0;
+        self.backlog.as_ref().is_some_and(is_other_idle)
+            && self.limiter.is_none()
+            && self.queues.len() == 1
+            && self.completions.in_flight() == 0
+            && self.lone_waits.pay()
+    }
+
+    /// Waits for the host in a request of a queue, here if it is alone.
+    fn wait_for(&mut self, waiting: Waiting, at: usize) {
+        let backlog = self.backlog.as_ref();
+        let Some(backlog) = backlog.filter(|_| self.completions.in_flight() == 1) else {
+            return waiting.spawn();
+        };
+        let mut owned = self.queues.swap_remove(at);
+        owned.notifications_enabled = true;
+        match backlog.standby.watch(owned.queue, owned.kick.eventfd()) {
+            Ok(watched) => {
+                let waiting = waiting.wait_here();
+                let (queue, is_changed) = watched.end();
+                owned.queue = queue;
+                self.lone_waits.ended(!is_changed);
+                match waiting {
+                    Some(waiting) => waiting.spawn(),
+                    None => self.completions.publish_now(),
+                }
+            }
+            Err(queue) => {
+                owned.queue = queue;
+                self.lone_waits.ended(false);
+                waiting.spawn();
+            }
+        }
+        self.queues.push(owned);
+    }
+
+    /// Serves chains of the queue that this worker watches, up to [`MAX_DRAIN`].
+    fn serve_watched(&mut self) {
+        let Some(backlog) = &self.backlog else {
+            return;
+        };
+        let standby = Arc::clone(&backlog.standby);
+        let mut chains = Vec::new();
+        let has_more = standby.with_watched(|queue| {
+            queue.disable_notifications();
+            while chains.len() < MAX_DRAIN
+                && let Some(popped) = queue.pop()
+            {
+                match popped {
+                    Ok(chain) => chains.push(chain),
+                    Err(fault) => self.report_fault(queue.index(), fault),
+                }
+            }
+            queue.enable_notifications()
+        });
+        self.watched_ready = has_more.unwrap_or(false);
+        let mut chains = chains.into_iter();
+        self.serve_others(|_| chains.next());
     }
 
     /// Takes the next chain of a drain off a queue, unless the drain has `popped` enough.
@@ -560,32 +664,42 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let _ = backlog.sender.send_batch(self.offloaded.drain(..));
     }
 
-    /// Serves chains of other workers' queues, beginning with `first`.
+    /// Serves chains of the backlog, beginning with `first`.
     fn serve_stolen(&mut self, first: Chain) {
-        let mut next = Some(first);
+        let mut first = Some(first);
+        let mut left = MAX_DRAIN;
+        self.serve_others(|this| {
+            left = left.checked_sub(1)?;
+            first.take().or_else(|| {
+                let is_ready = this.queues.iter().any(|owned| owned.ready);
+                let backlog = this.backlog.as_ref().filter(|_| !is_ready)?;
+                backlog.receiver.try_recv()
+            })
+        });
+    }
+
+    /// Serves the chains that `next` returns, which are of other workers' queues.
+    fn serve_others(&self, mut next: impl FnMut(&Self) -> Option<Chain>) {
         let mut served = 0;
         let mut last: Option<Arc<_>> = None;
         self.recorder.begin_row(Row::SLOW);
-        while let Some(chain) = next.take() {
+        while let Some(chain) = next(self) {
             let used = Arc::clone(chain.used());
             if let Some(previous) = last.replace(Arc::clone(&used))
                 && !Arc::ptr_eq(&previous, &used)
             {
                 self.publish(&previous);
             }
-            match &self.limiter {
+            let waiting = match &self.limiter {
                 None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), &used),
                 Some(limiter) => {
-                    self.serve_now(|| limiter.admit_stolen(chain, &self.recorder), &used);
+                    self.serve_now(|| limiter.admit_stolen(chain, &self.recorder), &used)
                 }
+            };
+            if let Some(waiting) = waiting {
+                waiting.spawn();
             }
             served += 1;
-            if served < MAX_DRAIN as u64 && !self.queues.iter().any(|owned| owned.ready) {
-                next = self
-                    .backlog
-                    .as_ref()
-                    .and_then(|backlog| backlog.receiver.try_recv());
-            }
         }
         self.recorder.end_row();
         self.recorder.count(Count::Stolen, served);
@@ -608,13 +722,12 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     }
 
     /// Serves one chain of the queue that `used` is part of, or holds it back.
-    fn serve(&mut self, chain: Chain, used: &Arc<UsedRing>) {
+    fn serve(&mut self, chain: Chain, used: &Arc<UsedRing>) -> Option<Waiting> {
         match &mut self.limiter {
             None => self.serve_now(|| ChainTransport::new(chain, &self.recorder), used),
             Some(limiter) => {
-                if let Some(request) = limiter.admit(chain, &self.recorder) {
-                    self.serve_now(|| request, used);
-                }
+                let request = limiter.admit(chain, &self.recorder)?;
+                self.serve_now(|| request, used)
             }
         }
     }
@@ -662,7 +775,9 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     /// Serves a request. Publishes the replies of the queue before, `last`, if it is another one.
     fn serve_next(&self, request: LimitedTransport, last: &mut Option<Arc<UsedRing>>) {
         let used = Arc::clone(request.used());
-        self.serve_now(|| request, &used);
+        if let Some(waiting) = self.serve_now(|| request, &used) {
+            waiting.spawn();
+        }
         if let Some(previous) = last.replace(Arc::clone(&used))
             && !Arc::ptr_eq(&previous, &used)
         {
@@ -670,24 +785,28 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         }
     }
 
-    /// Serves the request that `transport` returns, of the queue that `used` is part of: at once, or in
-    /// a task if it waits.
-    fn serve_now<T: Transport>(&self, transport: impl FnOnce() -> T, used: &Arc<UsedRing>) {
+    /// Serves the request that `transport` returns, of the queue that `used` is part of. Returns it if
+    /// it waits for the host.
+    fn serve_now<T: Transport>(
+        &self,
+        transport: impl FnOnce() -> T,
+        used: &Arc<UsedRing>,
+    ) -> Option<Waiting> {
         let session = &self.session;
         // No request should cause a panic. If one does, dropping the transport has replied to it,
         // and the worker continues.
         match catch_unwind(AssertUnwindSafe(|| session.serve(transport()))) {
-            Ok(Outcome::Done) => (),
+            Ok(Outcome::Done) => None,
             Ok(Outcome::Later(request)) => {
                 self.waited.set(true);
                 self.recorder.begin_wait();
                 let guard = self.completions.begin(Arc::clone(used));
-                spawn(async move {
-                    request.await;
-                    drop(guard);
-                });
+                Some(Waiting::new(request, guard))
             }
-            Err(_panic) => log::error!("serving a request panicked"),
+            Err(_panic) => {
+                log::error!("serving a request panicked");
+                None
+            }
         }
     }
 }

@@ -13,9 +13,12 @@ mod faults;
 mod kick_moderation;
 mod limited_transport;
 mod limiter;
+mod lone_waits;
 mod observer;
 mod queue_report;
+mod standby;
 mod threads;
+mod waiting;
 mod worker_pool;
 
 pub(crate) use observer::{Observer, ThreadReport};

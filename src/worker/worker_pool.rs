@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
 use super::observer::Observer;
+use super::standby::Standby;
 use super::threads::{StartingThreads, Threads, ThreadsError};
 use crate::fs::FileSystem;
 use crate::fuse::{Queues, Session, opcode_name};
@@ -44,6 +45,9 @@ pub enum WorkerPoolError {
     /// The file system can't prepare a thread.
     #[error("preparing a worker thread for the file system")]
     Prepare(#[source] io::Error),
+    /// The workers can't wait for each other's queues.
+    #[error("creating an epoll instance for the workers")]
+    Standby(#[source] io::Error),
     /// There is no memory for the counters.
     #[error("counting what the worker threads do")]
     Metrics(#[from] MetricsError),
@@ -133,12 +137,14 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
         )?;
         let (sender, receiver) = channel();
         let single = workers == NonZeroUsize::MIN;
+        let standby = Arc::new(Standby::new().map_err(WorkerPoolError::Standby)?);
         let policy = IdlePolicy::BusyPoll(poll);
         starting.spawn(WORKER, workers, engine, policy, move || {
             (!single).then(|| Backlog {
                 placement,
                 sender: sender.clone(),
                 receiver: receiver.clone(),
+                standby: Arc::clone(&standby),
             })
         })?;
         Ok(starting)

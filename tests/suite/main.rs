@@ -54,6 +54,7 @@ mod sandbox;
 mod served;
 mod service_manager;
 mod shortage;
+mod slow_disk;
 mod space;
 mod state;
 mod supervise;

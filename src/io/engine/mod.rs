@@ -3,6 +3,7 @@
 //! Each [`Engine`] is one module with its event loop and its operations. Another engine needs
 //! another module and one more arm here. The invariant: every engine gives the same results.
 
+pub(super) mod calls;
 pub(super) mod thread_pool;
 #[cfg(feature = "tokio-uring")]
 pub(super) mod tokio_uring;
@@ -98,6 +99,9 @@ pub(super) async fn read(
             buffer,
         );
     }
+    if calls::are_waited_for(descriptor) {
+        return (calls::read(descriptor, &buffer, filled, offset), buffer);
+    }
     match Engine::of(descriptor) {
         Engine::ThreadPool => thread_pool::read(descriptor, buffer, filled, offset).await,
         Engine::Uring => uring::read(descriptor, buffer, filled, offset).await,
@@ -113,6 +117,12 @@ pub(super) async fn write(
     offset: u64,
     flags: libc::c_int,
 ) -> Transferred {
+    if calls::are_waited_for(descriptor) {
+        return (
+            calls::write(descriptor, &buffer, (0, offset), flags),
+            buffer,
+        );
+    }
     match Engine::of(descriptor) {
         Engine::Uring if flags == 0 => uring::write(descriptor, buffer, offset).await,
         #[cfg(feature = "tokio-uring")]
@@ -123,6 +133,9 @@ pub(super) async fn write(
 
 /// `fsync(2)` or `fdatasync(2)`.
 pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
+    if calls::are_waited_for(descriptor) {
+        return calls::sync(descriptor, kind);
+    }
     match Engine::current() {
         Some(Engine::Uring) => uring::sync(descriptor, kind).await,
         #[cfg(feature = "tokio-uring")]
@@ -138,6 +151,9 @@ pub(super) async fn allocate(
     offset: u64,
     len: u64,
 ) -> io::Result<()> {
+    if calls::are_waited_for(descriptor) {
+        return calls::allocate(descriptor, mode, offset, len);
+    }
     match Engine::current() {
         Some(Engine::Uring) => uring::allocate(descriptor, mode, offset, len).await,
         #[cfg(feature = "tokio-uring")]

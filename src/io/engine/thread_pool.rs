@@ -6,18 +6,15 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::FallocateFlags;
 use tokio::task::LocalSet;
 
-use super::{SetupError, SyncKind, Transferred};
+use super::{SetupError, SyncKind, Transferred, calls};
 use crate::io::buffer::GuestBuffer;
-use crate::io::descriptor::{Descriptor, Facts};
-use crate::io::vectored::{self, Direction};
+use crate::io::descriptor::Descriptor;
 
 /// tokio's current-thread runtime. The tasks are dropped before the runtime that they are bound to.
 pub(in crate::io) struct EventLoop {
@@ -51,19 +48,7 @@ pub(in crate::io) fn read(
 ) -> impl Future<Output = Transferred> + Send + use<> {
     let file = Arc::clone(descriptor);
     run_on_buffer(buffer, move |buffer| {
-        let mut filled = filled;
-        while filled < buffer.len() {
-            match vectored::transfer(Direction::Read, file.as_fd(), buffer, (filled, offset), 0)? {
-                0 => break,
-                n => filled += n,
-            }
-            // Anything other than a file or a disk may wait for more data to arrive.
-            let over = filled == buffer.len() || !file.facts().has(Facts::SEEKABLE);
-            if over || file.is_direct_at_end(offset.saturating_add(filled as u64)) {
-                break;
-            }
-        }
-        Ok(filled)
+        calls::read(&file, buffer, filled, offset)
     })
 }
 
@@ -77,19 +62,14 @@ pub(in crate::io) fn write(
 ) -> impl Future<Output = Transferred> + Send + use<> {
     let file = Arc::clone(descriptor);
     run_on_buffer(buffer, move |buffer| {
-        vectored::write_all_pieces(file.as_fd(), buffer, from, flags)
+        calls::write(&file, buffer, from, flags)
     })
 }
 
 /// `fsync` or `fdatasync`.
 pub(super) async fn sync(descriptor: &Arc<Descriptor>, kind: SyncKind) -> io::Result<()> {
     let file = Arc::clone(descriptor);
-    run(move || match kind {
-        SyncKind::All => rustix::fs::fsync(&file),
-        SyncKind::Data => rustix::fs::fdatasync(&file),
-    })
-    .await?
-    .map_err(io::Error::from)
+    run(move || calls::sync(&file, kind)).await?
 }
 
 /// `fallocate`.
@@ -100,10 +80,7 @@ pub(super) async fn allocate(
     len: u64,
 ) -> io::Result<()> {
     let file = Arc::clone(descriptor);
-    let mode = FallocateFlags::from_bits_retain(mode);
-    run(move || rustix::fs::fallocate(&file, mode, offset, len))
-        .await?
-        .map_err(io::Error::from)
+    run(move || calls::allocate(&file, mode, offset, len)).await?
 }
 
 /// Runs `call`, which may block, on a blocking thread of the current runtime. If the host has no

@@ -25,9 +25,15 @@ impl Descriptors {
 
     /// As [`regular_file`], with what is known of files at `place`.
     pub(crate) fn regular_file_at(&self, place: &Key, fd: OwnedFd, flags: OFlags) -> File {
-        let file = regular_file(fd, flags);
-        let in_memory = self.files.local().is_in_memory((place.device, place.mount));
-        if in_memory { file.in_memory() } else { file }
+        let mut file = regular_file(fd, flags);
+        let (local, location) = (self.files.local(), (place.device, place.mount));
+        if local.contains(location) {
+            file = file.local();
+        }
+        if local.is_in_memory(location) {
+            file = file.in_memory();
+        }
+        file
     }
 
     pub(crate) fn open_for_reading(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {

@@ -1,0 +1,151 @@
+//! A request that waits for the disk holds up no other one of its queue: the share is on an ext4 that
+//! is frozen meanwhile.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use testing::{Server, each_runtime, is_root, pattern, program};
+use vmm::fuse::wire::{FallocateIn, opcode};
+use vmm::fuse::{Call, ROOT};
+use vmm::{Options, Profile};
+use zerocopy::IntoBytes;
+
+/// Starts a server that shares a new ext4, if this machine can make and mount one.
+fn start(runtime: &str) -> Option<Server> {
+    if !is_root() {
+        println!("SKIPPED: only root can mount an ext4");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(32 << 20)
+        .unwrap();
+    std::fs::create_dir(dir.path().join("mnt")).unwrap();
+    let in_mount = |script: &str| {
+        let script = format!("mount -n -t ext4 -o loop \"$0/image\" \"$0/mnt\" && {script}");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]);
+        command.arg(dir.path()).stdin(Stdio::null());
+        command
+    };
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-F"])
+        .arg(&image)
+        .output();
+    let mounted = in_mount("true").output().unwrap();
+    if !mounted.status.success() {
+        println!("SKIPPED: an ext4 can't be made or mounted: {made:?} {mounted:?}");
+        return None;
+    }
+    let mut command = in_mount(
+        "exec \"$1\" --socket \"$0/socket\" --shared-dir \"$0/mnt\" --sandbox none --once \
+         --workers 2 --runtime \"$2\"",
+    );
+    command.arg(program()).arg(runtime);
+    let mut server = Server::spawn(command, dir);
+    server.wait_until_it_listens();
+    Some(server)
+}
+
+/// The share's file system, which can be frozen. It is thawed when this is dropped, or the server
+/// could not end.
+struct Disk<'a> {
+    server: &'a Server,
+    mount: &'a Path,
+}
+
+impl Disk<'_> {
+    fn set(&self, option: &str) {
+        let done = Command::new("nsenter")
+            .args(["--mount", "--target", &self.server.pid().to_string()])
+            .args(["fsfreeze", option])
+            .arg(self.mount)
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{done:?}");
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        self.set("--unfreeze");
+    }
+}
+
+/// Waits until a worker of the server is in the system call `number`.
+fn wait_for_worker_in(server: &Server, number: i64) {
+    let mut seen = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        seen.clear();
+        for task in std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap() {
+            let task = task.unwrap().path();
+            let name = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+            let call = std::fs::read_to_string(task.join("syscall")).unwrap_or_default();
+            let call = call.split(' ').next();
+            if name.starts_with("ringfsd-work-") && call == Some(&number.to_string()) {
+                return;
+            }
+            seen.push((name, call.map(str::to_owned)));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("no worker waits in the system call {number} itself: {seen:?}");
+}
+
+#[each_runtime]
+fn queue_is_served_while_its_worker_waits_for_the_disk(runtime: &str) {
+    let Some(server) = start(runtime) else {
+        return;
+    };
+    let mount = server.socket().with_file_name("mnt");
+    let bytes = pattern(100_000, 3);
+    std::fs::create_dir_all(&mount).unwrap();
+    let mut fs = server.session(Profile::Qemu, &Options::default());
+    let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+    assert_eq!(fs.write(file.nodeid, handle, 0, &bytes).unwrap(), 100_000);
+    // Clean pages, as a frozen file system's are.
+    fs.fsync(file.nodeid, handle, false).unwrap();
+    // It waits itself only as long as requests have stayed alone.
+    for waits_itself in [true, false] {
+        let pending = {
+            let disk = Disk {
+                server: &server,
+                mount: &mount,
+            };
+            disk.set("--freeze");
+            let asked = FallocateIn {
+                fh: handle.fh,
+                length: 200_000,
+                ..FallocateIn::default()
+            };
+            let call = Call::new(opcode::FALLOCATE, file.nodeid)
+                .arg(asked.as_bytes())
+                .reply(0);
+            let pending = fs.submit(call).unwrap();
+            if waits_itself {
+                wait_for_worker_in(&server, libc::SYS_fallocate);
+            }
+            // Another worker serves what comes meanwhile.
+            for _ in 0..100 {
+                let read = fs.read(file.nodeid, handle, 0, 100_000).unwrap();
+                assert!(read == bytes);
+            }
+            assert!(fs.returned().unwrap().is_empty());
+            pending
+        };
+        fs.collect(pending).unwrap();
+        // The first worker has its queue back.
+        assert_eq!(fs.getattr(file.nodeid).unwrap().attr.size, 200_000);
+    }
+    fs.release(file.nodeid, handle).unwrap();
+}
