@@ -151,16 +151,21 @@ impl Recorder {
     /// A request has ended.
     #[inline]
     pub(crate) fn end(&self, begun: RequestStart, ended: &Ended) {
-        let opcode = self.row_of(ended.opcode);
-        self.block.add(Section::Requests, opcode, 1);
+        let mut opcode = ended.opcode as usize;
         // One branch for the many requests that have none of these.
         if ended.read | ended.written | u64::from(ended.errno) != 0 {
             self.count(Count::BytesRead, ended.read);
             self.count(Count::BytesWritten, ended.written);
             if ended.errno != 0 {
+                // Only a request that has failed may have an unknown opcode.
+                opcode = self.row_of(ended.opcode);
                 self.block.count_error(opcode, ended.errno);
             }
         }
+        if opcode >= OPCODES {
+            return;
+        }
+        self.block.add(Section::Requests, opcode, 1);
         if let Some(start) = begun.0 {
             let queue = usize::from(ended.queue);
             self.timing.end(&self.block, start, opcode, queue);

@@ -21,8 +21,8 @@ const FRACTION: usize = 4;
 /// A chain that takes longer is slow: the guest processes the reply and falls asleep meanwhile.
 const SLOW: Duration = Duration::from_micros(8);
 
-/// A chain that takes less is fast: reading the clock for each would take a hundredth of the time
-/// or more.
+/// A chain that takes less is fast: reading the clock for each, or for each batch, would take a
+/// hundredth of the time or more.
 const FAST: Duration = Duration::from_micros(3);
 
 /// The batches of one queue.
@@ -36,9 +36,11 @@ pub(super) struct BatchSize {
     size: usize,
     /// Chains of it that are still to be served.
     left: usize,
-    /// Start of the batch. Unknown for the first batch of a drain that finds a single chain, which
-    /// saves reading the clock.
+    /// The last reading of the clock. None for the first batch of a drain that finds a single chain,
+    /// which saves reading it.
     started: Option<Ticks>,
+    /// Chains that were served since then.
+    since: usize,
 }
 
 impl BatchSize {
@@ -46,6 +48,7 @@ impl BatchSize {
     pub(super) fn begin(&mut self, waiting: usize, clock: &Recorder) {
         self.half = waiting / 2;
         self.started = (waiting > 1).then(|| clock.now());
+        self.since = 0;
         self.next(waiting);
     }
 
@@ -57,6 +60,7 @@ impl BatchSize {
     /// Counts one served chain. Returns whether to publish now. `waiting` returns how many chains
     /// are still on the ring.
     pub(super) fn served(&mut self, waiting: impl FnOnce() -> usize, clock: &Recorder) -> bool {
+        self.since += 1;
         if self.left > 1 {
             self.left -= 1;
             return false;
@@ -66,17 +70,33 @@ impl BatchSize {
             // The drain ends and publishes then, or continues with chains that arrive right now.
             return false;
         }
-        let now = clock.now();
-        if let Some(started) = self.started.replace(now) {
-            self.learn(clock.between(started, now));
+        // The batches of fast chains are measured together when the drain ends.
+        if self.started.is_none() || !self.is_fast() {
+            self.measure(clock);
         }
         self.next(waiting);
         true
     }
 
-    /// Updates the average with the time that the current batch took.
+    /// Ends a drain.
+    pub(super) fn end(&mut self, clock: &Recorder) {
+        if self.started.is_some() && self.since != 0 {
+            self.measure(clock);
+        }
+    }
+
+    /// Reads the clock, and learns how long the chains took that were served since it was read last.
+    fn measure(&mut self, clock: &Recorder) {
+        let now = clock.now();
+        if let Some(started) = self.started.replace(now) {
+            self.learn(clock.between(started, now));
+        }
+        self.since = 0;
+    }
+
+    /// Updates the average with the time since the last reading.
     fn learn(&mut self, elapsed: Duration) {
-        let chain_time = elapsed / u32::try_from(self.size).unwrap_or(u32::MAX);
+        let chain_time = elapsed / u32::try_from(self.since.max(1)).unwrap_or(u32::MAX);
         self.chain_time = (self.chain_time * 7 + chain_time) / 8;
     }
 
@@ -158,6 +178,7 @@ mod tests {
     fn chain_time_average_follows_recent_batches() {
         let mut batch_size = BatchSize::default();
         batch_size.begin(8, &clock());
+        batch_size.since = batch_size.size;
         batch_size.learn(SLOW * 32);
         batch_size.next(8);
         assert_eq!(batch_size.size, 4, "slow now");

@@ -558,6 +558,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
         }
         self.publish(&used);
+        self.queues[at].batch_size.end(&self.recorder);
         self.recorder.end_row();
         if let Some(waiting) = alone {
             self.wait_for(waiting, at);
