@@ -81,15 +81,19 @@ fn future_that_outlives_its_runtime_frees_its_memory() {
             continue;
         }
         for polled_again in [true, false] {
-            let runtime = Runtime::new(engine).unwrap();
             let file = File::from(std::fs::File::open(&path).unwrap());
-            let guard = Arc::new(());
-            let buffer = whole(Arena::new(LEN), Arc::clone(&guard) as Guard);
-            let mut reading = Box::pin(file.read_at(buffer, 0));
-            runtime.block_on(poll_fn(|cx| {
-                assert!(reading.as_mut().poll(cx).is_pending());
-                Poll::Ready(())
-            }));
+            // Another thread may have read the file before the future is polled for the first time.
+            let begun = (0..1000).find_map(|_| {
+                let runtime = Runtime::new(engine).unwrap();
+                let guard = Arc::new(());
+                let buffer = whole(Arena::new(LEN), Arc::clone(&guard) as Guard);
+                let file = file.clone();
+                let mut reading = Box::pin(async move { file.read_at(buffer, 0).await });
+                let poll = |cx: &mut Context<'_>| Poll::Ready(reading.as_mut().poll(cx));
+                let polled = runtime.block_on(poll_fn(poll));
+                polled.is_pending().then_some((runtime, guard, reading))
+            });
+            let (runtime, guard, mut reading) = begun.expect("every read was complete at once");
             drop(runtime);
             if polled_again {
                 let mut cx = Context::from_waker(Waker::noop());
