@@ -573,6 +573,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
         let is_other_idle = |it: &Backlog| it.sender.idle() != 0;
         self.backlog.as_ref().is_some_and(is_other_idle)
             && self.limiter.is_none()
+            && io::can_wait_here()
             && self.queues.len() == 1
             && self.completions.in_flight() == 0
     }
