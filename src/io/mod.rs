@@ -21,7 +21,7 @@ mod volatile_bufs;
 pub use buffer::{Guard, GuestBuffer};
 #[cfg(feature = "nydus")]
 pub(crate) use collector::Collector;
-pub use engine::calls::{can_wait_here, wait_here};
+pub use engine::calls::wait_here;
 pub use engine::thread_pool::run as blocking;
 pub use engine::{Engine, SyncKind, Transferred};
 pub use event::Event;

@@ -1,9 +1,8 @@
 //! The event loop of one worker: serves its queues' kicks, other workers' backlog and commands.
 //!
 //! The loop is one task, so a worker is available for the backlog of others only while its thread
-//! is idle. A request that waits becomes a task of its own, or is waited for in the loop itself if it
-//! is alone. The invariant: the completions of a drain are published before the loop waits for
-//! anything.
+//! is idle. A request that waits becomes a task of its own. The invariant: the completions of a
+//! drain are published before the loop waits for anything.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -569,20 +568,19 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     }
 
     /// Whether this worker may wait for the host itself in a request that is alone.
-    fn may_wait_here(&self) -> bool {
+    fn may_wait_here(&mut self) -> bool {
         let is_other_idle = |it: &Backlog| it.sender.idle() != 0;
         self.backlog.as_ref().is_some_and(is_other_idle)
             && self.limiter.is_none()
-            && io::can_wait_here()
             && self.queues.len() == 1
             && self.completions.in_flight() == 0
+            && self.lone_waits.pay()
     }
 
     /// Waits for the host in a request of a queue, here if it is alone.
     fn wait_for(&mut self, waiting: Waiting, at: usize) {
-        let is_alone = self.completions.in_flight() == 1;
-        let pays = is_alone && self.lone_waits.pay();
-        let Some(backlog) = self.backlog.as_ref().filter(|_| pays) else {
+        let backlog = self.backlog.as_ref();
+        let Some(backlog) = backlog.filter(|_| self.completions.in_flight() == 1) else {
             return waiting.spawn();
         };
         let mut owned = self.queues.swap_remove(at);

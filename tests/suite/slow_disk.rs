@@ -132,7 +132,7 @@ fn queue_is_served_while_its_worker_waits_for_the_disk(runtime: &str) {
                 .arg(asked.as_bytes())
                 .reply(0);
             let pending = fs.submit(call).unwrap();
-            if waits_itself && runtime != "tokio-uring" {
+            if waits_itself {
                 wait_for_worker_in(&server, libc::SYS_fallocate);
             }
             // Another worker serves what comes meanwhile.

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 
 use rustix::fs::FallocateFlags;
 
-use super::{Engine, SyncKind};
+use super::SyncKind;
 use crate::io::buffer::GuestBuffer;
 use crate::io::descriptor::{Descriptor, Facts};
 use crate::io::vectored::{self, Direction};
@@ -25,13 +25,6 @@ thread_local! {
 pub fn wait_here<R>(body: impl FnOnce() -> R) -> R {
     let _restore = Restore(MAY_WAIT.replace(true));
     body()
-}
-
-/// Whether [`wait_here`] is of use on the current runtime. tokio-uring's own loop is left alone: with
-/// it a request once didn't come back.
-#[must_use]
-pub fn can_wait_here() -> bool {
-    matches!(Engine::current(), Some(Engine::ThreadPool | Engine::Uring))
 }
 
 /// Restores the previous value, also when the body unwinds.
