@@ -568,28 +568,27 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
     }
 
     /// Whether this worker may wait for the host itself in a request that is alone.
-    fn may_wait_here(&mut self) -> bool {
+    fn may_wait_here(&self) -> bool {
         let is_other_idle = |it: &Backlog| it.sender.idle() != 0;
         self.backlog.as_ref().is_some_and(is_other_idle)
             && self.limiter.is_none()
             && self.queues.len() == 1
             && self.completions.in_flight() == 0
-            && self.lone_waits.pay()
     }
 
     /// Waits for the host in a request of a queue, here if it is alone.
     fn wait_for(&mut self, waiting: Waiting, at: usize) {
-        let backlog = self.backlog.as_ref();
-        let Some(backlog) = backlog.filter(|_| self.completions.in_flight() == 1) else {
+        let pays = self.completions.in_flight() == 1 && self.lone_waits.pay();
+        let Some(backlog) = self.backlog.as_ref().filter(|_| pays) else {
             return waiting.spawn();
         };
         let mut owned = self.queues.swap_remove(at);
-        owned.notifications_enabled = true;
         match backlog.standby.watch(owned.queue, owned.kick.eventfd()) {
             Ok(watched) => {
                 let waiting = waiting.wait_here();
                 let (queue, is_changed) = watched.end();
                 owned.queue = queue;
+                owned.notifications_enabled = true;
                 self.lone_waits.ended(!is_changed);
                 match waiting {
                     Some(waiting) => waiting.spawn(),
@@ -598,6 +597,7 @@ impl<F: FileSystem + ?Sized> EventLoop<F> {
             }
             Err(queue) => {
                 owned.queue = queue;
+                owned.notifications_enabled = false;
                 self.lone_waits.ended(false);
                 waiting.spawn();
             }

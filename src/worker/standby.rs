@@ -44,8 +44,8 @@ impl Standby {
         Arc::clone(&self.epoll)
     }
 
-    /// Lets the idle workers watch `queue`, whose kicks come through `kick`. Returns it if it has
-    /// chains, or if another one is watched.
+    /// Lets the idle workers watch `queue`, whose kicks come through `kick`, and enables its
+    /// notifications. Returns it, enabled or not, if it has chains or another one is watched.
     pub(super) fn watch(
         &self,
         mut queue: Box<Queue>,

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use testing::{Server, each_runtime, is_root, pattern, program};
 use vmm::fuse::wire::{FallocateIn, opcode};
-use vmm::fuse::{Call, ROOT};
-use vmm::{Options, Profile};
+use vmm::fuse::{Call, Client, Handle, Pending, ROOT};
+use vmm::{Options, Profile, Session};
 use zerocopy::IntoBytes;
 
 /// Starts a server that shares a new ext4, if this machine can make and mount one.
-fn start(runtime: &str) -> Option<Server> {
+fn start(runtime: &str, workers: &str) -> Option<Server> {
     if !is_root() {
         println!("SKIPPED: only root can mount an ext4");
         return None;
@@ -48,9 +48,9 @@ fn start(runtime: &str) -> Option<Server> {
     }
     let mut command = in_mount(
         "exec \"$1\" --socket \"$0/socket\" --shared-dir \"$0/mnt\" --sandbox none --once \
-         --workers 2 --runtime \"$2\"",
+         --request-queues 2 --workers \"$3\" --runtime \"$2\"",
     );
-    command.arg(program()).arg(runtime);
+    command.arg(program()).args([runtime, workers]);
     let mut server = Server::spawn(command, dir);
     server.wait_until_it_listens();
     Some(server)
@@ -102,9 +102,20 @@ fn wait_for_worker_in(server: &Server, number: i64) {
     panic!("no worker waits in the system call {number} itself: {seen:?}");
 }
 
+/// FALLOCATE of 200,000 bytes, without waiting for the reply.
+fn allocate(fs: &mut Client<Session>, nodeid: u64, handle: Handle) -> Pending {
+    let asked = FallocateIn {
+        fh: handle.fh,
+        length: 200_000,
+        ..FallocateIn::default()
+    };
+    let call = Call::new(opcode::FALLOCATE, nodeid);
+    fs.submit(call.arg(asked.as_bytes()).reply(0)).unwrap()
+}
+
 #[each_runtime]
 fn queue_is_served_while_its_worker_waits_for_the_disk(runtime: &str) {
-    let Some(server) = start(runtime) else {
+    let Some(server) = start(runtime, "2") else {
         return;
     };
     let mount = server.socket().with_file_name("mnt");
@@ -123,15 +134,7 @@ fn queue_is_served_while_its_worker_waits_for_the_disk(runtime: &str) {
                 mount: &mount,
             };
             disk.set("--freeze");
-            let asked = FallocateIn {
-                fh: handle.fh,
-                length: 200_000,
-                ..FallocateIn::default()
-            };
-            let call = Call::new(opcode::FALLOCATE, file.nodeid)
-                .arg(asked.as_bytes())
-                .reply(0);
-            let pending = fs.submit(call).unwrap();
+            let pending = allocate(&mut fs, file.nodeid, handle);
             if waits_itself {
                 wait_for_worker_in(&server, libc::SYS_fallocate);
             }
@@ -146,6 +149,44 @@ fn queue_is_served_while_its_worker_waits_for_the_disk(runtime: &str) {
         fs.collect(pending).unwrap();
         // The first worker has its queue back.
         assert_eq!(fs.getattr(file.nodeid).unwrap().attr.size, 200_000);
+    }
+    fs.release(file.nodeid, handle).unwrap();
+}
+
+#[each_runtime]
+fn queues_are_served_while_both_their_workers_wait_for_the_disk(runtime: &str) {
+    // The third one is idle.
+    let Some(server) = start(runtime, "3") else {
+        return;
+    };
+    let mount = server.socket().with_file_name("mnt");
+    std::fs::create_dir_all(&mount).unwrap();
+    let options = Options::default().request_queues(2);
+    let mut fs = server.session(Profile::Qemu, &options);
+    let (file, handle) = fs.create(ROOT, c"file", 0o644).unwrap();
+    fs.fsync(file.nodeid, handle, false).unwrap();
+    let mut pending = Vec::new();
+    {
+        let disk = Disk {
+            server: &server,
+            mount: &mount,
+        };
+        disk.set("--freeze");
+        for queue in [1, 2] {
+            fs.use_queue(queue);
+            pending.push(allocate(&mut fs, file.nodeid, handle));
+            if queue == 1 {
+                wait_for_worker_in(&server, libc::SYS_fallocate);
+            }
+        }
+        for queue in [1, 2, 1, 2] {
+            fs.use_queue(queue);
+            assert_eq!(fs.getattr(file.nodeid).unwrap().attr.size, 0);
+        }
+        assert!(fs.returned().unwrap().is_empty());
+    }
+    for pending in pending {
+        fs.collect(pending).unwrap();
     }
     fs.release(file.nodeid, handle).unwrap();
 }
