@@ -10,6 +10,8 @@ use std::cell::Cell;
 
 use rustix::io::Errno;
 
+use crate::io::set_while;
+
 /// The request has to wait and must be repeated where it may. Never reaches a guest: the number is
 /// the kernel's internal `ERESTARTSYS`.
 pub const MUST_WAIT: Errno = Errno::from_raw_os_error(512);
@@ -27,17 +29,7 @@ pub fn is_allowed() -> bool {
 /// Calls `act`, in which methods of a file system fail with [`MUST_WAIT`] instead of waiting. The
 /// caller repeats the call elsewhere if that happens.
 pub fn forbid<T>(act: impl FnOnce() -> T) -> T {
-    let _restore = Restore(FORBIDDEN.replace(true));
-    act()
-}
-
-/// Restores the previous value, also when the call unwinds.
-struct Restore(bool);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        FORBIDDEN.set(self.0);
-    }
+    set_while(&FORBIDDEN, true, act)
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ mod file;
 mod lock;
 mod probe;
 mod runtime;
+mod scoped;
 mod unavailable;
 mod vectored;
 mod volatile_bufs;
@@ -34,4 +35,5 @@ pub use probe::{Choice, Chosen, choose, probe};
 pub use runtime::{
     DEFAULT_RING_ENTRIES, JoinHandle, Runtime, RuntimeError, has_completions, spawn,
 };
+pub(crate) use scoped::set_while;
 pub use unavailable::Unavailable;

@@ -1,25 +1,25 @@
 //! The event loop of one worker: serves its queues' kicks, other workers' backlog and commands.
 //!
 //! The loop is one task, so a worker is available for the backlog of others only while its thread
-//! is idle. A request that waits becomes a task of its own. The invariant: the completions of a
-//! drain are published before the loop waits for anything.
+//! is idle. A request that waits becomes a task of its own; one that is alone and waits for a disk of
+//! this host is waited for in the loop itself, while the idle workers watch its queue. The invariant:
+//! the completions of a drain are published before the loop waits for anything.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
-use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::sync::oneshot;
 
 use super::batch_size::BatchSize;
 use super::busy_poll::BusyPoll;
 use super::chain_transport::ChainTransport;
+use super::command::Command;
 use super::completion_batch::CompletionBatch;
 use super::faults::Faults;
 use super::kick_moderation::{self, KickModeration};
@@ -44,44 +44,6 @@ const MAX_DRAIN: usize = 64;
 /// which also cost processor time. Most disks take longer.
 const MAX_DISK_POLL: Duration = Duration::from_micros(10);
 
-/// A command of the session to a worker.
-#[derive(Debug)]
-pub(super) enum Command {
-    /// Start serving this queue.
-    Run {
-        queue: Box<Queue>,
-        kick: Arc<OwnedFd>,
-        done: mpsc::Sender<std::io::Result<()>>,
-    },
-    /// Serve the chains that are on this thread's queues now.
-    ServeWaiting {
-        /// Dropped once they were served.
-        done: oneshot::Sender<()>,
-    },
-    /// Show that the loop runs.
-    Ping {
-        /// Dropped in reply.
-        done: oneshot::Sender<()>,
-    },
-    /// Describe this thread's queues.
-    Describe {
-        done: mpsc::Sender<Vec<QueueReport>>,
-    },
-    /// Take tokens for requests from these buckets from now on; `None` lifts all limits.
-    Limit {
-        buckets: Option<Arc<Buckets>>,
-        clock: Clock,
-    },
-    /// The guest no longer wants to wait for this request, which may be held back.
-    Interrupt { unique: u64 },
-    /// Take no more chains off this queue. Chains in flight continue, and those that are held back
-    /// are served.
-    Stop {
-        index: QueueIndex,
-        done: mpsc::Sender<Option<Box<Queue>>>,
-    },
-}
-
 /// What a worker does before it sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum IdlePolicy {
@@ -92,8 +54,8 @@ pub(super) enum IdlePolicy {
     ModerateKicks,
 }
 
-/// The backlog that the workers share.
-#[derive(Debug)]
+/// The backlog that the workers share, and where they watch each other's queues.
+#[derive(Clone, Debug)]
 pub(super) struct Backlog {
     pub(super) placement: Placement,
     pub(super) sender: Sender<Chain>,

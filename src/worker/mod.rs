@@ -7,6 +7,7 @@
 mod batch_size;
 mod busy_poll;
 mod chain_transport;
+mod command;
 mod completion_batch;
 mod event_loop;
 mod faults;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::WeakUnboundedSender;
 
-use super::event_loop::Command;
+use super::command::Command;
 use super::queue_report::QueueReport;
 
 /// How long all threads together may take to answer. One that waits for the host takes longer.

@@ -16,7 +16,8 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::event_loop::{Backlog, Command, EventLoop, IdlePolicy};
+use super::command::Command;
+use super::event_loop::{Backlog, EventLoop, IdlePolicy};
 use super::observer::Observer;
 use super::standby::Standby;
 use super::threads::{StartingThreads, Threads, ThreadsError};
@@ -135,18 +136,20 @@ impl<F: FileSystem + ?Sized> WorkerPool<F> {
             IdlePolicy::ModerateKicks,
             || None,
         )?;
-        let (sender, receiver) = channel();
-        let single = workers == NonZeroUsize::MIN;
-        let standby = Arc::new(Standby::new().map_err(WorkerPoolError::Standby)?);
-        let policy = IdlePolicy::BusyPoll(poll);
-        starting.spawn(WORKER, workers, engine, policy, move || {
-            (!single).then(|| Backlog {
+        let backlog = if workers == NonZeroUsize::MIN {
+            None
+        } else {
+            let (sender, receiver) = channel();
+            let standby = Standby::new().map_err(WorkerPoolError::Standby)?;
+            Some(Backlog {
                 placement,
-                sender: sender.clone(),
-                receiver: receiver.clone(),
-                standby: Arc::clone(&standby),
+                sender,
+                receiver,
+                standby: Arc::new(standby),
             })
-        })?;
+        };
+        let policy = IdlePolicy::BusyPoll(poll);
+        starting.spawn(WORKER, workers, engine, policy, move || backlog.clone())?;
         Ok(starting)
     }
 

@@ -1,8 +1,8 @@
 //! The operations as system calls, in which the calling thread waits.
 //!
 //! A thread that has nothing else to do waits in the call itself ([`wait_here`]): to hand the call to
-//! another thread, or to the kernel's, costs two wake-ups. The invariant: outside of [`wait_here`] no
-//! runtime's thread waits, and within it only for a disk of this host.
+//! another thread, or to the kernel's, costs two wake-ups. The thread pool makes the calls on threads that
+//! may wait. The invariant: within [`wait_here`] a thread waits only for a disk of this host.
 
 use std::cell::Cell;
 use std::io;
@@ -13,6 +13,7 @@ use rustix::fs::FallocateFlags;
 use super::SyncKind;
 use crate::io::buffer::GuestBuffer;
 use crate::io::descriptor::{Descriptor, Facts};
+use crate::io::scoped::set_while;
 use crate::io::vectored::{self, Direction};
 
 thread_local! {
@@ -23,17 +24,7 @@ thread_local! {
 /// Calls `body`. Operations that it begins on files of this host's own file systems
 /// ([`File::local`](crate::io::File::local)) wait in the calling thread.
 pub fn wait_here<R>(body: impl FnOnce() -> R) -> R {
-    let _restore = Restore(MAY_WAIT.replace(true));
-    body()
-}
-
-/// Restores the previous value, also when the body unwinds.
-struct Restore(bool);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        MAY_WAIT.set(self.0);
-    }
+    set_while(&MAY_WAIT, true, body)
 }
 
 /// Whether operations on `descriptor` wait in this thread now.

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use super::buffer::GuestBuffer;
 use super::descriptor::{Descriptor, Facts};
+use super::scoped::set_while;
 use super::vectored;
 
 /// What performs the file operations that may wait.
@@ -200,22 +201,12 @@ impl EventLoop {
 
     /// Runs `future`, and the tasks it spawns, until `future` completes.
     pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
-        let _restore = Restore(CURRENT.replace(Some(self.engine())));
-        match self {
+        set_while(&CURRENT, Some(self.engine()), || match self {
             Self::ThreadPool(event_loop) => event_loop.block_on(future),
             Self::Uring(event_loop) => event_loop.block_on(future),
             #[cfg(feature = "tokio-uring")]
             Self::TokioUring(event_loop) => event_loop.block_on(future),
-        }
-    }
-}
-
-/// Restores the previous value, also when `block_on` unwinds.
-struct Restore(Option<Engine>);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        CURRENT.set(self.0);
+        })
     }
 }
 
