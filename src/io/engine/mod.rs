@@ -213,6 +213,10 @@ impl EventLoop {
 /// The settings that the event loops of all engines share.
 fn tokio_builder() -> tokio::runtime::Builder {
     let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().thread_name("ringfsd-blocking");
+    builder
+        .enable_all()
+        .thread_name("ringfsd-blocking")
+        // A worker waits for a few descriptors, and the buffer for 1,024 events takes 12 KiB.
+        .max_io_events_per_tick(64);
     builder
 }

@@ -41,11 +41,12 @@ struct Slot {
     /// The id of the refused process plus one; 0 for none. It lets other processes pass without the
     /// lock. It changes under the lock and orders nothing.
     pid: AtomicU64,
-    refused: Mutex<Option<Refused>>,
+    /// In a box, as few processes are ever refused.
+    refused: Mutex<Option<Box<Refused>>>,
 }
 
 impl Slot {
-    fn lock(&self) -> MutexGuard<'_, Option<Refused>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Box<Refused>>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -72,13 +73,13 @@ impl Retries {
     pub(crate) fn refuse(&self, pid: u32, node: NodeId) {
         let slot = self.slot(pid);
         let mut refused = slot.lock();
-        *refused = Some(Refused {
+        *refused = Some(Box::new(Refused {
             pid,
             at: Instant::now(),
             node,
             found: [NodeId(0); FOUND],
             count: 0,
-        });
+        }));
         slot.pid.store(u64::from(pid) + 1, Ordering::Relaxed);
     }
 
@@ -120,7 +121,7 @@ impl Retries {
         })
     }
 
-    fn take(&self, pid: u32) -> Option<Refused> {
+    fn take(&self, pid: u32) -> Option<Box<Refused>> {
         let slot = self.slot(pid);
         let mut refused = slot.lock();
         let own = refused.take_if(|refused| refused.pid == pid)?;
