@@ -15,10 +15,10 @@
 #   --stay-connected      the command may unmount and mount again on the same connection
 #                         (`umount "$MNT" && again.sh "$AGAIN" '' "$MNT"`)
 #
-# The command finds the mount in $MNT, the directory behind it in $SHARE, and in $PLAIN an empty
-# directory beside it, on the same file system. If the server dies, panics or breaks the protocol,
-# the status is 125 whatever the command's is. $RINGFSD, $VIRTIOFSD and $BRIDGE name programs to use
-# instead of those that are built here or found in $PATH.
+# The command finds the mount in $MNT, the directory behind it in $SHARE, in $PLAIN an empty
+# directory beside it, on the same file system, and in $SERVER_PID the server's process. If the server
+# dies, panics or breaks the protocol, the status is 125 whatever the command's is. $RINGFSD,
+# $VIRTIOFSD and $BRIDGE name programs to use instead of those that are built here or found in $PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -111,7 +111,7 @@ setpriv --pdeathsig TERM "$bridge" --socket "$work/socket" --request-queues "${q
     ${stays:+"$stays"} "$MNT" 0<>"$work/bridge.wanted" >"$work/bridge.log" 2>&1 &
 bridge_pid=$!
 echo "$bridge_pid" >"$work/bridge.pid"
-export AGAIN=$work/bridge
+export AGAIN=$work/bridge SERVER_PID=$server_pid
 until grep -qs 'mounted on' "$work/bridge.log"; do
     if ! kill -0 "$bridge_pid" 2>/dev/null; then
         cat "$work/bridge.log" "$log" >&2

@@ -18,7 +18,8 @@
 #   --files N        number of files in the tree (5000)
 #   --million N      number of files of the work million (1000000)
 #   --dir DIR        where everything is made (the target directory)
-#   --results FILE   append the single results there, a line each
+#   --results FILE   append the single results there, a line each: the server, the host, the step, its
+#                    seconds, and the seconds of processor time of the server, the bridge and the programs
 #   --table FILE     only print the tables of such results
 #
 # Servers run with their default options and log errors only. virtiofsd's thread pool is off then, which
@@ -35,18 +36,35 @@ root=$(cd "$here/../.." && pwd)
 
 ### The work, inside a mount
 
+# processor_time PID...: seconds that these processes and their descendants have run.
+processor_time() {
+    local pid list=("$@") files=()
+    while ((${#list[@]})); do
+        pid=${list[0]} list=("${list[@]:1}")
+        files+=("/proc/$pid/task/"*/schedstat)
+        # shellcheck disable=SC2207 # numbers
+        list+=($(cat "/proc/$pid/task/"*/children 2>/dev/null))
+    done
+    awk '{ t += $1 } END { printf "%.6f", t / 1e9 }' "${files[@]}" /dev/null 2>/dev/null
+}
+
 # step NAME COMMAND: runs a shell command in $MNT and appends how long it took to $LINES.
 step() {
-    local began status=0
+    local began ended status=0 server=() bridge=() served=(0 0) passed=(0 0) TIMEFORMAT='%U %S'
+    if [[ $SERVER != plain ]]; then server=("$SERVER_PID") bridge=("$(cat "$AGAIN.pid")"); fi
     if [[ $COLD ]]; then sync && echo 3 >/proc/sys/vm/drop_caches; fi
+    served[0]=$(processor_time "${server[@]}") passed[0]=$(processor_time "${bridge[@]}")
     began=$EPOCHREALTIME
-    (cd "$MNT" && bash -ec "$2") >"$OUT" 2>&1 || status=$?
+    { time (cd "$MNT" && bash -ec "$2" >"$OUT" 2>&1); } 2>"$OUT.time" || status=$?
+    ended=$EPOCHREALTIME
+    served[1]=$(processor_time "${server[@]}") passed[1]=$(processor_time "${bridge[@]}")
     if ((status)); then
         echo "work.sh: $1 failed with $status on $SERVER:" >&2
         tail -n 20 "$OUT" >&2
         exit 1
     fi
-    echo "$SERVER $HOST $1 $(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }')" >>"$LINES"
+    echo "$ended $began ${served[1]} ${served[0]} ${passed[1]} ${passed[0]} $(cat "$OUT.time")" |
+        awk -v of="$SERVER $HOST $1" '{ print of, $1 - $2, $3 - $4, $5 - $6, $7 + $8 }' >>"$LINES"
 }
 
 # check COMMAND: fails if what the steps have made is wrong, as seen in the directory itself.
@@ -185,7 +203,8 @@ done
 
 ### The report
 
-# Medians of seconds, and each server's as a ratio to ringfsd's: above 1, ringfsd is faster.
+# Medians of seconds, and each server's as a ratio to ringfsd's: above 1, ringfsd is faster. And medians of
+# processor time, which shows what part of a work is the server's.
 report() {
     sort -k2,2 -k1,1 -k3 "$1" | awk '
         function median(list, parts, n, i, j, t) {
@@ -197,12 +216,14 @@ report() {
             return n % 2 ? parts[(n + 1) / 2] : (parts[n / 2] + parts[n / 2 + 1]) / 2
         }
         {
-            server = $1; host = $2; seconds = $NF
-            name = $3; for (i = 4; i < NF; i++) name = name " " $i
+            server = $1; host = $2; seconds = $(NF - 3)
+            name = $3; for (i = 4; i < NF - 3; i++) name = name " " $i
             if (!(host in seen_host)) { seen_host[host]; hosts[++host_count] = host }
             if (!(server in seen_server)) { seen_server[server]; names[++name_count] = server }
             if (!(name in seen_work)) { seen_work[name]; list[++work_count] = name }
             values[host, name, server] = values[host, name, server] " " seconds
+            for (i = 0; i < 3; i++)
+                cpu[host, name, server, i] = cpu[host, name, server, i] " " $(NF - 2 + i)
         }
         END {
             for (h = 1; h <= host_count; h++) {
@@ -234,6 +255,21 @@ report() {
                         printf " %.2f |", exp(logs[host, names[s]] / counts[host, names[s]])
                     else printf " |"
                 print ""
+                printf "\nProcessor time, seconds: the server, the bridge and the programs:\n\n| work |"
+                for (s = 1; s <= name_count; s++) printf " %s |", names[s]
+                printf "\n| --- |"
+                for (s = 1; s <= name_count; s++) printf " --: |"
+                print ""
+                for (w = 1; w <= work_count; w++) {
+                    printf "| %s |", list[w]
+                    for (s = 1; s <= name_count; s++) {
+                        if (values[host, list[w], names[s]] == "") { printf " – |"; continue }
+                        for (i = 0; i < 3; i++)
+                            printf "%s%.2f", i ? ", " : " ", median(cpu[host, list[w], names[s], i])
+                        printf " |"
+                    }
+                    print ""
+                }
             }
         }'
 }

@@ -407,7 +407,7 @@ mod tests {
     #[test]
     fn numbers_are_taken_as_given() {
         let poll = |arguments: &[&str]| config(arguments).poll.as_micros();
-        assert_eq!((poll(&[]), poll(&["--poll-us=7"])), (50, 7));
+        assert_eq!((poll(&[]), poll(&["--poll-us=7"])), (100, 7));
         assert_eq!(poll(&["--poll-us", "0"]), 0);
         let most = |arguments: &[&str]| config(arguments).share.file_system.max_open_inodes;
         assert_eq!((most(&[]), most(&["--max-open-inodes=7"])), (None, Some(7)));
