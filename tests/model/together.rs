@@ -5,6 +5,7 @@
 //! only ever replaced always exists, and its content is always one writer's.
 
 use std::path::Path;
+use std::sync::Mutex;
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, TestRunner};
@@ -52,6 +53,10 @@ pub(crate) fn concurrent_clients_see_only_their_own_changes(runtime: &str, more:
     let plain = tempfile::tempdir_in(server.share().parent().unwrap()).unwrap();
     let lanes: Vec<_> = session.queues.drain(1..).collect();
     assert_eq!(lanes.len(), usize::from(CLIENTS));
+    let shared = &Shared {
+        node: shared,
+        lock: Mutex::new(()),
+    };
     std::thread::scope(|scope| {
         for (number, queue) in lanes.into_iter().enumerate() {
             let memory = session.memory.clone();
@@ -77,8 +82,16 @@ pub(crate) fn concurrent_clients_see_only_their_own_changes(runtime: &str, more:
     server.wait_until_it_listens();
 }
 
+/// A directory in which all clients replace one file.
+struct Shared {
+    node: u64,
+    /// Held while a name changes, as a guest's kernel holds a lock of its own. It looks names up
+    /// meanwhile.
+    lock: Mutex<()>,
+}
+
 /// One client's part.
-fn work(mut client: Client<Lane>, number: usize, shared: u64, share: &Path, plain: &Path) {
+fn work(mut client: Client<Lane>, number: usize, shared: &Shared, share: &Path, plain: &Path) {
     let mut runner = TestRunner::new(Config {
         failure_persistence: None,
         ..Config::default()
@@ -105,15 +118,19 @@ fn work(mut client: Client<Lane>, number: usize, shared: u64, share: &Path, plai
 }
 
 /// Puts a new file in the place of one that all clients read and replace.
-fn replace(client: &mut Client<Lane>, number: usize, shared: u64, turn: u8) {
+fn replace(client: &mut Client<Lane>, number: usize, shared: &Shared, turn: u8) {
     let own = std::ffi::CString::new(format!("own-{number}")).unwrap();
-    let (made, handle) = client.create(shared, &own, 0o644).unwrap();
+    let (made, handle) = client.create(shared.node, &own, 0o644).unwrap();
     let bytes = vec![turn; WHOLE as usize];
     assert_eq!(client.write(made.nodeid, handle, 0, &bytes).unwrap(), WHOLE);
-    client.rename(shared, &own, shared, c"name").unwrap();
+    let change = shared.lock.lock().unwrap();
+    client
+        .rename(shared.node, &own, shared.node, c"name")
+        .unwrap();
+    drop(change);
 
     // Another may replace it between the two: the inode found is still opened.
-    let found = client.lookup(shared, c"name").unwrap().nodeid;
+    let found = client.lookup(shared.node, c"name").unwrap().nodeid;
     assert_ne!(found, 0, "a name that is replaced is always there");
     let opened = client.open(found, libc::O_RDONLY).unwrap();
     assert!(is_whole(&client.read(found, opened, 0, WHOLE + 1).unwrap()));

@@ -84,9 +84,10 @@ impl Descriptors {
             match self.try_open_closed(inode) {
                 // A directory on the path was closed to make room for another thread.
                 Err(Errno::AGAIN) => {}
-                // The name is being changed. The thread that changes it uses the inode's
-                // descriptor.
-                Err(Errno::STALE) if self.inodes.name_changes() != changes => {}
+                // The name is being changed, or was. The thread that changes it has given the
+                // inode a descriptor before.
+                Err(Errno::STALE)
+                    if self.inodes.name_changes() != changes || inode.slot().is_full() => {}
                 done => return done,
             }
         }

@@ -85,12 +85,20 @@ impl Operations {
                 .record_name(&known.inode, parent, name, dir_seq);
         }
         let change = self.fds.inodes().begin_name_change([parent, parent]);
-        let new = self.known_if_by_handle(named, fd, name);
+        // Another request may have added it before the change was announced.
+        let new = match named {
+            None => self.known_inode(fd, name, false),
+            Some(_) => None,
+        };
         let victim = named.or(new.as_ref()).map(|known| self.victim(known));
         let victim = victim.transpose()?;
         let removed = rustix::fs::unlinkat(fd, name, flags);
         if let Some(victim) = victim {
             self.finish_unlink(victim, removed.is_ok(), (parent, name), &change);
+        }
+        drop(change);
+        if let Some(known) = &new {
+            self.fds.evict_forgotten(&known.inode);
         }
         removed
     }
@@ -108,21 +116,6 @@ impl Operations {
             Some(Err(Errno::MFILE | Errno::NFILE)) => Err(Errno::NFILE),
             opened => Ok(opened),
         }
-    }
-
-    /// The inode with `name` in `parent`, if inodes have file handles and it was not `known` before
-    /// the name change was announced. A lookup that adds the inode in between sees the
-    /// announcement.
-    pub(super) fn known_if_by_handle(
-        &self,
-        known: Option<&KnownInode>,
-        parent: &InodeFd<'_>,
-        name: &CStr,
-    ) -> Option<KnownInode> {
-        if known.is_some() || self.fds.reopen_policy().keeps_opened_fds() {
-            return None;
-        }
-        self.known_inode(parent, name, false)
     }
 
     /// Prepares an inode for the loss of a name. A descriptor in use is not closed before the table

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::Operations;
 use super::remove::KnownInode;
-use crate::fs::passthrough::inode_table::{Directory, InodeFd, RefKind, component};
+use crate::fs::passthrough::inode_table::{DirChange, Directory, InodeFd, RefKind, component};
 use crate::fs::{Caller, NodeId, Result};
 
 impl Operations {
@@ -36,13 +36,24 @@ impl Operations {
         let old_fd = self.fds.fd(&old_parent)?;
         let new_fd = self.fds.fd(&new_parent)?;
         self.confirm_both(caller, &old_fd, &new_fd)?;
+        component(to.1)?;
         let moved = self.known_inode(&old_fd, component(from.1)?, true);
-        let replaced = self.known_inode(&new_fd, component(to.1)?, false);
-        if replaced.is_some() && !flags.contains(RenameFlags::EXCHANGE) {
-            self.fds.room_for_descriptor()?;
+        if let Some(known) = &moved {
+            let dir_seq = self.fds.inodes().dir_seq(&old_parent);
+            self.fds
+                .inodes()
+                .record_name(&known.inode, &old_parent, from.1, dir_seq);
         }
+        // Announced before it is read what is replaced: if another request adds the inode to the
+        // table later, it opens it.
+        let change = self
+            .fds
+            .inodes()
+            .begin_name_change([&old_parent, &new_parent]);
+        let replaced = self.known_inode(&new_fd, to.1, false);
         let known = (moved.as_ref(), replaced.as_ref());
-        let renamed = self.rename_known(known, (&old_fd, from.1), (&new_fd, to.1), flags);
+        let renamed = self.rename_known(known, (&old_fd, from.1), (&new_fd, to.1), flags, &change);
+        drop(change);
         for known in moved.iter().chain(&replaced) {
             self.fds.evict_forgotten(&known.inode);
         }
@@ -55,13 +66,11 @@ impl Operations {
         (old_fd, old_name): (&InodeFd<'_>, &CStr),
         (new_fd, new_name): (&InodeFd<'_>, &CStr),
         flags: RenameFlags,
+        change: &DirChange<'_>,
     ) -> Result<()> {
         let (old_parent, new_parent) = (old_fd.inode(), new_fd.inode());
-        if let Some(known) = moved {
-            let dir_seq = self.fds.inodes().dir_seq(old_parent);
-            self.fds
-                .inodes()
-                .record_name(&known.inode, old_parent, old_name, dir_seq);
+        if replaced.is_some() && !flags.contains(RenameFlags::EXCHANGE) {
+            self.fds.room_for_descriptor()?;
         }
         // A descriptor in use is not closed before the table has recorded the rename.
         let by_name = |known: &&KnownInode| !matches!(&*known.inode.ref_kind(), RefKind::Handle(_));
@@ -69,12 +78,6 @@ impl Operations {
             self.pin(moved.filter(by_name))?,
             self.pin(replaced.filter(by_name))?,
         ];
-        let change = self
-            .fds
-            .inodes()
-            .begin_name_change([old_parent, new_parent]);
-        let new = self.known_if_by_handle(replaced, new_fd, new_name);
-        let replaced = replaced.or(new.as_ref());
         let node = |known: &KnownInode| known.inode.node();
         // Both names are links of one inode. rename(2) does nothing then.
         let same = moved.is_some() && moved.map(node) == replaced.map(node);
@@ -83,7 +86,7 @@ impl Operations {
         let victim = victim.map(|known| self.victim(known)).transpose()?;
         let renamed = rustix::fs::renameat_with(old_fd, old_name, new_fd, new_name, flags);
         if let Some(victim) = victim {
-            self.finish_unlink(victim, renamed.is_ok(), (new_parent, new_name), &change);
+            self.finish_unlink(victim, renamed.is_ok(), (new_parent, new_name), change);
         }
         renamed?;
         if same {
@@ -93,15 +96,14 @@ impl Operations {
             let (parent, name) = (old_parent, old_name);
             self.fds
                 .inodes()
-                .record_rename(&known.inode, parent, name, &change);
+                .record_rename(&known.inode, parent, name, change);
         }
         if let Some(known) = moved {
             let (parent, name) = (new_parent, new_name);
             self.fds
                 .inodes()
-                .record_rename(&known.inode, parent, name, &change);
+                .record_rename(&known.inode, parent, name, change);
         }
-        drop(change);
         drop(in_use);
         Ok(())
     }

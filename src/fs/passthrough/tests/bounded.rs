@@ -379,6 +379,49 @@ fn inode_can_be_opened_during_renames_and_lookups() {
     });
 }
 
+#[test]
+fn file_found_while_it_is_replaced_can_be_opened() {
+    by_name(1, |rig| {
+        rig.host_file("name", "content");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let running = || !done.load(std::sync::atomic::Ordering::Relaxed);
+        // A guest's kernel changes one name of a directory at a time, but looks names up meanwhile.
+        let directory = &std::sync::Mutex::new(());
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while running() {
+                        let found = rig.find(ROOT, "name").unwrap().node;
+                        let opened = rig.fs.open(&SUPERUSER, found, O_RDONLY);
+                        rig.fs.release(found, opened.unwrap().handle).unwrap();
+                        rig.fs.forget(found, 1);
+                    }
+                });
+            }
+            let replacing = ["one", "two"].map(|own| {
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        let name = c(own);
+                        let new = new(0o644);
+                        let made = rig.fs.create(&SUPERUSER, ROOT, &name, O_RDWR, &new);
+                        let (made, opened) = made.unwrap();
+                        rig.fs.release(made.node, opened.handle).unwrap();
+                        let changes = directory.lock().unwrap();
+                        rename(rig, (ROOT, own), (ROOT, "name"), 0);
+                        drop(changes);
+                        rig.fs.forget(made.node, 1);
+                    }
+                })
+            });
+            for thread in replacing {
+                thread.join().unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!((rig.fs.known_inodes(), rig.fs.inode_descriptors()), (1, 1));
+    });
+}
+
 /// In directory `thread`, does what only this thread does there, and looks into the others.
 fn race(rig: &Rig, thread: u64) {
     let find_dir = |n: u64| loop {
