@@ -77,10 +77,11 @@ impl ClosedFdCache {
             .then(|| shard.pop_front())
             .flatten();
         shard.push_back((node, file));
-        drop(shard);
         if evicted.is_none() {
+            // Under the lock: another thread that takes the file subtracts one.
             self.count.fetch_add(1, Ordering::Relaxed);
         }
+        drop(shard);
         // Closing can take long, so it happens outside the lock.
         drop(evicted);
     }

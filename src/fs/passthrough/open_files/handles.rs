@@ -119,11 +119,12 @@ impl Handles {
             file,
             stream: fields.directory.then(Arc::default),
         };
+        // Before another thread can release it.
+        self.count.fetch_add(1, Ordering::Relaxed);
         self.shard(fields.handle)
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(fields.handle, open);
-        self.count.fetch_add(1, Ordering::Relaxed);
         Handle(fields.handle)
     }
 
