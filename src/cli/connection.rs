@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 
 use super::persona::Persona;
+use crate::config::Config;
 use crate::device::Tag;
 use crate::io::Choice;
-use crate::worker::DEFAULT_POLL_US;
 
 /// How the VMM connects, and the threads that serve it.
 #[derive(Clone, Debug, Args)]
@@ -94,7 +94,7 @@ pub struct Connection {
     /// A worker polls only while the guest sends its next request within that time. This saves
     /// the wake-up, which costs more than most requests; an idle guest costs nothing. N is at most
     /// 1000; 0 disables polling.
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_POLL_US, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    #[arg(long, value_name = "N", default_value_t = Config::DEFAULT_POLL_US, value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub poll_us: u32,
 
     /// Exit when the first VMM disconnects

@@ -18,7 +18,7 @@ use crate::limits::Limits;
 use crate::metrics::{Facts, Registry, SessionState, Shape};
 use crate::state::{self, Table};
 use crate::virtqueue::{Features, Queue, QueueIndex};
-use crate::worker::{DEFAULT_POLL_US, WorkerPool, WorkerPoolError};
+use crate::worker::{WorkerPool, WorkerPoolError};
 
 /// The virtio features that a device in the VMM's process offers. Those of transports are the VMM's.
 const FEATURES: u64 = VERSION_1 | EVENT_IDX | INDIRECT_DESC;
@@ -51,7 +51,7 @@ impl Default for Options {
             request_queues: NonZeroU16::MIN,
             workers: NonZeroUsize::MIN,
             runtime: Choice::Auto,
-            poll: Duration::from_micros(DEFAULT_POLL_US.into()),
+            poll: Duration::from_micros(100),
             session: SessionOptions::default(),
         }
     }

@@ -16,11 +16,6 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest poll if nothing else is asked for, in microseconds. Programs wait longer between two
-/// requests than a benchmark does: `tar x`, `git status` and the like took 0.87 of the time that they
-/// take with 50, and with 200 hardly less.
-pub(crate) const DEFAULT_POLL_US: u32 = 100;
-
 /// A shorter poll isn't worth its two readings of the clock.
 const MIN_WINDOW: Duration = Duration::from_micros(2);
 

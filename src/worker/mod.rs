@@ -22,7 +22,6 @@ mod threads;
 mod waiting;
 mod worker_pool;
 
-pub(crate) use busy_poll::DEFAULT_POLL_US;
 pub(crate) use observer::{Observer, ThreadReport};
 pub(crate) use queue_report::QueueReport;
 pub use threads::{Threads, ThreadsError, Worker};
