@@ -60,6 +60,8 @@ struct Node {
     /// Names in the cache, calls in progress, and open files.
     users: u64,
     open: u64,
+    /// How many times it has been opened, or is being opened.
+    opens: u64,
     looked_up: Instant,
     attributes_expire: Instant,
 }
@@ -95,6 +97,8 @@ pub(crate) struct Process {
     /// When this process last got `ESTALE`.
     refused: Option<Instant>,
     reliance: Option<Reliance>,
+    /// The inode of `reliance`, and how many times it had been opened by then.
+    relied_on: Option<(u64, u64)>,
 }
 
 /// Where a path leads.
@@ -134,11 +138,13 @@ impl Tables {
             lookups: 0,
             users: 0,
             open: 0,
+            opens: 0,
             looked_up: asked,
             attributes_expire,
         });
         node.lookups += 1;
-        node.looked_up = asked;
+        // Answers may come in another order than they were asked for.
+        node.looked_up = node.looked_up.max(asked);
         node.attributes_expire = attributes_expire;
     }
 
@@ -217,6 +223,7 @@ impl Process {
             walked_again: None,
             refused: None,
             reliance: None,
+            relied_on: None,
         }
     }
 
@@ -267,6 +274,7 @@ impl Process {
         self.reliance = None;
         self.walked_again = (walk == Walk::Revalidate).then(Instant::now);
         let done = attempt(self, walk);
+        self.note_opened_meanwhile();
         let used = std::mem::take(&mut self.used);
         self.update(|tables, gone| {
             for node in used {
@@ -385,6 +393,19 @@ impl Process {
             may_pass: passes.is_some(),
             was_open: Some(found.is_some_and(|node| node.open > 0)),
         });
+        self.relied_on = found.map(|found| (node, found.opens));
+    }
+
+    /// Notes whether another process has opened the inode since [`rely_on`](Self::rely_on): it may
+    /// have had it open when the server looked, even if it has closed it by now.
+    fn note_opened_meanwhile(&mut self) {
+        if let Some(reliance) = &mut self.reliance
+            && let Some((node, opens)) = self.relied_on
+            && let Some(node) = self.kernel.tables().nodes.get(&node)
+            && node.opens != opens
+        {
+            reliance.was_open = Some(true);
+        }
     }
 
     fn opened(&mut self, node: u64, handle: Handle, flags: i32, release: bool) -> Open {
@@ -404,6 +425,7 @@ impl Process {
     fn count_open(&self, node: u64, more: bool) {
         if let Some(node) = self.kernel.tables().nodes.get_mut(&node) {
             node.open = node.open + u64::from(more) - u64::from(!more);
+            node.opens += u64::from(more);
         }
     }
 

@@ -30,8 +30,8 @@ pub struct Reliance {
     /// Whether the process got `ESTALE` shortly before and has looked this up since, so that the server
     /// may let it through once, whatever has happened to the name.
     pub may_pass: bool,
-    /// Whether the guest had the file open already, if known: a change of attributes may then come from a
-    /// descriptor.
+    /// Whether the guest had the file open before the operation or opened it meanwhile, if known: a
+    /// change of attributes may then come from a descriptor.
     pub was_open: Option<bool>,
 }
 

@@ -172,6 +172,16 @@ impl Share {
         state.changed.get(path).is_some_and(|at| *at >= since)
     }
 
+    /// Whether the host has removed the file at `path`, or a directory above it, since `since`.
+    pub(crate) fn was_displaced(&self, path: &str, since: Instant) -> bool {
+        let state = self.read();
+        let displaced = state.displaced.iter().rev();
+        displaced.take_while(|last| last.at >= since).any(|last| {
+            let rest = path.strip_prefix(&*last.path);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    }
+
     /// Calls `read` while the file at `path` is recorded as one that the guest may have open.
     pub(crate) fn while_reading<T>(&self, path: &str, read: impl FnOnce() -> T) -> T {
         let mut state = self.write();

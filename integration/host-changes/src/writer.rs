@@ -284,7 +284,7 @@ impl<'s, P: Programs> Writer<'s, P> {
                 self.judge(action, path, &Effect::Attribute(value), began);
             }
             Action::Save => {
-                let (line, new) = (self.line(), format!("{path}.new"));
+                let (line, new) = (self.line(), new_name(path));
                 if !self.write(&new, libc::O_TRUNC, &line).map_err(creating)? {
                     return Ok(());
                 }
@@ -485,7 +485,7 @@ impl<'s, P: Programs> Writer<'s, P> {
             }
             libc::ESTALE => {
                 self.report.stale_writes += 1;
-                if self.rules.is_alone {
+                if self.rules.is_alone || !self.may_be_stale(action, path, began) {
                     self.report.error(format!("{action:?} of {path}: ESTALE"));
                 }
             }
@@ -500,6 +500,15 @@ impl<'s, P: Programs> Writer<'s, P> {
                 self.report.error(format!("{action:?} of {path}: {error}"));
             }
         }
+    }
+
+    /// Whether a second attempt may have failed: what it had looked up was removed before it could
+    /// be changed.
+    fn may_be_stale(&self, action: Action, path: &str, began: Instant) -> bool {
+        let since = self.programs.reliance(began).since;
+        let new = (action == Action::Save).then(|| new_name(path));
+        self.share.was_displaced(path, since)
+            || new.is_some_and(|new| self.share.was_displaced(&new, since))
     }
 
     /// Whether a call must have found its directory.
@@ -517,6 +526,11 @@ impl<'s, P: Programs> Writer<'s, P> {
             && !(self.rules.is_alone && may_pass)
             && self.share.directories_stay(path, since)
     }
+}
+
+/// The name of a file that is about to replace the one at `path`.
+fn new_name(path: &str) -> String {
+    format!("{path}.new")
 }
 
 /// The time, less the lag of the clock that stamps inodes.

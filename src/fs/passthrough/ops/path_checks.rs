@@ -11,8 +11,8 @@
 //! refusal (see `retries`), unless its directory has been removed and it uses a path.
 //!
 //! The invariant: if a request is served without having been refused before, its inode had its
-//! name, in its directory, after the request arrived. The next [`MAX_PARENTS`] directories above
-//! that one are checked once in each [`PERIOD`].
+//! name, in its directory, after the request arrived. The next [`MAX_PARENTS`] directories, from
+//! that one upwards, had theirs at most two [`PERIOD`]s before.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -39,7 +39,7 @@ const MAX_TRIES: usize = 2000;
 const MAX_PARENTS: usize = 16;
 
 /// How long a checked directory counts as unchanged, in milliseconds. It can be up to twice as
-/// long.
+/// long, and as much longer as the clock lags, which is a tick of the host (1 to 10).
 const PERIOD: u64 = 8;
 
 /// The number of directories for which the last check is stored.
@@ -56,7 +56,8 @@ thread_local! {
     static LET_THROUGH: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Directories that were found, with all directories above them, at their known path, and when.
+/// Directories that were found, with all directories above them, at their known path, and in which
+/// period the first of these checks was made.
 #[derive(Debug)]
 struct ConfirmedDirs(Box<[AtomicU64]>);
 
@@ -65,10 +66,12 @@ impl ConfirmedDirs {
         &self.0[usize::try_from(node.0 % DIR_SLOTS as u64).unwrap_or_default()]
     }
 
-    fn is_confirmed(&self, node: NodeId, period: u64) -> bool {
+    /// The period in which `node` was confirmed, if that is still good enough in `period`.
+    fn confirmed_in(&self, node: NodeId, period: u64) -> Option<u64> {
         let word = self.word(node).load(Ordering::Relaxed);
+        let age = period.wrapping_sub(word) & ((1 << PERIOD_BITS) - 1);
         // Node ids are not reused, so a word with this number is about this node.
-        word >> PERIOD_BITS == node.0 && period.wrapping_sub(word) & ((1 << PERIOD_BITS) - 1) <= 1
+        (word >> PERIOD_BITS == node.0 && age <= 1).then(|| period.wrapping_sub(age))
     }
 
     fn confirm(&self, node: NodeId, period: u64) {
@@ -311,27 +314,30 @@ impl Operations {
         let inode = fd.inode();
         inode.node() == NodeId::ROOT
             || inode.record().is_nameless()
-            || self.has_current_name(inode, Some(fd.as_fd())) && self.has_current_parents(inode)
+            || self.has_current_name(inode, Some(fd.as_fd()))
+                && self.has_current_parents(inode, now())
     }
 
-    /// Whether the directories above `inode` are at their known paths.
-    fn has_current_parents(&self, inode: &Inode) -> bool {
+    /// Whether the directories above `inode` are at their known paths in `period`.
+    pub(crate) fn has_current_parents(&self, inode: &Inode, period: u64) -> bool {
         let is_above = |node: &NodeId| *node != NodeId::ROOT;
         let Some(mut at) = inode.parent().filter(is_above) else {
             return true;
         };
-        let period = now();
+        let confirmed_dirs = &self.path_checks.confirmed_dirs;
         let mut confirmed = [at; MAX_PARENTS];
         let mut count = 0;
-        while count < MAX_PARENTS && !self.path_checks.confirmed_dirs.is_confirmed(at, period) {
+        let mut earliest = period;
+        while count < MAX_PARENTS {
+            if let Some(confirmed_in) = confirmed_dirs.confirmed_in(at, period) {
+                // What is below counts as no younger: else its age would be added to this one's.
+                earliest = confirmed_in;
+                break;
+            }
             let Some(directory) = self.fds.inodes().any(at) else {
                 break;
             };
-            // A closed directory is opened by its name when it is needed, which checks it.
-            let above = directory
-                .parent()
-                .and_then(|node| self.fds.inodes().any(node));
-            if !above.is_some_and(|above| above.slot().is_full()) {
+            if !self.is_near_open(&directory) {
                 break;
             }
             if !directory.record().is_nameless() && !self.has_current_name(&directory, None) {
@@ -345,9 +351,24 @@ impl Operations {
             }
         }
         for node in &confirmed[..count] {
-            self.path_checks.confirmed_dirs.confirm(*node, period);
+            confirmed_dirs.confirm(*node, earliest);
         }
         true
+    }
+
+    /// Whether a directory not far above `inode` is open, so that few calls open those in between.
+    fn is_near_open(&self, inode: &Inode) -> bool {
+        let mut next = inode.parent();
+        for _ in 0..MAX_PARENTS {
+            let Some(above) = next.and_then(|node| self.fds.inodes().any(node)) else {
+                return false;
+            };
+            if above.slot().is_full() {
+                return true;
+            }
+            next = above.parent();
+        }
+        false
     }
 
     /// Whether the known name of `inode` leads to it. If no name is known, whether it has a name at

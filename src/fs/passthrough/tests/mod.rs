@@ -13,6 +13,7 @@ mod forgotten_inodes;
 mod lookups;
 mod lost_names;
 mod names;
+mod path_checks;
 mod restored;
 mod unopened;
 mod xattrs;
