@@ -8,15 +8,18 @@
 )]
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
-use testing::{Server, errno, is_root, program};
+use testing::{Server, errno, in_mounted_image, is_root, make_image, program};
 use vmm::fuse::wire::{IoctlIn, opcode};
 use vmm::fuse::{Call, Client, ROOT};
 use vmm::{Options, Profile, Session};
 use zerocopy::IntoBytes;
 
 const MIB: u64 = 1 << 20;
+
+/// The size of the file system: about the smallest that mkfs.xfs makes.
+const SIZE: u64 = 320 * MIB;
 
 /// `FS_PROJINHERIT_FL`.
 const INHERIT: u32 = 0x2000_0000;
@@ -52,9 +55,9 @@ fn image(dir: &Path, kind: &Kind) -> bool {
     if !is_root() {
         return false;
     }
-    let made = make(dir, kind.mkfs);
-    let mounted = made.then(|| in_mount(dir, kind, "prjquota", "true").output().unwrap());
-    let can = mounted.as_ref().is_some_and(|it| it.status.success());
+    let made = make_image(dir, kind.mkfs, SIZE);
+    let mounted = made.map(|()| in_mount(dir, kind, "prjquota", "true").output().unwrap());
+    let can = mounted.as_ref().is_ok_and(|it| it.status.success());
     if !can {
         let name = kind.name;
         println!("SKIPPED: {name} with project quotas can't be made or mounted: {mounted:?}");
@@ -62,27 +65,10 @@ fn image(dir: &Path, kind: &Kind) -> bool {
     can
 }
 
-fn make(dir: &Path, mkfs: &[&str]) -> bool {
-    let image = dir.join("image");
-    let file = std::fs::File::create(&image).unwrap();
-    file.set_len(320 * MIB).unwrap();
-    let mut command = Command::new(mkfs[0]);
-    let made = command.args(&mkfs[1..]).arg(&image).output();
-    made.is_ok_and(|made| made.status.success())
-}
-
-/// A shell that runs `script` in a mount namespace of its own where the image is mounted at `mnt`.
+/// A shell that runs `script` where the image is mounted, with the directory `share` in it.
 fn in_mount(dir: &Path, kind: &Kind, options: &str, script: &str) -> Command {
-    std::fs::create_dir_all(dir.join("mnt")).unwrap();
-    let name = kind.name;
-    let mount = format!(
-        "mount -n -t {name} -o loop,{options} \"$0/image\" \"$0/mnt\" && mkdir -p \"$0/mnt/share\" && \
-         {script}"
-    );
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c", &mount]).arg(dir);
-    command.stdin(Stdio::null()).env_remove("RINGFSD_LOG");
-    command
+    let script = format!("mkdir -p \"$0/mnt/share\" && {script}");
+    in_mounted_image(dir, kind.name, options, &script)
 }
 
 /// A shell that runs a server of the share with a limit of 8 MiB and 10 inodes, after `before`.
@@ -261,7 +247,8 @@ fn what_is_missing_for_a_quota_is_named() {
         assert!(off.contains("-o prjquota"), "{off}");
         println!("{contents}{off}");
     }
-    if is_root() && make(dir, &["mkfs.ext4", "-q", "-F", "-O", "^quota,^project"]) {
+    let without = ["mkfs.ext4", "-q", "-F", "-O", "^quota,^project"];
+    if is_root() && make_image(dir, &without, SIZE).is_ok() {
         let without = refused(dir, &EXT4, "defaults", "");
         assert!(without.contains("mkfs.ext4 -O quota,project"), "{without}");
         println!("{without}");

@@ -8,10 +8,10 @@
 )]
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use testing::{Server, each_runtime, is_root, pattern, program};
+use testing::{Server, each_runtime, in_mounted_image, is_root, make_image, pattern, program};
 use vmm::fuse::wire::{FallocateIn, opcode};
 use vmm::fuse::{Call, Client, Handle, Pending, ROOT};
 use vmm::{Options, Profile, Session};
@@ -24,23 +24,8 @@ fn start(runtime: &str, workers: &str) -> Option<Server> {
         return None;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("image");
-    std::fs::File::create(&image)
-        .unwrap()
-        .set_len(32 << 20)
-        .unwrap();
-    std::fs::create_dir(dir.path().join("mnt")).unwrap();
-    let in_mount = |script: &str| {
-        let script = format!("mount -n -t ext4 -o loop \"$0/image\" \"$0/mnt\" && {script}");
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script]);
-        command.arg(dir.path()).stdin(Stdio::null());
-        command
-    };
-    let made = Command::new("mkfs.ext4")
-        .args(["-q", "-F"])
-        .arg(&image)
-        .output();
+    let made = make_image(dir.path(), &["mkfs.ext4", "-q", "-F"], 32 << 20);
+    let in_mount = |script: &str| in_mounted_image(dir.path(), "ext4", "defaults", script);
     let mounted = in_mount("true").output().unwrap();
     if !mounted.status.success() {
         println!("SKIPPED: an ext4 can't be made or mounted: {made:?} {mounted:?}");

@@ -4,8 +4,10 @@
 //! The invariant: nothing here is part of the server, nor of the client it is tested with (`vmm`).
 
 pub mod allocations;
+mod image;
 mod server;
 
+pub use image::{in_mounted_image, make_image};
 pub use macros::each_runtime;
 pub use server::{
     Holdings, Server, TIMEOUT, child_of, command, command_as, copy_program, output, program,
