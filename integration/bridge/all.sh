@@ -65,6 +65,9 @@ run() {
     rm -f "$output"
 }
 
+# Builds what all suites use, which may take longer than a suite is given.
+"$here/with.sh" -- true
+
 for runtime in "${runtimes[@]}"; do
     more=()
     [[ $runtime != "${runtimes[0]}" ]] || more=("${once[@]}")
